@@ -1,0 +1,178 @@
+"""Shapes of everything that passes between the blocks of the engine.
+
+A *slot* is the place of a job in flight (`Config.jobs_in_flight` of them, used in turn).  A *place* is the number of a
+codeword among those of its job and kind on its own channel.  An *epoch* tells two jobs that used the same slot apart.
+"""
+
+from amaranth.hdl import Shape, signed, unsigned
+from amaranth.lib import data, stream
+from amaranth.utils import bits_for, ceil_log2
+
+from kvattic.config import Config
+from kvattic.formats import SCALE_BITS, SCORE_BITS, WEIGHT_BITS, WEIGHT_EXPONENT_BITS
+
+TOKEN_BITS = 24
+"""Bits of a token number inside the engine (Config keeps max_tokens below 2**24)."""
+EPOCH_BITS = 4
+PAGE_BITS = 32
+K_OFFSET_BITS = 10
+SHIFT_BITS = 11
+"""A cell's shift before it is clipped, signed."""
+
+
+class Shapes:
+    """All data shapes for one configuration.
+
+    Parameters
+    ----------
+    config:
+        The configuration.
+
+    Attributes
+    ----------
+    slot, row, place, channel : Shape
+        Unsigned numbers of a job slot, query row, codeword on its lane, channel.
+    tag : StructLayout
+        Names a codeword: slot, epoch, kind (`commands.Kind`), place.
+    request : StructLayout
+        A codeword wanted from a channel: tag, page, codeword (number inside of its page).
+    beat : StructLayout
+        One beat of a codeword: tag (the same for all its beats), data, last.
+    load : StructLayout
+        Written to all lanes before a job starts: q (`beat` elements of one row) or a row record.
+    start : StructLayout
+        The job's parameters, given to all lanes when its q and rows are loaded.
+    score : Shape
+        A score, signed (`formats.SCORE_BITS`).
+    accumulator, denominator : Shape
+        Signed sum of weight*v; unsigned sum of weights.
+    partial : StructLayout
+        One word of the chain that drains the accumulators: slot, address, data[rows][elements].
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.slot = unsigned(ceil_log2(config.jobs_in_flight))
+        self.row = unsigned(max(1, ceil_log2(config.rows)))
+        self.place = unsigned(max(1, ceil_log2(config.ring_codewords)))
+        self.channel = unsigned(max(1, ceil_log2(config.channels)))
+        self.token = unsigned(TOKEN_BITS)
+        self.beat_index = unsigned(max(1, ceil_log2(config.beats_per_token)))
+        self.score: Shape = signed(SCORE_BITS)
+        self.accumulator: Shape = signed(config.accumulator_bits)
+        self.denominator = unsigned(config.denominator_bits)
+        beat_bits = config.beat_bytes * 8
+
+        self.tag = data.StructLayout({"place": self.place, "kind": 1, "slot": self.slot, "epoch": EPOCH_BITS})
+        self.request = data.StructLayout({
+            "tag": self.tag,
+            "page": PAGE_BITS,
+            "codeword": unsigned(max(1, ceil_log2(config.codewords_per_page))),
+        })
+        self.beat = data.StructLayout({"tag": self.tag, "data": beat_bits, "last": 1})
+        self.load = data.StructLayout({
+            "query": 1,          # data holds elements [beat] of q of this row
+            "record": 1,         # start, end, tree hold the row's mask
+            "slot": self.slot,
+            "row": self.row,
+            "beat": self.beat_index,
+            "data": beat_bits,
+            "start": TOKEN_BITS,  # first token attended
+            "end": TOKEN_BITS,    # one past the last token attended; never above the job's end_token
+            "tree": 32,
+        })
+        self.start = data.StructLayout({
+            "slot": self.slot,
+            "epoch": EPOCH_BITS,
+            "home": self.channel,
+            "key_page": PAGE_BITS,
+            "value_page": PAGE_BITS,
+            "base_token": TOKEN_BITS,
+            "end_token": TOKEN_BITS,
+            "tree_token": TOKEN_BITS,
+            "k_offset": signed(K_OFFSET_BITS),   # scale's exponent field - 127 + 28 - 2*offset (docs/numerics.md)
+            "scale": SCALE_BITS,                 # scale's significand, leading one included
+        })
+        # Accumulators of one slot: `copies` sets of beats_per_token words, summed when they are drained
+        # (see lane.py: copies keep a word's next use behind its last one).
+        self.copies = -(-ACCUMULATE_CYCLES // config.beats_per_token)
+        self.drain_words = self.copies * config.beats_per_token
+        self.drain_address = unsigned(bits_for(self.drain_words - 1))
+        self.partial_data = data.ArrayLayout(
+            data.ArrayLayout(self.accumulator, config.elements_per_beat), config.rows)
+        self.partial = data.StructLayout({
+            "slot": self.slot,
+            "address": self.drain_address,   # copy * beats_per_token + beat
+            "data": self.partial_data,
+        })
+        # What a lane reports of a finished job; all of it is order-free (minimum, or).
+        self.report = data.StructLayout({
+            "nan_key": 1,
+            "nan_key_token": TOKEN_BITS,
+            "nan_value": 1,
+            "nan_value_token": TOKEN_BITS,
+            "score_overflow": 1,
+            "value_overflow": 1,
+            "duplicate": 1,
+        })
+        # A job as a lane's walker needs it.
+        self.walk = data.StructLayout({
+            "page": PAGE_BITS,          # of the lane's first stripe
+            "token": TOKEN_BITS + 1,    # first token of the lane's first stripe; may lie beyond end_token
+            "end_token": TOKEN_BITS,
+            "epoch": EPOCH_BITS,
+        })
+        # A token's place: where its scores are kept, and which token it is.
+        self.ring = unsigned(self.place.width)
+        self.lane_token = data.StructLayout({
+            "slot": self.slot,
+            "ring": self.ring,                          # codeword's place in the score ring
+            "index": unsigned(max(1, config.slot_bits_per_codeword)),   # token inside of the codeword
+            "token": TOKEN_BITS,
+            "last": 1,                                  # the codeword's last token
+        })
+        self.weight = data.StructLayout({
+            "significand": WEIGHT_BITS,
+            "exponent": WEIGHT_EXPONENT_BITS,
+        })
+        # A job as it passes from stage to stage, in order.
+        self.job = data.StructLayout({
+            "slot": self.slot,
+            "lanes": 1,          # the lanes work on it; 0: it failed before, only its completion is written
+            "identifier": 16,
+            "rows": unsigned(bits_for(config.rows)),
+            "result": 64,
+            "status": 16,
+            "where": 32,
+        })
+        # What a lane did in this cycle: exactly one of the first six; the others are single events.
+        self.events = data.StructLayout({
+            "beat": 1,
+            "starved": 1,
+            "barrier": 1,
+            "weights": 1,
+            "scores": 1,
+            "idle": 1,
+            "duplicate": 1,
+            "stale": 1,
+            "bad_tag": 1,
+        })
+
+    @property
+    def row_words(self) -> int:
+        """Depth of a memory with one word for each row of each slot, addressed by Cat(row, slot)."""
+        return self.config.jobs_in_flight << self.row.width
+
+    @property
+    def score_words(self) -> int:
+        """Depth of a lane's score memory, addressed by Cat(row, index, ring)."""
+        index = self.config.slot_bits_per_codeword
+        return self.config.ring_codewords << (index + (self.row.width if self.config.rows > 1 else 0))
+
+    def stream(self, shape: "data.Layout | Shape") -> stream.Signature:
+        """A stream with this payload."""
+        return stream.Signature(shape)
+
+
+ACCUMULATE_CYCLES = 4
+"""Cycles from reading an accumulator word to the earliest read that sees the new value."""

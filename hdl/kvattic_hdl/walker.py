@@ -1,0 +1,114 @@
+"""The page walker: turns a job into the codeword requests of one lane, without host or firmware work."""
+
+from amaranth.hdl import Module, Signal
+from amaranth.lib import stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from kvattic.config import Config
+from kvattic_hdl.interfaces import TOKEN_BITS, Shapes
+
+
+class Walker(wiring.Component):
+    """Requests the codewords of one kind (K or V) of each job, in slot order.
+
+    One request a cycle; two cycles between jobs.  A job ends where the lane's next token is not below `end_token`
+    (a lane may have none), or at once when it failed.  Reset forgets everything.
+
+    Parameters
+    ----------
+    config : Config
+    kind : commands.Kind
+
+    Members
+    -------
+    enable : In(1)
+        Strobe: the job of slot `enable_slot` may be walked.
+    enable_slot : In(slot)
+    slot : Out(slot)
+        The job in work, or the next one.  `job` must hold its parameters in the same cycle.
+    job : In(walk)
+        See `Shapes.walk`: first page, first token of this lane, end, epoch.
+    failed : In(1)
+        The job in work is being abandoned.
+    ready_to_ask : Out(1)
+        `requests` is valid, or would be if `room` were given.
+    room : In(1)
+        A request may be made.
+    requests : Out(stream of request)
+    begin : Out(1)
+        Strobe: the job of `slot` begins.
+    end : Out(1)
+        Strobe: all requests of the job of `slot` are made.
+    """
+
+    def __init__(self, config: Config, kind: int) -> None:
+        self.config = config
+        self.kind = kind
+        self.shapes = shapes = Shapes(config)
+        super().__init__({
+            "enable": In(1),
+            "enable_slot": In(shapes.slot),
+            "slot": Out(shapes.slot),
+            "job": In(shapes.walk),
+            "failed": In(1),
+            "ready_to_ask": Out(1),
+            "room": In(1),
+            "requests": Out(stream.Signature(shapes.request)),
+            "begin": Out(1),
+            "end": Out(1),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        config = self.config
+        enabled = Signal(config.jobs_in_flight)
+        running = Signal()
+        request = self.requests.payload
+        token = Signal(TOKEN_BITS + 1)
+        token_end = Signal(TOKEN_BITS)
+        more = Signal()
+
+        m.d.comb += [
+            self.begin.eq(~running & enabled.bit_select(self.slot, 1)),
+            more.eq((token < token_end) & ~self.failed),
+            self.ready_to_ask.eq(running & more),
+            self.end.eq(running & ~more),
+            self.requests.valid.eq(self.ready_to_ask & self.room),
+        ]
+        with m.If(self.begin):
+            m.d.sync += [
+                running.eq(1),
+                request.page.eq(self.job.page),
+                request.codeword.eq(0),
+                request.tag.place.eq(0),
+                request.tag.kind.eq(self.kind),
+                request.tag.slot.eq(self.slot),
+                request.tag.epoch.eq(self.job.epoch),
+                token.eq(self.job.token),
+                token_end.eq(self.job.end_token),
+            ]
+        with m.If(self.end):
+            m.d.sync += [
+                running.eq(0),
+                enabled.bit_select(self.slot, 1).eq(0),
+                self.slot.eq(self.slot + 1),
+            ]
+            with m.If(self.slot == config.jobs_in_flight - 1):
+                m.d.sync += self.slot.eq(0)
+        with m.If(self.requests.valid & self.requests.ready):
+            m.d.sync += [
+                request.tag.place.eq(request.tag.place + 1),
+                request.codeword.eq(request.codeword + 1),
+                token.eq(token + config.tokens_per_codeword),
+            ]
+            with m.If(request.codeword == config.codewords_per_page - 1):
+                # On to this lane's next stripe, behind the stripes of the other channels.
+                others = (config.channels - 1) * config.tokens_per_page
+                m.d.sync += [
+                    request.page.eq(request.page + 1),
+                    request.codeword.eq(0),
+                    token.eq(token + (config.tokens_per_codeword + others)),
+                ]
+        with m.If(self.enable):
+            m.d.sync += enabled.bit_select(self.enable_slot, 1).eq(1)
+        return m

@@ -1,0 +1,195 @@
+"""The one configuration that golden model, RTL, driver and reports are built from."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from kvattic.errors import ConfigError
+from kvattic.formats import VALUE_WINDOW_BITS, Element
+
+HEAD_DIMS = (32, 64, 80, 96, 128, 256)
+BEAT_BYTES = (8, 16, 32)
+MAX_CHANNELS = 32
+MAX_ROWS = 16
+ELEMENT_BYTES = 2
+
+
+def _is_power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """Geometry of the engine and of the KV pages it reads.
+
+    Attributes:
+        channels: flash channels, and so lanes of the engine (1 to 32).
+        beat_bytes: bytes that a lane takes in one cycle (8, 16 or 32).
+        rows: query rows that share one pass over K and V (1 to 16).
+        head_dim: elements of one token of one head (32, 64, 80, 96, 128 or 256).
+        element: storage format of K, V and q.
+        page_bytes: data bytes of a flash page.
+        codeword_bytes: data bytes of an ECC codeword, the smallest unit that is read.
+        score_depth: tokens that one lane's score buffer holds, over all jobs in flight.
+        jobs_in_flight: jobs that the software pipeline overlaps (2 to 16).
+        clock_mhz: clock that reports use to turn cycles into seconds.
+
+    Raises:
+        ConfigError: a value is outside of what the engine supports.
+    """
+
+    channels: int = 8
+    beat_bytes: int = 8
+    rows: int = 1
+    head_dim: int = 128
+    element: Element = Element.FP16
+    page_bytes: int = 16384
+    codeword_bytes: int = 512
+    score_depth: int = 4096
+    jobs_in_flight: int = 4
+    clock_mhz: float = 285.0
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "element", Element(self.element))
+        except ValueError:
+            raise ConfigError(f"element must be one of {[e.value for e in Element]}, not {self.element!r}") from None
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, "int") and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ConfigError(f"{field.name} must be an int, not {value!r}")
+        self._check(1 <= self.channels <= MAX_CHANNELS, "channels", f"1 to {MAX_CHANNELS}")
+        self._check(self.beat_bytes in BEAT_BYTES, "beat_bytes", f"one of {BEAT_BYTES}")
+        self._check(1 <= self.rows <= MAX_ROWS, "rows", f"1 to {MAX_ROWS}")
+        self._check(self.head_dim in HEAD_DIMS, "head_dim", f"one of {HEAD_DIMS}")
+        self._check(self.codeword_bytes >= self.token_bytes, "codeword_bytes",
+                    f"at least one token ({self.token_bytes} bytes at head_dim {self.head_dim})")
+        self._check(_is_power_of_two(self.page_bytes), "page_bytes", "a power of two")
+        self._check(_is_power_of_two(self.codeword_bytes), "codeword_bytes", "a power of two")
+        self._check(self.page_bytes >= self.codeword_bytes, "page_bytes", "at least codeword_bytes")
+        self._check(_is_power_of_two(self.score_depth), "score_depth", "a power of two")
+        self._check(self.score_depth >= self.codewords_per_page << self.slot_bits_per_codeword, "score_depth",
+                    f"at least one page of tokens ({self.codewords_per_page << self.slot_bits_per_codeword})")
+        self._check(2 <= self.jobs_in_flight <= 16, "jobs_in_flight", "2 to 16")
+        self._check(self.clock_mhz > 0, "clock_mhz", "positive")
+        self._check(self.max_tokens < 1 << 24, "score_depth", "such that channels * score_depth is below 2**24")
+
+    def _check(self, good: bool, name: str, what: str) -> None:
+        if not good:
+            raise ConfigError(f"{name} must be {what}, not {getattr(self, name)!r}")
+
+    # Derived geometry.
+
+    @property
+    def elements_per_beat(self) -> int:
+        """Elements that a lane takes in one cycle."""
+        return self.beat_bytes // ELEMENT_BYTES
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token of one head, K or V."""
+        return self.head_dim * ELEMENT_BYTES
+
+    @property
+    def beats_per_token(self) -> int:
+        """Beats that carry one token."""
+        return self.head_dim // self.elements_per_beat
+
+    @property
+    def tokens_per_codeword(self) -> int:
+        """Whole tokens in one codeword; what is left of it is padding and never sent to a lane."""
+        return self.codeword_bytes // self.token_bytes
+
+    @property
+    def beats_per_codeword(self) -> int:
+        """Beats that a codeword puts on its lane."""
+        return self.tokens_per_codeword * self.beats_per_token
+
+    @property
+    def codewords_per_page(self) -> int:
+        """Codewords in one page."""
+        return self.page_bytes // self.codeword_bytes
+
+    @property
+    def tokens_per_page(self) -> int:
+        """Consecutive tokens of one head in one page: a stripe."""
+        return self.codewords_per_page * self.tokens_per_codeword
+
+    @property
+    def slot_bits_per_codeword(self) -> int:
+        """log2 of the score-buffer places kept for one codeword's tokens."""
+        return (self.tokens_per_codeword - 1).bit_length()
+
+    @property
+    def ring_codewords(self) -> int:
+        """Codewords that one lane's score buffer holds."""
+        return self.score_depth >> self.slot_bits_per_codeword
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of one job at most: what the score buffers of all lanes hold."""
+        return self.channels * self.ring_codewords * self.tokens_per_codeword
+
+    @property
+    def accumulator_bits(self) -> int:
+        """Width of an output accumulator: no sum of `max_tokens` addends can overflow it."""
+        return VALUE_WINDOW_BITS - 1 + (self.max_tokens - 1).bit_length() + 1
+
+    @property
+    def denominator_bits(self) -> int:
+        """Width of a denominator: `max_tokens` weights of at most 1.0 in the value window."""
+        return 40 + self.max_tokens.bit_length()
+
+    # Identity.
+
+    def to_json(self) -> str:
+        """This configuration as JSON text with sorted keys."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The configuration that `to_json` wrote.
+
+        Raises:
+            ConfigError: the text is not a JSON object of known fields with supported values.
+        """
+        try:
+            values: Any = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"a configuration must be JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"a configuration must be a JSON object, not {type(values).__name__}")
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"unknown configuration fields {unknown}; known are {sorted(known)}")
+        return cls(**values)
+
+    @property
+    def hash(self) -> int:
+        """32 bits that stand in the ID registers; the driver refuses a device with another value."""
+        return int.from_bytes(hashlib.sha256(self.to_json().encode()).digest()[:4], "little")
+
+
+TINY = Config(channels=2, rows=2, head_dim=32, page_bytes=1024, codeword_bytes=256, score_depth=256)
+"""Fast tests."""
+BOARD = Config(channels=4)
+"""A four-channel OpenSSD board (paper v1: 4 flash channels)."""
+PAPER = Config()
+"""The paper's drive: 8 channels, one query row, 285 MHz (HPCA text, section VI)."""
+GQA = Config(rows=8)
+"""Groups of eight query rows share each byte of K and V."""
+
+PRESETS = {"tiny": TINY, "board": BOARD, "paper": PAPER, "gqa": GQA}
+
+
+def preset(name: str) -> Config:
+    """The named preset.
+
+    Raises:
+        ConfigError: there is no preset of that name.
+    """
+    try:
+        return PRESETS[name]
+    except KeyError:
+        raise ConfigError(f"there is no preset {name!r}; presets are {', '.join(PRESETS)}") from None

@@ -1,0 +1,41 @@
+"""Exceptions of the host library.  Every one says what was wrong, where, and what would be right."""
+
+
+class KvatticError(Exception):
+    """Base class of all errors that kvattic raises on purpose."""
+
+
+class ConfigError(KvatticError, ValueError):
+    """A configuration or geometry that the engine does not support."""
+
+
+class RequestError(KvatticError, ValueError):
+    """A call of the host library with arguments that the device cannot serve."""
+
+
+class CapacityError(RequestError):
+    """The flash, the buffers or the score buffer cannot hold what was asked for."""
+
+
+class ConfigMismatchError(KvatticError):
+    """The device was built from another configuration than the driver's."""
+
+
+class DeviceBusyError(KvatticError):
+    """The doorbell was rung while the engine was still working."""
+
+
+class DeviceTimeoutError(KvatticError):
+    """The device did not answer within the driver's patience."""
+
+
+class DeviceStatusError(KvatticError):
+    """A command ended with a status other than OK.
+
+    Attributes:
+        completion: the device's completion entry (`kvattic.commands.Completion`).
+    """
+
+    def __init__(self, message: str, completion: object) -> None:
+        super().__init__(message)
+        self.completion = completion

@@ -1,0 +1,138 @@
+"""Number formats and fixed-point windows: the one source for golden model, RTL, driver and docs.
+
+Every width of the datapath is stated here; docs/numerics.md proves what is lost at each end.
+
+Elements
+    An element is decoded exactly to ``(-1)**sign * significand * 2**(exponent - element.offset)`` with a significand
+    of `SIGNIFICAND_BITS`.  Subnormals are numbers.  NaN and infinity decode to zero and raise a flag.
+
+Score window (log2 domain)
+    Each product ``q[c] * k[c]`` is shifted by its own exponents and the exponent of the command's scale into a window
+    with the least bit `2**-SCORE_WINDOW_FRACTION`; its magnitude is truncated.  The sum of all channels is multiplied
+    once by the scale's 24-bit significand and rounded once (half up) to `SCORE_FRACTION` bits.
+
+Weight
+    ``2**(score - maximum)`` as `WEIGHT_BITS` of significand (1.x) with an exponent of its own; 1.0 is exact.
+
+Value window
+    Each product ``weight * v[c]`` and each weight is truncated in magnitude at `2**-VALUE_FRACTION`.
+"""
+
+from dataclasses import dataclass
+from decimal import Decimal, localcontext
+from enum import StrEnum
+from functools import cache
+
+SIGNIFICAND_BITS = 11
+"""Bits of a decoded element's significand (fp16's; bf16's 8 are left-aligned)."""
+
+SCALE_BITS = 24
+"""Bits of the scale's significand: the command carries scale * log2(e) as an fp32."""
+
+SCORE_FRACTION = 22
+"""Fractional bits of a score (log2 domain)."""
+SCORE_BITS = 36
+"""Bits of a score, sign included: the range is -8,192 to 8,192 in steps of 2**-22."""
+SCORE_MASKED = -(1 << (SCORE_BITS - 1))
+"""The score that stands for 'not attended'; real scores saturate one step above it."""
+SCORE_MIN = SCORE_MASKED + 1
+SCORE_MAX = (1 << (SCORE_BITS - 1)) - 1
+
+SCORE_WINDOW_FRACTION = 28
+"""Fractional bits of a product q*k in the score window."""
+SCORE_WINDOW_BITS = 42
+"""Bits of a product's magnitude in the score window."""
+SCORE_SUM_BITS = 51
+"""Bits of the sum over at most 256 channels, sign included (three multiplier passes of 17 bits)."""
+
+WEIGHT_BITS = 22
+"""Bits of a weight's significand: 1.21, 1 for the maximum exactly."""
+WEIGHT_EXPONENT_BITS = 6
+"""A weight is significand * 2**-(exponent + 21); below 2**-63 it is zero."""
+
+VALUE_FRACTION = 40
+"""Fractional bits of the value window and of the denominator."""
+VALUE_WINDOW_BITS = 57
+"""Bits of a product weight*v's magnitude in the value window."""
+PRODUCT_BITS = WEIGHT_BITS + SIGNIFICAND_BITS
+"""Bits of the cell's multiplier output; q's significand is left-aligned in the weight's place."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ElementFormat:
+    """A 16-bit floating-point format of K, V and q.
+
+    Attributes:
+        name: `fp16` or `bf16`.
+        exponent_bits: width of the exponent field.
+        fraction_bits: width of the fraction field.
+        bias: IEEE bias of the exponent field.
+    """
+
+    name: str
+    exponent_bits: int
+    fraction_bits: int
+    bias: int
+
+    @property
+    def offset(self) -> int:
+        """Value of an element is significand * 2**(exponent - offset), exponent being the field (1 if subnormal)."""
+        return self.bias + SIGNIFICAND_BITS - 1
+
+    @property
+    def exponent_max(self) -> int:
+        """The largest exponent field of a finite number."""
+        return (1 << self.exponent_bits) - 2
+
+
+class Element(StrEnum):
+    """Names of the storage formats."""
+
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+    @property
+    def format(self) -> ElementFormat:
+        """The bit fields of this format."""
+        return _FORMATS[self]
+
+
+_FORMATS = {
+    Element.FP16: ElementFormat(name="fp16", exponent_bits=5, fraction_bits=10, bias=15),
+    Element.BF16: ElementFormat(name="bf16", exponent_bits=8, fraction_bits=7, bias=127),
+}
+
+EXP_SEGMENTS = 64
+"""Segments of the quadratic 2**f table on [0, 1)."""
+EXP_FRACTION = 26
+"""Fractional bits of the table's coefficients and of the polynomial before its one rounding."""
+EXP_STEP_BITS = SCORE_FRACTION - 6
+"""Bits of the position inside a segment."""
+EXP_C0_BITS, EXP_C1_BITS, EXP_C2_BITS = 27, 21, 13
+"""Widths of the (all non-negative) coefficients."""
+
+
+@cache
+def exp_table() -> tuple[tuple[int, int, int], ...]:
+    """Coefficients (c0, c1, c2) of 2**f for each segment, as integers with `EXP_FRACTION` fractional bits.
+
+    With t the position inside the segment, 0 <= t < 1:  2**f = c0 + c1*t + c2*t**2, a Chebyshev interpolation
+    (largest error 1.3e-8).  Computed in decimal arithmetic, so that every machine makes the same table.
+    """
+    with localcontext() as context:
+        context.prec = 40
+        root3 = Decimal(3).sqrt()
+        nodes = [(1 - root3 / 2) / 2, Decimal("0.5"), (1 + root3 / 2) / 2]
+        one = Decimal(1 << EXP_FRACTION)
+        table = []
+        for segment in range(EXP_SEGMENTS):
+            y0, y1, y2 = (Decimal(2) ** ((segment + node) / EXP_SEGMENTS) for node in nodes)
+            # Newton's divided differences, then expanded to powers of t.
+            d01 = (y1 - y0) / (nodes[1] - nodes[0])
+            d12 = (y2 - y1) / (nodes[2] - nodes[1])
+            c2 = (d12 - d01) / (nodes[2] - nodes[0])
+            c1 = d01 - c2 * (nodes[0] + nodes[1])
+            c0 = y0 - d01 * nodes[0] + c2 * nodes[0] * nodes[1]
+            table.append((int((c0 * one).to_integral_value()), int((c1 * one).to_integral_value()),
+                          int((c2 * one).to_integral_value())))
+    return tuple(table)
