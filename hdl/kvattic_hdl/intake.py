@@ -36,7 +36,7 @@ class Intake(wiring.Component):
         Slot of the tag being checked; the following inputs describe it, in the same cycle.
     epoch : In
     active : In(1)
-        Its K requests have begun.
+        Its job is in flight and its K requests have begun.
     open : In(1)
         Its V codewords are welcome.
     failed : In(1)
@@ -102,7 +102,7 @@ class Intake(wiring.Component):
         # Beats on their way through the check hold a place in the FIFO, so that nothing in between can stall.
         m.submodules.fifo = fifo = SyncFIFOBuffered(width=config.beat_bytes * 8, depth=self.depth)
         credit = Signal(range(self.depth + 1), init=self.depth)
-        count = Signal(range(config.beats_per_codeword))
+        at_first = Signal(init=1)   # framed by `last`, so that a reset amid a codeword loses no step
         take, dropped = Signal(), Signal()
         first_1, valid_1 = Signal(), Signal()
         data_1 = Signal(config.beat_bytes * 8)
@@ -115,14 +115,12 @@ class Intake(wiring.Component):
         m.d.sync += [
             credit.eq(credit - take + dropped + (self.beats.valid & self.beats.ready)),
             valid_1.eq(take),
-            first_1.eq(count == 0),
+            first_1.eq(at_first),
             data_1.eq(beat.data),
         ]
         with m.If(take):
-            m.d.sync += count.eq(count + 1)
-            with m.If(count == config.beats_per_codeword - 1):
-                m.d.sync += count.eq(0)
-            with m.If(count == 0):
+            m.d.sync += at_first.eq(beat.last)
+            with m.If(at_first):
                 m.d.sync += tag_1.eq(beat.tag)
 
         # 1: look the slot up.

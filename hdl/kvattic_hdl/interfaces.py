@@ -16,6 +16,8 @@ TOKEN_BITS = 24
 EPOCH_BITS = 4
 PAGE_BITS = 32
 K_OFFSET_BITS = 10
+MISSING_BITS = 15
+"""Bits of a count of missing codewords; it saturates in a completion."""
 SHIFT_BITS = 11
 """A cell's shift before it is clipped, signed."""
 

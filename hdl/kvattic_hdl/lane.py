@@ -19,14 +19,13 @@ from kvattic_hdl.arithmetic import add_carry, decode, times
 from kvattic_hdl.cell import ADDEND_STAGE, HEADROOM, READ_STAGE, SUM_STAGE, Cell
 from kvattic_hdl.exponential import Exponential
 from kvattic_hdl.intake import Intake
-from kvattic_hdl.interfaces import SHIFT_BITS, TOKEN_BITS, Shapes
+from kvattic_hdl.interfaces import MISSING_BITS, SHIFT_BITS, TOKEN_BITS, Shapes
 from kvattic_hdl.score import ScoreUnit, score_interval
 from kvattic_hdl.walker import Walker
 from kvattic_hdl.weights import WeightUnit
 
 SETTLE_CYCLES = 4096
 """Cycles after which no beat of an abandoned job can be left inside of a lane."""
-MISSING_BITS = 15
 
 
 class Lane(wiring.Component):
@@ -51,6 +50,8 @@ class Lane(wiring.Component):
         q and row records, before `start`.
     start_valid, start : In
         A job begins; its slot must be free.
+    live : In(jobs_in_flight)
+        The slot's job is in flight: from its `start` until it is freed.
     value_open : In(jobs_in_flight)
         V codewords of the slot are welcome.
     failed : In(jobs_in_flight)
@@ -84,6 +85,7 @@ class Lane(wiring.Component):
             "load": In(shapes.load),
             "start_valid": In(1),
             "start": In(shapes.start),
+            "live": In(slots),
             "value_open": In(slots),
             "failed": In(slots),
             "keys_done": Out(slots),
@@ -270,9 +272,9 @@ class Lane(wiring.Component):
         ]
         m.d.sync += used.eq(used + key_fired - given_back)
         with m.If(give_back):
-            m.d.sync += [holds.bit_select(oldest, 1).eq(0), oldest.eq(oldest + 1)]
-            with m.If(oldest == slots - 1):
-                m.d.sync += oldest.eq(0)
+            m.d.sync += holds.bit_select(oldest, 1).eq(0)
+        with m.If(give_back | (~holds.bit_select(oldest, 1) & holds.any())):
+            m.d.sync += oldest.eq(Mux(oldest == slots - 1, 0, oldest + 1))
 
         # -------------------------------------------------------------- intake
 
@@ -286,7 +288,7 @@ class Lane(wiring.Component):
             job_port.addr.eq(intake.slot),
             ring_port.addr.eq(intake.slot),
             intake.epoch.eq(job_port.data.epoch),
-            intake.active.eq(active.bit_select(intake.slot, 1)),
+            intake.active.eq((active & self.live).bit_select(intake.slot, 1)),
             intake.open.eq(self.value_open.bit_select(intake.slot, 1)),
             intake.failed.eq(self.failed.bit_select(intake.slot, 1)),
             intake.asked.eq(ring_port.data.asked),
@@ -311,7 +313,7 @@ class Lane(wiring.Component):
         with m.If(self.failed.any()):
             with m.If(settle != SETTLE_CYCLES):
                 m.d.sync += settle.eq(settle + 1)
-            with m.Elif(scrubbed != Mux(active.bit_select(failed_slot, 1), fail_port.data.asked, 0)):
+            with m.Elif(scrubbed != Mux(holds.bit_select(failed_slot, 1), fail_port.data.asked, 0)):
                 m.d.comb += intake.scrub.eq(1)
                 with m.If(intake.scrubbed):
                     m.d.sync += scrubbed.eq(scrubbed + 1)

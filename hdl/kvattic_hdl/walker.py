@@ -1,6 +1,6 @@
 """The page walker: turns a job into the codeword requests of one lane, without host or firmware work."""
 
-from amaranth.hdl import Module, Signal
+from amaranth.hdl import Module, Mux, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -88,13 +88,10 @@ class Walker(wiring.Component):
                 token_end.eq(self.job.end_token),
             ]
         with m.If(self.end):
-            m.d.sync += [
-                running.eq(0),
-                enabled.bit_select(self.slot, 1).eq(0),
-                self.slot.eq(self.slot + 1),
-            ]
-            with m.If(self.slot == config.jobs_in_flight - 1):
-                m.d.sync += self.slot.eq(0)
+            m.d.sync += [running.eq(0), enabled.bit_select(self.slot, 1).eq(0)]
+        # On to the next slot; also past one whose job never came to the lanes.
+        with m.If(self.end | (~running & ~self.begin & enabled.any())):
+            m.d.sync += self.slot.eq(Mux(self.slot == config.jobs_in_flight - 1, 0, self.slot + 1))
         with m.If(self.requests.valid & self.requests.ready):
             m.d.sync += [
                 request.tag.place.eq(request.tag.place + 1),

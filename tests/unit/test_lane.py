@@ -144,6 +144,7 @@ def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bo
         ctx.set(dut.start_valid, 1)
         await ctx.tick()
         ctx.set(dut.start_valid, 0)
+        ctx.set(dut.live, ctx.get(dut.live) | 1 << slot)
 
     async def wait(ctx, signal, slot):
         for _ in range(20000):
@@ -224,6 +225,7 @@ def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bo
             assert report.score_overflow | report.value_overflow << 1 == int(trace.flags)
             assert not report.duplicate
             ctx.set(dut.value_open, ctx.get(dut.value_open) & ~(1 << slot))
+            ctx.set(dut.live, ctx.get(dut.live) & ~(1 << slot))
             freed += 1
 
     async def events(ctx):

@@ -1,0 +1,197 @@
+"""The whole engine: host registers and memory on one side, one stream pair for each flash channel on the other."""
+
+from amaranth.hdl import Cat, Module, Mux, ResetInserter, Signal
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.fifo import SyncFIFOBuffered
+from amaranth.lib.wiring import In, Out, connect, flipped
+
+from kvattic.config import Config
+from kvattic.registers import ADDRESS_BITS
+from kvattic_hdl.axi import AXI_READ, AXI_WRITE, axi_lite
+from kvattic_hdl.control import Control
+from kvattic_hdl.finisher import Finisher
+from kvattic_hdl.interfaces import EPOCH_BITS, Shapes
+from kvattic_hdl.lane import Lane
+from kvattic_hdl.loader import Loader
+from kvattic_hdl.maximum import Maximum
+from kvattic_hdl.watchdog import Watchdog
+
+
+class Engine(wiring.Component):
+    """Attention over KV pages that arrive as tagged codewords, one lane for each channel.
+
+    A batch of commands is fetched from host memory at the doorbell; up to `jobs_in_flight` jobs overlap (load, K pass,
+    maximum, V pass, drain and write-back), so that a channel with a codeword to move is moving it.  Results do not
+    depend on the order in which codewords come.  A soft reset (CONTROL.RESET) ends the bus transfers first.
+
+    Parameters
+    ----------
+    config : Config
+
+    Members
+    -------
+    host : In(axi_lite)
+        Registers (kvattic.registers).
+    read, write : Out(AXI4 channels)
+        Host memory: commands and queries are read, results and completions written.
+    requests : Array of Out(stream of request)
+        Codewords wanted from each channel.
+    codewords : Array of In(stream of beat)
+        Codewords from each channel, in any order; a V codeword may only be sent while it is welcome, see the next two.
+    value_open : Out(jobs_in_flight)
+        V codewords of this slot may be sent; without it only those of another epoch than the slot's `epoch`.
+    epoch : Out(ArrayLayout(EPOCH_BITS, jobs_in_flight))
+        Epoch of the slot's latest job.
+    irq : Out(1)
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.shapes = shapes = Shapes(config)
+        super().__init__({
+            "host": In(axi_lite(ADDRESS_BITS)),
+            "read": Out(AXI_READ),
+            "write": Out(AXI_WRITE),
+            "requests": Out(stream.Signature(shapes.request)).array(config.channels),
+            "codewords": In(stream.Signature(shapes.beat)).array(config.channels),
+            "value_open": Out(config.jobs_in_flight),
+            "epoch": Out(data.ArrayLayout(EPOCH_BITS, config.jobs_in_flight)),
+            "irq": Out(1),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        config, shapes = self.config, self.shapes
+        channels = range(config.channels)
+
+        control = Control(config)
+        m.submodules.control = control
+        reset = ResetInserter(control.reset)
+        loader, maximum, finisher = Loader(config), Maximum(config), Finisher(config)
+        watchdog = Watchdog(config)
+        lanes = [Lane(config, channel) for channel in channels]
+        m.submodules.loader = reset(loader)
+        m.submodules.maximum = reset(maximum)
+        m.submodules.finisher = reset(finisher)
+        m.submodules.watchdog = reset(watchdog)
+        for channel, lane in zip(channels, lanes, strict=True):
+            m.submodules[f"lane_{channel}"] = reset(lane)
+
+        # Host side.
+        connect(m, flipped(self.host), control.bus)
+        connect(m, loader.bus, flipped(self.read))
+        connect(m, finisher.axi, flipped(self.write))
+        m.d.comb += [
+            self.irq.eq(control.irq),
+            control.bus_error.eq(loader.bus_error | finisher.write_error),
+            control.completed.eq(finisher.completed),
+            control.quiet.eq(loader.quiet & finisher.quiet),
+            loader.stop.eq(control.stop),
+            finisher.stop.eq(control.stop),
+            loader.batch_start.eq(control.batch_start),
+            loader.command_base.eq(control.command_base),
+            loader.count.eq(control.count),
+            loader.buffer_base.eq(control.buffer_base),
+            loader.buffer_limit.eq(control.buffer_limit),
+            finisher.batch_start.eq(control.batch_start),
+            finisher.completion_base.eq(control.completion_base),
+            finisher.snapshot.eq(control.snapshot),
+        ]
+
+        # Jobs: loader -> maximum -> finisher.
+        for name, source, sink in (("loaded", loader.jobs, maximum.jobs_i),
+                                   ("scored", maximum.jobs_o, finisher.jobs)):
+            fifo = SyncFIFOBuffered(width=shapes.job.size, depth=config.jobs_in_flight)
+            m.submodules[name] = reset(fifo)
+            m.d.comb += [
+                fifo.w_data.eq(source.payload),
+                fifo.w_en.eq(source.valid),
+                source.ready.eq(fifo.w_rdy),
+                sink.payload.eq(fifo.r_data),
+                sink.valid.eq(fifo.r_rdy),
+                fifo.r_en.eq(sink.ready),
+            ]
+
+        # Which slots have a job in the lanes, and what the flash side may send.
+        live, epochs = Signal(config.jobs_in_flight), Signal.like(self.epoch)
+        with m.If(finisher.freed):
+            m.d.sync += live.bit_select(finisher.freed_slot, 1).eq(0)
+        with m.If(loader.start_valid):
+            m.d.sync += live.bit_select(loader.start.slot, 1).eq(1)
+            m.d.sync += epochs.as_value().word_select(loader.start.slot, EPOCH_BITS).eq(loader.start.epoch)
+        with m.If(control.reset):
+            m.d.sync += live.eq(0)
+        m.d.comb += [
+            self.value_open.eq(~live | maximum.value_open | watchdog.failed),
+            self.epoch.eq(epochs),
+            loader.freed.eq(finisher.freed),
+            maximum.freed.eq(finisher.freed),
+            maximum.freed_slot.eq(finisher.freed_slot),
+            maximum.final_slot.eq(finisher.final_slot),
+            maximum.final_row.eq(finisher.final_row),
+            finisher.final.eq(maximum.final),
+            finisher.failed.eq(watchdog.failed),
+            finisher.failed_where.eq(watchdog.where),
+        ]
+
+        # Lanes: everything central is the same for all of them; registered, for the way is long.
+        load, load_valid = Signal(shapes.load), Signal()
+        start, start_valid = Signal(shapes.start), Signal()
+        m.d.sync += [load.eq(loader.load), load_valid.eq(loader.load_valid)]
+        m.d.comb += [start.eq(loader.start), start_valid.eq(loader.start_valid)]
+        report_slot = Signal(shapes.slot)
+        m.d.comb += report_slot.eq(Mux(watchdog.probing, watchdog.report_slot, finisher.report_slot))
+        for channel, lane in zip(channels, lanes, strict=True):
+            connect(m, flipped(self.codewords[channel]), lane.codewords)
+            connect(m, lane.requests, flipped(self.requests[channel]))
+            m.d.comb += [
+                lane.load_valid.eq(load_valid),
+                lane.load.eq(load),
+                lane.start_valid.eq(start_valid),
+                lane.start.eq(start),
+                lane.live.eq(live),
+                lane.value_open.eq(maximum.value_open),
+                lane.failed.eq(watchdog.failed),
+                lane.maximum_slot.eq(maximum.maximum_slot),
+                lane.maximum_row.eq(maximum.maximum_row),
+                lane.maximum_write.eq(maximum.maximum_write),
+                lane.maximum_new.eq(maximum.maximum_new),
+                lane.denominator_slot.eq(finisher.denominator_slot),
+                lane.denominator_row.eq(finisher.denominator_row),
+                lane.report_slot.eq(report_slot),
+                maximum.keys_done[channel].eq(lane.keys_done),
+                maximum.maximum[channel].eq(lane.maximum),
+                finisher.values_done[channel].eq(lane.values_done),
+                finisher.denominators[channel].eq(lane.denominator),
+                finisher.reports[channel].eq(lane.report),
+                watchdog.keys_done[channel].eq(lane.keys_done),
+                watchdog.values_done[channel].eq(lane.values_done),
+                watchdog.missing_key[channel].eq(lane.missing_key),
+                watchdog.missing_value[channel].eq(lane.missing_value),
+                control.events[channel].eq(lane.events),
+                control.bad_tags[channel].eq(lane.offender.as_value()),
+            ]
+        connect(m, finisher.chain_head, lanes[0].chain_i)
+        for before, after in zip(lanes, lanes[1:], strict=False):
+            connect(m, before.chain_o, after.chain_i)
+        connect(m, lanes[-1].chain_o, finisher.chain_tail)
+
+        progress = Signal()
+        m.d.sync += progress.eq(
+            Cat(lane.events.beat for lane in lanes).any()
+            | (self.read.arvalid & self.read.arready) | (self.read.rvalid & self.read.rready)
+            | (self.write.awvalid & self.write.awready) | (self.write.bvalid & self.write.bready)
+            | loader.start_valid | finisher.completed)
+        m.d.comb += [
+            control.lanes_ready.eq(Cat(lane.ready for lane in lanes).all()),
+            watchdog.timeout.eq(control.timeout),
+            watchdog.progress.eq(progress),
+            watchdog.maximum_waiting.eq(maximum.waiting),
+            watchdog.maximum_slot.eq(maximum.waiting_slot),
+            watchdog.finisher_waiting.eq(finisher.waiting),
+            watchdog.finisher_slot.eq(finisher.waiting_slot),
+            watchdog.handed.eq(maximum.jobs_o.valid & maximum.jobs_o.ready),
+            watchdog.freed.eq(finisher.freed),
+            watchdog.freed_slot.eq(finisher.freed_slot),
+        ]
+        return m

@@ -1,0 +1,590 @@
+"""Last stage of a job: drains the lanes, divides, writes the results and the completion."""
+
+from amaranth.hdl import Cat, Module, Mux, Signal, Value, unsigned
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import ceil_log2
+
+from kvattic.commands import COMPLETION, LINE_BYTES, TRAILER, CompletionFlag, Status
+from kvattic.config import Config
+
+from .axi import AXI_WRITE, DATA_BITS, LINE_WORDS
+from .axi_write import WriteLines
+from .control import COUNT_BITS, SNAPSHOT
+from .divider import Divider, Normaliser, normalised
+from .interfaces import Shapes
+from .records import assemble
+
+
+def _words(line: Value) -> data.View:
+    """A line as the words of the bus."""
+    return data.View(data.ArrayLayout(DATA_BITS, LINE_WORDS), line)
+
+
+class Finisher(wiring.Component):
+    """Ends the jobs, in order: drains the lanes, divides, writes results and completions.
+
+    A job is gathered (denominators summed over the lanes, reports combined, trailers kept), drained
+    (accumulators through the chain and the divider into one half of a buffer) and written (rows,
+    then its completion once their responses have come).  While one job is written the next one is
+    gathered and drained into the other half.
+
+    Latency: from `values_done` about ``channels + 60 + rows * head_dim`` cycles until the first
+    line is written. Throughput: a job each ``rows * head_dim`` cycles (rows of the job; as many
+    times more as there are copies of the accumulators) and about 40 plus what the first word takes
+    through the lanes, unless writing takes longer. Ordering: completions in the order of `jobs`.
+    Reset drops all jobs; raise `stop` and wait for `quiet` before it.
+
+    Status: what the job came with; else CODEWORD_TIMEOUT if its slot has failed; else NAN_KEY,
+    NAN_VALUE; else BUS_ERROR (where 0) if a result line was answered with an error; else OK.
+    Result rows are written only for jobs without an error.  Flags are those of the lanes, whatever
+    the status.
+
+    Parameters
+    ----------
+    config : Config
+        The configuration.
+    outstanding : int
+        Lines that may await their response on the bus.
+
+    Members
+    -------
+    jobs : In(stream.Signature(shapes.job))
+        Jobs in order; one is taken when the next may begin, after `freed`.
+    values_done : In(ArrayLayout(unsigned(jobs_in_flight), channels))
+        From each lane: the slot's V codewords are accounted for.
+    failed : In(jobs_in_flight)
+        The slot's job is abandoned; read in the cycle of `freed`.
+    failed_where : In(32)
+        `where` of the failed job's completion; read in the cycle of `freed`.
+    waiting : Out(1)
+        Waits for `values_done` of `waiting_slot` from all lanes.
+    waiting_slot : Out(shapes.slot)
+        Slot that is waited for.
+    denominator_slot, denominator_row : Out(shapes.slot), Out(shapes.row)
+        Address of the denominators, for all lanes.
+    denominators : In(ArrayLayout(shapes.denominator, channels))
+        Denominator of each lane, two cycles after its address.
+    final_slot, final_row : Out(shapes.slot), Out(shapes.row)
+        Address of the maximum over all lanes (the same as the denominators').
+    final : In(shapes.score)
+        That maximum, two cycles after its address.
+    report_slot : Out(shapes.slot)
+        Slot of the reports.
+    reports : In(ArrayLayout(shapes.report, channels))
+        Report of each lane, two cycles after `report_slot`.
+    chain_head : Out(stream.Signature(shapes.partial))
+        To the first lane: one word for each of the slot's accumulator words, data zero, copies of a
+        beat in a row.
+    chain_tail : In(stream.Signature(shapes.partial))
+        From the last lane: the same words with the sums over all lanes.
+    freed : Out(1)
+        Strobe: the lanes' state of `freed_slot` is no longer needed.
+    freed_slot : Out(shapes.slot)
+        Slot that is free.
+    batch_start : In(1)
+        Strobe: the next completion is entry 0.
+    completion_base : In(64)
+        Address of entry 0, constant while a batch runs.
+    snapshot : In(SNAPSHOT)
+        Counters in this cycle, for the completion.
+    completed : Out(1)
+        Strobe: a completion is written and its response has come.
+    write_error : Out(1)
+        Strobe: a write was answered with an error.
+    stop : In(1)
+        While high no write is begun; a reset follows.
+    quiet : Out(1)
+        No write is under way.
+    axi : Out(AXI_WRITE)
+        The bus.
+    """
+
+    def __init__(self, config: Config, outstanding: int = 8) -> None:
+        self.config = config
+        self.outstanding = outstanding
+        shapes = Shapes(config)
+        super().__init__(
+            {
+                "jobs": In(stream.Signature(shapes.job)),
+                "values_done": In(
+                    data.ArrayLayout(unsigned(config.jobs_in_flight), config.channels)
+                ),
+                "failed": In(config.jobs_in_flight),
+                "failed_where": In(32),
+                "waiting": Out(1),
+                "waiting_slot": Out(shapes.slot),
+                "denominator_slot": Out(shapes.slot),
+                "denominator_row": Out(shapes.row),
+                "denominators": In(data.ArrayLayout(shapes.denominator, config.channels)),
+                "final_slot": Out(shapes.slot),
+                "final_row": Out(shapes.row),
+                "final": In(shapes.score),
+                "report_slot": Out(shapes.slot),
+                "reports": In(data.ArrayLayout(shapes.report, config.channels)),
+                "chain_head": Out(stream.Signature(shapes.partial)),
+                "chain_tail": In(stream.Signature(shapes.partial)),
+                "freed": Out(1),
+                "freed_slot": Out(shapes.slot),
+                "batch_start": In(1),
+                "completion_base": In(64),
+                "snapshot": In(SNAPSHOT),
+                "completed": Out(1),
+                "write_error": Out(1),
+                "stop": In(1),
+                "quiet": Out(1, init=1),
+                "axi": Out(AXI_WRITE),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        config, shapes = self.config, Shapes(self.config)
+        job = self.jobs.payload
+        elements, beats = config.elements_per_beat, config.beats_per_token
+        # Positions in the buffer: half, row, channel; each part has its own bits, so that no
+        # address is multiplied.
+        row_bits, pair_bits = ceil_log2(config.rows), ceil_log2(config.head_dim // 2)
+        half = Signal()
+
+        begin = Signal()  # gathering and draining start
+        gathered = Signal()  # all denominators are normalised, all trailers kept
+        drained = Signal()  # the last accumulators have been taken
+        divided = Signal()  # the last quotient is being put into the buffer
+        last_row = Signal(shapes.row)
+        m.d.comb += last_row.eq(job.rows - 1)
+
+        # ---- Order of a job. ----
+
+        all_done = Signal(config.jobs_in_flight)
+        done_here = Signal(config.jobs_in_flight)
+        for lane in range(config.channels):
+            following = Signal.like(done_here, name=f"done_to_{lane}")
+            m.d.comb += following.eq(self.values_done[lane] & (done_here if lane else ~0))
+            done_here = following
+        # A register is fast enough: a slot's bits are low long before its job comes here.
+        m.d.sync += all_done.eq(done_here)
+
+        abandoned = Signal()
+        abandoned_where = Signal(32, reset_less=True)
+        writer_idle = Signal()
+        hand_over = Signal()
+        m.d.comb += [self.waiting_slot.eq(job.slot), self.freed_slot.eq(job.slot)]
+        with m.FSM(name="order"):
+            with m.State("WAIT"):
+                with m.If(self.jobs.valid):
+                    with m.If(~job.lanes):
+                        m.d.comb += self.freed.eq(1)
+                        m.d.sync += abandoned.eq(0)
+                        m.next = "HAND_OVER"
+                    with m.Elif(all_done.bit_select(job.slot, 1)):
+                        m.d.comb += begin.eq(1)
+                        m.next = "DRAIN"
+                    with m.Else():
+                        m.d.comb += self.waiting.eq(1)
+            with m.State("DRAIN"):
+                # The failed bit goes with the slot, so it is read now; it cannot rise for a job
+                # that waits no more.
+                with m.If(drained):
+                    m.d.comb += self.freed.eq(1)
+                    m.d.sync += [
+                        abandoned.eq(self.failed.bit_select(job.slot, 1)),
+                        abandoned_where.eq(self.failed_where),
+                    ]
+                with m.If(divided):
+                    m.next = "HAND_OVER"
+            with m.State("HAND_OVER"):
+                with m.If(writer_idle):
+                    m.d.comb += [hand_over.eq(1), self.jobs.ready.eq(1)]
+                    m.d.sync += half.eq(half ^ job.lanes)
+                    m.next = "WAIT"
+
+        # ---- Gathering. ----
+
+        row = Signal(shapes.row)
+        lane = Signal(shapes.channel)
+        m.d.comb += [
+            self.denominator_slot.eq(job.slot),
+            self.denominator_row.eq(row),
+            self.final_slot.eq(job.slot),
+            self.final_row.eq(row),
+            self.report_slot.eq(job.slot),
+        ]
+
+        m.submodules.normaliser = normaliser = Normaliser(config.denominator_bits)
+        m.submodules.denominators = denominators = Memory(
+            shape=normalised(config.denominator_bits), depth=2**row_bits, init=[]
+        )
+        denominators_write = denominators.write_port()
+        denominators_read = denominators.read_port()
+        m.submodules.trailers = trailers = Memory(
+            shape=data.StructLayout({"maximum": shapes.score, "denominator": shapes.denominator}),
+            depth=2 << row_bits,
+            init=[],
+        )
+        trailers_write = trailers.write_port()
+        trailers_read = trailers.read_port()
+
+        # A lane's values are registered behind the multiplexer, and combined in the cycle after.
+        chosen = Signal(shapes.denominator, reset_less=True)
+        chosen_report = Signal(shapes.report, reset_less=True)
+        choosing = Signal()
+        chosen_valid = Signal()
+        total = Signal(shapes.denominator, reset_less=True)
+        report = Signal(shapes.report, reset_less=True)
+        m.d.sync += [
+            chosen.eq(self.denominators[lane]),
+            chosen_report.eq(self.reports[lane]),
+            chosen_valid.eq(choosing),
+        ]
+        with m.If(chosen_valid):
+            m.d.sync += total.eq(total + chosen)
+            # Reports are combined once more with each row, which changes nothing.
+            for name in ("nan_key", "nan_value", "score_overflow", "value_overflow", "duplicate"):
+                with m.If(chosen_report[name]):
+                    m.d.sync += report[name].eq(1)
+            for name in ("nan_key", "nan_value"):
+                token, new = report[f"{name}_token"], chosen_report[f"{name}_token"]
+                with m.If(chosen_report[name] & (new < token)):
+                    m.d.sync += token.eq(new)
+
+        normalised_rows = Signal(range(config.rows + 1))
+        m.d.comb += [
+            normaliser.i.payload.eq(total),
+            normaliser.o.ready.eq(1),
+            denominators_write.addr.eq(normalised_rows),
+            denominators_write.data.eq(normaliser.o.payload),
+            denominators_write.en.eq(normaliser.o.valid),
+            trailers_write.addr.eq(Cat(row[:row_bits], half)),
+            trailers_write.data.maximum.eq(self.final),
+            trailers_write.data.denominator.eq(total),
+            gathered.eq(normalised_rows == job.rows),
+        ]
+        with m.If(normaliser.o.valid):
+            m.d.sync += normalised_rows.eq(normalised_rows + 1)
+        with m.If(begin):
+            m.d.sync += normalised_rows.eq(0)
+
+        with m.FSM(name="gather"):
+            with m.State("IDLE"):
+                m.d.sync += [row.eq(0), lane.eq(0), total.eq(0)]
+                with m.If(begin):
+                    m.d.sync += [
+                        Cat(
+                            report[name]
+                            for name in (
+                                "nan_key",
+                                "nan_value",
+                                "score_overflow",
+                                "value_overflow",
+                                "duplicate",
+                            )
+                        ).eq(0),
+                        report.nan_key_token.eq(~0),
+                        report.nan_value_token.eq(~0),
+                    ]
+                    m.next = "ADDRESS"
+            with m.State("ADDRESS"):
+                m.next = "READ"
+            with m.State("READ"):
+                m.next = "CHOOSE"
+            with m.State("CHOOSE"):
+                m.d.comb += choosing.eq(1)
+                m.d.sync += lane.eq(lane + 1)
+                with m.If(lane == config.channels - 1):
+                    m.next = "ADD"
+            with m.State("ADD"):
+                m.next = "KEEP"
+            with m.State("KEEP"):
+                m.d.comb += [normaliser.i.valid.eq(1), trailers_write.en.eq(1)]
+                with m.If(normaliser.i.ready):
+                    m.d.sync += [row.eq(row + 1), lane.eq(0), total.eq(0)]
+                    with m.If(row == last_row):
+                        m.next = "IDLE"
+                    with m.Else():
+                        m.next = "ADDRESS"
+
+        # ---- Draining: the chain's head. ----
+
+        # Address of copy c of beat b is c * beats + b; copies of one beat follow each other.
+        asking = Signal()
+        ask_beat = Signal(shapes.beat_index)
+        ask_copy = Signal(range(shapes.copies))
+        address = Signal(shapes.drain_address)
+        m.d.comb += [
+            self.chain_head.valid.eq(asking),
+            self.chain_head.payload.slot.eq(job.slot),
+            self.chain_head.payload.address.eq(address),
+        ]
+        with m.If(begin):
+            m.d.sync += [asking.eq(1), ask_beat.eq(0), ask_copy.eq(0), address.eq(0)]
+        with m.Elif(asking & self.chain_head.ready):
+            with m.If(ask_copy == shapes.copies - 1):
+                m.d.sync += [ask_copy.eq(0), ask_beat.eq(ask_beat + 1), address.eq(ask_beat + 1)]
+                with m.If(ask_beat == beats - 1):
+                    m.d.sync += asking.eq(0)
+            with m.Else():
+                m.d.sync += [ask_copy.eq(ask_copy + 1), address.eq(address + beats)]
+
+        # ---- Draining: the chain's tail, one row of a word at a time, then one element at a time.
+        # ----
+
+        tail = self.chain_tail
+        position = data.StructLayout(
+            {
+                "row": shapes.row,
+                "beat": shapes.beat_index,
+                "copy": unsigned(len(ask_copy)),
+                "last": 1,
+            }
+        )
+        incoming = Signal(position)
+        current = Signal(position, reset_less=True)
+        current_valid = Signal()
+        current_data = Signal(data.ArrayLayout(shapes.accumulator, elements), reset_less=True)
+        element = Signal(range(elements))
+        take = Signal()
+        word_taken = Signal()
+        m.d.comb += [
+            take.eq(tail.valid & gathered & (~current_valid | (element == elements - 1))),
+            word_taken.eq(take & (incoming.row == last_row)),
+            tail.ready.eq(word_taken),
+            incoming.last.eq(
+                (incoming.row == last_row)
+                & (incoming.beat == beats - 1)
+                & (incoming.copy == shapes.copies - 1)
+            ),
+            drained.eq(take & incoming.last),
+        ]
+        with m.If(begin):
+            m.d.sync += [incoming.row.eq(0), incoming.beat.eq(0), incoming.copy.eq(0)]
+        with m.Elif(word_taken):
+            m.d.sync += incoming.row.eq(0)
+            with m.If(incoming.copy == shapes.copies - 1):
+                m.d.sync += [incoming.copy.eq(0), incoming.beat.eq(incoming.beat + 1)]
+            with m.Else():
+                m.d.sync += incoming.copy.eq(incoming.copy + 1)
+        with m.Elif(take):
+            m.d.sync += incoming.row.eq(incoming.row + 1)
+        with m.If(take):
+            m.d.sync += [
+                current_data.eq(tail.payload.data[incoming.row]),
+                current.eq(incoming),
+                current_valid.eq(1),
+            ]
+        with m.Elif(element == elements - 1):
+            m.d.sync += current_valid.eq(0)
+        with m.If(current_valid):
+            m.d.sync += element.eq(element + 1)  # elements is a power of two
+
+        # An element and its row's denominator, registered.
+        chosen_element = Signal(shapes.accumulator, reset_less=True)
+        place = data.StructLayout(
+            {"element": unsigned(ceil_log2(config.head_dim)), "row": unsigned(row_bits), "last": 1}
+        )
+        chosen_place = Signal(place, reset_less=True)
+        element_valid = Signal()
+        element_copy = Signal(len(ask_copy), reset_less=True)
+        m.d.sync += [
+            chosen_element.eq(current_data[element]),
+            chosen_place.element.eq(Cat(element, current.beat)),
+            chosen_place.row.eq(current.row),
+            chosen_place.last.eq(current.last & (element == elements - 1)),
+            element_valid.eq(current_valid),
+            element_copy.eq(current.copy),
+        ]
+        m.d.comb += denominators_read.addr.eq(current.row)
+
+        m.submodules.divider = divider = Divider(
+            config.accumulator_bits, config.denominator_bits, place
+        )
+        m.d.comb += [
+            divider.i.payload.denominator.eq(denominators_read.data),
+            divider.i.payload.tag.eq(chosen_place),
+        ]
+        if shapes.copies == 1:
+            m.d.comb += [
+                divider.i.valid.eq(element_valid),
+                divider.i.payload.numerator.eq(chosen_element),
+            ]
+        else:
+            # Few geometries have copies: they are summed one element at a time.  The same element
+            # comes again after `elements` cycles or more, long after it is written.
+            m.submodules.sums = sums = Memory(
+                shape=shapes.accumulator, depth=elements << row_bits, init=[]
+            )
+            sums_write = sums.write_port()
+            sums_read = sums.read_port()
+            summed = Signal(shapes.accumulator)
+            m.d.comb += [
+                sums_read.addr.eq(Cat(element, current.row)),
+                summed.eq(chosen_element + Mux(element_copy == 0, 0, sums_read.data)),
+                sums_write.addr.eq(
+                    Cat(chosen_place.element[: ceil_log2(elements)], chosen_place.row)
+                ),
+                sums_write.data.eq(summed),
+                sums_write.en.eq(element_valid),
+                divider.i.valid.eq(element_valid & (element_copy == shapes.copies - 1)),
+                divider.i.payload.numerator.eq(summed),
+            ]
+
+        # ---- The buffer: quotients come in the order of the chain and go out row by row. ----
+
+        m.submodules.results = results = Memory(
+            shape=data.ArrayLayout(32, 2), depth=2 << row_bits + pair_bits, init=[]
+        )
+        results_write = results.write_port(granularity=1)
+        results_read = results.read_port()
+        done_place = divider.o.payload.tag
+        m.d.comb += [
+            results_write.addr.eq(Cat(done_place.element[1:], done_place.row, half)),
+            results_write.data[0].eq(divider.o.payload.quotient),
+            results_write.data[1].eq(divider.o.payload.quotient),
+            results_write.en.eq(Mux(divider.o.valid, Mux(done_place.element[0], 0b10, 0b01), 0)),
+            divided.eq(divider.o.valid & done_place.last),
+        ]
+
+        # ---- Writing. ----
+
+        status = Signal(16)
+        where = Signal(32)
+        m.d.comb += [status.eq(job.status), where.eq(job.where)]
+        with m.If(job.lanes & (job.status == Status.OK)):
+            with m.If(abandoned):
+                m.d.comb += [status.eq(Status.CODEWORD_TIMEOUT), where.eq(abandoned_where)]
+            with m.Elif(report.nan_key):
+                m.d.comb += [status.eq(Status.NAN_KEY), where.eq(report.nan_key_token)]
+            with m.Elif(report.nan_value):
+                m.d.comb += [status.eq(Status.NAN_VALUE), where.eq(report.nan_value_token)]
+        flags = Signal(COMPLETION["flags"].size * 8)
+        for flag in CompletionFlag:
+            m.d.comb += flags[flag.value.bit_length() - 1].eq(job.lanes & report[flag.name.lower()])
+
+        m.submodules.lines = lines = WriteLines(self.outstanding)
+        wiring.connect(m, wiring.flipped(self.axi), lines.axi)
+        m.d.comb += [
+            lines.stop.eq(self.stop),
+            self.quiet.eq(lines.idle),
+            self.write_error.eq(lines.error),
+        ]
+
+        entry = Signal(
+            data.StructLayout({"status": 16, "where": 32, "flags": len(flags), "identifier": 16}),
+            reset_less=True,
+        )
+        counters = Signal(SNAPSHOT, reset_less=True)
+        write_half = Signal(reset_less=True)
+        write_last_row = Signal(shapes.row, reset_less=True)
+        line_address = Signal(64, reset_less=True)
+        index = Signal(COUNT_BITS)
+        error = Signal()
+
+        # What is being sent: words of a row (results, then trailer) or of the completion; one
+        # register behind it, beside the read port of the results.
+        row_words = config.head_dim // 2 + LINE_WORDS
+        send_row = Signal(shapes.row)
+        word = Signal(range(row_words))
+        sending_rows = Signal()
+        sending_entry = Signal()
+        step = Signal()
+        out_valid = Signal()
+        out_result = Signal(reset_less=True)
+        out_other = Signal(DATA_BITS, reset_less=True)
+        out_address = Signal(64, reset_less=True)
+        out_last = Signal(reset_less=True)
+        trailer = _words(
+            assemble(
+                TRAILER,
+                maximum=trailers_read.data.maximum,
+                denominator=trailers_read.data.denominator,
+            )
+        )
+        completion = _words(
+            assemble(
+                COMPLETION,
+                done=1,
+                status=entry.status,
+                identifier=entry.identifier,
+                flags=entry.flags,
+                where=entry.where,
+                **{name: counters[name] for name in SNAPSHOT.members},
+            )
+        )
+        place_in_line = word[: ceil_log2(LINE_WORDS)]
+        m.d.comb += [
+            trailers_read.addr.eq(Cat(send_row[:row_bits], write_half)),
+            results_read.addr.eq(Cat(word[:pair_bits], send_row[:row_bits], write_half)),
+            results_read.en.eq(step),
+            step.eq(~out_valid | lines.i.ready),
+            lines.i.valid.eq(out_valid),
+            lines.i.payload.data.eq(Mux(out_result, results_read.data.as_value(), out_other)),
+            lines.i.payload.address.eq(out_address),
+            lines.i.payload.last.eq(out_last),
+        ]
+        with m.If(step):
+            m.d.sync += [
+                out_valid.eq(sending_rows | sending_entry),
+                out_result.eq(sending_rows & (word < config.head_dim // 2)),
+                out_other.eq(Mux(sending_rows, trailer[place_in_line], completion[place_in_line])),
+                out_address.eq(line_address),
+                out_last.eq(place_in_line == LINE_WORDS - 1),
+            ]
+            with m.If(sending_rows | sending_entry):
+                m.d.sync += word.eq(word + 1)
+                with m.If(place_in_line == LINE_WORDS - 1):
+                    m.d.sync += line_address.eq(line_address + LINE_BYTES)  # rows follow each other
+
+        written = Signal()
+        m.d.comb += written.eq(~out_valid & lines.idle)
+        with m.If(lines.error):
+            m.d.sync += error.eq(1)
+        with m.FSM(name="write"):
+            with m.State("IDLE"):
+                m.d.comb += writer_idle.eq(1)
+                m.d.sync += [
+                    entry.status.eq(status),
+                    entry.where.eq(where),
+                    entry.flags.eq(flags),
+                    entry.identifier.eq(job.identifier),
+                    line_address.eq(job.result),
+                    write_half.eq(half),
+                    write_last_row.eq(last_row),
+                    send_row.eq(0),
+                    word.eq(0),
+                    error.eq(0),
+                ]
+                with m.If(hand_over):
+                    with m.If(job.lanes & (status == Status.OK)):
+                        m.next = "ROWS"
+                    with m.Else():
+                        m.next = "COMPOSE"
+            with m.State("ROWS"):
+                m.d.comb += sending_rows.eq(1)
+                with m.If(step & (word == row_words - 1)):
+                    m.d.sync += [word.eq(0), send_row.eq(send_row + 1)]
+                    with m.If(send_row == write_last_row):
+                        m.next = "SETTLE"
+            with m.State("SETTLE"):
+                with m.If(written):
+                    m.next = "COMPOSE"
+            with m.State("COMPOSE"):
+                m.d.sync += [
+                    counters.eq(self.snapshot),
+                    line_address.eq(self.completion_base + (index << ceil_log2(LINE_BYTES))),
+                ]
+                with m.If(error):
+                    m.d.sync += [entry.status.eq(Status.BUS_ERROR), entry.where.eq(0)]
+                m.next = "ENTRY"
+            with m.State("ENTRY"):
+                m.d.comb += sending_entry.eq(1)
+                with m.If(step & (word == LINE_WORDS - 1)):
+                    m.next = "FINISH"
+            with m.State("FINISH"):
+                with m.If(written):
+                    m.d.comb += self.completed.eq(1)
+                    m.d.sync += index.eq(index + 1)
+                    m.next = "IDLE"
+        with m.If(self.batch_start):
+            m.d.sync += index.eq(0)
+        return m
