@@ -71,7 +71,7 @@ class WriteLines(wiring.Component):
                 "stop": In(1),
                 "axi": Out(AXI_WRITE),
                 "pending": Out(range(outstanding + 1)),
-                "idle": Out(1, init=1),
+                "idle": Out(1),
                 "error": Out(1),
             }
         )

@@ -75,6 +75,21 @@ class Counters(wiring.Component):
         Dropped codewords since `start`, those that came after the batch included.
     """
 
+    events: data.View
+    start: Signal
+    counting: Signal
+    cycle: Signal
+    first_beat: Signal
+    last_beat: Signal
+    beats: Signal
+    starved: Signal
+    barrier: Signal
+    weights: Signal
+    scores: Signal
+    idle: Signal
+    duplicates: Signal
+    stales: Signal
+
     def __init__(self, config: Config) -> None:
         self._config = config
         self._shapes = Shapes(config)
@@ -185,6 +200,26 @@ class Control(wiring.Component):
         The counters of a completion, consistent in each cycle.
     """
 
+    bus: wiring.PureInterface
+    irq: Signal
+    events: data.View
+    bad_tags: data.View
+    lanes_ready: Signal
+    bus_error: Signal
+    completed: Signal
+    quiet: Signal
+    stop: Signal
+    reset: Signal
+    batch_start: Signal
+    count: Signal
+    busy: Signal
+    command_base: Signal
+    completion_base: Signal
+    buffer_base: Signal
+    buffer_limit: Signal
+    timeout: Signal
+    snapshot: data.View
+
     def __init__(self, config: Config) -> None:
         self._config = config
         shapes = Shapes(config)
@@ -249,7 +284,7 @@ class Control(wiring.Component):
         ]
         with m.If(bank.write.status):
             clear = bank.data
-            for name, flag in (
+            for state, flag in (
                 (done, StatusBit.DONE),
                 (refused, StatusBit.DOORBELL_WHILE_BUSY),
                 (bad_tag, StatusBit.BAD_TAG),
@@ -257,7 +292,7 @@ class Control(wiring.Component):
                 (stale, StatusBit.STALE_CODEWORD),
             ):
                 with m.If(clear[bit(flag)]):
-                    m.d.sync += name.eq(0)
+                    m.d.sync += state.eq(0)
         with m.If(self.completed & self.busy):
             m.d.sync += [remaining.eq(remaining - 1), completed.eq(completed + 1)]
             with m.If(remaining == 1):
@@ -315,7 +350,7 @@ class Control(wiring.Component):
             counters.counting.eq(self.busy),
         ]
         read = bank.read
-        for name, source in (
+        for flag, source in (
             (StatusBit.BUSY, self.busy),
             (StatusBit.READY, ready),
             (StatusBit.DONE, done),
@@ -324,7 +359,7 @@ class Control(wiring.Component):
             (StatusBit.BUS_ERROR, bus_error),
             (StatusBit.STALE_CODEWORD, stale),
         ):
-            m.d.comb += read.status[bit(name)].eq(source)
+            m.d.comb += read.status[bit(flag)].eq(source)
         m.d.comb += [
             read.tag_error.eq(tag_error),
             read.completed.eq(completed),

@@ -133,7 +133,7 @@ class Finisher(wiring.Component):
                 "completed": Out(1),
                 "write_error": Out(1),
                 "stop": In(1),
-                "quiet": Out(1, init=1),
+                "quiet": Out(1),
                 "axi": Out(AXI_WRITE),
             }
         )

@@ -614,27 +614,55 @@ class Lane(wiring.Component):
             slot_3.eq(pipe[2].where.slot),
             token_3.eq(pipe[2].where.token),
         ]
-        reports = Array(Signal(shapes.report, name=f"report_{s}") for s in range(slots))
-        for s in range(slots):
-            kept = reports[s]
-            with m.If(special_3 & inside_3 & (slot_3 == s)):
-                with m.If(key_3 & (~kept.nan_key | (token_3 < kept.nan_key_token))):
-                    m.d.sync += [kept.nan_key.eq(1), kept.nan_key_token.eq(token_3)]
-                with m.If(~key_3 & (~kept.nan_value | (token_3 < kept.nan_value_token))):
-                    m.d.sync += [kept.nan_value.eq(1), kept.nan_value_token.eq(token_3)]
+        m.submodules.offenders = offenders = Memory(
+            shape=TOKEN_BITS, depth=2 * slots, init=[], attrs={"ram_style": "distributed"})
+        lowest = offenders.read_port(domain="comb")
+        lower = offenders.write_port(domain="sync")
+        flags_shape = data.StructLayout({
+            "nan_value": 1, "nan_key": 1, "score_overflow": 1, "value_overflow": 1, "duplicate": 1})
+        flags = [Signal(flags_shape, name=f"flags_{s}") for s in range(slots)]
+        address_3 = Cat(key_3, slot_3)
+        seen_3 = Array(Cat(kept.nan_value, kept.nan_key) for kept in flags)[slot_3].bit_select(key_3, 1)
+        m.d.comb += [
+            lowest.addr.eq(address_3),
+            lower.addr.eq(address_3),
+            lower.data.eq(token_3),
+            lower.en.eq(special_3 & inside_3 & (~seen_3 | (token_3 < lowest.data))),
+        ]
+        value_clip = Signal()
+        value_clip_slot = Signal(shapes.slot)
+        m.d.sync += [
+            value_clip.eq(value_6 & Cat(c.overflow for row in cells for c in row).any()),
+            value_clip_slot.eq(pipe[ADDEND_STAGE].where.slot),
+        ]
+        for s, kept in enumerate(flags):
+            with m.If(lower.en & (slot_3 == s)):
+                m.d.sync += [kept.nan_key.eq(kept.nan_key | key_3), kept.nan_value.eq(kept.nan_value | ~key_3)]
             with m.If(score_unit.overflow & (score_unit.stored_slot == s)):
                 m.d.sync += kept.score_overflow.eq(1)
-            clips = Cat(c.overflow for row in cells for c in row)
-            with m.If(value_6 & clips.any() & (pipe[ADDEND_STAGE].where.slot == s)):
+            with m.If(value_clip & (value_clip_slot == s)):
                 m.d.sync += kept.value_overflow.eq(1)
             with m.If(intake.duplicate & (intake.offender.slot == s)):
                 m.d.sync += kept.duplicate.eq(1)
             with m.If(self.start_valid & (self.start.slot == s)):
                 m.d.sync += kept.as_value().eq(0)
         report_slot = Signal(shapes.slot)
+        report_flags = Signal(flags_shape)
+        first_key, first_value = (offenders.read_port(domain="comb") for _ in range(2))
+        m.d.comb += [
+            report_flags.eq(Array(kept.as_value() for kept in flags)[report_slot]),
+            first_key.addr.eq(Cat(Const(1, 1), report_slot)),
+            first_value.addr.eq(Cat(Const(0, 1), report_slot)),
+        ]
         m.d.sync += [
             report_slot.eq(self.report_slot),
-            self.report.eq(reports[report_slot]),
+            self.report.nan_key.eq(report_flags.nan_key),
+            self.report.nan_key_token.eq(first_key.data),
+            self.report.nan_value.eq(report_flags.nan_value),
+            self.report.nan_value_token.eq(first_value.data),
+            self.report.score_overflow.eq(report_flags.score_overflow),
+            self.report.value_overflow.eq(report_flags.value_overflow),
+            self.report.duplicate.eq(report_flags.duplicate),
             self.missing_key.eq(keys_left[report_slot]),
             self.missing_value.eq(values_left[report_slot]),
         ]

@@ -51,6 +51,16 @@ class _Window(wiring.Component):
         Results, three cycles after the high half.
     """
 
+    valid: Signal
+    high: Signal
+    which: Signal
+    address: Signal
+    base: Signal
+    limit: Signal
+    size: Signal
+    clear: Signal
+    bad: Signal
+
     def __init__(self) -> None:
         super().__init__(
             {
@@ -134,6 +144,15 @@ class _QueryCheck(wiring.Component):
     found, row_found, channel : Out
         Two cycles later: there was one; where.
     """
+
+    valid: Signal
+    word: Signal
+    row: Signal
+    index: Signal
+    clear: Signal
+    found: Signal
+    row_found: Signal
+    channel: Signal
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -221,6 +240,22 @@ class Loader(wiring.Component):
     quiet : Out(1)
         No read is under way.
     """
+
+    bus: wiring.PureInterface
+    batch_start: Signal
+    command_base: Signal
+    count: Signal
+    buffer_base: Signal
+    buffer_limit: Signal
+    load_valid: Signal
+    load: data.View
+    start_valid: Signal
+    start: data.View
+    jobs: stream.Interface
+    freed: Signal
+    bus_error: Signal
+    stop: Signal
+    quiet: Signal
 
     def __init__(self, config: Config) -> None:
         self._config = config

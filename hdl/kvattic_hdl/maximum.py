@@ -53,6 +53,23 @@ class Maximum(wiring.Component):
         This block waits for the lanes' `keys_done` of this slot.
     """
 
+    jobs_i: stream.Interface
+    jobs_o: stream.Interface
+    keys_done: data.View
+    maximum_slot: Signal
+    maximum_row: Signal
+    maximum: data.View
+    maximum_write: Signal
+    maximum_new: Signal
+    value_open: Signal
+    freed: Signal
+    freed_slot: Signal
+    final_slot: Signal
+    final_row: Signal
+    final: Signal
+    waiting: Signal
+    waiting_slot: Signal
+
     def __init__(self, config: Config) -> None:
         self._config = config
         self._shapes = shapes = Shapes(config)
@@ -152,7 +169,7 @@ class Maximum(wiring.Component):
             m.d.sync += self.value_open.bit_select(job.slot, 1).eq(1)
 
         def ask() -> None:
-            """One lane's maximum of one row is on its way; after the last one wait for the result."""
+            """Send for one lane's maximum of one row; after the last one wait for the result."""
             m.d.comb += issue.eq(1)
             m.d.sync += lane.eq(lane + 1)
             with m.If(lane == last_lane):

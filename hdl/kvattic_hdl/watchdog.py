@@ -64,6 +64,25 @@ class Watchdog(wiring.Component):
         | codewords missing there.
     """
 
+    timeout: Signal
+    progress: Signal
+    maximum_waiting: Signal
+    maximum_slot: Signal
+    finisher_waiting: Signal
+    finisher_slot: Signal
+    handed: Signal
+    freed: Signal
+    freed_slot: Signal
+    keys_done: data.View
+    values_done: data.View
+    missing_key: data.View
+    missing_value: data.View
+    probing: Signal
+    report_slot: Signal
+    failed: Signal
+    failed_slot: Signal
+    where: Signal
+
     def __init__(self, config: Config) -> None:
         self._config = config
         self._shapes = shapes = Shapes(config)

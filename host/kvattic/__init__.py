@@ -60,7 +60,7 @@ __all__ = [
 TARGETS = ("model",)
 
 
-def open(target: str = "model", config: Config | str = PAPER) -> Device:  # noqa: A001 - kvattic.open reads as meant
+def open(target: str = "model", config: Config | str = PAPER) -> Device:
     """A device.
 
     Args:

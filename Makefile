@@ -1,0 +1,61 @@
+# Every target is one line over a Python entry point; `make help` lists them.
+
+SIM    ?= verilator
+BENCH  ?=
+PRESET ?=
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+RUN     = $(PY) -m
+
+SIM_ARGS = --simulator $(SIM) $(if $(PRESET),--preset $(PRESET))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup sim waves verilog bench synth lint types test check clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo '  SIM=verilator|icarus   the simulator (sim, waves, bench)'
+	@echo '  PRESET=name            the hardware configuration (sim, waves, verilog, synth)'
+	@echo '  BENCH=prefix           only the benchmarks whose names begin so (bench)'
+
+setup: $(VENV)/.stamp-dev  ## install everything for development into .venv
+
+sim: $(VENV)/.stamp-sim  ## run the drive's RTL against the NumPy reference and report
+	@$(RUN) kvattic_sim.main $(SIM_ARGS)
+
+waves: $(VENV)/.stamp-sim  ## the same, with waveforms under build/
+	@$(RUN) kvattic_sim.main $(SIM_ARGS) --waves
+
+verilog: $(VENV)/.stamp-sim  ## write the Verilog to build/
+	@$(RUN) kvattic_hdl.generate $(if $(PRESET),--preset $(PRESET))
+
+bench: $(VENV)/.stamp-sim  ## run the benchmarks
+	@$(RUN) kvattic_sim.bench --simulator $(SIM) $(BENCH)
+
+synth: $(VENV)/.stamp-synth  ## synthesise, and place and route for ECP5
+	@$(RUN) kvattic_sim.synth $(if $(PRESET),--preset $(PRESET))
+
+lint: $(VENV)/.stamp-dev  ## check the style
+	@$(RUN) ruff check
+
+types: $(VENV)/.stamp-dev  ## check the types
+	@$(RUN) mypy
+
+test: lint types  ## lint, types and all tests
+	@$(RUN) pytest -n 2 tests
+
+check: test  ## what continuous integration runs
+
+clean:  ## remove what was built, but not .venv
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# A stamp stands for an installed extra. dev contains sim; so a development set-up serves `make sim` as it is.
+$(VENV)/.stamp-%: pyproject.toml
+	@if [ '$*' = sim ] && [ $(VENV)/.stamp-dev -nt pyproject.toml ]; then exit 0; fi; \
+	echo "installing kvattic[$*] into $(VENV)"; \
+	test -x $(PY) || $(PYTHON) -m venv $(VENV) || exit 1; \
+	$(RUN) pip install -qq --disable-pip-version-check -e '.[$*]' || exit 1; \
+	touch $@

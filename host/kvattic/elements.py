@@ -1,0 +1,64 @@
+"""Floats to the 16-bit storage formats and back."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvattic.formats import Element
+
+__all__ = ["from_bits", "to_bits"]
+
+
+def to_bits(values: NDArray[Any], element: Element) -> NDArray[np.uint16]:
+    """Bit patterns of the elements nearest to `values`, rounded once, ties to even.
+
+    Args:
+        values: float16, float32 or float64, of any shape.
+        element: the format to round to.
+
+    Returns:
+        uint16 of the same shape; too large values become infinities, NaN stays NaN.
+
+    Raises:
+        TypeError: `values` is no array of these types.
+    """
+    values = np.asarray(values)
+    if values.dtype not in (np.float16, np.float32, np.float64):
+        raise TypeError(f"values must be float16, float32 or float64, not {values.dtype}")
+    if element is Element.FP16:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.ascontiguousarray(values.astype(np.float16)).view(np.uint16)
+    with np.errstate(over="ignore", invalid="ignore"):
+        single = np.ascontiguousarray(values.astype(np.float32))
+    bits = single.view(np.uint32)
+    if values.dtype == np.float64:
+        # Rounding to float32 and then to bf16 would round twice.  An inexact float32 is moved to
+        # its odd neighbour, which keeps what the second rounding needs to know.
+        inexact = (single != values) & (bits & 1 == 0) & ~np.isnan(values)
+        away = np.abs(single) > np.abs(values)
+        bits = np.where(inexact, np.where(away, bits - 1, bits + 1), bits)
+    rounded = (bits.astype(np.uint64) + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(values), bits >> 16 | 0x40, rounded).astype(np.uint16)
+
+
+def from_bits(bits: NDArray[np.uint16], element: Element) -> NDArray[np.float32]:
+    """The elements' values, exactly.
+
+    Args:
+        bits: uint16 of any shape.
+        element: their format.
+
+    Returns:
+        float32 of the same shape.
+
+    Raises:
+        TypeError: `bits` is not uint16.
+    """
+    bits = np.asarray(bits)
+    if bits.dtype != np.uint16:
+        raise TypeError(f"bits must be uint16, not {bits.dtype}")
+    contiguous = np.ascontiguousarray(bits)
+    if element is Element.FP16:
+        return contiguous.view(np.float16).astype(np.float32)
+    return (contiguous.astype(np.uint32) << 16).view(np.float32)

@@ -1,0 +1,1 @@
+"""Simulation of kvattic: oracle, NAND parts and models, building and running, reports."""

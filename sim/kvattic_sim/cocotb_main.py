@@ -1,0 +1,53 @@
+"""The cocotb side of `kvattic_sim.jobs`: runs the request that lies in the working directory."""
+
+import pickle
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import cocotb
+from cocotb.task import bridge
+
+from kvattic.driver import Device
+from kvattic_sim.jobs import OUTCOME, REQUEST, Outcome, Request, resolve
+from kvattic_sim.rtl_transport import RtlTransport, session
+
+
+@cocotb.test()
+async def run(dut: Any) -> None:
+    """Call the function with a device, and leave the outcome in a file."""
+    request: Request = pickle.loads(Path(REQUEST).read_bytes())
+    begin = time.monotonic()
+
+    def work(transport: RtlTransport) -> Any:
+        nonlocal begin
+        function = resolve(request)
+        begin = time.monotonic()
+        with Device(transport, timeout_s=request.timeout_s) as device:
+            return function(device, **request.arguments)
+
+    cycles = 0
+    try:
+        async with session(
+            dut,
+            request.config,
+            flash=request.flash,
+            stalls=request.stalls,
+            memory_bytes=request.memory_bytes,
+            timeout_cycles=request.timeout_cycles,
+        ) as transport:
+            result = await bridge(work)(transport)
+            cycles = transport.cycles
+        outcome = Outcome(result=result, cycles=cycles, seconds=time.monotonic() - begin)
+        data = pickle.dumps(outcome)
+    except Exception as error:  # noqa: BLE001 - whatever it is belongs to the caller
+        message = traceback.format_exc()
+        try:
+            data = pickle.dumps(Outcome(error=error, message=message))
+            pickle.loads(data)
+        except Exception:  # noqa: BLE001 - an exception that does not pickle travels as text
+            data = pickle.dumps(Outcome(message=message))
+    part = Path(f"{OUTCOME}.part")
+    part.write_bytes(data)
+    part.replace(OUTCOME)

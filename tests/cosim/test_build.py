@@ -1,0 +1,315 @@
+"""The build-and-run helper, on real simulators with a design of a few lines."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kvattic_sim.build import (
+    Model,
+    SimulationFailed,
+    SimulationTimeout,
+    Simulator,
+    SimulatorError,
+    compile_model,
+    icarus_available,
+    prepare_runtime,
+    run_model,
+    start_model,
+    verilator_environment,
+)
+
+COUNTER = """
+module counter #(parameter STEP = 1) (input clk, output reg [71:0] count);
+  initial count = 0;
+  always @(posedge clk) count <= count + STEP;
+endmodule
+"""
+
+TESTS = """
+import os
+import cocotb
+from cocotb.clock import Clock
+from cocotb.triggers import ClockCycles
+
+async def run(dut, cycles):
+    Clock(dut.clk, 2, "ns", impl="gpi").start()
+    await ClockCycles(dut.clk, cycles)
+
+@cocotb.test()
+async def counts(dut):
+    await run(dut, 10)
+    assert int(dut.count.value) in (9 * int(os.environ["STEP"]), 10 * int(os.environ["STEP"]))
+
+@cocotb.test()
+async def disagrees(dut):
+    await run(dut, 10)
+    assert int(dut.count.value) == 12345, "the counter is not at 12345"
+
+@cocotb.test()
+async def never_ends(dut):
+    await run(dut, 10**12)
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of this worker's own, with the sources and the models.
+
+    The models are built there; Verilator's run-time library is the one in build/, to save its time.
+    """
+    path = tmp_path_factory.mktemp("build")
+    (path / "counter.sv").write_text(COUNTER)
+    (path / "counter_tests.py").write_text(TESTS)
+    (path / "sim").mkdir()
+    for waves in (False, True):
+        library = prepare_runtime(waves=waves)
+        (path / "sim" / library.name).symlink_to(library)
+    return path
+
+
+@pytest.fixture(scope="module", params=list(Simulator))
+def model(root: Path, request: pytest.FixtureRequest) -> Model:
+    """Compile the counter for each simulator that is installed."""
+    simulator: Simulator = request.param
+    if simulator is Simulator.ICARUS and not icarus_available():
+        pytest.skip("Icarus Verilog is not installed")
+    return compile_counter(root, simulator)
+
+
+def compile_counter(
+    root: Path, simulator: Simulator, *, step: int = 3, waves: bool = False
+) -> Model:
+    return compile_model(
+        [root / "counter.sv"],
+        "counter",
+        simulator,
+        parameters={"STEP": step},
+        waves=waves,
+        build_root=root / "sim",
+    )
+
+
+def in_threads(count: int, work: Callable[[], object]) -> list[object]:
+    found: list[object] = []
+    threads = [threading.Thread(target=lambda: found.append(work())) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_runs_with_its_parameters(root: Path, model: Model) -> None:
+    results = run_model(
+        model,
+        test_module="counter_tests",
+        testcase="counts",
+        env={"STEP": "3"},
+        python_path=[root],
+        timeout_s=60,
+    )
+    assert [(test.name, test.status) for test in results.tests] == [("counts", "passed")]
+    assert results.waves is None
+    assert "counts" in results.log.read_text()
+
+
+def test_same_content_is_compiled_once(root: Path, model: Model) -> None:
+    begin = time.monotonic()
+    again = compile_counter(root, model.simulator)
+    assert again.cached
+    assert again.directory == model.directory
+    assert time.monotonic() - begin < 1
+
+    elsewhere = root / "elsewhere"
+    elsewhere.mkdir(exist_ok=True)
+    (elsewhere / "counter.sv").write_text(COUNTER)
+    moved = compile_model(
+        [elsewhere / "counter.sv"],
+        "counter",
+        model.simulator,
+        parameters={"STEP": 3},
+        build_root=root / "sim",
+    )
+    assert moved.cached, "the place of a source is no part of its content"
+
+
+def test_other_content_is_another_model(root: Path, model: Model) -> None:
+    other = compile_counter(root, model.simulator, step=5)
+    assert other.directory != model.directory
+    run_model(
+        other, test_module="counter_tests", testcase="counts", env={"STEP": "5"}, python_path=[root]
+    )
+
+
+def test_failing_test_is_reported(root: Path, model: Model) -> None:
+    with pytest.raises(SimulationFailed, match="the counter is not at 12345") as failure:
+        run_model(
+            model,
+            test_module="counter_tests",
+            testcase="disagrees",
+            python_path=[root],
+            timeout_s=60,
+        )
+    assert "disagrees" in str(failure.value)
+    assert [test.name for test in failure.value.results.failed] == ["disagrees"]
+
+
+def test_unknown_test_is_an_error(root: Path, model: Model) -> None:
+    with pytest.raises(SimulatorError, match="log is"):
+        run_model(
+            model,
+            test_module="counter_tests",
+            testcase="nonsense",
+            python_path=[root],
+            timeout_s=60,
+        )
+
+
+def test_missing_test_module_is_an_error(root: Path, model: Model) -> None:
+    with pytest.raises(SimulatorError, match="no_such_module"):
+        run_model(model, test_module="no_such_module", python_path=[root], timeout_s=60)
+
+
+def test_timeout_kills(root: Path, model: Model) -> None:
+    simulation = start_model(
+        model, test_module="counter_tests", testcase="never_ends", python_path=[root]
+    )
+    begin = time.monotonic()
+    with pytest.raises(SimulationTimeout, match=r"killed after 1\.5 s"):
+        simulation.wait(1.5)
+    assert time.monotonic() - begin < 10
+    assert not simulation.running
+
+
+def test_interrupt_leaves_no_process(root: Path, model: Model) -> None:
+    with pytest.raises(KeyboardInterrupt):  # noqa: SIM117 - the order matters
+        with start_model(
+            model, test_module="counter_tests", testcase="never_ends", python_path=[root]
+        ) as simulation:
+            raise KeyboardInterrupt
+    assert not simulation.running
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="relies on Linux's prctl")
+def test_simulator_dies_with_its_parent(root: Path, model: Model) -> None:
+    script = textwrap.dedent(f"""
+        import os, time
+        from pathlib import Path
+        from kvattic_sim.build import Model, Simulator, start_model
+        model = Model(simulator=Simulator({str(model.simulator)!r}), toplevel="counter",
+                      directory=Path({str(model.directory)!r}))
+        simulation = start_model(model, test_module="counter_tests", testcase="never_ends",
+                                 python_path=[Path({str(root)!r})])
+        print(simulation._process.pid, flush=True)
+        os.kill(os.getpid(), 9)
+    """)
+    parent = subprocess.run(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=False
+    )
+    deadline = time.monotonic() + 10
+    while _alive(int(parent.stdout)):
+        assert time.monotonic() < deadline, "the simulator outlived its parent"
+        time.sleep(0.05)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_several_runs_at_once(root: Path, model: Model) -> None:
+    results = in_threads(
+        3,
+        lambda: (
+            run_model(
+                model,
+                test_module="counter_tests",
+                testcase="counts",
+                env={"STEP": "3"},
+                python_path=[root],
+            ).run_dir
+        ),
+    )
+    assert len(set(results)) == 3
+
+
+def test_builders_at_once_share_one_build(root: Path, model: Model) -> None:
+    models = in_threads(3, lambda: compile_counter(root, model.simulator, step=7))
+    cached = [each.cached for each in models if isinstance(each, Model)]
+    assert sorted(cached) == [False, True, True]
+
+
+def test_broken_source_is_an_error_twice(root: Path, model: Model, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.sv"
+    broken.write_text("module broken(input clk);\n  assign nothing = ;\nendmodule\n")
+    for _ in range(2):
+        with pytest.raises(SimulatorError, match=r"broken\.sv:2"):
+            compile_model([broken], "broken", model.simulator, build_root=root / "sim")
+
+
+def test_missing_source_is_an_error(root: Path, model: Model) -> None:
+    with pytest.raises(SimulatorError, match=r"cannot read the source .*nowhere\.sv"):
+        compile_model([root / "nowhere.sv"], "nowhere", model.simulator, build_root=root / "sim")
+
+
+def test_no_sources_and_equal_names_are_errors(root: Path) -> None:
+    with pytest.raises(SimulatorError, match="no sources"):
+        compile_model([], "counter", Simulator.VERILATOR)
+    with pytest.raises(SimulatorError, match="names must differ"):
+        compile_model([root / "counter.sv"] * 2, "counter", Simulator.VERILATOR)
+
+
+def test_waves_are_recorded_on_demand(root: Path, model: Model) -> None:
+    with pytest.raises(ValueError, match="compile_model"):
+        run_model(model, test_module="counter_tests", waves=True)
+    recording = compile_counter(root, model.simulator, waves=True)
+    results = run_model(
+        recording,
+        test_module="counter_tests",
+        testcase="counts",
+        env={"STEP": "3"},
+        python_path=[root],
+        waves=True,
+    )
+    assert results.waves is not None
+    assert results.waves.stat().st_size > 0
+    assert results.waves.parent == results.run_dir
+
+
+def test_missing_icarus_says_what_to_install(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(root))
+    monkeypatch.setattr("kvattic_sim.build._tool_version", _uncached_tool_version())
+    with pytest.raises(SimulatorError, match="apt-get install iverilog"):
+        compile_counter(root, Simulator.ICARUS)
+
+
+def _uncached_tool_version() -> Callable[[Simulator], str]:
+    from kvattic_sim import build
+
+    function: Callable[[Simulator], str] = build._tool_version.__wrapped__
+    return function
+
+
+def test_delays_need_timing(tmp_path: Path, root: Path) -> None:
+    source = tmp_path / "delay.sv"
+    source.write_text(
+        "module delay(output reg q);\n  initial begin q = 0; #5 q = 1; end\nendmodule\n"
+    )
+    with pytest.raises(SimulatorError, match="timing"):
+        compile_model([source], "delay", Simulator.VERILATOR, build_root=root / "sim")
+
+
+def test_verilator_environment() -> None:
+    environment = verilator_environment()
+    first = environment["PATH"].split(os.pathsep)[0]
+    assert (Path(first) / "verilator_bin").is_file()
+    assert Path(first).parent == Path(environment["VERILATOR_ROOT"])

@@ -1,0 +1,522 @@
+"""The finisher among behavioural lanes, chain and memory, with stalls everywhere."""
+
+import importlib.util
+import random
+from collections import deque
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+from amaranth.sim import Simulator
+
+from kvattic.commands import COMPLETION, TRAILER, CompletionFlag, Status, result_row_bytes
+from kvattic.config import TINY, Config
+from kvattic.formats import SCORE_MASKED
+from kvattic_hdl.finisher import Finisher
+from kvattic_hdl.interfaces import Shapes
+
+
+def neighbour(name):
+    """The test module of that name beside this one (tests are no package)."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+Bus = neighbour("test_axi_write").Bus
+fp32_quotient = neighbour("test_divider").fp32_quotient
+
+BASE = 0x1_2345_6780_0000 & ~63
+RESULTS = 0xFEDC_0000_0000_0000
+COUNTERS = ("cycle", "beats", "starved", "barrier", "weights", "scores", "idle")
+FLAGS = ("score_overflow", "value_overflow", "duplicate")
+
+ONE_ROW = replace(TINY, rows=1, channels=1, jobs_in_flight=2)
+COPIES = replace(TINY, rows=3, channels=3, beat_bytes=32)
+ODD = Config(
+    channels=5,
+    rows=3,
+    head_dim=80,
+    beat_bytes=16,
+    page_bytes=1024,
+    codeword_bytes=512,
+    score_depth=256,
+)
+
+
+@dataclass
+class Job:
+    """A job as the lanes leave it behind, and how it should end."""
+
+    identifier: int
+    rows: int
+    result: int
+    lanes: bool = True
+    status: int = 0
+    where: int = 0
+    failed: bool = False
+    bus_error: bool = False
+    accumulators: list = field(default_factory=list)  # [lane][address][row][element]
+    denominators: list = field(default_factory=list)  # [lane][row]
+    maxima: list = field(default_factory=list)  # [row]
+    reports: list = field(default_factory=list)  # [lane] of dict
+    done_in: list = field(default_factory=list)  # [lane]: cycles until values_done
+
+
+def some_job(rng, config, number, kind):
+    """A random job; kind says how it ends."""
+    shapes = Shapes(config)
+    size = result_row_bytes(config.head_dim) * config.rows
+    rows = config.rows if number % 2 else rng.randint(1, config.rows)
+    job = Job(identifier=rng.getrandbits(16), rows=rows, result=RESULTS + number * (size + 64))
+    if kind == "empty":
+        job.lanes, job.status, job.where = False, rng.choice((1, 2, 7, 11)), rng.getrandbits(32)
+        return job
+    if kind == "failed":
+        job.failed, job.where = True, rng.getrandbits(32)
+    job.bus_error = kind == "bus_error"
+    bits = config.accumulator_bits - 1 - config.channels.bit_length() - shapes.copies
+
+    def accumulator():
+        return rng.getrandbits(rng.randint(1, bits)) * rng.choice(
+            (1, -1, 0) if rng.random() < 0.1 else (1, -1)
+        )
+
+    for _ in range(config.channels):
+        job.accumulators.append(
+            [
+                [
+                    [accumulator() for _ in range(config.elements_per_beat)]
+                    for _ in range(config.rows)
+                ]
+                for _ in range(shapes.drain_words)
+            ]
+        )
+        job.denominators.append(
+            [
+                rng.getrandbits(rng.randint(1, config.denominator_bits - 4))
+                for _ in range(config.rows)
+            ]
+        )
+        token = {name: rng.getrandbits(24) for name in ("nan_key_token", "nan_value_token")}
+        job.reports.append(
+            {
+                "nan_key": 0,
+                "nan_value": 0,
+                **token,
+                **{name: int(rng.random() < 0.1) for name in FLAGS},
+            }
+        )
+        job.done_in.append(rng.randint(0, 30))
+    job.maxima = [rng.randrange(SCORE_MASKED, -SCORE_MASKED) for _ in range(config.rows)]
+    if kind == "no_token":
+        job.maxima[0] = SCORE_MASKED
+        for lane in range(config.channels):
+            job.denominators[lane][0] = 0
+            for word in job.accumulators[lane]:
+                word[0] = [0] * config.elements_per_beat
+    if kind in ("nan_key", "nan_both"):
+        for report in rng.sample(job.reports, rng.randint(1, config.channels)):
+            report["nan_key"] = 1
+    if kind in ("nan_value", "nan_both"):
+        for report in rng.sample(job.reports, rng.randint(1, config.channels)):
+            report["nan_value"] = 1
+    return job
+
+
+def expected_status(job):
+    """(status, where) of the job's completion."""
+    if not job.lanes:
+        return job.status, job.where
+    if job.failed:
+        return Status.CODEWORD_TIMEOUT, job.where
+    for name, status in (("nan_key", Status.NAN_KEY), ("nan_value", Status.NAN_VALUE)):
+        tokens = [report[f"{name}_token"] for report in job.reports if report[name]]
+        if tokens:
+            return status, min(tokens)
+    return (Status.BUS_ERROR if job.bus_error else Status.OK), 0
+
+
+def expected_rows(config, job):
+    """Bytes of the job's result block."""
+    shapes, out = Shapes(config), b""
+    for row in range(job.rows):
+        denominator = sum(lane[row] for lane in job.denominators)
+        for channel in range(config.head_dim):
+            beat, element = divmod(channel, config.elements_per_beat)
+            total = sum(
+                lane[copy * config.beats_per_token + beat][row][element]
+                for lane in job.accumulators
+                for copy in range(shapes.copies)
+            )
+            out += fp32_quotient(total, denominator).to_bytes(4, "little")
+        out += TRAILER.pack(maximum=job.maxima[row] & (1 << 64) - 1, denominator=denominator)
+    return out
+
+
+def snapshot_of(cycle):
+    """Counters as they stand in this cycle: each tells the cycle, so that a mixture is seen."""
+    return {
+        name: cycle * (i + 3) & (1 << COMPLETION[name].size * 8) - 1
+        for i, name in enumerate(COUNTERS)
+    }
+
+
+def packed_snapshot(cycle):
+    """The same as the bits of the finisher's input."""
+    value = position = 0
+    for name, count in snapshot_of(cycle).items():
+        value |= count << position
+        position += COMPLETION[name].size * 8
+    return value
+
+
+def flat_report(layout, report):
+    return sum(report[name] << field.offset for name, field in layout)
+
+
+class World:
+    """Everything around the finisher; one `run` is one simulation of batches of jobs."""
+
+    def __init__(self, config, batches, *, seed=0, stall=0.0, lane_latency=5):
+        self.config, self.shapes, self.batches = config, Shapes(config), batches
+        self.rng, self.stall, self.lane_latency = random.Random(seed), stall, lane_latency
+        self.dut = Finisher(config)
+        jobs = [job for batch in batches for job in batch]
+        bad = [
+            job.result + (result_row_bytes(config.head_dim) if job.rows > 1 else 64)
+            for job in jobs
+            if job.bus_error
+        ]
+        self.bus = Bus(self.dut.axi, self.rng, stall, bad)
+        self.cycle = 0
+        self.inputs = {}
+        self.completed_at = []
+        self.freed_at = []
+        self.write_errors = 0
+
+    def run(self):
+        simulator = Simulator(self.dut)
+        simulator.add_clock(1e-9)
+        simulator.add_testbench(self.bench)
+        simulator.run()
+        self.check_memory()
+        return self
+
+    async def bench(self, ctx):
+        number = 0
+        for batch_number, batch in enumerate(self.batches):
+            ctx.set(self.dut.completion_base, self.base(batch_number))
+            ctx.set(self.dut.batch_start, 1)
+            await self.tick(ctx)
+            ctx.set(self.dut.batch_start, 0)
+            await self.run_batch(ctx, batch, number)
+            number += len(batch)
+        for _ in range(20):
+            await self.tick(ctx)
+        assert ctx.get(self.dut.quiet)
+
+    @staticmethod
+    def base(batch_number):
+        return BASE + batch_number * 0x10000
+
+    def chance(self):
+        return self.rng.random() >= self.stall
+
+    async def tick(self, ctx):
+        self.bus.drive(ctx)
+        ctx.set(self.dut.snapshot.as_value(), packed_snapshot(self.cycle))
+        values = await ctx.tick().sample(*self.sampled())
+        self.bus.step(ctx, values[2 + self.own :])
+        under_way = self.bus.addresses + self.bus.waiting
+        if any(address < RESULTS for address in under_way):
+            assert len(under_way) == 1, "a completion before its results are answered"
+        self.cycle += 1
+        return values[2 : 2 + self.own]
+
+    def sampled(self):
+        d = self.dut
+        own = (
+            d.jobs.valid,
+            d.jobs.ready,
+            d.waiting,
+            d.waiting_slot,
+            d.denominator_slot,
+            d.denominator_row,
+            d.final_slot,
+            d.final_row,
+            d.report_slot,
+            d.chain_head.valid,
+            d.chain_head.ready,
+            d.chain_head.payload.slot,
+            d.chain_head.payload.address,
+            d.chain_tail.valid,
+            d.chain_tail.ready,
+            d.freed,
+            d.freed_slot,
+            d.completed,
+            d.write_error,
+        )
+        self.own = len(own)
+        return own + self.bus.signals()
+
+    async def run_batch(self, ctx, batch, number, limit=60000):
+        dut, config, shapes, _rng = self.dut, self.config, self.shapes, self.rng
+        slots = config.jobs_in_flight
+        slot_job = [None] * slots  # what the lanes hold
+        since = [0] * slots
+        done = [0] * config.channels
+        given = passed = freed = completed = 0
+        chain = deque()  # (cycle in which it may leave, slot, address, data)
+        addresses = []
+        later = {}  # addresses applied in the last cycle
+        end = self.cycle + limit
+
+        while completed < len(batch):
+            assert self.cycle < end, "the batch did not end"
+            # Slots get their jobs as soon as they are free, as the loader would do it.
+            while given < len(batch) and given - freed < slots:
+                slot = (number + given) % slots
+                slot_job[slot], since[slot] = batch[given], self.cycle
+                given += 1
+            for lane in range(config.channels):
+                done[lane] = sum(
+                    1 << slot
+                    for slot, job in enumerate(slot_job)
+                    if job is not None
+                    and job.lanes
+                    and self.cycle - since[slot] >= job.done_in[lane]
+                )
+                self.set(ctx, dut.values_done[lane], done[lane], ("done", lane))
+            failed = sum(
+                1 << slot for slot, job in enumerate(slot_job) if job is not None and job.failed
+            )
+            self.set(ctx, dut.failed, failed, "failed")
+            oldest = next((job for job in batch[freed:] if job.failed), None)
+            self.set(ctx, dut.failed_where, oldest.where if oldest and failed else 0xDEAD, "where")
+
+            if passed < given and not ctx.get(dut.jobs.valid) and self.chance():
+                job = batch[passed]
+                ctx.set(
+                    dut.jobs.payload,
+                    {
+                        "slot": (number + passed) % slots,
+                        "lanes": job.lanes,
+                        "identifier": job.identifier,
+                        "rows": job.rows,
+                        "result": job.result,
+                        "status": job.status,
+                        "where": 0 if job.lanes else job.where,
+                    },
+                )
+                ctx.set(dut.jobs.valid, 1)
+            ctx.set(dut.chain_head.ready, len(chain) < config.channels + 1 and self.chance())
+            if (
+                chain
+                and chain[0][0] <= self.cycle
+                and not ctx.get(dut.chain_tail.valid)
+                and self.chance()
+            ):
+                _, slot, address, words = chain[0]
+                ctx.set(dut.chain_tail.payload, {"slot": slot, "address": address, "data": words})
+                ctx.set(dut.chain_tail.valid, 1)
+
+            (
+                jobs_valid,
+                jobs_ready,
+                waiting,
+                waiting_slot,
+                d_slot,
+                d_row,
+                f_slot,
+                f_row,
+                r_slot,
+                head_valid,
+                head_ready,
+                head_slot,
+                head_address,
+                tail_valid,
+                tail_ready,
+                is_freed,
+                freed_slot,
+                is_completed,
+                error,
+            ) = await self.tick(ctx)
+            self.write_errors += error
+
+            # Memories: two cycles from address to value.
+            if later:
+                self.answer(ctx, slot_job, later)
+            later = {"denominator": (d_slot, d_row), "final": (f_slot, f_row), "report": r_slot}
+
+            if waiting:
+                assert jobs_valid
+                assert slot_job[waiting_slot] is batch[passed]
+            if head_valid and head_ready:
+                job = slot_job[head_slot]
+                assert job is batch[passed]
+                assert all(value >> head_slot & 1 for value in done)
+                addresses.append(head_address)
+                words = [
+                    [
+                        sum(lane[head_address][row][e] for lane in job.accumulators)
+                        for e in range(config.elements_per_beat)
+                    ]
+                    for row in range(config.rows)
+                ]
+                chain.append(
+                    (
+                        self.cycle + self.lane_latency * config.channels,
+                        head_slot,
+                        head_address,
+                        words,
+                    )
+                )
+            if tail_valid and tail_ready:
+                chain.popleft()
+                ctx.set(dut.chain_tail.valid, 0)
+            if is_freed:
+                job = batch[freed]
+                # With the last word, not later.
+                assert not job.lanes or (tail_valid and tail_ready)
+                assert freed_slot == (number + freed) % slots
+                assert slot_job[freed_slot] is job
+                assert not chain
+                if job.lanes:
+                    beats = config.beats_per_token
+                    assert addresses == [
+                        c * beats + b for b in range(beats) for c in range(shapes.copies)
+                    ]
+                addresses = []
+                slot_job[freed_slot] = None
+                self.freed_at.append(self.cycle)
+                freed += 1
+            if jobs_valid and jobs_ready:
+                assert freed == passed + 1
+                passed += 1
+                ctx.set(dut.jobs.valid, 0)
+            if is_completed:
+                base = next(self.base(i) for i, b in enumerate(self.batches) if b is batch)
+                assert self.bus.answered[-1] == base + 64 * completed
+                assert not self.bus.waiting
+                completed += 1
+                self.completed_at.append(self.cycle)
+        assert freed == passed == len(batch)
+
+    def set(self, ctx, target, value, name):
+        """Sets an input only when it changes, which is most of the simulation's time."""
+        if self.inputs.get(name) != value:
+            self.inputs[name] = value
+            ctx.set(target, value)
+
+    def answer(self, ctx, slot_job, addresses):
+        """What the memories put out; where nobody should look it is all ones."""
+        dut, layout, rows = self.dut, self.shapes.report, self.config.rows
+        slot, row = addresses["denominator"]
+        job = slot_job[slot] if slot_job[slot] is not None and slot_job[slot].lanes else None
+        for lane in range(self.config.channels):
+            value = (
+                job.denominators[lane][row]
+                if job and row < rows
+                else (1 << dut.denominators[lane].shape().width) - 1
+            )
+            self.set(ctx, dut.denominators[lane], value, ("denominator", lane))
+        slot, row = addresses["final"]
+        job = slot_job[slot] if slot_job[slot] is not None and slot_job[slot].lanes else None
+        self.set(ctx, dut.final, job.maxima[row] if job and row < rows else -1, "final")
+        slot = addresses["report"]
+        job = slot_job[slot] if slot_job[slot] is not None and slot_job[slot].lanes else None
+        for lane in range(self.config.channels):
+            value = flat_report(layout, job.reports[lane]) if job else (1 << layout.size) - 1
+            self.set(ctx, dut.reports[lane].as_value(), value, ("report", lane))
+
+    def check_memory(self):
+        """All that was written is what should be, where it should be, and once."""
+        wanted = {}
+        completions = {}
+        for batch_number, batch in enumerate(self.batches):
+            for entry, job in enumerate(batch):
+                status, _ = expected_status(job)
+                if status in (Status.OK, Status.BUS_ERROR) and job.lanes:
+                    block = expected_rows(self.config, job)
+                    wanted |= {job.result + i: block[i : i + 64] for i in range(0, len(block), 64)}
+                completions[self.base(batch_number) + 64 * entry] = job
+        written = dict(self.bus.lines)
+        assert len(written) == len(self.bus.lines), "a line was written twice"
+        assert written.keys() == wanted.keys() | completions.keys()
+        for address, line in wanted.items():
+            assert written[address] == line, hex(address)
+        for address, job in completions.items():
+            values = COMPLETION.unpack(written[address])
+            assert (values["status"], values["where"]) == expected_status(job)
+            assert values["identifier"] == job.identifier
+            assert values["done"] == 1
+            flags = 0
+            for name in FLAGS:
+                if job.lanes and any(report[name] for report in job.reports):
+                    flags |= CompletionFlag[name.upper()]
+            assert values["flags"] == flags
+            cycle = values["cycle"] // 3
+            assert {name: values[name] for name in COUNTERS} == snapshot_of(cycle)
+            assert written[address] == COMPLETION.pack(**values)
+
+
+ALL_KINDS = (
+    "ok",
+    "empty",
+    "failed",
+    "nan_key",
+    "ok",
+    "nan_value",
+    "nan_both",
+    "no_token",
+    "empty",
+    "empty",
+    "bus_error",
+    "failed",
+    "ok",
+)
+
+
+def batch_of(config, kinds, seed, first=0):
+    rng = random.Random(seed)
+    return [some_job(rng, config, first + number, kind) for number, kind in enumerate(kinds)]
+
+
+@pytest.mark.parametrize("stall", [0.0, 0.3, 0.8])
+def test_all_statuses(stall):
+    world = World(TINY, [batch_of(TINY, ALL_KINDS, 1)], stall=stall, seed=int(stall * 10)).run()
+    assert world.write_errors == 1
+
+
+@pytest.mark.parametrize("config", [ONE_ROW, COPIES, ODD], ids=["one_row", "copies", "odd"])
+@pytest.mark.parametrize("stall", [0.0, 0.5])
+def test_geometries(config, stall):
+    kinds = ("ok", "nan_key", "failed", "no_token", "ok")
+    World(config, [batch_of(config, kinds, 2)], stall=stall, seed=3).run()
+
+
+def test_copies_are_there():
+    """The geometry with copies has them, the others have none."""
+    assert Shapes(COPIES).copies == 2
+    assert {Shapes(config).copies for config in (TINY, ONE_ROW, ODD)} == {1}
+
+
+def test_batches_count_from_zero():
+    first = batch_of(TINY, ("ok", "empty", "ok"), 4)
+    second = batch_of(TINY, ("empty", "ok"), 5, first=3)
+    World(TINY, [first, second], seed=6, stall=0.2).run()
+
+
+@pytest.mark.parametrize("config", [TINY, ONE_ROW], ids=["tiny", "one_row"])
+def test_throughput(config):
+    """Jobs that are done follow each other at rows * head_dim cycles and a small constant."""
+    jobs = batch_of(config, ["ok"] * 4, 8)
+    for job in jobs:
+        job.rows, job.done_in = config.rows, [0] * config.channels
+    world = World(config, [jobs], lane_latency=3).run()
+    gaps = [b - a for a, b in zip(world.freed_at, world.freed_at[1:], strict=False)]
+    assert max(gaps) <= config.rows * config.head_dim + config.channels * (config.rows + 3) + 80, (
+        gaps
+    )
