@@ -45,7 +45,7 @@ def decode(bits: ValueLike, element: ElementFormat) -> Decoded:
 
 
 def add_carry(a: ValueLike, b: ValueLike, carry: ValueLike) -> Value:
-    """a + b + carry as one adder: the carry enters below the least bit."""
+    """A + b + carry as one adder: the carry enters below the least bit."""
     a, b = Value.cast(a), Value.cast(b)
     wide_a = Cat(C(1, 1), a)
     wide_b = Cat(carry, b)
@@ -57,7 +57,7 @@ def add_carry(a: ValueLike, b: ValueLike, carry: ValueLike) -> Value:
 
 
 def times(value: ValueLike, factor: int) -> Value:
-    """value * factor by shifts and adds (factor is a small constant)."""
+    """Value * factor by shifts and adds (factor is a small constant)."""
     value = Value.cast(value)
     terms = [value << bit for bit in range(factor.bit_length()) if factor >> bit & 1]
     total = terms[0]

@@ -123,7 +123,7 @@ class Cell(wiring.Component):
             m.d.sync += [shift_4.eq(KEY_CLIP), clipped_4.eq(1)]
         with m.Elif(self.shift < 0):
             m.d.sync += [shift_4.eq(0), clipped_4.eq(1)]
-        with m.If((self.shift >= 64)):
+        with m.If(self.shift >= 64):
             m.d.sync += gone_4.eq(1)
 
         # Stages 4 to 6: shift right by 0 to 63, fine places first, so that the early stages are narrow.

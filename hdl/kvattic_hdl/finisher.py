@@ -30,10 +30,11 @@ class Finisher(wiring.Component):
     then its completion once their responses have come).  While one job is written the next one is
     gathered and drained into the other half.
 
-    Latency: from `values_done` about ``channels + 60 + rows * head_dim`` cycles until the first
-    line is written. Throughput: a job each ``rows * head_dim`` cycles (rows of the job; as many
-    times more as there are copies of the accumulators) and about 40 plus what the first word takes
-    through the lanes, unless writing takes longer. Ordering: completions in the order of `jobs`.
+    Latency: from `values_done` to a job's first line about as long as the throughput's interval.
+    Throughput: a job each ``rows * head_dim`` cycles (rows of the job; as many times more as there
+    are copies of the accumulators) and about 40 and the longer of gathering (``rows * (channels +
+    5)``) and the first word's way through the lanes, unless writing takes longer.
+    Ordering: completions in the order of `jobs`.
     Reset drops all jobs; raise `stop` and wait for `quiet` before it.
 
     Status: what the job came with; else CODEWORD_TIMEOUT if its slot has failed; else NAN_KEY,

@@ -113,7 +113,7 @@ class Lane(wiring.Component):
         m = Module()
         config, shapes = self.config, self.shapes
         slots, rows, elements = config.jobs_in_flight, config.rows, config.elements_per_beat
-        element = config.element.format
+        element = config.element.encoding
 
         # ---------------------------------------------------------------- jobs
 

@@ -172,7 +172,7 @@ class _QueryCheck(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        form = self._config.element.format
+        form = self._config.element.encoding
         special = Signal(WORD_ELEMENTS)
         row, index = Signal.like(self.row), Signal.like(self.index)
         for i in range(WORD_ELEMENTS):
@@ -391,7 +391,7 @@ class Loader(wiring.Component):
                 scale_exponent
                 - FP32_BIAS
                 + SCORE_WINDOW_FRACTION
-                - 2 * config.element.format.offset
+                - 2 * config.element.encoding.offset
             ),
         ]
         step = Signal(3)

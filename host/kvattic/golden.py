@@ -173,13 +173,13 @@ class Trace:
 
 
 def decode(bits: Bits, element: Element) -> Decoded:
-    """Split elements: the value is significand * 2**(exponent - element.format.offset).
+    """Split elements: the value is significand * 2**(exponent - element.encoding.offset).
 
     Args:
         bits: uint16 of any shape.
         element: their format.
     """
-    form = element.format
+    form = element.encoding
     ones = (1 << form.exponent_bits) - 1
     field = (bits >> np.uint16(form.fraction_bits)) & np.uint16(ones)
     normal = field != 0
@@ -196,7 +196,7 @@ def decode(bits: Bits, element: Element) -> Decoded:
 
 def _first_special(bits: Bits, element: Element) -> tuple[int, int] | None:
     """(row, channel) of the first NaN or infinity in row-major order."""
-    form = element.format
+    form = element.encoding
     ones = np.uint16(((1 << form.exponent_bits) - 1) << form.fraction_bits)
     found = (bits & ones) == ones
     if not found.any():
@@ -243,7 +243,7 @@ def score_sums(
     """
     rows, tokens, head_dim = query.shape[0], key.shape[0], key.shape[1]
     offset = (
-        (scale_bits >> (SCALE_BITS - 1)) - 127 + SCORE_WINDOW_FRACTION - 2 * element.format.offset
+        (scale_bits >> (SCALE_BITS - 1)) - 127 + SCORE_WINDOW_FRACTION - 2 * element.encoding.offset
     )
     row = decode(query, element)
     row_sign = _signs(row.negative)
@@ -389,7 +389,7 @@ def value_sums(
     """
     rows, (tokens, head_dim) = significand.shape[0], value.shape
     # Least bit of the product against that of the window, before the element's exponent.
-    offset = VALUE_FRACTION - (WEIGHT_BITS - 1) - element.format.offset
+    offset = VALUE_FRACTION - (WEIGHT_BITS - 1) - element.encoding.offset
     row_shift = PRODUCT_SHIFT - offset + exponent
     high = np.zeros((rows, head_dim), np.int64)
     low = np.zeros((rows, head_dim), np.int64)

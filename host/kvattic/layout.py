@@ -97,7 +97,7 @@ def storage_bits(values: ArrayLike, element: Element, name: str = "values") -> B
             f"{element.value}, not {array.dtype}"
         )
     bits = to_bits(array, element)
-    form = element.format
+    form = element.encoding
     ones = np.uint16(((1 << form.exponent_bits) - 1) << form.fraction_bits)
     special = (bits & ones) == ones
     if special.any():

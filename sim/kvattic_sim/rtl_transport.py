@@ -12,7 +12,6 @@ Python sleeps until the interrupt; while Python works, simulated time stands sti
 import contextlib
 import itertools
 import logging
-import os
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable

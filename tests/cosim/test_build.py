@@ -1,5 +1,6 @@
 """The build-and-run helper, on real simulators with a design of a few lines."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -60,17 +61,21 @@ async def never_ends(dut):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of this worker's own, with the sources and the models.
+    """A directory of this session's own, with the sources and the models; xdist's workers share it.
 
-    The models are built there; Verilator's run-time library is the one in build/, to save its time.
+    Verilator's run-time library is the one in build/, to save its time.
     """
-    path = tmp_path_factory.mktemp("build")
-    (path / "counter.sv").write_text(COUNTER)
-    (path / "counter_tests.py").write_text(TESTS)
-    (path / "sim").mkdir()
+    base = tmp_path_factory.getbasetemp()
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "build"
+    (path / "sim").mkdir(parents=True, exist_ok=True)
+    for name, text in {"counter.sv": COUNTER, "counter_tests.py": TESTS}.items():
+        part = path / f"{name}.{os.getpid()}"
+        part.write_text(text)
+        part.replace(path / name)
     for waves in (False, True):
         library = prepare_runtime(waves=waves)
-        (path / "sim" / library.name).symlink_to(library)
+        with contextlib.suppress(FileExistsError):
+            (path / "sim" / library.name).symlink_to(library)
     return path
 
 

@@ -44,7 +44,7 @@ class Reference(NamedTuple):
 
 def number(bits: int, element: Element) -> Number:
     """Decode one element."""
-    form = element.format
+    form = element.encoding
     sign, field = bits >> 15, bits >> form.fraction_bits & ((1 << form.exponent_bits) - 1)
     fraction = bits & ((1 << form.fraction_bits) - 1)
     aligned = 10 - form.fraction_bits

@@ -142,7 +142,7 @@ def test_shifts_of_the_formats() -> None:
 
 def test_value_products_of_fp16_never_clip() -> None:
     """No weight and fp16 value needs a left shift, so that fp16 never raises VALUE_OVERFLOW."""
-    form = Element.FP16.format
+    form = Element.FP16.encoding
     least = (
         golden.PRODUCT_SHIFT
         - (VALUE_FRACTION - (WEIGHT_BITS - 1) - form.offset)
@@ -163,7 +163,7 @@ def test_fp16_least_bits_of_values_are_kept() -> None:
     ("element", "offset", "exponent_max"), [(Element.FP16, 25, 30), (Element.BF16, 137, 254)]
 )
 def test_element_formats(element: Element, offset: int, exponent_max: int) -> None:
-    form = element.format
+    form = element.encoding
     assert form.offset == offset
     assert form.exponent_max == exponent_max
     assert 1 + form.exponent_bits + form.fraction_bits == 16

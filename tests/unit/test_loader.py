@@ -185,7 +185,7 @@ def run(
 
 def element(rng, config):
     """A finite number's bits."""
-    form = config.element.format
+    form = config.element.encoding
     return (
         rng.getrandbits(1) << 15
         | rng.randint(0, form.exponent_max) << form.fraction_bits
@@ -255,7 +255,7 @@ def expected_start(config, command, slot, epoch):
         "k_offset": (command["scale"] >> 23)
         - 127
         + SCORE_WINDOW_FRACTION
-        - 2 * config.element.format.offset,
+        - 2 * config.element.encoding.offset,
         "scale": 1 << 23 | command["scale"] & (1 << 23) - 1,
     }
 
@@ -529,7 +529,7 @@ def test_numbers_at_the_limits_are_taken(name):
 @pytest.mark.parametrize("name", ["tiny", "gqa", "wide", "middle"])
 def test_nan_in_a_query(name):
     config = CONFIGS[name]
-    form = config.element.format
+    form = config.element.encoding
     rng = random.Random(name)
     host = Host()
     infinity = (form.exponent_max + 1) << form.fraction_bits
