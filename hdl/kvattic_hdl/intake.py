@@ -16,10 +16,10 @@ from kvattic_hdl.interfaces import EPOCH_BITS, TOKEN_BITS, Shapes
 class Intake(wiring.Component):
     """Takes codewords in any order; lets each one that was asked for through exactly once.
 
-    A codeword is `beats_per_codeword` beats; its tag is read with the first one.  It is dropped whole, with an event, when
-    its epoch is not the slot's or the job failed (stale), when it was not requested or is a V codeword whose slot is
-    not open (bad tag), or when it came before (duplicate).  One bit for each place of the score ring tells: K sets it,
-    V clears it, so that it is clear again for the place's next user.
+    A codeword is `beats_per_codeword` beats; its tag is read with the first one.  It is dropped whole, with an event,
+    when its epoch is not the slot's or the job failed (stale), when it was not requested or is a V codeword whose slot
+    is not open (bad tag), or when it came before (duplicate).  One bit for each place of the score ring tells: K
+    sets it, V clears it, so that it is clear again for the place's next user.
 
     Latency 4 cycles and that of the FIFO; one beat each cycle.  After reset `ready` stays low until the bits are swept.
 

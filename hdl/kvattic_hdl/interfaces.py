@@ -10,9 +10,8 @@ from amaranth.utils import bits_for, ceil_log2
 
 from kvattic.config import Config
 from kvattic.formats import SCALE_BITS, SCORE_BITS, WEIGHT_BITS, WEIGHT_EXPONENT_BITS
+from kvattic.layout import TOKEN_BITS
 
-TOKEN_BITS = 24
-"""Bits of a token number inside the engine (Config keeps max_tokens below 2**24)."""
 EPOCH_BITS = 4
 PAGE_BITS = 32
 K_OFFSET_BITS = 10

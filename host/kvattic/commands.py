@@ -66,7 +66,7 @@ class Status(IntEnum):
     INVALID_ROWS = 3
     """where: the number of rows."""
     INVALID_LENGTH = 4
-    """No token, more tokens than the score buffers hold, or base_token not below end_token."""
+    """No token, more tokens than the score buffers hold, token numbers beyond 24 bits, or base_token off its page."""
     INVALID_ADDRESS = 5
     """query or result not 64-byte aligned or not inside the buffer window; where: 0 query, 1 result."""
     INVALID_SCALE = 6
@@ -80,14 +80,14 @@ class Status(IntEnum):
     CODEWORD_TIMEOUT = 10
     """A codeword never came; where: channel * 65536 + kind * 32768 + codewords still missing there."""
     BUS_ERROR = 11
-    """The host memory answered a read with an error; where: 0."""
+    """The host memory answered a read of the command or query, or a write of the result, with an error; where: 0."""
 
 
 class CompletionFlag(IntFlag):
     """Things that happened although the command was served."""
 
     SCORE_OVERFLOW = 1
-    """A product or a score was clipped at the top of its window."""
+    """A product or a score was clipped at the top of its window (docs/numerics.md says to what)."""
     VALUE_OVERFLOW = 2
     """A product weight*v was clipped at the top of its window (bf16 only)."""
     DUPLICATE = 4

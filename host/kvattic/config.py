@@ -59,6 +59,9 @@ class Config:
             value = getattr(self, field.name)
             if field.type in (int, "int") and (not isinstance(value, int) or isinstance(value, bool)):
                 raise ConfigError(f"{field.name} must be an int, not {value!r}")
+        if not isinstance(self.clock_mhz, (int, float)) or isinstance(self.clock_mhz, bool):
+            raise ConfigError(f"clock_mhz must be a number, not {self.clock_mhz!r}")
+        object.__setattr__(self, "clock_mhz", float(self.clock_mhz))
         self._check(1 <= self.channels <= MAX_CHANNELS, "channels", f"1 to {MAX_CHANNELS}")
         self._check(self.beat_bytes in BEAT_BYTES, "beat_bytes", f"one of {BEAT_BYTES}")
         self._check(1 <= self.rows <= MAX_ROWS, "rows", f"1 to {MAX_ROWS}")
@@ -72,7 +75,7 @@ class Config:
         self._check(self.score_depth >= self.codewords_per_page << self.slot_bits_per_codeword, "score_depth",
                     f"at least one page of tokens ({self.codewords_per_page << self.slot_bits_per_codeword})")
         self._check(2 <= self.jobs_in_flight <= 16, "jobs_in_flight", "2 to 16")
-        self._check(self.clock_mhz > 0, "clock_mhz", "positive")
+        self._check(0 < self.clock_mhz < float("inf"), "clock_mhz", "positive and finite")
         self._check(self.max_tokens < 1 << 24, "score_depth", "such that channels * score_depth is below 2**24")
 
     def _check(self, good: bool, name: str, what: str) -> None:
@@ -133,8 +136,10 @@ class Config:
 
     @property
     def accumulator_bits(self) -> int:
-        """Width of an output accumulator: no sum of `max_tokens` addends can overflow it."""
-        return VALUE_WINDOW_BITS - 1 + (self.max_tokens - 1).bit_length() + 1
+        """Width of an output accumulator: no sum of `max_tokens` addends can overflow it (docs/numerics.md)."""
+        # An fp16 addend stays below half of the window; only bf16 values can fill it.
+        addend = VALUE_WINDOW_BITS - (self.element is Element.FP16)
+        return addend + (self.max_tokens - 1).bit_length() + 1
 
     @property
     def denominator_bits(self) -> int:
@@ -167,8 +172,13 @@ class Config:
 
     @property
     def hash(self) -> int:
-        """32 bits that stand in the ID registers; the driver refuses a device with another value."""
-        return int.from_bytes(hashlib.sha256(self.to_json().encode()).digest()[:4], "little")
+        """32 bits that stand in the ID registers; the driver refuses a device with another value.
+
+        All fields but `clock_mhz`, which changes no hardware.
+        """
+        built = {name: value for name, value in asdict(self).items() if name != "clock_mhz"}
+        text = json.dumps(built, sort_keys=True)
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 
 
 TINY = Config(channels=2, rows=2, head_dim=32, page_bytes=1024, codeword_bytes=256, score_depth=256)

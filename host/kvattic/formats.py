@@ -92,7 +92,7 @@ class Element(StrEnum):
     BF16 = "bf16"
 
     @property
-    def format(self) -> ElementFormat:
+    def encoding(self) -> ElementFormat:
         """The bit fields of this format."""
         return _FORMATS[self]
 
@@ -117,7 +117,8 @@ def exp_table() -> tuple[tuple[int, int, int], ...]:
     """Coefficients (c0, c1, c2) of 2**f for each segment, as integers with `EXP_FRACTION` fractional bits.
 
     With t the position inside the segment, 0 <= t < 1:  2**f = c0 + c1*t + c2*t**2, a Chebyshev interpolation
-    (largest error 1.3e-8).  Computed in decimal arithmetic, so that every machine makes the same table.
+    (largest error 1.3e-8 before the coefficients are rounded).  Computed in decimal arithmetic, so that every
+    machine makes the same table.
     """
     with localcontext() as context:
         context.prec = 40

@@ -27,7 +27,7 @@ from kvattic_sim.testbench import build_testbench
 from kvattic_sim.workloads import STALLS, Attention, Usage, attend, decode, minilm
 
 MINILM = Config(channels=8, rows=8, head_dim=32, page_bytes=4096)
-"""MiniLM's geometry: eight queries share each pass; 4 KiB pages, as in the paper, so that 512 tokens lie on all channels."""
+"""MiniLM's geometry: eight queries share a pass; 4 KiB pages as in the paper, so that 512 tokens use all channels."""
 
 FLASH = FlashSettings(latency=64, jitter=16, shuffle=True)
 """Codewords come at full lane rate, out of order."""
@@ -56,7 +56,8 @@ def equal_bits(attention: Attention, result: AttendResult, config: Config) -> ND
         golden = sequence.attend(attention.query)
     equal = (golden.bits == result.bits).all(axis=2) & (golden.maximum == result.maximum)
     equal &= golden.denominator == result.denominator
-    return equal.reshape(kv_heads, -1).all(axis=1)
+    heads: NDArray[np.bool_] = equal.reshape(kv_heads, -1).all(axis=1)
+    return heads
 
 
 def show(console: Console, title: str, config: Config, attention: Attention, usage: list[Usage],
@@ -110,8 +111,8 @@ def simulate(console: Console, title: str, config: Config, attention: Attention,
     equal = equal_bits(attention, result, config)
     show(console, title, config, attention, usage, errors, equal)
     cycles, seconds = sum(u.cycles for u in usage), sum(u.seconds for u in usage)
-    console.print(f"  model built in {built:.1f} s; {cycles:,} cycles in {seconds:.1f} s = {cycles / seconds:,.0f} cycles/s"
-                  f"; at {config.clock_mhz:g} MHz this takes {cycles / config.clock_mhz / 1e3:.2f} ms\n", highlight=False)
+    console.print(f"  model built in {built:.1f} s; {cycles:,} cycles in {seconds:.1f} s, {cycles / seconds:,.0f}/s; "
+                  f"{cycles / config.clock_mhz / 1e3:.2f} ms at {config.clock_mhz:g} MHz\n", highlight=False)
     if run.waves:
         console.print(f"  waves: {run.waves}\n")
     return bool(equal.all())
@@ -124,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, nargs="*", default=[0], choices=load_minilm().layers,
                         help="MiniLM layers to run (0 and 5 are in the repository)")
     parser.add_argument("--heads", type=int, default=12, help="MiniLM heads to run")
-    parser.add_argument("--decode-heads", type=int, default=8, help="OPT-13B heads of the decode step (it has 40); 0: none")
+    parser.add_argument("--decode-heads", type=int, default=8, help="OPT-13B heads of the decode step (of 40); 0: none")
     parser.add_argument("--preset", default="paper", choices=[n for n, c in PRESETS.items() if c.head_dim == 128],
                         help="configuration of the decode step")
     parser.add_argument("--waves", action="store_true", help="record waves of a short run under build/")

@@ -76,9 +76,9 @@ def xilinx(config: Config, name: str) -> dict[str, Area]:
     children: dict[str, Counter[str]] = {}
     for key, module in modules.items():
         cells = Counter(module["num_cells_by_type"])
-        own[key.lstrip("\\")] = Counter({c: n for c, n in cells.items() if "\\" + c not in modules and c not in modules})
-        children[key.lstrip("\\")] = Counter({c.lstrip("\\"): n for c, n in cells.items()
-                                              if "\\" + c in modules or c in modules})
+        inner = {c for c in cells if c in modules or "\\" + c in modules}
+        own[key.lstrip("\\")] = Counter({c: n for c, n in cells.items() if c not in inner})
+        children[key.lstrip("\\")] = Counter({c.lstrip("\\"): cells[c] for c in inner})
 
     def whole(module: str) -> Counter[str]:
         cells = Counter(own[module])

@@ -1,10 +1,9 @@
 """The golden model against a slow reference, at the edges of the formats, and its laws."""
 
 import dataclasses
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
-
-from dataclasses import replace
 
 import numpy as np
 import pytest

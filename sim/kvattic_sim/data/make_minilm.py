@@ -66,6 +66,7 @@ class Shape:
 
     @classmethod
     def read(cls, path: Path) -> "Shape":
+        """The shape that the model's configuration file states."""
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         for key, want in (("model_type", "bert"), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
             if config[key] != want:
@@ -175,6 +176,7 @@ def bundled_model() -> Path:
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
