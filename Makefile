@@ -12,7 +12,7 @@ RUN     = $(PY) -m
 SIM_ARGS = --simulator $(SIM) $(if $(PRESET),--preset $(PRESET))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sim waves verilog bench synth lint types test check clean
+.PHONY: help setup sim waves verilog bench synth docs lint types test check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ bench: $(VENV)/.stamp-sim  ## run the benchmarks
 
 synth: $(VENV)/.stamp-synth  ## synthesise, and place and route for ECP5
 	@$(RUN) kvattic_sim.synth $(if $(PRESET),--preset $(PRESET))
+
+docs: $(VENV)/.stamp-sim  ## regenerate docs/commands.md and include/kvattic.h
+	@$(RUN) kvattic_sim.docs
 
 lint: $(VENV)/.stamp-dev  ## check the style
 	@$(RUN) ruff check

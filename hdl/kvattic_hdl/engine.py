@@ -14,6 +14,7 @@ from kvattic_hdl.interfaces import EPOCH_BITS, Shapes
 from kvattic_hdl.lane import Lane
 from kvattic_hdl.loader import Loader
 from kvattic_hdl.maximum import Maximum
+from kvattic_hdl.shared import shared
 from kvattic_hdl.watchdog import Watchdog
 
 
@@ -69,13 +70,16 @@ class Engine(wiring.Component):
         reset = ResetInserter(control.reset)
         loader, maximum, finisher = Loader(config), Maximum(config), Finisher(config)
         watchdog = Watchdog(config)
-        lanes = [Lane(config, channel) for channel in channels]
         m.submodules.loader = reset(loader)
         m.submodules.maximum = reset(maximum)
         m.submodules.finisher = reset(finisher)
         m.submodules.watchdog = reset(watchdog)
-        for channel, lane in zip(channels, lanes, strict=True):
-            m.submodules[f"lane_{channel}"] = reset(lane)
+        lanes = []
+        for channel in channels:
+            lane, submodule = shared(platform, "kvattic_lane", lambda: Lane(config), control.reset)
+            m.submodules[f"lane_{channel}"] = submodule
+            m.d.comb += lane.channel.eq(channel)
+            lanes.append(lane)
 
         # Host side.
         connect(m, flipped(self.host), control.bus)

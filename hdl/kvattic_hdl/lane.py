@@ -21,6 +21,7 @@ from kvattic_hdl.exponential import Exponential
 from kvattic_hdl.intake import Intake
 from kvattic_hdl.interfaces import MISSING_BITS, SHIFT_BITS, TOKEN_BITS, Shapes
 from kvattic_hdl.score import ScoreUnit, score_interval
+from kvattic_hdl.shared import shared
 from kvattic_hdl.walker import Walker
 from kvattic_hdl.weights import WeightUnit
 
@@ -39,11 +40,11 @@ class Lane(wiring.Component):
     Parameters
     ----------
     config : Config
-    channel : int
-        The lane's number.
 
     Members
     -------
+    channel : In(channel)
+        The lane's number, constant.
     codewords : In(stream of beat)
     requests : Out(stream of request)
     load_valid, load : In
@@ -65,7 +66,7 @@ class Lane(wiring.Component):
     chain_i : In(stream of partial), chain_o : Out(stream of partial)
         Adds the lane's sums to each word that passes, and clears them.
     report_slot : In, report : Out(report) two cycles later
-    missing_key, missing_value : Out(15)
+    missing_key, missing_value : Out(16)
         Codewords of `report_slot` that were asked for and not accounted for yet, two cycles later.
     events : Out(events)
     offender : Out(tag)
@@ -73,12 +74,12 @@ class Lane(wiring.Component):
     ready : Out(1)
     """
 
-    def __init__(self, config: Config, channel: int) -> None:
+    def __init__(self, config: Config) -> None:
         self.config = config
-        self.channel = channel
         self.shapes = shapes = Shapes(config)
         slots = config.jobs_in_flight
         super().__init__({
+            "channel": In(shapes.channel),
             "codewords": In(stream.Signature(shapes.beat)),
             "requests": Out(stream.Signature(shapes.request)),
             "load_valid": In(1),
@@ -102,8 +103,8 @@ class Lane(wiring.Component):
             "chain_o": Out(stream.Signature(shapes.partial)),
             "report_slot": In(shapes.slot),
             "report": Out(shapes.report),
-            "missing_key": Out(MISSING_BITS),
-            "missing_value": Out(MISSING_BITS),
+            "missing_key": Out(MISSING_BITS + 1),
+            "missing_value": Out(MISSING_BITS + 1),
             "events": Out(shapes.events),
             "offender": Out(shapes.tag),
             "ready": Out(1),
@@ -351,17 +352,19 @@ class Lane(wiring.Component):
         weight_shape = data.ArrayLayout(shapes.weight, rows)
         gathered, weights_1 = Signal(weight_shape), Signal(weight_shape)
         gathered_rows = Signal(range(rows + 1))
-        full, use = Signal(), Signal()
+        full, use, gather = Signal(), Signal(), Signal()
         m.d.comb += [
             full.eq(gathered_rows == rows),
             waits_weight.eq(~header.key & first & ~full),
             use.eq(issue & ~header.key & first),
-            weight_unit.weights.ready.eq(~full),
+            weight_unit.weights.ready.eq(~full | use),
+            gather.eq(weight_unit.weights.valid & weight_unit.weights.ready),
         ]
         with m.If(use):
-            m.d.sync += [weights_1.eq(gathered), gathered_rows.eq(0)]
-        with m.Elif(weight_unit.weights.valid & ~full):
-            m.d.sync += gathered_rows.eq(gathered_rows + 1)
+            m.d.sync += [weights_1.eq(gathered), gathered_rows.eq(gather)]
+        with m.Else():
+            m.d.sync += gathered_rows.eq(gathered_rows + gather)
+        with m.If(gather):
             m.d.sync += gathered.as_value().eq(
                 Cat(gathered.as_value(), weight_unit.weights.payload.as_value())[shapes.weight.size :])
 
@@ -428,7 +431,12 @@ class Lane(wiring.Component):
         value_base = HEADROOM - (VALUE_FRACTION - (WEIGHT_BITS - 1) - element.offset)
         m.d.sync += base_2.eq(Mux(pipe[1].key, key_base - scale_port.data.k_offset, value_base))
         special_2 = Signal(elements)
-        cells = [[Cell(config) for _ in range(elements)] for _ in range(rows)]
+        cells = []
+        for r in range(rows):
+            cells.append([])
+            for e in range(elements):
+                cell, m.submodules[f"cell_{r}_{e}"] = shared(platform, "kvattic_cell", lambda: Cell(config))
+                cells[r].append(cell)
         exponents_b = [Signal(element.exponent_bits, name=f"exponent_b_{e}") for e in range(elements)]
         for e in range(elements):
             b = decode(beat_1.word_select(e, 16), element)
@@ -436,7 +444,6 @@ class Lane(wiring.Component):
             m.d.sync += [significand_b.eq(b.significand), exponents_b[e].eq(b.exponent), special_2[e].eq(b.special)]
             for r in range(rows):
                 cell = cells[r][e]
-                m.submodules[f"cell_{r}_{e}"] = cell
                 a = decode(queries[r].word_select(e, 16), element)
                 significand_a = Signal(WEIGHT_BITS, name=f"significand_a_{r}_{e}")
                 sign = Signal(name=f"sign_{r}_{e}")

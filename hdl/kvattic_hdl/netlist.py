@@ -2,20 +2,15 @@
 
 from pathlib import Path
 
-from amaranth.back import verilog
-from amaranth.hdl import ValueCastable
-from amaranth.hdl._ir import PortDirection
-from amaranth.lib import wiring
-
 from kvattic.config import Config
 from kvattic_hdl.engine import Engine
+from kvattic_hdl.shared import Netlist, ports
 
 TOP = "kvattic_engine"
 
 
-def _port_name(path: tuple[str | int, ...]) -> str:
+def _port_name(head: str, *rest: str | int) -> str:
     """Port names that FPGA tools infer buses from."""
-    head, *rest = path
     match head:
         case "host":
             return f"s_axil_{rest[0]}"
@@ -23,27 +18,23 @@ def _port_name(path: tuple[str | int, ...]) -> str:
             return f"m_axi_{rest[0]}"
         case "requests" | "codewords":
             channel, signal = rest
-            return f"flash{channel}_{str(head)[:-1]}_{signal}"
+            return f"flash{channel}_{head[:-1]}_{signal}"
         case "value_open" | "epoch":
             return f"flash_{head}"
-    return "_".join(map(str, path))
+    return head
 
 
 def verilog_text(config: Config) -> str:
-    """The engine as one Verilog text, top module `TOP`.
+    """The engine as one Verilog text, top module `TOP`; lanes and cells are one module each.
 
     Ports: clk, rst; s_axil_* (AXI4-Lite registers); m_axi_* (AXI4 to host memory);
     flash<channel>_request_{valid,ready,payload} and flash<channel>_codeword_{valid,ready,payload} (payloads packed as
     `interfaces.Shapes.request` and `.beat`); flash_value_open, flash_epoch; irq.
     """
     engine = Engine(config)
-    ports = {}
-    for path, member, value in engine.signature.flatten(engine):
-        if isinstance(value, ValueCastable):
-            value = value.as_value()
-        direction = PortDirection.Input if member.flow == wiring.In else PortDirection.Output
-        ports[_port_name(path)] = (value, direction)
-    return verilog.convert(engine, name=TOP, ports=ports, emit_src=False, strip_internal_attrs=True)
+    netlist = Netlist()
+    top = netlist.convert(engine, TOP, ports(engine, _port_name))
+    return "\n".join([*netlist.modules.values(), top])
 
 
 def generate(config: Config, path: Path) -> Path:

@@ -10,10 +10,7 @@ from amaranth.lib.wiring import In, Out
 from kvattic.commands import Kind
 from kvattic.config import Config
 
-from .interfaces import Shapes
-
-MISSING_BITS = 15
-"""Bits of the count of missing codewords in `where`; it saturates."""
+from .interfaces import MISSING_BITS, Shapes
 
 
 class Watchdog(wiring.Component):
@@ -87,7 +84,7 @@ class Watchdog(wiring.Component):
         self._config = config
         self._shapes = shapes = Shapes(config)
         done = data.ArrayLayout(config.jobs_in_flight, config.channels)
-        missing = data.ArrayLayout(16, config.channels)
+        missing = data.ArrayLayout(MISSING_BITS + 1, config.channels)
         super().__init__(
             {
                 "timeout": In(32),
@@ -138,7 +135,7 @@ class Watchdog(wiring.Component):
         kind = Signal()
         not_done = Signal(channels)
         lane = Signal(self._shapes.channel)
-        left = Signal(16)
+        left = Signal(MISSING_BITS + 1)
         # Before the FSM, so that a new failure wins: what was freed is then another slot.
         with m.If(self.freed & (self.freed_slot == self.failed_slot)):
             m.d.sync += self.failed.eq(0)

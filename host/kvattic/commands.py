@@ -53,12 +53,14 @@ class Opcode(IntEnum):
     """What a command asks for."""
 
     ATTEND = 0x81
+    """Attention of one job: the query rows that read one KV head."""
 
 
 class Status(IntEnum):
     """How a command ended; `where` of the completion says which place."""
 
     OK = 0
+    """The results are written."""
     INVALID_OPCODE = 1
     """where: the opcode."""
     INVALID_FIELD = 2
@@ -98,7 +100,9 @@ class Kind(IntEnum):
     """What a codeword holds."""
 
     KEY = 0
+    """Tokens of K."""
     VALUE = 1
+    """Tokens of V."""
 
 
 COMMAND = Record("Command", LINE_BYTES, (
@@ -149,7 +153,7 @@ COMPLETION = Record("Completion", LINE_BYTES, (
     Field("scores", 44, 4, "lane cycles in which a K beat waited for the score unit"),
     Field("idle", 48, 4, "lane cycles without work"),
 ))
-"""beats + starved + barrier + weights + scores + idle = channels * cycle, always."""
+"""beats + starved + barrier + weights + scores + idle = channels * cycle (modulo 2**32)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from kvattic.errors import ConfigError
-from kvattic.formats import VALUE_WINDOW_BITS, Element
+from kvattic.formats import VALUE_FRACTION, VALUE_WINDOW_BITS, Element
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 BEAT_BYTES = (8, 16, 32)
@@ -144,7 +144,7 @@ class Config:
     @property
     def denominator_bits(self) -> int:
         """Width of a denominator: `max_tokens` weights of at most 1.0 in the value window."""
-        return 40 + self.max_tokens.bit_length()
+        return VALUE_FRACTION + self.max_tokens.bit_length()
 
     # Identity.
 

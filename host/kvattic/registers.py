@@ -48,6 +48,7 @@ class StatusBit(IntFlag):
     """Bits of STATUS; all but BUSY and READY are cleared by writing a one."""
 
     BUSY = 1
+    """A batch is running."""
     READY = 2
     """Memories are swept and a doorbell will be taken."""
     DONE = 4

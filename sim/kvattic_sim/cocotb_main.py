@@ -3,6 +3,7 @@
 import pickle
 import time
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,18 @@ import cocotb
 from cocotb.task import bridge
 
 from kvattic.driver import Device
+from kvattic_sim import jobs
 from kvattic_sim.jobs import OUTCOME, REQUEST, Outcome, Request, resolve
 from kvattic_sim.rtl_transport import RtlTransport, session
+
+# cocotbext-axi 0.1.28 calls what cocotb 2.1 has renamed, in each transaction.
+warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"cocotbext\.")
 
 
 @cocotb.test()
 async def run(dut: Any) -> None:
     """Call the function with a device, and leave the outcome in a file."""
+    jobs.in_simulation = True
     request: Request = pickle.loads(Path(REQUEST).read_bytes())
     begin = time.monotonic()
 

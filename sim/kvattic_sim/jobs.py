@@ -33,7 +33,6 @@ from kvattic_sim.build import (
     start_model,
 )
 from kvattic_sim.rtl_transport import AxiStalls, FlashSettings
-from kvattic_sim.testbench import build_testbench
 
 __all__ = ["JobError", "Outcome", "Request", "Run", "report", "run_in_simulation", "run_on_model"]
 
@@ -41,6 +40,9 @@ REQUEST, OUTCOME, PROGRESS = "request.pickle", "outcome.pickle", "progress.txt"
 POLL_S = 0.05
 
 Function = Callable[..., Any] | str
+
+in_simulation = False
+"""Whether this process is the simulator's, and its working directory the run's."""
 
 
 class JobError(RuntimeError):
@@ -102,7 +104,9 @@ class Run:
 
 
 def report(line: str) -> None:
-    """Send a line of progress to the caller; for use in the function that runs in the simulation."""
+    """Send a line of progress to the caller of `run_in_simulation`; elsewhere, do nothing."""
+    if not in_simulation:
+        return
     with Path(PROGRESS).open("a") as file:
         file.write(line.replace("\n", " ") + "\n")
 
@@ -189,6 +193,8 @@ def run_in_simulation(
         SimulatorError: the build failed, or the simulator ended without an outcome.
         SimulationTimeout: the run took too long.
     """
+    from kvattic_sim.testbench import build_testbench  # the simulator's process needs no Amaranth
+
     model = build_testbench(config, simulator, waves=waves, pages_per_channel=pages_per_channel)
     return run_on_model(
         model,

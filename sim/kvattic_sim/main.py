@@ -26,7 +26,7 @@ from kvattic_sim.rtl_transport import FlashSettings
 from kvattic_sim.testbench import build_testbench
 from kvattic_sim.workloads import STALLS, Attention, Usage, attend, decode, minilm
 
-MINILM = Config(channels=8, rows=8, head_dim=32, page_bytes=4096)
+MINILM = Config(channels=4, rows=8, head_dim=32, page_bytes=4096)
 """MiniLM's geometry: eight queries share a pass; 4 KiB pages as in the paper, so that 512 tokens use all channels."""
 
 FLASH = FlashSettings(latency=64, jitter=16, shuffle=True)
@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--simulator", type=Simulator, default=Simulator.VERILATOR, choices=list(Simulator))
     parser.add_argument("--layers", type=int, nargs="*", default=[0], choices=load_minilm().layers,
                         help="MiniLM layers to run (0 and 5 are in the repository)")
-    parser.add_argument("--heads", type=int, default=12, help="MiniLM heads to run")
+    parser.add_argument("--heads", type=int, default=12, help="MiniLM heads to run; 0: none")
     parser.add_argument("--decode-heads", type=int, default=8, help="OPT-13B heads of the decode step (of 40); 0: none")
     parser.add_argument("--preset", default="paper", choices=[n for n, c in PRESETS.items() if c.head_dim == 128],
                         help="configuration of the decode step")
@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.heads, options.decode_heads = min(options.heads, 1), 0
 
     good = True
-    for layer in options.layers:
+    for layer in options.layers if options.heads else ():
         attention = minilm(layer)
         attention = Attention(query=attention.query[: options.heads], key=attention.key[: options.heads],
                               value=attention.value[: options.heads])

@@ -27,13 +27,10 @@ import kvattic
 import kvattic_hdl
 from kvattic.config import Config
 from kvattic.registers import ADDRESS_BITS
-from kvattic_hdl import generate
-from kvattic_hdl.axi import AXI_READ, AXI_WRITE, axi_lite
-from kvattic_hdl.interfaces import EPOCH_BITS, Shapes
+from kvattic_hdl import AXI_READ, AXI_WRITE, EPOCH_BITS, Shapes, axi_lite, generate
 from kvattic_sim.build import Model, Simulator, _locked, compile_model, default_build_root
 
 __all__ = [
-    "FAULT_NUMBERS",
     "FLASH_BYTES",
     "QUEUE",
     "TOP",
@@ -44,13 +41,10 @@ __all__ = [
 
 TOP = "kvattic_testbench"
 """Name of the top-level module."""
-FLASH_BYTES = 1 << 26
-"""Contents of all flash twins together, unless `build_testbench` is told otherwise."""
+FLASH_BYTES = {Simulator.VERILATOR: 1 << 26, Simulator.ICARUS: 1 << 21}
+"""Contents of all flash twins together, unless `build_testbench` is told otherwise; Icarus erases them slowly."""
 QUEUE = 64
 """Requests that a flash twin keeps, unless `build_testbench` is told otherwise."""
-FAULT_NUMBERS = {"drop": 1, "duplicate": 2, "corrupt": 3, "delay": 4}
-"""What the flash twin's input `fault` means; 0: no fault."""
-
 _SETTINGS = {
     "latency": 32,
     "jitter": 32,
@@ -66,6 +60,13 @@ _SETTINGS = {
     "load": 1,
 }
 """Inputs that all flash twins share, and their widths."""
+
+_WAKE = re.compile(r"reg (\\\$auto\$verilog_backend\S+dump_module\$\d+) += 0;")
+"""A register that each combinational block of a module reads, so that its first value wakes them all.
+
+Icarus 11 gives it that value before the blocks listen, and they keep X until an input changes (amaranth issues 594
+and 1629); a non-blocking assignment comes late enough.  always_comb would wake them too, but Icarus 11 then listens to
+all bits of a vector where one is selected, and went round in circles in one block of this engine."""
 
 
 def _range(width: int) -> str:
@@ -113,7 +114,7 @@ def testbench_verilog(config: Config, *, pages_per_channel: int, queue: int = QU
     shapes = Shapes(config)
     ports = ["input clk", "input rst", "input host_active"]
     body: list[str] = []
-    connections = [".clk(clk)", ".rst(rst)", ".irq(irq)", ".flash_value_open(value_open)", ".flash_epoch(epoch)"]
+    connections = [".clk(clk)", ".rst(reset)", ".irq(irq)", ".flash_value_open(value_open)", ".flash_epoch(epoch)"]
     registered: list[tuple[str, str]] = []
 
     # The buses. A member that is Out in the signature is driven by the manager: Python on the host's bus, the engine on
@@ -152,12 +153,15 @@ def testbench_verilog(config: Config, *, pages_per_channel: int, queue: int = QU
         f"wire {_range(config.jobs_in_flight)} value_open;",
         f"wire {_range(config.jobs_in_flight * EPOCH_BITS)} epoch;",
         f"assign pages_per_channel = {pages_per_channel};",
+        "// An input of the top level would make all logic behind it input-combinational, evaluated twice a cycle.",
+        "reg reset = 1;",
+        "always @(posedge clk) reset <= rst;",
         "initial cycles = 0;",
         "always @(posedge clk) cycles <= cycles + 1;",
     ]
 
     for channel in range(channels):
-        signals = [f".{port}({port})" for port in ("clk", "rst", "value_open", "epoch")]
+        signals = [f".{port}({port})" for port in ("clk", "value_open", "epoch")] + [".rst(reset)"]
         for stream, shape in (("request", shapes.request), ("codeword", shapes.beat)):
             for signal, width in (("valid", 1), ("ready", 1), ("payload", shape.size)):
                 name = f"flash{channel}_{stream}_{signal}"
@@ -207,7 +211,11 @@ def testbench_verilog(config: Config, *, pages_per_channel: int, queue: int = QU
     ]
     head = ",\n    ".join(ports)
     text = "\n".join(f"  {line}" for line in body)
-    return f"module {TOP} (\n    {head}\n);\n\n{text}\n\nendmodule\n"
+    # Python sees the top level's signals only, and what it may see is slow: all the rest lies one level deeper.
+    shell = ",\n    ".join(port.replace("output reg", "output") for port in ports)
+    names = ", ".join(f".{name}({name})" for name in (port.split()[-1] for port in ports))
+    return (f"module {TOP}_inside (\n    {head}\n);\n\n{text}\n\nendmodule\n\n"
+            f"module {TOP} (\n    {shell}\n);\n  {TOP}_inside bench ({names});\nendmodule\n")
 
 
 def _rtl_sources() -> list[Path]:
@@ -239,8 +247,10 @@ def engine_verilog(config: Config, *, build_root: Path | None = None) -> Path:
             if not path.is_file():
                 with tempfile.TemporaryDirectory(dir=root) as work:
                     text = generate(config, Path(work) / path.name).read_text()
-                # Icarus 11 leaves some blocks at X until an input changes (amaranth issues 594 and 1629).
-                text = text.replace("always @*", "always_comb")
+                text = _WAKE.sub(r"reg \1 ; initial \1 <= 0;", text)
+                text = f"// verilator lint_off INITIALDLY\n{text}"
+                # Verilator compiles a lane once, however many there are.
+                text = re.sub(r"(module kvattic_lane\(.*?\);)", r"\1 /*verilator no_inline_module*/", text, flags=re.S)
                 path.parent.mkdir(exist_ok=True)
                 part = path.with_suffix(f".{os.getpid()}")
                 part.write_text(text)
@@ -272,7 +282,7 @@ def build_testbench(
     """
     root = (build_root or default_build_root()).resolve()
     if pages_per_channel is None:
-        pages_per_channel = FLASH_BYTES // config.channels // config.page_bytes
+        pages_per_channel = FLASH_BYTES[Simulator(simulator)] // config.channels // config.page_bytes
     engine = engine_verilog(config, build_root=root)
     text = testbench_verilog(config, pages_per_channel=pages_per_channel, queue=queue)
     bench = root / "rtl" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}" / f"{TOP}.sv"

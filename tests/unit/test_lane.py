@@ -74,7 +74,7 @@ def codeword_beats(config: Config, bits: np.ndarray, place: int) -> list[int]:
 
 
 def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bool) -> None:
-    dut = Lane(config, 0)
+    dut = Lane(config)
     element = config.element.encoding
     sim = Simulator(dut)
     sim.add_clock(1e-6)

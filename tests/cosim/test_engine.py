@@ -1,0 +1,662 @@
+"""The engine's RTL behind the unmodified driver, against the golden device: equal bits, whatever the order and the stalls.
+
+The functions without `test_` run inside of a simulator process (see kvattic_sim.jobs), and most of them on the golden
+device too.
+"""
+
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvattic.commands import (
+    COMMAND,
+    COMPLETION,
+    LINE_BYTES,
+    Completion,
+    CompletionFlag,
+    Kind,
+    Opcode,
+    Status,
+    query_row_bytes,
+    result_row_bytes,
+)
+from kvattic.config import TINY, Config
+from kvattic.driver import Device
+from kvattic.elements import to_bits
+from kvattic.errors import DeviceTimeoutError
+from kvattic.formats import Element
+from kvattic.golden_device import GoldenDevice
+from kvattic.registers import StatusBit
+from kvattic_sim.build import icarus_available
+from kvattic_sim.jobs import run_in_simulation
+from kvattic_sim.rtl_transport import AxiStalls, Fault, FaultKind, FlashSettings, Stall
+
+PAGE = TINY.tokens_per_page
+MEMORY = 1 << 20
+TIMEOUT_CYCLES = 200_000
+SHUFFLED = FlashSettings(latency=50, jitter=100, shuffle=True)
+
+SIMULATORS = [
+    "verilator",
+    pytest.param("icarus", marks=pytest.mark.skipif(not icarus_available(), reason="Icarus Verilog is not installed")),
+]
+
+
+def simulate(config: Config, function: Any, simulator: str = "verilator", **options: Any) -> Any:
+    """Run function(device, **arguments) on the RTL; `flash`, `stalls`, `progress` go to the simulation."""
+    names = {"flash", "stalls", "progress"}
+    settings = {key: options.pop(key) for key in names & set(options)}
+    return run_in_simulation(
+        config,
+        function,
+        options,
+        simulator=simulator,
+        memory_bytes=MEMORY,
+        timeout_cycles=TIMEOUT_CYCLES,
+        timeout_s=300,
+        **settings,
+    ).result
+
+
+def model(config: Config, function: Any, **arguments: Any) -> Any:
+    """The same on the golden device."""
+    return function(Device(GoldenDevice(config, memory_bytes=MEMORY)), **arguments)
+
+
+def normal(config: Config, seed: int, *shape: int) -> Any:
+    rng = np.random.default_rng(seed)
+    return to_bits(rng.standard_normal((*shape, config.head_dim), np.float32), config.element)
+
+
+def observed(result: Any) -> dict[str, Any]:
+    """What must be equal of an AttendResult."""
+    return {
+        "bits": result.bits.copy(),
+        "maximum": result.maximum,
+        "denominator": result.denominator,
+        "flags": [int(c.flags) for c in result.completions],
+        "status": [int(c.status) for c in result.completions],
+    }
+
+
+def differences(found: Any, expected: Any, path: str = "") -> list[str]:
+    """Places where two nests of dictionaries, lists and arrays differ."""
+    if isinstance(expected, dict):
+        assert set(found) == set(expected)
+        return [line for key in expected for line in differences(found[key], expected[key], f"{path} {key}")]
+    if isinstance(expected, list) and expected and isinstance(expected[0], dict | list):
+        if len(found) != len(expected):
+            return [f"{path}: {len(found)} instead of {len(expected)}"]
+        return [
+            line for i, (f, e) in enumerate(zip(found, expected, strict=True)) for line in differences(f, e, f"{path} {i}")
+        ]
+    if np.array_equal(found, expected):
+        return []
+    where = np.argwhere(np.asarray(found) != np.asarray(expected))
+    return [f"{path}: {len(where)} differ, first at {where[:1].tolist()}: {found} instead of {expected}"[:600]]
+
+
+def check_counters(completions: list[Completion], channels: int) -> None:
+    """Each lane cycle is accounted for, in each completion."""
+    for c in completions:
+        assert c.beats + c.starved + c.barrier + c.weights + c.scores + c.idle == channels * c.cycle, c
+
+
+# ---------------------------------------------------------------- every kind of attention
+
+TREE = [[True, False, True, False], [True, True, False, True], [False, False, False, True]]
+CASES: dict[str, dict[str, Any]] = {
+    "mha": {"kv_heads": 3, "q_heads": 3, "tokens": [45]},
+    "gqa": {"kv_heads": 2, "q_heads": 6, "tokens": [33]},
+    "one token": {"kv_heads": 1, "q_heads": 1, "tokens": [1]},
+    "one page": {"kv_heads": 1, "q_heads": 2, "tokens": [PAGE]},
+    "one page and a token": {"kv_heads": 2, "q_heads": 2, "tokens": [PAGE + 1]},
+    "appended": {"kv_heads": 2, "q_heads": 2, "tokens": [5, 1, 1, PAGE - 7, 3 * PAGE + 2]},
+    "causal": {"kv_heads": 2, "q_heads": 2, "tokens": [2 * PAGE + 3], "queries": 5, "causal": True},
+    "sliding": {"kv_heads": 1, "q_heads": 2, "tokens": [5 * PAGE + 1], "queries": 2, "causal": True, "window": 19},
+    "tree": {"kv_heads": 1, "q_heads": 2, "tokens": [30], "queries": 3, "tree": TREE},
+    "tree in a window": {"kv_heads": 1, "q_heads": 1, "tokens": [41], "queries": 3, "tree": TREE, "window": 7},
+    "two layers": {"kv_heads": 1, "q_heads": 2, "tokens": [40], "layers": 2},
+    "two token ranges": {"kv_heads": 1, "q_heads": 1, "tokens": [TINY.max_tokens + 37]},
+    "small scale": {"kv_heads": 1, "q_heads": 2, "tokens": [70], "scale": 1e-6},
+    "large scale": {"kv_heads": 1, "q_heads": 2, "tokens": [70], "scale": 3000.0},
+}
+
+
+def attend_case(device: Device, case: dict[str, Any], seed: int = 0) -> list[dict[str, Any]]:
+    """Write, attend after each piece and on each layer, and free."""
+    config = device.config
+    kv_heads, layers = case["kv_heads"], case.get("layers", 1)
+    masks = {name: case[name] for name in ("causal", "window", "scale") if name in case}
+    if "tree" in case:
+        masks["tree"] = np.array(case["tree"])
+    found = []
+    with device.create_sequence(kv_heads, capacity_tokens=sum(case["tokens"]), layers=layers) as sequence:
+        for piece, tokens in enumerate(case["tokens"]):
+            for layer in range(layers):
+                key, value = (normal(config, seed + 10 * piece + layer + i, kv_heads, tokens) for i in (100, 200))
+                sequence.append(key, value, layer=layer)
+        for layer in range(layers):
+            query = normal(config, seed + 300 + layer, case["q_heads"], case.get("queries", 1))
+            result = sequence.attend(query, layer=layer, **masks)
+            check_counters(result.completions, config.channels)
+            found.append(observed(result))
+    return found
+
+
+def attend_cases(device: Device, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """All cases on one device, so that pages are used again."""
+    return {name: attend_case(device, case, seed) for seed, (name, case) in enumerate(cases.items())}
+
+
+@pytest.mark.parametrize("simulator", SIMULATORS)
+def test_equals_golden_device(simulator: str) -> None:
+    small = ("one token", "one page and a token", "tree in a window")
+    cases = CASES if simulator == "verilator" else {name: CASES[name] for name in small}
+    found = simulate(TINY, attend_cases, simulator, cases=cases, flash=SHUFFLED)
+    assert not differences(found, model(TINY, attend_cases, cases=cases))
+
+
+ODD = Config(
+    channels=3, rows=3, head_dim=80, element=Element.BF16, beat_bytes=16, page_bytes=2048, codeword_bytes=512,
+    score_depth=64, jobs_in_flight=2,
+)  # 3 tokens and 32 bytes of padding in a codeword
+
+
+def extremes(device: Device) -> list[dict[str, Any]]:
+    """Numbers at the ends of bf16's range, where scores and products leave their windows."""
+    config, found = device.config, []
+    rng = np.random.default_rng(5)
+    for power in (-126, -60, 0, 30, 60, 127):
+        key, value = rng.standard_normal((2, 1, 50, config.head_dim)) * 2.0**power / 4
+        query = rng.standard_normal((3, 1, config.head_dim))
+        with device.create_sequence(1, capacity_tokens=50) as sequence:
+            sequence.prefill(key, value)
+            found.append(observed(sequence.attend(query)))
+    return found
+
+
+def test_odd_geometry_and_bf16() -> None:
+    arguments = {"cases": {name: CASES[name] for name in ("mha", "appended", "sliding", "tree", "two token ranges")}}
+    found = simulate(ODD, attend_cases, flash=SHUFFLED, **arguments)
+    assert not differences(found, model(ODD, attend_cases, **arguments))
+    found, expected = simulate(ODD, extremes, flash=SHUFFLED), model(ODD, extremes)
+    assert not differences(found, expected)
+    assert {flag for result in expected for flag in result["flags"]} > {0}, "no window was left"
+
+
+@pytest.mark.parametrize("channels", [1, 4, 8])
+def test_channel_count_changes_no_bit(channels: int) -> None:
+    cases = {"gqa": CASES["gqa"], "appended": CASES["appended"]}
+    found = simulate(replace(TINY, channels=channels), attend_cases, cases=cases, flash=SHUFFLED)
+    assert not differences(found, model(TINY, attend_cases, cases=cases))
+
+
+# ---------------------------------------------------------------- stalls and orders
+
+FLASH_STALLS = ("codeword", "request")
+AXI_STALLS = tuple(field.name for field in fields(AxiStalls) if field.name != "seed")
+
+
+def stall_matrix(device: Device, stall: Stall) -> dict[str, Any]:
+    """The same attention with a stall on each channel in turn, then on all at once."""
+    transport, found = device.transport, {}
+    for seed, name in enumerate(("none", *AXI_STALLS, *FLASH_STALLS, "all")):
+        flash = FlashSettings(latency=50)
+        if name in ("codeword", "all"):
+            flash = replace(flash, gap=stall)
+        if name in ("request", "all"):
+            flash = replace(flash, request_stall=stall)
+        transport.set_flash(flash)
+        one = AxiStalls(seed=seed) if name not in AXI_STALLS else AxiStalls(**{name: stall}, seed=seed)
+        transport.set_stalls(AxiStalls.everywhere(stall, seed=seed) if name == "all" else one)
+        begin = transport.cycles
+        found[name] = {"results": attend_case(device, CASES["gqa"]), "cycles": transport.cycles - begin}
+    return found
+
+
+@pytest.mark.parametrize("stall", [Stall.PATTERN, Stall.RANDOM])
+def test_stalls_change_no_bit(stall: Stall) -> None:
+    found = simulate(TINY, stall_matrix, stall=stall)
+    expected = model(TINY, attend_case, case=CASES["gqa"])
+    assert not differences({name: each["results"] for name, each in found.items()}, dict.fromkeys(found, expected))
+    for name in ("memory_w", "memory_r", "codeword", "all"):  # the others hide behind what goes on meanwhile
+        assert found[name]["cycles"] > found["none"]["cycles"], f"{name}: nothing was stalled"
+
+
+def orders(device: Device, seeds: list[int]) -> tuple[list[dict[str, Any]], set[int]]:
+    """The same attention with codewords coming in other orders; the results and the cycles that it took."""
+    config, found, cycles = device.config, [], set()
+    rng = np.random.default_rng(1)
+    with device.create_sequence(2, capacity_tokens=100) as sequence:
+        sequence.prefill(normal(config, 1, 2, 83), normal(config, 2, 2, 83))
+        plan = sequence.plan(normal(config, 3, 4, 1))
+        for seed in seeds:
+            device.transport.set_flash(
+                FlashSettings(
+                    latency=int(rng.integers(0, 200)),
+                    jitter=int(rng.integers(0, 800)),
+                    shuffle=bool(rng.integers(4)),
+                    gap=Stall.RANDOM,
+                    stall_probability=int(rng.integers(0, 100)),
+                    seed=seed + 1,
+                )
+            )
+            result = device.attend_many([plan])[0]
+            check_counters(result.completions, config.channels)
+            cycles.add(result.completions[-1].cycle)
+            found.append(observed(result))
+            if len(found) > 1 and not differences(found[-1], found[0]):
+                found.pop()
+    return found, cycles
+
+
+def test_order_changes_no_bit() -> None:
+    found, cycles = simulate(TINY, orders, seeds=list(range(120)))
+    assert len(found) == 1, differences(found[1], found[0])
+    assert len(cycles) > 60, "the orders were hardly different"
+    golden = model(TINY, attend_plain)
+    assert not differences(found[0], golden)
+
+
+def attend_plain(device: Device) -> dict[str, Any]:
+    """What `orders` computes."""
+    config = device.config
+    with device.create_sequence(2, capacity_tokens=100) as sequence:
+        sequence.prefill(normal(config, 1, 2, 83), normal(config, 2, 2, 83))
+        return observed(sequence.attend(normal(config, 3, 4, 1)))
+
+
+# ---------------------------------------------------------------- reset
+
+
+def resets(device: Device, delays: list[int]) -> dict[str, Any]:
+    """Batches that are cut off by a reset after some cycles, each followed by a whole one."""
+    transport, found = device.transport, {}
+    assert device.config == TINY
+    for delay in delays:
+        transport.set_flash(replace(SHUFFLED, seed=delay, gap=Stall.RANDOM))
+        transport.set_stalls(AxiStalls.everywhere(Stall.RANDOM, seed=delay) if delay % 2 else AxiStalls())
+        with device.create_sequence(2, capacity_tokens=100) as sequence:
+            sequence.prefill(normal(TINY, delay, 2, 83), normal(TINY, delay + 1, 2, 83))
+            transport.timeout_cycles = delay
+            with pytest.raises(DeviceTimeoutError):
+                sequence.attend(normal(TINY, delay + 2, 6, 1))
+            transport.timeout_cycles = TIMEOUT_CYCLES
+            device.reset()
+            # Codewords that were under way at the reset are dropped.
+            assert not transport.read_register("STATUS") & ~(StatusBit.READY | StatusBit.STALE_CODEWORD)
+            assert transport.read_register("CYCLES") == 0
+            found[str(delay)] = attend_case(device, CASES["gqa"], delay)
+            status = StatusBit(transport.read_register("STATUS"))
+            assert not status & ~(StatusBit.READY | StatusBit.DONE | StatusBit.STALE_CODEWORD), status
+    return found
+
+
+def test_reset_in_a_batch() -> None:
+    delays = [1, 20, 60, 100, 151, 200, 301, 400, 551, 700, 901, 1100]
+    found = simulate(TINY, resets, delays=delays)
+    expected = {str(delay): model(TINY, attend_case, case=CASES["gqa"], seed=delay) for delay in delays}
+    assert not differences(found, expected)
+
+
+# ---------------------------------------------------------------- errors
+
+NAN = 0x7E00
+
+
+def raw_batch(
+    device: Device, commands: list[bytes], *, command_base: int = 0, completion_base: int = 0x1000,
+    window: tuple[int, int] = (0x8000, 0x10000), doorbell: int | None = None,
+) -> tuple[list[Completion], int]:
+    """Ring the doorbell for commands as they are; completions and STATUS."""
+    transport = device.transport
+    if command_base < transport.memory_bytes:
+        transport.write_memory(command_base, b"".join(commands))
+    if completion_base < transport.memory_bytes:
+        transport.write_memory(completion_base, bytes(LINE_BYTES * len(commands)))
+    transport.write_register("STATUS", 0xFFFF_FFFF)
+    transport.write_register("COMMAND_BASE", command_base)
+    transport.write_register("COMPLETION_BASE", completion_base)
+    transport.write_register("BUFFER_BASE", window[0])
+    transport.write_register("BUFFER_LIMIT", window[1])
+    transport.write_register("DOORBELL", len(commands) if doorbell is None else doorbell)
+    if doorbell is None:
+        transport.wait(60)
+    entries = []
+    for index in range(len(commands)):
+        if completion_base < transport.memory_bytes:
+            entry = transport.read_memory(completion_base + LINE_BYTES * index, LINE_BYTES)
+            if COMPLETION.unpack(entry)["done"]:
+                entries.append(Completion.unpack(entry))
+    return entries, transport.read_register("STATUS")
+
+
+def bad_commands(device: Device) -> dict[str, Any]:
+    """Each mistake in a command, between two good ones."""
+    config, transport = device.config, device.transport
+    with device.create_sequence(1, capacity_tokens=40) as sequence:
+        sequence.prefill(normal(config, 1, 1, 40), normal(config, 2, 1, 40))
+        job = sequence.plan(normal(config, 3, 1, 1)).jobs[0]
+    row = query_row_bytes(config.head_dim)
+    query = np.zeros((2, row), np.uint8)
+    query[:, 4:8] = np.array([40], "<u4").view(np.uint8)
+    query[0, LINE_BYTES : LINE_BYTES + 2 * config.head_dim] = job.query.view(np.uint8)[0]
+    transport.write_memory(0x8000, query.tobytes())
+    query[1, LINE_BYTES + 2 * 5 : LINE_BYTES + 2 * 6] = np.array([NAN], "<u2").view(np.uint8)
+    query[1, LINE_BYTES + 2 * 7 : LINE_BYTES + 2 * 8] = np.array([NAN], "<u2").view(np.uint8)
+    transport.write_memory(0x9000, query.tobytes())
+    good = {
+        "opcode": Opcode.ATTEND, "identifier": 7, "rows": 1, "home": job.home, "key_page": job.key_page,
+        "value_page": job.value_page, "base_token": 0, "end_token": 40, "tree_token": 40, "scale": job.scale_bits,
+        "query": 0x8000, "result": 0xA000,
+    }
+    limit = 0x10000
+    mistakes: dict[str, dict[str, int]] = {
+        "opcode": {"opcode": 0x80},
+        "flags": {"flags": 1},
+        "reserved0": {"reserved0": 0x100},
+        "reserved1": {"reserved1": 1 << 63},
+        "reserved2": {"reserved2": 1},
+        "home": {"home": config.channels},
+        "no rows": {"rows": 0},
+        "too many rows": {"rows": config.rows + 1},
+        "no token": {"end_token": 0},
+        "end below base": {"base_token": 2 * config.tokens_per_page, "end_token": config.tokens_per_page},
+        "too many tokens": {"end_token": config.max_tokens + 1},
+        "unaligned base": {"base_token": 1},
+        "far token": {"base_token": (1 << 24) - config.tokens_per_page, "end_token": 1 << 24},
+        "query unaligned": {"query": 0x8020},
+        "query below": {"query": 0x7FC0},
+        "query above": {"query": limit - row + 64},
+        "query far": {"query": (1 << 64) - 64},
+        "result unaligned": {"result": 0xA001},
+        "result below": {"result": 0x7FC0},
+        "result above": {"result": limit - result_row_bytes(config.head_dim) + 64},
+        "scale zero": {"scale": 0},
+        "scale subnormal": {"scale": 0x007F_FFFF},
+        "scale infinite": {"scale": 0x7F80_0000},
+        "scale negative": {"scale": 0xBF80_0000},
+        "nan in q": {"rows": 2, "query": 0x9000},
+        "all wrong": {"opcode": 1, "flags": 1, "rows": 0, "end_token": 0, "query": 1, "scale": 0},
+    }
+    found: dict[str, Any] = {}
+    for name, mistake in mistakes.items():
+        commands = [COMMAND.pack(**{**good, **change}) for change in ({}, mistake, {"identifier": 8})]
+        transport.write_memory(0xA000, bytes(0x1000))
+        entries, status = raw_batch(device, commands, window=(0x8000, limit))
+        found[name] = {
+            "entries": [[c.status, c.identifier, c.flags, c.where] for c in entries],
+            "status": status,
+            "result": np.frombuffer(transport.read_memory(0xA000, 0x1000), np.uint8),
+        }
+        check_counters(entries, config.channels if entries[-1].cycle else 0)
+    everything = [COMMAND.pack(**{**good, **change}) for change in mistakes.values()]
+    entries, status = raw_batch(device, everything, window=(0x8000, limit))
+    found["all at once"] = [[c.status, c.identifier, c.flags, c.where] for c in entries]
+    return found
+
+
+@pytest.mark.parametrize("simulator", SIMULATORS[:1])
+def test_mistakes_in_commands(simulator: str) -> None:
+    found, expected = simulate(TINY, bad_commands, simulator, flash=SHUFFLED), model(TINY, bad_commands)
+    assert not differences(found, expected)
+    seen = {entry[0] for each in expected.values() if isinstance(each, dict) for entry in each["entries"]}
+    assert seen == {
+        Status.OK, Status.INVALID_OPCODE, Status.INVALID_FIELD, Status.INVALID_ROWS, Status.INVALID_LENGTH,
+        Status.INVALID_ADDRESS, Status.INVALID_SCALE, Status.NAN_QUERY,
+    }
+
+
+def special_tokens(device: Device) -> list[dict[str, Any]]:
+    """NaN and infinity in K, in V, in both, in and out of what a row attends; each followed by a good job."""
+    config, found = device.config, []
+    infinity = 0xFC00
+    places: list[list[tuple[Kind, int, int, int]]] = [
+        [(Kind.KEY, 0, 0, NAN)],
+        [(Kind.KEY, 50, 31, infinity), (Kind.KEY, 49, 3, NAN)],
+        [(Kind.VALUE, 59, 7, NAN), (Kind.VALUE, 31, 7, infinity)],
+        [(Kind.KEY, 40, 1, NAN), (Kind.VALUE, 2, 1, NAN)],
+    ]
+    for specials in places:
+        tokens = [normal(config, i, 2, 60) for i in (1, 2)]
+        for kind, token, channel, bits in specials:
+            tokens[kind][0, token, channel] = bits
+        with device.create_sequence(2, capacity_tokens=60) as sequence:
+            sequence.prefill(*tokens)
+            jobs = sequence.plan(normal(config, 3, 2, 1)).jobs
+            narrow = [replace(job, start=job.start + 20, end=job.end - 15) for job in jobs]
+            for index, result in enumerate(device.run([*jobs, *narrow], check=False)):
+                c = result.completion
+                found.append({"completion": [c.status, c.identifier, c.flags, c.where]})
+                if c.status is Status.OK:
+                    found[-1] |= {"bits": result.bits, "index": index, "maximum": result.maximum}
+    return found
+
+
+def test_special_numbers_in_flash() -> None:
+    found, expected = simulate(TINY, special_tokens, flash=SHUFFLED), model(TINY, special_tokens)
+    assert not differences(found, expected)
+    assert {each["completion"][0] for each in expected} == {Status.OK, Status.NAN_KEY, Status.NAN_VALUE}
+
+
+def bus_errors(device: Device) -> dict[str, Any]:
+    """Commands, queries, results and completions outside of the memory; then a good batch."""
+    config, transport = device.config, device.transport
+    outside = transport.memory_bytes
+    found: dict[str, Any] = {}
+    with device.create_sequence(1, capacity_tokens=40) as sequence:
+        sequence.prefill(normal(config, 1, 1, 40), normal(config, 2, 1, 40))
+        query = normal(config, 3, 1, 1)
+        job = sequence.plan(query).jobs[0]
+        good = {
+            "opcode": Opcode.ATTEND, "rows": 1, "home": job.home, "key_page": job.key_page,
+            "value_page": job.value_page, "end_token": 40, "tree_token": 40, "scale": job.scale_bits,
+            "query": 0x8000, "result": 0xA000,
+        }
+        window = (0x8000, outside + 0x10000)
+        for name, change, bases in (
+            ("command", {}, {"command_base": outside}),
+            ("query", {"query": outside}, {}),
+            ("half a query", {"query": outside - LINE_BYTES}, {}),
+            ("result", {"result": outside}, {}),
+            ("half a result", {"result": outside - LINE_BYTES}, {}),
+            ("completion", {}, {"completion_base": outside}),
+        ):
+            entries, status = raw_batch(device, [COMMAND.pack(**{**good, **change})], window=window, **bases)
+            found[name] = {
+                "entries": [[c.status, c.where] for c in entries], "status": status,
+                "completed": transport.read_register("COMPLETED"),
+            }
+            found[f"after {name}"] = observed(sequence.attend(query))
+    return found
+
+
+def test_bus_errors() -> None:
+    found, expected = simulate(TINY, bus_errors, flash=SHUFFLED), model(TINY, bus_errors)
+    assert not differences(found, expected)
+    for name in ("command", "query", "half a query", "result", "half a result"):
+        assert expected[name]["entries"] == [[Status.BUS_ERROR, 0]], name
+
+
+def doorbells(device: Device) -> dict[str, Any]:
+    """Doorbells that must be refused: while busy, of nothing, of too many."""
+    config, transport = device.config, device.transport
+    found: dict[str, Any] = {}
+    with device.create_sequence(2, capacity_tokens=83) as sequence:
+        sequence.prefill(normal(config, 1, 2, 83), normal(config, 2, 2, 83))
+        original = transport.write_register
+
+        def twice(name: str, value: int) -> None:
+            original(name, value)
+            if name == "DOORBELL":
+                found["first"] = transport.read_register("STATUS")
+                original("DOORBELL", 5)
+                found["busy"] = transport.read_register("STATUS")
+                original("STATUS", StatusBit.DOORBELL_WHILE_BUSY)
+                found["cleared"] = transport.read_register("STATUS")
+
+        transport.write_register = twice
+        found["result"] = observed(sequence.attend(normal(config, 3, 4, 1)))
+        transport.write_register = original
+        found["after"] = transport.read_register("STATUS")
+    for count in (0, 65_536, 0xFFFF_FFFF):
+        transport.write_register("STATUS", 0xFFFF_FFFF)
+        transport.write_register("DOORBELL", count)
+        transport.run_cycles(100)
+        found[f"doorbell {count}"] = transport.read_register("STATUS")
+    return found
+
+
+def two_heads(device: Device) -> dict[str, Any]:
+    config = device.config
+    with device.create_sequence(2, capacity_tokens=83) as sequence:
+        sequence.prefill(normal(config, 1, 2, 83), normal(config, 2, 2, 83))
+        return observed(sequence.attend(normal(config, 3, 4, 1)))
+
+
+def test_refused_doorbells() -> None:
+    found = simulate(TINY, doorbells)
+    assert not differences(found.pop("result"), model(TINY, two_heads))
+    ready, busy, refused = StatusBit.READY, StatusBit.BUSY, StatusBit.DOORBELL_WHILE_BUSY
+    assert found.pop("first") & (busy | refused) == busy
+    assert found.pop("busy") & (busy | refused) == busy | refused
+    assert found.pop("cleared") & (busy | refused) == busy
+    assert found.pop("after") == ready | StatusBit.DONE
+    assert set(found.values()) == {ready | refused}
+
+
+# ---------------------------------------------------------------- what the flash side does wrong
+
+
+def faults(device: Device, kind: FaultKind, values: list[int], numbers: list[int]) -> list[dict[str, Any]]:
+    """A fault at each of some codewords of a batch of four jobs, then a whole batch."""
+    config, transport, found = device.config, device.transport, []
+    transport.write_register("TIMEOUT", 1500)
+    with device.create_sequence(4, capacity_tokens=60) as sequence:
+        sequence.prefill(normal(config, 1, 4, 60), normal(config, 2, 4, 60))
+        jobs = sequence.plan(normal(config, 3, 4, 1)).jobs
+        for value in values:
+            for number in numbers:
+                channel = number % config.channels
+                fault = Fault(kind=kind, number=number, channel=channel, value=value)
+                transport.set_flash(FlashSettings(latency=30, jitter=60, shuffle=True, seed=number, fault=fault))
+                transport.write_register("STATUS", 0xFFFF_FFFF)
+                results = device.run(jobs, check=False)
+                check_counters([result.completion for result in results], config.channels)
+                transport.run_cycles(6000)
+                seen = {
+                    "number": number,
+                    "channel": channel,
+                    "completions": [result.completion for result in results],
+                    "bits": [result.bits for result in results],
+                    "status": StatusBit(transport.read_register("STATUS")),
+                    "duplicates": transport.read_register("DUPLICATES"),
+                    "stales": transport.read_register("STALES"),
+                    "tag_error": transport.read_register("TAG_ERROR"),
+                }
+                transport.set_flash(FlashSettings())
+                seen["after"] = [result.bits for result in device.run(jobs)]
+                found.append(seen)
+    return found
+
+
+def faultless(device: Device) -> list[Any]:
+    config = device.config
+    with device.create_sequence(4, capacity_tokens=60) as sequence:
+        sequence.prefill(normal(config, 1, 4, 60), normal(config, 2, 4, 60))
+        return [result.bits for result in device.run(sequence.plan(normal(config, 3, 4, 1)).jobs)]
+
+
+CODEWORDS = 2 * 4 * -(-60 // TINY.tokens_per_codeword) // TINY.channels
+NUMBERS = [1, 2, 3, 7, 8, 11, 16, 22, 29, CODEWORDS - 1]
+
+
+def check_lost(seen: dict[str, Any], expected: list[Any]) -> None:
+    """One job timed out, for the right codeword; all others are right."""
+    lost = [c for c in seen["completions"] if c.status is not Status.OK]
+    assert [c.status for c in lost] == [Status.CODEWORD_TIMEOUT], seen
+    assert lost[0].where >> 16 == seen["channel"], seen
+    assert lost[0].where & 0x7FFF == 1, seen
+    for completion, bits, right in zip(seen["completions"], seen["bits"], expected, strict=True):
+        assert completion.status is not Status.OK or np.array_equal(bits, right), seen
+
+
+@pytest.mark.parametrize("kind", list(FaultKind))
+def test_flash_faults(kind: FaultKind) -> None:
+    place_bits = (TINY.ring_codewords - 1).bit_length()
+    values = {FaultKind.CORRUPT: [1 << place_bits - 1], FaultKind.DELAY: [4000]}.get(kind, [0])
+    found = simulate(TINY, faults, kind=kind, values=values, numbers=NUMBERS)
+    expected = model(TINY, faultless)
+    assert len(found) == len(NUMBERS)
+    for seen in found:
+        assert not differences(seen["after"], expected), seen
+        assert bool(seen["status"] & StatusBit.STALE_CODEWORD) == (seen["stales"] > 0), seen
+        match kind:
+            case FaultKind.DROP:
+                check_lost(seen, expected)
+                assert not seen["status"] & StatusBit.BAD_TAG, seen
+                assert seen["duplicates"] == 0, seen
+            case FaultKind.DELAY:
+                check_lost(seen, expected)
+                assert not seen["status"] & StatusBit.BAD_TAG, seen
+                assert seen["duplicates"] == 0, seen
+                assert seen["stales"] >= 1, seen  # V codewords of the job that was given up count, too
+            case FaultKind.CORRUPT:
+                check_lost(seen, expected)
+                assert seen["status"] & StatusBit.BAD_TAG, seen
+                assert seen["tag_error"] >> 24 == seen["channel"], seen
+            case FaultKind.DUPLICATE:
+                assert not differences(seen["bits"], expected), seen
+                assert seen["duplicates"] == 1, seen
+                flags = [c.flags for c in seen["completions"]]
+                assert sorted(flags) == [0, 0, 0, CompletionFlag.DUPLICATE], seen
+
+
+def counters(device: Device) -> dict[str, Any]:
+    """The counter registers after a batch, and its last completion."""
+    config, transport = device.config, device.transport
+    with device.create_sequence(2, capacity_tokens=83) as sequence:
+        sequence.prefill(normal(config, 1, 2, 83), normal(config, 2, 2, 83))
+        result = sequence.attend(normal(config, 3, 4, 1))
+    names = ("CYCLES", "BEATS", "FIRST_BEAT", "LAST_BEAT", "STARVED", "BARRIER", "WEIGHTS", "SCORES", "IDLE")
+    return {name: transport.read_register(name) for name in names} | {"completions": result.completions}
+
+
+def test_counters_add_up() -> None:
+    found = simulate(TINY, counters)
+    check_counters(found["completions"], TINY.channels)
+    last = found.pop("completions")[-1]
+    cycles = found["CYCLES"]
+    lanes = sum(found[name] for name in ("BEATS", "STARVED", "BARRIER", "WEIGHTS", "SCORES", "IDLE"))
+    assert lanes == TINY.channels * cycles
+    assert last.cycle <= cycles < last.cycle + 200
+    assert 0 < found["FIRST_BEAT"] < found["LAST_BEAT"] < last.cycle
+    assert found["BEATS"] == last.beats
+    codewords = 2 * 2 * -(-83 // TINY.tokens_per_codeword)  # K and V of two heads
+    assert found["BEATS"] == codewords * TINY.beats_per_codeword
+
+
+def fails(device: Device) -> None:
+    raise ValueError("as it should")
+
+
+def test_errors_reach_the_caller() -> None:
+    with pytest.raises(ValueError, match="as it should") as error:
+        simulate(TINY, fails)
+    assert "in fails" in "\n".join(error.value.__notes__)
+
+
+def chatty(device: Device) -> None:
+    from kvattic_sim.jobs import report
+
+    for i in range(3):
+        report(f"line {i}")
+
+
+def test_progress_reaches_the_caller() -> None:
+    lines: list[str] = []
+    simulate(TINY, chatty, progress=lines.append)
+    assert lines == ["line 0", "line 1", "line 2"]
