@@ -75,16 +75,24 @@ class Walker(wiring.Component):
             self.end.eq(running & ~more),
             self.requests.valid.eq(self.ready_to_ask & self.room),
         ]
+        # At the end of a page, on to this lane's next stripe, behind those of the other channels.
+        fired = self.requests.valid & self.requests.ready
+        page_end = request.codeword == config.codewords_per_page - 1
+        others = (config.channels - 1) * config.tokens_per_page
+        step = Mux(page_end, config.tokens_per_codeword + others, config.tokens_per_codeword)
+        with m.If(self.begin | fired):
+            m.d.sync += [
+                request.page.eq(Mux(self.begin, self.job.page, request.page + page_end)),
+                token.eq(Mux(self.begin, self.job.token, token + step)),
+                request.codeword.eq(Mux(self.begin | page_end, 0, request.codeword + 1)),
+                request.tag.place.eq(Mux(self.begin, 0, request.tag.place + 1)),
+            ]
         with m.If(self.begin):
             m.d.sync += [
                 running.eq(1),
-                request.page.eq(self.job.page),
-                request.codeword.eq(0),
-                request.tag.place.eq(0),
                 request.tag.kind.eq(self.kind),
                 request.tag.slot.eq(self.slot),
                 request.tag.epoch.eq(self.job.epoch),
-                token.eq(self.job.token),
                 token_end.eq(self.job.end_token),
             ]
         with m.If(self.end):
@@ -92,20 +100,6 @@ class Walker(wiring.Component):
         # On to the next slot; also past one whose job never came to the lanes.
         with m.If(self.end | (~running & ~self.begin & enabled.any())):
             m.d.sync += self.slot.eq(Mux(self.slot == config.jobs_in_flight - 1, 0, self.slot + 1))
-        with m.If(self.requests.valid & self.requests.ready):
-            m.d.sync += [
-                request.tag.place.eq(request.tag.place + 1),
-                request.codeword.eq(request.codeword + 1),
-                token.eq(token + config.tokens_per_codeword),
-            ]
-            with m.If(request.codeword == config.codewords_per_page - 1):
-                # On to this lane's next stripe, behind the stripes of the other channels.
-                others = (config.channels - 1) * config.tokens_per_page
-                m.d.sync += [
-                    request.page.eq(request.page + 1),
-                    request.codeword.eq(0),
-                    token.eq(token + (config.tokens_per_codeword + others)),
-                ]
         with m.If(self.enable):
             m.d.sync += enabled.bit_select(self.enable_slot, 1).eq(1)
         return m
