@@ -311,7 +311,7 @@ class Lane(wiring.Component):
             fail_port.addr.eq(failed_slot),
             intake.scrub_ring.eq(fail_port.data.base + scrubbed),
         ]
-        with m.If(self.failed.any()):
+        with m.If(self.failed.any() & ~abandoned.bit_select(failed_slot, 1)):
             with m.If(settle != SETTLE_CYCLES):
                 m.d.sync += settle.eq(settle + 1)
             with m.Elif(scrubbed != Mux(holds.bit_select(failed_slot, 1), fail_port.data.asked, 0)):
@@ -320,7 +320,7 @@ class Lane(wiring.Component):
                     m.d.sync += scrubbed.eq(scrubbed + 1)
             with m.Elif(keys_walked.bit_select(failed_slot, 1) & values_walked.bit_select(failed_slot, 1)):
                 m.d.sync += abandoned.bit_select(failed_slot, 1).eq(1)
-        with m.Else():
+        with m.Elif(~self.failed.any()):
             m.d.sync += [settle.eq(0), scrubbed.eq(0)]
 
         # --------------------------------------------------------------- issue

@@ -59,7 +59,7 @@ class FaultKind(StrEnum):
     DROP = "drop"
     """The codeword never comes."""
     DUPLICATE = "duplicate"
-    """It comes twice, one right after the other."""
+    """It comes twice, the second time at least `Fault.value` cycles after the first."""
     CORRUPT = "corrupt"
     """Bits `Fault.value` of its tag are flipped."""
     DELAY = "delay"

@@ -82,7 +82,8 @@ def _ports(layout: data.StructLayout, prefix: str, names: dict[str, str]) -> dic
     return parameters
 
 
-def _channel_parameters(config: Config, pages: int, queue: int) -> dict[str, int]:
+def channel_parameters(config: Config, pages: int, queue: int) -> dict[str, int]:
+    """Parameters of flash_channel.sv: bit positions from `Shapes`, geometry, capacity."""
     shapes = Shapes(config)
     parameters = {
         "REQUEST_BITS": shapes.request.size,
@@ -174,7 +175,7 @@ def testbench_verilog(config: Config, *, pages_per_channel: int, queue: int = QU
             f".served(flash_served[{32 * channel} +: 32])",
             f".load_errors(flash_load_errors[{32 * channel} +: 32])",
         ]
-        parameters = {"CHANNEL": channel} | _channel_parameters(config, pages_per_channel, queue)
+        parameters = {"CHANNEL": channel} | channel_parameters(config, pages_per_channel, queue)
         body.append(
             f"flash_channel #({', '.join(f'.{k}({v})' for k, v in parameters.items())})\n"
             f"    flash{channel} ({', '.join(signals)});"

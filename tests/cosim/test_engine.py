@@ -1,4 +1,4 @@
-"""The engine's RTL behind the unmodified driver, against the golden device: equal bits, whatever the order and the stalls.
+"""The engine's RTL behind the unmodified driver, against the golden device: equal bits, whatever the order.
 
 The functions without `test_` run inside of a simulator process (see kvattic_sim.jobs), and most of them on the golden
 device too.
@@ -89,9 +89,8 @@ def differences(found: Any, expected: Any, path: str = "") -> list[str]:
     if isinstance(expected, list) and expected and isinstance(expected[0], dict | list):
         if len(found) != len(expected):
             return [f"{path}: {len(found)} instead of {len(expected)}"]
-        return [
-            line for i, (f, e) in enumerate(zip(found, expected, strict=True)) for line in differences(f, e, f"{path} {i}")
-        ]
+        pairs = enumerate(zip(found, expected, strict=True))
+        return [line for i, (f, e) in pairs for line in differences(f, e, f"{path} {i}")]
     if np.array_equal(found, expected):
         return []
     where = np.argwhere(np.asarray(found) != np.asarray(expected))
@@ -587,10 +586,14 @@ def check_lost(seen: dict[str, Any], expected: list[Any]) -> None:
 @pytest.mark.parametrize("kind", list(FaultKind))
 def test_flash_faults(kind: FaultKind) -> None:
     place_bits = (TINY.ring_codewords - 1).bit_length()
-    values = {FaultKind.CORRUPT: [1 << place_bits - 1], FaultKind.DELAY: [4000]}.get(kind, [0])
+    values = {
+        FaultKind.CORRUPT: [1 << place_bits - 1],  # a place that no job of this size has
+        FaultKind.DELAY: [4000],
+        FaultKind.DUPLICATE: [0, 300],
+    }.get(kind, [0])
     found = simulate(TINY, faults, kind=kind, values=values, numbers=NUMBERS)
     expected = model(TINY, faultless)
-    assert len(found) == len(NUMBERS)
+    assert len(found) == len(NUMBERS) * len(values)
     for seen in found:
         assert not differences(seen["after"], expected), seen
         assert bool(seen["status"] & StatusBit.STALE_CODEWORD) == (seen["stales"] > 0), seen
@@ -610,9 +613,10 @@ def test_flash_faults(kind: FaultKind) -> None:
                 assert seen["tag_error"] >> 24 == seen["channel"], seen
             case FaultKind.DUPLICATE:
                 assert not differences(seen["bits"], expected), seen
-                assert seen["duplicates"] == 1, seen
-                flags = [c.flags for c in seen["completions"]]
-                assert sorted(flags) == [0, 0, 0, CompletionFlag.DUPLICATE], seen
+                # The second one may also come when its job has ended.
+                assert seen["duplicates"] + seen["stales"] == 1, seen
+                flags = sorted(c.flags for c in seen["completions"])
+                assert flags in ([0, 0, 0, CompletionFlag.DUPLICATE * seen["duplicates"]], [0, 0, 0, 0]), seen
 
 
 def counters(device: Device) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def test_strings_under_members_are_their_docs():
 
     assert docs.member_docs(Colour) == {"RED": "Of a\nrose.", "BLUE": "Of the sky."}
     assert docs.member_docs(commands.Status)["INVALID_OPCODE"] == "where: the opcode."
-    assert "OK" not in docs.member_docs(commands.Status)
+    assert docs.member_docs(commands.Status)["OK"]
 
 
 def test_the_reference_has_every_register_and_field():

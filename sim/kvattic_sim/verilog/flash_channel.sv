@@ -62,7 +62,7 @@ module flash_channel #(
     input [31:0] seed,
     input [2:0] fault,
     input [31:0] fault_number,     // which codeword, the first after `configure` is 1
-    input [31:0] fault_value,      // corrupt: bits of the tag to flip; delay: cycles
+    input [31:0] fault_value,      // corrupt: bits of the tag to flip; duplicate, delay: cycles
     input configure,
     input load,
 
@@ -89,12 +89,12 @@ module flash_channel #(
 
   // The codeword that is being sent.
   integer left;
-  reg [63:0] first, address;
+  reg [63:0] address;
   reg [TAG_BITS-1:0] tag;
-  reg again;
 
   integer i, place, slot;
   reg found, allowed;
+  reg [2:0] wrong;
   reg [31:0] key, best;
   reg [TAG_BITS-1:0] wanted;
 
@@ -117,11 +117,9 @@ module flash_channel #(
     used = 0;
     count = 0;
     left = 0;
-    again = 0;
     now = 0;
     random = 1;
     next_order = 0;
-    first = 0;
     address = 0;
     tag = 0;
     request_ready = 0;
@@ -163,11 +161,6 @@ module flash_channel #(
     // ------------------------------------------------------------ codewords
     if (codeword_ready || !codeword_valid) begin
       codeword_valid <= 0;
-      if (left == 0 && again) begin
-        again = 0;
-        left = BEATS;
-        address = first;
-      end
       if (left == 0 && count != 0) begin
         found = 0;
         place = 0;
@@ -189,20 +182,19 @@ module flash_channel #(
         end
         if (found) begin
           served <= served + 1;
-          if (fault == DELAY && served + 1 == fault_number) begin
+          wrong = served + 1 == fault_number ? fault : 0;
+          if (wrong == DELAY || wrong == DUPLICATE) begin
             due[place] = now + fault_value;
           end else begin
             used[place] = 0;
             count = count - 1;
-            if (!(fault == DROP && served + 1 == fault_number)) begin
-              left = BEATS;
-              tag = waiting[place][TAG_AT +: TAG_BITS];
-              first = (waiting[place][PAGE_AT +: PAGE_BITS] * 64'd1 * CODEWORDS
-                  + waiting[place][INDEX_AT +: INDEX_BITS]) * WORDS;
-              address = first;
-              again = fault == DUPLICATE && served + 1 == fault_number;
-              if (fault == CORRUPT && served + 1 == fault_number) tag = tag ^ fault_value[TAG_BITS-1:0];
-            end
+          end
+          if (wrong != DELAY && wrong != DROP) begin
+            left = BEATS;
+            tag = waiting[place][TAG_AT +: TAG_BITS];
+            if (wrong == CORRUPT) tag = tag ^ fault_value[TAG_BITS-1:0];
+            address = (waiting[place][PAGE_AT +: PAGE_BITS] * 64'd1 * CODEWORDS
+                + waiting[place][INDEX_AT +: INDEX_BITS]) * WORDS;
           end
         end
       end
@@ -235,8 +227,7 @@ module flash_channel #(
       used = 0;
       count = 0;
       left = 0;
-      again = 0;
-      request_ready <= 0;
+        request_ready <= 0;
       codeword_valid <= 0;
     end
   end

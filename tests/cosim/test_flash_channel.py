@@ -1,0 +1,27 @@
+"""The flash twin alone, on each simulator; what is checked stands in flash_channel_bench.py."""
+
+import sys
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from kvattic.config import TINY
+from kvattic_sim.build import Simulator, compile_model, icarus_available, run_model
+from kvattic_sim.testbench import channel_parameters
+
+sys.path.insert(0, str(Path(__file__).parent))
+from flash_channel_bench import BEATS, PAGES, QUEUE, WORDS
+
+
+@pytest.mark.parametrize("simulator", list(Simulator))
+def test_flash_channel(simulator: Simulator, tmp_path: Path) -> None:
+    if simulator is Simulator.ICARUS and not icarus_available():
+        pytest.skip("Icarus Verilog is not installed")
+    parameters = channel_parameters(TINY, PAGES, QUEUE) | {"BEATS": BEATS, "WORDS": WORDS}
+    with resources.as_file(resources.files("kvattic_sim") / "verilog" / "flash_channel.sv") as source:
+        model = compile_model([source], "flash_channel", simulator, parameters=parameters)
+    results = run_model(
+        model, test_module="flash_channel_bench", python_path=[Path(__file__).parent], run_dir=tmp_path, timeout_s=120
+    )
+    assert len(results.tests) == 5
