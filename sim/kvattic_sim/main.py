@@ -5,9 +5,11 @@ Each result is compared with the golden model (equal bits) and with float64 atte
 """
 
 import argparse
+import os
+import signal
 import sys
 import time
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +21,9 @@ import kvattic
 from kvattic import PRESETS, AttendResult, Config
 from kvattic.elements import from_bits
 from kvattic_sim import oracle
-from kvattic_sim.build import Simulator
+from kvattic_sim.build import Model, Simulator
 from kvattic_sim.data import load_minilm
-from kvattic_sim.jobs import run_on_model
+from kvattic_sim.jobs import Run, run_on_model
 from kvattic_sim.rtl_transport import FlashSettings
 from kvattic_sim.testbench import build_testbench
 from kvattic_sim.workloads import STALLS, Attention, Usage, attend, decode, minilm
@@ -89,33 +91,66 @@ def show(console: Console, title: str, config: Config, attention: Attention, usa
     console.print(table)
 
 
-def simulate(console: Console, title: str, config: Config, attention: Attention, heads_per_batch: int,
-             simulator: Simulator, waves: bool) -> bool:
-    """Run one attention on the RTL, check and show it; whether all bits were equal."""
+def simulate(console: Console, title: str, config: Config, attention: Attention, model: Model, heads_per_batch: int,
+             processes: int) -> bool:
+    """Run one attention on the RTL, check and show it; whether all bits were equal.
+
+    Args:
+        console: where to.
+        title: of the table.
+        config: the model's.
+        attention: the inputs.
+        model: the compiled simulation.
+        heads_per_batch: KV heads behind one doorbell.
+        processes: simulators that share the heads.
+    """
+    heads = len(attention.key)
+    group = len(attention.query) // heads
+    shares = [range(heads)[i * heads // processes : (i + 1) * heads // processes] for i in range(processes)]
     begin = time.perf_counter()
-    with console.status(f"Building {simulator} model for {title} (cached for the next run)"):
-        model = build_testbench(config, simulator, waves=waves)
-    built = time.perf_counter() - begin
-    with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} jobs"),
-                  TimeElapsedColumn(), console=console, transient=True) as progress:
-        task = progress.add_task(title, total=None)
+    with (
+        Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} jobs"),
+                 TimeElapsedColumn(), console=console, transient=True) as progress,
+        ThreadPoolExecutor(processes) as pool,
+    ):
+        def run(share: range) -> Run:
+            task = progress.add_task(f"heads {share.start} to {share.stop - 1}", total=None)
 
-        def follow(line: str) -> None:
-            _, done, total = line.split("|")
-            progress.update(task, completed=int(done), total=int(total))
+            def follow(line: str) -> None:
+                _, done, total = line.split("|")
+                progress.update(task, completed=int(done), total=int(total))
 
-        run = run_on_model(model, config, attend, {"attention": attention, "heads_per_batch": heads_per_batch,
-                                                   "label": title}, flash=FLASH, progress=follow)
-    result, usage = run.result
+            part = Attention(query=attention.query[share.start * group : share.stop * group],
+                             key=attention.key[share.start : share.stop],
+                             value=attention.value[share.start : share.stop])
+            arguments = {"attention": part, "heads_per_batch": heads_per_batch, "label": title}
+            return run_on_model(model, config, attend, arguments, flash=FLASH, progress=follow)
+
+        runs = list(pool.map(run, [share for share in shares if share]))
+    seconds = time.perf_counter() - begin
+    results: list[AttendResult] = [run.result[0] for run in runs]
+    usage: list[Usage] = [batch for run in runs for batch in run.result[1]]
+    result = AttendResult(
+        output=np.concatenate([r.output for r in results]), maximum=np.concatenate([r.maximum for r in results]),
+        denominator=np.concatenate([r.denominator for r in results]),
+        completions=[completion for r in results for completion in r.completions])
     errors = oracle_errors(attention, result, config)
     equal = equal_bits(attention, result, config)
     show(console, title, config, attention, usage, errors, equal)
-    cycles, seconds = sum(u.cycles for u in usage), sum(u.seconds for u in usage)
-    console.print(f"  model built in {built:.1f} s; {cycles:,} cycles in {seconds:.1f} s, {cycles / seconds:,.0f}/s; "
+    cycles = sum(u.cycles for u in usage)
+    speed = cycles / sum(u.seconds for u in usage)
+    console.print(f"  {cycles:,} cycles in {seconds:.1f} s ({len(runs)} x {model.simulator}, {speed:,.0f}/s each); "
                   f"{cycles / config.clock_mhz / 1e3:.2f} ms at {config.clock_mhz:g} MHz\n", highlight=False)
-    if run.waves:
-        console.print(f"  waves: {run.waves}\n")
+    for one in runs:
+        if one.waves:
+            console.print(f"  waves: {one.waves}\n")
     return bool(equal.all())
+
+
+def _interrupted(*_: object) -> None:
+    """Ctrl-C: end at once, whatever the threads wait for; simulators and compilers die with their parent."""
+    Console().show_cursor(True)
+    os._exit(130)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -124,30 +159,44 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--simulator", type=Simulator, default=Simulator.VERILATOR, choices=list(Simulator))
     parser.add_argument("--layers", type=int, nargs="*", default=[0], choices=load_minilm().layers,
                         help="MiniLM layers to run (0 and 5 are in the repository)")
-    parser.add_argument("--heads", type=int, default=12, help="MiniLM heads to run; 0: none")
-    parser.add_argument("--decode-heads", type=int, default=8, help="OPT-13B heads of the decode step (of 40); 0: none")
+    parser.add_argument("--heads", type=int, help="MiniLM heads to run; 0: none")
+    parser.add_argument("--queries", type=int, help="query positions of each MiniLM head")
+    parser.add_argument("--decode-heads", type=int, help="OPT-13B heads of the decode step (40 in the model); 0: none")
     parser.add_argument("--preset", default="paper", choices=[n for n, c in PRESETS.items() if c.head_dim == 128],
                         help="configuration of the decode step")
     parser.add_argument("--waves", action="store_true", help="record waves of a short run under build/")
     options = parser.parse_args(arguments)
     console = Console(width=150 if not sys.stdout.isatty() else None)
-    if options.waves:
-        options.heads, options.decode_heads = min(options.heads, 1), 0
+    signal.signal(signal.SIGINT, _interrupted)
+    # Icarus runs about a hundred cycles a second, and waves grow fast: a slice is all that makes sense by default.
+    slice_only = options.waves or options.simulator is Simulator.ICARUS
+    for name, whole, part in (("heads", 12, 1), ("queries", 512, 16), ("decode_heads", 8, 0)):
+        if getattr(options, name) is None:
+            setattr(options, name, part if slice_only else whole)
+    if slice_only:
+        console.print(f"A slice of the main job: {options.heads} heads, {options.queries} queries, "
+                      f"{options.decode_heads} decode heads (--heads, --queries, --decode-heads change it).")
 
     good = True
-    for layer in options.layers if options.heads else ():
-        attention = minilm(layer)
-        attention = Attention(query=attention.query[: options.heads], key=attention.key[: options.heads],
-                              value=attention.value[: options.heads])
-        if options.waves:
-            attention = replace(attention, query=attention.query[:, :32])
-        good &= simulate(console, f"MiniLM layer {layer}: each head, every position of 512 tokens of real text",
-                         MINILM, attention, 1, options.simulator, options.waves)
-    if options.decode_heads:
-        config = PRESETS[options.preset]
-        attention = decode(config, kv_heads=options.decode_heads, tokens=2048, group=config.rows)
-        good &= simulate(console, f"OPT-13B decode step: head_dim 128, 2,048 tokens, preset {options.preset}", config,
-                         attention, options.decode_heads, options.simulator, False)
+    opt = PRESETS[options.preset]
+    # The second model is compiled while the first one runs.
+    with ThreadPoolExecutor(1) as builder:
+        if options.heads:
+            with console.status("Compiling the engine for MiniLM (kept for the next run)"):
+                model = build_testbench(MINILM, options.simulator, waves=options.waves)
+        later = builder.submit(build_testbench, opt, options.simulator) if options.decode_heads else None
+        for layer in options.layers if options.heads else ():
+            attention = minilm(layer)
+            attention = Attention(query=attention.query[: options.heads, : options.queries],
+                                  key=attention.key[: options.heads], value=attention.value[: options.heads])
+            title = f"MiniLM layer {layer} on real text: {options.heads} heads, {options.queries} positions, 512 tokens"
+            good &= simulate(console, title, MINILM, attention, model, 1, min(os.cpu_count() or 1, options.heads))
+        if later is not None:
+            with console.status("Compiling the engine for OPT-13B's geometry (kept for the next run)"):
+                model = later.result()
+            attention = decode(opt, kv_heads=options.decode_heads, tokens=2048, group=opt.rows)
+            title = f"OPT-13B decode step: head_dim 128, 2,048 tokens, preset {options.preset}"
+            good &= simulate(console, title, opt, attention, model, options.decode_heads, 1)
     console.print("[bold green]All results are bit-exact.[/]" if good else "[bold red]Some results differ.[/]")
     if not good:
         raise SystemExit(1)

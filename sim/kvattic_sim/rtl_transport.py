@@ -5,7 +5,8 @@
         async with session(dut, config) as transport:
             await bridge(work)(transport)   # work may use kvattic.driver.Device(transport)
 
-`session` is for the module that `kvattic_sim.testbench` makes.  While a call of the driver waits for the engine,
+`session` is for the module that `kvattic_sim.testbench` makes; pages reach the flash twins through files
+flash<channel>.bin in the simulator's working directory.  While a call of the driver waits for the engine,
 Python sleeps until the interrupt; while Python works, simulated time stands still.
 """
 
