@@ -118,7 +118,7 @@ class Lane(wiring.Component):
 
         # ---------------------------------------------------------------- jobs
 
-        # What `start` says, worked out for this lane in two steps; read in several places.
+        # What `start` says, worked out for this lane in two steps.
         job_shape = data.StructLayout({
             "epoch": shapes.start["epoch"].shape,
             "key_page": shapes.start["key_page"].shape,
@@ -131,20 +131,13 @@ class Lane(wiring.Component):
             "k_offset": shapes.start["k_offset"].shape,
             "scale": shapes.start["scale"].shape,
         })
-        m.submodules.jobs = jobs = Memory(
-            shape=job_shape, depth=slots, init=[], attrs={"ram_style": "distributed"})
-        job_write = jobs.write_port(domain="sync")
         start_1 = Signal(shapes.start)
         start_valid_1, start_valid_2 = Signal(), Signal()
         slot_2 = Signal(shapes.slot)
-        job = job_write.data
+        job = Signal(job_shape)
         stripe = Signal(shapes.channel)
         below = Signal()
-        m.d.comb += [
-            below.eq(self.channel < self.start.home),
-            job_write.en.eq(start_valid_2),
-            job_write.addr.eq(slot_2),
-        ]
+        m.d.comb += below.eq(self.channel < self.start.home)
         m.d.sync += [
             start_1.eq(self.start),
             start_valid_1.eq(self.start_valid),
@@ -164,6 +157,16 @@ class Lane(wiring.Component):
             job.scale.eq(start_1.scale),
         ]
 
+        def kept(name: str, *fields: str):
+            """A comb read port for some fields of each slot's job, in a memory of its own: what is not read costs nothing."""
+            memory = Memory(shape=data.StructLayout({f: job_shape[f].shape for f in fields}), depth=slots, init=[],
+                            attrs={"ram_style": "distributed"})
+            m.submodules[name] = memory
+            write = memory.write_port(domain="sync")
+            m.d.comb += [write.en.eq(start_valid_2), write.addr.eq(slot_2)]
+            m.d.comb += [write.data[f].eq(job[f]) for f in fields]
+            return memory.read_port(domain="comb")
+
         # ------------------------------------------------------------- walkers
 
         key_walker = Walker(config, Kind.KEY)
@@ -171,7 +174,7 @@ class Lane(wiring.Component):
         m.submodules.key_walker = key_walker
         m.submodules.value_walker = value_walker
         for walker, page in ((key_walker, "key_page"), (value_walker, "value_page")):
-            port = jobs.read_port(domain="comb")
+            port = kept(f"{page}s", page, "lane_token", "end_token", "epoch")
             m.d.comb += [
                 port.addr.eq(walker.slot),
                 walker.job.page.eq(port.data[page]),
@@ -283,7 +286,7 @@ class Lane(wiring.Component):
         depth = 1 << (Exponential.LATENCY + 12 + rows - 1).bit_length()
         m.submodules.intake = intake = Intake(config, depth)
         connect(m, flipped(self.codewords), intake.codewords)
-        job_port = jobs.read_port(domain="comb")
+        job_port = kept("intake_jobs", "epoch", "stripe", "base_token")
         ring_port = rings.read_port(domain="comb")
         m.d.comb += [
             job_port.addr.eq(intake.slot),
@@ -422,7 +425,7 @@ class Lane(wiring.Component):
         beat_1 = Signal(config.beat_bytes * 8)
         m.d.sync += beat_1.eq(intake.beats.payload)
 
-        scale_port = jobs.read_port(domain="comb")
+        scale_port = kept("k_offsets", "k_offset")
         m.d.comb += scale_port.addr.eq(pipe[1].where.slot)
         base_2 = Signal(signed(SHIFT_BITS))
         # K: the window's top is HEADROOM above an unshifted product; q's significand stands WEIGHT_BITS - 11 high, and
@@ -570,7 +573,7 @@ class Lane(wiring.Component):
                 ]
             m.d.comb += [score_unit.sums[r].eq(total), score_unit.overflows[r].eq(clipped)]
         done = pipe[tree_stage + 1]
-        score_job = jobs.read_port(domain="comb")
+        score_job = kept("score_jobs", "scale", "tree_token")
         m.d.comb += [
             score_unit.valid.eq(done.valid & done.key & done.last),
             score_unit.where.eq(done.where),
@@ -612,7 +615,7 @@ class Lane(wiring.Component):
         # NaN: the lowest token of each slot and kind.
         special_3, key_3, inside_3 = Signal(), Signal(), Signal()
         slot_3, token_3 = Signal(shapes.slot), Signal(TOKEN_BITS)
-        nan_job = jobs.read_port(domain="comb")
+        nan_job = kept("end_tokens", "end_token")
         m.d.comb += nan_job.addr.eq(pipe[2].where.slot)
         m.d.sync += [
             special_3.eq(special_2.any() & pipe[2].valid),
