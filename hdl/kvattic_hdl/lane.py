@@ -158,7 +158,7 @@ class Lane(wiring.Component):
         ]
 
         def kept(name: str, *fields: str):
-            """A comb read port for some fields of each slot's job, in a memory of its own: what is not read costs nothing."""
+            """Comb read port for some fields of each slot's job, in a memory of its own: fields unread cost nothing."""
             memory = Memory(shape=data.StructLayout({f: job_shape[f].shape for f in fields}), depth=slots, init=[],
                             attrs={"ram_style": "distributed"})
             m.submodules[name] = memory
@@ -250,9 +250,9 @@ class Lane(wiring.Component):
                 self.values_done[s].eq(Mux(self.failed[s], abandoned[s], values_walked[s] & (values_left[s] == 0))),
             ]
             with m.If(key_up != key_down):
-                m.d.sync += keys_left[s].eq(Mux(key_up, keys_left[s] + 1, keys_left[s] - 1))
+                m.d.sync += keys_left[s].eq(keys_left[s] + Mux(key_up, 1, -1))
             with m.If(value_up != value_down):
-                m.d.sync += values_left[s].eq(Mux(value_up, values_left[s] + 1, values_left[s] - 1))
+                m.d.sync += values_left[s].eq(values_left[s] + Mux(value_up, 1, -1))
             with m.If(key_walker.begin & (key_walker.slot == s)):
                 m.d.sync += [active[s].eq(1), holds[s].eq(1)]
             with m.If(key_walker.end & (key_walker.slot == s)):

@@ -87,13 +87,12 @@ def xilinx(config: Config, name: str) -> dict[str, Area]:
                 cells[cell] += n * count
         return cells
 
-    blocks: dict[str, Area] = {}
-    lane = f"{TOP}.lane_0"
-    for child in children[TOP]:
-        if not re.match(rf"{re.escape(TOP)}\.lane_[1-9]", child):
-            blocks[child.removeprefix(TOP + ".")] = Area.of(whole(child))
-    for child in children[lane]:
-        blocks["lane_0/" + child.removeprefix(lane + ".")] = Area.of(whole(child))
+    def blocks_of(module: str, prefix: str) -> dict[str, Area]:
+        parts = {child.removeprefix(module + ".").partition("$")[0]: child for child in children[module]}
+        return {prefix + part: Area.of(whole(child)) for part, child in sorted(parts.items())}
+
+    blocks = {name: area for name, area in blocks_of(TOP, "").items() if not re.match(r"lane_[1-9]", name)}
+    blocks |= blocks_of("kvattic_lane", "lane_0/")
     blocks["total"] = Area.of(whole(TOP))
     return blocks
 

@@ -464,23 +464,25 @@ def test_score_sums_fit_their_width() -> None:
     "config", [TINY, PAPER, Config(channels=32, score_depth=65536, head_dim=32)]
 )
 @pytest.mark.parametrize(
-    ("element", "bits"),
+    ("element", "bits", "score"),
     [
-        (Element.FP16, LARGEST[Element.FP16]),
-        (Element.BF16, 0x47FF),  # the largest that is not clipped at a weight just below 1
+        (Element.FP16, LARGEST[Element.FP16], 0),
+        (Element.FP16, LARGEST[Element.FP16], -1),
+        (Element.BF16, 0x477F, 0),  # the largest that is not clipped at a weight of 1
+        (Element.BF16, 0x47FF, -1),  # the largest that is not clipped at a weight just below 1
     ],
 )
-def test_accumulators_fit_the_configured_width(config: Config, element: Element, bits: int) -> None:
+def test_accumulators_fit_the_configured_width(
+    config: Config, element: Element, bits: int, score: int
+) -> None:
     """Every token at the largest value, with the weight that makes the largest product."""
     config = replace(config, element=element)
-    significand, exponent = golden.weights(np.array([[0], [-1]]), np.array([0, 0]))
+    significand, exponent = golden.weights(np.array([[score]]), np.array([0]))
     value = np.array([[bits]], np.uint16)
     high, low, overflow = golden.value_sums(significand, exponent, value, element=element)
     assert not overflow
-    largest = max(
-        int(h) << golden.LOW_BITS | int(x) for h, x in zip(high[:, 0], low[:, 0], strict=True)
-    )
-    assert golden.denominators(significand, exponent).max() == 1 << VALUE_FRACTION
+    largest = int(high[0, 0]) << golden.LOW_BITS | int(low[0, 0])
+    assert golden.denominators(significand, exponent).max() <= 1 << VALUE_FRACTION
     assert config.max_tokens << VALUE_FRACTION < 1 << config.denominator_bits
     assert largest * config.max_tokens < 1 << (config.accumulator_bits - 1)
 
