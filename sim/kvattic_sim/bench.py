@@ -73,6 +73,7 @@ BARS: dict[str, Bar | None] = {
     "sim.speed_ratio": Bar(">=", (10,)),
     "sim.cycles_per_second.paper": Bar(">=", (20_000,), goal=True),
     "synth.engine.lut": Bar("<=", (25_000,), goal=True),
+    "synth.engine.lut_packed": None,
     "synth.engine.ff": None,
     "synth.engine.dsp": Bar("<=", (64,), goal=True),
     "synth.engine.bram36": Bar("<=", (96,), goal=True),

@@ -1,7 +1,7 @@
 """Area and clock of the engine: `make synth`.
 
-Yosys maps the engine to Xilinx 7-series and counts its cells by block; then Yosys and nextpnr place and route it for
-the largest ECP5 and report the clock with its critical path.  Everything stays under build/synth.
+Yosys maps the engine to Xilinx 7-series and counts its cells by block; then Yosys and nextpnr place and route it (the
+`board` preset) for the largest ECP5 and report the clock with its critical path.  Everything stays under build/synth.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -32,19 +32,32 @@ LUTRAM_LUTS = {"RAM32M": 4, "RAM64M": 4, "RAM32X1D": 2, "RAM64X1D": 2, "RAM128X1
 
 @dataclass(frozen=True, slots=True)
 class Area:
-    """7-series cells of one block, or of all."""
+    """7-series cells of one block, or of all.
+
+    Attributes:
+        lut: LUT primitives, each as one whatever its inputs, and the LUTs used as RAM or shift register.
+        lut_packed: LUT sites after packing, estimated: a site holds two LUTs with at most five inputs together.
+        ff: flip-flops.
+        dsp: DSP48E1.
+        bram36: block RAMs of 36 kbit; one of 18 kbit is a half.
+    """
 
     lut: int
+    lut_packed: int
     ff: int
     dsp: int
     bram36: float
 
     @classmethod
     def of(cls, cells: Counter[str]) -> "Area":
-        """Count primitives.  lut: every LUT as one, whatever its inputs, and those used as RAM or shift register."""
+        """Count primitives."""
+        memory = sum(n * LUTRAM_LUTS.get(c, 1) for c, n in cells.items() if re.match(r"RAM(32|64|128)|SRL", c))
+        one, two, three, four, five, six = (cells[f"LUT{inputs}"] for inputs in range(1, 7))
+        # A LUT4 takes a LUT1 along, a LUT3 a LUT2; what is left of LUT1 and LUT2 goes in pairs.
+        left = max(0, one - four) + max(0, two - three)
         return cls(
-            lut=sum(n * LUTRAM_LUTS.get(c, 1) for c, n in cells.items()
-                    if re.match(r"LUT\d|RAM(32|64|128)|SRL", c)),
+            lut=one + two + three + four + five + six + memory,
+            lut_packed=six + five + four + three + -(-left // 2) + memory,
             ff=sum(n for c, n in cells.items() if re.match(r"FD[RSCP]E", c)),
             dsp=cells["DSP48E1"],
             bram36=cells["RAMB36E1"] + cells["RAMB18E1"] / 2,
@@ -118,29 +131,29 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="paper", choices=list(PRESETS))
-    parser.add_argument("--ecp5-preset", default="paper", choices=list(PRESETS),
-                        help="the largest preset that fits an LFE5U-85F")
+    parser.add_argument("--ecp5-preset", default="board", choices=list(PRESETS),
+                        help="preset for the ECP5: paper fits an LFE5U-85F by its cells (84 percent), but placing it "
+                             "takes more than half an hour")
     parser.add_argument("--skip-ecp5", action="store_true", help="7-series only")
     options = parser.parse_args(arguments)
     console = Console()
     shutil.rmtree(ROOT / options.preset, ignore_errors=True)
 
-    with console.status(f"Yosys: {options.preset} for 7-series (about ten minutes)"):
+    with console.status(f"Yosys: {options.preset} for 7-series (two minutes)"):
         blocks = xilinx(preset(options.preset), options.preset)
     table = Table(title=f"{options.preset} on Xilinx 7-series, by block")
     table.add_column("block")
-    for title in ("LUT", "FF", "DSP", "BRAM36"):
+    for title in ("LUT", "LUT packed", "FF", "DSP", "BRAM36"):
         table.add_column(title, justify="right")
     for block, area in blocks.items():
-        table.add_row(block, f"{area.lut:,}", f"{area.ff:,}", str(area.dsp), f"{area.bram36:g}",
+        table.add_row(block, f"{area.lut:,}", f"{area.lut_packed:,}", f"{area.ff:,}", str(area.dsp), f"{area.bram36:g}",
                       style="bold" if block == "total" else None)
     console.print(table)
     total = blocks["total"]
-    record({"synth.engine.lut": total.lut, "synth.engine.ff": total.ff, "synth.engine.dsp": total.dsp,
-            "synth.engine.bram36": total.bram36})
+    record({f"synth.engine.{name}": value for name, value in asdict(total).items()})
     if options.skip_ecp5:
         return
-    with console.status(f"Yosys and nextpnr: {options.ecp5_preset} for ECP5 (about half an hour)"):
+    with console.status(f"Yosys and nextpnr: {options.ecp5_preset} for ECP5 (ten minutes)"):
         fmax, path = ecp5(preset(options.ecp5_preset), options.ecp5_preset)
     table = Table(title=f"{options.ecp5_preset} on ECP5 LFE5U-85F-8: {fmax:.1f} MHz, critical path")
     table.add_column("step")
