@@ -5,7 +5,7 @@ codeword among those of its job and kind on its own channel.  An *epoch* tells t
 """
 
 from amaranth.hdl import Shape, signed, unsigned
-from amaranth.lib import data, stream
+from amaranth.lib import data
 from amaranth.utils import bits_for, ceil_log2
 
 from kvattic.config import Config
@@ -169,10 +169,6 @@ class Shapes:
         """Depth of a lane's score memory, addressed by Cat(row, index, ring)."""
         index = self.config.slot_bits_per_codeword
         return self.config.ring_codewords << (index + (self.row.width if self.config.rows > 1 else 0))
-
-    def stream(self, shape: "data.Layout | Shape") -> stream.Signature:
-        """A stream with this payload."""
-        return stream.Signature(shape)
 
 
 ACCUMULATE_CYCLES = 4

@@ -1,6 +1,7 @@
 """build/bench.json: the figures that benches and synthesis measured, by key."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,4 +17,6 @@ def load() -> dict[str, float | bool]:
 def record(figures: Mapping[str, float | bool]) -> None:
     """Add or replace figures; the others stay."""
     PATH.parent.mkdir(parents=True, exist_ok=True)
-    PATH.write_text(json.dumps(dict(sorted({**load(), **figures}.items())), indent=2) + "\n")
+    part = PATH.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(dict(sorted({**load(), **figures}.items())), indent=2) + "\n")
+    part.replace(PATH)   # a reader never sees half a file
