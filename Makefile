@@ -30,7 +30,7 @@ waves: $(VENV)/.stamp-sim  ## the same, with waveforms under build/
 	@$(RUN) kvattic_sim.main $(SIM_ARGS) --waves
 
 verilog: $(VENV)/.stamp-sim  ## write the Verilog to build/
-	@$(RUN) kvattic_hdl.generate $(if $(PRESET),--preset $(PRESET))
+	@$(RUN) kvattic_hdl $(if $(PRESET),--preset $(PRESET))
 
 bench: $(VENV)/.stamp-sim  ## run the benchmarks
 	@$(RUN) kvattic_sim.bench --simulator $(SIM) $(BENCH)

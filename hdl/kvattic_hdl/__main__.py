@@ -1,4 +1,4 @@
-"""Command line: `python -m kvattic_hdl.generate --preset paper --output build/kvattic_paper.v`."""
+"""Command line: `python -m kvattic_hdl --preset paper --output build/kvattic_paper.v`."""
 
 import argparse
 from pathlib import Path
