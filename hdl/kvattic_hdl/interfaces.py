@@ -8,6 +8,7 @@ from amaranth.hdl import Shape, signed, unsigned
 from amaranth.lib import data
 from amaranth.utils import bits_for, ceil_log2
 
+from kvattic.commands import TREE_BITS
 from kvattic.config import Config
 from kvattic.formats import SCALE_BITS, SCORE_BITS, WEIGHT_BITS, WEIGHT_EXPONENT_BITS
 from kvattic.layout import TOKEN_BITS
@@ -57,7 +58,6 @@ class Shapes:
         self.row = unsigned(max(1, ceil_log2(config.rows)))
         self.place = unsigned(max(1, ceil_log2(config.ring_codewords)))
         self.channel = unsigned(max(1, ceil_log2(config.channels)))
-        self.token = unsigned(TOKEN_BITS)
         self.beat_index = unsigned(max(1, ceil_log2(config.beats_per_token)))
         self.score: Shape = signed(SCORE_BITS)
         self.accumulator: Shape = signed(config.accumulator_bits)
@@ -80,7 +80,7 @@ class Shapes:
             "data": beat_bits,
             "start": TOKEN_BITS,  # first token attended
             "end": TOKEN_BITS,    # one past the last token attended; never above the job's end_token
-            "tree": 32,
+            "tree": TREE_BITS,
         })
         self.start = data.StructLayout({
             "slot": self.slot,

@@ -74,7 +74,7 @@ def show(console: Console, title: str, config: Config, attention: Attention, usa
     def add(name: str, part: list[Usage], rows: slice) -> None:
         cycles = sum(u.cycles for u in part)
         slots = config.channels * cycles
-        window = sum(config.channels * (u.last_beat - u.first_beat + 1) for u in part)
+        window = config.channels * sum(u.window for u in part)
         table.add_row(
             name, f"{queries * (rows.stop - rows.start):,}", f"{attention.key.shape[1]:,}", f"{cycles:,}",
             f"{sum(u.beats for u in part) / window:.1%}",

@@ -151,7 +151,8 @@ def main(arguments: list[str] | None = None) -> None:
                       style="bold" if block == "total" else None)
     console.print(table)
     total = blocks["total"]
-    record({f"synth.engine.{name}": value for name, value in asdict(total).items()})
+    if options.preset == "paper":   # what the keys stand for
+        record({f"synth.engine.{name}": value for name, value in asdict(total).items()})
     if options.skip_ecp5:
         return
     name = f"board with {options.ecp5_channels} channels"

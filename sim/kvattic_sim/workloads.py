@@ -41,9 +41,14 @@ class Usage:
         return cls(cycles=register("CYCLES"), first_beat=register("FIRST_BEAT"), last_beat=register("LAST_BEAT"),
                    beats=register("BEATS"), stalls={name: register(name.upper()) for name in STALLS}, seconds=seconds)
 
+    @property
+    def window(self) -> int:
+        """Cycles from the first beat to the last one."""
+        return self.last_beat - self.first_beat + 1
+
     def bus_use(self, channels: int) -> float:
         """Share of all lane beat slots between the first and the last beat that carried data."""
-        return self.beats / (channels * (self.last_beat - self.first_beat + 1))
+        return self.beats / (channels * self.window)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
