@@ -9,12 +9,14 @@ from amaranth.lib import data
 from amaranth.utils import bits_for, ceil_log2
 
 from kvattic.commands import TREE_BITS
-from kvattic.config import Config
+from kvattic.config import PAGE_NUMBER_BITS, Config
 from kvattic.formats import SCALE_BITS, SCORE_BITS, WEIGHT_BITS, WEIGHT_EXPONENT_BITS
 from kvattic.layout import TOKEN_BITS
 
 EPOCH_BITS = 4
-PAGE_BITS = 32
+OPCODE_BITS = 3
+"""Low bits of an opcode, which tell the flash commands apart."""
+PAGE_BITS = PAGE_NUMBER_BITS
 K_OFFSET_BITS = 10
 MISSING_BITS = 15
 """Bits of a count of missing codewords; it saturates in a completion."""
@@ -37,9 +39,18 @@ class Shapes:
     tag : StructLayout
         Names a codeword: slot, epoch, kind (`commands.Kind`), place.
     request : StructLayout
-        A codeword wanted from a channel: tag, page, codeword (number inside of its page).
+        A codeword wanted: tag, page, codeword (number inside of its page), dram (1: of device DRAM, 0: of the channel).
     beat : StructLayout
-        One beat of a codeword: tag (the same for all its beats), data, last.
+        One beat of a codeword: tag (the same for all its beats), data, last, error (the same for all its beats: the
+        codeword cannot be read, its data mean nothing).
+    operation : StructLayout
+        A flash command for a channel: opcode (`commands.Opcode`, low bits), page, block (of MAP), identity.
+    outcome : StructLayout
+        Its end: identity, page, status (`commands.Status`, low byte).
+    flash_events : StructLayout
+        What a flash channel did in this cycle: counts and strobes for the counters.
+    media_error : StructLayout
+        A codeword that could not be read: page, codeword, cause (`commands.MediaCause`).
     load : StructLayout
         Written to all lanes before a job starts: q (`beat` elements of one row) or a row record.
     start : StructLayout
@@ -69,8 +80,29 @@ class Shapes:
             "tag": self.tag,
             "page": PAGE_BITS,
             "codeword": unsigned(max(1, ceil_log2(config.codewords_per_page))),
+            "dram": 1,
         })
-        self.beat = data.StructLayout({"tag": self.tag, "data": beat_bits, "last": 1})
+        self.beat = data.StructLayout({"tag": self.tag, "data": beat_bits, "last": 1, "error": 1})
+        self.identity = unsigned(32)    # index in its batch, identifier: handed through
+        self.operation = data.StructLayout({
+            "opcode": OPCODE_BITS, "page": PAGE_BITS, "block": unsigned(max(1, ceil_log2(config.part.blocks))),
+            "identity": self.identity})
+        self.outcome = data.StructLayout({"identity": self.identity, "page": PAGE_BITS, "status": 8})
+        self.media_error = data.StructLayout({
+            "page": PAGE_BITS, "codeword": unsigned(max(1, ceil_log2(config.codewords_per_page))), "cause": 2})
+        self.flash_events = data.StructLayout({
+            "word": 1,            # a beat moved on the bus
+            "command": 1,         # a command or address cycle began
+            "dies_busy": unsigned(bits_for(config.dies)),
+            "codeword": 1,        # a codeword came from the bus
+            "corrected": 1,       # a codeword was corrected
+            "bit_errors": unsigned(bits_for(config.ecc_t)),   # bits of it
+            "retry": 1,           # a codeword is read again
+            "unreadable": 1,      # a codeword is given up; `media_error` says which
+            "page_reads": unsigned(bits_for(config.part.planes)),
+            "page_programs": unsigned(bits_for(config.part.planes)),
+            "block_erases": unsigned(bits_for(config.part.planes)),
+        })
         self.load = data.StructLayout({
             "query": 1,          # data holds elements [beat] of q of this row
             "record": 1,         # start, end, tree hold the row's mask

@@ -53,7 +53,15 @@ class Opcode(IntEnum):
     """What a command asks for."""
 
     ATTEND = 0x81
-    """Attention of one job: the query rows that read one KV head."""
+    """Attention of one job: the query rows that read one KV head (`COMMAND`)."""
+    PROGRAM = 0x82
+    """Write a page of device DRAM into a flash page (`FLASH_COMMAND`); pages of a block in order, each once."""
+    ERASE = 0x83
+    """Erase the block that a flash page lies in (`FLASH_COMMAND`)."""
+    PROBE = 0x84
+    """Look for the factory's bad-block mark of the block that a flash page lies in (`FLASH_COMMAND`)."""
+    MAP = 0x85
+    """Let a zone use another block on the die and plane of a flash page (`FLASH_COMMAND`)."""
 
 
 class Status(IntEnum):
@@ -64,13 +72,13 @@ class Status(IntEnum):
     INVALID_OPCODE = 1
     """where: the opcode."""
     INVALID_FIELD = 2
-    """A reserved byte is not zero, or `home` is no channel."""
+    """A reserved byte is not zero, or stripe_pages is no power of two or too large."""
     INVALID_ROWS = 3
     """where: the number of rows."""
     INVALID_LENGTH = 4
-    """No token, more tokens than the score buffers hold, token numbers beyond 24 bits, or base_token off its page."""
+    """No token, token numbers beyond 24 bits, or `stripes` are not as many as the tokens take."""
     INVALID_ADDRESS = 5
-    """query or result not 64-byte aligned or not inside the buffer window; where: 0 query, 1 result."""
+    """query, result or table not 64-byte aligned or not inside the buffer window; where: 0 query, 1 result, 2 table."""
     INVALID_SCALE = 6
     """scale is not a positive normal fp32."""
     NAN_QUERY = 7
@@ -83,6 +91,23 @@ class Status(IntEnum):
     """A codeword never came; where: channel * 65536 + kind * 32768 + codewords still missing there."""
     BUS_ERROR = 11
     """The host memory answered a read of the command or query, or a write of the result, with an error; where: 0."""
+    INVALID_TABLE = 12
+    """A table entry names no channel, has a reserved bit set, or is one too many for its channel's score buffer;
+    where: the entry's number."""
+    INVALID_PLACE = 13
+    """A flash command names no channel, page or block of it; where: 0."""
+    UNREADABLE_KEY = 14
+    """K cannot be read (see the register MEDIA_ERROR); where: first token of the lowest codeword that cannot."""
+    UNREADABLE_VALUE = 15
+    """The same for V."""
+    PROGRAM_FAILED = 16
+    """The part reports that a page was not programmed; where: channel * 2**24 + page."""
+    ERASE_FAILED = 17
+    """The part reports that a block was not erased; where: channel * 2**24 + page."""
+    BAD_BLOCK = 18
+    """PROBE found the factory's mark; where: channel * 2**24 + page."""
+    DIE_TIMEOUT = 19
+    """A die stayed busy for longer than its part ever is; where: channel * 2**24 + page."""
 
 
 class CompletionFlag(IntFlag):
@@ -94,6 +119,17 @@ class CompletionFlag(IntFlag):
     """A product weight*v was clipped at the top of its window (bf16 only)."""
     DUPLICATE = 4
     """A codeword came twice; the second one was dropped."""
+
+
+class MediaCause(IntEnum):
+    """Why a codeword cannot be read."""
+
+    UNCORRECTABLE = 1
+    """More bit errors than the code corrects, at every read-retry setting; or another page's data."""
+    ERASED = 2
+    """Nothing was written there."""
+    DIE_TIMEOUT = 3
+    """The die stayed busy."""
 
 
 class Kind(IntEnum):
@@ -110,19 +146,44 @@ COMMAND = Record("Command", LINE_BYTES, (
     Field("flags", 1, 1, "reserved, zero"),
     Field("identifier", 2, 2, "copied into the completion"),
     Field("rows", 4, 1, "query rows of this job, 1 to config.rows"),
-    Field("home", 5, 1, "channel of the first stripe; stripe i is on channel (home + i) mod channels"),
-    Field("reserved0", 6, 2, "reserved, zero"),
-    Field("key_page", 8, 4, "page of the first K stripe on its channel; channels below home are one page further"),
-    Field("value_page", 12, 4, "the same for V"),
-    Field("base_token", 16, 4, "number of the first stripe's first token; a multiple of config.tokens_per_page"),
-    Field("end_token", 20, 4, "one past the last valid token"),
-    Field("tree_token", 24, 4, "first token of the draft tree (end_token where there is none)"),
-    Field("scale", 28, 4, "fp32 of softmax scale * log2(e)"),
-    Field("query", 32, 8, "address of the query block"),
-    Field("result", 40, 8, "address of the result block"),
-    Field("reserved1", 48, 8, "reserved, zero"),
-    Field("reserved2", 56, 8, "reserved, zero"),
+    Field("stripe_pages", 5, 1, "pages of K (and of V) in a stripe, a power of two"),
+    Field("stripes", 6, 2, "entries of the table"),
+    Field("base_token", 8, 4, "number of the first stripe's first token"),
+    Field("end_token", 12, 4, "one past the last valid token"),
+    Field("tree_token", 16, 4, "first token of the draft tree (end_token where there is none)"),
+    Field("scale", 20, 4, "fp32 of softmax scale * log2(e)"),
+    Field("query", 24, 8, "address of the query block"),
+    Field("result", 32, 8, "address of the result block"),
+    Field("table", 40, 8, "address of the table: a `TABLE_ENTRY` for each stripe, in order"),
+    Field("reserved0", 48, 8, "reserved, zero"),
+    Field("reserved1", 56, 8, "reserved, zero"),
 ))
+"""ATTEND.  A stripe is stripe_pages * config.tokens_per_page consecutive tokens."""
+
+TABLE_ENTRY = Record("TableEntry", 8, (
+    Field("key_page", 0, 3, "first page of the stripe's K"),
+    Field("channel", 3, 1, "channel whose lane attends the stripe; in flash its pages lie there"),
+    Field("value_page", 4, 3, "first page of its V"),
+    Field("dram", 7, 1, "1: the pages are pages of device DRAM, at page * config.page_bytes; 0: of the flash channel"),
+))
+"""Where a stripe lies; its other pages follow the first ones."""
+
+FLASH_COMMAND = Record("FlashCommand", LINE_BYTES, (
+    Field("opcode", 0, 1, "`Opcode`"),
+    Field("flags", 1, 1, "reserved, zero"),
+    Field("identifier", 2, 2, "copied into the completion"),
+    Field("channel", 4, 1, "flash channel"),
+    Field("reserved0", 5, 3, "reserved, zero"),
+    Field("page", 8, 4, "page on the channel: plane, die, page of the block, zone, from the low bits on"),
+    Field("argument", 12, 4, "PROGRAM: page of device DRAM; MAP: block of the plane; otherwise zero"),
+    Field("reserved1", 16, 8, "reserved, zero"),
+    Field("reserved2", 24, 8, "reserved, zero"),
+    Field("reserved3", 32, 8, "reserved, zero"),
+    Field("reserved4", 40, 8, "reserved, zero"),
+    Field("reserved5", 48, 8, "reserved, zero"),
+    Field("reserved6", 56, 8, "reserved, zero"),
+))
+"""PROGRAM, ERASE, PROBE, MAP.  They complete out of order; those of one channel begin in order."""
 
 ROW = Record("Row", LINE_BYTES, (
     Field("start_token", 0, 4, "first token that this row attends"),

@@ -3,16 +3,22 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
+from math import ceil
 from typing import Any, Self
 
 from kvattic.errors import ConfigError
 from kvattic.formats import VALUE_FRACTION, VALUE_WINDOW_BITS, Element
+from kvattic.nand import PSLC, TINY_PART, NandPart
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 BEAT_BYTES = (8, 16, 32)
 MAX_CHANNELS = 32
 MAX_ROWS = 16
 ELEMENT_BYTES = 2
+CRC_BITS = 24
+"""Of the check value that tells a miscorrected or misplaced codeword (kvattic.ecc)."""
+PAGE_NUMBER_BITS = 24
+"""Bits of a page number on its channel, and of a page number in device DRAM."""
 
 
 def _is_power_of_two(value: int) -> bool:
@@ -21,7 +27,7 @@ def _is_power_of_two(value: int) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """Geometry of the engine and of the KV pages it reads.
+    """Geometry of the drive: the engine, the flash behind it, and the KV pages that it reads.
 
     Attributes:
         channels: flash channels, and so lanes of the engine (1 to 32).
@@ -29,7 +35,11 @@ class Config:
         rows: query rows that share one pass over K and V (1 to 16).
         head_dim: elements of one token of one head (32, 64, 80, 96, 128 or 256).
         element: storage format of K, V and q.
-        page_bytes: data bytes of a flash page.
+        part: the NAND die; its page is the page.
+        dies: dies of a channel, each a target of its own, a power of two.
+        cache_reads: the controllers read a die's next pages while they move its last ones out of the cache register.
+        ecc_t: bit errors that are corrected in each codeword.
+        dram_bytes: bytes that the device DRAM's port moves in one cycle (a power of two, 8 to 128).
         codeword_bytes: data bytes of an ECC codeword, the smallest unit that is read.
         score_depth: tokens that one lane's score buffer holds, over all jobs in flight.
         jobs_in_flight: jobs that the software pipeline overlaps (2 to 16).
@@ -44,7 +54,11 @@ class Config:
     rows: int = 1
     head_dim: int = 128
     element: Element = Element.FP16
-    page_bytes: int = 16384
+    part: NandPart = PSLC
+    dies: int = 8
+    cache_reads: bool = False
+    ecc_t: int = 8
+    dram_bytes: int = 64
     codeword_bytes: int = 512
     score_depth: int = 4096
     jobs_in_flight: int = 4
@@ -55,6 +69,15 @@ class Config:
             object.__setattr__(self, "element", Element(self.element))
         except ValueError:
             raise ConfigError(f"element must be one of {[e.value for e in Element]}, not {self.element!r}") from None
+        if isinstance(self.part, dict):
+            try:
+                object.__setattr__(self, "part", NandPart(**self.part))
+            except TypeError as error:
+                raise ConfigError(f"part must have the fields of a NandPart: {error}") from None
+        if not isinstance(self.part, NandPart):
+            raise ConfigError(f"part must be a NandPart, not {self.part!r}")
+        if not isinstance(self.cache_reads, bool):
+            raise ConfigError(f"cache_reads must be a bool, not {self.cache_reads!r}")
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type in (int, "int") and (not isinstance(value, int) or isinstance(value, bool)):
@@ -68,9 +91,19 @@ class Config:
         self._check(self.head_dim in HEAD_DIMS, "head_dim", f"one of {HEAD_DIMS}")
         self._check(self.codeword_bytes >= self.token_bytes, "codeword_bytes",
                     f"at least one token ({self.token_bytes} bytes at head_dim {self.head_dim})")
-        self._check(_is_power_of_two(self.page_bytes), "page_bytes", "a power of two")
         self._check(_is_power_of_two(self.codeword_bytes), "codeword_bytes", "a power of two")
         self._check(self.page_bytes >= self.codeword_bytes, "page_bytes", "at least codeword_bytes")
+        self._check(_is_power_of_two(self.dies), "dies", "a power of two")
+        self._check(1 <= self.ecc_t <= 64, "ecc_t", "1 to 64")
+        self._check(_is_power_of_two(self.dram_bytes) and 8 <= self.dram_bytes <= 128, "dram_bytes",
+                    "a power of two from 8 to 128")
+        self._check(self.dram_bytes >= self.beat_bytes, "dram_bytes", "at least beat_bytes")
+        self._check(self.codeword_bytes >= self.dram_bytes, "codeword_bytes", "at least dram_bytes")
+        self._check(self.raw_page_bytes <= self.page_bytes + self.part.spare_bytes, "ecc_t",
+                    f"such that {self.codewords_per_page} codewords of {self.raw_codeword_bytes} bytes fit a page of "
+                    f"{self.page_bytes} + {self.part.spare_bytes} bytes")
+        self._check(self.pages_per_channel <= 1 << PAGE_NUMBER_BITS, "dies",
+                    f"such that a channel has at most 2**{PAGE_NUMBER_BITS} pages")
         self._check(_is_power_of_two(self.score_depth), "score_depth", "a power of two")
         self._check(self.score_depth >= self.codewords_per_page << self.slot_bits_per_codeword, "score_depth",
                     f"at least one page of tokens ({self.codewords_per_page << self.slot_bits_per_codeword})")
@@ -82,7 +115,78 @@ class Config:
         if not good:
             raise ConfigError(f"{name} must be {what}, not {getattr(self, name)!r}")
 
-    # Derived geometry.
+    # Derived geometry of flash.
+
+    @property
+    def page_bytes(self) -> int:
+        """Data bytes of a flash page."""
+        return self.part.page_bytes
+
+    @property
+    def bch_m(self) -> int:
+        """The code's field is GF(2**m): the smallest whose codewords are long enough."""
+        data = self.codeword_bytes * 8 + CRC_BITS
+        m = 5
+        while data + m * self.ecc_t > (1 << m) - 1:
+            m += 1
+        return m
+
+    @property
+    def check_bytes(self) -> int:
+        """Bytes behind a codeword's data: CRC, BCH parity, and zeros up to a whole beat."""
+        bits = CRC_BITS + self.bch_m * self.ecc_t
+        return ceil(bits / 8 / self.beat_bytes) * self.beat_bytes
+
+    @property
+    def raw_codeword_bytes(self) -> int:
+        """Bytes that a codeword takes in flash and on the flash bus."""
+        return self.codeword_bytes + self.check_bytes
+
+    @property
+    def raw_codeword_words(self) -> int:
+        """Words of `beat_bytes` that a codeword takes on the flash side."""
+        return self.raw_codeword_bytes // self.beat_bytes
+
+    @property
+    def raw_page_bytes(self) -> int:
+        """Bytes of a page that hold codewords; codeword i begins at column i * raw_codeword_bytes."""
+        return self.codewords_per_page * self.raw_codeword_bytes
+
+    @property
+    def plane_bits(self) -> int:
+        """Lowest bits of a page number: the plane."""
+        return (self.part.planes - 1).bit_length()
+
+    @property
+    def die_bits(self) -> int:
+        """Next bits: the die."""
+        return (self.dies - 1).bit_length()
+
+    @property
+    def block_page_bits(self) -> int:
+        """Next bits: the page of the block; above them stands the zone."""
+        return (self.part.pages - 1).bit_length()
+
+    @property
+    def zone_page_bits(self) -> int:
+        """Bits of a page number below the zone."""
+        return self.plane_bits + self.die_bits + self.block_page_bits
+
+    @property
+    def zone_pages(self) -> int:
+        """Pages of a zone on each channel."""
+        return self.part.planes * self.dies * self.part.pages
+
+    @property
+    def pages_per_channel(self) -> int:
+        """Page numbers of a channel, those that pad a block to a power of two included."""
+        return self.part.blocks << self.zone_page_bits
+
+    def cycles(self, nanoseconds: float) -> int:
+        """Whole clock cycles that take at least so long."""
+        return ceil(round(nanoseconds * self.clock_mhz / 1000, 6))
+
+    # Derived geometry of the engine.
 
     @property
     def elements_per_beat(self) -> int:
@@ -172,16 +276,13 @@ class Config:
 
     @property
     def hash(self) -> int:
-        """32 bits that stand in the ID registers; the driver refuses a device with another value.
-
-        All fields but `clock_mhz`, which changes no hardware.
-        """
-        built = {name: value for name, value in asdict(self).items() if name != "clock_mhz"}
-        text = json.dumps(built, sort_keys=True)
+        """32 bits that stand in the ID registers; the driver refuses a device with another value."""
+        text = self.to_json()
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 
 
-TINY = Config(channels=2, rows=2, head_dim=32, page_bytes=1024, codeword_bytes=256, score_depth=256)
+TINY = Config(channels=2, rows=2, head_dim=32, part=TINY_PART, dies=2, dram_bytes=16, codeword_bytes=256,
+              score_depth=256)
 """Fast tests."""
 BOARD = Config(channels=4)
 """A four-channel OpenSSD board (paper v1: 4 flash channels)."""

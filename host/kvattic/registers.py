@@ -8,7 +8,7 @@ from enum import IntFlag, StrEnum
 
 ID_MAGIC = 0x5441564B
 """'KVAT' in little-endian ASCII."""
-VERSION = 0x0001_0000
+VERSION = 0x0002_0000
 """Major in the upper half; a change of meaning raises it."""
 
 
@@ -61,6 +61,8 @@ class StatusBit(IntFlag):
     """Host memory answered a read or write with an error."""
     STALE_CODEWORD = 64
     """A late codeword of a job that had ended was dropped."""
+    MEDIA_ERROR = 128
+    """A codeword could not be read; see MEDIA_ERROR and MEDIA_CAUSE."""
 
 
 REGISTERS: tuple[Register, ...] = (
@@ -77,6 +79,8 @@ REGISTERS: tuple[Register, ...] = (
     Register("COMPLETION_BASE", 0x30, 64, Access.RW, 0, "address of the completions, 64-byte aligned"),
     Register("BUFFER_BASE", 0x38, 64, Access.RW, 0, "first address that queries and results may use"),
     Register("BUFFER_LIMIT", 0x40, 64, Access.RW, 0, "one past the last address that queries and results may use"),
+    Register("MEDIA_ERROR", 0x48, 32, Access.RO, 0, "channel << 24 | page of the first codeword that could not be read"),
+    Register("MEDIA_CAUSE", 0x4C, 32, Access.RO, 0, "`MediaCause` << 16 | codeword of that page"),
     Register("CYCLES", 0x80, 64, Access.RO, 0, "cycles from the doorbell to the last completion (running: until now)"),
     Register("BEATS", 0x88, 64, Access.RO, 0, "lane beats used, all lanes"),
     Register("FIRST_BEAT", 0x90, 64, Access.RO, 0, "cycle of the first beat"),
@@ -88,8 +92,19 @@ REGISTERS: tuple[Register, ...] = (
     Register("IDLE", 0xC0, 64, Access.RO, 0, "lane cycles without work"),
     Register("DUPLICATES", 0xC8, 32, Access.RO, 0, "codewords dropped because they came twice"),
     Register("STALES", 0xCC, 32, Access.RO, 0, "codewords dropped because their job had ended"),
+    Register("FLASH_WORDS", 0x100, 64, Access.RO, 0, "beats moved on the flash buses, in both directions"),
+    Register("FLASH_COMMANDS", 0x108, 64, Access.RO, 0, "command and address cycles on the flash buses"),
+    Register("DIE_BUSY", 0x110, 64, Access.RO, 0, "die cycles busy with reading, programming or erasing"),
+    Register("CODEWORDS", 0x118, 64, Access.RO, 0, "codewords read from flash"),
+    Register("CORRECTED", 0x120, 64, Access.RO, 0, "codewords read with errors, all of them corrected"),
+    Register("BIT_ERRORS", 0x128, 64, Access.RO, 0, "bits corrected"),
+    Register("RETRIES", 0x130, 64, Access.RO, 0, "codewords read again with a read-retry setting"),
+    Register("UNREADABLE", 0x138, 64, Access.RO, 0, "codewords that could not be read"),
+    Register("PAGE_READS", 0x140, 64, Access.RO, 0, "pages read from the arrays"),
+    Register("PAGE_PROGRAMS", 0x148, 64, Access.RO, 0, "pages programmed"),
+    Register("BLOCK_ERASES", 0x150, 64, Access.RO, 0, "blocks erased"),
 )
 
 REGISTER_MAP = {register.name: register for register in REGISTERS}
-ADDRESS_BITS = 8
+ADDRESS_BITS = 9
 """Width of the AXI4-Lite address."""
