@@ -47,6 +47,10 @@ class Shapes:
         A flash command for a channel: opcode (`commands.Opcode`, low bits), page, block (of MAP), identity.
     outcome : StructLayout
         Its end: identity, page, status (`commands.Status`, low byte).
+    flash_command : StructLayout
+        An operation, its channel, and the page of device DRAM that a PROGRAM writes.
+    ended : StructLayout
+        The end of a flash command: index in its batch, identifier, status, where.
     flash_events : StructLayout
         What a flash channel did in this cycle: counts and strobes for the counters.
     media_error : StructLayout
@@ -88,6 +92,9 @@ class Shapes:
             "opcode": OPCODE_BITS, "page": PAGE_BITS, "block": unsigned(max(1, ceil_log2(config.part.blocks))),
             "identity": self.identity})
         self.outcome = data.StructLayout({"identity": self.identity, "page": PAGE_BITS, "status": 8})
+        self.flash_command = data.StructLayout({
+            "channel": self.channel, "operation": self.operation, "dram_page": PAGE_BITS})
+        self.ended = data.StructLayout({"index": 16, "identifier": 16, "status": 16, "where": 32})
         self.media_error = data.StructLayout({
             "page": PAGE_BITS, "codeword": unsigned(max(1, ceil_log2(config.codewords_per_page))), "cause": 2})
         self.flash_events = data.StructLayout({
