@@ -51,7 +51,7 @@ class DramReader(wiring.Component):
         As of the engine.
     fetches : Array of In(stream of fetch_layout)
         Pages that each channel will program, in order.
-    page_words : Array of Out(stream of data, page)
+    page_words : Array of Out(stream of page_word)
         Their words, for each channel.
     failed : Out(channels)
         Strobe: the memory answered a read of the channel's page with an error.
@@ -61,7 +61,6 @@ class DramReader(wiring.Component):
     def __init__(self, config: Config) -> None:
         self.config = config
         self.shapes = shapes = Shapes(config)
-        self.page_word = data.StructLayout({"data": config.beat_bytes * 8, "page": PAGE_BITS})
         channels = config.channels
         super().__init__({
             "tails": In(stream.Signature(shapes.request)).array(channels),
@@ -69,7 +68,7 @@ class DramReader(wiring.Component):
             "value_open": In(config.jobs_in_flight),
             "epoch": In(data.ArrayLayout(EPOCH_BITS, config.jobs_in_flight)),
             "fetches": In(stream.Signature(fetch_layout())).array(channels),
-            "page_words": Out(stream.Signature(self.page_word)).array(channels),
+            "page_words": Out(stream.Signature(shapes.page_word)).array(channels),
             "failed": Out(channels),
             "axi": Out(dram_signature(config)),
         })

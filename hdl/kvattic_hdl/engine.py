@@ -1,4 +1,4 @@
-"""The whole engine: host registers and memory on one side, one stream pair for each flash channel on the other."""
+"""The whole engine: host registers and memory on one side, device DRAM and the streams of each flash channel on the other."""
 
 from amaranth.hdl import Cat, Module, Mux, ResetInserter, Signal
 from amaranth.lib import data, stream, wiring
@@ -8,12 +8,15 @@ from amaranth.lib.wiring import In, Out, connect, flipped
 from kvattic.config import Config
 from kvattic.registers import ADDRESS_BITS
 from kvattic_hdl.axi import AXI_READ, AXI_WRITE, axi_lite
+from kvattic_hdl.codeword_merge import CodewordMerge
 from kvattic_hdl.control import Control
+from kvattic_hdl.dram_reader import DramReader, dram_signature
 from kvattic_hdl.finisher import Finisher
 from kvattic_hdl.interfaces import EPOCH_BITS, Shapes
 from kvattic_hdl.lane import Lane
 from kvattic_hdl.loader import Loader
 from kvattic_hdl.maximum import Maximum
+from kvattic_hdl.operations import Operations
 from kvattic_hdl.shared import shared
 from kvattic_hdl.watchdog import Watchdog
 
@@ -23,7 +26,8 @@ class Engine(wiring.Component):
 
     A batch of commands is fetched from host memory at the doorbell; up to `jobs_in_flight` jobs overlap (load, K pass,
     maximum, V pass, drain and write-back), so that a channel with a codeword to move is moving it.  Results do not
-    depend on the order in which codewords come.  A soft reset (CONTROL.RESET) ends the bus transfers first.
+    depend on the order in which codewords come.  Flash commands go to their channels and complete out of order.  A soft
+    reset (CONTROL.RESET) ends the bus transfers and the flash operations first.
 
     Parameters
     ----------
@@ -35,14 +39,25 @@ class Engine(wiring.Component):
         Registers (kvattic.registers).
     read, write : Out(AXI4 channels)
         Host memory: commands and queries are read, results and completions written.
+    dram : Out(dram_signature)
+        Device DRAM: the tail, and the pages to be programmed.
     requests : Array of Out(stream of request)
-        Codewords wanted from each channel.
+        Codewords wanted from each channel (`dram` is 0).
     codewords : Array of In(stream of beat)
         Codewords from each channel, in any order; a V codeword may only be sent while it is welcome, see the next two.
     value_open : Out(jobs_in_flight)
         V codewords of this slot may be sent; without it only those of another epoch than the slot's `epoch`.
     epoch : Out(ArrayLayout(EPOCH_BITS, jobs_in_flight))
         Epoch of the slot's latest job.
+    operations : Array of Out(stream of operation)
+        Flash commands for each channel, begun in order.
+    page_words : Array of Out(stream of page_word)
+        The page data of its PROGRAMs, in the same order.
+    outcomes : Array of In(stream of outcome)
+        How they ended, in any order.
+    flash_events : In(ArrayLayout(flash_events, channels))
+    media_errors : In(ArrayLayout(media_error, channels))
+        The codeword that `flash_events.unreadable` is about, in the same cycle.
     irq : Out(1)
     """
 
@@ -53,10 +68,16 @@ class Engine(wiring.Component):
             "host": In(axi_lite(ADDRESS_BITS)),
             "read": Out(AXI_READ),
             "write": Out(AXI_WRITE),
+            "dram": Out(dram_signature(config)),
             "requests": Out(stream.Signature(shapes.request)).array(config.channels),
             "codewords": In(stream.Signature(shapes.beat)).array(config.channels),
             "value_open": Out(config.jobs_in_flight),
             "epoch": Out(data.ArrayLayout(EPOCH_BITS, config.jobs_in_flight)),
+            "operations": Out(stream.Signature(shapes.operation)).array(config.channels),
+            "page_words": Out(stream.Signature(shapes.page_word)).array(config.channels),
+            "outcomes": In(stream.Signature(shapes.outcome)).array(config.channels),
+            "flash_events": In(data.ArrayLayout(shapes.flash_events, config.channels)),
+            "media_errors": In(data.ArrayLayout(shapes.media_error, config.channels)),
             "irq": Out(1),
         })
 
@@ -74,6 +95,8 @@ class Engine(wiring.Component):
         m.submodules.maximum = reset(maximum)
         m.submodules.finisher = reset(finisher)
         m.submodules.watchdog = reset(watchdog)
+        m.submodules.operations = operations = Operations(config)
+        m.submodules.dram_reader = dram_reader = DramReader(config)
         lanes = []
         for channel in channels:
             lane, submodule = shared(platform, "kvattic_lane", lambda: Lane(config), control.reset)
@@ -89,7 +112,9 @@ class Engine(wiring.Component):
             self.irq.eq(control.irq),
             control.bus_error.eq(loader.bus_error | finisher.write_error),
             control.completed.eq(finisher.completed),
-            control.quiet.eq(loader.quiet & finisher.quiet),
+            control.quiet.eq(loader.quiet & finisher.quiet & operations.quiet),
+            control.flash_events.eq(self.flash_events),
+            control.media_errors.eq(self.media_errors),
             loader.stop.eq(control.stop),
             finisher.stop.eq(control.stop),
             loader.batch_start.eq(control.batch_start),
@@ -100,6 +125,17 @@ class Engine(wiring.Component):
             finisher.batch_start.eq(control.batch_start),
             finisher.completion_base.eq(control.completion_base),
             finisher.snapshot.eq(control.snapshot),
+        ]
+
+        # Flash commands: loader -> operations -> finisher.
+        connect(m, loader.flash, operations.commands)
+        connect(m, operations.outcomes, finisher.outcomes)
+        connect(m, dram_reader.axi, flipped(self.dram))
+        m.d.comb += [
+            operations.failed.eq(dram_reader.failed),
+            operations.batch_start.eq(control.batch_start),
+            dram_reader.value_open.eq(self.value_open),
+            dram_reader.epoch.eq(self.epoch),
         ]
 
         # Jobs: loader -> maximum -> finisher.
@@ -146,8 +182,23 @@ class Engine(wiring.Component):
         report_slot = Signal(shapes.slot)
         m.d.comb += report_slot.eq(Mux(watchdog.probing, watchdog.report_slot, finisher.report_slot))
         for channel, lane in zip(channels, lanes, strict=True):
-            connect(m, flipped(self.codewords[channel]), lane.codewords)
-            connect(m, lane.requests, flipped(self.requests[channel]))
+            # Codewords of DRAM and of flash: asked for here and there, joined again at the lane's door.
+            m.submodules[f"merge_{channel}"] = merge = CodewordMerge(config)
+            connect(m, dram_reader.codewords[channel], merge.first)
+            connect(m, flipped(self.codewords[channel]), merge.second)
+            connect(m, merge.o, lane.codewords)
+            asked, tail, flash = lane.requests, dram_reader.tails[channel], self.requests[channel]
+            m.d.comb += [
+                tail.payload.eq(asked.payload),
+                flash.payload.eq(asked.payload),
+                tail.valid.eq(asked.valid & asked.payload.dram),
+                flash.valid.eq(asked.valid & ~asked.payload.dram),
+                asked.ready.eq(Mux(asked.payload.dram, tail.ready, flash.ready)),
+            ]
+            connect(m, operations.operations[channel], flipped(self.operations[channel]))
+            connect(m, operations.fetches[channel], dram_reader.fetches[channel])
+            connect(m, dram_reader.page_words[channel], flipped(self.page_words[channel]))
+            connect(m, flipped(self.outcomes[channel]), operations.channel_outcomes[channel])
             m.d.comb += [
                 lane.load_valid.eq(load_valid),
                 lane.load.eq(load),
@@ -185,7 +236,9 @@ class Engine(wiring.Component):
             Cat(lane.events.beat for lane in lanes).any()
             | (self.read.arvalid & self.read.arready) | (self.read.rvalid & self.read.rready)
             | (self.write.awvalid & self.write.awready) | (self.write.bvalid & self.write.bready)
-            | loader.start_valid | finisher.completed)
+            | loader.start_valid | finisher.completed
+            # A channel that programs, erases or reads for others has not stopped; each of its operations has a limit.
+            | Cat(self.flash_events[c].word | self.flash_events[c].dies_busy.any() for c in channels).any())
         m.d.comb += [
             control.lanes_ready.eq(Cat(lane.ready for lane in lanes).all()),
             watchdog.timeout.eq(control.timeout),

@@ -47,6 +47,8 @@ class Shapes:
         A flash command for a channel: opcode (`commands.Opcode`, low bits), page, block (of MAP), identity.
     outcome : StructLayout
         Its end: identity, page, status (`commands.Status`, low byte).
+    page_word : StructLayout
+        A word of page data on its way into flash: data, page (its page number, for the check value).
     flash_command : StructLayout
         An operation, its channel, and the page of device DRAM that a PROGRAM writes.
     ended : StructLayout
@@ -92,6 +94,7 @@ class Shapes:
             "opcode": OPCODE_BITS, "page": PAGE_BITS, "block": unsigned(max(1, ceil_log2(config.part.blocks))),
             "identity": self.identity})
         self.outcome = data.StructLayout({"identity": self.identity, "page": PAGE_BITS, "status": 8})
+        self.page_word = data.StructLayout({"data": beat_bits, "page": PAGE_BITS})
         self.flash_command = data.StructLayout({
             "channel": self.channel, "operation": self.operation, "dram_page": PAGE_BITS})
         self.ended = data.StructLayout({"index": 16, "identifier": 16, "status": 16, "where": 32})

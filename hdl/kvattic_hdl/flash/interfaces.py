@@ -20,8 +20,6 @@ class FlashShapes(Shapes):
         Number of a codeword inside of its page.
     level : Shape
         Read-retry setting; 0 is the default.
-    page_word : StructLayout
-        A word of page data on its way into flash: data, page (its page number, for the check value).
     header : StructLayout
         Announces a codeword that will come from the bus: tag, page, codeword, level, cause (`commands.MediaCause`; if
         it is not 0, no words follow: the codeword cannot be read).
@@ -33,7 +31,6 @@ class FlashShapes(Shapes):
         super().__init__(config)
         self.codeword_index = unsigned(max(1, ceil_log2(config.codewords_per_page)))
         self.level = unsigned(bits_for(config.part.retry_levels))
-        self.page_word = data.StructLayout({"data": config.beat_bytes * 8, "page": PAGE_BITS})
         self.header = data.StructLayout({
             "tag": self.tag, "page": PAGE_BITS, "codeword": self.codeword_index, "level": self.level,
             "cause": CAUSE_BITS})

@@ -1,13 +1,15 @@
-// Behavioural twin of one flash channel: its NAND pages, controller and ECC, as the engine sees them.
+// Behavioural twin of one flash channel: an ideal one, which has every codeword at hand at the engine's full rate.
 //
 // Requests for codewords wait in a queue, each until its latency is over, and a V codeword (kind 1) also until its
 // slot's value_open is set or the slot is in another epoch.  Of those that may go, the oldest goes, or a random one (shuffle).  Its beats follow each
 // other, and the next codeword's, without a bubble unless stalls are asked for.  Padding beats are stored but not sent.
+// A codeword of a page that was not programmed comes with `error` set and a media error.
+//
+// Operations are done at once and in order: PROGRAM takes the page's words, a word a cycle (pages of a block in order and
+// once, otherwise it fails), ERASE forgets the block's pages, MAP and PROBE always succeed.
 //
 // Settings are sampled in each cycle; a change of `configure` seeds the random numbers, and counts codewords from 1
-// again for the fault.  A change of `load` reads the file flash<CHANNEL>.bin in the working directory, which is a
-// sequence of records: 32 bits first word, 32 bits number of words (both big-endian), then the words, first byte most
-// significant.
+// again for the fault.
 //
 // Everything is clocked, internal state is assigned blocking in one process: Verilator and Icarus 11 agree on it.
 
@@ -26,17 +28,45 @@ module flash_channel #(
     parameter PAGE_BITS = 32,
     parameter INDEX_AT = 48,
     parameter INDEX_BITS = 5,
+    // Fields of an operation, of its outcome, and of a word of page data.
+    parameter OPERATION_BITS = 64,
+    parameter OPERATION_OPCODE_AT = 0,
+    parameter OPERATION_OPCODE_BITS = 3,
+    parameter OPERATION_PAGE_AT = 3,
+    parameter OPERATION_IDENTITY_AT = 32,
+    parameter IDENTITY_BITS = 32,
+    parameter OUTCOME_BITS = 64,
+    parameter OUTCOME_IDENTITY_AT = 0,
+    parameter OUTCOME_PAGE_AT = 32,
+    parameter OUTCOME_STATUS_AT = 56,
+    parameter OUTCOME_STATUS_BITS = 8,
+    parameter PAGE_WORD_BITS = 88,
+    parameter PAGE_WORD_DATA_AT = 0,
+    parameter PROGRAM = 2,        // low bits of the opcodes
+    parameter ERASE = 3,
+    parameter PROGRAM_FAILED = 16, // status
+    // Fields of a media error.
+    parameter MEDIA_BITS = 31,
+    parameter MEDIA_PAGE_AT = 0,
+    parameter MEDIA_INDEX_AT = 24,
+    parameter MEDIA_CAUSE_AT = 29,
+    parameter MEDIA_CAUSE_BITS = 2,
+    parameter ERASED = 2,         // cause
     // Fields of a beat that is sent.
     parameter BEAT_BITS = 81,
     parameter BEAT_TAG_AT = 0,
     parameter BEAT_DATA_AT = 16,
     parameter BEAT_LAST_AT = 80,
+    parameter BEAT_ERROR_AT = 81,
     parameter WORD_BITS = 64,
     // Geometry.
     parameter BEATS = 64,         // words of a codeword that are sent
     parameter WORDS = 64,         // words of a codeword that are stored
     parameter CODEWORDS = 32,     // codewords of a page
-    parameter PAGES = 16,
+    parameter PAGES = 16,         // page numbers
+    parameter FRAMES = 16,        // pages that can be programmed at a time
+    parameter UNIT_BITS = 3,      // low bits of a page number: plane and die
+    parameter BLOCK_PAGE_BITS = 3, // next bits: page of the block
     parameter QUEUE = 64,
     parameter SLOTS = 4
 ) (
@@ -51,6 +81,17 @@ module flash_channel #(
     output reg [BEAT_BITS-1:0] codeword_payload,
     input [SLOTS-1:0] value_open,
     input [SLOTS*EPOCH_BITS-1:0] epoch,
+    input operation_valid,
+    output reg operation_ready,
+    input [OPERATION_BITS-1:0] operation_payload,
+    input page_word_valid,
+    output reg page_word_ready,
+    input [PAGE_WORD_BITS-1:0] page_word_payload,
+    output reg outcome_valid,
+    input outcome_ready,
+    output reg [OUTCOME_BITS-1:0] outcome_payload,
+    output reg media_valid,
+    output reg [MEDIA_BITS-1:0] media_payload,
 
     input [31:0] latency,          // cycles from a request's acceptance until its codeword may go
     input [31:0] jitter,           // up to so many random cycles more
@@ -64,16 +105,18 @@ module flash_channel #(
     input [31:0] fault_number,     // which codeword, the first after `configure` is 1
     input [31:0] fault_value,      // corrupt: bits of the tag to flip; duplicate, delay: cycles
     input configure,
-    input load,
 
-    output reg [31:0] served,      // codewords begun since `configure`
-    output reg [31:0] load_errors
+    output reg [31:0] served       // codewords begun since `configure`
 );
 
   localparam [2:0] DROP = 1, DUPLICATE = 2, CORRUPT = 3, DELAY = 4;
-  localparam DEPTH = PAGES * CODEWORDS * WORDS;
+  localparam PAGE_WORDS = CODEWORDS * WORDS;
 
-  reg [WORD_BITS-1:0] mem [0:DEPTH-1];
+  // Pages live in frames; frame 0 stands for pages that were not programmed.  Freed frames are a stack.
+  reg [WORD_BITS-1:0] mem [0:(FRAMES+1)*PAGE_WORDS-1];
+  reg [31:0] frame [0:PAGES-1];
+  reg [31:0] spare [0:FRAMES-1];
+  integer spares;
 
   // The queue: a place is a request's as long as its bit of `used` is set.
   reg [QUEUE-1:0] used;
@@ -85,22 +128,26 @@ module flash_channel #(
 
   reg [31:0] now;
   reg [31:0] random;
-  reg configured, loaded;
+  reg configured;
 
   // The codeword that is being sent.
   integer left;
   reg [63:0] address;
   reg [TAG_BITS-1:0] tag;
+  reg missing;
+
+  // The operation that is being done.
+  reg busy;
+  reg failed;
+  integer taken;                  // words of the page so far
+  reg [OPERATION_BITS-1:0] operation;
+  reg [PAGE_BITS-1:0] page, sibling;
 
   integer i, place, slot;
   reg found, allowed;
   reg [2:0] wrong;
   reg [31:0] key, best;
   reg [TAG_BITS-1:0] wanted;
-
-  integer file, got;
-  reg [63:0] header;
-  reg [8*24-1:0] name;
 
   function [31:0] step(input [31:0] x);  // xorshift
     begin
@@ -111,9 +158,23 @@ module flash_channel #(
   endfunction
 
   initial begin
-    for (i = 0; i < DEPTH; i = i + 1) mem[i] = {WORD_BITS{1'b1}};  // erased
+    for (i = 0; i < PAGES; i = i + 1) frame[i] = 0;
+    for (i = 0; i < FRAMES; i = i + 1) spare[i] = FRAMES - i;
+    for (i = 0; i < PAGE_WORDS; i = i + 1) mem[i] = 0;
+    spares = FRAMES;
     configured = 0;
-    loaded = 0;
+    busy = 0;
+    failed = 0;
+    taken = 0;
+    operation = 0;
+    page = 0;
+    missing = 0;
+    operation_ready = 0;
+    page_word_ready = 0;
+    outcome_valid = 0;
+    outcome_payload = 0;
+    media_valid = 0;
+    media_payload = 0;
     used = 0;
     count = 0;
     left = 0;
@@ -126,7 +187,6 @@ module flash_channel #(
     codeword_valid = 0;
     codeword_payload = 0;
     served = 0;
-    load_errors = 0;
   end
 
   always @(posedge clk) begin
@@ -139,26 +199,8 @@ module flash_channel #(
       served <= 0;
     end
 
-    // ------------------------------------------------------------ contents
-    if (load != loaded) begin
-      loaded = load;
-      $sformat(name, "flash%0d.bin", CHANNEL);
-      file = $fopen(name, "rb");
-      if (file != 0) begin
-        got = $fread(header, file);
-        while (got == 8) begin
-          if (header[63:32] + header[31:0] > DEPTH) got = 0;
-          else got = $fread(mem, file, header[63:32], header[31:0]);
-          if (got != header[31:0] * (WORD_BITS / 8)) begin
-            load_errors <= load_errors + 1;
-            got = 0;
-          end else got = $fread(header, file);
-        end
-        $fclose(file);
-      end
-    end
-
     // ------------------------------------------------------------ codewords
+    media_valid <= 0;
     if (codeword_ready || !codeword_valid) begin
       codeword_valid <= 0;
       if (left == 0 && count != 0) begin
@@ -193,17 +235,24 @@ module flash_channel #(
             left = BEATS;
             tag = waiting[place][TAG_AT +: TAG_BITS];
             if (wrong == CORRUPT) tag = tag ^ fault_value[TAG_BITS-1:0];
-            address = (waiting[place][PAGE_AT +: PAGE_BITS] * 64'd1 * CODEWORDS
-                + waiting[place][INDEX_AT +: INDEX_BITS]) * WORDS;
+            missing = waiting[place][PAGE_AT +: PAGE_BITS] >= PAGES;
+            address = missing ? 0 : frame[waiting[place][PAGE_AT +: PAGE_BITS]];
+            missing = address == 0;
+            address = (address * CODEWORDS + (missing ? 0 : waiting[place][INDEX_AT +: INDEX_BITS])) * WORDS;
+            media_valid <= missing;
+            media_payload <= 0;
+            media_payload[MEDIA_PAGE_AT +: PAGE_BITS] <= waiting[place][PAGE_AT +: PAGE_BITS];
+            media_payload[MEDIA_INDEX_AT +: INDEX_BITS] <= waiting[place][INDEX_AT +: INDEX_BITS];
+            media_payload[MEDIA_CAUSE_AT +: MEDIA_CAUSE_BITS] <= ERASED;
           end
         end
       end
       if (left != 0 && !gap_pattern[now[1:0]] && {1'b0, random[7:0]} >= gap) begin
         codeword_valid <= 1;
         codeword_payload[BEAT_TAG_AT +: TAG_BITS] <= tag;
-        if (address < DEPTH) codeword_payload[BEAT_DATA_AT +: WORD_BITS] <= mem[address];
-        else codeword_payload[BEAT_DATA_AT +: WORD_BITS] <= {WORD_BITS{1'b1}};
+        codeword_payload[BEAT_DATA_AT +: WORD_BITS] <= mem[address];
         codeword_payload[BEAT_LAST_AT] <= left == 1;
+        codeword_payload[BEAT_ERROR_AT] <= missing;
         left = left - 1;
         address = address + 1;
       end
@@ -223,12 +272,61 @@ module flash_channel #(
     request_ready <= count != QUEUE && !request_stall_pattern[now[1:0]]
         && {1'b0, random[15:8]} >= request_stall;
 
+    // ---------------------------------------------------------- operations
+    if (outcome_ready) outcome_valid <= 0;
+    if (operation_valid && operation_ready) begin
+      busy = 1;
+      taken = 0;
+      operation = operation_payload;
+      page = operation[OPERATION_PAGE_AT +: PAGE_BITS];
+      failed = 0;
+      if (operation[OPERATION_OPCODE_AT +: OPERATION_OPCODE_BITS] == PROGRAM) begin
+        // Once, and behind the page before it in its block.
+        sibling = page - (1 << UNIT_BITS);
+        failed = page >= PAGES || spares == 0;
+        if (!failed) failed = frame[page] != 0;
+        if (!failed && page[UNIT_BITS +: BLOCK_PAGE_BITS] != 0) failed = frame[sibling] == 0;
+        if (!failed) begin
+          spares = spares - 1;
+          frame[page] = spare[spares];
+        end
+      end else begin
+        if (operation[OPERATION_OPCODE_AT +: OPERATION_OPCODE_BITS] == ERASE)
+          for (i = 0; i < 1 << BLOCK_PAGE_BITS; i = i + 1) begin
+            page[UNIT_BITS +: BLOCK_PAGE_BITS] = i;
+            if (frame[page] != 0) begin
+              spare[spares] = frame[page];
+              spares = spares + 1;
+              frame[page] = 0;
+            end
+          end
+        taken = PAGE_WORDS;
+      end
+    end
+    if (page_word_valid && page_word_ready) begin
+      if (!failed) mem[frame[page] * PAGE_WORDS + taken] = page_word_payload[PAGE_WORD_DATA_AT +: WORD_BITS];
+      taken = taken + 1;
+    end
+    if (busy && taken == PAGE_WORDS && (outcome_ready || !outcome_valid)) begin
+      busy = 0;
+      outcome_valid <= 1;
+      outcome_payload[OUTCOME_IDENTITY_AT +: IDENTITY_BITS] <= operation[OPERATION_IDENTITY_AT +: IDENTITY_BITS];
+      outcome_payload[OUTCOME_PAGE_AT +: PAGE_BITS] <= operation[OPERATION_PAGE_AT +: PAGE_BITS];
+      outcome_payload[OUTCOME_STATUS_AT +: OUTCOME_STATUS_BITS] <= failed ? PROGRAM_FAILED : 0;
+    end
+    operation_ready <= !busy;
+    page_word_ready <= busy && taken != PAGE_WORDS;
+
     if (rst) begin
       used = 0;
       count = 0;
       left = 0;
-        request_ready <= 0;
+      busy = 0;
+      request_ready <= 0;
       codeword_valid <= 0;
+      operation_ready <= 0;
+      page_word_ready <= 0;
+      outcome_valid <= 0;
     end
   end
 
