@@ -1,9 +1,7 @@
 """How the driver reaches a device: the same calls for the golden device and the RTL."""
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
-
-from numpy.typing import NDArray
+from typing import Protocol, TypeAlias
 
 from kvattic.config import Config
 
@@ -17,14 +15,17 @@ Progress: TypeAlias = Callable[[int, int], None]
 
 
 class Transport(Protocol):
-    """One device's registers, host memory and flash; every call blocks until it is done.
+    """One device's registers, host memory and device DRAM; every call blocks until it is done.
+
+    Flash is reached by commands alone.
 
     Attributes:
         config: the configuration that the transport's own side was built from.  The driver compares
             its hash with the device's CONFIG_HASH register.
         memory_bytes: host memory that the device reaches by DMA, from address 0 on; the driver uses
             all of it.
-        pages_per_channel: flash pages that each channel has.
+        dram_bytes: size of the device DRAM, in bytes from address 0 on; the driver uses all whole
+            pages of it.  (`Config.dram_bytes` is another thing: the width of its port.)
     """
 
     @property
@@ -38,8 +39,8 @@ class Transport(Protocol):
         ...
 
     @property
-    def pages_per_channel(self) -> int:
-        """Flash pages of each channel."""
+    def dram_bytes(self) -> int:
+        """Size of the device DRAM."""
         ...
 
     def read_register(self, name: str) -> int:
@@ -58,16 +59,17 @@ class Transport(Protocol):
         """Put bytes into host memory."""
         ...
 
-    def write_pages(self, channel: int, first_page: int, images: NDArray[Any]) -> None:
-        """Put consecutive pages of one channel into flash, over what was there.
+    def read_dram(self, address: int, size: int) -> bytes:
+        """`size` bytes of device DRAM; see `write_dram`."""
+        ...
 
-        This is the back door of the flash twin: it takes no device time and obeys no rule of NAND.
-        The program commands that replace it come with the flash controller.
+    def write_dram(self, address: int, data: bytes) -> None:
+        """Put bytes into device DRAM, at any address and of any length.
 
-        Args:
-            channel: flash channel.
-            first_page: page number of images[0] on that channel.
-            images: uint8, (pages, config.page_bytes).
+        This stands for the host's way into the drive's DRAM, a window of its PCIe address space or
+        a DMA engine of the drive's controller, neither of which is part of the engine.  It takes no
+        device time.  The bytes are there before a doorbell that is rung afterwards is served, and the
+        driver writes no page of DRAM that a running batch uses.
         """
         ...
 
