@@ -44,7 +44,8 @@ def phy_signature(config: Config) -> wiring.Signature:
         Taken when the cycle begins on the pins; the next one is taken `t_cad` later at the earliest.  Where commands
         share the bus with data (not `part.separate_command_bus`), none is taken while a burst moves.
     bursts : Out(stream of burst)
-        Taken when the burst begins; not while another one moves, nor (on a shared bus) during a command cycle.
+        Taken when the burst begins; not while another one moves, nor (on a shared bus) during a command cycle.  One
+        that is offered before the last one ends, and has its target and direction, continues it: no pause, no `t_pre`.
     read : In(word), read_valid : In(1)
         Words of a read burst, at the bus rate, `ceil(bytes / beat_bytes)` of them; they cannot be held back.
     write : Out(stream of word)
