@@ -1,8 +1,24 @@
-"""The Amaranth RTL of kvattic: one lane for each flash channel, and what joins them."""
+"""The Amaranth RTL of kvattic: an engine with one lane for each flash channel, and the flash channels."""
 
 from kvattic_hdl.axi import AXI_READ, AXI_WRITE, axi_lite
+from kvattic_hdl.dram_reader import dram_signature
 from kvattic_hdl.engine import Engine
+from kvattic_hdl.flash.phy import PhyShapes, phy_signature
 from kvattic_hdl.interfaces import EPOCH_BITS, Shapes
-from kvattic_hdl.netlist import TOP, generate, verilog_text
+from kvattic_hdl.netlist import TOP, TOPS, generate, verilog_text
 
-__all__ = ["AXI_READ", "AXI_WRITE", "EPOCH_BITS", "TOP", "Engine", "Shapes", "axi_lite", "generate", "verilog_text"]
+__all__ = [
+    "AXI_READ",
+    "AXI_WRITE",
+    "EPOCH_BITS",
+    "TOP",
+    "TOPS",
+    "Engine",
+    "PhyShapes",
+    "Shapes",
+    "axi_lite",
+    "dram_signature",
+    "generate",
+    "phy_signature",
+    "verilog_text",
+]

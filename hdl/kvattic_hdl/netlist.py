@@ -1,4 +1,4 @@
-"""Verilog of the engine."""
+"""Verilog of the drive, and of the engine alone."""
 
 from pathlib import Path
 
@@ -6,7 +6,9 @@ from kvattic.config import Config
 from kvattic_hdl.engine import Engine
 from kvattic_hdl.shared import Netlist, ports
 
-TOP = "kvattic_engine"
+TOPS = ("kvattic_drive", "kvattic_engine")
+"""Top modules: the whole drive; the engine, with the streams of each flash channel as ports."""
+TOP = "kvattic_drive"
 
 
 def _port_name(head: str, *rest: str | int) -> str:
@@ -16,30 +18,38 @@ def _port_name(head: str, *rest: str | int) -> str:
             return f"s_axil_{rest[0]}"
         case "read" | "write":
             return f"m_axi_{rest[0]}"
-        case "requests" | "codewords":
+        case "dram":
+            return f"m_axi_dram_{rest[0]}"
+        case "requests" | "codewords" | "operations" | "page_words" | "outcomes":
             channel, signal = rest
             return f"flash{channel}_{head[:-1]}_{signal}"
+        case "phys":
+            channel, *signal = rest
+            return "_".join([f"phy{channel}", *map(str, signal)])
         case "value_open" | "epoch":
             return f"flash_{head}"
     return head
 
 
-def verilog_text(config: Config) -> str:
-    """The engine as one Verilog text, top module `TOP`; lanes and cells are one module each.
+def verilog_text(config: Config, top: str = TOP) -> str:
+    """One of `TOPS` as one Verilog text; lanes, cells and flash channels are one module each.
 
-    Ports: clk, rst; s_axil_* (AXI4-Lite registers); m_axi_* (AXI4 to host memory);
-    flash<channel>_request_{valid,ready,payload} and flash<channel>_codeword_{valid,ready,payload} (payloads packed as
-    `interfaces.Shapes.request` and `.beat`); flash_value_open, flash_epoch; irq.
+    Ports of both: clk, rst; s_axil_* (AXI4-Lite registers); m_axi_* (AXI4 to host memory); m_axi_dram_* (AXI4 to
+    device DRAM, read only); irq.  Of the drive: phy<channel>_* (`flash.phy`).  Of the engine:
+    flash<channel>_{request,codeword,operation,page_word,outcome}_{valid,ready,payload} (payloads packed as the
+    layouts of these names in `interfaces.Shapes`; a codeword's is `beat`), flash_value_open, flash_epoch,
+    flash_events, media_errors.
     """
-    engine = Engine(config)
+    from kvattic_hdl.drive import Drive
+    component = (Drive if top == "kvattic_drive" else Engine)(config)
     netlist = Netlist()
-    top = netlist.convert(engine, TOP, ports(engine, _port_name))
-    return "\n".join([*netlist.modules.values(), top])
+    text = netlist.convert(component, top, ports(component, _port_name))
+    return "\n".join([*netlist.modules.values(), text])
 
 
-def generate(config: Config, path: Path) -> Path:
+def generate(config: Config, path: Path, top: str = TOP) -> Path:
     """Write `verilog_text` to path, and its configuration as JSON beside it; returns path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(verilog_text(config))
+    path.write_text(verilog_text(config, top))
     path.with_suffix(".json").write_text(config.to_json() + "\n")
     return path

@@ -32,7 +32,7 @@ from kvattic_sim.build import (
     default_build_root,
     start_model,
 )
-from kvattic_sim.rtl_transport import AxiStalls, FlashSettings
+from kvattic_sim.rtl_transport import AxiStalls, FlashSettings, NandSettings
 
 __all__ = ["JobError", "Outcome", "Request", "Run", "report", "run_in_simulation", "run_on_model"]
 
@@ -58,7 +58,7 @@ class Request:
     file: str
     name: str
     arguments: dict[str, Any]
-    flash: FlashSettings
+    flash: FlashSettings | NandSettings
     stalls: AxiStalls
     memory_bytes: int
     timeout_cycles: int | None
@@ -160,7 +160,7 @@ def run_in_simulation(
     arguments: Mapping[str, Any] | None = None,
     *,
     simulator: Simulator | str = Simulator.VERILATOR,
-    flash: FlashSettings | None = None,
+    flash: FlashSettings | NandSettings | None = None,
     stalls: AxiStalls | None = None,
     memory_bytes: int = 1 << 24,
     timeout_cycles: int | None = None,
@@ -168,7 +168,8 @@ def run_in_simulation(
     waves: bool = False,
     progress: Callable[[str], None] | None = None,
     run_dir: Path | None = None,
-    pages_per_channel: int | None = None,
+    frames: int | None = None,
+    dram_bytes: int | None = None,
 ) -> Run:
     """Build the simulation of `config` unless it is there, and run ``function(device, **arguments)`` in it.
 
@@ -177,7 +178,8 @@ def run_in_simulation(
         function: a function of a module, or "module:name" or "path.py:name".
         arguments: its keyword arguments; must pickle.
         simulator: which simulator.
-        flash: how the flash twins behave.
+        flash: how the dies behave (the whole drive is simulated), or how ideal flash twins do (the engine alone is);
+            dies without faults by default.
         stalls: when the AXI channels pause.
         memory_bytes: size of the host memory.
         timeout_cycles: how long one batch may take, in cycles.
@@ -185,7 +187,8 @@ def run_in_simulation(
         waves: record waves.
         progress: called with each line that the function gives to `report`.
         run_dir: the run's directory; a new one below ``build/sim/runs`` by default.
-        pages_per_channel: capacity of each flash twin; see `build_testbench`.
+        frames: pages whose contents each channel can keep; see `build_testbench`.
+        dram_bytes: size of device DRAM; see `build_testbench`.
 
     Raises:
         JobError: the function raised something that cannot be pickled.
@@ -193,9 +196,10 @@ def run_in_simulation(
         SimulatorError: the build failed, or the simulator ended without an outcome.
         SimulationTimeout: the run took too long.
     """
-    from kvattic_sim.testbench import build_testbench  # the simulator's process needs no Amaranth
+    from kvattic_sim.testbench import Flash, build_testbench  # the simulator's process needs no Amaranth
 
-    model = build_testbench(config, simulator, waves=waves, pages_per_channel=pages_per_channel)
+    kind = Flash.IDEAL if isinstance(flash, FlashSettings) else Flash.NAND
+    model = build_testbench(config, simulator, kind, waves=waves, frames=frames, dram_bytes=dram_bytes)
     return run_on_model(
         model,
         config,
@@ -217,7 +221,7 @@ def run_on_model(
     function: Function,
     arguments: Mapping[str, Any] | None = None,
     *,
-    flash: FlashSettings | None = None,
+    flash: FlashSettings | NandSettings | None = None,
     stalls: AxiStalls | None = None,
     memory_bytes: int = 1 << 24,
     timeout_cycles: int | None = None,
@@ -233,7 +237,7 @@ def run_on_model(
         file=file,
         name=name,
         arguments=dict(arguments or {}),
-        flash=flash or FlashSettings(),
+        flash=flash or NandSettings(),
         stalls=stalls or AxiStalls(),
         memory_bytes=memory_bytes,
         timeout_cycles=timeout_cycles,

@@ -5,9 +5,9 @@
         async with session(dut, config) as transport:
             await bridge(work)(transport)   # work may use kvattic.driver.Device(transport)
 
-`session` is for the module that `kvattic_sim.testbench` makes; pages reach the flash twins through files
-flash<channel>.bin in the simulator's working directory.  While a call of the driver waits for the engine,
-Python sleeps until the interrupt; while Python works, simulated time stands still.
+`session` is for the module that `kvattic_sim.testbench` makes; what is written to device DRAM reaches it through a file
+in the simulator's working directory.  While a call of the driver waits for the device, Python sleeps until the
+interrupt; while Python works, simulated time stands still.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from dataclasses import dataclass, fields
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -26,21 +26,29 @@ from cocotb.clock import Clock
 from cocotb.task import resume
 from cocotb.triggers import FallingEdge, First, RisingEdge, Timer, Trigger
 from cocotbext.axi import AxiBus, AxiLiteBus, AxiLiteMaster, AxiSlave, MemoryRegion
-from numpy.typing import NDArray
 
 from kvattic.config import Config
 from kvattic.errors import DeviceTimeoutError, RequestError
 from kvattic.registers import REGISTER_MAP, Control, StatusBit
+from kvattic_sim.nand_twin import NandFaults, write_configuration
 
-__all__ = ["AxiStalls", "Fault", "FaultKind", "FlashSettings", "RtlTransport", "Stall", "session"]
+__all__ = ["AxiStalls", "Fault", "FaultKind", "FlashSettings", "NandSettings", "RtlTransport", "Stall", "session"]
 
 CLOCK_NS = 2
 """Period of `clk` in simulated time; it stands for nothing."""
 RESET_CYCLES = 4
 SLICE_CYCLES = 20_000
 """Cycles between two looks at the wall clock while waiting for the interrupt."""
+DRAM_LATENCY = 30
+"""Cycles from a read of device DRAM to its first beat: about 100 ns, a row miss behind a controller's queue."""
 READY_CYCLES = 128
 """Cycles that pass after a read of STATUS that finds READY low: a poll costs more real time than they do."""
+
+_OUTPUTS = (
+    *("flash_served", "flash_violations", "flash_load_errors", "flash_words_moved"),
+    *("dram_load_errors", "dram_size"),
+)
+"""Signals of the test bench whose names begin like those of its inputs."""
 
 Result = TypeVar("Result")
 
@@ -90,7 +98,7 @@ class Fault:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlashSettings:
-    """How the flash twins behave, all of them alike.
+    """How the ideal flash twins behave, all of them alike.
 
     Attributes:
         latency: cycles from a request until its codeword may be sent.
@@ -111,6 +119,25 @@ class FlashSettings:
     stall_probability: int = 128
     seed: int = 1
     fault: Fault | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NandSettings:
+    """How the dies behave.
+
+    Attributes:
+        bit_error_rate: raw bit errors of each read, over bits read, on all channels without faults of their own.
+        faults: what goes wrong on a channel, by channel.
+        seed: of everything random; the channels differ nevertheless.
+        trace: keep a timeline of every die in nand<channel>.trace.
+        tolerant: violations of the part's rules are no error of the run.
+    """
+
+    bit_error_rate: float = 0.0
+    faults: Mapping[int, NandFaults] = field(default_factory=dict)
+    seed: int = 1
+    trace: bool = False
+    tolerant: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,6 +179,37 @@ def _pauses(stall: Stall, seed: str) -> Iterable[bool] | None:
     return (generator.random() < 0.5 for _ in itertools.count())
 
 
+class _Dram:
+    """Device DRAM as Python sees it: the device only reads it, so a copy here is always true.
+
+    What was written since the last `flush` is remembered as ranges of whole words.
+    """
+
+    def __init__(self, size: int, word_bytes: int) -> None:
+        self.size, self.word_bytes = size, word_bytes
+        self.contents = bytearray(size)
+        self._dirty: list[tuple[int, int]] = []
+
+    def write(self, address: int, data: bytes) -> None:
+        self.contents[address : address + len(data)] = data
+        first, end = address // self.word_bytes, -(-(address + len(data)) // self.word_bytes)
+        if self._dirty and self._dirty[-1][1] == first:
+            first = self._dirty.pop()[0]
+        self._dirty.append((first, end))
+
+    def flush(self, path: Path) -> bool:
+        """Write the changes to a file for axi_memory.sv; whether there were any."""
+        if not self._dirty:
+            return False
+        words = np.frombuffer(self.contents, np.uint8).reshape(-1, self.word_bytes)
+        with path.open("wb") as file:
+            for first, end in self._dirty:
+                file.write(np.array((first, end - first), ">u4").tobytes())
+                file.write(np.ascontiguousarray(words[first:end, ::-1]).data)
+        self._dirty = []
+        return True
+
+
 class RtlTransport:
     """One simulated drive; every call blocks its thread until it is done (see `kvattic.transport.Transport`).
 
@@ -160,7 +218,7 @@ class RtlTransport:
     Attributes:
         config: geometry.
         memory_bytes: host memory, from address 0 on; outside of it the bus answers SLVERR.
-        pages_per_channel: capacity of each flash twin.
+        dram_bytes: size of device DRAM.
         timeout_cycles: `wait` gives up after so many cycles, or never.
         heartbeat: if set, called from time to time while `wait` waits, with the cycles since the start.
     """
@@ -170,7 +228,7 @@ class RtlTransport:
         self.memory_bytes = memory_bytes
         self.timeout_cycles = timeout_cycles
         self.heartbeat: Callable[[int], None] | None = None
-        self.pages_per_channel = 0
+        self.dram_bytes = 0
         self._dut = dut
         self._memory = MemoryRegion(memory_bytes)
         logging.getLogger(f"cocotb.{dut._name}").setLevel(logging.WARNING)
@@ -178,9 +236,10 @@ class RtlTransport:
         self._slave = AxiSlave(
             AxiBus.from_prefix(dut, "memory"), dut.memory_clk, dut.rst, target=self._memory
         )
-        self._pages: dict[int, list[tuple[int, NDArray[np.uint8]]]] = {}
+        self._dram = _Dram(0, config.dram_bytes)
+        self._nand: NandSettings | None = None
         self._interrupts = False
-        self._load, self._configure = 0, 0
+        self._toggles: dict[str, int] = {}
 
     # The simulation's side.
 
@@ -188,10 +247,7 @@ class RtlTransport:
         """Reset the drive and wait until it is ready."""
         dut = self._dut
         for handle in dut:
-            if handle._name.startswith("flash_") and handle._name not in (
-                "flash_served",
-                "flash_load_errors",
-            ):
+            if handle._name.startswith(("flash_", "dram_")) and handle._name not in _OUTPUTS:
                 handle.value = 0
         dut.host_active.value = 0
         dut.rst.value = 1
@@ -199,7 +255,9 @@ class RtlTransport:
         await self._cycles(RESET_CYCLES)
         dut.rst.value = 0
         await self._cycles(1)
-        self.pages_per_channel = int(dut.pages_per_channel.value)
+        self.dram_bytes = int(dut.dram_size.value)
+        self._dram = _Dram(self.dram_bytes, self.config.dram_bytes)
+        dut.dram_latency.value = DRAM_LATENCY
         while not await self._read("STATUS") & StatusBit.READY:
             pass
 
@@ -226,7 +284,7 @@ class RtlTransport:
     async def _write(self, name: str, value: int) -> None:
         register = REGISTER_MAP[name]
         if name == "DOORBELL":
-            await self._load_pages()
+            await self._load_dram()
         self._dut.host_active.value = 1
         data = value.to_bytes(register.width // 8, "little")
         for offset in range(0, len(data), 4):
@@ -237,29 +295,20 @@ class RtlTransport:
         if name == "CONTROL":
             self._interrupts = bool(value & Control.IRQ_ENABLE) and not value & Control.RESET
 
-    async def _load_pages(self) -> None:
-        """Hand all pages that were written since the last time to the twins."""
-        if not self._pages:
-            return
-        width = self.config.beat_bytes
-        paths = []
-        for channel, pieces in self._pages.items():
-            paths.append(Path(f"flash{channel}.bin"))
-            with paths[-1].open("wb") as file:
-                for first_page, images in pieces:
-                    words = images.reshape(-1, width)
-                    header = (first_page * self.config.page_bytes // width, len(words))
-                    file.write(np.array(header, ">u4").tobytes())
-                    file.write(np.ascontiguousarray(words[:, ::-1]).data)
-        self._pages = {}
-        before = int(self._dut.flash_load_errors.value)
-        self._load ^= 1
+    async def _toggle(self, name: str) -> None:
+        """Change an input that acts when it changes, and let it act."""
+        self._toggles[name] = value = self._toggles.get(name, 0) ^ 1
         await self._cycles(1)
-        self._dut.flash_load.value = self._load
+        getattr(self._dut, name).value = value
         await self._cycles(2)
-        if int(self._dut.flash_load_errors.value) != before:
-            raise RuntimeError(f"the flash twins could not read {[str(path) for path in paths]}")
-        for path in paths:
+
+    async def _load_dram(self) -> None:
+        """Hand all that was written to device DRAM since the last time to the model."""
+        path = Path("dram.bin")
+        if self._dram.flush(path):
+            await self._toggle("dram_load")
+            if int(self._dut.dram_load_errors.value):
+                raise RuntimeError(f"device DRAM could not read {path}")
             path.unlink()
 
     async def _wait(self, timeout_s: float) -> None:
@@ -281,14 +330,26 @@ class RtlTransport:
                 raise DeviceTimeoutError(
                     f"the simulated drive did not finish its batch in {cycles:,} cycles "
                     f"({passed:.1f} s of real time; the limits are {limit} cycles and "
-                    f"{timeout_s:g} s); the flash twins served {self._served()} codewords"
+                    f"{timeout_s:g} s)" + ("" if self._nand else f"; the twins served {self.served} codewords")
                 )
+        self._check_nand()
 
-    def _served(self) -> list[int]:
-        value = int(self._dut.flash_served.value)
+    def _counts(self, name: str) -> list[int]:
+        """A 32-bit output of each channel's twin."""
+        value = int(getattr(self._dut, f"flash_{name}").value)
         return [value >> 32 * channel & 0xFFFF_FFFF for channel in range(self.config.channels)]
 
-    async def _set_flash(self, settings: FlashSettings) -> None:
+    def _check_nand(self) -> None:
+        """A violation of the part's rules is a defect of the controllers, whatever the results."""
+        if self._nand is not None and not self._nand.tolerant and any(self._counts("violations")):
+            logs = [Path(f"nand{c}.log") for c in range(self.config.channels)]
+            said = [line for log in logs if log.is_file() for line in log.read_text().splitlines()]
+            raise RuntimeError("the NAND models saw violations:\n" + "\n".join(said[:20]))
+
+    async def _set_flash(self, settings: "FlashSettings | NandSettings") -> None:
+        if isinstance(settings, NandSettings):
+            await self._set_nand(settings)
+            return
         values = {
             "latency": settings.latency,
             "jitter": settings.jitter,
@@ -302,12 +363,19 @@ class RtlTransport:
         values["fault"] = 0 if fault is None else FAULT_NUMBERS[fault.kind] << 3 * fault.channel
         values["fault_number"] = 0 if fault is None else fault.number
         values["fault_value"] = 0 if fault is None else fault.value
-        self._configure ^= 1
-        values["configure"] = self._configure
         await self._cycles(1)
         for name, value in values.items():
             getattr(self._dut, f"flash_{name}").value = value
-        await self._cycles(1)
+        await self._toggle("flash_configure")
+
+    async def _set_nand(self, settings: "NandSettings") -> None:
+        self._nand = settings
+        for channel in range(self.config.channels):
+            write_configuration(
+                Path(f"nand{channel}.cfg"), self.config, seed=settings.seed + channel,
+                faults=settings.faults.get(channel, NandFaults(bit_error_rate=settings.bit_error_rate)),
+                trace=settings.trace)
+        await self._toggle("flash_configure")
 
     async def _set_stalls(self, stalls: AxiStalls) -> None:
         sides = {
@@ -375,24 +443,29 @@ class RtlTransport:
                 f"host memory is 0 to {self.memory_bytes:#x}: {size} bytes at {address:#x} are not in it"
             )
 
-    def write_pages(self, channel: int, first_page: int, images: NDArray[Any]) -> None:
-        """See `Transport`.  The twins get the pages at the next doorbell.
+    def write_dram(self, address: int, data: bytes) -> None:
+        """See `Transport`.  The model gets it at the next doorbell.
 
         Raises:
-            RequestError: no such channel or pages, or images of a wrong shape or dtype.
+            RequestError: outside of device DRAM.
         """
-        config = self.config
-        if not 0 <= channel < config.channels:
-            raise RequestError(f"channel must be 0 to {config.channels - 1}, not {channel}")
-        if images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != config.page_bytes:
+        self._check_dram(address, len(data))
+        self._dram.write(address, data)
+
+    def read_dram(self, address: int, size: int) -> bytes:
+        """See `Transport`.
+
+        Raises:
+            RequestError: outside of device DRAM.
+        """
+        self._check_dram(address, size)
+        return bytes(self._dram.contents[address : address + size])
+
+    def _check_dram(self, address: int, size: int) -> None:
+        if address < 0 or size < 0 or address + size > self.dram_bytes:
             raise RequestError(
-                f"images must be uint8 (pages, {config.page_bytes}), not {images.dtype} {images.shape}"
+                f"device DRAM is 0 to {self.dram_bytes:#x}: {size} bytes at {address:#x} are not in it"
             )
-        if first_page < 0 or first_page + len(images) > self.pages_per_channel:
-            raise RequestError(
-                f"pages are 0 to {self.pages_per_channel - 1}: {len(images)} from {first_page} on are not"
-            )
-        self._pages.setdefault(channel, []).append((first_page, images.copy()))
 
     def wait(self, timeout_s: float) -> None:
         """See `Transport`.  Turns CONTROL.IRQ_ENABLE on.
@@ -411,15 +484,15 @@ class RtlTransport:
 
     @property
     def served(self) -> list[int]:
-        """Codewords that each flash twin began to send since the settings took effect."""
-        return self._served()
+        """Codewords that each ideal twin began to send since the settings took effect."""
+        return self._counts("served")
 
     def run_cycles(self, count: int) -> None:
         """Let at least so many cycles pass."""
         self._block(self._cycles, count)
 
-    def set_flash(self, settings: FlashSettings) -> None:
-        """Change the flash twins' behaviour, and count their codewords from 1 again."""
+    def set_flash(self, settings: "FlashSettings | NandSettings") -> None:
+        """Change the behaviour of what stands behind the channels; ideal twins count their codewords from 1 again."""
         self._block(self._set_flash, settings)
 
     def set_stalls(self, stalls: AxiStalls) -> None:
@@ -441,7 +514,7 @@ async def session(
     dut: Any,
     config: Config,
     *,
-    flash: FlashSettings | None = None,
+    flash: FlashSettings | NandSettings | None = None,
     stalls: AxiStalls | None = None,
     memory_bytes: int = 1 << 24,
     timeout_cycles: int | None = None,
@@ -451,15 +524,15 @@ async def session(
     Args:
         dut: the test bench of `kvattic_sim.testbench`.
         config: what it was built for.
-        flash: how the flash twins behave.
+        flash: how the dies, or the ideal twins, behave; it must fit the test bench.
         stalls: when the AXI channels pause.
         memory_bytes: size of the host memory.
         timeout_cycles: patience of `RtlTransport.wait`, besides the driver's own.
     """
-    for leftover in Path().glob("flash*.bin"):
+    for leftover in (*Path().glob("nand*.*"), *Path().glob("dram.bin")):
         leftover.unlink()
     transport = RtlTransport(dut, config, memory_bytes=memory_bytes, timeout_cycles=timeout_cycles)
     await transport.start()
-    await transport._set_flash(flash or FlashSettings())
+    await transport._set_flash(flash or NandSettings())
     await transport._set_stalls(stalls or AxiStalls())
     yield transport

@@ -1,4 +1,6 @@
-"""The test bench around the engine: one flash twin for each channel, and clocks that stop when nobody needs them.
+"""The test bench: the drive with NAND on its PHYs, or the engine alone with an ideal flash twin for each channel.
+
+Device DRAM is a behavioural memory inside of the model.  Clocks stop when nobody needs them:
 
 Python is slow, so it must not be called in each cycle.  cocotbext-axi waits for edges of its clock; here it gets two
 clocks of its own, which run only while there is something to transfer: ``host_clk`` while Python holds
@@ -16,6 +18,7 @@ import importlib.metadata
 import os
 import re
 import tempfile
+from enum import StrEnum
 from importlib import resources
 from pathlib import Path
 
@@ -25,24 +28,40 @@ from amaranth.lib.wiring import Out
 
 import kvattic
 import kvattic_hdl
+from kvattic.commands import MediaCause, Opcode, Status
 from kvattic.config import Config
 from kvattic.registers import ADDRESS_BITS
-from kvattic_hdl import AXI_READ, AXI_WRITE, EPOCH_BITS, Shapes, axi_lite, generate
+from kvattic_hdl import (
+    AXI_READ,
+    AXI_WRITE,
+    EPOCH_BITS,
+    PhyShapes,
+    Shapes,
+    axi_lite,
+    dram_signature,
+    generate,
+    phy_signature,
+)
+from kvattic_hdl.interfaces import OPCODE_BITS
 from kvattic_sim.build import Model, Simulator, _locked, compile_model, default_build_root
 
 __all__ = [
+    "DRAM_BYTES",
     "FLASH_BYTES",
     "QUEUE",
     "TOP",
+    "Flash",
     "build_testbench",
-    "engine_verilog",
+    "rtl_verilog",
     "testbench_verilog",
 ]
 
 TOP = "kvattic_testbench"
 """Name of the top-level module."""
-FLASH_BYTES = {Simulator.VERILATOR: 1 << 26, Simulator.ICARUS: 1 << 21}
-"""Contents of all flash twins together, unless `build_testbench` is told otherwise; Icarus erases them slowly."""
+FLASH_BYTES = {Simulator.VERILATOR: 1 << 27, Simulator.ICARUS: 1 << 21}
+"""Contents that all channels keep together, unless `build_testbench` is told otherwise; Icarus is slow to begin."""
+DRAM_BYTES = {Simulator.VERILATOR: 1 << 24, Simulator.ICARUS: 1 << 20}
+"""Size of device DRAM."""
 QUEUE = 64
 """Requests that a flash twin keeps, unless `build_testbench` is told otherwise."""
 _SETTINGS = {
@@ -57,9 +76,37 @@ _SETTINGS = {
     "fault_number": 32,
     "fault_value": 32,
     "configure": 1,
-    "load": 1,
 }
-"""Inputs that all flash twins share, and their widths."""
+"""Inputs that all ideal flash twins share, and their widths."""
+_NAND_SETTINGS = {"configure": 1, "load": 1, "dump": 1}
+"""Inputs that all NAND models share: toggles that make them read or write their files."""
+_DRAM_SETTINGS = {"latency": 32, "bad": 1, "bad_word": 32, "load": 1}
+"""Inputs of device DRAM."""
+
+
+class Flash(StrEnum):
+    """What stands behind the channels."""
+
+    NAND = "nand"
+    """The whole drive, with NAND timing, ECC and all."""
+    IDEAL = "ideal"
+    """The engine alone; every codeword is at hand at the lanes' full rate."""
+
+    @property
+    def top(self) -> str:
+        """The RTL's top module."""
+        return "kvattic_drive" if self is Flash.NAND else "kvattic_engine"
+
+    @property
+    def twin(self) -> str:
+        """The behavioural module on each channel."""
+        return "nand_channel" if self is Flash.NAND else "flash_channel"
+
+    @property
+    def settings(self) -> dict[str, int]:
+        """Inputs that all twins share, and their widths."""
+        return _NAND_SETTINGS if self is Flash.NAND else _SETTINGS
+
 
 _WAKE = re.compile(r"reg (\\\$auto\$verilog_backend\S+dump_module\$\d+) += 0;")
 """A register that each combinational block of a module reads, so that its first value wakes them all.
@@ -82,113 +129,223 @@ def _ports(layout: data.StructLayout, prefix: str, names: dict[str, str]) -> dic
     return parameters
 
 
-def channel_parameters(config: Config, pages: int, queue: int) -> dict[str, int]:
+def ideal_parameters(config: Config, frames: int, queue: int) -> dict[str, int]:
     """Parameters of flash_channel.sv: bit positions from `Shapes`, geometry, capacity."""
     shapes = Shapes(config)
     parameters = {
         "REQUEST_BITS": shapes.request.size,
         **_ports(shapes.request, "", {"tag": "TAG", "page": "PAGE", "codeword": "INDEX"}),
         **_ports(shapes.tag, "", {"slot": "SLOT", "kind": "KIND", "epoch": "EPOCH"}),
+        "OPERATION_BITS": shapes.operation.size,
+        **_ports(shapes.operation, "OPERATION_", {"opcode": "OPCODE", "page": "PAGE", "identity": "IDENTITY"}),
+        "OUTCOME_BITS": shapes.outcome.size,
+        **_ports(shapes.outcome, "OUTCOME_", {"identity": "IDENTITY", "page": "PAGE", "status": "STATUS"}),
+        "PAGE_WORD_BITS": shapes.page_word.size,
+        **_ports(shapes.page_word, "PAGE_WORD_", {"data": "DATA"}),
+        "MEDIA_BITS": shapes.media_error.size,
+        **_ports(shapes.media_error, "MEDIA_", {"page": "PAGE", "codeword": "INDEX", "cause": "CAUSE"}),
+        "IDENTITY_BITS": Shape.cast(shapes.identity).width,
+        "PROGRAM": Opcode.PROGRAM & (1 << OPCODE_BITS) - 1,
+        "ERASE": Opcode.ERASE & (1 << OPCODE_BITS) - 1,
+        "PROGRAM_FAILED": int(Status.PROGRAM_FAILED),
+        "ERASED": int(MediaCause.ERASED),
         "BEAT_BITS": shapes.beat.size,
-        **_ports(shapes.beat, "BEAT_", {"tag": "TAG", "data": "DATA", "last": "LAST"}),
+        **_ports(shapes.beat, "BEAT_", {"tag": "TAG", "data": "DATA", "last": "LAST", "error": "ERROR"}),
         "WORD_BITS": config.beat_bytes * 8,
         "BEATS": config.beats_per_codeword,
         "WORDS": config.codeword_bytes // config.beat_bytes,
         "CODEWORDS": config.codewords_per_page,
-        "PAGES": pages,
+        "PAGES": config.pages_per_channel,
+        "FRAMES": frames,
+        "UNIT_BITS": config.plane_bits + config.die_bits,
+        "BLOCK_PAGE_BITS": config.block_page_bits,
         "QUEUE": queue,
         "SLOTS": config.jobs_in_flight,
     }
-    for name in ("KIND_BITS", "BEAT_TAG_BITS", "BEAT_DATA_BITS", "BEAT_LAST_BITS"):
-        del parameters[name]  # known by other names
-    return parameters
+    known = set(re.findall(r"parameter (?:\[\S+\] )?(\w+)", _verilog("flash_channel.sv")))
+    return {name: value for name, value in parameters.items() if name in known}
 
 
-def testbench_verilog(config: Config, *, pages_per_channel: int, queue: int = QUEUE) -> str:
-    """The test bench as SystemVerilog text, top module `TOP`; it needs the engine and flash_channel.sv.
+def nand_parameters(config: Config, frames: int) -> dict[str, int]:
+    """Parameters of nand_channel.sv: bit positions from `PhyShapes`, geometry, capacity."""
+    shapes, part = PhyShapes(config), config.part
+    parameters = {
+        "CYCLE_BITS": shapes.cycle.size,
+        **_ports(shapes.cycle, "CYCLE_", {"target": "TARGET", "address": "ADDRESS", "byte": "BYTE"}),
+        "BURST_BITS": shapes.burst.size,
+        **_ports(shapes.burst, "BURST_", {"target": "TARGET", "write": "WRITE", "bytes": "BYTES"}),
+        "WORD_BITS": config.beat_bytes * 8,
+        "DIES": config.dies,
+        "PLANES": part.planes,
+        "BLOCKS": part.blocks,
+        "PAGES": part.pages,
+        "PAGE_WORDS": -(-(part.page_bytes + part.spare_bytes) // config.beat_bytes),
+        "FRAMES": frames,
+    }
+    known = set(re.findall(r"parameter (?:\[\S+\] )?(\w+)", _verilog("nand_channel.sv")))
+    return {name: value for name, value in parameters.items() if name in known}
 
-    Args:
-        config: what the engine was generated for.
-        pages_per_channel: capacity of each flash twin.
-        queue: requests that each flash twin keeps.
+
+def _verilog(name: str) -> str:
+    return (resources.files("kvattic_sim") / "verilog" / name).read_text()
+
+
+class _Bench:
+    """Text of the test bench, as it grows: ports, declarations, connections of the RTL."""
+
+    def __init__(self) -> None:
+        self.ports: list[str] = []
+        self.body: list[str] = []
+        self.connections: list[str] = []
+        self.registered: list[tuple[str, str]] = []
+
+    def wire(self, name: str, width: int) -> str:
+        """Declare a wire that the RTL has as a port of the same name; gives the name."""
+        self.body.append(f"wire {_range(width)} {name};")
+        self.connections.append(f".{name}({name})")
+        return name
+
+
+def _buses(bench: _Bench) -> None:
+    """The buses to Python.
+
+    A member that is Out in the signature is driven by the manager: Python on the host's bus, the RTL on the memory's.
     """
-    shapes = Shapes(config)
-    ports = ["input clk", "input rst", "input host_active"]
-    body: list[str] = []
-    connections = [".clk(clk)", ".rst(reset)", ".irq(irq)", ".flash_value_open(value_open)", ".flash_epoch(epoch)"]
-    registered: list[tuple[str, str]] = []
-
-    # The buses. A member that is Out in the signature is driven by the manager: Python on the host's bus, the engine on
-    # the memory's.
-    buses = (
+    for bus, its_prefix, members, python_is_manager in (
         ("host", "s_axil", axi_lite(ADDRESS_BITS).members, True),
         ("memory", "m_axi", AXI_READ.members, False),
         ("memory", "m_axi", AXI_WRITE.members, False),
-    )
-    for bus, engine_prefix, members, python_is_manager in buses:
+    ):
         for name, member in members.items():
             width = Shape.cast(member.shape).width
-            ours, its = f"{bus}_{name}", f"{engine_prefix}_{name}"
+            ours, its = f"{bus}_{name}", f"{its_prefix}_{name}"
             if (member.flow is Out) == python_is_manager:
-                ports.append(f"input {_range(width)} {ours}")
-                connections.append(f".{its}({ours})")
+                bench.ports.append(f"input {_range(width)} {ours}")
+                bench.connections.append(f".{its}({ours})")
             else:
-                ports.append(f"output reg {_range(width)} {ours}")
-                body.append(f"wire {_range(width)} {its};")
-                connections.append(f".{its}({its})")
-                registered.append((ours, its))
+                bench.ports.append(f"output reg {_range(width)} {ours}")
+                bench.wire(its, width)
+                bench.registered.append((ours, its))
 
-    channels = config.channels
-    ports += [
-        "output host_clk",
-        "output memory_clk",
-        "output irq",
-        *(f"input {_range(width)} flash_{name}" for name, width in _SETTINGS.items()),
-        f"input {_range(channels * 3)} flash_fault",
-        f"output {_range(32 * channels)} flash_served",
-        f"output {_range(32 * channels)} flash_load_errors",
-        "output reg [63:0] cycles",
-        "output [31:0] pages_per_channel",
+
+def _dram(bench: _Bench, config: Config, dram_bytes: int) -> None:
+    """Device DRAM on its port."""
+    signals = [".clk(clk)", ".rst(reset)", ".load_errors(dram_load_errors)"]
+    used = ("arvalid", "arready", "araddr", "arlen", "rvalid", "rready", "rdata", "rresp", "rlast")
+    for name, member in dram_signature(config).members.items():
+        wire = bench.wire(f"m_axi_dram_{name}", Shape.cast(member.shape).width)
+        if name in used:
+            signals.append(f".{name}({wire})")
+        elif member.flow is not Out:
+            bench.body.append(f"assign {wire} = 0;")
+    for name, width in _DRAM_SETTINGS.items():
+        bench.ports.append(f"input {_range(width)} dram_{name}")
+        signals.append(f".{name}(dram_{name})")
+    bench.ports += ["output [31:0] dram_load_errors", "output [63:0] dram_size"]
+    bench.body += [
+        f"assign dram_size = 64'd{dram_bytes};",
+        f"axi_memory #(.WORD_BITS({config.dram_bytes * 8}), .WORDS({dram_bytes // config.dram_bytes}), "
+        f".LOG2_BYTES({config.dram_bytes.bit_length() - 1})) dram ({', '.join(signals)});",
     ]
-    body += [
-        f"wire {_range(config.jobs_in_flight)} value_open;",
-        f"wire {_range(config.jobs_in_flight * EPOCH_BITS)} epoch;",
-        f"assign pages_per_channel = {pages_per_channel};",
+
+
+def _instance(module: str, name: str, parameters: dict[str, int], signals: list[str]) -> str:
+    return (f"{module} #({', '.join(f'.{k}({v})' for k, v in parameters.items())})\n    "
+            f"{name} ({', '.join(signals)});")
+
+
+def _ideal_channels(bench: _Bench, config: Config, frames: int, queue: int) -> None:
+    """An ideal twin on the streams of each of the engine's channels."""
+    shapes, channels = Shapes(config), config.channels
+    bench.ports += [f"input {_range(channels * 3)} flash_fault", f"output {_range(32 * channels)} flash_served"]
+    value_open = bench.wire("flash_value_open", config.jobs_in_flight)
+    epoch = bench.wire("flash_epoch", config.jobs_in_flight * EPOCH_BITS)
+    events = bench.wire("flash_events", channels * shapes.flash_events.size)
+    media = bench.wire("media_errors", channels * shapes.media_error.size)
+    streams = {"request": shapes.request, "codeword": shapes.beat, "operation": shapes.operation,
+               "page_word": shapes.page_word, "outcome": shapes.outcome}
+    for c in range(channels):
+        signals = [".clk(clk)", ".rst(reset)", f".value_open({value_open})", f".epoch({epoch})"]
+        for stream, shape in streams.items():
+            for signal, width in (("valid", 1), ("ready", 1), ("payload", shape.size)):
+                signals.append(f".{stream}_{signal}({bench.wire(f'flash{c}_{stream}_{signal}', width)})")
+        unreadable = shapes.flash_events["unreadable"].offset
+        size, rest = shapes.flash_events.size, shapes.flash_events.size - unreadable - 1
+        bench.body += [
+            f"wire media_valid{c};",
+            f"assign {events}[{size * c} +: {size}] = {{{rest}'d0, media_valid{c}, {unreadable}'d0}};",
+        ]
+        signals += [f".{name}(flash_{name})" for name in _SETTINGS]
+        signals += [
+            f".fault(flash_fault[{3 * c} +: 3])",
+            f".served(flash_served[{32 * c} +: 32])",
+            f".media_valid(media_valid{c})",
+            f".media_payload({media}[{shapes.media_error.size * c} +: {shapes.media_error.size}])",
+        ]
+        parameters = {"CHANNEL": c} | ideal_parameters(config, frames, queue)
+        bench.body.append(_instance("flash_channel", f"flash{c}", parameters, signals))
+
+
+def _nand_channels(bench: _Bench, config: Config, frames: int) -> None:
+    """Dies on each PHY of the drive."""
+    outputs = ("violations", "load_errors", "words_moved")
+    bench.ports += [f"output {_range(32 * config.channels)} flash_{name}" for name in outputs]
+    for c in range(config.channels):
+        signals = [".clk(clk)", ".rst(reset)", *(f".{name}(flash_{name})" for name in _NAND_SETTINGS)]
+        for path, _, value in phy_signature(config).flatten(phy_signature(config).create()):
+            name = "_".join(map(str, path))
+            signals.append(f".{name}({bench.wire(f'phy{c}_{name}', Shape.cast(value.shape()).width)})")
+        signals += [f".{name}(flash_{name}[{32 * c} +: 32])" for name in outputs]
+        parameters = {"CHANNEL": c} | nand_parameters(config, frames)
+        bench.body.append(_instance("nand_channel", f"nand{c}", parameters, signals))
+
+
+def testbench_verilog(
+    config: Config, flash: Flash = Flash.NAND, *, frames: int, dram_bytes: int, queue: int = QUEUE
+) -> str:
+    """The test bench as SystemVerilog text, top module `TOP`; it needs the RTL and the behavioural modules.
+
+    Args:
+        config: what the RTL was generated for.
+        flash: what stands behind the channels.
+        frames: pages whose contents each channel can keep.
+        dram_bytes: size of device DRAM.
+        queue: requests that each ideal twin keeps.
+    """
+    bench = _Bench()
+    bench.ports += ["input clk", "input rst", "input host_active"]
+    bench.connections += [".clk(clk)", ".rst(reset)", ".irq(irq)"]
+    bench.body += [
         "// An input of the top level would make all logic behind it input-combinational, evaluated twice a cycle.",
         "reg reset = 1;",
         "always @(posedge clk) reset <= rst;",
         "initial cycles = 0;",
         "always @(posedge clk) cycles <= cycles + 1;",
     ]
+    _buses(bench)
+    bench.ports += [
+        "output host_clk",
+        "output memory_clk",
+        "output irq",
+        *(f"input {_range(width)} flash_{name}" for name, width in flash.settings.items()),
+        "output reg [63:0] cycles",
+        "output [31:0] frames_per_channel",
+    ]
+    bench.body.append(f"assign frames_per_channel = {frames};")
+    _dram(bench, config, dram_bytes)
+    if flash is Flash.NAND:
+        _nand_channels(bench, config, frames)
+    else:
+        _ideal_channels(bench, config, frames, queue)
+    bench.body.append(f"{flash.top} rtl (\n    {(','+chr(10)+'    ').join(bench.connections)});")
 
-    for channel in range(channels):
-        signals = [f".{port}({port})" for port in ("clk", "value_open", "epoch")] + [".rst(reset)"]
-        for stream, shape in (("request", shapes.request), ("codeword", shapes.beat)):
-            for signal, width in (("valid", 1), ("ready", 1), ("payload", shape.size)):
-                name = f"flash{channel}_{stream}_{signal}"
-                body.append(f"wire {_range(width)} {name};")
-                connections.append(f".{name}({name})")
-                signals.append(f".{stream}_{signal}({name})")
-        signals += [f".{name}(flash_{name})" for name in _SETTINGS]
-        signals += [
-            f".fault(flash_fault[{3 * channel} +: 3])",
-            f".served(flash_served[{32 * channel} +: 32])",
-            f".load_errors(flash_load_errors[{32 * channel} +: 32])",
-        ]
-        parameters = {"CHANNEL": channel} | channel_parameters(config, pages_per_channel, queue)
-        body.append(
-            f"flash_channel #({', '.join(f'.{k}({v})' for k, v in parameters.items())})\n"
-            f"    flash{channel} ({', '.join(signals)});"
-        )
-    body.append(f"kvattic_engine engine (\n    {(','+chr(10)+'    ').join(connections)});")
-
-    body += [
-        "// What the engine showed at the edge, for Python, which looks between the edges.",
+    bench.body += [
+        "// What the RTL showed at the edge, for Python, which looks between the edges.",
         "always @(posedge clk) begin",
-        *(f"  {ours} <= {its};" for ours, its in registered),
+        *(f"  {ours} <= {its};" for ours, its in bench.registered),
         "end",
         "initial begin",
-        *(f"  {ours} = 0;" for ours, _ in registered),
+        *(f"  {ours} = 0;" for ours, _ in bench.registered),
         "end",
         "// The enables change when clk rises, where the gated clocks are low: no glitches.",
         "reg host_enable = 0, memory_enable = 0;",
@@ -210,11 +367,11 @@ def testbench_verilog(config: Config, *, pages_per_channel: int, queue: int = QU
         "assign host_clk = ~clk & host_enable;",
         "assign memory_clk = ~clk & memory_enable;",
     ]
-    head = ",\n    ".join(ports)
-    text = "\n".join(f"  {line}" for line in body)
+    head = ",\n    ".join(bench.ports)
+    text = "\n".join(f"  {line}" for line in bench.body)
     # Python sees the top level's signals only, and what it may see is slow: all the rest lies one level deeper.
-    shell = ",\n    ".join(port.replace("output reg", "output") for port in ports)
-    names = ", ".join(f".{name}({name})" for name in (port.split()[-1] for port in ports))
+    shell = ",\n    ".join(port.replace("output reg", "output") for port in bench.ports)
+    names = ", ".join(f".{name}({name})" for name in (port.split()[-1] for port in bench.ports))
     return (f"module {TOP}_inside (\n    {head}\n);\n\n{text}\n\nendmodule\n\n"
             f"module {TOP} (\n    {shell}\n);\n  {TOP}_inside bench ({names});\nendmodule\n")
 
@@ -222,7 +379,7 @@ def testbench_verilog(config: Config, *, pages_per_channel: int, queue: int = QU
 def _rtl_sources() -> list[Path]:
     """The modules that the Verilog depends on: kvattic_hdl, and what it imports from kvattic."""
     host = Path(kvattic.__path__[0])
-    found = sorted(Path(kvattic_hdl.__path__[0]).glob("*.py"))
+    found = sorted(Path(kvattic_hdl.__path__[0]).rglob("*.py"))
     for source in found:
         for name in re.findall(r"^from kvattic\.(\w+) import", source.read_text(), re.MULTILINE):
             if (path := host / f"{name}.py") not in found:
@@ -230,11 +387,12 @@ def _rtl_sources() -> list[Path]:
     return found
 
 
-def engine_verilog(config: Config, *, build_root: Path | None = None) -> Path:
-    """Verilog of the engine, generated unless the same sources gave it before.
+def rtl_verilog(config: Config, top: str, *, build_root: Path | None = None) -> Path:
+    """Verilog of the drive or the engine, generated unless the same sources gave it before.
 
     Args:
         config: what to generate.
+        top: one of `kvattic_hdl.TOPS`.
         build_root: where to put it; ``build/sim`` by default.
     """
     root = (build_root or default_build_root()).resolve() / "rtl"
@@ -242,16 +400,17 @@ def engine_verilog(config: Config, *, build_root: Path | None = None) -> Path:
     digest.update(importlib.metadata.version("amaranth").encode())
     for source in [*_rtl_sources(), Path(__file__)]:
         digest.update(source.name.encode() + source.read_bytes())
-    path = root / digest.hexdigest()[:16] / "kvattic_engine.sv"
+    path = root / digest.hexdigest()[:16] / f"{top}.sv"
     if not path.is_file():
         with _locked(root / f"{path.parent.name}.lock"):
             if not path.is_file():
                 with tempfile.TemporaryDirectory(dir=root) as work:
-                    text = generate(config, Path(work) / path.name).read_text()
+                    text = generate(config, Path(work) / path.name, top).read_text()
                 text = _WAKE.sub(r"reg \1 ; initial \1 <= 0;", text)
                 text = f"// verilator lint_off INITIALDLY\n{text}"
-                # Verilator compiles a lane once, however many there are.
-                text = re.sub(r"(module kvattic_lane\(.*?\);)", r"\1 /*verilator no_inline_module*/", text, flags=re.S)
+                # Verilator compiles a lane or a channel once, however many there are.
+                text = re.sub(r"(module kvattic_(?:lane|flash_channel)\(.*?\);)",
+                              r"\1 /*verilator no_inline_module*/", text, flags=re.S)
                 path.parent.mkdir(exist_ok=True)
                 part = path.with_suffix(f".{os.getpid()}")
                 part.write_text(text)
@@ -262,35 +421,42 @@ def engine_verilog(config: Config, *, build_root: Path | None = None) -> Path:
 def build_testbench(
     config: Config,
     simulator: Simulator | str,
+    flash: Flash = Flash.NAND,
     *,
     waves: bool = False,
-    pages_per_channel: int | None = None,
+    frames: int | None = None,
+    dram_bytes: int | None = None,
     queue: int = QUEUE,
     build_root: Path | None = None,
 ) -> Model:
-    """Compile the engine with its flash twins, or return the model that was compiled before.
+    """Compile the RTL with what stands around it, or return the model that was compiled before.
 
     Args:
         config: what to build.
         simulator: what to compile for.
+        flash: what stands behind the channels.
         waves: compile so that waves can be recorded.
-        pages_per_channel: capacity of each flash twin; such that all have `FLASH_BYTES` by default.
-        queue: requests that each flash twin keeps.
+        frames: pages whose contents each channel can keep; such that all have `FLASH_BYTES` by default.
+        dram_bytes: size of device DRAM; `DRAM_BYTES` by default.
+        queue: requests that each ideal twin keeps.
         build_root: where to build; ``build/sim`` by default.
 
     Raises:
         SimulatorError: a tool is missing, or the compilation fails.
     """
     root = (build_root or default_build_root()).resolve()
-    if pages_per_channel is None:
-        pages_per_channel = FLASH_BYTES[Simulator(simulator)] // config.channels // config.page_bytes
-    engine = engine_verilog(config, build_root=root)
-    text = testbench_verilog(config, pages_per_channel=pages_per_channel, queue=queue)
+    simulator = Simulator(simulator)
+    if frames is None:
+        frames = min(FLASH_BYTES[simulator] // config.channels // config.page_bytes, config.pages_per_channel)
+    rtl = rtl_verilog(config, flash.top, build_root=root)
+    text = testbench_verilog(
+        config, flash, frames=frames, dram_bytes=dram_bytes or DRAM_BYTES[simulator], queue=queue)
     bench = root / "rtl" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}" / f"{TOP}.sv"
     if not bench.is_file():
         bench.parent.mkdir(parents=True, exist_ok=True)
         part = bench.with_suffix(f".{os.getpid()}")
         part.write_text(text)
         part.replace(bench)
-    with resources.as_file(resources.files("kvattic_sim") / "verilog" / "flash_channel.sv") as twin:
-        return compile_model([engine, bench, twin], TOP, Simulator(simulator), waves=waves, build_root=root)
+    with resources.as_file(resources.files("kvattic_sim") / "verilog") as folder:
+        twins = [folder / f"{flash.twin}.sv", folder / "axi_memory.sv"]
+        return compile_model([rtl, bench, *twins], TOP, simulator, waves=waves, build_root=root)
