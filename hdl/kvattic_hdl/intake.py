@@ -19,7 +19,8 @@ class Intake(wiring.Component):
     A codeword is `beats_per_codeword` beats; its tag is read with the first one.  It is dropped whole, with an event,
     when its epoch is not the slot's or the job failed (stale), when it was not requested or is a V codeword whose slot
     is not open (bad tag), or when it came before (duplicate).  One bit for each place of the score ring tells: K
-    sets it, V clears it, so that it is clear again for the place's next user.
+    sets it, V clears it, so that it is clear again for the place's next user.  A codeword with an error counts as any
+    other.
 
     Latency 4 cycles and that of the FIFO; one beat each cycle.  After reset `ready` stays low until the bits are swept.
 
@@ -43,13 +44,16 @@ class Intake(wiring.Component):
     asked : In
         Its codewords that were requested so far (K).
     ring_base : In(ring)
-    first_stripe : In
-        Number of this lane's first stripe among the job's.
-    base_token : In(24)
+    stripe_bits : In(stripe_bits)
+        log2 of the pages of its stripes.
+    stripe_address : Out
+        Cat(number in the list, slot) of the codeword's stripe.
+    stripe_token : In(24)
+        That stripe's first token, one cycle later.
     headers : Out(stream of header)
-        One for each codeword let through: slot, key, ring, token (its first token's number).
+        One for each codeword let through: slot, key, ring, token (its first token's number), error.
     beats : Out(stream of beat_bytes * 8 bits)
-        Their beats.
+        Their beats; zeros where the codeword has an error.
     value_requests : Out(stream of slot, ring)
         The V codewords among them, for the weight unit; never waits.
     scrub : In(1)
@@ -68,7 +72,7 @@ class Intake(wiring.Component):
         self.shapes = shapes = Shapes(config)
         self.depth = depth
         self.header = data.StructLayout({
-            "ring": shapes.ring, "slot": shapes.slot, "key": 1, "token": TOKEN_BITS})
+            "ring": shapes.ring, "slot": shapes.slot, "key": 1, "token": TOKEN_BITS, "error": 1})
         self.value_request = data.StructLayout({"slot": shapes.slot, "ring": shapes.ring})
         self.header_depth = depth // config.beats_per_codeword + 2
         super().__init__({
@@ -80,8 +84,9 @@ class Intake(wiring.Component):
             "failed": In(1),
             "asked": In(shapes.place.width + 1),
             "ring_base": In(shapes.ring),
-            "first_stripe": In(shapes.channel),
-            "base_token": In(TOKEN_BITS),
+            "stripe_bits": In(shapes.stripe_bits),
+            "stripe_address": Out(shapes.list_bits + shapes.slot.width),
+            "stripe_token": In(TOKEN_BITS),
             "headers": Out(stream.Signature(self.header)),
             "beats": Out(stream.Signature(config.beat_bytes * 8)),
             "value_requests": Out(stream.Signature(self.value_request)),
@@ -104,7 +109,7 @@ class Intake(wiring.Component):
         credit = Signal(range(self.depth + 1), init=self.depth)
         at_first = Signal(init=1)   # framed by `last`, so that a reset amid a codeword loses no step
         take, dropped = Signal(), Signal()
-        first_1, valid_1 = Signal(), Signal()
+        first_1, valid_1, error_1 = Signal(), Signal(), Signal()
         data_1 = Signal(config.beat_bytes * 8)
         tag_1 = Signal(shapes.tag)
         beat = self.codewords.payload
@@ -117,47 +122,55 @@ class Intake(wiring.Component):
             valid_1.eq(take),
             first_1.eq(at_first),
             data_1.eq(beat.data),
+            error_1.eq(beat.error),
         ]
+        with m.If(beat.error):
+            m.d.sync += data_1.eq(0)
         with m.If(take):
             m.d.sync += at_first.eq(beat.last)
             with m.If(at_first):
                 m.d.sync += tag_1.eq(beat.tag)
 
-        # 1: look the slot up.
+        # 1: look the slot up, and send for the stripe: only the last of a list can be partial: the place tells which.
         page_bits = ceil_log2(config.codewords_per_page)
-        m.d.comb += self.slot.eq(tag_1.slot)
-        valid_2, first_2, data_2, tag_2 = (Signal.like(s, name_suffix="_2") for s in (valid_1, first_1, data_1, tag_1))
+        page, codeword = tag_1.place >> page_bits, tag_1.place[:page_bits]
+        page_of_stripe = Signal(shapes.list_bits)
+        m.d.comb += [
+            self.slot.eq(tag_1.slot),
+            self.stripe_address.eq(Cat((page >> self.stripe_bits)[: shapes.list_bits], tag_1.slot)),
+            page_of_stripe.eq(page & ((1 << self.stripe_bits) - 1)),
+        ]
+        valid_2, first_2, error_2, data_2, tag_2 = (
+            Signal.like(s, name_suffix="_2") for s in (valid_1, first_1, error_1, data_1, tag_1))
         current_2, asked_2, open_2 = Signal(), Signal(), Signal()
         ring_2 = Signal(shapes.ring)
-        stripe_2 = Signal(TOKEN_BITS)
-        base_2 = Signal(TOKEN_BITS)
+        token_2 = Signal(range(config.ring_codewords * config.tokens_per_codeword))
         m.d.sync += [
-            valid_2.eq(valid_1), first_2.eq(first_1), data_2.eq(data_1), tag_2.eq(tag_1),
+            valid_2.eq(valid_1), first_2.eq(first_1), error_2.eq(error_1), data_2.eq(data_1), tag_2.eq(tag_1),
             current_2.eq((tag_1.epoch == self.epoch) & self.active & ~self.failed),
             asked_2.eq(tag_1.place < self.asked),
             open_2.eq(self.open),
             ring_2.eq(self.ring_base + tag_1.place),
-            stripe_2.eq(self.first_stripe + times(tag_1.place >> page_bits, config.channels)),
-            base_2.eq(self.base_token),
+            token_2.eq(times(Cat(codeword, page_of_stripe), config.tokens_per_codeword)),
         ]
 
         # 2: has it come before?
         m.submodules.arrived = arrived = Memory(shape=1, depth=config.ring_codewords, init=[])
         seen = arrived.read_port(domain="sync")
         mark = arrived.write_port(domain="sync")
-        valid_3, first_3, data_3, tag_3 = (Signal.like(s, name_suffix="_3") for s in (valid_1, first_1, data_1, tag_1))
+        valid_3, first_3, error_3, data_3, tag_3 = (
+            Signal.like(s, name_suffix="_3") for s in (valid_1, first_1, error_1, data_1, tag_1))
         current_3, asked_3, open_3 = Signal(), Signal(), Signal()
         ring_3 = Signal(shapes.ring)
         token_3 = Signal(TOKEN_BITS)
         m.d.comb += seen.addr.eq(ring_2)
-        codeword_2 = Cat(tag_2.place[:page_bits], stripe_2)
         m.d.sync += [
-            valid_3.eq(valid_2), first_3.eq(first_2), data_3.eq(data_2), tag_3.eq(tag_2),
+            valid_3.eq(valid_2), first_3.eq(first_2), error_3.eq(error_2), data_3.eq(data_2), tag_3.eq(tag_2),
             current_3.eq(current_2),
             asked_3.eq(asked_2 & ((tag_2.kind == Kind.KEY) | open_2)),
             open_3.eq(open_2),
             ring_3.eq(ring_2),
-            token_3.eq(base_2 + times(codeword_2, config.tokens_per_codeword)),
+            token_3.eq(self.stripe_token + token_2),
         ]
 
         # 3: the verdict holds for the whole codeword.
@@ -193,6 +206,7 @@ class Intake(wiring.Component):
             header.slot.eq(tag_3.slot),
             header.key.eq(key_3),
             header.token.eq(token_3),
+            header.error.eq(error_3),
             headers.w_en.eq(header_3 & good),
             self.headers.payload.eq(headers.r_data),
             self.headers.valid.eq(headers.r_rdy),

@@ -2,6 +2,8 @@
 
 A *slot* is the place of a job in flight (`Config.jobs_in_flight` of them, used in turn).  A *place* is the number of a
 codeword among those of its job and kind on its own channel.  An *epoch* tells two jobs that used the same slot apart.
+A lane keeps a *list* of its stripes for each slot, in the order of their tokens; only the job's last stripe can be
+partial, so a place tells the stripe.
 """
 
 from amaranth.hdl import Shape, signed, unsigned
@@ -22,6 +24,12 @@ MISSING_BITS = 15
 """Bits of a count of missing codewords; it saturates in a completion."""
 SHIFT_BITS = 11
 """A cell's shift before it is clipped, signed."""
+INDEX_BITS = 16
+"""Bits of a command's index in its batch."""
+FAULTS = ("unreadable_key", "unreadable_value", "nan_key", "nan_value")
+"""What makes a lane's share of a job invalid, the one first that is reported first."""
+FAULT_BITS = 3
+"""Bits of a fault's place in `FAULTS`; `len(FAULTS)`: none."""
 
 
 class Shapes:
@@ -57,10 +65,19 @@ class Shapes:
         What a flash channel did in this cycle: counts and strobes for the counters.
     media_error : StructLayout
         A codeword that could not be read: page, codeword, cause (`commands.MediaCause`).
+    flash_command : StructLayout
+        What the loader hands over of PROGRAM, ERASE, PROBE, MAP: channel, operation, dram_page (of PROGRAM).
+    ended : StructLayout
+        How it ended, for its completion: index in the batch, identifier, status, where.
+    stripe_bits : Shape
+        log2 of the pages of a stripe.
+    list_bits : int
+        log2 of the stripes that a lane's list holds for each slot.
     load : StructLayout
-        Written to all lanes before a job starts: q (`beat` elements of one row) or a row record.
+        Written to all lanes before a job starts: a row record, q (`beat` elements of one row), or a table entry, which
+        the lane of its channel appends to the slot's list.  A row record makes that list empty.
     start : StructLayout
-        The job's parameters, given to all lanes when its q and rows are loaded.
+        The job's parameters, given to all lanes when its q, rows and table are loaded.
     score : Shape
         A score, signed (`formats.SCORE_BITS`).
     accumulator, denominator : Shape
@@ -97,7 +114,7 @@ class Shapes:
         self.page_word = data.StructLayout({"data": beat_bits, "page": PAGE_BITS})
         self.flash_command = data.StructLayout({
             "channel": self.channel, "operation": self.operation, "dram_page": PAGE_BITS})
-        self.ended = data.StructLayout({"index": 16, "identifier": 16, "status": 16, "where": 32})
+        self.ended = data.StructLayout({"index": INDEX_BITS, "identifier": 16, "status": 16, "where": 32})
         self.media_error = data.StructLayout({
             "page": PAGE_BITS, "codeword": unsigned(max(1, ceil_log2(config.codewords_per_page))), "cause": 2})
         self.flash_events = data.StructLayout({
@@ -113,24 +130,27 @@ class Shapes:
             "page_programs": unsigned(bits_for(config.part.planes)),
             "block_erases": unsigned(bits_for(config.part.planes)),
         })
+        lane_stripes = config.ring_codewords // config.codewords_per_page
+        self.list_bits = ceil_log2(lane_stripes)
+        self.stripe_bits = unsigned(bits_for(self.list_bits))
         self.load = data.StructLayout({
             "query": 1,          # data holds elements [beat] of q of this row
             "record": 1,         # start, end, tree hold the row's mask
+            "stripe": 1,         # data holds a `commands.TABLE_ENTRY`, start the stripe's first token
+            "last": 1,           # the stripe is the job's last one
             "slot": self.slot,
             "row": self.row,
             "beat": self.beat_index,
             "data": beat_bits,
-            "start": TOKEN_BITS,  # first token attended
+            "start": TOKEN_BITS,  # first token attended, or of the stripe
             "end": TOKEN_BITS,    # one past the last token attended; never above the job's end_token
             "tree": TREE_BITS,
         })
         self.start = data.StructLayout({
             "slot": self.slot,
             "epoch": EPOCH_BITS,
-            "home": self.channel,
-            "key_page": PAGE_BITS,
-            "value_page": PAGE_BITS,
-            "base_token": TOKEN_BITS,
+            "stripe_bits": self.stripe_bits,
+            "last_token": TOKEN_BITS,            # first token of the last stripe
             "end_token": TOKEN_BITS,
             "tree_token": TOKEN_BITS,
             "k_offset": signed(K_OFFSET_BITS),   # scale's exponent field - 127 + 28 - 2*offset (docs/numerics.md)
@@ -148,23 +168,25 @@ class Shapes:
             "address": self.drain_address,   # copy * beats_per_token + beat
             "data": self.partial_data,
         })
-        # What a lane reports of a finished job; all of it is order-free (minimum, or).
+        # What a lane reports of a finished job; all of it is order-free: a minimum of Cat(token, fault), an or.
         self.report = data.StructLayout({
-            "nan_key": 1,
-            "nan_key_token": TOKEN_BITS,
-            "nan_value": 1,
-            "nan_value_token": TOKEN_BITS,
+            "token": TOKEN_BITS,   # the lowest with that fault; of an unreadable codeword its first
+            "fault": FAULT_BITS,   # the first of FAULTS that happened
             "score_overflow": 1,
             "value_overflow": 1,
             "duplicate": 1,
         })
         # A job as a lane's walker needs it.
         self.walk = data.StructLayout({
-            "page": PAGE_BITS,          # of the lane's first stripe
-            "token": TOKEN_BITS + 1,    # first token of the lane's first stripe; may lie beyond end_token
+            "stripes": unsigned(bits_for(lane_stripes)),   # in the lane's list
+            "tail": 1,                                     # the job's last stripe is among them
+            "last_token": TOKEN_BITS,
             "end_token": TOKEN_BITS,
+            "stripe_bits": self.stripe_bits,
             "epoch": EPOCH_BITS,
         })
+        # A stripe as a walker needs it: its first page of K or of V.
+        self.stripe = data.StructLayout({"page": PAGE_BITS, "dram": 1})
         # A token's place: where its scores are kept, and which token it is.
         self.ring = unsigned(self.place.width)
         self.lane_token = data.StructLayout({
@@ -182,6 +204,7 @@ class Shapes:
         self.job = data.StructLayout({
             "slot": self.slot,
             "lanes": 1,          # the lanes work on it; 0: it failed before, only its completion is written
+            "index": INDEX_BITS,
             "identifier": 16,
             "rows": unsigned(bits_for(config.rows)),
             "result": 64,

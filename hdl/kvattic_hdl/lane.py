@@ -1,11 +1,12 @@
 """A lane: one flash channel's datapath, from its codewords to its share of each job's scores and sums."""
 
-from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, signed
+from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, Value, signed
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out, connect, flipped
+from amaranth.utils import ceil_log2
 
-from kvattic.commands import Kind
+from kvattic.commands import TABLE_ENTRY, Kind
 from kvattic.config import Config
 from kvattic.formats import (
     SCORE_SUM_BITS,
@@ -15,11 +16,12 @@ from kvattic.formats import (
     WEIGHT_BITS,
     WEIGHT_EXPONENT_BITS,
 )
-from kvattic_hdl.arithmetic import add_carry, decode, times
+from kvattic_hdl.arithmetic import add_carry, decode
 from kvattic_hdl.cell import ADDEND_STAGE, HEADROOM, READ_STAGE, SUM_STAGE, Cell
 from kvattic_hdl.exponential import Exponential
 from kvattic_hdl.intake import Intake
-from kvattic_hdl.interfaces import MISSING_BITS, SHIFT_BITS, TOKEN_BITS, Shapes
+from kvattic_hdl.interfaces import FAULT_BITS, FAULTS, MISSING_BITS, SHIFT_BITS, TOKEN_BITS, Shapes
+from kvattic_hdl.records import fields
 from kvattic_hdl.score import ScoreUnit, score_interval
 from kvattic_hdl.shared import shared
 from kvattic_hdl.walker import Walker
@@ -35,7 +37,8 @@ class Lane(wiring.Component):
     Takes one beat each cycle, in any order of codewords, of any job in flight.  A V codeword is welcome only while its
     slot's `value_open` is set.  Nothing that a lane computes depends on the order.  What holds a beat back is told by
     `events`: the weight of its token, the score unit (only where rows * score_interval exceeds beats_per_token), or
-    nothing at all being there.  Reset abandons all jobs; `ready` returns when the memories are swept.
+    nothing at all being there.  A codeword with `error` counts as any other, but the job's report names it.  Reset
+    abandons all jobs; `ready` returns when the memories are swept.
 
     Parameters
     ----------
@@ -48,9 +51,10 @@ class Lane(wiring.Component):
     codewords : In(stream of beat)
     requests : Out(stream of request)
     load_valid, load : In
-        q and row records, before `start`.
+        Row records, q, and then the table's entries, before `start`; until then they do nothing that the next row
+        record of the slot would not undo.
     start_valid, start : In
-        A job begins; its slot must be free.
+        A job begins; its slot must be free, and the last `load` two cycles past.
     live : In(jobs_in_flight)
         The slot's job is in flight: from its `start` until it is freed.
     value_open : In(jobs_in_flight)
@@ -118,44 +122,42 @@ class Lane(wiring.Component):
 
         # ---------------------------------------------------------------- jobs
 
-        # What `start` says, worked out for this lane in two steps.
-        job_shape = data.StructLayout({
-            "epoch": shapes.start["epoch"].shape,
-            "key_page": shapes.start["key_page"].shape,
-            "value_page": shapes.start["value_page"].shape,
-            "stripe": shapes.channel,                 # the lane's first one among the job's stripes
-            "base_token": TOKEN_BITS,
-            "lane_token": TOKEN_BITS + 1,             # first token of that stripe
-            "end_token": TOKEN_BITS,
+        # The slot's list: number of stripes here, and whether the job's last one is among them.
+        entry = fields(TABLE_ENTRY, self.load.data[: TABLE_ENTRY.size * 8])
+        stripes = Signal(shapes.walk["stripes"].shape)
+        tail, append = Signal(), Signal()
+        m.d.comb += append.eq(self.load_valid & self.load.stripe & (entry["channel"] == self.channel))
+        with m.If(append):
+            m.d.sync += [stripes.eq(stripes + 1), tail.eq(self.load.last)]
+        with m.If(self.load_valid & self.load.record):
+            m.d.sync += [stripes.eq(0), tail.eq(0)]
+
+        def listed(name: str, shape, value):
+            """Sync read port, address Cat(number, slot), for one property of the stripes."""
+            memory = Memory(shape=shape, depth=slots << shapes.list_bits, init=[], attrs={"ram_style": "block"})
+            m.submodules[name] = memory
+            write = memory.write_port(domain="sync")
+            m.d.comb += [
+                write.en.eq(append),
+                write.addr.eq(Cat(stripes[: shapes.list_bits], self.load.slot)),
+                Value.cast(write.data).eq(value),
+            ]
+            return memory.read_port(domain="sync")
+
+        job_shape = data.StructLayout({name: field.shape for name, field in shapes.walk} | {
             "tree_token": TOKEN_BITS,
             "k_offset": shapes.start["k_offset"].shape,
             "scale": shapes.start["scale"].shape,
         })
-        start_1 = Signal(shapes.start)
-        start_valid_1, start_valid_2 = Signal(), Signal()
-        slot_2 = Signal(shapes.slot)
         job = Signal(job_shape)
-        stripe = Signal(shapes.channel)
-        below = Signal()
-        m.d.comb += below.eq(self.channel < self.start.home)
+        started, started_slot = Signal(), Signal(shapes.slot)
         m.d.sync += [
-            start_1.eq(self.start),
-            start_valid_1.eq(self.start_valid),
-            start_valid_2.eq(start_valid_1),
-            slot_2.eq(start_1.slot),
-            stripe.eq(Mux(below, self.channel + config.channels, self.channel) - self.start.home),
-            job.epoch.eq(start_1.epoch),
-            # Channels below home begin one page further (kvattic.layout).
-            job.key_page.eq(start_1.key_page + (self.channel < start_1.home)),
-            job.value_page.eq(start_1.value_page + (self.channel < start_1.home)),
-            job.stripe.eq(stripe),
-            job.base_token.eq(start_1.base_token),
-            job.lane_token.eq(start_1.base_token + times(stripe, config.tokens_per_page)),
-            job.end_token.eq(start_1.end_token),
-            job.tree_token.eq(start_1.tree_token),
-            job.k_offset.eq(start_1.k_offset),
-            job.scale.eq(start_1.scale),
+            started.eq(self.start_valid),
+            started_slot.eq(self.start.slot),
+            job.stripes.eq(stripes),
+            job.tail.eq(tail),
         ]
+        m.d.sync += [job[name].eq(self.start[name]) for name, _ in job_shape if name not in ("stripes", "tail")]
 
         def kept(name: str, *fields: str):
             """Comb read port for some fields of each slot's job, in a memory of its own: fields unread cost nothing."""
@@ -163,7 +165,7 @@ class Lane(wiring.Component):
                             attrs={"ram_style": "distributed"})
             m.submodules[name] = memory
             write = memory.write_port(domain="sync")
-            m.d.comb += [write.en.eq(start_valid_2), write.addr.eq(slot_2)]
+            m.d.comb += [write.en.eq(started), write.addr.eq(started_slot)]
             m.d.comb += [write.data[f].eq(job[f]) for f in fields]
             return memory.read_port(domain="comb")
 
@@ -173,19 +175,19 @@ class Lane(wiring.Component):
         value_walker = Walker(config, Kind.VALUE)
         m.submodules.key_walker = key_walker
         m.submodules.value_walker = value_walker
-        for walker, page in ((key_walker, "key_page"), (value_walker, "value_page")):
-            port = kept(f"{page}s", page, "lane_token", "end_token", "epoch")
+        for walker, name in ((key_walker, "key"), (value_walker, "value")):
+            port = kept(f"{name}_jobs", *(field for field, _ in shapes.walk))
+            stripe_port = listed(f"{name}_stripes", shapes.stripe, Cat(entry[f"{name}_page"], entry["dram"][0]))
             m.d.comb += [
                 port.addr.eq(walker.slot),
-                walker.job.page.eq(port.data[page]),
-                walker.job.token.eq(port.data.lane_token),
-                walker.job.end_token.eq(port.data.end_token),
-                walker.job.epoch.eq(port.data.epoch),
+                Value.cast(walker.job).eq(Value.cast(port.data)),
+                stripe_port.addr.eq(walker.stripe_address),
+                walker.stripe.eq(stripe_port.data),
                 walker.failed.eq(self.failed.bit_select(walker.slot, 1)),
             ]
         m.d.comb += [
-            key_walker.enable.eq(start_valid_2),
-            key_walker.enable_slot.eq(slot_2),
+            key_walker.enable.eq(started),
+            key_walker.enable_slot.eq(started_slot),
             value_walker.enable.eq(key_walker.end),
             value_walker.enable_slot.eq(key_walker.slot),
         ]
@@ -286,7 +288,8 @@ class Lane(wiring.Component):
         depth = 1 << (Exponential.LATENCY + 12 + rows - 1).bit_length()
         m.submodules.intake = intake = Intake(config, depth)
         connect(m, flipped(self.codewords), intake.codewords)
-        job_port = kept("intake_jobs", "epoch", "stripe", "base_token")
+        job_port = kept("intake_jobs", "epoch", "stripe_bits")
+        stripe_token = listed("stripe_tokens", TOKEN_BITS, self.load.start)
         ring_port = rings.read_port(domain="comb")
         m.d.comb += [
             job_port.addr.eq(intake.slot),
@@ -297,8 +300,9 @@ class Lane(wiring.Component):
             intake.failed.eq(self.failed.bit_select(intake.slot, 1)),
             intake.asked.eq(ring_port.data.asked),
             intake.ring_base.eq(ring_port.data.base),
-            intake.first_stripe.eq(job_port.data.stripe),
-            intake.base_token.eq(job_port.data.base_token),
+            intake.stripe_bits.eq(job_port.data.stripe_bits),
+            intake.stripe_token.eq(stripe_token.data),
+            stripe_token.addr.eq(intake.stripe_address),
             self.offender.eq(intake.offender),
         ]
 
@@ -384,7 +388,7 @@ class Lane(wiring.Component):
         # What rides along with a beat.
         copy = Signal(range(max(2, shapes.copies)))
         ride = data.StructLayout({
-            "valid": 1, "key": 1, "first": 1, "last": 1, "beat": shapes.beat_index,
+            "valid": 1, "key": 1, "error": 1, "first": 1, "last": 1, "beat": shapes.beat_index,
             "copy": copy.shape(), "where": shapes.lane_token})
         levels = (elements - 1).bit_length()
         tree_stage = ADDEND_STAGE + levels
@@ -392,6 +396,7 @@ class Lane(wiring.Component):
         m.d.comb += [
             pipe[0].valid.eq(issue),
             pipe[0].key.eq(header.key),
+            pipe[0].error.eq(header.error),
             pipe[0].first.eq(first),
             pipe[0].last.eq(last),
             pipe[0].beat.eq(beat_index),
@@ -612,32 +617,31 @@ class Lane(wiring.Component):
 
         # ------------------------------------------------------------- reports
 
-        # NaN: the lowest token of each slot and kind.
-        special_3, key_3, inside_3 = Signal(), Signal(), Signal()
-        slot_3, token_3 = Signal(shapes.slot), Signal(TOKEN_BITS)
+        # The lowest token of each slot and fault.  An unreadable codeword has no NaN: its data are zeros.
+        fault_3, token_3, slot_3 = Signal(range(len(FAULTS))), Signal(TOKEN_BITS), Signal(shapes.slot)
+        happened_3, inside_3 = Signal(), Signal()
         nan_job = kept("end_tokens", "end_token")
         m.d.comb += nan_job.addr.eq(pipe[2].where.slot)
         m.d.sync += [
-            special_3.eq(special_2.any() & pipe[2].valid),
+            happened_3.eq((special_2.any() | pipe[2].error) & pipe[2].valid),
             inside_3.eq(pipe[2].where.token < nan_job.data.end_token),
-            key_3.eq(pipe[2].key),
+            fault_3.eq(Cat(~pipe[2].key, ~pipe[2].error)),
             slot_3.eq(pipe[2].where.slot),
             token_3.eq(pipe[2].where.token),
         ]
         m.submodules.offenders = offenders = Memory(
-            shape=TOKEN_BITS, depth=2 * slots, init=[], attrs={"ram_style": "distributed"})
+            shape=TOKEN_BITS, depth=len(FAULTS) * slots, init=[], attrs={"ram_style": "distributed"})
         lowest = offenders.read_port(domain="comb")
         lower = offenders.write_port(domain="sync")
         flags_shape = data.StructLayout({
-            "nan_value": 1, "nan_key": 1, "score_overflow": 1, "value_overflow": 1, "duplicate": 1})
+            "faults": len(FAULTS), "score_overflow": 1, "value_overflow": 1, "duplicate": 1})
         flags = [Signal(flags_shape, name=f"flags_{s}") for s in range(slots)]
-        address_3 = Cat(key_3, slot_3)
-        seen_3 = Array(Cat(kept.nan_value, kept.nan_key) for kept in flags)[slot_3].bit_select(key_3, 1)
+        seen_3 = Array(kept.faults for kept in flags)[slot_3].bit_select(fault_3, 1)
         m.d.comb += [
-            lowest.addr.eq(address_3),
-            lower.addr.eq(address_3),
+            lowest.addr.eq(Cat(fault_3, slot_3)),
+            lower.addr.eq(Cat(fault_3, slot_3)),
             lower.data.eq(token_3),
-            lower.en.eq(special_3 & inside_3 & (~seen_3 | (token_3 < lowest.data))),
+            lower.en.eq(happened_3 & inside_3 & (~seen_3 | (token_3 < lowest.data))),
         ]
         value_clip = Signal()
         value_clip_slot = Signal(shapes.slot)
@@ -647,7 +651,7 @@ class Lane(wiring.Component):
         ]
         for s, kept in enumerate(flags):
             with m.If(lower.en & (slot_3 == s)):
-                m.d.sync += [kept.nan_key.eq(kept.nan_key | key_3), kept.nan_value.eq(kept.nan_value | ~key_3)]
+                m.d.sync += kept.faults.bit_select(fault_3, 1).eq(1)
             with m.If(score_unit.overflow & (score_unit.stored_slot == s)):
                 m.d.sync += kept.score_overflow.eq(1)
             with m.If(value_clip & (value_clip_slot == s)):
@@ -658,18 +662,17 @@ class Lane(wiring.Component):
                 m.d.sync += kept.as_value().eq(0)
         report_slot = Signal(shapes.slot)
         report_flags = Signal(flags_shape)
-        first_key, first_value = (offenders.read_port(domain="comb") for _ in range(2))
-        m.d.comb += [
-            report_flags.eq(Array(kept.as_value() for kept in flags)[report_slot]),
-            first_key.addr.eq(Cat(Const(1, 1), report_slot)),
-            first_value.addr.eq(Cat(Const(0, 1), report_slot)),
-        ]
+        fault = Signal(FAULT_BITS, init=len(FAULTS))
+        reported = offenders.read_port(domain="comb")
+        m.d.comb += report_flags.eq(Array(kept.as_value() for kept in flags)[report_slot])
+        for number in reversed(range(len(FAULTS))):
+            with m.If(report_flags.faults[number]):
+                m.d.comb += fault.eq(number)
+        m.d.comb += reported.addr.eq(Cat(fault[: ceil_log2(len(FAULTS))], report_slot))
         m.d.sync += [
             report_slot.eq(self.report_slot),
-            self.report.nan_key.eq(report_flags.nan_key),
-            self.report.nan_key_token.eq(first_key.data),
-            self.report.nan_value.eq(report_flags.nan_value),
-            self.report.nan_value_token.eq(first_value.data),
+            self.report.fault.eq(fault),
+            self.report.token.eq(reported.data),
             self.report.score_overflow.eq(report_flags.score_overflow),
             self.report.value_overflow.eq(report_flags.value_overflow),
             self.report.duplicate.eq(report_flags.duplicate),

@@ -1,18 +1,20 @@
 """The page walker: turns a job into the codeword requests of one lane, without host or firmware work."""
 
-from amaranth.hdl import Module, Mux, Signal
+from amaranth.hdl import Cat, Module, Mux, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
+from amaranth.utils import ceil_log2
 
 from kvattic.config import Config
 from kvattic_hdl.interfaces import TOKEN_BITS, Shapes
 
 
 class Walker(wiring.Component):
-    """Requests the codewords of one kind (K or V) of each job, in slot order.
+    """Requests the codewords of one kind (K or V) of each job, in slot order: stripe by stripe of the lane's list.
 
-    One request a cycle; two cycles between jobs.  A job ends where the lane's next token is not below `end_token`
-    (a lane may have none), or at once when it failed.  Reset forgets everything.
+    One request a cycle (every other cycle where a stripe is a single codeword); four cycles between jobs.  A job ends
+    with the list, in the job's last stripe before the first codeword whose tokens are all beyond `end_token`, or at
+    once when it failed.  Reset forgets everything.
 
     Parameters
     ----------
@@ -22,12 +24,15 @@ class Walker(wiring.Component):
     Members
     -------
     enable : In(1)
-        Strobe: the job of slot `enable_slot` may be walked.
+        Strobe: the job of slot `enable_slot` may be walked.  Its list has been complete for a cycle or more.
     enable_slot : In(slot)
     slot : Out(slot)
         The job in work, or the next one.  `job` must hold its parameters in the same cycle.
     job : In(walk)
-        See `Shapes.walk`: first page, first token of this lane, end, epoch.
+    stripe_address : Out
+        Cat(number in the list, slot) of a stripe.
+    stripe : In(Shapes.stripe)
+        That stripe, one cycle later.
     failed : In(1)
         The job in work is being abandoned.
     ready_to_ask : Out(1)
@@ -50,6 +55,8 @@ class Walker(wiring.Component):
             "enable_slot": In(shapes.slot),
             "slot": Out(shapes.slot),
             "job": In(shapes.walk),
+            "stripe_address": Out(shapes.list_bits + shapes.slot.width),
+            "stripe": In(shapes.stripe),
             "failed": In(1),
             "ready_to_ask": Out(1),
             "room": In(1),
@@ -60,46 +67,77 @@ class Walker(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        config = self.config
+        config, shapes = self.config, self.shapes
+        page_bits = ceil_log2(config.codewords_per_page)
         enabled = Signal(config.jobs_in_flight)
         running = Signal()
-        request = self.requests.payload
-        token = Signal(TOKEN_BITS + 1)
-        token_end = Signal(TOKEN_BITS)
-        more = Signal()
+        request = Signal(shapes.request)
+        tag = request.tag
+        m.d.comb += self.requests.payload.eq(request)
 
+        # The next stripe of the list stands ready while one is walked.
+        left = Signal(shapes.walk["stripes"].shape)
+        index = Signal(shapes.list_bits)
+        settled = Signal()
+        within, final = Signal(), Signal()   # `request` is of a stripe; of the job's last one
+        tail = Signal()
+        token = Signal(TOKEN_BITS + 1)       # first one of the codeword, in the job's last stripe
+        token_end = Signal(TOKEN_BITS)
+        mask = Signal(shapes.list_bits)      # the bits of a page's number in its stripe
+        more, fetch, fired, page_end, stripe_end = Signal(), Signal(), Signal(), Signal(), Signal()
         m.d.comb += [
             self.begin.eq(~running & enabled.bit_select(self.slot, 1)),
-            more.eq((token < token_end) & ~self.failed),
-            self.ready_to_ask.eq(running & more),
-            self.end.eq(running & ~more),
+            more.eq(~final | (token < token_end)),
+            self.ready_to_ask.eq(running & within & more & ~self.failed),
             self.requests.valid.eq(self.ready_to_ask & self.room),
+            self.end.eq(running & (self.failed | Mux(within, ~more, left == 0))),
+            fired.eq(self.requests.valid & self.requests.ready),
+            page_end.eq(request.codeword == config.codewords_per_page - 1),
+            # A stripe begins at a multiple of its size, so a place tells where in its stripe it is.
+            stripe_end.eq(page_end & (((tag.place >> page_bits) & mask) == mask)),
+            fetch.eq(running & (left != 0) & settled & (~within | (fired & stripe_end))),
+            self.stripe_address.eq(Cat(index, self.slot)),
         ]
-        # At the end of a page, on to this lane's next stripe, behind those of the other channels.
-        fired = self.requests.valid & self.requests.ready
-        page_end = request.codeword == config.codewords_per_page - 1
-        others = (config.channels - 1) * config.tokens_per_page
-        step = Mux(page_end, config.tokens_per_codeword + others, config.tokens_per_codeword)
-        with m.If(self.begin | fired):
+        m.d.sync += settled.eq(1)
+        with m.If(fired):
             m.d.sync += [
-                request.page.eq(Mux(self.begin, self.job.page, request.page + page_end)),
-                token.eq(Mux(self.begin, self.job.token, token + step)),
-                request.codeword.eq(Mux(self.begin | page_end, 0, request.codeword + 1)),
-                request.tag.place.eq(Mux(self.begin, 0, request.tag.place + 1)),
+                tag.place.eq(tag.place + 1),
+                request.codeword.eq(Mux(page_end, 0, request.codeword + 1)),
+                request.page.eq(request.page + page_end),
+                token.eq(token + Mux(final, config.tokens_per_codeword, 0)),
+                within.eq(~stripe_end),
+            ]
+        with m.If(fetch):
+            m.d.sync += [
+                request.page.eq(self.stripe.page),
+                request.dram.eq(self.stripe.dram),
+                within.eq(1),
+                final.eq((left == 1) & tail),
+                left.eq(left - 1),
+                index.eq(index + 1),
+                settled.eq(0),
             ]
         with m.If(self.begin):
             m.d.sync += [
                 running.eq(1),
-                request.tag.kind.eq(self.kind),
-                request.tag.slot.eq(self.slot),
-                request.tag.epoch.eq(self.job.epoch),
+                within.eq(0),
+                final.eq(0),
+                left.eq(self.job.stripes),
+                tail.eq(self.job.tail),
+                token.eq(self.job.last_token),
                 token_end.eq(self.job.end_token),
+                mask.eq((1 << self.job.stripe_bits) - 1),
+                request.codeword.eq(0),
+                tag.place.eq(0),
+                tag.kind.eq(self.kind),
+                tag.slot.eq(self.slot),
+                tag.epoch.eq(self.job.epoch),
             ]
         with m.If(self.end):
-            m.d.sync += [running.eq(0), enabled.bit_select(self.slot, 1).eq(0)]
+            m.d.sync += [running.eq(0), enabled.bit_select(self.slot, 1).eq(0), index.eq(0)]
         # On to the next slot; also past one whose job never came to the lanes.
         with m.If(self.end | (~running & ~self.begin & enabled.any())):
-            m.d.sync += self.slot.eq(Mux(self.slot == config.jobs_in_flight - 1, 0, self.slot + 1))
+            m.d.sync += [self.slot.eq(Mux(self.slot == config.jobs_in_flight - 1, 0, self.slot + 1)), settled.eq(0)]
         with m.If(self.enable):
             m.d.sync += enabled.bit_select(self.enable_slot, 1).eq(1)
         return m
