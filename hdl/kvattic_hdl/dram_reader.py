@@ -20,9 +20,9 @@ PAGE_CODEWORDS = 4
 
 
 def dram_signature(config: Config) -> wiring.Signature:
-    """Read channels of AXI4, seen from the manager, `dram_bytes` wide."""
+    """Read channels of AXI4, seen from the manager, `dram_beat_bytes` wide."""
     return wiring.Signature({
-        name: In(config.dram_bytes * 8) if name == "rdata" else member for name, member in AXI_READ.members.items()})
+        name: In(config.dram_beat_bytes * 8) if name == "rdata" else member for name, member in AXI_READ.members.items()})
 
 
 def fetch_layout() -> data.StructLayout:
@@ -80,9 +80,9 @@ class DramReader(wiring.Component):
         last_channel = config.channels - 1
         codeword_bits = ceil_log2(config.codeword_bytes)
         page_codeword_bits = ceil_log2(config.codewords_per_page)
-        burst = config.codeword_bytes // config.dram_bytes
-        beat_words = config.dram_bytes // config.beat_bytes
-        dram_bits = config.dram_bytes * 8
+        burst = config.codeword_bytes // config.dram_beat_bytes
+        beat_words = config.dram_beat_bytes // config.beat_bytes
+        dram_bits = config.dram_beat_bytes * 8
 
         # What is asked for, in the order of the answers.
         asked_layout = data.StructLayout({
@@ -180,7 +180,7 @@ class DramReader(wiring.Component):
             wanted_codeword.eq(Mux(page_take, Array(codeword_at)[page_at], tail.codeword)),
             axi.arid.eq(0),
             axi.arlen.eq(burst - 1),
-            axi.arsize.eq(ceil_log2(config.dram_bytes)),
+            axi.arsize.eq(ceil_log2(config.dram_beat_bytes)),
             axi.arburst.eq(BURST_INCR),
             axi.arcache.eq(CACHE_NORMAL),
         ]

@@ -39,7 +39,7 @@ class Config:
         dies: dies of a channel, each a target of its own, a power of two.
         cache_reads: the controllers read a die's next pages while they move its last ones out of the cache register.
         ecc_t: bit errors that are corrected in each codeword.
-        dram_bytes: bytes that the device DRAM's port moves in one cycle (a power of two, 8 to 128).
+        dram_beat_bytes: bytes that the device DRAM's port moves in one cycle (a power of two, 8 to 128).
         codeword_bytes: data bytes of an ECC codeword, the smallest unit that is read.
         score_depth: tokens that one lane's score buffer holds, over all jobs in flight.
         jobs_in_flight: jobs that the software pipeline overlaps (2 to 16).
@@ -58,7 +58,7 @@ class Config:
     dies: int = 8
     cache_reads: bool = False
     ecc_t: int = 8
-    dram_bytes: int = 64
+    dram_beat_bytes: int = 64
     codeword_bytes: int = 512
     score_depth: int = 4096
     jobs_in_flight: int = 4
@@ -95,10 +95,10 @@ class Config:
         self._check(self.page_bytes >= self.codeword_bytes, "page_bytes", "at least codeword_bytes")
         self._check(_is_power_of_two(self.dies), "dies", "a power of two")
         self._check(1 <= self.ecc_t <= 64, "ecc_t", "1 to 64")
-        self._check(_is_power_of_two(self.dram_bytes) and 8 <= self.dram_bytes <= 128, "dram_bytes",
+        self._check(_is_power_of_two(self.dram_beat_bytes) and 8 <= self.dram_beat_bytes <= 128, "dram_beat_bytes",
                     "a power of two from 8 to 128")
-        self._check(self.dram_bytes >= self.beat_bytes, "dram_bytes", "at least beat_bytes")
-        self._check(self.codeword_bytes >= self.dram_bytes, "codeword_bytes", "at least dram_bytes")
+        self._check(self.dram_beat_bytes >= self.beat_bytes, "dram_beat_bytes", "at least beat_bytes")
+        self._check(self.codeword_bytes >= self.dram_beat_bytes, "codeword_bytes", "at least dram_beat_bytes")
         self._check(self.raw_page_bytes <= self.page_bytes + self.part.spare_bytes, "ecc_t",
                     f"such that {self.codewords_per_page} codewords of {self.raw_codeword_bytes} bytes fit a page of "
                     f"{self.page_bytes} + {self.part.spare_bytes} bytes")
@@ -281,7 +281,7 @@ class Config:
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 
 
-TINY = Config(channels=2, rows=2, head_dim=32, part=TINY_PART, dies=2, dram_bytes=16, codeword_bytes=256,
+TINY = Config(channels=2, rows=2, head_dim=32, part=TINY_PART, dies=2, dram_beat_bytes=16, codeword_bytes=256,
               score_depth=256)
 """Fast tests."""
 BOARD = Config(channels=4)

@@ -236,7 +236,7 @@ class RtlTransport:
         self._slave = AxiSlave(
             AxiBus.from_prefix(dut, "memory"), dut.memory_clk, dut.rst, target=self._memory
         )
-        self._dram = _Dram(0, config.dram_bytes)
+        self._dram = _Dram(0, config.dram_beat_bytes)
         self._nand: NandSettings | None = None
         self._interrupts = False
         self._toggles: dict[str, int] = {}
@@ -256,7 +256,7 @@ class RtlTransport:
         dut.rst.value = 0
         await self._cycles(1)
         self.dram_bytes = int(dut.dram_size.value)
-        self._dram = _Dram(self.dram_bytes, self.config.dram_bytes)
+        self._dram = _Dram(self.dram_bytes, self.config.dram_beat_bytes)
         dut.dram_latency.value = DRAM_LATENCY
         while not await self._read("STATUS") & StatusBit.READY:
             pass

@@ -244,8 +244,8 @@ def _dram(bench: _Bench, config: Config, dram_bytes: int) -> None:
     bench.ports += ["output [31:0] dram_load_errors", "output [63:0] dram_size"]
     bench.body += [
         f"assign dram_size = 64'd{dram_bytes};",
-        f"axi_memory #(.WORD_BITS({config.dram_bytes * 8}), .WORDS({dram_bytes // config.dram_bytes}), "
-        f".LOG2_BYTES({config.dram_bytes.bit_length() - 1})) dram ({', '.join(signals)});",
+        f"axi_memory #(.WORD_BITS({config.dram_beat_bytes * 8}), .WORDS({dram_bytes // config.dram_beat_bytes}), "
+        f".LOG2_BYTES({config.dram_beat_bytes.bit_length() - 1})) dram ({', '.join(signals)});",
     ]
 
 

@@ -16,9 +16,9 @@ from kvattic_hdl.dram_reader import OUTSTANDING, DramReader
 
 CONFIGS = {
     "tiny": TINY,
-    "one_beat_wide": Config(channels=1, head_dim=32, part=TINY_PART, dies=2, dram_bytes=8, codeword_bytes=256,
+    "one_beat_wide": Config(channels=1, head_dim=32, part=TINY_PART, dies=2, dram_beat_bytes=8, codeword_bytes=256,
                             score_depth=256),
-    "padded": Config(channels=3, head_dim=80, part=TINY_PART.resized(2048), dies=2, dram_bytes=64, codeword_bytes=512,
+    "padded": Config(channels=3, head_dim=80, part=TINY_PART.resized(2048), dies=2, dram_beat_bytes=64, codeword_bytes=512,
                      score_depth=256),
 }
 DRAM_PAGES = 6
@@ -31,7 +31,7 @@ def contents(config):
 def memory(axi, config, *, stall=0.0, bad=(), log):
     """Device DRAM: answers in order, checks each burst."""
     rng, data = random.Random(3), contents(config)
-    burst = config.codeword_bytes // config.dram_bytes
+    burst = config.codeword_bytes // config.dram_beat_bytes
 
     async def bench(ctx):
         queue, shown = deque(), False
@@ -40,7 +40,7 @@ def memory(axi, config, *, stall=0.0, bad=(), log):
             if not shown and queue and rng.random() >= stall:
                 shown = True
                 at, last = queue[0]
-                ctx.set(axi.rdata, int.from_bytes(data[at : at + config.dram_bytes], "little"))
+                ctx.set(axi.rdata, int.from_bytes(data[at : at + config.dram_beat_bytes], "little"))
                 ctx.set(axi.rresp, 2 if at // config.codeword_bytes in bad else 0)
                 ctx.set(axi.rlast, last)
             ctx.set(axi.rvalid, shown)
@@ -49,8 +49,8 @@ def memory(axi, config, *, stall=0.0, bad=(), log):
             if arvalid and arready:
                 assert length + 1 == burst
                 assert address % config.codeword_bytes == 0
-                assert 1 << ctx.get(axi.arsize) == config.dram_bytes
-                queue.extend((address + i * config.dram_bytes, i == burst - 1) for i in range(burst))
+                assert 1 << ctx.get(axi.arsize) == config.dram_beat_bytes
+                queue.extend((address + i * config.dram_beat_bytes, i == burst - 1) for i in range(burst))
                 log["most"] = max(log.get("most", 0), sum(last for _, last in queue))
             if rvalid and rready:
                 queue.popleft()
