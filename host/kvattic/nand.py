@@ -2,6 +2,9 @@
 
 One source for the controller's waits (hdl), the behavioural model's busy times (sim) and the host's zones.  A part is
 one target with one die (LUN); `Config.dies` of them share a channel.  Times are nanoseconds.
+
+On the bus a page has a row address of three cycles, low byte first: page of the block in the lowest bits, the plane
+right above it, the block above (ONFI's layout), and a column of two cycles: a byte of the page, spare included.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -10,7 +13,14 @@ from typing import Any, Self
 
 from kvattic.errors import ConfigError
 
-__all__ = ["PARTS", "NandPart", "part"]
+__all__ = ["COLUMN_CYCLES", "PARTS", "ROW_CYCLES", "T_RST_IDLE", "NandPart", "part"]
+
+COLUMN_CYCLES = 2
+"""Address cycles of a column."""
+ROW_CYCLES = 3
+"""Address cycles of a row."""
+T_RST_IDLE = 5_000.0
+"""Reset of an idle die, at most (ONFI: 5 us)."""
 
 
 def _is_power_of_two(value: int) -> bool:
@@ -90,6 +100,51 @@ class NandPart:
         for name in ("page_bytes", "planes"):
             if not _is_power_of_two(getattr(self, name)):
                 raise ConfigError(f"{self.name}: {name} must be a power of two, not {getattr(self, name)!r}")
+        if self.raw_bytes > 1 << 8 * COLUMN_CYCLES:
+            raise ConfigError(f"{self.name}: page_bytes must be such that a page and its spare have at most "
+                              f"2**{8 * COLUMN_CYCLES} bytes, not {self.raw_bytes}")
+        if self.row(0, self.blocks - 1, 0) >> 8 * ROW_CYCLES:
+            raise ConfigError(f"{self.name}: blocks must be such that a row address has at most "
+                              f"{8 * ROW_CYCLES} bits, not {self.blocks!r}")
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of a page, spare included."""
+        return self.page_bytes + self.spare_bytes
+
+    @property
+    def row_page_bits(self) -> int:
+        """Lowest bits of a row address: the page of the block."""
+        return (self.pages - 1).bit_length()
+
+    @property
+    def row_plane_bits(self) -> int:
+        """Next bits of a row address: the plane; above them stands the block."""
+        return (self.planes - 1).bit_length()
+
+    def row(self, plane: int, block: int, page: int) -> int:
+        """Row address of a page."""
+        return (block << self.row_plane_bits | plane) << self.row_page_bits | page
+
+    def place(self, row: int) -> tuple[int, int, int]:
+        """(plane, block, page) of a row address; block and page may lie beyond what the die has."""
+        above = row >> self.row_page_bits
+        return above & self.planes - 1, above >> self.row_plane_bits, row & (1 << self.row_page_bits) - 1
+
+    def address(self, plane: int, block: int, page: int, column: int = 0) -> bytes:
+        """The five address cycles of a page and column."""
+        return column.to_bytes(COLUMN_CYCLES, "little") + self.row(plane, block, page).to_bytes(ROW_CYCLES, "little")
+
+    def page_index(self, die: int, plane: int, block: int, page: int) -> int:
+        """Number of a physical page on its channel, counted without gaps: die, plane, block, page from high to low."""
+        return ((die * self.planes + plane) * self.blocks + block) * self.pages + page
+
+    def page_place(self, index: int) -> tuple[int, int, int, int]:
+        """(die, plane, block, page) of a `page_index`."""
+        block, page = divmod(index, self.pages)
+        plane, block = divmod(block, self.blocks)
+        die, plane = divmod(plane, self.planes)
+        return die, plane, block, page
 
     def resized(self, page_bytes: int, **changes: Any) -> Self:
         """The same part with pages of another size, and as much spare in proportion; further fields as given."""
