@@ -1,9 +1,8 @@
-"""The cocotb side of test_flash_channel.py: one flash twin, driven and observed where its clock falls."""
+"""The cocotb side of test_flash_channel.py: one ideal flash twin, driven and observed where its clock falls."""
 
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import cocotb
@@ -11,12 +10,12 @@ import numpy as np
 from cocotb.clock import Clock
 from cocotb.triggers import FallingEdge
 
-from kvattic.commands import Kind
+from kvattic.commands import Kind, MediaCause, Opcode, Status
 from kvattic.config import TINY
-from kvattic_hdl.interfaces import Shapes
+from kvattic_hdl.interfaces import OPCODE_BITS, Shapes
 
 CONFIG = TINY
-PAGES, QUEUE = 8, 6
+PAGES, FRAMES, QUEUE = 8, 8, 6
 BEATS, WORDS = 20, 32  # twelve words of padding
 CODEWORDS = CONFIG.codewords_per_page
 SHAPES = Shapes(CONFIG)
@@ -68,18 +67,51 @@ class Bench:
         Clock(dut.clk, 2, "ns", impl="gpi").start()
         await self.wait(3)
         dut.rst.value = 0
-        load([(0, CONTENTS[: 2 * CODEWORDS]), (2 * CODEWORDS, CONTENTS[2 * CODEWORDS :])])
-        dut.load.value = 1
         dut.seed.value = SEED
         dut.configure.value = 1
         dut.value_open.value = (1 << CONFIG.jobs_in_flight) - 1
         await self.wait(2)
-        assert int(dut.load_errors.value) == 0
+        for page in range(PAGES // 2):   # of two pages each: what the test before has left
+            assert await self.operate(Opcode.ERASE, page) is Status.OK
+        for page in range(PAGES):
+            assert await self.operate(Opcode.PROGRAM, page, page) is Status.OK
         self.set(**settings)
 
     def set(self, **settings: int) -> None:
         for name, value in settings.items():
             getattr(self.dut, name).value = value
+
+    async def operate(self, opcode: Opcode, page: int, contents: int | None = None) -> Status:
+        """Do one operation; a PROGRAM takes page `contents` of CONTENTS."""
+        dut, operation, outcome = self.dut, SHAPES.operation, SHAPES.outcome
+        todo = [] if contents is None else [
+            int.from_bytes(word.tobytes(), "little")
+            for word in CONTENTS[contents * CODEWORDS : (contents + 1) * CODEWORDS].reshape(-1, CONFIG.beat_bytes)]
+        dut.operation_valid.value = 1
+        dut.operation_payload.value = (
+            (opcode & (1 << OPCODE_BITS) - 1) << operation["opcode"].offset | page << operation["page"].offset
+            | 0x1234 << operation["identity"].offset)
+        dut.outcome_ready.value = 1
+        offered = True
+        for _ in range(4 * WORDS * CODEWORDS):
+            if offered and int(dut.operation_ready.value):
+                offered = False
+                await self.wait(1)
+                dut.operation_valid.value = 0
+                continue
+            dut.page_word_valid.value = bool(todo)
+            if todo:
+                dut.page_word_payload.value = todo[0] << SHAPES.page_word["data"].offset
+                if int(dut.page_word_ready.value):
+                    del todo[0]
+            if int(dut.outcome_valid.value):
+                found = outcome.from_bits(int(dut.outcome_payload.value))
+                assert (found.identity, found.page) == (0x1234, page)
+                assert not todo
+                await self.wait(1)
+                return Status(found.status)
+            await self.wait(1)
+        raise AssertionError("the operation did not end")
 
     async def wait(self, cycles: int) -> None:
         for _ in range(cycles):
@@ -126,16 +158,9 @@ class Bench:
 INPUTS = (
     *("rst", "request_valid", "request_payload", "codeword_ready", "value_open", "epoch"),
     *("latency", "jitter", "shuffle", "gap", "gap_pattern", "request_stall", "request_stall_pattern"),
-    *("seed", "fault", "fault_number", "fault_value", "configure", "load"),
+    *("seed", "fault", "fault_number", "fault_value", "configure"),
+    *("operation_valid", "operation_payload", "page_word_valid", "page_word_payload", "outcome_ready"),
 )
-
-
-def load(records: list[tuple[int, Any]]) -> None:
-    """The file that the twin reads, records from a codeword on."""
-    with Path("flash0.bin").open("wb") as file:
-        for first, codewords in records:
-            data = codewords.reshape(-1, CONFIG.beat_bytes)[:, ::-1]
-            file.write(np.array([first * WORDS, len(data)], ">u4").tobytes() + data.tobytes())
 
 
 def some(count: int, seed: int = 0) -> list[tuple[int, int, int]]:
@@ -233,18 +258,33 @@ async def faults(dut: Any) -> None:
 
 @cocotb.test()
 async def contents(dut: Any) -> None:
-    """Pages can be written again; beyond the last page all bits are one; a bad file is counted, not obeyed."""
+    """Pages are written once and in order until their block is erased; what was not written is an error."""
     bench = Bench(dut)
     await bench.start()
-    beyond = (tag(1), PAGES, 0)
-    seen = await bench.run([request(*beyond)], 100)
-    assert seen.words == [[(1 << 8 * CONFIG.beat_bytes) - 1] * BEATS]
-    load([(5, CONTENTS[7:8])])
-    bench.set(load=0)
-    await bench.wait(2)
-    seen = await bench.run([request(tag(0), 5 // CODEWORDS, 5 % CODEWORDS)], 200)
-    assert seen.words[-1] == words(7 // CODEWORDS, 7 % CODEWORDS)
-    load([(PAGES * CODEWORDS, CONTENTS[:1])])
-    bench.set(load=1)
-    await bench.wait(2)
-    assert int(dut.load_errors.value) == 1
+    assert await bench.operate(Opcode.PROGRAM, 5, 0) is Status.PROGRAM_FAILED   # a second time
+    assert await bench.operate(Opcode.ERASE, 5) is Status.OK                    # pages 1 and 5
+    assert await bench.operate(Opcode.PROGRAM, 5, 0) is Status.PROGRAM_FAILED   # page 1 goes before it
+    erased, media = [], []
+    dut.request_valid.value = 1
+    dut.request_payload.value = request(tag(1), 5, 2)
+    dut.codeword_ready.value = 1
+    offered = True
+    for _ in range(200):
+        if offered and int(dut.request_ready.value):
+            offered = False
+            await bench.wait(1)
+            dut.request_valid.value = 0
+            continue
+        if int(dut.media_valid.value):
+            media.append(SHAPES.media_error.from_bits(int(dut.media_payload.value)))
+        if int(dut.codeword_valid.value):
+            erased.append(SHAPES.beat.from_bits(int(dut.codeword_payload.value)).error)
+        await bench.wait(1)
+    assert erased == [1] * BEATS
+    assert [(m.page, m.codeword, m.cause) for m in media] == [(5, 2, MediaCause.ERASED)]
+    assert await bench.operate(Opcode.PROGRAM, 1, 3) is Status.OK
+    assert await bench.operate(Opcode.PROGRAM, 5, 2) is Status.OK
+    seen = await bench.run([request(tag(0), 5, 1), request(tag(2), 1, 3)], 400, codewords=2)
+    assert seen.words == [words(2, 1), words(3, 3)]
+    assert await bench.operate(Opcode.MAP, 1) is Status.OK
+    assert await bench.operate(Opcode.PROBE, 1) is Status.OK

@@ -1,4 +1,4 @@
-"""The flash twin alone, on each simulator; what is checked stands in flash_channel_bench.py."""
+"""The ideal flash twin alone, on each simulator; what is checked stands in flash_channel_bench.py."""
 
 import sys
 from importlib import resources
@@ -8,17 +8,17 @@ import pytest
 
 from kvattic.config import TINY
 from kvattic_sim.build import Simulator, compile_model, icarus_available, run_model
-from kvattic_sim.testbench import channel_parameters
+from kvattic_sim.testbench import ideal_parameters
 
 sys.path.insert(0, str(Path(__file__).parent))
-from flash_channel_bench import BEATS, PAGES, QUEUE, WORDS
+from flash_channel_bench import BEATS, FRAMES, PAGES, QUEUE, WORDS
 
 
 @pytest.mark.parametrize("simulator", list(Simulator))
 def test_flash_channel(simulator: Simulator, tmp_path: Path) -> None:
     if simulator is Simulator.ICARUS and not icarus_available():
         pytest.skip("Icarus Verilog is not installed")
-    parameters = channel_parameters(TINY, PAGES, QUEUE) | {"BEATS": BEATS, "WORDS": WORDS}
+    parameters = ideal_parameters(TINY, FRAMES, QUEUE) | {"BEATS": BEATS, "WORDS": WORDS, "PAGES": PAGES}
     with resources.as_file(resources.files("kvattic_sim") / "verilog" / "flash_channel.sv") as source:
         model = compile_model([source], "flash_channel", simulator, parameters=parameters)
     results = run_model(
