@@ -1,0 +1,122 @@
+"""Adds check value and parity to the codewords that go into flash."""
+
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value
+from amaranth.lib import stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from kvattic.config import CRC_BITS, Config
+from kvattic.ecc import code
+
+from .division import divided
+from .interfaces import FlashShapes
+
+
+def seeded(page: Value, codeword: Value) -> Value:
+    """What the check value of a codeword begins with (`kvattic.ecc.seed`)."""
+    return ~(page ^ Cat(Const(0, CRC_BITS - len(codeword)), codeword[::-1]))[:CRC_BITS]
+
+
+class Encoder(wiring.Component):
+    """Adds check words to codewords on their way into flash.
+
+    Latency 2 cycles.  One word a cycle: a codeword takes `raw_codeword_words` cycles, in the last of which no input is
+    taken.  Order is kept.  Reset forgets everything; the next word is the first of a page.
+
+    Parameters
+    ----------
+    config : Config
+        The configuration.
+
+    Members
+    -------
+    i : In(stream.Signature(shapes.page_word))
+        Words of whole pages, codeword by codeword; `page` is read with the first word of each codeword.
+    o : Out(stream.Signature(unsigned(beat_bytes * 8)))
+        The same words, and behind each codeword its check words (docs/ecc.md).
+    """
+
+    i: stream.Interface
+    o: stream.Interface
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        shapes = FlashShapes(config)
+        super().__init__({
+            "i": In(stream.Signature(shapes.page_word)),
+            "o": Out(stream.Signature(config.beat_bytes * 8)),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        config, code_ = self.config, code(self.config)
+        bits = config.beat_bytes * 8
+        words = config.codeword_bytes // config.beat_bytes
+        checks = config.raw_codeword_words - words
+        data = self.i.payload.data
+
+        word = Signal(bits, reset_less=True)
+        word_valid = Signal()
+        out_free = Signal()
+        index = Signal(range(words))                        # of the word that comes next
+        codeword = Signal(FlashShapes(config).codeword_index)
+        check_index = Signal(range(checks))
+        accept = Signal()
+        fold = Signal()
+        load_check = Signal()
+
+        check = Signal(CRC_BITS, reset_less=True)
+        parity = Signal(code_.parity.degree, reset_less=True)
+        late = Signal(bits - CRC_BITS, reset_less=True)     # bits that the parity has not seen yet
+        first = Signal()
+        seed = Signal(CRC_BITS)
+        m.d.comb += [
+            first.eq(index == 0),
+            seed.eq(seeded(self.i.payload.page, codeword)),
+            out_free.eq(~self.o.valid | self.o.ready),
+            accept.eq(self.i.valid & self.i.ready),
+        ]
+
+        # The parity is 24 bits behind, so that its last step takes the check value.
+        step = Signal(bits)
+        fresh = ~(first & ~fold)
+        m.d.comb += step.eq(Cat(late & fresh.replicate(len(late)), Mux(fold, check, data[:CRC_BITS])))
+        with m.If(accept | fold):
+            m.d.sync += parity.eq(divided(code_.parity, parity & fresh.replicate(len(parity)), step))
+        with m.If(accept):
+            m.d.sync += [
+                check.eq(divided(code_.crc, Mux(first, seed, check), data)),
+                late.eq(data[CRC_BITS:]),
+            ]
+
+        with m.If(out_free):
+            m.d.sync += [self.o.valid.eq(word_valid), self.o.payload.eq(word), word_valid.eq(0)]
+        with m.If(load_check):
+            tail = Cat(check, ~parity, Const(0, checks * bits - CRC_BITS - len(parity)))
+            m.d.sync += [self.o.valid.eq(1), self.o.payload.eq(tail.word_select(check_index, bits))]
+        with m.If(accept):
+            m.d.sync += [word.eq(data), word_valid.eq(1)]
+
+        with m.FSM():
+            with m.State("DATA"):
+                m.d.comb += self.i.ready.eq(~word_valid | out_free)
+                with m.If(accept):
+                    m.d.sync += index.eq(index + 1)
+                    with m.If(index == words - 1):
+                        m.d.sync += index.eq(0)
+                        m.next = "FOLD"
+            with m.State("FOLD"):
+                m.d.comb += fold.eq(1)
+                if config.codewords_per_page > 1:
+                    m.d.sync += codeword.eq(codeword + 1)
+                m.next = "CHECK"
+            with m.State("CHECK"):
+                with m.If(~word_valid & out_free):
+                    m.d.comb += load_check.eq(1)
+                    m.d.sync += check_index.eq(check_index + 1)
+                    with m.If(check_index == checks - 1):
+                        m.d.sync += check_index.eq(0)
+                        m.d.comb += self.i.ready.eq(1)
+                        with m.If(accept):
+                            m.d.sync += index.eq(1)
+                        m.next = "DATA"
+        return m
