@@ -12,7 +12,7 @@ RUN     = $(PY) -m
 SIM_ARGS = --simulator $(SIM) $(if $(PRESET),--preset $(PRESET))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sim waves verilog bench synth docs lint types test check clean
+.PHONY: help setup sim waves trace verilog bench synth docs lint types test check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ sim: $(VENV)/.stamp-sim  ## run the drive's RTL against the NumPy reference and 
 
 waves: $(VENV)/.stamp-sim  ## the same, with waveforms under build/
 	@$(RUN) kvattic_sim.main $(SIM_ARGS) --waves
+
+trace: $(VENV)/.stamp-sim  ## a timeline of every channel and die, as a Perfetto trace and a picture under build/
+	@$(RUN) kvattic_sim.main $(SIM_ARGS) --trace
 
 verilog: $(VENV)/.stamp-sim  ## write the Verilog to build/
 	@$(RUN) kvattic_hdl $(if $(PRESET),--preset $(PRESET))

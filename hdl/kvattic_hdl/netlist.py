@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from amaranth.lib import wiring
+
 from kvattic.config import Config
 from kvattic_hdl.engine import Engine
 from kvattic_hdl.shared import Netlist, ports
@@ -40,8 +42,12 @@ def verilog_text(config: Config, top: str = TOP) -> str:
     layouts of these names in `interfaces.Shapes`; a codeword's is `beat`), flash_value_open, flash_epoch,
     flash_events, media_errors.
     """
-    from kvattic_hdl.drive import Drive
-    component = (Drive if top == "kvattic_drive" else Engine)(config)
+    component: wiring.Component
+    if top == TOP:
+        from kvattic_hdl.drive import Drive
+        component = Drive(config)
+    else:
+        component = Engine(config)
     netlist = Netlist()
     text = netlist.convert(component, top, ports(component, _port_name))
     return "\n".join([*netlist.modules.values(), text])

@@ -1,7 +1,9 @@
-"""The main job, `make sim`: attention of a real model on the simulated engine, checked bit for bit.
+"""The main job, `make sim`: attention of a real model on the simulated drive, checked bit for bit.
 
-Q, K and V of MiniLM on real text go through the host driver to the RTL; then one decode step with OPT-13B's geometry.
-Each result is compared with the golden model (equal bits) and with float64 attention.
+K and V go through the host library into NAND: page programs, ECC, zones.  Queries are answered from there.  First every
+head of a MiniLM layer on real text; then a sequence's life with OPT-13B's geometry: prefill, decode steps whose new
+tokens wait in device DRAM, freeing, and another sequence in the same flash.  Each result is compared with the golden
+device (equal bits) and with float64 attention.
 """
 
 import argparse
@@ -10,6 +12,8 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,19 +24,26 @@ from rich.table import Table
 import kvattic
 from kvattic import PRESETS, AttendResult, Config
 from kvattic.elements import from_bits
-from kvattic_sim import oracle
+from kvattic.nand import part
+from kvattic_sim import oracle, timeline
 from kvattic_sim.build import Model, Simulator
 from kvattic_sim.data import load_minilm
 from kvattic_sim.jobs import Run, run_on_model
-from kvattic_sim.rtl_transport import FlashSettings
+from kvattic_sim.rtl_transport import NandSettings
 from kvattic_sim.testbench import build_testbench
-from kvattic_sim.workloads import STALLS, Attention, Usage, attend, decode, minilm
+from kvattic_sim.workloads import Attention, Step, Usage, attend, decode, live, lives, minilm
 
-MINILM = Config(channels=4, rows=8, head_dim=32, page_bytes=4096)
-"""MiniLM's geometry: eight queries share a pass; 4 KiB pages as in the paper, so that 512 tokens use all channels."""
+MINILM = Config(channels=4, rows=8, head_dim=32, part=part("lowlatency"), dies=4)
+"""MiniLM's geometry: eight queries share a pass; 4 KiB pages, so that 512 tokens use all channels, and a short tR,
+for each pass reads the same few pages again."""
 
-FLASH = FlashSettings(latency=64, jitter=16, shuffle=True)
-"""Codewords come at full lane rate, out of order."""
+NAND = NandSettings(bit_error_rate=1e-5)
+"""Dies as they are: some bits of every few pages are wrong."""
+
+TRACE_PATH = Path("build") / "trace.json"
+TRACE_HEADS = 4
+APPENDED = 3
+"""Tokens that are appended, one at a time."""
 
 
 def oracle_errors(attention: Attention, result: AttendResult, config: Config) -> NDArray[np.float64]:
@@ -62,26 +73,36 @@ def equal_bits(attention: Attention, result: AttendResult, config: Config) -> ND
     return heads
 
 
-def show(console: Console, title: str, config: Config, attention: Attention, usage: list[Usage],
+COLUMNS = ("cycles", "bus use", "dies busy", "starved", "barrier", "idle", "corrected", "retries")
+"""What every table says of the flash and the lanes."""
+
+
+def cells(config: Config, usage: Usage) -> list[str]:
+    """Values for `COLUMNS`."""
+    slots = config.channels * usage.cycles or 1
+    return [f"{usage.cycles:,}", f"{usage.bus_use(config):.1%}", f"{usage.die_use(config):.1%}",
+            *(f"{usage.stalls[name] / slots:.1%}" for name in ("starved", "barrier", "idle")),
+            f"{usage.flash['corrected']:,}", f"{usage.flash['retries']:,}"]
+
+
+def show(console: Console, title: str, config: Config, attention: Attention, written: Usage, usage: list[Usage],
          errors: NDArray[np.float64], equal: NDArray[np.bool_]) -> None:
-    """Print one line for each batch (a KV head, or all of them), and their sum."""
+    """Print one line for writing, one for each batch (a KV head, or all of them), and their sum."""
     table = Table(title=title, title_justify="left")
-    for column in ("heads", "queries", "tokens", "cycles", "bus use", *STALLS, "rel. RMS", "max error", "bit-exact"):
+    for column in ("heads", "queries", "tokens", *COLUMNS, "rel. RMS", "max error", "bit-exact"):
         table.add_column(column, justify="right")
     heads = len(attention.key) // len(usage)
     queries = attention.query.shape[0] * attention.query.shape[1] // len(attention.key)
+    tokens = f"{attention.key.shape[1]:,}"
 
     def add(name: str, part: list[Usage], rows: slice) -> None:
-        cycles = sum(u.cycles for u in part)
-        slots = config.channels * cycles
-        window = config.channels * sum(u.window for u in part)
         table.add_row(
-            name, f"{queries * (rows.stop - rows.start):,}", f"{attention.key.shape[1]:,}", f"{cycles:,}",
-            f"{sum(u.beats for u in part) / window:.1%}",
-            *(f"{sum(u.stalls[s] for u in part) / slots:.1%}" for s in STALLS),
+            name, f"{queries * (rows.stop - rows.start):,}", tokens, *cells(config, Usage.sum(part)),
             f"{np.sqrt(np.square(errors[rows, 0]).mean()):.2e}", f"{errors[rows, 1].max():.1e}",
             "yes" if equal[rows].all() else "[red]NO[/]")
 
+    table.add_row("write", "", tokens, *cells(config, written), "", "", "")
+    table.add_section()
     for index, batch in enumerate(usage):
         rows = slice(index * heads, (index + 1) * heads)
         add(str(index) if heads == 1 else f"{rows.start}-{rows.stop - 1}", [batch], rows)
@@ -124,27 +145,102 @@ def simulate(console: Console, title: str, config: Config, attention: Attention,
                              key=attention.key[share.start : share.stop],
                              value=attention.value[share.start : share.stop])
             arguments = {"attention": part, "heads_per_batch": heads_per_batch, "label": title}
-            return run_on_model(model, config, attend, arguments, flash=FLASH, progress=follow)
+            return run_on_model(model, config, attend, arguments, flash=NAND, progress=follow)
 
         runs = list(pool.map(run, [share for share in shares if share]))
     seconds = time.perf_counter() - begin
     results: list[AttendResult] = [run.result[0] for run in runs]
-    usage: list[Usage] = [batch for run in runs for batch in run.result[1]]
+    written = Usage.sum(run.result[1] for run in runs)
+    usage: list[Usage] = [batch for run in runs for batch in run.result[2]]
     result = AttendResult(
         output=np.concatenate([r.output for r in results]), maximum=np.concatenate([r.maximum for r in results]),
         denominator=np.concatenate([r.denominator for r in results]),
         completions=[completion for r in results for completion in r.completions])
     errors = oracle_errors(attention, result, config)
     equal = equal_bits(attention, result, config)
-    show(console, title, config, attention, usage, errors, equal)
-    cycles = sum(u.cycles for u in usage)
-    speed = cycles / sum(u.seconds for u in usage)
+    show(console, title, config, attention, written, usage, errors, equal)
+    total = Usage.sum([written, *usage])
+    cycles, speed = total.cycles, total.cycles / total.seconds
     console.print(f"  {cycles:,} cycles in {seconds:.1f} s ({len(runs)} x {model.simulator}, {speed:,.0f}/s each); "
                   f"{cycles / config.clock_mhz / 1e3:.2f} ms at {config.clock_mhz:g} MHz\n", highlight=False)
     for one in runs:
         if one.waves:
             console.print(f"  waves: {one.waves}\n")
     return bool(equal.all())
+
+
+def simulate_life(console: Console, title: str, config: Config, model: Model, kv_heads: int, tokens: int,
+                  appended: int) -> bool:
+    """Run a sequence's life on the RTL, check and show it; whether all bits were equal.
+
+    Args:
+        console: where to.
+        title: of the table.
+        config: the model's.
+        model: the compiled simulation.
+        kv_heads: KV heads of the sequence.
+        tokens: of the prefill.
+        appended: tokens that are appended, one at a time.
+    """
+    life = lives(config, kv_heads=kv_heads, tokens=tokens, group=config.rows, appended=appended)
+    begin = time.perf_counter()
+    with console.status(title) as status:
+        def follow(line: str) -> None:
+            status.update(f"{title}: {line.partition('|')[2]}")
+
+        run = run_on_model(model, config, live, {"life": life}, flash=NAND, progress=follow)
+    seconds = time.perf_counter() - begin
+    with kvattic.open("model", config) as device:
+        expected = live(device, life)
+
+    # What each attend attends: the first sequence with the tokens appended so far, at last the second one.
+    grown = [life.first]
+    for token in life.tokens:
+        grown.append(Attention(query=token.query, key=np.concatenate([grown[-1].key, token.key], axis=1),
+                               value=np.concatenate([grown[-1].value, token.value], axis=1)))
+    attended = iter([*grown, life.second])
+    table = Table(title=title, title_justify="left")
+    for column in ("step", *COLUMNS, "pages read", "written", "erased", "rel. RMS", "bit-exact"):
+        table.add_column(column, justify="left" if column == "step" else "right")
+    good = True
+    steps: list[Step] = run.result
+    for step, golden in zip(steps, expected, strict=True):
+        flash, checks = step.usage.flash, ["", ""]
+        if step.result is not None and golden.result is not None:
+            equal = all(np.array_equal(getattr(step.result, name), getattr(golden.result, name))
+                        for name in ("bits", "maximum", "denominator"))
+            good &= equal
+            checks = [f"{np.sqrt(np.square(oracle_errors(next(attended), step.result, config)[:, 0]).mean()):.2e}",
+                      "yes" if equal else "[red]NO[/]"]
+        table.add_row(step.name, *cells(config, step.usage),
+                      *(f"{flash[name]:,}" for name in ("page_reads", "page_programs", "block_erases")), *checks)
+    console.print(table)
+    total = Usage.sum(step.usage for step in steps)
+    console.print(f"  {total.cycles:,} cycles in {seconds:.1f} s (1 x {model.simulator}, "
+                  f"{total.cycles / total.seconds:,.0f}/s); {total.cycles / config.clock_mhz / 1e3:.2f} ms at "
+                  f"{config.clock_mhz:g} MHz\n", highlight=False)
+    if run.waves:
+        console.print(f"  waves: {run.waves}\n")
+    return good
+
+
+def trace(console: Console, config: Config, simulator: Simulator) -> None:
+    """A short decode step with a timeline of every channel and die: build/trace.json and build/trace.png."""
+    with console.status("Compiling the drive (kept for the next run)"):
+        model = build_testbench(config, simulator)
+    attention = decode(config, kv_heads=TRACE_HEADS, tokens=2048, group=config.rows)
+    with console.status("A decode step, traced"):
+        run = run_on_model(model, config, attend, {"attention": attention, "heads_per_batch": TRACE_HEADS,
+                                                   "label": "trace"}, flash=replace(NAND, trace=True))
+    events = timeline.read(run.run_dir, config)
+    timeline.write_perfetto(events, config, TRACE_PATH)
+    # The picture shows the attention: from the first page read of the array on.
+    first = next(event.start for event in events if event.kind is timeline.Kind.READ)
+    last = max(event.end for event in events if event.kind is timeline.Kind.DATA_OUT)
+    picture = TRACE_PATH.with_suffix(".png")
+    title = f"{TRACE_HEADS} heads x 2,048 tokens, {config.channels} channels x {config.dies} dies, {config.part.name}"
+    timeline.draw(events, config, picture, first=first, last=last, title=title)
+    console.print(f"{len(events):,} events: {TRACE_PATH} (open it in https://ui.perfetto.dev), {picture}")
 
 
 def _interrupted(*_: object) -> None:
@@ -163,26 +259,30 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--queries", type=int, help="query positions of each MiniLM head")
     parser.add_argument("--decode-heads", type=int, help="OPT-13B heads of the decode step (40 in the model); 0: none")
     parser.add_argument("--preset", default="paper", choices=[n for n, c in PRESETS.items() if c.head_dim == 128],
-                        help="configuration of the decode step")
+                        help="configuration of the sequence's life, or of the trace")
     parser.add_argument("--waves", action="store_true", help="record waves of a short run under build/")
+    parser.add_argument("--trace", action="store_true", help="only a short decode step, with its timeline under build/")
     options = parser.parse_args(arguments)
-    console = Console(width=150 if not sys.stdout.isatty() else None)
+    console = Console(width=160 if not sys.stdout.isatty() else None)
     signal.signal(signal.SIGINT, _interrupted)
+    opt = PRESETS[options.preset]
+    if options.trace:
+        trace(console, opt, options.simulator)
+        return
     # Icarus runs about a hundred cycles a second, and waves grow fast: a slice is all that makes sense by default.
     slice_only = options.waves or options.simulator is Simulator.ICARUS
-    for name, whole, part in (("heads", 12, 1), ("queries", 512, 16), ("decode_heads", 8, 0)):
+    for name, whole, little in (("heads", 12, 1), ("queries", 512, 16), ("decode_heads", 8, 0)):
         if getattr(options, name) is None:
-            setattr(options, name, part if slice_only else whole)
+            setattr(options, name, little if slice_only else whole)
     if slice_only:
         console.print(f"A slice of the main job: {options.heads} heads, {options.queries} queries, "
                       f"{options.decode_heads} decode heads (--heads, --queries, --decode-heads change it).")
 
     good = True
-    opt = PRESETS[options.preset]
     # The second model is compiled while the first one runs.
     with ThreadPoolExecutor(1) as builder:
         if options.heads:
-            with console.status("Compiling the engine for MiniLM (kept for the next run)"):
+            with console.status("Compiling the drive for MiniLM (kept for the next run)"):
                 model = build_testbench(MINILM, options.simulator, waves=options.waves)
         later = builder.submit(build_testbench, opt, options.simulator) if options.decode_heads else None
         for layer in options.layers if options.heads else ():
@@ -192,11 +292,11 @@ def main(arguments: list[str] | None = None) -> None:
             title = f"MiniLM layer {layer} on real text: {options.heads} heads, {options.queries} positions, 512 tokens"
             good &= simulate(console, title, MINILM, attention, model, 1, min(os.cpu_count() or 1, options.heads))
         if later is not None:
-            with console.status("Compiling the engine for OPT-13B's geometry (kept for the next run)"):
+            with console.status("Compiling the drive for OPT-13B's geometry (kept for the next run)"):
                 model = later.result()
-            attention = decode(opt, kv_heads=options.decode_heads, tokens=2048, group=opt.rows)
-            title = f"OPT-13B decode step: head_dim 128, 2,048 tokens, preset {options.preset}"
-            good &= simulate(console, title, opt, attention, model, options.decode_heads, 1)
+            title = (f"A sequence with OPT-13B's geometry: {options.decode_heads} heads, head_dim 128, 2,048 tokens, "
+                     f"preset {options.preset}")
+            good &= simulate_life(console, title, opt, model, options.decode_heads, 2048, APPENDED)
     console.print("[bold green]All results are bit-exact.[/]" if good else "[bold red]Some results differ.[/]")
     if not good:
         raise SystemExit(1)

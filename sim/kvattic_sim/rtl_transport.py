@@ -221,6 +221,7 @@ class RtlTransport:
         dram_bytes: size of device DRAM.
         timeout_cycles: `wait` gives up after so many cycles, or never.
         heartbeat: if set, called from time to time while `wait` waits, with the cycles since the start.
+        on_batch: if set, called after each batch, when its counters can be read.
     """
 
     def __init__(self, dut: Any, config: Config, *, memory_bytes: int, timeout_cycles: int | None) -> None:
@@ -228,6 +229,7 @@ class RtlTransport:
         self.memory_bytes = memory_bytes
         self.timeout_cycles = timeout_cycles
         self.heartbeat: Callable[[int], None] | None = None
+        self.on_batch: Callable[[], None] | None = None
         self.dram_bytes = 0
         self._dut = dut
         self._memory = MemoryRegion(memory_bytes)
@@ -474,6 +476,8 @@ class RtlTransport:
             DeviceTimeoutError: DONE was not set in that time, or in `timeout_cycles`.
         """
         self._block(self._wait, timeout_s)
+        if self.on_batch is not None:
+            self.on_batch()
 
     # The driver's side: what only a simulation can do.
 

@@ -1,7 +1,9 @@
 """What runs on a device: the same functions for the golden device and, inside the simulator process, for the RTL."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,45 +12,74 @@ from kvattic import AttendResult, Config, Device
 from kvattic.elements import to_bits
 from kvattic_sim.data import load_minilm
 from kvattic_sim.jobs import report
+from kvattic_sim.rtl_transport import RtlTransport
 
 STALLS = ("starved", "barrier", "weights", "scores", "idle")
 """Why a lane had no beat in a cycle (registers and completions of these names)."""
+FLASH = ("flash_words", "flash_commands", "die_busy", "codewords", "corrected", "bit_errors", "retries", "unreadable",
+         "page_reads", "page_programs", "block_erases")
+"""What the flash channels counted (registers of these names)."""
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
-    """The counters of one batch.
+    """The counters of one batch, or of several.
 
     Attributes:
         cycles: from the doorbell to the last completion.
-        first_beat, last_beat: cycles of the first and the last beat.
+        window: cycles from the first to the last beat of a lane.
         beats: lane cycles that carried data.
         stalls: lane cycles without data, by reason (`STALLS`); with beats they add up to channels * cycles.
-        seconds: time of the attend, on the machine that ran it.
+        flash: what the flash channels counted (`FLASH`).
+        seconds: time that it took on the machine that ran it.
     """
 
     cycles: int
-    first_beat: int
-    last_beat: int
+    window: int
     beats: int
     stalls: dict[str, int]
+    flash: dict[str, int]
     seconds: float
 
     @classmethod
     def read(cls, device: Device, seconds: float) -> "Usage":
         """The counters of the device's last batch."""
         register = device.transport.read_register
-        return cls(cycles=register("CYCLES"), first_beat=register("FIRST_BEAT"), last_beat=register("LAST_BEAT"),
-                   beats=register("BEATS"), stalls={name: register(name.upper()) for name in STALLS}, seconds=seconds)
+        beats = register("BEATS")
+        return cls(cycles=register("CYCLES"), beats=beats,
+                   window=register("LAST_BEAT") - register("FIRST_BEAT") + 1 if beats else 0,
+                   stalls={name: register(name.upper()) for name in STALLS},
+                   flash={name: register(name.upper()) for name in FLASH}, seconds=seconds)
 
-    @property
-    def window(self) -> int:
-        """Cycles from the first beat to the last one."""
-        return self.last_beat - self.first_beat + 1
+    @classmethod
+    def sum(cls, parts: Iterable["Usage"]) -> "Usage":
+        """All of them together."""
+        parts = list(parts)
+        return cls(cycles=sum(u.cycles for u in parts), window=sum(u.window for u in parts),
+                   beats=sum(u.beats for u in parts), stalls={n: sum(u.stalls[n] for u in parts) for n in STALLS},
+                   flash={n: sum(u.flash[n] for u in parts) for n in FLASH}, seconds=sum(u.seconds for u in parts))
 
-    def bus_use(self, channels: int) -> float:
+    def lane_use(self, channels: int) -> float:
         """Share of all lane beat slots between the first and the last beat that carried data."""
-        return self.beats / (channels * self.window)
+        return self.beats / (channels * self.window) if self.window else 0.0
+
+    def bus_use(self, config: Config) -> float:
+        """Share of the time in which the flash buses moved data, parity included, over all cycles."""
+        return self._bus(config, self.cycles)
+
+    def bus_use_in_window(self, config: Config) -> float:
+        """The same between the first and the last beat of a lane."""
+        return self._bus(config, self.window)
+
+    def _bus(self, config: Config, cycles: int) -> float:
+        moved = self.flash["flash_words"] * config.beat_bytes
+        return moved * config.clock_mhz / (config.channels * cycles * config.part.bus_mts) if cycles else 0.0
+
+    def die_use(self, config: Config) -> float:
+        """Share of the time in which the dies' arrays were busy."""
+        return self.flash["die_busy"] / (config.channels * config.dies * self.cycles) if self.cycles else 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +113,23 @@ def decode(config: Config, *, kv_heads: int, tokens: int, group: int = 1, seed: 
                      value=normal(kv_heads, tokens, config.head_dim))
 
 
-def attend(device: Device, attention: Attention, heads_per_batch: int, label: str) -> tuple[AttendResult, list[Usage]]:
+def measured(device: Device, work: Callable[[], Result]) -> tuple[Result, Usage]:
+    """Do some work on a device, and add up the counters of all batches that it took."""
+    parts: list[Usage] = []
+    begin = time.perf_counter()
+    if isinstance(device.transport, RtlTransport):
+        device.transport.on_batch = lambda: parts.append(Usage.read(device, 0.0))
+    try:
+        result = work()
+    finally:
+        if isinstance(device.transport, RtlTransport):
+            device.transport.on_batch = None
+    return result, replace(Usage.sum(parts), seconds=time.perf_counter() - begin)
+
+
+def attend(
+    device: Device, attention: Attention, heads_per_batch: int, label: str
+) -> tuple[AttendResult, Usage, list[Usage]]:
     """Prefill, attend, free.
 
     Args:
@@ -92,18 +139,80 @@ def attend(device: Device, attention: Attention, heads_per_batch: int, label: st
         label: for the lines of progress.
 
     Returns:
-        The result, and each batch's usage.
+        The result, the usage of writing K and V, and that of each batch of attention.
     """
     kv_heads, tokens, _ = attention.key.shape
     with device.create_sequence(kv_heads, capacity_tokens=tokens) as sequence:
-        sequence.prefill(attention.key, attention.value)
+        _, written = measured(device, lambda: sequence.prefill(attention.key, attention.value))
         plan = sequence.plan(attention.query)
         batch = len(plan.jobs) // kv_heads * heads_per_batch
         results, usage = [], []
         for first in range(0, len(plan.jobs), batch):
             report(f"{label}|{first}|{len(plan.jobs)}")
-            begin = time.perf_counter()
-            results += device.run(plan.jobs[first : first + batch])
-            usage.append(Usage.read(device, time.perf_counter() - begin))
+            found, used = measured(device, lambda jobs=plan.jobs[first : first + batch]: device.run(jobs))
+            results += found
+            usage.append(used)
         report(f"{label}|{len(plan.jobs)}|{len(plan.jobs)}")
-        return plan.finish(results), usage
+        return plan.finish(results), written, usage
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Life:
+    """Inputs of a sequence's life: what is there first, what is appended token by token, and who comes after it.
+
+    Attributes:
+        first: prefill and query.
+        tokens: key and value of each appended token, and the query that follows it.
+        second: prefill and query of the next sequence in the same flash.
+    """
+
+    first: Attention
+    tokens: list[Attention]
+    second: Attention
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One step of it.
+
+    Attributes:
+        name: what was done.
+        usage: what it took.
+        result: what was attended, if anything.
+    """
+
+    name: str
+    usage: Usage
+    result: AttendResult | None = None
+
+
+def lives(config: Config, *, kv_heads: int, tokens: int, group: int, appended: int) -> Life:
+    """A decode's geometry with normal random numbers."""
+    return Life(
+        first=decode(config, kv_heads=kv_heads, tokens=tokens, group=group),
+        tokens=[decode(config, kv_heads=kv_heads, tokens=1, group=group, seed=10 + i) for i in range(appended)],
+        second=decode(config, kv_heads=kv_heads, tokens=tokens // 4, group=group, seed=1))
+
+
+def live(device: Device, life: Life) -> list[Step]:
+    """Prefill, attend, append and attend, free, and the same flash for another sequence."""
+    steps: list[Step] = []
+
+    def step(name: str, work: Callable[[], AttendResult | None]) -> None:
+        report(f"step|{name}")
+        result, usage = measured(device, work)
+        steps.append(Step(name=name, usage=usage, result=result))
+
+    kv_heads, tokens, _ = life.first.key.shape
+    first = device.create_sequence(kv_heads, capacity_tokens=tokens + len(life.tokens))
+    step("prefill", lambda: first.prefill(life.first.key, life.first.value))
+    step("attend", lambda: first.attend(life.first.query))
+    for number, token in enumerate(life.tokens, 1):
+        step(f"append token {tokens + number:,}", lambda token=token: first.append(token.key, token.value))
+        step("attend", lambda token=token: first.attend(token.query))
+    step("free", first.free)
+    second = device.create_sequence(kv_heads, capacity_tokens=life.second.key.shape[1])
+    step("prefill another", lambda: second.prefill(life.second.key, life.second.value))
+    step("attend", lambda: second.attend(life.second.query))
+    second.free()
+    return steps

@@ -1,6 +1,7 @@
 """How busy the engine keeps its lanes, how many cycles it takes, and how fast the simulators run it.
 
-Each function runs decode steps on the simulated engine, compares all results with the golden device's bit for bit and
+The engine runs alone here, behind ideal flash that has every codeword at hand at the lanes' full rate; what real flash
+makes of it is measured in benches/flash.py.  Each function runs decode steps on the simulated engine, compares all results with the golden device's bit for bit and
 checks that the counters add up; if either fails, it raises `WrongResultError` and gives no figure.
 """
 
@@ -10,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from kvattic import GQA, PAPER, AttendResult, Config, Device
 from kvattic_sim.build import Simulator, icarus_available
 from kvattic_sim.jobs import report, run_on_model
-from kvattic_sim.main import FLASH, equal_bits
-from kvattic_sim.rtl_transport import RtlTransport
-from kvattic_sim.testbench import build_testbench
+from kvattic_sim.main import equal_bits
+from kvattic_sim.rtl_transport import FlashSettings, RtlTransport
+from kvattic_sim.testbench import Flash, build_testbench
 from kvattic_sim.workloads import STALLS, Usage, attend, decode
 
 __all__ = [
@@ -25,6 +26,9 @@ __all__ = [
     "WrongResultError",
     "check",
 ]
+
+IDEAL = FlashSettings(latency=64, jitter=16, shuffle=True)
+"""Codewords come at full lane rate, out of order."""
 
 Figures = dict[str, float]
 Progress = Callable[[str, int, int | None], None]
@@ -72,8 +76,8 @@ SCALING = Case(config=PAPER, kv_heads=16, tokens=2048)
 SINGLE = Case(config=Config(channels=1, beat_bytes=8, rows=1, head_dim=64), kv_heads=1, tokens=512)
 """The geometry of the open FP32 engine that engine.single_channel.cycles is compared with."""
 
-SPEED = Case(config=PAPER, kv_heads=1, tokens=512)
-"""Small enough for Icarus, and a page of K and of V for every lane."""
+SPEED = Case(config=replace(PAPER, part=replace(PAPER.part, blocks=2, pages=16)), kv_heads=1, tokens=512)
+"""Small enough for Icarus (flash too: it erases slowly), and a page of K and of V for every lane."""
 
 
 def measure(device: Device, case: Case) -> tuple[AttendResult, Usage]:
@@ -81,7 +85,7 @@ def measure(device: Device, case: Case) -> tuple[AttendResult, Usage]:
     if isinstance(device.transport, RtlTransport):
         device.transport.heartbeat = lambda cycle: report(f"cycles|{cycle}")
     attention = decode(case.config, kv_heads=case.kv_heads, tokens=case.tokens, group=case.config.rows)
-    result, (usage,) = attend(device, attention, case.kv_heads, "jobs")
+    result, _, (usage,) = attend(device, attention, case.kv_heads, "jobs")
     return result, usage
 
 
@@ -130,7 +134,7 @@ class Lab:
             config = case.config
             label = f"{simulator}: {config.channels} channels, {case.kv_heads} x {case.tokens:,} tokens"
             self.progress(f"{label}: building", 0, None)
-            model = build_testbench(config, simulator)
+            model = build_testbench(config, simulator, Flash.IDEAL)
 
             def follow(line: str) -> None:
                 kind, _, rest = line.partition("|")
@@ -138,7 +142,7 @@ class Lab:
                     self.progress(label, int(rest), case.beats // config.channels)
 
             self.progress(label, 0, case.beats // config.channels)
-            result, usage = run_on_model(model, config, measure, {"case": case}, flash=FLASH, progress=follow).result
+            result, usage = run_on_model(model, config, measure, {"case": case}, flash=IDEAL, progress=follow).result
             self.progress(f"{label}: checking", 0, None)
             check(case, result, usage)
             self._usage[case, simulator] = usage
@@ -166,7 +170,7 @@ def _utilization(name: str) -> Bench:
     def utilization(lab: Lab) -> Figures:
         usage, channels = lab.run(case), case.config.channels
         shares = {stalls[s]: usage.stalls[s] / (channels * usage.cycles) for s in STALLS}
-        return {key: usage.bus_use(channels)} | shares
+        return {key: usage.lane_use(channels)} | shares
 
     return Bench(keys=(key, *stalls.values()), measure=utilization)
 

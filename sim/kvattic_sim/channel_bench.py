@@ -1,0 +1,211 @@
+"""Flash channels without the engine: a list of codewords is asked for, and the time is taken.
+
+The channels (controller, ECC) and the dies are those of the drive; what asks is verilog/request_source.sv, which keeps
+so many codewords in flight.  All data that come are added up and compared with what the flash holds.
+
+    run = read_list(config, requests, in_flight=..., pages=...)
+"""
+
+import hashlib
+import os
+import pickle
+import tempfile
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from amaranth.hdl import Shape
+from numpy.typing import NDArray
+
+from kvattic import ecc
+from kvattic.config import Config
+from kvattic_hdl import EPOCH_BITS, Shapes, phy_signature
+from kvattic_hdl.flash.channel import FlashChannel
+from kvattic_hdl.shared import Netlist, ports
+from kvattic_sim.build import Model, Simulator, compile_model, default_build_root, run_model
+from kvattic_sim.rtl_transport import NandSettings
+from kvattic_sim.testbench import nand_parameters
+
+__all__ = ["ListRun", "Requests", "build_channels", "read_list"]
+
+TOP = "kvattic_channel_bench"
+CHANNEL = "kvattic_flash_channel"
+LIST = 1 << 16
+"""Entries of a list at most."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Requests:
+    """What is read: int64 arrays of one length, an entry for each run of consecutive codewords of a page."""
+
+    channel: NDArray[np.int64]
+    page: NDArray[np.int64]
+    first: NDArray[np.int64]
+    count: NDArray[np.int64]
+
+    @property
+    def codewords(self) -> int:
+        """Codewords in all."""
+        return int(self.count.sum())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ListRun:
+    """What came of it.
+
+    Attributes:
+        cycles: from the first request to the last beat.
+        codewords: codewords that came.
+        errors: those of them that could not be read.
+        words: words moved on all buses, parity included.
+        run_dir: where the run was, with traces if they were asked for.
+    """
+
+    cycles: int
+    codewords: int
+    errors: int
+    words: int
+    run_dir: Path
+
+    def bus_utilization(self, config: Config) -> float:
+        """Share of what all buses could have moved in that time."""
+        return self._share(self.words * config.beat_bytes, config)
+
+    def read_efficiency(self, config: Config) -> float:
+        """The same, but only data bytes of the codewords wanted count."""
+        return self._share(self.codewords * config.codeword_bytes, config)
+
+    def _share(self, size: int, config: Config) -> float:
+        return size / (self.cycles * config.channels * config.part.bus_mts / config.clock_mhz)
+
+
+def _verilog(config: Config, frames: int) -> str:
+    shapes, channels = Shapes(config), config.channels
+    body, source = [], {"request": shapes.request.size, "codeword": shapes.beat.size}
+    channel_ports = ports(FlashChannel(config))
+    for name, width in source.items():
+        body += [f"wire [{channels * width - 1}:0] {name}_payload;", f"wire [{channels - 1}:0] {name}_valid;"]
+    body.append(f"wire [{channels - 1}:0] request_ready;")
+    for c in range(channels):
+        signals = {"clk": "clk", "rst": "reset"}
+        for port in channel_ports:
+            signals[port] = ""
+        for name, wire in (("requests", "request"), ("codewords", "codeword")):
+            width = source[wire]
+            signals[f"{name}__valid"] = f"{wire}_valid[{c}]"
+            signals[f"{name}__payload"] = f"{wire}_payload[{width * c} +: {width}]"
+        signals |= {
+            "requests__ready": f"request_ready[{c}]", "codewords__ready": "1'b1",
+            "value_open": f"{{{config.jobs_in_flight}{{1'b1}}}}",
+            "epoch": f"{config.jobs_in_flight * EPOCH_BITS}'d0",
+            "operations__valid": "1'b0", "operations__payload": f"{shapes.operation.size}'d0",
+            "page_words__valid": "1'b0", "page_words__payload": f"{shapes.page_word.size}'d0",
+            "outcomes__ready": "1'b1",
+        }
+        nand = {"clk": "clk", "rst": "reset", "configure": "configure", "load": "load", "dump": "1'b0"}
+        nand |= {n: f"{n}[{32 * c} +: 32]" for n in ("violations", "load_errors", "words_moved")}
+        for path, _, value in phy_signature(config).flatten(phy_signature(config).create()):
+            wire = f"phy{c}_" + "_".join(map(str, path))
+            body.append(f"wire [{Shape.cast(value.shape()).width - 1}:0] {wire};")
+            signals["phy__" + "__".join(map(str, path))] = wire
+            nand["_".join(map(str, path))] = wire
+        body.append(f"{CHANNEL} channel{c} (" + ", ".join(f".{k}({v})" for k, v in signals.items()) + ");")
+        parameters = {"CHANNEL": c} | nand_parameters(config, frames)
+        body.append(f"nand_channel #({', '.join(f'.{k}({v})' for k, v in parameters.items())}) nand{c} ("
+                    + ", ".join(f".{k}({v})" for k, v in nand.items()) + ");")
+    fields = {"PLACE_AT": shapes.request["tag"].offset + shapes.tag["place"].offset, "PLACE_BITS": shapes.place.width,
+              "PAGE_AT": shapes.request["page"].offset, "PAGE_BITS": Shape.cast(shapes.request["page"].shape).width,
+              "INDEX_AT": shapes.request["codeword"].offset,
+              "INDEX_BITS": Shape.cast(shapes.request["codeword"].shape).width,
+              "DATA_AT": shapes.beat["data"].offset, "LAST_AT": shapes.beat["last"].offset,
+              "ERROR_AT": shapes.beat["error"].offset, "REQUEST_BITS": shapes.request.size,
+              "BEAT_BITS": shapes.beat.size, "WORD_BITS": config.beat_bytes * 8, "CHANNELS": channels, "LIST": LIST}
+    outputs = {"done": 1, "cycles": 64, "sum": 64, "codewords": 32, "errors": 32}
+    names = ("request_valid", "request_ready", "request_payload", "codeword_valid", "codeword_payload", "go",
+             "in_flight", *outputs)
+    body.append(f"request_source #({', '.join(f'.{k}({v})' for k, v in fields.items())}) source (.clk(clk), "
+                f".rst(reset), {', '.join(f'.{n}({n})' for n in names)});")
+    heads = ["input clk", "input rst", "input configure", "input load", "input go", "input [31:0] in_flight",
+             *(f"output [{w - 1}:0] {n}" for n, w in outputs.items()),
+             *(f"output [{32 * channels - 1}:0] {n}" for n in ("violations", "load_errors", "words_moved"))]
+    inner = "\n  ".join(["reg reset = 1;", "always @(posedge clk) reset <= rst;", *body])
+    connect = ", ".join(f".{head.split()[-1]}({head.split()[-1]})" for head in heads)
+    # As in the drive's test bench: what Python may see lies one level above the rest.
+    return (f"module {TOP}_inside ({', '.join(heads)});\n  {inner}\nendmodule\n"
+            f"module {TOP} ({', '.join(heads)});\n  {TOP}_inside bench ({connect});\nendmodule\n")
+
+
+def build_channels(config: Config, simulator: Simulator = Simulator.VERILATOR, *, frames: int) -> Model:
+    """Compile the channels of a configuration with their dies and the source of requests.
+
+    Args:
+        config: channels, dies, part and clock.
+        simulator: what to compile for.
+        frames: pages whose contents each channel can keep.
+    """
+    netlist = Netlist()
+    channel = FlashChannel(config)
+    rtl = netlist.convert(channel, CHANNEL, ports(channel)).replace(
+        f"module {CHANNEL}(", f"module {CHANNEL}(", 1)
+    text = "\n".join([*netlist.modules.values(), rtl, _verilog(config, frames)])
+    folder = default_build_root() / "rtl" / hashlib.sha256(text.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    bench = folder / f"{TOP}.sv"
+    part = bench.with_suffix(f".{os.getpid()}")
+    part.write_text(text)
+    part.replace(bench)
+    with resources.as_file(resources.files("kvattic_sim") / "verilog") as verilog:
+        return compile_model(
+            [bench, verilog / "nand_channel.sv", verilog / "request_source.sv"], TOP, simulator)
+
+
+def read_list(config: Config, requests: Requests, *, in_flight: int, pages: NDArray[np.int64],
+              settings: NandSettings | None = None, model: Model | None = None, seed: int = 1) -> ListRun:
+    """Fill pages of every channel with random data, read the list, and check the sum of all that came.
+
+    Args:
+        config: channels, dies, part and clock.
+        requests: what to read; of pages in `pages`.
+        in_flight: codewords outstanding at most, over all channels.
+        pages: page numbers that hold data, the same on each channel.
+        settings: of the dies.
+        model: from `build_channels`, if it is there already.
+        seed: of the data.
+
+    Raises:
+        RuntimeError: the data are not what the flash holds, or the dies saw a violation.
+    """
+    if len(requests.page) > LIST:
+        raise ValueError(f"a list must have at most {LIST} entries, not {len(requests.page)}")
+    model = model or build_channels(config, frames=len(pages))
+    rng = np.random.default_rng(seed)
+    data = rng.integers(0, 256, (config.channels, len(pages), config.page_bytes), np.uint8)
+    runs = default_build_root() / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
+    run_dir = Path(tempfile.mkdtemp(prefix=f"channels-{config.part.name}-", dir=runs))
+    entries = (requests.channel << 56 | requests.page << 32 | requests.first << 16 | requests.count).astype(">u8")
+    (run_dir / "requests.bin").write_bytes(entries.tobytes())
+    raw = [ecc.encode(config, image, pages) for image in data]
+    (run_dir / "job.pickle").write_bytes(pickle.dumps((config, in_flight, pages, raw, settings or NandSettings())))
+    run_model(model, test_module="kvattic_sim.channel_cocotb", run_dir=run_dir)
+    found: dict[str, Any] = pickle.loads((run_dir / "result.pickle").read_bytes())
+
+    # Every codeword's words that are sent, added up as 64-bit numbers.
+    used = config.beats_per_codeword * config.beat_bytes
+    sums = np.ascontiguousarray(
+        data.reshape(config.channels, len(pages), config.codewords_per_page, config.codeword_bytes)[..., :used]
+    ).view("<u8").sum(axis=-1, dtype=np.uint64)
+    place = {int(page): i for i, page in enumerate(pages)}
+    expected = np.uint64(0)
+    with np.errstate(over="ignore"):
+        for channel, page, first, count in zip(requests.channel.tolist(), requests.page.tolist(),
+                                               requests.first.tolist(), requests.count.tolist(), strict=True):
+            expected += sums[channel, place[page], first : first + count].sum(dtype=np.uint64)
+    if found["violations"]:
+        raise RuntimeError(f"the dies saw violations: {found['violations'][:5]} (in {run_dir})")
+    if found["codewords"] != requests.codewords or (found["errors"] == 0 and found["sum"] != int(expected)):
+        raise RuntimeError(f"what came is not what the flash holds: {found}, expected {int(expected)} (in {run_dir})")
+    return ListRun(cycles=found["cycles"], codewords=found["codewords"], errors=found["errors"],
+                   words=found["words"], run_dir=run_dir)

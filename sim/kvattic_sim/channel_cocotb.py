@@ -1,0 +1,53 @@
+"""The cocotb side of `kvattic_sim.channel_bench`: starts the clock, fills the dies, waits for the end of the list."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import cocotb
+from cocotb.clock import Clock
+from cocotb.triggers import FallingEdge, First, RisingEdge, Timer
+
+from kvattic_sim.rtl_transport import CLOCK_NS, NandSettings, write_nand_settings
+
+PATIENCE_CYCLES = 20_000_000
+
+
+@cocotb.test()
+async def run(dut: Any) -> None:
+    """Run the list that lies in the working directory."""
+    config, in_flight, pages, raw, settings = pickle.loads(Path("job.pickle").read_bytes())
+    assert isinstance(settings, NandSettings)
+    for name in ("configure", "load", "go"):
+        getattr(dut, name).value = 0
+    dut.in_flight.value = in_flight
+    dut.rst.value = 1
+    Clock(dut.clk, CLOCK_NS, "ns", impl="gpi").start()
+
+    async def wait(cycles: int) -> None:
+        await Timer(cycles * CLOCK_NS, "ns")
+        await FallingEdge(dut.clk)
+
+    await wait(4)
+    write_nand_settings(settings, config)
+    write_pages(config, pages, raw)
+    dut.configure.value = 1
+    dut.load.value = 1
+    await wait(4)
+    dut.rst.value = 0
+    await wait(4)
+    dut.go.value = 1
+    await First(RisingEdge(dut.done), Timer(PATIENCE_CYCLES * CLOCK_NS, "ns"))
+    await FallingEdge(dut.clk)
+
+    def total(name: str) -> int:
+        value = int(getattr(dut, name).value)
+        return sum(value >> 32 * c & 0xFFFF_FFFF for c in range(config.channels))
+
+    assert int(dut.done.value), f"only {int(dut.codewords.value)} codewords came in {PATIENCE_CYCLES:,} cycles"
+    assert total("load_errors") == 0
+    logs = [log.read_text().splitlines() for log in Path().glob("nand*.log")]
+    Path("result.pickle").write_bytes(pickle.dumps({
+        "cycles": int(dut.cycles.value), "codewords": int(dut.codewords.value), "errors": int(dut.errors.value),
+        "sum": int(dut.sum.value), "words": total("words_moved"),
+        "violations": [line for log in logs for line in log] if total("violations") else []}))
