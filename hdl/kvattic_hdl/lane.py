@@ -54,7 +54,7 @@ class Lane(wiring.Component):
         Row records, q, and then the table's entries, before `start`; until then they do nothing that the next row
         record of the slot would not undo.
     start_valid, start : In
-        A job begins; its slot must be free, and the last `load` two cycles past.
+        A job begins, a cycle or more after its last `load`; its slot must be free.
     live : In(jobs_in_flight)
         The slot's job is in flight: from its `start` until it is freed.
     value_open : In(jobs_in_flight)

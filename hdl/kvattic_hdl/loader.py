@@ -1,14 +1,17 @@
-"""Fetches commands and queries, checks them, and loads and starts the lanes."""
+"""Fetches commands, queries and tables, checks them, loads and starts the lanes, hands flash commands over."""
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed
 from amaranth.lib import data, stream, wiring
+from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out, connect, flipped
-from amaranth.utils import bits_for
+from amaranth.utils import bits_for, ceil_log2
 
 from kvattic.commands import (
     COMMAND,
+    FLASH_COMMAND,
     LINE_BYTES,
     ROW,
+    TABLE_ENTRY,
     Field,
     Opcode,
     Status,
@@ -18,12 +21,27 @@ from kvattic.commands import (
 from kvattic.config import ELEMENT_BYTES, Config
 from kvattic.formats import SCORE_WINDOW_FRACTION
 
+from .arithmetic import times
 from .axi import AXI_READ, LINE_ADDRESS_BITS, LINE_WORDS, ReadLines
-from .interfaces import EPOCH_BITS, K_OFFSET_BITS, TOKEN_BITS, Shapes
-from .records import WORD_BYTES, field_of_word, word_of
+from .interfaces import (
+    EPOCH_BITS,
+    INDEX_BITS,
+    K_OFFSET_BITS,
+    OPCODE_BITS,
+    PAGE_BITS,
+    TOKEN_BITS,
+    Shapes,
+)
+from .records import WORD_BYTES, field_of_word, fields, word_of
 
 HALF = 32
 """Bits of an address that are added or compared in one cycle."""
+SIZE_BITS = 20
+"""Bits of a block's size."""
+BLOCKS = ("query", "result", "table")
+"""What a command's addresses are of; `where` of INVALID_ADDRESS is the number."""
+OUTSTANDING = 16
+"""Lines that are asked for and have not come, at most: covers a latency of about 128 cycles."""
 WORD_ELEMENTS = WORD_BYTES // ELEMENT_BYTES
 FP32_FRACTION, FP32_EXPONENT, FP32_BIAS = 23, 8, 127
 
@@ -39,15 +57,17 @@ class _Window(wiring.Component):
 
     Members
     -------
-    valid, high, which : In(1)
-        A half is given; it is the high one; it belongs to address 0 or 1.
+    valid, high : In(1)
+        A half is given; it is the high one.
+    which : In(range(3))
+        The address that it belongs to.
     address, base, limit : In(32)
         The half.
-    size : In(16)
+    size : In(20)
         Bytes; only for the low half.
     clear : In(1)
-        Forget both results.
-    bad : Out(2)
+        Forget all results.
+    bad : Out(3)
         Results, three cycles after the high half.
     """
 
@@ -66,28 +86,28 @@ class _Window(wiring.Component):
             {
                 "valid": In(1),
                 "high": In(1),
-                "which": In(1),
+                "which": In(range(len(BLOCKS))),
                 "address": In(HALF),
                 "base": In(HALF),
                 "limit": In(HALF),
-                "size": In(16),
+                "size": In(SIZE_BITS),
                 "clear": In(1),
-                "bad": Out(2),
+                "bad": Out(len(BLOCKS)),
             }
         )
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        flags = data.StructLayout({"valid": 1, "high": 1, "which": 1})
+        flags = data.StructLayout({"valid": 1, "high": 1, "which": range(len(BLOCKS))})
         flags1, flags2 = Signal(flags), Signal(flags)
         address, base, limit1, limit2 = (
             Signal(HALF, name=n) for n in ("address1", "base1", "limit1", "limit2")
         )
-        size = Signal(16)
+        size = Signal(SIZE_BITS)
         total = Signal(HALF)
         carry, below, over = Signal(), Signal(), Signal()
-        unaligned = Signal(2)
-        bad = Signal(2)
+        unaligned = Signal(len(BLOCKS))
+        bad = Signal(len(BLOCKS))
         m.d.sync += [
             flags1.valid.eq(self.valid),
             flags1.high.eq(self.high),
@@ -189,23 +209,98 @@ class _QueryCheck(wiring.Component):
         return m
 
 
-class Loader(wiring.Component):
-    """Fetches and checks a batch's commands, loads q and rows into the lanes, starts the jobs.
+class _TableCheck(wiring.Component):
+    """Finds the first bad entry of a table; the entries come in order.
 
-    Latency: for a job of one row about the memory's latency + 15 cycles of checking + a cycle for
-    each word of its query block.  The next command is requested right behind the query block, so
-    its fetch costs its eight words only.
+    Members
+    -------
+    valid : In(1)
+        An entry is given.
+    entry : In(64)
+        It (`commands.TABLE_ENTRY`).
+    number : In(16)
+        Its number.
+    limit : In
+        Entries that a channel's lane has room for, at least one.
+    clear : In(1)
+        Forget what was found, and all entries.
+    found : Out(1)
+        In the next cycle: an entry names no channel, has a reserved bit set, or is one too many.
+    where : Out(16)
+        The first one's number.
+    """
+
+    valid: Signal
+    entry: Signal
+    number: Signal
+    limit: Signal
+    clear: Signal
+    found: Signal
+    where: Signal
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._count_bits = bits_for(config.ring_codewords // config.codewords_per_page)
+        super().__init__(
+            {
+                "valid": In(1),
+                "entry": In(TABLE_ENTRY.size * 8),
+                "number": In(16),
+                "limit": In(self._count_bits),
+                "clear": In(1),
+                "found": Out(1),
+                "where": Out(16),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        channels = self._config.channels
+        entry = fields(TABLE_ENTRY, self.entry)
+        # Entries of each channel so far; without a bit in `used` there is none.
+        m.submodules.counts = counts = Memory(
+            shape=self._count_bits, depth=channels, init=[], attrs={"ram_style": "distributed"}
+        )
+        read, write = counts.read_port(domain="comb"), counts.write_port()
+        used = Signal(channels)
+        count = Signal(self._count_bits)
+        no_channel, bad = Signal(), Signal()
+        m.d.comb += [
+            no_channel.eq(entry["channel"] >= channels),
+            read.addr.eq(entry["channel"]),
+            count.eq(Mux(used.bit_select(read.addr, 1), read.data, 0)),
+            bad.eq(no_channel | entry["dram"][1:].any() | (count >= self.limit)),
+            write.addr.eq(read.addr),
+            write.data.eq(count + 1),
+            write.en.eq(self.valid & ~bad),
+        ]
+        with m.If(write.en):
+            m.d.sync += used.bit_select(read.addr, 1).eq(1)
+        with m.If(self.valid & bad & ~self.found):
+            m.d.sync += [self.found.eq(1), self.where.eq(self.number)]
+        with m.If(self.clear):
+            m.d.sync += [self.found.eq(0), used.eq(0)]
+        return m
+
+
+class Loader(wiring.Component):
+    """Fetches and checks a batch's commands, loads the lanes and starts the jobs, hands flash commands over.
+
+    Latency: for a job of one row about the memory's latency + 17 cycles of checking + a cycle for
+    each word of its query block and its table.  The next command is requested right behind these,
+    so its fetch costs its eight words only.  A flash command takes the memory's latency + 15 cycles.
     Throughput: one word a cycle while a block arrives; one job at a time.
-    Ordering: jobs leave in the order of the commands; a job's `start` comes one cycle or more after
-    the last `load`, its record on `jobs` one cycle or more after its `start`.
+    Ordering: jobs leave in the order of the commands, and so do flash commands; a job's `start`
+    comes two cycles or more after the last `load`, its record on `jobs` one cycle or more after its
+    `start`.
     Reset: no batch; the epoch goes on, so that codewords of jobs before the reset are recognised as
     stale.  Reads under way must have ended before: raise `stop` until `quiet`.
 
-    A command that fails its checks becomes a job without lanes; so does one whose query block has a
-    NaN or an infinity, or met a bus error.  The first that applies is reported: BUS_ERROR of the
-    command line, INVALID_OPCODE, INVALID_FIELD, INVALID_ROWS, INVALID_LENGTH, INVALID_ADDRESS
-    (query before result), INVALID_SCALE, BUS_ERROR of the query block, NAN_QUERY.  `where` is zero
-    for those that commands.Status gives none.
+    A command that fails its checks becomes a job without lanes; so does one with a bad query block
+    or table.  The first that applies is reported: BUS_ERROR of the command line, INVALID_OPCODE,
+    INVALID_FIELD; for ATTEND: INVALID_ROWS, INVALID_LENGTH, INVALID_ADDRESS (query, result, table),
+    INVALID_SCALE, BUS_ERROR of the query block or the table, INVALID_TABLE, NAN_QUERY; for flash
+    commands: INVALID_PLACE.  `where` is zero for those that commands.Status gives none.
 
     Parameters
     ----------
@@ -224,13 +319,15 @@ class Loader(wiring.Component):
     count : In(16)
         Number of commands, at least 1.
     buffer_base, buffer_limit : In(64)
-        Query and result blocks must be inside of this window.
+        Query blocks, result blocks and tables must be inside of this window.
     load_valid, load : Out(1), Out(Shapes.load)
         Written to all lanes.
     start_valid, start : Out(1), Out(Shapes.start)
         Given to all lanes when everything is loaded.
     jobs : Out(stream of Shapes.job)
         The jobs.
+    flash : Out(stream of Shapes.flash_command)
+        Flash commands that passed their checks; they take no slot.
     freed : In(1)
         Strobe: a slot is free again.
     bus_error : Out(1)
@@ -252,6 +349,7 @@ class Loader(wiring.Component):
     start_valid: Signal
     start: data.View
     jobs: stream.Interface
+    flash: stream.Interface
     freed: Signal
     bus_error: Signal
     stop: Signal
@@ -273,6 +371,7 @@ class Loader(wiring.Component):
                 "start_valid": Out(1),
                 "start": Out(shapes.start),
                 "jobs": Out(stream.Signature(shapes.job)),
+                "flash": Out(stream.Signature(shapes.flash_command)),
                 "freed": In(1),
                 "bus_error": Out(1),
                 "stop": In(1),
@@ -283,9 +382,10 @@ class Loader(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         config, shapes = self._config, self._shapes
-        m.submodules.read = read = ReadLines()
+        m.submodules.read = read = ReadLines(OUTSTANDING)
         m.submodules.window = window = _Window()
         m.submodules.check = check = _QueryCheck(config)
+        m.submodules.table_check = table_check = _TableCheck(config)
         connect(m, read.bus, flipped(self.bus))
         word = read.words.payload
         taken = Signal()
@@ -296,32 +396,52 @@ class Loader(wiring.Component):
             self.quiet.eq(read.quiet),
         ]
 
-        command = {
-            f.name: Signal(f.size * 8, name=f"command_{f.name}")
-            for f in COMMAND.fields
+        # Fields at the same place of the two records share a register.
+        stored = {
+            (f.offset, f.size): f
+            for f in (*FLASH_COMMAND.fields, *COMMAND.fields)
             if not _reserved(f)
         }
-        broken = Signal()  # an error answer in this command's line or query block
-        reserved = Signal()  # a reserved byte was not zero
+        registers = {
+            place: Signal(f.size * 8, name=f"command_{f.name}") for place, f in stored.items()
+        }
+        command, flash_command = (
+            {f.name: registers[f.offset, f.size] for f in layout.fields if not _reserved(f)}
+            for layout in (COMMAND, FLASH_COMMAND)
+        )
+        broken = Signal()  # an error answer in this command's line, query block or table
+        reserved = Signal()  # a reserved byte of COMMAND was not zero
+        flash_reserved = Signal()  # of FLASH_COMMAND
         status = Signal(16)
         where = Signal(32)
+        batch_index = Signal(INDEX_BITS)
 
-        # Requests: the query block's lines, then the next command's.
+        # Requests: the query block's lines, the table's, then the next command's.
+        lane_stripes = config.ring_codewords // config.codewords_per_page
+        all_stripes = config.channels * lane_stripes
         command_line = Signal(LINE_ADDRESS_BITS)
         commands_left = Signal(16)
         want_command = Signal()
-        query_line = Signal(LINE_ADDRESS_BITS)
+        query_line, table_line = Signal(LINE_ADDRESS_BITS), Signal(LINE_ADDRESS_BITS)
         row_lines = query_row_bytes(config.head_dim) // LINE_BYTES
+        line_entries = LINE_BYTES // TABLE_ENTRY.size
         query_left = Signal(range(config.rows * row_lines + 1))
-        query_wanted = Signal()
+        table_lines = Signal(bits_for(-(-all_stripes // line_entries)))
+        table_left = Signal.like(table_lines)
+        query_wanted, table_wanted = Signal(), Signal()
         m.d.comb += [
             query_wanted.eq(query_left.any()),
-            read.lines.valid.eq(query_wanted | want_command),
-            read.lines.payload.eq(Mux(query_wanted, query_line, command_line)),
+            table_wanted.eq(table_left.any()),
+            read.lines.valid.eq(query_wanted | table_wanted | want_command),
+            read.lines.payload.eq(
+                Mux(query_wanted, query_line, Mux(table_wanted, table_line, command_line))
+            ),
         ]
         with m.If(read.lines.ready & read.lines.valid):
             with m.If(query_wanted):
                 m.d.sync += [query_line.eq(query_line + 1), query_left.eq(query_left - 1)]
+            with m.Elif(table_wanted):
+                m.d.sync += [table_line.eq(table_line + 1), table_left.eq(table_left - 1)]
             with m.Else():
                 m.d.sync += [command_line.eq(command_line + 1), want_command.eq(0)]
         with m.If(self.batch_start):
@@ -329,6 +449,7 @@ class Loader(wiring.Component):
                 command_line.eq(self.command_base[-LINE_ADDRESS_BITS:]),
                 commands_left.eq(self.count - 1),
                 want_command.eq(1),
+                batch_index.eq(0),
             ]
 
         # Slots.
@@ -343,48 +464,55 @@ class Loader(wiring.Component):
             m.d.sync += free.eq(free + 1)
 
         # Checks; each is stable when the last step judges.
-        result_size, query_size = Signal(16), Signal(16)
+        sizes = {name: Signal(SIZE_BITS, name=f"{name}_size") for name in BLOCKS}
         length = Signal(HALF + 1)
-        bad_opcode, bad_field, bad_rows, bad_length, bad_scale, far_end, unaligned = (
+        bad_opcode, bad_field, bad_rows, bad_count, bad_length, bad_scale = (
             Signal(name=name)
             for name in (
                 "bad_opcode",
                 "bad_field",
                 "bad_rows",
+                "bad_count",
                 "bad_length",
                 "bad_scale",
-                "far_end",
-                "unaligned",
             )
         )
         scale = command["scale"]
         scale_exponent = scale[FP32_FRACTION:][:FP32_EXPONENT]
         rows = command["rows"][: bits_for(config.rows)]
         k_offset = Signal(signed(K_OFFSET_BITS))
-        home_bad: Value = Const(0)
-        if config.channels < 1 << len(command["home"]):
-            home_bad = command["home"] >= config.channels
-        stripe = config.tokens_per_page
+        opcode = command["opcode"]
+
+        # Stripes: stripes * 2**bits pages hold the tokens, one stripe less would not.
+        stripes = command["stripes"]
+        stripe_pages = command["stripe_pages"]
+        legal_pages = [1 << i for i in range(len(stripe_pages)) if 1 << i <= lane_stripes]
+        stripe_bits = Signal(shapes.stripe_bits)
+        stripe_tokens = Signal(TOKEN_BITS)
+        lane_limit = Signal(bits_for(lane_stripes))
+        last_page = Signal(TOKEN_BITS)  # whole pages * 2**-bits before the last token
+        end_page = Signal(bits_for(all_stripes * config.tokens_per_page))
+        for i in range(len(legal_pages)):
+            with m.If(stripe_pages[i]):
+                m.d.sync += stripe_bits.eq(i)
+        m.d.comb += table_lines.eq((stripes + line_entries - 1) >> ceil_log2(line_entries))
         m.d.sync += [
-            query_size.eq(rows * query_row_bytes(config.head_dim)),
-            result_size.eq(rows * result_row_bytes(config.head_dim)),
+            sizes["query"].eq(rows * query_row_bytes(config.head_dim)),
+            sizes["result"].eq(rows * result_row_bytes(config.head_dim)),
+            sizes["table"].eq(table_lines << ceil_log2(LINE_BYTES)),
+            stripe_tokens.eq(config.tokens_per_page << stripe_bits),
+            lane_limit.eq(lane_stripes >> stripe_bits),
             length.eq(command["end_token"] - command["base_token"]),
-            far_end.eq(command["end_token"][TOKEN_BITS:].any()),
-            # What is no power of two would take a division; the host's library looks after those.
-            unaligned.eq(
-                command["base_token"][: stripe.bit_length() - 1].any()
-                if stripe & (stripe - 1) == 0
-                else 0
-            ),
-            bad_opcode.eq(command["opcode"] != Opcode.ATTEND),
-            bad_field.eq(reserved | home_bad),
+            last_page.eq((length[:TOKEN_BITS] - 1)[:TOKEN_BITS] >> stripe_bits),
+            end_page.eq(times(stripes[: bits_for(all_stripes)], config.tokens_per_page)),
             bad_rows.eq((command["rows"] == 0) | (command["rows"] > config.rows)),
+            bad_count.eq(stripes > (all_stripes >> stripe_bits)),
             bad_length.eq(
                 length[HALF]
                 | ~length.any()
-                | (length[:HALF] > config.max_tokens)
-                | far_end
-                | unaligned
+                | command["end_token"][TOKEN_BITS:].any()
+                | (last_page >= end_page)
+                | (last_page + config.tokens_per_page < end_page)
             ),
             bad_scale.eq(scale[-1] | ~scale_exponent.any() | scale_exponent.all()),
             k_offset.eq(
@@ -394,20 +522,64 @@ class Loader(wiring.Component):
                 - 2 * config.element.encoding.offset
             ),
         ]
-        step = Signal(3)
-        judge = 6  # halves of addresses: steps 0 to 3; the window's three cycles
-        half = Signal(2)
-        m.d.comb += [
-            half.eq(step),
-            window.high.eq(half[0]),
-            window.which.eq(half[1]),
-            window.size.eq(Mux(window.which, result_size, query_size)),
-            window.base.eq(self.buffer_base.word_select(half[0], HALF)),
-            window.limit.eq(self.buffer_limit.word_select(half[0], HALF)),
-            window.address.eq(
-                Mux(window.which, command["result"], command["query"]).word_select(half[0], HALF)
-            ),
+
+        # Flash commands.
+        is_flash, bad_place, hand_over = Signal(), Signal(), Signal()
+        page, argument = flash_command["page"], flash_command["argument"]
+        place_checks = [
+            flash_command["channel"] >= config.channels,
+            page >> config.zone_page_bits >= config.part.blocks,
+            (opcode == Opcode.MAP) & (argument >= config.part.blocks),
+            (opcode == Opcode.PROGRAM) & argument[PAGE_BITS:].any(),
         ]
+        if config.part.pages < 1 << config.block_page_bits:
+            block_page = page[config.plane_bits + config.die_bits :][: config.block_page_bits]
+            place_checks.append(block_page >= config.part.pages)
+        m.d.comb += [
+            is_flash.eq(
+                Cat(opcode == code for code in Opcode if code is not Opcode.ATTEND).any()
+            ),
+            hand_over.eq(is_flash & ~broken & ~bad_field & ~bad_place),
+            self.flash.payload.channel.eq(flash_command["channel"]),
+            self.flash.payload.operation.opcode.eq(opcode[:OPCODE_BITS]),
+            self.flash.payload.operation.page.eq(page),
+            self.flash.payload.operation.block.eq(argument),
+            self.flash.payload.operation.identity.eq(
+                Cat(batch_index, flash_command["identifier"])
+            ),
+            self.flash.payload.dram_page.eq(argument),
+        ]
+        m.d.sync += [
+            bad_opcode.eq(~is_flash & (opcode != Opcode.ATTEND)),
+            bad_field.eq(
+                Mux(
+                    is_flash,
+                    flash_reserved
+                    | (((opcode == Opcode.ERASE) | (opcode == Opcode.PROBE)) & argument.any()),
+                    reserved | ~Cat(stripe_pages == pages for pages in legal_pages).any(),
+                )
+            ),
+            bad_place.eq(Cat(place_checks).any()),
+        ]
+
+        step = Signal(4)
+        address_steps = 2 * len(BLOCKS)
+        judge = address_steps + 2  # the window's three cycles
+        flash_judge = 2
+        block = step[1:][: len(window.which)]
+        m.d.comb += [
+            window.high.eq(step[0]),
+            window.which.eq(block),
+            window.base.eq(self.buffer_base.word_select(step[0], HALF)),
+            window.limit.eq(self.buffer_limit.word_select(step[0], HALF)),
+        ]
+        with m.Switch(block):
+            for number, name in enumerate(BLOCKS):
+                with m.Case(number):
+                    m.d.comb += [
+                        window.size.eq(sizes[name]),
+                        window.address.eq(command[name].word_select(step[0], HALF)),
+                    ]
 
         # One row of the query block.
         row_words = row_lines * LINE_WORDS
@@ -444,11 +616,23 @@ class Loader(wiring.Component):
             ),
         ]
 
+        # The table: an entry stands in `load` while it is checked.
+        entries_left = Signal(range(all_stripes + 1))
+        entry_number = Signal(16)
+        token = Signal(TOKEN_BITS)
+
         load = self.load
+        m.d.comb += [
+            table_check.valid.eq(self.load_valid & load.stripe),
+            table_check.entry.eq(load.data),
+            table_check.limit.eq(lane_limit),
+        ]
         m.d.sync += [
+            table_check.number.eq(entry_number),
             self.load_valid.eq(0),
             load.query.eq(0),
             load.record.eq(0),
+            load.stripe.eq(0),
             load.slot.eq(slot),
             load.row.eq(row),
         ]
@@ -456,16 +640,15 @@ class Loader(wiring.Component):
         m.d.comb += [
             self.start.slot.eq(slot),
             self.start.epoch.eq(epoch),
-            self.start.home.eq(command["home"]),
-            self.start.key_page.eq(command["key_page"]),
-            self.start.value_page.eq(command["value_page"]),
-            self.start.base_token.eq(command["base_token"]),
+            self.start.stripe_bits.eq(stripe_bits),
+            self.start.last_token.eq(load.start),  # the last one loaded
             self.start.end_token.eq(command["end_token"]),
             self.start.tree_token.eq(Mux(tree_token[TOKEN_BITS:].any(), top, tree_token)),
             self.start.k_offset.eq(k_offset),
             self.start.scale.eq(Cat(scale[:FP32_FRACTION], 1)),
             self.jobs.payload.slot.eq(slot),
             self.jobs.payload.lanes.eq(status == Status.OK),
+            self.jobs.payload.index.eq(batch_index),
             self.jobs.payload.identifier.eq(command["identifier"]),
             self.jobs.payload.rows.eq(rows),
             self.jobs.payload.result.eq(command["result"]),
@@ -477,31 +660,51 @@ class Loader(wiring.Component):
             with m.If(commands_left.any()):
                 m.d.sync += [want_command.eq(1), commands_left.eq(commands_left - 1)]
 
+        def end_command() -> None:
+            m.d.sync += [
+                batch_index.eq(batch_index + 1),
+                broken.eq(0),
+                reserved.eq(0),
+                flash_reserved.eq(0),
+                position.eq(0),
+            ]
+            m.next = "command"
+
         with m.FSM(name="state"):
             with m.State("command"):
-                m.d.comb += [read.words.ready.eq(1), window.clear.eq(1), check.clear.eq(1)]
+                m.d.comb += [
+                    read.words.ready.eq(1),
+                    window.clear.eq(1),
+                    check.clear.eq(1),
+                    table_check.clear.eq(1),
+                ]
                 m.d.sync += step.eq(0)
                 with m.If(taken):
                     m.d.sync += [position.eq(position + 1), broken.eq(broken | word.error)]
                     with m.Switch(position):
                         for number in range(LINE_WORDS):
-                            here = [f for f in COMMAND.fields if word_of(f) == number]
-                            spare = [
-                                field_of_word(word.data, f).any() for f in here if _reserved(f)
-                            ]
                             with m.Case(number):
                                 m.d.sync += [
-                                    command[f.name].eq(field_of_word(word.data, f))
-                                    for f in here
-                                    if not _reserved(f)
+                                    registers[place].eq(field_of_word(word.data, f))
+                                    for place, f in stored.items()
+                                    if word_of(f) == number
                                 ]
-                                if spare:
-                                    m.d.sync += reserved.eq(reserved | Cat(spare).any())
+                                for layout, flag in (
+                                    (COMMAND, reserved),
+                                    (FLASH_COMMAND, flash_reserved),
+                                ):
+                                    spare = [
+                                        field_of_word(word.data, f).any()
+                                        for f in layout.fields
+                                        if _reserved(f) and word_of(f) == number
+                                    ]
+                                    if spare:
+                                        m.d.sync += flag.eq(flag | Cat(spare).any())
                     with m.If(word.last):
                         m.d.sync += position.eq(0)
                         m.next = "check"
             with m.State("check"):
-                m.d.comb += window.valid.eq(step <= 3)
+                m.d.comb += window.valid.eq(step < address_steps)
                 m.d.sync += [
                     step.eq(step + 1),
                     row.eq(rows),
@@ -510,25 +713,32 @@ class Loader(wiring.Component):
                     load.start.eq(0),
                     load.end.eq(0),
                 ]
-                with m.If(step == judge):
+                with m.If(step == Mux(is_flash, flash_judge, judge)):
                     fetch_next()
                     m.next = "report"
-                    with m.If(slot == 0):
+                    with m.If((slot == 0) & ~hand_over):
                         # Once for each turn round the slots, at its beginning: it also tells jobs
                         # after a reset from before.
                         m.d.sync += epoch.eq(epoch + 1)
                     with m.If(broken):
                         m.d.sync += [status.eq(Status.BUS_ERROR), where.eq(0)]
                     with m.Elif(bad_opcode):
-                        m.d.sync += [status.eq(Status.INVALID_OPCODE), where.eq(command["opcode"])]
+                        m.d.sync += [status.eq(Status.INVALID_OPCODE), where.eq(opcode)]
                     with m.Elif(bad_field):
                         m.d.sync += [status.eq(Status.INVALID_FIELD), where.eq(0)]
+                    with m.Elif(is_flash):
+                        m.d.sync += [status.eq(Status.INVALID_PLACE), where.eq(0)]
+                        with m.If(hand_over):
+                            m.next = "flash"
                     with m.Elif(bad_rows):
                         m.d.sync += [status.eq(Status.INVALID_ROWS), where.eq(command["rows"])]
-                    with m.Elif(bad_length):
+                    with m.Elif(bad_count | bad_length):
                         m.d.sync += [status.eq(Status.INVALID_LENGTH), where.eq(0)]
                     with m.Elif(window.bad.any()):
-                        m.d.sync += [status.eq(Status.INVALID_ADDRESS), where.eq(~window.bad[0])]
+                        m.d.sync += status.eq(Status.INVALID_ADDRESS)
+                        for number in reversed(range(len(BLOCKS))):
+                            with m.If(window.bad[number]):
+                                m.d.sync += where.eq(number)
                     with m.Elif(bad_scale):
                         m.d.sync += [status.eq(Status.INVALID_SCALE), where.eq(0)]
                     with m.Else():
@@ -537,6 +747,11 @@ class Loader(wiring.Component):
                             where.eq(0),
                             query_line.eq(command["query"][-LINE_ADDRESS_BITS:]),
                             query_left.eq(rows * row_lines),
+                            table_line.eq(command["table"][-LINE_ADDRESS_BITS:]),
+                            table_left.eq(table_lines),
+                            entries_left.eq(stripes),
+                            entry_number.eq(0),
+                            token.eq(command["base_token"]),
                         ]
                         m.next = "clear"
             with m.State("clear"):
@@ -595,14 +810,35 @@ class Loader(wiring.Component):
                     with m.If(position == row_words - 1):
                         m.d.sync += [position.eq(0), row.eq(row + 1)]
                         with m.If(row == rows - 1):
-                            m.next = "settle"
+                            m.next = "table"
+            with m.State("table"):
+                # Until the checks are done an entry is loaded like a good one: without a `start` it
+                # does nothing.
+                m.d.comb += read.words.ready.eq(1)
+                with m.If(taken):
+                    m.d.sync += broken.eq(broken | word.error)
+                    with m.If(entries_left.any()):
+                        m.d.sync += [
+                            self.load_valid.eq(1),
+                            load.stripe.eq(1),
+                            load.last.eq(entries_left == 1),
+                            load.data.eq(word.data),
+                            load.start.eq(token),
+                            token.eq(token + stripe_tokens),
+                            entries_left.eq(entries_left - 1),
+                            entry_number.eq(entry_number + 1),
+                        ]
+                    with m.If(word.last & (entries_left <= 1)):
+                        m.next = "settle"
             with m.State("settle"):
-                # The check's second cycle.
+                # The table's last entry is being checked.
                 m.next = "decide"
             with m.State("decide"):
                 m.next = "report"
                 with m.If(broken):
                     m.d.sync += status.eq(Status.BUS_ERROR)
+                with m.Elif(table_check.found):
+                    m.d.sync += [status.eq(Status.INVALID_TABLE), where.eq(table_check.where)]
                 with m.Elif(check.found):
                     m.d.sync += [
                         status.eq(Status.NAN_QUERY),
@@ -619,11 +855,10 @@ class Loader(wiring.Component):
                 m.d.comb += self.jobs.valid.eq(free.any())
                 with m.If(self.jobs.valid & self.jobs.ready):
                     m.d.comb += used.eq(1)
-                    m.d.sync += [
-                        slot.eq(Mux(slot == config.jobs_in_flight - 1, 0, slot + 1)),
-                        broken.eq(0),
-                        reserved.eq(0),
-                        position.eq(0),
-                    ]
-                    m.next = "command"
+                    m.d.sync += slot.eq(Mux(slot == config.jobs_in_flight - 1, 0, slot + 1))
+                    end_command()
+            with m.State("flash"):
+                m.d.comb += self.flash.valid.eq(1)
+                with m.If(self.flash.ready):
+                    end_command()
         return m

@@ -24,7 +24,7 @@ class Walker(wiring.Component):
     Members
     -------
     enable : In(1)
-        Strobe: the job of slot `enable_slot` may be walked.  Its list has been complete for a cycle or more.
+        Strobe: the job of slot `enable_slot` may be walked.  Its list is complete.
     enable_slot : In(slot)
     slot : Out(slot)
         The job in work, or the next one.  `job` must hold its parameters in the same cycle.

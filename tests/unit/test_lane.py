@@ -250,7 +250,6 @@ def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bo
                 data = int.from_bytes(raw[beat * step : (beat + 1) * step], "little")
                 await load(ctx, query=1, slot=slot, row=row, beat=beat, data=data)
         await load_stripes(ctx, job, slot)
-        await ctx.tick()
         exponent, fraction = job.scale_bits >> 23, job.scale_bits & 0x7FFFFF
         slot_job[slot] = n
         ctx.set(dut.start, {
