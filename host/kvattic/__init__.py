@@ -10,7 +10,7 @@ Needs numpy alone; Amaranth, cocotb and torch are never loaded by this package.
 
 from kvattic.commands import Completion, CompletionFlag, Status
 from kvattic.config import BOARD, GQA, PAPER, PRESETS, TINY, Config, preset
-from kvattic.driver import AttendPlan, AttendResult, Device, Job, JobResult, Sequence
+from kvattic.driver import AttendPlan, AttendResult, Device, FlashOperation, Job, JobResult, Loss, Sequence
 from kvattic.errors import (
     CapacityError,
     ConfigError,
@@ -22,6 +22,7 @@ from kvattic.errors import (
     RequestError,
 )
 from kvattic.formats import Element
+from kvattic.layout import Block
 from kvattic.transport import Transport
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "TINY",
     "AttendPlan",
     "AttendResult",
+    "Block",
     "CapacityError",
     "Completion",
     "CompletionFlag",
@@ -45,9 +47,11 @@ __all__ = [
     "DeviceStatusError",
     "DeviceTimeoutError",
     "Element",
+    "FlashOperation",
     "Job",
     "JobResult",
     "KvatticError",
+    "Loss",
     "RequestError",
     "Sequence",
     "Status",

@@ -1,6 +1,9 @@
-"""The golden device: registers, host memory and flash in NumPy, bit-exact but without time."""
+"""The golden device: registers, host memory, device DRAM and flash in NumPy, bit-exact but without time."""
 
-from typing import Any
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,75 +11,140 @@ from numpy.typing import NDArray
 from kvattic import golden, layout
 from kvattic.commands import (
     COMMAND,
-    COMPLETION,
+    FLASH_COMMAND,
     LINE_BYTES,
     ROW,
+    TABLE_ENTRY,
     TRAILER,
     CompletionFlag,
+    Kind,
+    MediaCause,
     Opcode,
     Status,
     lines,
     query_row_bytes,
     result_row_bytes,
 )
-from kvattic.config import ELEMENT_BYTES, Config
+from kvattic.config import ELEMENT_BYTES, PAGE_NUMBER_BITS, Config
 from kvattic.errors import DeviceTimeoutError, RequestError
+from kvattic.layout import Block, PagePlace
 from kvattic.registers import REGISTER_MAP, Access, Control, StatusBit
 from kvattic.transport import MAX_COMMANDS
 
-__all__ = ["GoldenDevice"]
+__all__ = ["FlashFaults", "GoldenDevice"]
 
-ERASED = 0xFF
-"""What a page reads that was never written: NaN as elements, so that attending it is reported."""
+FLASH_OPCODES = frozenset((Opcode.PROGRAM, Opcode.ERASE, Opcode.PROBE, Opcode.MAP))
+_COMPLETION = struct.Struct("<HHIII48x")
+"""The fields of `COMPLETION` that the golden device fills."""
 
 
 class _RejectedError(Exception):
     """A command that ends with an error; args are (status, where)."""
 
 
+class _PowerCutError(Exception):
+    """The supply is gone."""
+
+
+class _Page(NamedTuple):
+    """What was programmed: the data, None if they are garbage, and the page number that they were written under."""
+
+    image: NDArray[np.uint8] | None
+    number: int
+
+
+class _Block:
+    """A block that is not erased: pages by their number in it, and the one that may be programmed next."""
+
+    __slots__ = ("next", "pages")
+
+    def __init__(self) -> None:
+        self.next = 0
+        self.pages: dict[int, _Page] = {}
+
+
+@dataclass(slots=True)
+class FlashFaults:
+    """What goes wrong in the golden device's flash; change it at any time.
+
+    Attributes:
+        bad: blocks with the factory's mark: PROBE finds it, PROGRAM and ERASE fail.
+        worn: blocks whose PROGRAM and ERASE fail from now on; what they hold can be read.
+        program_fails: single pages that fail to program, (block, page of the block).
+        dead: (channel, die) of dies that stay busy: DIE_TIMEOUT, and nothing on them can be read.
+        unreadable: codewords with too many bit errors, (block, page of the block, codeword).
+        power_cut: the supply fails in the middle of the flash command after so many more; None: it does not.  The
+            device then does nothing until `GoldenDevice.power_up`.
+    """
+
+    bad: set[Block] = field(default_factory=set)
+    worn: set[Block] = field(default_factory=set)
+    program_fails: set[tuple[Block, int]] = field(default_factory=set)
+    dead: set[tuple[int, int]] = field(default_factory=set)
+    unreadable: set[tuple[Block, int, int]] = field(default_factory=set)
+    power_cut: int | None = None
+
+
 class GoldenDevice:
     """A `Transport` with the device behind it, in NumPy.
 
-    The doorbell runs the whole batch before it returns.  There are no cycles: the counters, CYCLES
-    among them, and the counter fields of the completions stay 0, and CODEWORD_TIMEOUT does not
-    occur.
+    The doorbell runs the whole batch before it returns.  There are no cycles: the counters, CYCLES among them, and the
+    counter fields of the completions stay 0, and CODEWORD_TIMEOUT does not occur.
 
-    A command is checked in the order of the numbers of `commands.Status`, but a bus error of its
-    line comes first; then come a bus error of the query block, NAN_QUERY, NAN_KEY, NAN_VALUE and a
-    bus error of the result.  The first that applies is reported.  `where` is 0 where `Status` does
-    not define it.  INVALID_LENGTH also stands for token numbers of more than 24 bits and, where
-    tokens_per_page is a power of two, for a base_token that is no multiple of it.  A command that
+    An ATTEND is checked in this order, and the first that applies is reported: BUS_ERROR of its line, INVALID_OPCODE,
+    INVALID_FIELD, INVALID_ROWS, INVALID_LENGTH, INVALID_ADDRESS (query, result, table), INVALID_SCALE, BUS_ERROR of
+    the query block or the table, INVALID_TABLE, NAN_QUERY, UNREADABLE_KEY, UNREADABLE_VALUE, NAN_KEY, NAN_VALUE,
+    BUS_ERROR of the result.  A flash command: BUS_ERROR of its line, INVALID_FIELD, INVALID_PLACE, BUS_ERROR of a DRAM
+    page that there is not, then how the part ends it.  `where` is 0 where `Status` does not define it.  A command that
     does not end OK writes its completion only.
+
+    Flash obeys the rules of NAND: the pages of a block are programmed in order and each once, or the command ends
+    with PROGRAM_FAILED and changes nothing.  A page can be read only under the number that it was programmed under
+    (its check value says which); nothing else is ever read from it.
+
+    MEDIA_ERROR and MEDIA_CAUSE name the first codeword of flash that could not be read since STATUS.MEDIA_ERROR was
+    clear, K before V, the lowest token first.
 
     Args:
         config: geometry.
         memory_bytes: size of the host memory, which begins at address 0.
-        pages_per_channel: flash pages of each channel; they take memory when they are written.
+        dram_bytes: size of the device DRAM; it takes memory where it is written.
+        faults: what goes wrong.
+
+    Attributes:
+        faults: the same.
 
     Raises:
         RequestError: a size is not positive.
     """
 
-    def __init__(
-        self, config: Config, *, memory_bytes: int = 1 << 24, pages_per_channel: int = 1 << 20
-    ) -> None:
-        for name, value in (
-            ("memory_bytes", memory_bytes),
-            ("pages_per_channel", pages_per_channel),
-        ):
+    def __init__(self, config: Config, *, memory_bytes: int = 1 << 24, dram_bytes: int = 1 << 30,
+                 faults: FlashFaults | None = None) -> None:
+        for name, value in (("memory_bytes", memory_bytes), ("dram_bytes", dram_bytes)):
             if value < 1:
                 raise RequestError(f"{name} must be positive, not {value}")
         self.config = config
         self.memory_bytes = memory_bytes
-        self.pages_per_channel = pages_per_channel
+        self.dram_bytes = dram_bytes
+        self.faults = FlashFaults() if faults is None else faults
         self._memory = bytearray(memory_bytes)
-        self._pages: dict[tuple[int, int], NDArray[np.uint8]] = {}
+        self._dram = np.zeros(dram_bytes, np.uint8)
+        self._blocks: dict[Block, _Block] = {}
+        self._map: dict[tuple[int, int, int, int], int] = {}    # (channel, zone, die, plane) to block, where not alike
+        self._powered = True
         self._reset()
 
     def _reset(self) -> None:
         self._registers = {name: register.reset for name, register in REGISTER_MAP.items()}
         self._registers["CONFIG_HASH"] = self.config.hash
         self._registers["STATUS"] = int(StatusBit.READY)
+
+    def power_up(self) -> None:
+        """The device after its supply failed and came back: flash is what it was, DRAM, map and registers are not."""
+        self._powered = True
+        self._dram = np.zeros(self.dram_bytes, np.uint8)
+        self._map = {}
+        self._reset()
 
     # Transport.
 
@@ -86,7 +154,9 @@ class GoldenDevice:
         Raises:
             RequestError: there is no such register.
         """
-        return 0 if _register(name).access is Access.WO else self._registers[name]
+        if _register(name).access is Access.WO or not self._powered:
+            return 0
+        return self._registers[name]
 
     def write_register(self, name: str, value: int) -> None:
         """See `Transport`; what is written to a read-only register is lost.
@@ -97,6 +167,8 @@ class GoldenDevice:
         register = _register(name)
         if not 0 <= value < 1 << register.width:
             raise RequestError(f"{name} has {register.width} bits: {value:#x} does not fit")
+        if not self._powered:
+            return
         if name == "CONTROL" and value & Control.RESET:
             self._reset()
         elif name == "DOORBELL":
@@ -112,7 +184,7 @@ class GoldenDevice:
         Raises:
             RequestError: outside of the host memory.
         """
-        self._check_memory(address, size)
+        _check_range("host memory", self.memory_bytes, address, size)
         return bytes(self._memory[address : address + size])
 
     def write_memory(self, address: int, data: bytes) -> None:
@@ -121,51 +193,37 @@ class GoldenDevice:
         Raises:
             RequestError: outside of the host memory.
         """
-        self._check_memory(address, len(data))
+        _check_range("host memory", self.memory_bytes, address, len(data))
         self._memory[address : address + len(data)] = data
 
-    def _check_memory(self, address: int, size: int) -> None:
-        if address < 0 or size < 0 or address + size > self.memory_bytes:
-            raise RequestError(
-                f"host memory is 0 to {self.memory_bytes:#x}: {size} bytes at {address:#x} are "
-                f"not in it"
-            )
-
-    def write_pages(self, channel: int, first_page: int, images: NDArray[Any]) -> None:
+    def read_dram(self, address: int, size: int) -> bytes:
         """See `Transport`.
 
         Raises:
-            RequestError: no such channel or pages, or images of a wrong shape or dtype.
+            RequestError: outside of the device DRAM.
         """
-        if not 0 <= channel < self.config.channels:
-            raise RequestError(f"channel must be 0 to {self.config.channels - 1}, not {channel}")
-        if (
-            images.dtype != np.uint8
-            or images.ndim != 2
-            or images.shape[1] != self.config.page_bytes
-        ):
-            raise RequestError(
-                f"images must be uint8 (pages, {self.config.page_bytes}), not {images.dtype} "
-                f"{images.shape}"
-            )
-        if first_page < 0 or first_page + len(images) > self.pages_per_channel:
-            raise RequestError(
-                f"pages are 0 to {self.pages_per_channel - 1}: {len(images)} from {first_page} on "
-                f"are not"
-            )
-        for page, image in enumerate(images, first_page):
-            self._pages[channel, page] = image.copy()
+        _check_range("device DRAM", self.dram_bytes, address, size)
+        return self._dram[address : address + size].tobytes()
+
+    def write_dram(self, address: int, data: bytes) -> None:
+        """See `Transport`.
+
+        Raises:
+            RequestError: outside of the device DRAM.
+        """
+        _check_range("device DRAM", self.dram_bytes, address, len(data))
+        self._dram[address : address + len(data)] = np.frombuffer(data, np.uint8)
 
     def wait(self, timeout_s: float) -> None:
         """See `Transport`.  A batch is over when its doorbell returns, so this never waits.
 
         Raises:
-            DeviceTimeoutError: no batch was run since DONE was cleared.
+            DeviceTimeoutError: no batch was run since DONE was cleared, or the power is off.
         """
+        if not self._powered:
+            raise DeviceTimeoutError("the device does not answer: its power is off")
         if not self._registers["STATUS"] & StatusBit.DONE:
-            raise DeviceTimeoutError(
-                "no batch is running and STATUS.DONE is not set: ring the doorbell first"
-            )
+            raise DeviceTimeoutError("no batch is running and STATUS.DONE is not set: ring the doorbell first")
 
     # The device's side.
 
@@ -178,11 +236,13 @@ class GoldenDevice:
         registers["COMPLETED"] = 0
         # The device sees whole lines: the low address bits are ignored.
         command, completion = (
-            registers[name] // LINE_BYTES * LINE_BYTES
-            for name in ("COMMAND_BASE", "COMPLETION_BASE")
-        )
+            registers[name] // LINE_BYTES * LINE_BYTES for name in ("COMMAND_BASE", "COMPLETION_BASE"))
         for index in range(count):
-            entry = self._serve(command + index * LINE_BYTES)
+            try:
+                entry = self._serve(command + index * LINE_BYTES)
+            except _PowerCutError:
+                self._powered = False
+                return
             self._dma_write(completion + index * LINE_BYTES, entry)
             registers["COMPLETED"] += 1
         registers["STATUS"] |= StatusBit.DONE
@@ -192,98 +252,150 @@ class GoldenDevice:
         identifier, status, where, flags = 0, Status.OK, 0, CompletionFlag(0)
         try:
             line = self._dma_read(address, LINE_BYTES)
-            command = COMMAND.unpack(line)
-            identifier = command["identifier"]
-            self._validate(command, line)
-            trace = self._attend(command)
-            flags = trace.flags
-            _raise_nan((Status.NAN_KEY, trace.nan_key), (Status.NAN_VALUE, trace.nan_value))
-            if not self._dma_write(command["result"], self._pack_result(trace)):
-                raise _RejectedError(Status.BUS_ERROR, 0)
+            identifier = int.from_bytes(line[2:4], "little")
+            if line[0] in FLASH_OPCODES:
+                self._operate(line)
+            elif line[0] == Opcode.ATTEND:
+                command = COMMAND.unpack(line)
+                self._validate(command)
+                trace, unreadable = self._attend(command)
+                flags = trace.flags
+                _raise_first(*unreadable, (Status.NAN_KEY, trace.nan_key), (Status.NAN_VALUE, trace.nan_value))
+                if not self._dma_write(command["result"], self._pack_result(trace)):
+                    raise _RejectedError(Status.BUS_ERROR, 0)
+            else:
+                raise _RejectedError(Status.INVALID_OPCODE, line[0])
         except _RejectedError as rejected:
             status, where = rejected.args
-        return COMPLETION.pack(
-            status=status, identifier=identifier, flags=flags, where=where, done=1
-        )
+        return _COMPLETION.pack(status, identifier, flags, where, 1)
 
-    def _validate(self, command: dict[str, int], line: bytes) -> None:
+    # Attention.
+
+    def _validate(self, command: dict[str, int]) -> None:
         config, registers = self.config, self._registers
-        if command["opcode"] != Opcode.ATTEND:
-            raise _RejectedError(Status.INVALID_OPCODE, command["opcode"])
-        if line != COMMAND.pack(
-            **{**command, "flags": 0, "reserved0": 0, "reserved1": 0, "reserved2": 0}
-        ):
-            raise _RejectedError(Status.INVALID_FIELD, 0)
-        if command["home"] >= config.channels:
+        pages, stripes = command["stripe_pages"], command["stripes"]
+        codewords = pages * config.codewords_per_page
+        reserved = any(value for name, value in command.items() if name == "flags" or name.startswith("reserved"))
+        if reserved or pages == 0 or pages & (pages - 1) or codewords > config.ring_codewords:
             raise _RejectedError(Status.INVALID_FIELD, 0)
         if not 1 <= command["rows"] <= config.rows:
             raise _RejectedError(Status.INVALID_ROWS, command["rows"])
         tokens = command["end_token"] - command["base_token"]
-        stripe = config.tokens_per_page
-        # The device checks alignment only where it takes no division.
-        unaligned = stripe & (stripe - 1) == 0 and command["base_token"] % stripe != 0
         far = command["end_token"] >= 1 << layout.TOKEN_BITS
-        if not 0 < tokens <= config.max_tokens or far or unaligned:
+        stripe = pages * config.tokens_per_page
+        fitting = (stripes - 1) * stripe < tokens <= stripes * stripe
+        if tokens <= 0 or far or not fitting or stripes > config.channels * (config.ring_codewords // codewords):
             raise _RejectedError(Status.INVALID_LENGTH, 0)
         for where, name, size in (
-            (0, "query", query_row_bytes(config.head_dim)),
-            (1, "result", result_row_bytes(config.head_dim)),
+            (0, "query", command["rows"] * query_row_bytes(config.head_dim)),
+            (1, "result", command["rows"] * result_row_bytes(config.head_dim)),
+            (2, "table", stripes * TABLE_ENTRY.size),
         ):
             first = command[name]
-            if (
-                first % LINE_BYTES
-                or first < registers["BUFFER_BASE"]
-                or first + command["rows"] * size > registers["BUFFER_LIMIT"]
-            ):
+            if first % LINE_BYTES or first < registers["BUFFER_BASE"] or first + size > registers["BUFFER_LIMIT"]:
                 raise _RejectedError(Status.INVALID_ADDRESS, where)
         if not 0x0080_0000 <= command["scale"] < 0x7F80_0000:
             raise _RejectedError(Status.INVALID_SCALE, 0)
 
-    def _attend(self, command: dict[str, int]) -> golden.Trace:
+    def _attend(self, command: dict[str, int]) -> tuple[golden.Trace, list[tuple[Status, int | None]]]:
+        """What golden says, with zeros for what cannot be read; and the first tokens of that, of K and of V."""
         config, rows = self.config, command["rows"]
         data = self._dma_read(command["query"], rows * query_row_bytes(config.head_dim))
+        # The table's lines are read whole.
+        table = self._dma_read(command["table"], lines(command["stripes"] * TABLE_ENTRY.size) * LINE_BYTES)
+        entries = layout.unpack_entries(np.frombuffer(table, "<u8", command["stripes"]).astype(np.uint64))
+        self._check_table(entries, config.ring_codewords // (command["stripe_pages"] * config.codewords_per_page))
         block = np.frombuffer(data, np.uint8).reshape(rows, -1)
-        query = np.ascontiguousarray(
-            block[:, ROW.size : ROW.size + config.head_dim * ELEMENT_BYTES]
-        ).view("<u2")
+        query = np.ascontiguousarray(block[:, ROW.size : ROW.size + config.head_dim * ELEMENT_BYTES]).view("<u2")
+        # A query with a NaN reaches no lane, so nothing is read for it.
+        form = config.element.encoding
+        ones = np.uint16(((1 << form.exponent_bits) - 1) << form.fraction_bits)
+        if (special := (query & ones) == ones).any():
+            row, channel = divmod(int(special.argmax()), config.head_dim)
+            raise _RejectedError(Status.NAN_QUERY, row << 16 | channel)
 
         def column(name: str) -> NDArray[np.int64]:
-            field = ROW[name]
-            return (
-                np.ascontiguousarray(block[:, field.offset : field.offset + field.size])
-                .view("<u4")[:, 0]
-                .astype(np.int64)
-            )
+            record = ROW[name]
+            words = np.ascontiguousarray(block[:, record.offset : record.offset + record.size]).view("<u4")
+            return words[:, 0].astype(np.int64)
 
+        pages = [self._tokens(command, entries, kind) for kind in Kind]
         trace = golden.attend(
-            query.astype(np.uint16),
-            self._tokens(command, "key_page"),
-            self._tokens(command, "value_page"),
-            element=config.element,
-            scale_bits=command["scale"],
-            start=column("start_token"),
-            end=column("end_token"),
-            tree=column("tree"),
-            tree_token=command["tree_token"],
-            base_token=command["base_token"],
-            end_token=command["end_token"],
-        )
-        _raise_nan((Status.NAN_QUERY, trace.nan_query))
-        return trace
+            query.astype(np.uint16), pages[Kind.KEY][0], pages[Kind.VALUE][0], element=config.element,
+            scale_bits=command["scale"], start=column("start_token"), end=column("end_token"), tree=column("tree"),
+            tree_token=command["tree_token"], base_token=command["base_token"], end_token=command["end_token"])
+        statuses = (Status.UNREADABLE_KEY, Status.UNREADABLE_VALUE)
+        return trace, [(status, where) for status, (_, where) in zip(statuses, pages, strict=True)]
 
-    def _tokens(self, command: dict[str, int], page: str) -> NDArray[np.uint16]:
-        """K or V from base_token on, in whole stripes."""
-        stripes = layout.stripe_count(command["end_token"] - command["base_token"], self.config)
-        places = layout.device_place(
-            np.arange(stripes), command["home"], command[page], self.config
-        )
-        images = np.full((stripes, self.config.page_bytes), ERASED, np.uint8)
-        for image, channel, number in zip(
-            images, places.channel.tolist(), (places.page & 0xFFFF_FFFF).tolist(), strict=True
-        ):
-            if (written := self._pages.get((channel, number))) is not None:
-                image[:] = written
-        return layout.unpack_pages(images, self.config)
+    def _check_table(self, entries: layout.Entries, places: int) -> None:
+        """Refuse a channel that there is not, reserved bits, and more stripes than a channel has places for."""
+        bad = (entries.channel >= self.config.channels) | (entries.dram > 1)
+        for channel in range(self.config.channels):
+            bad[np.flatnonzero(entries.channel == channel)[places:]] = True
+        if bad.any():
+            raise _RejectedError(Status.INVALID_TABLE, int(np.argmax(bad)))
+
+    def _tokens(self, command: dict[str, int], entries: layout.Entries,
+                kind: Kind) -> tuple[NDArray[np.uint16], int | None]:
+        """K or V from base_token on, in whole stripes, and the first token that cannot be read."""
+        config, count = self.config, command["stripe_pages"]
+        images = np.zeros((len(entries.dram) * count, config.page_bytes), np.uint8)
+        # Codewords behind the last token are not read.
+        codewords = -(-(command["end_token"] - command["base_token"]) // config.tokens_per_codeword)
+        first_pages = (entries.key_page if kind is Kind.KEY else entries.value_page).tolist()
+        places = zip(entries.channel.tolist(), first_pages, entries.dram.tolist(), strict=True)
+        lost: int | None = None
+        for stripe, (channel, first_page, dram) in enumerate(places):
+            for page in range(stripe * count, (stripe + 1) * count):
+                number = first_page + page - stripe * count & (1 << PAGE_NUMBER_BITS) - 1
+                first = page * config.codewords_per_page
+                if first >= codewords:
+                    break
+                if dram:
+                    gone = self._read_dram_page(images[page], number)
+                else:
+                    gone = self._read_page(images[page], channel, number, codewords - first)
+                if gone is not None and lost is None:
+                    lost = command["base_token"] + (first + gone) * config.tokens_per_codeword
+        return layout.unpack_pages(images, config), lost
+
+    def _read_dram_page(self, image: NDArray[np.uint8], page: int) -> int | None:
+        """Fill in a page of DRAM; the first codeword that is not inside of it."""
+        data = self._dram[page * self.config.page_bytes :][: self.config.page_bytes]
+        codewords = len(data) // self.config.codeword_bytes
+        data = data[: codewords * self.config.codeword_bytes]
+        image[: len(data)] = data
+        return None if codewords == self.config.codewords_per_page else codewords
+
+    def _read_page(self, image: NDArray[np.uint8], channel: int, number: int, codewords: int) -> int | None:
+        """Fill in what can be read of a flash page's first codewords; the first one that cannot, which is noted."""
+        faults, size = self.faults, self.config.codeword_bytes
+        place = layout.page_place(number, self.config)
+        block = self._block(channel, place)
+        found = self._blocks.get(block)
+        page = None if found is None else found.pages.get(place.page)
+        if (channel, place.die) in faults.dead:
+            return self._media_error(channel, number, 0, MediaCause.DIE_TIMEOUT)
+        if page is None:
+            return self._media_error(channel, number, 0, MediaCause.ERASED)
+        if page.image is None or page.number != number:
+            return self._media_error(channel, number, 0, MediaCause.UNCORRECTABLE)
+        image[:] = page.image
+        if not faults.unreadable:
+            return None
+        codewords = min(codewords, self.config.codewords_per_page)
+        gone = [i for i in range(codewords) if (block, place.page, i) in faults.unreadable]
+        for i in gone:
+            image[i * size : (i + 1) * size] = 0
+        return self._media_error(channel, number, gone[0], MediaCause.UNCORRECTABLE) if gone else None
+
+    def _media_error(self, channel: int, page: int, codeword: int, cause: MediaCause) -> int:
+        registers = self._registers
+        if not registers["STATUS"] & StatusBit.MEDIA_ERROR:
+            registers["MEDIA_ERROR"] = channel << 24 | page
+            registers["MEDIA_CAUSE"] = cause << 16 | codeword
+            registers["STATUS"] |= StatusBit.MEDIA_ERROR
+        return codeword
 
     def _pack_result(self, trace: golden.Trace) -> bytes:
         rows, dim = trace.output.shape
@@ -291,11 +403,78 @@ class GoldenDevice:
         block[:, : dim * 4] = trace.output.astype("<u4").view(np.uint8)
         at = lines(dim * 4) * LINE_BYTES
         for name, values in (("maximum", trace.maximum), ("denominator", trace.denominator)):
-            field = TRAILER[name]
-            block[:, at + field.offset : at + field.offset + field.size] = values.astype("<i8")[
-                :, None
-            ].view(np.uint8)
+            record = TRAILER[name]
+            column = values.astype("<i8")[:, None].view(np.uint8)
+            block[:, at + record.offset : at + record.offset + record.size] = column
         return block.tobytes()
+
+    # Flash.
+
+    def _block(self, channel: int, place: PagePlace) -> Block:
+        zone = place.zone
+        block = self._map.get((channel, zone, place.die, place.plane), zone) if self._map else zone
+        return Block(channel, place.die, place.plane, block)
+
+    def _operate(self, line: bytes) -> None:
+        """One flash command."""
+        config, faults = self.config, self.faults
+        command = FLASH_COMMAND.unpack(line)
+        opcode, channel, number = Opcode(command["opcode"]), command["channel"], command["page"]
+        reserved = any(value for name, value in command.items() if name == "flags" or name.startswith("reserved"))
+        if reserved or (command["argument"] and opcode in (Opcode.ERASE, Opcode.PROBE)):
+            raise _RejectedError(Status.INVALID_FIELD, 0)
+        place = layout.page_place(number, config)
+        if channel >= config.channels or place.zone >= config.part.blocks or place.page >= config.part.pages or (
+                opcode is Opcode.MAP and command["argument"] >= config.part.blocks):
+            raise _RejectedError(Status.INVALID_PLACE, 0)
+        if opcode is Opcode.MAP:
+            self._map[channel, place.zone, place.die, place.plane] = command["argument"]
+            return
+        block, where = self._block(channel, place), channel << 24 | number
+        cut = False
+        if faults.power_cut is not None:
+            cut, faults.power_cut = faults.power_cut == 0, faults.power_cut - 1 if faults.power_cut else None
+        if (channel, place.die) in faults.dead:
+            raise _RejectedError(Status.DIE_TIMEOUT, where)
+        if opcode is Opcode.PROGRAM:
+            self._program(block, place.page, number, command["argument"], where, cut)
+        elif opcode is Opcode.ERASE:
+            if block in faults.bad or block in faults.worn:
+                raise _RejectedError(Status.ERASE_FAILED, where)
+            if cut:
+                for page in range(config.part.pages):
+                    self._blocks.setdefault(block, _Block()).pages[page] = _Page(None, number)
+                raise _PowerCutError
+            self._blocks.pop(block, None)
+        elif block in faults.bad:
+            raise _RejectedError(Status.BAD_BLOCK, where)
+        if cut:
+            raise _PowerCutError
+
+    def _program(self, block: Block, page: int, number: int, dram_page: int, where: int, cut: bool) -> None:
+        image = np.zeros(self.config.page_bytes, np.uint8)
+        missing = self._read_dram_page(image, dram_page & (1 << PAGE_NUMBER_BITS) - 1) is not None
+        found = self._blocks.setdefault(block, _Block())
+        if page != found.next:
+            raise _RejectedError(Status.PROGRAM_FAILED, where)
+        found.next += 1
+        failed = bool({block} & (self.faults.bad | self.faults.worn)) or (block, page) in self.faults.program_fails
+        found.pages[page] = _Page(None if failed or cut or missing else image, number)
+        if cut:
+            raise _PowerCutError
+        if failed:
+            raise _RejectedError(Status.PROGRAM_FAILED, where)
+        if missing:
+            raise _RejectedError(Status.BUS_ERROR, where)
+
+    def written(self) -> Iterator[tuple[Block, int, NDArray[np.uint8]]]:
+        """All that a thief with a soldering iron would find: (block, page of the block, data) of each page."""
+        for block, found in sorted(self._blocks.items()):
+            for page, content in sorted(found.pages.items()):
+                if content.image is not None:
+                    yield block, page, content.image
+
+    # Host memory.
 
     def _dma_read(self, address: int, size: int) -> bytes:
         if address + size > self.memory_bytes:
@@ -312,16 +491,19 @@ class GoldenDevice:
         return True
 
 
-def _raise_nan(*found: tuple[Status, int | None]) -> None:
+def _raise_first(*found: tuple[Status, int | None]) -> None:
     for status, where in found:
         if where is not None:
             raise _RejectedError(status, where)
+
+
+def _check_range(name: str, total: int, address: int, size: int) -> None:
+    if address < 0 or size < 0 or address + size > total:
+        raise RequestError(f"{name} is 0 to {total:#x}: {size} bytes at {address:#x} are not in it")
 
 
 def _register(name: str) -> Any:
     try:
         return REGISTER_MAP[name]
     except KeyError:
-        raise RequestError(
-            f"there is no register {name!r}; registers are {', '.join(REGISTER_MAP)}"
-        ) from None
+        raise RequestError(f"there is no register {name!r}; registers are {', '.join(REGISTER_MAP)}") from None

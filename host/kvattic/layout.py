@@ -1,30 +1,25 @@
-"""The page layout, one source for all sides: how a page looks and where each token lies in flash.
+"""The layout of K and V, one source for all sides: how a page looks, what a stripe is, how pages are numbered.
 
-Page
-    A codeword holds `Config.tokens_per_codeword` whole tokens of one head: token t's head_dim
-    elements, 16 bits each, little-endian, in order.  What is left of the codeword is zero.  A page
-    holds `Config.codewords_per_page` codewords, and so `Config.tokens_per_page` consecutive tokens
-    of one head: a *stripe*.  K and V have pages of their own.  Tokens that were not written are
-    zero.
+Token layout
+    A codeword holds `Config.tokens_per_codeword` whole tokens of one head: token t's head_dim elements, 16 bits each,
+    little-endian, in order.  What is left of the codeword is zero.  A page holds `Config.codewords_per_page`
+    codewords, and so `Config.tokens_per_page` consecutive tokens of one head.  K and V have pages of their own.
 
-Placement
-    Stripes go round the channels.  With ``u = stripe + head % channels`` the stripe lies on
-    channel ``u % channels``, in page row ``u // channels``; its page on that channel is the head's
-    base page (one for K, one for V) plus the row.  So heads start on different channels, and a
-    head's pages are consecutive on each channel.
+Channel layout
+    K again, for sparse attention: a codeword holds one embedding channel of codeword_bytes / 2 consecutive tokens of
+    one head, in order; a page holds codewords_per_page consecutive channels of the same tokens.  Codewords beyond
+    head_dim are zero (there are some where a codeword of the token layout has a rest).
 
-Start of a job
-    A job reads stripes first, first + 1, ... and first need not be 0.  The device knows only the
-    channel ``home`` of the job's first stripe and that stripe's page.  Let
-    ``u0 = first + head % channels = row0 * channels + home``.  The job's stripe i has
-    ``u = u0 + i = row0 * channels + (home + i)``.  As row0 * channels is a multiple of channels,
+Stripe
+    The tokens of a head are cut into stripes: `stripe_pages` pages of K and as many of V, with consecutive page
+    numbers each.  All pages of a stripe lie on one flash channel, or wait in device DRAM, where they look the same.
+    Without the channel layout a stripe is one page of tokens; with it, the tokens of a channel-layout codeword, and
+    channel-layout pages for them, as many as of K.  Stripes go round the channels (`stripe_channel`).
 
-        channel = (home + i) % channels,    page = base + row0 + (home + i) // channels.
+Page numbers
+    The page number on a channel is, from the low bits on: plane, die, page of the block, zone (`page_number`).
 
-    The command therefore carries home = u0 % channels and key_page = base + row0.  A lane c >= home
-    meets its first stripe at i = c - home, in row row0.  A lane c < home meets it at i = c +
-    channels - home, where home + i = c + channels: one row further.  Each lane then takes its
-    following pages one by one, for every channels-th stripe.
+docs/placement.md has the reasons and a picture.
 """
 
 from typing import Any, NamedTuple, TypeAlias
@@ -32,21 +27,28 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kvattic.commands import TABLE_ENTRY
 from kvattic.config import ELEMENT_BYTES, Config
 from kvattic.elements import to_bits
-from kvattic.errors import RequestError
+from kvattic.errors import ConfigError, RequestError
 from kvattic.formats import Element
 
 __all__ = [
     "TOKEN_BITS",
-    "Place",
-    "device_place",
-    "job_place",
+    "Block",
+    "Entries",
+    "PagePlace",
+    "pack_channel_pages",
+    "pack_entries",
     "pack_pages",
-    "page_rows",
-    "place",
+    "page_number",
+    "page_place",
     "storage_bits",
-    "stripe_count",
+    "stripe_channel",
+    "stripe_pages",
+    "token_offset",
+    "unpack_channel_pages",
+    "unpack_entries",
     "unpack_pages",
 ]
 
@@ -58,16 +60,55 @@ TOKEN_BITS = 24
 """Bits of a token number inside the engine: a sequence's tokens are numbered below 2**24."""
 
 
-class Place(NamedTuple):
-    """Where a page lies; both may be arrays.
+class PagePlace(NamedTuple):
+    """What a page number on a channel says; all may be arrays.
+
+    Members:
+        zone: zone, which the controller's map turns into a block of each plane.
+        page: page of the block.
+        die: die of the channel.
+        plane: plane of the die.
+    """
+
+    zone: Any
+    page: Any
+    die: Any
+    plane: Any
+
+
+class Block(NamedTuple):
+    """A physical block, the unit that wears out and goes bad.
 
     Members:
         channel: flash channel.
-        page: page number on that channel.
+        die: die of the channel.
+        plane: plane of the die.
+        block: block of the plane.
     """
 
-    channel: Any
-    page: Any
+    channel: int
+    die: int
+    plane: int
+    block: int
+
+    def __str__(self) -> str:
+        return f"channel {self.channel}, die {self.die}, plane {self.plane}, block {self.block}"
+
+
+class Entries(NamedTuple):
+    """Table entries taken apart (`commands.TABLE_ENTRY`), int64 arrays of one shape.
+
+    Members:
+        channel: whose lane attends the stripe.
+        key_page: first page of K.
+        value_page: first page of V.
+        dram: where the pages lie: 1 in device DRAM, 0 in flash, other values are not allowed.
+    """
+
+    channel: NDArray[np.int64]
+    key_page: NDArray[np.int64]
+    value_page: NDArray[np.int64]
+    dram: NDArray[np.int64]
 
 
 # Elements.
@@ -92,59 +133,49 @@ def storage_bits(values: ArrayLike, element: Element, name: str = "values") -> B
     if array.dtype == np.uint16:
         return np.ascontiguousarray(array, np.uint16)
     if array.dtype not in (np.float16, np.float32, np.float64):
-        raise RequestError(
-            f"{name} must be float16, float32 or float64, or uint16 bit patterns of "
-            f"{element.value}, not {array.dtype}"
-        )
+        raise RequestError(f"{name} must be float16, float32 or float64, or uint16 bit patterns of {element.value}, "
+                           f"not {array.dtype}")
     bits = to_bits(array, element)
     form = element.encoding
     ones = np.uint16(((1 << form.exponent_bits) - 1) << form.fraction_bits)
     special = (bits & ones) == ones
     if special.any():
         where = tuple(int(i) for i in np.argwhere(special)[0])
-        raise RequestError(
-            f"{name}{list(where)} is {array[where]}: it must be finite and within the range of "
-            f"{element.value}"
-        )
+        raise RequestError(f"{name}{list(where)} is {array[where]}: it must be finite and within the range of "
+                           f"{element.value}")
     return bits
 
 
 # Pages.
 
 
-def stripe_count(tokens: int, config: Config) -> int:
-    """Stripes that this many tokens take."""
-    return -(-tokens // config.tokens_per_page)
-
-
 def pack_pages(bits: Bits, config: Config) -> Pages:
-    """Page images of consecutive tokens of one head, the first at the start of a stripe.
+    """Page images, in the token layout, of consecutive tokens of one head, the first at the start of a page.
 
     Args:
         bits: uint16, (tokens, head_dim).
         config: geometry.
 
     Returns:
-        uint8, (stripe_count(tokens), page_bytes).
+        uint8, (ceil(tokens / tokens_per_page), page_bytes); the rest of the last page is zero.
 
     Raises:
         RequestError: wrong dtype or shape.
     """
-    if bits.dtype != np.uint16 or bits.ndim != 2 or bits.shape[1] != config.head_dim:
-        raise RequestError(
-            f"tokens must be uint16 (tokens, {config.head_dim}), not {bits.dtype} {bits.shape}"
-        )
-    stripes = stripe_count(len(bits), config)
-    tokens = np.zeros((stripes * config.tokens_per_page, config.head_dim), "<u2")
+    _check_tokens(bits, config)
+    pages = -(-len(bits) // config.tokens_per_page)
+    tokens = np.zeros((pages * config.tokens_per_page, config.head_dim), "<u2")
     tokens[: len(bits)] = bits
     used = config.tokens_per_codeword * config.token_bytes
-    images = np.zeros((stripes, config.codewords_per_page, config.codeword_bytes), np.uint8)
-    images[:, :, :used] = tokens.view(np.uint8).reshape(stripes, config.codewords_per_page, used)
-    return images.reshape(stripes, config.page_bytes)
+    if used == config.codeword_bytes:
+        return tokens.view(np.uint8).reshape(pages, config.page_bytes)
+    images = np.zeros((pages, config.codewords_per_page, config.codeword_bytes), np.uint8)
+    images[:, :, :used] = tokens.view(np.uint8).reshape(pages, config.codewords_per_page, used)
+    return images.reshape(pages, config.page_bytes)
 
 
 def unpack_pages(images: Pages, config: Config) -> Bits:
-    """The tokens of consecutive stripes: the inverse of `pack_pages`.
+    """The tokens of pages in the token layout: the inverse of `pack_pages`.
 
     Args:
         images: uint8, (pages, page_bytes).
@@ -156,45 +187,179 @@ def unpack_pages(images: Pages, config: Config) -> Bits:
     Raises:
         RequestError: wrong dtype or shape.
     """
-    if images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != config.page_bytes:
-        raise RequestError(
-            f"pages must be uint8 (pages, {config.page_bytes}), not {images.dtype} {images.shape}"
-        )
+    _check_pages(images, config)
     codewords = images.reshape(len(images), config.codewords_per_page, config.codeword_bytes)
-    used = np.ascontiguousarray(
-        codewords[:, :, : config.tokens_per_codeword * config.head_dim * ELEMENT_BYTES]
-    )
-    return used.view("<u2").astype(np.uint16).reshape(-1, config.head_dim)
+    used = np.ascontiguousarray(codewords[:, :, : config.tokens_per_codeword * config.token_bytes])
+    return used.view("<u2").astype(np.uint16, copy=False).reshape(-1, config.head_dim)
 
 
-# Placement.
+def pack_channel_pages(bits: Bits, config: Config) -> Pages:
+    """Page images, in the channel layout, of K of whole stripes of one head.
+
+    Args:
+        bits: uint16, (stripes * codeword_bytes / 2, head_dim).
+        config: geometry.
+
+    Returns:
+        uint8, (stripes * stripe_pages(config, sparse=True), page_bytes).
+
+    Raises:
+        ConfigError: the configuration cannot have the channel layout.
+        RequestError: wrong dtype or shape, or tokens that are not whole stripes.
+    """
+    tokens = stripe_pages(config, sparse=True) * config.tokens_per_page
+    _check_tokens(bits, config)
+    if len(bits) % tokens:
+        raise RequestError(f"the channel layout takes whole stripes of {tokens} tokens, not {len(bits)} tokens")
+    stripes, codewords = len(bits) // tokens, tokens // config.tokens_per_codeword
+    channels = np.zeros((stripes, codewords, tokens), "<u2")
+    channels[:, : config.head_dim] = bits.reshape(stripes, tokens, config.head_dim).swapaxes(1, 2)
+    return channels.view(np.uint8).reshape(-1, config.page_bytes)
 
 
-def place(stripe: Any, head: int, base_page: int, config: Config) -> Place:
-    """Where a stripe of a head lies.
+def unpack_channel_pages(images: Pages, config: Config) -> Bits:
+    """The tokens of pages in the channel layout: the inverse of `pack_channel_pages`.
+
+    Args:
+        images: uint8, (stripes * stripe_pages(config, sparse=True), page_bytes).
+        config: geometry.
+
+    Returns:
+        uint16, (stripes * codeword_bytes / 2, head_dim).
+
+    Raises:
+        ConfigError: the configuration cannot have the channel layout.
+        RequestError: wrong dtype or shape, or pages that are not whole stripes.
+    """
+    pages = stripe_pages(config, sparse=True)
+    _check_pages(images, config)
+    if len(images) % pages:
+        raise RequestError(f"the channel layout has {pages} pages in a stripe: {len(images)} are not whole stripes")
+    tokens = pages * config.tokens_per_page
+    channels = np.ascontiguousarray(images).view("<u2").reshape(-1, pages * config.codewords_per_page, tokens)
+    tokens_first = np.ascontiguousarray(channels[:, : config.head_dim].swapaxes(1, 2))
+    return tokens_first.astype(np.uint16, copy=False).reshape(-1, config.head_dim)
+
+
+def _check_tokens(bits: Bits, config: Config) -> None:
+    if bits.dtype != np.uint16 or bits.ndim != 2 or bits.shape[1] != config.head_dim:
+        raise RequestError(f"tokens must be uint16 (tokens, {config.head_dim}), not {bits.dtype} {bits.shape}")
+
+
+def _check_pages(images: Pages, config: Config) -> None:
+    if images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != config.page_bytes:
+        raise RequestError(f"pages must be uint8 (pages, {config.page_bytes}), not {images.dtype} {images.shape}")
+
+
+# Stripes.
+
+
+def stripe_pages(config: Config, *, sparse: bool) -> int:
+    """Pages of K (and of V, and of the channel layout) in a stripe.
+
+    Args:
+        config: geometry.
+        sparse: with the channel layout.
+
+    Raises:
+        ConfigError: the configuration cannot have the channel layout, or its score buffer no such stripe.
+    """
+    if not sparse:
+        return 1
+    tokens, page = config.codeword_bytes // ELEMENT_BYTES, config.tokens_per_page
+    pages = tokens // page
+    if pages * page != tokens or pages & (pages - 1):
+        raise ConfigError(
+            f"a codeword of the channel layout has {tokens} tokens: that must be 1, 2, 4, ... pages of the token "
+            f"layout, of {page} tokens each, not {tokens / page:g}; "
+            "choose another page_bytes, or a power of two for head_dim")
+    if pages * config.codewords_per_page > config.ring_codewords:
+        raise ConfigError(
+            f"a stripe of the channel layout has {pages * config.codewords_per_page} codewords of K: they must fit the "
+            f"score buffer of a lane, {config.ring_codewords} codewords (score_depth {config.score_depth})")
+    return pages
+
+
+def stripe_channel(stripe: Any, head: Any, config: Config) -> Any:
+    """Channel of a stripe.
 
     Args:
         stripe: number of the stripe, or an integer array of them.
-        head: number of the head; any numbering will do that gives the heads that are read together
+        head: number of the head, or an array; any numbering will do that gives the heads that are read together
             different ones.
-        base_page: first page of the head's K (or V), the same on all channels.
         config: geometry.
     """
-    u = stripe + head % config.channels
-    return Place(u % config.channels, base_page + u // config.channels)
+    return (stripe + head) % config.channels
 
 
-def page_rows(stripes: int, head: int, config: Config) -> int:
-    """Pages that a head's K (or V) takes on every channel, from its base page on."""
-    return -(-(stripes + head % config.channels) // config.channels)
+def token_offset(token: int, config: Config) -> int:
+    """Byte at which a token begins, from the beginning of its stripe's first page on.
+
+    Args:
+        token: counted from the stripe's first one.
+        config: geometry.
+    """
+    codeword, inside = divmod(token, config.tokens_per_codeword)
+    return codeword * config.codeword_bytes + inside * config.token_bytes
 
 
-def job_place(stripe: int, head: int, base_page: int, config: Config) -> Place:
-    """A command's (home, key_page or value_page) when `stripe` is the first that its job reads."""
-    return place(stripe, head, base_page, config)
+# Page numbers.
 
 
-def device_place(index: Any, home: int, page: int, config: Config) -> Place:
-    """Where the device, knowing a command's home and page, finds stripe(s) `index` of its job."""
-    u = home + index
-    return Place(u % config.channels, page + u // config.channels)
+def page_number(place: PagePlace, config: Config) -> Any:
+    """The page number of a place; nothing is checked.
+
+    Args:
+        place: integers, or arrays of them.
+        config: geometry.
+    """
+    block_page = place.zone << config.block_page_bits | place.page
+    return (block_page << config.die_bits | place.die) << config.plane_bits | place.plane
+
+
+def page_place(number: Any, config: Config) -> PagePlace:
+    """Where the page of a number lies.
+
+    Args:
+        number: page number on a channel, or an array of them.
+        config: geometry.
+    """
+    die = number >> config.plane_bits
+    page = die >> config.die_bits
+    return PagePlace(page >> config.block_page_bits, page & (1 << config.block_page_bits) - 1,
+                     die & (1 << config.die_bits) - 1, number & (1 << config.plane_bits) - 1)
+
+
+# Table entries.
+
+
+def pack_entries(channel: ArrayLike, key_page: ArrayLike, value_page: ArrayLike, dram: ArrayLike) -> NDArray[np.uint64]:
+    """Table entries (`commands.TABLE_ENTRY`), one for each stripe.
+
+    Args:
+        channel: whose lane attends the stripe; integers that fit the field, or arrays of them.
+        key_page: first page of K; likewise.
+        value_page: first page of V; likewise.
+        dram: 1: the pages lie in device DRAM; likewise.
+
+    Returns:
+        uint64; little-endian in memory is what the device reads.
+
+    Raises:
+        RequestError: a number does not fit its field.
+    """
+    result = np.zeros(np.broadcast_shapes(*(np.shape(v) for v in (channel, key_page, value_page, dram))), np.uint64)
+    for name, values in zip(Entries._fields, (channel, key_page, value_page, dram), strict=True):
+        field, array = TABLE_ENTRY[name], np.asarray(values)
+        if array.size and not 0 <= array.min() <= array.max() < 1 << 8 * field.size:
+            raise RequestError(f"{name} of a table entry must be 0 to {(1 << 8 * field.size) - 1}, not "
+                               f"{array.min()} to {array.max()}")
+        result |= array.astype(np.uint64) << np.uint64(8 * field.offset)
+    return result
+
+
+def unpack_entries(entries: NDArray[np.uint64]) -> Entries:
+    """The inverse of `pack_entries`."""
+    return Entries(*(
+        (entries >> np.uint64(8 * field.offset) & np.uint64((1 << 8 * field.size) - 1)).astype(np.int64)
+        for field in (TABLE_ENTRY[name] for name in Entries._fields)))

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvattic
-from kvattic import golden
-from kvattic.commands import COMPLETION, query_row_bytes, result_row_bytes
+from kvattic import golden, layout
+from kvattic.commands import COMPLETION, Kind, query_row_bytes, result_row_bytes
 from kvattic.config import PAPER, TINY, Config
 from kvattic.driver import Device
 from kvattic.elements import from_bits, to_bits
@@ -26,12 +26,13 @@ from kvattic.errors import (
 )
 from kvattic.formats import SCORE_MASKED, VALUE_FRACTION, Element
 from kvattic.golden_device import GoldenDevice
+from kvattic.nand import TINY_PART
 from kvattic.registers import StatusBit
 
 PAGE = TINY.tokens_per_page
 BF16 = replace(TINY, element=Element.BF16, channels=3, rows=3)
 ODD = Config(
-    channels=3, rows=4, head_dim=80, page_bytes=1024, codeword_bytes=512, score_depth=256
+    channels=3, rows=4, head_dim=80, part=TINY_PART, dies=2, codeword_bytes=512, score_depth=256
 )  # 3 tokens and 32 bytes of padding in a codeword
 SHORT = replace(TINY, score_depth=16)  # 32 tokens for a job, so that sequences are split
 CONFIGS = {"tiny": TINY, "bf16": BF16, "odd": ODD, "short": SHORT}
@@ -40,6 +41,32 @@ TOLERANCE = 1e-6
 
 def open_device(config=TINY, **sizes):
     return Device(GoldenDevice(config, **sizes))
+
+
+def pages_of(device, channel, dram, first, count):
+    """Images of consecutive pages, as they lie in DRAM or in flash."""
+    config, golden_device = device.config, device.transport
+    for page in range(first, first + count):
+        if dram:
+            yield np.frombuffer(golden_device.read_dram(page * config.page_bytes, config.page_bytes), np.uint8)
+        else:
+            block = golden_device._blocks[device._allocator.block(channel, page)]
+            yield block.pages[layout.page_place(page, config).page].image
+
+
+def content(sequence, layer=0):
+    """K and V of a layer as the device has them, (kv_heads, K or V, tokens, head_dim), found by the jobs' tables."""
+    device, config = sequence.device, sequence.device.config
+    plan = sequence.plan(np.ones((sequence.kv_heads, 1, config.head_dim)), layer=layer)
+    images = [([], []) for _ in range(sequence.kv_heads)]
+    for part in plan._parts:
+        for job in plan.jobs[part.jobs.start : part.jobs.stop]:
+            entries = layout.unpack_entries(job.table)
+            for channel, key_page, value_page, dram in zip(*(column.tolist() for column in entries), strict=True):
+                for kind, first in ((Kind.KEY, key_page), (Kind.VALUE, value_page)):
+                    images[part.kv_head][kind] += pages_of(device, channel, dram, first, job.stripe_pages)
+    return np.array([[layout.unpack_pages(np.array(pages), config)[: sequence.length(layer)] for pages in head]
+                     for head in images])
 
 
 def tensors(config, kv_heads, tokens, q_heads, n_queries, seed=0):
@@ -152,16 +179,18 @@ def test_appends_in_any_pieces_equal_one_prefill(name, pieces, kv_heads):
     config = CONFIGS[name]
     total = sum(pieces)
     key, value, _ = tensors(config, kv_heads, total, kv_heads, 1)
-    once, pieced = GoldenDevice(config), GoldenDevice(config)
-    Device(once).create_sequence(kv_heads, capacity_tokens=total).prefill(key, value)
-    sequence = Device(pieced).create_sequence(kv_heads, capacity_tokens=total)
+    once = open_device(config).create_sequence(kv_heads, capacity_tokens=total)
+    once.prefill(key, value)
+    sequence = open_device(config).create_sequence(kv_heads, capacity_tokens=total)
     at = 0
     for piece in pieces:
         sequence.append(key[:, at : at + piece], value[:, at : at + piece])
         at += piece
         assert sequence.length() == at
-    assert once._pages.keys() == pieced._pages.keys()
-    assert all(np.array_equal(once._pages[place], pieced._pages[place]) for place in once._pages)
+        assert sequence.flushed() == at - at % config.tokens_per_page
+    expected = to_bits(np.stack([key, value], axis=1), config.element)
+    assert np.array_equal(content(once), expected)
+    assert np.array_equal(content(sequence), expected)
 
 
 def test_attention_between_appends_sees_what_was_written():
@@ -201,19 +230,22 @@ def test_heads_start_on_different_channels_over_sequences_too():
         for kv_heads in (1, 1, 2, 1):
             sequence = device.create_sequence(kv_heads, capacity_tokens=4)
             sequence.prefill(*np.ones((2, kv_heads, 4, 32)))
-            homes += [job.home for job in sequence.plan(np.ones((kv_heads, 1, 32))).jobs]
+            homes += [int(layout.unpack_entries(job.table).channel[0])
+                      for job in sequence.plan(np.ones((kv_heads, 1, 32))).jobs]
     assert homes == [0, 1, 2, 0, 1]
 
 
 def test_freed_flash_is_used_again_and_old_tokens_are_gone():
     key, value, query = tensors(TINY, 1, 40, 1, 1)
-    with open_device(pages_per_channel=8) as device:
-        whole = device.free_pages
-        for _ in range(5):
+    with open_device() as device:
+        zones, pages = device.free_zones, device.free_dram_pages
+        for _ in range(20):
             with device.create_sequence(1, capacity_tokens=64) as sequence:
-                assert device.free_pages < whole
                 sequence.prefill(np.full_like(key, 3), value)
-            assert device.free_pages == whole
+                assert device.free_zones == zones - 1
+                assert device.free_dram_pages == pages - 2
+            assert (device.free_zones, device.free_dram_pages) == (zones, pages)
+            assert not list(device.transport.written())
         sequence = device.create_sequence(1, capacity_tokens=64)
         sequence.prefill(key[:, :17], value[:, :17])
         expected = reference(query, key[:, :17], value[:, :17], np.ones((1, 17), bool), 32**-0.5)
@@ -313,7 +345,7 @@ def test_small_memory_makes_many_batches_of_the_same_bits():
     key, value, query = tensors(TINY, 3, 20, 6, 3)
     row = query_row_bytes(32) + result_row_bytes(32)
     seen, found = [], []
-    for memory in (1 << 20, 2 * (128 + 2 * row)):
+    for memory in (1 << 20, 2 * (128 + 2 * row + 64)):  # command, completion, rows, table
         with open_device(memory_bytes=memory) as device:
             sequence = device.create_sequence(3, capacity_tokens=20)
             sequence.prefill(key, value)
@@ -324,7 +356,7 @@ def test_small_memory_makes_many_batches_of_the_same_bits():
             seen.append(calls)
     assert seen == [[(9, 9)], [(2, 9), (4, 9), (6, 9), (8, 9), (9, 9)]]
     assert np.array_equal(*found)
-    with open_device(memory_bytes=128 + 2 * row - 1) as device:
+    with open_device(memory_bytes=128 + 2 * row + 64 - 1) as device:
         sequence = device.create_sequence(1, capacity_tokens=20)
         sequence.prefill(key[:1], value[:1])
         with pytest.raises(CapacityError, match=r"job 0 of 3 needs .* bytes of host memory"):
@@ -347,7 +379,7 @@ def test_the_doorbell_takes_65535_commands(monkeypatch):
 @pytest.fixture
 def sequence():
     with (
-        open_device(pages_per_channel=16) as device,
+        open_device() as device,
         device.create_sequence(2, capacity_tokens=40) as made,
     ):
         yield made
@@ -445,12 +477,17 @@ def test_capacity(sequence):
 
 def test_device_full(sequence):
     device = sequence.device
-    before = device.free_pages
+    # 448 pages of 16 tokens of K or V; two heads of 1,600 tokens take 400 of them.
+    big = device.create_sequence(2, capacity_tokens=1600)
     with pytest.raises(
-        CapacityError, match=r"2 layers, 3 KV heads and 64 tokens has no room: the flash is full"
+        CapacityError, match=r"1 layers, 2 KV heads and 400 tokens has no room: the flash is full: 2 zones of 32 pages "
+                             r"on each channel are wanted; 7 of 7 are free, and 7 of them reserved"
     ):
-        device.create_sequence(3, layers=2, capacity_tokens=64)
-    assert device.free_pages == before
+        device.create_sequence(2, capacity_tokens=400)
+    big.free()
+    device.create_sequence(2, capacity_tokens=400)
+    with pytest.raises(CapacityError, match="takes 300 pages of a channel, the device has 7 zones of 32 pages"):
+        device.create_sequence(3, layers=2, capacity_tokens=800)
     with pytest.raises(CapacityError, match="16,777,215, not 16,777,216"):
         device.create_sequence(1, capacity_tokens=1 << 24)
 
@@ -503,7 +540,7 @@ def test_nan_in_bit_patterns_is_reported_by_the_device(sequence):
     key = zeros(2, 10, 32, dtype=np.uint16)
     key[1, 7, 3] = 0x7C00
     sequence.prefill(key, zeros(2, 10, 32))
-    message = "job 1 of 2 .layer 0, KV head 1, tokens 0 to 9. failed: NAN_KEY: .* in K at token 7"
+    message = "job 1 of 2 .sequence 0, layer 0, KV head 1, tokens 0 to 9. failed: NAN_KEY: .* in K at token 7"
     with pytest.raises(DeviceStatusError, match=message) as error:
         sequence.attend(zeros(2, 1, 32))
     assert error.value.completion.where == 7
@@ -516,7 +553,7 @@ def test_nan_in_bit_patterns_is_reported_by_the_device(sequence):
 
 def test_a_job_that_does_not_fit_the_command(sequence):
     sequence.prefill(zeros(2, 10, 32), zeros(2, 10, 32))
-    job = replace(sequence.plan(zeros(2, 1, 32)).jobs[0], home=256)
+    job = replace(sequence.plan(zeros(2, 1, 32)).jobs[0], stripe_pages=256)
     with pytest.raises(RequestError, match="a number of job 0 does not fit its field"):
         sequence.device.run([job])
 
@@ -536,7 +573,7 @@ class Wrapped(GoldenDevice):
     ("name", "value", "message"),
     [
         ("ID", 0xFFFFFFFF, "no kvattic device: ID is 0xffffffff, not 0x5441564b"),
-        ("VERSION", 0x0002_0003, r"version 2.3, this library needs 1\.x"),
+        ("VERSION", 0x0001_0003, r"version 1.3, this library needs 2\.x"),
         ("CONFIG_HASH", 1, "another configuration: CONFIG_HASH is 0x00000001"),
     ],
 )
@@ -546,7 +583,7 @@ def test_a_wrong_device_is_refused(name, value, message):
 
 
 def test_a_minor_version_is_no_matter():
-    Device(Wrapped(VERSION=0x0001_0007))
+    Device(Wrapped(VERSION=0x0002_0007))
 
 
 def prefilled(transport):
