@@ -122,7 +122,6 @@ class Engine(wiring.Component):
             loader.count.eq(control.count),
             loader.buffer_base.eq(control.buffer_base),
             loader.buffer_limit.eq(control.buffer_limit),
-            finisher.batch_start.eq(control.batch_start),
             finisher.completion_base.eq(control.completion_base),
             finisher.snapshot.eq(control.snapshot),
         ]

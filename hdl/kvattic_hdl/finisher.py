@@ -11,15 +11,23 @@ from kvattic.config import Config
 
 from .axi import AXI_WRITE, DATA_BITS, LINE_WORDS
 from .axi_write import WriteLines
-from .control import COUNT_BITS, SNAPSHOT
+from .control import SNAPSHOT
 from .divider import Divider, Normaliser, normalised
-from .interfaces import Shapes
+from .interfaces import FAULTS, INDEX_BITS, Shapes
 from .records import assemble
+
+LANE_FLAGS = tuple(flag.name.lower() for flag in CompletionFlag)
+"""Flags that lanes report."""
 
 
 def _words(line: Value) -> data.View:
     """A line as the words of the bus."""
     return data.View(data.ArrayLayout(DATA_BITS, LINE_WORDS), line)
+
+
+def fault_order(report: data.View) -> Value:
+    """A number that is the less the sooner this fault is reported."""
+    return Cat(report.token, report.fault)
 
 
 class Finisher(wiring.Component):
@@ -34,11 +42,13 @@ class Finisher(wiring.Component):
     Throughput: a job each ``rows * head_dim`` cycles (rows of the job; as many times more as there
     are copies of the accumulators) and about 40 and the longer of gathering (``rows * (channels +
     5)``) and the first word's way through the lanes, unless writing takes longer.
-    Ordering: completions in the order of `jobs`.
+    Ordering: completions of jobs in the order of `jobs`; those of flash commands in the order of
+    `outcomes`, between them, when no result is being written.
     Reset drops all jobs; raise `stop` and wait for `quiet` before it.
 
-    Status: what the job came with; else CODEWORD_TIMEOUT if its slot has failed; else NAN_KEY,
-    NAN_VALUE; else BUS_ERROR (where 0) if a result line was answered with an error; else OK.
+    Status: what the job came with; else CODEWORD_TIMEOUT if its slot has failed; else
+    UNREADABLE_KEY, UNREADABLE_VALUE, NAN_KEY, NAN_VALUE; else BUS_ERROR (where 0) if a result line
+    was answered with an error; else OK.
     Result rows are written only for jobs without an error.  Flags are those of the lanes, whatever
     the status.
 
@@ -53,6 +63,8 @@ class Finisher(wiring.Component):
     -------
     jobs : In(stream.Signature(shapes.job))
         Jobs in order; one is taken when the next may begin, after `freed`.
+    outcomes : In(stream.Signature(shapes.ended))
+        Flash commands that have ended.
     values_done : In(ArrayLayout(unsigned(jobs_in_flight), channels))
         From each lane: the slot's V codewords are accounted for.
     failed : In(jobs_in_flight)
@@ -84,8 +96,6 @@ class Finisher(wiring.Component):
         Strobe: the lanes' state of `freed_slot` is no longer needed.
     freed_slot : Out(shapes.slot)
         Slot that is free.
-    batch_start : In(1)
-        Strobe: the next completion is entry 0.
     completion_base : In(64)
         Address of entry 0, constant while a batch runs.
     snapshot : In(SNAPSHOT)
@@ -109,6 +119,7 @@ class Finisher(wiring.Component):
         super().__init__(
             {
                 "jobs": In(stream.Signature(shapes.job)),
+                "outcomes": In(stream.Signature(shapes.ended)),
                 "values_done": In(
                     data.ArrayLayout(unsigned(config.jobs_in_flight), config.channels)
                 ),
@@ -128,7 +139,6 @@ class Finisher(wiring.Component):
                 "chain_tail": In(stream.Signature(shapes.partial)),
                 "freed": Out(1),
                 "freed_slot": Out(shapes.slot),
-                "batch_start": In(1),
                 "completion_base": In(64),
                 "snapshot": In(SNAPSHOT),
                 "completed": Out(1),
@@ -242,13 +252,12 @@ class Finisher(wiring.Component):
         with m.If(chosen_valid):
             m.d.sync += total.eq(total + chosen)
             # Reports are combined once more with each row, which changes nothing.
-            for name in ("nan_key", "nan_value", "score_overflow", "value_overflow", "duplicate"):
+            # The least of (fault, token): the first of FAULTS, at its lowest token.
+            with m.If(fault_order(chosen_report) < fault_order(report)):
+                m.d.sync += [report.fault.eq(chosen_report.fault), report.token.eq(chosen_report.token)]
+            for name in LANE_FLAGS:
                 with m.If(chosen_report[name]):
                     m.d.sync += report[name].eq(1)
-            for name in ("nan_key", "nan_value"):
-                token, new = report[f"{name}_token"], chosen_report[f"{name}_token"]
-                with m.If(chosen_report[name] & (new < token)):
-                    m.d.sync += token.eq(new)
 
         normalised_rows = Signal(range(config.rows + 1))
         m.d.comb += [
@@ -271,20 +280,8 @@ class Finisher(wiring.Component):
             with m.State("IDLE"):
                 m.d.sync += [row.eq(0), lane.eq(0), total.eq(0)]
                 with m.If(begin):
-                    m.d.sync += [
-                        Cat(
-                            report[name]
-                            for name in (
-                                "nan_key",
-                                "nan_value",
-                                "score_overflow",
-                                "value_overflow",
-                                "duplicate",
-                            )
-                        ).eq(0),
-                        report.nan_key_token.eq(~0),
-                        report.nan_value_token.eq(~0),
-                    ]
+                    m.d.sync += report.fault.eq(len(FAULTS))
+                    m.d.sync += [report[name].eq(0) for name in LANE_FLAGS]
                     m.next = "ADDRESS"
             with m.State("ADDRESS"):
                 m.next = "READ"
@@ -454,10 +451,12 @@ class Finisher(wiring.Component):
         with m.If(job.lanes & (job.status == Status.OK)):
             with m.If(abandoned):
                 m.d.comb += [status.eq(Status.CODEWORD_TIMEOUT), where.eq(abandoned_where)]
-            with m.Elif(report.nan_key):
-                m.d.comb += [status.eq(Status.NAN_KEY), where.eq(report.nan_key_token)]
-            with m.Elif(report.nan_value):
-                m.d.comb += [status.eq(Status.NAN_VALUE), where.eq(report.nan_value_token)]
+            with m.Elif(report.fault < len(FAULTS)):
+                m.d.comb += where.eq(report.token)
+                with m.Switch(report.fault):
+                    for number, name in enumerate(FAULTS):
+                        with m.Case(number):
+                            m.d.comb += status.eq(Status[name.upper()])
         flags = Signal(COMPLETION["flags"].size * 8)
         for flag in CompletionFlag:
             m.d.comb += flags[flag.value.bit_length() - 1].eq(job.lanes & report[flag.name.lower()])
@@ -471,14 +470,21 @@ class Finisher(wiring.Component):
         ]
 
         entry = Signal(
-            data.StructLayout({"status": 16, "where": 32, "flags": len(flags), "identifier": 16}),
+            data.StructLayout(
+                {
+                    "index": INDEX_BITS,
+                    "status": 16,
+                    "where": 32,
+                    "flags": len(flags),
+                    "identifier": 16,
+                }
+            ),
             reset_less=True,
         )
         counters = Signal(SNAPSHOT, reset_less=True)
         write_half = Signal(reset_less=True)
         write_last_row = Signal(shapes.row, reset_less=True)
         line_address = Signal(64, reset_less=True)
-        index = Signal(COUNT_BITS)
         error = Signal()
 
         # What is being sent: words of a row (results, then trailer) or of the completion; one
@@ -542,8 +548,10 @@ class Finisher(wiring.Component):
             m.d.sync += error.eq(1)
         with m.FSM(name="write"):
             with m.State("IDLE"):
-                m.d.comb += writer_idle.eq(1)
+                # Jobs first: they come once in a while only.
+                m.d.comb += [writer_idle.eq(1), self.outcomes.ready.eq(~hand_over)]
                 m.d.sync += [
+                    entry.index.eq(job.index),
                     entry.status.eq(status),
                     entry.where.eq(where),
                     entry.flags.eq(flags),
@@ -560,6 +568,13 @@ class Finisher(wiring.Component):
                         m.next = "ROWS"
                     with m.Else():
                         m.next = "COMPOSE"
+                with m.Elif(self.outcomes.valid):
+                    m.d.sync += [
+                        entry[name].eq(self.outcomes.payload[name])
+                        for name, _ in shapes.ended
+                    ]
+                    m.d.sync += entry.flags.eq(0)
+                    m.next = "COMPOSE"
             with m.State("ROWS"):
                 m.d.comb += sending_rows.eq(1)
                 with m.If(step & (word == row_words - 1)):
@@ -572,7 +587,7 @@ class Finisher(wiring.Component):
             with m.State("COMPOSE"):
                 m.d.sync += [
                     counters.eq(self.snapshot),
-                    line_address.eq(self.completion_base + (index << ceil_log2(LINE_BYTES))),
+                    line_address.eq(self.completion_base + (entry.index << ceil_log2(LINE_BYTES))),
                 ]
                 with m.If(error):
                     m.d.sync += [entry.status.eq(Status.BUS_ERROR), entry.where.eq(0)]
@@ -584,8 +599,5 @@ class Finisher(wiring.Component):
             with m.State("FINISH"):
                 with m.If(written):
                     m.d.comb += self.completed.eq(1)
-                    m.d.sync += index.eq(index + 1)
                     m.next = "IDLE"
-        with m.If(self.batch_start):
-            m.d.sync += index.eq(0)
         return m

@@ -12,8 +12,9 @@ from amaranth.sim import Simulator
 from kvattic.commands import COMPLETION, TRAILER, CompletionFlag, Status, result_row_bytes
 from kvattic.config import TINY, Config
 from kvattic.formats import SCORE_MASKED
+from kvattic.nand import TINY_PART
 from kvattic_hdl.finisher import Finisher
-from kvattic_hdl.interfaces import Shapes
+from kvattic_hdl.interfaces import FAULTS, Shapes
 
 
 def neighbour(name):
@@ -33,13 +34,13 @@ COUNTERS = ("cycle", "beats", "starved", "barrier", "weights", "scores", "idle")
 FLAGS = ("score_overflow", "value_overflow", "duplicate")
 
 ONE_ROW = replace(TINY, rows=1, channels=1, jobs_in_flight=2)
-COPIES = replace(TINY, rows=3, channels=3, beat_bytes=32)
+COPIES = replace(TINY, rows=3, channels=3, beat_bytes=32, dram_beat_bytes=32)
 ODD = Config(
     channels=5,
     rows=3,
     head_dim=80,
     beat_bytes=16,
-    page_bytes=1024,
+    part=TINY_PART,
     codeword_bytes=512,
     score_depth=256,
 )
@@ -52,6 +53,7 @@ class Job:
     identifier: int
     rows: int
     result: int
+    index: int = 0
     lanes: bool = True
     status: int = 0
     where: int = 0
@@ -99,12 +101,10 @@ def some_job(rng, config, number, kind):
                 for _ in range(config.rows)
             ]
         )
-        token = {name: rng.getrandbits(24) for name in ("nan_key_token", "nan_value_token")}
         job.reports.append(
             {
-                "nan_key": 0,
-                "nan_value": 0,
-                **token,
+                "fault": len(FAULTS),
+                "token": rng.getrandbits(24),
                 **{name: int(rng.random() < 0.1) for name in FLAGS},
             }
         )
@@ -116,12 +116,9 @@ def some_job(rng, config, number, kind):
             job.denominators[lane][0] = 0
             for word in job.accumulators[lane]:
                 word[0] = [0] * config.elements_per_beat
-    if kind in ("nan_key", "nan_both"):
+    if kind in FAULTS or kind == "faults":
         for report in rng.sample(job.reports, rng.randint(1, config.channels)):
-            report["nan_key"] = 1
-    if kind in ("nan_value", "nan_both"):
-        for report in rng.sample(job.reports, rng.randint(1, config.channels)):
-            report["nan_value"] = 1
+            report["fault"] = rng.randrange(len(FAULTS)) if kind == "faults" else FAULTS.index(kind)
     return job
 
 
@@ -131,10 +128,10 @@ def expected_status(job):
         return job.status, job.where
     if job.failed:
         return Status.CODEWORD_TIMEOUT, job.where
-    for name, status in (("nan_key", Status.NAN_KEY), ("nan_value", Status.NAN_VALUE)):
-        tokens = [report[f"{name}_token"] for report in job.reports if report[name]]
+    for fault, name in enumerate(FAULTS):
+        tokens = [report["token"] for report in job.reports if report["fault"] == fault]
         if tokens:
-            return status, min(tokens)
+            return Status[name.upper()], min(tokens)
     return (Status.BUS_ERROR if job.bus_error else Status.OK), 0
 
 
@@ -177,10 +174,14 @@ def flat_report(layout, report):
 
 
 class World:
-    """Everything around the finisher; one `run` is one simulation of batches of jobs."""
+    """Everything around the finisher; one `run` is one simulation of batches of jobs.
 
-    def __init__(self, config, batches, *, seed=0, stall=0.0, lane_latency=5):
+    `flash` is the number of flash commands among each batch's; their places are drawn.
+    """
+
+    def __init__(self, config, batches, *, seed=0, stall=0.0, lane_latency=5, flash=0):
         self.config, self.shapes, self.batches = config, Shapes(config), batches
+        self.outcomes = [self.places(batch, flash, random.Random(seed)) for batch in batches]
         self.rng, self.stall, self.lane_latency = random.Random(seed), stall, lane_latency
         self.dut = Finisher(config)
         jobs = [job for batch in batches for job in batch]
@@ -193,8 +194,26 @@ class World:
         self.cycle = 0
         self.inputs = {}
         self.completed_at = []
+        self.completed = []
         self.freed_at = []
         self.write_errors = 0
+
+    @staticmethod
+    def places(batch, flash, rng):
+        """Give the jobs their indices, in order; what is left is flash commands', in any order."""
+        indices = list(range(len(batch) + flash))
+        others = rng.sample(indices, flash)
+        for job, index in zip(batch, sorted(set(indices) - set(others)), strict=True):
+            job.index = index
+        return [
+            {
+                "index": index,
+                "identifier": rng.getrandbits(16),
+                "status": rng.choice((Status.OK, Status.PROGRAM_FAILED, Status.DIE_TIMEOUT)),
+                "where": rng.getrandbits(32),
+            }
+            for index in others
+        ]
 
     def run(self):
         simulator = Simulator(self.dut)
@@ -208,10 +227,8 @@ class World:
         number = 0
         for batch_number, batch in enumerate(self.batches):
             ctx.set(self.dut.completion_base, self.base(batch_number))
-            ctx.set(self.dut.batch_start, 1)
             await self.tick(ctx)
-            ctx.set(self.dut.batch_start, 0)
-            await self.run_batch(ctx, batch, number)
+            await self.run_batch(ctx, batch, number, self.outcomes[batch_number])
             number += len(batch)
         for _ in range(20):
             await self.tick(ctx)
@@ -257,23 +274,26 @@ class World:
             d.freed_slot,
             d.completed,
             d.write_error,
+            d.outcomes.valid,
+            d.outcomes.ready,
         )
         self.own = len(own)
         return own + self.bus.signals()
 
-    async def run_batch(self, ctx, batch, number, limit=60000):
+    async def run_batch(self, ctx, batch, number, outcomes, limit=60000):
         dut, config, shapes, _rng = self.dut, self.config, self.shapes, self.rng
         slots = config.jobs_in_flight
         slot_job = [None] * slots  # what the lanes hold
         since = [0] * slots
         done = [0] * config.channels
-        given = passed = freed = completed = 0
+        given = passed = freed = completed = ended = told = 0
         chain = deque()  # (cycle in which it may leave, slot, address, data)
         addresses = []
         later = {}  # addresses applied in the last cycle
         end = self.cycle + limit
 
-        while completed < len(batch):
+        base = self.base(next(i for i, b in enumerate(self.batches) if b is batch))
+        while completed + told < len(batch) + len(outcomes):
             assert self.cycle < end, "the batch did not end"
             # Slots get their jobs as soon as they are free, as the loader would do it.
             while given < len(batch) and given - freed < slots:
@@ -303,6 +323,7 @@ class World:
                     {
                         "slot": (number + passed) % slots,
                         "lanes": job.lanes,
+                        "index": job.index,
                         "identifier": job.identifier,
                         "rows": job.rows,
                         "result": job.result,
@@ -311,6 +332,9 @@ class World:
                     },
                 )
                 ctx.set(dut.jobs.valid, 1)
+            if ended < len(outcomes) and not ctx.get(dut.outcomes.valid) and self.chance():
+                ctx.set(dut.outcomes.payload, outcomes[ended])
+                ctx.set(dut.outcomes.valid, 1)
             ctx.set(dut.chain_head.ready, len(chain) < config.channels + 1 and self.chance())
             if (
                 chain
@@ -342,6 +366,8 @@ class World:
                 freed_slot,
                 is_completed,
                 error,
+                outcome_valid,
+                outcome_ready,
             ) = await self.tick(ctx)
             self.write_errors += error
 
@@ -396,12 +422,22 @@ class World:
                 assert freed == passed + 1
                 passed += 1
                 ctx.set(dut.jobs.valid, 0)
+            if outcome_valid and outcome_ready:
+                ended += 1
+                ctx.set(dut.outcomes.valid, 0)
             if is_completed:
-                base = next(self.base(i) for i, b in enumerate(self.batches) if b is batch)
-                assert self.bus.answered[-1] == base + 64 * completed
                 assert not self.bus.waiting
-                completed += 1
+                index = (self.bus.answered[-1] - base) // 64
+                # Jobs in their order, and flash commands in theirs.
+                if told < len(outcomes) and index == outcomes[told]["index"]:
+                    assert told < ended
+                    told += 1
+                else:
+                    assert index == batch[completed].index
+                    assert completed < passed
+                    completed += 1
                 self.completed_at.append(self.cycle)
+                self.completed.append(index)
         assert freed == passed == len(batch)
 
     def set(self, ctx, target, value, name):
@@ -436,12 +472,14 @@ class World:
         wanted = {}
         completions = {}
         for batch_number, batch in enumerate(self.batches):
-            for entry, job in enumerate(batch):
+            for outcome in self.outcomes[batch_number]:
+                completions[self.base(batch_number) + 64 * outcome["index"]] = outcome
+            for job in batch:
                 status, _ = expected_status(job)
                 if status in (Status.OK, Status.BUS_ERROR) and job.lanes:
                     block = expected_rows(self.config, job)
                     wanted |= {job.result + i: block[i : i + 64] for i in range(0, len(block), 64)}
-                completions[self.base(batch_number) + 64 * entry] = job
+                completions[self.base(batch_number) + 64 * job.index] = job
         written = dict(self.bus.lines)
         assert len(written) == len(self.bus.lines), "a line was written twice"
         assert written.keys() == wanted.keys() | completions.keys()
@@ -449,13 +487,20 @@ class World:
             assert written[address] == line, hex(address)
         for address, job in completions.items():
             values = COMPLETION.unpack(written[address])
-            assert (values["status"], values["where"]) == expected_status(job)
-            assert values["identifier"] == job.identifier
             assert values["done"] == 1
-            flags = 0
-            for name in FLAGS:
-                if job.lanes and any(report[name] for report in job.reports):
-                    flags |= CompletionFlag[name.upper()]
+            if isinstance(job, dict):
+                flags = 0
+                assert {name: values[name] for name in ("identifier", "status", "where")} == {
+                    name: job[name] for name in ("identifier", "status", "where")
+                }
+            else:
+                flags = sum(
+                    CompletionFlag[name.upper()]
+                    for name in FLAGS
+                    if job.lanes and any(report[name] for report in job.reports)
+                )
+                assert (values["status"], values["where"]) == expected_status(job)
+                assert values["identifier"] == job.identifier
             assert values["flags"] == flags
             cycle = values["cycle"] // 3
             assert {name: values[name] for name in COUNTERS} == snapshot_of(cycle)
@@ -469,7 +514,10 @@ ALL_KINDS = (
     "nan_key",
     "ok",
     "nan_value",
-    "nan_both",
+    "unreadable_key",
+    "faults",
+    "unreadable_value",
+    "faults",
     "no_token",
     "empty",
     "empty",
@@ -486,8 +534,41 @@ def batch_of(config, kinds, seed, first=0):
 
 @pytest.mark.parametrize("stall", [0.0, 0.3, 0.8])
 def test_all_statuses(stall):
-    world = World(TINY, [batch_of(TINY, ALL_KINDS, 1)], stall=stall, seed=int(stall * 10)).run()
+    world = World(
+        TINY, [batch_of(TINY, ALL_KINDS, 1)], stall=stall, seed=int(stall * 10), flash=20
+    ).run()
     assert world.write_errors == 1
+
+
+def test_which_fault_is_reported():
+    """Many combinations over the lanes."""
+    batch = batch_of(ODD, ["faults"] * 12, 9)
+    for job in batch:
+        job.rows = 1
+    assert len({min(report["fault"] for report in job.reports) for job in batch}) > 2
+    World(ODD, [batch], seed=1).run()
+
+
+def test_flash_commands_alone():
+    world = World(TINY, [[], []], stall=0.3, seed=2, flash=9).run()
+    assert len(world.completed) == 18
+
+
+def test_neither_jobs_nor_flash_commands_wait_for_all_of_the_others():
+    jobs = batch_of(TINY, ["ok"] * 4, 8)
+    for job in jobs:
+        job.done_in = [0] * TINY.channels
+    world = World(TINY, [jobs], seed=3, flash=40).run()
+    at = [world.completed.index(job.index) for job in jobs]
+    assert 0 < at[0] < at[-1] < 40
+
+
+def test_a_flash_command_ends_while_a_job_waits_for_its_lanes():
+    jobs = batch_of(TINY, ["ok"], 8)
+    jobs[0].done_in = [2000] * TINY.channels
+    world = World(TINY, [jobs], seed=3, flash=5).run()
+    assert world.completed[-1] == jobs[0].index
+    assert world.completed_at[-2] < 1000
 
 
 @pytest.mark.parametrize("config", [ONE_ROW, COPIES, ODD], ids=["one_row", "copies", "odd"])
@@ -506,7 +587,7 @@ def test_copies_are_there():
 def test_batches_count_from_zero():
     first = batch_of(TINY, ("ok", "empty", "ok"), 4)
     second = batch_of(TINY, ("empty", "ok"), 5, first=3)
-    World(TINY, [first, second], seed=6, stall=0.2).run()
+    World(TINY, [first, second], seed=6, stall=0.2, flash=2).run()
 
 
 @pytest.mark.parametrize("config", [TINY, ONE_ROW], ids=["tiny", "one_row"])
