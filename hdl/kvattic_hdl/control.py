@@ -12,11 +12,25 @@ from kvattic.registers import ADDRESS_BITS, StatusBit
 from kvattic.registers import Control as ControlBit
 
 from .axi import axi_lite
-from .interfaces import Shapes
+from .interfaces import PAGE_BITS, Shapes
 from .register_bank import RegisterBank
 
 STALLS = ("starved", "barrier", "weights", "scores", "idle")
 """What a lane does in a cycle without a beat; with the beats they add up to all lane cycles."""
+FLASH_COUNTERS = {
+    "flash_words": "word",
+    "flash_commands": "command",
+    "die_busy": "dies_busy",
+    "codewords": "codeword",
+    "corrected": "corrected",
+    "bit_errors": "bit_errors",
+    "retries": "retry",
+    "unreadable": "unreadable",
+    "page_reads": "page_reads",
+    "page_programs": "page_programs",
+    "block_erases": "block_erases",
+}
+"""Registers that count what the flash channels do, and the member of `Shapes.flash_events` that each one adds up."""
 SNAPSHOT = data.StructLayout(
     {name: COMPLETION[name].size * 8 for name in ("cycle", "beats", *STALLS)}
 )
@@ -33,9 +47,9 @@ def bit(flag: int) -> int:
     return flag.bit_length() - 1
 
 
-def popcount(bits: Sequence[Value]) -> Value:
-    """Number of ones, as a balanced tree."""
-    values = [Value.cast(b) for b in bits]
+def total_of(numbers: Sequence[Value]) -> Value:
+    """Sum of unsigned numbers, as a balanced tree."""
+    values = [Value.cast(n) for n in numbers]
     while len(values) > 1:
         pairs = [a + b for a, b in zip(values[::2], values[1::2], strict=False)]
         values = pairs + values[len(pairs) * 2 :]
@@ -128,7 +142,7 @@ class Counters(wiring.Component):
                 seen.eq(
                     Cat(self.events[i][name] for i in range(channels)) & gate.replicate(channels)
                 ),
-                total.eq(popcount(list(seen))),
+                total.eq(total_of(list(seen))),
                 counter.eq(counter + total),
             ]
             with m.If(self.start):
@@ -144,6 +158,67 @@ class Counters(wiring.Component):
                         m.d.sync += self.first_beat.eq(new_cycle)
                 with m.If(self.start):
                     m.d.sync += [self.cycle.eq(0), self.first_beat.eq(0), self.last_beat.eq(0)]
+        return m
+
+
+class FlashCounters(wiring.Component):
+    """Counts what the flash channels did.
+
+    Latency: an event is in its counter three cycles later.
+    Throughput, ordering: all channels in each cycle; none.
+    Reset: all counters zero.
+
+    Parameters
+    ----------
+    config : Config
+        The configuration.
+
+    Members
+    -------
+    events : In(ArrayLayout(Shapes.flash_events, channels))
+        What each channel did in this cycle.
+    start : In(1)
+        Clears all counters.  Not sooner than two cycles after the last cycle that counted: those
+        are on their way.
+    counting : In(1)
+        A batch runs: this cycle counts.
+    flash_words, flash_commands, die_busy, codewords, corrected, bit_errors, retries, unreadable : Out(48)
+        The registers of that name.
+    page_reads, page_programs, block_erases : Out(48)
+        The registers of that name.
+    """
+
+    events: data.View
+    start: Signal
+    counting: Signal
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._shapes = Shapes(config)
+        super().__init__(
+            {
+                "events": In(data.ArrayLayout(self._shapes.flash_events, config.channels)),
+                "start": In(1),
+                "counting": In(1),
+                **{name: Out(CYCLE_BITS) for name in FLASH_COUNTERS},
+            }
+        )
+
+    def elaborate(self, platform: object) -> Elaboratable:
+        m = Module()
+        seen = Signal.like(self.events)
+        counting = Signal()
+        m.d.sync += [seen.eq(self.events), counting.eq(self.counting)]
+        for name, event in FLASH_COUNTERS.items():
+            counter = getattr(self, name)
+            parts = [Value.cast(seen[i][event]) for i in range(self._config.channels)]
+            # At most what all channels together can say in a cycle.
+            total = Signal(range(len(parts) * ((1 << len(parts[0])) - 1) + 1), name=f"{name}_total")
+            m.d.sync += [total.eq(total_of(parts)), counter.eq(counter + total)]
+            with m.If(~counting):
+                m.d.sync += total.eq(0)
+            with m.If(self.start):
+                m.d.sync += counter.eq(0)
         return m
 
 
@@ -166,7 +241,7 @@ class Control(wiring.Component):
 
     Members
     -------
-    bus : In(axi_lite(8))
+    bus : In(axi_lite(9))
         The host's access.
     irq : Out(1)
         CONTROL.IRQ_ENABLE and STATUS.DONE.
@@ -174,6 +249,10 @@ class Control(wiring.Component):
         What each lane did in this cycle.
     bad_tags : In(ArrayLayout(unsigned(24), channels))
         The tag that a lane's `events.bad_tag` is about, in the same cycle.
+    flash_events : In(ArrayLayout(Shapes.flash_events, channels))
+        What each flash channel did in this cycle.
+    media_errors : In(ArrayLayout(Shapes.media_error, channels))
+        The codeword that a channel's `flash_events.unreadable` is about, in the same cycle.
     lanes_ready : In(1)
         All lanes have swept their memories.
     bus_error : In(1)
@@ -204,6 +283,8 @@ class Control(wiring.Component):
     irq: Signal
     events: data.View
     bad_tags: data.View
+    flash_events: data.View
+    media_errors: data.View
     lanes_ready: Signal
     bus_error: Signal
     completed: Signal
@@ -229,6 +310,8 @@ class Control(wiring.Component):
                 "irq": Out(1),
                 "events": In(data.ArrayLayout(shapes.events, config.channels)),
                 "bad_tags": In(data.ArrayLayout(TAG_BITS, config.channels)),
+                "flash_events": In(data.ArrayLayout(shapes.flash_events, config.channels)),
+                "media_errors": In(data.ArrayLayout(shapes.media_error, config.channels)),
                 "lanes_ready": In(1),
                 "bus_error": In(1),
                 "completed": In(1),
@@ -253,6 +336,8 @@ class Control(wiring.Component):
         m.submodules.bank = bank = RegisterBank(self._config)
         counters = Counters(self._config)
         m.submodules.counters = ResetInserter(self.reset)(counters)
+        flash_counters = FlashCounters(self._config)
+        m.submodules.flash_counters = ResetInserter(self.reset)(flash_counters)
         connect(m, flipped(self.bus), bank.bus)
 
         # Soft reset: the bank's RESET bit stays until the pulse, which clears the bank.
@@ -263,9 +348,9 @@ class Control(wiring.Component):
         m.d.sync += self.reset.eq(self.stop & self.quiet & ~self.reset)
 
         # The batch.
-        ready, done, refused, bad_tag, bus_error, stale = (
+        ready, done, refused, bad_tag, bus_error, stale, media_bad = (
             Signal(name=name)
-            for name in ("ready", "done", "refused", "bad_tag", "bus_error_seen", "stale")
+            for name in ("ready", "done", "refused", "bad_tag", "bus_error_seen", "stale", "media_bad")
         )
         remaining = Signal(COUNT_BITS)
         completed = Signal(COUNT_BITS)
@@ -290,6 +375,7 @@ class Control(wiring.Component):
                 (bad_tag, StatusBit.BAD_TAG),
                 (bus_error, StatusBit.BUS_ERROR),
                 (stale, StatusBit.STALE_CODEWORD),
+                (media_bad, StatusBit.MEDIA_ERROR),
             ):
                 with m.If(clear[bit(flag)]):
                     m.d.sync += state.eq(0)
@@ -322,6 +408,19 @@ class Control(wiring.Component):
             with m.If(~bad_tag):
                 m.d.sync += tag_error.eq(tag_now)
 
+        # The same of unreadable codewords.
+        media = data.StructLayout({"error": Shapes(self._config).media_error, "channel": 32 - PAGE_BITS})
+        media_error, media_now = Signal(media), Signal(media)
+        media_seen = Signal()
+        m.d.sync += media_seen.eq(0)
+        for i in reversed(range(channels)):
+            with m.If(self.flash_events[i].unreadable):
+                m.d.sync += [media_seen.eq(1), media_now.error.eq(self.media_errors[i]), media_now.channel.eq(i)]
+        with m.If(media_seen):
+            m.d.sync += media_bad.eq(1)
+            with m.If(~media_bad):
+                m.d.sync += media_error.eq(media_now)
+
         m.d.sync += self.irq.eq(bank.value.control[bit(ControlBit.IRQ_ENABLE)] & done)
 
         # Last, so that it wins.
@@ -336,10 +435,13 @@ class Control(wiring.Component):
                     bad_tag,
                     bus_error,
                     stale,
+                    media_bad,
                     remaining,
                     completed,
                     tag_error,
                     tag_seen,
+                    media_error.as_value(),
+                    media_seen,
                     self.irq,
                 )
             ]
@@ -348,6 +450,9 @@ class Control(wiring.Component):
             counters.events.eq(self.events),
             counters.start.eq(self.batch_start),
             counters.counting.eq(self.busy),
+            flash_counters.events.eq(self.flash_events),
+            flash_counters.start.eq(self.batch_start),
+            flash_counters.counting.eq(self.busy),
         ]
         read = bank.read
         for flag, source in (
@@ -358,16 +463,21 @@ class Control(wiring.Component):
             (StatusBit.BAD_TAG, bad_tag),
             (StatusBit.BUS_ERROR, bus_error),
             (StatusBit.STALE_CODEWORD, stale),
+            (StatusBit.MEDIA_ERROR, media_bad),
         ):
             m.d.comb += read.status[bit(flag)].eq(source)
         m.d.comb += [
             read.tag_error.eq(tag_error),
+            read.media_error.eq(Cat(media_error.error.page, media_error.channel)),
+            read.media_cause.eq(media_error.error.codeword | media_error.error.cause << 16),
             read.completed.eq(completed),
             read.cycles.eq(counters.cycle),
             self.snapshot.cycle.eq(counters.cycle),
         ]
         for name in ("beats", "first_beat", "last_beat", "duplicates", "stales", *STALLS):
             m.d.comb += read[name].eq(getattr(counters, name))
+        for name in FLASH_COUNTERS:
+            m.d.comb += read[name].eq(getattr(flash_counters, name))
         for name in ("beats", *STALLS):
             m.d.comb += self.snapshot[name].eq(getattr(counters, name))
         for name in ("command_base", "completion_base", "buffer_base", "buffer_limit", "timeout"):

@@ -25,7 +25,7 @@ def _words(line: Value) -> data.View:
     return data.View(data.ArrayLayout(DATA_BITS, LINE_WORDS), line)
 
 
-def fault_order(report: data.View) -> Value:
+def fault_order(report: Signal | data.View) -> Value:
     """A number that is the less the sooner this fault is reported."""
     return Cat(report.token, report.fault)
 

@@ -12,6 +12,9 @@ from kvattic.config import Config
 
 from .interfaces import MISSING_BITS, Shapes
 
+SLOWNESS_BITS = 4
+"""log2 of how much longer the timeout is while a die is busy."""
+
 
 class Watchdog(wiring.Component):
     """Marks the oldest unfinished job as failed after `timeout` cycles without progress.
@@ -22,7 +25,8 @@ class Watchdog(wiring.Component):
 
     The oldest job is the one that the Finisher waits for; if the Finisher has none, the one that
     Maximum waits for.  While the Finisher works on a job nothing is counted.  A job that gets on
-    while its failure is being written down is not failed.
+    while its failure is being written down is not failed.  While a die is busy (an erase takes
+    milliseconds) the cycles count one in 16, so that a die that is busy for ever hangs nothing.
 
     Parameters
     ----------
@@ -34,7 +38,10 @@ class Watchdog(wiring.Component):
     timeout : In(32)
         Cycles without progress; 0: never.
     progress : In(1)
-        Something happened: a lane's beat, a handshake on AXI4, a job's start or completion.
+        Something happened: a lane's beat, a handshake on AXI4, a job's start or completion, a word
+        or a command cycle on a flash bus.
+    activity : In(1)
+        A die is busy.
     maximum_waiting, maximum_slot : In
         Maximum waits for the lanes' keys_done of this slot.
     finisher_waiting, finisher_slot : In
@@ -63,6 +70,7 @@ class Watchdog(wiring.Component):
 
     timeout: Signal
     progress: Signal
+    activity: Signal
     maximum_waiting: Signal
     maximum_slot: Signal
     finisher_waiting: Signal
@@ -89,6 +97,7 @@ class Watchdog(wiring.Component):
             {
                 "timeout": In(32),
                 "progress": In(1),
+                "activity": In(1),
                 "maximum_waiting": In(1),
                 "maximum_slot": In(shapes.slot),
                 "finisher_waiting": In(1),
@@ -121,6 +130,8 @@ class Watchdog(wiring.Component):
 
         count = Signal(32)
         armed, expired = Signal(), Signal()
+        slow = Signal(SLOWNESS_BITS)
+        m.d.sync += slow.eq(slow + 1)
         m.d.sync += armed.eq(
             (self.finisher_waiting | (self.maximum_waiting & (behind == 0)))
             & self.timeout.any()
@@ -128,7 +139,7 @@ class Watchdog(wiring.Component):
         )
         with m.If(~armed | self.progress):
             m.d.sync += [count.eq(0), expired.eq(0)]
-        with m.Elif(~expired):
+        with m.Elif(~expired & (~self.activity | (slow == 0))):
             m.d.sync += [count.eq(count + 1), expired.eq(count >= self.timeout)]
 
         slot = self.report_slot

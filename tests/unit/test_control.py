@@ -7,7 +7,8 @@ from amaranth.sim import Simulator
 
 from kvattic.config import TINY, Config
 from kvattic.registers import REGISTER_MAP, StatusBit
-from kvattic_hdl.control import STALLS, Control
+from kvattic_hdl.control import FLASH_COUNTERS, STALLS, Control
+from kvattic_hdl.interfaces import Shapes
 
 CONTROL_RESET, CONTROL_IRQ = 1, 2
 KINDS = ("beat", *STALLS)
@@ -262,6 +263,88 @@ def test_first_beat_and_cycles_from_the_doorbell():
     simulate(bench)
 
 
+@pytest.mark.parametrize("channels", [1, 5, 8])
+def test_flash_counters(channels):
+    config = Config(channels=channels)
+    rng = random.Random(channels)
+    layout = Shapes(config).flash_events
+
+    def events(full=False):
+        return [
+            {
+                name: (1 << field.width) - 1 if full else rng.getrandbits(field.width)
+                for name, field in layout
+                if full or rng.random() < 0.7
+            }
+            for _ in range(channels)
+        ]
+
+    async def bench(ctx, dut):
+        for batch in range(2):
+            # What comes before the doorbell leaves no trace.
+            ctx.set(dut.flash_events, events(full=True))
+            await ctx.tick().repeat(5)
+            ctx.set(dut.flash_events, [{}] * channels)
+            await ctx.tick().repeat(3)
+            await write(ctx, dut, "DOORBELL", 1)
+            assert ctx.get(dut.busy)
+            sums = dict.fromkeys(FLASH_COUNTERS, 0)
+            for cycle in range(200):
+                now = events(full=cycle == 17)
+                if cycle == 199:    # with the last completion, the last cycle that counts
+                    ctx.set(dut.completed, 1)
+                ctx.set(dut.flash_events, now)
+                for name, event in FLASH_COUNTERS.items():
+                    sums[name] += sum(channel.get(event, 0) for channel in now)
+                await ctx.tick()
+            ctx.set(dut.completed, 0)
+            ctx.set(dut.flash_events, events(full=True))
+            await ctx.tick().repeat(5)
+            for name, value in sums.items():
+                assert await read(ctx, dut, name.upper()) == value > 40, (batch, name)
+
+    simulate(bench, config)
+
+
+def test_flash_counters_have_registers():
+    names = {name.lower() for name in REGISTER_MAP}
+    assert names >= set(FLASH_COUNTERS)
+    flash = {r.name.lower() for r in REGISTER_MAP.values() if 0x100 <= r.address < 0x158}
+    assert set(FLASH_COUNTERS) == flash
+    assert set(FLASH_COUNTERS.values()) == {name for name, _ in Shapes(TINY).flash_events}
+
+
+def test_media_errors():
+    async def bench(ctx, dut):
+        first = {"page": 0x12_3456, "codeword": 3, "cause": 2}
+        other = {"page": 0xFF_FFFF, "codeword": 1, "cause": 1}
+
+        async def events(channels, errors):
+            ctx.set(dut.media_errors, errors)
+            ctx.set(dut.flash_events, [{"unreadable": int(i in channels)} for i in range(2)])
+            await ctx.tick()
+            ctx.set(dut.flash_events, [{}, {}])
+
+        await events((1,), [other, first])
+        await events((0, 1), [other, other])
+        media = StatusBit.MEDIA_ERROR
+        assert await status(ctx, dut) == StatusBit.READY | media
+        assert await read(ctx, dut, "MEDIA_ERROR") == 1 << 24 | 0x12_3456
+        assert await read(ctx, dut, "MEDIA_CAUSE") == 2 << 16 | 3
+        assert await read(ctx, dut, "UNREADABLE") == 0    # no batch runs
+        await write(ctx, dut, "STATUS", StatusBit.BAD_TAG)
+        assert media in await status(ctx, dut)
+        await write(ctx, dut, "STATUS", media)
+        assert await status(ctx, dut) == StatusBit.READY
+        await events((0, 1), [other, first])    # the lower channel wins
+        await ctx.tick().repeat(2)
+        assert await read(ctx, dut, "MEDIA_ERROR") == 0xFF_FFFF
+        assert await read(ctx, dut, "MEDIA_CAUSE") == 1 << 16 | 1
+        assert media in await status(ctx, dut)
+
+    simulate(bench)
+
+
 def test_bad_tags():
     async def bench(ctx, dut):
         ctx.set(dut.bad_tags, [0xABC, 0x12_3456])
@@ -315,7 +398,12 @@ def test_soft_reset():
         await write(ctx, dut, "COMMAND_BASE", 0x40)
         await write(ctx, dut, "TIMEOUT", 5)
         await pulse(ctx, dut.bus_error)
+        ctx.set(dut.media_errors, [{"page": 7, "codeword": 1, "cause": 1}, {}])
+        ctx.set(dut.flash_events, [{"unreadable": 1}, {"word": 1}])
         await write(ctx, dut, "DOORBELL", 2)
+        await ctx.tick().repeat(9)
+        assert await read(ctx, dut, "FLASH_WORDS") > 3
+        assert await read(ctx, dut, "MEDIA_ERROR") == 7
         ctx.set(dut.events, [{"beat": 1}] * 2)
         await write(ctx, dut, "CONTROL", CONTROL_RESET | CONTROL_IRQ)
         await ctx.tick().repeat(10)
@@ -327,6 +415,7 @@ def test_soft_reset():
         await ctx.tick().until(dut.reset)
         ctx.set(dut.lanes_ready, 0)
         ctx.set(dut.events, [{}, {}])
+        ctx.set(dut.flash_events, [{}, {}])
         await ctx.tick().repeat(3)
         assert sum(resets) == 1
         assert not ctx.get(dut.stop)
@@ -344,6 +433,9 @@ def test_soft_reset():
             "FIRST_BEAT",
             "LAST_BEAT",
             "COMPLETED",
+            "FLASH_WORDS",
+            "MEDIA_ERROR",
+            "MEDIA_CAUSE",
         ):
             assert await read(ctx, dut, name) == 0, name
         assert await read(ctx, dut, "ID") == REGISTER_MAP["ID"].reset

@@ -63,6 +63,7 @@ def test_jobs(channels, rows):
         {
             "slot": i % config.jobs_in_flight,
             "lanes": i not in (2, 3),
+            "index": rng.getrandbits(16),
             "identifier": i,
             "rows": rng.randint(1, rows) if i else rows,
             "result": rng.getrandbits(64),

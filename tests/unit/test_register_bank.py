@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvattic.config import TINY
-from kvattic.registers import REGISTER_MAP, REGISTERS, Access
+from kvattic.registers import ADDRESS_BITS, REGISTER_MAP, REGISTERS, Access
 from kvattic_hdl.register_bank import CONSTANTS, RegisterBank
 
 OKAY, SLVERR = 0, 2
@@ -109,7 +109,7 @@ def test_every_word_reads_as_the_table_says():
                     dut.read[register.name.lower()],
                     (register.address * 0x0102_0304_0506_0708 + 1) % (1 << register.width),
                 )
-        for address in range(0, 256, 4):
+        for address in range(0, 1 << ADDRESS_BITS, 4):
             data, response = await read(ctx, dut, address, gap=address % 3)
             if address not in MAPPED:
                 assert (data, response) == (0, SLVERR)
@@ -143,7 +143,7 @@ def test_a_counter_is_read_whole():
 def test_unmapped_and_read_only_writes_change_nothing():
     async def bench(ctx, dut):
         before = ctx.get(dut.value.as_value())
-        for address in range(0, 256, 4):
+        for address in range(0, 1 << ADDRESS_BITS, 4):
             register, _ = MAPPED.get(address, (None, 0))
             if register is None or register.access is Access.RO:
                 answer = await write(ctx, dut, address, 0xFFFF_FFFF)

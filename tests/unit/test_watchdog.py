@@ -128,6 +128,28 @@ def test_progress_holds_it_off():
     simulate(bench)
 
 
+@pytest.mark.parametrize("timeout", [1, 5, 20])
+def test_busy_dies_make_it_slower(timeout):
+    """Sixteen times, and no slower: one that is busy for ever hangs nothing."""
+
+    async def bench(ctx, dut):
+        ctx.set(dut.timeout, timeout)
+        ctx.set(dut.maximum_waiting, 1)
+        ctx.set(dut.activity, 1)
+        cycles = await wait(ctx, dut, 1000)
+        assert 16 * timeout <= cycles <= 16 * (timeout + 2) + 10
+        # The time before it counts as ever.
+        ctx.set(dut.maximum_waiting, 0)
+        await pulse(ctx, dut.handed)
+        await pulse(ctx, dut.freed)
+        assert not ctx.get(dut.failed)
+        ctx.set(dut.activity, 0)
+        ctx.set(dut.maximum_waiting, 1)
+        assert await wait(ctx, dut) <= timeout + 10
+
+    simulate(bench)
+
+
 def test_never():
     async def bench(ctx, dut):
         ctx.set(dut.timeout, 0)
