@@ -623,7 +623,9 @@ class NandChannel:
         self._spoiled = False
 
     def _burst(self, target: int, write: int, length: int, start: int) -> None:
-        first = start + self.timing.t_pre
+        # One that follows the last burst at once, of the same die and direction, continues it.
+        continues = target == self._data_target and bool(write) == self._write and start == self._data_end
+        first = start if continues else start + self.timing.t_pre
         self._bytes, self._write = length, bool(write)
         self._left = -(-length // self.word_bytes)
         self._data_target = target
