@@ -1,0 +1,29 @@
+"""The NAND model against its twin, on each simulator; what is compared stands in nand_channel_bench.py."""
+
+import sys
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from kvattic_sim.build import Simulator, compile_model, icarus_available, run_model
+from kvattic_sim.nand_files import nand_parameters
+
+sys.path.insert(0, str(Path(__file__).parent))
+from nand_channel_bench import CONFIGS, FRAMES
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("simulator", list(Simulator))
+def test_same_as_twin(simulator: Simulator, name: str, tmp_path: Path) -> None:
+    if simulator is Simulator.ICARUS and not icarus_available():
+        pytest.skip("Icarus Verilog is not installed")
+    with resources.as_file(resources.files("kvattic_sim") / "verilog" / "nand_channel.sv") as source:
+        model = compile_model(
+            [source], "nand_channel", simulator, parameters=nand_parameters(CONFIGS[name], frames=FRAMES)
+        )
+    results = run_model(
+        model, test_module="nand_channel_bench", python_path=[Path(__file__).parent], run_dir=tmp_path, timeout_s=300,
+        env={"NAND_CONFIG": name, "NAND_CYCLES": "120000" if simulator is Simulator.VERILATOR else "40000"},
+    )
+    assert len(results.tests) == 1
