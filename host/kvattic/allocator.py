@@ -430,23 +430,14 @@ class ZoneAllocator:
         Raises:
             CapacityError: the flash is full.
         """
-        own = allocation._own
-        page = self._next(own, allocation, channel, die, allocation.quota)
-        if page is None:
-            stream = self._shared.setdefault(allocation.run, _Stream([], [0] * self.config.channels))
-            page = self._next(stream, allocation, channel, die, self.zones)
-            allocation.shared[channel] = max(0, allocation.shared[channel] - 1)
-        if page is None:
-            raise AssertionError("a full device must have raised CapacityError")
-        return page
-
-    def _next(self, stream: _Stream, allocation: Allocation, channel: int, die: int | None, quota: int) -> int | None:
         run, width = allocation.run, self._width(allocation.run)
+        stream = allocation._own
         while True:
             at = stream.at[channel]
+            if stream is allocation._own and at == allocation.quota:
+                stream = self._shared.setdefault(run, _Stream([], [0] * self.config.channels))
+                at = stream.at[channel]
             if at == len(stream.zones):
-                if at >= quota:
-                    return None
                 stream.zones.append(self._take_zone(run))
             zone = stream.zones[at]
             fill = zone.fill[channel]
@@ -464,6 +455,8 @@ class ZoneAllocator:
         fill[k] += 1
         zone.users.add(allocation)
         allocation._uses.add(zone.number)
+        if stream is not allocation._own:
+            allocation.shared[channel] = max(0, allocation.shared[channel] - 1)
         return page
 
     def give_back(self, allocation: Allocation, channel: int, page: int) -> None:

@@ -25,7 +25,7 @@ class Transport(Protocol):
         memory_bytes: host memory that the device reaches by DMA, from address 0 on; the driver uses
             all of it.
         dram_bytes: size of the device DRAM, in bytes from address 0 on; the driver uses all whole
-            pages of it.  (`Config.dram_bytes` is another thing: the width of its port.)
+            pages of it.
     """
 
     @property

@@ -64,7 +64,7 @@ def content(sequence, layer=0):
             entries = layout.unpack_entries(job.table)
             for channel, key_page, value_page, dram in zip(*(column.tolist() for column in entries), strict=True):
                 for kind, first in ((Kind.KEY, key_page), (Kind.VALUE, value_page)):
-                    images[part.kv_head][kind] += pages_of(device, channel, dram, first, job.stripe_pages)
+                    images[part.kv_head][kind].extend(pages_of(device, channel, dram, first, job.stripe_pages))
     return np.array([[layout.unpack_pages(np.array(pages), config)[: sequence.length(layer)] for pages in head]
                      for head in images])
 

@@ -1,6 +1,6 @@
-"""The page layout: elements, page images, placement."""
+"""The page layout: elements, page images, stripes, page numbers, table entries."""
 
-from itertools import pairwise
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,13 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvattic import layout
+from kvattic.commands import TABLE_ENTRY
 from kvattic.config import PAPER, TINY, Config
 from kvattic.elements import from_bits
-from kvattic.errors import RequestError
+from kvattic.errors import ConfigError, RequestError
 from kvattic.formats import Element
+from kvattic.nand import PSLC, TINY_PART
 
 # Padding in each codeword (80 * 2 * 3 = 480 of 512), channels that are no power of two.
-ODD = Config(channels=3, head_dim=80, page_bytes=2048, codeword_bytes=512, score_depth=1024)
+ODD = Config(channels=3, head_dim=80, part=TINY_PART.resized(2048), codeword_bytes=512, score_depth=1024)
 CONFIGS = [TINY, ODD, PAPER]
 
 
@@ -42,39 +44,99 @@ def test_each_element_lies_where_the_rule_says(config):
 def test_unpack_inverts_pack_and_adds_zeros(config, count):
     tokens = tokens_of(config, count)
     images = layout.pack_pages(tokens, config)
-    assert images.shape == (layout.stripe_count(count, config), config.page_bytes)
+    assert images.shape == (-(-count // config.tokens_per_page), config.page_bytes)
     back = layout.unpack_pages(images, config)
     assert np.array_equal(back[:count], tokens)
     assert not back[count:].any()
 
 
-@given(st.integers(1, 32), st.integers(0, 200), st.integers(0, 500), st.integers(1, 100))
-def test_the_device_finds_every_stripe_from_home_and_page(channels, head, first, count):
-    config = Config(channels=channels)
-    base = 1000
-    home, page = layout.job_place(first, head, base, config)
-    index = np.arange(count)
-    found = layout.device_place(index, home, page, config)
-    truth = layout.place(first + index, head, base, config)
-    assert np.array_equal(found.channel, truth.channel)
-    assert np.array_equal(found.page, truth.page)
-    assert 0 <= home < channels
-    # commands.COMMAND: a lane's first page is `page`, one further for channels below home.
-    for channel in set(truth.channel.tolist()):
-        pages = truth.page[truth.channel == channel].tolist()
-        assert pages[0] == page + (channel < home)
-        assert all(after == before + 1 for before, after in pairwise(pages))
+SPARSE = [TINY, PAPER, Config(head_dim=64), Config(head_dim=96), replace(TINY, part=TINY_PART.resized(4096, pages=6))]
 
 
-@given(st.integers(1, 32), st.integers(0, 200), st.integers(1, 300))
-def test_a_head_keeps_inside_its_rows_and_no_two_stripes_share_a_page(channels, head, stripes):
+@pytest.mark.parametrize(("config", "pages"), list(zip(SPARSE, (8, 4, 2, 4, 2), strict=True)))
+def test_each_channel_lies_where_the_rule_says(config, pages):
+    assert layout.stripe_pages(config, sparse=True) == pages
+    assert layout.stripe_pages(config, sparse=False) == 1
+    tokens = tokens_of(config, 2 * config.codeword_bytes // 2)
+    images = layout.pack_channel_pages(tokens, config)
+    assert images.shape == (2 * pages, config.page_bytes)
+    size = config.codeword_bytes // 2
+    for stripe in range(2):
+        for channel in range(config.head_dim):
+            page, codeword = divmod(channel, config.codewords_per_page)
+            data = images[stripe * pages + page, codeword * config.codeword_bytes :][: config.codeword_bytes]
+            expected = tokens[stripe * size : (stripe + 1) * size, channel]
+            assert np.array_equal(data.copy().view("<u2"), expected)
+    used = config.head_dim * config.codeword_bytes
+    assert not images.reshape(2, -1)[:, used:].any()
+    assert np.array_equal(layout.unpack_channel_pages(images, config), tokens)
+
+
+def test_configurations_without_a_channel_layout():
+    with pytest.raises(ConfigError, match=r"256 tokens: that must be 1, 2, 4, .* pages .* 96 tokens each, not 2.66667"):
+        layout.stripe_pages(Config(head_dim=80), sparse=True)
+    with pytest.raises(ConfigError, match=r"512 tokens each, not 0\.5"):
+        layout.stripe_pages(Config(head_dim=32, part=PSLC.resized(32768), codeword_bytes=512), sparse=True)
+    with pytest.raises(ConfigError, match=r"32 codewords of K: they must fit .* 16 codewords .score_depth 64"):
+        layout.stripe_pages(replace(TINY, score_depth=64), sparse=True)
+    with pytest.raises(RequestError, match="whole stripes of 128 tokens, not 130 tokens"):
+        layout.pack_channel_pages(tokens_of(TINY, 130), TINY)
+    with pytest.raises(RequestError, match="8 pages in a stripe: 9 are not whole stripes"):
+        layout.unpack_channel_pages(np.zeros((9, 1024), np.uint8), TINY)
+
+
+@given(st.integers(1, 32), st.integers(0, 200), st.integers(0, 500))
+def test_stripes_go_round_the_channels_and_heads_begin_on_different_ones(channels, head, first):
     config = Config(channels=channels)
-    places = layout.place(np.arange(stripes), head, 7, config)
-    rows = layout.page_rows(stripes, head, config)
-    assert places.page.min() >= 7
-    assert places.page.max() == 7 + rows - 1
-    assert len(set(zip(places.channel.tolist(), places.page.tolist(), strict=True))) == stripes
-    assert places.channel[0] == head % channels
+    found = layout.stripe_channel(first + np.arange(channels), head, config)
+    assert sorted(found.tolist()) == list(range(channels))
+    assert layout.stripe_channel(first, head + 1, config) == (found[0] + 1) % channels
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_token_begins_at_its_offset(config):
+    tokens = tokens_of(config, 2 * config.tokens_per_page)
+    data = layout.pack_pages(tokens, config).ravel()
+    for t in range(len(tokens)):
+        at = layout.token_offset(t, config)
+        assert np.array_equal(data[at : at + config.token_bytes].copy().view("<u2"), tokens[t])
+
+
+@pytest.mark.parametrize("config", [TINY, PAPER, Config(dies=1, part=TINY_PART.resized(16384, planes=1, pages=6))])
+def test_page_numbers(config):
+    """Planes first, then dies, pages of the block, zones; a block of 6 pages takes 8 numbers."""
+    number = 0
+    for zone in range(2):
+        for page in range(1 << config.block_page_bits):
+            for die in range(config.dies):
+                for plane in range(config.part.planes):
+                    place = layout.PagePlace(zone, page, die, plane)
+                    assert layout.page_number(place, config) == number
+                    assert layout.page_place(number, config) == place
+                    number += 1
+    assert number == 2 << config.zone_page_bits
+    numbers = np.arange(number)
+    assert np.array_equal(layout.page_number(layout.page_place(numbers, config), config), numbers)
+
+
+@given(st.lists(st.tuples(st.integers(0, 255), st.integers(0, 2**24 - 1), st.integers(0, 2**24 - 1),
+                          st.integers(0, 255)), min_size=1, max_size=9))
+def test_table_entries_are_as_the_record_says(entries):
+    packed = layout.pack_entries(*np.array(entries).T)
+    expected = b"".join(TABLE_ENTRY.pack(channel=c, key_page=k, value_page=v, dram=d) for c, k, v, d in entries)
+    assert packed.astype("<u8").tobytes() == expected
+    assert list(zip(*(column.tolist() for column in layout.unpack_entries(packed)), strict=True)) == entries
+
+
+@pytest.mark.parametrize(("entry", "message"), [
+    ((256, 0, 0, 0), "channel of a table entry must be 0 to 255, not 256 to 256"),
+    ((0, -1, 0, 0), "key_page of a table entry must be 0 to 16777215, not -1 to -1"),
+    ((0, 0, 1 << 24, 0), "value_page"),
+    ((0, 0, 0, 256), "dram"),
+])
+def test_table_entries_that_do_not_fit(entry, message):
+    with pytest.raises(RequestError, match=message):
+        layout.pack_entries(*entry)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
