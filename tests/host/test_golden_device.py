@@ -9,9 +9,13 @@ from kvattic import golden, layout
 from kvattic.commands import (
     COMMAND,
     COMPLETION,
+    FLASH_COMMAND,
     LINE_BYTES,
+    ROW,
+    TABLE_ENTRY,
     Completion,
     CompletionFlag,
+    MediaCause,
     Opcode,
     Status,
     fp32_bits,
@@ -19,22 +23,26 @@ from kvattic.commands import (
     result_row_bytes,
 )
 from kvattic.config import TINY
-from kvattic.driver import Device
+from kvattic.driver import Device, FlashOperation, Job
 from kvattic.errors import DeviceTimeoutError, RequestError
 from kvattic.golden_device import GoldenDevice
+from kvattic.layout import Block
+from kvattic.nand import TINY_PART
 from kvattic.registers import ID_MAGIC, REGISTERS, VERSION, Access, Control, StatusBit
 
-COMMANDS, COMPLETIONS, QUERIES, RESULTS, LIMIT = 0x1000, 0x2000, 0x3000, 0x5000, 0x7000
+COMMANDS, COMPLETIONS, QUERIES, RESULTS, TABLES, LIMIT = 0x1000, 0x2000, 0x3000, 0x4000, 0x6000, 0x7000
 ONE = fp32_bits(1.0)
+TOKENS = TINY.tokens_per_page
+PAGES = 10
+"""Pages with ones that each channel has from page 0 on, over two dies with two planes each."""
+DRAM = 20
+"""DRAM page with ones."""
 
 
 @pytest.fixture
 def device():
-    """A device with ones in pages 0 to 9 of both channels, and the registers set."""
-    device = GoldenDevice(TINY, memory_bytes=1 << 16, pages_per_channel=100)
-    ones = layout.pack_pages(np.full((10 * TINY.tokens_per_page, 32), 0x3C00, np.uint16), TINY)
-    for channel in range(TINY.channels):
-        device.write_pages(channel, 0, ones)
+    """A device with ones in pages 0 to 9 of both channels and in page 20 of its DRAM, and the registers set."""
+    device = GoldenDevice(TINY, memory_bytes=1 << 16, dram_bytes=32 * TINY.page_bytes)
     for name, value in (
         ("COMMAND_BASE", COMMANDS),
         ("COMPLETION_BASE", COMPLETIONS),
@@ -42,15 +50,42 @@ def device():
         ("BUFFER_LIMIT", LIMIT),
     ):
         device.write_register(name, value)
+    ones = layout.pack_pages(np.full((TOKENS, 32), 0x3C00, np.uint16), TINY)
+    device.write_dram(DRAM * TINY.page_bytes, ones.tobytes())
+    for channel in range(TINY.channels):
+        for page in range(PAGES):
+            assert flash(device, Opcode.PROGRAM, channel, page, DRAM).status is Status.OK
+    table(device, [(i % 2, i // 2, 5 + i // 2, 0) for i in range(8)])
+    device.write_register("STATUS", StatusBit.DONE)
     return device
+
+
+def table(device, entries, address=TABLES):
+    """Write a table of (channel, key_page, value_page, dram)."""
+    data = b"".join(TABLE_ENTRY.pack(channel=c, key_page=k, value_page=v, dram=d) for c, k, v, d in entries)
+    device.write_memory(address, data)
+
+
+def flash(device, opcode, channel=0, page=0, argument=0, **others):
+    """The completion of one flash command."""
+    line = FLASH_COMMAND.pack(**{"opcode": opcode, "identifier": 5, "channel": channel, "page": page,
+                                 "argument": argument, **others})
+    return run(device, line)[0]
+
+
+def program(device, channel, page, bits, dram_page=30):
+    """Write tokens into a page of flash, by way of the DRAM."""
+    device.write_dram(dram_page * TINY.page_bytes, layout.pack_pages(bits, TINY).tobytes())
+    assert flash(device, Opcode.PROGRAM, channel, page, dram_page).status is Status.OK
 
 
 GOOD = {
     "opcode": Opcode.ATTEND,
     "identifier": 77,
     "rows": 2,
-    "key_page": 0,
-    "value_page": 5,
+    "stripe_pages": 1,
+    "stripes": 2,
+    "table": TABLES,
     "end_token": 20,
     "tree_token": 20,
     "scale": ONE,
@@ -142,22 +177,30 @@ def test_a_doorbell_out_of_range_is_refused(device, count):
     assert device.read_register("STATUS") == StatusBit.READY
 
 
-RESERVED = COMMAND.pack(**GOOD, reserved2=1 << 63)
+RESERVED = COMMAND.pack(**GOOD, reserved1=1 << 63)
 INVALID = [
     ({"opcode": 0x80}, Status.INVALID_OPCODE, 0x80),
     ({"flags": 1}, Status.INVALID_FIELD, 0),
     ({"reserved0": 0x100}, Status.INVALID_FIELD, 0),
     ({"reserved1": 1}, Status.INVALID_FIELD, 0),
     (RESERVED, Status.INVALID_FIELD, 0),
-    ({"home": 2}, Status.INVALID_FIELD, 0),
+    ({"stripe_pages": 0}, Status.INVALID_FIELD, 0),
+    ({"stripe_pages": 3}, Status.INVALID_FIELD, 0),
+    ({"stripe_pages": 32}, Status.INVALID_FIELD, 0),  # of four codewords each; the score buffer holds 64
     ({"rows": 0}, Status.INVALID_ROWS, 0),
     ({"rows": 3}, Status.INVALID_ROWS, 3),
     ({"end_token": 0}, Status.INVALID_LENGTH, 0),
     ({"base_token": 32, "end_token": 32}, Status.INVALID_LENGTH, 0),
     ({"base_token": 32, "end_token": 31}, Status.INVALID_LENGTH, 0),
-    ({"end_token": TINY.max_tokens + 1}, Status.INVALID_LENGTH, 0),
-    ({"base_token": (1 << 24) - 16, "end_token": 1 << 24}, Status.INVALID_LENGTH, 0),
-    ({"base_token": 8, "end_token": 20}, Status.INVALID_LENGTH, 0),
+    ({"base_token": (1 << 24) - 16, "end_token": 1 << 24, "stripes": 1}, Status.INVALID_LENGTH, 0),
+    ({"stripes": 0}, Status.INVALID_LENGTH, 0),
+    ({"stripes": 0, "end_token": 0}, Status.INVALID_LENGTH, 0),
+    ({"stripes": 1}, Status.INVALID_LENGTH, 0),
+    ({"stripes": 3}, Status.INVALID_LENGTH, 0),
+    ({"end_token": 16}, Status.INVALID_LENGTH, 0),
+    ({"end_token": 33}, Status.INVALID_LENGTH, 0),
+    ({"stripes": 33, "end_token": 33 * TOKENS}, Status.INVALID_LENGTH, 0),  # 2 channels hold 16 stripes each
+    ({"stripe_pages": 4, "stripes": 9, "end_token": 9 * 4 * TOKENS}, Status.INVALID_LENGTH, 0),
     ({"query": QUERIES + 32}, Status.INVALID_ADDRESS, 0),
     ({"query": QUERIES - 64}, Status.INVALID_ADDRESS, 0),
     ({"query": LIMIT - 2 * query_row_bytes(32) + 64}, Status.INVALID_ADDRESS, 0),
@@ -165,6 +208,10 @@ INVALID = [
     ({"result": RESULTS + 1}, Status.INVALID_ADDRESS, 1),
     ({"result": QUERIES - 64}, Status.INVALID_ADDRESS, 1),
     ({"result": LIMIT - 2 * result_row_bytes(32) + 64}, Status.INVALID_ADDRESS, 1),
+    ({"table": TABLES + 8}, Status.INVALID_ADDRESS, 2),
+    ({"table": QUERIES - 64}, Status.INVALID_ADDRESS, 2),
+    ({"table": LIMIT}, Status.INVALID_ADDRESS, 2),
+    ({"table": LIMIT - 64, "stripes": 9, "end_token": 9 * TOKENS}, Status.INVALID_ADDRESS, 2),
     ({"scale": 0}, Status.INVALID_SCALE, 0),
     ({"scale": 0x007F_FFFF}, Status.INVALID_SCALE, 0),
     ({"scale": 0x7F80_0000}, Status.INVALID_SCALE, 0),
@@ -186,14 +233,50 @@ def test_invalid_commands_are_answered_and_the_next_is_served(device, command, s
     [
         {"query": LIMIT - 2 * query_row_bytes(32)},
         {"result": LIMIT - 2 * result_row_bytes(32)},
-        {"end_token": TINY.tokens_per_page * 10, "value_page": 0, "tree_token": 160},
+        {"table": LIMIT - 64, "stripes": 8, "end_token": 8 * TOKENS},
+        {"end_token": 17},
+        {"end_token": 32},
+        {"base_token": 7, "end_token": 7 + 17},
+        {"base_token": (1 << 24) - 33, "end_token": (1 << 24) - 1},
         {"scale": 0x0080_0000},
         {"scale": 0x7F7F_FFFF},
-        {"home": 1},
     ],
 )
 def test_the_last_valid_values(device, command):
+    table(device, [(i % 2, i // 2, 5, 0) for i in range(8)], LIMIT - 64)
     assert run(device, command)[0].status is Status.OK
+
+
+def test_the_longest_job(device):
+    stripes = TINY.channels * TINY.ring_codewords // TINY.codewords_per_page
+    table(device, [(i % 2, i // 2 % 5, 5 + i // 2 % 5, 0) for i in range(stripes)])
+    assert run(device, {"stripes": stripes, "end_token": TINY.max_tokens})[0].status is Status.OK
+
+
+@pytest.mark.parametrize(("entry", "where"), [
+    ({"channel": 2}, 1), ({"channel": 255}, 1), ({"dram": 2}, 1), ({"dram": 0x80}, 1), ({"channel": 0}, 16),
+])
+def test_bad_tables(device, entry, where):
+    """Entry 16 is the seventeenth of channel 0 where all are there; the score buffer holds sixteen."""
+    entries = [{"channel": 0, "key_page": 0, "value_page": 5, "dram": 0} for _ in range(18)]
+    entries[1] |= entry
+    device.write_memory(TABLES, b"".join(TABLE_ENTRY.pack(**e) for e in entries))
+    (found,) = run(device, {"stripes": 18, "end_token": 18 * TOKENS})
+    assert (found.status, found.where) == (Status.INVALID_TABLE, where)
+
+
+def test_the_first_bad_entry_is_named_and_comes_before_nan_query(device):
+    table(device, [(0, 0, 5, 0), (1, 0, 5, 0), (0, 0, 5, 4), (3, 0, 5, 0)])
+    device.write_memory(QUERIES, b"\xff" * 2 * query_row_bytes(32))
+    (found,) = run(device, {"stripes": 4, "end_token": 64})
+    assert (found.status, found.where) == (Status.INVALID_TABLE, 2)
+    (found,) = run(device, {})
+    assert (found.status, found.where) == (Status.NAN_QUERY, 0)
+
+
+def test_entries_behind_the_table_do_not_matter(device):
+    table(device, [(0, 0, 5, 0), (1, 0, 5, 0), (9, 0, 0, 9)])
+    assert run(device, {})[0].status is Status.OK
 
 
 def test_the_lowest_status_is_reported(device):
@@ -204,6 +287,7 @@ def test_the_lowest_status_is_reported(device):
         "end_token": 0,
         "query": 1,
         "result": 1,
+        "table": 1,
         "scale": 0,
     }
     order = [
@@ -211,6 +295,7 @@ def test_the_lowest_status_is_reported(device):
         Status.INVALID_FIELD,
         Status.INVALID_ROWS,
         Status.INVALID_LENGTH,
+        Status.INVALID_ADDRESS,
         Status.INVALID_ADDRESS,
         Status.INVALID_ADDRESS,
         Status.INVALID_SCALE,
@@ -223,24 +308,264 @@ def test_the_lowest_status_is_reported(device):
 def test_nan_precedence(device):
     key, value = np.full((2, 16, 32), 0x3C00, np.uint16)
     key[3, 0], key[9, 4], value[2, 31] = 0x7E00, 0xFC00, 0x7C00
-    device.write_pages(0, 0, layout.pack_pages(key, TINY))
-    device.write_pages(0, 5, layout.pack_pages(value, TINY))
+    program(device, 0, 10, key)
+    program(device, 0, 11, value)
+    table(device, [(0, 10, 11, 0)])
     query = bytearray(2 * query_row_bytes(32))
     query[query_row_bytes(32) + 64 + 2 * 7 + 1] = 0x7C
     device.write_memory(QUERIES, bytes(query))
-    (found,) = run(device, {"base_token": 160, "end_token": 176})
+    one = {"base_token": 160, "stripes": 1}
+    (found,) = run(device, {**one, "end_token": 176})
     assert (found.status, found.where) == (Status.NAN_QUERY, 1 * 65536 + 7)
-    (found,) = run(device, {"base_token": 160, "end_token": 176, "rows": 1})
+    (found,) = run(device, {**one, "end_token": 176, "rows": 1})
     assert (found.status, found.where) == (Status.NAN_KEY, 163)
-    (found,) = run(device, {"base_token": 160, "end_token": 163, "rows": 1})
+    (found,) = run(device, {**one, "end_token": 163, "rows": 1})
     assert (found.status, found.where) == (Status.NAN_VALUE, 162)
-    (found,) = run(device, {"base_token": 160, "end_token": 162, "rows": 1})
+    (found,) = run(device, {**one, "end_token": 162, "rows": 1})
     assert found.status is Status.OK
 
 
-def test_erased_pages_are_reported(device):
-    (found,) = run(device, {"key_page": 50})
-    assert (found.status, found.where) == (Status.NAN_KEY, 0)
+# What cannot be read.
+
+
+def media(device):
+    """(channel, page, cause, codeword) of the media registers, which are freed for the next error."""
+    assert device.read_register("STATUS") & StatusBit.MEDIA_ERROR
+    error, cause = device.read_register("MEDIA_ERROR"), device.read_register("MEDIA_CAUSE")
+    device.write_register("STATUS", StatusBit.MEDIA_ERROR)
+    assert not device.read_register("STATUS") & StatusBit.MEDIA_ERROR
+    return error >> 24, error & 0xFFFFFF, MediaCause(cause >> 16), cause & 0xFFFF
+
+
+@pytest.mark.parametrize(("entries", "status", "where", "channel", "page"), [
+    ([(0, 0, 5, 0), (1, 50, 5, 0)], Status.UNREADABLE_KEY, 32 + 16, 1, 50),
+    ([(0, 50, 5, 0), (1, 51, 5, 0)], Status.UNREADABLE_KEY, 32, 0, 50),
+    ([(0, 0, 60, 0), (1, 50, 60, 0)], Status.UNREADABLE_KEY, 48, 1, 50),
+    ([(0, 0, 60, 0), (1, 1, 60, 0)], Status.UNREADABLE_VALUE, 32, 0, 60),
+    ([(0, 0, 1, 0), (1, 1, PAGES, 0)], Status.UNREADABLE_VALUE, 48, 1, PAGES),
+    ([(0, 0, 1, 0), (1, 0xFFFFFF, 1, 0)], Status.UNREADABLE_KEY, 48, 1, 0xFFFFFF),
+])
+def test_erased_pages_are_reported(device, entries, status, where, channel, page):
+    table(device, entries)
+    (found,) = run(device, {"base_token": 32, "end_token": 60})
+    assert (found.status, found.where) == (status, where)
+    assert media(device) == (channel, page, MediaCause.ERASED, 0)
+
+
+def test_unreadable_codewords(device):
+    """Pages 0 to 3 are on planes and dies of their own; four tokens lie in a codeword."""
+    table(device, [(0, 0, 5, 0), (1, 1, 6, 0)])
+    faults = device.faults.unreadable
+    faults.add((Block(1, 0, 1, 0), 0, 2))           # page 1 of channel 1
+    (found,) = run(device, {})
+    assert found.status is Status.OK    # tokens 16 to 19 are codeword 0 of it
+    (found,) = run(device, {"end_token": 16 + 9})
+    assert (found.status, found.where) == (Status.UNREADABLE_KEY, 16 + 8)
+    assert media(device) == (1, 1, MediaCause.UNCORRECTABLE, 2)
+    faults.add((Block(1, 0, 1, 0), 0, 0))
+    faults.add((Block(0, 0, 1, 0), 1, 3))           # page 5 of channel 0
+    (found,) = run(device, {"end_token": 16 + 9})
+    assert (found.status, found.where) == (Status.UNREADABLE_KEY, 16)
+    faults -= {(Block(1, 0, 1, 0), 0, 0), (Block(1, 0, 1, 0), 0, 2)}
+    (found,) = run(device, {"end_token": 16 + 9})
+    assert (found.status, found.where) == (Status.UNREADABLE_VALUE, 12)
+    assert media(device) == (1, 1, MediaCause.UNCORRECTABLE, 0)     # the first since the bit was clear
+
+
+def test_what_cannot_be_read_has_no_nan_and_comes_before_those_that_have(device):
+    key = np.full((16, 32), 0x3C00, np.uint16)
+    key[2, 0] = 0x7E00
+    program(device, 0, 10, key)
+    table(device, [(0, 10, 5, 0), (1, 0, 12, 0)])
+    (found,) = run(device, {})
+    assert (found.status, found.where) == (Status.UNREADABLE_VALUE, 16)
+    device.faults.unreadable.add((Block(0, 1, 0, 0), 2, 0))
+    table(device, [(0, 10, 5, 0), (1, 0, 6, 0)])
+    (found,) = run(device, {})
+    assert (found.status, found.where) == (Status.UNREADABLE_KEY, 0)
+    device.faults.unreadable.clear()
+    (found,) = run(device, {})
+    assert (found.status, found.where) == (Status.NAN_KEY, 2)
+
+
+def test_stripes_of_several_pages(device):
+    """A stripe of two pages has the page behind its first one."""
+    rng = np.random.default_rng(1)
+    bits = rng.standard_normal((4, 2 * TOKENS, 32)).astype(np.float16).view(np.uint16)
+    for page, tokens in enumerate(bits.reshape(8, TOKENS, 32)):
+        program(device, 1, PAGES + page, tokens)
+    table(device, [(1, 10, 12, 0), (1, 14, 16, 0)])
+    command = {"rows": 1, "stripe_pages": 2, "stripes": 2, "end_token": 4 * TOKENS - 3, "tree_token": 4 * TOKENS}
+    query = np.ones((1, 32), np.float16)
+    device.write_memory(QUERIES, ROW.pack(end_token=1000) + query.tobytes().ljust(64, b"\0"))
+    assert run(device, command)[0].status is Status.OK
+    trace = golden.attend(
+        query.view(np.uint16), np.concatenate(bits[::2]), np.concatenate(bits[1::2]), element=TINY.element,
+        scale_bits=ONE, start=np.array([0]), end=np.array([1000]), tree=np.array([0]), tree_token=4 * TOKENS,
+        base_token=0, end_token=4 * TOKENS - 3)
+    assert device.read_memory(RESULTS, 128) == trace.output.astype("<u4").tobytes()
+    # Page 13 is of V, token 16 of the first stripe.
+    device.faults.unreadable.add((Block(1, 0, 1, 0), 3, 1))
+    (found,) = run(device, command)
+    assert (found.status, found.where) == (Status.UNREADABLE_VALUE, 20)
+
+
+def test_dram_pages(device):
+    table(device, [(0, DRAM, DRAM, 1), (1, 1, 6, 0)])
+    assert run(device, {})[0].status is Status.OK
+    flashed = run(device, {"rows": 1}), device.read_memory(RESULTS, result_row_bytes(32))
+    table(device, [(0, 0, 5, 0), (1, DRAM, DRAM, 1)])
+    assert flashed == (run(device, {"rows": 1}), device.read_memory(RESULTS, result_row_bytes(32)))
+    table(device, [(0, 0, 5, 0), (1, DRAM, 32, 1)])     # there are pages 0 to 31
+    (found,) = run(device, {})
+    assert (found.status, found.where) == (Status.UNREADABLE_VALUE, 16)
+    assert not device.read_register("STATUS") & StatusBit.MEDIA_ERROR
+
+
+# Flash commands.
+
+
+def test_programmed_pages_are_copies(device):
+    device.write_dram(DRAM * TINY.page_bytes, bytes(TINY.page_bytes))
+    images = [image for _, _, image in device.written()]
+    assert len(images) == 2 * PAGES
+    assert all((image.view(np.uint16) == 0x3C00).all() for image in images)
+
+
+def test_pages_are_programmed_in_order_and_once(device):
+    for page in (0, 8, 14):     # 0, 4, 8 are the first pages of plane 0, die 0; 2, 6, 10, 14 those of die 1
+        found = flash(device, Opcode.PROGRAM, 1, page, DRAM)
+        assert (found.status, found.where) == (Status.PROGRAM_FAILED, 1 << 24 | page)
+    assert flash(device, Opcode.PROGRAM, 1, 10, DRAM).status is Status.OK
+    assert flash(device, Opcode.PROGRAM, 1, 14, DRAM).status is Status.OK
+    assert len(list(device.written())) == 2 * PAGES + 2
+
+
+def test_erase(device):
+    assert flash(device, Opcode.ERASE, 0, 4).status is Status.OK     # pages 0, 4 and 8
+    table(device, [(0, 8, 5, 0), (1, 8, 5, 0)])
+    (found,) = run(device, {})
+    assert (found.status, found.where) == (Status.UNREADABLE_KEY, 0)
+    assert {(b, p) for b, p, _ in device.written() if b.channel == 0} == {
+        (Block(0, die, plane, 0), page) for die, plane, page in
+        [(0, 1, 0), (0, 1, 1), (0, 1, 2), (1, 0, 0), (1, 0, 1), (1, 1, 0), (1, 1, 1)]}
+    assert flash(device, Opcode.PROGRAM, 0, 0, DRAM).status is Status.OK
+
+
+def test_map(device):
+    """Zone 0 of channel 0, die 0, plane 0 gets block 6: what it held cannot be seen, not even through zone 6."""
+    zone = 1 << TINY.zone_page_bits
+    assert flash(device, Opcode.MAP, 0, 0, 6).status is Status.OK
+    table(device, [(0, 0, 5, 0), (1, 0, 5, 0)])
+    assert run(device, {})[0].status is Status.UNREADABLE_KEY
+    assert media(device)[2] is MediaCause.ERASED
+    program(device, 0, 0, np.full((16, 32), 0x4000, np.uint16))
+    assert run(device, {})[0].status is Status.OK
+    table(device, [(0, 6 * zone, 5, 0), (1, 0, 5, 0)])
+    assert run(device, {})[0].status is Status.UNREADABLE_KEY
+    # The block is there, but the page was written under another number.
+    assert media(device) == (0, 6 * zone, MediaCause.UNCORRECTABLE, 0)
+    assert flash(device, Opcode.MAP, 0, 0, 0).status is Status.OK
+    table(device, [(0, 0, 5, 0), (1, 0, 5, 0)])
+    assert run(device, {})[0].status is Status.OK
+
+
+FLASH = {"opcode": Opcode.PROGRAM, "identifier": 5, "channel": 0, "page": 10, "argument": DRAM}
+INVALID_FLASH = [
+    ({"flags": 1}, Status.INVALID_FIELD),
+    ({"reserved0": 1}, Status.INVALID_FIELD),
+    *(({f"reserved{i}": 1 << 63}, Status.INVALID_FIELD) for i in range(1, 7)),
+    ({"opcode": Opcode.ERASE, "argument": 1}, Status.INVALID_FIELD),
+    ({"opcode": Opcode.PROBE, "argument": 1}, Status.INVALID_FIELD),
+    ({"opcode": Opcode.PROBE, "argument": 1, "channel": 2}, Status.INVALID_FIELD),
+    ({"channel": 2}, Status.INVALID_PLACE),
+    ({"page": TINY.pages_per_channel}, Status.INVALID_PLACE),
+    ({"page": 1 << 31}, Status.INVALID_PLACE),
+    ({"opcode": Opcode.MAP, "argument": TINY.part.blocks}, Status.INVALID_PLACE),
+]
+
+
+@pytest.mark.parametrize(("fields", "status"), INVALID_FLASH)
+def test_invalid_flash_commands(device, fields, status):
+    before = len(list(device.written()))
+    bad, good = run(device, FLASH_COMMAND.pack(**{**FLASH, **fields}), FLASH_COMMAND.pack(**{**FLASH, "identifier": 6}))
+    assert (bad.status, bad.where, bad.identifier) == (status, 0, 5)
+    assert (good.status, good.where, good.identifier) == (Status.OK, 0, 6)
+    assert len(list(device.written())) == before + 1
+
+
+def test_pages_that_pad_a_block_are_no_places():
+    config = replace(TINY, part=TINY_PART.resized(1024, pages=6))
+    device = GoldenDevice(config)
+    device.write_register("COMPLETION_BASE", COMPLETIONS)
+    device.write_register("COMMAND_BASE", COMMANDS)
+    assert flash(device, Opcode.ERASE, 0, 6 << 2).status is Status.INVALID_PLACE
+    assert flash(device, Opcode.ERASE, 0, 5 << 2).status is Status.OK
+
+
+def test_a_dram_page_that_there_is_not(device):
+    found = flash(device, Opcode.PROGRAM, 0, 10, 32)
+    assert (found.status, found.where) == (Status.BUS_ERROR, 10)
+    table(device, [(0, 10, 5, 0), (1, 0, 5, 0)])
+    assert run(device, {})[0].status is Status.UNREADABLE_KEY
+
+
+def test_faults(device):
+    faults = device.faults
+    bad = Block(1, 1, 0, 3)
+    page = 3 << TINY.zone_page_bits | 2
+    faults.bad.add(bad)
+    for opcode, status in ((Opcode.PROBE, Status.BAD_BLOCK), (Opcode.PROGRAM, Status.PROGRAM_FAILED),
+                           (Opcode.ERASE, Status.ERASE_FAILED)):
+        found = flash(device, opcode, 1, page)
+        assert (found.status, found.where) == (status, 1 << 24 | page)
+    assert flash(device, Opcode.PROBE, 1, page + 1).status is Status.OK
+    faults.worn.add(Block(0, 1, 0, 0))
+    assert flash(device, Opcode.PROGRAM, 0, 10, DRAM).status is Status.PROGRAM_FAILED
+    assert flash(device, Opcode.ERASE, 0, 2).status is Status.ERASE_FAILED
+    table(device, [(0, 2, 6, 0), (1, 0, 5, 0)])
+    assert run(device, {})[0].status is Status.OK   # what it held can be read
+    faults.worn.clear()
+    assert flash(device, Opcode.PROGRAM, 0, 10, DRAM).status is Status.PROGRAM_FAILED   # the page is used up
+    assert flash(device, Opcode.PROGRAM, 0, 14, DRAM).status is Status.OK
+    faults.program_fails.add((Block(0, 1, 0, 0), 4))
+    assert flash(device, Opcode.PROGRAM, 0, 18, DRAM).status is Status.PROGRAM_FAILED
+    faults.dead.add((1, 0))
+    for opcode in (Opcode.PROBE, Opcode.PROGRAM, Opcode.ERASE):
+        found = flash(device, opcode, 1, 5)
+        assert (found.status, found.where) == (Status.DIE_TIMEOUT, 1 << 24 | 5)
+    table(device, [(0, 2, 6, 0), (1, 2, 5, 0)])
+    found = run(device, {})[0]
+    assert (found.status, found.where) == (Status.UNREADABLE_VALUE, 16)
+    assert media(device) == (1, 5, MediaCause.DIE_TIMEOUT, 0)
+
+
+@pytest.mark.parametrize("opcode", [Opcode.PROGRAM, Opcode.ERASE])
+def test_a_power_cut(device, opcode):
+    first = FLASH_COMMAND.pack(opcode=Opcode.PROGRAM, channel=1, page=10, argument=DRAM, identifier=1)
+    line = FLASH_COMMAND.pack(opcode=opcode, channel=0, page=10, argument=DRAM * (opcode is Opcode.PROGRAM))
+    device.write_memory(COMPLETIONS, bytes(256))
+    device.write_memory(COMMANDS, first + line + first)
+    device.write_register("STATUS", StatusBit.DONE)
+    device.faults.power_cut = 1
+    device.write_register("DOORBELL", 3)
+    with pytest.raises(DeviceTimeoutError, match="its power is off"):
+        device.wait(1)
+    device.write_register("STATUS", StatusBit.DONE)
+    assert device.read_register("ID") == 0
+    done = [COMPLETION.unpack(device.read_memory(COMPLETIONS + 64 * i, 64))["done"] for i in range(3)]
+    assert done == [1, 0, 0]
+    device.power_up()
+    assert device.read_register("STATUS") == StatusBit.READY
+    assert not any(device.read_dram(DRAM * TINY.page_bytes, TINY.page_bytes))
+    for name, value in (("COMMAND_BASE", COMMANDS), ("COMPLETION_BASE", COMPLETIONS), ("BUFFER_LIMIT", LIMIT)):
+        device.write_register(name, value)
+    for key_page, good in ((2, opcode is Opcode.PROGRAM), (10, False), (3, True)):
+        table(device, [(0, key_page, 5, 0), (1, 10, 5, 0)])
+        assert (run(device, {})[0].status is Status.OK) == good
+
+
+# Bus errors.
 
 
 def test_bus_errors(device):
@@ -250,10 +575,11 @@ def test_bus_errors(device):
     assert device.read_register("STATUS") & StatusBit.BUS_ERROR
     device.write_register("STATUS", StatusBit.BUS_ERROR)
     assert not device.read_register("STATUS") & StatusBit.BUS_ERROR
-    (found,) = run(device, {"result": 1 << 16})
-    assert (found.status, found.where, found.identifier) == (Status.BUS_ERROR, 0, 77)
-    assert device.read_register("STATUS") & StatusBit.BUS_ERROR
-    device.write_register("STATUS", StatusBit.BUS_ERROR)
+    for field in ("result", "table"):
+        (found,) = run(device, {field: 1 << 16})
+        assert (found.status, found.where, found.identifier) == (Status.BUS_ERROR, 0, 77)
+        assert device.read_register("STATUS") & StatusBit.BUS_ERROR
+        device.write_register("STATUS", StatusBit.BUS_ERROR)
     device.write_register("COMMAND_BASE", 1 << 16)
     (found,) = run(device, {})
     assert (found.status, found.identifier) == (Status.BUS_ERROR, 0)
@@ -264,16 +590,23 @@ def test_rows_start_tree_and_windows_reach_the_golden_model():
     rng = np.random.default_rng(5)
     config = replace(TINY, channels=3)
     tokens = config.tokens_per_page
-    key, value = rng.standard_normal((2, 5 * tokens, 32)).astype(np.float16).view(np.uint16)
+    key, value = rng.standard_normal((2, 3 * tokens, 32)).astype(np.float16).view(np.uint16)
     query = rng.standard_normal((2, 32)).astype(np.float16).view(np.uint16)
     transport = GoldenDevice(config)
-    head, base = 4, {"key": 11, "value": 23}
-    for bits, page in ((key, 11), (value, 23)):
-        for stripe, image in enumerate(layout.pack_pages(bits, config)):
-            place = layout.place(stripe, head, page, config)
-            transport.write_pages(place.channel, place.page, image[None])
     device = Device(transport)
-    from kvattic.driver import Job
+    zone = 4 << config.zone_page_bits
+    places = [(2, zone + 1, zone + 4), (0, zone + 3, zone + 2), (1, zone, zone + 6)]
+    images = [layout.pack_pages(bits, config) for bits in (key, value)]
+    transport.write_dram(0, np.concatenate(images).tobytes())
+    for channel in range(3):
+        pages = sorted((page, 3 * kind + stripe) for stripe, (c, *pair) in enumerate(places) if c == channel
+                       for kind, page in enumerate(pair))
+        # Page 4 of the zone is the second one of plane 0, die 0, as 6 is of plane 0, die 1.
+        if channel == 2:
+            pages.insert(0, (zone, 0))
+        if channel == 1:
+            pages.insert(1, (zone + 2, 0))
+        device.operate([FlashOperation(Opcode.PROGRAM, channel, page, source) for page, source in pages])
 
     masks = {
         "start": np.array([2 * tokens + 3, 0]),
@@ -281,25 +614,12 @@ def test_rows_start_tree_and_windows_reach_the_golden_model():
         "tree": np.array([0b1011, 0xFFFF_FFFF]),
     }
     common = {"base_token": 2 * tokens, "end_token": 5 * tokens - 2, "tree_token": 5 * tokens - 9}
-    home, key_page = layout.job_place(2, head, base["key"], config)
-    value_page = layout.job_place(2, head, base["value"], config).page
-    (result,) = device.run(
-        [
-            Job(
-                query=query,
-                home=home,
-                key_page=key_page,
-                value_page=value_page,
-                scale_bits=ONE,
-                **masks,
-                **common,
-            )
-        ]
-    )
+    entries = layout.pack_entries(*np.array([(*place, 0) for place in places]).T)
+    (result,) = device.run([Job(query=query, table=entries, stripe_pages=1, scale_bits=ONE, **masks, **common)])
     trace = golden.attend(
         query,
-        key[2 * tokens :],
-        value[2 * tokens :],
+        key,
+        value,
         element=config.element,
         scale_bits=ONE,
         **masks,
@@ -340,35 +660,15 @@ def test_low_bits_of_the_bases_are_ignored(device):
     assert run(device, {})[0].status is Status.OK
 
 
-def test_written_images_are_copies_and_are_replaced(device):
-    image = np.full((1, TINY.page_bytes), 1, np.uint8)
-    device.write_pages(0, 7, image)
-    image[:] = 2
-    assert device._pages[0, 7][0] == 1
-    device.write_pages(0, 7, image)
-    assert device._pages[0, 7][0] == 2
-
-
 def test_bad_calls(device):
-    image = np.zeros((2, TINY.page_bytes), np.uint8)
-    with pytest.raises(RequestError, match="channel must be 0 to 1, not 2"):
-        device.write_pages(2, 0, image)
-    with pytest.raises(RequestError, match="pages are 0 to 99: 2 from 99 on"):
-        device.write_pages(0, 99, image)
-    with pytest.raises(RequestError, match="pages are 0 to 99: 2 from -1 on"):
-        device.write_pages(0, -1, image)
-    with pytest.raises(
-        RequestError, match=r"images must be uint8 \(pages, 1024\), not uint8 \(2, 1000\)"
-    ):
-        device.write_pages(0, 0, image[:, :1000])
-    with pytest.raises(RequestError, match="not float64"):
-        device.write_pages(0, 0, image.astype(float))
-    with pytest.raises(
-        RequestError, match="host memory is 0 to 0x10000: 2 bytes at 0xffff are not in it"
-    ):
+    with pytest.raises(RequestError, match="host memory is 0 to 0x10000: 2 bytes at 0xffff are not in it"):
         device.write_memory(0xFFFF, b"ab")
-    with pytest.raises(RequestError, match="are not in it"):
+    with pytest.raises(RequestError, match=r"host memory .* are not in it"):
         device.read_memory(-1, 1)
-    for name in ("memory_bytes", "pages_per_channel"):
+    with pytest.raises(RequestError, match="device DRAM is 0 to 0x8000: 2 bytes at 0x7fff are not in it"):
+        device.write_dram(0x7FFF, b"ab")
+    with pytest.raises(RequestError, match=r"device DRAM .* are not in it"):
+        device.read_dram(-1, 1)
+    for name in ("memory_bytes", "dram_bytes"):
         with pytest.raises(RequestError, match=f"{name} must be positive, not 0"):
             GoldenDevice(TINY, **{name: 0})
