@@ -22,6 +22,30 @@ def divided(division: Division, state: Value, word: Value) -> Value:
         (word ^ state[:bits])[:bits], division.columns(bits), division.degree)
 
 
+def ones(bits: Value) -> Value:
+    """Number of bits that are set, added as a tree."""
+    if len(bits) == 1:
+        return bits
+    half = len(bits) // 2
+    return ones(bits[:half]) + ones(bits[half:])
+
+
 def times_power(field: Field, value: Value, exponent: int) -> Value:
     """Product of a field element and 2**exponent."""
     return product(value, [field.power(exponent + i) for i in range(field.m)], field.m)
+
+
+def times(field: Field, a: Value, b: Value) -> Value:
+    """Product of two field elements."""
+    bits = field.m
+    turned = b[::-1]
+    sums = []
+    for power in range(2 * bits - 1):   # of all a[i] * b[power - i]
+        low, high = max(0, power - bits + 1), min(bits, power + 1)
+        sums.append((a[low:high] & turned[bits - 1 - power + low : bits - 1 - power + high]).xor())
+    return product(Cat(sums), [field.power(i) for i in range(len(sums))], bits)
+
+
+def squared(field: Field, a: Value) -> Value:
+    """Square of a field element, which is linear."""
+    return product(a, [field.power(2 * i) for i in range(field.m)], field.m)
