@@ -1,4 +1,4 @@
-"""Parameters and files of verilog/nand_channel.sv: settings, contents, trace, log.
+"""Parameters and files of verilog/nand_channel.sv: contents, trace, log (its settings: `write_configuration`).
 
 Contents go through files as whole arrays, never word by word.
 """
@@ -14,9 +14,9 @@ from amaranth.hdl import Shape
 
 from kvattic.config import Config
 from kvattic_hdl.flash.phy import PhyShapes
-from kvattic_sim.nand_twin import Event, NandFaults, Timing, parameter_page
+from kvattic_sim.nand_twin import Event
 
-__all__ = ["nand_parameters", "read_log", "read_pages", "read_trace", "write_pages", "write_settings"]
+__all__ = ["nand_parameters", "read_log", "read_pages", "read_trace", "write_pages"]
 
 _Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -58,20 +58,6 @@ def nand_parameters(config: Config, *, channel: int = 0, frames: int = 256) -> d
 
 def _page_words(config: Config) -> int:
     return -(-config.part.raw_bytes // config.beat_bytes)
-
-
-def write_settings(directory: Path, config: Config, *, channel: int = 0, faults: NandFaults | None = None,
-                   seed: int = 0, trace: bool = False) -> None:
-    """Write what the model reads when `configure` changes: the part's times, faults, whether it traces."""
-    faults = faults or NandFaults()
-    timing = Timing.of(config)
-    lines = [f"{name} {getattr(timing, name)}" for name in Timing.__slots__]
-    lines += [f"seed {seed & 0xFFFFFFFF}", f"trace {int(trace)}"]
-    lines += [f"rber {faults.rber!r}", f"retry_rber {faults.retry_rber!r}"]
-    lines += ["parameters " + " ".join(map(str, parameter_page(config.part, config.ecc_t)))]
-    lines += ["fault " + " ".join(str(int(value)) for value in entry) for entry in faults.entries()]
-    lines += [f"power {cycle} {length}" for cycle, length in faults.power_cuts]
-    (directory / f"nand{channel}.cfg").write_text("\n".join(lines) + "\n")
 
 
 def write_pages(directory: Path, config: Config, pages: Mapping[int, bytes] | tuple[Iterable[int], _Bytes], *,

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +34,7 @@ __all__ = [
     "onfi_crc",
     "parameter_page",
     "read_id",
+    "write_configuration",
 ]
 
 FRACTION = 20
@@ -134,8 +136,8 @@ class NandFaults:
     """What is wrong with the dies of a channel.
 
     Attributes:
-        rber: probability that a bit is read wrong.
-        retry_rber: the same at a read-retry level that is not the one that `retry` asks for.
+        bit_error_rate: probability that a bit is read wrong.
+        retry_error_rate: the same at a read-retry level that is not the one that `retry` asks for.
         factory_bad: (die, plane, block): marked bad; programs and erases fail.
         grown_bad: (die, plane, block, erases): after so many erases its programs and erases fail.
         program_fails: (die, plane, block, page): programs of this page fail; page None: of all its pages.
@@ -146,8 +148,8 @@ class NandFaults:
         power_cuts: (cycle, cycles): power fails in this cycle (counted from `configure`) for so many cycles.
     """
 
-    rber: float = 0.0
-    retry_rber: float = 0.01
+    bit_error_rate: float = 0.0
+    retry_error_rate: float = 0.01
     factory_bad: tuple[tuple[int, int, int], ...] = ()
     grown_bad: tuple[tuple[int, int, int, int], ...] = ()
     program_fails: tuple[tuple[int, int, int, int | None], ...] = ()
@@ -158,7 +160,7 @@ class NandFaults:
     power_cuts: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("rber", "retry_rber"):
+        for name in ("bit_error_rate", "retry_error_rate"):
             if getattr(self, name) and not 1e-12 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 0, or from 1e-12 to below 1, not {getattr(self, name)!r}")
         if list(self.power_cuts) != sorted(self.power_cuts):
@@ -221,6 +223,20 @@ class Timing:
                    t_rst_idle=ticks(min(T_RST_IDLE, part.t_rst)), t_byte=t_byte)
 
 
+def write_configuration(path: Path, config: Config, *, faults: NandFaults | None = None, seed: int = 0,
+                        trace: bool = False) -> None:
+    """Write nand<channel>.cfg, which nand_channel.sv reads when `configure` changes: times, faults, trace or not."""
+    faults = faults or NandFaults()
+    timing = Timing.of(config)
+    lines = [f"{name} {getattr(timing, name)}" for name in Timing.__slots__]
+    lines += [f"seed {seed & _MASK32}", f"trace {int(trace)}"]
+    lines += [f"bit_error_rate {faults.bit_error_rate!r}", f"retry_error_rate {faults.retry_error_rate!r}"]
+    lines += ["parameters " + " ".join(map(str, parameter_page(config.part, config.ecc_t)))]
+    lines += ["fault " + " ".join(str(int(value)) for value in entry) for entry in faults.entries()]
+    lines += [f"power {cycle} {length}" for cycle, length in faults.power_cuts]
+    path.write_text("\n".join(lines) + "\n")
+
+
 # ---------------------------------------------------------------------------------------------- reports
 
 
@@ -264,8 +280,8 @@ _NUMBERS = {violation: i for i, violation in enumerate(Violation, 1)}
 class Event(NamedTuple):
     """Something that took time on a die or the bus, for timelines; start and end in cycles.
 
-    kind: read, program, erase, reset, feature, command, in, out.  plane and page (`NandPart.page_index`) are -1 where
-    they mean nothing.
+    kind: read, program, erase (of the array, as planned), reset, feature (of a die), command, in, out (of the bus).
+    plane and page (`NandPart.page_index`) are -1 where they mean nothing.
     """
 
     start: int
@@ -1084,11 +1100,11 @@ class NandChannel:
         data = self._content(self._page_of(target, row)).copy()
         if page == 0 and self._any(Fault.FACTORY_BAD, target, plane, block, page):
             data[self.part.page_bytes] = 0
-        rate = self.faults.rber
+        rate = self.faults.bit_error_rate
         level = self.dies[target].features[RETRY_FEATURE][0]
         wanted = next(iter(self._matching(Fault.RETRY, target, plane, block, page)), None)
         if wanted is not None and wanted != level:
-            rate = self.faults.retry_rber
+            rate = self.faults.retry_error_rate
         if rate > 0:
             position = self._skip(rate)
             while position < 8 * self.part.raw_bytes:

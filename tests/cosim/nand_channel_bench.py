@@ -17,8 +17,8 @@ from cocotb.triggers import FallingEdge, Timer
 
 from kvattic.config import TINY
 from kvattic.nand import TINY_PART
-from kvattic_sim.nand_files import read_log, read_pages, read_trace, write_pages, write_settings
-from kvattic_sim.nand_twin import NandChannel, NandFaults
+from kvattic_sim.nand_files import read_log, read_pages, read_trace, write_pages
+from kvattic_sim.nand_twin import NandChannel, NandFaults, write_configuration
 
 _QUICK = replace(TINY_PART, t_r=1_500.0, t_prog=4_000.0, t_bers=6_000.0, t_rst=3_000.0, t_feat=500.0, endurance=20)
 CONFIGS = {
@@ -311,7 +311,7 @@ class Bench:
                         pages[part.page_index(die, plane, block, page)] = data
         here = Path()
         write_pages(here, CONFIG, pages)
-        write_settings(here, CONFIG, faults=self.faults, seed=self.seed, trace=True)
+        write_configuration(here / "nand0.cfg", CONFIG, faults=self.faults, seed=self.seed, trace=True)
         for name in self.inputs:
             self.drive(name, 0)
         self.drive("configure", 1)
@@ -422,7 +422,7 @@ async def same_as_twin(dut: Any) -> None:
     planes, blocks = CONFIG.part.planes, CONFIG.part.blocks
     last = CONFIG.dies - 1
     faults = NandFaults() if os.environ.get("NAND_FAULTS") == "none" else NandFaults(
-        rber=1e-4, retry_rber=5e-3, factory_bad=((0, 0, 1), (last, planes - 1, blocks - 1)),
+        bit_error_rate=1e-4, retry_error_rate=5e-3, factory_bad=((0, 0, 1), (last, planes - 1, blocks - 1)),
         grown_bad=((0, planes - 1, 2, 1),), program_fails=((0, 0, 3, 1), (last, 0, 2, None)),
         erase_fails=((0, 0, 0),), stuck_busy=((last, 60 if CONFIG.dies > 1 else 1_000_000),),
         retry=((0, 0, 0, None, 1), (0, planes - 1, None, 0, 2)),

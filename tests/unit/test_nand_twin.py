@@ -610,7 +610,7 @@ def flips(a: bytes, b: bytes) -> int:
 
 def test_bit_errors() -> None:
     rate, reads = 1e-3, 40
-    h = host(seed=1, faults=NandFaults(rber=rate))
+    h = host(seed=1, faults=NandFaults(bit_error_rate=rate))
     data = noise(1)
     h.channel.load((0, 0, 0, 0), data)
     counts = [flips(h.read(0, 0, 0, 0), data) for _ in range(reads)]
@@ -618,7 +618,7 @@ def test_bit_errors() -> None:
     assert sum(counts) == h.channel.bit_flips
     assert abs(sum(counts) / reads - expected) < 4 * (expected / reads) ** 0.5
     assert len(set(counts)) > 1
-    again = host(seed=1, faults=NandFaults(rber=rate))
+    again = host(seed=1, faults=NandFaults(bit_error_rate=rate))
     again.channel.load((0, 0, 0, 0), data)
     assert flips(again.read(0, 0, 0, 0), data) == counts[0], "the same seed, the same errors"
     assert h.channel.dump((0, 0, 0, 0)) == data
@@ -669,7 +669,7 @@ def test_stuck_busy() -> None:
 
 
 def test_read_retry() -> None:
-    h = host(faults=NandFaults(retry=((0, 0, 1, 2, 3), (0, 1, None, None, 1)), retry_rber=0.02))
+    h = host(faults=NandFaults(retry=((0, 0, 1, 2, 3), (0, 1, None, None, 1)), retry_error_rate=0.02))
     for place in ((0, 1, 2), (0, 1, 3), (1, 5, 5)):
         h.channel.load((0, *place), noise(7))
 
@@ -750,8 +750,8 @@ def test_reset_interrupts() -> None:
 
 
 def test_faults_are_checked() -> None:
-    with pytest.raises(ValueError, match="rber must be 0, or from 1e-12 to below 1, not 1"):
-        NandFaults(rber=1)
+    with pytest.raises(ValueError, match="bit_error_rate must be 0, or from 1e-12 to below 1, not 1"):
+        NandFaults(bit_error_rate=1)
     with pytest.raises(ValueError, match="power_cuts must be in the order of their cycles"):
         NandFaults(power_cuts=((5, 1), (3, 1)))
     channel = NandChannel(TINY)

@@ -108,7 +108,7 @@ module nand_channel #(
   reg [63:0] t_r, t_prog, t_bers, t_dbsy, t_rcbsy, t_pcbsy, t_wb, t_rr, t_ccs, t_adl, t_whr, t_cad, t_pre, t_feat, t_rst,
       t_rst_idle, t_byte;
   reg [31:0] seed, random;
-  real rber, retry_rber;
+  real bit_error_rate, retry_error_rate;
   reg tracing;
   reg [7:0] parameters [0:255];
   integer fault_kind [0:FAULTS-1], fault_die [0:FAULTS-1], fault_plane [0:FAULTS-1], fault_block [0:FAULTS-1],
@@ -194,7 +194,7 @@ module nand_channel #(
   integer file, got, log_file, trace_file, key_value;
   reg [63:0] header;
   reg [8*32-1:0] name;
-  reg [8*16-1:0] key;
+  reg [8*20-1:0] key;
   reg configured, loaded, dumped;
   integer v [0:5];
 
@@ -470,10 +470,10 @@ module nand_channel #(
       if (r_page == 0 && fault < fault_count)
         registers[base + PAGE_BYTES / W] = registers[base + PAGE_BYTES / W]
             & ~((BIT * 255) << (8 * (PAGE_BYTES % W)));
-      rate = rber;
+      rate = bit_error_rate;
       fault = 0;
       find(RETRY);
-      if (fault < fault_count) if (fault_value[fault] != features[4 * d + 3][7:0]) rate = retry_rber;
+      if (fault < fault_count) if (fault_value[fault] != features[4 * d + 3][7:0]) rate = retry_error_rate;
       if (rate > 0.0) begin
         position = 0;
         skip;
@@ -1247,8 +1247,8 @@ module nand_channel #(
       fault_count = 0;
       power_next = 0;
       power_count = 0;
-      rber = 0.0;
-      retry_rber = 0.0;
+      bit_error_rate = 0.0;
+      retry_error_rate = 0.0;
       seed = 0;
       if (tracing) $fflush(trace_file);
       tracing = 0;
@@ -1258,8 +1258,8 @@ module nand_channel #(
       else begin
         got = $fscanf(file, "%s", key);
         while (got == 1) begin
-          if (key == "rber") got = $fscanf(file, "%f", rber);
-          else if (key == "retry_rber") got = $fscanf(file, "%f", retry_rber);
+          if (key == "bit_error_rate") got = $fscanf(file, "%f", bit_error_rate);
+          else if (key == "retry_error_rate") got = $fscanf(file, "%f", retry_error_rate);
           else if (key == "parameters") for (i = 0; i < 256; i = i + 1) begin
             got = $fscanf(file, "%d", key_value);
             parameters[i] = key_value;
@@ -1417,8 +1417,8 @@ module nand_channel #(
     t_byte = ONE / 4;
     seed = 0;
     random = 1;
-    rber = 0.0;
-    retry_rber = 0.0;
+    bit_error_rate = 0.0;
+    retry_error_rate = 0.0;
     tracing = 0;
     fault_count = 0;
     power_next = 0;
