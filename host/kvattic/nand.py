@@ -152,15 +152,113 @@ class NandPart:
         return replace(self, **{"page_bytes": page_bytes, "spare_bytes": spare} | changes)
 
 
-PSLC = NandPart(name="pslc", source="3D TLC used as SLC: tR 25 us")
+# Waits of the bus protocol (t_wb, t_rr, t_ccs, t_adl, t_whr, t_feat, t_rst) are ONFI's for NV-DDR2 and NV-DDR3, t_cad
+# is tWC of those modes, unless a part says otherwise: t_wb 100 ns at most, t_rr 20 ns, t_adl 150 ns, t_whr 80 ns,
+# t_feat 1 us, t_rst 500 us at most.  t_ccs, which each die's parameter page tells, is the 300 ns that such dies give
+# (ONFI lets a host that did not look assume no less than 500).  t_dbsy, t_rcbsy and t_pcbsy are typical figures.
+# `blocks` are those that a simulation keeps; dies have 500 to 4,000 in a plane.
+
+PSLC = NandPart(
+    name="pslc",
+    source="3D TLC used with one bit a cell, no named datasheet: tR 25 us, tPROG 200 us and tBERS 2 ms are typical; page of "
+           "16384 + 2208 bytes and 256 pages in such a block as in OpenSSD's firmware for 16 KB MLC in SLC mode")
 """A pSLC part at 25 us."""
+TLC = NandPart(
+    name="tlc",
+    source="64-layer TLC: tR 60 us, tPROG 700 us (AnandTech on the Samsung 983 ZET, table of 3D NAND generations; "
+           "tPROG is a page's share); tBERS 3.5 ms and 3,000 erases are typical; geometry as pslc with three pages a"
+           " cell row; bus as pslc, so that only the array differs",
+    pages=768, t_r=60_000.0, t_prog=700_000.0, t_bers=3_500_000.0, t_rcbsy=5_000.0, t_pcbsy=5_000.0, endurance=3_000)
+"""A TLC part: 2.4 times the tR of the pSLC part, 3.5 times its tPROG."""
+LOW_LATENCY = NandPart(
+    name="lowlatency",
+    source="like Kioxia's first XL-FLASH: 16 planes, 4 KB pages, tR 4 us (../shared/anchors.md; Tom's Hardware for "
+           "the planes); tPROG 100 us is Samsung's Z-NAND, the like part (AnandTech on the 983 ZET: tR 3 us, tPROG "
+           "100 us); tBERS 1 ms, t_dbsy and t_rcbsy are typical of SLC",
+    page_bytes=4096, spare_bytes=256, planes=16, t_r=4_000.0, t_prog=100_000.0, t_bers=1_000_000.0, t_dbsy=200.0,
+    t_rcbsy=1_000.0, t_pcbsy=1_000.0, endurance=50_000)
+"""A low-latency SLC part."""
+PAPER_DRIVE = NandPart(
+    name="paper",
+    source="the drive of InstAttention (HPCA 2025): 1.4 GB/s a channel and 4 KB pages; the paper gives no array "
+           "times, those are pslc's",
+    page_bytes=4096, spare_bytes=552, planes=4)
+"""The paper's drive."""
+MQSIM = NandPart(
+    name="mqsim",
+    source="MQSim's default set (../shared/anchors.md, ssdconfig.xml): 2 planes, 8 KB + 448 bytes, 256 pages, 333 "
+           "MT/s, tR 75 us, tPROG 750 us, tBERS 3.8 ms, 10,000 erases",
+    page_bytes=8192, spare_bytes=448, planes=2, bus_mts=333.0, t_r=75_000.0, t_prog=750_000.0, t_bers=3_800_000.0,
+    t_rst=500_000.0, endurance=10_000)
+"""MQSim's default."""
+MQSIM_1000 = NandPart(
+    name="mqsim_1000",
+    source="the set on which MQSim's scheduler was measured (../shared/anchors.md): 1,000 MT/s, 16 KB pages, tR 50 "
+           "us, 2 planes; the rest as mqsim",
+    spare_bytes=896, planes=2, bus_mts=1000.0, t_r=50_000.0, t_prog=750_000.0, t_bers=3_800_000.0, endurance=10_000)
+"""The geometry of the bar for random page reads."""
+NVMEVIRT_970PRO = NandPart(
+    name="nvmevirt_970pro",
+    source="NVMeVirt, ssd_config.h, SAMSUNG_970PRO: 32 KB pages, 800 MB/s, tR 30.0 us (lower page) or 42.0 us "
+           "(upper), here their mean, tPROG 185 us; its erase takes no time, here 3 ms",
+    page_bytes=32768, spare_bytes=4416, planes=1, bus_mts=800.0, t_r=36_013.0, t_prog=185_000.0, t_bers=3_000_000.0,
+    endurance=10_000)
+"""NVMeVirt's Samsung 970 PRO."""
+NVMEVIRT_ZNS = NandPart(
+    name="nvmevirt_zns",
+    source="NVMeVirt, ssd_config.h, ZNS_PROTOTYPE (TLC): 64 KB pages, here 4 planes of 16 KB, 800 MB/s, tR 40.95 us,"
+           " tPROG 1,913.64 us (there of three pages at once); its erase takes no time, here 3.5 ms",
+    bus_mts=800.0, t_r=40_950.0, t_prog=1_913_640.0, t_bers=3_500_000.0, endurance=3_000)
+"""NVMeVirt's ZNS prototype."""
+NVMEVIRT_ZN540 = NandPart(
+    name="nvmevirt_zn540",
+    source="NVMeVirt, ssd_config.h, WD_ZN540 (TLC): 32 KB pages, 450 MB/s, tR 58 us, tPROG 561 us (there of three "
+           "pages at once); its erase takes no time, here 3.5 ms",
+    page_bytes=32768, spare_bytes=4416, planes=1, bus_mts=450.0, t_r=58_000.0, t_prog=561_000.0, t_bers=3_500_000.0,
+    endurance=3_000)
+"""NVMeVirt's Western Digital ZN540."""
+SIMPLESSD = NandPart(
+    name="simplessd",
+    source="SimpleSSD's default set (../shared/anchors.md): 2 planes, 16 KB pages, 400 MT/s, tR 40 to 65 us and "
+           "tPROG 500 to 1,300 us by page type, here the middle of both, tBERS 3.5 ms",
+    planes=2, bus_mts=400.0, t_r=52_500.0, t_prog=900_000.0, t_bers=3_500_000.0, endurance=3_000)
+"""SimpleSSD's default."""
+FEMU = NandPart(
+    name="femu",
+    source="FEMU, ftl.h: 4 KB pages, tR 40 us, tPROG 200 us, tBERS 2 ms; FEMU moves data in no time: 1,400 MT/s here",
+    page_bytes=4096, spare_bytes=552, planes=1, t_r=40_000.0, t_prog=200_000.0, t_bers=2_000_000.0)
+"""FEMU's default."""
+MT29F128G08 = NandPart(
+    name="mt29f128g08",
+    source="Micron datasheet MT29F128G08CBECB (MLC, ONFI 3.2): 16384 + 1872 bytes, 512 pages, 2 planes of 1,048 "
+           "blocks, NV-DDR2 mode 3 at 166 MT/s, tR 115 us (max), tPROG 1,600 us (typ), tBERS 3 ms (typ), 3,000 "
+           "erases",
+    spare_bytes=1872, planes=2, blocks=1048, pages=512, bus_mts=166.0, t_r=115_000.0, t_prog=1_600_000.0,
+    t_bers=3_000_000.0, t_rcbsy=6_000.0, t_pcbsy=6_000.0, endurance=3_000)
+"""A die with a public datasheet."""
+COSMOS = NandPart(
+    name="cosmos",
+    source="Cosmos+ OpenSSD's firmware, memory map of its 16 KB MLC modules: 16384 + 1664 bytes, 256 pages; its "
+           "controller drives 200 MT/s; the firmware names no array times, those are of mt29f128g08",
+    spare_bytes=1664, planes=2, bus_mts=200.0, t_r=115_000.0, t_prog=1_600_000.0, t_bers=3_000_000.0, t_rcbsy=6_000.0,
+    t_pcbsy=6_000.0, endurance=3_000)
+"""Cosmos+ OpenSSD."""
+SCA = NandPart(
+    name="sca",
+    source="no part: a TLC die with JESD230G's separate command and address bus at 3,600 MT/s (that standard goes to"
+           " 4,800; 3,600 is what the fastest die in production has); a cycle of 10 ns is assumed; array as tlc",
+    separate_command_bus=True, bus_mts=3600.0, t_cad=10.0, pages=768, t_r=60_000.0, t_prog=700_000.0,
+    t_bers=3_500_000.0, t_rcbsy=5_000.0, t_pcbsy=5_000.0, endurance=3_000)
+"""A part with its own command bus."""
 TINY_PART = NandPart(
     name="tiny", source="no part: small and fast, for tests", page_bytes=1024, spare_bytes=128, planes=2, blocks=8,
     pages=8, t_r=3_000.0, t_prog=10_000.0, t_bers=20_000.0, t_dbsy=200.0, t_rcbsy=400.0, t_pcbsy=400.0,
     t_rst=5_000.0)
 """Fast tests."""
 
-PARTS = {p.name: p for p in (PSLC, TINY_PART)}
+PARTS = {p.name: p for p in (
+    PSLC, TLC, LOW_LATENCY, PAPER_DRIVE, MQSIM, MQSIM_1000, NVMEVIRT_970PRO, NVMEVIRT_ZNS, NVMEVIRT_ZN540, SIMPLESSD,
+    FEMU, MT29F128G08, COSMOS, SCA, TINY_PART)}
 
 
 def part(name: str) -> NandPart:
