@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 
 from kvattic import ecc
 from kvattic.config import Config
+from kvattic.layout import page_place
 from kvattic_hdl import EPOCH_BITS, Shapes, phy_signature
 from kvattic_hdl.flash.channel import FlashChannel
 from kvattic_hdl.shared import Netlist, ports
 from kvattic_sim.build import Model, Simulator, compile_model, default_build_root, run_model
+from kvattic_sim.nand_files import nand_parameters
 from kvattic_sim.rtl_transport import NandSettings
-from kvattic_sim.testbench import nand_parameters
 
 __all__ = ["ListRun", "Requests", "build_channels", "read_list"]
 
@@ -112,7 +113,7 @@ def _verilog(config: Config, frames: int) -> str:
             signals["phy__" + "__".join(map(str, path))] = wire
             nand["_".join(map(str, path))] = wire
         body.append(f"{CHANNEL} channel{c} (" + ", ".join(f".{k}({v})" for k, v in signals.items()) + ");")
-        parameters = {"CHANNEL": c} | nand_parameters(config, frames)
+        parameters = nand_parameters(config, channel=c, frames=frames)
         body.append(f"nand_channel #({', '.join(f'.{k}({v})' for k, v in parameters.items())}) nand{c} ("
                     + ", ".join(f".{k}({v})" for k, v in nand.items()) + ");")
     fields = {"PLACE_AT": shapes.request["tag"].offset + shapes.tag["place"].offset, "PLACE_BITS": shapes.place.width,
@@ -147,8 +148,7 @@ def build_channels(config: Config, simulator: Simulator = Simulator.VERILATOR, *
     """
     netlist = Netlist()
     channel = FlashChannel(config)
-    rtl = netlist.convert(channel, CHANNEL, ports(channel)).replace(
-        f"module {CHANNEL}(", f"module {CHANNEL}(", 1)
+    rtl = netlist.convert(channel, CHANNEL, ports(channel))
     text = "\n".join([*netlist.modules.values(), rtl, _verilog(config, frames)])
     folder = default_build_root() / "rtl" / hashlib.sha256(text.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +188,9 @@ def read_list(config: Config, requests: Requests, *, in_flight: int, pages: NDAr
     entries = (requests.channel << 56 | requests.page << 32 | requests.first << 16 | requests.count).astype(">u8")
     (run_dir / "requests.bin").write_bytes(entries.tobytes())
     raw = [ecc.encode(config, image, pages) for image in data]
-    (run_dir / "job.pickle").write_bytes(pickle.dumps((config, in_flight, pages, raw, settings or NandSettings())))
+    places = page_place(pages, config)
+    indices = config.part.page_index(places.die, places.plane, places.zone, places.page)
+    (run_dir / "job.pickle").write_bytes(pickle.dumps((config, in_flight, indices, raw, settings or NandSettings())))
     run_model(model, test_module="kvattic_sim.channel_cocotb", run_dir=run_dir)
     found: dict[str, Any] = pickle.loads((run_dir / "result.pickle").read_bytes())
 

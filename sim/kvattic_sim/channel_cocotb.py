@@ -8,7 +8,8 @@ import cocotb
 from cocotb.clock import Clock
 from cocotb.triggers import FallingEdge, First, RisingEdge, Timer
 
-from kvattic_sim.rtl_transport import CLOCK_NS, NandSettings, write_nand_settings
+from kvattic_sim.nand_files import read_log, write_pages
+from kvattic_sim.rtl_transport import CLOCK_NS, NandSettings
 
 PATIENCE_CYCLES = 20_000_000
 
@@ -29,8 +30,9 @@ async def run(dut: Any) -> None:
         await FallingEdge(dut.clk)
 
     await wait(4)
-    write_nand_settings(settings, config)
-    write_pages(config, pages, raw)
+    settings.write(config)
+    for channel, data in enumerate(raw):
+        write_pages(Path(), config, (pages, data), channel=channel)
     dut.configure.value = 1
     dut.load.value = 1
     await wait(4)
@@ -46,8 +48,7 @@ async def run(dut: Any) -> None:
 
     assert int(dut.done.value), f"only {int(dut.codewords.value)} codewords came in {PATIENCE_CYCLES:,} cycles"
     assert total("load_errors") == 0
-    logs = [log.read_text().splitlines() for log in Path().glob("nand*.log")]
     Path("result.pickle").write_bytes(pickle.dumps({
         "cycles": int(dut.cycles.value), "codewords": int(dut.codewords.value), "errors": int(dut.errors.value),
         "sum": int(dut.sum.value), "words": total("words_moved"),
-        "violations": [line for log in logs for line in log] if total("violations") else []}))
+        "violations": [line for c in range(config.channels) for line in read_log(Path(), channel=c)]}))

@@ -30,6 +30,7 @@ from cocotbext.axi import AxiBus, AxiLiteBus, AxiLiteMaster, AxiSlave, MemoryReg
 from kvattic.config import Config
 from kvattic.errors import DeviceTimeoutError, RequestError
 from kvattic.registers import REGISTER_MAP, Control, StatusBit
+from kvattic_sim.nand_files import read_log
 from kvattic_sim.nand_twin import NandFaults, write_configuration
 
 __all__ = ["AxiStalls", "Fault", "FaultKind", "FlashSettings", "NandSettings", "RtlTransport", "Stall", "session"]
@@ -138,6 +139,13 @@ class NandSettings:
     seed: int = 1
     trace: bool = False
     tolerant: bool = False
+
+    def write(self, config: Config) -> None:
+        """Leave them in the working directory, for the models to read."""
+        for channel in range(config.channels):
+            faults = self.faults.get(channel, NandFaults(bit_error_rate=self.bit_error_rate))
+            write_configuration(
+                Path(f"nand{channel}.cfg"), config, faults=faults, seed=self.seed + channel, trace=self.trace)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -344,8 +352,7 @@ class RtlTransport:
     def _check_nand(self) -> None:
         """A violation of the part's rules is a defect of the controllers, whatever the results."""
         if self._nand is not None and not self._nand.tolerant and any(self._counts("violations")):
-            logs = [Path(f"nand{c}.log") for c in range(self.config.channels)]
-            said = [line for log in logs if log.is_file() for line in log.read_text().splitlines()]
+            said = [line for c in range(self.config.channels) for line in read_log(Path(), channel=c)]
             raise RuntimeError("the NAND models saw violations:\n" + "\n".join(said[:20]))
 
     async def _set_flash(self, settings: "FlashSettings | NandSettings") -> None:
@@ -372,11 +379,7 @@ class RtlTransport:
 
     async def _set_nand(self, settings: "NandSettings") -> None:
         self._nand = settings
-        for channel in range(self.config.channels):
-            write_configuration(
-                Path(f"nand{channel}.cfg"), self.config, seed=settings.seed + channel,
-                faults=settings.faults.get(channel, NandFaults(bit_error_rate=settings.bit_error_rate)),
-                trace=settings.trace)
+        settings.write(self.config)
         await self._toggle("flash_configure")
 
     async def _set_stalls(self, stalls: AxiStalls) -> None:

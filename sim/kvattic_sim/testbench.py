@@ -35,7 +35,6 @@ from kvattic_hdl import (
     AXI_READ,
     AXI_WRITE,
     EPOCH_BITS,
-    PhyShapes,
     Shapes,
     axi_lite,
     dram_signature,
@@ -44,6 +43,7 @@ from kvattic_hdl import (
 )
 from kvattic_hdl.interfaces import OPCODE_BITS
 from kvattic_sim.build import Model, Simulator, _locked, compile_model, default_build_root
+from kvattic_sim.nand_files import nand_parameters
 
 __all__ = [
     "DRAM_BYTES",
@@ -166,26 +166,6 @@ def ideal_parameters(config: Config, frames: int, queue: int) -> dict[str, int]:
     return {name: value for name, value in parameters.items() if name in known}
 
 
-def nand_parameters(config: Config, frames: int) -> dict[str, int]:
-    """Parameters of nand_channel.sv: bit positions from `PhyShapes`, geometry, capacity."""
-    shapes, part = PhyShapes(config), config.part
-    parameters = {
-        "CYCLE_BITS": shapes.cycle.size,
-        **_ports(shapes.cycle, "CYCLE_", {"target": "TARGET", "address": "ADDRESS", "byte": "BYTE"}),
-        "BURST_BITS": shapes.burst.size,
-        **_ports(shapes.burst, "BURST_", {"target": "TARGET", "write": "WRITE", "bytes": "BYTES"}),
-        "WORD_BITS": config.beat_bytes * 8,
-        "DIES": config.dies,
-        "PLANES": part.planes,
-        "BLOCKS": part.blocks,
-        "PAGES": part.pages,
-        "PAGE_WORDS": -(-(part.page_bytes + part.spare_bytes) // config.beat_bytes),
-        "FRAMES": frames,
-    }
-    known = set(re.findall(r"parameter (?:\[\S+\] )?(\w+)", _verilog("nand_channel.sv")))
-    return {name: value for name, value in parameters.items() if name in known}
-
-
 def _verilog(name: str) -> str:
     return (resources.files("kvattic_sim") / "verilog" / name).read_text()
 
@@ -296,7 +276,7 @@ def _nand_channels(bench: _Bench, config: Config, frames: int) -> None:
             name = "_".join(map(str, path))
             signals.append(f".{name}({bench.wire(f'phy{c}_{name}', Shape.cast(value.shape()).width)})")
         signals += [f".{name}(flash_{name}[{32 * c} +: 32])" for name in outputs]
-        parameters = {"CHANNEL": c} | nand_parameters(config, frames)
+        parameters = nand_parameters(config, channel=c, frames=frames)
         bench.body.append(_instance("nand_channel", f"nand{c}", parameters, signals))
 
 

@@ -1,7 +1,7 @@
 """The timeline of every channel and die: read from a run of the drive, written as a Perfetto trace and as a picture.
 
-nand_channel.sv leaves a line ``start end die plane kind page`` (cycles) in nand<channel>.trace for each thing that a
-die or its bus did.  `write_perfetto` makes Chrome's trace-event JSON of it, which https://ui.perfetto.dev opens.
+The NAND models keep what each die and bus did, and when.  `write_perfetto` makes Chrome's trace-event JSON of it, which
+https://ui.perfetto.dev opens.
 """
 
 import json
@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from kvattic.config import Config
+from kvattic_sim.nand_files import read_trace
 
 __all__ = ["Event", "Kind", "bus_use", "draw", "read", "write_perfetto"]
 
@@ -31,12 +32,14 @@ class Kind(StrEnum):
     """A block is erased."""
     COMMAND = "command"
     """Command and address cycles on the bus."""
-    DATA_OUT = "data_out"
+    DATA_OUT = "out"
     """Data from a die on the bus."""
-    DATA_IN = "data_in"
+    DATA_IN = "in"
     """Data into a die on the bus."""
-    BUSY = "busy"
-    """Another busy time: cache and plane switches, features, reset."""
+    FEATURE = "feature"
+    """Features are set or read."""
+    RESET = "reset"
+    """The die is reset."""
 
     @property
     def on_bus(self) -> bool:
@@ -51,7 +54,8 @@ COLOURS = {
     Kind.COMMAND: "#d62728",
     Kind.DATA_OUT: "#3182bd",
     Kind.DATA_IN: "#e6550d",
-    Kind.BUSY: "#c7c7c7",
+    Kind.FEATURE: "#c7c7c7",
+    Kind.RESET: "#969696",
 }
 
 
@@ -63,7 +67,7 @@ class Event:
         channel, die, plane: where.
         start, end: cycles; end is one past the last one.
         kind: what.
-        page: row address, or -1.
+        page: `NandPart.page_index`, or -1.
     """
 
     channel: int
@@ -83,9 +87,8 @@ def read(folder: Path, config: Config) -> list[Event]:
     """
     events = []
     for channel in range(config.channels):
-        for line in (folder / f"nand{channel}.trace").read_text().splitlines():
-            start, end, die, plane, kind, page = line.split()
-            events.append(Event(channel, int(die), int(plane), int(start), int(end), Kind(kind), int(page)))
+        events += [Event(channel, e.die, e.plane, e.start, e.end, Kind(e.kind), e.page)
+                   for e in read_trace(folder, channel=channel)]
     return sorted(events, key=lambda event: event.start)
 
 
@@ -109,7 +112,7 @@ def write_perfetto(events: Sequence[Event], config: Config, path: Path) -> None:
                             "args": {"sort_index": track}})
     for event in events:
         records.append({
-            "ph": "X", "name": event.kind.value, "pid": event.channel,
+            "ph": "X", "name": event.kind.name.lower(), "pid": event.channel,
             "tid": 0 if event.kind.on_bus else event.die + 1,
             "ts": round(event.start * microseconds, 4), "dur": round((event.end - event.start) * microseconds, 4),
             "args": {"die": event.die, "plane": event.plane, "page": event.page,
@@ -155,7 +158,7 @@ def draw(events: Sequence[Event], config: Config, path: Path, *, first: int, las
     below.set_xlabel(f"microseconds at {config.clock_mhz:g} MHz")
     below.set_xlim(first * scale, last * scale)
     seen = [kind for kind in Kind if any(event.kind is kind for event in inside)]
-    figure.legend(handles=[Patch(color=COLOURS[kind], label=kind.value.replace("_", " ")) for kind in seen],
+    figure.legend(handles=[Patch(color=COLOURS[kind], label=kind.name.lower().replace("_", " ")) for kind in seen],
                   loc="outside lower center", ncols=len(seen), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -28,6 +28,7 @@ from kvattic.elements import to_bits
 from kvattic.errors import DeviceTimeoutError
 from kvattic.formats import Element
 from kvattic.golden_device import GoldenDevice
+from kvattic.nand import TINY_PART
 from kvattic.registers import StatusBit
 from kvattic_sim.build import icarus_available
 from kvattic_sim.jobs import run_in_simulation
@@ -47,7 +48,7 @@ SIMULATORS = [
 def simulate(config: Config, function: Any, simulator: str = "verilator", **options: Any) -> Any:
     """Run function(device, **arguments) on the RTL; `flash`, `stalls`, `progress` go to the simulation."""
     names = {"flash", "stalls", "progress"}
-    settings = {key: options.pop(key) for key in names & set(options)}
+    settings = {"flash": FlashSettings()} | {key: options.pop(key) for key in names & set(options)}
     return run_in_simulation(
         config,
         function,
@@ -159,8 +160,8 @@ def test_equals_golden_device(simulator: str) -> None:
 
 
 ODD = Config(
-    channels=3, rows=3, head_dim=80, element=Element.BF16, beat_bytes=16, page_bytes=2048, codeword_bytes=512,
-    score_depth=64, jobs_in_flight=2,
+    channels=3, rows=3, head_dim=80, element=Element.BF16, beat_bytes=16, part=TINY_PART.resized(2048), dies=2,
+    dram_beat_bytes=32, codeword_bytes=512, score_depth=64, jobs_in_flight=2,
 )  # 3 tokens and 32 bytes of padding in a codeword
 
 
@@ -304,6 +305,8 @@ def test_reset_in_a_batch() -> None:
 # ---------------------------------------------------------------- errors
 
 NAN = 0x7E00
+RING_STRIPES = TINY.ring_codewords // TINY.codewords_per_page
+"""Stripes of a job that one channel's score buffer holds."""
 
 
 def raw_batch(
@@ -336,9 +339,9 @@ def raw_batch(
 def bad_commands(device: Device) -> dict[str, Any]:
     """Each mistake in a command, between two good ones."""
     config, transport = device.config, device.transport
-    with device.create_sequence(1, capacity_tokens=40) as sequence:
-        sequence.prefill(normal(config, 1, 1, 40), normal(config, 2, 1, 40))
-        job = sequence.plan(normal(config, 3, 1, 1)).jobs[0]
+    sequence = device.create_sequence(1, capacity_tokens=40)
+    sequence.prefill(normal(config, 1, 1, 40), normal(config, 2, 1, 40))   # two stripes in flash, and a tail
+    job = sequence.plan(normal(config, 3, 1, 1)).jobs[0]
     row = query_row_bytes(config.head_dim)
     query = np.zeros((2, row), np.uint8)
     query[:, 4:8] = np.array([40], "<u4").view(np.uint8)
@@ -347,26 +350,45 @@ def bad_commands(device: Device) -> dict[str, Any]:
     query[1, LINE_BYTES + 2 * 5 : LINE_BYTES + 2 * 6] = np.array([NAN], "<u2").view(np.uint8)
     query[1, LINE_BYTES + 2 * 7 : LINE_BYTES + 2 * 8] = np.array([NAN], "<u2").view(np.uint8)
     transport.write_memory(0x9000, query.tobytes())
+    full = [0 for _ in range(RING_STRIPES + 1)]     # entries on channel 0
+    tables = {0xC000: job.table, 0xC040: [job.table[0], config.channels << 24, job.table[2]],
+              0xC080: [*job.table[:2], job.table[2] | 0x02 << 56], 0xC0C0: full}
+    for address, entries in tables.items():
+        transport.write_memory(address, np.array(entries, "<u8").tobytes())
     good = {
-        "opcode": Opcode.ATTEND, "identifier": 7, "rows": 1, "home": job.home, "key_page": job.key_page,
-        "value_page": job.value_page, "base_token": 0, "end_token": 40, "tree_token": 40, "scale": job.scale_bits,
-        "query": 0x8000, "result": 0xA000,
+        "opcode": Opcode.ATTEND, "identifier": 7, "rows": 1, "stripe_pages": 1, "stripes": 3, "base_token": 0,
+        "end_token": 40, "tree_token": 40, "scale": job.scale_bits, "query": 0x8000, "result": 0xA000,
+        "table": 0xC000,
     }
+    flash = dict.fromkeys(good, 0) | {"opcode": Opcode.PROBE, "identifier": 7}
     limit = 0x10000
     mistakes: dict[str, dict[str, int]] = {
         "opcode": {"opcode": 0x80},
         "flags": {"flags": 1},
-        "reserved0": {"reserved0": 0x100},
-        "reserved1": {"reserved1": 1 << 63},
-        "reserved2": {"reserved2": 1},
-        "home": {"home": config.channels},
+        "reserved0": {"reserved0": 1 << 63},
+        "reserved1": {"reserved1": 1},
+        "no stripe pages": {"stripe_pages": 0},
+        "three stripe pages": {"stripe_pages": 3},
+        "large stripes": {"stripe_pages": 128},
         "no rows": {"rows": 0},
         "too many rows": {"rows": config.rows + 1},
         "no token": {"end_token": 0},
         "end below base": {"base_token": 2 * config.tokens_per_page, "end_token": config.tokens_per_page},
-        "too many tokens": {"end_token": config.max_tokens + 1},
-        "unaligned base": {"base_token": 1},
-        "far token": {"base_token": (1 << 24) - config.tokens_per_page, "end_token": 1 << 24},
+        "too many tokens": {"end_token": config.max_tokens + 1, "stripes": config.max_tokens // PAGE + 1},
+        "too few stripes": {"stripes": 2},
+        "too many stripes": {"stripes": 4},
+        "far token": {"base_token": (1 << 24) - 40, "end_token": 1 << 24},
+        "table unaligned": {"table": 0xC008},
+        "table above": {"table": limit},
+        "table: channel": {"table": 0xC040},
+        "table: reserved": {"table": 0xC080},
+        "table: too many on a channel": {"table": 0xC0C0, "stripes": RING_STRIPES + 1,
+                                         "end_token": (RING_STRIPES + 1) * PAGE},
+        "flash: channel": flash | {"rows": config.channels},
+        "flash: page": flash | {"base_token": config.pages_per_channel},
+        "flash: argument": flash | {"end_token": 1},
+        "flash: reserved": flash | {"table": 1},
+        "flash: block": flash | {"opcode": Opcode.MAP, "end_token": config.part.blocks},
         "query unaligned": {"query": 0x8020},
         "query below": {"query": 0x7FC0},
         "query above": {"query": limit - row + 64},
@@ -379,7 +401,7 @@ def bad_commands(device: Device) -> dict[str, Any]:
         "scale infinite": {"scale": 0x7F80_0000},
         "scale negative": {"scale": 0xBF80_0000},
         "nan in q": {"rows": 2, "query": 0x9000},
-        "all wrong": {"opcode": 1, "flags": 1, "rows": 0, "end_token": 0, "query": 1, "scale": 0},
+        "all wrong": {"opcode": 1, "flags": 1, "rows": 0, "end_token": 0, "query": 1, "scale": 0, "table": 1},
     }
     found: dict[str, Any] = {}
     for name, mistake in mistakes.items():
@@ -395,6 +417,7 @@ def bad_commands(device: Device) -> dict[str, Any]:
     everything = [COMMAND.pack(**{**good, **change}) for change in mistakes.values()]
     entries, status = raw_batch(device, everything, window=(0x8000, limit))
     found["all at once"] = [[c.status, c.identifier, c.flags, c.where] for c in entries]
+    sequence.free()
     return found
 
 
@@ -405,7 +428,7 @@ def test_mistakes_in_commands(simulator: str) -> None:
     seen = {entry[0] for each in expected.values() if isinstance(each, dict) for entry in each["entries"]}
     assert seen == {
         Status.OK, Status.INVALID_OPCODE, Status.INVALID_FIELD, Status.INVALID_ROWS, Status.INVALID_LENGTH,
-        Status.INVALID_ADDRESS, Status.INVALID_SCALE, Status.NAN_QUERY,
+        Status.INVALID_ADDRESS, Status.INVALID_SCALE, Status.NAN_QUERY, Status.INVALID_TABLE, Status.INVALID_PLACE,
     }
 
 
@@ -451,19 +474,21 @@ def bus_errors(device: Device) -> dict[str, Any]:
         query = normal(config, 3, 1, 1)
         job = sequence.plan(query).jobs[0]
         good = {
-            "opcode": Opcode.ATTEND, "rows": 1, "home": job.home, "key_page": job.key_page,
-            "value_page": job.value_page, "end_token": 40, "tree_token": 40, "scale": job.scale_bits,
-            "query": 0x8000, "result": 0xA000,
+            "opcode": Opcode.ATTEND, "rows": 1, "stripe_pages": 1, "stripes": 3, "end_token": 40, "tree_token": 40,
+            "scale": job.scale_bits, "query": 0x8000, "result": 0xA000, "table": 0xC000,
         }
+        table = job.table.astype("<u8").tobytes()
         window = (0x8000, outside + 0x10000)
         for name, change, bases in (
             ("command", {}, {"command_base": outside}),
             ("query", {"query": outside}, {}),
             ("half a query", {"query": outside - LINE_BYTES}, {}),
+            ("table", {"table": outside}, {}),
             ("result", {"result": outside}, {}),
             ("half a result", {"result": outside - LINE_BYTES}, {}),
             ("completion", {}, {"completion_base": outside}),
         ):
+            transport.write_memory(0xC000, table)
             entries, status = raw_batch(device, [COMMAND.pack(**{**good, **change})], window=window, **bases)
             found[name] = {
                 "entries": [[c.status, c.where] for c in entries], "status": status,
@@ -476,7 +501,7 @@ def bus_errors(device: Device) -> dict[str, Any]:
 def test_bus_errors() -> None:
     found, expected = simulate(TINY, bus_errors, flash=SHUFFLED), model(TINY, bus_errors)
     assert not differences(found, expected)
-    for name in ("command", "query", "half a query", "result", "half a result"):
+    for name in ("command", "query", "half a query", "table", "result", "half a result"):
         assert expected[name]["entries"] == [[Status.BUS_ERROR, 0]], name
 
 
@@ -569,7 +594,8 @@ def faultless(device: Device) -> list[Any]:
         return [result.bits for result in device.run(sequence.plan(normal(config, 3, 4, 1)).jobs)]
 
 
-CODEWORDS = 2 * 4 * -(-60 // TINY.tokens_per_codeword) // TINY.channels
+CODEWORDS = 2 * 4 * (60 // PAGE * PAGE // TINY.tokens_per_codeword) // TINY.channels
+"""Of each channel; the tails come from device DRAM."""
 NUMBERS = [1, 2, 3, 7, 8, 11, 16, 22, 29, CODEWORDS - 1]
 
 
@@ -625,8 +651,8 @@ def counters(device: Device) -> dict[str, Any]:
     with device.create_sequence(2, capacity_tokens=83) as sequence:
         sequence.prefill(normal(config, 1, 2, 83), normal(config, 2, 2, 83))
         result = sequence.attend(normal(config, 3, 4, 1))
-    names = ("CYCLES", "BEATS", "FIRST_BEAT", "LAST_BEAT", "STARVED", "BARRIER", "WEIGHTS", "SCORES", "IDLE")
-    return {name: transport.read_register(name) for name in names} | {"completions": result.completions}
+        names = ("CYCLES", "BEATS", "FIRST_BEAT", "LAST_BEAT", "STARVED", "BARRIER", "WEIGHTS", "SCORES", "IDLE")
+        return {name: transport.read_register(name) for name in names} | {"completions": result.completions}
 
 
 def test_counters_add_up() -> None:
