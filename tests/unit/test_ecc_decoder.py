@@ -398,6 +398,7 @@ def test_reset_forgets_everything():
     simulator.run()
 
 
+@pytest.mark.filterwarnings("ignore::amaranth.hdl.UnusedElaboratable")
 def test_parameters_are_checked():
     with pytest.raises(ValueError, match="buffers must be at least 2, not 1"):
         Decoder(TINY, buffers=1)

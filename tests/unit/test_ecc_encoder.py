@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from amaranth.hdl import ResetInserter, Signal
+from amaranth.hdl import Module, ResetInserter, Signal
 from amaranth.sim import Simulator
 
 from kvattic import ecc
@@ -139,4 +139,4 @@ def test_reset_begins_a_page():
 
 def test_columns_must_fit():
     with pytest.raises(ValueError, match="columns must be 4, one for each bit, not 3"):
-        product(Signal(4), [1, 2, 3], 2)
+        product(Module(), "name", Signal(4), [1, 2, 3], 2)

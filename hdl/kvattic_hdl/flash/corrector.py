@@ -111,6 +111,10 @@ class Corrector(wiring.Component):
         chunks = -(-code_.parity.degree // SYNDROME_BITS)
         remainder = Signal(chunks * SYNDROME_BITS, reset_less=True)
         chunk = Signal(range(chunks))
+        # Of the remainder's first bits, in all odd syndromes.
+        columns = [sum(field.power(-(2 * k + 1) * (bit + raw_bits)) << k * field.m for k in range(t))
+                   for bit in range(SYNDROME_BITS)]
+        weights = product(m, "weight", remainder[-SYNDROME_BITS:], columns, t * field.m)
         odd = [Signal(element, name=f"odd_{2 * k + 1}", reset_less=True) for k in range(t)]
 
         # ---- Memories of the locator's algorithm: syndromes (from 1 on), locator, and the locator before. ----
@@ -140,7 +144,7 @@ class Corrector(wiring.Component):
         write = Signal()                      # their product completes a coefficient
         write_index = Signal(range(t + 1), reset_less=True)
         m.d.comb += [
-            product_.eq(times(field, a, b)),
+            product_.eq(times(m, "multiplier", field, a, b)),
             syndrome.addr.eq(filled >> 1),
             locator.addr.eq(i),
             before.addr.eq(i - shift),
@@ -168,7 +172,7 @@ class Corrector(wiring.Component):
                 m.d.comb += self.i.ready.eq(1)
                 m.d.sync += [
                     remainder.eq(self.i.payload.remainder),
-                    check.eq(product(self.i.payload.check, unread, CRC_BITS)),
+                    check.eq(product(m, "unread", self.i.payload.check, unread, CRC_BITS)),
                     chunk.eq(0),
                     filled.eq(0),
                     *(s.eq(0) for s in odd),
@@ -177,18 +181,16 @@ class Corrector(wiring.Component):
                     m.next = "SYNDROMES"
             with m.State("SYNDROMES"):
                 m.d.sync += [remainder.eq(remainder << SYNDROME_BITS), chunk.eq(chunk + 1)]
-                bits = remainder[-SYNDROME_BITS:]
                 for k, s in enumerate(odd):
-                    j = 2 * k + 1
-                    weights = [field.power(-j * (bit + raw_bits)) for bit in range(SYNDROME_BITS)]
-                    m.d.sync += s.eq(times_power(field, s, -j * SYNDROME_BITS) ^ product(bits, weights, field.m))
+                    m.d.sync += s.eq(times_power(m, f"syndrome_{2 * k + 1}", field, s, -(2 * k + 1) * SYNDROME_BITS)
+                                     ^ weights.word_select(k, field.m))
                 with m.If(chunk == chunks - 1):
                     m.next = "FILL"
             with m.State("FILL"):
                 # Syndrome filled + 1: an odd one, or the square of the one of half its number.
                 m.d.comb += [
                     syndrome_write.en.eq(1),
-                    syndrome_write.data.eq(Mux(filled[0], squared(field, syndrome.data), odd[0])),
+                    syndrome_write.data.eq(Mux(filled[0], squared(m, "square", field, syndrome.data), odd[0])),
                     locator_write.addr.eq(0),
                     locator_write.data.eq(1),
                     locator_write.en.eq(1),
@@ -283,14 +285,13 @@ class Corrector(wiring.Component):
 
         # First stage: is the locator zero at one of the bits?
         stall = Signal()
-        everything = Cat(terms)
-        values = []
-        for position in range(positions):
-            columns = [field.power(k * position + bit) for k in range(len(terms)) for bit in range(field.m)]
-            values.append(product(everything, columns, field.m))
+        columns = [sum(field.power(k * position + bit) << position * field.m for position in range(positions))
+                   for k in range(len(terms)) for bit in range(field.m)]
+        values = product(m, "value", Cat(terms), columns, positions * field.m)
         with m.If(searching & ~stall):
-            m.d.sync += [hits.eq(Cat(value == 0 for value in values)), hits_valid.eq(1)]
-            m.d.sync += [term.eq(times_power(field, term, k * positions)) for k, term in enumerate(terms) if k]
+            m.d.sync += [hits.eq(Cat(values.word_select(k, field.m) == 0 for k in range(positions))), hits_valid.eq(1)]
+            m.d.sync += [term.eq(times_power(m, f"next_{k}", field, term, k * positions))
+                         for k, term in enumerate(terms) if k]
 
         # Second stage: put the bits of a word together.
         last_group, last_word = Signal(), Signal()
@@ -323,7 +324,7 @@ class Corrector(wiring.Component):
                 exhausted.eq(last_word),
             ]
             with m.If(in_message):
-                m.d.sync += check.eq(divided(code_.crc, check, here))
+                m.d.sync += check.eq(divided(m, "check", code_.crc, check, here))
             with m.If(last_group):
                 m.d.sync += index.eq(index + 1)
                 with m.If(in_data & hit):

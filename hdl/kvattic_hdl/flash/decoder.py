@@ -179,7 +179,7 @@ class Decoder(wiring.Component):
         following = Signal(code_.parity.degree)
         masked = Mux(last, word & ((1 << bits - padding) - 1), word) if padding else word
         other = Cat(~word.word_select(i, 8).all() for i in range(config.beat_bytes))
-        m.d.comb += following.eq(divided(code_.parity, remainder, masked))
+        m.d.comb += following.eq(divided(m, "parity", code_.parity, remainder, masked))
         m.d.sync += ended.eq(use & last)
         with m.If(use):
             m.d.sync += [
@@ -189,7 +189,7 @@ class Decoder(wiring.Component):
             ]
             with m.If(index < data_words):
                 seed = seeded(incoming_place.data.page, incoming_place.data.codeword)
-                m.d.sync += check.eq(divided(code_.crc, Mux(index == 0, seed, check), word))
+                m.d.sync += check.eq(divided(m, "crc", code_.crc, Mux(index == 0, seed, check), word))
             with m.If(index == data_words):
                 m.d.sync += check.eq(check ^ word[:CRC_BITS])
             with m.If(last):

@@ -81,10 +81,10 @@ class Encoder(wiring.Component):
         fresh = ~(first & ~fold)
         m.d.comb += step.eq(Cat(late & fresh.replicate(len(late)), Mux(fold, check, data[:CRC_BITS])))
         with m.If(accept | fold):
-            m.d.sync += parity.eq(divided(code_.parity, parity & fresh.replicate(len(parity)), step))
+            m.d.sync += parity.eq(divided(m, "parity", code_.parity, parity & fresh.replicate(len(parity)), step))
         with m.If(accept):
             m.d.sync += [
-                check.eq(divided(code_.crc, Mux(first, seed, check), data)),
+                check.eq(divided(m, "crc", code_.crc, Mux(first, seed, check), data)),
                 late.eq(data[CRC_BITS:]),
             ]
 
