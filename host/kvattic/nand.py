@@ -154,14 +154,14 @@ class NandPart:
 
 # Waits of the bus protocol (t_wb, t_rr, t_ccs, t_adl, t_whr, t_feat, t_rst) are ONFI's for NV-DDR2 and NV-DDR3, t_cad
 # is tWC of those modes, unless a part says otherwise: t_wb 100 ns at most, t_rr 20 ns, t_adl 150 ns, t_whr 80 ns,
-# t_feat 1 us, t_rst 500 us at most.  t_ccs, which each die's parameter page tells, is the 300 ns that such dies give
-# (ONFI lets a host that did not look assume no less than 500).  t_dbsy, t_rcbsy and t_pcbsy are typical figures.
-# `blocks` are those that a simulation keeps; dies have 500 to 4,000 in a plane.
+# t_feat 1 us, t_rst 500 us at most.  t_ccs, which each die's parameter page tells, is typically 300 ns (ONFI lets a
+# host that did not look assume no less than 500).  t_dbsy, t_rcbsy and t_pcbsy are typical, too.  `blocks` are those
+# that a simulation keeps; dies have 500 to 4,000 in a plane.
 
 PSLC = NandPart(
     name="pslc",
-    source="3D TLC used with one bit a cell, no named datasheet: tR 25 us, tPROG 200 us and tBERS 2 ms are typical; page of "
-           "16384 + 2208 bytes and 256 pages in such a block as in OpenSSD's firmware for 16 KB MLC in SLC mode")
+    source="3D TLC used with one bit a cell, no named datasheet: tR 25 us, tPROG 200 us and tBERS 2 ms are typical; "
+           "16384 + 2208 bytes and 256 pages a block as OpenSSD firmware has for such a die in SLC mode")
 """A pSLC part at 25 us."""
 TLC = NandPart(
     name="tlc",
@@ -172,9 +172,9 @@ TLC = NandPart(
 """A TLC part: 2.4 times the tR of the pSLC part, 3.5 times its tPROG."""
 LOW_LATENCY = NandPart(
     name="lowlatency",
-    source="like Kioxia's first XL-FLASH: 16 planes, 4 KB pages, tR 4 us (../shared/anchors.md; Tom's Hardware for "
-           "the planes); tPROG 100 us is Samsung's Z-NAND, the like part (AnandTech on the 983 ZET: tR 3 us, tPROG "
-           "100 us); tBERS 1 ms, t_dbsy and t_rcbsy are typical of SLC",
+    source="like Kioxia's first XL-FLASH: 16 planes, 4 KB pages, tR 4 us (Tom's Hardware for the planes, design "
+           "studies of in-flash computing for tR); tPROG 100 us is Samsung's Z-NAND, the like part (AnandTech on the "
+           "983 ZET: tR 3 us, tPROG 100 us); tBERS 1 ms, t_dbsy and t_rcbsy are typical of SLC",
     page_bytes=4096, spare_bytes=256, planes=16, t_r=4_000.0, t_prog=100_000.0, t_bers=1_000_000.0, t_dbsy=200.0,
     t_rcbsy=1_000.0, t_pcbsy=1_000.0, endurance=50_000)
 """A low-latency SLC part."""
@@ -186,14 +186,14 @@ PAPER_DRIVE = NandPart(
 """The paper's drive."""
 MQSIM = NandPart(
     name="mqsim",
-    source="MQSim's default set (../shared/anchors.md, ssdconfig.xml): 2 planes, 8 KB + 448 bytes, 256 pages, 333 "
+    source="MQSim's default set (ssdconfig.xml; tPROG from its sources): 2 planes, 8 KB + 448 bytes, 256 pages, 333 "
            "MT/s, tR 75 us, tPROG 750 us, tBERS 3.8 ms, 10,000 erases",
     page_bytes=8192, spare_bytes=448, planes=2, bus_mts=333.0, t_r=75_000.0, t_prog=750_000.0, t_bers=3_800_000.0,
     t_rst=500_000.0, endurance=10_000)
 """MQSim's default."""
 MQSIM_1000 = NandPart(
     name="mqsim_1000",
-    source="the set on which MQSim's scheduler was measured (../shared/anchors.md): 1,000 MT/s, 16 KB pages, tR 50 "
+    source="the set on which MQSim's scheduler was measured: 1,000 MT/s, 16 KB pages, tR 50 "
            "us, 2 planes; the rest as mqsim",
     spare_bytes=896, planes=2, bus_mts=1000.0, t_r=50_000.0, t_prog=750_000.0, t_bers=3_800_000.0, endurance=10_000)
 """The geometry of the bar for random page reads."""
@@ -219,7 +219,7 @@ NVMEVIRT_ZN540 = NandPart(
 """NVMeVirt's Western Digital ZN540."""
 SIMPLESSD = NandPart(
     name="simplessd",
-    source="SimpleSSD's default set (../shared/anchors.md): 2 planes, 16 KB pages, 400 MT/s, tR 40 to 65 us and "
+    source="SimpleSSD's default set: 2 planes, 16 KB pages, 400 MT/s, tR 40 to 65 us and "
            "tPROG 500 to 1,300 us by page type, here the middle of both, tBERS 3.5 ms",
     planes=2, bus_mts=400.0, t_r=52_500.0, t_prog=900_000.0, t_bers=3_500_000.0, endurance=3_000)
 """SimpleSSD's default."""

@@ -554,12 +554,12 @@ class NandChannel:
                 self._cycle_free = end
                 if not self.part.separate_command_bus:
                     self._data_free = end
-                self._cycle(*cycle, start, end)
+                self._cycle(*cycle, start, end, max(start, now))
             if word is not None and shown.write_ready:
                 self._take_word(word, now)
             if burst is not None and shown.bursts_ready:
                 start = now if self._data_free <= now - ONE else self._data_free
-                self._burst(*burst, start)
+                self._burst(*burst, start, max(start, now))
         read = read_valid = 0
         if self._left and not self._write and self._word_time <= after:
             read, read_valid = self._next_word(now), 1
@@ -638,7 +638,8 @@ class NandChannel:
         self._write = False
         self._spoiled = False
 
-    def _burst(self, target: int, write: int, length: int, start: int) -> None:
+    def _burst(self, target: int, write: int, length: int, start: int, at: int) -> None:
+        """A burst begins: `start` on the bus, for which it may have waited; `at`: when it was taken, for the rules."""
         # One that follows the last burst at once, of the same die and direction, continues it.
         continues = target == self._data_target and bool(write) == self._write and start == self._data_end
         first = start if continues else start + self.timing.t_pre
@@ -654,7 +655,7 @@ class NandChannel:
             elif length == 0:
                 violation = Violation.EMPTY
             else:
-                violation = (self._check_in if write else self._check_out)(self.dies[target], length, start)
+                violation = (self._check_in if write else self._check_out)(self.dies[target], length, at)
             if violation is not None:
                 self._report(violation, target, length, burst=True)
                 self._spoiled = True
@@ -662,13 +663,21 @@ class NandChannel:
             self._word_time = first
             self._data_end = NEVER if self._left else start
         else:
-            self._word_time = first + min(self.word_bytes, length) * self.timing.t_byte
-            self._data_free = first + length * self.timing.t_byte
+            self._word_time = first + self._word_ticks()
+            self._data_free = first
+            if self._left:
+                before = (self._left - 1) * self.word_bytes
+                last = max((length - before) * self.timing.t_byte, ONE)
+                self._data_free += before * self.timing.t_byte + last
             if not self.part.separate_command_bus:
                 self._cycle_free = self._data_free
             self._data_end = self._data_free
             if self._left:
                 self._record(start, self._data_free, target, -1, "out", self._burst_page(target))
+
+    def _word_ticks(self) -> int:
+        """Time of the next word that is read: at least a cycle, also of a last word of a few bytes."""
+        return max(min(self._bytes, self.word_bytes) * self.timing.t_byte, ONE)
 
     def _burst_page(self, target: int) -> int:
         if self._spoiled:
@@ -736,7 +745,7 @@ class NandChannel:
         self._bytes -= count
         self._left -= 1
         if self._left:
-            self._word_time += min(self._bytes, self.word_bytes) * self.timing.t_byte
+            self._word_time += self._word_ticks()
         self.words_moved += 1
         data = bytearray(b"\xff" * self.word_bytes)
         if not self._spoiled:
@@ -807,7 +816,8 @@ class NandChannel:
         die.busy_until = NEVER if die.stuck else until
         self._ready_at = 0
 
-    def _cycle(self, target: int, address: int, byte: int, start: int, end: int) -> None:
+    def _cycle(self, target: int, address: int, byte: int, start: int, end: int, at: int) -> None:
+        """A command or address cycle; `at` is when it was taken, for the rules."""
         if not self.powered:
             return
         if target >= len(self.dies):
@@ -815,9 +825,9 @@ class NandChannel:
             return
         die = self.dies[target]
         if not address and byte == 0xFF:
-            self._reset(target, start, end)
+            self._reset(target, at, end)
             return
-        violation = self._cycle_rule(die, target, address, byte, start)
+        violation = self._cycle_rule(die, target, address, byte, at)
         if violation is None:
             if address:
                 violation = self._address(target, byte, end)

@@ -13,9 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from nand_channel_bench import CONFIGS, FRAMES
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("simulator", list(Simulator))
-def test_same_as_twin(simulator: Simulator, name: str, tmp_path: Path) -> None:
+def run(simulator: Simulator, name: str, run_dir: Path, cycles: int, **env: str) -> None:
     if simulator is Simulator.ICARUS and not icarus_available():
         pytest.skip("Icarus Verilog is not installed")
     with resources.as_file(resources.files("kvattic_sim") / "verilog" / "nand_channel.sv") as source:
@@ -23,7 +21,20 @@ def test_same_as_twin(simulator: Simulator, name: str, tmp_path: Path) -> None:
             [source], "nand_channel", simulator, parameters=nand_parameters(CONFIGS[name], frames=FRAMES)
         )
     results = run_model(
-        model, test_module="nand_channel_bench", python_path=[Path(__file__).parent], run_dir=tmp_path, timeout_s=300,
-        env={"NAND_CONFIG": name, "NAND_CYCLES": "120000" if simulator is Simulator.VERILATOR else "40000"},
+        model, test_module="nand_channel_bench", python_path=[Path(__file__).parent], run_dir=run_dir, timeout_s=300,
+        env={"NAND_CONFIG": name, "NAND_CYCLES": str(cycles)} | env,
     )
     assert len(results.tests) == 1
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("simulator", list(Simulator))
+def test_same_as_twin(simulator: Simulator, name: str, tmp_path: Path) -> None:
+    """With mistakes and faults of all kinds."""
+    run(simulator, name, tmp_path, 120_000 if simulator is Simulator.VERILATOR else 40_000)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_legal_sequences(name: str, tmp_path: Path) -> None:
+    """A controller that does everything right is told so."""
+    run(Simulator.VERILATOR, name, tmp_path, 120_000, NAND_ERRORS="0", NAND_FAULTS="none", NAND_SEED="7")

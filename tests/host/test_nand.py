@@ -26,7 +26,7 @@ def test_parts(name: str) -> None:
 
 
 def test_figures() -> None:
-    """What ../shared/anchors.md and the bars rest on."""
+    """What the benchmarks rest on."""
     assert (PSLC.t_r, PSLC.planes, PSLC.page_bytes, PSLC.bus_mts) == (25_000, 4, 16384, 1400)
     lowlatency, bar = part("lowlatency"), part("mqsim_1000")
     assert (lowlatency.t_r, lowlatency.planes, lowlatency.page_bytes) == (4_000, 16, 4096)

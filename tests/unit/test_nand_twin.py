@@ -383,6 +383,19 @@ def test_bus_rate(config: Config) -> None:
     h.clean()
 
 
+def test_short_last_word() -> None:
+    """A last word of a few bytes takes a whole cycle: what follows cannot overtake it."""
+    h = host()
+    data = noise(4)
+    h.channel.load((0, 0, 0, 0), data)
+    h.read(0, 0, 0, 0, 0, 8)
+    found = b"".join(h.read_burst(0, 9) for _ in range(20))
+    assert found == data[8 : 8 + 20 * 9]
+    assert h.read_burst(0, 17) == data[188:205]
+    h.cycle(0, 0x70)
+    h.clean()
+
+
 def test_cycles_take_t_cad() -> None:
     h = host(PAPER, recording=True)
     begun, sent = h.channel.now, 0

@@ -177,7 +177,7 @@ module nand_channel #(
   reg [DIES-1:0] ready_now;
 
   // ---------------------------------------------------------------- variables of the process
-  reg [63:0] now, after, c_start, c_end, b_start, begin_at, finish_at, sequence_at;
+  reg [63:0] now, after, c_start, c_end, c_at, b_start, b_at, ticks, begin_at, finish_at, sequence_at;
   reg c_address, complete, bare, ordinary, grown;
   reg [7:0] c_byte;
   integer d, i, p, w, n, bad, length, taken, base, frame, index, block_index, where, position, fault, limit;
@@ -748,13 +748,13 @@ module nand_channel #(
   task rule;
     begin
       if (needs_reset[d]) bad = NEEDS_RESET;
-      else if (d == data_target && c_start < data_end) bad = MOVING;
-      else if (c_start < busy_until[d] && c_start < busy_from[d]) bad = T_WB;
-      else if (c_start < busy_until[d]
+      else if (d == data_target && c_at < data_end) bad = MOVING;
+      else if (c_at < busy_until[d] && c_at < busy_from[d]) bad = T_WB;
+      else if (c_at < busy_until[d]
           && !(c_address ? command[d] == 9'h78 : c_byte == 8'h70 || c_byte == 8'h78)) bad = BUSY;
       else if (!c_address) begin
         if (addresses(c_byte) == 0 && !confirms(c_byte) && c_byte != 8'h70) bad = UNKNOWN;
-        else if (c_start < array_end[d] && c_start >= busy_until[d]
+        else if (c_at < array_end[d] && c_at >= busy_until[d]
             && !(array_kind[d] == READ && during_read(c_byte))
             && !(array_kind[d] == PROGRAM && during_program(c_byte))) bad = ARRAY_BUSY;
       end
@@ -763,13 +763,13 @@ module nand_channel #(
 
   task do_reset;
     begin
-      if (d == data_target && c_start < data_end) begin
+      if (d == data_target && c_at < data_end) begin
         report(MOVING, d, 'hFF, 0);
         spoiled = 1;
       end
-      finish_at = c_end + t_wb + (c_start < busy_until[d] || c_start < array_end[d] ? t_rst : t_rst_idle);
-      begin_at = c_start < busy_until[d] && busy_from[d] < c_end + t_wb ? busy_from[d] : c_end + t_wb;
-      interrupt(c_start);
+      finish_at = c_end + t_wb + (c_at < busy_until[d] || c_at < array_end[d] ? t_rst : t_rst_idle);
+      begin_at = c_at < busy_until[d] && busy_from[d] < c_end + t_wb ? busy_from[d] : c_end + t_wb;
+      interrupt(c_at);
       forget(d);
       needs_reset[d] = 0;
       set_busy(finish_at);
@@ -1037,13 +1037,13 @@ module nand_channel #(
         abandon(d);
       end else if (out[d] == OUT_NONE) bad = NOTHING;
       else if (out[d] == OUT_STATUS || out[d] == OUT_PLANE_STATUS) begin
-        if (b_start < busy_from[d] && b_start < busy_until[d]) bad = T_WB;
-        else if (b_start < data_from[d]) bad = data_rule[d];
+        if (b_at < busy_from[d] && b_at < busy_until[d]) bad = T_WB;
+        else if (b_at < data_from[d]) bad = data_rule[d];
       end else begin
         limit = out[d] == OUT_REGISTER ? RAW_BYTES : out[d] == OUT_ID ? 8 : out[d] == OUT_FEATURE ? 4 : 768;
-        if (b_start < busy_until[d]) bad = b_start >= busy_from[d] ? DATA_BUSY : T_WB;
-        else if (out[d] != OUT_ID && busy_until[d] != 0 && b_start < busy_until[d] + t_rr) bad = T_RR;
-        else if (b_start < data_from[d]) bad = data_rule[d];
+        if (b_at < busy_until[d]) bad = b_at >= busy_from[d] ? DATA_BUSY : T_WB;
+        else if (out[d] != OUT_ID && busy_until[d] != 0 && b_at < busy_until[d] + t_rr) bad = T_RR;
+        else if (b_at < data_from[d]) bad = data_rule[d];
         else if (out[d] == OUT_REGISTER && !held[d][out_plane[d]]) bad = NOTHING;
         else if (column[d] + length > limit) bad = BEYOND;
       end
@@ -1055,12 +1055,19 @@ module nand_channel #(
       if (needs_reset[d]) bad = NEEDS_RESET;
       else begin
         if (command[d] != NONE || !(program_open[d] || feature_open[d])) bad = NO_PROGRAM;
-        else if (b_start < busy_until[d]) bad = b_start >= busy_from[d] ? DATA_BUSY : T_WB;
-        else if (b_start < data_from[d]) bad = data_rule[d];
+        else if (b_at < busy_until[d]) bad = b_at >= busy_from[d] ? DATA_BUSY : T_WB;
+        else if (b_at < data_from[d]) bad = data_rule[d];
         else if (program_open[d] && column[d] + length > RAW_BYTES) bad = BEYOND;
         else if (feature_open[d] && length != 4) bad = BEYOND;
         if (bad != 0) abandon(d);
       end
+    end
+  endtask
+
+  task word_ticks;  // into `ticks`: time of the next word that is read, at least a cycle
+    begin
+      ticks = t_byte * (bytes_left < W ? bytes_left : W);
+      if (ticks < ONE) ticks = ONE;
     end
   endtask
 
@@ -1101,8 +1108,13 @@ module nand_channel #(
         word_time = first_word;
         data_end = left != 0 ? NEVER : b_start;
       end else begin
-        word_time = first_word + t_byte * (length < W ? length : W);
-        data_free = first_word + t_byte * length;
+        word_ticks;
+        word_time = first_word + ticks;
+        data_free = first_word;
+        if (left != 0) begin
+          taken = length - (left - 1) * W;
+          data_free = data_free + t_byte * W * (left - 1) + (t_byte * taken < ONE ? ONE : t_byte * taken);
+        end
         if (!SEPARATE_BUS) cycle_free = data_free;
         data_end = data_free;
         if (left != 0 && tracing) begin
@@ -1118,7 +1130,8 @@ module nand_channel #(
       taken = bytes_left < W ? bytes_left : W;
       bytes_left = bytes_left - taken;
       left = left - 1;
-      if (left != 0) word_time = word_time + t_byte * (bytes_left < W ? bytes_left : W);
+      word_ticks;
+      if (left != 0) word_time = word_time + ticks;
       words_moved = words_moved + 1;
       word = ONES;
       d = data_target;
@@ -1479,6 +1492,7 @@ module nand_channel #(
       if (cycles_valid && cycles_ready) begin
         c_start = cycle_free + ONE <= now ? now : cycle_free;
         c_end = c_start + t_cad;
+        c_at = c_start < now ? now : c_start;  // rules look at when it was taken
         cycle_free = c_end;
         if (!SEPARATE_BUS) data_free = c_end;
         d = cycles_payload[0 +: TARGET_BITS];
@@ -1489,6 +1503,7 @@ module nand_channel #(
       if (write_valid && write_ready) take_word;
       if (bursts_valid && bursts_ready) begin
         b_start = data_free + ONE <= now ? now : data_free;
+        b_at = b_start < now ? now : b_start;
         d = bursts_payload[0 +: TARGET_BITS];
         // One that follows the last burst at once, of the same die and direction, continues it.
         first_word = d == data_target && bursts_payload[BURST_WRITE_AT] == writing && b_start == data_end
