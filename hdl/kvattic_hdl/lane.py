@@ -122,7 +122,7 @@ class Lane(wiring.Component):
 
         # ---------------------------------------------------------------- jobs
 
-        # The slot's list: number of stripes here, and whether the job's last one is among them.
+        # The slot's list: number of stripes here, and whether the latest one is the job's last.
         entry = fields(TABLE_ENTRY, self.load.data[: TABLE_ENTRY.size * 8])
         stripes = Signal(shapes.walk["stripes"].shape)
         tail, append = Signal(), Signal()
@@ -130,7 +130,7 @@ class Lane(wiring.Component):
         with m.If(append):
             m.d.sync += [stripes.eq(stripes + 1), tail.eq(self.load.last)]
         with m.If(self.load_valid & self.load.record):
-            m.d.sync += [stripes.eq(0), tail.eq(0)]
+            m.d.sync += stripes.eq(0)
 
         def listed(name: str, shape, value):
             """Sync read port, address Cat(number, slot), for one property of the stripes."""

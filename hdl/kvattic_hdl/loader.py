@@ -272,7 +272,7 @@ class _TableCheck(wiring.Component):
             bad.eq(no_channel | entry["dram"][1:].any() | (count >= self.limit)),
             write.addr.eq(read.addr),
             write.data.eq(count + 1),
-            write.en.eq(self.valid & ~bad),
+            write.en.eq(self.valid),
         ]
         with m.If(write.en):
             m.d.sync += used.bit_select(read.addr, 1).eq(1)

@@ -138,8 +138,8 @@ def special(config: Config, bits: np.ndarray) -> bool:
     return bool(((bits & ones) == ones).any())
 
 
-def make_job(config: Config, rng: np.random.Generator, tokens: int, spread: str) -> Job:
-    """`spread`: how the stripes lie over the channels."""
+def make_job(config: Config, rng: np.random.Generator, tokens: int, spread: str, single: bool = False) -> Job:
+    """`spread`: how the stripes lie over the channels; `single`: stripes are single pages."""
     shape = (tokens, config.head_dim)
     key, value = (to_bits(rng.standard_normal(shape).astype(np.float32), config.element) for _ in range(2))
     query = to_bits((3 * rng.standard_normal((config.rows, config.head_dim))).astype(np.float32), config.element)
@@ -150,7 +150,7 @@ def make_job(config: Config, rng: np.random.Generator, tokens: int, spread: str)
     tree_token = base + max(0, tokens - int(rng.integers(0, 8)))
     lane_stripes = config.ring_codewords // config.codewords_per_page
     while True:
-        bits = int(rng.integers(0, lane_stripes.bit_length()))
+        bits = 0 if single else int(rng.integers(0, lane_stripes.bit_length()))
         stripes = -(-tokens // (config.tokens_per_page << bits))
         channels = {
             "round": (np.arange(stripes) + int(rng.integers(CHANNELS))) % CHANNELS,
@@ -212,7 +212,6 @@ def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bo
             error = (kind, place) in job.unreadable
             if error:
                 beats = [rnd.choice((0, rnd.getrandbits(64), (1 << 8 * config.beat_bytes) - 1)) for _ in beats]
-            ctx.set(dut.codewords.payload.error, error)
             for i, beat in enumerate(beats):
                 while rnd.random() < gap:
                     await ctx.tick()
@@ -221,10 +220,12 @@ def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bo
                 ctx.set(dut.codewords.payload.tag.kind, want["kind"])
                 ctx.set(dut.codewords.payload.tag.place, want["place"])
                 ctx.set(dut.codewords.payload.data, beat)
+                ctx.set(dut.codewords.payload.error, error)
                 ctx.set(dut.codewords.payload.last, i == len(beats) - 1)
                 ctx.set(dut.codewords.valid, 1)
                 await ctx.tick().until(dut.codewords.ready)
                 ctx.set(dut.codewords.valid, 0)
+                ctx.set(dut.codewords.payload.error, rnd.getrandbits(1))
 
     async def load(ctx, **values):
         ctx.set(dut.load, values)
@@ -374,9 +375,9 @@ def test_jobs(name: str, gap: float, shuffle: bool) -> None:
     config = CONFIGS[name]
     rng = np.random.default_rng(len(name))
     ring = config.ring_codewords * config.tokens_per_codeword
-    jobs = [make_job(config, rng, tokens, spread) for tokens, spread in (
-        (1, "here"), (37 % ring, "random"), (ring, "here"), (5, "elsewhere"), (min(3 * ring, 150), "round"),
-        (21 % ring, "round"), (ring // 2 + 1, "random"))]
+    jobs = [make_job(config, rng, tokens, spread, single) for tokens, spread, single in (
+        (1, "here", False), (37 % ring, "random", False), (ring, "here", True), (5, "elsewhere", False),
+        (min(3 * ring, 150), "round", False), (21 % ring, "round", True), (ring // 2 + 1, "random", False))]
     run_lane(config, jobs, seed=1, gap=gap, shuffle=shuffle)
 
 
