@@ -14,7 +14,7 @@
 #define KVATTIC_ASSERT(name, condition) typedef char kvattic_assert_##name[(condition) ? 1 : -1]
 
 #define KVATTIC_ID_MAGIC 0x5441564bu  /* what register ID reads */
-#define KVATTIC_VERSION 0x00010000u  /* of this header; the upper half must equal the device's */
+#define KVATTIC_VERSION 0x00020000u  /* of this header; the upper half must equal the device's */
 #define KVATTIC_LINE_BYTES 64  /* alignment of every address */
 #define KVATTIC_TREE_BITS 32  /* draft tokens that a row can attend */
 #define KVATTIC_SCORE_FRACTION 22  /* fractional bits of kvattic_trailer.maximum */
@@ -22,10 +22,10 @@
 #define KVATTIC_VALUE_FRACTION 40  /* fractional bits of kvattic_trailer.denominator */
 
 /* CONFIG_HASH of the presets. */
-#define KVATTIC_CONFIG_HASH_TINY 0x719035d9u
-#define KVATTIC_CONFIG_HASH_BOARD 0x67b63c18u
-#define KVATTIC_CONFIG_HASH_PAPER 0x779eaa2cu
-#define KVATTIC_CONFIG_HASH_GQA 0xa6e0d28du
+#define KVATTIC_CONFIG_HASH_TINY 0xe73ed438u
+#define KVATTIC_CONFIG_HASH_BOARD 0xe221c27eu
+#define KVATTIC_CONFIG_HASH_PAPER 0x8b3df515u
+#define KVATTIC_CONFIG_HASH_GQA 0x9b84a772u
 
 /* Register addresses; 64-bit registers take two accesses, low half first. */
 #define KVATTIC_REG_ID 0x00u  /* 32 bits, ro: magic number */
@@ -41,6 +41,8 @@
 #define KVATTIC_REG_COMPLETION_BASE 0x30u  /* 64 bits, rw: address of the completions, 64-byte aligned */
 #define KVATTIC_REG_BUFFER_BASE 0x38u  /* 64 bits, rw: first address that queries and results may use */
 #define KVATTIC_REG_BUFFER_LIMIT 0x40u  /* 64 bits, rw: one past the last address that queries and results may use */
+#define KVATTIC_REG_MEDIA_ERROR 0x48u  /* 32 bits, ro: channel << 24 | page of the first codeword that could not be read */
+#define KVATTIC_REG_MEDIA_CAUSE 0x4cu  /* 32 bits, ro: MediaCause << 16 | codeword of that page */
 #define KVATTIC_REG_CYCLES 0x80u  /* 64 bits, ro: cycles from the doorbell to the last completion (running: until now) */
 #define KVATTIC_REG_BEATS 0x88u  /* 64 bits, ro: lane beats used, all lanes */
 #define KVATTIC_REG_FIRST_BEAT 0x90u  /* 64 bits, ro: cycle of the first beat */
@@ -52,6 +54,17 @@
 #define KVATTIC_REG_IDLE 0xc0u  /* 64 bits, ro: lane cycles without work */
 #define KVATTIC_REG_DUPLICATES 0xc8u  /* 32 bits, ro: codewords dropped because they came twice */
 #define KVATTIC_REG_STALES 0xccu  /* 32 bits, ro: codewords dropped because their job had ended */
+#define KVATTIC_REG_FLASH_WORDS 0x100u  /* 64 bits, ro: beats moved on the flash buses, in both directions */
+#define KVATTIC_REG_FLASH_COMMANDS 0x108u  /* 64 bits, ro: command and address cycles on the flash buses */
+#define KVATTIC_REG_DIE_BUSY 0x110u  /* 64 bits, ro: die cycles busy with reading, programming or erasing */
+#define KVATTIC_REG_CODEWORDS 0x118u  /* 64 bits, ro: codewords read from flash */
+#define KVATTIC_REG_CORRECTED 0x120u  /* 64 bits, ro: codewords read with errors, all of them corrected */
+#define KVATTIC_REG_BIT_ERRORS 0x128u  /* 64 bits, ro: bits corrected */
+#define KVATTIC_REG_RETRIES 0x130u  /* 64 bits, ro: codewords read again with a read-retry setting */
+#define KVATTIC_REG_UNREADABLE 0x138u  /* 64 bits, ro: codewords that could not be read */
+#define KVATTIC_REG_PAGE_READS 0x140u  /* 64 bits, ro: pages read from the arrays */
+#define KVATTIC_REG_PAGE_PROGRAMS 0x148u  /* 64 bits, ro: pages programmed */
+#define KVATTIC_REG_BLOCK_ERASES 0x150u  /* 64 bits, ro: blocks erased */
 
 enum kvattic_control {  /* Bits of CONTROL. */
     KVATTIC_CONTROL_RESET = 0x1,  /* Aborts everything and clears the engine, registers included; STATUS.READY returns when it is clean. */
@@ -66,25 +79,39 @@ enum kvattic_status_bit {  /* Bits of STATUS; all but BUSY and READY are cleared
     KVATTIC_STATUS_BIT_BAD_TAG = 0x10,  /* A codeword with a tag that nobody asked for was dropped; see TAG_ERROR. */
     KVATTIC_STATUS_BIT_BUS_ERROR = 0x20,  /* Host memory answered a read or write with an error. */
     KVATTIC_STATUS_BIT_STALE_CODEWORD = 0x40,  /* A late codeword of a job that had ended was dropped. */
+    KVATTIC_STATUS_BIT_MEDIA_ERROR = 0x80,  /* A codeword could not be read; see MEDIA_ERROR and MEDIA_CAUSE. */
 };
 
 enum kvattic_opcode {  /* What a command asks for. */
-    KVATTIC_OPCODE_ATTEND = 129,  /* Attention of one job: the query rows that read one KV head. */
+    KVATTIC_OPCODE_ATTEND = 129,  /* Attention of one job: the query rows that read one KV head (COMMAND). */
+    KVATTIC_OPCODE_PROGRAM = 130,  /* Write a page of device DRAM into a flash page (FLASH_COMMAND); pages of a block in order, each once. */
+    KVATTIC_OPCODE_ERASE = 131,  /* Erase the block that a flash page lies in (FLASH_COMMAND). */
+    KVATTIC_OPCODE_PROBE = 132,  /* Look for the factory's bad-block mark of the block that a flash page lies in (FLASH_COMMAND). */
+    KVATTIC_OPCODE_MAP = 133,  /* Let a zone use another block on the die and plane of a flash page (FLASH_COMMAND). */
 };
 
 enum kvattic_status {  /* How a command ended; where of the completion says which place. */
     KVATTIC_STATUS_OK = 0,  /* The results are written. */
     KVATTIC_STATUS_INVALID_OPCODE = 1,  /* where: the opcode. */
-    KVATTIC_STATUS_INVALID_FIELD = 2,  /* A reserved byte is not zero, or home is no channel. */
+    KVATTIC_STATUS_INVALID_FIELD = 2,  /* A reserved byte is not zero, or stripe_pages is no power of two or too large. */
     KVATTIC_STATUS_INVALID_ROWS = 3,  /* where: the number of rows. */
-    KVATTIC_STATUS_INVALID_LENGTH = 4,  /* No token, more tokens than the score buffers hold, token numbers beyond 24 bits, or base_token off its page. */
-    KVATTIC_STATUS_INVALID_ADDRESS = 5,  /* query or result not 64-byte aligned or not inside the buffer window; where: 0 query, 1 result. */
+    KVATTIC_STATUS_INVALID_LENGTH = 4,  /* No token, token numbers beyond 24 bits, or stripes are not as many as the tokens take. */
+    KVATTIC_STATUS_INVALID_ADDRESS = 5,  /* query, result or table not 64-byte aligned or not inside the buffer window; where: 0 query, 1 result, 2 table. */
     KVATTIC_STATUS_INVALID_SCALE = 6,  /* scale is not a positive normal fp32. */
     KVATTIC_STATUS_NAN_QUERY = 7,  /* where: row * 65536 + channel of the first NaN or infinity in q. */
     KVATTIC_STATUS_NAN_KEY = 8,  /* where: the lowest token with a NaN or infinity in K. */
     KVATTIC_STATUS_NAN_VALUE = 9,  /* where: the lowest token with a NaN or infinity in V. */
     KVATTIC_STATUS_CODEWORD_TIMEOUT = 10,  /* A codeword never came; where: channel * 65536 + kind * 32768 + codewords still missing there. */
     KVATTIC_STATUS_BUS_ERROR = 11,  /* The host memory answered a read of the command or query, or a write of the result, with an error; where: 0. */
+    KVATTIC_STATUS_INVALID_TABLE = 12,  /* A table entry names no channel, has a reserved bit set, or is one too many for its channel's score buffer;
+where: the entry's number. */
+    KVATTIC_STATUS_INVALID_PLACE = 13,  /* A flash command names no channel, page or block of it; where: 0. */
+    KVATTIC_STATUS_UNREADABLE_KEY = 14,  /* K cannot be read (see the register MEDIA_ERROR); where: first token of the lowest codeword that cannot. */
+    KVATTIC_STATUS_UNREADABLE_VALUE = 15,  /* The same for V. */
+    KVATTIC_STATUS_PROGRAM_FAILED = 16,  /* The part reports that a page was not programmed; where: channel * 2**24 + page. */
+    KVATTIC_STATUS_ERASE_FAILED = 17,  /* The part reports that a block was not erased; where: channel * 2**24 + page. */
+    KVATTIC_STATUS_BAD_BLOCK = 18,  /* PROBE found the factory's mark; where: channel * 2**24 + page. */
+    KVATTIC_STATUS_DIE_TIMEOUT = 19,  /* A die stayed busy for longer than its part ever is; where: channel * 2**24 + page. */
 };
 
 enum kvattic_flag {  /* Things that happened although the command was served. */
@@ -93,46 +120,88 @@ enum kvattic_flag {  /* Things that happened although the command was served. */
     KVATTIC_FLAG_DUPLICATE = 0x4,  /* A codeword came twice; the second one was dropped. */
 };
 
+enum kvattic_media_cause {  /* Why a codeword cannot be read. */
+    KVATTIC_MEDIA_CAUSE_UNCORRECTABLE = 1,  /* More bit errors than the code corrects, at every read-retry setting; or another page's data. */
+    KVATTIC_MEDIA_CAUSE_ERASED = 2,  /* Nothing was written there. */
+    KVATTIC_MEDIA_CAUSE_DIE_TIMEOUT = 3,  /* The die stayed busy. */
+};
+
 enum kvattic_kind {  /* What a codeword holds. */
     KVATTIC_KIND_KEY = 0,  /* Tokens of K. */
     KVATTIC_KIND_VALUE = 1,  /* Tokens of V. */
 };
 
-struct kvattic_command {  /* a submission entry */
+struct kvattic_command {  /* a submission entry: ATTEND */
     uint8_t opcode;  /* Opcode */
     uint8_t flags;  /* reserved, zero */
     uint16_t identifier;  /* copied into the completion */
     uint8_t rows;  /* query rows of this job, 1 to config.rows */
-    uint8_t home;  /* channel of the first stripe; stripe i is on channel (home + i) mod channels */
-    uint16_t reserved0;  /* reserved, zero */
-    uint32_t key_page;  /* page of the first K stripe on its channel; channels below home are one page further */
-    uint32_t value_page;  /* the same for V */
-    uint32_t base_token;  /* number of the first stripe's first token; a multiple of config.tokens_per_page */
+    uint8_t stripe_pages;  /* pages of K (and of V) in a stripe, a power of two */
+    uint16_t stripes;  /* entries of the table */
+    uint32_t base_token;  /* number of the first stripe's first token */
     uint32_t end_token;  /* one past the last valid token */
     uint32_t tree_token;  /* first token of the draft tree (end_token where there is none) */
     uint32_t scale;  /* fp32 of softmax scale * log2(e) */
     uint64_t query;  /* address of the query block */
     uint64_t result;  /* address of the result block */
+    uint64_t table;  /* address of the table: a TABLE_ENTRY for each stripe, in order */
+    uint64_t reserved0;  /* reserved, zero */
     uint64_t reserved1;  /* reserved, zero */
-    uint64_t reserved2;  /* reserved, zero */
 };
 KVATTIC_ASSERT(kvattic_command_size, sizeof(struct kvattic_command) == 64);
 KVATTIC_ASSERT(kvattic_command_opcode, offsetof(struct kvattic_command, opcode) == 0);
 KVATTIC_ASSERT(kvattic_command_flags, offsetof(struct kvattic_command, flags) == 1);
 KVATTIC_ASSERT(kvattic_command_identifier, offsetof(struct kvattic_command, identifier) == 2);
 KVATTIC_ASSERT(kvattic_command_rows, offsetof(struct kvattic_command, rows) == 4);
-KVATTIC_ASSERT(kvattic_command_home, offsetof(struct kvattic_command, home) == 5);
-KVATTIC_ASSERT(kvattic_command_reserved0, offsetof(struct kvattic_command, reserved0) == 6);
-KVATTIC_ASSERT(kvattic_command_key_page, offsetof(struct kvattic_command, key_page) == 8);
-KVATTIC_ASSERT(kvattic_command_value_page, offsetof(struct kvattic_command, value_page) == 12);
-KVATTIC_ASSERT(kvattic_command_base_token, offsetof(struct kvattic_command, base_token) == 16);
-KVATTIC_ASSERT(kvattic_command_end_token, offsetof(struct kvattic_command, end_token) == 20);
-KVATTIC_ASSERT(kvattic_command_tree_token, offsetof(struct kvattic_command, tree_token) == 24);
-KVATTIC_ASSERT(kvattic_command_scale, offsetof(struct kvattic_command, scale) == 28);
-KVATTIC_ASSERT(kvattic_command_query, offsetof(struct kvattic_command, query) == 32);
-KVATTIC_ASSERT(kvattic_command_result, offsetof(struct kvattic_command, result) == 40);
-KVATTIC_ASSERT(kvattic_command_reserved1, offsetof(struct kvattic_command, reserved1) == 48);
-KVATTIC_ASSERT(kvattic_command_reserved2, offsetof(struct kvattic_command, reserved2) == 56);
+KVATTIC_ASSERT(kvattic_command_stripe_pages, offsetof(struct kvattic_command, stripe_pages) == 5);
+KVATTIC_ASSERT(kvattic_command_stripes, offsetof(struct kvattic_command, stripes) == 6);
+KVATTIC_ASSERT(kvattic_command_base_token, offsetof(struct kvattic_command, base_token) == 8);
+KVATTIC_ASSERT(kvattic_command_end_token, offsetof(struct kvattic_command, end_token) == 12);
+KVATTIC_ASSERT(kvattic_command_tree_token, offsetof(struct kvattic_command, tree_token) == 16);
+KVATTIC_ASSERT(kvattic_command_scale, offsetof(struct kvattic_command, scale) == 20);
+KVATTIC_ASSERT(kvattic_command_query, offsetof(struct kvattic_command, query) == 24);
+KVATTIC_ASSERT(kvattic_command_result, offsetof(struct kvattic_command, result) == 32);
+KVATTIC_ASSERT(kvattic_command_table, offsetof(struct kvattic_command, table) == 40);
+KVATTIC_ASSERT(kvattic_command_reserved0, offsetof(struct kvattic_command, reserved0) == 48);
+KVATTIC_ASSERT(kvattic_command_reserved1, offsetof(struct kvattic_command, reserved1) == 56);
+
+/* An entry of ATTEND's table: where a stripe lies. */
+#define KVATTIC_TABLE_ENTRY(key_page, channel, value_page, dram) \
+    ((uint64_t)(key_page) << 0 | (uint64_t)(channel) << 24 | (uint64_t)(value_page) << 32 | (uint64_t)(dram) << 56)
+/* key_page: 24 bits: first page of the stripe's K */
+/* channel: 8 bits: channel whose lane attends the stripe; in flash its pages lie there */
+/* value_page: 24 bits: first page of its V */
+/* dram: 8 bits: 1: the pages are pages of device DRAM, at page * config.page_bytes; 0: of the flash channel */
+
+struct kvattic_flashcommand {  /* a submission entry: PROGRAM, ERASE, PROBE, MAP */
+    uint8_t opcode;  /* Opcode */
+    uint8_t flags;  /* reserved, zero */
+    uint16_t identifier;  /* copied into the completion */
+    uint8_t channel;  /* flash channel */
+    uint8_t reserved0[3];  /* reserved, zero */
+    uint32_t page;  /* page on the channel: plane, die, page of the block, zone, from the low bits on */
+    uint32_t argument;  /* PROGRAM: page of device DRAM; MAP: block of the plane; otherwise zero */
+    uint64_t reserved1;  /* reserved, zero */
+    uint64_t reserved2;  /* reserved, zero */
+    uint64_t reserved3;  /* reserved, zero */
+    uint64_t reserved4;  /* reserved, zero */
+    uint64_t reserved5;  /* reserved, zero */
+    uint64_t reserved6;  /* reserved, zero */
+};
+KVATTIC_ASSERT(kvattic_flashcommand_size, sizeof(struct kvattic_flashcommand) == 64);
+KVATTIC_ASSERT(kvattic_flashcommand_opcode, offsetof(struct kvattic_flashcommand, opcode) == 0);
+KVATTIC_ASSERT(kvattic_flashcommand_flags, offsetof(struct kvattic_flashcommand, flags) == 1);
+KVATTIC_ASSERT(kvattic_flashcommand_identifier, offsetof(struct kvattic_flashcommand, identifier) == 2);
+KVATTIC_ASSERT(kvattic_flashcommand_channel, offsetof(struct kvattic_flashcommand, channel) == 4);
+KVATTIC_ASSERT(kvattic_flashcommand_reserved0, offsetof(struct kvattic_flashcommand, reserved0) == 5);
+KVATTIC_ASSERT(kvattic_flashcommand_page, offsetof(struct kvattic_flashcommand, page) == 8);
+KVATTIC_ASSERT(kvattic_flashcommand_argument, offsetof(struct kvattic_flashcommand, argument) == 12);
+KVATTIC_ASSERT(kvattic_flashcommand_reserved1, offsetof(struct kvattic_flashcommand, reserved1) == 16);
+KVATTIC_ASSERT(kvattic_flashcommand_reserved2, offsetof(struct kvattic_flashcommand, reserved2) == 24);
+KVATTIC_ASSERT(kvattic_flashcommand_reserved3, offsetof(struct kvattic_flashcommand, reserved3) == 32);
+KVATTIC_ASSERT(kvattic_flashcommand_reserved4, offsetof(struct kvattic_flashcommand, reserved4) == 40);
+KVATTIC_ASSERT(kvattic_flashcommand_reserved5, offsetof(struct kvattic_flashcommand, reserved5) == 48);
+KVATTIC_ASSERT(kvattic_flashcommand_reserved6, offsetof(struct kvattic_flashcommand, reserved6) == 56);
 
 struct kvattic_row {  /* head of each row of a query block; q follows, padded with zeros to whole lines */
     uint32_t start_token;  /* first token that this row attends */

@@ -2,6 +2,7 @@
 
 from kvattic_hdl.axi import AXI_READ, AXI_WRITE, axi_lite
 from kvattic_hdl.dram_reader import dram_signature
+from kvattic_hdl.drive import Drive
 from kvattic_hdl.engine import Engine
 from kvattic_hdl.flash.phy import PhyShapes, phy_signature
 from kvattic_hdl.interfaces import EPOCH_BITS, Shapes
@@ -13,6 +14,7 @@ __all__ = [
     "EPOCH_BITS",
     "TOP",
     "TOPS",
+    "Drive",
     "Engine",
     "PhyShapes",
     "Shapes",

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-from amaranth.lib import wiring
-
 from kvattic.config import Config
+from kvattic_hdl.drive import Drive
 from kvattic_hdl.engine import Engine
 from kvattic_hdl.shared import Netlist, ports
 
-TOPS = ("kvattic_drive", "kvattic_engine")
+TOPS = {"kvattic_drive": Drive, "kvattic_engine": Engine}
 """Top modules: the whole drive; the engine, with the streams of each flash channel as ports."""
 TOP = "kvattic_drive"
 
@@ -42,12 +41,7 @@ def verilog_text(config: Config, top: str = TOP) -> str:
     layouts of these names in `interfaces.Shapes`; a codeword's is `beat`), flash_value_open, flash_epoch,
     flash_events, media_errors.
     """
-    component: wiring.Component
-    if top == TOP:
-        from kvattic_hdl.drive import Drive
-        component = Drive(config)
-    else:
-        component = Engine(config)
+    component = TOPS[top](config)
     netlist = Netlist()
     text = netlist.convert(component, top, ports(component, _port_name))
     return "\n".join([*netlist.modules.values(), text])

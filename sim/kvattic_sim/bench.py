@@ -18,7 +18,7 @@ from rich.table import Table
 
 from kvattic.errors import KvatticError
 from kvattic_sim import figures
-from kvattic_sim.benches import accuracy, engine
+from kvattic_sim.benches import accuracy, engine, flash
 from kvattic_sim.benches.engine import Bench, Lab, UnavailableError, WrongResultError
 from kvattic_sim.build import SimulationFailed, Simulator, SimulatorError
 from kvattic_sim.jobs import JobError
@@ -57,12 +57,19 @@ _STYLES = {Verdict.MET: "green", Verdict.SHORT: "bold red", Verdict.REPORTED: "d
 DATA_SETS = ("minilm", "fa3_2k", "fa3_32k")
 
 BARS: dict[str, Bar | None] = {
-    **{key: None for bench in engine.BENCHES for key in bench.keys},
+    **{key: None for bench in (*engine.BENCHES, *flash.BENCHES) for key in bench.keys},
     "engine.dense.utilization.paper": Bar(">=", (0.97,)),
     "engine.dense.utilization.gqa": Bar(">=", (0.97,)),
     "engine.dense.utilization.long": Bar(">=", (0.99,)),
     "engine.dense.scaling": Bar(">=", (0.97,)),
     "engine.single_channel.cycles": Bar("<=", (17_000,)),
+    "flash.dense.bus_utilization": Bar(">=", (0.95,)),
+    "flash.random_page.bus_utilization": Bar(">=", (0.90,)),
+    "flash.column.read_efficiency": Bar(">=", (0.70,)),
+    "flash.ecc.cost": Bar("<=", (1.01,)),
+    "flash.write.utilization": Bar(">=", (0.9,)),
+    "flash.write_amplification": Bar("<=", (1.0,)),
+    "flash.wear_spread": Bar("<=", (2,)),
     **{f"accuracy.rel_rms.{name}": Bar("<=", (5e-7, f"accuracy.float32.{name}")) for name in DATA_SETS},
     **{f"accuracy.{kind}.{name}": None for kind in ("float32", "fp16") for name in DATA_SETS},
     "accuracy.drift": Bar("<=", (2.0**-24,)),  # the result's rounding to fp32 and nothing else, at any length

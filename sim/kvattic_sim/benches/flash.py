@@ -11,7 +11,6 @@ import numpy as np
 from kvattic import PAPER, AttendResult, Config, Device
 from kvattic.nand import part
 from kvattic_sim.benches.engine import Bench, Case, Figures, Lab, check
-from kvattic_sim.benches.placement import write_amplification
 from kvattic_sim.channel_bench import Requests, read_list
 from kvattic_sim.jobs import report, run_in_simulation
 from kvattic_sim.rtl_transport import NandSettings, RtlTransport
@@ -149,3 +148,19 @@ def column(name: str, config: Config) -> Bench:
         return {key: run.read_efficiency(config), f"flash.column.bus_utilization{name}": run.bus_utilization(config)}
 
     return Bench(keys=(key, f"flash.column.bus_utilization{name}"), measure=run)
+
+
+SEPARATE_BUS = replace(PAPER, part=replace(PAPER.part, name="pslc, separate command bus", separate_command_bus=True))
+"""The paper's drive with JESD230G's separate command and address bus, nothing else changed."""
+
+BENCHES = (
+    Bench(keys=("flash.random_page.bus_utilization",), measure=random_page),
+    column("", PAPER),
+    column(".cache_reads", replace(PAPER, cache_reads=True)),
+    column(".separate_command_bus", SEPARATE_BUS),
+    Bench(keys=("flash.dense.bus_utilization", "flash.dense.command_share", "flash.dense.die_utilization",
+                "flash.ecc.cost", "flash.ecc.cost.1e-4", "flash.ecc.corrected.1e-4", "flash.ecc.retries.1e-4",
+                "flash.write.utilization"), measure=dense),
+    *(variant(name) for name in VARIANTS),
+)
+"""What the bench runner calls, short ones first."""
