@@ -186,7 +186,7 @@ PAPER_DRIVE = NandPart(
 """The paper's drive."""
 MQSIM = NandPart(
     name="mqsim",
-    source="MQSim's default set (ssdconfig.xml; tPROG from its sources): 2 planes, 8 KB + 448 bytes, 256 pages, 333 "
+    source="MQSim's default set (Flash_Parameter_Set.cpp, ssdconfig.xml): 2 planes, 8 KB + 448 bytes, 256 pages, 333 "
            "MT/s, tR 75 us, tPROG 750 us, tBERS 3.8 ms, 10,000 erases",
     page_bytes=8192, spare_bytes=448, planes=2, bus_mts=333.0, t_r=75_000.0, t_prog=750_000.0, t_bers=3_800_000.0,
     t_rst=500_000.0, endurance=10_000)
@@ -238,8 +238,8 @@ MT29F128G08 = NandPart(
 """A die with a public datasheet."""
 COSMOS = NandPart(
     name="cosmos",
-    source="Cosmos+ OpenSSD's firmware, memory map of its 16 KB MLC modules: 16384 + 1664 bytes, 256 pages; its "
-           "controller drives 200 MT/s; the firmware names no array times, those are of mt29f128g08",
+    source="Cosmos+ OpenSSD's firmware, memory map of its 16 KB MLC modules: 16384 + 1664 bytes, 256 pages; the "
+           "firmware names no times: 200 MT/s (100 MHz, both edges) is assumed, the array's are mt29f128g08's",
     spare_bytes=1664, planes=2, bus_mts=200.0, t_r=115_000.0, t_prog=1_600_000.0, t_bers=3_000_000.0, t_rcbsy=6_000.0,
     t_pcbsy=6_000.0, endurance=3_000)
 """Cosmos+ OpenSSD."""

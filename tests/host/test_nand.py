@@ -1,6 +1,7 @@
 """NAND parts: geometry, addresses, what is refused."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -102,3 +103,12 @@ def test_resized() -> None:
     assert PSLC.resized(8192, spare_bytes=100, t_r=1.0) == replace(PSLC, page_bytes=8192, spare_bytes=100, t_r=1.0)
     with pytest.raises(ConfigError, match="page_bytes must be a power of two, not 5000"):
         PSLC.resized(5000)
+
+
+def test_documented() -> None:
+    """docs/nand.md has the parts as they are."""
+    text = (Path(__file__).parents[2] / "docs" / "nand.md").read_text()
+    for p in PARTS.values():
+        row = (f"| `{p.name}` | {p.page_bytes} + {p.spare_bytes} | {p.planes} | {p.pages} | {p.bus_mts:g} | "
+               f"{p.t_r / 1000:g} | {p.t_prog / 1000:g} | {p.t_bers / 1000:g} | {p.source} |\n")
+        assert row in text, f"docs/nand.md should have:\n{row}"
