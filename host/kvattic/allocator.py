@@ -118,9 +118,9 @@ class Allocation:
 class ZoneAllocator:
     """Hands out pages of zones; keeps bad blocks, wear and write amplification.
 
-    A sequence fills zones of its own as far as it will fill them (the last one at least by half), the rest of it goes
-    into a zone that is shared with others, whose pages have runs of the same length.  The least worn free zone is
-    taken.  A zone without users is erased: at once with `erase_on_free`, otherwise before its next use.
+    A sequence has zones of its own as far as it will fill them; the rest of it goes into zones that are shared with
+    others whose runs are as long.  The least worn free zone is taken.  A zone without users is erased: at once with
+    `erase_on_free`, otherwise before its next use.
 
     A block of a zone that is bad is replaced by a spare block of the same channel, die and plane; where there is none
     left, the zone has a hole there, which is passed over.
@@ -380,8 +380,6 @@ class ZoneAllocator:
             raise RequestError(f"a run must be 1, 2, 4, ... pages, and at most {self.config.zone_pages}, not {run}")
         capacity, most = self._capacity(run), max(runs)
         quota, rest = divmod(most, capacity)
-        if 2 * rest >= capacity:
-            quota, rest = quota + 1, 0
         if quota + (rest > 0) > self.zones:
             raise CapacityError(
                 f"the sequence is longer than the device: it takes {most * run:,} pages of a channel, the device has "

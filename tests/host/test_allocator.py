@@ -127,14 +127,15 @@ def test_what_was_not_programmed_is_given_back():
 
 def test_large_sequences_have_zones_of_their_own_and_small_ones_share():
     allocator, _ = allocator_of()
-    first, second = allocator.create([20, 20]), allocator.create([ZONE + 20, ZONE + 20])
+    first, second = allocator.create([ZONE, ZONE]), allocator.create([2 * ZONE + 10, 2 * ZONE + 10])
     small = [allocator.create([5, 5]) for _ in range(4)]
-    zones = {0: set(), 1: set(), 2: set()}
-    for who, allocation, count in [(0, first, 20), (1, second, ZONE + 20), *((2, s, 5) for s in small)]:
-        for _ in range(count):
-            zones[who].add(zone_of(allocator.take(allocation, 1)))
-    assert (len(zones[0]), len(zones[1]), len(zones[2])) == (1, 2, 1)
-    assert len(zones[0] | zones[1] | zones[2]) == 4
+    zones = {0: [], 1: [], 2: []}
+    for who, allocation, count in [(0, first, ZONE), (1, second, 2 * ZONE + 10), *((2, s, 5) for s in small)]:
+        zones[who] += [zone_of(allocator.take(allocation, 1)) for _ in range(count)]
+    # Zones 0 to 2 are owned; the rest of the second one, and the small ones, are together in zone 3.
+    assert zones[0] == [0] * ZONE
+    assert zones[1] == [1] * ZONE + [2] * ZONE + [3] * 10
+    assert zones[2] == [3] * 20
 
 
 def test_a_shared_zone_is_erased_when_its_last_user_is_gone():

@@ -17,6 +17,7 @@ from kvattic.errors import CapacityError, ConfigError, DeviceStatusError, Device
 from kvattic.golden_device import FlashFaults, GoldenDevice
 from kvattic.layout import Block, PagePlace, page_number, page_place
 from kvattic.nand import TINY_PART
+from kvattic_sim.benches import placement
 
 PAGE = TINY.tokens_per_page
 SPARSE = 128
@@ -703,3 +704,15 @@ def test_completions_of_an_earlier_batch_count_for_nothing():
         transport.busy = False
         query = query_of(TINY, 1)
         assert np.array_equal(sequence.attend(query).bits, expected_bits(TINY, key, value, query))
+
+
+# The bench.
+
+
+def test_the_bench_counts_what_happens():
+    """A hundred sequences, eight at a time: everything is gone afterwards, nothing was written twice."""
+    life = placement.live(batch=8, longest=6.0, sequences=100)
+    assert (life.sequences, life.alive, life.amplification) == (100, 8, 1.0)
+    assert 0 < life.spread <= 2
+    assert 0.5 < life.erases < 2
+    assert 0.1 < life.occupancy < 0.5
