@@ -72,12 +72,12 @@ class Maker:
     """Makes codewords of random data and damages them."""
 
     def __init__(self, config: Config, seed: int) -> None:
-        self.config, self.code = config, ecc.code(config)
+        self.config, self.code, self.size = config, ecc.code(config), config.raw_codeword_bytes
         self.rng, self.choose = np.random.default_rng(seed), random.Random(seed)
 
     def make(self, errors: int = 0, bits: list[int] | None = None, erased: bool = False, misplaced: bool = False,
              level: int = 0, cause: int = 0) -> Codeword:
-        config, size = self.config, self.config.raw_codeword_bytes
+        config, size = self.config, self.size
         page = int(self.rng.integers(0, config.pages_per_channel))
         index = int(self.rng.integers(0, config.codewords_per_page))
         data = self.rng.integers(0, 256, (1, config.page_bytes), dtype=np.uint8)
@@ -103,6 +103,7 @@ class Maker:
             {"misplaced": True, "level": levels - 1}, {"misplaced": True, "errors": 1, "level": levels},
             {"cause": int(MediaCause.DIE_TIMEOUT)}, {"bits": [0]}, {"bits": [self.code.code_bits - 1]},
             {"bits": [self.config.codeword_bytes * 8 - 1, self.config.codeword_bytes * 8][:t]},
+            {"erased": True, "bits": [8 * i + i % 8 for i in self.choose.sample(range(self.size), t + 1)]},
         ]
         self.choose.shuffle(kinds)
         return [self.make(**kinds[i % len(kinds)]) for i in range(count)]
@@ -252,7 +253,7 @@ def check(config: Config, codewords: list[Codeword], seen: Seen) -> None:
 def test_everything_that_can_happen(name):
     config = CONFIGS[name]
     maker = Maker(config, 1)
-    codewords = maker.mixed(16)
+    codewords = maker.mixed(17)
     assert {c.outcome for c in codewords} == set(Outcome)
     check(config, codewords, run(config, codewords))
 
@@ -262,14 +263,14 @@ def test_everything_that_can_happen(name):
 def test_stalls_change_nothing(gap, stall):
     rng = random.Random(f"{gap} {stall}")
     patterns = [PATTERNS[key](rng) for key in (gap, stall)]
-    codewords = Maker(TINY, 2).mixed(16)
+    codewords = Maker(TINY, 2).mixed(17)
     check(TINY, codewords, run(TINY, codewords, *patterns, hold=PATTERNS[gap](rng), retry_stall=PATTERNS[stall](rng),
                                ahead=rng.choice([0, 1, 99])))
 
 
 @pytest.mark.parametrize("buffers, positions", [(2, 8), (3, 4), (8, 1), (16, 2)])
 def test_parameters(buffers, positions):
-    codewords = Maker(CONFIGS["t4"], 3).mixed(16)
+    codewords = Maker(CONFIGS["t4"], 3).mixed(17)
     check(CONFIGS["t4"], codewords, run(CONFIGS["t4"], codewords, buffers=buffers, positions=positions))
 
 
@@ -398,7 +399,6 @@ def test_reset_forgets_everything():
     simulator.run()
 
 
-@pytest.mark.filterwarnings("ignore::amaranth.hdl.UnusedElaboratable")
 def test_parameters_are_checked():
     with pytest.raises(ValueError, match="buffers must be at least 2, not 1"):
         Decoder(TINY, buffers=1)
