@@ -22,7 +22,8 @@ PAGE_CODEWORDS = 4
 def dram_signature(config: Config) -> wiring.Signature:
     """Read channels of AXI4, seen from the manager, `dram_beat_bytes` wide."""
     return wiring.Signature({
-        name: In(config.dram_beat_bytes * 8) if name == "rdata" else member for name, member in AXI_READ.members.items()})
+        name: In(config.dram_beat_bytes * 8) if name == "rdata" else member
+        for name, member in AXI_READ.members.items()})
 
 
 def fetch_layout() -> data.StructLayout:

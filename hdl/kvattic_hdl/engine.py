@@ -1,4 +1,4 @@
-"""The whole engine: host registers and memory on one side, device DRAM and the streams of each flash channel on the other."""
+"""The whole engine: registers, host memory and device DRAM on one side, each flash channel's streams on the other."""
 
 from amaranth.hdl import Cat, Module, Mux, ResetInserter, Signal
 from amaranth.lib import data, stream, wiring

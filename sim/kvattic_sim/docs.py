@@ -132,8 +132,9 @@ def reference() -> str:
         "## Command",
         "A submission entry is one line. Opcodes:", _members(commands.Opcode),
         "### ATTEND", _record(commands.COMMAND),
-        "A stripe is `stripe_pages` pages of K and as many of V, of `stripe_pages` times the tokens of a page. The table "
-        "has an entry of 8 bytes for each stripe of the job, in the order of its tokens; see [placement](placement.md):",
+        "A stripe is `stripe_pages` pages of K and as many of V, of `stripe_pages` times the tokens of a page. The "
+        "table has an entry of 8 bytes for each stripe of the job, in the order of its tokens; see "
+        "[placement](placement.md):",
         _record(commands.TABLE_ENTRY),
         "### PROGRAM, ERASE, PROBE, MAP", _record(commands.FLASH_COMMAND),
         "Those of one channel begin in their order, and an ERASE or PROGRAM of a die in the order of its pages; they "
@@ -160,7 +161,8 @@ def reference() -> str:
         "### Status", _members(commands.Status),
         "A command is checked before anything of it runs. The first that applies is reported: a bus error of the "
         "command's line, then the numbers 1 to 6 in order (of a flash command 1, 2 and `INVALID_PLACE`), then a bus "
-        "error of the query block or the table, `INVALID_TABLE`, `NAN_QUERY`. What the pages bring is known at the end: "
+        "error of the query block or the table, `INVALID_TABLE`, `NAN_QUERY`. What the pages bring is known at the "
+        "end: "
         "`CODEWORD_TIMEOUT`, `UNREADABLE_KEY`, `UNREADABLE_VALUE`, `NAN_KEY`, `NAN_VALUE`, and a bus error when the "
         "result was written. A PROGRAM ends with `BUS_ERROR` if device DRAM answered with one. `where` is 0 unless the "
         "table says otherwise.",
@@ -224,7 +226,7 @@ def _packed(record: Record, doc: str) -> list[str]:
     names = ", ".join(field.name for field in record.fields)
     value = " | ".join(f"(uint64_t)({field.name}) << {8 * field.offset}" for field in record.fields)
     lines = [f"/* {doc} */", f"#define KVATTIC_TABLE_ENTRY({names}) \\", f"    ({value})"]
-    return lines + [f"/* {field.name}: {field.size * 8} bits: {field.doc.replace('`', '')} */" for field in record.fields]
+    return lines + [f"/* {f.name}: {f.size * 8} bits: {f.doc.replace('`', '')} */" for f in record.fields]
 
 
 def header() -> str:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -130,7 +131,7 @@ def measured(device: Device, work: Callable[[], Result]) -> tuple[Result, Usage]
 def attend(
     device: Device, attention: Attention, heads_per_batch: int, label: str
 ) -> tuple[AttendResult, Usage, list[Usage]]:
-    """Prefill, attend, free.
+    """Prefill and attend; K and V stay, for erasing them takes device time that nobody looks at.
 
     Args:
         device: where.
@@ -142,18 +143,18 @@ def attend(
         The result, the usage of writing K and V, and that of each batch of attention.
     """
     kv_heads, tokens, _ = attention.key.shape
-    with device.create_sequence(kv_heads, capacity_tokens=tokens) as sequence:
-        _, written = measured(device, lambda: sequence.prefill(attention.key, attention.value))
-        plan = sequence.plan(attention.query)
-        batch = len(plan.jobs) // kv_heads * heads_per_batch
-        results, usage = [], []
-        for first in range(0, len(plan.jobs), batch):
-            report(f"{label}|{first}|{len(plan.jobs)}")
-            found, used = measured(device, lambda jobs=plan.jobs[first : first + batch]: device.run(jobs))
-            results += found
-            usage.append(used)
-        report(f"{label}|{len(plan.jobs)}|{len(plan.jobs)}")
-        return plan.finish(results), written, usage
+    sequence = device.create_sequence(kv_heads, capacity_tokens=tokens)
+    _, written = measured(device, lambda: sequence.prefill(attention.key, attention.value))
+    plan = sequence.plan(attention.query)
+    batch = len(plan.jobs) // kv_heads * heads_per_batch
+    results, usage = [], []
+    for first in range(0, len(plan.jobs), batch):
+        report(f"{label}|{first}|{len(plan.jobs)}")
+        found, used = measured(device, partial(device.run, plan.jobs[first : first + batch]))
+        results += found
+        usage.append(used)
+    report(f"{label}|{len(plan.jobs)}|{len(plan.jobs)}")
+    return plan.finish(results), written, usage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,11 +209,10 @@ def live(device: Device, life: Life) -> list[Step]:
     step("prefill", lambda: first.prefill(life.first.key, life.first.value))
     step("attend", lambda: first.attend(life.first.query))
     for number, token in enumerate(life.tokens, 1):
-        step(f"append token {tokens + number:,}", lambda token=token: first.append(token.key, token.value))
-        step("attend", lambda token=token: first.attend(token.query))
+        step(f"append token {tokens + number:,}", partial(first.append, token.key, token.value))
+        step("attend", partial(first.attend, token.query))
     step("free", first.free)
     second = device.create_sequence(kv_heads, capacity_tokens=life.second.key.shape[1])
     step("prefill another", lambda: second.prefill(life.second.key, life.second.value))
     step("attend", lambda: second.attend(life.second.query))
-    second.free()
     return steps

@@ -1,7 +1,9 @@
 """How busy the engine keeps its lanes, how many cycles it takes, and how fast the simulators run it.
 
 The engine runs alone here, behind ideal flash that has every codeword at hand at the lanes' full rate; what real flash
-makes of it is measured in benches/flash.py.  Each function runs decode steps on the simulated engine, compares all results with the golden device's bit for bit and
+makes of it is measured in benches/flash.py.
+
+Each function runs decode steps on the simulated engine, compares all results with the golden device's bit for bit and
 checks that the counters add up; if either fails, it raises `WrongResultError` and gives no figure.
 """
 

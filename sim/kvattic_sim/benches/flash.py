@@ -51,14 +51,14 @@ def on_drive(device: Device, case: Case, error_rates: tuple[float, ...] = ()) ->
     assert isinstance(transport, RtlTransport)
     transport.heartbeat = lambda cycle: report(f"cycles|{cycle}")
     attention = decode(case.config, kv_heads=case.kv_heads, tokens=case.tokens, group=case.config.rows)
-    with device.create_sequence(case.kv_heads, capacity_tokens=case.tokens) as sequence:
-        _, write = measured(device, lambda: sequence.prefill(attention.key, attention.value))
-        result, dense = measured(device, lambda: sequence.attend(attention.query))
-        errors = {}
-        for rate in error_rates:
-            transport.set_flash(NandSettings(bit_error_rate=rate))
-            errors[rate] = measured(device, lambda: sequence.attend(attention.query))
-        return Measured(result, write, dense, errors)
+    sequence = device.create_sequence(case.kv_heads, capacity_tokens=case.tokens)
+    _, write = measured(device, lambda: sequence.prefill(attention.key, attention.value))
+    result, dense = measured(device, lambda: sequence.attend(attention.query))
+    errors = {}
+    for rate in error_rates:
+        transport.set_flash(NandSettings(bit_error_rate=rate))
+        errors[rate] = measured(device, lambda: sequence.attend(attention.query))
+    return Measured(result, write, dense, errors)
 
 
 def _measure(lab: Lab, name: str, case: Case, error_rates: tuple[float, ...] = ()) -> Measured:
