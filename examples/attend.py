@@ -12,9 +12,6 @@ with (
     kvattic.open("model", "gqa") as device,
     device.create_sequence(2, capacity_tokens=4096) as sequence,
 ):
-    sequence.prefill(key[:, :990], value[:, :990])
-    for token in range(990, 1000):
-        sequence.append(key[:, token : token + 1], value[:, token : token + 1])
+    sequence.prefill(key, value)
     result = sequence.attend(query)
     print(result.output.shape, result.lse[:, 0].round(3))
-    print(f"{sequence.flushed()} of {sequence.length()} tokens are in flash, the others in device DRAM")
