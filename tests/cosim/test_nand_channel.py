@@ -1,5 +1,6 @@
 """The NAND model against its twin, on each simulator; what is compared stands in nand_channel_bench.py."""
 
+import re
 import sys
 from importlib import resources
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from kvattic_sim.build import Simulator, compile_model, icarus_available, run_model
 from kvattic_sim.nand_files import nand_parameters
+from kvattic_sim.nand_twin import Fault, Violation
 
 sys.path.insert(0, str(Path(__file__).parent))
 from nand_channel_bench import CONFIGS, FRAMES
@@ -38,3 +40,14 @@ def test_same_as_twin(simulator: Simulator, name: str, tmp_path: Path) -> None:
 def test_legal_sequences(name: str, tmp_path: Path) -> None:
     """A controller that does everything right is told so."""
     run(Simulator.VERILATOR, name, tmp_path, 120_000, NAND_ERRORS="0", NAND_FAULTS="none", NAND_SEED="7")
+
+
+def test_numbers_and_texts() -> None:
+    """The Verilog's violations and faults are the twin's, also those that no sequence brought about."""
+    source = (resources.files("kvattic_sim") / "verilog" / "nand_channel.sv").read_text()
+    for number, violation in enumerate(Violation, 1):
+        assert re.search(rf"\b{violation.name} = {number}[,;]", source), violation
+        last = number == len(Violation)
+        assert f'{"default" if last else violation.name}: text = "{violation.value}";' in source
+    for fault in Fault:
+        assert re.search(rf"\b{fault.name} = {fault.value}[,;]", source), fault
