@@ -88,6 +88,17 @@ def test_a_die_is_taken_as_long_as_it_has_room():
     assert sorted(pages) == list(range(ZONE))
 
 
+def test_a_die_is_found_also_where_a_zone_does_not_begin_at_the_first():
+    allocator, _ = allocator_of(spare_blocks=BLOCKS - 1)
+    first = allocator.create([1, 0])
+    assert allocator.take(first, 0) == 0
+    allocator.release(first)
+    allocation = allocator.create([8, 0])
+    assert page_place(allocator.take(allocation, 0), TINY).die == 1     # the less worn one
+    for die in (0, 1, 0):
+        assert page_place(allocator.take(allocation, 0, die=die), TINY).die == die
+
+
 @pytest.mark.parametrize("config", [TINY, PAPER, replace(TINY, part=TINY_PART.resized(1024, pages=6), dies=4)])
 @pytest.mark.parametrize("run", [1, 2, 4, 8, 16, 64])
 def test_runs_are_consecutive_and_blocks_are_filled_in_order(config, run):
@@ -120,6 +131,17 @@ def test_what_was_not_programmed_is_given_back():
     for page in reversed(pages):
         allocator.give_back(allocation, 0, page)
     assert [allocator.take(allocation, 0) for _ in range(6)] == pages
+
+
+def test_what_is_given_back_is_reserved_again():
+    allocator, _ = allocator_of()
+    allocator.create([(allocator.zones - 1) * ZONE, 0])
+    allocation = allocator.create([ZONE - 1, 0])
+    page = allocator.take(allocation, 0)
+    allocator.give_back(allocation, 0, page)
+    with pytest.raises(CapacityError, match="the flash is full"):
+        allocator.create([2, 0])
+    allocator.create([1, 0])
 
 
 # Who shares zones.
@@ -313,6 +335,7 @@ def test_a_lost_die_is_used_no_more():
         other = allocator.create([ZONE, 0])
     assert not any(block.die == 0 for block in flash.erases)
     assert allocator.holes == PLANES * (allocator.zones - 1)
+    assert allocator.bad_blocks == []
     allocator.release(allocation)
     assert allocator.holes == PLANES * allocator.zones
     assert {page_place(allocator.take(other, 1), TINY).die for _ in range(4)} == {0, 1}
@@ -331,6 +354,39 @@ def test_an_erase_that_raises_leaves_the_zone_to_be_erased():
     allocator._erase = good
     allocator.clean()
     assert not flash.next
+
+
+def test_a_die_that_is_lost_while_its_blocks_are_erased():
+    allocator, flash = allocator_of()
+    allocation = allocator.create([ZONE, 0])
+    for _ in range(ZONE):
+        flash.program(0, allocator.take(allocation, 0))
+
+    def erase(places):
+        allocator.lose_die(0, 1)
+        return [good and flash.block(c, p).die != 1 for (c, p), good in zip(places, flash.erase(places), strict=True)]
+
+    allocator._erase = erase
+    allocator.release(allocation)
+    assert allocator.bad_blocks == []
+    assert allocator.holes == PLANES * allocator.zones
+    assert allocator.wear.maximum == 1
+
+
+def test_a_map_that_was_not_taken_is_sent_again_before_anything_is_placed():
+    allocator, flash = allocator_of(flash=Flash(TINY, worn=[Block(0, 0, 0, 0)]))
+    allocation = allocator.create([ZONE, 0])
+    flash.program(0, allocator.take(allocation, 0))
+    good, allocator._remap = allocator._remap, lambda remaps: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        allocator.release(allocation)
+    assert flash.map == {}
+    allocation = allocator.create([ZONE, 0])
+    with pytest.raises(ZeroDivisionError):
+        allocator.take(allocation, 0)
+    allocator._remap = good
+    allocator.take(allocation, 0)
+    assert flash.map == {(0, 0, 0, 0, 0): BLOCKS - 1}
 
 
 def test_distrust_erases_everything():

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import kvattic
@@ -175,6 +175,7 @@ def test_attention_equals_float64(call, seed):
     st.lists(st.integers(1, 40), min_size=1, max_size=8),
     st.integers(1, 3),
 )
+@example("odd", [1, 4, 3, 8, 2], 2)  # from within a codeword with a rest into the next one
 def test_appends_in_any_pieces_equal_one_prefill(name, pieces, kv_heads):
     config = CONFIGS[name]
     total = sum(pieces)

@@ -410,6 +410,28 @@ def test_stripes_of_several_pages(device):
     assert (found.status, found.where) == (Status.UNREADABLE_VALUE, 20)
 
 
+def test_pages_behind_the_last_token_are_not_read(device):
+    """A stripe of two pages of K and of V, of which the second ones are erased."""
+    table(device, [(0, PAGES - 1, PAGES - 1, 0)])
+    assert run(device, {"stripe_pages": 2, "stripes": 1, "end_token": TOKENS})[0].status is Status.OK
+    found = run(device, {"stripe_pages": 2, "stripes": 1, "end_token": TOKENS + 1})[0]
+    assert (found.status, found.where) == (Status.UNREADABLE_KEY, TOKENS)
+
+
+def test_what_cannot_be_read_counts_as_zero(device):
+    """It overflows nothing."""
+    huge = np.full((16, 32), 0x7BFF, np.uint16)
+    program(device, 0, 10, huge)
+    table(device, [(0, 10, 5, 0)])
+    row = ROW.pack(end_token=1000) + huge[0].tobytes().ljust(64, b"\0")
+    device.write_memory(QUERIES, row)
+    command = {"rows": 1, "stripes": 1, "end_token": 4}
+    assert run(device, command)[0].flags == CompletionFlag.SCORE_OVERFLOW
+    device.faults.unreadable.add((Block(0, 1, 0, 0), 2, 0))
+    found = run(device, command)[0]
+    assert (found.status, found.flags) == (Status.UNREADABLE_KEY, CompletionFlag(0))
+
+
 def test_dram_pages(device):
     table(device, [(0, DRAM, DRAM, 1), (1, 1, 6, 0)])
     assert run(device, {})[0].status is Status.OK

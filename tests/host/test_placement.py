@@ -401,6 +401,26 @@ def test_other_sequences_go_on_when_flash_is_full():
         assert np.array_equal(good.attend(query).bits, expected_bits(TINY, key, value, query))
 
 
+def test_what_finds_no_room_leaves_no_gap():
+    """The pages that were taken before the flash was full are taken again, in order."""
+    key, value = tokens_of(TINY, 2, 100)
+    with Device(GoldenDevice(TINY), spare_blocks=6) as device:      # two zones of 32 pages on each channel
+        first = device.create_sequence(2, capacity_tokens=480)
+        first.prefill(*np.ones((2, 2, 480, 32), np.float16))        # 60 pages on each
+        sequence = device.create_sequence(1, capacity_tokens=64)
+        sequence._layers[0], sequence.capacity_tokens = type(sequence._layers[0])(
+            np.zeros((1, 7), np.uint64), np.zeros((1, 0), np.int64)), 100   # more than it has reserved
+        with pytest.raises(CapacityError, match="all 2 zones are in use"):
+            sequence.append(key[:1], value[:1])
+        assert (sequence.length(), sequence.flushed()) == (96, 0)
+        first.free()
+        sequence.append(key[:1, 96:], value[:1, 96:])
+        assert sequence.flushed() == 96
+        query = query_of(TINY, 1)
+        assert np.array_equal(sequence.attend(query).bits, expected_bits(TINY, key[:1], value[:1], query))
+        assert device.write_amplification == 1
+
+
 def test_a_flush_that_failed_is_tried_again():
     faults = FlashFaults(dead={(0, 1)})
     key, value = tokens_of(TINY, 2, 3 * PAGE)
@@ -622,6 +642,7 @@ def test_a_power_cut_loses_only_what_was_not_acknowledged(after, sparse):
         assert other.flushed() == 48
         sequence = device.create_sequence(2, capacity_tokens=400, sparse=sparse, layers=2)
         faults.power_cut = after + 5
+        plan = other.plan(query_of(TINY, 1))
         done, pieces = 0, (128, 20, 110, 140)
         with pytest.raises(DeviceTimeoutError, match="its power is off"):
             for piece in pieces:
@@ -649,9 +670,18 @@ def test_a_power_cut_loses_only_what_was_not_acknowledged(after, sparse):
                                   expected_bits(TINY, key[:, :kept], value[:, :kept], query))
         assert np.array_equal(other.attend(query[:1]).bits,
                               expected_bits(TINY, other_key[:, :48], other_value[:, :48], query[:1]))
+        # A plan of before does not attend what others have in DRAM now.
+        third = device.create_sequence(1, capacity_tokens=50)
+        third.append(other_key[:, :5], other_value[:, :5])
+        with pytest.raises(DeviceStatusError, match="INVALID_TABLE: entry 3"):
+            device.attend_many([plan])
         # And on.
         sequence.append(key[:, kept:], value[:, kept:])
         assert np.array_equal(sequence.attend(query).bits, expected_bits(TINY, key, value, query))
+        # Nothing was programmed out of order: no block is thought to be bad.
+        for one in (other, third, sequence):
+            one.free()
+        assert device.bad_blocks == [Block(0, 0, 0, 0)]
 
 
 def test_a_power_cut_while_erasing():
