@@ -25,7 +25,10 @@ class Drive(wiring.Component):
 
     Members
     -------
-    host, read, write, dram, irq
+    host : In(axi_lite)
+    read, write : Out(AXI4 channels)
+    dram : Out(dram_signature)
+    irq : Out(1)
         As of `Engine`.
     phys : Array of Out(phy_signature)
         One for each channel.

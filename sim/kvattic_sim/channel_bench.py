@@ -10,6 +10,7 @@ import hashlib
 import os
 import pickle
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -60,32 +61,34 @@ class ListRun:
         cycles: from the first request to the last beat.
         codewords: codewords that came.
         errors: those of them that could not be read.
-        words: words moved on all buses, parity included.
+        steady_cycles: those of them with a steady load, as many codewords in flight as were allowed.
+        steady_codewords: codewords that came meanwhile.
         run_dir: where the run was, with traces if they were asked for.
     """
 
     cycles: int
     codewords: int
     errors: int
-    words: int
+    steady_cycles: int
+    steady_codewords: int
     run_dir: Path
 
     def bus_utilization(self, config: Config) -> float:
-        """Share of what all buses could have moved in that time."""
-        return self._share(self.words * config.beat_bytes, config)
+        """Share of what all buses could have moved under the steady load that they did, parity included."""
+        return self._share(config.raw_codeword_bytes, config)
 
     def read_efficiency(self, config: Config) -> float:
-        """The same, but only data bytes of the codewords wanted count."""
-        return self._share(self.codewords * config.codeword_bytes, config)
+        """The same, but only data bytes count."""
+        return self._share(config.codeword_bytes, config)
 
-    def _share(self, size: int, config: Config) -> float:
-        return size / (self.cycles * config.channels * config.part.bus_mts / config.clock_mhz)
+    def _share(self, codeword_bytes: int, config: Config) -> float:
+        moved = self.steady_codewords * codeword_bytes
+        return moved * config.clock_mhz / (self.steady_cycles * config.channels * config.part.bus_mts)
 
 
-def _verilog(config: Config, frames: int) -> str:
+def _verilog(config: Config, frames: int, channel_ports: Iterable[str]) -> str:
     shapes, channels = Shapes(config), config.channels
     body, source = [], {"request": shapes.request.size, "codeword": shapes.beat.size}
-    channel_ports = ports(FlashChannel(config))
     for name, width in source.items():
         body += [f"wire [{channels * width - 1}:0] {name}_payload;", f"wire [{channels - 1}:0] {name}_valid;"]
     body.append(f"wire [{channels - 1}:0] request_ready;")
@@ -123,7 +126,8 @@ def _verilog(config: Config, frames: int) -> str:
               "DATA_AT": shapes.beat["data"].offset, "LAST_AT": shapes.beat["last"].offset,
               "ERROR_AT": shapes.beat["error"].offset, "REQUEST_BITS": shapes.request.size,
               "BEAT_BITS": shapes.beat.size, "WORD_BITS": config.beat_bytes * 8, "CHANNELS": channels, "LIST": LIST}
-    outputs = {"done": 1, "cycles": 64, "sum": 64, "codewords": 32, "errors": 32}
+    outputs = {"done": 1, "cycles": 64, "sum": 64, "codewords": 32, "errors": 32, "steady_cycles": 64,
+               "steady_codewords": 32}
     names = ("request_valid", "request_ready", "request_payload", "codeword_valid", "codeword_payload", "go",
              "in_flight", *outputs)
     body.append(f"request_source #({', '.join(f'.{k}({v})' for k, v in fields.items())}) source (.clk(clk), "
@@ -149,7 +153,7 @@ def build_channels(config: Config, simulator: Simulator = Simulator.VERILATOR, *
     netlist = Netlist()
     channel = FlashChannel(config)
     rtl = netlist.convert(channel, CHANNEL, ports(channel))
-    text = "\n".join([*netlist.modules.values(), rtl, _verilog(config, frames)])
+    text = "\n".join([*netlist.modules.values(), rtl, _verilog(config, frames, ports(channel))])
     folder = default_build_root() / "rtl" / hashlib.sha256(text.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     bench = folder / f"{TOP}.sv"
@@ -210,4 +214,5 @@ def read_list(config: Config, requests: Requests, *, in_flight: int, pages: NDAr
     if found["codewords"] != requests.codewords or (found["errors"] == 0 and found["sum"] != int(expected)):
         raise RuntimeError(f"what came is not what the flash holds: {found}, expected {int(expected)} (in {run_dir})")
     return ListRun(cycles=found["cycles"], codewords=found["codewords"], errors=found["errors"],
-                   words=found["words"], run_dir=run_dir)
+                   steady_cycles=found["steady_cycles"], steady_codewords=found["steady_codewords"],
+                   run_dir=run_dir)

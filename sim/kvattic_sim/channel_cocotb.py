@@ -50,5 +50,6 @@ async def run(dut: Any) -> None:
     assert total("load_errors") == 0
     Path("result.pickle").write_bytes(pickle.dumps({
         "cycles": int(dut.cycles.value), "codewords": int(dut.codewords.value), "errors": int(dut.errors.value),
-        "sum": int(dut.sum.value), "words": total("words_moved"),
+        "sum": int(dut.sum.value), "steady_cycles": int(dut.steady_cycles.value),
+        "steady_codewords": int(dut.steady_codewords.value),
         "violations": [line for c in range(config.channels) for line in read_log(Path(), channel=c)]}))

@@ -30,7 +30,8 @@ VARIANTS = {
 
 RANDOM_PAGE = replace(PAPER, part=part("mqsim_1000"))
 """MQSim's geometry: 8 channels x 1,000 MT/s, 16 KB pages, tR 50 us, 8 dies x 2 planes a channel."""
-RANDOM_PAGES, IN_FLIGHT_PAGES = 4096, 1024
+RANDOM_PAGES, IN_FLIGHT = 4096, 1024
+"""Pages read, and reads (of pages, or of codewords) in flight over all channels."""
 COLUMN_SHARE = 16
 """One codeword of so many is wanted."""
 
@@ -127,7 +128,7 @@ def random_page(lab: Lab) -> Figures:
     requests = Requests(channel=rng.integers(0, config.channels, RANDOM_PAGES), page=rng.choice(pages, RANDOM_PAGES),
                         first=0 * one, count=config.codewords_per_page * one)
     lab.progress("channels: random pages", 0, None)
-    run = read_list(config, requests, in_flight=IN_FLIGHT_PAGES * config.codewords_per_page, pages=pages)
+    run = read_list(config, requests, in_flight=IN_FLIGHT * config.codewords_per_page, pages=pages)
     return {"flash.random_page.bus_utilization": run.bus_utilization(config)}
 
 
@@ -137,14 +138,14 @@ def column(name: str, config: Config) -> Bench:
 
     def run(lab: Lab) -> Figures:
         rng = np.random.default_rng(1)
-        pages = np.arange(8 * config.dies * config.part.planes)
+        pages = np.arange(16 * config.dies * config.part.planes)
         chosen = rng.random((config.channels, len(pages), config.codewords_per_page)) < 1 / COLUMN_SHARE
         channel, page, first = (a.astype(np.int64) for a in np.nonzero(chosen))
         order = np.lexsort((first, channel, page))   # all channels side by side
         requests = Requests(channel=channel[order], page=pages[page[order]], first=first[order],
                             count=np.ones(len(order), np.int64))
         lab.progress(f"channels: single codewords, {config.part.name}", 0, None)
-        run = read_list(config, requests, in_flight=IN_FLIGHT_PAGES * config.codewords_per_page, pages=pages)
+        run = read_list(config, requests, in_flight=IN_FLIGHT, pages=pages)
         return {key: run.read_efficiency(config), f"flash.column.bus_utilization{name}": run.bus_utilization(config)}
 
     return Bench(keys=(key, f"flash.column.bus_utilization{name}"), measure=run)

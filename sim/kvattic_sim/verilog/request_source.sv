@@ -4,7 +4,8 @@
 // first codeword (16), codewords (16).  Entries wait in a queue of their channel from the moment that fewer than
 // `in_flight` codewords are outstanding; each is asked for codeword by codeword, as a lane asks.  `done` rises when all
 // have come; `sum` is the sum of all data words (order does not matter), `cycles` the time from the first request to the
-// last beat.
+// last beat.  Between the moment when as many have come as may be in flight, and the moment when the list's last entry
+// is put into its queue, the load is steady: `steady_cycles` and `steady_codewords` are of that time.
 
 module request_source #(
     parameter CHANNELS = 8,
@@ -36,7 +37,9 @@ module request_source #(
     output reg [63:0] cycles,
     output reg [63:0] sum,
     output reg [31:0] codewords,
-    output reg [31:0] errors
+    output reg [31:0] errors,
+    output reg [63:0] steady_cycles,
+    output reg [31:0] steady_codewords
 );
 
   reg [63:0] list [0:LIST-1];
@@ -46,13 +49,20 @@ module request_source #(
   reg [15:0] part [0:CHANNELS-1];     // codewords of the head entry that were asked for
   reg [PLACE_BITS-1:0] place [0:CHANNELS-1];
   integer c, i, next, count, outstanding, file, got;
-  reg going;
+  reg going, steady;
+  reg [63:0] from_cycles;
+  reg [31:0] from_codewords;
   reg [63:0] entry;
   reg [REQUEST_BITS-1:0] request;
   reg [WORD_BITS-1:0] word;
 
   initial begin
     going = 0;
+    steady = 0;
+    from_cycles = 0;
+    from_codewords = 0;
+    steady_cycles = 0;
+    steady_codewords = 0;
     next = 0;
     count = 0;
     outstanding = 0;
@@ -80,6 +90,9 @@ module request_source #(
       sum = 0;
       codewords = 0;
       errors = 0;
+      steady = 0;
+      steady_cycles = 0;
+      steady_codewords = 0;
       done <= 0;
       file = $fopen("requests.bin", "rb");
       if (file != 0) begin
@@ -110,6 +123,15 @@ module request_source #(
         end
       end
       // Put into the queues.
+      if (!steady && codewords >= in_flight) begin
+        steady = 1;
+        from_cycles = cycles;
+        from_codewords = codewords;
+      end
+      if (steady && next != count) begin
+        steady_cycles = cycles - from_cycles;
+        steady_codewords = codewords - from_codewords;
+      end
       if (next != count) begin
         entry = list[next];
         if (outstanding + entry[15:0] <= in_flight) begin
