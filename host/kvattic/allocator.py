@@ -105,7 +105,7 @@ class Allocation:
     Attributes:
         run: consecutive page numbers of each thing that it places.
         quota: zones that it fills alone.
-        shared: for each channel, runs that are still to come into zones that it shares.
+        shared: for each channel, runs that are still to come into zones that it shares; negative if there were more.
     """
 
     run: int
@@ -403,9 +403,8 @@ class ZoneAllocator:
         shared: dict[int, NDArray[np.int64]] = {}
         for allocation in self._allocations:
             wanted += max(0, allocation.quota - len(allocation._own.zones))
-            if any(allocation.shared):
-                shared.setdefault(allocation.run, np.zeros(self.config.channels, np.int64))
-                shared[allocation.run] += allocation.shared
+            shared.setdefault(allocation.run, np.zeros(self.config.channels, np.int64))
+            shared[allocation.run] += np.maximum(allocation.shared, 0)
         for run, runs in shared.items():
             if run in self._shared:
                 stream = self._shared[run]
@@ -454,7 +453,7 @@ class ZoneAllocator:
         zone.users.add(allocation)
         allocation._uses.add(zone.number)
         if stream is not allocation._own:
-            allocation.shared[channel] = max(0, allocation.shared[channel] - 1)
+            allocation.shared[channel] -= 1
         return page
 
     def give_back(self, allocation: Allocation, channel: int, page: int) -> None:

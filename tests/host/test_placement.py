@@ -407,12 +407,15 @@ def test_what_finds_no_room_leaves_no_gap():
     with Device(GoldenDevice(TINY), spare_blocks=6) as device:      # two zones of 32 pages on each channel
         first = device.create_sequence(2, capacity_tokens=480)
         first.prefill(*np.ones((2, 2, 480, 32), np.float16))        # 60 pages on each
-        sequence = device.create_sequence(1, capacity_tokens=64)
+        sequence = device.create_sequence(1, capacity_tokens=32)
         sequence._layers[0], sequence.capacity_tokens = type(sequence._layers[0])(
             np.zeros((1, 7), np.uint64), np.zeros((1, 0), np.int64)), 100   # more than it has reserved
         with pytest.raises(CapacityError, match="all 2 zones are in use"):
             sequence.append(key[:1], value[:1])
         assert (sequence.length(), sequence.flushed()) == (96, 0)
+        third = device.create_sequence(1, capacity_tokens=32)
+        third.append(key[1:, :32], value[1:, :32])
+        assert third.flushed() == 32
         first.free()
         sequence.append(key[:1, 96:], value[:1, 96:])
         assert sequence.flushed() == 96
