@@ -12,7 +12,7 @@ from kvattic_sim import bench, figures
 from kvattic_sim.bench import BARS, Bar, Verdict, benches, select, verdict
 from kvattic_sim.benches.engine import CASES, Bench, Case, UnavailableError, WrongResultError, check
 from kvattic_sim.build import SimulatorError
-from kvattic_sim.workloads import STALLS, Usage, attend, decode
+from kvattic_sim.workloads import FLASH, STALLS, Usage, attend, decode
 
 ISSUE_KEYS = {
     *(f"engine.dense.{name}" for name in ("utilization.paper", "utilization.gqa", "utilization.long", "scaling")),
@@ -23,6 +23,10 @@ ISSUE_KEYS = {
     "sim.speed_ratio",
     "sim.cycles_per_second.paper",
     "golden.ratio_to_numpy",
+    *(f"flash.{name}" for name in (
+        "dense.bus_utilization", "random_page.bus_utilization", "dense.bus_utilization.tlc",
+        "dense.bus_utilization.lowlatency", "column.read_efficiency", "ecc.cost", "write.utilization",
+        "write_amplification", "wear_spread")),
 }
 
 PAPER, SCALING, SPEED = "engine.dense.utilization.paper", "engine.dense.scaling", "sim.speed_ratio"
@@ -148,10 +152,11 @@ def finished(tmp_path, monkeypatch):
     case = Case(config=TINY, kv_heads=2, tokens=40)
     attention = decode(TINY, kv_heads=2, tokens=40, group=TINY.rows)
     with kvattic.open("model", TINY) as device:
-        result, _ = attend(device, attention, 2, "jobs")
+        result, *_ = attend(device, attention, 2, "jobs")
     cycles = case.beats // TINY.channels + 100
     stalls = dict.fromkeys(STALLS, 0) | {"idle": TINY.channels * cycles - case.beats}
-    return case, result, Usage(cycles=cycles, first_beat=1, last_beat=9, beats=case.beats, stalls=stalls, seconds=1)
+    return case, result, Usage(
+        cycles=cycles, window=9, beats=case.beats, stalls=stalls, flash=dict.fromkeys(FLASH, 0), seconds=1)
 
 
 def test_a_right_result_passes(finished):
