@@ -41,7 +41,7 @@
 #define KVATTIC_REG_COMPLETION_BASE 0x30u  /* 64 bits, rw: address of the completions, 64-byte aligned */
 #define KVATTIC_REG_BUFFER_BASE 0x38u  /* 64 bits, rw: first address that queries and results may use */
 #define KVATTIC_REG_BUFFER_LIMIT 0x40u  /* 64 bits, rw: one past the last address that queries and results may use */
-#define KVATTIC_REG_MEDIA_ERROR 0x48u  /* 32 bits, ro: channel << 24 | page of the first codeword that could not be read */
+#define KVATTIC_REG_MEDIA_ERROR 0x48u  /* 32 bits, ro: channel << 24 | page of the first codeword not read */
 #define KVATTIC_REG_MEDIA_CAUSE 0x4cu  /* 32 bits, ro: MediaCause << 16 | codeword of that page */
 #define KVATTIC_REG_CYCLES 0x80u  /* 64 bits, ro: cycles from the doorbell to the last completion (running: until now) */
 #define KVATTIC_REG_BEATS 0x88u  /* 64 bits, ro: lane beats used, all lanes */

@@ -4,23 +4,29 @@ from kvattic_hdl.axi import AXI_READ, AXI_WRITE, axi_lite
 from kvattic_hdl.dram_reader import dram_signature
 from kvattic_hdl.drive import Drive
 from kvattic_hdl.engine import Engine
+from kvattic_hdl.flash.channel import FlashChannel
 from kvattic_hdl.flash.phy import PhyShapes, phy_signature
-from kvattic_hdl.interfaces import EPOCH_BITS, Shapes
+from kvattic_hdl.interfaces import EPOCH_BITS, OPCODE_BITS, Shapes
 from kvattic_hdl.netlist import TOP, TOPS, generate, verilog_text
+from kvattic_hdl.shared import Netlist, ports
 
 __all__ = [
     "AXI_READ",
     "AXI_WRITE",
     "EPOCH_BITS",
+    "OPCODE_BITS",
     "TOP",
     "TOPS",
     "Drive",
     "Engine",
+    "FlashChannel",
+    "Netlist",
     "PhyShapes",
     "Shapes",
     "axi_lite",
     "dram_signature",
     "generate",
     "phy_signature",
+    "ports",
     "verilog_text",
 ]

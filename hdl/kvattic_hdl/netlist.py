@@ -1,6 +1,7 @@
 """Verilog of the drive, and of the engine alone."""
 
 from pathlib import Path
+from typing import Any
 
 from kvattic.config import Config
 from kvattic_hdl.drive import Drive
@@ -12,7 +13,7 @@ TOPS = {"kvattic_drive": Drive, "kvattic_engine": Engine}
 TOP = "kvattic_drive"
 
 
-def _port_name(head: str, *rest: str | int) -> str:
+def _port_name(head: str, *rest: Any) -> str:
     """Port names that FPGA tools infer buses from."""
     match head:
         case "host":

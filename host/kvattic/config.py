@@ -69,11 +69,6 @@ class Config:
             object.__setattr__(self, "element", Element(self.element))
         except ValueError:
             raise ConfigError(f"element must be one of {[e.value for e in Element]}, not {self.element!r}") from None
-        if isinstance(self.part, dict):
-            try:
-                object.__setattr__(self, "part", NandPart(**self.part))
-            except TypeError as error:
-                raise ConfigError(f"part must have the fields of a NandPart: {error}") from None
         if not isinstance(self.part, NandPart):
             raise ConfigError(f"part must be a NandPart, not {self.part!r}")
         if not isinstance(self.cache_reads, bool):
@@ -272,6 +267,11 @@ class Config:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"unknown configuration fields {unknown}; known are {sorted(known)}")
+        if isinstance(values.get("part"), dict):
+            try:
+                values["part"] = NandPart(**values["part"])
+            except TypeError as error:
+                raise ConfigError(f"part must have the fields of a NandPart: {error}") from None
         return cls(**values)
 
     @property

@@ -79,7 +79,7 @@ REGISTERS: tuple[Register, ...] = (
     Register("COMPLETION_BASE", 0x30, 64, Access.RW, 0, "address of the completions, 64-byte aligned"),
     Register("BUFFER_BASE", 0x38, 64, Access.RW, 0, "first address that queries and results may use"),
     Register("BUFFER_LIMIT", 0x40, 64, Access.RW, 0, "one past the last address that queries and results may use"),
-    Register("MEDIA_ERROR", 0x48, 32, Access.RO, 0, "channel << 24 | page of the first codeword that could not be read"),
+    Register("MEDIA_ERROR", 0x48, 32, Access.RO, 0, "channel << 24 | page of the first codeword not read"),
     Register("MEDIA_CAUSE", 0x4C, 32, Access.RO, 0, "`MediaCause` << 16 | codeword of that page"),
     Register("CYCLES", 0x80, 64, Access.RO, 0, "cycles from the doorbell to the last completion (running: until now)"),
     Register("BEATS", 0x88, 64, Access.RO, 0, "lane beats used, all lanes"),

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from kvattic.errors import KvatticError
 from kvattic_sim import figures
-from kvattic_sim.benches import accuracy, engine, flash
+from kvattic_sim.benches import accuracy, engine, flash, placement
 from kvattic_sim.benches.engine import Bench, Lab, UnavailableError, WrongResultError
 from kvattic_sim.build import SimulationFailed, Simulator, SimulatorError
 from kvattic_sim.jobs import JobError
@@ -58,6 +58,7 @@ DATA_SETS = ("minilm", "fa3_2k", "fa3_32k")
 
 BARS: dict[str, Bar | None] = {
     **{key: None for bench in (*engine.BENCHES, *flash.BENCHES) for key in bench.keys},
+    **dict.fromkeys(placement.KEYS),
     "engine.dense.utilization.paper": Bar(">=", (0.97,)),
     "engine.dense.utilization.gqa": Bar(">=", (0.97,)),
     "engine.dense.utilization.long": Bar(">=", (0.99,)),
@@ -109,13 +110,15 @@ def verdict(key: str, value: Value, known: Mapping[str, Value]) -> Verdict:
 
 
 def benches() -> tuple[Bench, ...]:
-    """All that can be measured here: accuracy, the golden model's speed, the engine, the simulators."""
+    """All that can be measured here: placement, the engine, the flash path, accuracy, the simulators."""
 
     def host(prefix: str, function: Callable[[], dict[str, float]]) -> Bench:
         keys = tuple(key for key in BARS if key == prefix or key.startswith(f"{prefix}."))
         return Bench(keys=keys, measure=lambda lab: function())
 
-    return *engine.BENCHES, *(host(prefix, function) for prefix, function in accuracy.BENCHES.items())
+    placing = Bench(keys=placement.KEYS, measure=lambda lab: placement.write_amplification())
+    return (placing, *engine.BENCHES, *flash.BENCHES,
+            *(host(prefix, function) for prefix, function in accuracy.BENCHES.items()))
 
 
 def select(prefix: str, available: Iterable[Bench]) -> list[Bench]:

@@ -23,9 +23,7 @@ from numpy.typing import NDArray
 from kvattic import ecc
 from kvattic.config import Config
 from kvattic.layout import page_place
-from kvattic_hdl import EPOCH_BITS, Shapes, phy_signature
-from kvattic_hdl.flash.channel import FlashChannel
-from kvattic_hdl.shared import Netlist, ports
+from kvattic_hdl import EPOCH_BITS, FlashChannel, Netlist, Shapes, phy_signature, ports
 from kvattic_sim.build import Model, Simulator, compile_model, default_build_root, run_model
 from kvattic_sim.nand_files import nand_parameters
 from kvattic_sim.rtl_transport import NandSettings

@@ -13,7 +13,7 @@ import numpy as np
 from amaranth.hdl import Shape
 
 from kvattic.config import Config
-from kvattic_hdl.flash.phy import PhyShapes
+from kvattic_hdl import PhyShapes
 from kvattic_sim.nand_twin import Event
 
 __all__ = ["nand_parameters", "read_log", "read_pages", "read_trace", "write_pages"]

@@ -1238,7 +1238,7 @@ def attach(channel: NandChannel, phy: Any) -> Callable[[Any], Coroutine[Any, Any
     def value(member: Any) -> Any:
         return member.as_value() if isinstance(member, ValueCastable) else member
 
-    from kvattic_hdl.flash.phy import PhyShapes
+    from kvattic_hdl import PhyShapes
 
     shapes = PhyShapes(channel.config)
     bits = shapes.target.width

@@ -35,13 +35,13 @@ from kvattic_hdl import (
     AXI_READ,
     AXI_WRITE,
     EPOCH_BITS,
+    OPCODE_BITS,
     Shapes,
     axi_lite,
     dram_signature,
     generate,
     phy_signature,
 )
-from kvattic_hdl.interfaces import OPCODE_BITS
 from kvattic_sim.build import Model, Simulator, _locked, compile_model, default_build_root
 from kvattic_sim.nand_files import nand_parameters
 

@@ -104,7 +104,7 @@ def test_commands_out_and_outcomes_back(stall):
 
 
 def test_a_page_that_was_not_read_is_not_programmed_well():
-    """After an error of device DRAM the channel's operations of the batch end with BUS_ERROR; the next batch is clean."""
+    """After an error of device DRAM a channel's operations end with BUS_ERROR, until the next batch."""
     dut, seen = Operations(TINY), []
 
     async def scenario(ctx):
