@@ -332,6 +332,17 @@ def test_a_retry_that_is_not_taken_holds_only_the_corrector():
     assert seen.first[2] > 1500
 
 
+def test_retries_beside_codewords_that_are_given_up_keep_their_place():
+    # Both read the buffers' places; announcements with a cause come as fast as their few beats leave.
+    config = CONFIGS["two_words"]
+    maker = Maker(config, 12)
+    timeout = int(MediaCause.DIE_TIMEOUT)
+    codewords = [maker.make(errors=9) if i % 80 == 0 else maker.make(cause=timeout) for i in range(480)]
+    seen = run(config, codewords, hold=PATTERNS["random"](random.Random(12)))
+    check(config, codewords, seen)
+    assert len(seen.retries) == 6
+
+
 def test_each_level_is_tried_once():
     config = CONFIGS["t4"]
     maker = Maker(config, 9)

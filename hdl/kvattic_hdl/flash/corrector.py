@@ -47,9 +47,9 @@ class Corrector(wiring.Component):
     order, `positions` a cycle, which ends with the last wrong one.  The check value is mended along with the search,
     so the data need not be read again.
 
-    Latency in cycles, `r` the parity's bits, `n` those of the code: ``r / 8 + 2 t + 14`` and 5 for each pair of
-    syndromes, about ``1.5 e**2 + 6 e`` for e errors, then at most ``n / positions + 4``, each plus what `patches` is
-    held back.  A codeword whose locator cannot be is given up without a search.  Reset forgets the codeword in work.
+    Latency: some ``r / 8 + 6 t + 10.5 e + e**2 / 2`` cycles for e errors and r bits of parity, then ``1 / positions`` of
+    the last wrong bit's number, and what `patches` is held back (docs/ecc.md has the cycles of `paper`).  A codeword
+    whose locator cannot be is given up without a search.  Reset forgets the codeword in work.
 
     Parameters
     ----------
