@@ -1240,7 +1240,11 @@ class Sequence:
         runs = list(self._runs(layer, items, sources))
         error: BaseException | None = None
         while runs and error is None:
-            places = self._take(runs)
+            try:
+                places = self._take(runs)
+            except CapacityError:
+                device._raise_die_error()   # why there is no room
+                raise
             numbers = [(i, page) for i in range(len(runs)) for page in range(self._pages)]
             order = device._round_robin([runs[i].channel for i, _ in numbers],
                                         [places[i] + page for i, page in numbers])
