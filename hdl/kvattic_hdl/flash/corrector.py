@@ -47,9 +47,9 @@ class Corrector(wiring.Component):
     order, `positions` a cycle, which ends with the last wrong one.  The check value is mended along with the search,
     so the data need not be read again.
 
-    Latency: some ``r / 8 + 6 t + 10.5 e + e**2 / 2`` cycles for e errors and r bits of parity, then ``1 / positions`` of
-    the last wrong bit's number, and what `patches` is held back (docs/ecc.md has the cycles of `paper`).  A codeword
-    whose locator cannot be is given up without a search.  Reset forgets the codeword in work.
+    Latency: some ``r / 8 + 6 t + 10.5 e + e**2 / 2`` cycles for e errors and r bits of parity, then ``1 / positions``
+    of the last wrong bit's number, and what `patches` is held back (docs/ecc.md has the cycles of `paper`).  A
+    codeword whose locator cannot be is given up without a search.  Reset forgets the codeword in work.
 
     Parameters
     ----------
