@@ -236,12 +236,13 @@ class Engine(wiring.Component):
             | (self.read.arvalid & self.read.arready) | (self.read.rvalid & self.read.rready)
             | (self.write.awvalid & self.write.awready) | (self.write.bvalid & self.write.bready)
             | loader.start_valid | finisher.completed
-            # A channel that programs, erases or reads for others has not stopped; each of its operations has a limit.
-            | Cat(self.flash_events[c].word | self.flash_events[c].dies_busy.any() for c in channels).any())
+            | Cat(self.flash_events[c].word | self.flash_events[c].command for c in channels).any())
         m.d.comb += [
             control.lanes_ready.eq(Cat(lane.ready for lane in lanes).all()),
             watchdog.timeout.eq(control.timeout),
             watchdog.progress.eq(progress),
+            # A die may be busy for long, with something that the job waits behind.
+            watchdog.activity.eq(Cat(self.flash_events[c].dies_busy.any() for c in channels).any()),
             watchdog.maximum_waiting.eq(maximum.waiting),
             watchdog.maximum_slot.eq(maximum.waiting_slot),
             watchdog.finisher_waiting.eq(finisher.waiting),

@@ -25,7 +25,7 @@ from kvattic.formats import Element
 from kvattic.layout import Block
 from kvattic.transport import Transport
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BOARD",
