@@ -5,14 +5,11 @@ from collections import Counter, deque
 from dataclasses import dataclass, replace
 
 import pytest
-from amaranth.hdl import Signal
 from amaranth.sim import Simulator
 
+from kvattic import config as presets
 from kvattic.commands import Kind, MediaCause, Opcode, Status
-from kvattic.config import PAPER, TINY, Config
-from kvattic.nand import PSLC
 from kvattic_hdl.flash.controller import Controller
-from kvattic_hdl.interfaces import EPOCH_BITS
 from kvattic_sim.nand_twin import NandChannel, NandFaults, attach
 
 OPERATION_OPCODE_MASK = 7
@@ -79,14 +76,14 @@ class Bench:
         self.word_gap = 0            # probability that no word is offered in a cycle
         self.outcomes_ready = 1.0
         self.gap = 0                 # the same for requests
+        self.hold = 0                # outcomes before the first request
         self.in_flight = in_flight
         self.buffers = buffers
         self.drain = drain or config.raw_codeword_words   # cycles that the decoder keeps a buffer after its last word
         self.arrivals = []
         self.outcomes = []
         self.asked = 0
-        self.commands = []           # (cycle, target, bytes of a command: byte, or (byte,) of an address)
-        self.command_times = []
+        self.commands = []           # (cycle, target, byte); no addresses
         self.counts = Counter()
         self.value_open = (1 << config.jobs_in_flight) - 1
         self.epochs = [0] * config.jobs_in_flight
@@ -152,7 +149,7 @@ class Bench:
         collected = []
         freed = deque()              # cycles in which a buffer becomes free
         buffers = self.buffers
-        operations = outcomes_due = 0
+        operations = 0
         shown = {}
 
         def put(signal, value):
@@ -168,8 +165,8 @@ class Bench:
         header_ready = outcomes_ready = 0
         put(dut.value_open, self.value_open)
         async for _, _, *values in ctx.tick().sample(*samples):
-            (r_ready, o_ready, w_ready, out_valid, out, h_valid, header, word_valid, word, retry_ready, c_valid, c_ready,
-             cycle, b_valid, b_ready, events) = values
+            (r_ready, o_ready, w_ready, out_valid, out, h_valid, header, word_valid, word, retry_ready, c_valid,
+             c_ready, cycle, b_valid, b_ready, events) = values
             self.cycle += 1
             now = self.cycle
             # What fired.
@@ -187,8 +184,7 @@ class Bench:
             if c_valid and c_ready:
                 self.counts["cycles"] += 1
                 if not cycle.address:
-                    self.commands.append((int(cycle.target), int(cycle.byte)))
-                    self.command_times.append(now)
+                    self.commands.append((now, int(cycle.target), int(cycle.byte)))
             self.counts["bursts"] += bool(b_valid and b_ready)
             if events.page_reads:
                 self.counts["page_reads"] += int(events.page_reads)
@@ -223,7 +219,7 @@ class Bench:
                 ctx.set(dut.epoch, self.epochs)
             in_flight = self.started - len(self.arrivals)
             if requested is None and self.requests and in_flight < self.in_flight and (
-                    not self.gap or self.rng.random() >= self.gap):
+                    len(self.outcomes) >= self.hold and (not self.gap or self.rng.random() >= self.gap)):
                 requested = self.requests.popleft()
                 self.started += 1
                 ctx.set(r.payload, {"tag": requested.tag(), "page": requested.page, "codeword": requested.codeword,
@@ -249,8 +245,6 @@ class Bench:
             put(dut.headers.ready, header_ready)
             outcomes_ready = int(self.outcomes_ready == 1.0 or self.rng.random() < self.outcomes_ready)
             put(dut.outcomes.ready, outcomes_ready)
-            del outcomes_due
-            outcomes_due = 0
 
     def _arrived(self, header, data, now):
         tag = header.tag
@@ -262,7 +256,7 @@ class Bench:
 
     started = 0
 
-    def run(self, *, outcomes=0, limit=200_000, vcd=None):
+    def run(self, *, outcomes=0, limit=100_000, vcd=None):
         """Until everything that was asked for came; then a little longer."""
         simulator = Simulator(self.dut)
         simulator.add_clock(1e-6)
@@ -298,7 +292,7 @@ class Bench:
 
     def count(self, byte):
         """Commands of that first or second byte."""
-        return sum(b == byte for _, b in self.commands)
+        return sum(b == byte for _, _, b in self.commands)
 
     def used(self, first=None):
         """Share of the raw bus time that moved codewords, from the first to the last arrival."""
@@ -320,11 +314,295 @@ def place_bits(config):
     return max(1, (config.ring_codewords - 1).bit_length())
 
 
-def test_dense_pages():
-    bench = Bench(TINY)
+def random_codewords(bench, rng, count, pages):
+    """Single codewords of random pages, and runs of them."""
+    config = bench.config
+    asked = []
+    while len(asked) < count:
+        page = rng.choice(pages)
+        first = rng.randrange(config.codewords_per_page)
+        for codeword in range(first, min(config.codewords_per_page, first + rng.choice((1, 1, 2, 5)))):
+            asked.append(Request(page, codeword, place=len(asked) % (1 << place_bits(config))))
+    return asked[:count]
+
+
+def statuses(bench):
+    """Status by identity; each operation has one outcome, for its own page."""
+    assert len({i for i, _, _ in bench.outcomes}) == len(bench.outcomes)
+    return {i: status for i, _, status in bench.outcomes}
+
+
+TINY = replace(presets.TINY, part=replace(
+    presets.TINY.part, t_r=1_200.0, t_prog=3_000.0, t_bers=5_000.0, t_rst=2_000.0, t_feat=400.0))
+SEPARATE = replace(TINY, part=replace(TINY.part, separate_command_bus=True))
+WIDE = replace(TINY, dies=4, part=replace(TINY.part, planes=4, pages=6))
+NARROW = replace(TINY, dies=1, part=replace(TINY.part, planes=1))
+SLOW_BUS = replace(TINY, beat_bytes=16, part=replace(TINY.part, bus_mts=333.0))
+CACHED = replace(TINY, cache_reads=True)
+CONFIGS = {"tiny": TINY, "cached": CACHED, "separate": SEPARATE, "wide": WIDE, "narrow": NARROW, "slow": SLOW_BUS}
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request):
+    return CONFIGS[request.param]
+
+
+def all_pages(bench, zones=2):
+    """Page numbers of the first zones."""
+    c = bench.config
+    return [bench.page(die, plane, number, zone) for zone in range(zones) for number in range(c.part.pages)
+            for die in range(c.dies) for plane in range(c.part.planes)]
+
+
+def test_dense_pages(config):
+    bench = Bench(config)
     asked = dense(bench, 24)
     bench.ask(asked)
     bench.run()
     bench.check(asked=asked)
-    assert bench.count(0x32) == 12 and bench.count(0x30) == 12
+    planes = config.part.planes
+    assert bench.count(0x32) == 24 - 24 // planes
+    assert bench.count(0x30) + bench.count(0x31) == 24 // planes
+    if config is CACHED:
+        # Each die's last batch is moved with 3Fh, all others by the next read.
+        assert bench.count(0x30) == bench.count(0x3F) == config.dies
     assert bench.counts["page_reads"] == 24
+    # In a page that is moved in order nothing has to be said between codewords.
+    assert bench.count(0xE0) <= 24
+
+
+def test_random_codewords(config):
+    rng = random.Random(1)
+    bench = Bench(config, in_flight=40, drain=90)
+    bench.gap = 0.5
+    asked = random_codewords(bench, rng, 100, all_pages(bench))
+    bench.ask(asked)
+    bench.run()
+    bench.check(asked=asked)
+
+
+def test_a_page_in_the_register_is_not_read_again():
+    bench = Bench(TINY)
+    asked = [Request(5, codeword, place=i) for i, codeword in enumerate((2, 0, 3, 1, 1))]
+    bench.ask(asked)
+    bench.run()
+    bench.check(asked=asked)
+    assert bench.counts["page_reads"] == 1
+    # A single-plane read begins at the first codeword wanted, so only the others need a change of column.
+    assert bench.count(0x05) == 4 and bench.count(0x06) == 0
+
+
+def test_one_buffer_and_a_slow_decoder():
+    bench = Bench(TINY, buffers=1, drain=200)
+    asked = dense(bench, 8)
+    bench.ask(asked)
+    bench.run()
+    bench.check(asked=asked)
+
+
+def test_full_queues_hold_requests_back():
+    bench = Bench(TINY, depth=2)
+    asked = [Request(bench.page(0, 0, i % 8), i % 4, place=i) for i in range(40)]
+    bench.ask(asked)
+    bench.run()
+    bench.check(asked=asked)
+
+
+def test_values_wait_for_their_gate(config):
+    """V comes when its gate opens or the epoch goes on, not before; what waits behind it comes, too."""
+    bench = Bench(config)
+    slots = config.jobs_in_flight
+    value, key = Kind.VALUE, Kind.KEY
+    pages = all_pages(bench)[: 12]
+    asked = []
+    for i, page in enumerate(pages):
+        asked += [Request(page, c, value, i % 2, 3, 4 * i + c) for c in range(2)]
+    for i, page in enumerate(all_pages(bench)[12: 16]):
+        asked += [Request(page, c, key, 2, 3, 4 * i + c) for c in range(4)]
+    bench.value_open = 0
+    bench.epochs = [3] * slots
+    bench.open_at = {1: (0, [3] * slots), 8_000: (1, [3] * slots), 16_000: (1, [3, 4, 3, 3][:slots])}
+    bench.ask(asked)
+    bench.run()
+    bench.check(asked=asked)
+    for a in bench.arrivals:
+        if a.kind:
+            assert a.cycle > (8_000, 16_000)[a.slot]
+
+
+def test_values_do_not_block_keys_of_another_plane():
+    bench = Bench(TINY)
+    first = [Request(bench.page(0, 0, 1), c, Kind.VALUE, 0, 0, c) for c in range(4)]
+    bench.value_open = 0
+    bench.open_at = {12_000: (1, [0] * 4)}
+    later = [Request(bench.page(0, 1, 2), c, Kind.KEY, 1, 0, c) for c in range(4)]
+    bench.ask(first + later)
+    bench.run()
+    bench.check(asked=first + later)
+    assert all(a.cycle < 12_000 for a in bench.arrivals if a.kind == Kind.KEY)
+
+
+# Operations.
+
+
+def test_programs(config):
+    bench = Bench(config)
+    pages = all_pages(bench)[: 16]
+    for page in pages:
+        bench.stored.pop(page, None)
+    bench.operate([bench.program(page) for page in pages])
+    bench.run(outcomes=len(pages))
+    assert statuses(bench) == dict.fromkeys(range(len(pages)), Status.OK)
+    assert {page for _, page, _ in bench.outcomes} == set(pages)
+    bench.check()
+    raw = config.raw_page_bytes
+    for page in pages:
+        content = bench.nand.dump(bench.place(page))
+        assert content[:raw] == bench.stored[page] and set(content[raw:]) <= {0xFF}
+    assert bench.count(0x10) == 16 // config.part.planes
+    assert bench.counts["programs"] == 16
+
+
+def test_programs_and_erases_among_reads(config):
+    rng = random.Random(3)
+    bench = Bench(config, in_flight=30, drain=80)
+    bench.word_gap, bench.outcomes_ready = 0.3, 0.2
+    asked = random_codewords(bench, rng, 80, all_pages(bench, 2))
+    bench.ask(asked)
+    fresh = [page for page in all_pages(bench, 4) if page >= bench.page(0, 0, 0, 2)]
+    operations = [bench.program(page) for page in fresh[:12]]
+    blocks = [bench.page(die, plane, 1, 4) for die in range(config.dies) for plane in range(config.part.planes)]
+    for page in blocks:
+        bench.fill(page)
+    operations[6:6] = [Operation(Opcode.ERASE, page) for page in blocks]
+    bench.operate(operations)
+    bench.run(outcomes=len(operations))
+    bench.check(asked=asked)
+    assert set(statuses(bench).values()) == {Status.OK}
+    assert len(bench.outcomes) == len(operations)
+    for page in blocks:
+        assert bench.nand.erases(*bench.place(page)[:3]) == 1
+    for page in fresh[:12]:
+        assert bench.nand.dump(bench.place(page)).startswith(bench.stored[page])
+    assert bench.count(0xD1) == len(blocks) - config.dies and bench.count(0xD0) == config.dies
+
+
+def test_failures_name_their_plane():
+    """Of a multi-plane operation only the failing planes are reported."""
+    faults = NandFaults(program_fails=((0, 1, 0, 0), (1, 0, 0, 0)), erase_fails=((0, 0, 3),))
+    bench = Bench(TINY, faults=faults)
+    pages = [bench.page(die, plane, 0) for die in range(2) for plane in range(2)]
+    operations = [bench.program(page) for page in pages]
+    operations += [Operation(Opcode.ERASE, bench.page(die, plane, 0, 3)) for die in range(2) for plane in range(2)]
+    bench.operate(operations)
+    bench.run(outcomes=8)
+    assert bench.nand.violations == []
+    bad = {(0, 1): Status.PROGRAM_FAILED, (1, 0): Status.PROGRAM_FAILED}
+    assert statuses(bench) == {
+        **{i: bad.get((i >> 1, i & 1), Status.OK) for i in range(4)},
+        **{4 + i: Status.ERASE_FAILED if i == 0 else Status.OK for i in range(4)}}
+
+
+def test_probe():
+    bench = Bench(TINY, faults=NandFaults(factory_bad=((1, 0, 2),)))
+    operations = [Operation(Opcode.PROBE, bench.page(die, plane, 5, zone))
+                  for zone in (1, 2) for die in range(2) for plane in range(2)]
+    bench.operate(operations)
+    bench.run(outcomes=len(operations))
+    assert bench.nand.violations == []
+    bad = [operations[i].page for i, status in statuses(bench).items() if status is not Status.OK]
+    assert bad == [bench.page(1, 0, 5, 2)]
+    assert statuses(bench)[6] is Status.BAD_BLOCK
+
+
+def test_map():
+    """Reads, programs, erases and probes of a mapped zone go to its new block."""
+    bench = Bench(TINY, faults=NandFaults(factory_bad=((1, 1, 7),)))
+    bench.maps = {(2, 1, 1): 7, (2, 0, 1): 6, (5, 1, 0): 3}
+    operations = [Operation(Opcode.MAP, bench.page(die, plane, 0, zone), block)
+                  for (zone, die, plane), block in bench.maps.items()]
+    operations += [Operation(Opcode.PROBE, bench.page(die, plane, 0, 2)) for die in range(2) for plane in range(2)]
+    operations += [bench.program(bench.page(0, plane, 0, 2)) for plane in range(2)]
+    bench.operate(operations)
+    bench.run(outcomes=len(operations))
+    assert statuses(bench) == {**dict.fromkeys(range(9), Status.OK), 6: Status.BAD_BLOCK}
+    assert bench.nand.dump((0, 1, 6, 0)).startswith(bench.stored[bench.page(0, 1, 0, 2)])
+    asked = dense(bench, 8, first=bench.page(0, 0, 2, 2)) + dense(bench, 4, first=bench.page(0, 0, 3, 5))
+    again = Bench(TINY)
+    again.maps = bench.maps
+    again.operate(operations[:3])
+    again.hold = 3
+    again.ask(asked)
+    again.run()
+    again.check(asked=asked)
+
+
+def test_programs_do_not_starve_reads_nor_reads_programs():
+    bench = Bench(TINY, in_flight=64)
+    asked = [replace(r, place=i % 64) for i, r in enumerate(dense(bench, 32) * 2)]
+    bench.ask(asked)
+    operations = [bench.program(page) for page in all_pages(bench, 4)[32 : 32 + 16]]
+    for operation in operations:
+        operation.page += bench.page(0, 0, 0, 2) - bench.page(0, 0, 0, 1)
+    bench.operate(operations)
+    bench.run(outcomes=len(operations))
+    bench.check(asked=asked)
+    assert len(bench.outcomes) == 16
+
+
+# Faults.
+
+
+def test_retries_at_their_level():
+    faults = NandFaults(retry=((0, 0, None, None, 2), (1, 1, None, None, 1)), retry_error_rate=0.01)
+    bench = Bench(TINY, faults=faults, buffers=4)
+    asked = dense(bench, 12)
+    size = TINY.raw_codeword_bytes
+    levels = []
+
+    def judge(arrival):
+        """A decoder that corrects nothing."""
+        if arrival.data == bench.stored[arrival.page][arrival.codeword * size :][:size]:
+            levels.append((arrival.page, arrival.level))
+            return False
+        bench.retries.append(arrival)
+        return True
+
+    bench.on_arrival = judge
+    bench.ask(asked)
+    bench.run(limit=300_000)
+    bench.check(asked=asked)
+    expected = {(0, 0): 2, (1, 1): 1}
+    for page, level in levels:
+        assert level <= expected.get(bench.place(page)[:2], 0)
+    assert sum(level == 2 for _, level in levels) >= 8
+    assert bench.counts["retries"] >= 3 * 4 * 2
+    # The default level is set again each time.
+    assert bench.count(0xEF) == 2 * bench.counts["retries"]
+
+
+@pytest.mark.parametrize("config", [TINY, CACHED], ids=["tiny", "cached"])
+@pytest.mark.parametrize("operation", range(1, 5))
+def test_stuck_die(config, operation):
+    """Everything of a die that hangs is answered; the others go on."""
+    bench = Bench(config, faults=NandFaults(stuck_busy=((1, operation),)), in_flight=64)
+    rng = random.Random(operation)
+    asked = random_codewords(bench, rng, 80, all_pages(bench, 2))
+    bench.ask(asked)
+    operations = [bench.program(bench.page(die, plane, 0, 3)) for die in (1, 0) for plane in range(2)]
+    operations += [Operation(opcode, bench.page(die, plane, 0, 4)) for opcode in (Opcode.ERASE, Opcode.PROBE)
+                   for die in (1, 0) for plane in range(2)]
+    operations += [bench.program(bench.page(die, 0, 0, 5)) for die in (1, 0, 1, 0)]
+    operations[-1].page = bench.page(0, 0, 1, 5)
+    operations[-2].page = bench.page(1, 0, 1, 5)
+    bench.operate(operations)
+    bench.run(outcomes=len(operations), limit=150_000)
+    bench.check(asked=asked)
+    failed = {a.page for a in bench.arrivals if a.cause}
+    assert {a.cause for a in bench.arrivals} == {0, MediaCause.DIE_TIMEOUT}
+    assert {bench.place(page)[0] for page in failed} == {1}
+    for i, status in statuses(bench).items():
+        die = bench.place(operations[i].page)[0]
+        assert status is Status.OK or (die == 1 and status is Status.DIE_TIMEOUT)
+    assert statuses(bench)[len(operations) - 2] is Status.DIE_TIMEOUT
+    assert statuses(bench)[len(operations) - 1] is Status.OK

@@ -5,7 +5,7 @@ from amaranth.lib import data, enum, stream, wiring
 from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out, connect, flipped
-from amaranth.utils import bits_for, ceil_log2
+from amaranth.utils import ceil_log2
 
 from kvattic.commands import Kind, MediaCause, Opcode, Status
 from kvattic.config import Config
@@ -41,8 +41,10 @@ class Phase(enum.Enum, shape=5, view_class=None):
     """The array reads."""
     LOADED = 5
     """Pages of `loaded` stand in the registers and are moved."""
-    FINISH = 6
-    """Cache reads: the last batch is to be moved into the cache registers."""
+    NEXT = 6
+    """Cache reads: `loaded` is moved, `ahead` is to follow it into the cache registers."""
+    RELEASE = 7
+    """Cache reads: one that is not wanted any more ends."""
     WRITE = 8
     """A page's data are moved into the die."""
     WRITTEN = 9
@@ -381,13 +383,18 @@ class Controller(wiring.Component):
             & ((operation_row[:page_bits] == work.row[:page_bits]) | (operation.opcode == int(Opcode.ERASE) & 7)))
         best, best_gated, best_stamp = Signal(), Signal(), Signal(shapes.stamp)
         best_page = Signal(page_bits)
-        second_pass, among_others = Signal(), Signal()
-        candidate, candidate_gated = Signal(), Signal()
+        second_pass, among_others, look_ahead = Signal(), Signal(), Signal()
+        candidate, candidate_gated, candidate_behind = Signal(), Signal(), Signal()
+        able = Signal()
         scanned = Signal(shapes.plane)
         mates = Signal(planes)
         swept = Signal(range(config.dies))
+        # A read ahead of a plane whose page is not moved yet is that of its second run.
+        behind = (work.phase == Phase.READ) & work.cached & work.loaded.bit_select(work.plane, 1)
         sought = Mux(work.phase == Phase.READ, work.batch, work.loaded)
         rest = Signal(planes)
+        claimed = Signal()                # an operation or a retry waits for the die
+        m.d.comb += claimed.eq(retry_here | (operation_here & ~(context.turn & has_work)))
         m.d.comb += rest.eq(work.batch & ~bit(work.plane))
 
         def opcode(value: Opcode) -> int:
@@ -411,7 +418,7 @@ class Controller(wiring.Component):
                 m.d.comb += here.eq(Mux(data_turn, data_die, command_die))
                 m.d.sync += [
                     data_turn.eq(~data_turn), work.eq(context), die.eq(here), scan.eq(0), best.eq(0), mates.eq(0),
-                    second_pass.eq(0), among_others.eq(0),
+                    second_pass.eq(0), among_others.eq(0), look_ahead.eq(0), candidate.eq(0),
                 ]
                 with m.If(data_turn):
                     with m.If(mover.jobs.ready):
@@ -432,13 +439,13 @@ class Controller(wiring.Component):
                         with m.Switch(context.phase):
                             with m.Case(Phase.RESET):
                                 m.next = "RESET"
-                            with m.Case(Phase.RESETTING):
+                            with m.Case(Phase.RESETTING, Phase.RELEASE):
                                 m.d.sync += work.phase.eq(Phase.IDLE)
                                 m.next = "STORE"
                             with m.Case(Phase.IDLE):
                                 with m.If(retry_here):
                                     m.next = "RETRY"
-                                with m.Elif(operation_here & ~(context.turn & has_work)):
+                                with m.Elif(claimed):
                                     m.next = "OPERATION"
                                 with m.Elif(has_work & context.dead):
                                     m.next = "GIVE_UP"
@@ -449,6 +456,15 @@ class Controller(wiring.Component):
                             with m.Case(Phase.ARRAY):
                                 m.d.sync += work.phase.eq(Phase.LOADED)
                                 m.next = "AIM"
+                                if config.cache_reads:
+                                    with m.If(~context.cached & ~claimed):
+                                        m.d.sync += look_ahead.eq(1)
+                                        m.next = "PLAN"
+                            with m.Case(Phase.NEXT):
+                                m.d.sync += [work.loaded.eq(context.ahead), work.ahead.eq(0), look_ahead.eq(1)]
+                                m.next = "PLAN"
+                                with m.If(claimed):
+                                    m.next = "LAST"
                             with m.Case(Phase.LOADED):
                                 with m.If((parked | retries_full) & (retry_here | (parked & operation_here))):
                                     m.next = "DROP"
@@ -515,10 +531,17 @@ class Controller(wiring.Component):
                                  & ~(among_others & work.loaded.bit_select(scan[:shapes.plane.width], 1))),
                 ]
                 m.d.comb += candidate_gated.eq(gated(run.tag))
+                if config.cache_reads:
+                    loaded = work.loaded.bit_select(scan[:shapes.plane.width], 1)
+                    m.d.comb += queues.behind.eq(look_ahead & loaded)
+                    m.d.sync += candidate_behind.eq(look_ahead & loaded)
+                    m.d.comb += able.eq(candidate & (~candidate_behind | (queues.more & ~run.again)))
+                else:
+                    m.d.comb += able.eq(candidate)
                 older = (run.stamp - best_stamp)[shapes.stamp.width - 1]
                 with m.If(~second_pass):
-                    with m.If(candidate & (~best | (best_gated & ~candidate_gated)
-                                           | ((best_gated == candidate_gated) & older))):
+                    with m.If(able & (~best | (best_gated & ~candidate_gated)
+                                      | ((best_gated == candidate_gated) & older))):
                         m.d.sync += [
                             best.eq(1), best_gated.eq(candidate_gated), best_stamp.eq(run.stamp),
                             best_page.eq(run.row),
@@ -526,21 +549,38 @@ class Controller(wiring.Component):
                     with m.If(scan == planes):
                         m.d.sync += [scan.eq(0), second_pass.eq(1), candidate.eq(0)]
                 with m.Else():
-                    with m.If(candidate & (run.row[:page_bits] == best_page)):
+                    with m.If(able & (run.row[:page_bits] == best_page)):
                         m.d.sync += mates.eq(mates | bit(scanned))
                     with m.If(scan == planes):
                         m.d.sync += candidate.eq(0)
                         m.next = "PLANNED"
                     with m.If(~best | (among_others & best_gated)):
                         m.next = "STORE"
+                        if config.cache_reads:
+                            with m.If(look_ahead):
+                                m.next = "AIM"
+                                with m.If(work.phase == Phase.NEXT):
+                                    m.next = "LAST"
             with m.State("PLANNED"):
                 m.d.sync += [
-                    work.loaded.eq(mates), work.batch.eq(mates), work.ahead.eq(0), work.aimed.eq(0), work.near.eq(0),
-                    work.failed.eq(0), work.turn.eq(0), work.phase.eq(Phase.READ),
+                    work.batch.eq(mates), work.aimed.eq(0), work.near.eq(0), work.failed.eq(0), work.turn.eq(0),
+                    work.phase.eq(Phase.READ), work.cached.eq(look_ahead),
                 ]
+                with m.If(look_ahead):
+                    m.d.sync += work.ahead.eq(mates)
+                with m.Else():
+                    m.d.sync += work.loaded.eq(mates)
                 m.next = "SEEK"
+                with m.If(among_others & work.ahead.any()):
+                    m.d.sync += work.phase.eq(Phase.LOADED)
+                    m.next = "DROP"
+            with m.State("LAST"):
+                command(0x3F, busy=part.t_r + part.t_rcbsy)
+                m.d.sync += [work.cached.eq(1), work.aimed.eq(0), work.near.eq(0), work.phase.eq(Phase.ARRAY)]
+                m.next = "STORE"
 
             with m.State("SEEK"):
+                m.d.comb += queues.behind.eq(behind)
                 with m.If(sought.bit_select(work.plane, 1)):
                     m.d.sync += push.eq(Mux(work.phase == Phase.READ, Push.READ, Push.STATUS))
                     m.next = "FETCH"
@@ -558,15 +598,17 @@ class Controller(wiring.Component):
                 m.next = "STORE"
                 with m.Switch(push):
                     with m.Case(Push.READ):
-                        single = work.loaded == bit(work.plane)
+                        # What is read last is what the die's output is on, from that column on.
                         command(0x00, busy=part.t_r)
-                        row_command(Addresses.BOTH, Mux(single, times(work.codeword, config.raw_codeword_bytes), 0),
-                                    Mux(rest.any(), 0x32, 0x30))
+                        row_command(Addresses.BOTH, times(work.codeword, config.raw_codeword_bytes),
+                                    Mux(rest.any(), 0x32, Mux(work.cached, 0x31, 0x30)))
                         with m.If(rest.any()):
                             busy_limit(part.t_dbsy)
+                        with m.Elif(work.cached):
+                            busy_limit(part.t_r + part.t_rcbsy)
                         m.d.sync += [
                             work.batch.eq(rest), work.phase.eq(Mux(rest.any(), Phase.READ, Phase.ARRAY)),
-                            work.aimed.eq(single), work.near.eq(single), work.selected.eq(work.plane),
+                            work.aimed.eq(~work.cached), work.near.eq(~work.cached), work.selected.eq(work.plane),
                         ]
                         m.d.comb += events.page_reads.eq(1)
                     with m.Case(Push.COLUMN):
@@ -647,12 +689,16 @@ class Controller(wiring.Component):
                     with m.If(left.any()):
                         m.next = "AIM"
                     with m.Else():
-                        m.d.sync += [work.phase.eq(Phase.IDLE), work.failed.eq(0)]
+                        m.d.sync += [work.phase.eq(Mux(work.ahead.any(), Phase.NEXT, Phase.IDLE)), work.failed.eq(0)]
 
             # Its registers are wanted for something else; what was in them is read again later.
             with m.State("DROP"):
                 m.d.sync += [work.loaded.eq(0), work.failed.eq(0), work.phase.eq(Phase.IDLE)]
                 m.next = "STORE"
+                if config.cache_reads:
+                    with m.If(work.ahead.any()):
+                        command(0x3F, busy=part.t_r + part.t_rcbsy)
+                        m.d.sync += [work.ahead.eq(0), work.phase.eq(Phase.RELEASE)]
             with m.State("GIVE_UP"):
                 m.d.sync += [work.loaded.eq(waiting), work.failed.eq(1), work.phase.eq(Phase.LOADED)]
                 m.next = "AIM"
@@ -781,8 +827,10 @@ class Controller(wiring.Component):
                     command(0xFF, busy=part.t_rst, factor=1)
                     m.d.sync += work.phase.eq(Phase.RECOVER)
                     with m.Switch(work.phase):
-                        with m.Case(Phase.READ, Phase.ARRAY, Phase.LOADED):
+                        with m.Case(Phase.READ, Phase.ARRAY):
                             m.d.sync += work.trouble.eq(Trouble.READ)
+                        with m.Case(Phase.RELEASE):
+                            m.d.sync += work.trouble.eq(Trouble.NONE)
                         with m.Case(Phase.FEATURE_SET, Phase.RETRY):
                             m.d.sync += work.trouble.eq(Trouble.RETRY)
                         with m.Default():
@@ -793,7 +841,9 @@ class Controller(wiring.Component):
                     with m.Case(Trouble.NONE):
                         m.d.sync += work.phase.eq(Phase.IDLE)
                     with m.Case(Trouble.READ):
-                        m.d.sync += [work.failed.eq(1), work.batch.eq(0), work.phase.eq(Phase.LOADED)]
+                        m.d.sync += [
+                            work.failed.eq(1), work.loaded.eq(work.loaded | work.ahead), work.ahead.eq(0),
+                            work.batch.eq(0), work.phase.eq(Phase.LOADED)]
                         m.next = "AIM"
                     with m.Case(Trouble.OPERATION):
                         m.d.sync += work.phase.eq(Phase.FAILED)

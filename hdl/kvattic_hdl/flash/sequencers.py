@@ -37,7 +37,7 @@ class Transfer(enum.Enum, shape=2, view_class=None):
 class Commander(wiring.Component):
     """Plays commands: first byte, address cycles, second byte; tells the die's clock when it is done.
 
-    A command waits for `allowed` before its first cycle and is then played to its end.  The next one is taken meanwhile.
+    A command waits for `allowed` before its first cycle and is then played to its end; the next one is taken meanwhile.
 
     Parameters
     ----------
@@ -184,7 +184,7 @@ class Mover(wiring.Component):
     """
 
     HEADER_WORDS, OFFER_WORDS, CLEAR_WORDS = 16, 4, 2
-    """Words that are left of a burst when the next one's header is shown, when that is offered, when commands may go."""
+    """Words left of a burst when the next one's header is shown, when that one is offered, when commands may go."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
