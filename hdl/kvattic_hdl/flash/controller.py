@@ -1,5 +1,9 @@
 """The controller of a flash channel: turns requests and flash operations into commands and data bursts of its dies."""
 
+from typing import Any
+
+from typing import Any
+
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, enum, stream, wiring
 from amaranth.lib.fifo import SyncFIFOBuffered
@@ -205,12 +209,19 @@ class Controller(wiring.Component):
         m.submodules.operation_queue = operation_queue = SyncFIFOBuffered(
             width=shapes.operation.size, depth=OPERATIONS)
         m.submodules.retry_queue = retry_queue = SyncFIFOBuffered(width=shapes.retry.size, depth=RETRIES)
-        operation, retry = Signal(shapes.operation), Signal(shapes.retry)
+        # The operation whose turn it is stands before the queue, so that the one after it can be seen.
+        operation, following, retry = Signal(shapes.operation), Signal(shapes.operation), Signal(shapes.retry)
+        operation_there, operation_taken = Signal(), Signal()
+        with m.If(operation_queue.r_en):
+            m.d.sync += operation.eq(following)
+        with m.If(operation_queue.r_en | operation_taken):
+            m.d.sync += operation_there.eq(operation_queue.r_en & operation_queue.r_rdy)
         m.d.comb += [
             operation_queue.w_data.eq(self.operations.payload),
             operation_queue.w_en.eq(self.operations.valid),
             self.operations.ready.eq(operation_queue.w_rdy),
-            operation.eq(operation_queue.r_data),
+            following.eq(operation_queue.r_data),
+            operation_queue.r_en.eq(operation_queue.r_rdy & (~operation_there | operation_taken)),
             retry_queue.w_data.eq(self.retries.payload),
             retry_queue.w_en.eq(self.retries.valid),
             self.retries.ready.eq(retry_queue.w_rdy),
@@ -341,7 +352,7 @@ class Controller(wiring.Component):
         with m.If(outcome.valid & outcome.ready):
             m.d.sync += outcome.valid.eq(0)
 
-        def answer(status: Value | Status, of: data.View) -> None:
+        def answer(status: Value | Status, of: Any) -> None:
             m.d.sync += [
                 outcome.valid.eq(1), outcome.payload.identity.eq(of.identity), outcome.payload.page.eq(of.page),
                 outcome.payload.status.eq(status),
@@ -372,33 +383,45 @@ class Controller(wiring.Component):
         operation_ready = Signal()
         m.d.comb += [
             has_work.eq(waiting.any()),
-            operation_ready.eq(operation_queue.r_rdy & outcome_free & ~writing & (draining == 0)),
+            operation_ready.eq(operation_there & outcome_free & ~writing & (draining == 0)),
             operation_here.eq(operation_ready & (operation_die == here[:die_bits])),
             retry_here.eq(retry_queue.r_rdy & ~retrying & (parts(retry.page)[1] == here[:die_bits])),
         ]
-        joins = Signal()                  # the next operation is of the same kind, die and page, in another plane
-        m.d.comb += joins.eq(
-            operation_queue.r_rdy & (operation.opcode == work.opcode) & (operation_die == die[:die_bits])
-            & ~work.loaded.bit_select(operation_plane, 1)
-            & ((operation_row[:page_bits] == work.row[:page_bits]) | (operation.opcode == int(Opcode.ERASE) & 7)))
+        def opcode(value: Opcode) -> int:
+            return int(value) & (1 << OPCODE_BITS) - 1
+
+        # Whether the next operation, or with one of another die between them the next but one, is of the same kind, die
+        # and page, in another plane: two dies that take turns hide each other's time between planes.
+        joins = Signal()
+
+        def joined(other: data.View) -> Value:
+            plane, of_die, row = parts(other.page)
+            return (
+                (other.opcode == work.opcode) & (of_die == die[:die_bits]) & ~work.loaded.bit_select(plane, 1)
+                & ((row[:page_bits] == work.row[:page_bits]) | (other.opcode == opcode(Opcode.ERASE))))
+
+        m.d.comb += joins.eq(operation_there & (
+            joined(operation)
+            | (operation_queue.r_rdy & (operation_die != die[:die_bits]) & joined(following))))
         best, best_gated, best_stamp = Signal(), Signal(), Signal(shapes.stamp)
         best_page = Signal(page_bits)
         second_pass, among_others, look_ahead = Signal(), Signal(), Signal()
-        candidate, candidate_gated, candidate_behind = Signal(), Signal(), Signal()
-        able = Signal()
+        candidate, candidate_gated = Signal(), Signal()
         scanned = Signal(shapes.plane)
         mates = Signal(planes)
         swept = Signal(range(config.dies))
-        # A read ahead of a plane whose page is not moved yet is that of its second run.
-        behind = (work.phase == Phase.READ) & work.cached & work.loaded.bit_select(work.plane, 1)
+        # Cache reads: how many runs of the page that is in its register stand before a plane's next page; 0: no such.
+        skip = Signal(range(self.depth))
+        skip_here, skip_new = None, None
+        if config.cache_reads:
+            m.submodules.skips = skips = Memory(shape=skip.shape(), depth=shapes.units, init=[])
+            skip_here, skip_new = skips.read_port(domain="comb"), skips.write_port()
+            m.d.comb += [skip_here.addr.eq(unit), skip_new.addr.eq(unit), skip_new.data.eq(skip)]
         sought = Mux(work.phase == Phase.READ, work.batch, work.loaded)
         rest = Signal(planes)
         claimed = Signal()                # an operation or a retry waits for the die
         m.d.comb += claimed.eq(retry_here | (operation_here & ~(context.turn & has_work)))
         m.d.comb += rest.eq(work.batch & ~bit(work.plane))
-
-        def opcode(value: Opcode) -> int:
-            return int(value) & (1 << OPCODE_BITS) - 1
 
         with m.FSM(init="SWEEP"):
             with m.State("SWEEP"):
@@ -459,12 +482,13 @@ class Controller(wiring.Component):
                                 if config.cache_reads:
                                     with m.If(~context.cached & ~claimed):
                                         m.d.sync += look_ahead.eq(1)
-                                        m.next = "PLAN"
+                                        m.next = "SKIP"
                             with m.Case(Phase.NEXT):
-                                m.d.sync += [work.loaded.eq(context.ahead), work.ahead.eq(0), look_ahead.eq(1)]
-                                m.next = "PLAN"
-                                with m.If(claimed):
-                                    m.next = "LAST"
+                                if config.cache_reads:
+                                    m.d.sync += [work.loaded.eq(context.ahead), work.ahead.eq(0), look_ahead.eq(1)]
+                                    m.next = "SKIP"
+                                    with m.If(claimed):
+                                        m.next = "LAST"
                             with m.Case(Phase.LOADED):
                                 with m.If((parked | retries_full) & (retry_here | (parked & operation_here))):
                                     m.next = "DROP"
@@ -486,7 +510,7 @@ class Controller(wiring.Component):
                             with m.Case(Phase.WRITTEN):
                                 m.next = "WRITTEN"
                             with m.Case(Phase.MORE):
-                                with m.If(operation_ready):
+                                with m.If(operation_here):
                                     m.next = "OPERATION"
                             with m.Case(Phase.WORKING):
                                 m.d.sync += work.phase.eq(Phase.STATUS)
@@ -521,6 +545,36 @@ class Controller(wiring.Component):
                 m.d.sync += work.phase.eq(Phase.RESETTING)
                 m.next = "STORE"
 
+            if config.cache_reads:
+                # For each plane with a page in its register: the first run of its next page.
+                with m.State("SKIP"):
+                    m.d.comb += planning.eq(1)
+                    m.d.sync += skip.eq(1)
+                    m.next = "SKIPPED"
+                    with m.If(scan == planes):
+                        m.d.sync += scan.eq(0)
+                        m.next = "PLAN"
+                    with m.Elif(~work.loaded.bit_select(scan[:shapes.plane.width], 1)):
+                        m.d.sync += scan.eq(scan + 1)
+                        m.next = "SKIP"
+                with m.State("SKIPPED"):
+                    m.d.comb += [planning.eq(1), queues.behind.eq(skip)]
+                    m.next = "SKIP_SEEN"
+                with m.State("SKIP_SEEN"):
+                    m.d.comb += [planning.eq(1), skip_new.en.eq(1)]
+                    with m.If(queues.there & run.again & (skip != self.depth - 1)):
+                        m.d.sync += skip.eq(skip + 1)
+                        m.next = "SKIPPED"
+                    with m.Else():
+                        with m.If(~queues.there | run.again):
+                            m.d.comb += skip_new.data.eq(0)
+                        m.d.sync += scan.eq(scan + 1)
+                        m.next = "SKIP"
+                with m.State("LAST"):
+                    command(0x3F, busy=part.t_r + part.t_rcbsy)
+                    m.d.sync += [work.cached.eq(1), work.aimed.eq(0), work.near.eq(0), work.phase.eq(Phase.ARRAY)]
+                    m.next = "STORE"
+
             # Reads.  First pass: the oldest run that may be moved, else the oldest; second: planes with the same page.
             with m.State("PLAN"):
                 m.d.comb += planning.eq(1)
@@ -532,16 +586,14 @@ class Controller(wiring.Component):
                 ]
                 m.d.comb += candidate_gated.eq(gated(run.tag))
                 if config.cache_reads:
-                    loaded = work.loaded.bit_select(scan[:shapes.plane.width], 1)
-                    m.d.comb += queues.behind.eq(look_ahead & loaded)
-                    m.d.sync += candidate_behind.eq(look_ahead & loaded)
-                    m.d.comb += able.eq(candidate & (~candidate_behind | (queues.more & ~run.again)))
-                else:
-                    m.d.comb += able.eq(candidate)
+                    with m.If(look_ahead & work.loaded.bit_select(scan[:shapes.plane.width], 1)):
+                        m.d.comb += queues.behind.eq(skip_here.data)
+                        with m.If(skip_here.data == 0):
+                            m.d.sync += candidate.eq(0)
                 older = (run.stamp - best_stamp)[shapes.stamp.width - 1]
                 with m.If(~second_pass):
-                    with m.If(able & (~best | (best_gated & ~candidate_gated)
-                                      | ((best_gated == candidate_gated) & older))):
+                    with m.If(candidate & (~best | (best_gated & ~candidate_gated)
+                                           | ((best_gated == candidate_gated) & older))):
                         m.d.sync += [
                             best.eq(1), best_gated.eq(candidate_gated), best_stamp.eq(run.stamp),
                             best_page.eq(run.row),
@@ -549,7 +601,7 @@ class Controller(wiring.Component):
                     with m.If(scan == planes):
                         m.d.sync += [scan.eq(0), second_pass.eq(1), candidate.eq(0)]
                 with m.Else():
-                    with m.If(able & (run.row[:page_bits] == best_page)):
+                    with m.If(candidate & (run.row[:page_bits] == best_page)):
                         m.d.sync += mates.eq(mates | bit(scanned))
                     with m.If(scan == planes):
                         m.d.sync += candidate.eq(0)
@@ -574,13 +626,10 @@ class Controller(wiring.Component):
                 with m.If(among_others & work.ahead.any()):
                     m.d.sync += work.phase.eq(Phase.LOADED)
                     m.next = "DROP"
-            with m.State("LAST"):
-                command(0x3F, busy=part.t_r + part.t_rcbsy)
-                m.d.sync += [work.cached.eq(1), work.aimed.eq(0), work.near.eq(0), work.phase.eq(Phase.ARRAY)]
-                m.next = "STORE"
-
             with m.State("SEEK"):
-                m.d.comb += queues.behind.eq(behind)
+                if config.cache_reads:
+                    with m.If((work.phase == Phase.READ) & work.cached & work.loaded.bit_select(work.plane, 1)):
+                        m.d.comb += queues.behind.eq(skip_here.data)
                 with m.If(sought.bit_select(work.plane, 1)):
                     m.d.sync += push.eq(Mux(work.phase == Phase.READ, Push.READ, Push.STATUS))
                     m.next = "FETCH"
@@ -709,7 +758,7 @@ class Controller(wiring.Component):
                     block_write.addr.eq(Cat(unit_of(operation_plane, operation_die), zone_of(operation_row))),
                     block_write.data.eq(operation.block ^ zone_of(operation_row)),
                     block_write.en.eq(1),
-                    operation_queue.r_en.eq(1),
+                    operation_taken.eq(1),
                 ]
                 answer(Status.OK, operation)
                 m.next = "VISIT"
@@ -720,7 +769,7 @@ class Controller(wiring.Component):
                     record_new.data.identity.eq(operation.identity),
                     record_new.data.page.eq(operation.page),
                     record_new.en.eq(1),
-                    operation_queue.r_en.eq(1),
+                    operation_taken.eq(1),
                 ]
                 m.d.sync += [
                     work.plane.eq(operation_plane), work.row.eq(operation_row), work.opcode.eq(operation.opcode),

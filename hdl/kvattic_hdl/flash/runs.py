@@ -67,12 +67,12 @@ class RunQueues(wiring.Component):
     requests : In(stream of request)
     unit : In(unit)
         Which queue the following ports mean.
-    behind : In(1)
-        `run` is the queue's second one, not the first.
+    behind : In
+        How many runs stand before the wanted one.
     run : Out(run)
         One cycle after `unit` and `behind`: what is left of it.
-    more : Out(1)
-        With `run`: there is another one behind the queue's first.
+    there : Out(1)
+        With `run`: the queue has that many runs.
     step : In(1)
         The first run's first codeword is done.
     pop : In(1)
@@ -93,9 +93,9 @@ class RunQueues(wiring.Component):
         super().__init__({
             "requests": In(stream.Signature(shapes.request)),
             "unit": In(shapes.unit),
-            "behind": In(1),
+            "behind": In(range(depth)),
             "run": Out(shapes.run),
-            "more": Out(1),
+            "there": Out(1),
             "step": In(1),
             "pop": In(1),
             "waiting": Out(shapes.units),
@@ -183,11 +183,11 @@ class RunQueues(wiring.Component):
         ]
         with m.If(~self.pop):
             m.d.comb += here_new.data.done.eq(here.data.done + 1)
-        with m.If(~self.behind):
+        with m.If(self.behind == 0):
             m.d.sync += done.eq(here.data.done)
         with m.Else():
             m.d.sync += done.eq(0)
-        m.d.sync += self.more.eq((end_here.data - here.data.first)[:pointer.width] > 1)
+        m.d.sync += self.there.eq((end_here.data - here.data.first)[:pointer.width] > self.behind)
         with m.If(self.pop & ((end_here.data - here.data.first)[:pointer.width] == 1)):
             m.d.sync += self.waiting.bit_select(self.unit, 1).eq(0)
         with m.If(push):
