@@ -542,9 +542,14 @@ class Device:
         return entries, None
 
     def _round_robin(self, channels: Series[int], pages: Series[int]) -> list[int]:
-        """An order in which all channels work at once, and each meets its pages by number: planes, then dies."""
+        """An order in which all channels work at once, and on each two dies take turns with their planes.
+
+        The pages of each block stay in order.  A die is busy for a moment between two planes of one command; the other
+        die's turn hides it.
+        """
         channel, page = np.array(channels), np.array(pages)
-        by_channel = np.lexsort((page, channel))
+        place = layout.page_place(page, self.config)
+        by_channel = np.lexsort((place.die, place.plane, place.die // 2, place.page, place.zone, channel))
         rank = np.arange(len(channel)) - np.searchsorted(channel[by_channel], channel[by_channel])
         order: list[int] = by_channel[np.lexsort((channel[by_channel], rank))].tolist()
         return order

@@ -286,10 +286,11 @@ def test_a_prefill_keeps_all_channels_busy_and_planes_together(monkeypatch):
         sequence = device.create_sequence(3, capacity_tokens=stripes * PAGE)
         sequence.prefill(key, value)
         (batch,) = batches
-        # Round robin, and on each channel page after page, each of its planes and then the next die.
+        # Round robin, and on each channel page after page, two dies plane by plane in turn.
         assert [channel for channel, _ in batch] == [i % 3 for i in range(2 * 3 * stripes)]
         for channel in range(3):
-            assert [page for c, page in batch if c == channel] == list(range(2 * stripes))
+            pair = [plane + 4 * die for plane in range(4) for die in range(2)]
+            assert [page for c, page in batch if c == channel] == [8 * i + p for i in range(stripes // 4) for p in pair]
         entries = entries_of(sequence)
         for head in range(3):
             for channel in range(3):

@@ -463,6 +463,25 @@ def test_programs(config):
     assert bench.counts["programs"] == 16
 
 
+def test_two_dies_in_turn_program_their_planes_together(config):
+    """Each die's next plane comes after one of the other die; both make one command of all planes."""
+    if config.dies < 2:
+        pytest.skip("one die")
+    bench = Bench(config)
+    planes = config.part.planes
+    pages = [bench.page(die, plane, number) for number in range(2) for plane in range(planes) for die in range(2)]
+    for page in pages:
+        bench.stored.pop(page, None)
+    bench.operate([bench.program(page) for page in pages])
+    bench.run(outcomes=len(pages))
+    assert statuses(bench) == dict.fromkeys(range(len(pages)), Status.OK)
+    bench.check()
+    for page in pages:
+        assert bench.nand.dump(bench.place(page)).startswith(bench.stored[page])
+    assert bench.count(0x10) == 4
+    assert bench.count(0x11) == len(pages) - 4
+
+
 def test_programs_and_erases_among_reads(config):
     rng = random.Random(3)
     bench = Bench(config, in_flight=30, drain=80)
