@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from typing import Any
-
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, enum, stream, wiring
 from amaranth.lib.fifo import SyncFIFOBuffered
@@ -394,7 +392,7 @@ class Controller(wiring.Component):
         # and page, in another plane: two dies that take turns hide each other's time between planes.
         joins = Signal()
 
-        def joined(other: data.View) -> Value:
+        def joined(other: Any) -> Value:
             plane, of_die, row = parts(other.page)
             return (
                 (other.opcode == work.opcode) & (of_die == die[:die_bits]) & ~work.loaded.bit_select(plane, 1)
