@@ -442,6 +442,35 @@ def test_values_do_not_block_keys_of_another_plane():
     assert all(a.cycle < 12_000 for a in bench.arrivals if a.kind == Kind.KEY)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("separate, share", [(False, 0.87), (True, 0.98)], ids=["shared", "separate"])
+def test_the_bus_is_busy(separate, share):
+    """What is missing are command cycles: 14 of 25 ns for each page of 3 us, if they share the bus."""
+    config = replace(presets.PAPER, dies=4, part=replace(
+        presets.PAPER.part, page_bytes=4096, spare_bytes=552, planes=2, t_r=8_000.0, separate_command_bus=separate))
+    bench = Bench(config)
+    asked = dense(bench, 40)
+    bench.ask(asked)
+    bench.run()
+    bench.check(asked=asked)
+    assert bench.used() >= share
+
+
+@pytest.mark.slow
+def test_cache_reads_hide_the_array():
+    """One die, whose array takes as long as half of the data of a batch."""
+    part = replace(presets.PAPER.part, page_bytes=4096, spare_bytes=552, planes=2, t_r=3_000.0, t_rcbsy=300.0)
+    used = []
+    for cache in (False, True):
+        bench = Bench(replace(presets.PAPER, dies=1, part=part, cache_reads=cache))
+        asked = dense(bench, 16)
+        bench.ask(asked)
+        bench.run()
+        bench.check(asked=asked)
+        used.append(bench.used())
+    assert used[1] > used[0] + 0.1
+
+
 # Operations.
 
 
@@ -482,11 +511,13 @@ def test_two_dies_in_turn_program_their_planes_together(config):
     assert bench.count(0x11) == len(pages) - 4
 
 
-def test_programs_and_erases_among_reads(config):
+@pytest.mark.parametrize("name", ["tiny", "cached", "wide"])
+def test_programs_and_erases_among_reads(name):
+    config = CONFIGS[name]
     rng = random.Random(3)
     bench = Bench(config, in_flight=30, drain=80)
     bench.word_gap, bench.outcomes_ready = 0.3, 0.2
-    asked = random_codewords(bench, rng, 80, all_pages(bench, 2))
+    asked = random_codewords(bench, rng, 60, all_pages(bench, 2))
     bench.ask(asked)
     fresh = [page for page in all_pages(bench, 4) if page >= bench.page(0, 0, 0, 2)]
     operations = [bench.program(page) for page in fresh[:12]]
