@@ -102,7 +102,7 @@ def dense(lab: Lab) -> Figures:
         "flash.ecc.cost.1e-4": many.cycles / found.dense.cycles,
         "flash.ecc.corrected.1e-4": many.flash["corrected"] / many.flash["codewords"],
         "flash.ecc.retries.1e-4": many.flash["retries"],
-        "flash.write.utilization": found.write.flash["page_programs"] / found.write.cycles / write_limit(config),
+        "flash.write.utilization.token_layout": found.write.flash["page_programs"] / found.write.cycles / write_limit(config),
     }
 
 
@@ -114,14 +114,14 @@ def write_both_layouts(device: Device, case: Case) -> Usage:
 
 
 def write(lab: Lab) -> Figures:
-    """The program bandwidth while K is written twice and V once, as the sparse modes need it."""
+    """The program bandwidth in the prefill of a layer, K twice and V once."""
     config = DENSE.config
     lab.progress("drive, writing both layouts", 0, None)
     pages = 3 * DENSE.kv_heads * DENSE.tokens * config.token_bytes // config.page_bytes
     usage: Usage = run_in_simulation(
         config, write_both_layouts, {"case": DENSE}, simulator=lab.simulator,
         frames=pages // config.channels + config.zone_pages // 8, dram_bytes=DRAM_BYTES).result
-    return {"flash.write.utilization.both_layouts": usage.flash["page_programs"] / usage.cycles / write_limit(config)}
+    return {"flash.write.utilization": usage.flash["page_programs"] / usage.cycles / write_limit(config)}
 
 
 def variant(name: str) -> Bench:
@@ -183,8 +183,8 @@ BENCHES = (
     column(".separate_command_bus", SEPARATE_BUS),
     Bench(keys=("flash.dense.bus_utilization", "flash.dense.command_share", "flash.dense.die_utilization",
                 "flash.ecc.cost", "flash.ecc.cost.1e-4", "flash.ecc.corrected.1e-4", "flash.ecc.retries.1e-4",
-                "flash.write.utilization"), measure=dense),
-    Bench(keys=("flash.write.utilization.both_layouts",), measure=write),
+                "flash.write.utilization.token_layout"), measure=dense),
+    Bench(keys=("flash.write.utilization",), measure=write),
     *(variant(name) for name in VARIANTS),
 )
 """What the bench runner calls, short ones first."""
