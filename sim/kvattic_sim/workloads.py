@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvattic import AttendResult, Config, Device
+from kvattic import AttendResult, Config, Device, Sequence
 from kvattic.elements import to_bits
 from kvattic_sim.data import load_minilm
 from kvattic_sim.jobs import report
@@ -195,6 +195,12 @@ def lives(config: Config, *, kv_heads: int, tokens: int, group: int, appended: i
         second=decode(config, kv_heads=kv_heads, tokens=tokens // 4, group=group, seed=1))
 
 
+def decode_token(sequence: Sequence, token: Attention) -> AttendResult:
+    """Append a token and attend to all."""
+    sequence.append(token.key, token.value)
+    return sequence.attend(token.query)
+
+
 def live(device: Device, life: Life) -> list[Step]:
     """Prefill, attend, append and attend, free, and the same flash for another sequence."""
     steps: list[Step] = []
@@ -209,8 +215,7 @@ def live(device: Device, life: Life) -> list[Step]:
     step("prefill", lambda: first.prefill(life.first.key, life.first.value))
     step("attend", lambda: first.attend(life.first.query))
     for number, token in enumerate(life.tokens, 1):
-        step(f"append token {tokens + number:,}", partial(first.append, token.key, token.value))
-        step("attend", partial(first.attend, token.query))
+        step(f"token {tokens + number:,}", partial(decode_token, first, token))
     step("free", first.free)
     second = device.create_sequence(kv_heads, capacity_tokens=life.second.key.shape[1])
     step("prefill another", lambda: second.prefill(life.second.key, life.second.value))

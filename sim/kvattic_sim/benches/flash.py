@@ -102,7 +102,8 @@ def dense(lab: Lab) -> Figures:
         "flash.ecc.cost.1e-4": many.cycles / found.dense.cycles,
         "flash.ecc.corrected.1e-4": many.flash["corrected"] / many.flash["codewords"],
         "flash.ecc.retries.1e-4": many.flash["retries"],
-        "flash.write.utilization.token_layout": found.write.flash["page_programs"] / found.write.cycles / write_limit(config),
+        "flash.write.utilization.token_layout":
+            found.write.flash["page_programs"] / found.write.cycles / write_limit(config),
     }
 
 
