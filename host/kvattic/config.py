@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from kvattic.errors import ConfigError
 from kvattic.formats import VALUE_FRACTION, VALUE_WINDOW_BITS, Element
-from kvattic.nand import PSLC, TINY_PART, NandPart
+from kvattic.nand import PSLC, TINY_PART, NandPart, is_power_of_two
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 BEAT_BYTES = (8, 16, 32)
@@ -19,10 +19,6 @@ CRC_BITS = 24
 """Of the check value that tells a miscorrected or misplaced codeword (kvattic.ecc)."""
 PAGE_NUMBER_BITS = 24
 """Bits of a page number on its channel, and of a page number in device DRAM."""
-
-
-def _is_power_of_two(value: int) -> bool:
-    return value > 0 and value & (value - 1) == 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,11 +82,11 @@ class Config:
         self._check(self.head_dim in HEAD_DIMS, "head_dim", f"one of {HEAD_DIMS}")
         self._check(self.codeword_bytes >= self.token_bytes, "codeword_bytes",
                     f"at least one token ({self.token_bytes} bytes at head_dim {self.head_dim})")
-        self._check(_is_power_of_two(self.codeword_bytes), "codeword_bytes", "a power of two")
+        self._check(is_power_of_two(self.codeword_bytes), "codeword_bytes", "a power of two")
         self._check(self.page_bytes >= self.codeword_bytes, "page_bytes", "at least codeword_bytes")
-        self._check(_is_power_of_two(self.dies), "dies", "a power of two")
+        self._check(is_power_of_two(self.dies), "dies", "a power of two")
         self._check(1 <= self.ecc_t <= 64, "ecc_t", "1 to 64")
-        self._check(_is_power_of_two(self.dram_beat_bytes) and 8 <= self.dram_beat_bytes <= 128, "dram_beat_bytes",
+        self._check(is_power_of_two(self.dram_beat_bytes) and 8 <= self.dram_beat_bytes <= 128, "dram_beat_bytes",
                     "a power of two from 8 to 128")
         self._check(self.dram_beat_bytes >= self.beat_bytes, "dram_beat_bytes", "at least beat_bytes")
         self._check(self.codeword_bytes >= self.dram_beat_bytes, "codeword_bytes", "at least dram_beat_bytes")
@@ -99,7 +95,7 @@ class Config:
                     f"{self.page_bytes} + {self.part.spare_bytes} bytes")
         self._check(self.pages_per_channel <= 1 << PAGE_NUMBER_BITS, "dies",
                     f"such that a channel has at most 2**{PAGE_NUMBER_BITS} pages")
-        self._check(_is_power_of_two(self.score_depth), "score_depth", "a power of two")
+        self._check(is_power_of_two(self.score_depth), "score_depth", "a power of two")
         self._check(self.score_depth >= self.codewords_per_page << self.slot_bits_per_codeword, "score_depth",
                     f"at least one page of tokens ({self.codewords_per_page << self.slot_bits_per_codeword})")
         self._check(2 <= self.jobs_in_flight <= 16, "jobs_in_flight", "2 to 16")

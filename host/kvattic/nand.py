@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from kvattic.errors import ConfigError
 
-__all__ = ["COLUMN_CYCLES", "PARTS", "ROW_CYCLES", "T_RST_IDLE", "NandPart", "part"]
+__all__ = ["COLUMN_CYCLES", "PARTS", "ROW_CYCLES", "T_RST_IDLE", "NandPart", "is_power_of_two", "part"]
 
 COLUMN_CYCLES = 2
 """Address cycles of a column."""
@@ -23,7 +23,8 @@ T_RST_IDLE = 5_000.0
 """Reset of an idle die, at most (ONFI: 5 us)."""
 
 
-def _is_power_of_two(value: int) -> bool:
+def is_power_of_two(value: int) -> bool:
+    """Whether the value is 1, 2, 4, ..."""
     return value > 0 and value & (value - 1) == 0
 
 
@@ -98,7 +99,7 @@ class NandPart:
                     raise ConfigError(f"{self.name}: {field.name} must be a positive number, not {value!r}")
                 object.__setattr__(self, field.name, float(value))
         for name in ("page_bytes", "planes"):
-            if not _is_power_of_two(getattr(self, name)):
+            if not is_power_of_two(getattr(self, name)):
                 raise ConfigError(f"{self.name}: {name} must be a power of two, not {getattr(self, name)!r}")
         if self.raw_bytes > 1 << 8 * COLUMN_CYCLES:
             raise ConfigError(f"{self.name}: page_bytes must be such that a page and its spare have at most "
