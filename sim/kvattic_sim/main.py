@@ -159,14 +159,19 @@ def simulate(console: Console, title: str, config: Config, attention: Attention,
     errors = oracle_errors(attention, result, config)
     equal = equal_bits(attention, result, config)
     show(console, title, config, attention, written, usage, errors, equal)
-    total = Usage.sum([written, *usage])
-    cycles, speed = total.cycles, total.cycles / total.seconds
-    console.print(f"  {cycles:,} cycles in {seconds:.1f} s ({len(runs)} x {model.simulator}, {speed:,.0f}/s each); "
-                  f"{cycles / config.clock_mhz / 1e3:.2f} ms at {config.clock_mhz:g} MHz\n", highlight=False)
-    for one in runs:
-        if one.waves:
-            console.print(f"  waves: {one.waves}\n")
+    show_total(console, config, Usage.sum([written, *usage]), seconds, f"{len(runs)} x {model.simulator}", runs)
     return bool(equal.all())
+
+
+def show_total(console: Console, config: Config, total: Usage, seconds: float, simulators: str,
+               runs: list[Run]) -> None:
+    """Print what a table's runs took, and where their waves are."""
+    speed, milliseconds = total.cycles / total.seconds, total.cycles / config.clock_mhz / 1e3
+    console.print(f"  {total.cycles:,} cycles in {seconds:.1f} s ({simulators}, {speed:,.0f}/s each); "
+                  f"{milliseconds:.2f} ms at {config.clock_mhz:g} MHz\n", highlight=False)
+    for run in runs:
+        if run.waves:
+            console.print(f"  waves: {run.waves}\n")
 
 
 def simulate_life(console: Console, title: str, config: Config, model: Model, kv_heads: int, tokens: int,
@@ -216,11 +221,7 @@ def simulate_life(console: Console, title: str, config: Config, model: Model, kv
                       *(f"{flash[name]:,}" for name in ("page_reads", "page_programs", "block_erases")), *checks)
     console.print(table)
     total = Usage.sum(step.usage for step in steps)
-    console.print(f"  {total.cycles:,} cycles in {seconds:.1f} s (1 x {model.simulator}, "
-                  f"{total.cycles / total.seconds:,.0f}/s); {total.cycles / config.clock_mhz / 1e3:.2f} ms at "
-                  f"{config.clock_mhz:g} MHz\n", highlight=False)
-    if run.waves:
-        console.print(f"  waves: {run.waves}\n")
+    show_total(console, config, total, seconds, f"1 x {model.simulator}", [run])
     return good
 
 

@@ -194,7 +194,7 @@ class _Dram:
     """
 
     def __init__(self, size: int, word_bytes: int) -> None:
-        self.size, self.word_bytes = size, word_bytes
+        self.word_bytes = word_bytes
         self.contents = bytearray(size)
         self._dirty: list[tuple[int, int]] = []
 
@@ -371,6 +371,9 @@ class RtlTransport:
         if self._nand is not None and any(self._counts("violations")):
             said = [line for c in range(self.config.channels) for line in read_log(Path(), channel=c)]
             raise RuntimeError("the NAND models saw violations:\n" + "\n".join(said[:20]))
+        if self._nand is not None and any(self._counts("load_errors")):
+            frames = int(self._dut.frames_per_channel.value)
+            raise RuntimeError(f"the NAND models lost pages: each channel keeps {frames}; build with more frames")
 
     async def _set_flash(self, settings: "FlashSettings | NandSettings") -> None:
         if isinstance(settings, NandSettings):
