@@ -22,10 +22,10 @@
 #define KVATTIC_VALUE_FRACTION 40  /* fractional bits of kvattic_trailer.denominator */
 
 /* CONFIG_HASH of the presets. */
-#define KVATTIC_CONFIG_HASH_TINY 0xe73ed438u
-#define KVATTIC_CONFIG_HASH_BOARD 0xe221c27eu
-#define KVATTIC_CONFIG_HASH_PAPER 0x8b3df515u
-#define KVATTIC_CONFIG_HASH_GQA 0x9b84a772u
+#define KVATTIC_CONFIG_HASH_TINY 0x5c1f6d33u
+#define KVATTIC_CONFIG_HASH_BOARD 0xd2a54229u
+#define KVATTIC_CONFIG_HASH_PAPER 0x73888624u
+#define KVATTIC_CONFIG_HASH_GQA 0x83fc746du
 
 /* Register addresses; 64-bit registers take two accesses, low half first. */
 #define KVATTIC_REG_ID 0x00u  /* 32 bits, ro: magic number */
@@ -90,13 +90,22 @@ enum kvattic_opcode {  /* What a command asks for. */
     KVATTIC_OPCODE_MAP = 133,  /* Let a zone use another block on the die and plane of a flash page (FLASH_COMMAND). */
 };
 
+enum kvattic_mode {  /* How ATTEND chooses the tokens that it attends; docs/sparse.md. */
+    KVATTIC_MODE_DENSE = 0,  /* All of them. */
+    KVATTIC_MODE_SPARF = 1,  /* The units tokens of the largest approximate mass, blended with the mean of V (SparF, SparQ). */
+    KVATTIC_MODE_FETCHED = 2,  /* Units of whole codewords of the largest approximate mass, all of whose tokens are attended; blended likewise. */
+    KVATTIC_MODE_CENTROID = 3,  /* Units whose mean key scores highest, all of whose tokens are attended; not blended. */
+};
+
 enum kvattic_status {  /* How a command ended; where of the completion says which place. */
     KVATTIC_STATUS_OK = 0,  /* The results are written. */
     KVATTIC_STATUS_INVALID_OPCODE = 1,  /* where: the opcode. */
-    KVATTIC_STATUS_INVALID_FIELD = 2,  /* A reserved byte is not zero, or stripe_pages is no power of two or too large. */
+    KVATTIC_STATUS_INVALID_FIELD = 2,  /* A reserved byte is not zero, there is no such mode (or none but DENSE in this configuration), a field is not zero
+that the mode has no use for, or stripe_pages is no power of two, too large, or not what a sparse mode needs. */
     KVATTIC_STATUS_INVALID_ROWS = 3,  /* where: the number of rows. */
     KVATTIC_STATUS_INVALID_LENGTH = 4,  /* No token, token numbers beyond 24 bits, or stripes are not as many as the tokens take. */
-    KVATTIC_STATUS_INVALID_ADDRESS = 5,  /* query, result or table not 64-byte aligned or not inside the buffer window; where: 0 query, 1 result, 2 table. */
+    KVATTIC_STATUS_INVALID_ADDRESS = 5,  /* query, result, table or mean not 64-byte aligned or not inside the buffer window; where: 0 query, 1 result,
+2 table, 3 mean. */
     KVATTIC_STATUS_INVALID_SCALE = 6,  /* scale is not a positive normal fp32. */
     KVATTIC_STATUS_NAN_QUERY = 7,  /* where: row * 65536 + channel of the first NaN or infinity in q. */
     KVATTIC_STATUS_NAN_KEY = 8,  /* where: the lowest token with a NaN or infinity in K. */
@@ -112,6 +121,13 @@ where: the entry's number. */
     KVATTIC_STATUS_ERASE_FAILED = 17,  /* The part reports that a block was not erased; where: channel * 2**24 + page. */
     KVATTIC_STATUS_BAD_BLOCK = 18,  /* PROBE found the factory's mark; where: channel * 2**24 + page. */
     KVATTIC_STATUS_DIE_TIMEOUT = 19,  /* A die stayed busy for longer than its part ever is; where: channel * 2**24 + page. */
+    KVATTIC_STATUS_INVALID_SELECTION = 20,  /* A sparse mode's number is none or too large; where: 0 channels, 1 units (more than the tokens make), 2 local (more
+than the units hold), 3 unit_bits. */
+    KVATTIC_STATUS_MISSING_MEAN = 21,  /* SPARF or FETCHED without the mean of V: mean is 0. */
+    KVATTIC_STATUS_NO_SKETCH = 22,  /* A stripe in flash was written without what the mode's first pass reads; where: its entry's number. */
+    KVATTIC_STATUS_NAN_MEAN = 23,  /* where: channel of the first NaN or infinity in the mean of V. */
+    KVATTIC_STATUS_UNREADABLE_SKETCH = 24,  /* K in the channel layout, a centroid, or K of the tail cannot be read in the first pass; where: first token of the
+lowest codeword, or stripe, that cannot. */
 };
 
 enum kvattic_flag {  /* Things that happened although the command was served. */
@@ -129,11 +145,13 @@ enum kvattic_media_cause {  /* Why a codeword cannot be read. */
 enum kvattic_kind {  /* What a codeword holds. */
     KVATTIC_KIND_KEY = 0,  /* Tokens of K. */
     KVATTIC_KIND_VALUE = 1,  /* Tokens of V. */
+    KVATTIC_KIND_CHANNEL = 2,  /* First pass: one channel of K, in the channel layout. */
+    KVATTIC_KIND_SKETCH = 3,  /* First pass: centroids; or tokens of K that are in device DRAM and so are scored exactly at once. */
 };
 
 struct kvattic_command {  /* a submission entry: ATTEND */
     uint8_t opcode;  /* Opcode */
-    uint8_t flags;  /* reserved, zero */
+    uint8_t mode;  /* Mode */
     uint16_t identifier;  /* copied into the completion */
     uint8_t rows;  /* query rows of this job, 1 to config.rows */
     uint8_t stripe_pages;  /* pages of K (and of V) in a stripe, a power of two */
@@ -144,13 +162,17 @@ struct kvattic_command {  /* a submission entry: ATTEND */
     uint32_t scale;  /* fp32 of softmax scale * log2(e) */
     uint64_t query;  /* address of the query block */
     uint64_t result;  /* address of the result block */
-    uint64_t table;  /* address of the table: a TABLE_ENTRY for each stripe, in order */
-    uint64_t reserved0;  /* reserved, zero */
-    uint64_t reserved1;  /* reserved, zero */
+    uint64_t table;  /* address of the table: for each stripe, in order, a TABLE_ENTRY, in sparse modes followed by a SKETCH_ENTRY */
+    uint64_t mean;  /* SPARF, FETCHED: address of the mean of V over all tokens, head_dim fp32; else 0 */
+    uint16_t channels;  /* SPARF, FETCHED: channels of q and K in the first pass, the r of SparF; else 0 */
+    uint16_t local;  /* sparse modes: the newest tokens, attended in any case and counted in units; else 0 */
+    uint16_t units;  /* sparse modes: units attended, the k of SparF; tokens in device DRAM come on top; else 0 */
+    uint8_t unit_bits;  /* FETCHED, CENTROID: log2 of the codewords of a unit; else 0 */
+    uint8_t reserved0;  /* reserved, zero */
 };
 KVATTIC_ASSERT(kvattic_command_size, sizeof(struct kvattic_command) == 64);
 KVATTIC_ASSERT(kvattic_command_opcode, offsetof(struct kvattic_command, opcode) == 0);
-KVATTIC_ASSERT(kvattic_command_flags, offsetof(struct kvattic_command, flags) == 1);
+KVATTIC_ASSERT(kvattic_command_mode, offsetof(struct kvattic_command, mode) == 1);
 KVATTIC_ASSERT(kvattic_command_identifier, offsetof(struct kvattic_command, identifier) == 2);
 KVATTIC_ASSERT(kvattic_command_rows, offsetof(struct kvattic_command, rows) == 4);
 KVATTIC_ASSERT(kvattic_command_stripe_pages, offsetof(struct kvattic_command, stripe_pages) == 5);
@@ -162,8 +184,12 @@ KVATTIC_ASSERT(kvattic_command_scale, offsetof(struct kvattic_command, scale) ==
 KVATTIC_ASSERT(kvattic_command_query, offsetof(struct kvattic_command, query) == 24);
 KVATTIC_ASSERT(kvattic_command_result, offsetof(struct kvattic_command, result) == 32);
 KVATTIC_ASSERT(kvattic_command_table, offsetof(struct kvattic_command, table) == 40);
-KVATTIC_ASSERT(kvattic_command_reserved0, offsetof(struct kvattic_command, reserved0) == 48);
-KVATTIC_ASSERT(kvattic_command_reserved1, offsetof(struct kvattic_command, reserved1) == 56);
+KVATTIC_ASSERT(kvattic_command_mean, offsetof(struct kvattic_command, mean) == 48);
+KVATTIC_ASSERT(kvattic_command_channels, offsetof(struct kvattic_command, channels) == 56);
+KVATTIC_ASSERT(kvattic_command_local, offsetof(struct kvattic_command, local) == 58);
+KVATTIC_ASSERT(kvattic_command_units, offsetof(struct kvattic_command, units) == 60);
+KVATTIC_ASSERT(kvattic_command_unit_bits, offsetof(struct kvattic_command, unit_bits) == 62);
+KVATTIC_ASSERT(kvattic_command_reserved0, offsetof(struct kvattic_command, reserved0) == 63);
 
 /* An entry of ATTEND's table: where a stripe lies. */
 #define KVATTIC_TABLE_ENTRY(key_page, channel, value_page, dram) \
@@ -172,6 +198,13 @@ KVATTIC_ASSERT(kvattic_command_reserved1, offsetof(struct kvattic_command, reser
 /* channel: 8 bits: channel whose lane attends the stripe; in flash its pages lie there */
 /* value_page: 24 bits: first page of its V */
 /* dram: 8 bits: 1: the pages are pages of device DRAM, at page * config.page_bytes; 0: of the flash channel */
+
+/* Follows it in sparse modes: where what the first pass reads lies. */
+#define KVATTIC_SKETCH_ENTRY(page, codeword, written) \
+    ((uint64_t)(page) << 0 | (uint64_t)(codeword) << 24 | (uint64_t)(written) << 32)
+/* page: 24 bits: first page of K in the channel layout; or page of the first of the stripe's centroids */
+/* codeword: 8 bits: codeword of that page with which they begin: 0 for the channel layout */
+/* written: 8 bits: 1: they are there; 0: they are not, which only a stripe in device DRAM may say */
 
 struct kvattic_flashcommand {  /* a submission entry: PROGRAM, ERASE, PROBE, MAP */
     uint8_t opcode;  /* Opcode */

@@ -116,7 +116,7 @@ class DramReader(wiring.Component):
             tail.eq(Array(head.as_value() for _, head in heads)[tail_at]),
             tail_there.eq(Array(valid for valid, _ in heads)[tail_at]),
             tail_good.eq(tail_there & tail_room.any() & (
-                (tail.tag.kind == Kind.KEY) | self.value_open.bit_select(slot, 1)
+                (tail.tag.kind != Kind.VALUE) | self.value_open.bit_select(slot, 1)
                 | (tail.tag.epoch != self.epoch.as_value().word_select(slot, EPOCH_BITS)))),
         ]
         m.d.comb += [take.eq(tail_take & (tail_at == c)) for c, take in zip(channels, takes, strict=True)]

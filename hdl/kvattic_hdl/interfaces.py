@@ -4,21 +4,33 @@ A *slot* is the place of a job in flight (`Config.jobs_in_flight` of them, used 
 codeword among those of its job and kind on its own channel.  An *epoch* tells two jobs that used the same slot apart.
 A lane keeps a *list* of its stripes for each slot, in the order of their tokens; only the job's last stripe can be
 partial, so a place tells the stripe.
+
+Sparse modes have a *first pass*, which scores all tokens (or units) of a job approximately, and a *selection*; see
+docs/sparse.md.  A *group* is the 256 tokens (`Config.group_tokens`) of a codeword of the channel layout: one stripe.
 """
 
 from amaranth.hdl import Shape, signed, unsigned
-from amaranth.lib import data
+from amaranth.lib import data, enum
 from amaranth.utils import bits_for, ceil_log2
 
-from kvattic.commands import TREE_BITS
+from kvattic.commands import COMMAND, TREE_BITS
 from kvattic.config import PAGE_NUMBER_BITS, Config
-from kvattic.formats import SCALE_BITS, SCORE_BITS, WEIGHT_BITS, WEIGHT_EXPONENT_BITS
+from kvattic.formats import (
+    ALPHA_FRACTION,
+    DIGIT_BITS,
+    MASS_BITS,
+    SCALE_BITS,
+    SCORE_BITS,
+    WEIGHT_BITS,
+    WEIGHT_EXPONENT_BITS,
+)
 from kvattic.layout import TOKEN_BITS
 
 EPOCH_BITS = 4
 OPCODE_BITS = 3
 """Low bits of an opcode, which tell the flash commands apart."""
 PAGE_BITS = PAGE_NUMBER_BITS
+SWEEP_BITS = 2
 K_OFFSET_BITS = 10
 MISSING_BITS = 15
 """Bits of a count of missing codewords; it saturates in a completion."""
@@ -26,7 +38,11 @@ SHIFT_BITS = 11
 """A cell's shift before it is clipped, signed."""
 INDEX_BITS = 16
 """Bits of a command's index in its batch."""
-FAULTS = ("unreadable_key", "unreadable_value", "nan_key", "nan_value")
+KIND_BITS, MODE_BITS = 2, 2
+RANK_BITS = MASS_BITS + TOKEN_BITS
+"""A unit's rank: Cat(~number of its first token, its mass)."""
+RANK_DIGITS = -(-RANK_BITS // DIGIT_BITS)
+FAULTS = ("unreadable_sketch", "unreadable_key", "unreadable_value", "nan_key", "nan_value")
 """What makes a lane's share of a job invalid, the one first that is reported first."""
 FAULT_BITS = 3
 """Bits of a fault's place in `FAULTS`; `len(FAULTS)`: none."""
@@ -45,7 +61,9 @@ class Shapes:
     slot, row, place, channel : Shape
         Unsigned numbers of a job slot, query row, codeword on its lane, channel.
     tag : StructLayout
-        Names a codeword: slot, epoch, kind (`commands.Kind`), place.
+        Names a codeword: slot, epoch, kind (`commands.Kind`), place.  The place of a CHANNEL is its stripe's first place
+        and the number of the channel; that of a centroid its stripe's first place and its number in the stripe's
+        centroid codewords.
     request : StructLayout
         A codeword wanted: tag, page, codeword (number inside of its page), dram (1: of device DRAM, 0: of the channel).
     beat : StructLayout
@@ -76,6 +94,16 @@ class Shapes:
     load : StructLayout
         Written to all lanes before a job starts: a row record, q (`beat` elements of one row), or a table entry, which
         the lane of its channel appends to the slot's list.  A row record makes that list empty.
+    approximate : StructLayout
+        A row's scale of the first pass.
+    sweep : StructLayout
+        A sweep of all lanes: slot, op (`Sweep`), digits, prefix.
+    unit_count : Shape
+        A number of units of one lane.
+    alpha : Shape
+        Share of the approximate mass, `formats.ALPHA_FRACTION` fractional bits.
+    mean : StructLayout
+        Two fp32 of a job's mean of V: slot, index (of the pair), data.
     start : StructLayout
         The job's parameters, given to all lanes when its q, rows and table are loaded.
     score : Shape
@@ -98,7 +126,7 @@ class Shapes:
         self.denominator = unsigned(config.denominator_bits)
         beat_bits = config.beat_bytes * 8
 
-        self.tag = data.StructLayout({"place": self.place, "kind": 1, "slot": self.slot, "epoch": EPOCH_BITS})
+        self.tag = data.StructLayout({"place": self.place, "kind": KIND_BITS, "slot": self.slot, "epoch": EPOCH_BITS})
         self.request = data.StructLayout({
             "tag": self.tag,
             "page": PAGE_BITS,
@@ -136,7 +164,10 @@ class Shapes:
         self.load = data.StructLayout({
             "query": 1,          # data holds elements [beat] of q of this row
             "record": 1,         # start, end, tree hold the row's mask
+            "scale": 1,          # data holds this row's scale of the first pass, an `approximate`
+            "chosen": 1,         # data holds Cat(number of a channel of the first pass (8 bits), its index (8 bits))
             "stripe": 1,         # data holds a `commands.TABLE_ENTRY`, start the stripe's first token
+            "sketch": 1,         # data holds the `commands.SKETCH_ENTRY` of the stripe loaded last
             "last": 1,           # the stripe is the job's last one
             "slot": self.slot,
             "row": self.row,
@@ -146,9 +177,17 @@ class Shapes:
             "end": TOKEN_BITS,    # one past the last token attended; never above the job's end_token
             "tree": TREE_BITS,
         })
+        self.approximate = data.StructLayout({
+            "scale": SCALE_BITS,                 # as in `start`
+            "k_offset": signed(K_OFFSET_BITS),   # likewise
+        })
         self.start = data.StructLayout({
             "slot": self.slot,
             "epoch": EPOCH_BITS,
+            "mode": MODE_BITS,                   # `commands.Mode`
+            "unit_bits": unsigned(bits_for(config.codewords_per_page.bit_length())),
+            "channels": unsigned(bits_for(config.head_dim)),   # how many are chosen
+            "local_token": TOKEN_BITS,           # first token of the local window; end_token where there is none
             "stripe_bits": self.stripe_bits,
             "last_token": TOKEN_BITS,            # first token of the last stripe
             "end_token": TOKEN_BITS,
@@ -200,12 +239,25 @@ class Shapes:
             "significand": WEIGHT_BITS,
             "exponent": WEIGHT_EXPONENT_BITS,
         })
+        # A lane's part in the selection: what to sweep through the job's units for.
+        self.sweep = data.StructLayout({
+            "slot": self.slot,
+            "op": SWEEP_BITS,                      # `Sweep`
+            "digits": unsigned(bits_for(RANK_DIGITS)),   # of `prefix` that count, from the top
+            "prefix": RANK_BITS,
+        })
+        self.unit_count = unsigned(bits_for(config.ring_codewords * config.tokens_per_codeword))
+        self.alpha = unsigned(ALPHA_FRACTION + 1)
+        # Words of the mean of V on their way to the finisher.
+        self.mean = data.StructLayout({"slot": self.slot, "index": unsigned(ceil_log2(config.head_dim // 2)), "data": 64})
         # A job as it passes from stage to stage, in order.
         self.job = data.StructLayout({
             "slot": self.slot,
             "lanes": 1,          # the lanes work on it; 0: it failed before, only its completion is written
             "index": INDEX_BITS,
             "identifier": 16,
+            "mode": MODE_BITS,
+            "units": COMMAND["units"].size * 8,
             "rows": unsigned(bits_for(config.rows)),
             "result": 64,
             "status": 16,
@@ -234,6 +286,19 @@ class Shapes:
         """Depth of a lane's score memory, addressed by Cat(row, index, ring)."""
         index = self.config.slot_bits_per_codeword
         return self.config.ring_codewords << (index + (self.row.width if self.config.rows > 1 else 0))
+
+
+class Sweep(enum.Enum, shape=SWEEP_BITS, view_class=None):
+    """What a lane sweeps through a job's units for; `p` is 2**(score - reference) of a row and token (or centroid)."""
+
+    SUM = 0
+    """Each row's sum of p over all scored tokens."""
+    MASS = 1
+    """Each unit's mass and rank, kept; histogram of the ranks' first digit."""
+    DIGIT = 2
+    """Histogram of the digit that follows `prefix`, over the units whose rank begins with it."""
+    MARK = 3
+    """Units whose rank's first digits are at least `prefix` are selected; each row's sum of p over their tokens."""
 
 
 ACCUMULATE_CYCLES = 4

@@ -64,6 +64,19 @@ class Opcode(IntEnum):
     """Let a zone use another block on the die and plane of a flash page (`FLASH_COMMAND`)."""
 
 
+class Mode(IntEnum):
+    """How ATTEND chooses the tokens that it attends; docs/sparse.md."""
+
+    DENSE = 0
+    """All of them."""
+    SPARF = 1
+    """The `units` tokens of the largest approximate mass, blended with the mean of V (SparF, SparQ)."""
+    FETCHED = 2
+    """Units of whole codewords of the largest approximate mass, all of whose tokens are attended; blended likewise."""
+    CENTROID = 3
+    """Units whose mean key scores highest, all of whose tokens are attended; not blended."""
+
+
 class Status(IntEnum):
     """How a command ended; `where` of the completion says which place."""
 
@@ -72,13 +85,15 @@ class Status(IntEnum):
     INVALID_OPCODE = 1
     """where: the opcode."""
     INVALID_FIELD = 2
-    """A reserved byte is not zero, or stripe_pages is no power of two or too large."""
+    """A reserved byte is not zero, there is no such mode (or none but DENSE in this configuration), a field is not zero
+    that the mode has no use for, or stripe_pages is no power of two, too large, or not what a sparse mode needs."""
     INVALID_ROWS = 3
     """where: the number of rows."""
     INVALID_LENGTH = 4
     """No token, token numbers beyond 24 bits, or `stripes` are not as many as the tokens take."""
     INVALID_ADDRESS = 5
-    """query, result or table not 64-byte aligned or not inside the buffer window; where: 0 query, 1 result, 2 table."""
+    """query, result, table or mean not 64-byte aligned or not inside the buffer window; where: 0 query, 1 result,
+    2 table, 3 mean."""
     INVALID_SCALE = 6
     """scale is not a positive normal fp32."""
     NAN_QUERY = 7
@@ -108,6 +123,18 @@ class Status(IntEnum):
     """PROBE found the factory's mark; where: channel * 2**24 + page."""
     DIE_TIMEOUT = 19
     """A die stayed busy for longer than its part ever is; where: channel * 2**24 + page."""
+    INVALID_SELECTION = 20
+    """A sparse mode's number is none or too large; where: 0 channels, 1 units (more than the tokens make), 2 local (more
+    than the units hold), 3 unit_bits."""
+    MISSING_MEAN = 21
+    """SPARF or FETCHED without the mean of V: mean is 0."""
+    NO_SKETCH = 22
+    """A stripe in flash was written without what the mode's first pass reads; where: its entry's number."""
+    NAN_MEAN = 23
+    """where: channel of the first NaN or infinity in the mean of V."""
+    UNREADABLE_SKETCH = 24
+    """K in the channel layout, a centroid, or K of the tail cannot be read in the first pass; where: first token of the
+    lowest codeword, or stripe, that cannot."""
 
 
 class CompletionFlag(IntFlag):
@@ -139,11 +166,15 @@ class Kind(IntEnum):
     """Tokens of K."""
     VALUE = 1
     """Tokens of V."""
+    CHANNEL = 2
+    """First pass: one channel of K, in the channel layout."""
+    SKETCH = 3
+    """First pass: centroids; or tokens of K that are in device DRAM and so are scored exactly at once."""
 
 
 COMMAND = Record("Command", LINE_BYTES, (
     Field("opcode", 0, 1, "`Opcode`"),
-    Field("flags", 1, 1, "reserved, zero"),
+    Field("mode", 1, 1, "`Mode`"),
     Field("identifier", 2, 2, "copied into the completion"),
     Field("rows", 4, 1, "query rows of this job, 1 to config.rows"),
     Field("stripe_pages", 5, 1, "pages of K (and of V) in a stripe, a power of two"),
@@ -154,11 +185,18 @@ COMMAND = Record("Command", LINE_BYTES, (
     Field("scale", 20, 4, "fp32 of softmax scale * log2(e)"),
     Field("query", 24, 8, "address of the query block"),
     Field("result", 32, 8, "address of the result block"),
-    Field("table", 40, 8, "address of the table: a `TABLE_ENTRY` for each stripe, in order"),
-    Field("reserved0", 48, 8, "reserved, zero"),
-    Field("reserved1", 56, 8, "reserved, zero"),
+    Field("table", 40, 8, "address of the table: for each stripe, in order, a `TABLE_ENTRY`, in sparse modes followed by a "
+                          "`SKETCH_ENTRY`"),
+    Field("mean", 48, 8, "SPARF, FETCHED: address of the mean of V over all tokens, head_dim fp32; else 0"),
+    Field("channels", 56, 2, "SPARF, FETCHED: channels of q and K in the first pass, the r of SparF; else 0"),
+    Field("local", 58, 2, "sparse modes: the newest tokens, attended in any case and counted in `units`; else 0"),
+    Field("units", 60, 2, "sparse modes: units attended, the k of SparF; tokens in device DRAM come on top; else 0"),
+    Field("unit_bits", 62, 1, "FETCHED, CENTROID: log2 of the codewords of a unit; else 0"),
+    Field("reserved0", 63, 1, "reserved, zero"),
 ))
-"""ATTEND.  A stripe is stripe_pages * config.tokens_per_page consecutive tokens."""
+"""ATTEND.  A stripe is stripe_pages * config.tokens_per_page consecutive tokens; in sparse modes config.group_tokens.
+
+A unit of selection is a token in SPARF, 2**unit_bits consecutive codewords of a stripe in FETCHED and CENTROID."""
 
 TABLE_ENTRY = Record("TableEntry", 8, (
     Field("key_page", 0, 3, "first page of the stripe's K"),
@@ -167,6 +205,14 @@ TABLE_ENTRY = Record("TableEntry", 8, (
     Field("dram", 7, 1, "1: the pages are pages of device DRAM, at page * config.page_bytes; 0: of the flash channel"),
 ))
 """Where a stripe lies; its other pages follow the first ones."""
+
+SKETCH_ENTRY = Record("SketchEntry", 8, (
+    Field("page", 0, 3, "first page of K in the channel layout; or page of the first of the stripe's centroids"),
+    Field("codeword", 3, 1, "codeword of that page with which they begin: 0 for the channel layout"),
+    Field("written", 4, 1, "1: they are there; 0: they are not, which only a stripe in device DRAM may say"),
+    Field("reserved", 5, 3, "reserved, zero"),
+))
+"""What the first pass of a sparse mode reads of a stripe in flash, on its channel; further codewords follow."""
 
 FLASH_COMMAND = Record("FlashCommand", LINE_BYTES, (
     Field("opcode", 0, 1, "`Opcode`"),

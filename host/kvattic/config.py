@@ -39,6 +39,8 @@ class Config:
         codeword_bytes: data bytes of an ECC codeword, the smallest unit that is read.
         score_depth: tokens that one lane's score buffer holds, over all jobs in flight.
         jobs_in_flight: jobs that the software pipeline overlaps (2 to 16).
+        sparse: the engine has the sparse modes (`commands.Mode`).
+        groups_in_flight: groups of the channel layout that a lane sums at the same time (2, 4, 8 or 16).
         clock_mhz: clock that reports use to turn cycles into seconds.
 
     Raises:
@@ -58,6 +60,8 @@ class Config:
     codeword_bytes: int = 512
     score_depth: int = 4096
     jobs_in_flight: int = 4
+    sparse: bool = True
+    groups_in_flight: int = 4
     clock_mhz: float = 285.0
 
     def __post_init__(self) -> None:
@@ -67,8 +71,9 @@ class Config:
             raise ConfigError(f"element must be one of {[e.value for e in Element]}, not {self.element!r}") from None
         if not isinstance(self.part, NandPart):
             raise ConfigError(f"part must be a NandPart, not {self.part!r}")
-        if not isinstance(self.cache_reads, bool):
-            raise ConfigError(f"cache_reads must be a bool, not {self.cache_reads!r}")
+        for name in ("cache_reads", "sparse"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be a bool, not {getattr(self, name)!r}")
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type in (int, "int") and (not isinstance(value, int) or isinstance(value, bool)):
@@ -99,6 +104,9 @@ class Config:
         self._check(self.score_depth >= self.codewords_per_page << self.slot_bits_per_codeword, "score_depth",
                     f"at least one page of tokens ({self.codewords_per_page << self.slot_bits_per_codeword})")
         self._check(2 <= self.jobs_in_flight <= 16, "jobs_in_flight", "2 to 16")
+        self._check(self.groups_in_flight in (2, 4, 8, 16), "groups_in_flight", "2, 4, 8 or 16")
+        if self.sparse and (reason := self._no_groups):
+            raise ConfigError(f"sparse must be False here: {reason}")
         self._check(0 < self.clock_mhz < float("inf"), "clock_mhz", "positive and finite")
         self._check(self.max_tokens < 1 << 24, "score_depth", "such that channels * score_depth is below 2**24")
 
@@ -229,6 +237,47 @@ class Config:
         """Tokens of one job at most: what the score buffers of all lanes hold."""
         return self.channels * self.ring_codewords * self.tokens_per_codeword
 
+    # Derived geometry of sparse attention.
+
+    @property
+    def _no_groups(self) -> str:
+        """Why there can be no channel layout; empty if there can."""
+        tokens, page = self.group_tokens, self.tokens_per_page
+        pages = tokens // page
+        if pages * page != tokens or not is_power_of_two(pages) or not is_power_of_two(self.tokens_per_codeword):
+            return (f"a codeword of the channel layout has {tokens} tokens, which must be 1, 2, 4, ... pages of the token "
+                    f"layout, of {page} tokens each, not {tokens / page:g}; choose another page_bytes, or a power of two "
+                    "for head_dim")
+        if pages * self.codewords_per_page > self.ring_codewords:
+            return (f"a stripe of the channel layout has {pages * self.codewords_per_page} codewords of K, which must fit "
+                    f"the score buffer of a lane, {self.ring_codewords} codewords (score_depth {self.score_depth})")
+        return ""
+
+    @property
+    def group_tokens(self) -> int:
+        """Tokens of one channel in a codeword of the channel layout: a stripe of a sparse sequence."""
+        return self.codeword_bytes // ELEMENT_BYTES
+
+    @property
+    def group_pages(self) -> int:
+        """Pages of K (and of V, and of the channel layout) of a group, a power of two."""
+        return self.group_tokens // self.tokens_per_page
+
+    @property
+    def group_codewords(self) -> int:
+        """Codewords of K of a group, a power of two, at least head_dim."""
+        return self.group_pages * self.codewords_per_page
+
+    @property
+    def group_words(self) -> int:
+        """Accumulator words of a group: beats of a codeword of the channel layout."""
+        return self.codeword_bytes // self.beat_bytes
+
+    @property
+    def unit_bits_max(self) -> int:
+        """log2 of the codewords of the largest unit of selection: a page; and its centroids fill whole codewords."""
+        return min(self.codewords_per_page, self.group_codewords // self.tokens_per_codeword).bit_length() - 1
+
     @property
     def accumulator_bits(self) -> int:
         """Width of an output accumulator: no sum of `max_tokens` addends can overflow it (docs/numerics.md)."""
@@ -280,11 +329,11 @@ class Config:
 TINY = Config(channels=2, rows=2, head_dim=32, part=TINY_PART, dies=2, dram_beat_bytes=16, codeword_bytes=256,
               score_depth=256)
 """Fast tests."""
-BOARD = Config(channels=4)
+BOARD = Config(channels=4, jobs_in_flight=8)
 """A four-channel OpenSSD board (paper v1: 4 flash channels)."""
-PAPER = Config()
+PAPER = Config(jobs_in_flight=8)
 """The paper's drive: 8 channels, one query row, 285 MHz (HPCA text, section VI)."""
-GQA = Config(rows=8)
+GQA = Config(rows=8, jobs_in_flight=8)
 """Groups of eight query rows share each byte of K and V."""
 
 PRESETS = {"tiny": TINY, "board": BOARD, "paper": PAPER, "gqa": GQA}

@@ -57,6 +57,25 @@ VALUE_WINDOW_BITS = 57
 PRODUCT_BITS = WEIGHT_BITS + SIGNIFICAND_BITS
 """Bits of the cell's multiplier output; q's significand is left-aligned in the weight's place."""
 
+# Sparse attention (docs/numerics.md, section 7).
+
+MAGNITUDE_BITS = 40
+"""Bits of |q[c]|, by which channels are ranked: clipped at the top."""
+MAGNITUDE_FRACTION = 24
+"""Fractional bits of it: every fp16 fits exactly, of bf16 what is finer is truncated."""
+RATIO_FRACTION = 24
+"""Fractional bits of sqrt(|q|_1 / |q_i|_1), by which the scale of the first pass is larger."""
+LOG_BITS = 32
+"""Bits of the mantissa that is squared, once for each fractional bit, to take log2 of a denominator."""
+MASS_BITS = 36
+"""Bits of a unit's approximate mass, by which units are ranked; all ones stands for a unit that must be taken."""
+MASS_FRACTION = 30
+"""Fractional bits of it."""
+DIGIT_BITS = 6
+"""Bits of a unit's rank (its mass, then the inverse of its first token's number) that one step of top-k decides."""
+ALPHA_FRACTION = 24
+"""Fractional bits of alpha, the share of the attended tokens in the approximate mass; 1 is exact."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ElementFormat:

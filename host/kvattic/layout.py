@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvattic.commands import TABLE_ENTRY
-from kvattic.config import ELEMENT_BYTES, Config
+from kvattic.config import Config
 from kvattic.elements import to_bits
 from kvattic.errors import ConfigError, RequestError
 from kvattic.formats import Element
@@ -262,22 +262,13 @@ def stripe_pages(config: Config, *, sparse: bool) -> int:
         sparse: with the channel layout.
 
     Raises:
-        ConfigError: the configuration cannot have the channel layout, or its score buffer no such stripe.
+        ConfigError: the configuration is without sparse attention.
     """
     if not sparse:
         return 1
-    tokens, page = config.codeword_bytes // ELEMENT_BYTES, config.tokens_per_page
-    pages = tokens // page
-    if pages * page != tokens or pages & (pages - 1):
-        raise ConfigError(
-            f"a codeword of the channel layout has {tokens} tokens: that must be 1, 2, 4, ... pages of the token "
-            f"layout, of {page} tokens each, not {tokens / page:g}; "
-            "choose another page_bytes, or a power of two for head_dim")
-    if pages * config.codewords_per_page > config.ring_codewords:
-        raise ConfigError(
-            f"a stripe of the channel layout has {pages * config.codewords_per_page} codewords of K: they must fit the "
-            f"score buffer of a lane, {config.ring_codewords} codewords (score_depth {config.score_depth})")
-    return pages
+    if not config.sparse:
+        raise ConfigError("this configuration is without sparse attention: sparse must be True in it")
+    return config.group_pages
 
 
 def stripe_channel(stripe: Any, head: Any, config: Config) -> Any:

@@ -97,7 +97,7 @@ def _access() -> str:
 
 def _presets() -> list[str]:
     names = ("channels", "beat_bytes", "rows", "head_dim", "element", "dies", "ecc_t", "dram_beat_bytes", "page_bytes",
-             "codeword_bytes", "score_depth", "jobs_in_flight")
+             "codeword_bytes", "score_depth", "jobs_in_flight", "groups_in_flight")
     return _table(
         ("preset", *(f"`{n}`" for n in names), "part", "max. tokens of a job", "`CONFIG_HASH`"),
         ((f"`{preset}`", *(f"{value:,}" if isinstance(value := getattr(config, n), int) else f"{value}" for n in names),
@@ -132,10 +132,13 @@ def reference() -> str:
         "## Command",
         "A submission entry is one line. Opcodes:", _members(commands.Opcode),
         "### ATTEND", _record(commands.COMMAND),
+        "Modes ([sparse attention](sparse.md)):", _members(commands.Mode),
         "A stripe is `stripe_pages` pages of K and as many of V, of `stripe_pages` times the tokens of a page. The "
         "table has an entry of 8 bytes for each stripe of the job, in the order of its tokens; see "
         "[placement](placement.md):",
         _record(commands.TABLE_ENTRY),
+        "In sparse modes each entry is followed by another 8 bytes, so a stripe has 16:",
+        _record(commands.SKETCH_ENTRY),
         "### PROGRAM, ERASE, PROBE, MAP", _record(commands.FLASH_COMMAND),
         "Those of one channel begin in their order, and an ERASE or PROGRAM of a die in the order of its pages; they "
         "complete in any order, and beside attention.",
@@ -152,7 +155,8 @@ def reference() -> str:
         f"For each of the command's rows: `head_dim` outputs in fp32, padded to a whole line, then this trailer. "
         f"`SCORE_FRACTION` is {formats.SCORE_FRACTION}, `VALUE_FRACTION` is {formats.VALUE_FRACTION}, `SCORE_MASKED` "
         f"is {formats.SCORE_MASKED:,}; see [numerics](numerics.md). Output, maximum and denominator are what "
-        "flash-decoding needs to merge partial results.",
+        "flash-decoding needs to merge partial results; of sparse modes maximum and denominator are those of the selected "
+        "tokens.",
         _record(commands.TRAILER),
         "## Completion",
         _record(commands.COMPLETION),
@@ -221,12 +225,13 @@ def _struct(record: Record, doc: str) -> list[str]:
                     for field in record.fields]
 
 
-def _packed(record: Record, doc: str) -> list[str]:
+def _packed(record: Record, name: str, doc: str) -> list[str]:
     """A macro that packs a record of 8 bytes, whose fields are not aligned, into an integer."""
-    names = ", ".join(field.name for field in record.fields)
-    value = " | ".join(f"(uint64_t)({field.name}) << {8 * field.offset}" for field in record.fields)
-    lines = [f"/* {doc} */", f"#define KVATTIC_TABLE_ENTRY({names}) \\", f"    ({value})"]
-    return lines + [f"/* {f.name}: {f.size * 8} bits: {f.doc.replace('`', '')} */" for f in record.fields]
+    fields = [field for field in record.fields if not field.name.startswith("reserved")]
+    names = ", ".join(field.name for field in fields)
+    value = " | ".join(f"(uint64_t)({field.name}) << {8 * field.offset}" for field in fields)
+    lines = [f"/* {doc} */", f"#define KVATTIC_{name}({names}) \\", f"    ({value})"]
+    return lines + [f"/* {f.name}: {f.size * 8} bits: {f.doc.replace('`', '')} */" for f in fields]
 
 
 def header() -> str:
@@ -258,12 +263,14 @@ def header() -> str:
         _enum(registers.Control, "control"),
         _enum(registers.StatusBit, "status_bit"),
         _enum(commands.Opcode, "opcode"),
+        _enum(commands.Mode, "mode"),
         _enum(commands.Status, "status"),
         _enum(commands.CompletionFlag, "flag"),
         _enum(commands.MediaCause, "media_cause"),
         _enum(commands.Kind, "kind"),
         _struct(commands.COMMAND, "a submission entry: ATTEND"),
-        _packed(commands.TABLE_ENTRY, "An entry of ATTEND's table: where a stripe lies."),
+        _packed(commands.TABLE_ENTRY, "TABLE_ENTRY", "An entry of ATTEND's table: where a stripe lies."),
+        _packed(commands.SKETCH_ENTRY, "SKETCH_ENTRY", "Follows it in sparse modes: where what the first pass reads lies."),
         _struct(commands.FLASH_COMMAND, "a submission entry: PROGRAM, ERASE, PROBE, MAP"),
         _struct(commands.ROW, "head of each row of a query block; q follows, padded with zeros to whole lines"),
         _struct(commands.TRAILER, "follows the padded fp32 outputs of each row of a result block"),

@@ -160,7 +160,7 @@ def test_equals_golden_device(simulator: str) -> None:
 
 
 ODD = Config(
-    channels=3, rows=3, head_dim=80, element=Element.BF16, beat_bytes=16, part=TINY_PART.resized(2048), dies=2,
+    channels=3, rows=3, head_dim=80, sparse=False, element=Element.BF16, beat_bytes=16, part=TINY_PART.resized(2048), dies=2,
     dram_beat_bytes=32, codeword_bytes=512, score_depth=64, jobs_in_flight=2,
 )  # 3 tokens and 32 bytes of padding in a codeword
 

@@ -16,7 +16,7 @@ from kvattic.formats import Element
 from kvattic.nand import PSLC, TINY_PART
 
 # Padding in each codeword (80 * 2 * 3 = 480 of 512), channels that are no power of two.
-ODD = Config(channels=3, head_dim=80, part=TINY_PART.resized(2048), codeword_bytes=512, score_depth=1024)
+ODD = Config(channels=3, head_dim=80, sparse=False, part=TINY_PART.resized(2048), codeword_bytes=512, score_depth=1024)
 CONFIGS = [TINY, ODD, PAPER]
 
 
@@ -74,7 +74,7 @@ def test_each_channel_lies_where_the_rule_says(config, pages):
 
 def test_configurations_without_a_channel_layout():
     with pytest.raises(ConfigError, match=r"256 tokens: that must be 1, 2, 4, .* pages .* 96 tokens each, not 2.66667"):
-        layout.stripe_pages(Config(head_dim=80), sparse=True)
+        layout.stripe_pages(Config(head_dim=80, sparse=False), sparse=True)
     with pytest.raises(ConfigError, match=r"512 tokens each, not 0\.5"):
         layout.stripe_pages(Config(head_dim=32, part=PSLC.resized(32768), codeword_bytes=512), sparse=True)
     with pytest.raises(ConfigError, match=r"32 codewords of K: they must fit .* 16 codewords .score_depth 64"):

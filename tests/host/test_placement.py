@@ -22,7 +22,7 @@ from kvattic_sim.benches import placement
 PAGE = TINY.tokens_per_page
 SPARSE = 128
 """Tokens of a stripe with the channel layout: eight pages."""
-ODD = Config(channels=3, rows=2, head_dim=80, part=TINY_PART, dies=2, codeword_bytes=512, score_depth=256)
+ODD = Config(channels=3, rows=2, head_dim=80, sparse=False, part=TINY_PART, dies=2, codeword_bytes=512, score_depth=256)
 WIDE = replace(TINY, part=TINY_PART.resized(1024, planes=4), dies=4, channels=3)
 QUAD = replace(TINY, part=TINY_PART.resized(4096, pages=6), rows=1, score_depth=1024)   # two pages, of 64 tokens
 

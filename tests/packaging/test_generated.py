@@ -60,7 +60,7 @@ def test_the_reference_has_every_register_and_field():
     for record in (commands.COMMAND, commands.ROW, commands.TRAILER, commands.COMPLETION):
         for field in record.fields:
             assert f"| `{field.name}` | {field.doc} |" in text
-    for enumeration in (registers.Control, registers.StatusBit, commands.Opcode, commands.Status,
+    for enumeration in (registers.Control, registers.StatusBit, commands.Opcode, commands.Mode, commands.Status,
                         commands.CompletionFlag, commands.Kind):
         for member in enumeration:
             assert f"| `{member.name}` |" in text
@@ -94,7 +94,7 @@ def test_the_header_is_c(tmp_path, standard):
 def test_the_header_says_to_c_what_the_tables_say_to_python(tmp_path):
     pairs = {f"KVATTIC_REG_{r.name}": r.address for r in registers.REGISTERS}
     for prefix, enumeration in (("CONTROL", registers.Control), ("STATUS_BIT", registers.StatusBit),
-                                ("OPCODE", commands.Opcode), ("STATUS", commands.Status),
+                                ("OPCODE", commands.Opcode), ("MODE", commands.Mode), ("STATUS", commands.Status),
                                 ("FLAG", commands.CompletionFlag), ("KIND", commands.Kind)):
         pairs |= {f"KVATTIC_{prefix}_{m.name}": int(m) for m in enumeration}
     prints = "\n".join(f'    printf("%lld\\n", (long long){name});' for name in pairs)

@@ -26,7 +26,7 @@ CONFIGS = {
     "paper32": replace(PAPER, part=PSLC.resized(2048), beat_bytes=32),
     "t4": replace(TINY, ecc_t=4),
     "t1": replace(TINY, ecc_t=1, beat_bytes=16),
-    "padding_words": replace(TINY, head_dim=80, codeword_bytes=512, ecc_t=5),
+    "padding_words": replace(TINY, head_dim=80, sparse=False, codeword_bytes=512, ecc_t=5),
     "two_words": replace(TINY, part=TINY_PART.resized(1024, spare_bytes=1024), codeword_bytes=64, beat_bytes=32,
                          dram_beat_bytes=32, score_depth=512),
     "one_codeword": replace(TINY, part=TINY_PART.resized(512), codeword_bytes=512, ecc_t=3),

@@ -38,7 +38,7 @@ COPIES = replace(TINY, rows=3, channels=3, beat_bytes=32, dram_beat_bytes=32)
 ODD = Config(
     channels=5,
     rows=3,
-    head_dim=80,
+    head_dim=80, sparse=False,
     beat_bytes=16,
     part=TINY_PART,
     codeword_bytes=512,

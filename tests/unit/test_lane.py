@@ -23,7 +23,7 @@ SMALL = TINY_PART.resized(512, spare_bytes=256)
 CONFIGS = {
     "rows1": Config(channels=CHANNELS, rows=1, head_dim=32, part=TINY_PART, codeword_bytes=256, score_depth=64),
     "rows2": Config(channels=CHANNELS, rows=2, head_dim=64, part=TINY_PART, codeword_bytes=256, score_depth=64),
-    "three_tokens": Config(channels=CHANNELS, rows=3, head_dim=80, part=TINY_PART, codeword_bytes=512, score_depth=64),
+    "three_tokens": Config(channels=CHANNELS, rows=3, head_dim=80, sparse=False, part=TINY_PART, codeword_bytes=512, score_depth=64),
     "wide": Config(channels=CHANNELS, rows=2, head_dim=32, beat_bytes=32, part=SMALL, codeword_bytes=64,
                    score_depth=64),
     "bf16": Config(channels=CHANNELS, rows=2, head_dim=32, element="bf16", beat_bytes=16, part=SMALL,

@@ -393,7 +393,7 @@ CONFIGS = {
         channels=3,
         rows=3,
         beat_bytes=32,
-        head_dim=80,
+        head_dim=80, sparse=False,
         jobs_in_flight=3,
         part=replace(PSLC, pages=200),
         score_depth=1024,

@@ -1,6 +1,6 @@
 // Behavioural twin of one flash channel: an ideal one, which has every codeword at hand at the engine's full rate.
 //
-// Requests for codewords wait in a queue, each until its latency is over, and a V codeword (kind 1) also until its
+// Requests for codewords wait in a queue, each until its latency is over, and a V codeword (kind 1 of 0 to 3) also until its
 // slot's value_open is set or the slot is in another epoch.  Of those that may go, the oldest goes, or a random one (shuffle).  Its beats follow each
 // other, and the next codeword's, without a bubble unless stalls are asked for.  Padding beats are stored but not sent.
 // A codeword of a page that was not programmed comes with `error` set and a media error.
@@ -211,7 +211,7 @@ module flash_channel #(
           if (used[i] && !((now - due[i]) >> 31)) begin
             wanted = waiting[i][TAG_AT +: TAG_BITS];
             slot = wanted[SLOT_AT +: SLOT_BITS];
-            allowed = !wanted[KIND_AT] || value_open[slot]
+            allowed = wanted[KIND_AT +: 2] != 2'd1 || value_open[slot]
                 || wanted[EPOCH_AT +: EPOCH_BITS] != epoch[slot * EPOCH_BITS +: EPOCH_BITS];
             // Ages wrap: compare with the next one's.
             key = shuffle ? (order[i] ^ random) * 32'h9E3779B1 : next_order - order[i];
