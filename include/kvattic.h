@@ -121,8 +121,8 @@ where: the entry's number. */
     KVATTIC_STATUS_ERASE_FAILED = 17,  /* The part reports that a block was not erased; where: channel * 2**24 + page. */
     KVATTIC_STATUS_BAD_BLOCK = 18,  /* PROBE found the factory's mark; where: channel * 2**24 + page. */
     KVATTIC_STATUS_DIE_TIMEOUT = 19,  /* A die stayed busy for longer than its part ever is; where: channel * 2**24 + page. */
-    KVATTIC_STATUS_INVALID_SELECTION = 20,  /* A sparse mode's number is none or too large; where: 0 channels, 1 units (more than the tokens make), 2 local (more
-than the units hold), 3 unit_bits. */
+    KVATTIC_STATUS_INVALID_SELECTION = 20,  /* A sparse mode's number is none or too large; where: 0 channels, 1 units (more than the tokens make),
+2 local (more than the units hold), 3 unit_bits. */
     KVATTIC_STATUS_MISSING_MEAN = 21,  /* SPARF or FETCHED without the mean of V: mean is 0. */
     KVATTIC_STATUS_NO_SKETCH = 22,  /* A stripe in flash was written without what the mode's first pass reads; where: its entry's number. */
     KVATTIC_STATUS_NAN_MEAN = 23,  /* where: channel of the first NaN or infinity in the mean of V. */
@@ -199,7 +199,7 @@ KVATTIC_ASSERT(kvattic_command_reserved0, offsetof(struct kvattic_command, reser
 /* value_page: 24 bits: first page of its V */
 /* dram: 8 bits: 1: the pages are pages of device DRAM, at page * config.page_bytes; 0: of the flash channel */
 
-/* Follows it in sparse modes: where what the first pass reads lies. */
+/* Follows it in sparse modes: what the first pass reads. */
 #define KVATTIC_SKETCH_ENTRY(page, codeword, written) \
     ((uint64_t)(page) << 0 | (uint64_t)(codeword) << 24 | (uint64_t)(written) << 32)
 /* page: 24 bits: first page of K in the channel layout; or page of the first of the stripe's centroids */

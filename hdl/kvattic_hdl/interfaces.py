@@ -61,7 +61,7 @@ class Shapes:
     slot, row, place, channel : Shape
         Unsigned numbers of a job slot, query row, codeword on its lane, channel.
     tag : StructLayout
-        Names a codeword: slot, epoch, kind (`commands.Kind`), place.  The place of a CHANNEL is its stripe's first place
+        Names a codeword: slot, epoch, kind (`commands.Kind`), place.  The place of a CHANNEL is its stripe's first one
         and the number of the channel; that of a centroid its stripe's first place and its number in the stripe's
         centroid codewords.
     request : StructLayout
@@ -249,7 +249,8 @@ class Shapes:
         self.unit_count = unsigned(bits_for(config.ring_codewords * config.tokens_per_codeword))
         self.alpha = unsigned(ALPHA_FRACTION + 1)
         # Words of the mean of V on their way to the finisher.
-        self.mean = data.StructLayout({"slot": self.slot, "index": unsigned(ceil_log2(config.head_dim // 2)), "data": 64})
+        self.mean = data.StructLayout({
+            "slot": self.slot, "index": unsigned(ceil_log2(config.head_dim // 2)), "data": 64})
         # A job as it passes from stage to stage, in order.
         self.job = data.StructLayout({
             "slot": self.slot,

@@ -124,8 +124,8 @@ class Status(IntEnum):
     DIE_TIMEOUT = 19
     """A die stayed busy for longer than its part ever is; where: channel * 2**24 + page."""
     INVALID_SELECTION = 20
-    """A sparse mode's number is none or too large; where: 0 channels, 1 units (more than the tokens make), 2 local (more
-    than the units hold), 3 unit_bits."""
+    """A sparse mode's number is none or too large; where: 0 channels, 1 units (more than the tokens make),
+    2 local (more than the units hold), 3 unit_bits."""
     MISSING_MEAN = 21
     """SPARF or FETCHED without the mean of V: mean is 0."""
     NO_SKETCH = 22
@@ -185,8 +185,8 @@ COMMAND = Record("Command", LINE_BYTES, (
     Field("scale", 20, 4, "fp32 of softmax scale * log2(e)"),
     Field("query", 24, 8, "address of the query block"),
     Field("result", 32, 8, "address of the result block"),
-    Field("table", 40, 8, "address of the table: for each stripe, in order, a `TABLE_ENTRY`, in sparse modes followed by a "
-                          "`SKETCH_ENTRY`"),
+    Field("table", 40, 8, "address of the table: for each stripe, in order, a `TABLE_ENTRY`, in sparse modes followed "
+                          "by a `SKETCH_ENTRY`"),
     Field("mean", 48, 8, "SPARF, FETCHED: address of the mean of V over all tokens, head_dim fp32; else 0"),
     Field("channels", 56, 2, "SPARF, FETCHED: channels of q and K in the first pass, the r of SparF; else 0"),
     Field("local", 58, 2, "sparse modes: the newest tokens, attended in any case and counted in `units`; else 0"),

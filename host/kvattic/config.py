@@ -245,12 +245,12 @@ class Config:
         tokens, page = self.group_tokens, self.tokens_per_page
         pages = tokens // page
         if pages * page != tokens or not is_power_of_two(pages) or not is_power_of_two(self.tokens_per_codeword):
-            return (f"a codeword of the channel layout has {tokens} tokens, which must be 1, 2, 4, ... pages of the token "
-                    f"layout, of {page} tokens each, not {tokens / page:g}; choose another page_bytes, or a power of two "
-                    "for head_dim")
+            return (f"a codeword of the channel layout has {tokens} tokens, which must be 1, 2, 4, ... pages of the "
+                    f"token layout, of {page} tokens each, not {tokens / page:g}; choose another page_bytes, or a power "
+                    "of two for head_dim")
         if pages * self.codewords_per_page > self.ring_codewords:
-            return (f"a stripe of the channel layout has {pages * self.codewords_per_page} codewords of K, which must fit "
-                    f"the score buffer of a lane, {self.ring_codewords} codewords (score_depth {self.score_depth})")
+            return (f"a stripe of the channel layout has {pages * self.codewords_per_page} codewords of K, which must "
+                    f"fit the score buffer of a lane, {self.ring_codewords} codewords (score_depth {self.score_depth})")
         return ""
 
     @property

@@ -3,7 +3,7 @@
 Integers only; docs/numerics.md says why each step is as it is.  `attend` runs the whole job.  The
 steps stand alone too, so that tests of the RTL can drive each of them: `decode`, `score_sums`,
 `round_scores`, `attended`, `weights`, `denominators`, `value_sums`, `divide`.  `merge` is host-side
-floating point and no part of the model.
+floating point and no part of the model.  `kvattic.sparse` has the steps of the sparse modes.
 
 Shapes are named (rows, tokens, head_dim).  Elements are uint16 bit patterns, intermediates int64.
 """
@@ -49,9 +49,11 @@ __all__ = [
     "divide",
     "merge",
     "round_scores",
+    "scale_scores",
     "score_sums",
     "value_sums",
     "weights",
+    "window_sums",
 ]
 
 Integers: TypeAlias = NDArray[np.int64]
@@ -241,10 +243,27 @@ def score_sums(
         (sums int64, overflow bool), both (rows, tokens); overflow: a product was clipped at the
         window's top.
     """
+    return window_sums(query, key, element=element, exponent=scale_bits >> (SCALE_BITS - 1))
+
+
+def window_sums(
+    query: Bits, key: Bits, *, element: Element, exponent: int | Integers
+) -> tuple[Integers, NDArray[np.bool_]]:
+    """`score_sums` with the scale's exponent given for itself, and for each row if need be.
+
+    Args:
+        query: uint16, (rows, head_dim).
+        key: uint16, (tokens, head_dim).
+        element: format of both.
+        exponent: exponent field of the scale (an fp32's, so the bias is 127), or int64, (rows,); it
+            may lie outside of fp32's range.
+
+    Returns:
+        (sums int64, overflow bool), both (rows, tokens); overflow: a product was clipped at the
+        window's top.
+    """
     rows, tokens, head_dim = query.shape[0], key.shape[0], key.shape[1]
-    offset = (
-        (scale_bits >> (SCALE_BITS - 1)) - 127 + SCORE_WINDOW_FRACTION - 2 * element.encoding.offset
-    )
+    offset = np.asarray(exponent)[..., None] - 127 + SCORE_WINDOW_FRACTION - 2 * element.encoding.offset
     row = decode(query, element)
     row_sign = _signs(row.negative)
     row_significand = row.significand.astype(np.int64) << (QUERY_SHIFT + PRODUCT_SHIFT)
@@ -258,12 +277,12 @@ def score_sums(
         place = slice(first, first + len(part.negative))
         sign = _signs(part.negative)
         significand = part.significand.astype(np.int64)
-        exponent = part.exponent.astype(np.int64)
+        key_exponent = part.exponent.astype(np.int64)
         least, most = int(part.exponent.min()), int(part.exponent.max())
         window, shift = window_space[: len(sign)], shift_space[: len(sign)]
         for r in range(rows):
             np.multiply(significand, row_significand[r], out=window)
-            np.subtract(row_shift[r], exponent, out=shift)
+            np.subtract(row_shift[r], key_exponent, out=shift)
             low, high = int(row_shift[r].min()) - most, int(row_shift[r].max()) - least
             if low < SCORE_SHIFT_MIN:
                 overflow[r, place] = ((shift < SCORE_SHIFT_MIN) & (window != 0)).any(axis=1)
@@ -284,7 +303,20 @@ def round_scores(sums: Integers, scale_bits: int) -> tuple[Integers, NDArray[np.
         (scores int64 in [SCORE_MIN, SCORE_MAX], overflow bool), both of the shape of sums.
     """
     hidden = 1 << (SCALE_BITS - 1)
-    significand = hidden | (scale_bits & (hidden - 1))
+    return scale_scores(sums, hidden | (scale_bits & (hidden - 1)))
+
+
+def scale_scores(sums: Integers, significand: int | Integers) -> tuple[Integers, NDArray[np.bool_]]:
+    """`round_scores` with the scale's significand given for itself, and for each row if need be.
+
+    Args:
+        sums: int64 of any shape, at most SCORE_SUM_BITS wide.
+        significand: SCALE_BITS wide, leading one included; or int64 that broadcasts to sums, such as
+            (rows, 1).
+
+    Returns:
+        (scores int64 in [SCORE_MIN, SCORE_MAX], overflow bool), both of the shape of sums.
+    """
     # The product has 75 bits, so it is taken in three chunks; what falls out at the bottom of a
     # chunk lies below the result's least bit after the half was added: floor of floor is the floor.
     mask = (1 << CHUNK_BITS) - 1

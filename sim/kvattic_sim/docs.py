@@ -155,8 +155,8 @@ def reference() -> str:
         f"For each of the command's rows: `head_dim` outputs in fp32, padded to a whole line, then this trailer. "
         f"`SCORE_FRACTION` is {formats.SCORE_FRACTION}, `VALUE_FRACTION` is {formats.VALUE_FRACTION}, `SCORE_MASKED` "
         f"is {formats.SCORE_MASKED:,}; see [numerics](numerics.md). Output, maximum and denominator are what "
-        "flash-decoding needs to merge partial results; of sparse modes maximum and denominator are those of the selected "
-        "tokens.",
+        "flash-decoding needs to merge partial results; in sparse modes maximum and denominator are those of the "
+        "selected tokens.",
         _record(commands.TRAILER),
         "## Completion",
         _record(commands.COMPLETION),
@@ -270,7 +270,7 @@ def header() -> str:
         _enum(commands.Kind, "kind"),
         _struct(commands.COMMAND, "a submission entry: ATTEND"),
         _packed(commands.TABLE_ENTRY, "TABLE_ENTRY", "An entry of ATTEND's table: where a stripe lies."),
-        _packed(commands.SKETCH_ENTRY, "SKETCH_ENTRY", "Follows it in sparse modes: where what the first pass reads lies."),
+        _packed(commands.SKETCH_ENTRY, "SKETCH_ENTRY", "Follows it in sparse modes: what the first pass reads."),
         _struct(commands.FLASH_COMMAND, "a submission entry: PROGRAM, ERASE, PROBE, MAP"),
         _struct(commands.ROW, "head of each row of a query block; q follows, padded with zeros to whole lines"),
         _struct(commands.TRAILER, "follows the padded fp32 outputs of each row of a result block"),
