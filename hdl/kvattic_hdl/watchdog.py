@@ -24,7 +24,8 @@ class Watchdog(wiring.Component):
     Reset: nothing is failed.
 
     The oldest job is the one that the Finisher waits for; if the Finisher has none, the one that
-    Maximum waits for.  While the Finisher works on a job nothing is counted.  A job that gets on
+    Maximum waits for; if that has none either, the one that Selection waits for.
+    While the Finisher works on a job nothing is counted.  A job that gets on
     while its failure is being written down is not failed.  While a die is busy (an erase takes
     milliseconds) the cycles count one in 16, so that a die that is busy for ever hangs nothing.
 
@@ -46,14 +47,19 @@ class Watchdog(wiring.Component):
         Maximum waits for the lanes' keys_done of this slot.
     finisher_waiting, finisher_slot : In
         The Finisher waits for the lanes' values_done of this slot.
+    selection_waiting, selection_slot : In
+        Selection waits for the lanes' first_done of this slot.
+    selected : In(1)
+        Strobe: Selection handed a job on (transfer on its `jobs_o`).
     handed : In(1)
         Strobe: Maximum handed a job on (transfer on its `jobs_o`).
     freed, freed_slot : In
         The Finisher's strobe: this slot is free again.
-    keys_done, values_done : In(ArrayLayout(jobs_in_flight, channels))
+    first_done, keys_done, values_done : In(ArrayLayout(jobs_in_flight, channels))
         From the lanes.
     missing_key, missing_value : In(ArrayLayout(16, channels))
-        From the lanes: codewords of `report_slot` still missing, two cycles after it.
+        From the lanes: codewords of `report_slot` still missing, two cycles after it.  Those of the first pass count as
+        K.
     probing : Out(1)
         `report_slot` here must be the lanes' report_slot in this cycle; the Finisher does not need
         it then.
@@ -75,9 +81,13 @@ class Watchdog(wiring.Component):
     maximum_slot: Signal
     finisher_waiting: Signal
     finisher_slot: Signal
+    selection_waiting: Signal
+    selection_slot: Signal
+    selected: Signal
     handed: Signal
     freed: Signal
     freed_slot: Signal
+    first_done: data.View
     keys_done: data.View
     values_done: data.View
     missing_key: data.View
@@ -102,9 +112,13 @@ class Watchdog(wiring.Component):
                 "maximum_slot": In(shapes.slot),
                 "finisher_waiting": In(1),
                 "finisher_slot": In(shapes.slot),
+                "selection_waiting": In(1),
+                "selection_slot": In(shapes.slot),
+                "selected": In(1),
                 "handed": In(1),
                 "freed": In(1),
                 "freed_slot": In(shapes.slot),
+                "first_done": In(done),
                 "keys_done": In(done),
                 "values_done": In(done),
                 "missing_key": In(missing),
@@ -121,19 +135,28 @@ class Watchdog(wiring.Component):
         m = Module()
         channels, jobs = self._config.channels, self._config.jobs_in_flight
 
-        # Jobs that Maximum handed on and that are not freed yet.
-        behind = Signal(range(jobs + 2))
-        with m.If(self.handed & ~self.freed):
-            m.d.sync += behind.eq(behind + 1)
-        with m.Elif(~self.handed & self.freed):
-            m.d.sync += behind.eq(behind - 1)
+        # Jobs that Maximum, or Selection, handed on and that are not freed yet.
+        past_maximum, past_selection = Signal(range(jobs + 2)), Signal(range(jobs + 2))
+        for past, handed in ((past_maximum, self.handed), (past_selection, self.selected)):
+            with m.If(handed & ~self.freed):
+                m.d.sync += past.eq(past + 1)
+            with m.Elif(~handed & self.freed):
+                m.d.sync += past.eq(past - 1)
+
+        # Who may wait for lanes, and for what; the one whose jobs are oldest first.
+        stages = (
+            (self.finisher_waiting, self.finisher_slot, self.values_done),
+            (self.maximum_waiting & (past_maximum == 0), self.maximum_slot, self.keys_done),
+            (self.selection_waiting & (past_selection == 0), self.selection_slot, self.first_done),
+        )
+        waiting = Cat(wait for wait, _, _ in stages)
 
         count = Signal(32)
         armed, expired = Signal(), Signal()
         slow = Signal(SLOWNESS_BITS)
         m.d.sync += slow.eq(slow + 1)
         m.d.sync += armed.eq(
-            (self.finisher_waiting | (self.maximum_waiting & (behind == 0)))
+            waiting.any()
             & self.timeout.any()
             & ~self.progress
         )
@@ -143,6 +166,7 @@ class Watchdog(wiring.Component):
             m.d.sync += [count.eq(count + 1), expired.eq(count >= self.timeout)]
 
         slot = self.report_slot
+        stage = Signal(range(len(stages)))
         kind = Signal()
         not_done = Signal(channels)
         lane = Signal(self._shapes.channel)
@@ -154,17 +178,16 @@ class Watchdog(wiring.Component):
         with m.FSM(name="state"):
             with m.State("count"):
                 with m.If(expired & armed & ~self.failed.any()):
-                    m.d.sync += [
-                        kind.eq(Mux(self.finisher_waiting, Kind.VALUE, Kind.KEY)),
-                        slot.eq(Mux(self.finisher_waiting, self.finisher_slot, self.maximum_slot)),
-                    ]
+                    for number, (wait, at, _) in reversed(list(enumerate(stages))):
+                        with m.If(wait):
+                            m.d.sync += [stage.eq(number), slot.eq(at), kind.eq(Kind.KEY if number else Kind.VALUE)]
                     m.next = "lanes"
             with m.State("lanes"):
                 m.d.comb += self.probing.eq(1)
-                for i in range(channels):
-                    m.d.sync += not_done[i].eq(
-                        ~Mux(kind, self.values_done[i], self.keys_done[i]).bit_select(slot, 1)
-                    )
+                with m.Switch(stage):
+                    for number, (_, _, done) in enumerate(stages):
+                        with m.Case(number):
+                            m.d.sync += [not_done[i].eq(~done[i].bit_select(slot, 1)) for i in range(channels)]
                 m.next = "lowest"
             with m.State("lowest"):
                 m.d.comb += self.probing.eq(1)
@@ -181,13 +204,10 @@ class Watchdog(wiring.Component):
                 m.next = "fail"
             with m.State("fail"):
                 still = Signal()
-                m.d.comb += still.eq(
-                    Mux(
-                        kind,
-                        self.finisher_waiting & (self.finisher_slot == slot),
-                        self.maximum_waiting & (self.maximum_slot == slot),
-                    )
-                )
+                with m.Switch(stage):
+                    for number, (wait, at, _) in enumerate(stages):
+                        with m.Case(number):
+                            m.d.comb += still.eq(wait & (at == slot))
                 with m.If(still & armed & ~self.progress & not_done.any()):
                     saturated = Signal(MISSING_BITS)
                     m.d.comb += saturated.eq(

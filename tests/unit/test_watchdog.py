@@ -192,3 +192,32 @@ def test_the_finisher_at_work_is_no_timeout():
         assert await wait(ctx, dut, 100) is not None
 
     simulate(bench)
+
+
+def test_first_pass():
+    async def bench(ctx, dut):
+        ctx.set(dut.timeout, 20)
+        ctx.set(dut.first_done, [ALL & ~0b10, ALL, ALL & ~0b10])
+        ctx.set(dut.selection_slot, 1)
+        # A job is past Selection: that one is older, and nobody waits for it.
+        await pulse(ctx, dut.selected)
+        ctx.set(dut.selection_waiting, 1)
+        await ctx.tick().repeat(60)
+        assert not ctx.get(dut.failed)
+        # Maximum waits for it: it fails, not the one that Selection waits for.
+        ctx.set(dut.maximum_slot, 0)
+        ctx.set(dut.keys_done, [ALL, ALL & ~1, ALL])
+        ctx.set(dut.maximum_waiting, 1)
+        assert await wait(ctx, dut) is not None
+        assert ctx.get(dut.failed) == 1
+        ctx.set(dut.maximum_waiting, 0)
+        await pulse(ctx, dut.handed)
+        ctx.set(dut.freed_slot, 0)
+        await pulse(ctx, dut.freed)
+        assert not ctx.get(dut.failed)
+        # Now it is the oldest; its codewords count as K.
+        assert await wait(ctx, dut) is not None
+        assert ctx.get(dut.failed) == 0b10
+        assert ctx.get(dut.where) == 0 << 16 | Kind.KEY << 15 | 5
+
+    simulate(bench, missing={(Kind.KEY, 1, 0): 5})
