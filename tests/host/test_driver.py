@@ -34,7 +34,7 @@ BF16 = replace(TINY, element=Element.BF16, channels=3, rows=3)
 ODD = Config(
     channels=3, rows=4, head_dim=80, sparse=False, part=TINY_PART, dies=2, codeword_bytes=512, score_depth=256
 )  # 3 tokens and 32 bytes of padding in a codeword
-SHORT = replace(TINY, score_depth=16)  # 32 tokens for a job, so that sequences are split
+SHORT = replace(TINY, sparse=False, score_depth=16)  # 32 tokens for a job, so that sequences are split
 CONFIGS = {"tiny": TINY, "bf16": BF16, "odd": ODD, "short": SHORT}
 TOLERANCE = 1e-6
 

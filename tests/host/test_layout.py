@@ -73,12 +73,14 @@ def test_each_channel_lies_where_the_rule_says(config, pages):
 
 
 def test_configurations_without_a_channel_layout():
-    with pytest.raises(ConfigError, match=r"256 tokens: that must be 1, 2, 4, .* pages .* 96 tokens each, not 2.66667"):
+    with pytest.raises(ConfigError, match="without sparse attention: sparse must be True in it"):
         layout.stripe_pages(Config(head_dim=80, sparse=False), sparse=True)
+    with pytest.raises(ConfigError, match=r"256 tokens, which must be 1, 2, 4, .* pages .* 96 tokens each, not 2.66667"):
+        Config(head_dim=80)
     with pytest.raises(ConfigError, match=r"512 tokens each, not 0\.5"):
-        layout.stripe_pages(Config(head_dim=32, part=PSLC.resized(32768), codeword_bytes=512), sparse=True)
-    with pytest.raises(ConfigError, match=r"32 codewords of K: they must fit .* 16 codewords .score_depth 64"):
-        layout.stripe_pages(replace(TINY, score_depth=64), sparse=True)
+        Config(head_dim=32, part=PSLC.resized(32768), codeword_bytes=512)
+    with pytest.raises(ConfigError, match=r"32 codewords of K, which must fit .* 16 codewords .score_depth 64"):
+        replace(TINY, score_depth=64)
     with pytest.raises(RequestError, match="whole stripes of 128 tokens, not 130 tokens"):
         layout.pack_channel_pages(tokens_of(TINY, 130), TINY)
     with pytest.raises(RequestError, match="8 pages in a stripe: 9 are not whole stripes"):

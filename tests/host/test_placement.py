@@ -237,7 +237,7 @@ def test_long_sparse_jobs_are_split_where_a_lane_is_full():
 
 def test_sparse_needs_a_fitting_geometry():
     with Device(GoldenDevice(ODD)) as device:
-        with pytest.raises(ConfigError, match=r"256 tokens: that must be 1, 2, 4, .* pages"):
+        with pytest.raises(ConfigError, match="without sparse attention: sparse must be True"):
             device.create_sequence(1, capacity_tokens=10, sparse=True)
         with pytest.raises(RequestError, match="sparse must be a bool, not 1"):
             device.create_sequence(1, capacity_tokens=10, sparse=1)
@@ -468,7 +468,7 @@ def test_a_die_that_dies_later():
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("kind", [Kind.KEY, Kind.VALUE])
 def test_what_cannot_be_read_is_named(sparse, kind):
     """Sequence, layer, head and token; channel, die, plane, block, page and codeword; and the cause."""
     with Device(GoldenDevice(TINY)) as device:

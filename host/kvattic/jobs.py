@@ -1,0 +1,325 @@
+"""What crosses to the device and back: flash commands, jobs, plans and their results; and what a status means."""
+
+import math
+from collections.abc import Callable
+from collections.abc import Sequence as Series
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvattic import golden
+from kvattic.commands import (
+    LINE_BYTES,
+    ROW,
+    TABLE_ENTRY,
+    TRAILER,
+    Completion,
+    CompletionFlag,
+    Field,
+    Opcode,
+    Status,
+    lines,
+    query_row_bytes,
+    result_row_bytes,
+)
+from kvattic.config import ELEMENT_BYTES
+from kvattic.errors import KvatticError, RequestError
+from kvattic.formats import SCORE_FRACTION, VALUE_FRACTION
+
+if TYPE_CHECKING:
+    from kvattic.sequence import Sequence
+
+__all__ = ["AttendPlan", "AttendResult", "FlashOperation", "Job", "JobResult", "explain"]
+
+Bits: TypeAlias = NDArray[np.uint16]
+Bytes: TypeAlias = NDArray[np.uint8]
+Integers: TypeAlias = NDArray[np.int64]
+
+
+class FlashOperation(NamedTuple):
+    """One flash command.
+
+    Members:
+        opcode: PROGRAM, ERASE, PROBE or MAP.
+        channel: flash channel.
+        page: page number on the channel.
+        argument: PROGRAM: page of device DRAM; MAP: block; otherwise 0.
+    """
+
+    opcode: Opcode
+    channel: int
+    page: int
+    argument: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Job:
+    """One command: query rows over a range of tokens of one KV head.  The device checks it.
+
+    Attributes:
+        query: uint16 bit patterns, (rows, head_dim).
+        start: integers, (rows,), first token that each row attends.
+        end: integers, (rows,), one past the last token of each row.
+        tree: integers below 2**32, (rows,), bit i: the row attends token tree_token + i.
+        table: uint64, an entry for each stripe (`layout.pack_entries`); read when the job is run.
+        stripe_pages: pages of K (and of V) in a stripe.
+        base_token: number of the first stripe's first token.
+        end_token: one past the last valid token.
+        tree_token: first token of the draft tree, end_token where there is none.
+        scale_bits: fp32 bit pattern of softmax scale * log2(e).
+        label: names the job in error messages.
+    """
+
+    query: Bits
+    start: NDArray[Any]
+    end: NDArray[Any]
+    tree: NDArray[Any]
+    table: NDArray[np.uint64]
+    stripe_pages: int
+    base_token: int
+    end_token: int
+    tree_token: int
+    scale_bits: int
+    label: str = ""
+
+    @property
+    def rows(self) -> int:
+        """Query rows."""
+        return len(self.query)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class JobResult:
+    """What the device wrote for one job; the arrays mean nothing unless completion.status is OK.
+
+    Attributes:
+        bits: uint32, (rows, head_dim), fp32 bit patterns of the output.
+        maximum: int64, (rows,), largest score, log2 domain, SCORE_FRACTION fractional bits.
+        denominator: uint64, (rows,), sum of the weights, VALUE_FRACTION fractional bits.
+        completion: the completion entry.
+    """
+
+    bits: NDArray[np.uint32]
+    maximum: Integers
+    denominator: NDArray[np.uint64]
+    completion: Completion
+
+    @property
+    def partial(self) -> golden.Partial:
+        """What `golden.merge` takes."""
+        return golden.Partial(
+            self.bits.view(np.float32).astype(np.float64),
+            self.maximum,
+            self.denominator.astype(np.float64),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AttendResult:
+    """Attention of one call.
+
+    Attributes:
+        output: float32, (q_heads, n_queries, head_dim); zero where a query attends nothing.
+        maximum: int64, (q_heads, n_queries), largest score, log2 domain, SCORE_FRACTION fractional
+            bits; SCORE_MASKED where a query attends nothing.
+        denominator: uint64, (q_heads, n_queries), sum of 2**(score - maximum), VALUE_FRACTION
+            fractional bits.  The device's own integer when one job served the query; about 1e-7
+            off it where token ranges were merged, as the weights' rounding differs.
+        completions: one for each job, in the order of the jobs: by KV head, then query rows, then
+            token range.
+    """
+
+    output: NDArray[np.float32]
+    maximum: Integers
+    denominator: NDArray[np.uint64]
+    completions: list[Completion]
+
+    @property
+    def bits(self) -> NDArray[np.uint32]:
+        """uint32, (q_heads, n_queries, head_dim), bit patterns of the output."""
+        return self.output.view(np.uint32)
+
+    @property
+    def lse(self) -> NDArray[np.float64]:
+        """float64, (q_heads, n_queries), log(sum of exp(scale * q.k)); -inf for no token."""
+        with np.errstate(divide="ignore"):
+            log2 = self.maximum / (1 << SCORE_FRACTION) + np.log2(self.denominator) - VALUE_FRACTION
+        result: NDArray[np.float64] = log2 * math.log(2)
+        return result
+
+    @property
+    def flags(self) -> CompletionFlag:
+        """Everything that happened in any of the jobs."""
+        flags = CompletionFlag(0)
+        for completion in self.completions:
+            flags |= completion.flags
+        return flags
+
+
+class Part(NamedTuple):
+    """Rows of a plan, and the jobs (one for each token range) that serve them."""
+
+    kv_head: int
+    rows: slice
+    jobs: range
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AttendPlan:
+    """The jobs of one attention call, not yet run.
+
+    Made by `Sequence.plan`, run by `Device.attend_many`.  It covers the tokens that the sequence had when it was made,
+    wherever they lie when it is run.
+
+    Attributes:
+        sequence: whose tokens are attended.
+        shape: (q_heads, n_queries, head_dim).
+        jobs: all commands.
+    """
+
+    sequence: "Sequence"
+    shape: tuple[int, int, int]
+    jobs: list[Job]
+    _parts: list[Part]
+
+    def finish(self, results: Series[JobResult]) -> AttendResult:
+        """Put the jobs' results together, merging token ranges.
+
+        Args:
+            results: of `jobs`, in their order.
+        """
+        q_heads, n_queries, head_dim = self.shape
+        kv_heads = self.sequence.kv_heads
+        rows = q_heads // kv_heads * n_queries
+        bits = np.zeros((kv_heads, rows, head_dim), np.uint32)
+        maximum = np.zeros((kv_heads, rows), np.int64)
+        denominator = np.zeros((kv_heads, rows), np.uint64)
+        for part in self._parts:
+            place = (part.kv_head, part.rows)
+            if len(part.jobs) == 1:
+                one = results[part.jobs[0]]
+                bits[place], maximum[place], denominator[place] = (
+                    one.bits,
+                    one.maximum,
+                    one.denominator,
+                )
+            else:
+                whole = golden.merge([results[job].partial for job in part.jobs])
+                bits[place] = whole.output.astype(np.float32).view(np.uint32)
+                maximum[place] = whole.maximum
+                denominator[place] = np.rint(whole.denominator).astype(np.uint64)
+        # Rows are ordered by query, then by head of the group (see Sequence.plan).
+        shape = (kv_heads, n_queries, q_heads // kv_heads)
+        output = bits.reshape(*shape, head_dim).swapaxes(1, 2).reshape(self.shape).view(np.float32)
+        return AttendResult(
+            output=np.ascontiguousarray(output),
+            maximum=maximum.reshape(shape).swapaxes(1, 2).reshape(self.shape[:2]).copy(),
+            denominator=denominator.reshape(shape).swapaxes(1, 2).reshape(self.shape[:2]).copy(),
+            completions=[result.completion for result in results],
+        )
+
+
+# Helpers of the driver.
+
+
+def explain(completion: Completion) -> str:
+    """What a completion's status means, in words."""
+    status, where = completion.status, completion.where
+    texts: dict[Status, Callable[[], str]] = {
+        Status.OK: lambda: "no error",
+        Status.INVALID_OPCODE: lambda: f"there is no opcode {where:#04x}",
+        Status.INVALID_FIELD: lambda: (
+            "a reserved byte is not zero, or stripe_pages is no power of two or more than the score buffer holds"
+        ),
+        Status.INVALID_ROWS: lambda: f"{where} query rows are none or more than the device has",
+        Status.INVALID_LENGTH: lambda: (
+            "no token, more tokens than the score buffers hold, or another number of stripes than they take"
+        ),
+        Status.INVALID_ADDRESS: lambda: (
+            f"the {('query block', 'result block', 'table')[min(where, 2)]} is unaligned or out of the buffer window"
+        ),
+        Status.INVALID_SCALE: lambda: "scale is not a positive normal fp32",
+        Status.NAN_QUERY: lambda: (
+            f"NaN or infinity in query row {where >> 16}, channel {where & 0xFFFF}"
+        ),
+        Status.NAN_KEY: lambda: f"NaN or infinity in K at token {where}",
+        Status.NAN_VALUE: lambda: f"NaN or infinity in V at token {where}",
+        Status.CODEWORD_TIMEOUT: lambda: (
+            f"channel {where >> 16} still owes {where & 0x7FFF} codewords of "
+            f"{'V' if where >> 15 & 1 else 'K'}"
+        ),
+        Status.BUS_ERROR: lambda: "the host memory or the device DRAM answered with an error",
+        Status.INVALID_TABLE: lambda: (
+            f"entry {where} of the table names no channel, has a reserved bit set, or is one too many for its channel "
+            "(or the sequence was freed)"
+        ),
+        Status.INVALID_PLACE: lambda: "there is no such channel, page or block",
+        Status.UNREADABLE_KEY: lambda: f"K of token {where} on cannot be read",
+        Status.UNREADABLE_VALUE: lambda: f"V of token {where} on cannot be read",
+        Status.PROGRAM_FAILED: lambda: "the page was not programmed",
+        Status.ERASE_FAILED: lambda: "the block was not erased",
+        Status.BAD_BLOCK: lambda: "the block has the factory's mark of a bad block",
+        Status.DIE_TIMEOUT: lambda: "the die stays busy",
+    }
+    return f"{status.name}: {texts[status]()}"
+
+
+def end_block(action: Callable[[], None], error: BaseException | None) -> None:
+    """Clean up at the end of a with block; an error of that does not hide the one that ended the block."""
+    try:
+        action()
+    except KvatticError:
+        if error is None:
+            raise
+
+
+def table_bytes(job: Job) -> int:
+    """Bytes of the job's table, in whole lines."""
+    return lines(len(job.table) * TABLE_ENTRY.size) * LINE_BYTES
+
+def check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise RequestError(f"{name} must be a positive int, not {value!r}")
+
+
+def put_field(block: NDArray[np.uint8], field: Field, values: NDArray[Any]) -> None:
+    """Write an unsigned field into each row of a block of records."""
+    column = np.ascontiguousarray(values).astype(f"<u{field.size}")
+    block[:, field.offset : field.offset + field.size] = column[:, None].view(np.uint8)
+
+
+def get_field(block: Bytes, field: Field) -> Integers:
+    """An unsigned field of each row of a block of records."""
+    column = np.ascontiguousarray(block[:, field.offset : field.offset + field.size])
+    return column.view(f"<u{field.size}")[:, 0].astype(np.int64)
+
+
+def pack_query(job: Job) -> bytes:
+    """The query block: for each row its `ROW` record and q, padded to whole lines."""
+    rows, dim = job.query.shape
+    block = np.zeros((rows, query_row_bytes(dim)), np.uint8)
+    put_field(block, ROW["start_token"], job.start)
+    put_field(block, ROW["end_token"], job.end)
+    put_field(block, ROW["tree"], job.tree)
+    block[:, ROW.size : ROW.size + dim * ELEMENT_BYTES] = np.ascontiguousarray(
+        job.query, "<u2"
+    ).view(np.uint8)
+    return block.tobytes()
+
+
+def unpack_result(data: bytes, rows: int, dim: int, completion: Completion) -> JobResult:
+    block = np.frombuffer(data, np.uint8).reshape(rows, result_row_bytes(dim))
+
+    def field(offset: int, dtype: str, count: int = 1) -> NDArray[Any]:
+        size = count * np.dtype(dtype).itemsize
+        return np.ascontiguousarray(block[:, offset : offset + size]).view(dtype)
+
+    trailer = lines(dim * 4) * LINE_BYTES
+    return JobResult(
+        bits=field(0, "<u4", dim).astype(np.uint32),
+        maximum=field(trailer + TRAILER["maximum"].offset, "<i8")[:, 0].astype(np.int64),
+        denominator=field(trailer + TRAILER["denominator"].offset, "<u8")[:, 0].astype(np.uint64),
+        completion=completion,
+    )
