@@ -3,13 +3,14 @@
 SIM    ?= verilator
 BENCH  ?=
 PRESET ?=
+MODE   ?= dense
 
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 RUN     = $(PY) -m
 
-SIM_ARGS = --simulator $(SIM) $(if $(PRESET),--preset $(PRESET))
+SIM_ARGS = --simulator $(SIM) --mode $(MODE) $(if $(PRESET),--preset $(PRESET))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup sim waves trace verilog bench synth docs lint types test check clean
@@ -19,6 +20,7 @@ help:  ## list the targets
 	@echo
 	@echo '  SIM=verilator|icarus   the simulator (sim, waves, bench)'
 	@echo '  PRESET=name            the hardware configuration (sim, waves, verilog, synth)'
+	@echo '  MODE=dense|sparf|fetched|centroid   which tokens are attended (sim, waves)'
 	@echo '  BENCH=prefix           only the benchmarks whose names begin so (bench)'
 
 setup: $(VENV)/.stamp-dev  ## install everything for development into .venv

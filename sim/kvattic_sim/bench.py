@@ -18,7 +18,7 @@ from rich.table import Table
 
 from kvattic.errors import KvatticError
 from kvattic_sim import figures
-from kvattic_sim.benches import accuracy, engine, flash, placement
+from kvattic_sim.benches import accuracy, engine, flash, placement, sparse
 from kvattic_sim.benches.engine import Bench, Lab, UnavailableError, WrongResultError
 from kvattic_sim.build import SimulationFailed, Simulator, SimulatorError
 from kvattic_sim.jobs import JobError
@@ -57,7 +57,7 @@ _STYLES = {Verdict.MET: "green", Verdict.SHORT: "bold red", Verdict.REPORTED: "d
 DATA_SETS = ("minilm", "fa3_2k", "fa3_32k")
 
 BARS: dict[str, Bar | None] = {
-    **{key: None for bench in (*engine.BENCHES, *flash.BENCHES) for key in bench.keys},
+    **{key: None for bench in (*engine.BENCHES, *flash.BENCHES, *sparse.BENCHES) for key in bench.keys},
     **dict.fromkeys(placement.KEYS),
     "engine.dense.utilization.paper": Bar(">=", (0.97,)),
     "engine.dense.utilization.gqa": Bar(">=", (0.97,)),
@@ -71,6 +71,11 @@ BARS: dict[str, Bar | None] = {
     "flash.write.utilization": Bar(">=", (0.9,)),
     "flash.write_amplification": Bar("<=", (1.0,)),
     "flash.wear_spread": Bar("<=", (2,)),
+    "sparse.speedup.random": Bar(">=", (4.0,)),
+    "sparse.speedup.clustered": Bar(">=", (6.0,)),
+    "sparse.bus_utilization": Bar(">=", (0.85,)),
+    "sparse.centroid.speedup": Bar(">=", (6.5,)),
+    "sparse.sparq_equal": Bar("<=", (1e-12,)),
     **{f"accuracy.rel_rms.{name}": Bar("<=", (5e-7, f"accuracy.float32.{name}")) for name in DATA_SETS},
     **{f"accuracy.{kind}.{name}": None for kind in ("float32", "fp16") for name in DATA_SETS},
     "accuracy.drift": Bar("<=", (2.0**-24,)),  # the result's rounding to fp32 and nothing else, at any length
@@ -110,14 +115,14 @@ def verdict(key: str, value: Value, known: Mapping[str, Value]) -> Verdict:
 
 
 def benches() -> tuple[Bench, ...]:
-    """All that can be measured here: placement, the engine, the flash path, accuracy, the simulators."""
+    """All that can be measured here: placement, engine, flash path, sparse modes, accuracy, simulators."""
 
     def host(prefix: str, function: Callable[[], dict[str, float]]) -> Bench:
         keys = tuple(key for key in BARS if key == prefix or key.startswith(f"{prefix}."))
         return Bench(keys=keys, measure=lambda lab: function())
 
     placing = Bench(keys=placement.KEYS, measure=lambda lab: placement.write_amplification())
-    return (placing, *engine.BENCHES, *flash.BENCHES,
+    return (placing, *engine.BENCHES, *flash.BENCHES, *sparse.BENCHES,
             *(host(prefix, function) for prefix, function in accuracy.BENCHES.items()))
 
 

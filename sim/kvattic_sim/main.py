@@ -3,7 +3,7 @@
 K and V go through the host library into NAND: page programs, ECC, zones.  Queries are answered from there.  First every
 head of a MiniLM layer on real text; then a sequence's life with OPT-13B's geometry: prefill, decode steps whose new
 tokens wait in device DRAM, freeing, and another sequence in the same flash.  Each result is compared with the golden
-device (equal bits) and with float64 attention.
+device (equal bits) and with float64 attention of all tokens.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from rich.table import Table
 
 import kvattic
 from kvattic import PRESETS, AttendResult, Config
+from kvattic.commands import Mode
 from kvattic.elements import from_bits
 from kvattic.nand import part
 from kvattic_sim import oracle, timeline
@@ -31,7 +32,7 @@ from kvattic_sim.data import load_minilm
 from kvattic_sim.jobs import Run, run_on_model
 from kvattic_sim.rtl_transport import NandSettings
 from kvattic_sim.testbench import build_testbench
-from kvattic_sim.workloads import Attention, Step, Usage, attend, decode, live, lives, minilm
+from kvattic_sim.workloads import DENSE, Attention, How, Step, Usage, attend, decode, live, lives, minilm
 
 MINILM = Config(channels=4, rows=8, head_dim=32, part=part("lowlatency"), dies=4)
 """MiniLM's geometry: eight queries share a pass; 4 KiB pages, so that 512 tokens use all channels, and a short tR,
@@ -61,12 +62,15 @@ def oracle_errors(attention: Attention, result: AttendResult, config: Config) ->
     return errors
 
 
-def equal_bits(attention: Attention, result: AttendResult, config: Config) -> NDArray[np.bool_]:
+def equal_bits(
+    attention: Attention, result: AttendResult, config: Config, how: How = DENSE
+) -> NDArray[np.bool_]:
     """(kv_heads,): the golden device gives the same outputs, maxima and denominators, to the last bit."""
     kv_heads, tokens, _ = attention.key.shape
-    with kvattic.open("model", config) as device, device.create_sequence(kv_heads, capacity_tokens=tokens) as sequence:
+    with (kvattic.open("model", config) as device,
+          device.create_sequence(kv_heads, capacity_tokens=tokens, **how.sequence(config)) as sequence):
         sequence.prefill(attention.key, attention.value)
-        golden = sequence.attend(attention.query)
+        golden = sequence.attend(attention.query, **how.attend(config, tokens))
     equal = (golden.bits == result.bits).all(axis=2) & (golden.maximum == result.maximum)
     equal &= golden.denominator == result.denominator
     heads: NDArray[np.bool_] = equal.reshape(kv_heads, -1).all(axis=1)
@@ -113,7 +117,7 @@ def show(console: Console, title: str, config: Config, attention: Attention, wri
 
 
 def simulate(console: Console, title: str, config: Config, attention: Attention, model: Model, heads_per_batch: int,
-             processes: int) -> bool:
+             processes: int, how: How = DENSE) -> bool:
     """Run one attention on the RTL, check and show it; whether all bits were equal.
 
     Args:
@@ -124,6 +128,7 @@ def simulate(console: Console, title: str, config: Config, attention: Attention,
         model: the compiled simulation.
         heads_per_batch: KV heads behind one doorbell.
         processes: simulators that share the heads.
+        how: which tokens are attended.
     """
     heads = len(attention.key)
     group = len(attention.query) // heads
@@ -144,7 +149,7 @@ def simulate(console: Console, title: str, config: Config, attention: Attention,
             part = Attention(query=attention.query[share.start * group : share.stop * group],
                              key=attention.key[share.start : share.stop],
                              value=attention.value[share.start : share.stop])
-            arguments = {"attention": part, "heads_per_batch": heads_per_batch, "label": title}
+            arguments = {"attention": part, "heads_per_batch": heads_per_batch, "label": title, "how": how}
             return run_on_model(model, config, attend, arguments, flash=NAND, progress=follow)
 
         runs = list(pool.map(run, [share for share in shares if share]))
@@ -157,7 +162,7 @@ def simulate(console: Console, title: str, config: Config, attention: Attention,
         denominator=np.concatenate([r.denominator for r in results]),
         completions=[completion for r in results for completion in r.completions])
     errors = oracle_errors(attention, result, config)
-    equal = equal_bits(attention, result, config)
+    equal = equal_bits(attention, result, config, how)
     show(console, title, config, attention, written, usage, errors, equal)
     show_total(console, config, Usage.sum([written, *usage]), seconds, f"{len(runs)} x {model.simulator}", runs)
     return bool(equal.all())
@@ -175,7 +180,7 @@ def show_total(console: Console, config: Config, total: Usage, seconds: float, s
 
 
 def simulate_life(console: Console, title: str, config: Config, model: Model, kv_heads: int, tokens: int,
-                  appended: int) -> bool:
+                  appended: int, how: How = DENSE) -> bool:
     """Run a sequence's life on the RTL, check and show it; whether all bits were equal.
 
     Args:
@@ -186,8 +191,9 @@ def simulate_life(console: Console, title: str, config: Config, model: Model, kv
         kv_heads: KV heads of the sequence.
         tokens: of the prefill.
         appended: tokens that are appended, one at a time.
+        how: which tokens are attended.
     """
-    life = lives(config, kv_heads=kv_heads, tokens=tokens, group=config.rows, appended=appended)
+    life = lives(config, kv_heads=kv_heads, tokens=tokens, group=config.rows, appended=appended, how=how)
     begin = time.perf_counter()
     with console.status(title) as status:
         def follow(line: str) -> None:
@@ -261,12 +267,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--decode-heads", type=int, help="OPT-13B heads of the decode step (40 in the model); 0: none")
     parser.add_argument("--preset", default="paper", choices=[n for n, c in PRESETS.items() if c.head_dim == 128],
                         help="configuration of the sequence's life, or of the trace")
+    parser.add_argument("--mode", default="dense", choices=[mode.name.lower() for mode in Mode],
+                        help="which tokens are attended (docs/sparse.md)")
+    parser.add_argument("--channels", type=int, help="of the first pass, r (an eighth of head_dim)")
+    parser.add_argument("--units", type=int, help="tokens, or units, attended, k (a sixteenth of the tokens)")
     parser.add_argument("--waves", action="store_true", help="record waves of a short run under build/")
     parser.add_argument("--trace", action="store_true", help="only a short decode step, with its timeline under build/")
     options = parser.parse_args(arguments)
     console = Console(width=160 if not sys.stdout.isatty() else None)
     signal.signal(signal.SIGINT, _interrupted)
     opt = PRESETS[options.preset]
+    how = How(mode=options.mode, channels=options.channels, units=options.units)
+    suffix = "" if how == DENSE else f", {options.mode}"
     if options.trace:
         trace(console, opt, options.simulator)
         return
@@ -290,14 +302,16 @@ def main(arguments: list[str] | None = None) -> None:
             attention = minilm(layer)
             attention = Attention(query=attention.query[: options.heads, : options.queries],
                                   key=attention.key[: options.heads], value=attention.value[: options.heads])
-            title = f"MiniLM layer {layer} on real text: {options.heads} heads, {options.queries} positions, 512 tokens"
-            good &= simulate(console, title, MINILM, attention, model, 1, min(os.cpu_count() or 1, options.heads))
+            title = (f"MiniLM layer {layer} on real text: {options.heads} heads, {options.queries} positions, "
+                     f"512 tokens{suffix}")
+            processes = min(os.cpu_count() or 1, options.heads)
+            good &= simulate(console, title, MINILM, attention, model, 1, processes, how)
         if later is not None:
             with console.status("Compiling the drive for OPT-13B's geometry (kept for the next run)"):
                 model = later.result()
             title = (f"A sequence with OPT-13B's geometry: {options.decode_heads} heads, head_dim 128, 2,048 tokens, "
-                     f"preset {options.preset}")
-            good &= simulate_life(console, title, opt, model, options.decode_heads, 2048, APPENDED)
+                     f"preset {options.preset}{suffix}")
+            good &= simulate_life(console, title, opt, model, options.decode_heads, 2048, APPENDED, how)
     console.print("[bold green]All results are bit-exact.[/]" if good else "[bold red]Some results differ.[/]")
     if not good:
         raise SystemExit(1)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,6 +114,62 @@ def decode(config: Config, *, kv_heads: int, tokens: int, group: int = 1, seed: 
                      value=normal(kv_heads, tokens, config.head_dim))
 
 
+def clustered(config: Config, *, kv_heads: int, tokens: int, run: int, group: int = 1, seed: int = 0) -> Attention:
+    """`decode`, but important tokens come in runs: keys of a run of tokens are alike (correlation 0.9)."""
+    rng = np.random.default_rng(seed)
+    plain = decode(config, kv_heads=kv_heads, tokens=tokens, group=group, seed=seed + 1)
+    base = np.repeat(rng.standard_normal((kv_heads, -(-tokens // run), config.head_dim), np.float32), run, axis=1)
+    own = rng.standard_normal((kv_heads, tokens, config.head_dim), np.float32)
+    return replace(plain, key=to_bits(np.sqrt(0.9) * base[:, :tokens] + np.sqrt(0.1) * own, config.element))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class How:
+    """How tokens are chosen: arguments of `Sequence.attend`, and what a sequence needs for it.
+
+    Attributes:
+        mode: a name of `kvattic.Mode` in small letters.
+        channels: r of SparF; None: an eighth of head_dim.
+        units: k of SparF, or units; None: so many that they hold a sixteenth of the tokens (an eighth for centroids).
+        local: newest tokens that are attended in any case.
+        unit: tokens of a unit; None: a codeword's (16 for centroids, if the configuration allows it).
+    """
+
+    mode: str = "dense"
+    channels: int | None = None
+    units: int | None = None
+    local: int = 0
+    unit: int | None = None
+
+    def sequence(self, config: Config) -> dict[str, Any]:
+        """Arguments of `Device.create_sequence`."""
+        if self.mode == "centroid":
+            return {"centroids": self._unit(config)}
+        return {"sparse": True} if self.mode != "dense" else {}
+
+    def attend(self, config: Config, tokens: int) -> dict[str, Any]:
+        """Arguments of `Sequence.attend` and `Sequence.plan` for so many tokens."""
+        if self.mode == "dense":
+            return {}
+        unit = 1 if self.mode == "sparf" else self._unit(config)
+        share = 8 if self.mode == "centroid" else 16
+        arguments: dict[str, Any] = {
+            "mode": self.mode, "units": self.units or max(1, tokens // share // unit), "local": self.local}
+        if self.mode != "centroid":
+            arguments["channels"] = self.channels or config.head_dim // 8
+        if self.mode != "sparf":
+            arguments["unit"] = unit
+        return arguments
+
+    def _unit(self, config: Config) -> int:
+        least = config.tokens_per_codeword
+        most = least << config.unit_bits_max
+        return self.unit or (min(max(16, least), most) if self.mode == "centroid" else least)
+
+
+DENSE = How()
+
+
 def measured(device: Device, work: Callable[[], Result]) -> tuple[Result, Usage]:
     """Do some work on a device, and add up the counters of all batches that it took."""
     parts: list[Usage] = []
@@ -129,7 +185,7 @@ def measured(device: Device, work: Callable[[], Result]) -> tuple[Result, Usage]
 
 
 def attend(
-    device: Device, attention: Attention, heads_per_batch: int, label: str
+    device: Device, attention: Attention, heads_per_batch: int, label: str, how: How = DENSE
 ) -> tuple[AttendResult, Usage, list[Usage]]:
     """Prefill and attend; K and V stay, for erasing them takes device time that nobody looks at.
 
@@ -138,14 +194,15 @@ def attend(
         attention: the inputs.
         heads_per_batch: KV heads whose jobs go behind one doorbell.
         label: for the lines of progress.
+        how: which tokens.
 
     Returns:
         The result, the usage of writing K and V, and that of each batch of attention.
     """
     kv_heads, tokens, _ = attention.key.shape
-    sequence = device.create_sequence(kv_heads, capacity_tokens=tokens)
+    sequence = device.create_sequence(kv_heads, capacity_tokens=tokens, **how.sequence(device.config))
     _, written = measured(device, lambda: sequence.prefill(attention.key, attention.value))
-    plan = sequence.plan(attention.query)
+    plan = sequence.plan(attention.query, **how.attend(device.config, tokens))
     batch = len(plan.jobs) // kv_heads * heads_per_batch
     results, usage = [], []
     for first in range(0, len(plan.jobs), batch):
@@ -165,11 +222,13 @@ class Life:
         first: prefill and query.
         tokens: key and value of each appended token, and the query that follows it.
         second: prefill and query of the next sequence in the same flash.
+        how: which tokens are attended.
     """
 
     first: Attention
     tokens: list[Attention]
     second: Attention
+    how: How = DENSE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,18 +246,19 @@ class Step:
     result: AttendResult | None = None
 
 
-def lives(config: Config, *, kv_heads: int, tokens: int, group: int, appended: int) -> Life:
+def lives(config: Config, *, kv_heads: int, tokens: int, group: int, appended: int, how: How = DENSE) -> Life:
     """A decode's geometry with normal random numbers."""
     return Life(
+        how=how,
         first=decode(config, kv_heads=kv_heads, tokens=tokens, group=group),
         tokens=[decode(config, kv_heads=kv_heads, tokens=1, group=group, seed=10 + i) for i in range(appended)],
         second=decode(config, kv_heads=kv_heads, tokens=tokens // 4, group=group, seed=1))
 
 
-def decode_token(sequence: Sequence, token: Attention) -> AttendResult:
-    """Append a token and attend to all."""
+def decode_token(sequence: Sequence, token: Attention, how: How = DENSE) -> AttendResult:
+    """Append a token and attend."""
     sequence.append(token.key, token.value)
-    return sequence.attend(token.query)
+    return sequence.attend(token.query, **how.attend(sequence.device.config, sequence.length()))
 
 
 def live(device: Device, life: Life) -> list[Step]:
@@ -210,14 +270,16 @@ def live(device: Device, life: Life) -> list[Step]:
         result, usage = measured(device, work)
         steps.append(Step(name=name, usage=usage, result=result))
 
+    config, how = device.config, life.how
     kv_heads, tokens, _ = life.first.key.shape
-    first = device.create_sequence(kv_heads, capacity_tokens=tokens + len(life.tokens))
+    first = device.create_sequence(kv_heads, capacity_tokens=tokens + len(life.tokens), **how.sequence(config))
     step("prefill", lambda: first.prefill(life.first.key, life.first.value))
-    step("attend", lambda: first.attend(life.first.query))
+    step("attend", lambda: first.attend(life.first.query, **how.attend(config, tokens)))
     for number, token in enumerate(life.tokens, 1):
-        step(f"token {tokens + number:,}", partial(decode_token, first, token))
+        step(f"token {tokens + number:,}", partial(decode_token, first, token, how))
     step("free", first.free)
-    second = device.create_sequence(kv_heads, capacity_tokens=life.second.key.shape[1])
+    tokens = life.second.key.shape[1]
+    second = device.create_sequence(kv_heads, capacity_tokens=tokens, **how.sequence(config))
     step("prefill another", lambda: second.prefill(life.second.key, life.second.value))
-    step("attend", lambda: second.attend(life.second.query))
+    step("attend", lambda: second.attend(life.second.query, **how.attend(config, tokens)))
     return steps
