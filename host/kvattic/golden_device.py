@@ -8,17 +8,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvattic import golden, layout
+from kvattic import golden, layout, sparse
 from kvattic.commands import (
     COMMAND,
     FLASH_COMMAND,
     LINE_BYTES,
     ROW,
+    SKETCH_ENTRY,
     TABLE_ENTRY,
     TRAILER,
     CompletionFlag,
     Kind,
     MediaCause,
+    Mode,
     Opcode,
     Status,
     lines,
@@ -31,7 +33,7 @@ from kvattic.layout import Block, PagePlace
 from kvattic.registers import REGISTER_MAP, Access, Control, StatusBit
 from kvattic.transport import MAX_COMMANDS
 
-__all__ = ["FlashFaults", "GoldenDevice"]
+__all__ = ["FlashFaults", "GoldenDevice", "Traffic"]
 
 FLASH_OPCODES = frozenset((Opcode.PROGRAM, Opcode.ERASE, Opcode.PROBE, Opcode.MAP))
 _COMPLETION = struct.Struct("<HHIII48x")
@@ -51,6 +53,19 @@ class _Page(NamedTuple):
 
     image: NDArray[np.uint8] | None
     number: int
+
+
+class _Stripes:
+    """A job's table, taken apart: arrays of one entry a stripe; of dense jobs `entries` only."""
+
+    __slots__ = ("codeword", "entries", "page", "reserved", "written")
+
+    def __init__(self, entries: layout.Entries, sketch: NDArray[np.uint64] | None) -> None:
+        self.entries = entries
+        if sketch is not None:
+            self.page, self.codeword, self.written, self.reserved = (
+                (sketch >> np.uint64(field.offset * 8) & np.uint64((1 << field.size * 8) - 1)).astype(np.int64)
+                for field in (SKETCH_ENTRY[name] for name in ("page", "codeword", "written", "reserved")))
 
 
 class _Block:
@@ -85,25 +100,46 @@ class FlashFaults:
     power_cut: int | None = None
 
 
+@dataclass(slots=True)
+class Traffic:
+    """What the jobs of a batch read, in codewords, by `Kind`.
+
+    Attributes:
+        flash: codewords that came over the flash buses.
+        dram: codewords read from device DRAM.
+        page_reads: pages read from the flash arrays: of each job, the pages of which it read anything.
+    """
+
+    flash: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(Kind, 0))
+    dram: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(Kind, 0))
+    page_reads: int = 0
+
+
 class GoldenDevice:
     """A `Transport` with the device behind it, in NumPy.
 
-    The doorbell runs the whole batch before it returns.  There are no cycles: the counters, CYCLES among them, and the
-    counter fields of the completions stay 0, and CODEWORD_TIMEOUT does not occur.
+    The doorbell runs the whole batch before it returns.  There are no cycles: all counters of time, CYCLES among them,
+    and the counter fields of the completions stay 0, and CODEWORD_TIMEOUT does not occur.  What is moved is counted:
+    FLASH_WORDS, CODEWORDS, UNREADABLE and PAGE_READS of the reads of the last batch's jobs, as if nothing had to be
+    read again, no page were read ahead and none twice for a job; and by kind in `traffic`.
 
     An ATTEND is checked in this order, and the first that applies is reported: BUS_ERROR of its line, INVALID_OPCODE,
-    INVALID_FIELD, INVALID_ROWS, INVALID_LENGTH, INVALID_ADDRESS (query, result, table), INVALID_SCALE, BUS_ERROR of
-    the query block or the table, INVALID_TABLE, NAN_QUERY, UNREADABLE_KEY, UNREADABLE_VALUE, NAN_KEY, NAN_VALUE,
-    BUS_ERROR of the result.  A flash command: BUS_ERROR of its line, INVALID_FIELD, INVALID_PLACE, BUS_ERROR of a DRAM
-    page that there is not, then how the part ends it.  `where` is 0 where `Status` does not define it.  A command that
-    does not end OK writes its completion only.
+    INVALID_FIELD, INVALID_ROWS, INVALID_LENGTH, INVALID_SELECTION (channels, units, local, unit_bits), MISSING_MEAN,
+    INVALID_ADDRESS (query, result, table, mean), INVALID_SCALE, BUS_ERROR of the query block, the table or the mean,
+    INVALID_TABLE, NO_SKETCH, NAN_QUERY, NAN_MEAN, UNREADABLE_SKETCH, UNREADABLE_KEY, UNREADABLE_VALUE, NAN_KEY,
+    NAN_VALUE, BUS_ERROR of the result.  A flash command: BUS_ERROR of its line, INVALID_FIELD, INVALID_PLACE, BUS_ERROR
+    of a DRAM page that there is not, then how the part ends it.  `where` is 0 where `Status` does not define it.  A
+    command that does not end OK writes its completion only.
+
+    A job reads only what it needs, and whatever it does not read may be erased, unreadable or NaN.  Codewords that
+    cannot be read count as zeros in what follows, the selection of a sparse mode included.
 
     Flash obeys the rules of NAND: the pages of a block are programmed in order and each once, or the command ends
     with PROGRAM_FAILED and changes nothing.  A page can be read only under the number that it was programmed under
     (its check value says which); nothing else is ever read from it.
 
     MEDIA_ERROR and MEDIA_CAUSE name the first codeword of flash that could not be read since STATUS.MEDIA_ERROR was
-    clear, K before V, the lowest token first.
+    clear: first pass, K, V, the lowest token first.
 
     Args:
         config: geometry.
@@ -113,6 +149,7 @@ class GoldenDevice:
 
     Attributes:
         faults: the same.
+        traffic: what was read since the doorbell.
 
     Raises:
         RequestError: a size is not positive.
@@ -136,6 +173,7 @@ class GoldenDevice:
 
     def _reset(self) -> None:
         self._registers = {name: register.reset for name, register in REGISTER_MAP.items()}
+        self.traffic = Traffic()
         self._registers["CONFIG_HASH"] = self.config.hash
         self._registers["STATUS"] = int(StatusBit.READY)
 
@@ -233,7 +271,9 @@ class GoldenDevice:
             registers["STATUS"] |= StatusBit.DOORBELL_WHILE_BUSY
             return
         registers["STATUS"] &= ~StatusBit.DONE
-        registers["COMPLETED"] = 0
+        for name in ("COMPLETED", "FLASH_WORDS", "CODEWORDS", "UNREADABLE", "PAGE_READS"):
+            registers[name] = 0
+        self.traffic = Traffic()
         # The device sees whole lines: the low address bits are ignored.
         command, completion = (
             registers[name] // LINE_BYTES * LINE_BYTES for name in ("COMMAND_BASE", "COMPLETION_BASE"))
@@ -260,7 +300,7 @@ class GoldenDevice:
                 self._validate(command)
                 trace, unreadable = self._attend(command)
                 flags = trace.flags
-                _raise_first(*unreadable, (Status.NAN_KEY, trace.nan_key), (Status.NAN_VALUE, trace.nan_value))
+                _raise_first(*unreadable.items(), (Status.NAN_KEY, trace.nan_key), (Status.NAN_VALUE, trace.nan_value))
                 if not self._dma_write(command["result"], self._pack_result(trace)):
                     raise _RejectedError(Status.BUS_ERROR, 0)
             else:
@@ -273,10 +313,19 @@ class GoldenDevice:
 
     def _validate(self, command: dict[str, int]) -> None:
         config, registers = self.config, self._registers
-        pages, stripes = command["stripe_pages"], command["stripes"]
+        mode, pages, stripes = command["mode"], command["stripe_pages"], command["stripes"]
         codewords = pages * config.codewords_per_page
-        reserved = any(value for name, value in command.items() if name == "flags" or name.startswith("reserved"))
-        if reserved or pages == 0 or pages & (pages - 1) or codewords > config.ring_codewords:
+        forbidden = ["reserved0"]
+        if mode == Mode.DENSE:
+            forbidden += ["mean", "channels", "local", "units", "unit_bits"]
+        elif mode > max(Mode) or not config.sparse or pages != config.group_pages:
+            raise _RejectedError(Status.INVALID_FIELD, 0)
+        elif mode == Mode.CENTROID:
+            forbidden += ["mean", "channels"]
+        elif mode == Mode.SPARF:
+            forbidden += ["unit_bits"]
+        if any(command[name] for name in forbidden) or pages == 0 or pages & (pages - 1) or (
+                codewords > config.ring_codewords):
             raise _RejectedError(Status.INVALID_FIELD, 0)
         if not 1 <= command["rows"] <= config.rows:
             raise _RejectedError(Status.INVALID_ROWS, command["rows"])
@@ -286,10 +335,25 @@ class GoldenDevice:
         fitting = (stripes - 1) * stripe < tokens <= stripes * stripe
         if tokens <= 0 or far or not fitting or stripes > config.channels * (config.ring_codewords // codewords):
             raise _RejectedError(Status.INVALID_LENGTH, 0)
+        blended = mode in (Mode.SPARF, Mode.FETCHED)
+        if mode != Mode.DENSE:
+            unit_tokens = 1 if mode == Mode.SPARF else config.tokens_per_codeword << command["unit_bits"]
+            for where, bad in enumerate((
+                blended and not 1 <= command["channels"] <= config.head_dim,
+                not 1 <= command["units"] <= -(-tokens // unit_tokens),
+                command["local"] > command["units"] * unit_tokens,
+                command["unit_bits"] > config.unit_bits_max,
+            )):
+                if bad:
+                    raise _RejectedError(Status.INVALID_SELECTION, where)
+        if blended and not command["mean"]:
+            raise _RejectedError(Status.MISSING_MEAN, 0)
+        entry = TABLE_ENTRY.size if mode == Mode.DENSE else TABLE_ENTRY.size + SKETCH_ENTRY.size
         for where, name, size in (
             (0, "query", command["rows"] * query_row_bytes(config.head_dim)),
             (1, "result", command["rows"] * result_row_bytes(config.head_dim)),
-            (2, "table", stripes * TABLE_ENTRY.size),
+            (2, "table", stripes * entry),
+            *([(3, "mean", _mean_bytes(config.head_dim))] if blended else []),
         ):
             first = command[name]
             if first % LINE_BYTES or first < registers["BUFFER_BASE"] or first + size > registers["BUFFER_LIMIT"]:
@@ -297,67 +361,176 @@ class GoldenDevice:
         if not 0x0080_0000 <= command["scale"] < 0x7F80_0000:
             raise _RejectedError(Status.INVALID_SCALE, 0)
 
-    def _attend(self, command: dict[str, int]) -> tuple[golden.Trace, list[tuple[Status, int | None]]]:
-        """What golden says, with zeros for what cannot be read; and the first tokens of that, of K and of V."""
+    def _attend(self, command: dict[str, int]) -> tuple[golden.Trace | sparse.SparseTrace, dict[Status, int | None]]:
+        """What golden says, with zeros for what cannot be read; and the first tokens of that."""
         config, rows = self.config, command["rows"]
+        mode, stripes = Mode(command["mode"]), command["stripes"]
         data = self._dma_read(command["query"], rows * query_row_bytes(config.head_dim))
         # The table's lines are read whole.
-        table = self._dma_read(command["table"], lines(command["stripes"] * TABLE_ENTRY.size) * LINE_BYTES)
-        entries = layout.unpack_entries(np.frombuffer(table, "<u8", command["stripes"]).astype(np.uint64))
-        self._check_table(entries, config.ring_codewords // (command["stripe_pages"] * config.codewords_per_page))
+        words = stripes if mode is Mode.DENSE else 2 * stripes
+        table = self._dma_read(command["table"], lines(words * TABLE_ENTRY.size) * LINE_BYTES)
+        entries = np.frombuffer(table, "<u8", words).astype(np.uint64).reshape(stripes, -1)
+        mean = None
+        if mode in (Mode.SPARF, Mode.FETCHED):
+            line = self._dma_read(command["mean"], _mean_bytes(config.head_dim))
+            mean = np.frombuffer(line, "<u4", config.head_dim).astype(np.uint32)
+        stripe = _Stripes(layout.unpack_entries(entries[:, 0]), entries[:, 1] if mode is not Mode.DENSE else None)
+        self._check_table(stripe, mode, config.ring_codewords // (command["stripe_pages"] * config.codewords_per_page))
         block = np.frombuffer(data, np.uint8).reshape(rows, -1)
         query = np.ascontiguousarray(block[:, ROW.size : ROW.size + config.head_dim * ELEMENT_BYTES]).view("<u2")
-        # A query with a NaN reaches no lane, so nothing is read for it.
+        # A query or mean with a NaN reaches no lane, so nothing is read for it.
         form = config.element.encoding
         ones = np.uint16(((1 << form.exponent_bits) - 1) << form.fraction_bits)
         if (special := (query & ones) == ones).any():
             row, channel = divmod(int(special.argmax()), config.head_dim)
             raise _RejectedError(Status.NAN_QUERY, row << 16 | channel)
+        if mean is not None and (special := (mean & 0x7F80_0000) == 0x7F80_0000).any():
+            raise _RejectedError(Status.NAN_MEAN, int(special.argmax()))
 
         def column(name: str) -> NDArray[np.int64]:
             record = ROW[name]
             words = np.ascontiguousarray(block[:, record.offset : record.offset + record.size]).view("<u4")
             return words[:, 0].astype(np.int64)
 
-        pages = [self._tokens(command, entries, kind) for kind in Kind]
-        trace = golden.attend(
-            query.astype(np.uint16), pages[Kind.KEY][0], pages[Kind.VALUE][0], element=config.element,
-            scale_bits=command["scale"], start=column("start_token"), end=column("end_token"), tree=column("tree"),
-            tree_token=command["tree_token"], base_token=command["base_token"], end_token=command["end_token"])
-        statuses = (Status.UNREADABLE_KEY, Status.UNREADABLE_VALUE)
-        return trace, [(status, where) for status, (_, where) in zip(statuses, pages, strict=True)]
+        query = query.astype(np.uint16)
+        job: dict[str, Any] = {
+            "element": config.element, "scale_bits": command["scale"], "start": column("start_token"),
+            "end": column("end_token"), "tree": column("tree"), "tree_token": command["tree_token"]}
+        limits: dict[str, Any] = {"base_token": command["base_token"], "end_token": command["end_token"]}
+        lost: dict[Status, int | None] = {}
+        # Codewords behind the last token are not read.
+        codewords = np.arange(-(-(command["end_token"] - command["base_token"]) // config.tokens_per_codeword))
+        if mode is Mode.DENSE:
+            key, lost[Status.UNREADABLE_KEY] = self._tokens(command, stripe, Kind.KEY, codewords)
+            value, lost[Status.UNREADABLE_VALUE] = self._tokens(command, stripe, Kind.VALUE, codewords)
+            return golden.attend(query, key, value, **job, **limits), lost
 
-    def _check_table(self, entries: layout.Entries, places: int) -> None:
-        """Refuse a channel that there is not, reserved bits, and more stripes than a channel has places for."""
+        tail = stripe.entries.dram == 1
+        if mode is Mode.CENTROID:
+            # Not looked at in the first pass.
+            key = np.zeros((stripes * config.group_tokens, config.head_dim), np.uint16)
+            sketch, gone = self._centroids(command, stripe)
+        else:
+            of_tail = codewords[tail[codewords // config.group_codewords]]
+            sketch, gone = self._channels(
+                command, stripe, sparse.top_channels(query, command["channels"], config.element))
+            key, gone_tail = self._tokens(command, stripe, Kind.SKETCH, of_tail)
+            gone = min((token for token in (gone, gone_tail) if token is not None), default=None)
+        lost[Status.UNREADABLE_SKETCH] = gone
+        first = sparse.first_pass(
+            query, key, sketch=sketch, tail=tail, channels=command["channels"], units=command["units"],
+            local=command["local"], **job, **limits, layout=sparse.Layout(
+                group_tokens=config.group_tokens, tokens_per_codeword=config.tokens_per_codeword, mode=mode,
+                unit_bits=command["unit_bits"]))
+        key, lost[Status.UNREADABLE_KEY] = self._tokens(command, stripe, Kind.KEY, first.codewords)
+        value, lost[Status.UNREADABLE_VALUE] = self._tokens(command, stripe, Kind.VALUE, first.codewords)
+        return sparse.second_pass(first, query, key, value, mean=mean, **job), lost
+
+    def _check_table(self, stripe: "_Stripes", mode: Mode, places: int) -> None:
+        """Refuse a channel that there is not, reserved bits, and more stripes than a channel has places for.
+
+        Then stripes in flash of which the mode's first pass has nothing to read.
+        """
+        entries = stripe.entries
         bad = (entries.channel >= self.config.channels) | (entries.dram > 1)
         for channel in range(self.config.channels):
             bad[np.flatnonzero(entries.channel == channel)[places:]] = True
+        if mode is not Mode.DENSE:
+            bad |= (stripe.written > 1) | (stripe.reserved != 0)
         if bad.any():
             raise _RejectedError(Status.INVALID_TABLE, int(np.argmax(bad)))
+        if mode is not Mode.DENSE and (missing := (entries.dram == 0) & (stripe.written == 0)).any():
+            raise _RejectedError(Status.NO_SKETCH, int(np.argmax(missing)))
 
-    def _tokens(self, command: dict[str, int], entries: layout.Entries,
-                kind: Kind) -> tuple[NDArray[np.uint16], int | None]:
-        """K or V from base_token on, in whole stripes, and the first token that cannot be read."""
+    def _tokens(self, command: dict[str, int], stripe: "_Stripes", kind: Kind,
+                codewords: NDArray[np.int64]) -> tuple[NDArray[np.uint16], int | None]:
+        """K or V from base_token on, in whole stripes; and the first token that cannot be read.
+
+        `codewords` are those that are read, ascending, counted from base_token; all others are zero.
+        """
         config, count = self.config, command["stripe_pages"]
-        images = np.zeros((len(entries.dram) * count, config.page_bytes), np.uint8)
-        # Codewords behind the last token are not read.
-        codewords = -(-(command["end_token"] - command["base_token"]) // config.tokens_per_codeword)
-        first_pages = (entries.key_page if kind is Kind.KEY else entries.value_page).tolist()
-        places = zip(entries.channel.tolist(), first_pages, entries.dram.tolist(), strict=True)
+        per_page = config.codewords_per_page
+        images = np.zeros((command["stripes"] * count * per_page, config.codeword_bytes), np.uint8)
+        first_pages = stripe.entries.value_page if kind is Kind.VALUE else stripe.entries.key_page
         lost: int | None = None
-        for stripe, (channel, first_page, dram) in enumerate(places):
-            for page in range(stripe * count, (stripe + 1) * count):
-                number = first_page + page - stripe * count & (1 << PAGE_NUMBER_BITS) - 1
-                first = page * config.codewords_per_page
-                if first >= codewords:
-                    break
-                if dram:
-                    gone = self._read_dram_page(images[page], number)
-                else:
-                    gone = self._read_page(images[page], channel, number, codewords - first)
-                if gone is not None and lost is None:
-                    lost = command["base_token"] + (first + gone) * config.tokens_per_codeword
-        return layout.unpack_pages(images, config), lost
+        pages = np.unique(codewords // per_page)
+        ends = np.searchsorted(codewords, np.append(pages, codewords[-1:] // per_page + 1) * per_page).tolist()
+        for page, begin, end in zip(pages.tolist(), ends, ends[1:], strict=False):
+            number, inside = divmod(page, count)
+            wanted = codewords[begin:end]
+            images[wanted], gone = self._read(
+                kind, int(stripe.entries.channel[number]), int(first_pages[number]) + inside,
+                wanted - page * per_page, bool(stripe.entries.dram[number]))
+            if gone is not None and lost is None:
+                lost = command["base_token"] + int(wanted[gone]) * config.tokens_per_codeword
+        return layout.unpack_pages(images.reshape(-1, config.page_bytes), config), lost
+
+    def _sketch(self, kind: Kind, stripe: "_Stripes", number: int,
+                codewords: NDArray[np.int64]) -> tuple[NDArray[np.uint8], int | None]:
+        """Codewords of a stripe's sketch, (codewords, codeword_bytes), and which of them is the first that is lost."""
+        found = np.zeros((len(codewords), self.config.codeword_bytes), np.uint8)
+        page, codewords = np.divmod(codewords + int(stripe.codeword[number]), self.config.codewords_per_page)
+        lost: int | None = None
+        for each in np.unique(page).tolist():
+            places = np.flatnonzero(page == each)
+            found[places], gone = self._read(
+                kind, int(stripe.entries.channel[number]), int(stripe.page[number]) + each, codewords[places], False)
+            if gone is not None and lost is None:
+                lost = int(places[gone])
+        return found, lost
+
+    def _channels(self, command: dict[str, int], stripe: "_Stripes",
+                  channels: NDArray[np.int64]) -> tuple[NDArray[np.uint16], int | None]:
+        """Some channels of K of the stripes in flash, zeros elsewhere; first token of the first stripe that is lost."""
+        size = self.config.group_tokens
+        key = np.zeros((command["stripes"] * size, self.config.head_dim), np.uint16)
+        lost: int | None = None
+        for number in np.flatnonzero(stripe.entries.dram == 0).tolist():
+            found, gone = self._sketch(Kind.CHANNEL, stripe, number, channels)
+            key[number * size : (number + 1) * size, channels] = found.view("<u2").T
+            if gone is not None and lost is None:
+                lost = command["base_token"] + number * size
+        return key, lost
+
+    def _centroids(self, command: dict[str, int], stripe: "_Stripes") -> tuple[NDArray[np.uint16], int | None]:
+        """Mean keys of all units, zero for those of the tail; first token of the first that is lost."""
+        config = self.config
+        units = config.group_codewords >> command["unit_bits"]
+        codewords = np.arange(units // config.tokens_per_codeword)
+        key = np.zeros((command["stripes"], units, config.head_dim), np.uint16)
+        lost: int | None = None
+        for number in np.flatnonzero(stripe.entries.dram == 0).tolist():
+            found, gone = self._sketch(Kind.SKETCH, stripe, number, codewords)
+            used = np.ascontiguousarray(found[:, : config.tokens_per_codeword * config.token_bytes])
+            key[number] = used.view("<u2").reshape(units, config.head_dim)
+            if gone is not None and lost is None:
+                unit = number * units + gone * config.tokens_per_codeword
+                lost = command["base_token"] + unit * (config.tokens_per_codeword << command["unit_bits"])
+        return key.reshape(-1, config.head_dim), lost
+
+    def _read(self, kind: Kind, channel: int, number: int, codewords: NDArray[np.int64],
+              dram: bool) -> tuple[NDArray[np.uint8], int | None]:
+        """Codewords of a page, zeros where they cannot be read; which of them is the first that cannot."""
+        config = self.config
+        number &= (1 << PAGE_NUMBER_BITS) - 1
+        if dram:
+            self.traffic.dram[kind] += len(codewords)
+            image = np.zeros(config.page_bytes, np.uint8)
+            there = self._read_dram_page(image, number)
+            gone = [] if there is None else np.flatnonzero(codewords >= there).tolist()
+            return image.reshape(-1, config.codeword_bytes)[codewords], gone[0] if gone else None
+        registers, count = self._registers, len(codewords)
+        self.traffic.flash[kind] += count
+        self.traffic.page_reads += 1
+        registers["CODEWORDS"] += count
+        registers["FLASH_WORDS"] += count * config.raw_codeword_words
+        registers["PAGE_READS"] += 1
+        found, gone, cause = self._read_page(channel, number, codewords)
+        registers["UNREADABLE"] += len(gone)
+        if not gone:
+            return found, None
+        self._media_error(channel, number, int(codewords[gone[0]]), cause)
+        return found, gone[0]
 
     def _read_dram_page(self, image: NDArray[np.uint8], page: int) -> int | None:
         """Fill in a page of DRAM; the first codeword that is not inside of it."""
@@ -367,37 +540,36 @@ class GoldenDevice:
         image[: len(data)] = data
         return None if codewords == self.config.codewords_per_page else codewords
 
-    def _read_page(self, image: NDArray[np.uint8], channel: int, number: int, codewords: int) -> int | None:
-        """Fill in what can be read of a flash page's first codewords; the first one that cannot, which is noted."""
+    def _read_page(self, channel: int, number: int,
+                   codewords: NDArray[np.int64]) -> tuple[NDArray[np.uint8], list[int], MediaCause]:
+        """Codewords of a flash page, zeros where they cannot be read; which of them cannot, and why."""
         faults, size = self.faults, self.config.codeword_bytes
         place = layout.page_place(number, self.config)
         block = self._block(channel, place)
-        found = self._blocks.get(block)
-        page = None if found is None else found.pages.get(place.page)
+        written = self._blocks.get(block)
+        page = None if written is None else written.pages.get(place.page)
+        cause = MediaCause.UNCORRECTABLE
         if (channel, place.die) in faults.dead:
-            return self._media_error(channel, number, 0, MediaCause.DIE_TIMEOUT)
-        if page is None:
-            return self._media_error(channel, number, 0, MediaCause.ERASED)
-        if page.image is None or page.number != number:
-            return self._media_error(channel, number, 0, MediaCause.UNCORRECTABLE)
-        image[:] = page.image
-        if not faults.unreadable:
-            return None
-        codewords = min(codewords, self.config.codewords_per_page)
-        gone = [i for i in range(codewords) if (block, place.page, i) in faults.unreadable]
-        for i in gone:
-            image[i * size : (i + 1) * size] = 0
-        return self._media_error(channel, number, gone[0], MediaCause.UNCORRECTABLE) if gone else None
+            page, cause = None, MediaCause.DIE_TIMEOUT
+        elif page is None:
+            cause = MediaCause.ERASED
+        if page is None or page.image is None or page.number != number:
+            return np.zeros((len(codewords), size), np.uint8), list(range(len(codewords))), cause
+        found: NDArray[np.uint8] = page.image.reshape(-1, size)[codewords]
+        gone: list[int] = []
+        if faults.unreadable:
+            gone = [i for i, each in enumerate(codewords.tolist()) if (block, place.page, each) in faults.unreadable]
+            found[gone] = 0
+        return found, gone, cause
 
-    def _media_error(self, channel: int, page: int, codeword: int, cause: MediaCause) -> int:
+    def _media_error(self, channel: int, page: int, codeword: int, cause: MediaCause) -> None:
         registers = self._registers
         if not registers["STATUS"] & StatusBit.MEDIA_ERROR:
             registers["MEDIA_ERROR"] = channel << 24 | page
             registers["MEDIA_CAUSE"] = cause << 16 | codeword
             registers["STATUS"] |= StatusBit.MEDIA_ERROR
-        return codeword
 
-    def _pack_result(self, trace: golden.Trace) -> bytes:
+    def _pack_result(self, trace: golden.Trace | sparse.SparseTrace) -> bytes:
         rows, dim = trace.output.shape
         block = np.zeros((rows, result_row_bytes(dim)), np.uint8)
         block[:, : dim * 4] = trace.output.astype("<u4").view(np.uint8)
@@ -489,6 +661,11 @@ class GoldenDevice:
             return False
         self._memory[address : address + len(data)] = data
         return True
+
+
+def _mean_bytes(head_dim: int) -> int:
+    """Bytes of the mean of V, whole lines."""
+    return lines(head_dim * 4) * LINE_BYTES
 
 
 def _raise_first(*found: tuple[Status, int | None]) -> None:

@@ -177,13 +177,16 @@ def test_a_doorbell_out_of_range_is_refused(device, count):
     assert device.read_register("STATUS") == StatusBit.READY
 
 
-RESERVED = COMMAND.pack(**GOOD, reserved1=1 << 63)
 INVALID = [
     ({"opcode": 0x80}, Status.INVALID_OPCODE, 0x80),
-    ({"flags": 1}, Status.INVALID_FIELD, 0),
-    ({"reserved0": 0x100}, Status.INVALID_FIELD, 0),
-    ({"reserved1": 1}, Status.INVALID_FIELD, 0),
-    (RESERVED, Status.INVALID_FIELD, 0),
+    ({"reserved0": 1}, Status.INVALID_FIELD, 0),
+    ({"mode": 4}, Status.INVALID_FIELD, 0),
+    ({"mode": 255}, Status.INVALID_FIELD, 0),
+    ({"mean": 64}, Status.INVALID_FIELD, 0),
+    ({"channels": 1}, Status.INVALID_FIELD, 0),
+    ({"local": 1}, Status.INVALID_FIELD, 0),
+    ({"units": 1}, Status.INVALID_FIELD, 0),
+    ({"unit_bits": 1}, Status.INVALID_FIELD, 0),
     ({"stripe_pages": 0}, Status.INVALID_FIELD, 0),
     ({"stripe_pages": 3}, Status.INVALID_FIELD, 0),
     ({"stripe_pages": 32}, Status.INVALID_FIELD, 0),  # of four codewords each; the score buffer holds 64
@@ -282,7 +285,7 @@ def test_entries_behind_the_table_do_not_matter(device):
 def test_the_lowest_status_is_reported(device):
     everything = {
         "opcode": 1,
-        "flags": 1,
+        "mode": 9,
         "rows": 0,
         "end_token": 0,
         "query": 1,
