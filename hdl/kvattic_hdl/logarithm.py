@@ -65,15 +65,14 @@ class Logarithm(wiring.Component):
         m.d.sync += product.eq(a * b)
         m.d.comb += [
             upper.eq(lower[LOG_BITS:] + product),
-            self.result.eq(Cat(bits, (exponent - VALUE_FRACTION).as_signed())),
+            self.result.eq(Cat(bits, exponent - VALUE_FRACTION).as_signed()),
         ]
         m.d.sync += self.done.eq(0)
         with m.FSM(name="state"):
             with m.State("idle"):
-                m.d.sync += [value.eq(self.value), exponent.eq(self._value_bits - 1), bits_left.eq(SCORE_FRACTION)]
-                if self._value_bits < width:
-                    m.d.sync += value.eq(self.value << (width - self._value_bits))
+                m.d.sync += [value.eq(self.value << (width - self._value_bits)), bits_left.eq(SCORE_FRACTION)]
                 with m.If(self.start):
+                    m.d.sync += exponent.eq(self._value_bits - 1)
                     m.next = "normalise"
             with m.State("normalise"):
                 m.d.sync += mantissa.eq(value[-LOG_BITS:])

@@ -19,9 +19,9 @@ from kvattic_hdl.logarithm import Logarithm
 class Selection(wiring.Component):
     """Sends the lanes' `Selector`s through the scores of a job's first pass, and decides by what they find.
 
-    The steps of a sparse job (docs/sparse.md): wait for the first pass in all lanes; each row's largest score; SUM, each
-    row's denominator, and its log2; MASS, the units' ranks; a radix select from the highest digit down, exact, which
-    ends as soon as a digit divides off the right number of units; MARK; `select_valid`; each row's alpha.
+    The steps of a sparse job (docs/sparse.md): wait for the first pass in all lanes; each row's largest score; SUM,
+    each row's denominator, and its log2; MASS, the units' ranks; a radix select from the highest digit down, exact,
+    which ends as soon as a digit divides off the right number of units; MARK; `select_valid`; each row's alpha.
 
     Throughput: one job at a time.
     Ordering: jobs leave in the order in which they came; dense ones and those without lanes take two cycles.
@@ -158,9 +158,10 @@ class Selection(wiring.Component):
             chosen_maximum.eq(Array(self.first_maximum)[choose]),
             chosen_sum.eq(Array(self.sum)[choose]),
         ]
-        with m.If((lane == 3) | (chosen_maximum > best)):
-            m.d.sync += best.eq(chosen_maximum)
-        m.d.sync += total.eq(Mux(lane == 3, 0, total) + chosen_sum)
+        with m.If(~collected):
+            m.d.sync += total.eq(Mux(lane == 3, 0, total) + chosen_sum)
+            with m.If((lane == 3) | (chosen_maximum > best)):
+                m.d.sync += best.eq(chosen_maximum)
 
         # What is kept of each row: its largest score; that no token has any weight.
         m.submodules.maxima = maxima = Memory(
@@ -307,7 +308,7 @@ class Selection(wiring.Component):
                     sweep(Sweep.MASS)
             with m.State("sweep"):
                 m.d.comb += self.sweep_valid.eq(1)
-                m.d.sync += [swept_op.eq(op), fresh.eq(0)]
+                m.d.sync += [swept_op.eq(op), fresh.eq(0), answered.eq(0)]
                 m.next = "begun"
             with m.State("begun"):
                 m.next = "sweeping"    # `swept` is still of the cycle before the sweep
