@@ -1,8 +1,12 @@
 """What attention should be: float64 attention, and the floating-point attentions to compare with.
 
 Shapes are (rows, head_dim) for q and (tokens, head_dim) for k and v; everything is one KV head.
+
+`sparf`, `fetched` and `centroid` are the sparse modes as docs/sparse.md defines them, in float64 and apart from the
+golden model.  `sparq` is the algorithm that the first of them should be, written from its paper.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +15,19 @@ from numpy.typing import NDArray
 from kvattic.elements import to_bits
 from kvattic.formats import Element
 
-__all__ = ["attention", "attention_fp16", "attention_fp32", "fa3", "mask", "relative_rms"]
+__all__ = [
+    "Sparse",
+    "attention",
+    "attention_fp16",
+    "attention_fp32",
+    "centroid",
+    "fa3",
+    "fetched",
+    "mask",
+    "relative_rms",
+    "sparf",
+    "sparq",
+]
 
 
 def mask(
@@ -123,6 +139,232 @@ def attention_fp16(
     rounded = weights.astype(np.float16).astype(np.float32)
     result: NDArray[np.float16] = (rounded @ v.astype(np.float32) / total).astype(np.float16)
     return result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sparse:
+    """Sparse attention with what it chose.
+
+    Attributes:
+        channels: (r,), ascending: channels of the first pass; none in `centroid`.
+        scale: float64, (rows,), each row's scale of the first pass.
+        probability: float64, (rows, tokens), approximate softmax; in `centroid` (rows, units).
+        mass: float64, (units,), its sum over the rows and the unit's tokens.
+        forced: bool, (units,), units that touch the local window or are not full.
+        selected: bool, (units,).
+        attended: bool, (rows, tokens), what the second pass attends.
+        alpha: float64, (rows,).
+        exact: float64, (rows, head_dim), attention over what is selected.
+        output: float64, (rows, head_dim), blended with the mean.
+    """
+
+    channels: NDArray[np.int64]
+    scale: NDArray[np.float64]
+    probability: NDArray[np.float64]
+    mass: NDArray[np.float64]
+    forced: NDArray[np.bool_]
+    selected: NDArray[np.bool_]
+    attended: NDArray[np.bool_]
+    alpha: NDArray[np.float64]
+    exact: NDArray[np.float64]
+    output: NDArray[np.float64]
+
+
+def sparf(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    scale: float,
+    *,
+    channels: int,
+    units: int,
+    mean: NDArray[Any],
+    local: int = 0,
+    mask: NDArray[np.bool_] | None = None,
+    tail: NDArray[np.bool_] | None = None,
+) -> Sparse:
+    """SPARF: tokens of the largest approximate mass, exact attention over them, blended with the mean of V.
+
+    Args:
+        q: floats, (rows, head_dim).
+        k: floats, (tokens, head_dim).
+        v: floats, (tokens, head_dim).
+        scale: softmax scale, usually head_dim**-0.5.
+        channels: channels of the first pass.
+        units: tokens to select; those of the tail come on top.
+        mean: floats, (head_dim,), the mean of V.
+        local: the newest tokens, which are selected first.
+        mask: bool, (rows, tokens), what each row attends; all of it if None.
+        tail: bool, (tokens,), tokens that are scored exactly and always attended; none if None.
+    """
+    return fetched(q, k, v, scale, channels=channels, units=units, unit_tokens=1, mean=mean, local=local, mask=mask,
+                   tail=tail)
+
+
+def fetched(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    scale: float,
+    *,
+    channels: int,
+    units: int,
+    unit_tokens: int,
+    mean: NDArray[Any],
+    local: int = 0,
+    mask: NDArray[np.bool_] | None = None,
+    tail: NDArray[np.bool_] | None = None,
+) -> Sparse:
+    """FETCHED: as `sparf`, with units of several tokens, all of which are attended and count in alpha.
+
+    Args:
+        q: as in `sparf`, and so are the others.
+        k: floats, (tokens, head_dim).
+        v: floats, (tokens, head_dim).
+        scale: softmax scale.
+        channels: channels of the first pass.
+        units: units to select.
+        unit_tokens: tokens of a unit; the last one may have fewer.
+        mean: floats, (head_dim,).
+        local: the newest tokens: units that touch them come first.
+        mask: bool, (rows, tokens).
+        tail: bool, (tokens,), whole units.
+    """
+    q, k, v, mean = (np.asarray(x, np.float64) for x in (q, k, v, mean))
+    seen, late = _everything(len(q), len(k), mask, tail)
+    size = np.abs(q).sum(axis=0)
+    chosen = np.array(sorted(sorted(range(len(size)), key=lambda c: (-size[c], c))[:channels]))
+    part, whole = np.abs(q[:, chosen]).sum(axis=1), np.abs(q).sum(axis=1)
+    ratio = np.divide(whole, part, out=np.ones_like(whole), where=part > 0)
+    scales = scale * np.sqrt(ratio)
+    scores = np.where(late, q @ k.T * scale, q[:, chosen] @ k[:, chosen].T * scales[:, None])
+    probability = _probabilities(scores, seen)
+    units_seen = _units(probability, unit_tokens)
+    forced, selected = _choose(units_seen, unit_tokens, units, local, late)
+    taken = np.repeat(selected, unit_tokens)[: len(k)] | late
+    share = (probability * taken).sum(axis=1)
+    # What attends nothing has no share in anything, and is zero.
+    everything = not (~selected & ~late[::unit_tokens]).any()
+    alpha = np.where(everything | ~seen.any(axis=1), 1.0, share)
+    exact = attention(q, k, v, scale, seen & taken)
+    return Sparse(
+        channels=chosen, scale=scales, probability=probability, mass=units_seen, forced=forced, selected=selected,
+        attended=seen & taken, alpha=alpha, exact=exact, output=alpha[:, None] * exact + (1 - alpha[:, None]) * mean)
+
+
+def centroid(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    scale: float,
+    *,
+    centroids: NDArray[Any],
+    units: int,
+    unit_tokens: int,
+    local: int = 0,
+    mask: NDArray[np.bool_] | None = None,
+    tail: NDArray[np.bool_] | None = None,
+) -> Sparse:
+    """CENTROID: units whose mean keys have the largest softmax, all of whose tokens are attended; not blended.
+
+    Args:
+        q: as in `fetched`, and so are the others.
+        k: floats, (tokens, head_dim).
+        v: floats, (tokens, head_dim).
+        scale: softmax scale.
+        centroids: floats, (units, head_dim), mean keys.
+        units: units to select.
+        unit_tokens: tokens of a unit; the last one may have fewer.
+        local: the newest tokens: units that touch them come first.
+        mask: bool, (rows, tokens); a row scores the mean keys of units of which it attends any token.
+        tail: bool, (tokens,), whole units, which are always attended and have no score.
+    """
+    q, k, v, centroids = (np.asarray(x, np.float64) for x in (q, k, v, centroids))
+    seen, late = _everything(len(q), len(k), mask, tail)
+    visible = _units(seen & ~late, unit_tokens, rows=True) > 0
+    probability = _probabilities(q @ centroids.T * scale, visible)
+    mass = probability.sum(axis=0)
+    forced, selected = _choose(mass, unit_tokens, units, local, late)
+    taken = np.repeat(selected, unit_tokens)[: len(k)] | late
+    exact = attention(q, k, v, scale, seen & taken)
+    return Sparse(
+        channels=np.zeros(0, np.int64), scale=np.full(len(q), scale), probability=probability, mass=mass, forced=forced,
+        selected=selected, attended=seen & taken, alpha=np.ones(len(q)), exact=exact, output=exact)
+
+
+def _everything(
+    rows: int, tokens: int, mask: NDArray[np.bool_] | None, tail: NDArray[np.bool_] | None
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Mask and tail, where they are None: all, and none."""
+    return (np.ones((rows, tokens), np.bool_) if mask is None else mask,
+            np.zeros(tokens, np.bool_) if tail is None else tail)
+
+
+def _probabilities(scores: NDArray[np.float64], seen: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Softmax; zero for a row that sees nothing."""
+    top = np.where(seen, scores, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)
+    weights = np.where(seen, np.exp(np.where(seen, scores - np.where(np.isfinite(top), top, 0), -np.inf)), 0.0)
+    total = weights.sum(axis=1, keepdims=True)
+    result: NDArray[np.float64] = weights / np.where(total > 0, total, 1)
+    return result
+
+
+def _units(values: NDArray[Any], unit_tokens: int, *, rows: bool = False) -> NDArray[np.float64]:
+    """Sum of (rows, tokens) over each unit's tokens, and over the rows unless they are kept."""
+    short = -values.shape[1] % unit_tokens
+    padded = np.pad(values.astype(np.float64), ((0, 0), (0, short)))
+    total: NDArray[np.float64] = padded.reshape(len(values), -1, unit_tokens).sum(axis=2)
+    return total if rows else total.sum(axis=0)
+
+
+def _choose(
+    mass: NDArray[np.float64], unit_tokens: int, units: int, local: int, late: NDArray[np.bool_]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """(forced, selected): the units of the largest mass, the lower one of equals, forced ones before all others."""
+    end = (np.arange(len(mass)) + 1) * unit_tokens
+    forced = end > len(late) - local
+    candidates = [u for u in range(len(mass)) if not late[u * unit_tokens]]
+    best = sorted(candidates, key=lambda u: (not forced[u], 0.0 if forced[u] else -mass[u], u))[:units]
+    selected = np.zeros(len(mass), np.bool_)
+    selected[best] = True
+    return forced, selected
+
+
+def sparq(
+    q: NDArray[Any], keys: NDArray[Any], values: NDArray[Any], mean: NDArray[Any], *, r: int, k: int, local: int = 0
+) -> NDArray[np.float64]:
+    """SparQ Attention, Algorithm 1 of arXiv 2312.04985, for a group of queries that share a KV head.
+
+    Written from the paper and apart from everything else here.  In the grouped form |q| and the approximate scores are
+    summed over the group before the two top-k, so that K and V are read once.
+
+    Args:
+        q: floats, (group, d_h).
+        keys: floats, (S, d_h).
+        values: floats, (S, d_h).
+        mean: floats, (d_h,), the running mean of V.
+        r: components of q.
+        k: tokens.
+        local: the paper's l: tokens of the local window, which are among the k.
+
+    Returns:
+        float64, (group, d_h).
+    """
+    q, keys, values, mean = (np.asarray(x, np.float64) for x in (q, keys, values, mean))
+    tokens, d_h = keys.shape
+    i1 = np.argpartition(np.abs(q).sum(axis=0), -r)[-r:]
+    tau = np.sqrt(d_h * np.linalg.norm(q[:, i1], 1, axis=1) / np.linalg.norm(q, 1, axis=1))
+    logits = np.einsum("gc,sc->gs", q[:, i1], keys[:, i1]) / tau[:, None]
+    s_hat = np.exp(logits - logits.max(axis=1, keepdims=True))
+    s_hat /= s_hat.sum(axis=1, keepdims=True)
+    m = np.where(np.arange(1, tokens + 1) > tokens - local, 1.0, 0.0)
+    i2 = np.argpartition((s_hat + m).sum(axis=0), -k)[-k:]
+    alpha = s_hat[:, i2].sum(axis=1, keepdims=True)
+    logits = np.einsum("gc,sc->gs", q, keys[i2]) / np.sqrt(d_h)
+    s = np.exp(logits - logits.max(axis=1, keepdims=True))
+    s /= s.sum(axis=1, keepdims=True)
+    y: NDArray[np.float64] = alpha * (s @ values[i2]) + (1 - alpha) * mean
+    return y
 
 
 def relative_rms(a: NDArray[Any], reference: NDArray[Any]) -> float:
