@@ -160,8 +160,8 @@ def test_equals_golden_device(simulator: str) -> None:
 
 
 ODD = Config(
-    channels=3, rows=3, head_dim=80, sparse=False, element=Element.BF16, beat_bytes=16, part=TINY_PART.resized(2048), dies=2,
-    dram_beat_bytes=32, codeword_bytes=512, score_depth=64, jobs_in_flight=2,
+    channels=3, rows=3, head_dim=80, sparse=False, element=Element.BF16, beat_bytes=16,
+    part=TINY_PART.resized(2048), dies=2, dram_beat_bytes=32, codeword_bytes=512, score_depth=64, jobs_in_flight=2,
 )  # 3 tokens and 32 bytes of padding in a codeword
 
 
@@ -364,9 +364,9 @@ def bad_commands(device: Device) -> dict[str, Any]:
     limit = 0x10000
     mistakes: dict[str, dict[str, int]] = {
         "opcode": {"opcode": 0x80},
-        "flags": {"flags": 1},
-        "reserved0": {"reserved0": 1 << 63},
-        "reserved1": {"reserved1": 1},
+        "mode": {"mode": 4},
+        "reserved0": {"reserved0": 1 << 7},
+        **{f"dense with {name}": {name: 1} for name in ("mean", "channels", "local", "units", "unit_bits")},
         "no stripe pages": {"stripe_pages": 0},
         "three stripe pages": {"stripe_pages": 3},
         "large stripes": {"stripe_pages": 128},
@@ -401,7 +401,7 @@ def bad_commands(device: Device) -> dict[str, Any]:
         "scale infinite": {"scale": 0x7F80_0000},
         "scale negative": {"scale": 0xBF80_0000},
         "nan in q": {"rows": 2, "query": 0x9000},
-        "all wrong": {"opcode": 1, "flags": 1, "rows": 0, "end_token": 0, "query": 1, "scale": 0, "table": 1},
+        "all wrong": {"opcode": 1, "mode": 4, "rows": 0, "end_token": 0, "query": 1, "scale": 0, "table": 1},
     }
     found: dict[str, Any] = {}
     for name, mistake in mistakes.items():

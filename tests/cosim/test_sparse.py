@@ -1,0 +1,410 @@
+"""Sparse attention on the RTL, against the golden device: equal bits in any order, and an answer for every fault.
+
+The functions without `test_` run inside of a simulator process (see kvattic_sim.jobs), and most of them on the golden
+device too.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvattic.commands import COMMAND, LINE_BYTES, Mode, Status, query_row_bytes
+from kvattic.config import TINY, Config
+from kvattic.driver import Device
+from kvattic.errors import DeviceTimeoutError
+from kvattic.formats import Element
+from kvattic.golden_device import GoldenDevice
+from kvattic.layout import pack_entries, pack_sketches
+from kvattic.nand import TINY_PART
+from kvattic_sim.jobs import run_in_simulation
+from kvattic_sim.nand_twin import NandFaults
+from kvattic_sim.rtl_transport import AxiStalls, Fault, FaultKind, FlashSettings, NandSettings, Stall
+from kvattic_sim.workloads import How, live, lives
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_engine import (
+    NAN,
+    SHUFFLED,
+    SIMULATORS,
+    check_counters,
+    differences,
+    model,
+    normal,
+    observed,
+    raw_batch,
+    simulate,
+)
+
+GROUP = TINY.group_tokens
+UNIT = TINY.tokens_per_codeword
+TREE = [[True, False, True, False], [True, True, False, True], [False, False, False, True]]
+
+
+def sparf(r: int, k: int, local: int = 0) -> dict[str, Any]:
+    return {"mode": "sparf", "channels": r, "units": k, "local": local}
+
+
+def fetched(r: int, k: int, local: int = 0, unit: int = UNIT) -> dict[str, Any]:
+    return {"mode": "fetched", "channels": r, "units": k, "local": local, "unit": unit}
+
+
+def centroid(k: int, local: int = 0, unit: int = UNIT) -> dict[str, Any]:
+    return {"mode": "centroid", "units": k, "local": local, "unit": unit}
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "sparf": {"kv_heads": 3, "q_heads": 3, "tokens": [5 * GROUP], "how": sparf(4, 20)},
+    "sparf, a tail": {"kv_heads": 2, "q_heads": 2, "tokens": [3 * GROUP + 17], "how": sparf(4, 20)},
+    "sparf, one channel, one token": {"kv_heads": 1, "q_heads": 2, "tokens": [2 * GROUP], "how": sparf(1, 1)},
+    "sparf, all channels": {"kv_heads": 2, "q_heads": 2, "tokens": [2 * GROUP + 1], "how": sparf(TINY.head_dim, 9)},
+    "sparf, all tokens": {"kv_heads": 1, "q_heads": 2, "tokens": [2 * GROUP + 5], "how": sparf(4, 2 * GROUP + 5)},
+    "sparf, local": {"kv_heads": 2, "q_heads": 2, "tokens": [3 * GROUP + 3], "how": sparf(4, 40, local=30)},
+    "fetched": {"kv_heads": 3, "q_heads": 3, "tokens": [5 * GROUP], "how": fetched(4, 8)},
+    "fetched, large units": {"kv_heads": 2, "q_heads": 4, "tokens": [4 * GROUP + 9],
+                             "how": fetched(6, 5, local=20, unit=UNIT << TINY.unit_bits_max)},
+    "centroid": {"kv_heads": 3, "q_heads": 3, "tokens": [5 * GROUP], "how": centroid(8)},
+    "centroid, pages": {"kv_heads": 2, "q_heads": 4, "tokens": [4 * GROUP + 9],
+                        "how": centroid(5, local=20, unit=UNIT << TINY.unit_bits_max)},
+    "only a tail": {"kv_heads": 1, "q_heads": 2, "tokens": [GROUP - 1], "how": sparf(4, 3)},
+    "only a tail, centroids": {"kv_heads": 1, "q_heads": 2, "tokens": [GROUP - 1], "how": centroid(3)},
+    "one token": {"kv_heads": 1, "q_heads": 1, "tokens": [1], "how": fetched(2, 1)},
+    "appended": {"kv_heads": 2, "q_heads": 2, "tokens": [GROUP - 3, 1, 1, 1, 2, GROUP, 7], "how": sparf(5, 30)},
+    "appended, centroids": {"kv_heads": 2, "q_heads": 2, "tokens": [GROUP - 3, 1, 1, 1, 2, GROUP],
+                            "how": centroid(9)},
+    "gqa": {"kv_heads": 2, "q_heads": 8, "tokens": [3 * GROUP], "how": sparf(4, 24)},
+    "causal": {"kv_heads": 1, "q_heads": 2, "tokens": [2 * GROUP + 3], "queries": 5, "causal": True,
+               "how": sparf(4, 24)},
+    "sliding": {"kv_heads": 1, "q_heads": 2, "tokens": [3 * GROUP], "queries": 2, "causal": True, "window": 150,
+                "how": fetched(4, 9)},
+    "sliding, centroids": {"kv_heads": 1, "q_heads": 2, "tokens": [3 * GROUP], "queries": 2, "causal": True,
+                           "window": 150, "how": centroid(9)},
+    "tree": {"kv_heads": 1, "q_heads": 2, "tokens": [2 * GROUP + 30], "queries": 3, "tree": TREE, "how": sparf(4, 24)},
+    "equal scores": {"kv_heads": 2, "q_heads": 2, "tokens": [4 * GROUP], "how": sparf(4, 21), "constant": True},
+    "small scale": {"kv_heads": 1, "q_heads": 2, "tokens": [2 * GROUP], "scale": 1e-6, "how": sparf(4, 24)},
+    "large scale": {"kv_heads": 1, "q_heads": 2, "tokens": [2 * GROUP], "scale": 3000.0, "how": sparf(4, 24)},
+}
+
+
+def attend_case(device: Device, case: dict[str, Any], seed: int = 0) -> list[dict[str, Any]]:
+    """Write, attend sparsely and densely in one batch, and free."""
+    config, how = device.config, case["how"]
+    kv_heads = case["kv_heads"]
+    masks = {name: case[name] for name in ("causal", "window", "scale") if name in case}
+    if "tree" in case:
+        masks["tree"] = np.array(case["tree"])
+    needs = {"centroids": how["unit"]} if how["mode"] == "centroid" else {"sparse": True}
+    with device.create_sequence(kv_heads, capacity_tokens=sum(case["tokens"]), **needs) as sequence:
+        for piece, tokens in enumerate(case["tokens"]):
+            key, value = (normal(config, seed + 10 * piece + i, kv_heads, tokens) for i in (100, 200))
+            if case.get("constant"):
+                key[:] = key[:, :1]
+            sequence.append(key, value)
+        query = normal(config, seed + 300, case["q_heads"], case.get("queries", 1))
+        sparse, dense = sequence.plan(query, **masks, **how), sequence.plan(query, **masks)
+        results = device.attend_many([sparse, dense, sparse])
+        for result in results:
+            check_counters(result.completions, config.channels)
+        return [observed(result) for result in results]
+
+
+def attend_cases(device: Device, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """All cases on one device, so that pages, slots and groups are used again."""
+    return {name: attend_case(device, case, seed) for seed, (name, case) in enumerate(cases.items())}
+
+
+@pytest.mark.parametrize("simulator", SIMULATORS)
+def test_equals_golden_device(simulator: str) -> None:
+    small = ("sparf, a tail", "centroid, pages")
+    cases = CASES if simulator == "verilator" else {name: CASES[name] for name in small}
+    found = simulate(TINY, attend_cases, simulator, cases=cases, flash=SHUFFLED)
+    assert not differences(found, model(TINY, attend_cases, cases=cases))
+
+
+WIDE = Config(
+    channels=3, rows=3, head_dim=64, element=Element.BF16, beat_bytes=16, part=TINY_PART.resized(2048), dies=2,
+    dram_beat_bytes=32, codeword_bytes=256, score_depth=512, jobs_in_flight=3, groups_in_flight=2)
+"""Another geometry: bf16, two tokens in a codeword, eight elements in a beat, three slots."""
+
+
+def test_another_geometry() -> None:
+    group = WIDE.group_tokens
+    cases = {
+        "sparf": {"kv_heads": 2, "q_heads": 4, "tokens": [4 * group + 9], "how": sparf(7, 33, local=5)},
+        "fetched": {"kv_heads": 2, "q_heads": 6, "tokens": [4 * group], "how": fetched(5, 9, unit=4)},
+        "centroid": {"kv_heads": 2, "q_heads": 4, "tokens": [4 * group + 1], "how": centroid(9, unit=8)},
+    }
+    found = simulate(WIDE, attend_cases, flash=SHUFFLED, cases=cases)
+    assert not differences(found, model(WIDE, attend_cases, cases=cases))
+
+
+# ---------------------------------------------------------------- orders, stalls, resets
+
+TWO = {"kv_heads": 2, "q_heads": 4, "tokens": [3 * GROUP + 17], "how": fetched(4, 9)}
+
+
+def orders(device: Device, seeds: list[int]) -> tuple[list[Any], int]:
+    """The same attention with codewords coming in other orders and at other paces; distinct results, and cycles."""
+    rng, found, cycles = np.random.default_rng(1), [], set()
+    for seed in seeds:
+        device.transport.set_flash(FlashSettings(
+            latency=int(rng.integers(0, 200)), jitter=int(rng.integers(0, 800)), shuffle=bool(rng.integers(4)),
+            gap=Stall.RANDOM, stall_probability=int(rng.integers(0, 100)), seed=seed + 1))
+        device.transport.set_stalls(AxiStalls.everywhere(Stall.RANDOM, seed=seed) if seed % 3 == 0 else AxiStalls())
+        found.append(attend_case(device, TWO))
+        cycles.add(device.transport.read_register("CYCLES"))
+        if len(found) > 1 and not differences(found[-1], found[0]):
+            found.pop()
+    return found, len(cycles)
+
+
+def test_order_changes_no_bit() -> None:
+    found, cycles = simulate(TINY, orders, seeds=list(range(40)))
+    assert len(found) == 1, differences(found[1], found[0])
+    assert cycles > 20, "the orders were hardly different"
+    assert not differences(found[0], model(TINY, attend_case, case=TWO))
+
+
+def resets(device: Device, delays: list[int]) -> dict[str, Any]:
+    """Batches that are cut off by a reset after some cycles, each followed by a whole one."""
+    transport, found = device.transport, {}
+    patience = transport.timeout_cycles
+    for delay in delays:
+        transport.set_flash(FlashSettings(latency=50, jitter=100, shuffle=True, seed=delay, gap=Stall.RANDOM))
+        with device.create_sequence(2, capacity_tokens=3 * GROUP, sparse=True) as sequence:
+            sequence.prefill(normal(TINY, delay, 2, 3 * GROUP), normal(TINY, delay + 1, 2, 3 * GROUP))
+            transport.timeout_cycles = delay
+            with pytest.raises(DeviceTimeoutError):
+                sequence.attend(normal(TINY, delay + 2, 6, 1), **sparf(4, 20))
+            transport.timeout_cycles = patience
+            device.reset()
+            found[str(delay)] = attend_case(device, TWO, delay)
+    return found
+
+
+def test_reset_in_a_batch() -> None:
+    delays = [100, 400, 700, 1000, 1300, 1700, 2100, 2500]
+    expected = {str(delay): model(TINY, attend_case, case=TWO, seed=delay) for delay in delays}
+    assert not differences(simulate(TINY, resets, delays=delays), expected)
+
+
+# ---------------------------------------------------------------- the whole drive
+
+
+@pytest.mark.parametrize("mode", ["sparf", "fetched", "centroid"])
+def test_a_life(mode: str) -> None:
+    """Prefill, decode steps from the tail, a stripe that fills up, freeing and another sequence, behind NAND."""
+    how = How(mode=mode, channels=4, units=20)
+    # The third token fills a stripe.
+    life = lives(TINY, kv_heads=3, tokens=5 * GROUP - 2, group=2, appended=4, how=how)
+
+    def run(device: Device) -> list[Any]:
+        return whole_life(device, life)
+
+    found = run_in_simulation(TINY, whole_life, {"life": life}, flash=NandSettings(bit_error_rate=1e-4),
+                              memory_bytes=1 << 20, timeout_cycles=2_000_000, timeout_s=300).result
+    expected = run(Device(GoldenDevice(TINY, memory_bytes=1 << 20)))
+    assert not differences([o for _, o in found], [o for _, o in expected])
+
+
+def whole_life(device: Device, life: Any) -> list[Any]:
+    return [(step.name, observed(step.result)) for step in live(device, life) if step.result is not None]
+
+
+def unreadable(device: Device) -> list[Any]:
+    """A die whose pages cannot be read: jobs that need them say so, a job in DRAM alone does not."""
+    found = []
+    for needs, how in (({"sparse": True}, sparf(4, 20)), ({"centroids": UNIT}, centroid(9))):
+        with device.create_sequence(2, capacity_tokens=3 * GROUP, **needs) as sequence:
+            sequence.prefill(normal(TINY, 1, 2, 3 * GROUP), normal(TINY, 2, 2, 3 * GROUP))
+            other = device.create_sequence(1, capacity_tokens=GROUP, **needs)
+            other.prefill(normal(TINY, 7, 1, 9), normal(TINY, 8, 1, 9))
+            jobs = [*sequence.plan(normal(TINY, 3, 4, 1), **how).jobs, *other.plan(normal(TINY, 9, 1, 1), **how).jobs]
+            found.append([r.completion.status for r in device.run(jobs, check=False)])
+            other.free()
+    return found
+
+
+def test_unreadable_sketches() -> None:
+    lost = NandFaults(retry=tuple((die, plane, None, None, TINY.part.retry_levels + 1)
+                                  for die in range(TINY.dies) for plane in range(TINY.part.planes)))
+    found = run_in_simulation(TINY, unreadable, {}, flash=NandSettings(faults={0: lost}), memory_bytes=1 << 20,
+                              timeout_cycles=2_000_000, timeout_s=300).result
+    assert found == [[Status.UNREADABLE_SKETCH, Status.UNREADABLE_SKETCH, Status.OK]] * 2
+
+
+# ---------------------------------------------------------------- what the flash side does wrong
+
+
+def faults(device: Device, kind: FaultKind, numbers: list[int], value: int) -> list[dict[str, Any]]:
+    """A fault at each of some codewords of a batch, then a whole batch."""
+    transport, found = device.transport, []
+    transport.write_register("TIMEOUT", 3000)
+    with device.create_sequence(3, capacity_tokens=2 * GROUP, sparse=True) as sequence:
+        sequence.prefill(normal(TINY, 1, 3, 2 * GROUP), normal(TINY, 2, 3, 2 * GROUP))
+        jobs = sequence.plan(normal(TINY, 3, 3, 1), **sparf(4, 20)).jobs
+        for number in numbers:
+            fault = Fault(kind=kind, number=number, channel=number % 2, value=value)
+            transport.set_flash(FlashSettings(latency=30, jitter=60, shuffle=True, seed=number, fault=fault))
+            transport.write_register("STATUS", 0xFFFF_FFFF)
+            results = device.run(jobs, check=False)
+            check_counters([result.completion for result in results], TINY.channels)
+            transport.run_cycles(6000)
+            seen = {"channel": number % 2, "completions": [r.completion for r in results],
+                    "bits": [r.bits for r in results],
+                    "late": transport.read_register("DUPLICATES") + transport.read_register("STALES")}
+            transport.set_flash(FlashSettings())
+            seen["after"] = [r.bits for r in device.run(jobs)]
+            found.append(seen)
+    return found
+
+
+def faultless(device: Device) -> list[Any]:
+    with device.create_sequence(3, capacity_tokens=2 * GROUP, sparse=True) as sequence:
+        sequence.prefill(normal(TINY, 1, 3, 2 * GROUP), normal(TINY, 2, 3, 2 * GROUP))
+        return [r.bits for r in device.run(sequence.plan(normal(TINY, 3, 3, 1), **sparf(4, 20)).jobs)]
+
+
+@pytest.mark.parametrize(("kind", "value"), [(FaultKind.DROP, 0), (FaultKind.DELAY, 8000), (FaultKind.DUPLICATE, 0)])
+def test_flash_faults(kind: FaultKind, value: int) -> None:
+    """Codewords of the first pass, of K and of V that are lost, come late or come twice."""
+    numbers = [1, 2, 3, 4, 7, 10, 15, 20, 27, 34]
+    found, expected = simulate(TINY, faults, kind=kind, numbers=numbers, value=value), model(TINY, faultless)
+    for seen in found:
+        assert not differences(seen["after"], expected), seen
+        lost = [c for c in seen["completions"] if c.status is not Status.OK]
+        if kind is FaultKind.DUPLICATE:
+            assert not lost, seen
+            assert seen["late"] == 1, seen
+        else:
+            assert [c.status for c in lost] == [Status.CODEWORD_TIMEOUT], seen
+            assert lost[0].where >> 16 == seen["channel"], seen
+            assert lost[0].where & 0x7FFF == 1, seen
+        for completion, bits, right in zip(seen["completions"], seen["bits"], expected, strict=True):
+            assert completion.status is not Status.OK or np.array_equal(bits, right), seen
+
+
+# ---------------------------------------------------------------- errors
+
+
+def bad_commands(device: Device) -> dict[str, Any]:
+    """Each mistake in a sparse command, between two good ones."""
+    config, transport = device.config, device.transport
+    tokens = 2 * GROUP + 5
+    sequence = device.create_sequence(1, capacity_tokens=tokens, sparse=True, centroids=UNIT)
+    sequence.prefill(normal(config, 1, 1, tokens), normal(config, 2, 1, tokens))
+    plain = device.create_sequence(1, capacity_tokens=tokens)
+    plain.prefill(normal(config, 1, 1, tokens), normal(config, 2, 1, tokens))
+    sparse_job = sequence.plan(normal(config, 3, 1, 1), **sparf(4, 20)).jobs[0]
+    centroid_job = sequence.plan(normal(config, 3, 1, 1), **centroid(9)).jobs[0]
+    query = np.zeros((1, query_row_bytes(config.head_dim)), np.uint8)
+    query[:, 4:8] = np.array([tokens], "<u4").view(np.uint8)
+    query[0, LINE_BYTES : LINE_BYTES + 2 * config.head_dim] = sparse_job.query.view(np.uint8)[0]
+    transport.write_memory(0x8000, query.tobytes())
+
+    def table(job: Any) -> Any:
+        return np.stack([job.table, job.sketch], axis=1).ravel().astype("<u8")
+
+    good_table, centroid_table = table(sparse_job), table(centroid_job)
+    unwritten = good_table.copy()
+    unwritten[3] = pack_sketches(0, 0, 0)     # of the second stripe, which is in flash
+    channel = good_table.copy()
+    channel[2] = pack_entries(config.channels, 0, 0, 0)
+    mean = np.asarray(sparse_job.mean, "<u4").copy()
+    bad_mean = mean.copy()
+    bad_mean[7] = 0x7FC0_0000
+    for address, data in ((0xC000, good_table), (0xC100, unwritten), (0xC200, channel), (0xC300, centroid_table),
+                          (0xD000, mean), (0xD200, bad_mean)):
+        transport.write_memory(address, data.tobytes())
+    nan = query.copy()
+    nan[0, LINE_BYTES + 6 : LINE_BYTES + 8] = np.array([NAN], "<u2").view(np.uint8)
+    transport.write_memory(0x9000, nan.tobytes())
+    good = {
+        "opcode": 0x81, "mode": Mode.SPARF, "identifier": 7, "rows": 1, "stripe_pages": config.group_pages,
+        "stripes": 3, "base_token": 0, "end_token": tokens, "tree_token": tokens, "scale": sparse_job.scale_bits,
+        "query": 0x8000, "result": 0xA000, "table": 0xC000, "mean": 0xD000, "channels": 4, "local": 0, "units": 20,
+        "unit_bits": 0,
+    }
+    by_fetched = {"mode": Mode.FETCHED}
+    by_centroid = {"mode": Mode.CENTROID, "table": 0xC300, "mean": 0, "channels": 0, "units": 9}
+    units = -(-tokens // UNIT)
+    mistakes: dict[str, dict[str, int]] = {
+        "good fetched": by_fetched,
+        "good centroid": by_centroid,
+        "no such mode": {"mode": 4},
+        "reserved": {"reserved0": 1},
+        "small stripes": {"stripe_pages": config.group_pages // 2},
+        "sparf with units": {"unit_bits": 1},
+        "centroid with a mean": by_centroid | {"mean": 0xD000},
+        "centroid with channels": by_centroid | {"channels": 4},
+        "r of zero": {"channels": 0},
+        "r above": {"channels": config.head_dim + 1},
+        "k of zero": {"units": 0},
+        "k above the length": {"units": tokens + 1},
+        "k of all": {"units": tokens},
+        "fetched: k above": by_fetched | {"units": units + 1},
+        "fetched: k of all": by_fetched | {"units": units},
+        "centroid: k above": by_centroid | {"units": units + 1},
+        "local above k": {"local": 21},
+        "fetched: local above": by_fetched | {"units": 2, "local": 2 * UNIT + 1},
+        "unit above": by_fetched | {"unit_bits": config.unit_bits_max + 1},
+        "no mean": {"mean": 0},
+        "mean unaligned": {"mean": 0xD008},
+        "mean above": {"mean": 0x10000 - 64},
+        "no sketch": {"table": 0xC100},
+        "channel": {"table": 0xC200},
+        "nan in q": {"query": 0x9000},
+        "nan in the mean": {"mean": 0xD200},
+        "all wrong": {"mode": 4, "rows": 0, "channels": 0, "units": 0, "mean": 1},
+        "nearly all wrong": {"channels": 0, "units": 0, "mean": 1, "table": 0xC100},
+        "mean of dense": {"mode": Mode.DENSE},
+    }
+    found: dict[str, Any] = {}
+    for name, mistake in mistakes.items():
+        commands = [COMMAND.pack(**{**good, **change}) for change in ({}, mistake, {"identifier": 8})]
+        transport.write_memory(0xA000, bytes(0x1000))
+        entries, status = raw_batch(device, commands, window=(0x8000, 0x10000))
+        found[name] = {
+            "entries": [[c.status, c.identifier, c.flags, c.where] for c in entries], "status": status,
+            "result": np.frombuffer(transport.read_memory(0xA000, 0x1000), np.uint8)}
+        check_counters(entries, config.channels if entries[-1].cycle else 0)
+    sequence.free()
+    plain.free()
+    return found
+
+
+def test_mistakes_in_commands() -> None:
+    found, expected = simulate(TINY, bad_commands, flash=SHUFFLED), model(TINY, bad_commands)
+    assert not differences(found, expected)
+    seen = {entry[0] for each in expected.values() for entry in each["entries"]}
+    assert seen == {
+        Status.OK, Status.INVALID_FIELD, Status.INVALID_SELECTION, Status.MISSING_MEAN, Status.INVALID_ADDRESS,
+        Status.NO_SKETCH, Status.INVALID_TABLE, Status.NAN_QUERY, Status.NAN_MEAN}
+
+
+def special_tokens(device: Device) -> list[Any]:
+    """NaN in K where only some codewords are read, and in V; each followed by a good job."""
+    found = []
+    tokens = 2 * GROUP + 9
+    for head_token, channel in ((0, 0), (GROUP + 5, 31), (2 * GROUP + 3, 2)):
+        for kind in range(2):
+            arrays = [normal(TINY, i, 2, tokens) for i in (1, 2)]
+            arrays[kind][0, head_token, channel] = NAN
+            for needs, how in (({"sparse": True}, sparf(4, 20)), ({"sparse": True}, fetched(TINY.head_dim, 6)),
+                               ({"centroids": UNIT}, centroid(9))):
+                with device.create_sequence(2, capacity_tokens=tokens, **needs) as sequence:
+                    sequence.prefill(*arrays)
+                    for result in device.run(sequence.plan(normal(TINY, 3, 2, 1), **how).jobs, check=False):
+                        c = result.completion
+                        found.append({"completion": [c.status, c.identifier, c.flags, c.where]})
+                        if c.status is Status.OK:
+                            found[-1]["bits"] = result.bits
+    return found
+
+
+def test_special_numbers_in_flash() -> None:
+    found, expected = simulate(TINY, special_tokens, flash=SHUFFLED), model(TINY, special_tokens)
+    assert not differences(found, expected)
+    assert {each["completion"][0] for each in expected} >= {Status.OK, Status.NAN_KEY}
