@@ -1,0 +1,466 @@
+"""What sparse attention costs the language model: bits per byte against the flash bytes that each method moves.
+
+``python -m kvattic_sim.lm.evaluate`` prints the table, keeps the figures in build/bench.json and draws
+docs/lm_quality.png; ``... --windows 4`` is a fast look. The first half of each held-out window is prefilled densely,
+the second half decoded with the method in every layer, each byte fed whatever was predicted.
+
+To run the model over anything else that attends, such as the golden device or the RTL, give `teacher_forced` a
+`model.Memory`.
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from kvattic_sim import figures
+from kvattic_sim.data import load_minilm
+from kvattic_sim.lm.methods import (
+    ELEMENT_BYTES,
+    GROUP,
+    Centroid,
+    Dense,
+    Fetched,
+    HeavyHitters,
+    Local,
+    Method,
+    PageSparf,
+    Quest,
+    Sparf,
+    Sparq,
+    Stateless,
+)
+from kvattic_sim.lm.model import Decoder, Halves, Layer, Memory, bits_per_byte, load, load_held_out
+
+__all__ = [
+    "METHODS",
+    "RATIOS",
+    "ErrorRatio",
+    "Head",
+    "MethodMemory",
+    "Quality",
+    "draw",
+    "error_ratio",
+    "lm_heads",
+    "main",
+    "method_at",
+    "minilm_heads",
+    "quality",
+    "teacher_forced",
+]
+
+Floats = NDArray[np.floating[Any]]
+
+RATIOS = tuple(Fraction(1, 1 << n) for n in range(5))
+METHODS = ("dense", "sparq", "sparf", "fetched", "centroid", "quest", "h2o", "local", "sinks", "pages")
+"""By key: `sinks` is `local` with 4 first tokens, `pages` SparF with the paper's page reads."""
+WINDOWS = 16
+ERROR_SETTINGS = tuple((channels, share) for channels in (8, 4, 2) for share in (8, 16, 32))
+"""(head_dim / r, tokens / k) for which fetched is compared with SparF; the keys' figures are of `ERROR_KEY`."""
+ERROR_KEY = (8, 16)
+
+
+def method_at(name: str, ratio: Fraction, head_dim: int) -> Method:
+    """The method with parameters such that its nominal bytes are `ratio` of dense's.
+
+    Nominal bytes are those of the elements that a method needs, if they could be read singly: SparF's are
+    r / (2 head_dim) + k / tokens, which is split in halves; centroids of 16 tokens are 1/32, Quest's bounds of 16
+    tokens 1/16, and of 32 tokens, for the ratio 1/16, 1/32; the rest is for tokens. At 1, everything is attended.
+
+    Raises:
+        ValueError: there is no such method, or dense is wanted at another ratio than 1.
+    """
+    whole = ratio == 1
+    channels = max(1, round(ratio * head_dim))
+    share = 1.0 if whole else float(ratio / 2)
+
+    def rest(described: Fraction) -> float:
+        return 1.0 if whole else float(ratio - described)
+
+    page = 32 if ratio <= Fraction(1, 16) else 16
+    match name:
+        case "dense" if whole:
+            return Dense()
+        case "sparq":
+            return Sparq(channels=channels, share=share)
+        case "sparf":
+            return Sparf(channels=channels, share=share)
+        case "pages":
+            return PageSparf(channels=channels, share=share)
+        case "fetched":
+            return Fetched(channels=channels, share=share)
+        case "centroid":
+            return Centroid(share=rest(Fraction(1, 32)))
+        case "quest":
+            return Quest(share=rest(Fraction(1, page)), unit=page)
+        case "h2o":
+            return HeavyHitters(share=float(ratio))
+        case "local":
+            return Local(share=float(ratio))
+        case "sinks":
+            return Local(share=float(ratio), sinks=4)
+    raise ValueError(f"method must be one of {', '.join(METHODS)}, dense at 1 only, not {name!r} at {ratio}")
+
+
+def dense_bytes(method: Method, tokens: int, first: int, head_dim: int) -> int:
+    """Flash bytes that dense attention moves in the decode steps from token `first`, of one KV head."""
+    lengths = np.arange(first, tokens) + 1
+    stored = lengths if isinstance(method, Sparq) else lengths // GROUP * GROUP
+    return int(stored.sum()) * 2 * ELEMENT_BYTES * head_dim
+
+
+@dataclass(slots=True, eq=False)
+class _Measured:
+    """A method as a `model.Attention` that counts what flash moves."""
+
+    method: Method
+    flash_bytes: int = 0
+    dense_bytes: int = 0
+
+    def __call__(self, layer: int, tokens: Layer, first: int) -> Floats:
+        parts = []
+        for query, key, value in _heads(tokens, np.float32):
+            outcome = self.method.decode(query, key, value, first)
+            self.flash_bytes += int(outcome.flash_bytes.sum())
+            self.dense_bytes += dense_bytes(self.method, len(key), first, key.shape[1])
+            parts.append(outcome.output)
+        return np.concatenate(parts, axis=1)
+
+
+def _heads(tokens: Layer, kind: type[np.floating[Any]]) -> Iterator[tuple[Floats, Floats, Floats]]:
+    """(query (tokens, rows, head_dim), key, value (tokens, head_dim)) of each KV head."""
+    heads = tokens.key.shape[1]
+    rows = tokens.query.shape[1] // heads
+    for head in range(heads):
+        yield (
+            tokens.query[:, head * rows : (head + 1) * rows].astype(kind),
+            np.ascontiguousarray(tokens.key[:, head]).astype(kind),
+            np.ascontiguousarray(tokens.value[:, head]).astype(kind),
+        )
+
+
+class MethodMemory(Memory):
+    """A method as a `model.Memory`, one decode step at a time: what the drive does, in NumPy.
+
+    Args:
+        method: the same in every layer.
+        kind: float type that it computes in.
+    """
+
+    def __init__(self, method: Stateless, kind: type[np.floating[Any]] = np.float32) -> None:
+        self._method, self._kind = method, kind
+        self._layers: dict[int, tuple[Halves, Halves]] = {}
+
+    def prefill(self, layer: int, key: Halves, value: Halves) -> None:
+        """See `Memory`."""
+        self._layers[layer] = key, value
+
+    def append(self, layer: int, key: Halves, value: Halves) -> None:
+        """See `Memory`."""
+        keys, values = self._layers[layer]
+        self._layers[layer] = np.concatenate([keys, key[None]]), np.concatenate([values, value[None]])
+
+    def attend(self, layer: int, query: Halves, position: int) -> Floats:
+        """See `Memory`."""
+        key, value = self._layers[layer]
+        # Only the last query counts; the other positions are there to fit.
+        tokens = Layer(query=np.broadcast_to(query, (len(key), *query.shape)), key=key, value=value)
+        return np.concatenate([
+            self._method.attend(q[-1:], k, v, np.array([position + 1])).output[0]
+            for q, k, v in _heads(tokens, self._kind)
+        ])
+
+
+def teacher_forced(decoder: Decoder, window: NDArray[np.uint8], memory: Memory, prefix: int) -> NDArray[np.float64]:
+    """Bits of each byte of a window that was decoded from `memory`, behind a densely prefilled prefix.
+
+    Args:
+        decoder: the model.
+        window: uint8, (tokens + 1,): the last byte is predicted and never fed.
+        memory: it stores K and V, and attends.
+        prefix: number of bytes that are prefilled, from 1.
+
+    Returns:
+        float64, (tokens - prefix,): for the bytes from number prefix + 1.
+    """
+    logits = decoder.decode(window[:-1], prefix, memory)
+    return bits_per_byte(logits[prefix:], window[prefix + 1 :])
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """A point of the plot.
+
+    Attributes:
+        bits: bits per byte.
+        flash_bytes: bytes moved from flash, relative to dense attention.
+        error: standard error of the difference to dense attention's bits per byte, over windows.
+    """
+
+    bits: float
+    flash_bytes: float
+    error: float
+
+
+def quality(
+    decoder: Decoder,
+    windows: NDArray[np.uint8],
+    methods: Mapping[tuple[str, Fraction], Method],
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[tuple[str, Fraction], Quality]:
+    """Measure each method on the second half of each window.
+
+    Args:
+        decoder: the model.
+        windows: uint8, (windows, tokens + 1).
+        methods: by name and ratio; ("dense", 1) among them.
+        report: is told how it goes.
+
+    Returns:
+        The qualities, by the same keys.
+    """
+    first = (windows.shape[1] - 1) // 2
+    measured = {key: _Measured(method) for key, method in methods.items()}
+    bits: dict[tuple[str, Fraction], list[float]] = {key: [] for key in methods}
+    for number, window in enumerate(windows):
+        begin = time.monotonic()
+        _, prefix = decoder.forward(window[:first])
+        for key, attention in measured.items():
+            logits, _ = decoder.forward(window[first:-1], attention, prefix)
+            bits[key].append(float(bits_per_byte(logits, window[first + 1 :]).mean()))
+        report(f"window {number + 1} of {len(windows)}: {time.monotonic() - begin:.1f} s")
+    dense = np.array(bits["dense", RATIOS[0]])
+    return {
+        key: Quality(
+            float(np.mean(bits[key])),
+            attention.flash_bytes / attention.dense_bytes,
+            float(np.std(np.array(bits[key]) - dense, ddof=1) / math.sqrt(len(windows))) if len(windows) > 1 else 0.0,
+        )
+        for key, attention in measured.items()
+    }
+
+
+# Fetched against SparF.
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Head:
+    """Decode steps of one KV head, float64: the arguments of `Stateless.attend`."""
+
+    query: Floats
+    key: Floats
+    value: Floats
+    lengths: NDArray[np.int64]
+
+
+def lm_heads(decoder: Decoder, windows: NDArray[np.uint8]) -> Iterator[Head]:
+    """Every layer and KV head of the language model, the second half of each window, in dense attention."""
+    first = (windows.shape[1] - 1) // 2
+    for window in windows:
+        for layer in decoder.forward(window[:-1])[1]:
+            for query, key, value in _heads(layer, np.float64):
+                yield Head(query[first:], key, value, np.arange(first, len(key)) + 1)
+
+
+def minilm_heads() -> Iterator[Head]:
+    """Every layer and head of the MiniLM data: each of the 512 positions attends all tokens; there is no tail."""
+    data = load_minilm()
+    shape = data.q.shape
+    for q, k, v in zip(*(x.astype(np.float64).reshape(-1, *shape[2:]) for x in (data.q, data.k, data.v)), strict=True):
+        yield Head(q[:, None], k, v, np.full(len(k), len(k)))
+
+
+def _error(heads: Sequence[Head], dense: Sequence[Floats], method: Stateless) -> tuple[float, float]:
+    """(relative RMS error of the outputs, flash bytes)."""
+    wrong = size = moved = 0.0
+    for head, right in zip(heads, dense, strict=True):
+        outcome = method.attend(head.query, head.key, head.value, head.lengths)
+        wrong += float(np.square(outcome.output - right).sum())
+        size += float(np.square(right).sum())
+        moved += float(outcome.flash_bytes.sum())
+    return math.sqrt(wrong / size), moved
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorRatio:
+    """Fetched against SparF at equal bytes.
+
+    Attributes:
+        sparf: relative RMS error of SparF's outputs.
+        fetched: of fetched's, where it moves the same bytes.
+        flash_bytes: those, relative to dense attention.
+    """
+
+    sparf: float
+    fetched: float
+    flash_bytes: float
+
+    @property
+    def ratio(self) -> float:
+        """Fetched's error over SparF's."""
+        return self.fetched / self.sparf
+
+
+def error_ratio(heads: Sequence[Head], channels: int, share: float) -> ErrorRatio:
+    """Compare the output errors of fetched and SparF where both move the same bytes.
+
+    Both have the same r. The share of codewords that fetched reads is chosen between two 64ths whose bytes are below
+    and above SparF's, and its squared error interpolated between them.
+
+    Args:
+        heads: what is attended.
+        channels: r of both.
+        share: k of SparF, as a share of the tokens in flash.
+    """
+    dense, everything = [], 0.0
+    for head in heads:
+        outcome = Dense().attend(head.query, head.key, head.value, head.lengths)
+        dense.append(outcome.output)
+        everything += float(outcome.flash_bytes.sum())
+    sparf, moved = _error(heads, dense, Sparf(channels=channels, share=share))
+    # What is not of the first pass is K and V of tokens.
+    low = math.floor((moved / everything - channels / (2 * heads[0].key.shape[1])) * 64)
+    below, above = (_error(heads, dense, Fetched(channels=channels, share=n / 64)) for n in (low, low + 1))
+    part = (moved - below[1]) / (above[1] - below[1])
+    fetched = math.sqrt((1 - part) * below[0] ** 2 + part * above[0] ** 2)
+    return ErrorRatio(sparf, fetched, moved / everything)
+
+
+# The report.
+
+
+def _name(ratio: Fraction) -> str:
+    return str(ratio).replace("/", "_")
+
+
+def _table(qualities: Mapping[tuple[str, Fraction], Quality]) -> Table:
+    table = Table(title="Bits per byte on held-out text, and flash bytes moved relative to dense attention")
+    table.add_column("method")
+    for ratio in RATIOS:
+        table.add_column(str(ratio), justify="right")
+        table.add_column("bytes", justify="right", style="dim")
+    for method in METHODS:
+        cells = []
+        for ratio in RATIOS:
+            point = qualities.get((method, ratio))
+            cells += [f"{point.bits:.4f}", f"{point.flash_bytes:.3f}"] if point else ["", ""]
+        table.add_row(method, *cells)
+    return table
+
+
+_LABELS = {
+    "sparq": "SparQ, in memory",
+    "sparf": "SparF",
+    "fetched": "fetched",
+    "centroid": "centroid",
+    "quest": "Quest",
+    "h2o": "H2O",
+    "local": "newest tokens",
+    "sinks": "first and newest tokens",
+    "pages": "SparF, 4 KB pages (the paper)",
+}
+
+
+def draw(qualities: Mapping[tuple[str, Fraction], Quality], path: Path) -> None:
+    """Plot bits per byte against flash bytes moved, a curve for each method, and write it to a PNG file."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    styles = {
+        "sparf": ("C0", "o", "-", 2.2),
+        "fetched": ("C2", "s", "-", 2.2),
+        "centroid": ("C1", "^", "-", 2.2),
+        "pages": ("C3", "X", "-", 2.2),
+        "sparq": ("C0", "o", ":", 1.2),
+        "quest": ("C4", "v", "--", 1.2),
+        "h2o": ("C5", "D", "--", 1.2),
+        "local": ("0.45", "P", "--", 1.2),
+        "sinks": ("0.65", "*", "--", 1.2),
+    }
+    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    dense = qualities["dense", RATIOS[0]].bits
+    axes.axhline(dense, color="black", linewidth=1)
+    axes.text(0.99, dense, "dense", transform=axes.get_yaxis_transform(), ha="right", va="top")
+    for name, (colour, marker, line, width) in styles.items():
+        points = sorted(
+            (point.flash_bytes, point.bits) for (method, ratio), point in qualities.items()
+            if method == name and ratio != RATIOS[0]
+        )
+        axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle=line, linewidth=width,
+                  markersize=5, label=_LABELS[name])
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: str(Fraction(x).limit_denominator(64))))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("bytes moved from flash, relative to dense attention")
+    axes.set_ylabel("bits per byte")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _errors_table(name: str, results: Mapping[tuple[int, int], ErrorRatio]) -> Table:
+    table = Table(title=f"Output error of fetched and SparF at equal flash bytes, {name}")
+    for column in ("r", "k", "bytes / dense", "SparF", "fetched", "ratio"):
+        table.add_column(column, justify="right")
+    for (channels, share), result in results.items():
+        table.add_row(f"d/{channels}", f"S/{share}", f"{result.flash_bytes:.3f}", f"{result.sparf:.4f}",
+                      f"{result.fetched:.4f}", f"{result.ratio:.3f}")
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="held-out windows (default: %(default)s)")
+    parser.add_argument("--plot", type=Path, default=Path("docs") / "lm_quality.png", help="(default: %(default)s)")
+    args = parser.parse_args(arguments)
+    console = Console(width=130 if not sys.stdout.isatty() else None)
+    decoder, text = load(), load_held_out()
+    if not 1 <= args.windows <= len(text.windows):
+        parser.error(f"--windows must be from 1 to {len(text.windows)}, not {args.windows}")
+    # Spread over the files, of which some have several windows.
+    windows = text.windows[np.linspace(0, len(text.windows) - 1, args.windows).round().astype(int)]
+    methods = {
+        (name, ratio): method_at(name, ratio, decoder.shape.head_dim)
+        for name in METHODS for ratio in (RATIOS[:1] if name == "dense" else RATIOS)
+    }
+    qualities = quality(decoder, windows, methods, lambda line: console.print(line, style="dim"))
+    console.print(_table(qualities))
+    draw(qualities, args.plot)
+    figures.record({
+        f"lm.{kind}.{name}.{_name(ratio)}": value
+        for (name, ratio), point in qualities.items()
+        for kind, value in (("bits_per_byte", point.bits), ("flash_bytes", point.flash_bytes))
+    })
+    # A quarter of the windows is enough for an error of all layers' outputs.
+    for key, title, heads in (
+        ("lm", "the language model", list(lm_heads(decoder, windows[::4]))),
+        ("minilm", "MiniLM", list(minilm_heads())),
+    ):
+        head_dim = heads[0].key.shape[1]
+        results = {
+            (channels, share): error_ratio(heads, head_dim // channels, 1 / share)
+            for channels, share in ERROR_SETTINGS
+        }
+        console.print(_errors_table(title, results))
+        figures.record({f"sparse.fetched.error_ratio.{key}": results[ERROR_KEY].ratio})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
