@@ -22,7 +22,7 @@ from kvattic.config import (
 )
 from kvattic.errors import ConfigError, KvatticError
 from kvattic.formats import Element
-from kvattic.nand import PSLC, TINY_PART, NandPart
+from kvattic.nand import PSLC, TINY_PART, NandPart, is_power_of_two
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"channels": 0}, "channels must be 1 to 32, not 0"),
@@ -54,6 +54,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"score_depth": 32}, r"score_depth must be at least one page of tokens \(64\), not 32"),
     ({"jobs_in_flight": 1}, "jobs_in_flight must be 2 to 16, not 1"),
     ({"jobs_in_flight": 17}, "jobs_in_flight must be 2 to 16, not 17"),
+    ({"sparse": 1}, "sparse must be a bool, not 1"),
+    ({"groups_in_flight": 1}, "groups_in_flight must be 2, 4, 8 or 16, not 1"),
+    ({"groups_in_flight": 6}, "groups_in_flight must be 2, 4, 8 or 16, not 6"),
+    ({"groups_in_flight": 32}, "groups_in_flight must be 2, 4, 8 or 16, not 32"),
     ({"clock_mhz": 0.0}, "clock_mhz must be positive and finite, not 0.0"),
     ({"clock_mhz": float("nan")}, "clock_mhz must be positive and finite, not nan"),
     ({"channels": 32, "score_depth": 1 << 20}, "score_depth must be such that"),
@@ -71,6 +75,22 @@ def test_refused_values(values: dict[str, Any], message: str) -> None:
     assert isinstance(caught.value, ValueError)
 
 
+NO_GROUPS: list[tuple[dict[str, Any], str]] = [
+    ({"head_dim": 80}, "has 256 tokens, which must be 1, 2, 4, .* pages of the token layout, of 96 tokens each, not 2"),
+    ({"head_dim": 32, "part": PSLC.resized(32768)}, "of 512 tokens each, not 0.5"),
+    ({"score_depth": 128}, r"has 128 codewords of K, which must fit the score buffer of a lane, 64 codewords "
+                           r"\(score_depth 128\)"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), NO_GROUPS)
+def test_geometries_without_a_channel_layout(values: dict[str, Any], message: str) -> None:
+    """They are refused only with the sparse modes."""
+    with pytest.raises(ConfigError, match=f"sparse must be False here: .*{message}"):
+        Config(**values)
+    assert not Config(**values, sparse=False).sparse
+
+
 def test_every_field_is_refused_somewhere() -> None:
     # `part` has names of its own for what is wrong with it (tests of kvattic.nand).
     tested = {name for values, message in REFUSED for name in values if message.startswith(name)}
@@ -83,7 +103,7 @@ def test_every_field_is_refused_somewhere() -> None:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_geometry(channels: int, beat_bytes: int, rows: int, head_dim: int) -> None:
     """What is derived adds up, for every combination that is allowed."""
-    c = Config(channels=channels, beat_bytes=beat_bytes, rows=rows, head_dim=head_dim)
+    c = Config(channels=channels, beat_bytes=beat_bytes, rows=rows, head_dim=head_dim, sparse=head_dim != 80)
     assert c.beats_per_token * c.elements_per_beat == head_dim
     assert c.beats_per_token * c.beat_bytes == c.token_bytes
     assert c.tokens_per_codeword * c.token_bytes <= c.codeword_bytes
@@ -104,6 +124,17 @@ def test_geometry(channels: int, beat_bytes: int, rows: int, head_dim: int) -> N
     assert c.ring_codewords >= c.codewords_per_page
     assert c.max_tokens <= channels * c.score_depth
     assert c.max_tokens < 1 << 24
+    if c.sparse:
+        # A group is whole pages, and a power of two in every unit; its channels fit the codewords that K takes.
+        assert c.group_tokens * 2 == c.codeword_bytes == c.group_words * beat_bytes
+        assert c.group_tokens == c.group_pages * c.tokens_per_page == c.group_codewords * c.tokens_per_codeword
+        assert all(is_power_of_two(n) for n in (c.group_tokens, c.group_pages, c.group_codewords, c.group_words))
+        assert head_dim <= c.group_codewords <= c.ring_codewords
+        # The largest unit is at most a page, and its mean keys fill whole codewords; a larger one would not do.
+        units = c.group_codewords >> c.unit_bits_max
+        assert 1 << c.unit_bits_max <= c.codewords_per_page
+        assert units % c.tokens_per_codeword == 0
+        assert 2 << c.unit_bits_max > c.codewords_per_page or units == c.tokens_per_codeword
 
 
 def test_the_papers_geometry() -> None:
@@ -123,6 +154,11 @@ def test_the_papers_geometry() -> None:
     # 512 data + 3 CRC + 13 parity.
     assert (PAPER.bch_m, PAPER.check_bytes, PAPER.raw_codeword_bytes) == (13, 16, 528)
     assert (PAPER.raw_codeword_words, PAPER.raw_page_bytes) == (66, 16896)
+    assert PAPER.sparse
+    assert (PAPER.group_tokens, PAPER.group_pages, PAPER.group_codewords, PAPER.group_words) == (256, 4, 128, 64)
+    assert PAPER.unit_bits_max == 5     # a page
+    assert (TINY.group_tokens, TINY.group_pages, TINY.group_codewords, TINY.group_words) == (128, 8, 32, 32)
+    assert TINY.unit_bits_max == 2
 
 
 def test_flash_geometry() -> None:
@@ -200,6 +236,8 @@ def test_hash_tells_configurations_apart() -> None:
         {"codeword_bytes": 1024},
         {"score_depth": 8192},
         {"jobs_in_flight": 2},
+        {"sparse": False},
+        {"groups_in_flight": 8},
     ]
     assert {name for change in changes for name in change} | {"clock_mhz"} == {
         f.name for f in dataclasses.fields(Config)
@@ -210,14 +248,14 @@ def test_hash_tells_configurations_apart() -> None:
     assert len(set(hashes)) == len(hashes)
     assert all(0 <= h < 1 << 32 for h in hashes)
     # One value, so that a change of what is hashed does not go unnoticed.
-    assert Config(part=TINY_PART).hash == 1912204615
-    assert Config().hash == PAPER.hash
+    assert Config(part=TINY_PART).hash == 1560819891
+    assert Config(jobs_in_flight=8).hash == PAPER.hash
 
 
 def test_config_is_frozen_and_hashable() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         TINY.rows = 3  # type: ignore[misc]
-    assert len({Config(), PAPER, TINY}) == 2
+    assert len({Config(jobs_in_flight=8), PAPER, TINY}) == 2
 
 
 def test_presets() -> None:
