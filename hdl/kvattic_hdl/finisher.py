@@ -6,11 +6,13 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
 
-from kvattic.commands import COMPLETION, LINE_BYTES, TRAILER, CompletionFlag, Status
+from kvattic.commands import COMPLETION, LINE_BYTES, TRAILER, CompletionFlag, Mode, Status
 from kvattic.config import Config
+from kvattic.formats import ALPHA_FRACTION
 
 from .axi import AXI_WRITE, DATA_BITS, LINE_WORDS
 from .axi_write import WriteLines
+from .blend import Blend
 from .control import SNAPSHOT
 from .divider import Divider, Normaliser, normalised
 from .interfaces import FAULTS, INDEX_BITS, Shapes
@@ -38,10 +40,16 @@ class Finisher(wiring.Component):
     then its completion once their responses have come).  While one job is written the next one is
     gathered and drained into the other half.
 
+    In SPARF and FETCHED each quotient is blended with its channel of the mean of V, by the row's
+    alpha; then the slot is freed when the last element's mean is read, else when the last
+    accumulators are taken.  Without `config.sparse` there is neither a `Blend` nor a memory for
+    means, and every mode is taken for DENSE.
+
     Latency: from `values_done` to a job's first line about as long as the throughput's interval.
     Throughput: a job each ``rows * head_dim`` cycles (rows of the job; as many times more as there
-    are copies of the accumulators) and about 40 and the longer of gathering (``rows * (channels +
-    5)``) and the first word's way through the lanes, unless writing takes longer.
+    are copies of the accumulators) and about 40 (55 with `config.sparse`) and the longer of
+    gathering (``rows * (channels + 5)``) and the first word's way through the lanes, unless writing
+    takes longer.
     Ordering: completions of jobs in the order of `jobs`; those of flash commands in the order of
     `outcomes`, between them, when no result is being written.
     Reset drops all jobs; raise `stop` and wait for `quiet` before it.
@@ -83,6 +91,12 @@ class Finisher(wiring.Component):
         Address of the maximum over all lanes (the same as the denominators').
     final : In(shapes.score)
         That maximum, two cycles after its address.
+    alpha : In(shapes.alpha)
+        Share of the approximate mass that is attended, at the address of `final`, two cycles after
+        it; only read for SPARF and FETCHED.
+    mean_valid, mean : In(1), In(shapes.mean)
+        A pair of the mean of V for its slot, to be kept until the slot is freed; all pairs come
+        before the job's lanes can be done.
     report_slot : Out(shapes.slot)
         Slot of the reports.
     reports : In(ArrayLayout(shapes.report, channels))
@@ -133,6 +147,9 @@ class Finisher(wiring.Component):
                 "final_slot": Out(shapes.slot),
                 "final_row": Out(shapes.row),
                 "final": In(shapes.score),
+                "alpha": In(shapes.alpha),
+                "mean_valid": In(1),
+                "mean": In(shapes.mean),
                 "report_slot": Out(shapes.slot),
                 "reports": In(data.ArrayLayout(shapes.report, config.channels)),
                 "chain_head": Out(stream.Signature(shapes.partial)),
@@ -161,8 +178,10 @@ class Finisher(wiring.Component):
 
         begin = Signal()  # gathering and draining start
         gathered = Signal()  # all denominators are normalised, all trailers kept
+        blended = Signal()  # the job's quotients are blended with its mean
         drained = Signal()  # the last accumulators have been taken
-        divided = Signal()  # the last quotient is being put into the buffer
+        last_mean = Signal()  # the last element's mean is being read
+        divided = Signal()  # the last result is being put into the buffer
         last_row = Signal(shapes.row)
         m.d.comb += last_row.eq(job.rows - 1)
 
@@ -197,7 +216,7 @@ class Finisher(wiring.Component):
             with m.State("DRAIN"):
                 # The failed bit goes with the slot, so it is read now; it cannot rise for a job
                 # that waits no more.
-                with m.If(drained):
+                with m.If(Mux(blended, last_mean, drained)):
                     m.d.comb += self.freed.eq(1)
                     m.d.sync += [
                         abandoned.eq(self.failed.bit_select(job.slot, 1)),
@@ -434,14 +453,60 @@ class Finisher(wiring.Component):
         )
         results_write = results.write_port(granularity=1)
         results_read = results.read_port()
-        done_place = divider.o.payload.tag
+        done = Signal(data.StructLayout({"valid": 1, "result": 32, "place": place}))
         m.d.comb += [
-            results_write.addr.eq(Cat(done_place.element[1:], done_place.row, half)),
-            results_write.data[0].eq(divider.o.payload.quotient),
-            results_write.data[1].eq(divider.o.payload.quotient),
-            results_write.en.eq(Mux(divider.o.valid, Mux(done_place.element[0], 0b10, 0b01), 0)),
-            divided.eq(divider.o.valid & done_place.last),
+            results_write.addr.eq(Cat(done.place.element[1:], done.place.row, half)),
+            results_write.data[0].eq(done.result),
+            results_write.data[1].eq(done.result),
+            results_write.en.eq(Mux(done.valid, Mux(done.place.element[0], 0b10, 0b01), 0)),
+            divided.eq(done.valid & done.place.last),
         ]
+        if not config.sparse:
+            m.d.comb += [
+                done.valid.eq(divider.o.valid),
+                done.result.eq(divider.o.payload.quotient),
+                done.place.eq(divider.o.payload.tag),
+            ]
+        else:
+            # ---- Blending: each quotient with its row's alpha and its channel's mean. ----
+            m.d.comb += blended.eq((job.mode == Mode.SPARF) | (job.mode == Mode.FETCHED))
+            m.submodules.means = means = Memory(
+                shape=64, depth=config.jobs_in_flight << pair_bits, init=[]
+            )
+            means_write = means.write_port()
+            means_read = means.read_port()
+            m.submodules.alphas = alphas = Memory(shape=shapes.alpha, depth=1 << row_bits, init=[])
+            alphas_write = alphas.write_port()
+            alphas_read = alphas.read_port()
+            divided_place = divider.o.payload.tag
+            quotient = Signal(32, reset_less=True)
+            quotient_place = Signal(place, reset_less=True)
+            quotient_valid = Signal()
+            m.d.sync += [
+                quotient.eq(divider.o.payload.quotient),
+                quotient_place.eq(divided_place),
+                quotient_valid.eq(divider.o.valid),
+            ]
+            m.submodules.blend = blend = Blend(place)
+            m.d.comb += [
+                means_write.addr.eq(Cat(self.mean.index[:pair_bits], self.mean.slot)),
+                means_write.data.eq(self.mean.data),
+                means_write.en.eq(self.mean_valid),
+                means_read.addr.eq(Cat(divided_place.element[1:], job.slot)),
+                last_mean.eq(divider.o.valid & divided_place.last),
+                alphas_write.addr.eq(row),
+                alphas_write.data.eq(Mux(blended, self.alpha, 1 << ALPHA_FRACTION)),
+                alphas_write.en.eq(trailers_write.en),
+                alphas_read.addr.eq(divided_place.row),
+                blend.i.valid.eq(quotient_valid),
+                blend.i.payload.quotient.eq(quotient),
+                blend.i.payload.mean.eq(means_read.data.word_select(quotient_place.element[0], 32)),
+                blend.i.payload.alpha.eq(alphas_read.data),
+                blend.i.payload.tag.eq(quotient_place),
+                done.valid.eq(blend.o.valid),
+                done.result.eq(blend.o.payload.result),
+                done.place.eq(blend.o.payload.tag),
+            ]
 
         # ---- Writing. ----
 

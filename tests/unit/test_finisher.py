@@ -2,17 +2,20 @@
 
 import importlib.util
 import random
+import re
 from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from amaranth.back import rtlil
 from amaranth.sim import Simulator
 
-from kvattic.commands import COMPLETION, TRAILER, CompletionFlag, Status, result_row_bytes
+from kvattic.commands import COMPLETION, TRAILER, CompletionFlag, Mode, Status, result_row_bytes
 from kvattic.config import TINY, Config
 from kvattic.formats import SCORE_MASKED
 from kvattic.nand import TINY_PART
+from kvattic_hdl.divider import Divider
 from kvattic_hdl.finisher import Finisher
 from kvattic_hdl.interfaces import FAULTS, Shapes
 
@@ -27,6 +30,7 @@ def neighbour(name):
 
 Bus = neighbour("test_axi_write").Bus
 fp32_quotient = neighbour("test_divider").fp32_quotient
+test_blend = neighbour("test_blend")
 
 BASE = 0x1_2345_6780_0000 & ~63
 RESULTS = 0xFEDC_0000_0000_0000
@@ -35,6 +39,7 @@ FLAGS = ("score_overflow", "value_overflow", "duplicate")
 
 ONE_ROW = replace(TINY, rows=1, channels=1, jobs_in_flight=2)
 COPIES = replace(TINY, rows=3, channels=3, beat_bytes=32, dram_beat_bytes=32)
+LONG = replace(TINY, head_dim=64, jobs_in_flight=3)
 ODD = Config(
     channels=5,
     rows=3,
@@ -63,15 +68,21 @@ class Job:
     denominators: list = field(default_factory=list)  # [lane][row]
     maxima: list = field(default_factory=list)  # [row]
     reports: list = field(default_factory=list)  # [lane] of dict
+    mode: Mode = Mode.DENSE
+    alphas: list = field(default_factory=list)  # [row]
+    mean: list = field(default_factory=list)  # [channel], bits of an fp32
     done_in: list = field(default_factory=list)  # [lane]: cycles until values_done
 
 
-def some_job(rng, config, number, kind):
+BLENDED = (Mode.SPARF, Mode.FETCHED)
+
+
+def some_job(rng, config, number, kind, mode=Mode.DENSE):
     """A random job; kind says how it ends."""
     shapes = Shapes(config)
     size = result_row_bytes(config.head_dim) * config.rows
     rows = config.rows if number % 2 else rng.randint(1, config.rows)
-    job = Job(identifier=rng.getrandbits(16), rows=rows, result=RESULTS + number * (size + 64))
+    job = Job(identifier=rng.getrandbits(16), rows=rows, result=RESULTS + number * (size + 64), mode=mode)
     if kind == "empty":
         job.lanes, job.status, job.where = False, rng.choice((1, 2, 7, 11)), rng.getrandbits(32)
         return job
@@ -119,7 +130,27 @@ def some_job(rng, config, number, kind):
     if kind in FAULTS or kind == "faults":
         for report in rng.sample(job.reports, rng.randint(1, config.channels)):
             report["fault"] = rng.randrange(len(FAULTS)) if kind == "faults" else FAULTS.index(kind)
+    if mode in BLENDED:
+        job.alphas = [test_blend.share(rng) for _ in range(config.rows)]
+        # Near a row's quotients, so that both matter; each row has one, with other shares.
+        quotients = [quotients_of(config, job, rng.randrange(rows)) for _ in range(config.head_dim)]
+        job.mean = [test_blend.near(rng, quotient[channel], 20) for channel, quotient in enumerate(quotients)]
     return job
+
+
+def quotients_of(config, job, row):
+    """Bits of one row's quotients."""
+    shapes, quotients = Shapes(config), []
+    denominator = sum(lane[row] for lane in job.denominators)
+    for channel in range(config.head_dim):
+        beat, element = divmod(channel, config.elements_per_beat)
+        total = sum(
+            lane[copy * config.beats_per_token + beat][row][element]
+            for lane in job.accumulators
+            for copy in range(shapes.copies)
+        )
+        quotients.append(fp32_quotient(total, denominator))
+    return quotients
 
 
 def expected_status(job):
@@ -137,17 +168,16 @@ def expected_status(job):
 
 def expected_rows(config, job):
     """Bytes of the job's result block."""
-    shapes, out = Shapes(config), b""
+    out = b""
     for row in range(job.rows):
+        results = quotients_of(config, job, row)
+        if config.sparse and job.mode in BLENDED:
+            results = [
+                test_blend.blended(quotient, mean, job.alphas[row])
+                for quotient, mean in zip(results, job.mean, strict=True)
+            ]
+        out += b"".join(result.to_bytes(4, "little") for result in results)
         denominator = sum(lane[row] for lane in job.denominators)
-        for channel in range(config.head_dim):
-            beat, element = divmod(channel, config.elements_per_beat)
-            total = sum(
-                lane[copy * config.beats_per_token + beat][row][element]
-                for lane in job.accumulators
-                for copy in range(shapes.copies)
-            )
-            out += fp32_quotient(total, denominator).to_bytes(4, "little")
         out += TRAILER.pack(maximum=job.maxima[row] & (1 << 64) - 1, denominator=denominator)
     return out
 
@@ -196,6 +226,7 @@ class World:
         self.completed_at = []
         self.completed = []
         self.freed_at = []
+        self.last_word_at = None
         self.write_errors = 0
 
     @staticmethod
@@ -284,6 +315,7 @@ class World:
         dut, config, shapes, _rng = self.dut, self.config, self.shapes, self.rng
         slots = config.jobs_in_flight
         slot_job = [None] * slots  # what the lanes hold
+        means = deque()  # (slot, index of a pair, data) that the loader hands out
         since = [0] * slots
         done = [0] * config.channels
         given = passed = freed = completed = ended = told = 0
@@ -298,8 +330,15 @@ class World:
             # Slots get their jobs as soon as they are free, as the loader would do it.
             while given < len(batch) and given - freed < slots:
                 slot = (number + given) % slots
-                slot_job[slot], since[slot] = batch[given], self.cycle
+                job = batch[given]
+                slot_job[slot], since[slot] = job, self.cycle
+                pairs = zip(job.mean[::2], job.mean[1::2], strict=True)
+                means.extend((slot, i, low | high << 32) for i, (low, high) in enumerate(pairs))
                 given += 1
+            writes_mean = bool(means) and self.chance()
+            if writes_mean:
+                ctx.set(dut.mean, dict(zip(("slot", "index", "data"), means.popleft(), strict=True)))
+            self.set(ctx, dut.mean_valid, writes_mean, "mean")
             for lane in range(config.channels):
                 done[lane] = sum(
                     1 << slot
@@ -307,6 +346,7 @@ class World:
                     if job is not None
                     and job.lanes
                     and self.cycle - since[slot] >= job.done_in[lane]
+                    and all(slot != other for other, _, _ in means)
                 )
                 self.set(ctx, dut.values_done[lane], done[lane], ("done", lane))
             failed = sum(
@@ -323,6 +363,7 @@ class World:
                     {
                         "slot": (number + passed) % slots,
                         "lanes": job.lanes,
+                        "mode": job.mode,
                         "index": job.index,
                         "identifier": job.identifier,
                         "rows": job.rows,
@@ -402,10 +443,14 @@ class World:
             if tail_valid and tail_ready:
                 chain.popleft()
                 ctx.set(dut.chain_tail.valid, 0)
+                self.last_word_at = self.cycle
             if is_freed:
                 job = batch[freed]
-                # With the last word, not later.
-                assert not job.lanes or (tail_valid and tail_ready)
+                # With the last word, not later; or when its last quotient comes, whose mean is still needed.
+                if job.lanes:
+                    blended = config.sparse and job.mode in BLENDED
+                    later_by = config.elements_per_beat + 1 + Divider.LATENCY if blended else 0
+                    assert self.cycle == self.last_word_at + later_by
                 assert freed_slot == (number + freed) % slots
                 assert slot_job[freed_slot] is job
                 assert not chain
@@ -461,6 +506,8 @@ class World:
         slot, row = addresses["final"]
         job = slot_job[slot] if slot_job[slot] is not None and slot_job[slot].lanes else None
         self.set(ctx, dut.final, job.maxima[row] if job and row < rows else -1, "final")
+        alpha = job.alphas[row] if job and job.alphas and row < rows else (1 << len(dut.alpha)) - 1
+        self.set(ctx, dut.alpha, alpha, "alpha")
         slot = addresses["report"]
         job = slot_job[slot] if slot_job[slot] is not None and slot_job[slot].lanes else None
         for lane in range(self.config.channels):
@@ -527,9 +574,54 @@ ALL_KINDS = (
 )
 
 
-def batch_of(config, kinds, seed, first=0):
+def batch_of(config, kinds, seed, first=0, modes=(Mode.DENSE,)):
     rng = random.Random(seed)
-    return [some_job(rng, config, first + number, kind) for number, kind in enumerate(kinds)]
+    return [
+        some_job(rng, config, first + number, kind, modes[number % len(modes)])
+        for number, kind in enumerate(kinds)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "stall"),
+    [(TINY, 0.0), (TINY, 0.5), (ONE_ROW, 0.0), (COPIES, 0.3), (LONG, 0.0)],
+    ids=["tiny", "tiny_stalls", "one_row", "copies", "long"],
+)
+def test_blended(config, stall):
+    """All modes among each other: SPARF and FETCHED are blended, a slot's mean stays until it has been read."""
+    kinds = ("ok", "ok", "ok", "no_token", "ok", "failed", "ok", "nan_value", "empty", "ok", "ok", "bus_error", "ok")
+    modes = (Mode.SPARF, Mode.SPARF, Mode.DENSE, Mode.FETCHED, Mode.CENTROID)
+    batch = batch_of(config, kinds, 6, modes=modes)
+    for job in batch:
+        job.done_in = [0] * config.channels
+    assert {job.mode for job in batch if expected_status(job)[0] == Status.OK} == set(Mode)
+    plain = [expected_rows(config, replace(job, mode=Mode.DENSE)) for job in batch[:2]]
+    assert plain != [expected_rows(config, job) for job in batch[:2]]
+    World(config, [batch], stall=stall, seed=5, flash=2).run()
+
+
+def test_alpha_of_all_and_of_nothing():
+    """Rows of one job with alpha 1, 0 and between: the quotient, the mean, a blend."""
+    batch = batch_of(COPIES, ["ok"] * 4, 12, modes=[Mode.SPARF])
+    for number, job in enumerate(batch):
+        job.rows, job.alphas = 3, [1 << 24, 0, 1 << 23]
+        job.alphas = job.alphas[number % 3:] + job.alphas[:number % 3]
+        for row, alpha in enumerate(job.alphas):
+            row_bytes = result_row_bytes(COPIES.head_dim)
+            block = expected_rows(COPIES, job)[row * row_bytes :][: 4 * COPIES.head_dim]
+            results = [int.from_bytes(block[i : i + 4], "little") for i in range(0, len(block), 4)]
+            if alpha in (0, 1 << 24):
+                assert results == (quotients_of(COPIES, job, row) if alpha else job.mean)
+    World(COPIES, [batch], seed=7).run()
+
+
+def test_without_sparse_nothing_is_blended():
+    config = replace(TINY, sparse=False)
+    batch = batch_of(config, ["ok"] * 3, 13, modes=BLENDED)
+    World(config, [batch], seed=7).run()
+    for name in ("blend", "means", "alphas"):
+        assert re.search(rf"\\{name}\b", rtlil.convert(Finisher(TINY)))
+        assert not re.search(rf"\\{name}\b", rtlil.convert(Finisher(config)))
 
 
 @pytest.mark.parametrize("stall", [0.0, 0.3, 0.8])
