@@ -8,7 +8,7 @@
 Needs numpy alone; Amaranth, cocotb and torch are never loaded by this package.
 """
 
-from kvattic.commands import Completion, CompletionFlag, Status
+from kvattic.commands import Completion, CompletionFlag, Mode, Status
 from kvattic.config import BOARD, GQA, PAPER, PRESETS, TINY, Config, preset
 from kvattic.driver import AttendPlan, AttendResult, Device, FlashOperation, Job, JobResult, Loss, Sequence
 from kvattic.errors import (
@@ -52,6 +52,7 @@ __all__ = [
     "JobResult",
     "KvatticError",
     "Loss",
+    "Mode",
     "RequestError",
     "Sequence",
     "Status",

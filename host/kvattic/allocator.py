@@ -468,20 +468,28 @@ class ZoneAllocator:
                 if stream is not allocation._own:
                     allocation.shared[channel] += 1
 
-    def release(self, allocation: Allocation) -> None:
-        """A sequence is gone: zones that nobody uses any more are erased, now or later (`erase_on_free`)."""
-        if allocation not in self._allocations:
+    def release(self, *allocations: Allocation) -> None:
+        """A sequence is gone: zones that nobody uses any more are erased, now or later (`erase_on_free`).
+
+        Args:
+            allocations: what it has.
+
+        Raises:
+            RequestError: one of them was released already, or is another device's.
+        """
+        if not self._allocations.issuperset(allocations):
             raise RequestError("this allocation was released already, or is another device's")
-        self._allocations.discard(allocation)
-        for number in sorted(allocation._uses):
-            zone = self._open[number]
-            zone.users.discard(allocation)
-            if not zone.users:
-                self._close(zone)
-        # A zone of its own that it opened and has no page in.
-        for zone in allocation._own.zones:
-            if zone.number in self._open and not zone.users:
-                self._close(zone)
+        for allocation in allocations:
+            self._allocations.discard(allocation)
+            for number in sorted(allocation._uses):
+                zone = self._open[number]
+                zone.users.discard(allocation)
+                if not zone.users:
+                    self._close(zone)
+            # A zone of its own that it opened and has no page in.
+            for zone in allocation._own.zones:
+                if zone.number in self._open and not zone.users:
+                    self._close(zone)
         if self.erase_on_free:
             self.clean()
 

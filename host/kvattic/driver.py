@@ -14,15 +14,15 @@ from typing import Self
 import numpy as np
 
 from kvattic import layout
-from kvattic.allocator import DramAllocator, Remap, Wear, ZoneAllocator
+from kvattic.allocator import Allocation, DramAllocator, Remap, Wear, ZoneAllocator
 from kvattic.commands import (
     COMMAND,
     COMPLETION,
     FLASH_COMMAND,
     LINE_BYTES,
     Completion,
-    Kind,
     MediaCause,
+    Mode,
     Opcode,
     Status,
     query_row_bytes,
@@ -42,13 +42,17 @@ from kvattic.jobs import (
     AttendResult,
     Bytes,
     FlashOperation,
+    Integers,
     Job,
     JobResult,
     check_positive,
     end_block,
     explain,
     get_field,
+    mean_bytes,
+    pack_mean,
     pack_query,
+    pack_table,
     put_field,
     table_bytes,
     unpack_result,
@@ -394,19 +398,21 @@ class Device:
 
     # Sequences.
 
-    def create_sequence(self, kv_heads: int, *, capacity_tokens: int, layers: int = 1,
-                        sparse: bool = False) -> "Sequence":
+    def create_sequence(self, kv_heads: int, *, capacity_tokens: int, layers: int = 1, sparse: bool = False,
+                        centroids: int | None = None) -> "Sequence":
         """Reserve zones of flash for a sequence's K and V.
 
         Args:
             kv_heads: KV heads of a layer.
             capacity_tokens: tokens that it can hold at most.
             layers: layers, each with K and V of its own.
-            sparse: write K in the channel layout, too.
+            sparse: write K in the channel layout, too, which the modes sparf and fetched read.
+            centroids: write mean keys of units of so many tokens, too, which the mode centroid reads: a power of two,
+                from a codeword's tokens to a page's (`layout.unit_bits`).
 
         Raises:
-            RequestError: a number is not positive.
-            ConfigError: sparse, and the configuration cannot have the channel layout.
+            RequestError: a number is not positive, or centroids out of range.
+            ConfigError: sparse or centroids, and the configuration is without sparse attention.
             CapacityError: flash or DRAM have no room, or the device cannot number that many tokens.
         """
         self._check_open()
@@ -420,7 +426,13 @@ class Device:
                 f"capacity_tokens must be at most {limit:,}, not {capacity_tokens:,}: the device "
                 f"numbers tokens with {layout.TOKEN_BITS} bits"
             )
-        config, pages = self.config, layout.stripe_pages(self.config, sparse=sparse)
+        config = self.config
+        pages = layout.stripe_pages(config, sparse=sparse or centroids is not None)
+        if centroids is not None:
+            try:
+                layout.unit_bits(centroids, config)
+            except RequestError as error:
+                raise RequestError(f"centroids: {error}") from None
         if 2 * pages * kv_heads > self._dram.pages:
             raise CapacityError(f"a stripe of {kv_heads} KV heads takes {2 * pages * kv_heads} pages of device DRAM, "
                                 f"which has {self._dram.pages}")
@@ -428,26 +440,27 @@ class Device:
         # different channels.
         first_head = self._next_head
         stripes = capacity_tokens // (pages * config.tokens_per_page)
-        rounds, rest = divmod(stripes, config.channels)
-        heads = np.arange(first_head, first_head + layers * kv_heads)
-        uneven = layout.stripe_channel(np.arange(rest)[:, None], heads, config)
-        runs = (2 + sparse) * (np.bincount(uneven.ravel(), minlength=config.channels) + rounds * len(heads))
+        allocations: list[Allocation] = []
         try:
-            allocation = self._allocator.create(runs.tolist(), pages)
+            for run, runs in _reservations(config, range(first_head, first_head + layers * kv_heads), kv_heads, stripes,
+                                           pages, 2 + sparse, centroids):
+                allocations.append(self._allocator.create(runs, run))
         except CapacityError as error:
+            if allocations:
+                self._allocator.release(*allocations)
             raise CapacityError(
                 f"a sequence of {layers} layers, {kv_heads} KV heads and {capacity_tokens:,} "
                 f"tokens has no room: {error}"
             ) from None
         self._next_head += layers * kv_heads
-        sequence = Sequence(self, next(self._numbers), kv_heads, layers, capacity_tokens, first_head, sparse,
-                            allocation)
+        sequence = Sequence(self, next(self._numbers), kv_heads, layers, capacity_tokens, first_head, sparse, centroids,
+                            allocations)
         self._sequences.append(sequence)
         return sequence
 
     def _release(self, sequence: "Sequence") -> None:
         self._sequences.remove(sequence)
-        self._allocator.release(sequence._allocation)
+        self._allocator.release(*sequence._allocations)
         self._raise_die_error()
 
     # Attention.
@@ -529,33 +542,43 @@ class Device:
 
     def _unreadable(self, job: Job, completion: Completion) -> str:
         """Where the codeword lies that could not be read, and why."""
-        kinds = {Status.UNREADABLE_KEY: Kind.KEY, Status.UNREADABLE_VALUE: Kind.VALUE}
-        if completion.status not in kinds:
+        status, config = completion.status, self.config
+        if status not in (Status.UNREADABLE_KEY, Status.UNREADABLE_VALUE, Status.UNREADABLE_SKETCH):
             return ""
-        config = self.config
         stripe, token = divmod(completion.where - job.base_token, job.stripe_pages * config.tokens_per_page)
         if not 0 <= stripe < len(job.table):
             return ""
-        page, token = divmod(token, config.tokens_per_page)
-        codeword = token // config.tokens_per_codeword
         entry = layout.unpack_entries(job.table[stripe : stripe + 1])
-        channel = int(entry.channel[0])
-        pages = entry.key_page if kinds[completion.status] is Kind.KEY else entry.value_page
-        number = int(pages[0]) + page
-        if entry.dram[0]:
-            return f": device DRAM, page {number}, codeword {codeword}"
+        channel, dram = int(entry.channel[0]), bool(entry.dram[0])
+        first = int((entry.value_page if status is Status.UNREADABLE_VALUE else entry.key_page)[0])
+        codeword = token // config.tokens_per_codeword
         read = self.transport.read_register
-        first, cause = read("MEDIA_ERROR"), read("MEDIA_CAUSE")
-        if (first, cause & 0xFFFF) == (channel << PAGE_NUMBER_BITS | number, codeword):
+        media, cause = read("MEDIA_ERROR"), read("MEDIA_CAUSE")
+        if status is Status.UNREADABLE_SKETCH and not dram and job.sketch is not None:
+            sketch = layout.unpack_sketches(job.sketch[stripe : stripe + 1])
+            first = int(sketch.page[0])
+            if job.mode is Mode.CENTROID:
+                codeword = int(sketch.codeword[0]) + (codeword >> job.unit_bits) // config.tokens_per_codeword
+            else:
+                # The completion names the stripe only; of the first of the batch the register knows the rest.
+                page = (media & PAGE_MASK) - first
+                here = media >> PAGE_NUMBER_BITS == channel and 0 <= page < job.stripe_pages
+                codeword = page * config.codewords_per_page + (cause & 0xFFFF) if here else 0
+        page, codeword = divmod(codeword, config.codewords_per_page)
+        number = first + page
+        if dram:
+            return f": device DRAM, page {number}, codeword {codeword}"
+        if (media, cause & 0xFFFF) == (channel << PAGE_NUMBER_BITS | number, codeword):
             why = MediaCause(cause >> 16).name
         else:
-            where = f"page number {first & PAGE_MASK} of channel {first >> PAGE_NUMBER_BITS}"
+            where = f"page number {media & PAGE_MASK} of channel {media >> PAGE_NUMBER_BITS}"
             why = f"not the first of the batch, which is {where}"
         return f": {self._describe(channel, number)}, codeword {codeword} ({why})"
 
     def _job_bytes(self, job: Job) -> int:
         dim = self.config.head_dim
-        return 2 * LINE_BYTES + job.rows * (query_row_bytes(dim) + result_row_bytes(dim)) + table_bytes(job)
+        rows = job.rows * (query_row_bytes(dim) + result_row_bytes(dim))
+        return 2 * LINE_BYTES + rows + table_bytes(job) + mean_bytes(job)
 
     def _batches(self, jobs: Series[Job]) -> Iterator[tuple[int, int]]:
         memory = self.transport.memory_bytes
@@ -577,20 +600,23 @@ class Device:
     def _run_batch(self, jobs: Series[Job], timeout_s: float) -> list[JobResult]:
         transport, dim = self.transport, self.config.head_dim
         # Host memory: commands, completions (zeroed, so that `done` tells which were written),
-        # queries, tables, results.
+        # queries, tables, means, results.
         completions_at = len(jobs) * LINE_BYTES
         buffer = 2 * completions_at
         tables_at = buffer + sum(job.rows for job in jobs) * query_row_bytes(dim)
-        results_at = tables_at + sum(table_bytes(job) for job in jobs)
+        means_at = tables_at + sum(table_bytes(job) for job in jobs)
+        results_at = means_at + sum(mean_bytes(job) for job in jobs)
         commands: list[bytes] = []
         queries: list[bytes] = []
         tables: list[bytes] = []
-        query, table, result = buffer, tables_at, results_at
+        means: list[bytes] = []
+        query, table, mean, result = buffer, tables_at, means_at, results_at
         for index, job in enumerate(jobs):
             try:
                 commands.append(
                     COMMAND.pack(
                         opcode=Opcode.ATTEND,
+                        mode=job.mode,
                         identifier=index,
                         rows=job.rows,
                         stripe_pages=job.stripe_pages,
@@ -602,6 +628,11 @@ class Device:
                         query=query,
                         result=result,
                         table=table,
+                        mean=0 if job.mean is None else mean,
+                        channels=job.channels,
+                        local=job.local,
+                        units=job.units,
+                        unit_bits=job.unit_bits,
                     )
                 )
             except OverflowError:
@@ -609,11 +640,13 @@ class Device:
                     f"a number of job {index} does not fit its field of the command: {job}"
                 ) from None
             queries.append(pack_query(job))
-            tables.append(np.ascontiguousarray(job.table, "<u8").tobytes().ljust(table_bytes(job), b"\0"))
+            tables.append(pack_table(job))
+            means.append(pack_mean(job))
             query += job.rows * query_row_bytes(dim)
             table += table_bytes(job)
+            mean += mean_bytes(job)
             result += job.rows * result_row_bytes(dim)
-        image = b"".join((*commands, bytes(completions_at), *queries, *tables))
+        image = b"".join((*commands, bytes(completions_at), *queries, *tables, *means))
         self._check_idle(timeout_s)
         self._ring(len(jobs), image, buffer, result, timeout_s)
 
@@ -683,3 +716,34 @@ class Device:
 
 def _version(version: int) -> str:
     return f"{version >> 16}.{version & 0xFFFF}"
+
+
+def _reservations(config: Config, heads: range, kv_heads: int, stripes: int, pages: int, kinds: int,
+                  centroids: int | None) -> Iterator[tuple[int, list[int]]]:
+    """What a sequence takes of flash at most: (pages of a run, runs on each channel) of each of its allocations.
+
+    Args:
+        config: geometry.
+        heads: of all layers, numbered over all sequences.
+        kv_heads: of a layer.
+        stripes: full ones of each head.
+        pages: of a run of K.
+        kinds: runs of a stripe: K, V, the channel layout.
+        centroids: tokens of a unit.
+    """
+    rounds, rest = divmod(stripes, config.channels)
+    # (stripe of a round, layer, head): its channel.
+    channels = layout.stripe_channel(np.arange(config.channels)[:, None], np.array(heads), config)
+    channels = channels.reshape(config.channels, -1, kv_heads)
+    # (stripe of a round, layer, channel): heads that have it there.
+    counts = (channels[:, :, :, None] == np.arange(config.channels)).sum(axis=2)
+
+    def total(runs: Integers) -> list[int]:
+        each: list[int] = (rounds * runs.sum(axis=(0, 1)) + runs[:rest].sum(axis=(0, 1))).tolist()
+        return each
+
+    yield pages, total(kinds * counts)
+    if centroids is not None:
+        # Heads of a layer share pages when their stripes are full, at the same time; a run is what one stripe takes.
+        run = layout.centroid_pages(1, centroids, config)
+        yield run, total(layout.centroid_pages(counts, centroids, config) // run)

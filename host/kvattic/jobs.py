@@ -13,11 +13,13 @@ from kvattic import golden
 from kvattic.commands import (
     LINE_BYTES,
     ROW,
+    SKETCH_ENTRY,
     TABLE_ENTRY,
     TRAILER,
     Completion,
     CompletionFlag,
     Field,
+    Mode,
     Opcode,
     Status,
     lines,
@@ -69,6 +71,13 @@ class Job:
         end_token: one past the last valid token.
         tree_token: first token of the draft tree, end_token where there is none.
         scale_bits: fp32 bit pattern of softmax scale * log2(e).
+        mode: which tokens are attended; the fields below are for the sparse modes.
+        channels: SPARF, FETCHED: channels of the first pass, the paper's r.
+        units: units that are attended beside those of the tail, the paper's k.
+        local: newest tokens that are attended in any case; their units count among `units`.
+        unit_bits: FETCHED, CENTROID: log2 of the codewords of a unit.
+        mean: SPARF, FETCHED: uint32, (head_dim,), fp32 bit patterns of the mean of V; None if there is none.
+        sketch: uint64, an entry for each stripe (`layout.pack_sketches`); read when the job is run.  None in DENSE.
         label: names the job in error messages.
     """
 
@@ -82,6 +91,13 @@ class Job:
     end_token: int
     tree_token: int
     scale_bits: int
+    mode: Mode = Mode.DENSE
+    channels: int = 0
+    units: int = 0
+    local: int = 0
+    unit_bits: int = 0
+    mean: NDArray[np.uint32] | None = None
+    sketch: NDArray[np.uint64] | None = None
     label: str = ""
 
     @property
@@ -119,6 +135,11 @@ class JobResult:
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class AttendResult:
     """Attention of one call.
+
+    In the sparse modes maximum, denominator and lse are of the tokens that were attended, with their exact scores, so
+    less than those of all tokens.  In sparf and fetched the output is alpha * softmax(...) V over these tokens plus
+    (1 - alpha) * mean of V, alpha being their share in the approximate softmax, which is not reported.  So results over
+    parts of a sequence cannot be merged by lse in these two.
 
     Attributes:
         output: float32, (q_heads, n_queries, head_dim); zero where a query attends nothing.
@@ -231,14 +252,16 @@ def explain(completion: Completion) -> str:
         Status.OK: lambda: "no error",
         Status.INVALID_OPCODE: lambda: f"there is no opcode {where:#04x}",
         Status.INVALID_FIELD: lambda: (
-            "a reserved byte is not zero, or stripe_pages is no power of two or more than the score buffer holds"
+            "a reserved byte is not zero, the device has no such mode, a field is not zero that the mode has no use "
+            "for, or stripe_pages is no power of two, more than the score buffer holds, or not a group in a sparse mode"
         ),
         Status.INVALID_ROWS: lambda: f"{where} query rows are none or more than the device has",
         Status.INVALID_LENGTH: lambda: (
             "no token, more tokens than the score buffers hold, or another number of stripes than they take"
         ),
         Status.INVALID_ADDRESS: lambda: (
-            f"the {('query block', 'result block', 'table')[min(where, 2)]} is unaligned or out of the buffer window"
+            f"the {_name(where, 'query block', 'result block', 'table', 'mean of V')} is unaligned or out of the "
+            "buffer window"
         ),
         Status.INVALID_SCALE: lambda: "scale is not a positive normal fp32",
         Status.NAN_QUERY: lambda: (
@@ -248,7 +271,7 @@ def explain(completion: Completion) -> str:
         Status.NAN_VALUE: lambda: f"NaN or infinity in V at token {where}",
         Status.CODEWORD_TIMEOUT: lambda: (
             f"channel {where >> 16} still owes {where & 0x7FFF} codewords of "
-            f"{'V' if where >> 15 & 1 else 'K'}"
+            f"{'V' if where >> 15 & 1 else 'K (or of what the first pass reads)'}"
         ),
         Status.BUS_ERROR: lambda: "the host memory or the device DRAM answered with an error",
         Status.INVALID_TABLE: lambda: (
@@ -262,8 +285,22 @@ def explain(completion: Completion) -> str:
         Status.ERASE_FAILED: lambda: "the block was not erased",
         Status.BAD_BLOCK: lambda: "the block has the factory's mark of a bad block",
         Status.DIE_TIMEOUT: lambda: "the die stays busy",
+        Status.INVALID_SELECTION: lambda: "the number of " + _name(
+            where, "channels is none or more than head_dim", "units is none or more than the tokens make",
+            "local tokens is more than the units hold", "codewords of a unit is more than the device can have"),
+        Status.MISSING_MEAN: lambda: "sparf and fetched need the mean of V",
+        Status.NO_SKETCH: lambda: (
+            f"the stripe of entry {where} was written without what the mode's first pass reads: K in the channel "
+            "layout, or centroids"
+        ),
+        Status.NAN_MEAN: lambda: f"NaN or infinity in the mean of V, channel {where}: V holds one in this channel",
+        Status.UNREADABLE_SKETCH: lambda: f"what the first pass reads for token {where} on cannot be read",
     }
     return f"{status.name}: {texts[status]()}"
+
+
+def _name(where: int, *names: str) -> str:
+    return names[min(where, len(names) - 1)]
 
 
 def end_block(action: Callable[[], None], error: BaseException | None) -> None:
@@ -277,7 +314,27 @@ def end_block(action: Callable[[], None], error: BaseException | None) -> None:
 
 def table_bytes(job: Job) -> int:
     """Bytes of the job's table, in whole lines."""
-    return lines(len(job.table) * TABLE_ENTRY.size) * LINE_BYTES
+    entry = TABLE_ENTRY.size if job.sketch is None else TABLE_ENTRY.size + SKETCH_ENTRY.size
+    return lines(len(job.table) * entry) * LINE_BYTES
+
+
+def mean_bytes(job: Job) -> int:
+    """Bytes of the job's mean of V, in whole lines."""
+    return 0 if job.mean is None else lines(job.mean.size * 4) * LINE_BYTES
+
+
+def pack_table(job: Job) -> bytes:
+    """The job's table as the device reads it, padded to whole lines."""
+    columns = [job.table] if job.sketch is None else [job.table, job.sketch]
+    if len({len(column) for column in columns}) > 1:
+        raise RequestError(f"a job's sketch must have an entry for each of the {len(job.table)} stripes, not "
+                           f"{len(columns[1])}")
+    return np.stack(columns, axis=1).astype("<u8").tobytes().ljust(table_bytes(job), b"\0")
+
+
+def pack_mean(job: Job) -> bytes:
+    """The job's mean of V, padded to whole lines; nothing if it has none."""
+    return b"" if job.mean is None else np.asarray(job.mean).astype("<u4").tobytes().ljust(mean_bytes(job), b"\0")
 
 def check_positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:

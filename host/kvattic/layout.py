@@ -10,11 +10,16 @@ Channel layout
     one head, in order; a page holds codewords_per_page consecutive channels of the same tokens.  Codewords beyond
     head_dim are zero (there are some where a codeword of the token layout has a rest).
 
+Centroids
+    For sparse attention without a second copy of K: a mean key for each unit of some codewords of K, in the token
+    layout, as if it were a token.  The mean keys of a stripe fill whole codewords (`centroid_codewords`), which follow
+    each other; those of several stripes share a page.
+
 Stripe
     The tokens of a head are cut into stripes: `stripe_pages` pages of K and as many of V, with consecutive page
-    numbers each.  All pages of a stripe lie on one flash channel, or wait in device DRAM, where they look the same.
-    Without the channel layout a stripe is one page of tokens; with it, the tokens of a channel-layout codeword, and
-    channel-layout pages for them, as many as of K.  Stripes go round the channels (`stripe_channel`).
+    numbers each.  All pages of a stripe lie on one flash channel, or wait in device DRAM, where K and V look the same.
+    A stripe is one page of tokens; for sparse attention, the tokens of a channel-layout codeword, and its
+    channel-layout pages are as many as of K.  Stripes go round the channels (`stripe_channel`).
 
 Page numbers
     The page number on a channel is, from the low bits on: plane, die, page of the block, zone (`page_number`).
@@ -27,9 +32,9 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvattic.commands import TABLE_ENTRY
+from kvattic.commands import SKETCH_ENTRY, TABLE_ENTRY, Record
 from kvattic.config import Config
-from kvattic.elements import to_bits
+from kvattic.elements import from_bits, to_bits
 from kvattic.errors import ConfigError, RequestError
 from kvattic.formats import Element
 
@@ -38,18 +43,26 @@ __all__ = [
     "Block",
     "Entries",
     "PagePlace",
+    "Sketches",
+    "centroid_codewords",
+    "centroid_pages",
+    "centroid_place",
+    "mean_keys",
     "pack_channel_pages",
     "pack_entries",
     "pack_pages",
+    "pack_sketches",
     "page_number",
     "page_place",
     "storage_bits",
     "stripe_channel",
     "stripe_pages",
     "token_offset",
+    "unit_bits",
     "unpack_channel_pages",
     "unpack_entries",
     "unpack_pages",
+    "unpack_sketches",
 ]
 
 Bits: TypeAlias = NDArray[np.uint16]
@@ -109,6 +122,20 @@ class Entries(NamedTuple):
     key_page: NDArray[np.int64]
     value_page: NDArray[np.int64]
     dram: NDArray[np.int64]
+
+
+class Sketches(NamedTuple):
+    """Sketch entries taken apart (`commands.SKETCH_ENTRY`), int64 arrays of one shape.
+
+    Members:
+        page: first page of the channel layout, or page of the first centroid codeword.
+        codeword: of that page; 0 for the channel layout.
+        written: 1: they are there.
+    """
+
+    page: NDArray[np.int64]
+    codeword: NDArray[np.int64]
+    written: NDArray[np.int64]
 
 
 # Elements.
@@ -259,7 +286,7 @@ def stripe_pages(config: Config, *, sparse: bool) -> int:
 
     Args:
         config: geometry.
-        sparse: with the channel layout.
+        sparse: with the channel layout, centroids or both.
 
     Raises:
         ConfigError: the configuration is without sparse attention.
@@ -292,6 +319,93 @@ def token_offset(token: int, config: Config) -> int:
     """
     codeword, inside = divmod(token, config.tokens_per_codeword)
     return codeword * config.codeword_bytes + inside * config.token_bytes
+
+
+# Centroids.
+
+
+def unit_bits(unit_tokens: int, config: Config) -> int:
+    """log2 of the codewords of a unit of selection.
+
+    Args:
+        unit_tokens: tokens of a unit.
+        config: geometry, with sparse attention.
+
+    Raises:
+        RequestError: a unit cannot have so many tokens.
+    """
+    least, most = config.tokens_per_codeword, config.tokens_per_codeword << config.unit_bits_max
+    good = isinstance(unit_tokens, int | np.integer) and not isinstance(unit_tokens, bool)
+    if not good or not least <= unit_tokens <= most or unit_tokens & (unit_tokens - 1):
+        raise RequestError(f"a unit must have a power of two of tokens from {least} (a codeword) to {most}, not "
+                           f"{unit_tokens!r}")
+    return int(unit_tokens // least).bit_length() - 1
+
+
+def mean_keys(bits: Bits, unit_tokens: int, config: Config) -> Bits:
+    """Mean keys of units: the float64 mean of the stored K, rounded once to the storage format.
+
+    Args:
+        bits: uint16, (units * unit_tokens, head_dim).
+        unit_tokens: tokens of a unit.
+        config: geometry.
+
+    Returns:
+        uint16, (units, head_dim).
+
+    Raises:
+        RequestError: wrong dtype or shape, or tokens that are not whole units.
+    """
+    _check_tokens(bits, config)
+    if len(bits) % unit_tokens:
+        raise RequestError(f"mean keys take whole units of {unit_tokens} tokens, not {len(bits)} tokens")
+    values = from_bits(bits, config.element).astype(np.float64).reshape(-1, unit_tokens, config.head_dim)
+    with np.errstate(invalid="ignore"):     # infinities of both signs: the mean is NaN, which the device reports
+        total = np.zeros((len(values), config.head_dim))
+        for token in range(unit_tokens):    # in this order on every machine
+            total += values[:, token]
+        return to_bits(total / unit_tokens, config.element)
+
+
+def centroid_codewords(unit_tokens: int, config: Config) -> int:
+    """Codewords that the mean keys of a stripe fill, a power of two.
+
+    Args:
+        unit_tokens: tokens of a unit.
+        config: geometry, with sparse attention.
+
+    Raises:
+        RequestError: a unit cannot have so many tokens.
+    """
+    return (config.group_codewords >> unit_bits(unit_tokens, config)) // config.tokens_per_codeword
+
+
+def centroid_pages(stripes: Any, unit_tokens: int, config: Config) -> Any:
+    """Pages that the centroids of so many stripes take together.
+
+    Args:
+        stripes: how many, or an integer array.
+        unit_tokens: tokens of a unit.
+        config: geometry, with sparse attention.
+
+    Raises:
+        RequestError: a unit cannot have so many tokens.
+    """
+    return -(-stripes * centroid_codewords(unit_tokens, config) // config.codewords_per_page)
+
+
+def centroid_place(index: int, unit_tokens: int, config: Config) -> tuple[int, int]:
+    """Page, and codeword of it, where the centroids of one of several stripes begin that share pages.
+
+    Args:
+        index: which of them.
+        unit_tokens: tokens of a unit.
+        config: geometry, with sparse attention.
+
+    Raises:
+        RequestError: a unit cannot have so many tokens.
+    """
+    return divmod(index * centroid_codewords(unit_tokens, config), config.codewords_per_page)
 
 
 # Page numbers.
@@ -339,18 +453,50 @@ def pack_entries(channel: ArrayLike, key_page: ArrayLike, value_page: ArrayLike,
     Raises:
         RequestError: a number does not fit its field.
     """
-    result = np.zeros(np.broadcast_shapes(*(np.shape(v) for v in (channel, key_page, value_page, dram))), np.uint64)
-    for name, values in zip(Entries._fields, (channel, key_page, value_page, dram), strict=True):
-        field, array = TABLE_ENTRY[name], np.asarray(values)
+    return _pack(TABLE_ENTRY, channel=channel, key_page=key_page, value_page=value_page, dram=dram)
+
+
+def unpack_entries(entries: NDArray[np.uint64]) -> Entries:
+    """The inverse of `pack_entries`."""
+    return Entries(*_unpack(TABLE_ENTRY, Entries._fields, entries))
+
+
+def pack_sketches(page: ArrayLike, codeword: ArrayLike, written: ArrayLike) -> NDArray[np.uint64]:
+    """Sketch entries (`commands.SKETCH_ENTRY`), one for each stripe.
+
+    Args:
+        page: first page of the channel layout, or page of the first centroid codeword; integers that fit the field, or
+            arrays of them.
+        codeword: of that page; likewise.
+        written: 1: they are there; likewise.
+
+    Returns:
+        uint64; little-endian in memory is what the device reads.
+
+    Raises:
+        RequestError: a number does not fit its field.
+    """
+    return _pack(SKETCH_ENTRY, page=page, codeword=codeword, written=written)
+
+
+def unpack_sketches(entries: NDArray[np.uint64]) -> Sketches:
+    """The inverse of `pack_sketches`; what is reserved is not looked at."""
+    return Sketches(*_unpack(SKETCH_ENTRY, Sketches._fields, entries))
+
+
+def _pack(record: Record, **values: ArrayLike) -> NDArray[np.uint64]:
+    """Records of 8 bytes."""
+    result = np.zeros(np.broadcast_shapes(*(np.shape(v) for v in values.values())), np.uint64)
+    kind = {"TableEntry": "table", "SketchEntry": "sketch"}[record.name]
+    for name, given in values.items():
+        field, array = record[name], np.asarray(given)
         if array.size and not 0 <= array.min() <= array.max() < 1 << 8 * field.size:
-            raise RequestError(f"{name} of a table entry must be 0 to {(1 << 8 * field.size) - 1}, not "
+            raise RequestError(f"{name} of a {kind} entry must be 0 to {(1 << 8 * field.size) - 1}, not "
                                f"{array.min()} to {array.max()}")
         result |= array.astype(np.uint64) << np.uint64(8 * field.offset)
     return result
 
 
-def unpack_entries(entries: NDArray[np.uint64]) -> Entries:
-    """The inverse of `pack_entries`."""
-    return Entries(*(
-        (entries >> np.uint64(8 * field.offset) & np.uint64((1 << 8 * field.size) - 1)).astype(np.int64)
-        for field in (TABLE_ENTRY[name] for name in Entries._fields)))
+def _unpack(record: Record, names: tuple[str, ...], entries: NDArray[np.uint64]) -> list[NDArray[np.int64]]:
+    return [(entries >> np.uint64(8 * field.offset) & np.uint64((1 << 8 * field.size) - 1)).astype(np.int64)
+            for field in (record[name] for name in names)]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Series
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -12,13 +12,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from kvattic import layout
 from kvattic.allocator import Allocation
-from kvattic.commands import COMMAND, COMPLETION, TREE_BITS, Completion, Kind, Opcode, Status, fp32_bits
+from kvattic.commands import COMMAND, COMPLETION, TREE_BITS, Completion, Kind, Mode, Opcode, Status, fp32_bits
+from kvattic.elements import from_bits
 from kvattic.errors import CapacityError, RequestError
 from kvattic.jobs import (
     AttendPlan,
     AttendResult,
     Bits,
-    Bytes,
     FlashOperation,
     Integers,
     Job,
@@ -36,9 +36,8 @@ __all__ = ["Loss", "Sequence"]
 
 CHUNK_BYTES = 1 << 28
 """Device DRAM that a prefill uses at once, at most: enough to keep all dies busy for long."""
-CHANNEL_KIND = 2
-"""Beside `Kind`: K in the channel layout."""
 MAX_STRIPES = (1 << 8 * COMMAND["stripes"].size) - 1
+MAX_UNITS = (1 << 8 * COMMAND["units"].size) - 1
 NO_ENTRY = (1 << 64) - 1
 
 
@@ -65,36 +64,60 @@ class _Masks(NamedTuple):
     tree_token: int
 
 
-@dataclass(slots=True, eq=False)
+class _Selection(NamedTuple):
+    """What a sparse mode attends; see `Sequence.attend`."""
+
+    mode: Mode
+    channels: int
+    units: int
+    local: int
+    unit_tokens: int
+    unit_bits: int
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
 class _Layer:
     """K and V of one layer.
 
     Attributes:
         table: uint64, (kv_heads, stripes), where each stripe lies; jobs look into it.
-        channel_pages: int64, (kv_heads, stripes), first page of each stripe's K in the channel layout, -1 where it is
-            not written; no stripes if there is no such layout.
+        sketches: the same for what the sequence has of the channel layout (Kind.CHANNEL) and of centroids
+            (Kind.SKETCH); zero where it is not written.
+        total: float64, (kv_heads, head_dim), sum of V over all tokens, if the modes that need it can be had.
         length: tokens.
         staged: stripe to its first page of device DRAM, for those that are not in flash yet.  There they lie head by
             head, K then V.
-        placed: (stripe, head, kind) to the first page, for what is in flash of stripes that are staged.
+        before: for the same stripes, `total` before their first token.
+        placed: (stripe, head, kind) to the first page and codeword, for what is in flash of stripes that are staged.
     """
 
     table: NDArray[np.uint64]
-    channel_pages: Integers
+    sketches: dict[Kind, NDArray[np.uint64]]
+    total: NDArray[np.float64]
     length: int = 0
     staged: dict[int, int] = field(default_factory=dict)
-    placed: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    before: dict[int, NDArray[np.float64]] = field(default_factory=dict)
+    placed: dict[tuple[int, int, Kind], tuple[int, int]] = field(default_factory=dict)
 
 
 class _Run(NamedTuple):
-    """Consecutive pages of device DRAM that belong into consecutive pages of flash."""
+    """Consecutive pages of device DRAM that belong into consecutive pages of flash.
 
-    stripe: int
-    head: int
-    kind: int
+    Members:
+        kind: what they hold.
+        channel: flash channel.
+        source: first page of DRAM.
+        pages: how many.
+        die: where they should lie, if that matters.
+        holds: (stripe, head) of all that they hold: one, or of centroids several.
+    """
+
+    kind: Kind
     channel: int
     source: int
+    pages: int
     die: int | None
+    holds: list[tuple[int, int]]
 
 
 class Sequence:
@@ -113,6 +136,7 @@ class Sequence:
         layers: layers, each with tokens of its own.
         capacity_tokens: tokens that each layer can hold.
         sparse: K is written in the channel layout, too.
+        centroids: tokens of the units whose mean keys are written, too; None: there are none.
         stripe_tokens: tokens of a stripe.
     """
 
@@ -125,7 +149,8 @@ class Sequence:
         capacity_tokens: int,
         first_head: int,
         sparse: bool,
-        allocation: Allocation,
+        centroids: int | None,
+        allocations: Series[Allocation],
     ) -> None:
         self.device = device
         self.number = number
@@ -133,16 +158,19 @@ class Sequence:
         self.layers = layers
         self.capacity_tokens = capacity_tokens
         self.sparse = sparse
-        self.stripe_tokens = allocation.run * device.config.tokens_per_page
+        self.centroids = centroids
         self._first_head = first_head
-        self._allocation = allocation
-        self._pages = allocation.run
-        self._kinds = 2 + sparse
+        self._allocations = allocations     # of K, V and the channel layout; of centroids
+        self._pages = allocations[0].run
+        self.stripe_tokens = self._pages * device.config.tokens_per_page
+        self._sketch_kinds = [Kind.CHANNEL] * sparse + [Kind.SKETCH] * (centroids is not None)
+        self._kinds = [Kind.KEY, Kind.VALUE, *self._sketch_kinds]
         self._freed = False
-        stripes = -(-capacity_tokens // self.stripe_tokens)
-        # Never moved, because jobs refer to it; memory is taken where it is written.
-        self._layers = [_Layer(np.zeros((kv_heads, stripes), np.uint64),
-                               np.full((kv_heads, stripes if sparse else 0), -1, np.int64)) for _ in range(layers)]
+        shape = (kv_heads, -(-capacity_tokens // self.stripe_tokens))
+        # Never moved, because jobs refer to them; memory is taken where it is written.
+        self._layers = [_Layer(table=np.zeros(shape, np.uint64),
+                               sketches={kind: np.zeros(shape, np.uint64) for kind in self._sketch_kinds},
+                               total=np.zeros((kv_heads, device.config.head_dim))) for _ in range(layers)]
 
     # Life.
 
@@ -176,15 +204,22 @@ class Sequence:
         for page in layer.staged.values():
             self.device._dram.free(page)
         layer.staged.clear()
+        layer.before.clear()
         layer.placed.clear()
 
     def _lose_tails(self) -> Iterator[Loss]:
         """What was in DRAM is gone."""
         for number, layer in enumerate(self._layers):
             tokens = layer.length - self.flushed(number)
+            if self.sparse and layer.staged:
+                layer.total = layer.before[min(layer.staged)]
             layer.length -= tokens
-            layer.table[:, layer.length // self.stripe_tokens :] = NO_ENTRY
+            first = layer.length // self.stripe_tokens
+            layer.table[:, first:] = NO_ENTRY
+            for sketches in layer.sketches.values():
+                sketches[:, first:] = 0
             layer.staged.clear()
+            layer.before.clear()
             layer.placed.clear()
             if tokens:
                 yield Loss(self, number, tokens)
@@ -212,6 +247,24 @@ class Sequence:
         """
         length, staged = self.length(layer), self._layers[layer].staged
         return min(staged) * self.stripe_tokens if staged else length
+
+    def mean_value(self, layer: int = 0) -> NDArray[np.float32]:
+        """Mean of the stored V over all tokens of a layer, which sparf and fetched blend in.
+
+        It is kept as a float64 sum, token by token, and rounded once.
+
+        Returns:
+            float32, (kv_heads, head_dim).
+
+        Raises:
+            RequestError: the layer has no tokens, or the sequence is without the channel layout.
+        """
+        length = self.length(layer)
+        if not self.sparse:
+            raise RequestError("the mean of V is kept with K in the channel layout only (sparse=True)")
+        if length == 0:
+            raise RequestError(f"layer {layer} has no tokens")
+        return (self._layers[layer].total / length).astype(np.float32)
 
     def _check_layer(self, layer: int) -> None:
         if not isinstance(layer, int | np.integer) or not 0 <= layer < self.layers:
@@ -284,10 +337,10 @@ class Sequence:
             else:
                 whole = (total - at) // self.stripe_tokens
                 room = min(self.device._dram.largest, CHUNK_BYTES // self.device.config.page_bytes)
-                fitting = room // (self.kv_heads * self._kinds * self._pages)
+                fitting = room // (self.kv_heads * (2 * self._pages + self._passing(1)))
                 piece = tokens[:, :, at : at + max(min(whole, fitting), 1) * self.stripe_tokens]
                 stripes = self._stage(layer, piece)
-            state.length += piece.shape[2]
+            self._count(layer, piece[:, Kind.VALUE])
             at += piece.shape[2]
             self._flush(layer, stripes, piece if inside == 0 else None)
 
@@ -295,8 +348,8 @@ class Sequence:
         """Whether DRAM has room for what an append of so many tokens needs at least."""
         dram = self.device._dram
         needed = [] if inside else [2 * self.kv_heads * self._pages]
-        if self.sparse and inside + total >= self.stripe_tokens:
-            needed.append(self._pages)
+        if self._sketch_kinds and inside + total >= self.stripe_tokens:
+            needed.append(self._passing(-(-self.kv_heads // self.device.config.channels)))
         taken: list[int] = []
         try:
             for pages in needed:
@@ -304,6 +357,31 @@ class Sequence:
         finally:
             for page in taken:
                 dram.free(page)
+
+    def _passing(self, heads: int) -> int:
+        """Pages of DRAM that sketches of a stripe pass through, centroids of so many heads at once."""
+        pages = self._pages if self.sparse else 0
+        if self.centroids is not None:
+            pages = max(pages, int(layout.centroid_pages(heads, self.centroids, self.device.config)))
+        return pages
+
+    def _count(self, layer: int, values: Bits) -> None:
+        """Tokens were written: count them, and sum their V."""
+        state, total = self._layers[layer], values.shape[1]
+        if self.sparse:
+            exact = from_bits(values, self.device.config.element).astype(np.float64)
+            at = 0
+            while at < total:
+                stripe, inside = divmod(state.length + at, self.stripe_tokens)
+                if inside == 0:
+                    state.before[stripe] = state.total
+                last = min(at + self.stripe_tokens - inside, total)
+                # Token after token, so that appends in any pieces give the same sum.
+                with np.errstate(invalid="ignore"):
+                    state.total = np.add.accumulate(
+                        np.concatenate([state.total[:, None], exact[:, at:last]], axis=1), axis=1)[:, -1].copy()
+                at = last
+        state.length += total
 
     def _write_tail(self, layer: int, tokens: Bits) -> None:
         """Put tokens into the layer's last stripe in DRAM: whole pages if they are its first, else only their bytes."""
@@ -363,9 +441,11 @@ class Sequence:
         if not stripes:
             return
         pages, dram = self._pages, self.device._dram
+        if self.centroids is not None:
+            self._write_centroids(layer, stripes, tokens)
         items = [(stripe, head) for head in range(self.kv_heads) for stripe in stripes]
         if not self.sparse:
-            self._program(layer, items, {})
+            self._program(layer, list(self._runs(layer, items, {})))
             return
         # K in the channel layout passes through DRAM, too, as much at a time as there is room for.
         while items:
@@ -374,46 +454,93 @@ class Sequence:
             base = dram.allocate(len(now) * pages)
             try:
                 sources = {item: base + i * pages for i, item in enumerate(now)}
-                images = np.concatenate([self._channel_images(layer, *item, stripes, tokens) for item in now])
+                images = np.concatenate([
+                    layout.pack_channel_pages(self._keys(layer, *item, stripes, tokens), self.device.config)
+                    for item in now])
                 self.device.transport.write_dram(base * self.device.config.page_bytes, images.tobytes())
-                self._program(layer, now, sources)
+                self._program(layer, list(self._runs(layer, now, sources)))
             finally:
                 dram.free(base)
 
-    def _channel_images(self, layer: int, stripe: int, head: int, stripes: Series[int], tokens: Bits | None) -> Bytes:
-        config, size = self.device.config, self._pages * self.device.config.page_bytes
-        if tokens is None:
-            base = self._layers[layer].staged[stripe] * config.page_bytes + 2 * head * size
-            data = self.device.transport.read_dram(base, size)
-            keys = layout.unpack_pages(np.frombuffer(data, np.uint8).reshape(self._pages, -1), config)
-        else:
+    def _write_centroids(self, layer: int, stripes: Series[int], tokens: Bits | None) -> None:
+        """Program the mean keys of full stripes; all that are written now share the pages of their channel."""
+        assert self.centroids is not None
+        config, state, dram, unit = self.device.config, self._layers[layer], self.device._dram, self.centroids
+        run_pages = layout.centroid_pages(1, unit, config)
+        in_run = run_pages * config.codewords_per_page // layout.centroid_codewords(unit, config)
+        # Flash is reserved for each stripe and channel: what these take together is never torn apart.
+        groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for stripe in stripes:
+            for head in range(self.kv_heads):
+                if (stripe, head, Kind.SKETCH) not in state.placed:
+                    groups.setdefault((stripe, int(self._channel(layer, head, stripe))), []).append((stripe, head))
+        waiting = list(groups.items())
+        while waiting:
+            # As many as DRAM has room for.
+            sizes = np.cumsum([layout.centroid_pages(len(items), unit, config) for _, items in waiting])
+            fitting = max(int(np.searchsorted(sizes, dram.largest, "right")), 1)
+            channels: dict[int, list[tuple[int, int]]] = {}
+            for (_, channel), items in waiting[:fitting]:
+                channels.setdefault(channel, []).extend(items)
+            waiting = waiting[fitting:]
+            base = source = dram.allocate(int(sizes[fitting - 1]))
+            try:
+                runs: list[_Run] = []
+                for channel, items in channels.items():
+                    items.sort(key=lambda item: (item[1], item[0]))     # a head's stripes beside each other
+                    means = [layout.mean_keys(self._keys(layer, *item, stripes, tokens), unit, config)
+                             for item in items]
+                    images = layout.pack_pages(np.concatenate(means), config)
+                    self.device.transport.write_dram(source * config.page_bytes, images.tobytes())
+                    single = len({head for _, head in items}) == len(items)
+                    for i in range(0, len(items), in_run):
+                        die = self._die(layer, *items[i], Kind.SKETCH) if single else None
+                        runs.append(_Run(Kind.SKETCH, channel, source, run_pages, die, items[i : i + in_run]))
+                        source += run_pages
+                self._program(layer, runs)
+            finally:
+                dram.free(base)
+
+    def _keys(self, layer: int, stripe: int, head: int, stripes: Series[int], tokens: Bits | None) -> Bits:
+        """K of a full stripe that is staged."""
+        if tokens is not None:
             first = (stripe - stripes[0]) * self.stripe_tokens
-            keys = tokens[head, Kind.KEY, first : first + self.stripe_tokens]
-        return layout.pack_channel_pages(keys, config)
+            return tokens[head, Kind.KEY, first : first + self.stripe_tokens]
+        config, size = self.device.config, self._pages * self.device.config.page_bytes
+        base = self._layers[layer].staged[stripe] * config.page_bytes + 2 * head * size
+        data = self.device.transport.read_dram(base, size)
+        return layout.unpack_pages(np.frombuffer(data, np.uint8).reshape(self._pages, -1), config)
+
+    def _die(self, layer: int, stripe: int, head: int, kind: Kind) -> int:
+        """The die for a single stripe: another one than the one before of this head, and far from its other kinds."""
+        config = self.device.config
+        number = (self._first_head + layer * self.kv_heads + head) // config.channels + stripe // config.channels
+        die: int = (number + self._kinds.index(kind) * config.dies // len(self._kinds)) % config.dies
+        return die
 
     def _runs(self, layer: int, items: Series[tuple[int, int]], sources: dict[tuple[int, int], int]) -> Iterator[_Run]:
-        """What must be programmed, in the order in which it takes its places on each channel."""
-        config, state = self.device.config, self._layers[layer]
+        """What must be programmed, but for centroids, in the order in which it takes its places on each channel."""
+        state = self._layers[layer]
         heads: dict[tuple[int, int], list[int]] = {}
         for stripe, head in items:
             heads.setdefault((int(self._channel(layer, head, stripe)), head), []).append(stripe)
         for (channel, head), stripes in heads.items():
-            for kind in range(self._kinds):
+            for kind in self._kinds:
+                if kind is Kind.SKETCH:
+                    continue
                 for stripe in stripes:
                     if (stripe, head, kind) in state.placed:
                         continue
                     # Several stripes: one after the other, through planes and then dies.  A single one, as they come
                     # from decoding: on another die than the one before of this head, V far from K.
-                    number = (self._first_head + layer * self.kv_heads + head) // config.channels
-                    die = number + stripe // config.channels + kind * config.dies // self._kinds
-                    source = sources[stripe, head] if kind == CHANNEL_KIND else (
+                    source = sources[stripe, head] if kind is Kind.CHANNEL else (
                         state.staged[stripe] + (2 * head + kind) * self._pages)
-                    yield _Run(stripe, head, kind, channel, source, die % config.dies if len(stripes) == 1 else None)
+                    die = self._die(layer, stripe, head, kind) if len(stripes) == 1 else None
+                    yield _Run(kind, channel, source, self._pages, die, [(stripe, head)])
 
-    def _program(self, layer: int, items: Series[tuple[int, int]], sources: dict[tuple[int, int], int]) -> None:
-        """Program (stripe, head) items; what fails is placed elsewhere on its channel."""
+    def _program(self, layer: int, runs: list[_Run]) -> None:
+        """Program pages; what fails is placed elsewhere on its channel."""
         device, allocator = self.device, self.device._allocator
-        runs = list(self._runs(layer, items, sources))
         error: BaseException | None = None
         while runs and error is None:
             try:
@@ -421,7 +548,7 @@ class Sequence:
             except CapacityError:
                 device._raise_die_error()   # why there is no room
                 raise
-            numbers = [(i, page) for i in range(len(runs)) for page in range(self._pages)]
+            numbers = [(i, page) for i, run in enumerate(runs) for page in range(run.pages)]
             order = device._round_robin([runs[i].channel for i, _ in numbers],
                                         [places[i] + page for i, page in numbers])
             numbers = [numbers[n] for n in order]
@@ -446,7 +573,7 @@ class Sequence:
                 else:
                     allocator.abandon(channel, number)
                     error = error or device._failure("PROGRAM", Completion.unpack(entries[n].tobytes()))
-            allocator.account(len(numbers), sum(good) * self._pages)
+            allocator.account(len(numbers), sum(run.pages for run, there in zip(runs, good, strict=True) if there))
             for run, place, there in zip(runs, places, good, strict=True):
                 if there:
                     self._placed(layer, run, place)
@@ -460,29 +587,36 @@ class Sequence:
         allocator, places = self.device._allocator, []
         try:
             for run in runs:
-                places.append(allocator.take(self._allocation, run.channel, die=run.die))
+                places.append(allocator.take(self._allocation_of(run), run.channel, die=run.die))
         except BaseException:
             for run, place in reversed(list(zip(runs, places, strict=False))):
-                allocator.give_back(self._allocation, run.channel, place)
+                allocator.give_back(self._allocation_of(run), run.channel, place)
             raise
         return places
 
+    def _allocation_of(self, run: _Run) -> Allocation:
+        return self._allocations[run.kind is Kind.SKETCH]
+
     def _placed(self, layer: int, run: _Run, place: int) -> None:
-        """Note that a run is in flash; when all of its stripe is, for this head and for all heads, use that."""
-        state, stripe = self._layers[layer], run.stripe
-        state.placed[stripe, run.head, run.kind] = place
-        keys = [(stripe, run.head, kind) for kind in range(self._kinds)]
-        if not all(key in state.placed for key in keys):
-            return
-        found = [state.placed[key] for key in keys]
-        state.table[run.head, stripe] = layout.pack_entries(run.channel, found[Kind.KEY], found[Kind.VALUE], 0)
-        if self.sparse:
-            state.channel_pages[run.head, stripe] = found[CHANNEL_KIND]
-        if all((stripe, head, kind) in state.placed for head in range(self.kv_heads) for kind in range(self._kinds)):
-            self.device._dram.free(state.staged.pop(stripe))
-            for head in range(self.kv_heads):
-                for kind in range(self._kinds):
-                    del state.placed[stripe, head, kind]
+        """Note that a run is in flash; when all of a stripe is, for its head and for all heads, use that."""
+        state, config = self._layers[layer], self.device.config
+        for index, (stripe, head) in enumerate(run.holds):
+            page, codeword = 0, 0
+            if run.kind is Kind.SKETCH and self.centroids is not None:
+                page, codeword = layout.centroid_place(index, self.centroids, config)
+            state.placed[stripe, head, run.kind] = place + page, codeword
+            if not all((stripe, head, kind) in state.placed for kind in self._kinds):
+                continue
+            key_page, value_page = (state.placed[stripe, head, kind][0] for kind in (Kind.KEY, Kind.VALUE))
+            state.table[head, stripe] = layout.pack_entries(run.channel, key_page, value_page, 0)
+            for kind in self._sketch_kinds:
+                state.sketches[kind][head, stripe] = layout.pack_sketches(*state.placed[stripe, head, kind], 1)
+            keys = [(stripe, head, kind) for head in range(self.kv_heads) for kind in self._kinds]
+            if all(key in state.placed for key in keys):
+                self.device._dram.free(state.staged.pop(stripe))
+                state.before.pop(stripe, None)
+                for key in keys:
+                    del state.placed[key]
 
     def _tokens(self, name: str, values: ArrayLike) -> Bits:
         array, dim = np.asarray(values), self.device.config.head_dim
@@ -509,14 +643,36 @@ class Sequence:
         causal: bool = False,
         window: int | None = None,
         tree: ArrayLike | None = None,
+        mode: Mode | str = Mode.DENSE,
+        channels: int | None = None,
+        units: int | None = None,
+        local: int = 0,
+        unit: int | None = None,
         timeout_s: float | None = None,
         progress: Progress | None = None,
     ) -> AttendResult:
-        """Attention of queries over a layer's tokens: softmax(scale * q K^T) V.
+        """Attention of queries over a layer's tokens: softmax(scale * q K^T) V, in dense mode.
 
         The device computes it from the stored 16-bit elements with fixed-point sums, rounded once
         to float32.  The query heads of a KV head and all queries share each pass over K and V,
         `Config.rows` at a time.  The masks are combined: a query attends what all of them allow.
+
+        The sparse modes choose by a first pass over less than K which *units* of tokens are attended exactly:
+
+        - ``sparf`` (SparF, SparQ): the units are single tokens.  `channels` (the paper's r) channels of q and K, those
+          of the largest |q|, give approximate scores; the `units` (k) tokens of the largest approximate softmax are
+          attended; the output is alpha * attention + (1 - alpha) * mean of V, alpha being their share in the
+          approximate softmax.  The sequence must have been created with sparse=True.
+        - ``fetched``: the same with a codeword for a unit, or several (`unit`), because that is what is read: all
+          tokens of these codewords are attended and counted in alpha.
+        - ``centroid``: the units are those whose mean keys were written (create_sequence(centroids=...)); those of
+          the largest approximate softmax over mean keys are attended, without a blend.
+
+        Tokens in device DRAM (those of the stripe that is not full yet, see `flushed`) are always attended and do not
+        count in `units`.  The mean of V is that of all tokens of the layer, whatever the masks allow.  The query heads
+        of a KV head share one selection (as in SparQ's form for GQA: |q| and the approximate softmax are summed over
+        them) as far as they fit a job of `Config.rows` rows: of more heads, each job selects for itself, and so does
+        each of several queries.
 
         Args:
             query: (q_heads, n_queries, head_dim), as key in `prefill`; q_heads a multiple of
@@ -529,16 +685,26 @@ class Sequence:
                 leave it.
             tree: bool, (n_queries, n_draft), n_draft at most 32: which of the last n_draft tokens
                 each query attends; all tokens before them are attended.
+            mode: `commands.Mode` or its name in lower case.
+            channels: sparf, fetched: the paper's r, 1 to head_dim.
+            units: sparse modes: the paper's k, how many units are attended: at least 1, and no more than there are.  A
+                query that has fewer, because of causal, attends all of its units.
+            local: sparse modes: the newest tokens of each query, which are attended in any case; units with any of
+                them count among `units`, which must be as many.
+            unit: fetched, centroid: tokens of a unit, a power of two from a codeword's to a page's.  If None, a
+                codeword's in fetched; in centroid those of the stored mean keys, and nothing else will do there.
             timeout_s: patience with each batch; the device's if None.
             progress: called after each batch with (jobs done, jobs in all).
 
         Raises:
-            RequestError: a wrong shape, dtype or number, an empty layer, or a freed sequence.
+            RequestError: a wrong shape, dtype or number, an empty layer, a freed sequence, one that was created without
+                what the mode reads, or in a sparse mode more tokens than the score buffers hold.
             DeviceStatusError: the device reports an error, such as a NaN in K (which only bit
                 patterns can bring in).
             DeviceBusyError, DeviceTimeoutError, CapacityError: see `Device.run`.
         """
-        plan = self.plan(query, layer=layer, scale=scale, causal=causal, window=window, tree=tree)
+        plan = self.plan(query, layer=layer, scale=scale, causal=causal, window=window, tree=tree, mode=mode,
+                         channels=channels, units=units, local=local, unit=unit)
         return self.device.attend_many([plan], timeout_s=timeout_s, progress=progress)[0]
 
     def plan(
@@ -550,6 +716,11 @@ class Sequence:
         causal: bool = False,
         window: int | None = None,
         tree: ArrayLike | None = None,
+        mode: Mode | str = Mode.DENSE,
+        channels: int | None = None,
+        units: int | None = None,
+        local: int = 0,
+        unit: int | None = None,
     ) -> AttendPlan:
         """The jobs of an `attend` call, for `Device.attend_many`; arguments and errors are its."""
         length, config = self.length(layer), self.device.config
@@ -570,6 +741,7 @@ class Sequence:
         bits = layout.storage_bits(array, config.element, "query")
         scale_bits = _scale_bits(1 / math.sqrt(dim) if scale is None else scale)
         masks = _masks(length, n_queries, causal, window, tree)
+        selection = self._selection(mode, channels, units, local, unit)
 
         # Rows by query, then by head of the group: so the windows of a job's rows lie close
         # together and less is read.
@@ -579,57 +751,162 @@ class Sequence:
             .swapaxes(1, 2)
             .reshape(self.kv_heads, -1, dim)
         )
+        # A selection is of one query.
+        together = rows.shape[1] if selection is None else group
         start, end, draft = (np.repeat(per_query, group) for per_query in masks[:3])
+        chunks = [slice(first, min(first + config.rows, begin + together))
+                  for begin in range(0, rows.shape[1], together)
+                  for first in range(begin, begin + together, config.rows)]
+        cut = [_Masks(start[chunk], end[chunk], draft[chunk], masks.tree_token) for chunk in chunks]
+        if selection is not None:
+            self._check_selection(selection, [self._range(part, length) for part in cut])
+        means = self.mean_value(layer).view(np.uint32) if selection is not None and selection.channels else None
         jobs: list[Job] = []
         parts: list[Part] = []
         for head in range(self.kv_heads):
-            for first in range(0, rows.shape[1], config.rows):
-                chunk = slice(first, min(first + config.rows, rows.shape[1]))
+            for chunk, part in zip(chunks, cut, strict=True):
                 before = len(jobs)
-                jobs += self._jobs(
-                    layer,
-                    head,
-                    rows[head, chunk],
-                    scale_bits,
-                    _Masks(start[chunk], end[chunk], draft[chunk], masks.tree_token),
-                )
+                if selection is None:
+                    jobs += self._jobs(layer, head, rows[head, chunk], scale_bits, part)
+                else:
+                    mean = None if means is None else means[head]
+                    jobs.append(self._sparse_job(layer, head, rows[head, chunk], scale_bits, part, selection, mean))
                 parts.append(Part(head, chunk, range(before, len(jobs))))
         return AttendPlan(sequence=self, shape=(q_heads, n_queries, dim), jobs=jobs, _parts=parts)
 
-    def _jobs(
-        self, layer: int, head: int, query: Bits, scale_bits: int, masks: _Masks
-    ) -> Iterator[Job]:
-        """One job for each range of tokens that the score buffers hold."""
-        config, table = self.device.config, self._layers[layer].table[head]
-        size = self.stripe_tokens
-        busy = masks.end > masks.start
-        first = int(masks.start[busy].min(initial=1 << layout.TOKEN_BITS)) if busy.any() else 0
-        last = int(masks.end[busy].max(initial=1))
-        first -= first % size
-        # A lane's score buffer holds so many stripes, and they go round the lanes.
+    @property
+    def _most_tokens(self) -> int:
+        """Tokens of a job: a lane's score buffer holds so many stripes, and they go round the lanes."""
+        config = self.device.config
         places = config.ring_codewords // (self._pages * config.codewords_per_page)
-        most = min(config.channels * places, MAX_STRIPES) * size
-        for base in range(first, last, most):
-            stop = min(base + most, last)
+        return min(config.channels * places, MAX_STRIPES) * self.stripe_tokens
+
+    def _range(self, masks: _Masks, length: int) -> tuple[int, int]:
+        """Tokens from the first stripe on to the last one that any row attends; all `length` if there is none."""
+        busy = masks.end > masks.start
+        if not busy.any():
+            return 0, length
+        first, last = int(masks.start[busy].min()), int(masks.end[busy].max())
+        return first - first % self.stripe_tokens, last
+
+    def _jobs(self, layer: int, head: int, query: Bits, scale_bits: int, masks: _Masks) -> Iterator[Job]:
+        """One dense job for each range of tokens that the score buffers hold."""
+        first, last = self._range(masks, 1)
+        for base in range(first, last, self._most_tokens):
+            yield self._job(layer, head, query, scale_bits, masks, base, min(base + self._most_tokens, last))
+
+    def _job(self, layer: int, head: int, query: Bits, scale_bits: int, masks: _Masks, base: int, stop: int) -> Job:
+        """A dense job over tokens base to stop."""
+        size = self.stripe_tokens
+        return Job(
+            query=query,
+            # A row that attends nothing in this range has the empty window at its beginning.
+            start=np.clip(masks.start, base, stop),
+            end=np.clip(masks.end, base, stop),
+            tree=masks.tree >> min(max(base - masks.tree_token, 0), TREE_BITS),
+            table=self._layers[layer].table[head, base // size : -(-stop // size)],
+            stripe_pages=self._pages,
+            base_token=base,
+            end_token=stop,
             # A tree that began before this range is cut, so that it begins inside or at the end.
-            tree_token = min(max(masks.tree_token, base), stop)
-            yield Job(
-                query=query,
-                # A row that attends nothing in this range has the empty window at its beginning.
-                start=np.clip(masks.start, base, stop),
-                end=np.clip(masks.end, base, stop),
-                tree=masks.tree >> min(max(base - masks.tree_token, 0), TREE_BITS),
-                table=table[base // size : -(-stop // size)],
-                stripe_pages=self._pages,
-                base_token=base,
-                end_token=stop,
-                tree_token=tree_token,
-                scale_bits=scale_bits,
-                label=f"sequence {self.number}, layer {layer}, KV head {head}, tokens {base} to {stop - 1}",
-            )
+            tree_token=min(max(masks.tree_token, base), stop),
+            scale_bits=scale_bits,
+            label=f"sequence {self.number}, layer {layer}, KV head {head}, tokens {base} to {stop - 1}",
+        )
+
+    # Sparse attention.
+
+    def _selection(self, mode: Mode | str, channels: int | None, units: int | None, local: int,
+                   unit: int | None) -> _Selection | None:
+        """What is asked for, as far as it can be checked without the tokens; None: dense."""
+        config = self.device.config
+        names = {one.name.lower(): one for one in Mode}
+        found = names.get(mode) if isinstance(mode, str) else mode
+        if not isinstance(found, Mode):
+            raise RequestError(f"mode must be one of {', '.join(names)}, not {mode!r}")
+        name = found.name.lower()
+        uses = {
+            "channels": found in (Mode.SPARF, Mode.FETCHED),
+            "units": found is not Mode.DENSE,
+            "local": found is not Mode.DENSE,
+            "unit": found in (Mode.FETCHED, Mode.CENTROID),
+        }
+        given = {"channels": channels is not None, "units": units is not None, "local": local != 0,
+                 "unit": unit is not None}
+        for argument, used in uses.items():
+            if given[argument] and not used:
+                raise RequestError(f"mode {name} has no {argument}: it must not be given")
+        if found is Mode.DENSE:
+            return None
+        if uses["channels"] and not self.sparse:
+            raise RequestError(f"mode {name} reads K in the channel layout, which this sequence was created without: "
+                               "create it with sparse=True")
+        if found is Mode.CENTROID and self.centroids is None:
+            raise RequestError(f"mode {name} reads mean keys, which this sequence was created without: create it with "
+                               "centroids=...")
+        if uses["channels"]:
+            _check_integer("channels (the paper's r)", channels, 1, config.head_dim)
+        _check_integer("units (the paper's k)", units, 1, MAX_UNITS)
+        unit_tokens = 1
+        if found is Mode.FETCHED:
+            unit_tokens = config.tokens_per_codeword if unit is None else unit
+        elif self.centroids is not None and found is Mode.CENTROID:
+            unit_tokens = self.centroids
+            if unit not in (None, unit_tokens):
+                raise RequestError(f"unit must be {unit_tokens}, of which the sequence's mean keys are, not {unit!r}")
+        unit_bits = 0 if found is Mode.SPARF else layout.unit_bits(unit_tokens, config)
+        assert units is not None
+        _check_integer("local", local, 0, min(units * unit_tokens, (1 << 8 * COMMAND["local"].size) - 1))
+        return _Selection(found, channels or 0, int(units), int(local), int(unit_tokens), unit_bits)
+
+    def _check_selection(self, selection: _Selection, ranges: Series[tuple[int, int]]) -> None:
+        """Whether the tokens of all jobs fit the score buffers, and make as many units as are asked for."""
+        name, size = selection.mode.name.lower(), selection.unit_tokens
+        for base, stop in ranges:
+            if stop - base > self._most_tokens:
+                raise RequestError(
+                    f"mode {name} takes at most {self._most_tokens:,} tokens, which the score buffers hold at once "
+                    f"(Config.score_depth), not {stop - base:,} (tokens {base} to {stop - 1}); attend a window of "
+                    "them, or densely")
+        base, stop = max(ranges, key=lambda tokens: tokens[1] - tokens[0])
+        most = -(-(stop - base) // size)
+        if selection.units > most:
+            raise RequestError(f"units (the paper's k) must be at most {most:,}, as tokens {base} to {stop - 1} make "
+                               f"no more units of {size}, not {selection.units:,}")
+        for base, stop in ranges:
+            newest = -(-stop // size) - max(stop - selection.local, 0) // size
+            if selection.units < min(newest, -(-(stop - base) // size)):
+                raise RequestError(f"local: the newest {selection.local} of {stop} tokens lie in {newest} units of "
+                                   f"{size}, which are more than the {selection.units} that are to be attended")
+
+    def _sparse_job(self, layer: int, head: int, query: Bits, scale_bits: int, masks: _Masks, selection: _Selection,
+                    mean: NDArray[np.uint32] | None) -> Job:
+        """A job of a sparse mode; it has all tokens of its rows."""
+        state, size = self._layers[layer], self.stripe_tokens
+        base, stop = self._range(masks, state.length)
+        job = self._job(layer, head, query, scale_bits, masks, base, stop)
+        units = min(selection.units, -(-(stop - base) // selection.unit_tokens))
+        sketch = state.sketches[Kind.SKETCH if selection.mode is Mode.CENTROID else Kind.CHANNEL]
+        return replace(
+            job,
+            mode=selection.mode,
+            channels=selection.channels,
+            units=units,
+            local=min(selection.local, units * selection.unit_tokens),
+            unit_bits=selection.unit_bits,
+            mean=mean,
+            sketch=sketch[head, base // size : -(-stop // size)],
+            label=f"{job.label}, {selection.mode.name.lower()}",
+        )
 
 
 # Helpers.
+
+
+def _check_integer(name: str, value: Any, least: int, most: int) -> None:
+    good = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not good or not least <= value <= most:
+        raise RequestError(f"{name} must be an int from {least:,} to {most:,}, not {value!r}")
 
 
 def _scale_bits(scale: float) -> int:

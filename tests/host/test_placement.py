@@ -198,16 +198,17 @@ def test_sparse_sequences_have_k_twice(config, pieces):
             at += piece
         assert sequence.flushed() == total // size * size
         bits = sequence.attend(query).bits
-        entries, found = entries_of(sequence), sequence._layers[0].channel_pages
+        entries, found = entries_of(sequence), layout.unpack_sketches(sequence._layers[0].sketches[Kind.CHANNEL])
         for head in range(2):
             for stripe in range(total // size):
                 channel = int(entries.channel[head, stripe])
                 here = key[head, stripe * size : (stripe + 1) * size]
-                images = stored(device, channel, int(found[head, stripe]), pages)
+                images = stored(device, channel, int(found.page[head, stripe]), pages)
                 assert np.array_equal(layout.unpack_channel_pages(images, config), here)
                 images = stored(device, channel, int(entries.key_page[head, stripe]), pages)
                 assert np.array_equal(layout.unpack_pages(images, config), here)
-        assert (found[:, total // size :] == -1).all()
+        assert (found.written == (np.arange(found.written.shape[1]) < total // size)).all()
+        assert not found.codeword.any()
         assert device._allocator.pages_written == 2 * 3 * pages * (total // size)
         assert device.write_amplification == 1 or total < size
     assert np.array_equal(bits, expected_bits(config, key, value, query))
@@ -410,7 +411,7 @@ def test_what_finds_no_room_leaves_no_gap():
         first.prefill(*np.ones((2, 2, 480, 32), np.float16))        # 60 pages on each
         sequence = device.create_sequence(1, capacity_tokens=32)
         sequence._layers[0], sequence.capacity_tokens = type(sequence._layers[0])(
-            np.zeros((1, 7), np.uint64), np.zeros((1, 0), np.int64)), 100   # more than it has reserved
+            table=np.zeros((1, 7), np.uint64), sketches={}, total=np.zeros((1, 32))), 100   # more than it has reserved
         with pytest.raises(CapacityError, match="all 2 zones are in use"):
             sequence.append(key[:1], value[:1])
         assert (sequence.length(), sequence.flushed()) == (96, 0)
