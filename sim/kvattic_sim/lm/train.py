@@ -5,7 +5,7 @@ head, no biases, the embedding also the output matrix. Its context is 1,024 byte
 see 256 bytes, the rest the whole context.
 
 The text is Python: the standard library that Debian installs at /usr/lib/python3.11 (PSF licence 2), and the sources of
-SymPy, NetworkX and NumPy (each BSD-3-Clause), which PyPI's torch brings along. One file in 24 of the standard library,
+SymPy, NetworkX and NumPy (each BSD-3-Clause). One file in 24 of the standard library,
 chosen by a hash of its path, is held out and never trained on; `heldout.npz` holds windows of them for the evaluation.
 
 torch, not JAX: on the project's machines torch's bfloat16 products use the AMX tiles, some ten times the speed of
@@ -13,7 +13,7 @@ float32 in either (1,864 against 163 GFLOP/s on one core), and JAX's bfloat16 do
 
 To run it, outside the project's own environment, on one core for an hour:
     python3.11 -m venv /tmp/lmvenv
-    /tmp/lmvenv/bin/pip install 'torch>=2.13,<2.14' 'numpy>=2.0,<3'
+    /tmp/lmvenv/bin/pip install '.[train]'
     taskset -c 1 /tmp/lmvenv/bin/python sim/kvattic_sim/lm/train.py --minutes 52
 
 The schedule follows the clock, so that a shared machine ends it on time; `--steps` makes a run that can be repeated.
