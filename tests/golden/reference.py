@@ -5,6 +5,7 @@ products), not from the golden model's shifts, so that the two agree only if bot
 """
 
 from fractions import Fraction
+from math import isqrt
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -200,4 +201,263 @@ def attend(
         nan_key=first_token(k),
         nan_value=first_token(v),
         flags=overflow | value_overflow << 1,
+    )
+
+
+# Sparse attention: docs/sparse.md in plain Python.
+
+
+class SparseReference(NamedTuple):
+    """The intermediates of `kvattic.sparse.First` and of its second pass, as nested lists of Python integers."""
+
+    channels: list[int]
+    scale_significand: list[int]
+    scale_exponent: list[int]
+    score_sums: list[list[int]]
+    scores: list[list[int]]
+    maximum: list[int]
+    denominator: list[int]
+    reference: list[int]
+    probability: list[list[int]]
+    mass: list[int]
+    rank: list[int]
+    valid: list[bool]
+    selected: list[bool]
+    taken: list[bool]
+    alpha: list[int]
+    codewords: list[int]
+    exact_scores: list[list[int]]
+    exact_maximum: list[int]
+    exact_denominator: list[int]
+    output: list[list[int]]
+    nan_key: int | None
+    nan_value: int | None
+    flags: int
+
+
+def magnitude(x: Number) -> int:
+    """|x| in steps of 2**-24, below 2**40."""
+    return min(int(abs(value(x)) * (1 << 24)), (1 << 40) - 1)
+
+
+def approximate_scale(sizes: list[int], channels: list[int], scale_bits: int) -> tuple[int, int]:
+    """(significand, exponent field) of scale * sqrt(whole / part), every step truncated."""
+    significand, field = 1 << 23 | scale_bits & ((1 << 23) - 1), scale_bits >> 23
+    part, whole = sum(sizes[c] for c in channels), sum(sizes)
+    if part == 0:
+        return significand, field
+    root = isqrt((whole << 48) // part)
+    exact = Fraction(significand, 1 << 23) * Fraction(root, 1 << 24)
+    while exact >= 2:
+        exact, field = exact / 2, field + 1
+    return int(exact * (1 << 23)), field
+
+
+def log2(denominator: int) -> int:
+    """log2(denominator / 2**40) in steps of 2**-22: squaring a mantissa of 32 bits."""
+    whole, mantissa = -40, Fraction(denominator)
+    while mantissa >= 2:
+        mantissa, whole = mantissa / 2, whole + 1
+    result = 0
+    mantissa = Fraction(int(mantissa * (1 << 31)), 1 << 31)
+    for step in range(1, 23):
+        mantissa = mantissa**2
+        if mantissa >= 2:
+            result += 1 << (22 - step)
+            mantissa /= 2
+        mantissa = Fraction(int(mantissa * (1 << 31)), 1 << 31)
+    return (whole << 22) + result
+
+
+def finite(bits: int) -> Fraction:
+    """Value of an fp32; subnormals are zero."""
+    field, fraction = bits >> 23 & 255, bits & ((1 << 23) - 1)
+    size = Fraction(1 << 23 | fraction) * Fraction(2) ** (field - 150) if 0 < field < 255 else Fraction(0)
+    return -size if bits >> 31 else size
+
+
+def fp32_or_zero(exact: Fraction) -> int:
+    """As `fp32`, +0 for what is below 2**-126 after its rounding."""
+    least = Fraction(2) ** -126
+    # Half a step below the least normal number rounds to it: 24 bits of significand count.
+    if abs(exact) < least and not abs(exact) >= least - Fraction(2) ** -151:
+        return 0
+    return fp32(exact) if abs(exact) >= least else (exact < 0) << 31 | 1 << 23
+
+
+def attend_sparse(
+    query: NDArray[np.uint16],
+    key: NDArray[np.uint16],
+    value_bits: NDArray[np.uint16],
+    *,
+    mode: int,
+    group_tokens: int,
+    tokens_per_codeword: int,
+    channels: int,
+    units: int,
+    local: int,
+    unit_bits: int,
+    mean: NDArray[np.uint32] | None,
+    sketch: NDArray[np.uint16] | None,
+    tail: NDArray[np.bool_],
+    element: Element,
+    scale_bits: int,
+    start: NDArray[Any],
+    end: NDArray[Any],
+    tree: NDArray[Any],
+    tree_token: int,
+    base_token: int,
+    end_token: int,
+) -> SparseReference:
+    """The job of `kvattic.sparse.attend_sparse`, with the same arguments; modes as numbers."""
+    q, k, v = ([[number(int(x), element) for x in row] for row in array] for array in (query, key, value_bits))
+    rows, tokens, head_dim = len(q), len(k), len(q[0])
+    unit_tokens = 1 if mode == 1 else tokens_per_codeword << unit_bits
+    count = tokens // unit_tokens
+    scale = (1 << 23 | scale_bits & ((1 << 23) - 1), scale_bits >> 23)
+    masked, low, high = -(1 << 35), -(1 << 35) + 1, (1 << 35) - 1
+
+    def late(token: int) -> bool:
+        return bool(tail[token // group_tokens])
+
+    def in_tree(r: int, token: int) -> bool:
+        draft = token - tree_token
+        return draft < 0 or (draft < 32 and bool(int(tree[r]) >> draft & 1))
+
+    def sees(r: int, t: int) -> bool:
+        token = base_token + t
+        return int(start[r]) <= token < int(end[r]) and token < end_token and in_tree(r, token)
+
+    def score(first: list[Number], second: list[Number], scale: tuple[int, int]) -> tuple[int, int, bool, bool]:
+        total, clipped = score_sum(first, second, scale[1] - 127)
+        exact = (total * scale[0] * 2 + (1 << 29)) // (1 << 30)
+        return total, min(max(exact, low), high), clipped, not low <= exact <= high
+
+    # First pass: (sum, score, clipped, saturated) of what is read, the masks, and what has a NaN.
+    chosen: list[int] = []
+    scales = [scale] * rows
+    overflow = False
+    bad: list[int] = []
+    zero = (0, 0, False, False)
+    if mode == 3:
+        assert sketch is not None
+        c = [[number(int(x), element) for x in row] for row in sketch]
+        found = [[zero if late(u * unit_tokens) else score(row, c[u], scale) for u in range(count)] for row in q]
+        seen = []
+        for r in range(rows):
+            row = []
+            for u in range(count):
+                first = base_token + u * unit_tokens
+                row.append(not late(u * unit_tokens) and first | (unit_tokens - 1) >= int(start[r]) and
+                           first < min(int(end[r]), end_token) and in_tree(r, first))
+            seen.append(row)
+        bad += [base_token + u * unit_tokens for u in range(count)
+                if not late(u * unit_tokens) and any(x.special for x in c[u])]
+    else:
+        sizes = [[magnitude(x) for x in row] for row in q]
+        total = [sum(row[c] for row in sizes) for c in range(head_dim)]
+        chosen = sorted(sorted(range(head_dim), key=lambda c: (-total[c], c))[:channels])
+        scales = [approximate_scale(row, chosen, scale_bits) for row in sizes]
+        a = k if sketch is None else [[number(int(x), element) for x in row] for row in sketch]
+        found = [[score(q[r], k[t], scale) if late(t) else
+                  score([q[r][c] for c in chosen], [a[t][c] for c in chosen], scales[r])
+                  for t in range(tokens)] for r in range(rows)]
+        seen = [[sees(r, t) for t in range(tokens)] for r in range(rows)]
+        overflow = any(found[r][t][2] and not late(t) for r in range(rows) for t in range(tokens))
+        for t in range(tokens):
+            read = k[t] if late(t) else [a[t][c] for c in chosen]
+            if any(x.special for x in read):
+                bad.append(base_token + t)
+    scored = range(len(seen[0]))
+    overflow |= any(seen[r][t] and (found[r][t][2] or found[r][t][3]) for r in range(rows) for t in scored)
+    scores = [[found[r][t][1] if seen[r][t] else masked for t in scored] for r in range(rows)]
+    maximum = [max(row) for row in scores]
+
+    def sized(score: int, top: int) -> int:
+        if score == masked:
+            return 0
+        significand, n = weight(score - top)
+        return floor_scaled(significand, 40 - 21 - n)
+
+    denominator = [sum(sized(s, maximum[r]) for s in scores[r]) for r in range(rows)]
+    against = [min(maximum[r] + log2(denominator[r]), high) if denominator[r] else 0 for r in range(rows)]
+    p = [[sized(s, against[r]) for s in scores[r]] for r in range(rows)]
+
+    # Selection.
+    def members(u: int) -> range:
+        return range(u, u + 1) if mode == 3 else range(u * unit_tokens, (u + 1) * unit_tokens)
+
+    mass = [min(sum(p[r][t] for r in range(rows) for t in members(u)) >> 10, (1 << 36) - 2) for u in range(count)]
+    starts = [base_token + u * unit_tokens for u in range(count)]
+    forced = [starts[u] + unit_tokens > max(end_token - local, 0) for u in range(count)]
+    rank = [((1 << 36) - 1 if forced[u] else mass[u]) * (1 << 24) + (1 << 24) - 1 - starts[u] for u in range(count)]
+    valid = [not late(u * unit_tokens) and starts[u] < end_token for u in range(count)]
+    best = sorted((u for u in range(count) if valid[u]), key=lambda u: -rank[u])[:units]
+    selected = [u in best for u in range(count)]
+    taken = [(late(t) or selected[t // unit_tokens]) and base_token + t < end_token for t in range(tokens)]
+    if mode == 3 or sum(valid) <= units:
+        alpha = [1 << 24] * rows
+    else:
+        share = [sum(p[r][t] for t in range(tokens) if taken[t]) for r in range(rows)]
+        alpha = [min((share[r] + (1 << 15)) >> 16, 1 << 24) if denominator[r] else 1 << 24 for r in range(rows)]
+
+    # Second pass: the dense job over what is read, in which nobody attends what is not selected.
+    codewords = sorted({t // tokens_per_codeword for t in range(tokens) if taken[t]})
+    read = [t for t in range(tokens) if t // tokens_per_codeword in codewords and base_token + t < end_token]
+    second = [[score(q[r], k[t], scale) for t in read] for r in range(rows)]
+    attended = [[taken[t] and sees(r, t) for t in read] for r in range(rows)]
+    flags = int(overflow or any(attended[r][i] and (second[r][i][2] or second[r][i][3])
+                                for r in range(rows) for i in range(len(read))))
+    exact = [[second[r][i][1] if attended[r][i] else masked for i in range(len(read))] for r in range(rows)]
+    top = [max(row, default=masked) for row in exact]
+    sums = [sum(sized(s, top[r]) for s in exact[r]) for r in range(rows)]
+    output = []
+    for r in range(rows):
+        line = []
+        for c in range(head_dim):
+            accumulator = 0
+            for i, t in enumerate(read):
+                if exact[r][i] == masked:
+                    continue
+                significand, n = weight(exact[r][i] - top[r])
+                product, power = significand * v[t][c].significand, 40 - 21 - n + v[t][c].power
+                if power > 24 and product:
+                    flags |= 2
+                size = floor_scaled(product, min(power, 24))
+                accumulator += -size if v[t][c].negative else size
+            quotient = finite(fp32(Fraction(accumulator, sums[r]))) if sums[r] else Fraction(0)
+            other = Fraction(0) if mean is None else finite(int(mean[c]))
+            share_of_it = Fraction(alpha[r], 1 << 24)
+            line.append(fp32_or_zero(share_of_it * quotient + (1 - share_of_it) * other))
+        output.append(line)
+    bad += [base_token + t for t in read if any(x.special for x in k[t])]
+    bad_values = [base_token + t for t in read if any(x.special for x in v[t])]
+    whole = [[masked] * tokens for _ in range(rows)]
+    for r in range(rows):
+        for i, t in enumerate(read):
+            whole[r][t] = exact[r][i]
+    return SparseReference(
+        channels=chosen,
+        scale_significand=[s for s, _ in scales],
+        scale_exponent=[e for _, e in scales],
+        score_sums=[[x[0] for x in row] for row in found],
+        scores=scores,
+        maximum=maximum,
+        denominator=denominator,
+        reference=against,
+        probability=p,
+        mass=mass,
+        rank=rank,
+        valid=valid,
+        selected=selected,
+        taken=taken,
+        alpha=alpha,
+        codewords=codewords,
+        exact_scores=whole,
+        exact_maximum=top,
+        exact_denominator=sums,
+        output=output,
+        nan_key=min((t for t in bad if t < end_token), default=None),
+        nan_value=min(bad_values, default=None),
+        flags=flags,
     )
