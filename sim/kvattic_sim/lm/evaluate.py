@@ -1,11 +1,12 @@
 """What sparse attention costs the language model: bits per byte against the flash bytes that each method moves.
 
 ``python -m kvattic_sim.lm.evaluate`` prints the table, keeps the figures in build/bench.json and draws
-docs/lm_quality.png; ``... --windows 4`` is a fast look. The first half of each held-out window is prefilled densely,
-the second half decoded with the method in every layer, each byte fed whatever was predicted.
+docs/lm_quality.png; ``... --windows 4`` is a fast look, ``... --golden`` runs the golden device. The first half of each
+held-out window is prefilled densely, the second half decoded with the method in every layer, each byte fed whatever was
+predicted.
 
-To run the model over anything else that attends, such as the golden device or the RTL, give `teacher_forced` a
-`model.Memory`.
+To run the model over anything that attends, give `teacher_forced` a `model.Memory`; `DriveMemory` is that of a drive,
+golden device or RTL.
 """
 
 import argparse
@@ -23,9 +24,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+import kvattic
+from kvattic.config import Config
+from kvattic.driver import Device
 from kvattic_sim import figures
 from kvattic_sim.data import load_minilm
 from kvattic_sim.lm.methods import (
+    CODEWORD_BYTES,
     ELEMENT_BYTES,
     GROUP,
     Centroid,
@@ -39,23 +44,27 @@ from kvattic_sim.lm.methods import (
     Sparf,
     Sparq,
     Stateless,
+    share_of,
 )
-from kvattic_sim.lm.model import Decoder, Halves, Layer, Memory, bits_per_byte, load, load_held_out
+from kvattic_sim.lm.model import Decoder, Halves, Layer, Memory, Shape, bits_per_byte, load, load_held_out
 
 __all__ = [
     "METHODS",
     "RATIOS",
+    "DriveMemory",
     "ErrorRatio",
     "Head",
     "MethodMemory",
     "Quality",
     "draw",
     "error_ratio",
+    "golden_quality",
     "lm_heads",
     "main",
     "method_at",
     "minilm_heads",
     "quality",
+    "selection",
     "teacher_forced",
 ]
 
@@ -65,6 +74,7 @@ RATIOS = tuple(Fraction(1, 1 << n) for n in range(5))
 METHODS = ("dense", "sparq", "sparf", "fetched", "centroid", "quest", "h2o", "local", "sinks", "pages")
 """By key: `sinks` is `local` with 4 first tokens, `pages` SparF with the paper's page reads."""
 WINDOWS = 16
+GOLDEN_WINDOW = 17
 SHORT_TAIL = 32
 """Tokens: of a long context the tail is a small part, of the windows' it is an eighth and more."""
 ERROR_SETTINGS = tuple((channels, share) for channels in (8, 4, 2) for share in (8, 16, 32))
@@ -181,6 +191,96 @@ class MethodMemory(Memory):
             self._method.attend(q[-1:], k, v, np.array([position + 1])).output[0]
             for q, k, v in _heads(tokens, self._kind)
         ])
+
+
+def selection(method: Method, flash: int, head_dim: int) -> dict[str, Any]:
+    """The arguments of `kvattic.Sequence.attend` that make the drive do what the method does.
+
+    Args:
+        method: Dense, Sparf, Fetched or Centroid.
+        flash: tokens in flash; with none of them, every mode is dense attention.
+        head_dim: of the drive.
+
+    Raises:
+        ValueError: the drive has no such mode.
+    """
+    codeword = CODEWORD_BYTES // (ELEMENT_BYTES * head_dim)
+
+    def units(unit: int) -> dict[str, Any]:
+        assert isinstance(method, (Sparf, Fetched, Centroid))
+        wanted = share_of(method.share, np.array(flash // unit))
+        local = 0 if isinstance(method, Centroid) else unit * int(share_of(method.local, wanted, 0))
+        return {"mode": method.name, "units": int(wanted), "local": local}
+
+    if not flash and isinstance(method, (Sparf, Fetched, Centroid)):
+        return {}
+    match method:
+        case Dense():
+            return {}
+        case PageSparf():
+            pass
+        case Sparf():
+            return {**units(1), "channels": method.channels}
+        case Fetched():
+            unit = method.unit or codeword
+            return {**units(unit), "channels": method.channels, "unit": unit}
+        case Centroid():
+            return {**units(method.unit), "unit": method.unit}
+    raise ValueError(f"method must be dense, sparf, fetched or centroid, not {method.name}")
+
+
+class DriveMemory(Memory):
+    """A sequence in a drive as a `model.Memory`: the golden device's, or that of simulated RTL.
+
+    Args:
+        device: of the model's head_dim, with at least as many rows as query heads share a KV head; fp16.
+        shape: the model's.
+        method: the same in every layer; see `selection`.
+    """
+
+    def __init__(self, device: Device, shape: Shape, method: Method) -> None:
+        self._method = method
+        self.sequence = device.create_sequence(
+            shape.kv_heads,
+            capacity_tokens=shape.context,
+            layers=shape.layers,
+            sparse=isinstance(method, (Sparf, Fetched)),
+            centroids=method.unit if isinstance(method, Centroid) else None,
+        )
+        """Freed by whoever made the memory."""
+
+    def prefill(self, layer: int, key: Halves, value: Halves) -> None:
+        """See `Memory`."""
+        self.sequence.prefill(key.swapaxes(0, 1), value.swapaxes(0, 1), layer=layer)
+
+    def append(self, layer: int, key: Halves, value: Halves) -> None:
+        """See `Memory`."""
+        self.sequence.append(key[:, None], value[:, None], layer=layer)
+
+    def attend(self, layer: int, query: Halves, position: int) -> Floats:
+        """See `Memory`."""
+        del position  # the newest of the sequence
+        arguments = selection(self._method, self.sequence.flushed(layer), query.shape[1])
+        return self.sequence.attend(query[:, None], layer=layer, **arguments).output[:, 0]
+
+
+def golden_quality(decoder: Decoder, window: NDArray[np.uint8], method: Method) -> NDArray[np.float64]:
+    """Bits of each byte of a window's second half, decoded on the golden device: a minute.
+
+    Args:
+        decoder: the model.
+        window: uint8, (tokens + 1,).
+        method: Dense, Sparf, Fetched or Centroid.
+
+    Returns:
+        float64, (tokens / 2,).
+    """
+    shape = decoder.shape
+    config = Config(head_dim=shape.head_dim, rows=shape.query_heads // shape.kv_heads)
+    with kvattic.open("model", config) as device:
+        memory = DriveMemory(device, shape, method)
+        with memory.sequence:
+            return teacher_forced(decoder, window, memory, (len(window) - 1) // 2)
 
 
 def teacher_forced(decoder: Decoder, window: NDArray[np.uint8], memory: Memory, prefix: int) -> NDArray[np.float64]:
@@ -431,17 +531,40 @@ def _errors_table(name: str, results: Mapping[tuple[int, int], ErrorRatio]) -> T
     return table
 
 
+def _golden(console: Console, decoder: Decoder, window: NDArray[np.uint8]) -> None:
+    """Print and keep what the golden device gives, beside the methods in NumPy."""
+    first = (len(window) - 1) // 2
+    _, prefix = decoder.forward(window[:first])
+    table = Table(title=f"Bits per byte of window {GOLDEN_WINDOW}, bytes {first + 1} to {len(window) - 1}")
+    for column in ("mode", "NumPy", "golden device", "largest difference of a byte"):
+        table.add_column(column, justify="left" if column == "mode" else "right")
+    for name in ("dense", "sparf", "fetched", "centroid"):
+        ratio = Fraction(1) if name == "dense" else Fraction(1, 8)
+        method = method_at(name, ratio, decoder.shape.head_dim)
+        logits, _ = decoder.forward(window[first:-1], _Measured(method), prefix)
+        numpy = bits_per_byte(logits, window[first + 1 :])
+        golden = golden_quality(decoder, window, method)
+        table.add_row(name, f"{numpy.mean():.5f}", f"{golden.mean():.5f}", f"{np.abs(golden - numpy).max():.5f}")
+        figures.record({f"lm.golden.bits_per_byte.{name}.{_name(ratio)}": float(golden.mean())})
+    console.print(table)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--windows", type=int, default=WINDOWS, help="held-out windows (default: %(default)s)")
     parser.add_argument("--plot", type=Path, default=Path("docs") / "lm_quality.png", help="(default: %(default)s)")
+    parser.add_argument("--golden", action="store_true",
+                        help="instead: decode half a window on the golden device, with each of its modes at 1/8")
     args = parser.parse_args(arguments)
     console = Console(width=130 if not sys.stdout.isatty() else None)
     decoder, text = load(), load_held_out()
     if not 1 <= args.windows <= len(text.windows):
         parser.error(f"--windows must be from 1 to {len(text.windows)}, not {args.windows}")
+    if args.golden:
+        _golden(console, decoder, text.windows[GOLDEN_WINDOW])
+        return 0
     # Spread over the files, of which some have several windows.
     windows = text.windows[np.linspace(0, len(text.windows) - 1, args.windows).round().astype(int)]
     methods = {

@@ -33,6 +33,7 @@ __all__ = [
     "Sparq",
     "Stateless",
     "largest",
+    "share_of",
 ]
 
 Floats = NDArray[np.floating[Any]]
@@ -169,8 +170,17 @@ def largest(x: Floats, count: NDArray[np.integer[Any]] | int) -> Mask:
     return result
 
 
-def _count(share: float, of: NDArray[np.integer[Any]], least: int = 1) -> Counts:
-    """A share of each number, rounded, at least `least` where there is anything."""
+def share_of(share: float, of: NDArray[np.integer[Any]], least: int = 1) -> Counts:
+    """A share of each number, rounded (a half to even), and at least `least` where there is anything.
+
+    Args:
+        share: from 0 to 1.
+        of: integers, of any shape.
+        least: smallest result for a number above zero.
+
+    Returns:
+        int64, of the same shape.
+    """
     result: Counts = np.where(of > 0, np.maximum(np.rint(share * of), least), 0).astype(np.int64)
     return result
 
@@ -258,8 +268,8 @@ class Sparf(Stateless):
         """See `Stateless`."""
         steps = _Steps.of(query, key, value, lengths)
         mass = _approximate(steps, self.channels)
-        wanted = _count(self.share, steps.flash)
-        attended = steps.tail | _choose(steps, mass, wanted, _count(self.local, wanted, 0), 1)
+        wanted = share_of(self.share, steps.flash)
+        attended = steps.tail | _choose(steps, mass, wanted, share_of(self.local, wanted, 0), 1)
         return _blend(steps, mass, attended, self._bytes(steps, attended))
 
     def _bytes(self, steps: _Steps, attended: Mask) -> Counts:
@@ -355,8 +365,8 @@ class Sparq(Stateless):
         """See `Stateless`."""
         steps = _Steps.of(query, key, value, lengths, tail=False)
         mass = _approximate(steps, self.channels)
-        wanted = _count(self.share, steps.lengths)
-        attended = _choose(steps, mass, wanted, _count(self.local, wanted, 0), 1)
+        wanted = share_of(self.share, steps.lengths)
+        attended = _choose(steps, mass, wanted, share_of(self.local, wanted, 0), 1)
         elements = self.channels * steps.lengths + 2 * key.shape[1] * attended.sum(axis=1)
         return _blend(steps, mass, attended, elements * ELEMENT_BYTES)
 
@@ -384,8 +394,8 @@ class Fetched(Stateless):
         codeword = _codeword_tokens(key)
         unit = _whole(self.unit or codeword, codeword)
         mass = _approximate(steps, self.channels)
-        wanted = _count(self.share, steps.flash // unit)
-        attended = steps.tail | _choose(steps, mass, wanted, _count(self.local, wanted, 0) * unit, unit)
+        wanted = share_of(self.share, steps.flash // unit)
+        attended = steps.tail | _choose(steps, mass, wanted, share_of(self.local, wanted, 0) * unit, unit)
         codewords = _channel_codewords(steps, self.channels) + 2 * steps.touched(attended, codeword)
         return _blend(steps, mass, attended, codewords * CODEWORD_BYTES)
 
@@ -422,7 +432,7 @@ class _ByUnit(Stateless):
         scores[..., :whole] = self._scores(steps.query, key[: whole * unit].reshape(whole, unit, head_dim))
         scores *= query.dtype.type(head_dim**-0.5)
         mass = _softmax(np.where(present[:, None], scores, -np.inf)).sum(axis=1)
-        chosen = largest(np.where(present, mass, -np.inf), _count(self.share, steps.flash // unit))
+        chosen = largest(np.where(present, mass, -np.inf), share_of(self.share, steps.flash // unit))
         attended = steps.tail | (np.repeat(chosen, unit, axis=1)[:, : len(key)] & steps.stored)
         described = -(-GROUP // unit * self.entries * head_dim * ELEMENT_BYTES // CODEWORD_BYTES)
         codewords = steps.flash // GROUP * described + 2 * steps.touched(attended, codeword)
@@ -483,7 +493,7 @@ class Local(Stateless):
         """See `Stateless`."""
         steps = _Steps.of(query, key, value, lengths)
         index = np.arange(len(key))
-        wanted = _count(self.share, steps.flash)
+        wanted = share_of(self.share, steps.flash)
         sinks = np.minimum(self.sinks, wanted)
         chosen = (index < sinks[:, None]) | (index >= (steps.flash - (wanted - sinks))[:, None])
         attended = steps.tail | (chosen & steps.stored)
@@ -512,7 +522,7 @@ class HeavyHitters(Method):
             # Of the prefill, in which everything is attended.
             past = _Steps.of(query[:first], key[:first], value[:first], np.arange(first) + 1)
             gathered[:first] = _softmax(past.exact).sum(axis=(0, 1), dtype=np.float64)
-        wanted = _count(self.share, steps.flash)
+        wanted = share_of(self.share, steps.flash)
         attended = np.zeros_like(steps.valid)
         kept = np.zeros(len(key), np.bool_)
         known = 0  # tokens in flash that were considered
