@@ -56,17 +56,17 @@ def centroid(k: int, local: int = 0, unit: int = UNIT) -> dict[str, Any]:
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "sparf": {"kv_heads": 3, "q_heads": 3, "tokens": [5 * GROUP], "how": sparf(4, 20)},
+    "sparf": {"kv_heads": 3, "q_heads": 3, "tokens": [4 * GROUP], "how": sparf(4, 20)},
     "sparf, a tail": {"kv_heads": 2, "q_heads": 2, "tokens": [3 * GROUP + 17], "how": sparf(4, 20)},
     "sparf, one channel, one token": {"kv_heads": 1, "q_heads": 2, "tokens": [2 * GROUP], "how": sparf(1, 1)},
     "sparf, all channels": {"kv_heads": 2, "q_heads": 2, "tokens": [2 * GROUP + 1], "how": sparf(TINY.head_dim, 9)},
     "sparf, all tokens": {"kv_heads": 1, "q_heads": 2, "tokens": [2 * GROUP + 5], "how": sparf(4, 2 * GROUP + 5)},
     "sparf, local": {"kv_heads": 2, "q_heads": 2, "tokens": [3 * GROUP + 3], "how": sparf(4, 40, local=30)},
-    "fetched": {"kv_heads": 3, "q_heads": 3, "tokens": [5 * GROUP], "how": fetched(4, 8)},
-    "fetched, large units": {"kv_heads": 2, "q_heads": 4, "tokens": [4 * GROUP + 9],
+    "fetched": {"kv_heads": 3, "q_heads": 3, "tokens": [4 * GROUP], "how": fetched(4, 8)},
+    "fetched, large units": {"kv_heads": 2, "q_heads": 4, "tokens": [3 * GROUP + 9],
                              "how": fetched(6, 5, local=20, unit=UNIT << TINY.unit_bits_max)},
-    "centroid": {"kv_heads": 3, "q_heads": 3, "tokens": [5 * GROUP], "how": centroid(8)},
-    "centroid, pages": {"kv_heads": 2, "q_heads": 4, "tokens": [4 * GROUP + 9],
+    "centroid": {"kv_heads": 3, "q_heads": 3, "tokens": [4 * GROUP], "how": centroid(8)},
+    "centroid, pages": {"kv_heads": 2, "q_heads": 4, "tokens": [3 * GROUP + 9],
                         "how": centroid(5, local=20, unit=UNIT << TINY.unit_bits_max)},
     "only a tail": {"kv_heads": 1, "q_heads": 2, "tokens": [GROUP - 1], "how": sparf(4, 3)},
     "only a tail, centroids": {"kv_heads": 1, "q_heads": 2, "tokens": [GROUP - 1], "how": centroid(3)},
@@ -198,7 +198,7 @@ def test_a_life(mode: str) -> None:
     """Prefill, decode steps from the tail, a stripe that fills up, freeing and another sequence, behind NAND."""
     how = How(mode=mode, channels=4, units=20)
     # The third token fills a stripe.
-    life = lives(TINY, kv_heads=3, tokens=5 * GROUP - 2, group=2, appended=4, how=how)
+    life = lives(TINY, kv_heads=3, tokens=3 * GROUP - 2, group=2, appended=4, how=how)
 
     def run(device: Device) -> list[Any]:
         return whole_life(device, life)
@@ -349,7 +349,7 @@ def bad_commands(device: Device) -> dict[str, Any]:
         "centroid: k above": by_centroid | {"units": units + 1},
         "local above k": {"local": 21},
         "fetched: local above": by_fetched | {"units": 2, "local": 2 * UNIT + 1},
-        "unit above": by_fetched | {"unit_bits": config.unit_bits_max + 1},
+        "unit above": by_fetched | {"units": 3, "unit_bits": config.unit_bits_max + 1},
         "no mean": {"mean": 0},
         "mean unaligned": {"mean": 0xD008},
         "mean above": {"mean": 0x10000 - 64},
