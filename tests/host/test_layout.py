@@ -1,5 +1,6 @@
 """The page layout: elements, page images, stripes, page numbers, table entries."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvattic import layout
-from kvattic.commands import TABLE_ENTRY
+from kvattic.commands import SKETCH_ENTRY, TABLE_ENTRY
 from kvattic.config import PAPER, TINY, Config
 from kvattic.elements import from_bits
 from kvattic.errors import ConfigError, RequestError
@@ -75,7 +76,7 @@ def test_each_channel_lies_where_the_rule_says(config, pages):
 def test_configurations_without_a_channel_layout():
     with pytest.raises(ConfigError, match="without sparse attention: sparse must be True in it"):
         layout.stripe_pages(Config(head_dim=80, sparse=False), sparse=True)
-    with pytest.raises(ConfigError, match=r"256 tokens, which must be 1, 2, 4, .* pages .* 96 tokens each, not 2.66667"):
+    with pytest.raises(ConfigError, match=r"256 tokens, which must be 1, 2, 4, .* of 96 tokens each, not 2.66667"):
         Config(head_dim=80)
     with pytest.raises(ConfigError, match=r"512 tokens each, not 0\.5"):
         Config(head_dim=32, part=PSLC.resized(32768), codeword_bytes=512)
@@ -139,6 +140,85 @@ def test_table_entries_are_as_the_record_says(entries):
 def test_table_entries_that_do_not_fit(entry, message):
     with pytest.raises(RequestError, match=message):
         layout.pack_entries(*entry)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**24 - 1), st.integers(0, 255), st.integers(0, 1)), min_size=1, max_size=9))
+def test_sketch_entries_are_as_the_record_says(entries):
+    packed = layout.pack_sketches(*np.array(entries).T)
+    expected = b"".join(SKETCH_ENTRY.pack(page=p, codeword=c, written=w) for p, c, w in entries)
+    assert packed.astype("<u8").tobytes() == expected
+    assert list(zip(*(column.tolist() for column in layout.unpack_sketches(packed)), strict=True)) == entries
+
+
+@pytest.mark.parametrize(("entry", "message"), [
+    ((1 << 24, 0, 1), "page of a sketch entry must be 0 to 16777215, not 16777216 to 16777216"),
+    ((0, 256, 1), "codeword of a sketch entry must be 0 to 255, not 256 to 256"),
+    ((0, 0, -1), "written"),
+])
+def test_sketch_entries_that_do_not_fit(entry, message):
+    with pytest.raises(RequestError, match=message):
+        layout.pack_sketches(*entry)
+
+
+# Centroids.
+
+
+@pytest.mark.parametrize(("config", "units"), [
+    # Units of so many tokens; codewords of a stripe's centroids, pages of one stripe's, of five stripes'.
+    (TINY, {4: (8, 2, 10), 8: (4, 1, 5), 16: (2, 1, 3)}),
+    (PAPER, {2: (64, 2, 10), 4: (32, 1, 5), 8: (16, 1, 3), 16: (8, 1, 2), 32: (4, 1, 1), 64: (2, 1, 1)}),
+    (Config(head_dim=256), {1: (256, 8, 40), 2: (128, 4, 20), 32: (8, 1, 2)}),
+    # A group of one page: its units are smaller than a page, so that their mean keys fill a codeword.
+    (Config(head_dim=32), {8: (4, 1, 1), 16: (2, 1, 1), 32: (1, 1, 1)}),
+])
+def test_centroids_fill_codewords_and_share_pages(config, units):
+    for unit, (codewords, one, five) in units.items():
+        assert config.group_tokens // unit == codewords * config.tokens_per_codeword
+        assert layout.unit_bits(unit, config) == (unit // config.tokens_per_codeword).bit_length() - 1
+        assert layout.centroid_codewords(unit, config) == codewords
+        assert layout.centroid_pages(1, unit, config) == one
+        assert layout.centroid_pages(np.array([0, 1, 5]), unit, config).tolist() == [0, one, five]
+        places = [layout.centroid_place(i, unit, config) for i in range(5)]
+        assert [page * config.codewords_per_page + codeword for page, codeword in places] == [
+            i * codewords for i in range(5)]
+        assert all(0 <= codeword < config.codewords_per_page for _, codeword in places)
+    least, most = config.tokens_per_codeword, config.tokens_per_codeword << config.unit_bits_max
+    assert {min(units), max(units)} == {least, most}
+    for bad in (least // 2, most * 2, least + 1 if least > 1 else 3, float(least), True, None, -least):
+        with pytest.raises(RequestError, match=f"tokens from {least} .a codeword. to {most}, not {bad!r}"):
+            layout.unit_bits(bad, config)
+
+
+@pytest.mark.parametrize("element", list(Element))
+def test_mean_keys_are_rounded_once(element):
+    config = replace(TINY, element=element)
+    rng = np.random.default_rng(1)
+    values = rng.standard_normal((128, 32)) * np.exp2(rng.integers(-12, 12, (128, 32)))
+    bits = layout.storage_bits(values, element)
+    exact = from_bits(bits, element).astype(np.float64)
+    for unit in (4, 8, 16):
+        found = layout.mean_keys(bits, unit, config)
+        # fsum: the sum as if it were exact.
+        means = [[math.fsum(exact[i : i + unit, c]) / unit for c in range(32)] for i in range(0, 128, unit)]
+        assert np.array_equal(found, layout.storage_bits(np.array(means), element))
+    # A tie, which fp16 arithmetic would lose on its way: 1 + 2**-11 goes to even, a little more goes up.
+    ties = np.array([1, 1, 1, 1 + 2**-9, 1, 1, 1 + 2**-10, 1 + 2**-9])[:, None] * np.ones(32)
+    found = layout.mean_keys(layout.storage_bits(ties, Element.FP16), 4, TINY)
+    assert found[:, 0].tolist() == [0x3C00, 0x3C01]
+
+
+def test_mean_keys_of_odd_input():
+    infinite = np.full((4, 32), 0x7C00, np.uint16)
+    infinite[1] = 0xFC00
+    assert np.isnan(layout.mean_keys(infinite, 4, TINY).view(np.float16)).all()
+    assert (layout.mean_keys(infinite[2:].repeat(2, axis=0), 4, TINY) == 0x7C00).all()
+    with pytest.raises(RequestError, match="whole units of 8 tokens, not 12 tokens"):
+        layout.mean_keys(np.zeros((12, 32), np.uint16), 8, TINY)
+    with pytest.raises(RequestError, match=r"tokens must be uint16 \(tokens, 32\)"):
+        layout.mean_keys(np.zeros((12, 31), np.uint16), 4, TINY)
+
+
+# Elements.
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -180,6 +180,34 @@ def stored(device, channel, page, count=1):
     return np.array([found[page_place(page + i, device.config).page].image for i, found in enumerate(pages)])
 
 
+SKETCHES = [{}, {"sparse": True}, {"centroids": 16}, {"sparse": True, "centroids": 4}]
+"""What a sequence may have beside K and V, of TINY."""
+each_sketch = pytest.mark.parametrize("sketches", SKETCHES, ids=lambda sketches: "-".join(sketches) or "none")
+
+
+def check_sketches(sequence, key, layer=0):
+    """Whether flash holds what the sketch entries say, of all full stripes."""
+    device, config, size = sequence.device, sequence.device.config, sequence.stripe_tokens
+    pages, flushed = sequence._pages, sequence.flushed(layer)
+    entries = entries_of(sequence, layer)
+    for kind, table in sequence._layers[layer].sketches.items():
+        found = layout.unpack_sketches(table)
+        for head in range(sequence.kv_heads):
+            for stripe in range(flushed // size):
+                assert found.written[head, stripe] == 1
+                channel, page = int(entries.channel[head, stripe]), int(found.page[head, stripe])
+                codeword = int(found.codeword[head, stripe])
+                tokens = key[head, stripe * size : (stripe + 1) * size]
+                if kind is Kind.CHANNEL:
+                    images = stored(device, channel, page, pages)
+                    assert codeword == 0
+                    assert np.array_equal(layout.unpack_channel_pages(images, config), tokens)
+                else:
+                    means = layout.mean_keys(tokens, sequence.centroids, config)
+                    first = codeword * config.tokens_per_codeword
+                    images = stored(device, channel, page, -(-(first + len(means)) // config.tokens_per_page))
+                    assert np.array_equal(layout.unpack_pages(images, config)[first : first + len(means)], means)
+
 @pytest.mark.parametrize("config", [TINY, QUAD, replace(WIDE, score_depth=512)], ids=["tiny", "quad", "wide"])
 @settings(max_examples=10)
 @given(pieces=st.lists(st.sampled_from([1, 60, 63, 64, 128, 200]), min_size=1, max_size=6))
@@ -262,6 +290,124 @@ def test_sparse_stripes_go_through_little_dram():
         assert sequence.length() == 100
 
 
+# Centroids.
+
+
+CENTROIDS = [(TINY, 4), (TINY, 8), (TINY, 16), (QUAD, 4), (QUAD, 32), (replace(WIDE, score_depth=512), 16)]
+
+
+@pytest.mark.parametrize(("config", "unit"), CENTROIDS)
+@pytest.mark.parametrize("sparse", [False, True])
+@settings(max_examples=10, deadline=None)
+@given(pieces=st.lists(st.sampled_from([1, 60, 63, 64, 128, 200]), min_size=1, max_size=6), heads=st.integers(1, 4))
+def test_centroids_are_in_flash_with_their_stripes(config, unit, sparse, pieces, heads):
+    total = sum(pieces)
+    key, value = tokens_of(config, heads, total)
+    query = query_of(config, heads)
+    config = replace(config, part=config.part.resized(config.page_bytes, blocks=32))
+    with Device(GoldenDevice(config)) as device:
+        sequence = device.create_sequence(heads, capacity_tokens=total, sparse=sparse, centroids=unit)
+        at = 0
+        for piece in pieces:
+            sequence.append(key[:, at : at + piece], value[:, at : at + piece])
+            at += piece
+            check_sketches(sequence, key)
+        # It takes no more than was reserved.
+        assert all(min(allocation.shared) >= 0 for allocation in sequence._allocations)
+        assert sequence.flushed() == total // config.group_tokens * config.group_tokens
+        bits = sequence.attend(query).bits
+        assert device.write_amplification == 1 or total < config.group_tokens
+        assert device.free_dram_pages == device._dram.pages - 2 * heads * sequence._pages * bool(
+            total % config.group_tokens)
+    assert np.array_equal(bits, expected_bits(config, key, value, query))
+
+
+@pytest.mark.parametrize(("unit", "decoded", "at_once"), [
+    # Six heads, three to a channel; four stripes.  A stripe's centroids take 2 pages, 1 page, or half a page.
+    (4, 4 * 6 * 2, 4 * 6 * 2), (8, 4 * 6, 4 * 6), (16, 4 * 2 * 2, 4 * 6 // 2)])
+def test_stripes_that_are_written_together_share_pages(unit, decoded, at_once):
+    config = replace(TINY, part=TINY_PART.resized(1024, blocks=64))
+    key, value = tokens_of(config, 6, 4 * SPARSE)
+    for pieces, pages in (([SPARSE] * 4, decoded), ([4 * SPARSE], at_once)):
+        with Device(GoldenDevice(config)) as device:
+            sequence = device.create_sequence(6, capacity_tokens=4 * SPARSE, centroids=unit)
+            at = 0
+            for piece in pieces:
+                sequence.append(key[:, at : at + piece], value[:, at : at + piece])
+                at += piece
+            check_sketches(sequence, key)
+            assert len(list(device.transport.written())) == 4 * 6 * 2 * 8 + pages
+            if unit == 16 and len(pieces) == 1:
+                # Both stripes of a head on a channel lie in one page: it is read once for both.
+                found = layout.unpack_sketches(sequence._layers[0].sketches[Kind.SKETCH])
+                assert np.array_equal(found.page[:, :2], found.page[:, 2:])
+                assert np.array_equal(found.codeword[:, 2:], found.codeword[:, :2] + 2)
+
+
+@pytest.mark.parametrize("unit", [4, 8, 16])
+@pytest.mark.parametrize(("kv_heads", "layers"), [(1, 1), (3, 1), (5, 2), (4, 3)])
+def test_what_is_reserved_is_what_decoding_takes(unit, kv_heads, layers):
+    """To the page: stripe by stripe, layer by layer, over several zones."""
+    config = replace(TINY, channels=3, part=TINY_PART.resized(1024, blocks=64))
+    with Device(GoldenDevice(config)) as device:
+        device.create_sequence(1, capacity_tokens=1)
+        sequence = device.create_sequence(kv_heads, capacity_tokens=7 * SPARSE + 5, layers=layers, sparse=True,
+                                          centroids=unit)
+        runs, pages = sequence._allocations
+        assert (runs.run, pages.run) == (8, 2 if unit == 4 else 1)
+        free = device.free_zones - device._allocator._wanted()
+        step = np.ones((kv_heads, SPARSE, 32), np.float16)
+        for _ in range(7):
+            for layer in range(layers):
+                assert max(pages.shared) > 0
+                sequence.append(step, step, layer=layer)
+        for allocation in sequence._allocations:
+            assert allocation.shared == [0, 0, 0]
+            assert len(allocation._own.zones) == allocation.quota
+        assert device.free_zones - device._allocator._wanted() == free
+
+
+def test_nothing_stays_reserved_when_centroids_find_no_room():
+    """K and V take all zones; there is none for centroids."""
+    with Device(GoldenDevice(TINY)) as device:
+        tokens = 7 * 4 * 2 * SPARSE // 2
+        before = device._allocator._wanted()
+        with pytest.raises(CapacityError, match="has no room"):
+            device.create_sequence(1, capacity_tokens=tokens, centroids=16)
+        assert device._allocator._wanted() == before == 0
+        device.create_sequence(1, capacity_tokens=tokens)
+
+
+@pytest.mark.parametrize("bad", [2, 32, 6, 0, -4, True, 4.0, "8"])
+def test_bad_centroids(bad):
+    with Device(GoldenDevice(TINY)) as device:
+        message = f"centroids: a unit must have a power of two of tokens from 4 .a codeword. to 16, not {bad!r}"
+        with pytest.raises(RequestError, match=message):
+            device.create_sequence(1, capacity_tokens=10, centroids=bad)
+    with Device(GoldenDevice(ODD)) as device, pytest.raises(ConfigError, match="without sparse attention"):
+        device.create_sequence(1, capacity_tokens=10, centroids=3)
+
+
+def test_centroids_go_through_little_dram():
+    """K and V of a stripe of three heads take 48 pages; two heads' centroids at once another 4."""
+    key, value = tokens_of(TINY, 3, 300)
+    query = query_of(TINY, 3)
+    for unit, extra in ((4, 4), (8, 2), (16, 1)):
+        with Device(GoldenDevice(TINY, dram_bytes=(48 + extra) * 1024)) as device:
+            sequence = device.create_sequence(3, capacity_tokens=300, centroids=unit)
+            sequence.append(key[:, :100], value[:, :100])
+            sequence.append(key[:, 100:], value[:, 100:])
+            assert sequence.flushed() == 256
+            check_sketches(sequence, key)
+            assert np.array_equal(sequence.attend(query).bits, expected_bits(TINY, key, value, query))
+        with Device(GoldenDevice(TINY, dram_bytes=(48 + extra) * 1024 - 1)) as device:
+            sequence = device.create_sequence(3, capacity_tokens=300, centroids=unit)
+            sequence.append(key[:, :100], value[:, :100])
+            with pytest.raises(CapacityError, match=f"{extra} consecutive pages are wanted, the longest"):
+                sequence.append(key[:, 100:], value[:, 100:])
+            assert sequence.length() == 100
+
+
 # Spread.
 
 
@@ -341,7 +487,95 @@ def test_channels_carry_alike():
         assert max(dies.values()) == min(dies.values())
 
 
+@pytest.mark.parametrize(("kv_heads", "layers"), [(1, 1), (3, 2), (4, 4), (8, 1)])
+def test_decoded_centroids_of_a_head_go_round_the_dies(kv_heads, layers):
+    config = replace(WIDE, channels=2, score_depth=512, part=TINY_PART.resized(1024, planes=4, blocks=32))
+    rounds = 2 * config.dies
+    with Device(GoldenDevice(config)) as device:
+        sequence = device.create_sequence(kv_heads, capacity_tokens=rounds * 2 * SPARSE, layers=layers, sparse=True,
+                                          centroids=8)
+        step = np.ones((kv_heads, SPARSE, 32), np.float16)
+        for _ in range(rounds * 2):
+            for layer in range(layers):
+                sequence.append(step, step, layer=layer)
+        for layer in range(layers):
+            entries = entries_of(sequence, layer)
+            found = layout.unpack_sketches(sequence._layers[layer].sketches[Kind.SKETCH])
+            for head in range(kv_heads):
+                for channel in range(2):
+                    dies = page_place(found.page[head][entries.channel[head] == channel], config).die
+                    assert set(Counter(dies.tolist()).values()) == {2}
+                    assert (np.diff(dies) % config.dies == 1).all()
+
+
 # Faults.
+
+
+@each_sketch
+def test_any_page_may_fail(sketches):
+    """Pages of all kinds: what they hold is placed elsewhere, centroids of other stripes that share the page, too."""
+    key, value = tokens_of(TINY, 3, 2 * SPARSE)
+    query = query_of(TINY, 3)
+    bits = expected_bits(TINY, key, value, query)
+    with Device(GoldenDevice(TINY)) as device:
+        device.create_sequence(3, capacity_tokens=2 * SPARSE, **sketches).prefill(key, value)
+        places = [(block, page) for block, page, _ in device.transport.written()]
+    for place in places[::3]:
+        with Device(GoldenDevice(TINY, faults=FlashFaults(program_fails={place}))) as device:
+            sequence = device.create_sequence(3, capacity_tokens=2 * SPARSE, **sketches)
+            sequence.prefill(key, value)
+            assert sequence.flushed() == 2 * SPARSE
+            check_sketches(sequence, key)
+            assert np.array_equal(sequence.attend(query).bits, bits)
+            assert device.write_amplification > 1
+
+
+@each_sketch
+def test_any_die_may_die(sketches):
+    """Tokens on their way stay in DRAM; the next append places what is missing, centroids among it, on other dies."""
+    config = replace(WIDE, score_depth=512)
+    key, value = tokens_of(config, 4, 3 * SPARSE + 5)
+    query = query_of(config, 4)
+    for channel, die in ((0, 0), (0, 1), (1, 2), (2, 3)):
+        with Device(GoldenDevice(config, faults=FlashFaults(dead={(channel, die)}))) as device:
+            sequence = device.create_sequence(4, capacity_tokens=3 * SPARSE + 5, **sketches)
+            errors = []
+            while sequence.length() < key.shape[1]:
+                try:
+                    sequence.append(key[:, sequence.length() :], value[:, sequence.length() :])
+                except DeviceStatusError as error:
+                    errors.append(str(error))
+                at = sequence.length()
+                assert np.array_equal(sequence.attend(query).bits,
+                                      expected_bits(config, key[:, :at], value[:, :at], query))
+            assert len(errors) < 4
+            assert all("DIE_TIMEOUT" in error for error in errors)
+            assert sequence.flushed() == key.shape[1] // sequence.stripe_tokens * sequence.stripe_tokens
+            check_sketches(sequence, key)
+            assert not any((block.channel, block.die) == (channel, die) for block, _, _ in device.transport.written())
+
+
+def test_what_finds_no_room_is_written_later_and_nothing_twice():
+    """Centroids take the last zone, K and V find none: the stripe stays in DRAM, and is attended there."""
+    key, value = tokens_of(TINY, 2, SPARSE + 1)
+    query = query_of(TINY, 2)
+    with Device(GoldenDevice(TINY)) as device:
+        sequence = device.create_sequence(2, capacity_tokens=SPARSE + 1, sparse=True, centroids=16)
+        zones = [device._allocator._take_zone(8) for _ in range(6)]
+        with pytest.raises(CapacityError, match="the flash is full: all 7 zones are in use"):
+            sequence.append(key[:, :-1], value[:, :-1])
+        assert (sequence.length(), sequence.flushed()) == (SPARSE, 0)
+        assert len(list(device.transport.written())) == 2
+        bits = sequence.attend(query).bits
+        assert np.array_equal(bits, expected_bits(TINY, key[:, :-1], value[:, :-1], query))
+        assert np.array_equal(sequence.attend(query, mode="centroid", units=1).bits, bits)      # all is tail
+        for zone in zones:
+            device._allocator._close(zone)
+        sequence.append(key[:, -1:], value[:, -1:])
+        assert sequence.flushed() == SPARSE
+        check_sketches(sequence, key)
+        assert device.write_amplification == 1
+        assert device.free_dram_pages == device._dram.pages - 32
 
 
 def test_a_page_that_fails_is_placed_elsewhere():
@@ -365,23 +599,23 @@ def test_a_page_that_fails_is_placed_elsewhere():
         assert device.write_amplification < 34 / 32
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-def test_worn_blocks_are_left_one_after_the_other(sparse):
+@each_sketch
+def test_worn_blocks_are_left_one_after_the_other(sketches):
     """Every third block fails, at a page of its own; attention never says anything wrong."""
     faults, errors = FlashFaults(), []
     with Device(GoldenDevice(TINY, faults=faults), spare_blocks=3) as device:
         query = query_of(TINY, 2)
         for seed in range(30):
-            key, value = tokens_of(TINY, 2, 6 * PAGE + seed + 128 * sparse, seed)
+            key, value = tokens_of(TINY, 2, 6 * PAGE + seed + 128 * bool(sketches), seed)
             faults.worn.add(Block(seed % 2, seed // 2 % 2, seed // 4 % 2, seed % 8))
             try:
-                with device.create_sequence(2, capacity_tokens=key.shape[1], sparse=sparse) as sequence:
+                with device.create_sequence(2, capacity_tokens=key.shape[1], **sketches) as sequence:
                     sequence.prefill(key[:, :-5], value[:, :-5])
                     sequence.append(key[:, -5:], value[:, -5:])
                     assert np.array_equal(sequence.attend(query).bits, expected_bits(TINY, key, value, query))
             except CapacityError as error:
                 errors.append(str(error))
-        assert len(device.bad_blocks) >= 5
+        assert len(device.bad_blocks) >= 4
     assert errors == []
 
 
@@ -634,8 +868,8 @@ def test_a_used_drive_must_be_formatted():
 
 
 @pytest.mark.parametrize("after", [0, 1, 5, 17, 40, 47])
-@pytest.mark.parametrize("sparse", [False, True])
-def test_a_power_cut_loses_only_what_was_not_acknowledged(after, sparse):
+@each_sketch
+def test_a_power_cut_loses_only_what_was_not_acknowledged(after, sketches):
     """Three batches of PROGRAM commands; the supply fails somewhere in them."""
     faults = FlashFaults()
     key, value = tokens_of(TINY, 2, 400)
@@ -645,7 +879,7 @@ def test_a_power_cut_loses_only_what_was_not_acknowledged(after, sparse):
         other = device.create_sequence(1, capacity_tokens=50)
         other.append(other_key, other_value)
         assert other.flushed() == 48
-        sequence = device.create_sequence(2, capacity_tokens=400, sparse=sparse, layers=2)
+        sequence = device.create_sequence(2, capacity_tokens=400, layers=2, **sketches)
         faults.power_cut = after + 5
         plan = other.plan(query_of(TINY, 1))
         done, pieces = 0, (128, 20, 110, 140)
@@ -683,6 +917,7 @@ def test_a_power_cut_loses_only_what_was_not_acknowledged(after, sparse):
         # And on.
         sequence.append(key[:, kept:], value[:, kept:])
         assert np.array_equal(sequence.attend(query).bits, expected_bits(TINY, key, value, query))
+        check_sketches(sequence, key)
         # Nothing was programmed out of order: no block is thought to be bad.
         for one in (other, third, sequence):
             one.free()
