@@ -2,7 +2,6 @@
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed
 from amaranth.lib import data, stream, wiring
-from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out, connect, flipped
 from amaranth.utils import bits_for, ceil_log2
 
@@ -15,6 +14,7 @@ from kvattic.commands import (
     Field,
     Opcode,
     Status,
+    lines,
     query_row_bytes,
     result_row_bytes,
 )
@@ -23,6 +23,7 @@ from kvattic.formats import SCORE_WINDOW_FRACTION
 
 from .arithmetic import times
 from .axi import AXI_READ, LINE_ADDRESS_BITS, LINE_WORDS, ReadLines
+from .checks import HALF, SIZE_BITS, SPARSE_FIELDS, ModeCheck, NanCheck, SketchCheck, TableCheck, Window
 from .interfaces import (
     EPOCH_BITS,
     INDEX_BITS,
@@ -32,255 +33,15 @@ from .interfaces import (
     TOKEN_BITS,
     Shapes,
 )
-from .records import WORD_BYTES, field_of_word, fields, word_of
+from .ranker import Ranker
+from .records import WORD_BYTES, field_of_word, word_of
 
-HALF = 32
-"""Bits of an address that are added or compared in one cycle."""
-SIZE_BITS = 20
-"""Bits of a block's size."""
-BLOCKS = ("query", "result", "table")
-"""What a command's addresses are of; `where` of INVALID_ADDRESS is the number."""
+BLOCKS = ("query", "result", "table", "mean")
+"""What a command's addresses are of; `where` of INVALID_ADDRESS is the number.  Only SPARF and FETCHED have a mean."""
 OUTSTANDING = 16
 """Lines that are asked for and have not come, at most: covers a latency of about 128 cycles."""
 WORD_ELEMENTS = WORD_BYTES // ELEMENT_BYTES
-FP32_FRACTION, FP32_EXPONENT, FP32_BIAS = 23, 8, 127
-
-
-def _reserved(field: Field) -> bool:
-    return field.name == "flags" or field.name.startswith("reserved")
-
-
-class _Window(wiring.Component):
-    """Whether an address is aligned and [address, address + size) inside of [base, limit).
-
-    Addresses go through in halves, the low one first: three registered steps of 32 bits.
-
-    Members
-    -------
-    valid, high : In(1)
-        A half is given; it is the high one.
-    which : In(range(3))
-        The address that it belongs to.
-    address, base, limit : In(32)
-        The half.
-    size : In(20)
-        Bytes; only for the low half.
-    clear : In(1)
-        Forget all results.
-    bad : Out(3)
-        Results, three cycles after the high half.
-    """
-
-    valid: Signal
-    high: Signal
-    which: Signal
-    address: Signal
-    base: Signal
-    limit: Signal
-    size: Signal
-    clear: Signal
-    bad: Signal
-
-    def __init__(self) -> None:
-        super().__init__(
-            {
-                "valid": In(1),
-                "high": In(1),
-                "which": In(range(len(BLOCKS))),
-                "address": In(HALF),
-                "base": In(HALF),
-                "limit": In(HALF),
-                "size": In(SIZE_BITS),
-                "clear": In(1),
-                "bad": Out(len(BLOCKS)),
-            }
-        )
-
-    def elaborate(self, platform: object) -> Module:
-        m = Module()
-        flags = data.StructLayout({"valid": 1, "high": 1, "which": range(len(BLOCKS))})
-        flags1, flags2 = Signal(flags), Signal(flags)
-        address, base, limit1, limit2 = (
-            Signal(HALF, name=n) for n in ("address1", "base1", "limit1", "limit2")
-        )
-        size = Signal(SIZE_BITS)
-        total = Signal(HALF)
-        carry, below, over = Signal(), Signal(), Signal()
-        unaligned = Signal(len(BLOCKS))
-        bad = Signal(len(BLOCKS))
-        m.d.sync += [
-            flags1.valid.eq(self.valid),
-            flags1.high.eq(self.high),
-            flags1.which.eq(self.which),
-            address.eq(self.address),
-            base.eq(self.base),
-            limit1.eq(self.limit),
-            size.eq(self.size),
-            flags2.eq(flags1),
-            limit2.eq(limit1),
-        ]
-        # Sum, and address < base.  The low half ignores what was left over from before.
-        added = Signal(HALF + 1)
-        lower = Signal(HALF + 1)
-        higher = Signal(HALF + 1)
-        m.d.comb += [
-            added.eq(address + Mux(flags1.high, carry, size)),
-            # The borrow goes in through a bit below, so that each is one carry chain.
-            lower.eq((Cat(Const(0, 1), address) - Cat(below & flags1.high, base))[1:]),
-            higher.eq((Cat(Const(0, 1), limit2) - Cat(over & flags2.high, total))[1:]),
-        ]
-        m.d.sync += [
-            total.eq(added),
-            carry.eq(added[HALF]),
-            below.eq(lower[HALF]),
-            over.eq(higher[HALF]),
-        ]
-        with m.If(flags1.valid & ~flags1.high):
-            m.d.sync += unaligned.bit_select(flags1.which, 1).eq(
-                address[: bits_for(LINE_BYTES - 1)].any()
-            )
-        with m.If(flags2.valid & flags2.high):
-            # carry and below are now those of the high half.
-            m.d.sync += bad.bit_select(flags2.which, 1).eq(carry | below | higher[HALF])
-        m.d.comb += self.bad.eq(bad | unaligned)
-        with m.If(self.clear):
-            m.d.sync += [bad.eq(0), unaligned.eq(0)]
-        return m
-
-
-class _QueryCheck(wiring.Component):
-    """Finds the first NaN or infinity among a query's words; the words come in order.
-
-    Members
-    -------
-    valid : In(1)
-        A word of q.
-    word : In(64)
-        Its elements.
-    row, index : In
-        Its row, and its number in q.
-    clear : In(1)
-        Forget what was found.
-    found, row_found, channel : Out
-        Two cycles later: there was one; where.
-    """
-
-    valid: Signal
-    word: Signal
-    row: Signal
-    index: Signal
-    clear: Signal
-    found: Signal
-    row_found: Signal
-    channel: Signal
-
-    def __init__(self, config: Config) -> None:
-        self._config = config
-        words = config.head_dim // WORD_ELEMENTS
-        super().__init__(
-            {
-                "valid": In(1),
-                "word": In(64),
-                "row": In(bits_for(config.rows)),
-                "index": In(range(words)),
-                "clear": In(1),
-                "found": Out(1),
-                "row_found": Out(bits_for(config.rows)),
-                "channel": Out(range(words * WORD_ELEMENTS)),
-            }
-        )
-
-    def elaborate(self, platform: object) -> Module:
-        m = Module()
-        form = self._config.element.encoding
-        special = Signal(WORD_ELEMENTS)
-        row, index = Signal.like(self.row), Signal.like(self.index)
-        for i in range(WORD_ELEMENTS):
-            exponent = self.word[i * 16 :][form.fraction_bits :][: form.exponent_bits]
-            m.d.sync += special[i].eq(exponent.all() & self.valid)
-        m.d.sync += [row.eq(self.row), index.eq(self.index)]
-        with m.If(special.any() & ~self.found):
-            m.d.sync += [self.found.eq(1), self.row_found.eq(row)]
-            for i in reversed(range(WORD_ELEMENTS)):
-                with m.If(special[i]):
-                    m.d.sync += self.channel.eq(Cat(Const(i, bits_for(WORD_ELEMENTS - 1)), index))
-        with m.If(self.clear):
-            m.d.sync += self.found.eq(0)
-        return m
-
-
-class _TableCheck(wiring.Component):
-    """Finds the first bad entry of a table; the entries come in order.
-
-    Members
-    -------
-    valid : In(1)
-        An entry is given.
-    entry : In(64)
-        It (`commands.TABLE_ENTRY`).
-    number : In(16)
-        Its number.
-    limit : In
-        Entries that a channel's lane has room for, at least one.
-    clear : In(1)
-        Forget what was found, and all entries.
-    found : Out(1)
-        In the next cycle: an entry names no channel, has a reserved bit set, or is one too many.
-    where : Out(16)
-        The first one's number.
-    """
-
-    valid: Signal
-    entry: Signal
-    number: Signal
-    limit: Signal
-    clear: Signal
-    found: Signal
-    where: Signal
-
-    def __init__(self, config: Config) -> None:
-        self._config = config
-        self._count_bits = bits_for(config.ring_codewords // config.codewords_per_page)
-        super().__init__(
-            {
-                "valid": In(1),
-                "entry": In(TABLE_ENTRY.size * 8),
-                "number": In(16),
-                "limit": In(self._count_bits),
-                "clear": In(1),
-                "found": Out(1),
-                "where": Out(16),
-            }
-        )
-
-    def elaborate(self, platform: object) -> Module:
-        m = Module()
-        channels = self._config.channels
-        entry = fields(TABLE_ENTRY, self.entry)
-        # Entries of each channel so far; without a bit in `used` there is none.
-        m.submodules.counts = counts = Memory(
-            shape=self._count_bits, depth=channels, init=[], attrs={"ram_style": "distributed"}
-        )
-        read, write = counts.read_port(domain="comb"), counts.write_port()
-        used = Signal(channels)
-        count = Signal(self._count_bits)
-        no_channel, bad = Signal(), Signal()
-        m.d.comb += [
-            no_channel.eq(entry["channel"] >= channels),
-            read.addr.eq(entry["channel"]),
-            count.eq(Mux(used.bit_select(read.addr, 1), read.data, 0)),
-            bad.eq(no_channel | entry["dram"][1:].any() | (count >= self.limit)),
-            write.addr.eq(read.addr),
-            write.data.eq(count + 1),
-            write.en.eq(self.valid),
-        ]
-        with m.If(write.en):
-            m.d.sync += used.bit_select(read.addr, 1).eq(1)
-        with m.If(self.valid & bad & ~self.found):
-            m.d.sync += [self.found.eq(1), self.where.eq(self.number)]
-        with m.If(self.clear):
-            m.d.sync += [self.found.eq(0), used.eq(0)]
-        return m
+FP32_BITS, FP32_FRACTION, FP32_EXPONENT, FP32_BIAS = 32, 23, 8, 127
 
 
 class Loader(wiring.Component):
@@ -290,17 +51,22 @@ class Loader(wiring.Component):
     each word of its query block and its table.  The next command is requested right behind these,
     so its fetch costs its eight words only.  A flash command takes the memory's latency + 15 cycles.
     Throughput: one word a cycle while a block arrives; one job at a time.
+    Sparse jobs have two words for each stripe.  SPARF and FETCHED take two cycles more for their
+    checks, and from the last word of q on the longer of two: a cycle for each word of table and
+    mean; the `Ranker`'s digits.  Then come its `go` to `done`, and three cycles.
     Ordering: jobs leave in the order of the commands, and so do flash commands; a job's `start`
     comes two cycles or more after the last `load`, its record on `jobs` one cycle or more after its
     `start`.
     Reset: no batch; the epoch goes on, so that codewords of jobs before the reset are recognised as
     stale.  Reads under way must have ended before: raise `stop` until `quiet`.
 
-    A command that fails its checks becomes a job without lanes; so does one with a bad query block
-    or table.  The first that applies is reported: BUS_ERROR of the command line, INVALID_OPCODE,
-    INVALID_FIELD; for ATTEND: INVALID_ROWS, INVALID_LENGTH, INVALID_ADDRESS (query, result, table),
-    INVALID_SCALE, BUS_ERROR of the query block or the table, INVALID_TABLE, NAN_QUERY; for flash
-    commands: INVALID_PLACE.  `where` is zero for those that commands.Status gives none.
+    A command that fails its checks becomes a job without lanes (and of mode DENSE); so does one with a bad
+    query block, table or mean.  The first that applies is reported: BUS_ERROR of the command line,
+    INVALID_OPCODE, INVALID_FIELD; for ATTEND: INVALID_ROWS, INVALID_LENGTH, INVALID_SELECTION
+    (channels, units, local, unit_bits), MISSING_MEAN, INVALID_ADDRESS (query, result, table, mean),
+    INVALID_SCALE, BUS_ERROR of query block, table or mean, INVALID_TABLE, NO_SKETCH, NAN_QUERY,
+    NAN_MEAN; for flash commands: INVALID_PLACE.  `where` is zero for those that commands.Status
+    gives none.  Without `config.sparse` there is no mode but DENSE.
 
     Parameters
     ----------
@@ -324,6 +90,8 @@ class Loader(wiring.Component):
         Written to all lanes.
     start_valid, start : Out(1), Out(Shapes.start)
         Given to all lanes when everything is loaded.
+    mean_valid, mean : Out(1), Out(Shapes.mean)
+        Words of the mean of V of a SPARF or FETCHED job, before its `start`; also of one that fails later checks.
     jobs : Out(stream of Shapes.job)
         The jobs.
     flash : Out(stream of Shapes.flash_command)
@@ -348,6 +116,8 @@ class Loader(wiring.Component):
     load: data.View
     start_valid: Signal
     start: data.View
+    mean_valid: Signal
+    mean: data.View
     jobs: stream.Interface
     flash: stream.Interface
     freed: Signal
@@ -370,6 +140,8 @@ class Loader(wiring.Component):
                 "load": Out(shapes.load),
                 "start_valid": Out(1),
                 "start": Out(shapes.start),
+                "mean_valid": Out(1),
+                "mean": Out(shapes.mean),
                 "jobs": Out(stream.Signature(shapes.job)),
                 "flash": Out(stream.Signature(shapes.flash_command)),
                 "freed": In(1),
@@ -383,9 +155,17 @@ class Loader(wiring.Component):
         m = Module()
         config, shapes = self._config, self._shapes
         m.submodules.read = read = ReadLines(OUTSTANDING)
-        m.submodules.window = window = _Window()
-        m.submodules.check = check = _QueryCheck(config)
-        m.submodules.table_check = table_check = _TableCheck(config)
+        blocks = BLOCKS if config.sparse else BLOCKS[:-1]
+        m.submodules.window = window = Window(len(blocks))
+        form = config.element.encoding
+        m.submodules.check = check = NanCheck(
+            bits=ELEMENT_BYTES * 8,
+            fraction_bits=form.fraction_bits,
+            exponent_bits=form.exponent_bits,
+            elements=config.head_dim,
+            rows=config.rows,
+        )
+        m.submodules.table_check = table_check = TableCheck(config)
         connect(m, read.bus, flipped(self.bus))
         word = read.words.payload
         taken = Signal()
@@ -396,27 +176,45 @@ class Loader(wiring.Component):
             self.quiet.eq(read.quiet),
         ]
 
+        # Fields that must be zero are not kept.
+        not_built = () if config.sparse else ("mode", "mean", *SPARSE_FIELDS)
+
+        def is_reserved(field: Field) -> bool:
+            return field.name == "flags" or field.name.startswith("reserved") or field.name in not_built
+
         # Fields at the same place of the two records share a register.
         stored = {
             (f.offset, f.size): f
             for f in (*FLASH_COMMAND.fields, *COMMAND.fields)
-            if not _reserved(f)
+            if not is_reserved(f)
         }
         registers = {
             place: Signal(f.size * 8, name=f"command_{f.name}") for place, f in stored.items()
         }
         command, flash_command = (
-            {f.name: registers[f.offset, f.size] for f in layout.fields if not _reserved(f)}
+            {f.name: registers[f.offset, f.size] for f in layout.fields if not is_reserved(f)}
             for layout in (COMMAND, FLASH_COMMAND)
         )
-        broken = Signal()  # an error answer in this command's line, query block or table
+        broken = Signal()  # an error answer in this command's line, query block, table or mean
         reserved = Signal()  # a reserved byte of COMMAND was not zero
         flash_reserved = Signal()  # of FLASH_COMMAND
         status = Signal(16)
         where = Signal(32)
         batch_index = Signal(INDEX_BITS)
 
-        # Requests: the query block's lines, the table's, then the next command's.
+        # The mode: constants where only DENSE is built.
+        length = Signal(HALF + 1)
+        sparse = ranked = bad_mode = bad_selection = bad_selection_where = missing_mean = Const(0, 1)
+        if config.sparse:
+            m.submodules.mode_check = mode_check = ModeCheck(config)
+            sparse, ranked, bad_mode = mode_check.sparse, mode_check.ranked, mode_check.bad_field
+            bad_selection, bad_selection_where = mode_check.bad, mode_check.where
+            missing_mean = mode_check.missing_mean
+            m.d.comb += mode_check.length.eq(length)
+            for name in ("mode", "stripe_pages", "mean", *SPARSE_FIELDS):
+                m.d.comb += getattr(mode_check, name).eq(command[name])
+
+        # Requests: the query block's lines, the table's, the mean's, then the next command's.
         lane_stripes = config.ring_codewords // config.codewords_per_page
         all_stripes = config.channels * lane_stripes
         command_line = Signal(LINE_ADDRESS_BITS)
@@ -426,24 +224,26 @@ class Loader(wiring.Component):
         row_lines = query_row_bytes(config.head_dim) // LINE_BYTES
         line_entries = LINE_BYTES // TABLE_ENTRY.size
         query_left = Signal(range(config.rows * row_lines + 1))
-        table_lines = Signal(bits_for(-(-all_stripes // line_entries)))
+        table_words = all_stripes * (2 if config.sparse else 1)
+        table_lines = Signal(bits_for(-(-table_words // line_entries)))
         table_left = Signal.like(table_lines)
-        query_wanted, table_wanted = Signal(), Signal()
+        mean_lines = lines(config.head_dim * FP32_BITS // 8)
+        mean_line = Signal(LINE_ADDRESS_BITS)
+        mean_left = Signal(range(mean_lines + 1))
+        wanted = Signal()
         m.d.comb += [
-            query_wanted.eq(query_left.any()),
-            table_wanted.eq(table_left.any()),
-            read.lines.valid.eq(query_wanted | table_wanted | want_command),
-            read.lines.payload.eq(
-                Mux(query_wanted, query_line, Mux(table_wanted, table_line, command_line))
-            ),
+            read.lines.valid.eq(wanted | want_command),
+            read.lines.payload.eq(command_line),
         ]
-        with m.If(read.lines.ready & read.lines.valid):
-            with m.If(query_wanted):
-                m.d.sync += [query_line.eq(query_line + 1), query_left.eq(query_left - 1)]
-            with m.Elif(table_wanted):
-                m.d.sync += [table_line.eq(table_line + 1), table_left.eq(table_left - 1)]
-            with m.Else():
-                m.d.sync += [command_line.eq(command_line + 1), want_command.eq(0)]
+        for number, (line, left) in enumerate(
+            ((query_line, query_left), (table_line, table_left), (mean_line, mean_left))
+        ):
+            with m.If(left.any()) if number == 0 else m.Elif(left.any()):
+                m.d.comb += [wanted.eq(1), read.lines.payload.eq(line)]
+                with m.If(read.lines.ready):
+                    m.d.sync += [line.eq(line + 1), left.eq(left - 1)]
+        with m.If(read.lines.ready & want_command & ~wanted):
+            m.d.sync += [command_line.eq(command_line + 1), want_command.eq(0)]
         with m.If(self.batch_start):
             m.d.sync += [
                 command_line.eq(self.command_base[-LINE_ADDRESS_BITS:]),
@@ -464,8 +264,7 @@ class Loader(wiring.Component):
             m.d.sync += free.eq(free + 1)
 
         # Checks; each is stable when the last step judges.
-        sizes = {name: Signal(SIZE_BITS, name=f"{name}_size") for name in BLOCKS}
-        length = Signal(HALF + 1)
+        sizes = {name: Signal(SIZE_BITS, name=f"{name}_size") for name in blocks}
         bad_opcode, bad_field, bad_rows, bad_count, bad_length, bad_scale = (
             Signal(name=name)
             for name in (
@@ -495,7 +294,11 @@ class Loader(wiring.Component):
         for i in range(len(legal_pages)):
             with m.If(stripe_pages[i]):
                 m.d.sync += stripe_bits.eq(i)
-        m.d.comb += table_lines.eq((stripes + line_entries - 1) >> ceil_log2(line_entries))
+        m.d.comb += table_lines.eq(
+            (Mux(sparse, stripes << 1, stripes) + line_entries - 1) >> ceil_log2(line_entries)
+        )
+        if config.sparse:
+            m.d.comb += sizes["mean"].eq(mean_lines * LINE_BYTES)
         m.d.sync += [
             sizes["query"].eq(rows * query_row_bytes(config.head_dim)),
             sizes["result"].eq(rows * result_row_bytes(config.head_dim)),
@@ -556,14 +359,16 @@ class Loader(wiring.Component):
                     is_flash,
                     flash_reserved
                     | (((opcode == Opcode.ERASE) | (opcode == Opcode.PROBE)) & argument.any()),
-                    reserved | ~Cat(stripe_pages == pages for pages in legal_pages).any(),
+                    reserved
+                    | bad_mode
+                    | ~Cat(stripe_pages == pages for pages in legal_pages).any(),
                 )
             ),
             bad_place.eq(Cat(place_checks).any()),
         ]
 
         step = Signal(4)
-        address_steps = 2 * len(BLOCKS)
+        address_steps = Mux(ranked, 2 * len(BLOCKS), 2 * len(BLOCKS[:-1]))
         judge = address_steps + 2  # the window's three cycles
         flash_judge = 2
         block = step[1:][: len(window.which)]
@@ -574,7 +379,7 @@ class Loader(wiring.Component):
             window.limit.eq(self.buffer_limit.word_select(step[0], HALF)),
         ]
         with m.Switch(block):
-            for number, name in enumerate(BLOCKS):
+            for number, name in enumerate(blocks):
                 with m.Case(number):
                     m.d.comb += [
                         window.size.eq(sizes[name]),
@@ -616,10 +421,11 @@ class Loader(wiring.Component):
             ),
         ]
 
-        # The table: an entry stands in `load` while it is checked.
+        # The table: an entry stands in `load` while it is checked.  A stripe may have a second one.
         entries_left = Signal(range(all_stripes + 1))
         entry_number = Signal(16)
         token = Signal(TOKEN_BITS)
+        in_sketch = Signal()
 
         load = self.load
         m.d.comb += [
@@ -632,7 +438,10 @@ class Loader(wiring.Component):
             self.load_valid.eq(0),
             load.query.eq(0),
             load.record.eq(0),
+            load.scale.eq(0),
+            load.chosen.eq(0),
             load.stripe.eq(0),
+            load.sketch.eq(0),
             load.slot.eq(slot),
             load.row.eq(row),
         ]
@@ -655,6 +464,62 @@ class Loader(wiring.Component):
             self.jobs.payload.status.eq(status),
             self.jobs.payload.where.eq(where),
         ]
+        if config.sparse:
+            local_token = Signal(TOKEN_BITS)
+            before = command["end_token"][:TOKEN_BITS] - command["local"]
+            m.d.sync += local_token.eq(Mux(before < 0, 0, before))
+            m.d.comb += [
+                self.start.mode.eq(command["mode"]),
+                self.start.unit_bits.eq(command["unit_bits"]),
+                self.start.channels.eq(command["channels"]),
+                self.start.local_token.eq(local_token),
+                self.jobs.payload.mode.eq(Mux(status == Status.OK, command["mode"], 0)),
+                self.jobs.payload.units.eq(command["units"]),
+            ]
+        else:
+            m.d.comb += self.start.local_token.eq(command["end_token"])
+
+        # What sparse jobs need beside.
+        no_sketch = no_sketch_where = nan_mean = nan_mean_where = Const(0, 1)
+        mean_words = config.head_dim * FP32_BITS // 8 // WORD_BYTES  # whole lines, as all head_dim
+        mean_index = Signal(range(mean_words))
+        m.d.sync += self.mean_valid.eq(0)
+        if config.sparse:
+            m.submodules.sketch_check = sketch_check = SketchCheck(config)
+            m.submodules.mean_check = mean_check = NanCheck(
+                bits=FP32_BITS,
+                fraction_bits=FP32_FRACTION,
+                exponent_bits=FP32_EXPONENT,
+                elements=config.head_dim,
+                rows=1,
+            )
+            m.submodules.ranker = ranker = Ranker(config)
+            no_sketch, no_sketch_where = sketch_check.found, sketch_check.where
+            nan_mean, nan_mean_where = mean_check.found, mean_check.channel
+            m.d.comb += [
+                sketch_check.stripe.eq(self.load_valid & load.stripe),
+                sketch_check.sketch.eq(self.load_valid & load.sketch),
+                sketch_check.entry.eq(load.data),
+                sketch_check.number.eq(table_check.number),
+                sketch_check.channels.eq(ranked),
+                sketch_check.clear.eq(table_check.clear),
+                table_check.reject.eq(sketch_check.bad),
+                mean_check.word.eq(word.data),
+                mean_check.index.eq(mean_index),
+                mean_check.clear.eq(check.clear),
+                ranker.clear.eq(check.clear),
+                ranker.valid.eq(check.valid & ranked),
+                ranker.word.eq(word.data),
+                ranker.rows.eq(rows),
+                ranker.channels.eq(command["channels"]),
+                ranker.scale.eq(self.start.scale),
+                ranker.k_offset.eq(k_offset),
+            ]
+            m.d.sync += [
+                self.mean.slot.eq(slot),
+                self.mean.index.eq(mean_index),
+                self.mean.data.eq(word.data),
+            ]
 
         def fetch_next() -> None:
             with m.If(commands_left.any()):
@@ -696,7 +561,7 @@ class Loader(wiring.Component):
                                     spare = [
                                         field_of_word(word.data, f).any()
                                         for f in layout.fields
-                                        if _reserved(f) and word_of(f) == number
+                                        if is_reserved(f) and word_of(f) == number
                                     ]
                                     if spare:
                                         m.d.sync += flag.eq(flag | Cat(spare).any())
@@ -734,9 +599,16 @@ class Loader(wiring.Component):
                         m.d.sync += [status.eq(Status.INVALID_ROWS), where.eq(command["rows"])]
                     with m.Elif(bad_count | bad_length):
                         m.d.sync += [status.eq(Status.INVALID_LENGTH), where.eq(0)]
+                    with m.Elif(bad_selection):
+                        m.d.sync += [
+                            status.eq(Status.INVALID_SELECTION),
+                            where.eq(bad_selection_where),
+                        ]
+                    with m.Elif(missing_mean):
+                        m.d.sync += [status.eq(Status.MISSING_MEAN), where.eq(0)]
                     with m.Elif(window.bad.any()):
                         m.d.sync += status.eq(Status.INVALID_ADDRESS)
-                        for number in reversed(range(len(BLOCKS))):
+                        for number in reversed(range(len(blocks))):
                             with m.If(window.bad[number]):
                                 m.d.sync += where.eq(number)
                     with m.Elif(bad_scale):
@@ -749,10 +621,14 @@ class Loader(wiring.Component):
                             query_left.eq(rows * row_lines),
                             table_line.eq(command["table"][-LINE_ADDRESS_BITS:]),
                             table_left.eq(table_lines),
+                            mean_left.eq(Mux(ranked, mean_lines, 0)),
                             entries_left.eq(stripes),
                             entry_number.eq(0),
                             token.eq(command["base_token"]),
+                            in_sketch.eq(0),
                         ]
+                        if config.sparse:
+                            m.d.sync += mean_line.eq(command["mean"][-LINE_ADDRESS_BITS:])
                         m.next = "clear"
             with m.State("clear"):
                 # The rows that this job has not are made empty, while its query block is on the
@@ -820,18 +696,38 @@ class Loader(wiring.Component):
                     with m.If(entries_left.any()):
                         m.d.sync += [
                             self.load_valid.eq(1),
-                            load.stripe.eq(1),
+                            load.stripe.eq(~in_sketch),
+                            load.sketch.eq(in_sketch),
                             load.last.eq(entries_left == 1),
                             load.data.eq(word.data),
                             load.start.eq(token),
-                            token.eq(token + stripe_tokens),
-                            entries_left.eq(entries_left - 1),
-                            entry_number.eq(entry_number + 1),
+                            in_sketch.eq(~in_sketch & sparse),
                         ]
+                        with m.If(in_sketch | ~sparse):
+                            m.d.sync += [
+                                token.eq(token + stripe_tokens),
+                                entries_left.eq(entries_left - 1),
+                                entry_number.eq(entry_number + 1),
+                            ]
                     with m.If(word.last & (entries_left <= 1)):
                         m.next = "settle"
+                        if config.sparse:
+                            with m.If(ranked):
+                                m.next = "mean"
+            if config.sparse:
+                with m.State("mean"):
+                    m.d.comb += [read.words.ready.eq(1), mean_check.valid.eq(taken)]
+                    with m.If(taken):
+                        m.d.sync += [
+                            broken.eq(broken | word.error),
+                            self.mean_valid.eq(1),
+                            mean_index.eq(mean_index + 1),
+                        ]
+                        with m.If(mean_index == mean_words - 1):
+                            m.d.sync += mean_index.eq(0)
+                            m.next = "settle"
             with m.State("settle"):
-                # The table's last entry is being checked.
+                # The last entry of the table, or the last word of the mean, is being checked.
                 m.next = "decide"
             with m.State("decide"):
                 m.next = "report"
@@ -839,6 +735,8 @@ class Loader(wiring.Component):
                     m.d.sync += status.eq(Status.BUS_ERROR)
                 with m.Elif(table_check.found):
                     m.d.sync += [status.eq(Status.INVALID_TABLE), where.eq(table_check.where)]
+                with m.Elif(no_sketch):
+                    m.d.sync += [status.eq(Status.NO_SKETCH), where.eq(no_sketch_where)]
                 with m.Elif(check.found):
                     m.d.sync += [
                         status.eq(Status.NAN_QUERY),
@@ -846,8 +744,31 @@ class Loader(wiring.Component):
                             Cat(check.channel, Const(0, 16 - len(check.channel)), check.row_found)
                         ),
                     ]
+                with m.Elif(nan_mean):
+                    m.d.sync += [status.eq(Status.NAN_MEAN), where.eq(nan_mean_where)]
                 with m.Else():
                     m.next = "start"
+                    if config.sparse:
+                        with m.If(ranked):
+                            m.next = "rank"
+            if config.sparse:
+                with m.State("rank"):
+                    m.d.comb += ranker.go.eq(1)
+                    with m.If(ranker.chosen_valid):
+                        m.d.sync += [
+                            self.load_valid.eq(1),
+                            load.chosen.eq(1),
+                            load.data.eq(Cat(ranker.chosen, ranker.chosen_index)),
+                        ]
+                    with m.If(ranker.scale_valid):
+                        m.d.sync += [
+                            self.load_valid.eq(1),
+                            load.scale.eq(1),
+                            load.row.eq(ranker.scale_row),
+                            load.data.eq(ranker.approximate),
+                        ]
+                    with m.If(ranker.done & ~self.load_valid):
+                        m.next = "start"
             with m.State("start"):
                 m.d.comb += self.start_valid.eq(1)
                 m.next = "report"

@@ -151,12 +151,12 @@ class Ranker(wiring.Component):
     """The channels of the largest |q|, summed over the rows, and each row's scale for scores of these channels alone.
 
     A channel's magnitude is |q| with 24 fractional bits, truncated, and clipped at 2**40 - 1; it is summed over the
-    rows.  The `channels` largest sums are chosen, equal ones from the lowest channel on.  A row's scale: see `RowScale`.
+    rows.  The `channels` largest sums are chosen, equal ones from the lowest channel on.  A row's scale: `RowScale`.
 
     Passes over the channels, one element a cycle: one for each row to sum them, while the query still comes; then
-    digits of 4 bits from the top, each a pass and a look at up to 16 bins, until just `channels` are at or above what is
-    decided (digits that are zero in all channels left cost a cycle); then, once `go` is high, one for each row, whose
-    sums go to its scale while the next row is passed.
+    digits of 4 bits from the top, each a pass and a look at up to 16 bins, until just `channels` are at or above what
+    is decided (digits that are zero in all channels left cost a cycle); then, once `go` is high, one for each row,
+    whose sums go to its scale while the next row is passed.
 
     Latency: from the last word of q to the last digit at most ``rows * head_dim + 7 + n * (head_dim + 23)`` cycles, n
     being 10 digits for one row and 11 for up to 16; normally n is 3 or 4.  From `go` to `done` at most
