@@ -196,7 +196,7 @@ def test_reset_in_a_batch() -> None:
 @pytest.mark.parametrize("mode", ["sparf", "fetched", "centroid"])
 def test_a_life(mode: str) -> None:
     """Prefill, decode steps from the tail, a stripe that fills up, freeing and another sequence, behind NAND."""
-    how = How(mode=mode, channels=4, units=20)
+    how = How(mode=mode, channels=4, units=5)
     # The third token fills a stripe.
     life = lives(TINY, kv_heads=3, tokens=3 * GROUP - 2, group=2, appended=4, how=how)
 
