@@ -220,7 +220,7 @@ def unreadable(device: Device) -> list[Any]:
         with device.create_sequence(2, capacity_tokens=3 * GROUP, **needs) as sequence:
             sequence.prefill(normal(TINY, 1, 2, 3 * GROUP), normal(TINY, 2, 2, 3 * GROUP))
             other = device.create_sequence(1, capacity_tokens=GROUP, **needs)
-            other.prefill(normal(TINY, 7, 1, 9), normal(TINY, 8, 1, 9))
+            other.prefill(normal(TINY, 7, 1, 40), normal(TINY, 8, 1, 40))
             jobs = [*sequence.plan(normal(TINY, 3, 4, 1), **how).jobs, *other.plan(normal(TINY, 9, 1, 1), **how).jobs]
             found.append([r.completion.status for r in device.run(jobs, check=False)])
             other.free()
