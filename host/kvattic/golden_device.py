@@ -55,17 +55,18 @@ class _Page(NamedTuple):
     number: int
 
 
-class _Stripes:
-    """A job's table, taken apart: arrays of one entry a stripe; of dense jobs `entries` only."""
+class _Stripes(NamedTuple):
+    """A job's table, taken apart: arrays of one entry a stripe.
 
-    __slots__ = ("codeword", "entries", "page", "reserved", "written")
+    Members:
+        entries: where K and V lie.
+        sketch: what the first pass reads; of a dense job nothing that means anything.
+        reserved: bool, whether a reserved bit of the sketch entry is set.
+    """
 
-    def __init__(self, entries: layout.Entries, sketch: NDArray[np.uint64] | None) -> None:
-        self.entries = entries
-        if sketch is not None:
-            self.page, self.codeword, self.written, self.reserved = (
-                (sketch >> np.uint64(field.offset * 8) & np.uint64((1 << field.size * 8) - 1)).astype(np.int64)
-                for field in (SKETCH_ENTRY[name] for name in ("page", "codeword", "written", "reserved")))
+    entries: layout.Entries
+    sketch: layout.Sketches
+    reserved: NDArray[np.bool_]
 
 
 class _Block:
@@ -374,7 +375,9 @@ class GoldenDevice:
         if mode in (Mode.SPARF, Mode.FETCHED):
             line = self._dma_read(command["mean"], _mean_bytes(config.head_dim))
             mean = np.frombuffer(line, "<u4", config.head_dim).astype(np.uint32)
-        stripe = _Stripes(layout.unpack_entries(entries[:, 0]), entries[:, 1] if mode is not Mode.DENSE else None)
+        sketches, reserved = entries[:, -1], SKETCH_ENTRY["reserved"]
+        stripe = _Stripes(layout.unpack_entries(entries[:, 0]), layout.unpack_sketches(sketches),
+                          sketches >> np.uint64(8 * reserved.offset) != 0)
         self._check_table(stripe, mode, config.ring_codewords // (command["stripe_pages"] * config.codewords_per_page))
         block = np.frombuffer(data, np.uint8).reshape(rows, -1)
         query = np.ascontiguousarray(block[:, ROW.size : ROW.size + config.head_dim * ELEMENT_BYTES]).view("<u2")
@@ -436,10 +439,10 @@ class GoldenDevice:
         for channel in range(self.config.channels):
             bad[np.flatnonzero(entries.channel == channel)[places:]] = True
         if mode is not Mode.DENSE:
-            bad |= (stripe.written > 1) | (stripe.reserved != 0)
+            bad |= (stripe.sketch.written > 1) | stripe.reserved
         if bad.any():
             raise _RejectedError(Status.INVALID_TABLE, int(np.argmax(bad)))
-        if mode is not Mode.DENSE and (missing := (entries.dram == 0) & (stripe.written == 0)).any():
+        if mode is not Mode.DENSE and (missing := (entries.dram == 0) & (stripe.sketch.written == 0)).any():
             raise _RejectedError(Status.NO_SKETCH, int(np.argmax(missing)))
 
     def _tokens(self, command: dict[str, int], stripe: "_Stripes", kind: Kind,
@@ -460,7 +463,7 @@ class GoldenDevice:
             wanted = codewords[begin:end]
             images[wanted], gone = self._read(
                 kind, int(stripe.entries.channel[number]), int(first_pages[number]) + inside,
-                wanted - page * per_page, bool(stripe.entries.dram[number]))
+                wanted - page * per_page, dram=bool(stripe.entries.dram[number]))
             if gone is not None and lost is None:
                 lost = command["base_token"] + int(wanted[gone]) * config.tokens_per_codeword
         return layout.unpack_pages(images.reshape(-1, config.page_bytes), config), lost
@@ -469,12 +472,13 @@ class GoldenDevice:
                 codewords: NDArray[np.int64]) -> tuple[NDArray[np.uint8], int | None]:
         """Codewords of a stripe's sketch, (codewords, codeword_bytes), and which of them is the first that is lost."""
         found = np.zeros((len(codewords), self.config.codeword_bytes), np.uint8)
-        page, codewords = np.divmod(codewords + int(stripe.codeword[number]), self.config.codewords_per_page)
+        page, codewords = np.divmod(codewords + int(stripe.sketch.codeword[number]), self.config.codewords_per_page)
         lost: int | None = None
         for each in np.unique(page).tolist():
             places = np.flatnonzero(page == each)
             found[places], gone = self._read(
-                kind, int(stripe.entries.channel[number]), int(stripe.page[number]) + each, codewords[places], False)
+                kind, int(stripe.entries.channel[number]), int(stripe.sketch.page[number]) + each, codewords[places],
+                dram=False)
             if gone is not None and lost is None:
                 lost = int(places[gone])
         return found, lost
@@ -508,7 +512,7 @@ class GoldenDevice:
                 lost = command["base_token"] + unit * (config.tokens_per_codeword << command["unit_bits"])
         return key.reshape(-1, config.head_dim), lost
 
-    def _read(self, kind: Kind, channel: int, number: int, codewords: NDArray[np.int64],
+    def _read(self, kind: Kind, channel: int, number: int, codewords: NDArray[np.int64], *,
               dram: bool) -> tuple[NDArray[np.uint8], int | None]:
         """Codewords of a page, zeros where they cannot be read; which of them is the first that cannot."""
         config = self.config
