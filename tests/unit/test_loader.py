@@ -15,7 +15,9 @@ from kvattic.commands import (
     COMMAND,
     FLASH_COMMAND,
     ROW,
+    SKETCH_ENTRY,
     TABLE_ENTRY,
+    Mode,
     Opcode,
     Status,
     lines,
@@ -24,14 +26,17 @@ from kvattic.commands import (
 )
 from kvattic.config import BOARD, GQA, TINY, Config
 from kvattic.formats import SCORE_WINDOW_FRACTION, Element
+from kvattic.layout import TOKEN_BITS
 from kvattic.nand import PSLC, TINY_PART
-from kvattic_hdl.interfaces import OPCODE_BITS, Shapes
-from kvattic_hdl.loader import Loader, _Window
+from kvattic_hdl.checks import Window
+from kvattic_hdl.interfaces import K_OFFSET_BITS, OPCODE_BITS, Shapes
+from kvattic_hdl.loader import Loader
 
 BASE, LIMIT = 0x1_FFFF_0000, 0x2_0004_0000  # the window crosses a 32-bit boundary
 TABLES = BASE + 0x20000
 COMMANDS = 0x9_0000_0040
 TOP = (1 << 24) - 1
+LOADS = ("query", "record", "scale", "chosen", "stripe", "sketch")
 
 
 @dataclass
@@ -43,9 +48,11 @@ class Host:
     loads: list = field(default_factory=list)
     starts: list = field(default_factory=list)
     jobs: list = field(default_factory=list)
+    means: list = field(default_factory=list)
     flash: list = field(default_factory=list)
     when: list = field(default_factory=list)
     errors: int = 0
+    last_load: int = -10
 
     def put(self, address, data):
         for i in range(0, len(data), 8):
@@ -121,6 +128,8 @@ def run(
                 dut.load,
                 dut.start_valid,
                 dut.start,
+                dut.mean_valid,
+                dut.mean,
                 dut.jobs.valid,
                 dut.jobs.ready,
                 dut.jobs.payload,
@@ -129,16 +138,21 @@ def run(
                 dut.flash.payload,
                 dut.bus_error,
             )
-            load_valid, load, start_valid, start, *samples = samples[2:]
+            load_valid, load, start_valid, start, mean_valid, mean, *samples = samples[2:]
             job_valid, job_ready, job, flash_valid, flash_ready, flash, error = samples
             cycle[0] += 1
             host.errors += error
             assert not (load_valid and start_valid), "a load together with start"
             assert not (start_valid and job_valid), "a job in the cycle of its start"
             if load_valid:
-                assert load.query + load.record + load.stripe == 1
+                assert sum(load[name] for name in LOADS) == 1
+                host.last_load = cycle[0]
                 host.loads.append(fields_of(load, shapes.load))
+            if mean_valid:
+                assert not start_valid
+                host.means.append((len(host.jobs), mean.slot, mean.index, mean.data))
             if start_valid:
+                assert cycle[0] >= host.last_load + 2, "a start too early"
                 host.starts.append((len(host.loads), fields_of(start, shapes.start)))
                 host.when.append(cycle[0])
             if job_valid and job_ready:
@@ -237,7 +251,7 @@ def some_table(rng, config, command):
     limit = lane_stripes(config) // command["stripe_pages"]
     channels = list(range(config.channels)) * limit
     rng.shuffle(channels)
-    return [
+    table = Table(
         {
             "channel": channel,
             "key_page": rng.getrandbits(24),
@@ -245,7 +259,43 @@ def some_table(rng, config, command):
             "dram": rng.getrandbits(1),
         }
         for channel in channels[: command["stripes"]]
-    ]
+    )
+    mode = command.get("mode", Mode.DENSE)
+    if mode != Mode.DENSE:
+        table.sketches = [
+            {
+                "page": rng.getrandbits(24),
+                "codeword": rng.randrange(config.codewords_per_page) if mode == Mode.CENTROID else 0,
+                "written": rng.getrandbits(1) if entry["dram"] else 1,
+            }
+            for entry in table
+        ]
+    if has_mean(command):
+        table.mean = [rng.choice((0, 0x8000_0000, fp32(rng), fp32(rng))) for _ in range(config.head_dim)]
+    return table
+
+
+def has_mean(command):
+    return command.get("mode", Mode.DENSE) in (Mode.SPARF, Mode.FETCHED)
+
+
+def fp32(rng):
+    """Bits of a finite fp32."""
+    return rng.getrandbits(1) << 31 | rng.randrange(255) << 23 | rng.getrandbits(23)
+
+
+class Table(list):
+    """Entries; in sparse modes also sketch entries, and the mean of V as fp32 bits."""
+
+    sketches = None
+    mean = ()
+
+    def __bytes__(self):
+        records = [TABLE_ENTRY.pack(**entry) for entry in self]
+        if self.sketches is not None:
+            assert len(self.sketches) == len(self)
+            records = [a + SKETCH_ENTRY.pack(**b) for a, b in zip(records, self.sketches, strict=True)]
+        return b"".join(records)
 
 
 def good_command(rng, config, number=0, rows=None):
@@ -310,16 +360,31 @@ def expected_start(config, command, slot, epoch):
         + SCORE_WINDOW_FRACTION
         - 2 * config.element.encoding.offset,
         "scale": 1 << 23 | command["scale"] & (1 << 23) - 1,
+        "mode": command.get("mode", 0),
+        "unit_bits": command.get("unit_bits", 0),
+        "channels": command.get("channels", 0),
+        "local_token": max(0, command["end_token"] - command.get("local", 0)),
     }
 
 
 def check_lanes(config, command, block, table, loads, slot):
     """What the lanes hold after these loads."""
-    q, records, stripes = {}, {}, []
+    q, records, stripes, sketches, chosen, scales = {}, {}, [], [], [], {}
     for load in loads:
         assert load["slot"] == slot
         if load["stripe"]:
             stripes.append((load["data"], load["start"], load["last"]))
+            continue
+        if load["sketch"]:
+            sketches.append(load["data"])
+            assert len(sketches) == len(stripes)
+            continue
+        if load["chosen"]:
+            assert load["data"] >> 8 == len(chosen)
+            chosen.append(load["data"] & 0xFF)
+            continue
+        if load["scale"]:
+            scales[load["row"]] = load["data"]
             continue
         assert not stripes  # a record would empty the lists
         if load["query"]:
@@ -335,6 +400,16 @@ def check_lanes(config, command, block, table, loads, slot):
         )
         for i, entry in enumerate(table)
     ]
+    assert sketches == [int.from_bytes(SKETCH_ENTRY.pack(**entry), "little") for entry in table.sketches or ()]
+    if has_mean(command):
+        start = expected_start(config, command, 0, 0)
+        wanted, approximate = expected(
+            config, [row[3] for row in block], command["channels"], start["scale"], start["k_offset"])
+        assert chosen == wanted
+        mask = (1 << K_OFFSET_BITS) - 1
+        assert scales == {row: scale | (k_offset & mask) << 24 for row, (scale, k_offset) in enumerate(approximate)}
+    else:
+        assert not chosen and not scales
     per_beat = config.elements_per_beat
     assert len(q) == config.rows * config.beats_per_token
     assert len(records) == config.rows
@@ -374,15 +449,23 @@ def check_good(config, host, jobs, batches=None):
             "result": command["result"],
             "status": Status.OK,
             "where": 0,
+            "mode": command.get("mode", 0),
+            "units": command.get("units", 0),
         }
+        assert [mean[1:] for mean in host.means if mean[0] == number] == [
+            (slot, i // 2, table.mean[i] | table.mean[i + 1] << 32) for i in range(0, len(table.mean), 2)
+        ]
 
 
 def place(host, number, command, block, table, config):
     host.put(COMMANDS + 64 * number, COMMAND.pack(**command))
     host.put(command["query"], query_bytes(config, block))
-    host.put(command["table"], b"".join(TABLE_ENTRY.pack(**entry) for entry in table))
+    host.put(command["table"], bytes(table))
     assert command["query"] + len(block) * query_row_bytes(config.head_dim) <= LIMIT
-    assert command["table"] + 8 * len(table) <= LIMIT
+    assert command["table"] + len(bytes(table)) <= LIMIT
+    if table.mean:
+        host.put(command["mean"], struct.pack(f"<{config.head_dim}I", *table.mean))
+        assert command["mean"] + 4 * config.head_dim <= LIMIT
 
 
 CONFIGS = {
@@ -405,6 +488,7 @@ CONFIGS = {
         dies=1,
         codeword_bytes=256,
         score_depth=16,
+        sparse=False,
     ),
     "middle": Config(
         channels=32,
@@ -494,7 +578,7 @@ def test_time_of_a_job(latency):
 
 
 def test_slots_run_out():
-    config = BOARD
+    config = replace(BOARD, jobs_in_flight=4)
     rng = random.Random(2)
     host, jobs = Host(), []
     for number in range(9):
@@ -522,11 +606,15 @@ def bad_commands(config):
         ({"opcode": 0}, Status.INVALID_OPCODE, 0),
         ({"opcode": 0x80, "rows": 0}, Status.INVALID_OPCODE, 0x80),
         ({"opcode": 0x86}, Status.INVALID_OPCODE, 0x86),
-        ({"opcode": 0x01, "flags": 1}, Status.INVALID_OPCODE, 1),
-        ({"flags": 1}, field_, 0),
-        ({"flags": 0x80, "rows": 77}, field_, 0),
-        ({"reserved0": 0x8000}, field_, 0),
-        ({"reserved1": 1 << 63}, field_, 0),
+        ({"opcode": 0x01, "mode": 1}, Status.INVALID_OPCODE, 1),
+        ({"mode": 4}, field_, 0),
+        ({"mode": 0x80, "rows": 77}, field_, 0),
+        ({"mode": 1} if not config.sparse else {"mode": 255}, field_, 0),
+        *(({name: 1 << 8 * COMMAND[name].size - 1}, field_, 0)
+          for name in ("mean", "channels", "local", "units", "unit_bits")),
+        ({"mean": 1 << 32, "rows": 0}, field_, 0),
+        ({"unit_bits": 1}, field_, 0),
+        ({"reserved0": 0x80}, field_, 0),
         ({"stripe_pages": 0}, field_, 0),
         ({"stripe_pages": 3}, field_, 0),
         ({"stripe_pages": 0x81}, field_, 0),
@@ -908,7 +996,7 @@ def test_any_stalls(rng, latency, stall, job_stall, hold, name):
 
 def test_window():
     """The check in halves against plain arithmetic, at and round every boundary."""
-    dut = _Window()
+    dut = Window(3)
     rng = random.Random(3)
     top = 1 << 64
 
