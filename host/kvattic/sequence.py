@@ -369,17 +369,17 @@ class Sequence:
         """Tokens were written: count them, and sum their V."""
         state, total = self._layers[layer], values.shape[1]
         if self.sparse:
-            exact = from_bits(values, self.device.config.element).astype(np.float64)
             at = 0
             while at < total:
                 stripe, inside = divmod(state.length + at, self.stripe_tokens)
                 if inside == 0:
                     state.before[stripe] = state.total
                 last = min(at + self.stripe_tokens - inside, total)
+                exact = from_bits(values[:, at:last], self.device.config.element).astype(np.float64)
                 # Token after token, so that appends in any pieces give the same sum.
                 with np.errstate(invalid="ignore"):
                     state.total = np.add.accumulate(
-                        np.concatenate([state.total[:, None], exact[:, at:last]], axis=1), axis=1)[:, -1].copy()
+                        np.concatenate([state.total[:, None], exact], axis=1), axis=1)[:, -1].copy()
                 at = last
         state.length += total
 

@@ -986,3 +986,10 @@ def test_the_bench_counts_what_happens():
     assert 0 < life.spread <= 2
     assert 0.5 < life.erases < 2
     assert 0.1 < life.occupancy < 0.5
+
+
+def test_the_bench_mixes_sequences_of_all_kinds():
+    life = placement.live(batch=8, longest=6.0, sequences=60, mixed=True)
+    assert (life.sequences, life.alive, life.amplification) == (60, 8, 1.0)
+    assert 0 < life.spread <= 4
+    assert life.erases > 0.3
