@@ -430,7 +430,7 @@ class GoldenDevice:
         return sparse.second_pass(first, query, key, value, mean=mean, **job), lost
 
     def _check_table(self, stripe: "_Stripes", mode: Mode, places: int) -> None:
-        """Refuse a channel that there is not, reserved bits, and more stripes than a channel has places for.
+        """Refuse what is no channel or codeword, reserved bits, and more stripes than a channel has places for.
 
         Then stripes in flash of which the mode's first pass has nothing to read.
         """
@@ -439,7 +439,9 @@ class GoldenDevice:
         for channel in range(self.config.channels):
             bad[np.flatnonzero(entries.channel == channel)[places:]] = True
         if mode is not Mode.DENSE:
-            bad |= (stripe.sketch.written > 1) | stripe.reserved
+            # The channel layout begins with a page.
+            codewords = self.config.codewords_per_page if mode is Mode.CENTROID else 1
+            bad |= (stripe.sketch.written > 1) | stripe.reserved | (stripe.sketch.codeword >= codewords)
         if bad.any():
             raise _RejectedError(Status.INVALID_TABLE, int(np.argmax(bad)))
         if mode is not Mode.DENSE and (missing := (entries.dram == 0) & (stripe.sketch.written == 0)).any():

@@ -318,10 +318,12 @@ def test_select_takes_the_largest(data: st.DataObject) -> None:
     prefix, digits, missing = 0, 0, k
     alive = valid.copy()
     width = formats.DIGIT_BITS
+    bits = formats.MASS_BITS + sparse.RANK_TOKEN_BITS
+    padded = rank << -bits % width
     if int(valid.sum()) > k:
         while True:
-            shift = formats.MASS_BITS + sparse.RANK_TOKEN_BITS - width * (digits + 1)
-            digit = rank >> shift & ((1 << width) - 1)
+            shift = bits + -bits % width - width * (digits + 1)
+            digit = padded >> shift & ((1 << width) - 1)
             count = np.bincount(digit[alive], minlength=1 << width)
             value = next(d for d in range((1 << width) - 1, -1, -1) if count[d:].sum() >= missing)
             missing -= int(count[value + 1 :].sum())
@@ -329,7 +331,7 @@ def test_select_takes_the_largest(data: st.DataObject) -> None:
             if count[value] == missing:
                 break
             alive &= digit == value
-        assert (chosen == (valid & (rank >> shift >= prefix))).all()
+        assert (chosen == (valid & (padded >> shift >= prefix))).all()
     else:
         assert (chosen == valid).all()
 
@@ -769,8 +771,10 @@ def test_trace_shapes_and_inputs_untouched(mode: Mode) -> None:
 
 
 def test_widths_hang_together() -> None:
-    """A rank is a whole number of digits, a mass of one row fits, and the ratio's root has room for the largest |q|."""
-    assert (formats.MASS_BITS + sparse.RANK_TOKEN_BITS) % formats.DIGIT_BITS == 0
+    """A rank fits int64 with its digits padded, the masses of 16 rows fit, and so does the largest fp16 of q."""
+    bits = formats.MASS_BITS + sparse.RANK_TOKEN_BITS
+    assert bits + -bits % formats.DIGIT_BITS < 64
+    assert sparse.ranks(np.array([FORCED]), base_token=0, unit_tokens=1, local_token=9)[0] == (1 << 60) - 1
     assert 1 << formats.MASS_FRACTION < FORCED >> 5
     assert formats.MAGNITUDE_BITS - formats.MAGNITUDE_FRACTION == 16    # above fp16's largest, 65,504
     assert formats.LOG_BITS * 2 <= 64

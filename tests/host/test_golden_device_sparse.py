@@ -500,7 +500,8 @@ def test_bus_errors(bench):
 @MODES
 @pytest.mark.parametrize(("change", "status"), [
     ({"reserved": 1}, Status.INVALID_TABLE), ({"reserved": 1 << 23}, Status.INVALID_TABLE),
-    ({"written": 2}, Status.INVALID_TABLE), ({"written": 0}, Status.NO_SKETCH)])
+    ({"written": 2}, Status.INVALID_TABLE), ({"written": 3}, Status.INVALID_TABLE),
+    ({"codeword": 4}, Status.INVALID_TABLE), ({"written": 0}, Status.NO_SKETCH)])
 def test_bad_sketch_entries(bench, mode, change, status):
     for stripe in (2, 0):
         for sketches in (bench.channel_sketches, bench.centroid_sketches):
@@ -509,11 +510,17 @@ def test_bad_sketch_entries(bench, mode, change, status):
         assert (found.status, found.where) == (status, stripe)
     # Dense jobs have no sketch entries, and the tail needs no sketch.
     assert bench.attend(Mode.DENSE).status is Status.OK
-    bench.channel_sketches[3] = bench.centroid_sketches[3] = {"written": 1, "page": 77, "codeword": 9}
+    bench.channel_sketches[3] = {"written": 1, "page": 77}
+    bench.centroid_sketches[3] = {"written": 1, "page": 77, "codeword": 3}
     for stripe in (0, 2):
-        for sketches in (bench.channel_sketches, bench.centroid_sketches):
-            sketches[stripe] |= {"written": 1, "reserved": 0}
+        bench.channel_sketches[stripe] |= {"written": 1, "reserved": 0, "codeword": 0}
+        bench.centroid_sketches[stripe] |= {"written": 1, "reserved": 0, "codeword": 1 + stripe}
     assert bench.attend(mode).status is Status.OK
+    # The channel layout begins with a page; what is wrong is wrong for the tail, too.
+    bench.channel_sketches[3]["codeword"] = 1
+    bench.centroid_sketches[3]["codeword"] = 4
+    found = bench.attend(mode)
+    assert (found.status, found.where) == (Status.INVALID_TABLE, 3)
 
 
 def test_without_sparse_hardware():
