@@ -17,7 +17,6 @@ from kvattic.commands import COMMAND, TREE_BITS
 from kvattic.config import PAGE_NUMBER_BITS, Config
 from kvattic.formats import (
     ALPHA_FRACTION,
-    DIGIT_BITS,
     MASS_BITS,
     SCALE_BITS,
     SCORE_BITS,
@@ -41,7 +40,8 @@ INDEX_BITS = 16
 KIND_BITS, MODE_BITS = 2, 2
 RANK_BITS = MASS_BITS + TOKEN_BITS
 """A unit's rank: Cat(~number of its first token, its mass)."""
-RANK_DIGITS = -(-RANK_BITS // DIGIT_BITS)
+LENGTH_FORCED = MASS_BITS + 1
+"""In the histogram of the masses' lengths in bits (0 to MASS_BITS): units that must be taken, whatever their mass."""
 FAULTS = ("unreadable_sketch", "unreadable_key", "unreadable_value", "nan_key", "nan_value")
 """What makes a lane's share of a job invalid, the one first that is reported first."""
 FAULT_BITS = 3
@@ -97,7 +97,7 @@ class Shapes:
     approximate : StructLayout
         A row's scale of the first pass.
     sweep : StructLayout
-        A sweep of all lanes: slot, op (`Sweep`), digits, prefix.
+        A sweep of all lanes: slot, op (`Sweep`), bits, prefix.
     unit_count : Shape
         A number of units of one lane.
     alpha : Shape
@@ -243,7 +243,7 @@ class Shapes:
         self.sweep = data.StructLayout({
             "slot": self.slot,
             "op": SWEEP_BITS,                      # `Sweep`
-            "digits": unsigned(bits_for(RANK_DIGITS)),   # of `prefix` that count, from the top
+            "bits": unsigned(bits_for(RANK_BITS)),   # of `prefix` that count, from the top
             "prefix": RANK_BITS,
         })
         self.unit_count = unsigned(bits_for(config.ring_codewords * config.tokens_per_codeword))
@@ -295,11 +295,12 @@ class Sweep(enum.Enum, shape=SWEEP_BITS, view_class=None):
     SUM = 0
     """Each row's sum of p over all scored tokens."""
     MASS = 1
-    """Each unit's mass and rank, kept; histogram of the ranks' first digit."""
+    """Each unit's mass and rank, kept; histogram of the masses' lengths in bits, LENGTH_FORCED for units that must be
+    taken."""
     DIGIT = 2
-    """Histogram of the digit that follows `prefix`, over the units whose rank begins with it."""
+    """Histogram of the DIGIT_BITS bits of the rank that follow `prefix`, over the units whose rank begins with it."""
     MARK = 3
-    """Units whose rank's first digits are at least `prefix` are selected; each row's sum of p over their tokens."""
+    """Units whose rank's first bits are at least `prefix` are selected; each row's sum of p over their tokens."""
 
 
 ACCUMULATE_CYCLES = 4

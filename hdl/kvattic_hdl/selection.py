@@ -11,8 +11,8 @@ from amaranth.utils import ceil_log2
 
 from kvattic.commands import Mode
 from kvattic.config import Config
-from kvattic.formats import ALPHA_FRACTION, DIGIT_BITS, SCORE_MAX, VALUE_FRACTION
-from kvattic_hdl.interfaces import RANK_BITS, RANK_DIGITS, Shapes, Sweep
+from kvattic.formats import ALPHA_FRACTION, DIGIT_BITS, MASS_BITS, SCORE_MAX, VALUE_FRACTION
+from kvattic_hdl.interfaces import LENGTH_FORCED, RANK_BITS, Shapes, Sweep
 from kvattic_hdl.logarithm import Logarithm
 
 
@@ -214,8 +214,8 @@ class Selection(wiring.Component):
             counts = pairs
         ask, answered = Signal(), Signal(2 + levels)
         digit = Signal(DIGIT_BITS)               # the one whose count is there
-        digits = Signal(range(RANK_DIGITS + 1))  # how many are decided
-        prefix = Signal(RANK_DIGITS * DIGIT_BITS)
+        bits = Signal(range(RANK_BITS + 1))      # of the rank that are decided
+        prefix = Signal(RANK_BITS)
         wanted = Signal(max(len(job.units), len(counts[0])) + 1)    # units still to be found
         rest = Signal(signed(len(wanted) + 1))
         found, exact = Signal(), Signal()
@@ -230,9 +230,24 @@ class Selection(wiring.Component):
         m.d.comb += [
             self.sweep.slot.eq(job.slot),
             self.sweep.op.eq(op),
-            self.sweep.digits.eq(digits),
-            self.sweep.prefix.eq(prefix[-RANK_BITS:]),
+            self.sweep.bits.eq(bits),
+            self.sweep.prefix.eq(prefix),
         ]
+
+        # What the digit found says of the rank: the length's leading one and the zeros above it, or the next bits.
+        bits_next, prefix_next = Signal.like(bits), Signal.like(prefix)
+        with m.If(op == Sweep.MASS):
+            m.d.comb += [
+                bits_next.eq(MASS_BITS - digit + (digit != 0)),
+                prefix_next.eq((1 << digit >> 1) << (RANK_BITS - MASS_BITS)),
+            ]
+            with m.If(digit == LENGTH_FORCED):
+                m.d.comb += [bits_next.eq(MASS_BITS), prefix_next.eq(((1 << MASS_BITS) - 1) << (RANK_BITS - MASS_BITS))]
+        with m.Else():
+            m.d.comb += [
+                bits_next.eq(Mux(bits > RANK_BITS - DIGIT_BITS, RANK_BITS, bits + DIGIT_BITS)),
+                prefix_next.eq(prefix | (((digit << RANK_BITS) >> bits) >> DIGIT_BITS)),
+            ]
 
         def collect_rows() -> None:
             """Go on with the rows' maxima or sums of all lanes."""
@@ -254,7 +269,7 @@ class Selection(wiring.Component):
                     job.eq(self.jobs_i.payload),
                     last_row.eq(self.jobs_i.payload.rows - 1),
                     wanted.eq(self.jobs_i.payload.units),
-                    digits.eq(0),
+                    bits.eq(0),
                     prefix.eq(0),
                     fresh.eq(1),
                     nothing.eq(0),
@@ -313,7 +328,8 @@ class Selection(wiring.Component):
             with m.State("begun"):
                 m.next = "sweeping"    # `swept` is still of the cycle before the sweep
             with m.State("sweeping"):
-                m.d.sync += [self.bin.eq(~0), digit.eq(~0)]
+                for register in (self.bin, digit):
+                    m.d.sync += register.eq(Mux(op == Sweep.MASS, LENGTH_FORCED, (1 << DIGIT_BITS) - 1))
                 with m.If(swept):
                     with m.Switch(op):
                         with m.Case(Sweep.SUM):
@@ -332,19 +348,18 @@ class Selection(wiring.Component):
                 with m.If(answered[-1]):
                     m.d.sync += digit.eq(digit - 1)
                     with m.If(found):
-                        m.d.sync += digits.eq(digits + 1)
-                        with m.Switch(digits):
-                            for i in range(RANK_DIGITS):
-                                with m.Case(i):
-                                    m.d.sync += prefix.word_select(RANK_DIGITS - 1 - i, DIGIT_BITS).eq(digit)
-                        with m.If(exact | (digits == RANK_DIGITS - 1)):
+                        m.d.sync += [bits.eq(bits_next), prefix.eq(prefix_next)]
+                        with m.If((op == Sweep.MASS) & (digit == MASS_BITS)):
+                            # Units that must be taken have this leading one too, and are counted again.
+                            m.d.sync += wanted.eq(job.units)
+                        with m.If(exact | (bits_next == RANK_BITS)):
                             sweep(Sweep.MARK)
                         with m.Else():
                             sweep(Sweep.DIGIT)
                     with m.Else():
                         m.d.sync += wanted.eq(rest)
                         with m.If(digit == 0):
-                            sweep(Sweep.MARK)    # fewer units than are wanted
+                            sweep(Sweep.MARK)    # fewer units than are wanted: all of them
             with m.State("alpha"):
                 # `rounded` follows `total` by a cycle, which `collect` has waited.
                 m.d.comb += alpha_write.en.eq(1)

@@ -1,8 +1,5 @@
 """A lane's part in the selection: sweeps through the scores of a job's first pass for sums, masses and marks."""
 
-from functools import reduce
-from operator import and_
-
 from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.fifo import SyncFIFOBuffered
@@ -22,7 +19,7 @@ from kvattic.formats import (
     WEIGHT_BITS,
 )
 from kvattic_hdl.exponential import Exponential
-from kvattic_hdl.interfaces import MODE_BITS, RANK_BITS, RANK_DIGITS, TOKEN_BITS, Shapes, Sweep
+from kvattic_hdl.interfaces import LENGTH_FORCED, MODE_BITS, RANK_BITS, TOKEN_BITS, Shapes, Sweep
 
 
 class Selector(wiring.Component):
@@ -71,7 +68,7 @@ class Selector(wiring.Component):
         That row's sum of the last SUM or MARK sweep, two cycles later.
     bin : In(DIGIT_BITS)
     count : Out(unit_count)
-        Units with that digit in the last MASS or DIGIT sweep, two cycles later.
+        Units with that length or digit in the last MASS or DIGIT sweep, two cycles later.
     unmarked : Out(1)
         The last MARK sweep left a unit unselected.
     """
@@ -245,25 +242,25 @@ class Selector(wiring.Component):
         m.d.comb += mass_read.addr.eq(unit_position)
         m.d.sync += mass_2.eq(mass_read.data)
 
-        # The rank's digits, the highest first, and the prefix's.
-        padding = RANK_DIGITS * DIGIT_BITS - RANK_BITS
-
-        def digits_of(value):
-            padded = Cat(Const(0, padding), value)
-            return [padded.word_select(RANK_DIGITS - 1 - i, DIGIT_BITS) for i in range(RANK_DIGITS)]
-
-        digits, wanted = digits_of(Cat(~token_2, mass_2)), digits_of(sweep.prefix)
-        counts = Signal(RANK_DIGITS)
-        m.d.sync += counts.eq((1 << sweep.digits) - 1)
-        masked = [Cat(*(reversed([d & c.replicate(DIGIT_BITS) for d, c in zip(which, counts, strict=True)])))
-                  for which in (digits, wanted)]
+        # Its rank against the prefix; and the digit behind it, out of the two aligned ones in which it stands.
+        rank_2 = Cat(~token_2, mass_2)
+        mask = Signal(RANK_BITS)
+        aligned_number, aligned_shift = Signal(range(RANK_BITS // DIGIT_BITS + 1)), Signal(range(DIGIT_BITS + 1))
+        padded = Cat(Const(0, 3 * DIGIT_BITS - RANK_BITS % DIGIT_BITS), rank_2)
+        aligned = [padded[len(padded) - (i + 2) * DIGIT_BITS : len(padded) - i * DIGIT_BITS]
+                   for i in range(RANK_BITS // DIGIT_BITS + 1)]
         selected, matches = Signal(), Signal()
         digit_3 = Signal(DIGIT_BITS)
         m.d.sync += [
-            selected.eq(masked[0] >= masked[1]),
-            matches.eq(reduce(and_, ((d == w) | ~c for d, w, c in zip(digits, wanted, counts, strict=True)))),
-            digit_3.eq(Array(digits)[sweep.digits]),
+            mask.eq(~(Const((1 << RANK_BITS) - 1) >> sweep.bits)),
+            aligned_number.eq(Array(i // DIGIT_BITS for i in range(RANK_BITS + 1))[sweep.bits]),
+            aligned_shift.eq(Array(DIGIT_BITS - i % DIGIT_BITS for i in range(RANK_BITS + 1))[sweep.bits]),
+            selected.eq((rank_2 & mask) >= sweep.prefix),
+            matches.eq(((rank_2 ^ sweep.prefix) & mask) == 0),
+            digit_3.eq(Array(aligned)[aligned_number] >> aligned_shift),
         ]
+        with m.If(~self.sweep_valid & ~begin):
+            m.d.sync += sweep.prefix.eq(sweep.prefix & mask)    # once would do
 
         # ------------------------------------------------------------------ marks
 
@@ -389,11 +386,19 @@ class Selector(wiring.Component):
         whole = mass_sum[VALUE_FRACTION - MASS_FRACTION :]
         top = (1 << MASS_BITS) - 2
         mass, mass_position, mass_valid = Signal(MASS_BITS), Signal(position_bits), Signal()
+        mass_forced = Signal()
         m.d.sync += [
+            mass_forced.eq(now.forced),
             mass_valid.eq(now_valid & now.last & massing),
             mass.eq(Mux(now.forced, top + 1, Mux(whole > top, top, whole))),
             mass_position.eq(now.position),
         ]
+        length = Signal(range(LENGTH_FORCED + 1))
+        for i in range(MASS_BITS):
+            with m.If(mass[i]):
+                m.d.comb += length.eq(i + 1)
+        with m.If(mass_forced):
+            m.d.comb += length.eq(LENGTH_FORCED)
         m.d.comb += [
             mass_write.en.eq(mass_valid),
             mass_write.addr.eq(mass_position),
@@ -420,7 +425,7 @@ class Selector(wiring.Component):
         counted = Mux(count_fresh.bit_select(bin_1, 1), 0, count_old.data)
         m.d.sync += [
             bin_valid_1.eq(mass_valid | (valid_3 & matches & (sweep.op == Sweep.DIGIT))),
-            bin_1.eq(Mux(massing, mass[MASS_BITS - DIGIT_BITS :], digit_3)),
+            bin_1.eq(Mux(massing, length, digit_3)),
             bin_valid_2.eq(bin_valid_1),
             bin_2.eq(bin_1),
             count.eq(Mux(bin_valid_2 & (bin_1 == bin_2), count, counted) + 1),

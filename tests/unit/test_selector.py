@@ -11,13 +11,12 @@ from amaranth.sim import Simulator
 from kvattic.commands import Mode
 from kvattic.config import TINY, Config
 from kvattic.formats import DIGIT_BITS, SCORE_MASKED
-from kvattic_hdl.interfaces import RANK_BITS, RANK_DIGITS, Sweep
+from kvattic_hdl.interfaces import LENGTH_FORCED, RANK_BITS, Sweep
 from kvattic_hdl.selector import Selector
 
 sys.path.insert(0, str(Path(__file__).parent))
 from selection_bench import Job, Lane, expect, make_job, marked
 
-PADDING = RANK_DIGITS * DIGIT_BITS - RANK_BITS
 SPARF, FETCHED, CENTROID = Mode.SPARF, Mode.FETCHED, Mode.CENTROID
 
 
@@ -35,14 +34,14 @@ def simulate(config, seed, bench, **lane):
     sim.run()
 
 
-async def sweep(ctx, dut, slot, op, digits=0, prefix=0):
+async def sweep(ctx, dut, slot, op, bits=0, prefix=0):
     """Run a sweep; returns cycles from `sweep_valid` to `done`."""
     assert ctx.get(dut.done)
-    ctx.set(dut.sweep, {"slot": slot, "op": op.value, "digits": digits, "prefix": prefix})
+    ctx.set(dut.sweep, {"slot": slot, "op": op.value, "bits": bits, "prefix": prefix})
     ctx.set(dut.sweep_valid, 1)
     await ctx.tick()
     ctx.set(dut.sweep_valid, 0)
-    ctx.set(dut.sweep, {"slot": slot ^ 1, "op": op.value ^ 3, "digits": digits ^ 5, "prefix": prefix ^ 12345})
+    ctx.set(dut.sweep, {"slot": slot ^ 1, "op": op.value ^ 3, "bits": bits ^ 5, "prefix": prefix ^ 12345})
     cycles = 1
     while not ctx.get(dut.done):
         await ctx.tick()
@@ -77,16 +76,22 @@ async def histogram(ctx, dut):
     return await pipelined(ctx, dut.bin, dut.count, range(1 << DIGIT_BITS))
 
 
-def digit(rank, number):
-    return (rank << PADDING) >> (RANK_DIGITS - 1 - number) * DIGIT_BITS & ((1 << DIGIT_BITS) - 1)
+def digit(rank, bits):
+    """The digit behind the top `bits`."""
+    return (rank << DIGIT_BITS) >> (RANK_BITS - bits) & ((1 << DIGIT_BITS) - 1)
 
 
-def above(rank, digits):
-    """The top digits."""
-    return (rank << PADDING) >> (RANK_DIGITS - digits) * DIGIT_BITS
+def above(rank, bits):
+    """The top `bits`."""
+    return rank >> (RANK_BITS - bits)
 
 
-async def check(ctx, dut, model, slot, job, mine, rng, digits=range(1, RANK_DIGITS, 3)):
+def length(rank):
+    mass = rank >> 24
+    return LENGTH_FORCED if mass == 2**36 - 1 else mass.bit_length()
+
+
+async def check(ctx, dut, model, slot, job, mine, rng, bits=(1, 7, 18, 23, 37, 58)):
     """All four sweeps of the job's stripes `mine`, which `model` holds already."""
     config = model.config
     rows = len(job.scores)
@@ -107,20 +112,20 @@ async def check(ctx, dut, model, slot, job, mine, rng, digits=range(1, RANK_DIGI
     await refer(ctx, dut, all_of_it.reference)
     await sweep(ctx, dut, slot, Sweep.MASS)
     ranks = all_of_it.rank[units_here]
-    assert await histogram(ctx, dut) == np.bincount([digit(int(r), 0) for r in ranks], minlength=64).tolist()
+    assert await histogram(ctx, dut) == np.bincount([length(int(r)) for r in ranks], minlength=64).tolist()
     some = [int(r) for r in rng.permutation(ranks)[:3]] or [0]
-    for number in digits:
-        for rank in some[:2]:
-            # What follows the digits that count is nothing.
-            noise = int(rng.integers(1 << 62)) & ((1 << RANK_BITS - number * DIGIT_BITS) - 1)
+    for number in bits:
+        for rank in some[: 1 + (number == 23)]:
+            # What follows the bits that count is nothing.
+            noise = int(rng.integers(1 << 62)) & ((1 << RANK_BITS - number) - 1)
             await sweep(ctx, dut, slot, Sweep.DIGIT, number, rank ^ noise)
             same = [int(r) for r in ranks if above(int(r), number) == above(rank, number)]
             assert await histogram(ctx, dut) == np.bincount(
                 [digit(r, number) for r in same], minlength=64).tolist(), number
 
     # Marks.
-    for number, rank in [(0, some[0]), (RANK_DIGITS, some[0]), (int(rng.integers(1, RANK_DIGITS)), some[-1]),
-                         (RANK_DIGITS, (1 << RANK_BITS) - 1)]:
+    for number, rank in [(0, some[0]), (RANK_BITS, some[0]), (int(rng.integers(1, RANK_BITS)), some[-1]),
+                         (RANK_BITS, (1 << RANK_BITS) - 1)]:
         await sweep(ctx, dut, slot, Sweep.MARK, number, rank)
         chosen = all_of_it.valid & (np.array([above(int(r), number) for r in all_of_it.rank]) >= above(rank, number))
         taken = marked(config, job, chosen)
@@ -164,12 +169,12 @@ def test_sweeps(config, mode, unit_bits, grant):
 
     async def bench(ctx, dut, model):
         rng = np.random.default_rng(config.rows * 100 + mode * 10 + unit_bits)
-        for number in range(3):
+        for number in range(3 if grant == 1 else 2):
             slot = int(rng.integers(config.jobs_in_flight))
             mine = np.flatnonzero(rng.random(2 * lane_stripes) < 0.6)[:lane_stripes]
             # The last one is in the lane's list, but for one job.
-            stripes = int(mine.max(initial=0)) + 1 + (number == 1)
-            rows = config.rows if number < 2 else int(rng.integers(1, config.rows + 1))
+            stripes = int(mine.max(initial=0)) + 1 + (number == 2)
+            rows = config.rows if number < 1 else int(rng.integers(1, config.rows + 1))
             job = make_job(config, rng, mode, stripes=stripes, unit_bits=unit_bits, rows=rows)
             model.put(slot, job, mine, int(rng.integers(config.ring_codewords)))
             await ctx.tick()
@@ -207,7 +212,7 @@ def test_edges(mode):
             slot = number % config.jobs_in_flight
             model.put(slot, job, mine, 100)
             await ctx.tick()
-            await check(ctx, dut, model, slot, job, np.array(mine, int), rng, digits=(1, RANK_DIGITS - 1))
+            await check(ctx, dut, model, slot, job, np.array(mine, int), rng, bits=(1, 54))
 
     simulate(config, 2, bench)
 
@@ -228,9 +233,9 @@ def test_mass_saturates():
         expected = expect(config, job, np.full(16, 1 << 22))
         assert expected.rank[0] >> 24 == 2**36 - 2
         counts = await histogram(ctx, dut)
-        assert counts[63] == len(expected.rank)
+        assert counts[36:38] == [len(expected.rank) - 1, 1]
         # The forced one is above the others.
-        await sweep(ctx, dut, 0, Sweep.MARK, 6, (2**36 - 1) << 24)
+        await sweep(ctx, dut, 0, Sweep.MARK, 36, (2**36 - 1) << 24)
         assert model.marked(0).sum() == job.unit_tokens(config)
 
     simulate(config, 3, bench)
@@ -251,9 +256,9 @@ def test_cycles():
         expected = expect(config, job)
         await refer(ctx, dut, expected.reference)
         for op in (Sweep.SUM, Sweep.MASS, Sweep.DIGIT):
-            cycles[op] = await sweep(ctx, dut, 1, op, int(op is Sweep.DIGIT), 0)
+            cycles[op] = await sweep(ctx, dut, 1, op, 7 * (op is Sweep.DIGIT), 0)
         threshold = int(np.sort(expected.rank)[-64])
-        cycles[Sweep.MARK] = await sweep(ctx, dut, 1, Sweep.MARK, RANK_DIGITS, threshold)
+        cycles[Sweep.MARK] = await sweep(ctx, dut, 1, Sweep.MARK, RANK_BITS, threshold)
         assert model.marked(1).sum() == 64
 
     simulate(config, 4, bench)
