@@ -20,6 +20,7 @@ from kvattic.errors import RequestError
 from kvattic.formats import SCORE_FRACTION, SCORE_MASKED, SCORE_MAX, VALUE_FRACTION, Element
 from kvattic.sparse import ALPHA_ONE, FORCED
 from kvattic_sim import oracle
+from kvattic_sim.benches import accuracy
 
 from . import reference
 from .test_golden import ELEMENTS, INFINITY, LARGEST, LOG2E, Bits, element_bits
@@ -677,6 +678,27 @@ def test_error_against_float64(mode: Mode, element: Element, data: str, rows: in
     assert np.abs(first.alpha / 2.0**formats.ALPHA_FRACTION - want.alpha).max() < 5e-7
     assert oracle.relative_rms(trace.exact.partial.output, want.exact) < BOUND
     assert oracle.relative_rms(trace.output.view(np.float32), want.output) < BOUND
+
+
+@MODES
+def test_error_on_real_model_data(mode: Mode) -> None:
+    """All heads of the MiniLM data, four query rows each, an eighth of the tokens."""
+    got, want, ties = [], [], 0
+    for query, key, value in accuracy.minilm_heads():
+        arguments = job(mode, rows=4, tail=np.zeros(4, np.bool_), local=8)
+        arguments |= {"query": query[300:304], "key": key, "value": value}
+        if mode is Mode.CENTROID:
+            arguments["sketch"] = means(key, 8, Element.FP16)
+        else:
+            arguments |= {"channels": 8, "mean": fp32(from_bits(value, Element.FP16).astype(np.float64).mean(axis=0))}
+        trace, oracles = attend(arguments), exact(arguments)
+        if trace.first.selected.tolist() != oracles.selected.tolist():
+            ties += 1
+            continue
+        got.append(trace.output.view(np.float32))
+        want.append(oracles.output)
+    assert ties <= 2
+    assert oracle.relative_rms(np.array(got), np.array(want)) < BOUND
 
 
 @pytest.mark.parametrize("seed", range(20))
