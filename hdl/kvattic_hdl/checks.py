@@ -282,13 +282,10 @@ class SketchCheck(wiring.Component):
         It.
     number : In(16)
         The stripe's number.
-    channels : In(1)
-        It is of channels, not of centroids.
     clear : In(1)
         Forget what was found.
     bad : Out(1)
-        In the same cycle as `sketch`: a reserved bit is set, or there is no such codeword of a page; channels
-        begin with a page.
+        In the same cycle as `sketch`: a reserved bit is set.
     found : Out(1)
         In the next cycle: one says that it is not written, and its stripe is in flash.
     where : Out(16)
@@ -299,20 +296,17 @@ class SketchCheck(wiring.Component):
     sketch: Signal
     entry: Signal
     number: Signal
-    channels: Signal
     clear: Signal
     bad: Signal
     found: Signal
     where: Signal
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self) -> None:
         super().__init__({
             "stripe": In(1),
             "sketch": In(1),
             "entry": In(SKETCH_ENTRY.size * 8),
             "number": In(16),
-            "channels": In(1),
             "clear": In(1),
             "bad": Out(1),
             "found": Out(1),
@@ -325,11 +319,7 @@ class SketchCheck(wiring.Component):
         dram = Signal()
         with m.If(self.stripe):
             m.d.sync += dram.eq(fields(TABLE_ENTRY, self.entry)["dram"][0])
-        m.d.comb += self.bad.eq(self.sketch & (
-            entry["reserved"].any()
-            | entry["written"][1:].any()
-            | (entry["codeword"] >= self._config.codewords_per_page)
-            | (self.channels & entry["codeword"].any())))
+        m.d.comb += self.bad.eq(self.sketch & (entry["reserved"].any() | entry["written"][1:].any()))
         with m.If(self.sketch & ~entry["written"][0] & ~dram & ~self.found):
             m.d.sync += [self.found.eq(1), self.where.eq(self.number)]
         with m.If(self.clear):

@@ -485,7 +485,7 @@ class Loader(wiring.Component):
         mean_index = Signal(range(mean_words))
         m.d.sync += self.mean_valid.eq(0)
         if config.sparse:
-            m.submodules.sketch_check = sketch_check = SketchCheck(config)
+            m.submodules.sketch_check = sketch_check = SketchCheck()
             m.submodules.mean_check = mean_check = NanCheck(
                 bits=FP32_BITS,
                 fraction_bits=FP32_FRACTION,
@@ -501,7 +501,6 @@ class Loader(wiring.Component):
                 sketch_check.sketch.eq(self.load_valid & load.sketch),
                 sketch_check.entry.eq(load.data),
                 sketch_check.number.eq(table_check.number),
-                sketch_check.channels.eq(ranked),
                 sketch_check.clear.eq(table_check.clear),
                 table_check.reject.eq(sketch_check.bad),
                 mean_check.word.eq(word.data),

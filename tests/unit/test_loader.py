@@ -5,12 +5,14 @@ import struct
 from collections import deque
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pytest
 from amaranth.hdl import ResetInserter, Signal
 from amaranth.sim import Simulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvattic import sparse
 from kvattic.commands import (
     COMMAND,
     FLASH_COMMAND,
@@ -24,9 +26,8 @@ from kvattic.commands import (
     query_row_bytes,
     result_row_bytes,
 )
-from kvattic.config import BOARD, GQA, TINY, Config
-from kvattic.formats import SCORE_WINDOW_FRACTION, Element
-from kvattic.layout import TOKEN_BITS
+from kvattic.config import BOARD, GQA, PAPER, TINY, Config
+from kvattic.formats import SCALE_BITS, SCORE_WINDOW_FRACTION, Element
 from kvattic.nand import PSLC, TINY_PART
 from kvattic_hdl.checks import Window
 from kvattic_hdl.interfaces import K_OFFSET_BITS, OPCODE_BITS, Shapes
@@ -34,6 +35,7 @@ from kvattic_hdl.loader import Loader
 
 BASE, LIMIT = 0x1_FFFF_0000, 0x2_0004_0000  # the window crosses a 32-bit boundary
 TABLES = BASE + 0x20000
+MEANS = BASE + 0x40000
 COMMANDS = 0x9_0000_0040
 TOP = (1 << 24) - 1
 LOADS = ("query", "record", "scale", "chosen", "stripe", "sketch")
@@ -111,8 +113,12 @@ def run(
     job_stall=0.0,
     hold=0,
     reset_between=False,
+    cuts=(),
 ):
-    """Run batches (counts of commands); `hold`: cycles until a slot is freed."""
+    """Run batches (counts of commands); `hold`: cycles until a slot is freed.
+
+    Before them the first batch is begun, and stopped and reset after so many cycles, for each of the `cuts`.
+    """
     dut = Loader(config)
     shapes = Shapes(config)
     rng = random.Random(seed)
@@ -187,15 +193,29 @@ def run(
         ctx.set(dut.buffer_base, BASE)
         ctx.set(dut.buffer_limit, LIMIT)
         done = 0
+
+        async def soft_reset():
+            ctx.set(dut.stop, 1)
+            while not ctx.get(dut.quiet):
+                await ctx.tick()
+            ctx.set(reset, 1)
+            await ctx.tick()
+            ctx.set(reset, 0)
+            ctx.set(dut.stop, 0)
+
+        for cycles in cuts:
+            ctx.set(dut.command_base, COMMANDS)
+            ctx.set(dut.count, batches[0])
+            ctx.set(dut.batch_start, 1)
+            await ctx.tick()
+            ctx.set(dut.batch_start, 0)
+            await ctx.tick().repeat(cycles)
+            await soft_reset()
+            for seen in (host.loads, host.starts, host.jobs, host.means, freed):
+                seen.clear()
         for number, count in enumerate(batches):
             if reset_between and number:
-                ctx.set(dut.stop, 1)
-                while not ctx.get(dut.quiet):
-                    await ctx.tick()
-                ctx.set(reset, 1)
-                await ctx.tick()
-                ctx.set(reset, 0)
-                ctx.set(dut.stop, 0)
+                await soft_reset()
             ctx.set(dut.command_base, COMMANDS + 64 * done)
             ctx.set(dut.count, count)
             ctx.set(dut.batch_start, 1)
@@ -298,7 +318,28 @@ class Table(list):
         return b"".join(records)
 
 
-def good_command(rng, config, number=0, rows=None):
+def unit_tokens(config, command):
+    return 1 if command["mode"] == Mode.SPARF else config.tokens_per_codeword << command.get("unit_bits", 0)
+
+
+def selection(rng, config, mode, number, length):
+    """A sparse command's own fields."""
+    command = {"mode": mode, "stripe_pages": config.group_pages}
+    if mode != Mode.SPARF:
+        command["unit_bits"] = rng.randint(0, config.unit_bits_max)
+    unit = unit_tokens(config, command)
+    most = -(-length // unit)
+    units = rng.choice((1, most, rng.randint(1, most)))
+    most = min(units * unit, 0xFFFF)
+    command |= {"units": units, "local": rng.choice((0, most, rng.randint(0, most)))}
+    if has_mean(command):
+        command["channels"] = rng.choice((1, config.head_dim, rng.randint(1, config.head_dim)))
+        size = lines(4 * config.head_dim) * 64
+        command["mean"] = rng.choice((MEANS + number * size, LIMIT - size))
+    return command
+
+
+def good_command(rng, config, number=0, rows=None, mode=Mode.DENSE):
     """Fields of a valid command, its rows (start, end, tree, q), its table."""
     rows = rows or rng.randint(1, config.rows)
     length = rng.choice((1, config.max_tokens, rng.randint(1, config.max_tokens)))
@@ -322,6 +363,8 @@ def good_command(rng, config, number=0, rows=None):
         "result": result,
         "table": TABLES + number * lines(config.channels * lane_stripes(config) * 8) * 64,
     }
+    if mode != Mode.DENSE:
+        command |= selection(rng, config, mode, number, length)
     command = fit(config, command)
     numbers = (0, base, base + length - 1, base + length, base + length + 1, 1 << 24, 0xFFFF_FFFF)
     block = [
@@ -346,6 +389,10 @@ def query_bytes(config, block):
     return out
 
 
+def k_offset(config, exponent):
+    return exponent - 127 + SCORE_WINDOW_FRACTION - 2 * config.element.encoding.offset
+
+
 def expected_start(config, command, slot, epoch):
     return {
         "slot": slot,
@@ -355,10 +402,7 @@ def expected_start(config, command, slot, epoch):
         + (command["stripes"] - 1) * command["stripe_pages"] * config.tokens_per_page,
         "end_token": command["end_token"],
         "tree_token": min(command["tree_token"], TOP),
-        "k_offset": (command["scale"] >> 23)
-        - 127
-        + SCORE_WINDOW_FRACTION
-        - 2 * config.element.encoding.offset,
+        "k_offset": k_offset(config, command["scale"] >> 23),
         "scale": 1 << 23 | command["scale"] & (1 << 23) - 1,
         "mode": command.get("mode", 0),
         "unit_bits": command.get("unit_bits", 0),
@@ -402,12 +446,15 @@ def check_lanes(config, command, block, table, loads, slot):
     ]
     assert sketches == [int.from_bytes(SKETCH_ENTRY.pack(**entry), "little") for entry in table.sketches or ()]
     if has_mean(command):
-        start = expected_start(config, command, 0, 0)
-        wanted, approximate = expected(
-            config, [row[3] for row in block], command["channels"], start["scale"], start["k_offset"])
-        assert chosen == wanted
+        query = np.array([row[3] for row in block], np.uint16)
+        best = sparse.top_channels(query, command["channels"], config.element)
+        assert chosen == best.tolist()
+        significands, exponents = sparse.approximate_scales(query, best, config.element, command["scale"])
         mask = (1 << K_OFFSET_BITS) - 1
-        assert scales == {row: scale | (k_offset & mask) << 24 for row, (scale, k_offset) in enumerate(approximate)}
+        assert scales == {
+            row: significand | (k_offset(config, exponent) & mask) << SCALE_BITS
+            for row, (significand, exponent) in enumerate(zip(significands.tolist(), exponents.tolist(), strict=True))
+        }
     else:
         assert not chosen and not scales
     per_beat = config.elements_per_beat
@@ -425,7 +472,7 @@ def check_lanes(config, command, block, table, loads, slot):
             assert q[row, beat] == int.from_bytes(packed, "little"), (row, beat)
 
 
-def check_good(config, host, jobs, batches=None):
+def check_good(config, host, jobs, batches=None, epochs=1):
     """All of these (command, block, table) were loaded, started and handed on, in order."""
     assert len(host.starts) == len(host.jobs) == len(jobs)
     indices = [index for count in batches or [len(jobs)] for index in range(count)]
@@ -438,7 +485,7 @@ def check_good(config, host, jobs, batches=None):
         before = loads
         assert (starts, loads_then) == (number + 1, loads)
         assert start == expected_start(
-            config, command, slot, (number // config.jobs_in_flight + 1) % 16
+            config, command, slot, (number // config.jobs_in_flight + epochs) % 16
         )
         assert job == {
             "slot": slot,
@@ -470,7 +517,7 @@ def place(host, number, command, block, table, config):
 
 CONFIGS = {
     "tiny": TINY,
-    "paper": Config(),
+    "paper": PAPER,
     "gqa": GQA,
     "wide": Config(
         channels=3,
@@ -522,6 +569,63 @@ def test_good_jobs(name, stall):
         )
         check_good(config, host, jobs)
         assert host.errors == 0
+
+
+@pytest.mark.parametrize("name, count", [("tiny", 8), ("paper", 4), ("gqa", 1), ("middle", 4)])
+@pytest.mark.parametrize("stall", [0.0, 0.35])
+def test_sparse_jobs(name, count, stall):
+    """Jobs of all modes, mixed: what the lanes and the finisher get, and when."""
+    config = CONFIGS[name]
+    rng = random.Random(name)
+    modes = [Mode.SPARF, Mode.DENSE, Mode.FETCHED, Mode.CENTROID, Mode.SPARF, Mode.CENTROID, Mode.FETCHED, Mode.FETCHED]
+    host, jobs = Host(), []
+    for number in range(count):
+        command, block, table = good_command(rng, config, number, mode=modes[number], rows=2 if name == "gqa" else None)
+        command["query"] = BASE + 0x4000 * number
+        if has_mean(command):
+            command["mean"] = MEANS + number * 0x400
+        jobs.append((command, block, table))
+        place(host, number, command, block, table, config)
+    run(config, host, [count], stall=stall, job_stall=stall, hold=40 if stall else 0, seed=count)
+    check_good(config, host, jobs)
+    assert host.errors == 0
+
+
+def test_a_reset_at_any_time():
+    """Stopped and reset in each state of a sparse job, then run from the beginning."""
+    config = TINY
+    rng = random.Random(12)
+    host, jobs = Host(), []
+    for number, mode in enumerate((Mode.SPARF, Mode.CENTROID, Mode.FETCHED)):
+        command, block, table = good_command(rng, config, number, mode=mode)
+        command |= {"query": BASE + 0x1000 * number, "mean": MEANS + 0x100 * number if mode != Mode.CENTROID else 0}
+        jobs.append((command, block, table))
+        place(host, number, command, block, table, config)
+    cuts = [*range(1, 120, 7), 150, 200, 250, 300, 330, 360, 390, 420]
+    run(config, host, [3], latency=6, cuts=cuts)
+    # Each turn that had begun has an epoch of its own.
+    epochs = host.starts[0][1]["epoch"]
+    check_good(config, host, jobs, epochs=epochs)
+
+
+def test_time_of_a_sparse_job():
+    config = PAPER
+    rng = random.Random(1)
+    host = Host()
+    for number, mode in enumerate([Mode.CENTROID] * 3 + [Mode.SPARF] * 2):
+        command, block, _ = good_command(rng, config, number, mode=mode)
+        block[0] = (*block[0][:3], [struct.unpack("<H", struct.pack("<e", rng.gauss(0, 1)))[0] for _ in range(128)])
+        command |= {"base_token": 77, "end_token": 77 + 4096, "units": 1, "local": 0, "query": BASE + 0x1000 * number}
+        command = fit(config, command)
+        if mode == Mode.SPARF:
+            command |= {"mean": MEANS + 512 * number, "channels": 16}
+        place(host, number, command, block, some_table(rng, config, command), config)
+    run(config, host, [5], latency=60)
+    periods = [b - a for a, b in zip(host.when, host.when[1:], strict=False)]
+    # As a dense job, with a table of two words for each of 16 stripes.
+    assert max(periods[:2]) <= 60 + 8 + 40 + 32 + 9 + 10, periods
+    # 17 words of the command and the query's head and cycles of checks, and the ranker's time.
+    assert max(periods[2:]) <= 60 + 8 + 40 + 11 + 10 + 1000, periods
 
 
 def test_epochs_over_many_jobs_and_batches():
@@ -705,6 +809,175 @@ def test_bad_commands(name):
         else:
             assert (job["lanes"], job["status"], job["where"]) == (1, 0, 0)
     assert len(host.starts) == len(cases) + 1
+
+
+def bad_sparse_commands(config):
+    """(mode, changes, status, where); the changes are from 300 tokens, 4 channels, 5 units of a codeword, 5 local."""
+    field_, selection_, address = Status.INVALID_FIELD, Status.INVALID_SELECTION, Status.INVALID_ADDRESS
+    sparf, fetched, centroid = Mode.SPARF, Mode.FETCHED, Mode.CENTROID
+    codeword, most = config.tokens_per_codeword, config.unit_bits_max
+    mean_bytes = lines(4 * config.head_dim) * 64
+    table_bytes = lines(16 * -(-300 // config.group_tokens)) * 64
+    other = config.group_pages // 2
+    cases = [
+        (sparf, {"unit_bits": 1}, field_, 0),
+        (sparf, {"unit_bits": 0x80, "rows": 0}, field_, 0),
+        (centroid, {"mean": 1 << 63}, field_, 0),
+        (centroid, {"channels": 0x8000}, field_, 0),
+        (4, {}, field_, 0),
+        (0xFE, {}, field_, 0),
+        *((mode, {"stripe_pages": other}, field_, 0) for mode in (sparf, fetched, centroid)),
+        (fetched, {"stripe_pages": 2 * config.group_pages}, field_, 0),
+        (sparf, {"reserved0": 1}, field_, 0),
+        (sparf, {"rows": 0, "channels": 0}, Status.INVALID_ROWS, 0),
+        (sparf, {"end_token": 0, "channels": 0}, Status.INVALID_LENGTH, 0),
+        (fetched, {"stripes": 1, "units": 0}, Status.INVALID_LENGTH, 0),
+        (sparf, {"channels": 0, "units": 0, "local": 0xFFFF, "mean": 0}, selection_, 0),
+        (fetched, {"channels": config.head_dim + 1}, selection_, 0),
+        (sparf, {"channels": 0x8004}, selection_, 0),
+        (centroid, {"units": 0, "local": 0}, selection_, 1),
+        (sparf, {"units": 0, "mean": 0}, selection_, 1),
+        (sparf, {"units": 301}, selection_, 1),
+        (sparf, {"units": 0xFFFF, "local": 0xFFFF}, selection_, 1),
+        (fetched, {"units": -(-300 // codeword) + 1}, selection_, 1),
+        (centroid, {"unit_bits": most, "units": -(-300 // (codeword << most)) + 1, "local": 0xFFFF}, selection_, 1),
+        (centroid, {"unit_bits": 255, "units": 2}, selection_, 1),
+        (centroid, {"unit_bits": 31, "units": 2}, selection_, 1),
+        (sparf, {"local": 6, "mean": 0}, selection_, 2),
+        (sparf, {"local": 0x8000}, selection_, 2),
+        (fetched, {"local": 5 * codeword + 1, "unit_bits": 0, "query": 1}, selection_, 2),
+        (centroid, {"local": (codeword << most) + 1, "unit_bits": most, "units": 1}, selection_, 2),
+        (fetched, {"unit_bits": most + 1, "units": 1, "local": 0, "mean": 0}, selection_, 3),
+        (centroid, {"unit_bits": 20, "units": 1, "local": 0xFFFF}, selection_, 3),
+        (centroid, {"unit_bits": 0x80, "units": 1, "local": 0xFFFF}, selection_, 3),
+        (sparf, {"mean": 0, "query": 1, "scale": 0}, Status.MISSING_MEAN, 0),
+        (fetched, {"mean": 0}, Status.MISSING_MEAN, 0),
+        (sparf, {"mean": BASE + 32}, address, 3),
+        (sparf, {"mean": BASE - 64, "scale": 0}, address, 3),
+        (fetched, {"mean": LIMIT - mean_bytes + 64}, address, 3),
+        (fetched, {"mean": MEANS | 1 << 40}, address, 3),
+        (fetched, {"mean": 8, "table": LIMIT}, address, 2),
+        (centroid, {"table": LIMIT - table_bytes + 64}, address, 2),
+        (sparf, {"mean": 8, "query": 0}, address, 0),
+        (sparf, {"scale": 0}, Status.INVALID_SCALE, 0),
+        (centroid, {"scale": 255 << 23}, Status.INVALID_SCALE, 0),
+        # And what is just right.
+        (sparf, {"units": 300, "local": 300, "channels": config.head_dim, "mean": LIMIT - mean_bytes}, Status.OK, 0),
+        (fetched, {"units": -(-300 // codeword), "channels": 1}, Status.OK, 0),
+        (centroid, {"units": 300 // codeword, "end_token": 307 - 300 % codeword, "unit_bits": 0}, Status.OK, 0),
+        (centroid, {"unit_bits": most, "units": 1, "local": codeword << most}, Status.OK, 0),
+        (centroid, {"base_token": 0, "end_token": 1, "unit_bits": most, "units": 1, "local": codeword << most},
+         Status.OK, 0),
+        (centroid, {"table": LIMIT - table_bytes}, Status.OK, 0),
+    ]
+    if other == 0:
+        cases = [case for case in cases if case[1].get("stripe_pages") != 0]
+    return cases
+
+
+@pytest.mark.parametrize("name", ["tiny", "middle"])
+def test_bad_sparse_commands(name):
+    """Each check of the sparse fields, and which of two comes first."""
+    config = CONFIGS[name]
+    rng = random.Random(name)
+    host, cases = Host(), bad_sparse_commands(config)
+    for number, (mode, change, _, _) in enumerate(cases):
+        command, _, _ = good_command(rng, config, rows=1)
+        command |= {"query": BASE, "result": BASE + 0x8000, "table": TABLES, "stripe_pages": config.group_pages}
+        command |= {"mode": mode, "base_token": 7, "end_token": 307, "units": 5, "local": 5}
+        if mode in (Mode.SPARF, Mode.FETCHED):
+            command |= {"channels": 4, "mean": MEANS}
+        command |= change
+        if "stripes" not in change:
+            command = fit(config, command)
+        host.put(COMMANDS + 64 * number, COMMAND.pack(**command))
+    host.put(BASE, query_bytes(config, [(0, 1, 0, [0x3C00] * config.head_dim)]))
+    for table in (TABLES, LIMIT - lines(16 * -(-300 // config.group_tokens)) * 64):
+        for stripe in range(config.channels * lane_stripes(config) // config.group_pages):
+            if table + 16 * stripe < LIMIT:
+                host.put(table + 16 * stripe, TABLE_ENTRY.pack(channel=stripe % config.channels))
+                host.put(table + 16 * stripe + 8, SKETCH_ENTRY.pack(written=1))
+    # The means are zeros, as all memory.
+    run(config, host, [len(cases)], latency=4)
+    for (mode, change, status, where), (_, _, job) in zip(cases, host.jobs, strict=True):
+        good = status is Status.OK
+        assert (job["lanes"], Status(job["status"]), job["where"]) == (good, status, where), (mode, change)
+        assert job["mode"] == (mode if good else Mode.DENSE)
+    starts = [start for _, start in host.starts]
+    assert [start["mode"] for start in starts] == [mode for mode, _, status, _ in cases if status is Status.OK]
+    assert [start["local_token"] for start in starts[:1] + starts[4:5]] == [7, 0]
+
+
+@pytest.mark.parametrize("name, stall", [("tiny", 0.0), ("tiny", 0.4), ("middle", 0.1)])
+def test_bad_sketches_and_means(name, stall):
+    """What is wrong with tables and means of sparse jobs, in the order of the statuses; a good job behind each."""
+    config = CONFIGS[name]
+    rng = random.Random(name)
+    host, jobs, expected = Host(), [], []
+    last = config.head_dim - 1
+    infinity, nan = 0x7F80_0000, 0xFFC0_0001
+    table_, none = Status.INVALID_TABLE, Status.NO_SKETCH
+    cases = [  # stripes' changed fields, mean's, q's, status, where
+        ({2: {"reserved": 1 << 23}}, {}, {}, table_, 2),
+        ({1: {"written": 2}, 0: {"dram": 1, "written": 0}}, {}, {}, table_, 1),
+        ({3: {"written": 0x81, "dram": 1}}, {}, {}, table_, 3),
+        ({0: {"written": 0}, 3: {"reserved": 1}}, {}, {}, table_, 3),
+        ({0: {"reserved": 1}, 1: {"channel": 255}}, {}, {}, table_, 0),
+        ({1: {"reserved": 1}, 0: {"channel": 255}}, {}, {}, table_, 0),
+        ({1: {"dram": 2, "written": 0}}, {0: nan}, {0: 0x7FFF}, table_, 1),
+        ({1: {"written": 0}, 2: {"written": 0}, 0: {"written": 0, "dram": 1}}, {}, {}, none, 1),
+        ({3: {"written": 0}}, {3: nan}, {3: 0x7FFF}, none, 3),
+        ({}, {1: nan}, {last: 0x7FFF}, Status.NAN_QUERY, last),
+        ({}, {0: infinity}, {}, Status.NAN_MEAN, 0),
+        ({}, {last: infinity | 1 << 31, last - 1: nan}, {}, Status.NAN_MEAN, last - 1),
+        ({}, {last: nan}, {}, Status.NAN_MEAN, last),
+        ({0: {"reserved": 1}}, {1: nan, "line": 1}, {1: 0x7FFF}, Status.BUS_ERROR, 0),
+        ({0: {"reserved": 1}, "line": 1}, {1: nan}, {}, Status.BUS_ERROR, 0),
+        ({stripe: {"dram": 1, "written": 0} for stripe in range(4)}, {}, {}, Status.OK, 0),
+    ]
+    for number in range(2 * len(cases)):
+        mode = (Mode.SPARF, Mode.FETCHED)[number % 2]
+        stripes, mean, query, status, where = cases[number // 2] if number % 2 == 0 else ({}, {}, {}, Status.OK, 0)
+        if number % 8 in (3, 5, 7) or not (mean or query or number % 4):
+            mode = Mode.CENTROID
+        command, block, _ = good_command(rng, config, number, rows=1, mode=mode)
+        command |= {"base_token": 5, "end_token": 6 + 3 * config.group_tokens, "units": 1, "local": 0,
+                    "query": BASE + 0x400 * number}
+        if has_mean(command):
+            command |= {"mean": MEANS + 0x200 * number, "channels": rng.randint(1, 32)}
+        command = fit(config, command)
+        assert command["stripes"] == 4
+        table = some_table(rng, config, command)
+        for at, change in stripes.items():
+            if at == "line":
+                host.bad.add(command["table"])
+                continue
+            table[at]["dram"], table.sketches[at]["written"] = 0, 1
+            for field_, value in change.items():
+                (table[at] if field_ in table[at] else table.sketches[at])[field_] = value
+        for at, bits in mean.items():
+            if at == "line":
+                host.bad.add(command["mean"] + lines(4 * config.head_dim) * 64 - 64)
+            else:
+                table.mean[at] = bits
+        for at, bits in query.items():
+            block[0][3][at] = bits
+        jobs.append((command, block, table))
+        expected.append((int(status is Status.OK), status, where))
+        place(host, number, command, block, table, config)
+    run(config, host, [len(jobs)], latency=4, stall=stall)
+    assert [(job["lanes"], Status(job["status"]), job["where"]) for _, _, job in host.jobs] == expected
+    # The good ones are loaded as ever, behind whatever the bad ones left.
+    started = iter(host.starts)
+    before = 0
+    for number, ((command, block, table), (lanes, _, _), (_, loads, _)) in enumerate(
+        zip(jobs, expected, host.jobs, strict=True)
+    ):
+        slot = number % config.jobs_in_flight
+        if lanes:
+            check_lanes(config, command, block, table, host.loads[before:loads], slot)
+            assert next(started)[1] == expected_start(config, command, slot, (number // config.jobs_in_flight + 1) % 16)
+        before = loads
 
 
 @pytest.mark.parametrize("name", ["tiny", "wide", "middle", "one"])
@@ -977,7 +1250,8 @@ def test_any_stalls(rng, latency, stall, job_stall, hold, name):
     config = CONFIGS[name]
     host, jobs = Host(), []
     for number in range(5):
-        command, block, table = good_command(rng, config, number)
+        mode = rng.choice(list(Mode)) if config.sparse else Mode.DENSE
+        command, block, table = good_command(rng, config, number, mode=mode)
         command["query"] = BASE + 0x1000 * number
         jobs.append((command, block, table))
         place(host, number, command, block, table, config)

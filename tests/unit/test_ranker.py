@@ -5,9 +5,11 @@ import random
 import struct
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pytest
 from amaranth.sim import Simulator
 
+from kvattic import sparse
 from kvattic.config import TINY, Config
 from kvattic_hdl.ranker import Ranker, RowScale
 
@@ -140,6 +142,21 @@ def element(rng, config, spread):
 
 def query(rng, config, rows, spread="near"):
     return [[element(rng, config, spread) for _ in range(config.head_dim)] for _ in range(rows)]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_golden_model(name):
+    """The integers below are those of `kvattic.sparse`."""
+    config = CONFIGS[name]
+    rng = random.Random(name)
+    for spread in ("near", "all", "low", "high"):
+        q, count = query(rng, config, config.rows, spread), rng.randint(1, config.head_dim)
+        bits = np.array(q, np.uint16)
+        channels = sparse.top_channels(bits, count, config.element)
+        chosen, scales = expected(config, q, count, ONE | 0x1234, 130)
+        assert channels.tolist() == chosen
+        significand, exponent = sparse.approximate_scales(bits, channels, config.element, 130 << 23 | 0x1234)
+        assert list(zip(significand.tolist(), exponent.tolist(), strict=True)) == scales
 
 
 @pytest.mark.parametrize("name", CONFIGS)
