@@ -162,11 +162,15 @@ class Lane:
     async def run(self, ctx):
         """Testbench, in the background."""
         dut, config, rng = self.dut, self.config, self.rng
+        # Drawn beforehand: a draw for each cycle would take longer than the simulation.
+        length = 4099
+        grants, rooms = rng.random(length) < self.grant, rng.random(length) < self.room
+        noises = rng.integers(SCORE_MASKED, SCORE_MAX + 1, length).tolist()
         pending = []
-        after_room = 0
+        after_room = cycle = 0
         while True:
-            granted = rng.random() < self.grant
-            has_room = rng.random() < self.room
+            cycle = (cycle + 1) % length
+            granted, has_room, noise = bool(grants[cycle]), bool(rooms[cycle]), noises[cycle]
             ctx.set(dut.score_grant, granted)
             ctx.set(dut.mark_room, has_room)
             _, _, address, ask, stripe, slot, sweep, mark, ring, bits, sweep_slot = await ctx.tick().sample(
@@ -180,7 +184,6 @@ class Lane:
             if sweep:
                 self.marks.clear()
                 slot = sweep_slot
-            if sweep or slot in self.jobs:
                 job, mine, ring_base = self.jobs[slot]
                 ctx.set(dut.mode, job.mode)
                 ctx.set(dut.unit_bits, job.unit_bits)
@@ -188,6 +191,8 @@ class Lane:
                 ctx.set(dut.local_token, job.local_token)
                 ctx.set(dut.stripes, len(mine))
                 ctx.set(dut.ring_base, ring_base)
+            if slot in self.jobs:
+                job, mine, _ = self.jobs[slot]
                 number = stripe & ((1 << self.shapes.list_bits) - 1)
                 if number < len(mine) and stripe >> self.shapes.list_bits == slot:
                     ctx.set(dut.stripe_token, job.base_token + mine[number] * config.group_tokens)
@@ -196,7 +201,6 @@ class Lane:
                     ctx.set(dut.stripe_token, int(rng.integers(1 << 24)))
                     ctx.set(dut.stripe_dram, int(rng.integers(2)))
             # A score two cycles after its address; anything where nothing was asked.
-            noise = int(rng.integers(SCORE_MASKED, SCORE_MAX + 1))
             pending.append(self.scores.get(address, noise) if ask and granted else noise)
             if len(pending) > 1:
                 ctx.set(dut.score, pending.pop(0))

@@ -11,7 +11,7 @@ from amaranth.lib.wiring import Component
 from amaranth.sim import Simulator
 
 from kvattic.commands import Mode
-from kvattic.config import TINY, Config
+from kvattic.config import PAPER, TINY
 from kvattic.formats import SCORE_MASKED, SCORE_MAX, SCORE_MIN
 from kvattic.sparse import ALPHA_ONE
 from kvattic_hdl.interfaces import Shapes
@@ -169,9 +169,9 @@ class Bench:
         assert alphas == expected.alpha.tolist()
 
 
-ONE_ROW = Config(channels=3, rows=1, head_dim=64, part=TINY.part, dies=2, dram_beat_bytes=16, codeword_bytes=256,
-                 score_depth=256)
-TWO_ROWS = replace(TINY, channels=3)
+ONE_ROW = replace(TINY, channels=3, rows=1, codeword_bytes=128, ecc_t=1, score_depth=128)
+"""Two tokens in a codeword, 64 in a group, two groups in a lane."""
+TWO_ROWS = replace(ONE_ROW, rows=2)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_random_jobs(config, mode, unit_bits, grant):
     bench = Bench(config, 11, grant=grant)
     rng = np.random.default_rng(config.rows * 100 + mode * 10 + unit_bits)
     jobs = []
-    for number in range(6):
+    for number in range(5):
         stripes = int(rng.integers(1, 2 * config.channels + 1))
         rows = int(rng.integers(1, config.rows + 1)) if number % 2 else config.rows
         jobs.append(make_job(config, rng, mode, stripes=stripes, unit_bits=unit_bits, rows=rows))
@@ -306,7 +306,7 @@ def test_stale_first_done_is_not_taken():
 
 def test_latency():
     """The figures of the class's documentation: 8 lanes with 512 tokens each, one row, k an eighth."""
-    config = Config(channels=8, rows=1)
+    config = PAPER
     bench = Bench(config, 15)
     rng = np.random.default_rng(15)
     tokens = 16 * config.group_tokens

@@ -9,7 +9,7 @@ import pytest
 from amaranth.sim import Simulator
 
 from kvattic.commands import Mode
-from kvattic.config import TINY, Config
+from kvattic.config import PAPER, TINY
 from kvattic.formats import DIGIT_BITS, SCORE_MASKED
 from kvattic_hdl.interfaces import LENGTH_FORCED, RANK_BITS, Sweep
 from kvattic_hdl.selector import Selector
@@ -136,13 +136,13 @@ async def check(ctx, dut, model, slot, job, mine, rng, bits=(1, 7, 18, 23, 37, 5
         assert (model.marked(slot) == taken[model.tokens(slot)]).all()
 
 
-ONE_ROW = Config(channels=2, rows=1, head_dim=64, part=TINY.part, dies=2, dram_beat_bytes=16, codeword_bytes=256,
-                 score_depth=512)
-"""Two tokens in a codeword, 128 in a group."""
-WHOLE = replace(ONE_ROW, head_dim=128, codeword_bytes=256)
+ONE_ROW = replace(TINY, rows=1, codeword_bytes=128, ecc_t=1, score_depth=128)
+"""Two tokens in a codeword, 64 in a group, two groups in a lane."""
+WHOLE = replace(ONE_ROW, codeword_bytes=64)
 """A codeword is one token."""
-TWO_ROWS = replace(TINY, score_depth=512)
-FIVE_ROWS = replace(TINY, rows=5)
+TWO_ROWS = replace(TINY, score_depth=256)
+"""Four tokens in a codeword, 128 in a group, two groups in a lane."""
+FIVE_ROWS = replace(ONE_ROW, rows=5)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_mass_saturates():
 
 def test_cycles():
     """The figures of the class's documentation: 512 tokens, one row, the score memory free."""
-    config = Config()
+    config = PAPER
     size = config.group_tokens
     cycles = {}
 
