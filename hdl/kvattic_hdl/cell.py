@@ -9,6 +9,7 @@ from amaranth.utils import ceil_log2
 from kvattic.config import Config
 from kvattic.formats import (
     PRODUCT_BITS,
+    SCORE_SUM_BITS,
     SCORE_WINDOW_BITS,
     SIGNIFICAND_BITS,
     VALUE_WINDOW_BITS,
@@ -33,13 +34,25 @@ KEY_CLIP = VALUE_WINDOW_BITS - SCORE_WINDOW_BITS
 """Smallest right shift in a K pass: a product above the score window is clipped to its top."""
 
 
+def group_base(config: Config) -> int:
+    """Accumulator words of V, which stand before those of the groups."""
+    return config.jobs_in_flight << Shapes(config).drain_address.width
+
+
+def accumulator_words(config: Config) -> int:
+    """Accumulator words of a cell: of V, and of the groups of the channel pass."""
+    return group_base(config) + (config.groups_in_flight * config.group_words if config.sparse else 0)
+
+
 class Cell(wiring.Component):
     """Multiplies two significands, shifts the product into its fixed-point window, and sums it.
 
     In a K pass (q times k) the shifted product leaves through `addend`, for the row's adder tree; in a V pass (weight
-    times v) it is added to the accumulator word that `read_address` named.  Stage numbers count from the issue of a
-    beat (stage 0); the pipeline never stalls, one beat can enter in each cycle.  A word may be read again
-    `ACCUMULATE_CYCLES` after it was.  Reset empties the pipeline, not the memory: the lane sweeps it.
+    times v) it is added to the accumulator word that `read_address` named.  The channel pass (one element of q times k
+    of several tokens) does both: a product in the score window, added to a word of a group, behind those of V.  Stage
+    numbers count from the issue of a beat (stage 0); the pipeline never stalls, one beat can enter in each cycle.  A
+    word may be read again `ACCUMULATE_CYCLES` after it was.  Reset empties the pipeline, not the memory: the lane
+    sweeps it.
 
     Parameters
     ----------
@@ -55,7 +68,7 @@ class Cell(wiring.Component):
     shift : In(signed), stage 3
         Right shift from the window's top; below `KEY_CLIP` (K) or 0 (V) it is clipped.
     key : In(1), stage 3
-        This is a K beat.
+        The product goes into the score window: a beat of K, or of a channel of K.
     addend : Out(SCORE_WINDOW_BITS), stage 6
         Magnitude of a K product.
     negative : Out(1), stage 6
@@ -68,15 +81,18 @@ class Cell(wiring.Component):
     chain_i : In(accumulator), stage 6
     chain_o : Out(accumulator), stage 7 and then held
     accumulate : In(1), stage 6
-        This is a V beat: add the product to the word.
+        This is a beat of V, or of a channel of K: add the product to the word.
     write : In(1), stage 7
     write_address : In, stage 7
-        Where the sum (or, after a drain or in a sweep, zero) is written.
+        Where the sum (or, after a drain, at the end of a harvest, or in a sweep, zero) is written.
+    word : Out(signed(51)), stage 6
+        The word that was read, of a group's sums.  Only if `config.sparse`.
     """
 
     def __init__(self, config: Config) -> None:
         self.shapes = Shapes(config)
-        self.depth = config.jobs_in_flight << self.shapes.drain_address.width
+        self.sparse = config.sparse
+        self.depth = accumulator_words(config)
         address = ceil_log2(self.depth)
         super().__init__({
             "a_significand": In(WEIGHT_BITS),
@@ -94,7 +110,7 @@ class Cell(wiring.Component):
             "accumulate": In(1),
             "write": In(1),
             "write_address": In(address),
-        })
+        } | ({"word": Out(signed(SCORE_SUM_BITS))} if config.sparse else {}))
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
@@ -181,4 +197,6 @@ class Cell(wiring.Component):
             m.d.sync += total_7.eq(total)
         with m.If(self.drain):
             m.d.sync += self.chain_o.eq(total)
+        if self.sparse:
+            m.d.comb += self.word.eq(word_6)
         return m

@@ -6,9 +6,10 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out, connect, flipped
 from amaranth.utils import ceil_log2
 
-from kvattic.commands import TABLE_ENTRY, Kind
+from kvattic.commands import SKETCH_ENTRY, TABLE_ENTRY, Kind, Mode
 from kvattic.config import Config
 from kvattic.formats import (
+    DIGIT_BITS,
     SCORE_SUM_BITS,
     SCORE_WINDOW_BITS,
     SIGNIFICAND_BITS,
@@ -16,19 +17,35 @@ from kvattic.formats import (
     WEIGHT_BITS,
     WEIGHT_EXPONENT_BITS,
 )
-from kvattic_hdl.arithmetic import add_carry, decode
-from kvattic_hdl.cell import ADDEND_STAGE, HEADROOM, READ_STAGE, SUM_STAGE, Cell
+from kvattic_hdl.arithmetic import add_carry, decode, times
+from kvattic_hdl.cell import ADDEND_STAGE, HEADROOM, READ_STAGE, SUM_STAGE, Cell, accumulator_words, group_base
 from kvattic_hdl.exponential import Exponential
+from kvattic_hdl.first_pass import FirstPass
 from kvattic_hdl.intake import Intake
-from kvattic_hdl.interfaces import FAULT_BITS, FAULTS, MISSING_BITS, SHIFT_BITS, TOKEN_BITS, Shapes
+from kvattic_hdl.interfaces import (
+    ACCUMULATE_CYCLES,
+    FAULT_BITS,
+    FAULTS,
+    MISSING_BITS,
+    SHIFT_BITS,
+    TOKEN_BITS,
+    Shapes,
+)
 from kvattic_hdl.records import fields
-from kvattic_hdl.score import ScoreUnit, score_interval
+from kvattic_hdl.score import ScoreUnit, score_interval, scored_token
 from kvattic_hdl.shared import shared
-from kvattic_hdl.walker import Walker
+from kvattic_hdl.walker import FirstWalker, Walker
 from kvattic_hdl.weights import WeightUnit
+
+try:
+    from kvattic_hdl.selector import Selector
+except ImportError:
+    Selector = None
 
 SETTLE_CYCLES = 4096
 """Cycles after which no beat of an abandoned job can be left inside of a lane."""
+GENERATION_BITS = 4
+"""Tells the chosen channels of two jobs apart that used the same slot."""
 
 
 class Lane(wiring.Component):
@@ -36,9 +53,13 @@ class Lane(wiring.Component):
 
     Takes one beat each cycle, in any order of codewords, of any job in flight.  A V codeword is welcome only while its
     slot's `value_open` is set.  Nothing that a lane computes depends on the order.  What holds a beat back is told by
-    `events`: the weight of its token, the score unit (only where rows * score_interval exceeds beats_per_token), or
-    nothing at all being there.  A codeword with `error` counts as any other, but the job's report names it.  Reset
-    abandons all jobs; `ready` returns when the memories are swept.
+    `events`: the weight of its token, the score unit (where rows * score_interval exceeds beats_per_token, or for a
+    token of a group that is harvested), or nothing at all being there.  A codeword with `error` counts as any other,
+    but the job's report names it.  Reset abandons all jobs; `ready` returns when the memories are swept.
+
+    A sparse job has a first pass, which scores what its mode reads of all its tokens, before its K pass; `first_done`
+    tells its end.  Then its units are swept (see `selector.py`) until those that are selected are marked, and
+    `select_valid` lets its K and V passes begin, which read codewords with selected tokens only.
 
     Parameters
     ----------
@@ -52,7 +73,8 @@ class Lane(wiring.Component):
     requests : Out(stream of request)
     load_valid, load : In
         Row records, q, and then the table's entries, before `start`; until then they do nothing that the next row
-        record of the slot would not undo.
+        record of the slot would not undo.  Of a sparse job each entry is followed by its sketch's; row scales and
+        chosen channels come behind the row records.
     start_valid, start : In
         A job begins, a cycle or more after its last `load`; its slot must be free.
     live : In(jobs_in_flight)
@@ -63,6 +85,18 @@ class Lane(wiring.Component):
         The slot's job is being abandoned: nothing more is asked for, what comes is dropped.
     keys_done, values_done : Out(jobs_in_flight)
         All of the slot's K (V) codewords of this lane are accounted for; cleared by `start_valid`.
+    first_done : Out(jobs_in_flight)
+        The same for a sparse job's first pass: its scores are stored; or the job failed.
+    first_slot, first_row : In, first_maximum : Out(score) two cycles later
+    sweep_valid : In(1), sweep : In(sweep), sweep_done : Out(1)
+        A sweep of the job of a slot whose first pass is done; its results are there when `sweep_done` returns.
+    reference_write : In(1), reference_row : In(row), reference : In(score)
+    sum_row : In(row), sum : Out(denominator) two cycles later
+    bin : In, count : Out(unit_count) two cycles later
+    unmarked : Out(1)
+        The selector's; see there.
+    select_valid : In(1), select_slot : In(slot)
+        Strobe: the slot's selected tokens are marked, its K pass may begin.
     maximum_slot, maximum_row : In, maximum : Out(score) two cycles later
     maximum_write, maximum_new : In
         Gives the maximum over all lanes back, at the address of the same cycle.
@@ -71,7 +105,8 @@ class Lane(wiring.Component):
         Adds the lane's sums to each word that passes, and clears them.
     report_slot : In, report : Out(report) two cycles later
     missing_key, missing_value : Out(16)
-        Codewords of `report_slot` that were asked for and not accounted for yet, two cycles later.
+        Codewords of `report_slot` that were asked for and not accounted for yet, two cycles later; the first pass's
+        count as K.
     events : Out(events)
     offender : Out(tag)
         The tag that the events stale, bad_tag and duplicate are about.
@@ -95,6 +130,23 @@ class Lane(wiring.Component):
             "failed": In(slots),
             "keys_done": Out(slots),
             "values_done": Out(slots),
+            "first_done": Out(slots),
+            "first_slot": In(shapes.slot),
+            "first_row": In(shapes.row),
+            "first_maximum": Out(shapes.score),
+            "sweep_valid": In(1),
+            "sweep": In(shapes.sweep),
+            "sweep_done": Out(1),
+            "reference_write": In(1),
+            "reference_row": In(shapes.row),
+            "reference": In(shapes.score),
+            "sum_row": In(shapes.row),
+            "sum": Out(shapes.denominator),
+            "bin": In(DIGIT_BITS),
+            "count": Out(shapes.unit_count),
+            "unmarked": Out(1),
+            "select_valid": In(1),
+            "select_slot": In(shapes.slot),
             "maximum_slot": In(shapes.slot),
             "maximum_row": In(shapes.row),
             "maximum": Out(shapes.score),
@@ -119,6 +171,7 @@ class Lane(wiring.Component):
         config, shapes = self.config, self.shapes
         slots, rows, elements = config.jobs_in_flight, config.rows, config.elements_per_beat
         element = config.element.encoding
+        sparse = config.sparse
 
         # ---------------------------------------------------------------- jobs
 
@@ -132,23 +185,24 @@ class Lane(wiring.Component):
         with m.If(self.load_valid & self.load.record):
             m.d.sync += stripes.eq(0)
 
-        def listed(name: str, shape, value):
-            """Sync read port, address Cat(number, slot), for one property of the stripes."""
+        def listed(name: str, shape, value, number=stripes, valid=append):
+            """For one property of the stripes: a memory whose address is Cat(number in the list, slot)."""
             memory = Memory(shape=shape, depth=slots << shapes.list_bits, init=[], attrs={"ram_style": "block"})
             m.submodules[name] = memory
             write = memory.write_port(domain="sync")
             m.d.comb += [
-                write.en.eq(append),
-                write.addr.eq(Cat(stripes[: shapes.list_bits], self.load.slot)),
+                write.en.eq(valid),
+                write.addr.eq(Cat(number[: shapes.list_bits], self.load.slot)),
                 Value.cast(write.data).eq(value),
             ]
-            return memory.read_port(domain="sync")
+            return memory
 
         job_shape = data.StructLayout({name: field.shape for name, field in shapes.walk} | {
             "tree_token": TOKEN_BITS,
             "k_offset": shapes.start["k_offset"].shape,
             "scale": shapes.start["scale"].shape,
-        })
+        } | ({name: shapes.start[name].shape for name in ("mode", "unit_bits", "channels", "local_token")}
+             if sparse else {}))
         job = Signal(job_shape)
         started, started_slot = Signal(), Signal(shapes.slot)
         m.d.sync += [
@@ -158,6 +212,8 @@ class Lane(wiring.Component):
             job.tail.eq(tail),
         ]
         m.d.sync += [job[name].eq(self.start[name]) for name, _ in job_shape if name not in ("stripes", "tail")]
+
+        is_sparse = (job.mode != Mode.DENSE) if sparse else Const(0)   # at `started`
 
         def kept(name: str, *fields: str):
             """Comb read port for some fields of each slot's job, in a memory of its own: fields unread cost nothing."""
@@ -175,64 +231,145 @@ class Lane(wiring.Component):
         value_walker = Walker(config, Kind.VALUE)
         m.submodules.key_walker = key_walker
         m.submodules.value_walker = value_walker
+        # A sparse job's K walk waits for its selection; younger dense jobs wait behind it.
+        begun, selected, sparse_jobs = (Signal(slots, name=n) for n in ("begun", "selected", "sparse_jobs"))
+        unselected = Signal(slots)
         for walker, name in ((key_walker, "key"), (value_walker, "value")):
             port = kept(f"{name}_jobs", *(field for field, _ in shapes.walk))
-            stripe_port = listed(f"{name}_stripes", shapes.stripe, Cat(entry[f"{name}_page"], entry["dram"][0]))
+            stripe_port = listed(f"{name}_stripes", shapes.stripe,
+                                 Cat(entry[f"{name}_page"], entry["dram"][0])).read_port(domain="sync")
             m.d.comb += [
                 port.addr.eq(walker.slot),
                 Value.cast(walker.job).eq(Value.cast(port.data)),
                 stripe_port.addr.eq(walker.stripe_address),
                 walker.stripe.eq(stripe_port.data),
                 walker.failed.eq(self.failed.bit_select(walker.slot, 1)),
+                walker.skip.eq(sparse_jobs.bit_select(walker.slot, 1)),
             ]
         m.d.comb += [
-            key_walker.enable.eq(started),
-            key_walker.enable_slot.eq(started_slot),
-            value_walker.enable.eq(key_walker.end),
-            value_walker.enable_slot.eq(key_walker.slot),
+            begun.eq(started << started_slot),
+            selected.eq(self.select_valid << self.select_slot if sparse else 0),
+            key_walker.enable.eq(Mux(is_sparse, 0, begun) | selected),
+            key_walker.expect.eq(unselected.bit_select(key_walker.slot, 1)),
+            value_walker.enable.eq(key_walker.end << key_walker.slot),
         ]
+        if sparse:
+            m.d.sync += unselected.eq((unselected | Mux(is_sparse, begun, 0)) & ~selected)
+            with m.If(started):
+                m.d.sync += sparse_jobs.bit_select(started_slot, 1).eq(is_sparse)
 
         # K runs one job ahead of V: K0 K1 V0 K2 V1 ...; where K can't go on, V does.
         ahead = Signal(range(slots + 1))
         m.d.sync += ahead.eq(ahead + key_walker.end - value_walker.end)
         used = Signal(range(config.ring_codewords + 1))
-        key_turn = Signal()
-        key_fired, value_fired = Signal(), Signal()
+        key_turn, first_turn = Signal(), Signal()
+        key_fired, value_fired, first_fired = Signal(), Signal(), Signal()
         m.d.comb += [
-            key_walker.room.eq(used != config.ring_codewords),
+            key_walker.room.eq((used != config.ring_codewords) | key_walker.skip),
             key_turn.eq(key_walker.requests.valid & ((ahead <= 1) | ~value_walker.ready_to_ask)),
             value_walker.room.eq(1),
-            self.requests.valid.eq(key_walker.requests.valid | value_walker.requests.valid),
+            self.requests.valid.eq(first_turn | key_walker.requests.valid | value_walker.requests.valid),
             self.requests.payload.eq(Mux(key_turn, key_walker.requests.payload, value_walker.requests.payload)),
-            key_walker.requests.ready.eq(self.requests.ready & key_turn),
-            value_walker.requests.ready.eq(self.requests.ready & ~key_turn),
+            key_walker.requests.ready.eq(self.requests.ready & key_turn & ~first_turn),
+            value_walker.requests.ready.eq(self.requests.ready & ~key_turn & ~first_turn),
             key_fired.eq(key_walker.requests.valid & key_walker.requests.ready),
             value_fired.eq(value_walker.requests.valid & value_walker.requests.ready),
         ]
 
-        # The score ring: a job takes the next places as its K codewords are asked for, and gives them back, in slot
-        # order, when its V codewords are done.
-        ring_shape = data.StructLayout({"base": shapes.ring, "asked": shapes.place.width + 1})
+        # The score ring: a dense job takes the next places as its K codewords are asked for, a sparse job all of its
+        # places when its first walk begins; they are given back, in slot order, when its V codewords are done.
         m.submodules.rings = rings = Memory(
-            shape=ring_shape, depth=slots, init=[], attrs={"ram_style": "distributed"})
-        ring_write = rings.write_port(domain="sync")
-        ring_head, ring_base = Signal(shapes.ring), Signal(shapes.ring)
+            shape=data.StructLayout({"base": shapes.ring, "taken": shapes.place.width + 1}), depth=slots, init=[],
+            attrs={"ram_style": "distributed"})
+        m.submodules.askeds = askeds = Memory(
+            shape=shapes.place.width + 1, depth=slots, init=[], attrs={"ram_style": "distributed"})
+        ring_write, asked_write = rings.write_port(domain="sync"), askeds.write_port(domain="sync")
+        ring_head = Signal(shapes.ring)
+        dense_begin = key_walker.begin & ~key_walker.skip
+        dense_fired = key_fired & ~key_walker.skip
+        first_begin, first_taken = Signal(), Signal(shapes.place.width + 1)
         m.d.comb += [
             ring_write.addr.eq(key_walker.slot),
-            ring_write.en.eq(key_walker.begin | key_fired),
-            ring_write.data.base.eq(Mux(key_walker.begin, ring_head, ring_base)),
-            ring_write.data.asked.eq(Mux(key_walker.begin, 0, key_walker.requests.payload.tag.place + 1)),
+            ring_write.en.eq(dense_begin | first_begin),
+            ring_write.data.base.eq(ring_head),
+            ring_write.data.taken.eq(first_taken),
+            asked_write.addr.eq(key_walker.slot),
+            asked_write.en.eq(key_walker.begin | key_fired),
+            asked_write.data.eq(Mux(key_walker.begin, 0, key_walker.requests.payload.tag.place + 1)),
         ]
-        with m.If(key_walker.begin):
-            m.d.sync += ring_base.eq(ring_head)
-        with m.If(key_fired):
-            m.d.sync += ring_head.eq(ring_head + 1)
+        m.d.sync += ring_head.eq(ring_head + dense_fired + Mux(first_begin, first_taken, 0))
+
+        def place_ports():
+            """Comb read ports of a slot: (base and taken, asked)."""
+            return rings.read_port(domain="comb"), askeds.read_port(domain="comb")
+
+        # The first walker goes in front; it has the right of way as long as K has nothing to read after this job.
+        keys_walked = Signal(slots)
+        if sparse:
+            m.submodules.first_walker = first_walker = FirstWalker(config)
+            first_job = kept("first_jobs", *(field for field, _ in first_walker.first_walk))
+            first_ahead = Signal(range(slots + 1))
+            m.d.sync += first_ahead.eq(first_ahead + first_walker.end - (key_walker.end & key_walker.skip))
+            m.d.comb += [
+                first_walker.enable.eq(begun),
+                first_job.addr.eq(first_walker.slot),
+                Value.cast(first_walker.job).eq(Value.cast(first_job.data)),
+                first_walker.failed.eq(self.failed.bit_select(first_walker.slot, 1)),
+                first_walker.keys_walked.eq(keys_walked.bit_select(first_walker.slot, 1)),
+                first_taken.eq(first_job.data.stripes << ceil_log2(config.group_codewords)),
+                first_walker.fits.eq(used + first_taken <= config.ring_codewords),
+                first_begin.eq(first_walker.begin),
+                first_turn.eq(first_walker.requests.valid & (
+                    (first_ahead == 0) | ~(key_walker.requests.valid | value_walker.requests.valid))),
+                first_walker.requests.ready.eq(self.requests.ready & first_turn),
+                first_fired.eq(first_turn & self.requests.ready),
+            ]
+            with m.If(first_turn):
+                m.d.comb += self.requests.payload.eq(first_walker.requests.payload)
+            with m.If(first_begin):
+                m.d.comb += ring_write.addr.eq(first_walker.slot)
+
+            # Its lists: where a stripe's sketch lies (or K, of a tail), and the chosen channels.
+            sketch = fields(SKETCH_ENTRY, self.load.data[: SKETCH_ENTRY.size * 8])
+            appended, tail_page, tail_token, is_tail = (
+                Signal(), Signal(first_walker.stripe.page.shape()), Signal(TOKEN_BITS), Signal())
+            with m.If(self.load_valid & self.load.stripe):
+                m.d.sync += [
+                    appended.eq(append), tail_page.eq(entry["key_page"]), tail_token.eq(self.load.start),
+                    is_tail.eq(entry["dram"][0])]
+            written = Signal(first_walker.first_stripe)
+            m.d.comb += [
+                written.page.eq(Mux(is_tail, tail_page, sketch["page"])),
+                written.codeword.eq(Mux(is_tail, 0, sketch["codeword"])),
+                written.dram.eq(is_tail),
+                written.token.eq(tail_token),
+            ]
+            first_stripes = listed(
+                "first_stripes", first_walker.first_stripe, written, (stripes - 1)[: shapes.list_bits],
+                self.load_valid & self.load.sketch & appended).read_port(domain="sync")
+            channel_bits = first_walker.channel_bits
+            m.submodules.chosen = chosen = Memory(
+                shape=channel_bits, depth=slots << channel_bits, init=[], attrs={"ram_style": "block"})
+            chosen_write, chosen_read = chosen.write_port(domain="sync"), chosen.read_port(domain="sync")
+            m.d.comb += [
+                first_stripes.addr.eq(first_walker.stripe_address),
+                first_walker.stripe.eq(first_stripes.data),
+                chosen_write.en.eq(self.load_valid & self.load.chosen),
+                chosen_write.addr.eq(Cat(self.load.data[8 : 8 + channel_bits], self.load.slot)),
+                chosen_write.data.eq(self.load.data[:channel_bits]),
+                chosen_read.addr.eq(first_walker.chosen_address),
+                first_walker.chosen.eq(chosen_read.data),
+            ]
 
         # ----------------------------------------------------- what is left to do
 
         active = Signal(slots)
         holds = Signal(slots)
-        keys_walked, values_walked = Signal(slots), Signal(slots)
+        first_walked, keys_begun, values_walked = (
+            Signal(slots, name=n) for n in ("first_walked", "keys_begun", "values_walked"))
+        cleared = Signal(slots)     # the arrival bits of a sparse job's first pass are
+        remains = Signal(slots)     # groups of its first pass
+        channel_stored, channel_stored_slot = Signal(), Signal(shapes.slot)
         keys_left = Array(Signal(shapes.place.width + 1, name=f"keys_left_{s}") for s in range(slots))
         values_left = Array(Signal(shapes.place.width + 1, name=f"values_left_{s}") for s in range(slots))
         key_stored, value_stored = Signal(), Signal()
@@ -242,7 +379,8 @@ class Lane(wiring.Component):
             key_up, key_down = Signal(name=f"key_up_{s}"), Signal(name=f"key_down_{s}")
             value_up, value_down = Signal(name=f"value_up_{s}"), Signal(name=f"value_down_{s}")
             m.d.comb += [
-                key_up.eq(key_fired & (key_walker.slot == s)),
+                key_up.eq(key_fired & (key_walker.slot == s)
+                          | (first_fired & (first_walker.slot == s) if sparse else 0)),
                 key_down.eq(key_stored & (key_stored_slot == s)),
                 value_up.eq(value_fired & (value_walker.slot == s)),
                 value_down.eq(value_stored & (value_stored_slot == s)),
@@ -251,12 +389,26 @@ class Lane(wiring.Component):
                 self.keys_done[s].eq(Mux(self.failed[s], abandoned[s], keys_walked[s] & (keys_left[s] == 0))),
                 self.values_done[s].eq(Mux(self.failed[s], abandoned[s], values_walked[s] & (values_left[s] == 0))),
             ]
-            with m.If(key_up != key_down):
-                m.d.sync += keys_left[s].eq(keys_left[s] + Mux(key_up, 1, -1))
+            if sparse:
+                channel_down = Signal(name=f"channel_down_{s}")
+                m.d.comb += channel_down.eq(channel_stored & (channel_stored_slot == s))
+                m.d.sync += [
+                    keys_left[s].eq(keys_left[s] + key_up - (key_down + channel_down)),
+                    self.first_done[s].eq(first_walked[s] & (self.failed[s] | ~remains[s])),
+                ]
+                with m.If(first_walker.end & (first_walker.slot == s)):
+                    m.d.sync += first_walked[s].eq(1)
+                with m.If(first_begin & (first_walker.slot == s)):
+                    m.d.sync += [active[s].eq(1), holds[s].eq(1)]
+            else:
+                with m.If(key_up != key_down):
+                    m.d.sync += keys_left[s].eq(keys_left[s] + Mux(key_up, 1, -1))
             with m.If(value_up != value_down):
                 m.d.sync += values_left[s].eq(values_left[s] + Mux(value_up, 1, -1))
-            with m.If(key_walker.begin & (key_walker.slot == s)):
+            with m.If(dense_begin & (key_walker.slot == s)):
                 m.d.sync += [active[s].eq(1), holds[s].eq(1)]
+            with m.If(key_walker.begin & (key_walker.slot == s)):
+                m.d.sync += keys_begun[s].eq(1)
             with m.If(key_walker.end & (key_walker.slot == s)):
                 m.d.sync += keys_walked[s].eq(1)
             with m.If(value_walker.end & (value_walker.slot == s)):
@@ -265,18 +417,22 @@ class Lane(wiring.Component):
                 m.d.sync += [
                     active[s].eq(0), keys_walked[s].eq(0), values_walked[s].eq(0), abandoned[s].eq(0),
                     keys_left[s].eq(0), values_left[s].eq(0), self.keys_done[s].eq(0), self.values_done[s].eq(0),
+                    first_walked[s].eq(0), keys_begun[s].eq(0), cleared[s].eq(0),
+                    *([self.first_done[s].eq(0)] if sparse else []),
                 ]
 
         oldest = Signal(shapes.slot)
-        ring_read = rings.read_port(domain="comb")
+        oldest_ring, oldest_asked = place_ports()
         given_back = Signal(shapes.place.width + 1)
         give_back = Signal()
         m.d.comb += [
-            ring_read.addr.eq(oldest),
-            give_back.eq(holds.bit_select(oldest, 1) & self.values_done.bit_select(oldest, 1)),
-            given_back.eq(Mux(give_back, ring_read.data.asked, 0)),
+            oldest_ring.addr.eq(oldest),
+            oldest_asked.addr.eq(oldest),
+            give_back.eq((holds & self.values_done & (cleared | ~sparse_jobs)).bit_select(oldest, 1)),
+            given_back.eq(Mux(give_back, Mux(sparse_jobs.bit_select(oldest, 1), oldest_ring.data.taken,
+                                             oldest_asked.data), 0)),
         ]
-        m.d.sync += used.eq(used + key_fired - given_back)
+        m.d.sync += used.eq(used + dense_fired + Mux(first_begin, first_taken, 0) - given_back)
         with m.If(give_back):
             m.d.sync += holds.bit_select(oldest, 1).eq(0)
         with m.If(give_back | (~holds.bit_select(oldest, 1) & holds.any())):
@@ -285,23 +441,26 @@ class Lane(wiring.Component):
         # -------------------------------------------------------------- intake
 
         # A V codeword's first weight is there this long after its header; the beats wait as long.
-        depth = 1 << (Exponential.LATENCY + 12 + rows - 1).bit_length()
-        m.submodules.intake = intake = Intake(config, depth)
+        m.submodules.intake = intake = Intake(
+            config, 1 << (Exponential.LATENCY + 12 + rows - 1).bit_length())
         connect(m, flipped(self.codewords), intake.codewords)
-        job_port = kept("intake_jobs", "epoch", "stripe_bits")
-        stripe_token = listed("stripe_tokens", TOKEN_BITS, self.load.start)
-        ring_port = rings.read_port(domain="comb")
+        job_port = kept("intake_jobs", "epoch", "stripe_bits", *(("mode", "unit_bits") if sparse else ()))
+        token_shape = data.StructLayout({"token": TOKEN_BITS} | ({"dram": 1} if sparse else {}))
+        stripe_tokens = listed("stripe_tokens", token_shape, Cat(self.load.start, entry["dram"][0]))
+        stripe_token = stripe_tokens.read_port(domain="sync")
+        ring_port, asked_port = place_ports()
         m.d.comb += [
             job_port.addr.eq(intake.slot),
             ring_port.addr.eq(intake.slot),
+            asked_port.addr.eq(intake.slot),
             intake.epoch.eq(job_port.data.epoch),
             intake.active.eq((active & self.live).bit_select(intake.slot, 1)),
             intake.open.eq(self.value_open.bit_select(intake.slot, 1)),
             intake.failed.eq(self.failed.bit_select(intake.slot, 1)),
-            intake.asked.eq(ring_port.data.asked),
+            intake.asked.eq(Mux(keys_begun.bit_select(intake.slot, 1), asked_port.data, 0)),
             intake.ring_base.eq(ring_port.data.base),
             intake.stripe_bits.eq(job_port.data.stripe_bits),
-            intake.stripe_token.eq(stripe_token.data),
+            intake.stripe_token.eq(stripe_token.data.token),
             stripe_token.addr.eq(intake.stripe_address),
             self.offender.eq(intake.offender),
         ]
@@ -310,25 +469,109 @@ class Lane(wiring.Component):
         failed_slot = Signal(shapes.slot)
         settle = Signal(range(SETTLE_CYCLES + 1))
         scrubbed = Signal(shapes.place.width + 1)
-        fail_port = rings.read_port(domain="comb")
+        given_up = Signal(slots)    # nothing of its first pass will come any more
+        fail_ring, fail_asked = place_ports()
+        fail_places, fail_scrub = Signal(shapes.place.width + 1), Signal()
         for s in range(slots):
             with m.If(self.failed[s]):
                 m.d.comb += failed_slot.eq(s)
         m.d.comb += [
-            fail_port.addr.eq(failed_slot),
-            intake.scrub_ring.eq(fail_port.data.base + scrubbed),
+            fail_ring.addr.eq(failed_slot),
+            fail_asked.addr.eq(failed_slot),
+            fail_places.eq(Mux(sparse_jobs.bit_select(failed_slot, 1), fail_ring.data.taken, fail_asked.data)),
+            intake.scrub.eq(fail_scrub),
+            intake.scrub_ring.eq(fail_ring.data.base + scrubbed),
         ]
         with m.If(self.failed.any() & ~abandoned.bit_select(failed_slot, 1)):
             with m.If(settle != SETTLE_CYCLES):
                 m.d.sync += settle.eq(settle + 1)
-            with m.Elif(scrubbed != Mux(holds.bit_select(failed_slot, 1), fail_port.data.asked, 0)):
-                m.d.comb += intake.scrub.eq(1)
+            with m.Elif(scrubbed != Mux(holds.bit_select(failed_slot, 1), fail_places, 0)):
+                m.d.comb += fail_scrub.eq(1)
                 with m.If(intake.scrubbed):
                     m.d.sync += scrubbed.eq(scrubbed + 1)
-            with m.Elif(keys_walked.bit_select(failed_slot, 1) & values_walked.bit_select(failed_slot, 1)):
-                m.d.sync += abandoned.bit_select(failed_slot, 1).eq(1)
+            with m.Elif((keys_walked & values_walked & ~remains).bit_select(failed_slot, 1)):
+                m.d.sync += [abandoned.bit_select(failed_slot, 1).eq(1), cleared.bit_select(failed_slot, 1).eq(1)]
         with m.Elif(~self.failed.any()):
             m.d.sync += [settle.eq(0), scrubbed.eq(0)]
+        m.d.comb += given_up.eq(Mux(settle == SETTLE_CYCLES, self.failed, 0))
+
+        if sparse:
+            m.submodules.firsts = firsts = Memory(
+                shape=data.StructLayout({"asked": shapes.place.width + 1, "group": len(intake.first_group)}),
+                depth=slots, init=[], attrs={"ram_style": "distributed"})
+            first_write, first_port = firsts.write_port(domain="sync"), firsts.read_port(domain="comb")
+            first_group, first_base = Signal(len(intake.first_group)), Signal(shapes.ring)
+            m.submodules.first_pass = first_pass = FirstPass(config)
+            m.d.comb += [
+                first_walker.room.eq(first_pass.room),
+                first_pass.open.eq(first_walker.open),
+                first_pass.close.eq(first_walker.close),
+                first_pass.asked.eq(first_fired),
+                first_pass.group.slot.eq(first_walker.slot),
+                first_pass.group.ring.eq(first_base + first_walker.place),
+                first_pass.group.token.eq(first_walker.token),
+                first_pass.group.channels.eq(first_walker.channels),
+                first_pass.given_up.eq(given_up),
+                remains.eq(first_pass.remains),
+                first_write.en.eq(first_begin | first_fired),
+                first_write.addr.eq(first_walker.slot),
+                first_write.data.asked.eq(Mux(first_begin, 0, first_walker.requests.payload.tag.place + 1)),
+                first_write.data.group.eq(Mux(first_begin, first_pass.next, first_group)),
+                first_port.addr.eq(intake.slot),
+                intake.first_asked.eq(first_port.data.asked),
+                intake.first_group.eq(first_port.data.group),
+                intake.first_done.eq(self.first_done.bit_select(intake.slot, 1)),
+                intake.sparse.eq(job_port.data.mode != Mode.DENSE),
+                intake.centroid.eq(job_port.data.mode == Mode.CENTROID),
+                intake.unit_bits.eq(job_port.data.unit_bits),
+                intake.stripe_dram.eq(stripe_token.data.dram),
+            ]
+            with m.If(first_begin):
+                m.d.sync += [first_group.eq(first_pass.next), first_base.eq(ring_head)]
+
+            # Which channels are chosen: those whose mark is of the slot's present generation.
+            generations = Array(Signal(GENERATION_BITS, name=f"generation_{s}") for s in range(slots))
+            m.submodules.chosen_marks = chosen_marks = Memory(
+                shape=GENERATION_BITS, depth=slots << channel_bits, init=[], attrs={"ram_style": "block"})
+            chosen_mark, chosen_seen = chosen_marks.write_port(domain="sync"), chosen_marks.read_port(domain="sync")
+            generation_2, real_2 = Signal(GENERATION_BITS), Signal()
+            with m.If(self.load_valid & self.load.record & (self.load.row == 0)):
+                m.d.sync += generations[self.load.slot].eq(generations[self.load.slot] + 1)
+            m.d.comb += [
+                chosen_mark.en.eq(self.load_valid & self.load.chosen),
+                chosen_mark.addr.eq(Cat(self.load.data[:channel_bits], self.load.slot)),
+                chosen_mark.data.eq(generations[self.load.slot]),
+                chosen_seen.addr.eq(Cat(intake.channel[:channel_bits], intake.slot)),
+                intake.chosen.eq((chosen_seen.data == generation_2) & real_2),
+            ]
+            m.d.sync += [
+                generation_2.eq(generations[intake.slot]),
+                real_2.eq(intake.channel < config.head_dim),
+            ]
+
+            # When all of a first pass came, its arrival bits are cleared: by then whatever comes again is told by that.
+            clearing, clear_slot, clear_place = Signal(), Signal(shapes.slot), Signal(shapes.place.width + 1)
+            clearable = Signal(slots)
+            clear_ring = rings.read_port(domain="comb")
+            m.d.comb += [
+                clearable.eq(holds & sparse_jobs & self.first_done & ~cleared & ~self.failed),
+                clear_ring.addr.eq(clear_slot),
+            ]
+            with m.If(~clearing):
+                m.d.sync += [clear_place.eq(0), clearing.eq(clearable.any())]
+                for s in range(slots):
+                    with m.If(clearable[s]):
+                        m.d.sync += clear_slot.eq(s)
+            with m.Elif(~clearable.bit_select(clear_slot, 1)):
+                m.d.sync += clearing.eq(0)
+            with m.Elif(clear_place == clear_ring.data.taken):
+                m.d.sync += cleared.bit_select(clear_slot, 1).eq(1)
+            with m.Elif(~fail_scrub):
+                m.d.comb += [
+                    intake.scrub.eq(1), intake.scrub_first.eq(1),
+                    intake.scrub_ring.eq(clear_ring.data.base + clear_place)]
+                with m.If(intake.scrubbed):
+                    m.d.sync += clear_place.eq(clear_place + 1)
 
         # --------------------------------------------------------------- issue
 
@@ -339,21 +582,31 @@ class Lane(wiring.Component):
         beat_index = Signal(shapes.beat_index)
         first, last, last_token = Signal(), Signal(), Signal()
         waits_weight, waits_score, there, issue = Signal(), Signal(), Signal(), Signal()
+        # A beat of a channel, instead of a token's; a token of a group that takes the place of a beat.
+        channel, harvest = Signal(), Signal()
         m.d.comb += [
             first.eq(beat_index == 0),
-            last.eq(beat_index == config.beats_per_token - 1),
+            last.eq(~channel & (beat_index == config.beats_per_token - 1)),
             last_token.eq(token_index == config.tokens_per_codeword - 1),
             there.eq(intake.headers.valid & intake.beats.valid),
-            issue.eq(there & ~waits_weight & ~waits_score),
+            issue.eq(there & ~waits_weight & ~waits_score & ~harvest),
             intake.beats.ready.eq(issue),
             intake.headers.ready.eq(issue & last & last_token),
         ]
-        with m.If(issue):
+        with m.If(issue & ~channel):
             m.d.sync += beat_index.eq(beat_index + 1)
             with m.If(last):
                 m.d.sync += [beat_index.eq(0), token_index.eq(token_index + 1)]
                 with m.If(last_token):
                     m.d.sync += token_index.eq(0)
+        if sparse:
+            word = Signal((config.group_words - 1).bit_length())
+            last_word = Signal()
+            m.d.comb += [channel.eq(header.channel), last_word.eq(channel & (word == config.group_words - 1))]
+            with m.If(last_word):
+                m.d.comb += intake.headers.ready.eq(issue)
+            with m.If(issue & channel):
+                m.d.sync += word.eq(word + 1)
 
         # The weights of the next V token are gathered while the current ones are in use.
         weight_shape = data.ArrayLayout(shapes.weight, rows)
@@ -375,21 +628,43 @@ class Lane(wiring.Component):
             m.d.sync += gathered.as_value().eq(
                 Cat(gathered.as_value(), weight_unit.weights.payload.as_value())[shapes.weight.size :])
 
-        # The score unit takes a token every rows * interval cycles.
+        # The score unit takes a token every rows * interval cycles; tokens of K and of a harvest take turns.
         spacing = rows * score_interval(config)
-        if spacing > config.beats_per_token:
+        if spacing > config.beats_per_token or sparse:
             rest = Signal(range(spacing))
-            m.d.comb += waits_score.eq(header.key & last & (rest != 0))
-            with m.If(issue & header.key & last):
+            scores = header.key & last
+            m.d.comb += waits_score.eq(scores & (rest != 0))
+            with m.If(issue & scores | harvest):
                 m.d.sync += rest.eq(spacing - 1)
             with m.Elif(rest != 0):
                 m.d.sync += rest.eq(rest - 1)
+        if sparse:
+            beat_turn = Signal()
+            m.d.comb += [
+                first_pass.harvest.ready.eq((rest == 0) & ~(there & scores & beat_turn)),
+                harvest.eq(first_pass.harvest.valid & first_pass.harvest.ready),
+            ]
+            with m.If(harvest):
+                m.d.sync += beat_turn.eq(1)
+            with m.Elif(issue & scores):
+                m.d.sync += beat_turn.eq(0)
+            if config.group_words < ACCUMULATE_CYCLES:
+                # The next codeword's beat may not follow so soon on the one that is added to the same word.
+                apart = Signal(range(ACCUMULATE_CYCLES))
+                with m.If(channel & (word == 0) & (apart != 0)):
+                    m.d.comb += waits_score.eq(1)
+                with m.If(issue & channel & (word == 0)):
+                    m.d.sync += apart.eq(ACCUMULATE_CYCLES - 1)
+                with m.Elif(apart != 0):
+                    m.d.sync += apart.eq(apart - 1)
 
-        # What rides along with a beat.
+        # What rides along with a beat, or with a token of a harvest; `sums`: a beat that is added to word `address`.
         copy = Signal(range(max(2, shapes.copies)))
+        depth = accumulator_words(config)
         ride = data.StructLayout({
-            "valid": 1, "key": 1, "error": 1, "first": 1, "last": 1, "beat": shapes.beat_index,
-            "copy": copy.shape(), "where": shapes.lane_token})
+            "valid": 1, "key": 1, "error": 1, "first": 1, "last": 1, "sums": 1, "address": ceil_log2(depth),
+            "where": scored_token(shapes)} | ({
+                "channel": 1, "harvest": 1, "clear": 1, "element": ceil_log2(elements)} if sparse else {}))
         levels = (elements - 1).bit_length()
         tree_stage = ADDEND_STAGE + levels
         pipe = [Signal(ride, name=f"ride_{i}") for i in range(max(tree_stage + 1, SUM_STAGE) + 1)]
@@ -399,14 +674,51 @@ class Lane(wiring.Component):
             pipe[0].error.eq(header.error),
             pipe[0].first.eq(first),
             pipe[0].last.eq(last),
-            pipe[0].beat.eq(beat_index),
-            pipe[0].copy.eq(copy),
+            pipe[0].sums.eq(issue & (~header.key | channel)),
+            pipe[0].address.eq(Cat(
+                Cat(beat_index[: ceil_log2(config.beats_per_token)], copy)[: shapes.drain_address.width], header.slot)),
             pipe[0].where.slot.eq(header.slot),
             pipe[0].where.ring.eq(header.ring),
             pipe[0].where.index.eq(token_index),
             pipe[0].where.token.eq(header.token + token_index),
             pipe[0].where.last.eq(last_token),
         ]
+        if sparse:
+            harvested = first_pass.harvest.payload
+            m.d.comb += [
+                pipe[0].channel.eq(channel),
+                pipe[0].harvest.eq(harvest),
+                pipe[0].element.eq(header.number),
+                pipe[0].where.selected.eq(header.marks.bit_select(token_index, 1)),
+                pipe[0].where.sketch.eq(header.first),
+                pipe[0].where.centroid.eq(header.centroid),
+                pipe[0].where.group.eq(header.group),
+            ]
+            with m.If(header.centroid):
+                # Units whose scores are kept where the unit begins.
+                m.d.comb += [
+                    pipe[0].where.ring.eq(header.ring + (token_index << header.unit_bits)),
+                    pipe[0].where.index.eq(0),
+                    pipe[0].where.token.eq(
+                        header.token + (times(token_index, config.tokens_per_codeword) << header.unit_bits)),
+                ]
+            with m.If(channel):
+                m.d.comb += [
+                    pipe[0].address.eq(group_base(config) + Cat(word, header.group)),
+                    pipe[0].where.token.eq(header.token + Cat(Const(0, ceil_log2(elements)), word)),
+                    pipe[0].where.last.eq(last_word),
+                ]
+            with m.If(harvest):
+                m.d.comb += [
+                    pipe[0].address.eq(group_base(config) + Cat(harvested.word, harvested.buffer)),
+                    pipe[0].element.eq(harvested.element),
+                    pipe[0].clear.eq(harvested.element.all()),
+                    pipe[0].where.harvest.eq(1),
+                    pipe[0].where.centroid.eq(0),
+                    pipe[0].where.sketch.eq(0),
+                    pipe[0].where.selected.eq(1),
+                ]
+                m.d.comb += [pipe[0].where[name].eq(harvested.where[name]) for name, _ in shapes.lane_token]
         m.d.sync += [b.eq(a) for a, b in zip(pipe, pipe[1:], strict=False)]
         if shapes.copies > 1:
             with m.If(issue & last):
@@ -421,23 +733,45 @@ class Lane(wiring.Component):
             m.submodules[f"query_{r}"] = memory
             port, write = memory.read_port(domain="sync"), memory.write_port(domain="sync")
             m.d.comb += [
-                port.addr.eq(Cat(beat_index, header.slot)),
+                port.addr.eq(Cat(Mux(channel, header.number[ceil_log2(elements) :], beat_index)[: len(beat_index)]
+                                 if sparse else beat_index, header.slot)),
                 write.addr.eq(Cat(self.load.beat, self.load.slot)),
                 write.data.eq(self.load.data),
                 write.en.eq(self.load_valid & self.load.query & (self.load.row == r)),
             ]
-            queries.append(port.data)
+            query = port.data
+            if sparse:
+                # The element of the channel for all of its tokens.
+                query = Signal(config.beat_bytes * 8, name=f"query_word_{r}")
+                m.d.comb += query.eq(Mux(
+                    pipe[1].channel, port.data.word_select(pipe[1].element, 16).replicate(elements), port.data))
+            queries.append(query)
         beat_1 = Signal(config.beat_bytes * 8)
         m.d.sync += beat_1.eq(intake.beats.payload)
 
         scale_port = kept("k_offsets", "k_offset")
         m.d.comb += scale_port.addr.eq(pipe[1].where.slot)
-        base_2 = Signal(signed(SHIFT_BITS))
+        bases_2 = [Signal(signed(SHIFT_BITS), name=f"base_2_{r}") for r in range(rows if sparse else 1)]
         # K: the window's top is HEADROOM above an unshifted product; q's significand stands WEIGHT_BITS - 11 high, and
         # -exponent = ~exponent + 1.  V: the weight is significand * 2**-(exponent + WEIGHT_BITS - 1).
         key_base = HEADROOM + (WEIGHT_BITS - SIGNIFICAND_BITS) + 1
         value_base = HEADROOM - (VALUE_FRACTION - (WEIGHT_BITS - 1) - element.offset)
-        m.d.sync += base_2.eq(Mux(pipe[1].key, key_base - scale_port.data.k_offset, value_base))
+        for r, base_2 in enumerate(bases_2):
+            k_offset = scale_port.data.k_offset
+            if sparse:
+                # In the channel pass each row has a scale of its own.
+                memory = Memory(shape=k_offset.shape(), depth=slots, init=[], attrs={"ram_style": "distributed"})
+                m.submodules[f"row_offsets_{r}"] = memory
+                port, write = memory.read_port(domain="comb"), memory.write_port(domain="sync")
+                approximate = data.View(shapes.approximate, self.load.data[: shapes.approximate.size])
+                m.d.comb += [
+                    port.addr.eq(pipe[1].where.slot),
+                    write.addr.eq(self.load.slot),
+                    write.data.eq(approximate.k_offset),
+                    write.en.eq(self.load_valid & self.load.scale & (self.load.row == r)),
+                ]
+                k_offset = Mux(pipe[1].channel, port.data, k_offset)
+            m.d.sync += base_2.eq(Mux(pipe[1].key, key_base - k_offset, value_base))
         special_2 = Signal(elements)
         cells = []
         for r in range(rows):
@@ -470,7 +804,7 @@ class Lane(wiring.Component):
                         sign.eq(b.sign),
                         exponent_a.eq(weights_1[r].exponent),
                     ]
-                m.d.sync += shift_3.eq(base_2 + exponent_a - exponents_b[e])
+                m.d.sync += shift_3.eq(bases_2[r if sparse else 0] + exponent_a - exponents_b[e])
                 m.d.comb += [
                     cell.a_significand.eq(significand_a),
                     cell.b_significand.eq(significand_b),
@@ -483,25 +817,19 @@ class Lane(wiring.Component):
 
         drain_5, drain_6, drain_7 = (Signal(name=f"drain_{i}") for i in (5, 6, 7))
         drain_4 = Signal()
-        value_4 = pipe[READ_STAGE].valid & ~pipe[READ_STAGE].key
-        value_6 = pipe[ADDEND_STAGE].valid & ~pipe[ADDEND_STAGE].key
-        value_7 = pipe[SUM_STAGE].valid & ~pipe[SUM_STAGE].key
-        word = self.chain_i.payload
-
-        def address(slot, beat, copy_):
-            parts = [beat]
-            if shapes.copies > 1:
-                parts.append(copy_)
-            low = Cat(*parts)
-            return Cat(low[: shapes.drain_address.width], slot)
-
-        drain_address = Cat(word.address, word.slot)
-        sweep = Signal(range((slots << shapes.drain_address.width) + 1))
+        at_4, at_6, at_7 = pipe[READ_STAGE], pipe[ADDEND_STAGE], pipe[SUM_STAGE]
+        value_6 = at_6.sums & ~at_6.key
+        reads_4, writes_7 = at_4.sums, at_7.sums
+        if sparse:
+            reads_4, writes_7 = at_4.sums | at_4.harvest, at_7.sums | (at_7.harvest & at_7.clear)
+        drained = self.chain_i.payload
+        drain_address = Cat(drained.address, drained.slot)
+        sweep = Signal(range(depth + 1))
         swept = Signal()
         m.d.comb += [
-            swept.eq(sweep == slots << shapes.drain_address.width),
+            swept.eq(sweep == depth),
             self.ready.eq(swept & intake.ready),
-            drain_4.eq(self.chain_i.valid & ~value_4 & ~drain_5 & ~drain_6 & ~drain_7 & ~self.chain_o.valid),
+            drain_4.eq(self.chain_i.valid & ~reads_4 & ~drain_5 & ~drain_6 & ~drain_7 & ~self.chain_o.valid),
             self.chain_i.ready.eq(drain_6),
         ]
         m.d.sync += [drain_5.eq(drain_4), drain_6.eq(drain_5), drain_7.eq(drain_6)]
@@ -512,17 +840,16 @@ class Lane(wiring.Component):
         with m.If(drain_6):
             m.d.sync += [
                 self.chain_o.valid.eq(1),
-                self.chain_o.payload.slot.eq(word.slot),
-                self.chain_o.payload.address.eq(word.address),
+                self.chain_o.payload.slot.eq(drained.slot),
+                self.chain_o.payload.address.eq(drained.address),
             ]
         drained_address = Signal.like(drain_address)
         with m.If(drain_6):
             m.d.sync += drained_address.eq(drain_address)
-        at_4, at_7 = pipe[READ_STAGE], pipe[SUM_STAGE]
-        read_address, write_address = Signal.like(drain_address), Signal.like(drain_address)
+        read_address, write_address = Signal(ceil_log2(depth)), Signal(ceil_log2(depth))
         m.d.comb += [
-            read_address.eq(Mux(value_4, address(at_4.where.slot, at_4.beat, at_4.copy), drain_address)),
-            write_address.eq(address(at_7.where.slot, at_7.beat, at_7.copy)),
+            read_address.eq(Mux(reads_4, at_4.address, drain_address)),
+            write_address.eq(at_7.address),
         ]
         with m.If(~swept):
             m.d.comb += write_address.eq(sweep)
@@ -533,16 +860,23 @@ class Lane(wiring.Component):
                 m.d.comb += [
                     cell.read_address.eq(read_address),
                     cell.drain.eq(drain_6),
-                    cell.accumulate.eq(value_6),
-                    cell.chain_i.eq(word.data[r][e]),
+                    cell.accumulate.eq(at_6.sums),
+                    cell.chain_i.eq(drained.data[r][e]),
                     self.chain_o.payload.data[r][e].eq(cell.chain_o),
-                    cell.write.eq(value_7 | drain_7 | ~swept),
+                    cell.write.eq(writes_7 | drain_7 | ~swept),
                     cell.write_address.eq(write_address),
                 ]
         m.d.comb += [
-            value_stored.eq(value_7 & at_7.last & at_7.where.last),
+            value_stored.eq(at_7.sums & ~at_7.key & at_7.last & at_7.where.last),
             value_stored_slot.eq(at_7.where.slot),
         ]
+        if sparse:
+            m.d.comb += [
+                channel_stored.eq(at_7.sums & at_7.channel & at_7.where.last),
+                channel_stored_slot.eq(at_7.where.slot),
+                first_pass.channel_stored.eq(channel_stored),
+                first_pass.channel_group.eq(at_7.where.group),
+            ]
 
         # ----------------------------------------- stages 6 on: sums of K, and scores
 
@@ -577,10 +911,30 @@ class Lane(wiring.Component):
                     clipped.eq((clipped & ~pipe[tree_stage].first) | clips[-1]),
                 ]
             m.d.comb += [score_unit.sums[r].eq(total), score_unit.overflows[r].eq(clipped)]
+            if sparse:
+                # A harvested sum is there when a token's would be.
+                words = [Signal(signed(SCORE_SUM_BITS), name=f"word_{r}_{i}") for i in range(levels + 1)]
+                m.d.sync += words[0].eq(Array(cell.word for cell in cells[r])[at_6.element])
+                m.d.sync += [b.eq(a) for a, b in zip(words, words[1:], strict=False)]
+                with m.If(pipe[tree_stage + 1].harvest):
+                    m.d.comb += [score_unit.sums[r].eq(words[-1]), score_unit.overflows[r].eq(0)]
         done = pipe[tree_stage + 1]
-        score_job = kept("score_jobs", "scale", "tree_token")
+        score_job = kept("score_jobs", "scale", "tree_token", *(("unit_bits",) if sparse else ()))
+        if sparse:
+            m.d.comb += [
+                score_unit.unit_bits.eq(score_job.data.unit_bits),
+                score_unit.fresh_valid.eq(self.select_valid),
+                score_unit.fresh_slot.eq(self.select_slot),
+                score_unit.first_slot.eq(self.first_slot),
+                score_unit.first_row.eq(self.first_row),
+                self.first_maximum.eq(score_unit.first_maximum),
+                first_pass.sketch_stored.eq(score_unit.stored_last & score_unit.stored_sketch),
+                first_pass.sketch_group.eq(score_unit.stored_group),
+                first_pass.harvested.eq(score_unit.stored_last & score_unit.stored_harvest),
+            ]
         m.d.comb += [
-            score_unit.valid.eq(done.valid & done.key & done.last),
+            score_unit.valid.eq((done.valid & done.key & done.last)
+                                | (done.harvest if sparse else 0)),
             score_unit.where.eq(done.where),
             score_job.addr.eq(score_unit.scale_slot),
             score_unit.scale.eq(score_job.data.scale),
@@ -590,7 +944,7 @@ class Lane(wiring.Component):
             score_unit.maximum_slot.eq(self.maximum_slot),
             score_unit.maximum_row.eq(self.maximum_row),
             self.maximum.eq(score_unit.maximum),
-            key_stored.eq(score_unit.stored_last),
+            key_stored.eq(score_unit.stored_last & ~score_unit.stored_harvest),
             key_stored_slot.eq(score_unit.stored_slot),
         ]
 
@@ -602,7 +956,7 @@ class Lane(wiring.Component):
             score_write.en.eq(score_unit.score_write),
             score_write.addr.eq(score_unit.score_address),
             score_write.data.eq(score_unit.score),
-            score_read.addr.eq(weight_unit.score_address),
+            *([] if sparse else [score_read.addr.eq(weight_unit.score_address)]),
             weight_unit.maximum_slot.eq(self.maximum_slot),
             weight_unit.maximum_row.eq(self.maximum_row),
             weight_unit.maximum_write.eq(self.maximum_write),
@@ -615,22 +969,80 @@ class Lane(wiring.Component):
         ]
         m.d.sync += weight_unit.score.eq(score_read.data)
 
+        # ----------------------------------------------------------- selection
+
+        # Which tokens of each place of the ring are selected: one read port, for the door, then the walkers.
+        if sparse:
+            m.submodules.selector = selector = Selector(config)
+            m.submodules.marks = marks = Memory(
+                shape=config.tokens_per_codeword, depth=config.ring_codewords, init=[], attrs={"ram_style": "block"})
+            mark_write, mark_read = marks.write_port(domain="sync"), marks.read_port(domain="sync")
+            key_ring, value_ring, selector_ring = (rings.read_port(domain="comb") for _ in range(3))
+            selector_job = kept("selector_jobs", "mode", "unit_bits", "end_token", "local_token", "stripes")
+            selector_stripe = stripe_tokens.read_port(domain="sync")
+            m.d.comb += [
+                mark_write.en.eq(selector.mark_valid),
+                mark_write.addr.eq(selector.mark_ring),
+                mark_write.data.eq(selector.mark_bits),
+                mark_read.addr.eq(Mux(intake.mark_read, intake.mark_ring,
+                                      Mux(key_walker.look, key_walker.look_ring, value_walker.look_ring))),
+                intake.marks.eq(mark_read.data),
+                key_walker.wanted.eq(mark_read.data.any()),
+                value_walker.wanted.eq(mark_read.data.any()),
+                key_walker.look_granted.eq(~intake.mark_read),
+                value_walker.look_granted.eq(~intake.mark_read & ~key_walker.look),
+                key_ring.addr.eq(key_walker.slot),
+                value_ring.addr.eq(value_walker.slot),
+                key_walker.ring_base.eq(key_ring.data.base),
+                value_walker.ring_base.eq(value_ring.data.base),
+                selector_job.addr.eq(selector.slot),
+                selector_ring.addr.eq(selector.slot),
+                selector.ring_base.eq(selector_ring.data.base),
+                selector_stripe.addr.eq(selector.stripe_address),
+                selector.stripe_token.eq(selector_stripe.data.token),
+                selector.stripe_dram.eq(selector_stripe.data.dram),
+                selector.score_grant.eq(selector.score_ask & ~weight_unit.score_ask),
+                selector.score.eq(weight_unit.score),
+                score_read.addr.eq(Mux(weight_unit.score_ask, weight_unit.score_address, selector.score_address)),
+                self.sweep_done.eq(selector.done),
+            ]
+            m.d.comb += [getattr(selector, name).eq(selector_job.data[name])
+                         for name in ("mode", "unit_bits", "end_token", "local_token", "stripes")]
+            m.d.comb += [getattr(selector, name).eq(getattr(self, name))
+                         for name in ("sweep_valid", "sweep", "reference_write", "reference_row", "reference",
+                                      "sum_row", "bin")]
+            m.d.comb += [getattr(self, name).eq(getattr(selector, name)) for name in ("sum", "count", "unmarked")]
+        else:
+            m.d.comb += [self.sweep_done.eq(1), self.first_done.eq(-1)]
+
         # ------------------------------------------------------------- reports
 
         # The lowest token of each slot and fault.  An unreadable codeword has no NaN: its data are zeros.
         fault_3, token_3, slot_3 = Signal(range(len(FAULTS))), Signal(TOKEN_BITS), Signal(shapes.slot)
         happened_3, inside_3 = Signal(), Signal()
         nan_job = kept("end_tokens", "end_token")
+        number = {name: FAULTS.index(name) for name in FAULTS}
+        unreadable = Mux(pipe[2].key, number["unreadable_key"], number["unreadable_value"])
+        token_2 = pipe[2].where.token
+        if sparse:
+            unreadable = Mux(pipe[2].channel | pipe[2].where.sketch, number["unreadable_sketch"], unreadable)
+            # The lowest token with a NaN among those of a channel's beat.
+            which = Signal(ceil_log2(elements))
+            for e in reversed(range(elements)):
+                with m.If(special_2[e]):
+                    m.d.comb += which.eq(e)
+            token_2 = Signal(TOKEN_BITS + 1)
+            m.d.comb += token_2.eq(pipe[2].where.token + Mux(pipe[2].channel & ~pipe[2].error, which, 0))
         m.d.comb += nan_job.addr.eq(pipe[2].where.slot)
         m.d.sync += [
             happened_3.eq((special_2.any() | pipe[2].error) & pipe[2].valid),
-            inside_3.eq(pipe[2].where.token < nan_job.data.end_token),
-            fault_3.eq(Cat(~pipe[2].key, ~pipe[2].error)),
+            inside_3.eq(token_2 < nan_job.data.end_token),
+            fault_3.eq(Mux(pipe[2].error, unreadable, Mux(pipe[2].key, number["nan_key"], number["nan_value"]))),
             slot_3.eq(pipe[2].where.slot),
-            token_3.eq(pipe[2].where.token),
+            token_3.eq(token_2),
         ]
         m.submodules.offenders = offenders = Memory(
-            shape=TOKEN_BITS, depth=len(FAULTS) * slots, init=[], attrs={"ram_style": "distributed"})
+            shape=TOKEN_BITS, depth=slots << len(fault_3), init=[], attrs={"ram_style": "distributed"})
         lowest = offenders.read_port(domain="comb")
         lower = offenders.write_port(domain="sync")
         flags_shape = data.StructLayout({
@@ -643,10 +1055,12 @@ class Lane(wiring.Component):
             lower.data.eq(token_3),
             lower.en.eq(happened_3 & inside_3 & (~seen_3 | (token_3 < lowest.data))),
         ]
-        value_clip = Signal()
+        any_clip = Cat(c.overflow for row in cells for c in row).any()
+        value_clip, channel_clip = Signal(), Signal()
         value_clip_slot = Signal(shapes.slot)
         m.d.sync += [
-            value_clip.eq(value_6 & Cat(c.overflow for row in cells for c in row).any()),
+            value_clip.eq(value_6 & any_clip),
+            channel_clip.eq(at_6.sums & at_6.key & any_clip),
             value_clip_slot.eq(pipe[ADDEND_STAGE].where.slot),
         ]
         for s, kept in enumerate(flags):
@@ -656,6 +1070,9 @@ class Lane(wiring.Component):
                 m.d.sync += kept.score_overflow.eq(1)
             with m.If(value_clip & (value_clip_slot == s)):
                 m.d.sync += kept.value_overflow.eq(1)
+            if sparse:
+                with m.If(channel_clip & (value_clip_slot == s)):
+                    m.d.sync += kept.score_overflow.eq(1)
             with m.If(intake.duplicate & (intake.offender.slot == s)):
                 m.d.sync += kept.duplicate.eq(1)
             with m.If(self.start_valid & (self.start.slot == s)):
@@ -681,9 +1098,10 @@ class Lane(wiring.Component):
         ]
 
         # Why no beat was issued.
-        any_key, any_value, any_open_value = Signal(), Signal(), Signal()
+        any_key, any_value, any_open_value, any_selection = Signal(), Signal(), Signal(), Signal()
         values = [values_left[s] != 0 for s in range(slots)]
         m.d.sync += [
+            any_selection.eq((unselected & self.first_done).any()),
             any_key.eq(Cat(keys_left[s] != 0 for s in range(slots)).any()),
             any_value.eq(Cat(values).any()),
             any_open_value.eq((Cat(values) & self.value_open).any()),
@@ -692,11 +1110,11 @@ class Lane(wiring.Component):
         wanted = any_key | any_open_value
         m.d.comb += [
             events.beat.eq(issue),
-            events.weights.eq(there & waits_weight),
-            events.scores.eq(there & waits_score),
-            events.starved.eq(~there & wanted),
-            events.barrier.eq(~there & ~wanted & any_value),
-            events.idle.eq(~there & ~wanted & ~any_value),
+            events.weights.eq(there & waits_weight & ~harvest),
+            events.scores.eq((there & waits_score) | harvest),
+            events.starved.eq(~there & ~harvest & wanted),
+            events.barrier.eq(~there & ~harvest & ~wanted & (any_value | any_selection)),
+            events.idle.eq(~there & ~harvest & ~wanted & ~(any_value | any_selection)),
             events.duplicate.eq(intake.duplicate),
             events.stale.eq(intake.stale),
             events.bad_tag.eq(intake.bad_tag),

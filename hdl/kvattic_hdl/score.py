@@ -25,8 +25,27 @@ DROPPED_BITS = SCALE_BITS - 1 + SCORE_WINDOW_FRACTION - SCORE_FRACTION
 
 
 def score_interval(config: Config) -> int:
-    """Cycles that the score unit takes for a row: 3 with one multiplier where that keeps up with the beats, else 1."""
-    return 3 if config.rows * 3 <= config.beats_per_token else 1
+    """Cycles that the score unit takes for a row: 3 with one multiplier where that keeps up with the beats, else 1.
+
+    A harvest brings a token for each element of a word, so that with more than one row it would be held up for longer
+    than its group's beats take.
+    """
+    keeps_up = config.rows * 3 <= config.beats_per_token and (config.rows == 1 or not config.sparse)
+    return 3 if keeps_up else 1
+
+
+def scored_token(shapes: Shapes) -> data.StructLayout:
+    """A token on its way to its scores: `Shapes.lane_token`, and in a sparse configuration what is special about it.
+
+    harvest: its sums are those of a group, the scale is the first pass's; `last` ends the group.  centroid: it stands
+    for a unit.  sketch: it is scored in the first pass.  group: then its group's buffer.  selected: it may be attended.
+    """
+    config = shapes.config
+    members = {name: field.shape for name, field in shapes.lane_token}
+    if config.sparse:
+        members |= {"harvest": 1, "centroid": 1, "sketch": 1, "selected": 1,
+                    "group": (config.groups_in_flight - 1).bit_length()}
+    return data.StructLayout(members)
 
 
 class Scaler(wiring.Component):
@@ -131,7 +150,7 @@ class ScoreUnit(wiring.Component):
     -------
     valid : In(1)
         Strobe: `where`, `sums` and `overflows` hold a token.
-    where : In(lane_token)
+    where : In(scored_token)
     sums : In, rows of signed(51)
     overflows : In(rows)
         A product of the row was clipped.
@@ -140,15 +159,23 @@ class ScoreUnit(wiring.Component):
     scale_slot : Out(slot)
     tree_token : In(24)
         First draft token for slot `scale_slot`.
+    unit_bits : In
+        log2 of the codewords of a unit for slot `scale_slot`.
     load_valid, load : In
-        Row records (see `Shapes.load`).
+        Row records and row scales (see `Shapes.load`).
     score_write : Out(1)
     score_address : Out
         Cat(row, index, ring): the score memory's write port.
     score : Out(score)
     stored_last : Out(1)
-        Strobe: a codeword is accounted for.
+        Strobe: a codeword is accounted for, or a group is harvested.
     stored_slot : Out(slot)
+    stored_harvest, stored_sketch : Out(1), stored_group : Out
+        As in its `where`.
+    fresh_valid : In(1), fresh_slot : In(slot)
+        Strobe: forget the slot's maxima.
+    first_slot, first_row : In, first_maximum : Out(score), two cycles later
+        A second read port of the maxima.
     overflow : Out(1)
         Strobe: an attended score (of slot `stored_slot`) was clipped, or one of its products.
     maximum_slot, maximum_row : In
@@ -163,12 +190,13 @@ class ScoreUnit(wiring.Component):
         self.address_bits = (shapes.score_words - 1).bit_length()
         super().__init__({
             "valid": In(1),
-            "where": In(shapes.lane_token),
+            "where": In(scored_token(shapes)),
             "sums": In(data.ArrayLayout(signed(SCORE_SUM_BITS), config.rows)),
             "overflows": In(config.rows),
             "scale": In(SCALE_BITS),
             "scale_slot": Out(shapes.slot),
             "tree_token": In(TOKEN_BITS),
+            "unit_bits": In(shapes.start["unit_bits"].shape),
             "load_valid": In(1),
             "load": In(shapes.load),
             "score_write": Out(1),
@@ -176,6 +204,14 @@ class ScoreUnit(wiring.Component):
             "score": Out(shapes.score),
             "stored_last": Out(1),
             "stored_slot": Out(shapes.slot),
+            "stored_harvest": Out(1),
+            "stored_sketch": Out(1),
+            "stored_group": Out((config.groups_in_flight - 1).bit_length()),
+            "fresh_valid": In(1),
+            "fresh_slot": In(shapes.slot),
+            "first_slot": In(shapes.slot),
+            "first_row": In(shapes.row),
+            "first_maximum": Out(shapes.score),
             "overflow": Out(1),
             "maximum_slot": In(shapes.slot),
             "maximum_row": In(shapes.row),
@@ -185,9 +221,10 @@ class ScoreUnit(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         config, shapes, interval = self.config, self.shapes, self.interval
+        sparse = config.sparse
 
         # The token in work: its sums move down one row at a time.
-        token = Signal(shapes.lane_token)
+        token = Signal(scored_token(shapes))
         sums = [Signal(signed(SCORE_SUM_BITS), name=f"sum_{r}") for r in range(config.rows)]
         overflows = Signal(config.rows)
         row = Signal(shapes.row)
@@ -214,6 +251,18 @@ class ScoreUnit(wiring.Component):
             scaler.sum.eq(sums[0]),
             scaler.scale.eq(self.scale),
         ]
+        if sparse:
+            m.submodules.scales = scales = Memory(
+                shape=SCALE_BITS, depth=shapes.row_words, init=[], attrs={"ram_style": "distributed"})
+            scale_write, scale_read = scales.write_port(domain="sync"), scales.read_port(domain="comb")
+            m.d.comb += [
+                scale_write.en.eq(self.load_valid & self.load.scale),
+                scale_write.addr.eq(Cat(self.load.row, self.load.slot)),
+                scale_write.data.eq(data.View(shapes.approximate, self.load.data[: shapes.approximate.size]).scale),
+                scale_read.addr.eq(Cat(row, token.slot)),
+            ]
+            with m.If(token.harvest):
+                m.d.comb += scaler.scale.eq(scale_read.data)
 
         # Meanwhile the mask: start <= token < end, and the draft tree's bit beyond tree_token.
         m.submodules.records = records = Memory(
@@ -233,18 +282,29 @@ class ScoreUnit(wiring.Component):
         token_1, draft = Signal(TOKEN_BITS), Signal(signed(TOKEN_BITS + 1))
         inside, sibling = Signal(), Signal()
         attended = Signal()
+        newest_1, selected_1, selected_2 = token_1, 1, 1
+        if sparse:
+            # A centroid is attended with the last token of its unit, too.  What was not selected is not attended.
+            newest_1, selected_1, selected_2 = Signal(TOKEN_BITS), Signal(), Signal()
+            within_unit = (config.tokens_per_codeword << self.unit_bits) - 1
+            m.d.sync += [
+                newest_1.eq(token.token | Mux(token.centroid, within_unit, 0)),
+                selected_1.eq(token.selected),
+                selected_2.eq(selected_1),
+            ]
         m.d.sync += [
             record.eq(read.data),
             token_1.eq(token.token),
             draft.eq(token.token - self.tree_token),
-            inside.eq((token_1 >= record.start) & (token_1 < record.end)),
+            inside.eq((newest_1 >= record.start) & (token_1 < record.end)),
             sibling.eq((draft < 0) | ((draft < TREE_BITS) & record.tree.bit_select(draft[:5], 1))),
-            attended.eq(inside & sibling),
+            attended.eq(inside & sibling & selected_2),
         ]
 
         # Everything that arrives with the scaled sum.
+        passing = {name: scored_token(shapes)[name].shape for name in ("harvest", "sketch", "group") if sparse}
         meta_shape = data.StructLayout({
-            "address": self.address_bits, "slot": shapes.slot, "row": shapes.row, "last": 1, "overflow": 1})
+            "address": self.address_bits, "slot": shapes.slot, "row": shapes.row, "last": 1, "overflow": 1} | passing)
         metas = [Signal(meta_shape, name=f"meta_{i}") for i in range(Scaler.LATENCY)]
         attended_4, attended_5 = Signal(), Signal()
         m.d.sync += [
@@ -257,6 +317,7 @@ class ScoreUnit(wiring.Component):
             attended_4.eq(attended),
             attended_5.eq(attended_4),
         ]
+        m.d.sync += [metas[0][name].eq(token[name]) for name in passing]
         m.d.sync += [b.eq(a) for a, b in zip(metas, metas[1:], strict=False)]
 
         # Saturate, mask.
@@ -307,10 +368,24 @@ class ScoreUnit(wiring.Component):
             self.stored_slot.eq(slot),
             self.overflow.eq(overflow),
         ]
+        for name in passing:
+            held = Signal(meta_shape[name].shape, name=f"{name}_held")
+            m.d.sync += [held.eq(meta[name]), getattr(self, f"stored_{name}").eq(held)]
         with m.If(raised):
             m.d.sync += fresh.bit_select(raised_address, 1).eq(0)
         with m.If(self.load_valid & self.load.record):
             m.d.sync += fresh.bit_select(Cat(self.load.row, self.load.slot), 1).eq(1)
+        if sparse:
+            first = maxima.read_port(domain="comb")
+            first_address = Signal(range(shapes.row_words))
+            m.d.comb += first.addr.eq(first_address)
+            m.d.sync += [
+                first_address.eq(Cat(self.first_row, self.first_slot)),
+                self.first_maximum.eq(
+                    Mux(fresh.bit_select(first_address, 1), Const(SCORE_MASKED, shapes.score), first.data)),
+            ]
+            with m.If(self.fresh_valid):
+                m.d.sync += fresh.word_select(self.fresh_slot, 1 << shapes.row.width).eq(-1)
         address = Signal(range(shapes.row_words))
         m.d.comb += seen.addr.eq(address)
         m.d.sync += [

@@ -31,6 +31,8 @@ class WeightUnit(wiring.Component):
         Codewords of V in the order of their arrival.
     score_address : Out
         Read address of the score memory: Cat(row, index, ring).
+    score_ask : Out(1)
+        `score_address` counts in this cycle.
     score : In(score), two cycles after the address
     weights : Out(stream of weight)
     maximum_slot, maximum_row, maximum_write, maximum_new : In
@@ -50,6 +52,7 @@ class WeightUnit(wiring.Component):
         super().__init__({
             "requests": In(stream.Signature(self.request)),
             "score_address": Out(self.address_bits),
+            "score_ask": Out(1),
             "score": In(shapes.score),
             "weights": Out(stream.Signature(shapes.weight)),
             "maximum_slot": In(shapes.slot),
@@ -82,7 +85,7 @@ class WeightUnit(wiring.Component):
         room = Signal(range(fifo_depth + 1), init=fifo_depth)
         pause = Signal()
         enter = Signal()
-        m.d.comb += enter.eq(queue.r_rdy & (room != 0) & ~pause)
+        m.d.comb += [enter.eq(queue.r_rdy & (room != 0) & ~pause), self.score_ask.eq(enter)]
         if config.rows == 1:
             m.d.sync += pause.eq(enter)   # the denominator's update takes two cycles
         with m.If(enter):
