@@ -17,6 +17,7 @@ from kvattic_hdl.lane import Lane
 from kvattic_hdl.loader import Loader
 from kvattic_hdl.maximum import Maximum
 from kvattic_hdl.operations import Operations
+from kvattic_hdl.selection import Selection
 from kvattic_hdl.shared import shared
 from kvattic_hdl.watchdog import Watchdog
 
@@ -24,8 +25,8 @@ from kvattic_hdl.watchdog import Watchdog
 class Engine(wiring.Component):
     """Attention over KV pages that arrive as tagged codewords, one lane for each channel.
 
-    A batch of commands is fetched from host memory at the doorbell; up to `jobs_in_flight` jobs overlap (load, K pass,
-    maximum, V pass, drain and write-back), so that a channel with a codeword to move is moving it.  Results do not
+    A batch of commands is fetched from host memory at the doorbell; up to `jobs_in_flight` jobs overlap (load, first
+    pass and selection of sparse modes, K pass, maximum, V pass, drain and write-back), so that a channel with a codeword to move is moving it.  Results do not
     depend on the order in which codewords come.  Flash commands go to their channels and complete out of order.  A soft
     reset (CONTROL.RESET) ends the bus transfers and the flash operations first.
 
@@ -137,9 +138,13 @@ class Engine(wiring.Component):
             dram_reader.epoch.eq(self.epoch),
         ]
 
-        # Jobs: loader -> maximum -> finisher.
-        for name, source, sink in (("loaded", loader.jobs, maximum.jobs_i),
-                                   ("scored", maximum.jobs_o, finisher.jobs)):
+        # Jobs: loader -> (selection ->) maximum -> finisher.
+        steps = [("loaded", loader.jobs, maximum.jobs_i), ("scored", maximum.jobs_o, finisher.jobs)]
+        if config.sparse:
+            selection = Selection(config)
+            m.submodules.selection = reset(selection)
+            steps[:1] = [("loaded", loader.jobs, selection.jobs_i), ("selected", selection.jobs_o, maximum.jobs_i)]
+        for name, source, sink in steps:
             fifo = SyncFIFOBuffered(width=shapes.job.size, depth=config.jobs_in_flight)
             m.submodules[name] = reset(fifo)
             m.d.comb += [
@@ -171,7 +176,19 @@ class Engine(wiring.Component):
             finisher.final.eq(maximum.final),
             finisher.failed.eq(watchdog.failed),
             finisher.failed_where.eq(watchdog.where),
+            finisher.mean_valid.eq(loader.mean_valid),
+            finisher.mean.eq(loader.mean),
         ]
+        if config.sparse:
+            m.d.comb += [
+                selection.failed.eq(watchdog.failed),
+                selection.alpha_slot.eq(finisher.final_slot),
+                selection.alpha_row.eq(finisher.final_row),
+                finisher.alpha.eq(selection.alpha),
+                watchdog.selection_waiting.eq(selection.waiting),
+                watchdog.selection_slot.eq(selection.waiting_slot),
+                watchdog.selected.eq(selection.jobs_o.valid & selection.jobs_o.ready),
+            ]
 
         # Lanes: everything central is the same for all of them; registered, for the way is long.
         load, load_valid = Signal(shapes.load), Signal()
@@ -213,6 +230,7 @@ class Engine(wiring.Component):
                 lane.denominator_slot.eq(finisher.denominator_slot),
                 lane.denominator_row.eq(finisher.denominator_row),
                 lane.report_slot.eq(report_slot),
+                watchdog.first_done[channel].eq(lane.first_done),
                 maximum.keys_done[channel].eq(lane.keys_done),
                 maximum.maximum[channel].eq(lane.maximum),
                 finisher.values_done[channel].eq(lane.values_done),
@@ -225,6 +243,14 @@ class Engine(wiring.Component):
                 control.events[channel].eq(lane.events),
                 control.bad_tags[channel].eq(lane.offender.as_value()),
             ]
+            if config.sparse:
+                m.d.comb += [
+                    *(getattr(lane, name).eq(getattr(selection, name)) for name in (
+                        "first_slot", "first_row", "sweep_valid", "sweep", "reference_write", "reference_row", "reference",
+                        "sum_row", "bin", "select_valid", "select_slot")),
+                    *(getattr(selection, name)[channel].eq(getattr(lane, name)) for name in (
+                        "first_done", "first_maximum", "sweep_done", "sum", "count", "unmarked")),
+                ]
         connect(m, finisher.chain_head, lanes[0].chain_i)
         for before, after in zip(lanes, lanes[1:], strict=False):
             connect(m, before.chain_o, after.chain_i)

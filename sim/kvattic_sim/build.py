@@ -80,6 +80,7 @@ _VERILATE_FLAGS = (
     "-Wno-lint",
     "-Wno-style",
     "-Wno-UNOPTFLAT",
+    "-Wno-SYMRSVDWORD",  # a port named as something in C++: Verilator renames it in the model
 )
 # -O1 compiles in two thirds of the time of -O2 and runs as fast within a tenth;
 # -O0 runs ten times slower.

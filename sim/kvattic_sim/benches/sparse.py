@@ -128,8 +128,9 @@ def sparq_equal(lab: Lab) -> Figures:
     for rows in (1, 4):
         for tokens, r, k, local in ((256, 16, 16, 0), (512, 32, 64, 16), (1024, 16, 64, 0)):
             q, key, value = (rng.standard_normal(shape) for shape in ((rows, 128), (tokens, 128), (tokens, 128)))
-            ours = oracle.sparf(q, key, value, r=r, k=k, local=local).output
-            theirs = oracle.sparq(q, key, value, r=r, k=k, local=local)
+            mean = value.mean(axis=0)
+            ours = oracle.sparf(q, key, value, 128**-0.5, channels=r, units=k, local=local, mean=mean).output
+            theirs = oracle.sparq(q, key, value, mean, r=r, k=k, local=local)
             worst = max(worst, float(np.abs(ours - theirs).max() / np.abs(theirs).max()))
     return {"sparse.sparq_equal": worst}
 
