@@ -50,19 +50,19 @@ class Loader(wiring.Component):
     Latency: for a job of one row about the memory's latency + 17 cycles of checking + a cycle for
     each word of its query block and its table.  The next command is requested right behind these,
     so its fetch costs its eight words only.  A flash command takes the memory's latency + 15 cycles.
+    A CENTROID job has two words for each stripe.  SPARF and FETCHED take two cycles more for their
+    checks; the `Ranker`'s digits, or a cycle for each word of table and mean if these take longer;
+    the `Ranker`'s time from `go` to `done`; three cycles.
     Throughput: one word a cycle while a block arrives; one job at a time.
-    Sparse jobs have two words for each stripe.  SPARF and FETCHED take two cycles more for their
-    checks, and from the last word of q on the longer of two: a cycle for each word of table and
-    mean; the `Ranker`'s digits.  Then come its `go` to `done`, and three cycles.
     Ordering: jobs leave in the order of the commands, and so do flash commands; a job's `start`
     comes two cycles or more after the last `load`, its record on `jobs` one cycle or more after its
     `start`.
     Reset: no batch; the epoch goes on, so that codewords of jobs before the reset are recognised as
     stale.  Reads under way must have ended before: raise `stop` until `quiet`.
 
-    A command that fails its checks becomes a job without lanes (and of mode DENSE); so does one with a bad
-    query block, table or mean.  The first that applies is reported: BUS_ERROR of the command line,
-    INVALID_OPCODE, INVALID_FIELD; for ATTEND: INVALID_ROWS, INVALID_LENGTH, INVALID_SELECTION
+    A command that fails its checks becomes a job without lanes, of mode DENSE; so does one with a
+    bad query block, table or mean.  The first that applies is reported: BUS_ERROR of the command
+    line, INVALID_OPCODE, INVALID_FIELD; for ATTEND: INVALID_ROWS, INVALID_LENGTH, INVALID_SELECTION
     (channels, units, local, unit_bits), MISSING_MEAN, INVALID_ADDRESS (query, result, table, mean),
     INVALID_SCALE, BUS_ERROR of query block, table or mean, INVALID_TABLE, NO_SKETCH, NAN_QUERY,
     NAN_MEAN; for flash commands: INVALID_PLACE.  `where` is zero for those that commands.Status
@@ -85,7 +85,7 @@ class Loader(wiring.Component):
     count : In(16)
         Number of commands, at least 1.
     buffer_base, buffer_limit : In(64)
-        Query blocks, result blocks and tables must be inside of this window.
+        Query blocks, result blocks, tables and means must be inside of this window.
     load_valid, load : Out(1), Out(Shapes.load)
         Written to all lanes.
     start_valid, start : Out(1), Out(Shapes.start)
