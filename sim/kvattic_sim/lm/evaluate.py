@@ -452,8 +452,7 @@ def _name(ratio: Fraction) -> str:
 
 
 def _table(qualities: Mapping[tuple[str, Fraction], Quality]) -> Table:
-    table = Table(title="Bits per byte on held-out text, and flash bytes moved relative to dense attention",
-                  caption=f"in brackets: where at most {SHORT_TAIL} tokens are in device DRAM")
+    table = Table(title="Bits per byte on held-out text, and flash bytes moved relative to dense attention")
     table.add_column("method")
     for ratio in RATIOS:
         table.add_column(str(ratio), justify="right")
@@ -462,8 +461,22 @@ def _table(qualities: Mapping[tuple[str, Fraction], Quality]) -> Table:
         cells = []
         for ratio in RATIOS:
             point = qualities.get((method, ratio))
-            cells += [f"{point.bits:.3f} ({point.short_tail:.3f})", f"{point.flash_bytes:.3f}"] if point else ["", ""]
+            cells += [f"{point.bits:.4f}", f"{point.flash_bytes:.3f}"] if point else ["", ""]
         table.add_row(method, *cells)
+    return table
+
+
+def _loss_table(qualities: Mapping[tuple[str, Fraction], Quality]) -> Table:
+    table = Table(title=f"Bits per byte more than dense; in brackets where {SHORT_TAIL} tokens or fewer are in DRAM")
+    table.add_column("method")
+    for ratio in RATIOS[1:]:
+        table.add_column(str(ratio), justify="right")
+    dense = qualities["dense", RATIOS[0]]
+    for method in METHODS[1:]:
+        table.add_row(method, *(
+            f"{point.bits - dense.bits:+.4f} ± {point.error:.4f} ({point.short_tail - dense.short_tail:+.4f})"
+            for point in (qualities[method, ratio] for ratio in RATIOS[1:])
+        ))
     return table
 
 
@@ -493,7 +506,7 @@ def draw(qualities: Mapping[tuple[str, Fraction], Quality], path: Path) -> None:
         "fetched": ("C2", "s", "-", 2.2),
         "centroid": ("C1", "^", "-", 2.2),
         "pages": ("C3", "X", "-", 2.2),
-        "sparq": ("C0", "o", ":", 1.2),
+        "sparq": ("C9", "p", ":", 1.5),
         "quest": ("C4", "v", "--", 1.2),
         "h2o": ("C5", "D", "--", 1.2),
         "local": ("0.45", "P", "--", 1.2),
@@ -502,7 +515,7 @@ def draw(qualities: Mapping[tuple[str, Fraction], Quality], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     dense = qualities["dense", RATIOS[0]].bits
     axes.axhline(dense, color="black", linewidth=1)
-    axes.text(0.99, dense, "dense", transform=axes.get_yaxis_transform(), ha="right", va="top")
+    axes.annotate("dense", (0.01, dense), (0, -3), axes.get_yaxis_transform(), "offset points", va="top")
     for name, (colour, marker, line, width) in styles.items():
         points = sorted(
             (point.flash_bytes, point.bits) for (method, ratio), point in qualities.items()
@@ -573,6 +586,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     qualities = quality(decoder, windows, methods, lambda line: console.print(line, style="dim"))
     console.print(_table(qualities))
+    console.print(_loss_table(qualities))
     draw(qualities, args.plot)
     figures.record({
         f"lm.{kind}.{name}.{_name(ratio)}": value
