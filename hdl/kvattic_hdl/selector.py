@@ -25,6 +25,22 @@ from kvattic_hdl.interfaces import LENGTH_FORCED, MODE_BITS, RANK_BITS, TOKEN_BI
 class Selector(wiring.Component):
     """Sweeps through the tokens (or units) of a job's stripes in this lane's list, for the central `Selection`.
 
+    From `sweep_valid` to `done`, if every `score_ask` is granted (one that is not costs its cycle):
+
+    ===== ================================ ==============================================================
+    sweep cycles                           512 tokens in two stripes, one row
+    ===== ================================ ==============================================================
+    SUM   24 + a cycle for each score      536
+    MASS  27 + a cycle for each score      539
+    DIGIT 11 + a cycle for each unit       523 (SPARF)
+    MARK  10 to 24 + a cycle for a token   522 to 536; in CENTROID 10 + a cycle for a codeword (266)
+    ===== ================================ ==============================================================
+
+    Scores are those before `end_token`, of each row that has a reference; those of stripes in device DRAM count in SUM
+    and MARK only, in CENTROID never.  MARK reads the scores of selected tokens beside its walk, and waits where it has
+    found many with many rows.  Tokens are walked in the order of the list; a stripe shorter than four steps takes four.
+    Reset forgets the sweep.
+
     Parameters
     ----------
     config : Config
@@ -59,10 +75,9 @@ class Selector(wiring.Component):
     mark_valid, mark_ring, mark_bits : Out(1), Out(ring), Out(tokens_per_codeword)
         Strobe, in a MARK sweep once for each place of the job's stripes, also of those beyond `end_token`: which tokens
         of the codeword at `mark_ring` are selected.  Bits of tokens from `end_token` on mean nothing.
-    mark_room : In(1), 1 where it is not driven
-        Marks may come.  Up to `MARKS_UNDER_WAY` of them still come after it has fallen.
     reference_write, reference_row, reference : In(1), In(row), In(score)
-        Strobe: what the row's scores are compared with, from the next sweep on.  No score is above it.
+        Strobe: what the row's scores are compared with, from the next sweep on.  No score is above it.  Written for
+        the job's rows in ascending order: the last one written is the last that sweeps go through.
     sum_row : In(row)
     sum : Out(denominator)
         That row's sum of the last SUM or MARK sweep, two cycles later.
@@ -72,8 +87,6 @@ class Selector(wiring.Component):
     unmarked : Out(1)
         The last MARK sweep left a unit unselected.
     """
-
-    MARKS_UNDER_WAY = 4
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -100,7 +113,6 @@ class Selector(wiring.Component):
             "mark_valid": Out(1),
             "mark_ring": Out(shapes.ring),
             "mark_bits": Out(config.tokens_per_codeword),
-            "mark_room": In(1, init=1),
             "reference_write": In(1),
             "reference_row": In(shapes.row),
             "reference": In(shapes.score),
@@ -169,7 +181,7 @@ class Selector(wiring.Component):
         room = Signal(range(depth + 1), init=depth)
         go, last_step, fetch, useful = Signal(), Signal(), Signal(), Signal()
         m.d.comb += [
-            go.eq(within & (room != 0) & (~marking | self.mark_room)),
+            go.eq(within & (room != 0)),
             after.eq(offset + step),
             last_step.eq(after >= Mux(marking, group_tokens, limit)),
             fetch.eq(running & ~begin & (left != 0) & settled[-1] & (~within | (go & last_step))),

@@ -110,11 +110,11 @@ class Lane:
     Scores of places where nothing was put are random.  `marks`: ring -> bits, of the last MARK sweep.
     """
 
-    def __init__(self, dut, config, seed, grant=1.0, room=1.0):
+    def __init__(self, dut, config, seed, grant=1.0):
         self.dut, self.config = dut, config
         self.shapes = Shapes(config)
         self.rng = np.random.default_rng(seed)
-        self.grant, self.room = grant, room
+        self.grant = grant
         self.jobs, self.scores, self.marks = {}, {}, {}
         self.row_bits = self.shapes.row.width if config.rows > 1 else 0
         self.index_bits = config.slot_bits_per_codeword
@@ -164,20 +164,17 @@ class Lane:
         dut, config, rng = self.dut, self.config, self.rng
         # Drawn beforehand: a draw for each cycle would take longer than the simulation.
         length = 4099
-        grants, rooms = rng.random(length) < self.grant, rng.random(length) < self.room
+        grants = rng.random(length) < self.grant
         noises = rng.integers(SCORE_MASKED, SCORE_MAX + 1, length).tolist()
         pending = []
-        after_room = cycle = 0
+        cycle = 0
         while True:
             cycle = (cycle + 1) % length
-            granted, has_room, noise = bool(grants[cycle]), bool(rooms[cycle]), noises[cycle]
+            granted, noise = bool(grants[cycle]), noises[cycle]
             ctx.set(dut.score_grant, granted)
-            ctx.set(dut.mark_room, has_room)
             _, _, address, ask, stripe, slot, sweep, mark, ring, bits, sweep_slot = await ctx.tick().sample(
                 dut.score_address, dut.score_ask, dut.stripe_address, dut.slot, dut.sweep_valid,
                 dut.mark_valid, dut.mark_ring, dut.mark_bits, dut.sweep.slot)
-            after_room = 0 if has_room else after_room + mark
-            assert after_room <= dut.MARKS_UNDER_WAY
             if mark:
                 assert ring not in self.marks, "marked twice"
                 self.marks[ring] = bits

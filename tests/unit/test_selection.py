@@ -246,6 +246,26 @@ def test_edges():
     bench.simulate(jobs)
 
 
+def test_forced_units():
+    """More units than k in the local window; masses as long as that of a forced unit."""
+    config = TWO_ROWS
+    bench = Bench(config, 16)
+    rng = np.random.default_rng(16)
+    size = config.group_tokens
+    full = np.full((2, 2 * size), SCORE_MAX)
+    given = {"stripes": 2, "tail": [0, 0]}
+    jobs = [
+        make_job(config, rng, FETCHED, unit_bits=0, units=2, local=4, end=2 * size - 3, **given),
+        make_job(config, rng, FETCHED, unit_bits=3, units=3, local=4, end=2 * size, scores=full.copy(), **given),
+        make_job(config, rng, FETCHED, unit_bits=3, units=2, local=32, end=2 * size, scores=full.copy(), **given),
+        make_job(config, rng, FETCHED, unit_bits=3, units=2, local=32, end=2 * size - 1, scores=full.copy(), **given),
+    ]
+    forced = [int((expect(config, job).valid & (expect(config, job).rank >> 24 == 2**36 - 1)).sum()) for job in jobs]
+    assert forced == [3, 1, 2, 3]
+    assert expect(config, jobs[1]).rank[0] >> 24 == 1 << 35
+    bench.simulate(jobs)
+
+
 def test_rows_differ():
     """One row attends nothing, one is sharp: alphas are each row's own."""
     config = replace(TINY, rows=3, channels=2)
@@ -315,4 +335,5 @@ def test_latency():
                  scores=np.round(rng.normal(0, 2, (1, tokens)) * 2**22).astype(np.int64)),
     ]
     bench.simulate(jobs)
-    print(bench.latencies, bench.sweeps)
+    assert bench.sweeps == 5
+    assert bench.latencies == [2908]

@@ -15,7 +15,7 @@ from kvattic_hdl.interfaces import LENGTH_FORCED, RANK_BITS, Sweep
 from kvattic_hdl.selector import Selector
 
 sys.path.insert(0, str(Path(__file__).parent))
-from selection_bench import Job, Lane, expect, make_job, marked
+from selection_bench import Lane, expect, make_job, marked
 
 SPARF, FETCHED, CENTROID = Mode.SPARF, Mode.FETCHED, Mode.CENTROID
 
@@ -180,7 +180,7 @@ def test_sweeps(config, mode, unit_bits, grant):
             await ctx.tick()
             await check(ctx, dut, model, slot, job, mine, rng)
 
-    simulate(config, 1, bench, grant=grant, room=0.8 if grant < 1 else 1.0)
+    simulate(config, 1, bench, grant=grant)
 
 
 @pytest.mark.parametrize("mode", [SPARF, FETCHED, CENTROID])
@@ -250,7 +250,6 @@ def test_cycles():
     async def bench(ctx, dut, model):
         rng = np.random.default_rng(4)
         job = make_job(config, rng, SPARF, stripes=2, tail=[0, 0], end=2 * size, local=0)
-        assert isinstance(job, Job)
         model.put(1, job, [0, 1], 0)
         await ctx.tick()
         expected = expect(config, job)
@@ -261,5 +260,12 @@ def test_cycles():
         cycles[Sweep.MARK] = await sweep(ctx, dut, 1, Sweep.MARK, RANK_BITS, threshold)
         assert model.marked(1).sum() == 64
 
+        sparf = cycles.copy()
+        job = make_job(config, rng, CENTROID, stripes=2, unit_bits=1, tail=[0, 0], end=2 * size, local=0)
+        model.put(2, job, [0, 1], 0)
+        await ctx.tick()
+        for op in Sweep:
+            cycles[op] = await sweep(ctx, dut, 2, op)
+        assert [list(sparf.values()), list(cycles.values())] == [[536, 539, 523, 528], [152, 155, 139, 266]]
+
     simulate(config, 4, bench)
-    print(cycles)
