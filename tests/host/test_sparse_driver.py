@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 import kvattic
 from kvattic import Mode, layout, sparse
-from kvattic.commands import Status
+from kvattic.commands import Status, query_row_bytes, result_row_bytes
 from kvattic.config import TINY, Config
 from kvattic.driver import Device
 from kvattic.elements import from_bits, to_bits
-from kvattic.errors import DeviceStatusError, DeviceTimeoutError, RequestError
+from kvattic.errors import CapacityError, DeviceStatusError, DeviceTimeoutError, RequestError
 from kvattic.formats import Element
 from kvattic.golden_device import FlashFaults, GoldenDevice
 from kvattic.jobs import explain
@@ -235,6 +235,27 @@ def test_a_plan_follows_its_stripes_into_flash():
     assert not np.array_equal(before, after)
 
 
+def test_small_memory_makes_batches_of_the_same_bits():
+    """Command and completion, two rows, a table of three stripes with sketches, and the mean of V."""
+    key, value, query = tensors(TINY, 2, 300, 4)
+    size = 2 * 64 + 2 * (query_row_bytes(32) + result_row_bytes(32)) + 64 + 128
+    found = []
+    for memory, batches in ((1 << 20, 1), (2 * size, 1), (2 * size - 1, 2), (size, 2)):
+        with Device(GoldenDevice(TINY, memory_bytes=memory)) as device:
+            sequence = device.create_sequence(2, capacity_tokens=300, sparse=True)
+            sequence.prefill(key, value)
+            calls = []
+            found.append(sequence.attend(query, mode="sparf", channels=8, units=40,
+                                         progress=lambda *a, calls=calls: calls.append(a)).bits)
+            assert len(calls) == batches
+            assert np.array_equal(found[-1], found[0])
+    with Device(GoldenDevice(TINY, memory_bytes=size - 1)) as device:
+        sequence = device.create_sequence(2, capacity_tokens=300, sparse=True)
+        sequence.prefill(key, value)
+        with pytest.raises(CapacityError, match=f"job 0 of 2 needs {size} bytes of host memory"):
+            sequence.attend(query, mode="sparf", channels=8, units=40)
+
+
 # The mean of V.
 
 
@@ -271,13 +292,14 @@ def test_what_is_lost_is_taken_out_of_the_mean(flushed):
         sequence = device.create_sequence(2, capacity_tokens=300, sparse=True, centroids=8)
         if flushed:
             sequence.append(key[:, :flushed], value[:, :flushed])
+        sequence.append(key[:, flushed : flushed + 20], value[:, flushed : flushed + 20])
         faults.power_cut = 3
         if flushed == 256:
-            sequence.append(key[:, 256:], value[:, 256:])
+            sequence.append(key[:, 276:], value[:, 276:])
             device.transport._powered = False
         else:
             with pytest.raises(DeviceTimeoutError):
-                sequence.append(key[:, flushed:], value[:, flushed:])
+                sequence.append(key[:, flushed + 20 :], value[:, flushed + 20 :])
         faults.power_cut = None
         device.transport.power_up()
         device.recover()
@@ -334,6 +356,7 @@ def test_bad_requests(arguments, message):
         with pytest.raises(RequestError, match=message):
             sequence.attend(np.ones((1, 1, 32)), **arguments)
         sequence.attend(np.ones((1, 1, 32)), mode="centroid", units=3, local=13, unit=8)
+        sequence.attend(np.ones((1, 1, 32)), mode="centroid", units=6, local=48, window=44)     # all of the window
 
 
 def test_a_query_with_fewer_units_takes_all():
@@ -357,6 +380,8 @@ def test_a_query_that_attends_nothing():
         result = sequence.attend(query, tree=tree, mode="sparf", channels=4, units=4)
         assert np.isneginf(result.lse[0]).tolist() == [True, False]
         assert np.array_equal(result.output[0, 1], from_bits(value[0, 3], TINY.element))
+        result = sequence.attend(query[:, :1], tree=tree[:1], mode="sparf", channels=4, units=20, local=20)
+        assert np.isneginf(result.lse).all()
 
 
 def test_more_tokens_than_the_score_buffers_hold():
