@@ -190,7 +190,7 @@ class Device:
 
     @property
     def write_amplification(self) -> float:
-        """Pages programmed for each page of K and V that was written; NaN if there was none."""
+        """Pages programmed for each page of K, V and sketches that was written; NaN if there was none."""
         return self._allocator.write_amplification
 
     def scan_bad_blocks(self) -> list[Block]:

@@ -126,8 +126,9 @@ class Sequence:
     Usable as a context manager, which frees it at the end.
 
     Tokens that do not fill a stripe yet are in device DRAM, as pages that look as those in flash, and are attended
-    there.  A full stripe is programmed from these pages, which are then given back.  What is in flash (`flushed`)
-    survives a loss of the drive's power, what is in DRAM does not.
+    there.  A full stripe is programmed from these pages, which are then given back, together with what its sequence has
+    for the sparse modes (*sketches*): K in the channel layout, centroids.  What is in flash (`flushed`) survives a loss
+    of the drive's power, what is in DRAM does not.
 
     Attributes:
         device: where it lives.
