@@ -21,9 +21,15 @@ class Selection(wiring.Component):
 
     The steps of a sparse job (docs/sparse.md): wait for the first pass in all lanes; each row's largest score; SUM,
     each row's denominator, and its log2; MASS, the units' ranks; a radix select from the highest digit down, exact,
-    which ends as soon as a digit divides off the right number of units; MARK; `select_valid`; each row's alpha.
+    which ends as soon as a digit divides off the right number of units; MARK; `select_valid`; each row's alpha.  The
+    first digit is the mass's length in bits, so that the next one begins where the masses in question do: most are far
+    below 1, and 6 bits of a fixed place would tell nothing of them.
 
-    Throughput: one job at a time.
+    Latency from the last `first_done` to `select_valid`, measured, 8 lanes of 512 tokens (sweeps: see `Selector`):
+    one row, SPARF, k a sixteenth of the tokens 2,908 cycles (two DIGIT sweeps, which is usual; each more 600); FETCHED
+    with units of a codeword 2,379; CENTROID likewise 1,577; eight rows, SPARF 10,959, of which SUM and MASS, a score a
+    cycle, are 8,200.  alpha is there channels + 5 cycles a row after `select_valid`.
+    Throughput: one job at a time, so a job for each latency.
     Ordering: jobs leave in the order in which they came; dense ones and those without lanes take two cycles.
     Reset: no job.
 

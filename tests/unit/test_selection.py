@@ -325,7 +325,7 @@ def test_stale_first_done_is_not_taken():
 
 
 def test_latency():
-    """The figures of the class's documentation: 8 lanes with 512 tokens each, one row, k an eighth."""
+    """The figure of the class's documentation: 8 lanes with 512 tokens each, one row, k a sixteenth."""
     config = PAPER
     bench = Bench(config, 15)
     rng = np.random.default_rng(15)
