@@ -1,13 +1,16 @@
-"""Bookkeeping of a lane's first pass: which groups are open, what they still wait for, and when they are harvested."""
+"""Bookkeeping of a lane's first pass: its channels, its open groups, what they wait for, when they are harvested."""
 
 from amaranth.hdl import Array, Cat, Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
-from amaranth.utils import bits_for
+from amaranth.utils import bits_for, ceil_log2
 
 from kvattic.config import Config
 from kvattic_hdl.interfaces import TOKEN_BITS, Shapes
+
+GENERATION_BITS = 4
+"""Tells the chosen channels of two jobs apart that used the same slot."""
 
 
 def group_shape(config: Config) -> data.StructLayout:
@@ -163,4 +166,70 @@ class FirstPass(wiring.Component):
                 with m.If(self.harvested):
                     m.d.comb += end.eq(1)
                     m.next = "collect"
+        return m
+
+
+class ChosenChannels(wiring.Component):
+    """The channels that each slot's job reads in its first pass, by their number in the list and by themselves.
+
+    A channel is chosen if its mark is of the slot's present generation, so that no list needs to be swept.
+
+    Parameters
+    ----------
+    config : Config
+
+    Members
+    -------
+    load_valid, load : In
+        A slot's list, behind its first row record, which makes it empty.
+    address : In
+        Cat(number in the list, slot).
+    channel : Out, one cycle later
+    asked_slot : In(slot), asked_channel : In
+    chosen : Out(1), one cycle later
+        That channel is in that slot's list.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.shapes = shapes = Shapes(config)
+        self.channel_bits = ceil_log2(config.head_dim)
+        super().__init__({
+            "load_valid": In(1),
+            "load": In(shapes.load),
+            "address": In(self.channel_bits + shapes.slot.width),
+            "channel": Out(self.channel_bits),
+            "asked_slot": In(shapes.slot),
+            "asked_channel": In(ceil_log2(config.group_codewords)),
+            "chosen": Out(1),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        slots, bits = self.config.jobs_in_flight, self.channel_bits
+        load = self.load
+        channel, number = load.data[:bits], load.data[8 : 8 + bits]
+        m.submodules.channels = channels = Memory(
+            shape=bits, depth=slots << bits, init=[], attrs={"ram_style": "block"})
+        m.submodules.marks = marks = Memory(
+            shape=GENERATION_BITS, depth=slots << bits, init=[], attrs={"ram_style": "block"})
+        write, read = channels.write_port(domain="sync"), channels.read_port(domain="sync")
+        mark, seen = marks.write_port(domain="sync"), marks.read_port(domain="sync")
+        generations = Array(Signal(GENERATION_BITS, name=f"generation_{s}") for s in range(slots))
+        generation, exists = Signal(GENERATION_BITS), Signal()
+        with m.If(self.load_valid & load.record & (load.row == 0)):
+            m.d.sync += generations[load.slot].eq(generations[load.slot] + 1)
+        m.d.comb += [
+            write.en.eq(self.load_valid & load.chosen),
+            write.addr.eq(Cat(number, load.slot)),
+            write.data.eq(channel),
+            read.addr.eq(self.address),
+            self.channel.eq(read.data),
+            mark.en.eq(self.load_valid & load.chosen),
+            mark.addr.eq(Cat(channel, load.slot)),
+            mark.data.eq(generations[load.slot]),
+            seen.addr.eq(Cat(self.asked_channel[:bits], self.asked_slot)),
+            self.chosen.eq((seen.data == generation) & exists),
+        ]
+        m.d.sync += [generation.eq(generations[self.asked_slot]), exists.eq(self.asked_channel < self.config.head_dim)]
         return m

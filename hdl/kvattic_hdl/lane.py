@@ -20,7 +20,7 @@ from kvattic.formats import (
 from kvattic_hdl.arithmetic import add_carry, decode, times
 from kvattic_hdl.cell import ADDEND_STAGE, HEADROOM, READ_STAGE, SUM_STAGE, Cell, accumulator_words, group_base
 from kvattic_hdl.exponential import Exponential
-from kvattic_hdl.first_pass import FirstPass
+from kvattic_hdl.first_pass import ChosenChannels, FirstPass
 from kvattic_hdl.intake import Intake
 from kvattic_hdl.interfaces import (
     ACCUMULATE_CYCLES,
@@ -33,6 +33,8 @@ from kvattic_hdl.interfaces import (
 )
 from kvattic_hdl.records import fields
 from kvattic_hdl.score import ScoreUnit, score_interval, scored_token
+from kvattic_hdl.score_ring import ScoreRing
+from kvattic_hdl.scrubber import Scrubber
 from kvattic_hdl.shared import shared
 from kvattic_hdl.walker import FirstWalker, Walker
 from kvattic_hdl.weights import WeightUnit
@@ -41,12 +43,6 @@ try:
     from kvattic_hdl.selector import Selector
 except ImportError:
     Selector = None
-
-SETTLE_CYCLES = 4096
-"""Cycles after which no beat of an abandoned job can be left inside of a lane."""
-GENERATION_BITS = 4
-"""Tells the chosen channels of two jobs apart that used the same slot."""
-
 
 class Lane(wiring.Component):
     """Walks each job's pages on its channel, scores K codewords and sums V codewords as they come.
@@ -258,14 +254,17 @@ class Lane(wiring.Component):
             with m.If(started):
                 m.d.sync += sparse_jobs.bit_select(started_slot, 1).eq(is_sparse)
 
+        # Who looks a job's places up: the door, the scrubber, the walkers, the selector.
+        m.submodules.ring = ring = ScoreRing(config, 6 if sparse else 2)
+        at_door, at_failed, at_first, at_key, at_value, at_selector = range(6)
+
         # K runs one job ahead of V: K0 K1 V0 K2 V1 ...; where K can't go on, V does.
         ahead = Signal(range(slots + 1))
         m.d.sync += ahead.eq(ahead + key_walker.end - value_walker.end)
-        used = Signal(range(config.ring_codewords + 1))
         key_turn, first_turn = Signal(), Signal()
         key_fired, value_fired, first_fired = Signal(), Signal(), Signal()
         m.d.comb += [
-            key_walker.room.eq((used != config.ring_codewords) | key_walker.skip),
+            key_walker.room.eq(ring.room | key_walker.skip),
             key_turn.eq(key_walker.requests.valid & ((ahead <= 1) | ~value_walker.ready_to_ask)),
             value_walker.room.eq(1),
             self.requests.valid.eq(first_turn | key_walker.requests.valid | value_walker.requests.valid),
@@ -276,35 +275,16 @@ class Lane(wiring.Component):
             value_fired.eq(value_walker.requests.valid & value_walker.requests.ready),
         ]
 
-        # The score ring: a dense job takes the next places as its K codewords are asked for, a sparse job all of its
-        # places when its first walk begins; they are given back, in slot order, when its V codewords are done.
-        m.submodules.rings = rings = Memory(
-            shape=data.StructLayout({"base": shapes.ring, "taken": shapes.place.width + 1}), depth=slots, init=[],
-            attrs={"ram_style": "distributed"})
-        m.submodules.askeds = askeds = Memory(
-            shape=shapes.place.width + 1, depth=slots, init=[], attrs={"ram_style": "distributed"})
-        ring_write, asked_write = rings.write_port(domain="sync"), askeds.write_port(domain="sync")
-        ring_head = Signal(shapes.ring)
-        dense_begin = key_walker.begin & ~key_walker.skip
-        dense_fired = key_fired & ~key_walker.skip
-        first_begin, first_taken = Signal(), Signal(shapes.place.width + 1)
+        keys_walked = Signal(slots)
         m.d.comb += [
-            ring_write.addr.eq(key_walker.slot),
-            ring_write.en.eq(dense_begin | first_begin),
-            ring_write.data.base.eq(ring_head),
-            ring_write.data.taken.eq(first_taken),
-            asked_write.addr.eq(key_walker.slot),
-            asked_write.en.eq(key_walker.begin | key_fired),
-            asked_write.data.eq(Mux(key_walker.begin, 0, key_walker.requests.payload.tag.place + 1)),
+            ring.sparse.eq(sparse_jobs),
+            ring.key_slot.eq(key_walker.slot),
+            ring.key_begin.eq(key_walker.begin),
+            ring.key_fired.eq(key_fired),
+            ring.key_place.eq(key_walker.requests.payload.tag.place),
         ]
-        m.d.sync += ring_head.eq(ring_head + dense_fired + Mux(first_begin, first_taken, 0))
-
-        def place_ports():
-            """Comb read ports of a slot: (base and taken, asked)."""
-            return rings.read_port(domain="comb"), askeds.read_port(domain="comb")
 
         # The first walker goes in front; it has the right of way as long as K has nothing to read after this job.
-        keys_walked = Signal(slots)
         if sparse:
             m.submodules.first_walker = first_walker = FirstWalker(config)
             first_job = kept("first_jobs", *(field for field, _ in first_walker.first_walk))
@@ -316,9 +296,14 @@ class Lane(wiring.Component):
                 Value.cast(first_walker.job).eq(Value.cast(first_job.data)),
                 first_walker.failed.eq(self.failed.bit_select(first_walker.slot, 1)),
                 first_walker.keys_walked.eq(keys_walked.bit_select(first_walker.slot, 1)),
-                first_taken.eq(first_job.data.stripes << ceil_log2(config.group_codewords)),
-                first_walker.fits.eq(used + first_taken <= config.ring_codewords),
-                first_begin.eq(first_walker.begin),
+                ring.first_places.eq(first_job.data.stripes << ceil_log2(config.group_codewords)),
+                ring.first_slot.eq(first_walker.slot),
+                ring.first_begin.eq(first_walker.begin),
+                first_walker.fits.eq(ring.first_room),
+                key_walker.ring_base.eq(ring.base[at_key]),
+                value_walker.ring_base.eq(ring.base[at_value]),
+                ring.slots[at_key].eq(key_walker.slot),
+                ring.slots[at_value].eq(value_walker.slot),
                 first_turn.eq(first_walker.requests.valid & (
                     (first_ahead == 0) | ~(key_walker.requests.valid | value_walker.requests.valid))),
                 first_walker.requests.ready.eq(self.requests.ready & first_turn),
@@ -326,8 +311,6 @@ class Lane(wiring.Component):
             ]
             with m.If(first_turn):
                 m.d.comb += self.requests.payload.eq(first_walker.requests.payload)
-            with m.If(first_begin):
-                m.d.comb += ring_write.addr.eq(first_walker.slot)
 
             # Its lists: where a stripe's sketch lies (or K, of a tail), and the chosen channels.
             sketch = fields(SKETCH_ENTRY, self.load.data[: SKETCH_ENTRY.size * 8])
@@ -347,34 +330,28 @@ class Lane(wiring.Component):
             first_stripes = listed(
                 "first_stripes", first_walker.first_stripe, written, (stripes - 1)[: shapes.list_bits],
                 self.load_valid & self.load.sketch & appended).read_port(domain="sync")
-            channel_bits = first_walker.channel_bits
-            m.submodules.chosen = chosen = Memory(
-                shape=channel_bits, depth=slots << channel_bits, init=[], attrs={"ram_style": "block"})
-            chosen_write, chosen_read = chosen.write_port(domain="sync"), chosen.read_port(domain="sync")
+            m.submodules.chosen = chosen = ChosenChannels(config)
             m.d.comb += [
                 first_stripes.addr.eq(first_walker.stripe_address),
                 first_walker.stripe.eq(first_stripes.data),
-                chosen_write.en.eq(self.load_valid & self.load.chosen),
-                chosen_write.addr.eq(Cat(self.load.data[8 : 8 + channel_bits], self.load.slot)),
-                chosen_write.data.eq(self.load.data[:channel_bits]),
-                chosen_read.addr.eq(first_walker.chosen_address),
-                first_walker.chosen.eq(chosen_read.data),
+                chosen.load_valid.eq(self.load_valid),
+                chosen.load.eq(self.load),
+                chosen.address.eq(first_walker.chosen_address),
+                first_walker.chosen.eq(chosen.channel),
             ]
 
         # ----------------------------------------------------- what is left to do
 
+        m.submodules.scrubber = scrubber = Scrubber(config)
         active = Signal(slots)
-        holds = Signal(slots)
         first_walked, keys_begun, values_walked = (
             Signal(slots, name=n) for n in ("first_walked", "keys_begun", "values_walked"))
-        cleared = Signal(slots)     # the arrival bits of a sparse job's first pass are
         remains = Signal(slots)     # groups of its first pass
         channel_stored, channel_stored_slot = Signal(), Signal(shapes.slot)
         keys_left = Array(Signal(shapes.place.width + 1, name=f"keys_left_{s}") for s in range(slots))
         values_left = Array(Signal(shapes.place.width + 1, name=f"values_left_{s}") for s in range(slots))
         key_stored, value_stored = Signal(), Signal()
         key_stored_slot, value_stored_slot = Signal(shapes.slot), Signal(shapes.slot)
-        abandoned = Signal(slots)
         for s in range(slots):
             key_up, key_down = Signal(name=f"key_up_{s}"), Signal(name=f"key_down_{s}")
             value_up, value_down = Signal(name=f"value_up_{s}"), Signal(name=f"value_down_{s}")
@@ -386,8 +363,10 @@ class Lane(wiring.Component):
                 value_down.eq(value_stored & (value_stored_slot == s)),
             ]
             m.d.sync += [
-                self.keys_done[s].eq(Mux(self.failed[s], abandoned[s], keys_walked[s] & (keys_left[s] == 0))),
-                self.values_done[s].eq(Mux(self.failed[s], abandoned[s], values_walked[s] & (values_left[s] == 0))),
+                self.keys_done[s].eq(Mux(
+                    self.failed[s], scrubber.abandoned[s], keys_walked[s] & (keys_left[s] == 0))),
+                self.values_done[s].eq(Mux(
+                    self.failed[s], scrubber.abandoned[s], values_walked[s] & (values_left[s] == 0))),
             ]
             if sparse:
                 channel_down = Signal(name=f"channel_down_{s}")
@@ -398,45 +377,28 @@ class Lane(wiring.Component):
                 ]
                 with m.If(first_walker.end & (first_walker.slot == s)):
                     m.d.sync += first_walked[s].eq(1)
-                with m.If(first_begin & (first_walker.slot == s)):
-                    m.d.sync += [active[s].eq(1), holds[s].eq(1)]
+                with m.If(first_walker.begin & (first_walker.slot == s)):
+                    m.d.sync += active[s].eq(1)
             else:
                 with m.If(key_up != key_down):
                     m.d.sync += keys_left[s].eq(keys_left[s] + Mux(key_up, 1, -1))
             with m.If(value_up != value_down):
                 m.d.sync += values_left[s].eq(values_left[s] + Mux(value_up, 1, -1))
-            with m.If(dense_begin & (key_walker.slot == s)):
-                m.d.sync += [active[s].eq(1), holds[s].eq(1)]
             with m.If(key_walker.begin & (key_walker.slot == s)):
-                m.d.sync += keys_begun[s].eq(1)
+                # A sparse job without places was given up before its first walk began.
+                m.d.sync += [keys_begun[s].eq(1), active[s].eq(active[s] | ~sparse_jobs[s])]
             with m.If(key_walker.end & (key_walker.slot == s)):
                 m.d.sync += keys_walked[s].eq(1)
             with m.If(value_walker.end & (value_walker.slot == s)):
                 m.d.sync += values_walked[s].eq(1)
             with m.If(self.start_valid & (self.start.slot == s)):
                 m.d.sync += [
-                    active[s].eq(0), keys_walked[s].eq(0), values_walked[s].eq(0), abandoned[s].eq(0),
-                    keys_left[s].eq(0), values_left[s].eq(0), self.keys_done[s].eq(0), self.values_done[s].eq(0),
-                    first_walked[s].eq(0), keys_begun[s].eq(0), cleared[s].eq(0),
-                    *([self.first_done[s].eq(0)] if sparse else []),
+                    active[s].eq(0), first_walked[s].eq(0), keys_begun[s].eq(0), keys_walked[s].eq(0),
+                    values_walked[s].eq(0), keys_left[s].eq(0), values_left[s].eq(0), self.keys_done[s].eq(0),
+                    self.values_done[s].eq(0), *([self.first_done[s].eq(0)] if sparse else []),
                 ]
 
-        oldest = Signal(shapes.slot)
-        oldest_ring, oldest_asked = place_ports()
-        given_back = Signal(shapes.place.width + 1)
-        give_back = Signal()
-        m.d.comb += [
-            oldest_ring.addr.eq(oldest),
-            oldest_asked.addr.eq(oldest),
-            give_back.eq((holds & self.values_done & (cleared | ~sparse_jobs)).bit_select(oldest, 1)),
-            given_back.eq(Mux(give_back, Mux(sparse_jobs.bit_select(oldest, 1), oldest_ring.data.taken,
-                                             oldest_asked.data), 0)),
-        ]
-        m.d.sync += used.eq(used + dense_fired + Mux(first_begin, first_taken, 0) - given_back)
-        with m.If(give_back):
-            m.d.sync += holds.bit_select(oldest, 1).eq(0)
-        with m.If(give_back | (~holds.bit_select(oldest, 1) & holds.any())):
-            m.d.sync += oldest.eq(Mux(oldest == slots - 1, 0, oldest + 1))
+        m.d.comb += ring.done.eq(self.values_done & (scrubber.cleared | ~sparse_jobs))
 
         # -------------------------------------------------------------- intake
 
@@ -448,52 +410,35 @@ class Lane(wiring.Component):
         token_shape = data.StructLayout({"token": TOKEN_BITS} | ({"dram": 1} if sparse else {}))
         stripe_tokens = listed("stripe_tokens", token_shape, Cat(self.load.start, entry["dram"][0]))
         stripe_token = stripe_tokens.read_port(domain="sync")
-        ring_port, asked_port = place_ports()
         m.d.comb += [
             job_port.addr.eq(intake.slot),
-            ring_port.addr.eq(intake.slot),
-            asked_port.addr.eq(intake.slot),
+            ring.slots[at_door].eq(intake.slot),
             intake.epoch.eq(job_port.data.epoch),
             intake.active.eq((active & self.live).bit_select(intake.slot, 1)),
             intake.open.eq(self.value_open.bit_select(intake.slot, 1)),
             intake.failed.eq(self.failed.bit_select(intake.slot, 1)),
-            intake.asked.eq(Mux(keys_begun.bit_select(intake.slot, 1), asked_port.data, 0)),
-            intake.ring_base.eq(ring_port.data.base),
+            intake.asked.eq(Mux(keys_begun.bit_select(intake.slot, 1), ring.asked[at_door], 0)),
+            intake.ring_base.eq(ring.base[at_door]),
             intake.stripe_bits.eq(job_port.data.stripe_bits),
             intake.stripe_token.eq(stripe_token.data.token),
             stripe_token.addr.eq(intake.stripe_address),
             self.offender.eq(intake.offender),
         ]
 
-        # An abandoned job: wait until nothing of it can be under way in the lane, clear its arrival bits, report done.
-        failed_slot = Signal(shapes.slot)
-        settle = Signal(range(SETTLE_CYCLES + 1))
-        scrubbed = Signal(shapes.place.width + 1)
-        given_up = Signal(slots)    # nothing of its first pass will come any more
-        fail_ring, fail_asked = place_ports()
-        fail_places, fail_scrub = Signal(shapes.place.width + 1), Signal()
-        for s in range(slots):
-            with m.If(self.failed[s]):
-                m.d.comb += failed_slot.eq(s)
         m.d.comb += [
-            fail_ring.addr.eq(failed_slot),
-            fail_asked.addr.eq(failed_slot),
-            fail_places.eq(Mux(sparse_jobs.bit_select(failed_slot, 1), fail_ring.data.taken, fail_asked.data)),
-            intake.scrub.eq(fail_scrub),
-            intake.scrub_ring.eq(fail_ring.data.base + scrubbed),
+            scrubber.start.eq(self.start_valid << self.start.slot),
+            scrubber.failed.eq(self.failed),
+            scrubber.holds.eq(ring.holds),
+            scrubber.walked.eq(keys_walked & values_walked & ~remains),
+            scrubber.came.eq(sparse_jobs & self.first_done if sparse else 0),
+            ring.slots[at_failed].eq(scrubber.failed_slot),
+            scrubber.failed_base.eq(ring.base[at_failed]),
+            scrubber.failed_places.eq(ring.taken[at_failed]),
+            intake.scrub.eq(scrubber.scrub),
+            intake.scrub_first.eq(scrubber.scrub_first),
+            intake.scrub_ring.eq(scrubber.scrub_ring),
+            scrubber.scrubbed.eq(intake.scrubbed),
         ]
-        with m.If(self.failed.any() & ~abandoned.bit_select(failed_slot, 1)):
-            with m.If(settle != SETTLE_CYCLES):
-                m.d.sync += settle.eq(settle + 1)
-            with m.Elif(scrubbed != Mux(holds.bit_select(failed_slot, 1), fail_places, 0)):
-                m.d.comb += fail_scrub.eq(1)
-                with m.If(intake.scrubbed):
-                    m.d.sync += scrubbed.eq(scrubbed + 1)
-            with m.Elif((keys_walked & values_walked & ~remains).bit_select(failed_slot, 1)):
-                m.d.sync += [abandoned.bit_select(failed_slot, 1).eq(1), cleared.bit_select(failed_slot, 1).eq(1)]
-        with m.Elif(~self.failed.any()):
-            m.d.sync += [settle.eq(0), scrubbed.eq(0)]
-        m.d.comb += given_up.eq(Mux(settle == SETTLE_CYCLES, self.failed, 0))
 
         if sparse:
             m.submodules.firsts = firsts = Memory(
@@ -511,12 +456,15 @@ class Lane(wiring.Component):
                 first_pass.group.ring.eq(first_base + first_walker.place),
                 first_pass.group.token.eq(first_walker.token),
                 first_pass.group.channels.eq(first_walker.channels),
-                first_pass.given_up.eq(given_up),
+                first_pass.given_up.eq(scrubber.settled),
+                ring.slots[at_first].eq(scrubber.first_slot),
+                scrubber.first_base.eq(ring.base[at_first]),
+                scrubber.first_places.eq(ring.taken[at_first]),
                 remains.eq(first_pass.remains),
-                first_write.en.eq(first_begin | first_fired),
+                first_write.en.eq(first_walker.begin | first_fired),
                 first_write.addr.eq(first_walker.slot),
-                first_write.data.asked.eq(Mux(first_begin, 0, first_walker.requests.payload.tag.place + 1)),
-                first_write.data.group.eq(Mux(first_begin, first_pass.next, first_group)),
+                first_write.data.asked.eq(Mux(first_walker.begin, 0, first_walker.requests.payload.tag.place + 1)),
+                first_write.data.group.eq(Mux(first_walker.begin, first_pass.next, first_group)),
                 first_port.addr.eq(intake.slot),
                 intake.first_asked.eq(first_port.data.asked),
                 intake.first_group.eq(first_port.data.group),
@@ -526,52 +474,13 @@ class Lane(wiring.Component):
                 intake.unit_bits.eq(job_port.data.unit_bits),
                 intake.stripe_dram.eq(stripe_token.data.dram),
             ]
-            with m.If(first_begin):
-                m.d.sync += [first_group.eq(first_pass.next), first_base.eq(ring_head)]
-
-            # Which channels are chosen: those whose mark is of the slot's present generation.
-            generations = Array(Signal(GENERATION_BITS, name=f"generation_{s}") for s in range(slots))
-            m.submodules.chosen_marks = chosen_marks = Memory(
-                shape=GENERATION_BITS, depth=slots << channel_bits, init=[], attrs={"ram_style": "block"})
-            chosen_mark, chosen_seen = chosen_marks.write_port(domain="sync"), chosen_marks.read_port(domain="sync")
-            generation_2, real_2 = Signal(GENERATION_BITS), Signal()
-            with m.If(self.load_valid & self.load.record & (self.load.row == 0)):
-                m.d.sync += generations[self.load.slot].eq(generations[self.load.slot] + 1)
+            with m.If(first_walker.begin):
+                m.d.sync += [first_group.eq(first_pass.next), first_base.eq(ring.head)]
             m.d.comb += [
-                chosen_mark.en.eq(self.load_valid & self.load.chosen),
-                chosen_mark.addr.eq(Cat(self.load.data[:channel_bits], self.load.slot)),
-                chosen_mark.data.eq(generations[self.load.slot]),
-                chosen_seen.addr.eq(Cat(intake.channel[:channel_bits], intake.slot)),
-                intake.chosen.eq((chosen_seen.data == generation_2) & real_2),
+                chosen.asked_slot.eq(intake.slot),
+                chosen.asked_channel.eq(intake.channel),
+                intake.chosen.eq(chosen.chosen),
             ]
-            m.d.sync += [
-                generation_2.eq(generations[intake.slot]),
-                real_2.eq(intake.channel < config.head_dim),
-            ]
-
-            # When all of a first pass came, its arrival bits are cleared: by then whatever comes again is told by that.
-            clearing, clear_slot, clear_place = Signal(), Signal(shapes.slot), Signal(shapes.place.width + 1)
-            clearable = Signal(slots)
-            clear_ring = rings.read_port(domain="comb")
-            m.d.comb += [
-                clearable.eq(holds & sparse_jobs & self.first_done & ~cleared & ~self.failed),
-                clear_ring.addr.eq(clear_slot),
-            ]
-            with m.If(~clearing):
-                m.d.sync += [clear_place.eq(0), clearing.eq(clearable.any())]
-                for s in range(slots):
-                    with m.If(clearable[s]):
-                        m.d.sync += clear_slot.eq(s)
-            with m.Elif(~clearable.bit_select(clear_slot, 1)):
-                m.d.sync += clearing.eq(0)
-            with m.Elif(clear_place == clear_ring.data.taken):
-                m.d.sync += cleared.bit_select(clear_slot, 1).eq(1)
-            with m.Elif(~fail_scrub):
-                m.d.comb += [
-                    intake.scrub.eq(1), intake.scrub_first.eq(1),
-                    intake.scrub_ring.eq(clear_ring.data.base + clear_place)]
-                with m.If(intake.scrubbed):
-                    m.d.sync += clear_place.eq(clear_place + 1)
 
         # --------------------------------------------------------------- issue
 
@@ -977,7 +886,6 @@ class Lane(wiring.Component):
             m.submodules.marks = marks = Memory(
                 shape=config.tokens_per_codeword, depth=config.ring_codewords, init=[], attrs={"ram_style": "block"})
             mark_write, mark_read = marks.write_port(domain="sync"), marks.read_port(domain="sync")
-            key_ring, value_ring, selector_ring = (rings.read_port(domain="comb") for _ in range(3))
             selector_job = kept("selector_jobs", "mode", "unit_bits", "end_token", "local_token", "stripes")
             selector_stripe = stripe_tokens.read_port(domain="sync")
             m.d.comb += [
@@ -991,13 +899,9 @@ class Lane(wiring.Component):
                 value_walker.wanted.eq(mark_read.data.any()),
                 key_walker.look_granted.eq(~intake.mark_read),
                 value_walker.look_granted.eq(~intake.mark_read & ~key_walker.look),
-                key_ring.addr.eq(key_walker.slot),
-                value_ring.addr.eq(value_walker.slot),
-                key_walker.ring_base.eq(key_ring.data.base),
-                value_walker.ring_base.eq(value_ring.data.base),
                 selector_job.addr.eq(selector.slot),
-                selector_ring.addr.eq(selector.slot),
-                selector.ring_base.eq(selector_ring.data.base),
+                ring.slots[at_selector].eq(selector.slot),
+                selector.ring_base.eq(ring.base[at_selector]),
                 selector_stripe.addr.eq(selector.stripe_address),
                 selector.stripe_token.eq(selector_stripe.data.token),
                 selector.stripe_dram.eq(selector_stripe.data.dram),

@@ -13,6 +13,7 @@ from amaranth.hdl import Module
 from amaranth.sim import Simulator
 
 import kvattic_hdl.lane
+import kvattic_hdl.scrubber
 from kvattic import golden
 from kvattic.commands import SKETCH_ENTRY, TABLE_ENTRY, CompletionFlag, Kind, Mode
 from kvattic.config import Config
@@ -385,7 +386,7 @@ def codeword_beats(config: Config, elements: np.ndarray) -> list[int]:
 def stand_in(monkeypatch):
     """Lanes with a selector that the test drives; abandoned jobs settle sooner."""
     monkeypatch.setattr(kvattic_hdl.lane, "Selector", StandIn)
-    monkeypatch.setattr(kvattic_hdl.lane, "SETTLE_CYCLES", 300)
+    monkeypatch.setattr(kvattic_hdl.scrubber, "SETTLE_CYCLES", 300)
     monkeypatch.setattr(StandIn, "made", [], raising=False)
 
 
