@@ -38,12 +38,22 @@ LIST = 1 << 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Requests:
-    """What is read: int64 arrays of one length, an entry for each run of consecutive codewords of a page."""
+    """What is read: int64 arrays of one length, an entry for each run of consecutive codewords of a page.
+
+    Attributes:
+        channel: where it is read.
+        page: page number.
+        first: its first codeword.
+        count: codewords.
+        room: the entry is asked for when so many codewords more may be in flight; by default its own.  So entries are
+            asked for together, as a walker asks: the first one has room for all of them, the others for none.
+    """
 
     channel: NDArray[np.int64]
     page: NDArray[np.int64]
     first: NDArray[np.int64]
     count: NDArray[np.int64]
+    room: NDArray[np.int64] | None = None
 
     @property
     def codewords(self) -> int:
@@ -187,7 +197,11 @@ def read_list(config: Config, requests: Requests, *, in_flight: int, pages: NDAr
     runs = default_build_root() / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     run_dir = Path(tempfile.mkdtemp(prefix=f"channels-{config.part.name}-", dir=runs))
-    entries = (requests.channel << 56 | requests.page << 32 | requests.first << 16 | requests.count).astype(">u8")
+    room = requests.count if requests.room is None else requests.room
+    if max(room.max(), requests.count.max()) > 255:
+        raise ValueError("an entry must have at most 255 codewords, and ask for room for at most 255")
+    entries = (requests.channel << 56 | requests.page << 32 | requests.first << 16 | room << 8 | requests.count
+               ).astype(">u8")
     (run_dir / "requests.bin").write_bytes(entries.tobytes())
     raw = [ecc.encode(config, image, pages) for image in data]
     places = page_place(pages, config)

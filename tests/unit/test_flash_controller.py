@@ -76,6 +76,8 @@ class Bench:
         self.word_gap = 0            # probability that no word is offered in a cycle
         self.outcomes_ready = 1.0
         self.gap = 0                 # the same for requests
+        self.pace = 0                # cycles between two requests at least
+        self.asked_at = []           # cycles in which requests were offered
         self.hold = 0                # outcomes before the first request
         self.in_flight = in_flight
         self.buffers = buffers
@@ -219,8 +221,10 @@ class Bench:
                 ctx.set(dut.epoch, self.epochs)
             in_flight = self.started - len(self.arrivals)
             if requested is None and self.requests and in_flight < self.in_flight and (
-                    len(self.outcomes) >= self.hold and (not self.gap or self.rng.random() >= self.gap)):
+                    len(self.outcomes) >= self.hold and (not self.gap or self.rng.random() >= self.gap)) and (
+                    not self.pace or now >= self.pace * (len(self.asked_at) + 1)):
                 requested = self.requests.popleft()
+                self.asked_at.append(now)
                 self.started += 1
                 ctx.set(r.payload, {"tag": requested.tag(), "page": requested.page, "codeword": requested.codeword,
                                     "dram": 0})
@@ -390,6 +394,42 @@ def test_a_page_in_the_register_is_not_read_again():
     assert bench.counts["page_reads"] == 1
     # A single-plane read begins at the first codeword wanted, so only the others need a change of column.
     assert bench.count(0x05) == 4 and bench.count(0x06) == 0
+
+
+def test_planes_that_are_asked_for_one_after_the_other_are_read_together():
+    """As a walker asks that looks at all codewords of a page, and wants two of them."""
+    bench = Bench(WIDE)
+    bench.pace = 64
+    asked = [Request(bench.page(die, plane, 3), codeword, place=8 * plane + codeword)
+             for die in (1, 2, 1) for plane in range(4) for codeword in (1, 3)]
+    bench.ask(asked)
+    bench.run()
+    bench.check(asked=asked)
+    reads = [target for _, target, byte in bench.commands if byte == 0x30]
+    assert reads in ([1, 2], [1, 2, 1])
+    assert bench.count(0x32) == 3 * len(reads)
+
+
+def test_a_plane_alone_does_not_wait_long_for_others():
+    """Nor do others hold it back that come again and again: each plane only once."""
+    bench = Bench(WIDE)
+    bench.pace = 2_000
+    asked = [Request(bench.page(2, plane, plane), 1, place=plane) for plane in (0, 3, 1)]
+    bench.ask(asked)
+    bench.run()
+    bench.check(asked=asked)
+    reads = [cycle for cycle, _, byte in bench.commands if byte == 0x30]
+    for asked_at, read_at in zip(bench.asked_at, reads, strict=True):
+        assert read_at - asked_at < 330    # 32 in front of the queue, 192 in it, 8 command cycles, decisions
+
+    bench = Bench(WIDE, depth=4)
+    bench.pace = 100
+    asked = [Request(bench.page(0, i % 2, i % 6), i % 4, place=i) for i in range(20)]
+    bench.ask(asked)
+    bench.run()
+    bench.check(asked=asked)
+    first = next(cycle for cycle, _, byte in bench.commands if byte == 0x30)
+    assert first < 850    # the die's own reset ends at 650
 
 
 def test_one_buffer_and_a_slow_decoder():

@@ -470,7 +470,7 @@ class Controller(wiring.Component):
                                     m.next = "OPERATION"
                                 with m.Elif(has_work & context.dead):
                                     m.next = "GIVE_UP"
-                                with m.Elif(has_work):
+                                with m.Elif(has_work & (waiting.all() | ~queues.growing.bit_select(here, 1))):
                                     m.next = "PLAN"
                             with m.Case(Phase.READ):
                                 m.next = "SEEK"

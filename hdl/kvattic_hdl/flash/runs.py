@@ -10,6 +10,13 @@ from kvattic.config import Config
 from kvattic_hdl.flash.interfaces import FlashShapes
 from kvattic_hdl.interfaces import PAGE_BITS
 
+TICK_BITS, GATHER_TICKS = 6, 3
+"""How long a die waits for requests of its other planes: so many ticks of 2**TICK_BITS cycles, or one less.
+
+A walker that skips codewords takes two cycles for each codeword of a page, wanted or not, and so comes to the next
+plane after about 64.
+"""
+
 
 def join(*parts) -> Cat:
     """`Cat` of the (value, bits) pairs, each cut to so many bits; a part of no bits is left out."""
@@ -79,6 +86,9 @@ class RunQueues(wiring.Component):
         It was also the last one: the run is done.  Only with `step`.
     waiting : Out(units)
         Queues that are not empty.
+    growing : Out(dies)
+        A queue of the die that was empty has got a run within the last `GATHER_TICKS` ticks: those of the die's other
+        planes may be on their way.
     ready : Out(1)
     """
 
@@ -99,6 +109,7 @@ class RunQueues(wiring.Component):
             "step": In(1),
             "pop": In(1),
             "waiting": Out(shapes.units),
+            "growing": Out(config.dies),
             "ready": Out(1),
         })
 
@@ -192,6 +203,17 @@ class RunQueues(wiring.Component):
             m.d.sync += self.waiting.bit_select(self.unit, 1).eq(0)
         with m.If(push):
             m.d.sync += self.waiting.bit_select(unit, 1).eq(1)
+
+        # Only what was empty counts, so that a die waits for each of its planes once.
+        tick = Signal(TICK_BITS)
+        m.d.sync += tick.eq(tick + 1)
+        for die in range(config.dies):
+            age = Signal(range(GATHER_TICKS + 1), name=f"age_{die}")
+            m.d.comb += self.growing[die].eq(age != 0)
+            with m.If(push & (unit[config.plane_bits :] == die) & ~self.waiting.bit_select(unit, 1)):
+                m.d.sync += age.eq(GATHER_TICKS)
+            with m.Elif((tick == 0) & (age != 0)):
+                m.d.sync += age.eq(age - 1)
 
         swept = Signal(shapes.unit_bits + 1)
         m.d.comb += self.ready.eq(swept[-1])

@@ -1,8 +1,9 @@
 // Asks flash channels for codewords from a list, as many at a time as it is told, and adds up what comes.
 //
 // A change of `go` reads requests.bin in the working directory: entries of 64 bits, big-endian: channel (8), page (24),
-// first codeword (16), codewords (16).  Entries wait in a queue of their channel from the moment that fewer than
-// `in_flight` codewords are outstanding; each is asked for codeword by codeword, as a lane asks.  `done` rises when all
+// first codeword (16), room (8), codewords (8).  Entries wait in a queue of their channel from the moment that
+// `in_flight` leaves room for as many codewords more, which may be those of further entries that come together with this
+// one; each is asked for codeword by codeword, as a lane asks.  `done` rises when all
 // have come; `sum` is the sum of all data words (order does not matter), `cycles` the time from the first request to the
 // last beat.  Between the moment when as many have come as may be in flight, and the moment when the list's last entry
 // is put into its queue, the load is steady: `steady_cycles` and `steady_codewords` are of that time.
@@ -117,7 +118,7 @@ module request_source #(
         part[c] = part[c] + 1;
         place[c] = place[c] + 1;
         entry = queue[c * LIST + head[c] % LIST];
-        if (part[c] == entry[15:0]) begin
+        if (part[c] == entry[7:0]) begin
           part[c] = 0;
           head[c] = head[c] + 1;
         end
@@ -134,11 +135,11 @@ module request_source #(
       end
       if (next != count) begin
         entry = list[next];
-        if (outstanding + entry[15:0] <= in_flight) begin
+        if (outstanding + entry[15:8] <= in_flight) begin
           c = entry[63:56];
           queue[c * LIST + tail[c] % LIST] = entry;
           tail[c] = tail[c] + 1;
-          outstanding = outstanding + entry[15:0];
+          outstanding = outstanding + entry[7:0];
           next = next + 1;
         end
       end
