@@ -20,7 +20,7 @@ from kvattic.config import Config
 from kvattic.elements import to_bits
 from kvattic.formats import SCORE_MASKED, SCORE_WINDOW_FRACTION
 from kvattic.nand import TINY_PART
-from kvattic_hdl.interfaces import FAULTS
+from kvattic_hdl.interfaces import FAULTS, Sweep
 from kvattic_hdl.lane import Lane
 from kvattic_hdl.selector import Selector
 
@@ -383,14 +383,15 @@ def codeword_beats(config: Config, elements: np.ndarray) -> list[int]:
 
 
 @pytest.fixture(autouse=True)
-def stand_in(monkeypatch):
+def driven_selector(monkeypatch):
     """Lanes with a selector that the test drives; abandoned jobs settle sooner."""
     monkeypatch.setattr(kvattic_hdl.lane, "Selector", StandIn)
     monkeypatch.setattr(kvattic_hdl.scrubber, "SETTLE_CYCLES", 300)
     monkeypatch.setattr(StandIn, "made", [], raising=False)
 
 
-def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bool, rogues: float = 0) -> list:
+def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bool, rogues: float = 0,
+             stand_in: bool = True) -> tuple[list, set]:
     """`rogues`: share of codewords with a wrong tag, all of which must be dropped."""
     dut = Lane(config)
     element = config.element.encoding
@@ -424,7 +425,7 @@ def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bo
             if not choices or rnd.random() < gap:
                 await ctx.tick()
                 continue
-            while rnd.random() < rogues:
+            while rogues and rnd.random() < rogues:
                 await rogue(ctx)
             want = rnd.choice(choices) if shuffle else choices[0]
             wanted.remove(want)
@@ -558,7 +559,7 @@ def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bo
     async def selection(ctx):
         """What the selector and the central selection do, for each sparse job in order."""
         nonlocal selected_jobs
-        stand_in = StandIn.made[-1] if config.sparse else None
+        selector = StandIn.made[-1] if config.sparse and stand_in else None
         for n, job in enumerate(jobs):
             slot = n % slots
             while started <= n:
@@ -568,9 +569,13 @@ def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bo
                 if job.lost:
                     await fail(ctx, n, slot)
                 await wait(ctx, dut.first_done, slot)
-                if not job.lost:
-                    await check_first_pass(ctx, stand_in, n, slot)
-                    await mark(ctx, stand_in, job, slot)
+                if job.lost:
+                    pass
+                elif stand_in:
+                    await check_first_pass(ctx, selector, n, slot)
+                    await mark(ctx, selector, job, slot)
+                else:
+                    await sweep(ctx, job, slot)
                 ctx.set(dut.select_slot, slot)
                 ctx.set(dut.select_valid, 1)
                 await ctx.tick()
@@ -623,6 +628,33 @@ def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bo
                 assert before is None or score == before[2], f"first score of job {n}: {before}, base {base}"
                 under_way.append((address, row, expected) if granted and expected is not None else None)
         ctx.set(stand_in.score_ask, 0)
+
+    async def sweep(ctx, job, slot):
+        """The lane's own selector: each row's sum, then everything is marked."""
+        ctx.set(dut.first_slot, slot)
+        for row in range(config.rows):
+            ctx.set(dut.first_row, row)
+            await ctx.tick().repeat(2)
+            assert ctx.get(dut.first_maximum) == int(job.first_maximum[row])
+            ctx.set(dut.reference_row, row)
+            ctx.set(dut.reference, max(int(job.first_maximum[row]), SCORE_MASKED + 1))
+            ctx.set(dut.reference_write, 1)
+            await ctx.tick()
+            ctx.set(dut.reference_write, 0)
+        for op in (Sweep.SUM, Sweep.MARK):
+            ctx.set(dut.sweep, {"slot": slot, "op": op.value})
+            ctx.set(dut.sweep_valid, 1)
+            await ctx.tick()
+            ctx.set(dut.sweep_valid, 0)
+            await ctx.tick().until(dut.sweep_done)
+            scores = np.array(list(job.first_pass[0].values()))
+            references = np.maximum(job.first_maximum, SCORE_MASKED + 1)
+            expected = golden.denominators(*golden.weights(scores.T, references)) if len(scores) else [0] * config.rows
+            for row in range(config.rows):
+                ctx.set(dut.sum_row, row)
+                await ctx.tick().repeat(2)
+                assert ctx.get(dut.sum) == int(expected[row])
+        assert not ctx.get(dut.unmarked)
 
     async def mark(ctx, stand_in, job, slot):
         place = 0
@@ -807,6 +839,17 @@ def test_sparse(name: str, gap: float, shuffle: bool) -> None:
     """First pass, K and V of what is selected, of several jobs in flight."""
     config = SPARSE[name]
     run_lane(config, sparse_jobs(config, np.random.default_rng(len(name))), seed=1, gap=gap, shuffle=shuffle)
+
+
+def test_own_selector(monkeypatch) -> None:
+    """The selector that the lane comes with finds the first pass's scores, and what it marks is read."""
+    monkeypatch.setattr(kvattic_hdl.lane, "Selector", Selector)
+    config = SPARSE["rows2"]
+    rng = np.random.default_rng(7)
+    jobs = [make_sparse(config, rng, mode, tokens, "here", "last", density=1) for mode, tokens in (
+        (Mode.SPARF, config.group_tokens + 5), (Mode.FETCHED, 2 * config.group_tokens - 3),
+        (Mode.SPARF, config.group_tokens))]
+    run_lane(config, jobs, seed=4, gap=0.0, shuffle=True, stand_in=False)
 
 
 def test_padded_codewords() -> None:
