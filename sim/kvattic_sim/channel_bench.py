@@ -4,6 +4,8 @@ The channels (controller, ECC) and the dies are those of the drive; what asks is
 so many codewords in flight.  All data that come are added up and compared with what the flash holds.
 
     run = read_list(config, requests, in_flight=..., pages=...)
+
+`scattered` makes the list of a stream of sparse jobs.
 """
 
 import hashlib
@@ -28,7 +30,7 @@ from kvattic_sim.build import Model, Simulator, compile_model, default_build_roo
 from kvattic_sim.nand_files import nand_parameters
 from kvattic_sim.rtl_transport import NandSettings
 
-__all__ = ["ListRun", "Requests", "build_channels", "read_list"]
+__all__ = ["ListRun", "Requests", "build_channels", "read_list", "scattered"]
 
 TOP = "kvattic_channel_bench"
 CHANNEL = "kvattic_flash_channel"
@@ -92,6 +94,39 @@ class ListRun:
     def _share(self, codeword_bytes: int, config: Config) -> float:
         moved = self.steady_codewords * codeword_bytes
         return moved * config.clock_mhz / (self.steady_cycles * config.channels * config.part.bus_mts)
+
+
+def scattered(config: Config, jobs: int, rng: np.random.Generator, *, wanted: int, stripes: int = 2,
+              periods: int = 16) -> Requests:
+    """What a stream of SPARF jobs reads on each channel: single codewords of groups of pages.
+
+    A group is a page on each plane of a die.  Each job has `stripes` of them of K, of V and of the channel layout,
+    which follow each other through the dies as a prefill places them.  Together come the codewords of one group, in
+    its order; first those of the channel layout of job j + 2, then K of job j + 1, then V of job j.
+
+    Args:
+        config: channels, dies, part and clock.
+        jobs: how many.
+        rng: chooses the codewords.
+        wanted: codewords of each page.
+        stripes: of a job on each channel.
+        periods: pages of each plane that are used, then again from the first on.
+    """
+    planes, groups, kinds = config.part.planes, periods * config.dies, 3
+    entries: list[tuple[int, int, int, int, int]] = []
+    for job in range(jobs):
+        for kind, ahead in ((2, 2), (0, 1), (1, 0)):
+            for stripe in range(stripes):
+                number = ((job + ahead) * kinds + kind) * stripes + stripe
+                for channel in range(config.channels):
+                    room = wanted * planes
+                    for plane in range(planes):
+                        page = number % groups * planes + plane
+                        for codeword in np.sort(rng.choice(config.codewords_per_page, wanted, replace=False)).tolist():
+                            entries.append((channel, page, codeword, 1, room))
+                            room = 0
+    columns = np.array(entries, np.int64).T
+    return Requests(channel=columns[0], page=columns[1], first=columns[2], count=columns[3], room=columns[4])
 
 
 def _verilog(config: Config, frames: int, channel_ports: Iterable[str]) -> str:
