@@ -24,25 +24,21 @@ from kvattic_hdl.first_pass import ChosenChannels, FirstPass
 from kvattic_hdl.intake import Intake
 from kvattic_hdl.interfaces import (
     ACCUMULATE_CYCLES,
-    FAULT_BITS,
-    FAULTS,
     MISSING_BITS,
     SHIFT_BITS,
     TOKEN_BITS,
     Shapes,
 )
 from kvattic_hdl.records import fields
+from kvattic_hdl.reports import Reports
 from kvattic_hdl.score import ScoreUnit, score_interval, scored_token
 from kvattic_hdl.score_ring import ScoreRing
 from kvattic_hdl.scrubber import Scrubber
+from kvattic_hdl.selector import Selector
 from kvattic_hdl.shared import shared
 from kvattic_hdl.walker import FirstWalker, Walker
 from kvattic_hdl.weights import WeightUnit
 
-try:
-    from kvattic_hdl.selector import Selector
-except ImportError:
-    Selector = None
 
 class Lane(wiring.Component):
     """Walks each job's pages on its channel, scores K codewords and sums V codewords as they come.
@@ -921,85 +917,41 @@ class Lane(wiring.Component):
 
         # ------------------------------------------------------------- reports
 
-        # The lowest token of each slot and fault.  An unreadable codeword has no NaN: its data are zeros.
-        fault_3, token_3, slot_3 = Signal(range(len(FAULTS))), Signal(TOKEN_BITS), Signal(shapes.slot)
-        happened_3, inside_3 = Signal(), Signal()
+        m.submodules.reports = reports = Reports(config)
+        at_2 = pipe[2]
         nan_job = kept("end_tokens", "end_token")
-        number = {name: FAULTS.index(name) for name in FAULTS}
-        unreadable = Mux(pipe[2].key, number["unreadable_key"], number["unreadable_value"])
-        token_2 = pipe[2].where.token
-        if sparse:
-            unreadable = Mux(pipe[2].channel | pipe[2].where.sketch, number["unreadable_sketch"], unreadable)
-            # The lowest token with a NaN among those of a channel's beat.
-            which = Signal(ceil_log2(elements))
-            for e in reversed(range(elements)):
-                with m.If(special_2[e]):
-                    m.d.comb += which.eq(e)
-            token_2 = Signal(TOKEN_BITS + 1)
-            m.d.comb += token_2.eq(pipe[2].where.token + Mux(pipe[2].channel & ~pipe[2].error, which, 0))
-        m.d.comb += nan_job.addr.eq(pipe[2].where.slot)
-        m.d.sync += [
-            happened_3.eq((special_2.any() | pipe[2].error) & pipe[2].valid),
-            inside_3.eq(token_2 < nan_job.data.end_token),
-            fault_3.eq(Mux(pipe[2].error, unreadable, Mux(pipe[2].key, number["nan_key"], number["nan_value"]))),
-            slot_3.eq(pipe[2].where.slot),
-            token_3.eq(token_2),
-        ]
-        m.submodules.offenders = offenders = Memory(
-            shape=TOKEN_BITS, depth=slots << len(fault_3), init=[], attrs={"ram_style": "distributed"})
-        lowest = offenders.read_port(domain="comb")
-        lower = offenders.write_port(domain="sync")
-        flags_shape = data.StructLayout({
-            "faults": len(FAULTS), "score_overflow": 1, "value_overflow": 1, "duplicate": 1})
-        flags = [Signal(flags_shape, name=f"flags_{s}") for s in range(slots)]
-        seen_3 = Array(kept.faults for kept in flags)[slot_3].bit_select(fault_3, 1)
-        m.d.comb += [
-            lowest.addr.eq(Cat(fault_3, slot_3)),
-            lower.addr.eq(Cat(fault_3, slot_3)),
-            lower.data.eq(token_3),
-            lower.en.eq(happened_3 & inside_3 & (~seen_3 | (token_3 < lowest.data))),
-        ]
         any_clip = Cat(c.overflow for row in cells for c in row).any()
         value_clip, channel_clip = Signal(), Signal()
-        value_clip_slot = Signal(shapes.slot)
+        clip_slot, report_slot = Signal(shapes.slot), Signal(shapes.slot)
         m.d.sync += [
             value_clip.eq(value_6 & any_clip),
             channel_clip.eq(at_6.sums & at_6.key & any_clip),
-            value_clip_slot.eq(pipe[ADDEND_STAGE].where.slot),
-        ]
-        for s, kept in enumerate(flags):
-            with m.If(lower.en & (slot_3 == s)):
-                m.d.sync += kept.faults.bit_select(fault_3, 1).eq(1)
-            with m.If(score_unit.overflow & (score_unit.stored_slot == s)):
-                m.d.sync += kept.score_overflow.eq(1)
-            with m.If(value_clip & (value_clip_slot == s)):
-                m.d.sync += kept.value_overflow.eq(1)
-            if sparse:
-                with m.If(channel_clip & (value_clip_slot == s)):
-                    m.d.sync += kept.score_overflow.eq(1)
-            with m.If(intake.duplicate & (intake.offender.slot == s)):
-                m.d.sync += kept.duplicate.eq(1)
-            with m.If(self.start_valid & (self.start.slot == s)):
-                m.d.sync += kept.as_value().eq(0)
-        report_slot = Signal(shapes.slot)
-        report_flags = Signal(flags_shape)
-        fault = Signal(FAULT_BITS, init=len(FAULTS))
-        reported = offenders.read_port(domain="comb")
-        m.d.comb += report_flags.eq(Array(kept.as_value() for kept in flags)[report_slot])
-        for number in reversed(range(len(FAULTS))):
-            with m.If(report_flags.faults[number]):
-                m.d.comb += fault.eq(number)
-        m.d.comb += reported.addr.eq(Cat(fault[: ceil_log2(len(FAULTS))], report_slot))
-        m.d.sync += [
+            clip_slot.eq(at_6.where.slot),
             report_slot.eq(self.report_slot),
-            self.report.fault.eq(fault),
-            self.report.token.eq(reported.data),
-            self.report.score_overflow.eq(report_flags.score_overflow),
-            self.report.value_overflow.eq(report_flags.value_overflow),
-            self.report.duplicate.eq(report_flags.duplicate),
             self.missing_key.eq(keys_left[report_slot]),
             self.missing_value.eq(values_left[report_slot]),
         ]
+        m.d.comb += [
+            nan_job.addr.eq(at_2.where.slot),
+            reports.start.eq(self.start_valid << self.start.slot),
+            reports.valid.eq(at_2.valid),
+            reports.slot.eq(at_2.where.slot),
+            reports.token.eq(at_2.where.token),
+            reports.end_token.eq(nan_job.data.end_token),
+            reports.value.eq(~at_2.key),
+            reports.error.eq(at_2.error),
+            reports.special.eq(special_2),
+            reports.score_overflow.eq((score_unit.overflow << score_unit.stored_slot) | (channel_clip << clip_slot)),
+            reports.value_overflow.eq(value_clip << clip_slot),
+            reports.duplicate.eq(intake.duplicate << intake.offender.slot),
+            reports.report_slot.eq(self.report_slot),
+            self.report.eq(reports.report),
+        ]
+        if sparse:
+            m.d.comb += [
+                reports.channel.eq(at_2.channel),
+                reports.sketch.eq(at_2.channel | at_2.where.sketch),
+            ]
 
         # Why no beat was issued.
         any_key, any_value, any_open_value, any_selection = Signal(), Signal(), Signal(), Signal()

@@ -834,7 +834,7 @@ def sparse_jobs(config: Config, rng: np.random.Generator) -> list[Job]:
 
 
 @pytest.mark.parametrize(("name", "gap", "shuffle"), [
-    ("rows1", 0.0, False), ("rows1", 0.2, True), ("rows2", 0.0, True), ("wide", 0.0, True), ("bf16", 0.1, True)])
+    ("rows1", 0.1, True), ("rows2", 0.0, True), ("wide", 0.0, False), ("wide", 0.1, True), ("bf16", 0.0, True)])
 def test_sparse(name: str, gap: float, shuffle: bool) -> None:
     """First pass, K and V of what is selected, of several jobs in flight."""
     config = SPARSE[name]
@@ -861,12 +861,11 @@ def test_padded_codewords() -> None:
     run_lane(config, jobs, seed=1, gap=0.0, shuffle=True)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_wrong_tags(seed: int) -> None:
+def test_wrong_tags() -> None:
     """Duplicates, also behind the end of their pass; codewords that nobody asked for; of jobs that ended."""
     config = SPARSE["rows2"]
-    jobs = sparse_jobs(config, np.random.default_rng(seed))
-    _, told = run_lane(config, jobs, seed=seed, gap=0.0, shuffle=True, rogues=0.4)
+    jobs = sparse_jobs(config, np.random.default_rng(1))
+    _, told = run_lane(config, jobs, seed=1, gap=0.0, shuffle=True, rogues=0.4)
     assert told >= {(kind, event) for kind in Kind for event in ("duplicate", "bad_tag", "stale")}
 
 
@@ -879,7 +878,7 @@ def test_sparse_faults() -> None:
     jobs = []
     for n in range(14):
         mode = SPARSE_MODES[n % 3]
-        job = make_sparse(config, rng, mode, 2 * config.group_tokens - 3, "here", "last" if n % 2 else "none")
+        job = make_sparse(config, rng, mode, config.group_tokens + 13, "here", "last" if n % 2 else "none")
         first = [key for key in job.requests if key[0] in (Kind.CHANNEL, Kind.SKETCH)]
         case = n // 3
         if case == 0 and first:
