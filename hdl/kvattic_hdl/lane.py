@@ -32,7 +32,7 @@ from kvattic_hdl.interfaces import (
 from kvattic_hdl.records import fields
 from kvattic_hdl.reports import Reports
 from kvattic_hdl.score import ScoreUnit, score_interval, scored_token
-from kvattic_hdl.score_ring import ScoreRing
+from kvattic_hdl.score_ring import Lookup, ScoreRing
 from kvattic_hdl.scrubber import Scrubber
 from kvattic_hdl.selector import Selector
 from kvattic_hdl.shared import shared
@@ -250,9 +250,7 @@ class Lane(wiring.Component):
             with m.If(started):
                 m.d.sync += sparse_jobs.bit_select(started_slot, 1).eq(is_sparse)
 
-        # Who looks a job's places up: the door, the scrubber, the walkers, the selector.
-        m.submodules.ring = ring = ScoreRing(config, 6 if sparse else 2)
-        at_door, at_failed, at_first, at_key, at_value, at_selector = range(6)
+        m.submodules.ring = ring = ScoreRing(config)
 
         # K runs one job ahead of V: K0 K1 V0 K2 V1 ...; where K can't go on, V does.
         ahead = Signal(range(slots + 1))
@@ -296,10 +294,10 @@ class Lane(wiring.Component):
                 ring.first_slot.eq(first_walker.slot),
                 ring.first_begin.eq(first_walker.begin),
                 first_walker.fits.eq(ring.first_room),
-                key_walker.ring_base.eq(ring.base[at_key]),
-                value_walker.ring_base.eq(ring.base[at_value]),
-                ring.slots[at_key].eq(key_walker.slot),
-                ring.slots[at_value].eq(value_walker.slot),
+                key_walker.ring_base.eq(ring.base[Lookup.KEY]),
+                value_walker.ring_base.eq(ring.base[Lookup.VALUE]),
+                ring.slots[Lookup.KEY].eq(key_walker.slot),
+                ring.slots[Lookup.VALUE].eq(value_walker.slot),
                 first_turn.eq(first_walker.requests.valid & (
                     (first_ahead == 0) | ~(key_walker.requests.valid | value_walker.requests.valid))),
                 first_walker.requests.ready.eq(self.requests.ready & first_turn),
@@ -408,13 +406,13 @@ class Lane(wiring.Component):
         stripe_token = stripe_tokens.read_port(domain="sync")
         m.d.comb += [
             job_port.addr.eq(intake.slot),
-            ring.slots[at_door].eq(intake.slot),
+            ring.slots[Lookup.DOOR].eq(intake.slot),
             intake.epoch.eq(job_port.data.epoch),
             intake.active.eq((active & self.live).bit_select(intake.slot, 1)),
             intake.open.eq(self.value_open.bit_select(intake.slot, 1)),
             intake.failed.eq(self.failed.bit_select(intake.slot, 1)),
-            intake.asked.eq(Mux(keys_begun.bit_select(intake.slot, 1), ring.asked[at_door], 0)),
-            intake.ring_base.eq(ring.base[at_door]),
+            intake.asked.eq(Mux(keys_begun.bit_select(intake.slot, 1), ring.asked[Lookup.DOOR], 0)),
+            intake.ring_base.eq(ring.base[Lookup.DOOR]),
             intake.stripe_bits.eq(job_port.data.stripe_bits),
             intake.stripe_token.eq(stripe_token.data.token),
             stripe_token.addr.eq(intake.stripe_address),
@@ -427,9 +425,9 @@ class Lane(wiring.Component):
             scrubber.holds.eq(ring.holds),
             scrubber.walked.eq(keys_walked & values_walked & ~remains),
             scrubber.came.eq(sparse_jobs & self.first_done if sparse else 0),
-            ring.slots[at_failed].eq(scrubber.failed_slot),
-            scrubber.failed_base.eq(ring.base[at_failed]),
-            scrubber.failed_places.eq(ring.taken[at_failed]),
+            ring.slots[Lookup.FAILED].eq(scrubber.failed_slot),
+            scrubber.failed_base.eq(ring.base[Lookup.FAILED]),
+            scrubber.failed_places.eq(ring.taken[Lookup.FAILED]),
             intake.scrub.eq(scrubber.scrub),
             intake.scrub_first.eq(scrubber.scrub_first),
             intake.scrub_ring.eq(scrubber.scrub_ring),
@@ -453,9 +451,9 @@ class Lane(wiring.Component):
                 first_pass.group.token.eq(first_walker.token),
                 first_pass.group.channels.eq(first_walker.channels),
                 first_pass.given_up.eq(scrubber.settled),
-                ring.slots[at_first].eq(scrubber.first_slot),
-                scrubber.first_base.eq(ring.base[at_first]),
-                scrubber.first_places.eq(ring.taken[at_first]),
+                ring.slots[Lookup.FIRST].eq(scrubber.first_slot),
+                scrubber.first_base.eq(ring.base[Lookup.FIRST]),
+                scrubber.first_places.eq(ring.taken[Lookup.FIRST]),
                 remains.eq(first_pass.remains),
                 first_write.en.eq(first_walker.begin | first_fired),
                 first_write.addr.eq(first_walker.slot),
@@ -896,8 +894,8 @@ class Lane(wiring.Component):
                 key_walker.look_granted.eq(~intake.mark_read),
                 value_walker.look_granted.eq(~intake.mark_read & ~key_walker.look),
                 selector_job.addr.eq(selector.slot),
-                ring.slots[at_selector].eq(selector.slot),
-                selector.ring_base.eq(ring.base[at_selector]),
+                ring.slots[Lookup.SELECTOR].eq(selector.slot),
+                selector.ring_base.eq(ring.base[Lookup.SELECTOR]),
                 selector_stripe.addr.eq(selector.stripe_address),
                 selector.stripe_token.eq(selector_stripe.data.token),
                 selector.stripe_dram.eq(selector_stripe.data.dram),

@@ -1,5 +1,7 @@
 """The score ring's places: handed out to jobs in slot order, and taken back."""
 
+from enum import IntEnum
+
 from amaranth.hdl import Module, Mux, Signal
 from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
@@ -7,6 +9,23 @@ from amaranth.lib.wiring import In, Out
 
 from kvattic.config import Config
 from kvattic_hdl.interfaces import Shapes
+
+
+class Lookup(IntEnum):
+    """Who looks the places of a slot's job up."""
+
+    DOOR = 0
+    """Of a codeword that arrives."""
+    FAILED = 1
+    """Of a job that is abandoned."""
+    FIRST = 2
+    """Of a job whose first pass ended."""
+    KEY = 3
+    """Of a sparse job whose K is walked."""
+    VALUE = 4
+    """Likewise V."""
+    SELECTOR = 5
+    """Of a job that is swept."""
 
 
 class ScoreRing(wiring.Component):
@@ -19,8 +38,6 @@ class ScoreRing(wiring.Component):
     Parameters
     ----------
     config : Config
-    lookups : int
-        Read ports.
 
     Members
     -------
@@ -41,12 +58,13 @@ class ScoreRing(wiring.Component):
     holds : Out(jobs_in_flight)
         The slot's job has places, or has at least begun to take some.
     slots : Array of In(slot), base : Array of Out(ring), asked, taken : Array of Out
-        Lookups: a slot's first place, its last K codeword's place in the job + 1, and how many places it has.
+        By `Lookup` (the first two if not `config.sparse`): a slot's first place, its last K
+        codeword's place in the job + 1, and how many places it has.
     """
 
-    def __init__(self, config: Config, lookups: int) -> None:
+    def __init__(self, config: Config) -> None:
         self.config = config
-        self.lookups = lookups
+        self.lookups = lookups = len(Lookup) if config.sparse else 2
         self.shapes = shapes = Shapes(config)
         places = shapes.place.width + 1
         super().__init__({
