@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -22,6 +23,7 @@ from kvattic_sim.benches import accuracy, engine, flash, placement, sparse
 from kvattic_sim.benches.engine import Bench, Lab, UnavailableError, WrongResultError
 from kvattic_sim.build import SimulationFailed, Simulator, SimulatorError
 from kvattic_sim.jobs import JobError
+from kvattic_sim.lm import evaluate
 
 __all__ = ["BARS", "Bar", "Verdict", "benches", "main", "run", "select", "verdict"]
 
@@ -75,6 +77,9 @@ BARS: dict[str, Bar | None] = {
     "sparse.speedup.clustered": Bar(">=", (6.0,)),
     "sparse.bus_utilization": Bar(">=", (0.85,)),
     "sparse.centroid.speedup": Bar(">=", (6.5,)),
+    **dict.fromkeys(evaluate.KEYS),
+    "sparse.fetched.error_ratio.lm": Bar("<=", (0.85,)),
+    "sparse.fetched.error_ratio.minilm": Bar("<=", (0.85,)),
     "sparse.sparq_equal": Bar("<=", (1e-12,)),
     **{f"accuracy.rel_rms.{name}": Bar("<=", (5e-7, f"accuracy.float32.{name}")) for name in DATA_SETS},
     **{f"accuracy.{kind}.{name}": None for kind in ("float32", "fp16") for name in DATA_SETS},
@@ -122,7 +127,9 @@ def benches() -> tuple[Bench, ...]:
         return Bench(keys=keys, measure=lambda lab: function())
 
     placing = Bench(keys=placement.KEYS, measure=lambda lab: placement.write_amplification())
-    return (placing, *engine.BENCHES, *flash.BENCHES, *sparse.BENCHES,
+    quality = Bench(keys=evaluate.KEYS, measure=lambda lab: evaluate.measure(
+        plot=Path("build") / "lm_quality.png", progress=lambda line: lab.progress(line, 0, None)))
+    return (placing, *engine.BENCHES, *flash.BENCHES, *sparse.BENCHES, quality,
             *(host(prefix, function) for prefix, function in accuracy.BENCHES.items()))
 
 

@@ -49,6 +49,7 @@ from kvattic_sim.lm.methods import (
 from kvattic_sim.lm.model import Decoder, Halves, Layer, Memory, Shape, bits_per_byte, load, load_held_out
 
 __all__ = [
+    "KEYS",
     "METHODS",
     "RATIOS",
     "DriveMemory",
@@ -61,6 +62,7 @@ __all__ = [
     "golden_quality",
     "lm_heads",
     "main",
+    "measure",
     "method_at",
     "minilm_heads",
     "quality",
@@ -74,6 +76,7 @@ RATIOS = tuple(Fraction(1, 1 << n) for n in range(5))
 METHODS = ("dense", "sparq", "sparf", "fetched", "centroid", "quest", "h2o", "local", "sinks", "pages")
 """By key: `sinks` is `local` with 4 first tokens, `pages` SparF with the paper's page reads."""
 WINDOWS = 16
+PLOT = Path("docs") / "lm_quality.png"
 GOLDEN_WINDOW = 17
 SHORT_TAIL = 32
 """Tokens: of a long context the tail is a small part, of the windows' it is an eighth and more."""
@@ -562,33 +565,34 @@ def _golden(console: Console, decoder: Decoder, window: NDArray[np.uint8]) -> No
     console.print(table)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.add_argument("--windows", type=int, default=WINDOWS, help="held-out windows (default: %(default)s)")
-    parser.add_argument("--plot", type=Path, default=Path("docs") / "lm_quality.png", help="(default: %(default)s)")
-    parser.add_argument("--golden", action="store_true",
-                        help="instead: decode half a window on the golden device, with each of its modes at 1/8")
-    args = parser.parse_args(arguments)
-    console = Console(width=130 if not sys.stdout.isatty() else None)
+KEYS = (
+    *(f"lm.{kind}.{name}.{_name(ratio)}" for name in METHODS for ratio in (RATIOS[:1] if name == "dense" else RATIOS)
+      for kind in ("bits_per_byte", "bits_per_byte.short_tail", "flash_bytes")),
+    *(f"sparse.fetched.error_ratio.{key}" for key in ("lm", "minilm")),
+)
+"""What `measure` returns."""
+
+
+def measure(windows: int = WINDOWS, plot: Path = PLOT, progress: Callable[[str], None] = lambda line: None,
+            console: Console | None = None) -> dict[str, float]:
+    """All figures of `KEYS`; draws the plot, and prints the tables if there is a console.
+
+    Args:
+        windows: held-out windows.
+        plot: where the plot goes.
+        progress: told what is being done.
+        console: for the tables.
+    """
     decoder, text = load(), load_held_out()
-    if not 1 <= args.windows <= len(text.windows):
-        parser.error(f"--windows must be from 1 to {len(text.windows)}, not {args.windows}")
-    if args.golden:
-        _golden(console, decoder, text.windows[GOLDEN_WINDOW])
-        return 0
     # Spread over the files, of which some have several windows.
-    windows = text.windows[np.linspace(0, len(text.windows) - 1, args.windows).round().astype(int)]
+    chosen = text.windows[np.linspace(0, len(text.windows) - 1, windows).round().astype(int)]
     methods = {
         (name, ratio): method_at(name, ratio, decoder.shape.head_dim)
         for name in METHODS for ratio in (RATIOS[:1] if name == "dense" else RATIOS)
     }
-    qualities = quality(decoder, windows, methods, lambda line: console.print(line, style="dim"))
-    console.print(_table(qualities))
-    console.print(_loss_table(qualities))
-    draw(qualities, args.plot)
-    figures.record({
+    qualities = quality(decoder, chosen, methods, progress)
+    draw(qualities, plot)
+    found = {
         f"lm.{kind}.{name}.{_name(ratio)}": value
         for (name, ratio), point in qualities.items()
         for kind, value in (
@@ -596,19 +600,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ("bits_per_byte.short_tail", point.short_tail),
             ("flash_bytes", point.flash_bytes),
         )
-    })
+    }
+    tables = [_table(qualities), _loss_table(qualities)]
     # A quarter of the windows is enough for an error of all layers' outputs.
     for key, title, heads in (
-        ("lm", "the language model", list(lm_heads(decoder, windows[::4]))),
+        ("lm", "the language model", list(lm_heads(decoder, chosen[::4]))),
         ("minilm", "MiniLM", list(minilm_heads())),
     ):
+        progress(f"fetched against SparF on {title}")
         head_dim = heads[0].key.shape[1]
         results = {
             (channels, share): error_ratio(heads, head_dim // channels, 1 / share)
             for channels, share in ERROR_SETTINGS
         }
-        console.print(_errors_table(title, results))
-        figures.record({f"sparse.fetched.error_ratio.{key}": results[ERROR_KEY].ratio})
+        tables.append(_errors_table(title, results))
+        found[f"sparse.fetched.error_ratio.{key}"] = results[ERROR_KEY].ratio
+    if console is not None:
+        for table in tables:
+            console.print(table)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="held-out windows (default: %(default)s)")
+    parser.add_argument("--plot", type=Path, default=PLOT, help="(default: %(default)s)")
+    parser.add_argument("--golden", action="store_true",
+                        help="instead: decode half a window on the golden device, with each of its modes at 1/8")
+    args = parser.parse_args(arguments)
+    console = Console(width=130 if not sys.stdout.isatty() else None)
+    text = load_held_out()
+    if not 1 <= args.windows <= len(text.windows):
+        parser.error(f"--windows must be from 1 to {len(text.windows)}, not {args.windows}")
+    if args.golden:
+        _golden(console, load(), text.windows[GOLDEN_WINDOW])
+        return 0
+    figures.record(measure(args.windows, args.plot, lambda line: console.print(line, style="dim"), console))
     return 0
 
 
