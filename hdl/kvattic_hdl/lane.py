@@ -255,16 +255,18 @@ class Lane(wiring.Component):
         # K runs one job ahead of V: K0 K1 V0 K2 V1 ...; where K can't go on, V does.
         ahead = Signal(range(slots + 1))
         m.d.sync += ahead.eq(ahead + key_walker.end - value_walker.end)
-        key_turn, first_turn = Signal(), Signal()
+        key_turn, first_turn, first_holds = Signal(), Signal(), Signal()
         key_fired, value_fired, first_fired = Signal(), Signal(), Signal()
         m.d.comb += [
             key_walker.room.eq(ring.room | key_walker.skip),
-            key_turn.eq(key_walker.requests.valid & ((ahead <= 1) | ~value_walker.ready_to_ask)),
+            key_turn.eq(key_walker.follow | (key_walker.requests.valid & ~value_walker.follow
+                                             & ((ahead <= 1) | ~value_walker.ready_to_ask))),
             value_walker.room.eq(1),
-            self.requests.valid.eq(first_turn | key_walker.requests.valid | value_walker.requests.valid),
+            self.requests.valid.eq(first_turn | (~first_holds & Mux(
+                key_turn, key_walker.requests.valid, value_walker.requests.valid))),
             self.requests.payload.eq(Mux(key_turn, key_walker.requests.payload, value_walker.requests.payload)),
-            key_walker.requests.ready.eq(self.requests.ready & key_turn & ~first_turn),
-            value_walker.requests.ready.eq(self.requests.ready & ~key_turn & ~first_turn),
+            key_walker.requests.ready.eq(self.requests.ready & key_turn & ~first_turn & ~first_holds),
+            value_walker.requests.ready.eq(self.requests.ready & ~key_turn & ~first_turn & ~first_holds),
             key_fired.eq(key_walker.requests.valid & key_walker.requests.ready),
             value_fired.eq(value_walker.requests.valid & value_walker.requests.ready),
         ]
@@ -278,11 +280,13 @@ class Lane(wiring.Component):
             ring.key_place.eq(key_walker.requests.payload.tag.place),
         ]
 
-        # The first walker goes in front; it has the right of way as long as K has nothing to read after this job.
+        # The first walker goes in front; it has the right of way as long as K has nothing to read after this job.  A
+        # tail takes turns with the others, as it may wait for DRAM.
         if sparse:
             m.submodules.first_walker = first_walker = FirstWalker(config)
             first_job = kept("first_jobs", *(field for field, _ in first_walker.first_walk))
-            first_ahead = Signal(range(slots + 1))
+            first_ahead, dram_turn = Signal(range(slots + 1)), Signal()
+            m.d.sync += dram_turn.eq(~dram_turn)
             m.d.sync += first_ahead.eq(first_ahead + first_walker.end - (key_walker.end & key_walker.skip))
             m.d.comb += [
                 first_walker.enable.eq(begun),
@@ -298,8 +302,11 @@ class Lane(wiring.Component):
                 value_walker.ring_base.eq(ring.base[Lookup.VALUE]),
                 ring.slots[Lookup.KEY].eq(key_walker.slot),
                 ring.slots[Lookup.VALUE].eq(value_walker.slot),
-                first_turn.eq(first_walker.requests.valid & (
-                    (first_ahead == 0) | ~(key_walker.requests.valid | value_walker.requests.valid))),
+                first_holds.eq(first_walker.follow),
+                first_turn.eq(
+                    first_walker.requests.valid & ~key_walker.follow & ~value_walker.follow
+                    & (first_holds | ~(key_walker.requests.valid | value_walker.requests.valid)
+                       | Mux(first_walker.requests.payload.dram, dram_turn, first_ahead == 0))),
                 first_walker.requests.ready.eq(self.requests.ready & first_turn),
                 first_fired.eq(first_turn & self.requests.ready),
             ]

@@ -49,6 +49,9 @@ class Walker(wiring.Component):
         `requests` is valid, or would be if `room` were given.
     room : In(1)
         A request may be made.
+    follow : Out(1)
+        The next codeword of the page may follow the one just requested: nothing else should come in between, so that
+        the controller reads them as one run.
     requests : Out(stream of request)
     begin : Out(1)
         Strobe: the job of `slot` begins.
@@ -76,6 +79,7 @@ class Walker(wiring.Component):
             "failed": In(1),
             "ready_to_ask": Out(1),
             "room": In(1),
+            "follow": Out(1),
             "requests": Out(stream.Signature(shapes.request)),
             "begin": Out(1),
             "end": Out(1),
@@ -130,7 +134,9 @@ class Walker(wiring.Component):
             with m.If(looking & self.wanted):
                 m.d.sync += looked.eq(1)
             with m.If(fired):
-                m.d.sync += looked.eq(0)
+                m.d.sync += [looked.eq(0), self.follow.eq(skip & ~page_end)]
+            with m.Elif(advance | self.end):
+                m.d.sync += self.follow.eq(0)
             with m.If(self.begin):
                 m.d.sync += [skip.eq(self.skip), looked.eq(0), ring_base.eq(self.ring_base)]
         else:
@@ -214,6 +220,8 @@ class FirstWalker(wiring.Component):
     chosen : In(channel of q)
         That channel, one cycle later.
     requests : Out(stream of request)
+    follow : Out(1)
+        As in `Walker`, of centroids.
     begin : Out(1)
         Strobe: the job of `slot` begins, and takes `fits`'s places of the ring.
     end : Out(1)
@@ -248,6 +256,7 @@ class FirstWalker(wiring.Component):
             "chosen_address": Out(self.channel_bits + shapes.slot.width),
             "chosen": In(self.channel_bits),
             "requests": Out(stream.Signature(shapes.request)),
+            "follow": Out(1),
             "begin": Out(1),
             "end": Out(1),
             "room": In(1),
@@ -296,6 +305,7 @@ class FirstWalker(wiring.Component):
 
         def close() -> None:
             m.d.comb += self.close.eq(1)
+            m.d.sync += self.follow.eq(0)
             m.d.sync += [
                 left.eq(left - 1), index.eq(index + 1), self.place.eq(self.place + config.group_codewords)]
             m.next = "next"
@@ -354,7 +364,11 @@ class FirstWalker(wiring.Component):
                 with m.If(self.failed):
                     close()
                 with m.Elif(self.requests.ready):
-                    m.d.sync += [number.eq(number + 1), token.eq(token + config.tokens_per_codeword)]
+                    m.d.sync += [
+                        number.eq(number + 1), token.eq(token + config.tokens_per_codeword),
+                        self.follow.eq(~channels & ~request.dram
+                                       & (request.codeword != config.codewords_per_page - 1)),
+                    ]
                     m.next = "choose"
         with m.If(go_on):
             m.d.sync += [
