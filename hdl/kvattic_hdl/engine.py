@@ -246,8 +246,8 @@ class Engine(wiring.Component):
             if config.sparse:
                 m.d.comb += [
                     *(getattr(lane, name).eq(getattr(selection, name)) for name in (
-                        "first_slot", "first_row", "sweep_valid", "sweep", "reference_write", "reference_row", "reference",
-                        "sum_row", "bin", "select_valid", "select_slot")),
+                        "first_slot", "first_row", "sweep_valid", "sweep", "reference_write", "reference_row",
+                        "reference", "sum_row", "bin", "select_valid", "select_slot")),
                     *(getattr(selection, name)[channel].eq(getattr(lane, name)) for name in (
                         "first_done", "first_maximum", "sweep_done", "sum", "count", "unmarked")),
                 ]

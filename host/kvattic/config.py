@@ -250,7 +250,7 @@ class Config:
                     "of two for head_dim")
         if pages * self.codewords_per_page > self.ring_codewords:
             return (f"a stripe of the channel layout has {pages * self.codewords_per_page} codewords of K, which must "
-                    f"fit the score buffer of a lane, {self.ring_codewords} codewords (score_depth {self.score_depth})")
+                    f"fit a lane's score buffer, {self.ring_codewords} codewords (score_depth {self.score_depth})")
         return ""
 
     @property

@@ -23,6 +23,11 @@ ARGUMENTS: dict[str, Any] = {
     "numerator_bits": TINY.accumulator_bits,
     "denominator_bits": TINY.denominator_bits,
     "tag": 4,
+    "blocks": 4,
+    "fraction_bits": 10,
+    "exponent_bits": 5,
+    "elements": 4,
+    "rows": 2,
 }
 """What constructors are given, by the name of the parameter."""
 
