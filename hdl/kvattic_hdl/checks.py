@@ -196,6 +196,11 @@ class NanCheck(wiring.Component):
 class TableCheck(wiring.Component):
     """Finds the first bad entry of a table; the entries come in order.
 
+    Parameters
+    ----------
+    config : Config
+        The configuration.
+
     Members
     -------
     valid : In(1)
@@ -332,6 +337,11 @@ class ModeCheck(wiring.Component):
 
     All inputs are stable; everything is right four cycles after the last one.  The numbers mean something only if the
     field is not bad and the job has tokens.
+
+    Parameters
+    ----------
+    config : Config
+        The configuration.
 
     Members
     -------

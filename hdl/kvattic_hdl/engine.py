@@ -26,8 +26,8 @@ class Engine(wiring.Component):
     """Attention over KV pages that arrive as tagged codewords, one lane for each channel.
 
     A batch of commands is fetched from host memory at the doorbell; up to `jobs_in_flight` jobs overlap (load, first
-    pass and selection of sparse modes, K pass, maximum, V pass, drain and write-back), so that a channel with a codeword to move is moving it.  Results do not
-    depend on the order in which codewords come.  Flash commands go to their channels and complete out of order.  A soft
+    pass and selection of sparse modes, K pass, maximum, V pass, drain and write-back), so that a channel with a
+    codeword to move is moving it.  Results do not depend on the order in which codewords come.  Flash commands go to their channels and complete out of order.  A soft
     reset (CONTROL.RESET) ends the bus transfers and the flash operations first.
 
     Parameters

@@ -242,12 +242,15 @@ class Config:
     @property
     def _no_groups(self) -> str:
         """Why there can be no channel layout; empty if there can."""
+        if self.tokens_per_codeword * self.token_bytes != self.codeword_bytes:
+            return (f"codewords of the channel layout have no rest, so those of the token layout must have none; "
+                    f"{self.tokens_per_codeword} tokens of {self.token_bytes} bytes leave some of {self.codeword_bytes}; "
+                    "choose a power of two for head_dim")
         tokens, page = self.group_tokens, self.tokens_per_page
         pages = tokens // page
-        if pages * page != tokens or not is_power_of_two(pages) or not is_power_of_two(self.tokens_per_codeword):
+        if pages * page != tokens or not is_power_of_two(pages):
             return (f"a codeword of the channel layout has {tokens} tokens, which must be 1, 2, 4, ... pages of the "
-                    f"token layout, of {page} tokens each, not {tokens / page:g}; choose another page_bytes, or a power "
-                    "of two for head_dim")
+                    f"token layout, of {page} tokens each, not {tokens / page:g}; choose another page_bytes")
         if pages * self.codewords_per_page > self.ring_codewords:
             return (f"a stripe of the channel layout has {pages * self.codewords_per_page} codewords of K, which must "
                     f"fit a lane's score buffer, {self.ring_codewords} codewords (score_depth {self.score_depth})")

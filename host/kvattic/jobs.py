@@ -337,6 +337,11 @@ def pack_mean(job: Job) -> bytes:
     return b"" if job.mean is None else np.asarray(job.mean).astype("<u4").tobytes().ljust(mean_bytes(job), b"\0")
 
 def check_positive(name: str, value: Any) -> None:
+    """Refuse what is not a positive int.
+
+    Raises:
+        RequestError: names the argument and says what it was.
+    """
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise RequestError(f"{name} must be a positive int, not {value!r}")
 
@@ -367,6 +372,14 @@ def pack_query(job: Job) -> bytes:
 
 
 def unpack_result(data: bytes, rows: int, dim: int, completion: Completion) -> JobResult:
+    """A result block and its completion as arrays.
+
+    Args:
+        data: rows * result_row_bytes(dim) bytes.
+        rows: query rows.
+        dim: head_dim.
+        completion: decoded.
+    """
     block = np.frombuffer(data, np.uint8).reshape(rows, result_row_bytes(dim))
 
     def field(offset: int, dtype: str, count: int = 1) -> NDArray[Any]:

@@ -51,10 +51,10 @@ def test_unpack_inverts_pack_and_adds_zeros(config, count):
     assert not back[count:].any()
 
 
-SPARSE = [TINY, PAPER, Config(head_dim=64), Config(head_dim=96), replace(TINY, part=TINY_PART.resized(4096, pages=6))]
+SPARSE = [TINY, PAPER, Config(head_dim=64), replace(TINY, part=TINY_PART.resized(4096, pages=6))]
 
 
-@pytest.mark.parametrize(("config", "pages"), list(zip(SPARSE, (8, 4, 2, 4, 2), strict=True)))
+@pytest.mark.parametrize(("config", "pages"), list(zip(SPARSE, (8, 4, 2, 2), strict=True)))
 def test_each_channel_lies_where_the_rule_says(config, pages):
     assert layout.stripe_pages(config, sparse=True) == pages
     assert layout.stripe_pages(config, sparse=False) == 1
@@ -76,7 +76,7 @@ def test_each_channel_lies_where_the_rule_says(config, pages):
 def test_configurations_without_a_channel_layout():
     with pytest.raises(ConfigError, match="without sparse attention: sparse must be True in it"):
         layout.stripe_pages(Config(head_dim=80, sparse=False), sparse=True)
-    with pytest.raises(ConfigError, match=r"256 tokens, which must be 1, 2, 4, .* of 96 tokens each, not 2.66667"):
+    with pytest.raises(ConfigError, match="3 tokens of 160 bytes leave some of 512"):
         Config(head_dim=80)
     with pytest.raises(ConfigError, match=r"512 tokens each, not 0\.5"):
         Config(head_dim=32, part=PSLC.resized(32768), codeword_bytes=512)

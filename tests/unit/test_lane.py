@@ -51,9 +51,6 @@ SPARSE = {
                    score_depth=128),
     "bf16": Config(channels=CHANNELS, rows=3, head_dim=32, element="bf16", beat_bytes=16, part=SMALL,
                    codeword_bytes=128, score_depth=256),
-    # A token does not fill its codeword, a channel does.
-    "padded": Config(channels=CHANNELS, rows=1, head_dim=96, beat_bytes=16, part=SMALL, codeword_bytes=256,
-                     score_depth=256),
 }
 
 
@@ -850,15 +847,6 @@ def test_own_selector(monkeypatch) -> None:
         (Mode.SPARF, config.group_tokens + 5), (Mode.FETCHED, 2 * config.group_tokens - 3),
         (Mode.SPARF, config.group_tokens))]
     run_lane(config, jobs, seed=4, gap=0.0, shuffle=True, stand_in=False)
-
-
-def test_padded_codewords() -> None:
-    """The channel layout uses all of a codeword, also where tokens do not."""
-    config = SPARSE["padded"]
-    rng = np.random.default_rng(4)
-    jobs = [make_sparse(config, rng, Mode.SPARF, config.group_tokens + 5, "here", "last", density=0.05),
-            make_sparse(config, rng, Mode.CENTROID, config.group_tokens, "here", "none", density=0.05)]
-    run_lane(config, jobs, seed=1, gap=0.0, shuffle=True)
 
 
 def test_wrong_tags() -> None:

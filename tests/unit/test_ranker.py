@@ -20,7 +20,7 @@ CONFIGS = {
     "fp16_rows": replace(TINY, rows=3),
     "bf16": replace(TINY, rows=1, element="bf16"),
     "bf16_rows": replace(TINY, rows=4, element="bf16"),
-    "wide": Config(channels=2, rows=2, head_dim=96),
+    "wide": Config(channels=2, rows=2, head_dim=96, sparse=False),
 }
 
 
