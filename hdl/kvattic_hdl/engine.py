@@ -27,8 +27,9 @@ class Engine(wiring.Component):
 
     A batch of commands is fetched from host memory at the doorbell; up to `jobs_in_flight` jobs overlap (load, first
     pass and selection of sparse modes, K pass, maximum, V pass, drain and write-back), so that a channel with a
-    codeword to move is moving it.  Results do not depend on the order in which codewords come.  Flash commands go to their channels and complete out of order.  A soft
-    reset (CONTROL.RESET) ends the bus transfers and the flash operations first.
+    codeword to move is moving it.  Results do not depend on the order in which codewords come.  Flash commands go to
+    their channels and complete out of order.  A soft reset (CONTROL.RESET) ends the bus transfers and the flash
+    operations first.
 
     Parameters
     ----------

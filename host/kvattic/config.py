@@ -243,9 +243,9 @@ class Config:
     def _no_groups(self) -> str:
         """Why there can be no channel layout; empty if there can."""
         if self.tokens_per_codeword * self.token_bytes != self.codeword_bytes:
-            return (f"codewords of the channel layout have no rest, so those of the token layout must have none; "
-                    f"{self.tokens_per_codeword} tokens of {self.token_bytes} bytes leave some of {self.codeword_bytes}; "
-                    "choose a power of two for head_dim")
+            return ("codewords of the channel layout have no rest, so those of the token layout must have none; "
+                    f"{self.tokens_per_codeword} tokens of {self.token_bytes} bytes leave some of "
+                    f"{self.codeword_bytes}; choose a power of two for head_dim")
         tokens, page = self.group_tokens, self.tokens_per_page
         pages = tokens // page
         if pages * page != tokens or not is_power_of_two(pages):

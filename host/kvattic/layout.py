@@ -7,8 +7,7 @@ Token layout
 
 Channel layout
     K again, for sparse attention: a codeword holds one embedding channel of codeword_bytes / 2 consecutive tokens of
-    one head, in order; a page holds codewords_per_page consecutive channels of the same tokens.  Codewords beyond
-    head_dim are zero (there are some where a codeword of the token layout has a rest).
+    one head, in order; a page holds codewords_per_page consecutive channels of the same tokens.
 
 Centroids
     For sparse attention without a second copy of K: a mean key for each unit of some codewords of K, in the token
