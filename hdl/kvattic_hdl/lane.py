@@ -260,8 +260,10 @@ class Lane(wiring.Component):
         m.d.comb += [
             key_walker.room.eq(ring.room | key_walker.skip),
             key_turn.eq(key_walker.follow | (key_walker.requests.valid & ~value_walker.follow
-                                             & ((ahead <= 1) | ~value_walker.ready_to_ask))),
-            value_walker.room.eq(1),
+                                             & ((ahead <= 1) | ~value_walker.requests.valid))),
+            # A sparse job's V is asked for when it may come: until then it would hold dies that others could use, and
+            # what lies between two of its reads is another job's.
+            value_walker.room.eq(~value_walker.skip | self.value_open.bit_select(value_walker.slot, 1)),
             self.requests.valid.eq(first_turn | (~first_holds & Mux(
                 key_turn, key_walker.requests.valid, value_walker.requests.valid))),
             self.requests.payload.eq(Mux(key_turn, key_walker.requests.payload, value_walker.requests.payload)),

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, unsigned
+from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, enum, stream, wiring
 from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.memory import Memory
@@ -272,8 +272,19 @@ class Controller(wiring.Component):
 
         work = Signal(context_shape)
         die = Signal(shapes.die)
-        command_die, data_die, data_turn = Signal(shapes.die), Signal(shapes.die), Signal()
+        command_die, data_turn = Signal(shapes.die), Signal()
         here = Signal(shapes.die)
+        # Dies in the order in which they were loaded: the one that waits longest moves its data first, so that it reads
+        # again while the others' are moved, and what was asked for first arrives first.
+        order = Array(Signal(shapes.die, init=i, name=f"order_{i}") for i in range(config.dies))
+        data_place, loaded = Signal(shapes.die), Signal()
+        with m.If(loaded):
+            moved = Const(0, 1)
+            for i in range(config.dies):
+                moved = moved | (order[i] == here)
+                follower = order[i + 1] if i + 1 < config.dies else here
+                with m.If(moved):
+                    m.d.sync += order[i].eq(follower)
         here_context = Signal(context_shape)
         held = Signal(config.dies)     # a command is on its way to the die
         m.d.comb += [seen.addr.eq(here), here_context.eq(seen.data), here.eq(die), store.addr.eq(die),
@@ -436,7 +447,7 @@ class Controller(wiring.Component):
 
             # Look at a die: in turn for what its bus could do, and for what its state wants.
             with m.State("VISIT"):
-                m.d.comb += here.eq(Mux(data_turn, data_die, command_die))
+                m.d.comb += here.eq(Mux(data_turn, order[data_place], command_die))
                 m.d.sync += [
                     data_turn.eq(~data_turn), work.eq(context), die.eq(here), scan.eq(0), best.eq(0), mates.eq(0),
                     second_pass.eq(0), among_others.eq(0), look_ahead.eq(0), candidate.eq(0),
@@ -449,7 +460,7 @@ class Controller(wiring.Component):
                         with m.Elif(free & (context.phase == Phase.WRITE) & self.words.valid):
                             m.next = "WRITE"
                         with m.Else():
-                            m.d.sync += data_die.eq(data_die + 1)
+                            m.d.sync += data_place.eq(data_place + 1)
                 with m.Else():
                     m.d.sync += command_die.eq(command_die + 1)
                     with m.If(operation_ready & (operation.opcode == opcode(Opcode.MAP))):
@@ -476,6 +487,7 @@ class Controller(wiring.Component):
                                 m.next = "SEEK"
                             with m.Case(Phase.ARRAY):
                                 m.d.sync += work.phase.eq(Phase.LOADED)
+                                m.d.comb += loaded.eq(1)
                                 m.next = "AIM"
                                 if config.cache_reads:
                                     with m.If(~context.cached & ~claimed):
@@ -717,7 +729,8 @@ class Controller(wiring.Component):
                     queues.step.eq(1),
                     queues.pop.eq(work.codeword == work.last),
                 ]
-                m.d.sync += [work.codeword.eq(work.codeword + 1), work.tag.place.eq(work.tag.place + 1)]
+                m.d.sync += [
+                    work.codeword.eq(work.codeword + 1), work.tag.place.eq(work.tag.place + 1), data_place.eq(0)]
                 m.next = "STORE"
                 with m.If(queues.pop):
                     m.next = "POPPED"
