@@ -24,7 +24,7 @@
 /* CONFIG_HASH of the presets. */
 #define KVATTIC_CONFIG_HASH_TINY 0x5c1f6d33u
 #define KVATTIC_CONFIG_HASH_BOARD 0xd2a54229u
-#define KVATTIC_CONFIG_HASH_PAPER 0x73888624u
+#define KVATTIC_CONFIG_HASH_PAPER 0x74690031u
 #define KVATTIC_CONFIG_HASH_GQA 0x83fc746du
 
 /* Register addresses; 64-bit registers take two accesses, low half first. */

@@ -334,7 +334,7 @@ TINY = Config(channels=2, rows=2, head_dim=32, part=TINY_PART, dies=2, dram_beat
 """Fast tests."""
 BOARD = Config(channels=4, jobs_in_flight=8)
 """A four-channel OpenSSD board (paper v1: 4 flash channels)."""
-PAPER = Config(jobs_in_flight=8)
+PAPER = Config(jobs_in_flight=16, groups_in_flight=8)
 """The paper's drive: 8 channels, one query row, 285 MHz (HPCA text, section VI)."""
 GQA = Config(rows=8, jobs_in_flight=8)
 """Groups of eight query rows share each byte of K and V."""

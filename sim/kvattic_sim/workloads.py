@@ -115,12 +115,12 @@ def decode(config: Config, *, kv_heads: int, tokens: int, group: int = 1, seed: 
 
 
 def clustered(config: Config, *, kv_heads: int, tokens: int, run: int, group: int = 1, seed: int = 0) -> Attention:
-    """`decode`, but important tokens come in runs: keys of a run of tokens are alike (correlation 0.9)."""
+    """`decode`, but important tokens come in runs: keys of a run of tokens are alike (correlation 0.99)."""
     rng = np.random.default_rng(seed)
     plain = decode(config, kv_heads=kv_heads, tokens=tokens, group=group, seed=seed + 1)
     base = np.repeat(rng.standard_normal((kv_heads, -(-tokens // run), config.head_dim), np.float32), run, axis=1)
     own = rng.standard_normal((kv_heads, tokens, config.head_dim), np.float32)
-    return replace(plain, key=to_bits(np.sqrt(0.9) * base[:, :tokens] + np.sqrt(0.1) * own, config.element))
+    return replace(plain, key=to_bits(np.sqrt(0.99) * base[:, :tokens] + 0.1 * own, config.element))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
