@@ -20,7 +20,7 @@ help:  ## list the targets
 	@echo
 	@echo '  SIM=verilator|icarus   the simulator (sim, waves, bench)'
 	@echo '  PRESET=name            the hardware configuration (sim, waves, verilog, synth)'
-	@echo '  MODE=dense|sparf|fetched|centroid   which tokens are attended (sim, waves)'
+	@echo '  MODE=dense|sparf|fetched|centroid   which tokens are attended (sim, waves, trace)'
 	@echo '  BENCH=prefix           only the benchmarks whose names begin so (bench)'
 
 setup: $(VENV)/.stamp-dev  ## install everything for development into .venv

@@ -231,21 +231,22 @@ def simulate_life(console: Console, title: str, config: Config, model: Model, kv
     return good
 
 
-def trace(console: Console, config: Config, simulator: Simulator) -> None:
+def trace(console: Console, config: Config, simulator: Simulator, how: How = DENSE) -> None:
     """A short decode step with a timeline of every channel and die: build/trace.json and build/trace.png."""
     with console.status("Compiling the drive (kept for the next run)"):
         model = build_testbench(config, simulator)
     attention = decode(config, kv_heads=TRACE_HEADS, tokens=2048, group=config.rows)
     with console.status("A decode step, traced"):
         run = run_on_model(model, config, attend, {"attention": attention, "heads_per_batch": TRACE_HEADS,
-                                                   "label": "trace"}, flash=replace(NAND, trace=True))
+                                                   "label": "trace", "how": how}, flash=replace(NAND, trace=True))
     events = timeline.read(run.run_dir, config)
     timeline.write_perfetto(events, config, TRACE_PATH)
     # The picture shows the attention: from the first page read of the array on.
     first = next(event.start for event in events if event.kind is timeline.Kind.READ)
     last = max(event.end for event in events if event.kind is timeline.Kind.DATA_OUT)
     picture = TRACE_PATH.with_suffix(".png")
-    title = f"{TRACE_HEADS} heads x 2,048 tokens, {config.channels} channels x {config.dies} dies, {config.part.name}"
+    title = (f"{TRACE_HEADS} heads x 2,048 tokens, {how.mode}, {config.channels} channels x {config.dies} dies, "
+             f"{config.part.name}")
     timeline.draw(events, config, picture, first=first, last=last, title=title)
     console.print(f"{len(events):,} events: {TRACE_PATH} (open it in https://ui.perfetto.dev), {picture}")
 
@@ -280,7 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
     how = How(mode=options.mode, channels=options.channels, units=options.units)
     suffix = "" if how == DENSE else f", {options.mode}"
     if options.trace:
-        trace(console, opt, options.simulator)
+        trace(console, opt, options.simulator, how)
         return
     # Icarus runs about a hundred cycles a second, and waves grow fast: a slice is all that makes sense by default.
     slice_only = options.waves or options.simulator is Simulator.ICARUS
