@@ -511,7 +511,8 @@ class GoldenDevice:
             key[number] = used.view("<u2").reshape(units, config.head_dim)
             if gone is not None and lost is None:
                 unit = number * units + gone * config.tokens_per_codeword
-                lost = command["base_token"] + unit * (config.tokens_per_codeword << command["unit_bits"])
+                token = command["base_token"] + unit * (config.tokens_per_codeword << command["unit_bits"])
+                lost = token if token < command["end_token"] else None   # what lies behind it matters to nobody
         return key.reshape(-1, config.head_dim), lost
 
     def _read(self, kind: Kind, channel: int, number: int, codewords: NDArray[np.int64], *,
