@@ -57,6 +57,7 @@ def centroid(k: int, local: int = 0, unit: int = UNIT) -> dict[str, Any]:
 
 CASES: dict[str, dict[str, Any]] = {
     "sparf": {"kv_heads": 3, "q_heads": 3, "tokens": [4 * GROUP], "how": sparf(4, 20)},
+    "sparf, little": {"kv_heads": 1, "q_heads": 1, "tokens": [GROUP + 3], "how": sparf(2, 4)},
     "sparf, a tail": {"kv_heads": 2, "q_heads": 2, "tokens": [3 * GROUP + 17], "how": sparf(4, 20)},
     "sparf, one channel, one token": {"kv_heads": 1, "q_heads": 2, "tokens": [2 * GROUP], "how": sparf(1, 1)},
     "sparf, all channels": {"kv_heads": 2, "q_heads": 2, "tokens": [2 * GROUP + 1], "how": sparf(TINY.head_dim, 9)},
@@ -117,8 +118,8 @@ def attend_cases(device: Device, cases: dict[str, dict[str, Any]]) -> dict[str, 
 
 @pytest.mark.parametrize("simulator", SIMULATORS)
 def test_equals_golden_device(simulator: str) -> None:
-    small = ("sparf, a tail", "centroid, pages")
-    cases = CASES if simulator == "verilator" else {name: CASES[name] for name in small}
+    # Icarus runs a hundred cycles a second.
+    cases = CASES if simulator == "verilator" else {"sparf, little": CASES["sparf, little"]}
     found = simulate(TINY, attend_cases, simulator, cases=cases, flash=SHUFFLED)
     assert not differences(found, model(TINY, attend_cases, cases=cases))
 
