@@ -250,13 +250,13 @@ def test_hash_tells_configurations_apart() -> None:
     assert all(0 <= h < 1 << 32 for h in hashes)
     # One value, so that a change of what is hashed does not go unnoticed.
     assert Config(part=TINY_PART).hash == 1560819891
-    assert Config(jobs_in_flight=8).hash == PAPER.hash
+    assert Config(jobs_in_flight=16, groups_in_flight=8).hash == PAPER.hash
 
 
 def test_config_is_frozen_and_hashable() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         TINY.rows = 3  # type: ignore[misc]
-    assert len({Config(jobs_in_flight=8), PAPER, TINY}) == 2
+    assert len({Config(jobs_in_flight=16, groups_in_flight=8), PAPER, TINY}) == 2
 
 
 def test_presets() -> None:

@@ -65,6 +65,8 @@ def test_jobs(channels, rows):
             "lanes": i not in (2, 3),
             "index": rng.getrandbits(16),
             "identifier": i,
+            "mode": rng.getrandbits(2),
+            "units": rng.getrandbits(16),
             "rows": rng.randint(1, rows) if i else rows,
             "result": rng.getrandbits(64),
             "status": i,
