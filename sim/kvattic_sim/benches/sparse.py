@@ -28,8 +28,6 @@ PAGE = 64
 DRAM_BYTES = 1 << 27
 SEPARATE_BUS = replace(PAPER, part=replace(PAPER.part, name="pslc, separate command bus", separate_command_bus=True))
 """The paper's drive with JESD230G's separate command and address bus, nothing else changed."""
-SMALL_CODEWORDS = replace(PAPER, codeword_bytes=256)
-"""The paper's drive with codewords of one token: nothing is read beside what is chosen, with twice the parity."""
 SPARF = How(mode="sparf", channels=PAPER.head_dim // 8, units=TOKENS // 16)
 FETCHED = How(mode="fetched", channels=PAPER.head_dim // 8, units=TOKENS // 32)
 CENTROID = How(mode="centroid", unit=PAGE, units=TOKENS // 8 // PAGE)
@@ -145,8 +143,6 @@ BENCHES = (
     _bench(Load(config=PAPER, run=RUN, ways={"sparf": SPARF, "fetched": FETCHED}), "clustered selection",
            {"sparf": "sparse.{}.clustered", "fetched": "sparse.fetched.{}.clustered"}),
     _bench(Load(config=PAPER, run=PAGE, ways={"centroid": CENTROID}), "centroids", {"centroid": "sparse.centroid.{}"}),
-    _bench(Load(config=SMALL_CODEWORDS, run=1, ways={"sparf": SPARF}), "random selection, codewords of 256 bytes",
-           {"sparf": "sparse.{}.random.small_codewords"}),
     _bench(Load(config=SEPARATE_BUS, run=1, ways={"sparf": SPARF}), "random selection, separate command bus",
            {"sparf": "sparse.{}.random.separate_command_bus"}),
     _bench(Load(config=SEPARATE_BUS, run=RUN, ways={"sparf": SPARF}), "clustered selection, separate command bus",
