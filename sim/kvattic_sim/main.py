@@ -285,7 +285,9 @@ def main(arguments: list[str] | None = None) -> None:
         return
     # Icarus runs about a hundred cycles a second, and waves grow fast: a slice is all that makes sense by default.
     slice_only = options.waves or options.simulator is Simulator.ICARUS
-    for name, whole, little in (("heads", 12, 1), ("queries", 512, 16), ("decode_heads", 8, 0)):
+    # In sparse modes each query is a job of its own, with its own selection.
+    queries = 512 if how == DENSE else 64
+    for name, whole, little in (("heads", 12, 1), ("queries", queries, 16), ("decode_heads", 8, 0)):
         if getattr(options, name) is None:
             setattr(options, name, little if slice_only else whole)
     if slice_only:
