@@ -298,11 +298,25 @@ def query_row_bytes(head_dim: int) -> int:
     return ROW.size + lines(head_dim * 2) * LINE_BYTES
 
 
+def fp32_block_bytes(head_dim: int) -> int:
+    """Bytes of head_dim fp32 padded to whole lines: the mean of V, or the outputs of a row."""
+    return lines(head_dim * 4) * LINE_BYTES
+
+
 def result_row_bytes(head_dim: int) -> int:
     """Bytes of one row of a result block: head_dim fp32 and the `TRAILER`."""
-    return lines(head_dim * 4) * LINE_BYTES + TRAILER.size
+    return fp32_block_bytes(head_dim) + TRAILER.size
 
 
 def fp32_bits(value: float) -> int:
     """Bit pattern of the fp32 nearest to value."""
     return int(struct.unpack("<I", struct.pack("<f", value))[0])
+
+
+FP32_SPECIAL = 0x7F80_0000
+"""Exponent field of an fp32 infinity or NaN."""
+
+
+def is_positive_normal(bits: int) -> bool:
+    """Whether the bit pattern is that of a positive normal fp32, as a command's scale must be."""
+    return 0x0080_0000 <= bits < FP32_SPECIAL

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from kvattic.formats import Element
 
-__all__ = ["from_bits", "to_bits"]
+__all__ = ["from_bits", "special", "to_bits"]
 
 
 def to_bits(values: NDArray[Any], element: Element) -> NDArray[np.uint16]:
@@ -62,3 +62,19 @@ def from_bits(bits: NDArray[np.uint16], element: Element) -> NDArray[np.float32]
     if element is Element.FP16:
         return contiguous.view(np.float16).astype(np.float32)
     return (contiguous.astype(np.uint32) << 16).view(np.float32)
+
+
+def special(bits: NDArray[np.uint16], element: Element) -> NDArray[np.bool_]:
+    """Which elements are NaN or infinity.
+
+    Args:
+        bits: uint16 of any shape.
+        element: their format.
+
+    Returns:
+        bool of the same shape.
+    """
+    form = element.encoding
+    ones = np.uint16(((1 << form.exponent_bits) - 1) << form.fraction_bits)
+    found: NDArray[np.bool_] = (bits & ones) == ones
+    return found

@@ -9,13 +9,14 @@ Shapes are named (rows, tokens, head_dim).  Elements are uint16 bit patterns, in
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvattic.commands import TREE_BITS, CompletionFlag
+from kvattic.commands import TREE_BITS, CompletionFlag, is_positive_normal
+from kvattic.elements import special
 from kvattic.errors import RequestError
 from kvattic.formats import (
     EXP_FRACTION,
@@ -43,14 +44,19 @@ __all__ = [
     "Partial",
     "Trace",
     "attend",
+    "attend_masked",
     "attended",
+    "check_bits",
+    "check_job",
     "decode",
     "denominators",
     "divide",
+    "first_special",
     "merge",
     "round_scores",
     "scale_scores",
     "score_sums",
+    "split_scale",
     "value_sums",
     "weights",
     "window_sums",
@@ -196,15 +202,28 @@ def decode(bits: Bits, element: Element) -> Decoded:
     return Decoded(bits >= 0x8000, significand, exponent, special)
 
 
-def _first_special(bits: Bits, element: Element) -> tuple[int, int] | None:
-    """(row, channel) of the first NaN or infinity in row-major order."""
-    form = element.encoding
-    ones = np.uint16(((1 << form.exponent_bits) - 1) << form.fraction_bits)
-    found = (bits & ones) == ones
+def first_special(bits: Bits, element: Element) -> tuple[int, int] | None:
+    """(row, channel) of the first NaN or infinity in row-major order.
+
+    Args:
+        bits: uint16, (rows, head_dim) or (tokens, head_dim).
+        element: its format.
+    """
+    found = special(bits, element)
     if not found.any():
         return None
     row, channel = divmod(int(found.argmax()), bits.shape[1])
     return row, channel
+
+
+def split_scale(scale_bits: int) -> tuple[int, int]:
+    """(significand with its leading one, exponent field) of a normal fp32.
+
+    Args:
+        scale_bits: its bit pattern, positive.
+    """
+    hidden = 1 << (SCALE_BITS - 1)
+    return hidden | (scale_bits & (hidden - 1)), scale_bits >> (SCALE_BITS - 1)
 
 
 def _signs(negative: NDArray[np.bool_]) -> Integers:
@@ -243,7 +262,7 @@ def score_sums(
         (sums int64, overflow bool), both (rows, tokens); overflow: a product was clipped at the
         window's top.
     """
-    return window_sums(query, key, element=element, exponent=scale_bits >> (SCALE_BITS - 1))
+    return window_sums(query, key, element=element, exponent=split_scale(scale_bits)[1])
 
 
 def window_sums(
@@ -302,8 +321,7 @@ def round_scores(sums: Integers, scale_bits: int) -> tuple[Integers, NDArray[np.
     Returns:
         (scores int64 in [SCORE_MIN, SCORE_MAX], overflow bool), both of the shape of sums.
     """
-    hidden = 1 << (SCALE_BITS - 1)
-    return scale_scores(sums, hidden | (scale_bits & (hidden - 1)))
+    return scale_scores(sums, split_scale(scale_bits)[0])
 
 
 def scale_scores(sums: Integers, significand: int | Integers) -> tuple[Integers, NDArray[np.bool_]]:
@@ -337,8 +355,11 @@ def attended(
     base_token: int,
     end_token: int,
     tokens: int,
+    unit_tokens: int = 1,
 ) -> NDArray[np.bool_]:
     """Which row attends which token: the window, the valid length and the draft tree.
+
+    Or which unit's mean key: its last token is not before the window, its first one inside, and in the tree.
 
     Args:
         start: int64, (rows,), first token of each row.
@@ -347,16 +368,17 @@ def attended(
         tree_token: first draft token.
         base_token: number of the first token.
         end_token: one past the last valid token.
-        tokens: how many tokens there are from base_token on.
+        tokens: how many tokens (or units) there are from base_token on.
+        unit_tokens: tokens of a unit, a power of two.
 
     Returns:
         bool, (rows, tokens).
     """
-    token = np.arange(base_token, base_token + tokens, dtype=np.int64)
+    token = base_token + np.arange(tokens, dtype=np.int64) * unit_tokens
     draft = token - tree_token
     bit = tree[:, None] >> np.clip(draft, 0, TREE_BITS - 1) & 1
     in_tree = (draft < 0) | ((draft < TREE_BITS) & (bit != 0))
-    window = (token >= start[:, None]) & (token < np.minimum(end, end_token)[:, None])
+    window = (token | (unit_tokens - 1) >= start[:, None]) & (token < np.minimum(end, end_token)[:, None])
     result: NDArray[np.bool_] = window & in_tree
     return result
 
@@ -503,7 +525,12 @@ def divide(high: Integers, low: Integers, denominator: Integers) -> NDArray[np.u
     return output
 
 
-def _bits(name: str, array: Any) -> Bits:
+def check_bits(name: str, array: Any) -> Bits:
+    """Bit patterns of two dimensions, as they are.
+
+    Raises:
+        RequestError: another dtype or number of dimensions.
+    """
     if not isinstance(array, np.ndarray) or array.dtype != np.uint16 or array.ndim != 2:
         found = (
             f"{array.dtype} {array.shape}"
@@ -512,6 +539,29 @@ def _bits(name: str, array: Any) -> Bits:
         )
         raise RequestError(f"{name} must be a uint16 array of two dimensions, not {found}")
     return array
+
+
+def check_job(
+    scale_bits: int, base_token: int, end_token: int, tokens: int, rows: int, **per_row: Any
+) -> tuple[Integers, ...]:
+    """The integers that are given for each row, as int64, if they and the job's numbers fit together.
+
+    Args:
+        scale_bits: fp32 bit pattern.
+        base_token: number of the first token given.
+        end_token: one past the last valid token.
+        tokens: how many are given.
+        rows: query rows.
+        per_row: integers, (rows,), by name.
+
+    Raises:
+        RequestError: they do not.
+    """
+    if not is_positive_normal(scale_bits):
+        raise RequestError(f"scale_bits must be a positive normal fp32, not {scale_bits:#010x}")
+    if end_token > base_token + tokens:
+        raise RequestError(f"end_token must be at most base_token + tokens = {base_token + tokens}, not {end_token}")
+    return tuple(_per_row(name, values, rows) for name, values in per_row.items())
 
 
 def _per_row(name: str, values: Any, rows: int) -> Integers:
@@ -561,31 +611,13 @@ def attend(
         RequestError: a type or shape is wrong, the scale is no positive normal fp32, or end_token
             lies beyond the tokens given.
     """
-    query, key, value = _bits("query", query), _bits("key", key), _bits("value", value)
+    query, key, value = check_bits("query", query), check_bits("key", key), check_bits("value", value)
     rows, head_dim = query.shape
     if key.shape[1] != head_dim or value.shape != key.shape:
         raise RequestError(
             f"key and value must be (tokens, {head_dim}) both, not {key.shape} and {value.shape}"
         )
-    if not 0x0080_0000 <= scale_bits < 0x7F80_0000:
-        raise RequestError(f"scale_bits must be a positive normal fp32, not {scale_bits:#010x}")
-    if end_token > base_token + len(key):
-        raise RequestError(
-            f"end_token must be at most base_token + tokens = {base_token + len(key)}, "
-            f"not {end_token}"
-        )
-    start, end, tree = (
-        _per_row(*pair, rows) for pair in (("start", start), ("end", end), ("tree", tree))
-    )
-
-    valid = max(end_token - base_token, 0)
-    nan_query = _first_special(query, element)
-    nan_key = _first_special(key[:valid], element)
-    nan_value = _first_special(value[:valid], element)
-
-    sums, clipped = score_sums(query, key, element=element, scale_bits=scale_bits)
-    scores, saturated = round_scores(sums, scale_bits)
-    score_overflow = clipped | saturated
+    start, end, tree = check_job(scale_bits, base_token, end_token, len(key), rows, start=start, end=end, tree=tree)
     mask = attended(
         start,
         end,
@@ -595,6 +627,34 @@ def attend(
         end_token=end_token,
         tokens=len(key),
     )
+    trace = attend_masked(query, key, value, mask, element=element, scale_bits=scale_bits)
+    valid = max(end_token - base_token, 0)
+    nan_key = first_special(key[:valid], element)
+    nan_value = first_special(value[:valid], element)
+    return replace(
+        trace,
+        nan_key=None if nan_key is None else base_token + nan_key[0],
+        nan_value=None if nan_value is None else base_token + nan_value[0],
+    )
+
+
+def attend_masked(
+    query: Bits, key: Bits, value: Bits, mask: NDArray[np.bool_], *, element: Element, scale_bits: int
+) -> Trace:
+    """Attention over the tokens that a mask leaves; nothing is checked, and nan_key and nan_value are None.
+
+    Args:
+        query: uint16, (rows, head_dim).
+        key: uint16, (tokens, head_dim).
+        value: uint16, (tokens, head_dim).
+        mask: bool, (rows, tokens), which row attends which token.
+        element: storage format of the three.
+        scale_bits: fp32 bit pattern of softmax scale * log2(e): positive and normal.
+    """
+    nan_query = first_special(query, element)
+    sums, clipped = score_sums(query, key, element=element, scale_bits=scale_bits)
+    scores, saturated = round_scores(sums, scale_bits)
+    score_overflow = clipped | saturated
     scores[~mask] = SCORE_MASKED
     maximum = scores.max(axis=1, initial=SCORE_MASKED)
     significand, exponent = weights(scores, maximum)
@@ -619,8 +679,8 @@ def attend(
         accumulator_low=low,
         output=divide(high, low, denominator),
         nan_query=None if nan_query is None else nan_query[0] << 16 | nan_query[1],
-        nan_key=None if nan_key is None else base_token + nan_key[0],
-        nan_value=None if nan_value is None else base_token + nan_value[0],
+        nan_key=None,
+        nan_value=None,
         flags=flags,
     )
 

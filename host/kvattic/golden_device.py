@@ -12,6 +12,7 @@ from kvattic import golden, layout, sparse
 from kvattic.commands import (
     COMMAND,
     FLASH_COMMAND,
+    FP32_SPECIAL,
     LINE_BYTES,
     ROW,
     SKETCH_ENTRY,
@@ -23,6 +24,8 @@ from kvattic.commands import (
     Mode,
     Opcode,
     Status,
+    fp32_block_bytes,
+    is_positive_normal,
     lines,
     query_row_bytes,
     result_row_bytes,
@@ -354,12 +357,12 @@ class GoldenDevice:
             (0, "query", command["rows"] * query_row_bytes(config.head_dim)),
             (1, "result", command["rows"] * result_row_bytes(config.head_dim)),
             (2, "table", stripes * entry),
-            *([(3, "mean", _mean_bytes(config.head_dim))] if blended else []),
+            *([(3, "mean", fp32_block_bytes(config.head_dim))] if blended else []),
         ):
             first = command[name]
             if first % LINE_BYTES or first < registers["BUFFER_BASE"] or first + size > registers["BUFFER_LIMIT"]:
                 raise _RejectedError(Status.INVALID_ADDRESS, where)
-        if not 0x0080_0000 <= command["scale"] < 0x7F80_0000:
+        if not is_positive_normal(command["scale"]):
             raise _RejectedError(Status.INVALID_SCALE, 0)
 
     def _attend(self, command: dict[str, int]) -> tuple[golden.Trace | sparse.SparseTrace, dict[Status, int | None]]:
@@ -373,7 +376,7 @@ class GoldenDevice:
         entries = np.frombuffer(table, "<u8", words).astype(np.uint64).reshape(stripes, -1)
         mean = None
         if mode in (Mode.SPARF, Mode.FETCHED):
-            line = self._dma_read(command["mean"], _mean_bytes(config.head_dim))
+            line = self._dma_read(command["mean"], fp32_block_bytes(config.head_dim))
             mean = np.frombuffer(line, "<u4", config.head_dim).astype(np.uint32)
         sketches, reserved = entries[:, -1], SKETCH_ENTRY["reserved"]
         stripe = _Stripes(layout.unpack_entries(entries[:, 0]), layout.unpack_sketches(sketches),
@@ -382,12 +385,9 @@ class GoldenDevice:
         block = np.frombuffer(data, np.uint8).reshape(rows, -1)
         query = np.ascontiguousarray(block[:, ROW.size : ROW.size + config.head_dim * ELEMENT_BYTES]).view("<u2")
         # A query or mean with a NaN reaches no lane, so nothing is read for it.
-        form = config.element.encoding
-        ones = np.uint16(((1 << form.exponent_bits) - 1) << form.fraction_bits)
-        if (special := (query & ones) == ones).any():
-            row, channel = divmod(int(special.argmax()), config.head_dim)
-            raise _RejectedError(Status.NAN_QUERY, row << 16 | channel)
-        if mean is not None and (special := (mean & 0x7F80_0000) == 0x7F80_0000).any():
+        if (nan := golden.first_special(query, config.element)) is not None:
+            raise _RejectedError(Status.NAN_QUERY, nan[0] << 16 | nan[1])
+        if mean is not None and (special := (mean & FP32_SPECIAL) == FP32_SPECIAL).any():
             raise _RejectedError(Status.NAN_MEAN, int(special.argmax()))
 
         def column(name: str) -> NDArray[np.int64]:
@@ -668,11 +668,6 @@ class GoldenDevice:
             return False
         self._memory[address : address + len(data)] = data
         return True
-
-
-def _mean_bytes(head_dim: int) -> int:
-    """Bytes of the mean of V, whole lines."""
-    return lines(head_dim * 4) * LINE_BYTES
 
 
 def _raise_first(*found: tuple[Status, int | None]) -> None:

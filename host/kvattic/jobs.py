@@ -22,6 +22,7 @@ from kvattic.commands import (
     Mode,
     Opcode,
     Status,
+    fp32_block_bytes,
     lines,
     query_row_bytes,
     result_row_bytes,
@@ -320,7 +321,7 @@ def table_bytes(job: Job) -> int:
 
 def mean_bytes(job: Job) -> int:
     """Bytes of the job's mean of V, in whole lines."""
-    return 0 if job.mean is None else lines(job.mean.size * 4) * LINE_BYTES
+    return 0 if job.mean is None else fp32_block_bytes(job.mean.size)
 
 
 def pack_table(job: Job) -> bytes:

@@ -33,7 +33,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from kvattic.commands import SKETCH_ENTRY, TABLE_ENTRY, Record
 from kvattic.config import Config
-from kvattic.elements import from_bits, to_bits
+from kvattic.elements import from_bits, special, to_bits
 from kvattic.errors import ConfigError, RequestError
 from kvattic.formats import Element
 
@@ -162,11 +162,8 @@ def storage_bits(values: ArrayLike, element: Element, name: str = "values") -> B
         raise RequestError(f"{name} must be float16, float32 or float64, or uint16 bit patterns of {element.value}, "
                            f"not {array.dtype}")
     bits = to_bits(array, element)
-    form = element.encoding
-    ones = np.uint16(((1 << form.exponent_bits) - 1) << form.fraction_bits)
-    special = (bits & ones) == ones
-    if special.any():
-        where = tuple(int(i) for i in np.argwhere(special)[0])
+    if (bad := special(bits, element)).any():
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
         raise RequestError(f"{name}{list(where)} is {array[where]}: it must be finite and within the range of "
                            f"{element.value}")
     return bits

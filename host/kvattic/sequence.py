@@ -12,7 +12,18 @@ from numpy.typing import ArrayLike, NDArray
 
 from kvattic import layout
 from kvattic.allocator import Allocation
-from kvattic.commands import COMMAND, COMPLETION, TREE_BITS, Completion, Kind, Mode, Opcode, Status, fp32_bits
+from kvattic.commands import (
+    COMMAND,
+    COMPLETION,
+    TREE_BITS,
+    Completion,
+    Kind,
+    Mode,
+    Opcode,
+    Status,
+    fp32_bits,
+    is_positive_normal,
+)
 from kvattic.elements import from_bits
 from kvattic.errors import CapacityError, RequestError
 from kvattic.jobs import (
@@ -915,7 +926,7 @@ def _scale_bits(scale: float) -> int:
         bits = fp32_bits(scale * math.log2(math.e))
     except (OverflowError, TypeError):
         bits = 0
-    if not 0x0080_0000 <= bits < 0x7F80_0000:
+    if not is_positive_normal(bits):
         raise RequestError(
             f"scale must be positive, and scale * log2(e) a normal fp32 (1.2e-38 to 3.4e38), not "
             f"{scale!r}"

@@ -11,7 +11,7 @@ on; a unit of selection is `unit_tokens` of them, and unit u begins with token b
 are uint16 bit patterns, intermediates int64.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt
 from typing import Any, TypeAlias
 
@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvattic import golden
-from kvattic.commands import TREE_BITS, CompletionFlag, Mode
+from kvattic.commands import FP32_SPECIAL, CompletionFlag, Mode
+from kvattic.elements import special
 from kvattic.errors import RequestError
 from kvattic.formats import (
     ALPHA_FRACTION,
@@ -49,7 +50,6 @@ __all__ = [
     "approximate_scales",
     "attend_sparse",
     "blend",
-    "centroid_attended",
     "channel_sums",
     "first_pass",
     "log2",
@@ -71,8 +71,6 @@ FORCED = (1 << MASS_BITS) - 1
 """The mass that stands for a unit of the local window; real masses saturate one below it."""
 RANK_TOKEN_BITS = 24
 """Low bits of a rank: the inverse of the unit's first token, so that of equal masses the lower token wins."""
-_SPECIAL = 0x7F80_0000
-"""Exponent field of an fp32 infinity or NaN."""
 
 
 # Channels and scale of the first pass.
@@ -131,8 +129,7 @@ def approximate_scales(
     """
     size = magnitudes(query, element)
     part, whole = size[:, channels].sum(axis=1).tolist(), size.sum(axis=1).tolist()
-    hidden = 1 << (SCALE_BITS - 1)
-    significand, field = hidden | (scale_bits & (hidden - 1)), scale_bits >> (SCALE_BITS - 1)
+    significand, field = golden.split_scale(scale_bits)
     significands, exponents = [], []
     for a, b in zip(part, whole, strict=True):
         product = significand * isqrt((b << 2 * RATIO_FRACTION) // a) if a else significand << RATIO_FRACTION
@@ -160,41 +157,6 @@ def channel_sums(
         (sums int64, clipped bool), both (rows, tokens).
     """
     return golden.window_sums(query[:, channels], key[:, channels], element=element, exponent=exponent)
-
-
-def centroid_attended(
-    start: Integers,
-    end: Integers,
-    tree: Integers,
-    *,
-    tree_token: int,
-    base_token: int,
-    end_token: int,
-    unit_tokens: int,
-    units: int,
-) -> Booleans:
-    """Which row attends which unit's mean key: its last token is not before the window, its first one inside.
-
-    Args:
-        start: int64, (rows,), first token of each row.
-        end: int64, (rows,), one past the last token of each row.
-        tree: int64, (rows,), draft tree of each row; the bit of the unit's first token counts.
-        tree_token: first draft token.
-        base_token: first token of unit 0.
-        end_token: one past the last valid token.
-        unit_tokens: tokens of a unit, a power of two.
-        units: how many units.
-
-    Returns:
-        bool, (rows, units).
-    """
-    first = base_token + np.arange(units, dtype=np.int64) * unit_tokens
-    draft = first - tree_token
-    bit = tree[:, None] >> np.clip(draft, 0, TREE_BITS - 1) & 1
-    in_tree = (draft < 0) | ((draft < TREE_BITS) & (bit != 0))
-    last = first | (unit_tokens - 1)
-    result: Booleans = (last >= start[:, None]) & (first < np.minimum(end, end_token)[:, None]) & in_tree
-    return result
 
 
 # Approximate softmax.
@@ -497,19 +459,11 @@ def _lowest(*tokens: int | None) -> int | None:
     return min((token for token in tokens if token is not None), default=None)
 
 
-def _special(bits: Bits, element: Element) -> Booleans:
-    """Where there is a NaN or infinity."""
-    form = element.encoding
-    ones = np.uint16(((1 << form.exponent_bits) - 1) << form.fraction_bits)
-    found: Booleans = (bits & ones) == ones
-    return found
-
-
 def _first_token(bits: Bits, numbers: Integers, element: Element, end_token: int) -> int | None:
     """The lowest number before end_token whose bits have a NaN or infinity; numbers: int64, (tokens,)."""
     if not len(bits):
         return None
-    found = numbers[_special(bits, element).any(axis=1) & (numbers < end_token)]
+    found = numbers[special(bits, element).any(axis=1) & (numbers < end_token)]
     return int(found.min()) if len(found) else None
 
 
@@ -573,9 +527,7 @@ def first_pass(
         raise RequestError(f"sketch must be a uint16 array of shape {shape}")
 
     rows = len(query)
-    hidden = 1 << (SCALE_BITS - 1)
-    significand = np.full(rows, hidden | (scale_bits & (hidden - 1)), np.int64)
-    exponent = np.full(rows, scale_bits >> (SCALE_BITS - 1), np.int64)
+    significand, exponent = (np.full(rows, part, np.int64) for part in golden.split_scale(scale_bits))
     chosen = np.zeros(0, np.int64)
     sums = np.zeros((rows, len(sketch)), np.int64)
     clipped, saturated = np.zeros((2, *sums.shape), np.bool_)
@@ -586,7 +538,7 @@ def first_pass(
     if centroids:
         numbers = numbers[::unit_tokens]
         in_flash = np.repeat(flash, layout.group_tokens // unit_tokens)
-        mask = centroid_attended(start, end, tree, unit_tokens=unit_tokens, units=len(sketch), **limits) & in_flash
+        mask = golden.attended(start, end, tree, unit_tokens=unit_tokens, tokens=len(sketch), **limits) & in_flash
         sums[:, in_flash], clipped[:, in_flash] = golden.score_sums(
             query, sketch[in_flash], element=element, scale_bits=scale_bits)
         scores, saturated = golden.round_scores(sums, scale_bits)
@@ -683,50 +635,32 @@ def second_pass(
     key, value, numbers = key[read], value[read], base_token + np.flatnonzero(read)
     limits: dict[str, Any] = {"tree_token": tree_token, "base_token": base_token, "end_token": end_token}
     mask = golden.attended(start, end, tree, tokens=tokens, **limits) & first.taken
-    sums, clipped = golden.score_sums(query, key, element=element, scale_bits=scale_bits)
-    scores, saturated = golden.round_scores(sums, scale_bits)
-    overflow = clipped | saturated
-    seen = mask[:, read]
-    scores[~seen] = SCORE_MASKED
-    maximum = scores.max(axis=1, initial=SCORE_MASKED)
-    significand, exponent = golden.weights(scores, maximum)
-    denominator = golden.denominators(significand, exponent)
-    high, low, value_overflow = golden.value_sums(significand, exponent, value, element=element)
-    quotient = golden.divide(high, low, denominator)
-    flags = CompletionFlag(0)
-    if (overflow & seen).any():
-        flags |= CompletionFlag.SCORE_OVERFLOW
-    if value_overflow:
-        flags |= CompletionFlag.VALUE_OVERFLOW
+    seen = golden.attend_masked(query, key, value, mask[:, read], element=element, scale_bits=scale_bits)
 
     def everywhere(values: NDArray[Any], rest: int = 0) -> NDArray[Any]:
         whole = np.full((rows, tokens), rest, values.dtype)
         whole[:, read] = values
         return whole
 
-    special = _special(query, element)
-    nan_query = divmod(int(special.argmax()), head_dim) if special.any() else None
-    where = None if nan_query is None else nan_query[0] << 16 | nan_query[1]
-    exact = golden.Trace(
-        score_sums=everywhere(sums), score_overflow=everywhere(overflow), attended=mask,
-        scores=everywhere(scores, SCORE_MASKED), maximum=maximum, weight_significand=everywhere(significand),
-        weight_exponent=everywhere(exponent), denominator=denominator, accumulator_high=high, accumulator_low=low,
-        output=quotient, nan_query=where, nan_key=_first_token(key, numbers, element, end_token),
-        nan_value=_first_token(value, numbers, element, end_token), flags=flags)
+    exact = replace(
+        seen, attended=mask, score_sums=everywhere(seen.score_sums), score_overflow=everywhere(seen.score_overflow),
+        scores=everywhere(seen.scores, SCORE_MASKED), weight_significand=everywhere(seen.weight_significand),
+        weight_exponent=everywhere(seen.weight_exponent), nan_key=_first_token(key, numbers, element, end_token),
+        nan_value=_first_token(value, numbers, element, end_token))
 
-    output, nan_mean = quotient, None
+    output, nan_mean = exact.output, None
     if mean is not None:
-        bad = (mean & np.uint32(_SPECIAL)) == _SPECIAL
+        bad = (mean & np.uint32(FP32_SPECIAL)) == FP32_SPECIAL
         nan_mean = int(bad.argmax()) if bad.any() else None
-        output = quotient.copy()
+        output = exact.output.copy()
         for r, alpha in enumerate(first.alpha.tolist()):
             # An alpha of 1 leaves the quotient as it is: zero or a normal number.
             if alpha != ALPHA_ONE:
-                output[r] = [blend(alpha, *pair) for pair in zip(quotient[r].tolist(), mean.tolist(), strict=True)]
+                output[r] = [blend(alpha, *pair) for pair in zip(exact.output[r].tolist(), mean.tolist(), strict=True)]
     return SparseTrace(
-        first=first, exact=exact, output=output, nan_query=where, nan_mean=nan_mean,
+        first=first, exact=exact, output=output, nan_query=exact.nan_query, nan_mean=nan_mean,
         nan_key=_lowest(first.nan_key, exact.nan_key), nan_value=exact.nan_value,
-        flags=flags | (CompletionFlag.SCORE_OVERFLOW if first.score_overflow else CompletionFlag(0)))
+        flags=exact.flags | (CompletionFlag.SCORE_OVERFLOW if first.score_overflow else CompletionFlag(0)))
 
 
 def attend_sparse(
@@ -799,8 +733,7 @@ def _check(
 ) -> tuple[Integers, Integers, Integers, Booleans]:
     """The masks as int64 and the tail as bool, if everything fits together."""
     for name, array in (("query", query), ("key", key)):
-        if not isinstance(array, np.ndarray) or array.dtype != np.uint16 or array.ndim != 2:
-            raise RequestError(f"{name} must be a uint16 array of two dimensions")
+        golden.check_bits(name, array)
     if key.shape[1] != query.shape[1]:
         raise RequestError(f"key must be (tokens, {query.shape[1]}), not {key.shape}")
     if layout.mode is Mode.DENSE:
@@ -812,14 +745,6 @@ def _check(
     tail = np.asarray(tail)
     if tail.dtype != np.bool_ or tail.shape != (len(key) // layout.group_tokens,) or len(key) % layout.group_tokens:
         raise RequestError(f"key must be whole stripes of {layout.group_tokens} tokens, and tail one bool for each")
-    if not 0x0080_0000 <= scale_bits < _SPECIAL:
-        raise RequestError(f"scale_bits must be a positive normal fp32, not {scale_bits:#010x}")
-    if end_token > base_token + len(key):
-        raise RequestError(f"end_token must be at most base_token + tokens = {base_token + len(key)}, not {end_token}")
-    masks = []
-    for name, values in (("start", start), ("end", end), ("tree", tree)):
-        array = np.asarray(values)
-        if array.shape != (len(query),) or array.dtype.kind not in "iu":
-            raise RequestError(f"{name} must be {len(query)} integers, one a row, not {array.dtype} {array.shape}")
-        masks.append(array.astype(np.int64))
-    return masks[0], masks[1], masks[2], tail
+    start, end, tree = golden.check_job(
+        scale_bits, base_token, end_token, len(key), len(query), start=start, end=end, tree=tree)
+    return start, end, tree, tail
