@@ -1,5 +1,7 @@
 """The last step of SparF: a quotient and the mean of V, each by its share, rounded once to fp32."""
 
+from functools import partial
+
 from amaranth.hdl import Cat, Const, Module, Mux, Shape, Signal, Value, signed, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
@@ -7,7 +9,9 @@ from amaranth.utils import bits_for
 
 from kvattic.formats import ALPHA_FRACTION
 
-from .divider import COARSE, FP32_FRACTION_BITS, MEDIUM
+from .divider import FP32_FRACTION_BITS
+from .pipeline import later as pipeline_later
+from .pipeline import shift_up, tag_later
 
 ONE = 1 << ALPHA_FRACTION
 SIGNIFICAND = FP32_FRACTION_BITS + 1
@@ -64,22 +68,11 @@ class Blend(wiring.Component):
         m = Module()
         given = self.i.payload
 
-        # As in the divider: only `valid` has a reset, so that synthesis may make delays of the others.
+        # Only `valid` has a reset.
         valid = Signal(self.LATENCY)
         m.d.sync += valid.eq(Cat(self.i.valid, valid))
-        tag = given.tag
-        for stage in range(self.LATENCY):
-            following = Signal(self.tag, name=f"tag{stage}", reset_less=True)
-            m.d.sync += following.eq(tag)
-            tag = following
-
-        def later(value: Value, name: str, stages: int = 1) -> Value:
-            """Value, `stages` cycles later."""
-            for stage in range(stages):
-                register = Signal(value.shape(), name=f"{name}_{stage}", reset_less=True)
-                m.d.sync += register.eq(value)
-                value = register
-            return value
+        tag = tag_later(m, given.tag, self.tag, self.LATENCY)
+        later = partial(pipeline_later, m)
 
         # 1: shares and fields.  The exponent of a product that is zero is zero, so that it is not the larger one.
         signs, products, exponents = [], [], []
@@ -141,34 +134,9 @@ class Blend(wiring.Component):
         sum_magnitude = later(Mux(below, -total, total)[:WINDOW], "sum_magnitude")
         sign = later(top_sign ^ below, "sign", 5)
 
-        # 10: which 16 bits are the first that are not all zero; 11: up by 16s; 12: by 4s; 13: by 1s.
-        groups = -(-WINDOW // COARSE)
-        coarse = Signal(range(groups), reset_less=True)
-        m.d.sync += coarse.eq(groups - 1)
-        for group in reversed(range(groups - 1)):
-            end = WINDOW - group * COARSE
-            with m.If(sum_magnitude[end - COARSE : end].any()):
-                m.d.sync += coarse.eq(group)
-        waiting = later(sum_magnitude, "waiting")
-        shifted = Signal(WINDOW)
-        with m.Switch(coarse):
-            for group in range(groups):
-                with m.Case(group):
-                    m.d.comb += shifted.eq(waiting << (group * COARSE))
-        up_16s = later(shifted, "up_16s")
-
-        def shift_up(value: Value, unit: int, name: str) -> tuple[Value, Value]:
-            count = Signal(2, name=f"{name}_count")
-            result = Signal(WINDOW, name=f"{name}_result")
-            m.d.comb += [count.eq(3), result.eq(value << (3 * unit))]
-            for number in reversed(range(3)):
-                with m.If(value[WINDOW - (number + 1) * unit : WINDOW - number * unit].any()):
-                    m.d.comb += [count.eq(number), result.eq(value << (number * unit))]
-            return later(count, name + "_later"), later(result, name)
-
-        medium, up_4s = shift_up(up_16s, MEDIUM, "up_4s")
-        fine, normal = shift_up(up_4s, 1, "up_1s")
-        zeros = Cat(fine, later(medium, "medium"), later(coarse, "coarse_later", 3))
+        # 10 to 13: without leading zeros.
+        zeros, normal = shift_up(m, sum_magnitude, "sum")
+        zeros = later(zeros, "zeros")
 
         # 14: round, to even.  A carry out of the fraction makes it zero and raises the exponent, as it should; only
         # then is it seen whether the number is below the normal ones.

@@ -1,16 +1,19 @@
 """Exact division of an accumulator by a denominator, rounded once to fp32."""
 
+from functools import partial
+
 from amaranth.hdl import Cat, Const, Module, Mux, Shape, Signal, signed, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import bits_for
 
+from .pipeline import later as pipeline_later
+from .pipeline import shift_up, tag_later
+
 FP32_BIAS = 127
 FP32_FRACTION_BITS = 23
 DIGITS = 26
 """Quotient digits: the first may be zero, 24 are the significand, one is the guard bit."""
-COARSE, MEDIUM = 16, 4
-"""Steps of the numerator's shifter: multiples of 16, then of 4, then of 1."""
 
 
 def normalised(bits: int) -> data.StructLayout:
@@ -169,65 +172,22 @@ class Divider(wiring.Component):
         bits, width = self.numerator_bits, self.denominator_bits
         given = self.i.payload
 
-        # All data registers go without reset: only `valid` has one, and synthesis may make delays
-        # of the others.
+        # Only `valid` has a reset.
         valid = Signal(self.LATENCY)
         m.d.sync += valid.eq(Cat(self.i.valid, valid))
-        tag = given.tag
-        for stage in range(self.LATENCY):
-            following = Signal(self.tag, name=f"tag{stage}", reset_less=True)
-            m.d.sync += following.eq(tag)
-            tag = following
-
-        def later(value, name: str, stages: int = 1, shape=None):
-            """value, `stages` cycles later."""
-            for stage in range(stages):
-                register = Signal(len(value), name=f"{name}_{stage}", reset_less=True)
-                m.d.sync += register.eq(value)
-                value = register
-            return value
+        tag = tag_later(m, given.tag, self.tag, self.LATENCY)
+        later = partial(pipeline_later, m)
 
         # 1: magnitude (its width holds the magnitude of the most negative number, too).
         negative = given.numerator[-1]
         magnitude = later(Mux(negative, -given.numerator, given.numerator)[:bits], "magnitude")
         sign = later(negative, "sign", self.LATENCY - 1)
 
-        # 2: which group of 16 bits is the first that is not all zero; 3: shift by whole groups.
-        groups = -(-bits // COARSE)
-        coarse = Signal(range(groups), reset_less=True)
-        m.d.sync += coarse.eq(groups - 1)
-        for group in reversed(range(groups - 1)):
-            top = bits - group * COARSE
-            with m.If(magnitude[top - COARSE : top].any()):
-                m.d.sync += coarse.eq(group)
-        waiting = later(magnitude, "waiting")
-        shifted = Signal(bits)
-        with m.Switch(coarse):
-            for group in range(groups):
-                with m.Case(group):
-                    m.d.comb += shifted.eq(waiting << (group * COARSE))
-        by_groups = later(shifted, "by_groups")
-        coarse_later = later(coarse, "coarse_later", 2)
-
-        # 4: by 0, 4, 8 or 12; 5: by 0 to 3.
-        def shift_top(value, unit: int, name: str):
-            count = Signal(2, name=f"{name}_count")
-            result = Signal(bits, name=f"{name}_result")
-            m.d.comb += [count.eq(3), result.eq(value << (3 * unit))]
-            for places in reversed(range(3)):
-                with m.If(value[bits - (places + 1) * unit : bits - places * unit].any()):
-                    m.d.comb += [count.eq(places), result.eq(value << (places * unit))]
-            return count, result
-
-        medium_count, medium_result = shift_top(by_groups, MEDIUM, "medium")
-        by_fours = later(medium_result, "by_fours")
-        medium = later(medium_count, "medium_later")
-        fine_count, fine_result = shift_top(by_fours, 1, "fine")
-        numerator = later(fine_result, "numerator")
+        # 2 to 5: without leading zeros.
+        zeros, numerator = shift_up(m, magnitude, "numerator")
 
         denominator = later(given.denominator.value, "denominator", 5)
         denominator_zeros = later(given.denominator.zeros, "denominator_zeros", 4)
-        zeros = Cat(fine_count, medium, coarse_later)
         exponent = Signal(8, reset_less=True)
         m.d.sync += exponent.eq(FP32_BIAS + bits - width + denominator_zeros - zeros)
 
