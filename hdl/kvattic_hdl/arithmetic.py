@@ -1,4 +1,4 @@
-"""Small combinational pieces of arithmetic: element decode, adders with carry-in, constant multiples."""
+"""Small combinational pieces: element decode, adders with carry-in, constant multiples, one bit of many."""
 
 from dataclasses import dataclass
 
@@ -64,3 +64,8 @@ def times(value: ValueLike, factor: int) -> Value:
     for term in terms[1:]:
         total = total + term
     return total
+
+
+def strobe(valid: ValueLike, number: ValueLike) -> Value:
+    """The bit of this number, if it is valid; not `valid << number`, which is unknown while the number is."""
+    return Mux(valid, 1 << Value.cast(number), 0)

@@ -17,7 +17,7 @@ from kvattic.formats import (
     WEIGHT_BITS,
     WEIGHT_EXPONENT_BITS,
 )
-from kvattic_hdl.arithmetic import add_carry, decode, times
+from kvattic_hdl.arithmetic import add_carry, decode, strobe, times
 from kvattic_hdl.cell import ADDEND_STAGE, HEADROOM, READ_STAGE, SUM_STAGE, Cell, accumulator_words, group_base
 from kvattic_hdl.exponential import Exponential
 from kvattic_hdl.first_pass import ChosenChannels, FirstPass
@@ -239,11 +239,11 @@ class Lane(wiring.Component):
                 walker.skip.eq(sparse_jobs.bit_select(walker.slot, 1)),
             ]
         m.d.comb += [
-            begun.eq(started << started_slot),
-            selected.eq(self.select_valid << self.select_slot if sparse else 0),
+            begun.eq(strobe(started, started_slot)),
+            selected.eq(strobe(self.select_valid, self.select_slot) if sparse else 0),
             key_walker.enable.eq(Mux(is_sparse, 0, begun) | selected),
             key_walker.expect.eq(unselected.bit_select(key_walker.slot, 1)),
-            value_walker.enable.eq(key_walker.end << key_walker.slot),
+            value_walker.enable.eq(strobe(key_walker.end, key_walker.slot)),
         ]
         if sparse:
             m.d.sync += unselected.eq((unselected | Mux(is_sparse, begun, 0)) & ~selected)
@@ -429,7 +429,7 @@ class Lane(wiring.Component):
         ]
 
         m.d.comb += [
-            scrubber.start.eq(self.start_valid << self.start.slot),
+            scrubber.start.eq(strobe(self.start_valid, self.start.slot)),
             scrubber.failed.eq(self.failed),
             scrubber.holds.eq(ring.holds),
             scrubber.walked.eq(keys_walked & values_walked & ~remains),
@@ -940,7 +940,7 @@ class Lane(wiring.Component):
         ]
         m.d.comb += [
             nan_job.addr.eq(at_2.where.slot),
-            reports.start.eq(self.start_valid << self.start.slot),
+            reports.start.eq(strobe(self.start_valid, self.start.slot)),
             reports.valid.eq(at_2.valid),
             reports.slot.eq(at_2.where.slot),
             reports.token.eq(at_2.where.token),
@@ -948,9 +948,10 @@ class Lane(wiring.Component):
             reports.value.eq(~at_2.key),
             reports.error.eq(at_2.error),
             reports.special.eq(special_2),
-            reports.score_overflow.eq((score_unit.overflow << score_unit.stored_slot) | (channel_clip << clip_slot)),
-            reports.value_overflow.eq(value_clip << clip_slot),
-            reports.duplicate.eq(intake.duplicate << intake.offender.slot),
+            reports.score_overflow.eq(
+                strobe(score_unit.overflow, score_unit.stored_slot) | strobe(channel_clip, clip_slot)),
+            reports.value_overflow.eq(strobe(value_clip, clip_slot)),
+            reports.duplicate.eq(strobe(intake.duplicate, intake.offender.slot)),
             reports.report_slot.eq(self.report_slot),
             self.report.eq(reports.report),
         ]

@@ -114,6 +114,19 @@ _WAKE = re.compile(r"reg (\\\$auto\$verilog_backend\S+dump_module\$\d+) += 0;")
 Icarus 11 gives it that value before the blocks listen, and they keep X until an input changes (amaranth issues 594
 and 1629); a non-blocking assignment comes late enough.  always_comb would wake them too, but Icarus 11 then listens to
 all bits of a vector where one is selected, and went round in circles in one block of this engine."""
+_LONE = re.compile(r"always @\*\n( +[^\n;]+;)\n")
+"""A block of one assignment, which Yosys writes without reading that register."""
+
+
+def _waking(verilog: str) -> str:
+    """The text with all blocks woken at time zero under Icarus, too."""
+    modules = re.split(r"(?m)^(?=module )", verilog)
+    for number, module in enumerate(modules):
+        if found := _WAKE.search(module):
+            name = found[1].replace("\\", r"\\")
+            module = _LONE.sub(rf"always @* begin if ({name} ) begin end\n\1 end\n", module)
+            modules[number] = _WAKE.sub(r"reg \1 ; initial \1 <= 0;", module)
+    return "".join(modules)
 
 
 def _range(width: int) -> str:
@@ -386,7 +399,7 @@ def rtl_verilog(config: Config, top: str, *, build_root: Path | None = None) -> 
             if not path.is_file():
                 with tempfile.TemporaryDirectory(dir=root) as work:
                     text = generate(config, Path(work) / path.name, top).read_text()
-                text = _WAKE.sub(r"reg \1 ; initial \1 <= 0;", text)
+                text = _waking(text)
                 text = f"// verilator lint_off INITIALDLY\n{text}"
                 # Verilator compiles a lane or a channel once, however many there are.
                 text = re.sub(r"(module kvattic_(?:lane|flash_channel)\(.*?\);)",

@@ -116,13 +116,7 @@ def attend_cases(device: Device, cases: dict[str, dict[str, Any]]) -> dict[str, 
     return {name: attend_case(device, case, seed) for seed, (name, case) in enumerate(cases.items())}
 
 
-ICARUS = pytest.param("icarus", marks=[
-    *SIMULATORS[1].marks,
-    # Its always @* blocks of one assignment miss the first value of their inputs (docs/architecture.md, last table).
-    pytest.mark.xfail(reason="Icarus 11 keeps X in blocks whose inputs are constant from time zero on", strict=False)])
-
-
-@pytest.mark.parametrize("simulator", ["verilator", ICARUS])
+@pytest.mark.parametrize("simulator", SIMULATORS)
 def test_equals_golden_device(simulator: str) -> None:
     # Icarus runs a hundred cycles a second.
     cases = CASES if simulator == "verilator" else {"sparf, little": CASES["sparf, little"]}
