@@ -13,6 +13,7 @@ from kvattic.formats import (
     EXP_STEP_BITS,
     SCORE_BITS,
     SCORE_FRACTION,
+    VALUE_FRACTION,
     WEIGHT_BITS,
     WEIGHT_EXPONENT_BITS,
     exp_table,
@@ -98,3 +99,16 @@ class Exponential(wiring.Component):
         with m.If(zeros[-1]):
             m.d.sync += [self.significand.eq(0), self.exponent.eq(0)]
         return m
+
+
+def in_window(m: Module, exponential: Exponential) -> Signal:
+    """The weight as a multiple of 2**-VALUE_FRACTION, truncated, two cycles later."""
+    aligned = exponential.significand << (VALUE_FRACTION - WEIGHT_BITS + 1)
+    coarse, fixed = (Signal(VALUE_FRACTION + 1, name=n) for n in ("coarse", "fixed"))
+    fine = Signal(2)
+    m.d.sync += [
+        coarse.eq(aligned >> (exponential.exponent[2:] << 2)),
+        fine.eq(exponential.exponent[:2]),
+        fixed.eq(coarse >> fine),
+    ]
+    return fixed

@@ -16,9 +16,8 @@ from kvattic.formats import (
     SCORE_BITS,
     SCORE_MASKED,
     VALUE_FRACTION,
-    WEIGHT_BITS,
 )
-from kvattic_hdl.exponential import Exponential
+from kvattic_hdl.exponential import Exponential, in_window
 from kvattic_hdl.interfaces import LENGTH_FORCED, MODE_BITS, RANK_BITS, TOKEN_BITS, Shapes, Sweep
 
 
@@ -343,10 +342,7 @@ class Selector(wiring.Component):
         m.submodules.exponential = exponential = Exponential()
         reference = Signal(shapes.score)
         distance, is_masked = Signal(signed(SCORE_BITS + 1)), Signal()
-        aligned = exponential.significand << (VALUE_FRACTION - WEIGHT_BITS + 1)
-        p_bits = VALUE_FRACTION + 1
-        coarse, p = Signal(p_bits), Signal(p_bits)
-        fine = Signal(2)
+        p = in_window(m, exponential)
         m.d.comb += [
             reference_read.addr.eq(keys[0].row),
             exponential.distance.eq(distance),
@@ -356,9 +352,6 @@ class Selector(wiring.Component):
             reference.eq(reference_read.data),
             distance.eq(self.score - reference),
             is_masked.eq(self.score == SCORE_MASKED),
-            coarse.eq(aligned >> (exponential.exponent[2:] << 2)),
-            fine.eq(exponential.exponent[:2]),
-            p.eq(coarse >> fine),
         ]
         before, now = keys[latency + 1], keys[latency + 2]   # cycles 12 and 13
         before_valid, now_valid = valids[latency + 1], valids[latency + 2]
@@ -392,7 +385,7 @@ class Selector(wiring.Component):
 
         # Each unit's mass.
         most = config.rows * (tokens << config.unit_bits_max)
-        mass_sum = Signal(p_bits + ceil_log2(most))
+        mass_sum = Signal(len(p) + ceil_log2(most))
         with m.If(before_valid):
             m.d.sync += mass_sum.eq(Mux(before.first, 0, mass_sum) + p)
         whole = mass_sum[VALUE_FRACTION - MASS_FRACTION :]

@@ -7,8 +7,8 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from kvattic.config import Config
-from kvattic.formats import SCORE_BITS, SCORE_MASKED, VALUE_FRACTION, WEIGHT_BITS
-from kvattic_hdl.exponential import Exponential
+from kvattic.formats import SCORE_BITS, SCORE_MASKED
+from kvattic_hdl.exponential import Exponential, in_window
 from kvattic_hdl.interfaces import Shapes
 
 
@@ -145,15 +145,11 @@ class WeightUnit(wiring.Component):
         old = sums.read_port(domain="comb")
         seen = sums.read_port(domain="comb")
         write = sums.write_port(domain="sync")
-        weight_bits = VALUE_FRACTION + 1
-        coarse = Signal(weight_bits)
-        exponent_1 = Signal(2)
-        addend = Signal(weight_bits)
+        addend = in_window(m, exponential)
         total = Signal(shapes.denominator)
         key_1, key_2, key_3 = (Signal(key_shape, name=f"sum_key_{i}") for i in (1, 2, 3))
         valid_1, valid_2, valid_3 = (Signal(name=f"sum_valid_{i}") for i in (1, 2, 3))
         fresh = Signal(shapes.row_words)
-        aligned = exponential.significand << (VALUE_FRACTION - WEIGHT_BITS + 1)
         m.d.comb += [
             old.addr.eq(key_2.as_value()),
             write.addr.eq(key_3.as_value()),
@@ -161,11 +157,8 @@ class WeightUnit(wiring.Component):
             write.en.eq(valid_3),
         ]
         m.d.sync += [
-            coarse.eq(aligned >> (exponential.exponent[2:] << 2)),
-            exponent_1.eq(exponential.exponent[:2]),
             key_1.eq(keys[-1]),
             valid_1.eq(valids[-1]),
-            addend.eq(coarse >> exponent_1),
             key_2.eq(key_1),
             valid_2.eq(valid_1),
             total.eq(Mux(fresh.bit_select(key_2.as_value(), 1), 0, old.data) + addend),
