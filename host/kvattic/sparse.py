@@ -38,11 +38,11 @@ from kvattic.formats import (
     Element,
 )
 from kvattic.golden import DENOMINATOR_SHIFT, Bits, Integers
+from kvattic.layout import TOKEN_BITS
 
 __all__ = [
     "ALPHA_ONE",
     "FORCED",
-    "RANK_TOKEN_BITS",
     "First",
     "Layout",
     "SparseTrace",
@@ -69,8 +69,6 @@ ALPHA_ONE = 1 << ALPHA_FRACTION
 """An alpha of 1: the mean of V has no part in the output."""
 FORCED = (1 << MASS_BITS) - 1
 """The mass that stands for a unit of the local window; real masses saturate one below it."""
-RANK_TOKEN_BITS = 24
-"""Low bits of a rank: the inverse of the unit's first token, so that of equal masses the lower token wins."""
 
 
 # Channels and scale of the first pass.
@@ -237,11 +235,11 @@ def ranks(mass: Integers, *, base_token: int, unit_tokens: int, local_token: int
         local_token: first token of the local window; end_token where there is none.
 
     Returns:
-        int64, (units,), all different, not negative, MASS_BITS + RANK_TOKEN_BITS wide.
+        int64, (units,), all different, not negative, MASS_BITS + TOKEN_BITS wide.
     """
     first = base_token + np.arange(len(mass), dtype=np.int64) * unit_tokens
     mass = np.where(first + unit_tokens > local_token, FORCED, mass)
-    result: Integers = mass << RANK_TOKEN_BITS | (~first & ((1 << RANK_TOKEN_BITS) - 1))
+    result: Integers = mass << TOKEN_BITS | (~first & ((1 << TOKEN_BITS) - 1))
     return result
 
 

@@ -18,6 +18,7 @@ from kvattic.config import PAPER
 from kvattic.elements import from_bits, to_bits
 from kvattic.errors import RequestError
 from kvattic.formats import SCORE_FRACTION, SCORE_MASKED, SCORE_MAX, VALUE_FRACTION, Element
+from kvattic.layout import TOKEN_BITS
 from kvattic.sparse import ALPHA_ONE, FORCED
 from kvattic_sim import oracle
 from kvattic_sim.benches import accuracy
@@ -296,7 +297,7 @@ def test_masses_and_ranks() -> None:
     rank = sparse.ranks(mass, base_token=16, unit_tokens=2, local_token=1 << 24)
     low = (1 << 24) - 1
     assert rank.tolist() == [(m << 24) + low - first for m, first in zip(mass.tolist(), (16, 18, 20, 22), strict=True)]
-    assert int(rank.max()).bit_length() <= formats.MASS_BITS + sparse.RANK_TOKEN_BITS
+    assert int(rank.max()).bit_length() <= formats.MASS_BITS + TOKEN_BITS
     # Tokens from 21 on are local: units 2 and 3 touch them.
     rank = sparse.ranks(mass, base_token=16, unit_tokens=2, local_token=21)
     assert (rank >> 24).tolist() == [3 << 29, 2, FORCED, FORCED]
@@ -319,7 +320,7 @@ def test_select_takes_the_largest(data: st.DataObject) -> None:
     prefix, digits, missing = 0, 0, k
     alive = valid.copy()
     width = formats.DIGIT_BITS
-    bits = formats.MASS_BITS + sparse.RANK_TOKEN_BITS
+    bits = formats.MASS_BITS + TOKEN_BITS
     padded = rank << -bits % width
     if int(valid.sum()) > k:
         while True:
@@ -794,7 +795,7 @@ def test_trace_shapes_and_inputs_untouched(mode: Mode) -> None:
 
 def test_widths_hang_together() -> None:
     """A rank fits int64 with its digits padded, the masses of 16 rows fit, and so does the largest fp16 of q."""
-    bits = formats.MASS_BITS + sparse.RANK_TOKEN_BITS
+    bits = formats.MASS_BITS + TOKEN_BITS
     assert bits + -bits % formats.DIGIT_BITS < 64
     assert sparse.ranks(np.array([FORCED]), base_token=0, unit_tokens=1, local_token=9)[0] == (1 << 60) - 1
     assert 1 << formats.MASS_FRACTION < FORCED >> 5
