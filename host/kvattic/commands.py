@@ -2,6 +2,10 @@
 
 All integers are little-endian; every record is a whole number of 64-byte lines, which is the unit of the device's
 AXI4 bursts.  RTL, driver, golden device and docs read these tables.
+
+Queues have NVMe's shape: 64-byte submission entries whose first four bytes are opcode, flags and identifier, rings with
+head and tail, doorbells, a phase bit that turns over with each round of the completion ring.  A completion has NVMe's
+fields in its first 16 bytes, and counters behind them up to a whole line, which the device writes in one burst.
 """
 
 import struct
@@ -50,18 +54,44 @@ class Record:
 
 
 class Opcode(IntEnum):
-    """What a command asks for."""
+    """What a command asks for.  Those of the host's queues are from 0x80 on, those of queue 0 alone from 0xC0 on."""
 
     ATTEND = 0x81
     """Attention of one job: the query rows that read one KV head (`COMMAND`)."""
     PROGRAM = 0x82
     """Write a page of device DRAM into a flash page (`FLASH_COMMAND`); pages of a block in order, each once."""
     ERASE = 0x83
-    """Erase the block that a flash page lies in (`FLASH_COMMAND`)."""
-    PROBE = 0x84
+    """Erase the block that a flash page lies in (`FLASH_COMMAND`); in queue 0, whoever owns it."""
+    COUNTERS = 0x84
+    """Write `registers.COUNTERS`, 8 bytes each, padded to whole lines (`DATA_COMMAND`).  Each is right at the moment at
+    which it is read; while the drive works, they are not of one cycle."""
+    PROBE = 0xC4
     """Look for the factory's bad-block mark of the block that a flash page lies in (`FLASH_COMMAND`)."""
-    MAP = 0x85
+    MAP = 0xC5
     """Let a zone use another block on the die and plane of a flash page (`FLASH_COMMAND`)."""
+    IDENTIFY = 0xC0
+    """Write Config.to_json(), as UTF-8 padded with zeros to IDENTIFY_BYTES (`DATA_COMMAND`)."""
+    CREATE_QUEUE = 0xC1
+    """Create a pair of queues, empty (`QUEUE_COMMAND`)."""
+    DELETE_QUEUE = 0xC2
+    """Remove one (`QUEUE_COMMAND`); commands that are not fetched yet are forgotten."""
+    GRANT = 0xC3
+    """Give zones or regions of device DRAM to a domain, or a domain to queues (`GRANT_COMMAND`)."""
+
+
+ADMIN_OPCODES = 0xC0
+"""From this opcode on, for queue 0 alone."""
+
+
+class Grant(IntEnum):
+    """What GRANT gives."""
+
+    ZONES = 0
+    """Zones of flash, `first` and on, to the domain."""
+    REGIONS = 1
+    """Regions of device DRAM, 2**REGION_BITS pages each, to the domain."""
+    QUEUES = 2
+    """The domain to the queues whose bits are set in `first`: only their commands may name it.  `count` is zero."""
 
 
 class Mode(IntEnum):
@@ -86,14 +116,14 @@ class Status(IntEnum):
     """where: the opcode."""
     INVALID_FIELD = 2
     """A reserved byte is not zero, there is no such mode (or none but DENSE in this configuration), a field is not zero
-    that the mode has no use for, or stripe_pages is no power of two, too large, or not what a sparse mode needs."""
+    that mode or opcode has no use for, or stripe_pages is no power of two, too large, or not what a sparse mode needs."""
     INVALID_ROWS = 3
     """where: the number of rows."""
     INVALID_LENGTH = 4
-    """No token, token numbers beyond 24 bits, or `stripes` are not as many as the tokens take."""
+    """No token, or `stripes` are not as many as the tokens take."""
     INVALID_ADDRESS = 5
-    """query, result, table or mean not 64-byte aligned or not inside the buffer window; where: 0 query, 1 result,
-    2 table, 3 mean."""
+    """query, result, table or mean not 64-byte aligned or not inside the queue's window; where: 0 query, 1 result,
+    2 table, 3 mean.  IDENTIFY, COUNTERS: result, likewise."""
     INVALID_SCALE = 6
     """scale is not a positive normal fp32."""
     NAN_QUERY = 7
@@ -105,7 +135,8 @@ class Status(IntEnum):
     CODEWORD_TIMEOUT = 10
     """A codeword never came; where: channel * 65536 + kind * 32768 + codewords still missing there."""
     BUS_ERROR = 11
-    """The host memory answered a read of the command or query, or a write of the result, with an error; where: 0."""
+    """The host memory answered a read of the command or query, or a write of the result, with an error; where: 0.  When
+    it is the command that could not be read, its identifier is not known: it is 0xFFFF."""
     INVALID_TABLE = 12
     """A table entry names no channel, has a reserved bit set, or is one too many for its channel's score buffer;
     where: the entry's number."""
@@ -135,7 +166,22 @@ class Status(IntEnum):
     UNREADABLE_SKETCH = 24
     """K in the channel layout, a centroid, or K of the tail cannot be read in the first pass; where: first token of the
     lowest codeword, or stripe, that cannot."""
+    NOT_PERMITTED = 25
+    """where: 0 the opcode is for queue 0 alone; 1 the domain is not given to the queue."""
+    NOT_OWNED = 26
+    """A place that is not the domain's, or that is none.  where, ATTEND: number of the first such table entry; PROGRAM,
+    ERASE: 0 flash page, 1 page of device DRAM."""
+    INVALID_QUEUE = 27
+    """where: 0 queue (1 to QUEUES - 1; CREATE_QUEUE: it is there already), 1 entries, 2 submission, 3 completion."""
+    QUEUE_BUSY = 28
+    """DELETE_QUEUE of a queue with commands under way: no more are fetched from it; delete it again later.  where: 0."""
+    INVALID_GRANT = 29
+    """where: 0 kind, 1 first or count, 2 domain (1 to DOMAINS - 1)."""
 
+
+DOMAINS = 256
+"""Domains that own zones and regions; 0 stands for nobody."""
+IDENTIFY_BYTES = 2048
 
 class CompletionFlag(IntFlag):
     """Things that happened although the command was served."""
@@ -179,8 +225,9 @@ COMMAND = Record("Command", LINE_BYTES, (
     Field("rows", 4, 1, "query rows of this job, 1 to config.rows"),
     Field("stripe_pages", 5, 1, "pages of K (and of V) in a stripe, a power of two"),
     Field("stripes", 6, 2, "entries of the table"),
-    Field("base_token", 8, 4, "number of the first stripe's first token"),
-    Field("end_token", 12, 4, "one past the last valid token"),
+    Field("base_token", 8, 3, "number of the first stripe's first token"),
+    Field("end_token", 11, 3, "one past the last valid token"),
+    Field("domain", 14, 2, "owner of all places that the table names"),
     Field("tree_token", 16, 4, "first token of the draft tree (end_token where there is none)"),
     Field("scale", 20, 4, "fp32 of softmax scale * log2(e)"),
     Field("query", 24, 8, "address of the query block"),
@@ -220,8 +267,9 @@ FLASH_COMMAND = Record("FlashCommand", LINE_BYTES, (
     Field("identifier", 2, 2, "copied into the completion"),
     Field("channel", 4, 1, "flash channel"),
     Field("reserved0", 5, 3, "reserved, zero"),
-    Field("page", 8, 4, "page on the channel: plane, die, page of the block, zone, from the low bits on"),
-    Field("argument", 12, 4, "PROGRAM: page of device DRAM; MAP: block of the plane; otherwise zero"),
+    Field("page", 8, 3, "page on the channel: plane, die, page of the block, zone, from the low bits on"),
+    Field("argument", 11, 3, "PROGRAM: page of device DRAM; MAP: block of the plane; otherwise zero"),
+    Field("domain", 14, 2, "PROGRAM, ERASE: owner of the places; ERASE in queue 0, PROBE, MAP: zero"),
     Field("reserved1", 16, 8, "reserved, zero"),
     Field("reserved2", 24, 8, "reserved, zero"),
     Field("reserved3", 32, 8, "reserved, zero"),
@@ -230,6 +278,56 @@ FLASH_COMMAND = Record("FlashCommand", LINE_BYTES, (
     Field("reserved6", 56, 8, "reserved, zero"),
 ))
 """PROGRAM, ERASE, PROBE, MAP.  They complete out of order; those of one channel begin in order."""
+
+DATA_COMMAND = Record("DataCommand", LINE_BYTES, (
+    Field("opcode", 0, 1, "`Opcode`"),
+    Field("flags", 1, 1, "reserved, zero"),
+    Field("identifier", 2, 2, "copied into the completion"),
+    Field("reserved0", 4, 4, "reserved, zero"),
+    Field("reserved1", 8, 8, "reserved, zero"),
+    Field("reserved2", 16, 8, "reserved, zero"),
+    Field("reserved3", 24, 8, "reserved, zero"),
+    Field("result", 32, 8, "address of what is written"),
+    Field("reserved4", 40, 8, "reserved, zero"),
+    Field("reserved5", 48, 8, "reserved, zero"),
+    Field("reserved6", 56, 8, "reserved, zero"),
+))
+"""IDENTIFY, COUNTERS."""
+
+QUEUE_COMMAND = Record("QueueCommand", LINE_BYTES, (
+    Field("opcode", 0, 1, "`Opcode`"),
+    Field("flags", 1, 1, "reserved, zero"),
+    Field("identifier", 2, 2, "copied into the completion"),
+    Field("queue", 4, 1, "number of the pair"),
+    Field("reserved0", 5, 1, "reserved, zero"),
+    Field("entries", 6, 2, "of each ring, a power of two, 2 to registers.MAX_ENTRIES; DELETE_QUEUE: zero, as all below"),
+    Field("reserved1", 8, 8, "reserved, zero"),
+    Field("reserved2", 16, 8, "reserved, zero"),
+    Field("submission", 24, 8, "address of the submission ring, 64-byte aligned"),
+    Field("completion", 32, 8, "address of the completion ring, 64-byte aligned"),
+    Field("base", 40, 8, "first address that the blocks of the queue's commands may use"),
+    Field("limit", 48, 8, "one past the last address that they may use"),
+    Field("reserved3", 56, 8, "reserved, zero"),
+))
+"""CREATE_QUEUE, DELETE_QUEUE."""
+
+GRANT_COMMAND = Record("GrantCommand", LINE_BYTES, (
+    Field("opcode", 0, 1, "`Opcode`"),
+    Field("flags", 1, 1, "reserved, zero"),
+    Field("identifier", 2, 2, "copied into the completion"),
+    Field("kind", 4, 1, "`Grant`"),
+    Field("reserved0", 5, 3, "reserved, zero"),
+    Field("first", 8, 3, "first zone or region; or a bit for each queue"),
+    Field("count", 11, 3, "how many zones or regions"),
+    Field("domain", 14, 2, "to whom; 0, for zones and regions: to nobody"),
+    Field("reserved1", 16, 8, "reserved, zero"),
+    Field("reserved2", 24, 8, "reserved, zero"),
+    Field("reserved3", 32, 8, "reserved, zero"),
+    Field("reserved4", 40, 8, "reserved, zero"),
+    Field("reserved5", 48, 8, "reserved, zero"),
+    Field("reserved6", 56, 8, "reserved, zero"),
+))
+"""GRANT.  Takes effect for the commands that are fetched after its completion."""
 
 ROW = Record("Row", LINE_BYTES, (
     Field("start_token", 0, 4, "first token that this row attends"),
@@ -247,14 +345,15 @@ TRAILER = Record("Trailer", LINE_BYTES, (
 """Follows the head_dim fp32 outputs of each row of a result block."""
 
 COMPLETION = Record("Completion", LINE_BYTES, (
-    Field("status", 0, 2, "`Status`"),
-    Field("identifier", 2, 2, "of the command"),
+    Field("where", 0, 4, "see `Status`"),
     Field("flags", 4, 4, "`CompletionFlag`"),
-    Field("where", 8, 4, "see `Status`"),
-    Field("done", 12, 4, "1: this entry was written"),
-    Field("cycle", 16, 8, "engine cycle of the completion, from the doorbell"),
-    Field("beats", 24, 8, "lane beats used since the doorbell, all lanes"),
-    Field("starved", 32, 4, "lane cycles since the doorbell without a beat although codewords were requested"),
+    Field("head", 8, 2, "submission entries of this queue before it are fetched"),
+    Field("queue", 10, 2, "number of the queue"),
+    Field("identifier", 12, 2, "of the command"),
+    Field("state", 14, 2, "`Status` << 1 | phase: 1 in the first round of the completion ring, then 0, and so on"),
+    Field("cycle", 16, 8, "the counter CYCLES at the completion"),
+    Field("beats", 24, 8, "the counter BEATS"),
+    Field("starved", 32, 4, "and so on: lane cycles without a beat although codewords were requested"),
     Field("barrier", 36, 4, "lane cycles in which V waited for the maximum"),
     Field("weights", 40, 4, "lane cycles in which a V beat waited for its weight"),
     Field("scores", 44, 4, "lane cycles in which a K beat waited for the score unit"),
@@ -268,6 +367,8 @@ class Completion:
     """A decoded completion entry (see `COMPLETION`)."""
 
     status: Status
+    queue: int
+    head: int
     identifier: int
     flags: CompletionFlag
     where: int
@@ -283,8 +384,7 @@ class Completion:
     def unpack(cls, data: bytes) -> "Completion":
         """Decode 64 bytes."""
         values = COMPLETION.unpack(data)
-        values.pop("done")
-        status, flags = Status(values.pop("status")), CompletionFlag(values.pop("flags"))
+        status, flags = Status(values.pop("state") >> 1), CompletionFlag(values.pop("flags"))
         return cls(status=status, flags=flags, **values)
 
 

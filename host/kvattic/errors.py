@@ -39,3 +39,7 @@ class DeviceStatusError(KvatticError):
     def __init__(self, message: str, completion: object) -> None:
         super().__init__(message)
         self.completion = completion
+
+
+class DeviceLostError(KvatticError):
+    """The device, or the simulator that stands for it, is gone; nothing that was asked of it will be answered."""

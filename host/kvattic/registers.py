@@ -8,8 +8,16 @@ from enum import IntFlag, StrEnum
 
 ID_MAGIC = 0x5441564B
 """'KVAT' in little-endian ASCII."""
-VERSION = 0x0002_0000
+VERSION = 0x0003_0000
 """Major in the upper half; a change of meaning raises it."""
+QUEUES = 8
+"""Pairs of a submission and a completion queue; queue 0 is the admin queue."""
+MAX_ENTRIES = 4096
+"""Entries of a queue's ring, at most; rings have a power of two of them, 2 at least."""
+MAX_REGIONS = 4096
+"""Regions that device DRAM is granted in, at most."""
+DOORBELL_STRIDE = 0x1000
+"""Distance of the doorbells of two queues: each has a page of its own, which can be mapped into its user's process."""
 
 
 class Access(StrEnum):
@@ -39,29 +47,28 @@ class Control(IntFlag):
     """Bits of CONTROL."""
 
     RESET = 1
-    """Aborts everything and clears the engine, registers included; STATUS.READY returns when it is clean."""
-    IRQ_ENABLE = 2
-    """Raise the interrupt line while STATUS.DONE is set."""
+    """Aborts everything and clears the engine, registers and queues included; STATUS.READY returns when it is clean.
+    The table of owners stays."""
+    ACCUMULATE = 2
+    """The counters go on when the drive gets work after it had none; otherwise they then start from 0."""
 
 
 class StatusBit(IntFlag):
     """Bits of STATUS; all but BUSY and READY are cleared by writing a one."""
 
     BUSY = 1
-    """A batch is running."""
+    """A command waits in a queue, is under way, or its completion is not written yet."""
     READY = 2
-    """Memories are swept and a doorbell will be taken."""
-    DONE = 4
-    """The last batch is complete."""
-    DOORBELL_WHILE_BUSY = 8
-    """A doorbell was refused because a batch was running (or READY was low)."""
-    BAD_TAG = 16
+    """Memories are swept; commands are fetched."""
+    INVALID_DOORBELL = 4
+    """A doorbell was refused and changed nothing; see DOORBELL_ERROR."""
+    BAD_TAG = 8
     """A codeword with a tag that nobody asked for was dropped; see TAG_ERROR."""
-    BUS_ERROR = 32
+    BUS_ERROR = 16
     """Host memory answered a read or write with an error."""
-    STALE_CODEWORD = 64
+    STALE_CODEWORD = 32
     """A late codeword of a job that had ended was dropped."""
-    MEDIA_ERROR = 128
+    MEDIA_ERROR = 64
     """A codeword could not be read; see MEDIA_ERROR and MEDIA_CAUSE."""
 
 
@@ -73,15 +80,24 @@ REGISTERS: tuple[Register, ...] = (
     Register("STATUS", 0x10, 32, Access.W1C, 0, "`StatusBit`"),
     Register("TAG_ERROR", 0x14, 32, Access.RO, 0, "channel << 24 | low 24 bits of the first bad tag"),
     Register("TIMEOUT", 0x18, 32, Access.RW, 1_000_000, "cycles without progress until the oldest job fails; 0: never"),
-    Register("DOORBELL", 0x1C, 32, Access.WO, 0, "number of commands (1 to 65,535) at COMMAND_BASE: run them"),
-    Register("COMPLETED", 0x20, 32, Access.RO, 0, "completions written since the doorbell"),
-    Register("COMMAND_BASE", 0x28, 64, Access.RW, 0, "address of the commands, 64-byte aligned"),
-    Register("COMPLETION_BASE", 0x30, 64, Access.RW, 0, "address of the completions, 64-byte aligned"),
-    Register("BUFFER_BASE", 0x38, 64, Access.RW, 0, "first address that queries and results may use"),
-    Register("BUFFER_LIMIT", 0x40, 64, Access.RW, 0, "one past the last address that queries and results may use"),
-    Register("MEDIA_ERROR", 0x48, 32, Access.RO, 0, "channel << 24 | page of the first codeword not read"),
-    Register("MEDIA_CAUSE", 0x4C, 32, Access.RO, 0, "`MediaCause` << 16 | codeword of that page"),
-    Register("CYCLES", 0x80, 64, Access.RO, 0, "cycles from the doorbell to the last completion (running: until now)"),
+    Register("DOORBELL_ERROR", 0x1C, 32, Access.RO, 0, "the first refused doorbell: queue << 24 | 1 << 16 if it was "
+             "COMPLETION_HEAD | low 16 bits of its value"),
+    Register("INTERRUPT_MASK", 0x20, 32, Access.RW, 0, "bit q: queue q may raise the interrupt line"),
+    Register("INTERRUPT_AFTER", 0x24, 32, Access.RW, 1, "completions that the host has not taken, from which on a queue "
+             "wants an interrupt (16 bits); a queue with nothing under way wants it with any"),
+    Register("INTERRUPTS", 0x28, 32, Access.RO, 0, "bit q: queue q wants an interrupt, masked or not"),
+    Register("ADMIN_ENTRIES", 0x2C, 32, Access.WO, 0, "entries of each ring of queue 0, a power of two: creates it anew, "
+             "empty; another number removes it"),
+    Register("ADMIN_SUBMISSION", 0x30, 64, Access.RW, 0, "address of queue 0's submission ring, 64-byte aligned"),
+    Register("ADMIN_COMPLETION", 0x38, 64, Access.RW, 0, "address of its completion ring, 64-byte aligned"),
+    Register("ADMIN_BASE", 0x40, 64, Access.RW, 0, "first address that the blocks of queue 0's commands may use"),
+    Register("ADMIN_LIMIT", 0x48, 64, Access.RW, 0, "one past the last address that they may use"),
+    Register("MEDIA_ERROR", 0x50, 32, Access.RO, 0, "channel << 24 | page of the first codeword not read"),
+    Register("MEDIA_CAUSE", 0x54, 32, Access.RO, 0, "`MediaCause` << 16 | codeword of that page"),
+    Register("REGION_BITS", 0x58, 32, Access.RW, 0, "log2 of the pages of a region of device DRAM (4 bits)"),
+    Register("FETCHED", 0x70, 32, Access.RO, 0, "commands fetched since the reset"),
+    Register("COMPLETED", 0x74, 32, Access.RO, 0, "completions written since the reset"),
+    Register("CYCLES", 0x80, 64, Access.RO, 0, "cycles in which STATUS.BUSY was set"),
     Register("BEATS", 0x88, 64, Access.RO, 0, "lane beats used, all lanes"),
     Register("FIRST_BEAT", 0x90, 64, Access.RO, 0, "cycle of the first beat"),
     Register("LAST_BEAT", 0x98, 64, Access.RO, 0, "cycle of the latest beat"),
@@ -103,8 +119,18 @@ REGISTERS: tuple[Register, ...] = (
     Register("PAGE_READS", 0x140, 64, Access.RO, 0, "pages read from the arrays"),
     Register("PAGE_PROGRAMS", 0x148, 64, Access.RO, 0, "pages programmed"),
     Register("BLOCK_ERASES", 0x150, 64, Access.RO, 0, "blocks erased"),
+    *(register for q in range(QUEUES) for register in (
+        Register(f"SUBMISSION_TAIL_{q}", (q + 1) * DOORBELL_STRIDE, 32, Access.WO, 0,
+                 f"doorbell: queue {q} has commands up to this entry, exclusive"),
+        Register(f"COMPLETION_HEAD_{q}", (q + 1) * DOORBELL_STRIDE + 4, 32, Access.WO, 0,
+                 f"doorbell: the host has taken queue {q}'s completions up to this entry, exclusive"),
+    )),
 )
 
 REGISTER_MAP = {register.name: register for register in REGISTERS}
-ADDRESS_BITS = 9
+ADDRESS_BITS = 16
 """Width of the AXI4-Lite address."""
+COUNTERS = tuple(r for r in REGISTERS if 0x80 <= r.address < 0x400)
+"""What the command COUNTERS writes: 8 bytes for each, in this order.
+
+All but DUPLICATES and STALES, which count whenever they happen, count while STATUS.BUSY is set."""

@@ -5,13 +5,10 @@ from typing import Protocol, TypeAlias
 
 from kvattic.config import Config
 
-__all__ = ["MAX_COMMANDS", "Progress", "Transport"]
-
-MAX_COMMANDS = 65_535
-"""Commands that one doorbell can announce (see registers.DOORBELL)."""
+__all__ = ["Progress", "Transport"]
 
 Progress: TypeAlias = Callable[[int, int], None]
-"""Called as progress(done, total) after each batch, both counted in jobs."""
+"""Called as progress(done, total), both counted in jobs."""
 
 
 class Transport(Protocol):
@@ -69,17 +66,25 @@ class Transport(Protocol):
         This stands for the host's way into the drive's DRAM, a window of its PCIe address space or
         a DMA engine of the drive's controller, neither of which is part of the engine.  It takes no
         device time.  The bytes are there before a doorbell that is rung afterwards is served, and the
-        driver writes no page of DRAM that a running batch uses.
+        driver writes no byte of DRAM that a command under way uses.
         """
         ...
 
     def wait(self, timeout_s: float) -> None:
-        """Return when STATUS.DONE is set.
+        """Return when the device's interrupt line is raised; at once if it is.
+
+        The line is level-triggered: it is up while a queue of INTERRUPT_MASK wants it (see INTERRUPT_AFTER), so a
+        wake-up cannot be lost.
 
         Args:
             timeout_s: patience in seconds of wall-clock time.
 
         Raises:
-            DeviceTimeoutError: DONE was not set in that time.
+            DeviceTimeoutError: the line was not raised in that time.
+            DeviceLostError: the device is gone.
         """
+        ...
+
+    def close(self) -> None:
+        """Give back whatever the way to the device holds: files, memory, a simulator's process.  Twice is no error."""
         ...
