@@ -182,7 +182,7 @@ def run_in_simulation(
             dies without faults by default.
         stalls: when the AXI channels pause.
         memory_bytes: size of the host memory.
-        timeout_cycles: how long one batch may take, in cycles.
+        timeout_cycles: how long one wait for the drive may take, in cycles.
         timeout_s: how long the whole run may take, in seconds of real time; the build does not count.
         waves: record waves.
         progress: called with each line that the function gives to `report`.

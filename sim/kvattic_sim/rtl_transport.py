@@ -7,12 +7,13 @@
 
 `session` is for the module that `kvattic_sim.testbench` makes; what is written to device DRAM reaches it through a file
 in the simulator's working directory.  While a call of the driver waits for the device, Python sleeps until the
-interrupt; while Python works, simulated time stands still.
+interrupt line rises; while Python works, simulated time stands still.
 """
 
 import contextlib
 import itertools
 import logging
+import mmap
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
@@ -29,7 +30,7 @@ from cocotbext.axi import AxiBus, AxiLiteBus, AxiLiteMaster, AxiSlave, MemoryReg
 
 from kvattic.config import Config
 from kvattic.errors import DeviceTimeoutError, RequestError
-from kvattic.registers import REGISTER_MAP, Control, StatusBit
+from kvattic.registers import REGISTER_MAP, StatusBit
 from kvattic_sim.nand_files import read_log
 from kvattic_sim.nand_twin import NandFaults, write_configuration
 
@@ -44,6 +45,8 @@ DRAM_LATENCY = 30
 """Cycles from a read of device DRAM to its first beat: about 100 ns, a row miss behind a controller's queue."""
 POWER_OFF_CYCLES = 50
 """How long the power is off when it is cut."""
+SETTLE_CYCLES = 8
+"""Cycles after which what a register access did shows on the interrupt line."""
 READY_CYCLES = 128
 """Cycles that pass after a read of STATUS that finds READY low: a poll costs more real time than they do."""
 
@@ -229,10 +232,19 @@ class RtlTransport:
         dram_bytes: size of device DRAM.
         timeout_cycles: `wait` gives up after so many cycles, or never.
         heartbeat: if set, called from time to time while `wait` waits, with the cycles since the start.
-        on_batch: if set, called after each batch, when its counters can be read.
+        on_batch: if set, called by `wait` after the interrupt when a busy period has ended: STATUS.BUSY is low, its
+            counters can be read.
+
+    Args:
+        dut: the test bench.
+        config: what it was built for.
+        memory_bytes: size of the host memory.
+        timeout_cycles: see above.
+        memory: what host memory is kept in, of that size; its own by default.
     """
 
-    def __init__(self, dut: Any, config: Config, *, memory_bytes: int, timeout_cycles: int | None) -> None:
+    def __init__(self, dut: Any, config: Config, *, memory_bytes: int, timeout_cycles: int | None,
+                 memory: mmap.mmap | None = None) -> None:
         self.config = config
         self.memory_bytes = memory_bytes
         self.timeout_cycles = timeout_cycles
@@ -240,7 +252,7 @@ class RtlTransport:
         self.on_batch: Callable[[], None] | None = None
         self.dram_bytes = 0
         self._dut = dut
-        self._memory = MemoryRegion(memory_bytes)
+        self._memory = MemoryRegion(memory_bytes, mem=memory)
         logging.getLogger(f"cocotb.{dut._name}").setLevel(logging.WARNING)
         self._host = AxiLiteMaster(AxiLiteBus.from_prefix(dut, "host"), dut.host_clk, dut.rst)
         self._slave = AxiSlave(
@@ -248,7 +260,7 @@ class RtlTransport:
         )
         self._dram = _Dram(0, config.dram_beat_bytes)
         self._nand: NandSettings | None = None
-        self._interrupts = False
+        self._rung = False
         self._power_off: int | None = None
         self._toggles: dict[str, int] = {}
 
@@ -294,8 +306,9 @@ class RtlTransport:
 
     async def _write(self, name: str, value: int) -> None:
         register = REGISTER_MAP[name]
-        if name == "DOORBELL":
+        if name.startswith("SUBMISSION_TAIL_"):
             await self._load_dram()
+            self._rung = True
         self._dut.host_active.value = 1
         data = value.to_bytes(register.width // 8, "little")
         for offset in range(0, len(data), 4):
@@ -303,8 +316,6 @@ class RtlTransport:
             if answer.resp:
                 raise RuntimeError(f"writing {name} was answered with {answer.resp!r}")
         self._dut.host_active.value = 0
-        if name == "CONTROL":
-            self._interrupts = bool(value & Control.IRQ_ENABLE) and not value & Control.RESET
 
     async def _toggle(self, name: str) -> None:
         """Change an input that acts when it changes, and let it act."""
@@ -324,8 +335,9 @@ class RtlTransport:
 
     async def _wait(self, timeout_s: float) -> None:
         dut = self._dut
-        if not self._interrupts:
-            await self._write("CONTROL", Control.IRQ_ENABLE)
+        # The line may show what an access of a moment ago has changed.  Time must pass in any case: a caller that goes
+        # on waiting would meet a line that stays up for ever.
+        await self._cycles(SETTLE_CYCLES)
         begin, begin_cycle = time.monotonic(), int(dut.cycles.value)
         raised, limit = RisingEdge(dut.irq), self.timeout_cycles
         cycles = 0
@@ -344,7 +356,7 @@ class RtlTransport:
             passed, cycles = time.monotonic() - begin, int(dut.cycles.value) - begin_cycle
             if passed > timeout_s or (limit is not None and cycles >= limit):
                 raise DeviceTimeoutError(
-                    f"the simulated drive did not finish its batch in {cycles:,} cycles "
+                    f"the simulated drive raised no interrupt in {cycles:,} cycles "
                     f"({passed:.1f} s of real time; the limits are {limit} cycles and "
                     f"{timeout_s:g} s)" + ("" if self._nand else f"; the twins served {self.served} codewords")
                 )
@@ -352,7 +364,7 @@ class RtlTransport:
 
     async def _lose_power(self) -> None:
         """The RTL starts anew, device DRAM is empty; the dies lose their power by themselves (see `cut_power`)."""
-        self._power_off, self._interrupts = None, False
+        self._power_off = None
         self._dram.write(0, bytes(self.dram_bytes))
         self._dut.rst.value = 1
         await self._cycles(POWER_OFF_CYCLES + RESET_CYCLES)
@@ -469,7 +481,7 @@ class RtlTransport:
             )
 
     def write_dram(self, address: int, data: bytes) -> None:
-        """See `Transport`.  The model gets it at the next doorbell.
+        """See `Transport`.  The model gets it before the next SUBMISSION_TAIL doorbell.
 
         Raises:
             RequestError: outside of device DRAM.
@@ -493,14 +505,18 @@ class RtlTransport:
             )
 
     def wait(self, timeout_s: float) -> None:
-        """See `Transport`.  Turns CONTROL.IRQ_ENABLE on.
+        """See `Transport`.
 
         Raises:
-            DeviceTimeoutError: DONE was not set in that time, or in `timeout_cycles`.
+            DeviceTimeoutError: the line was not raised in that time, or in `timeout_cycles`.
         """
         self._block(self._wait, timeout_s)
-        if self.on_batch is not None:
+        if self.on_batch is not None and self._rung and not self.read_register("STATUS") & StatusBit.BUSY:
+            self._rung = False
             self.on_batch()
+
+    def close(self) -> None:
+        """See `Transport`.  The simulation goes on: it is `session` that ends it."""
 
     # The driver's side: what only a simulation can do.
 
@@ -525,7 +541,7 @@ class RtlTransport:
     def cut_power(self, after: int) -> None:
         """Let the whole drive lose its power for a moment, in the `after`th cycle from now on.
 
-        The batch that runs then gets no further completions and `wait` raises DeviceTimeoutError; the drive is ready
+        What runs then gets no further completions and `wait` raises DeviceTimeoutError; the drive is ready
         again afterwards, its DRAM empty, its registers reset.
         """
         cut = NandFaults(power_cuts=((after, POWER_OFF_CYCLES),))
@@ -555,6 +571,7 @@ async def session(
     stalls: AxiStalls | None = None,
     memory_bytes: int = 1 << 24,
     timeout_cycles: int | None = None,
+    memory: mmap.mmap | None = None,
 ) -> AsyncIterator[RtlTransport]:
     """A drive after reset, ready for `kvattic.driver.Device`.
 
@@ -565,10 +582,11 @@ async def session(
         stalls: when the AXI channels pause.
         memory_bytes: size of the host memory.
         timeout_cycles: patience of `RtlTransport.wait`, besides the driver's own.
+        memory: see `RtlTransport`.
     """
     for leftover in (*Path().glob("nand*.*"), *Path().glob("dram.bin")):
         leftover.unlink()
-    transport = RtlTransport(dut, config, memory_bytes=memory_bytes, timeout_cycles=timeout_cycles)
+    transport = RtlTransport(dut, config, memory_bytes=memory_bytes, timeout_cycles=timeout_cycles, memory=memory)
     await transport.start()
     await transport._set_flash(flash or NandSettings())
     await transport._set_stalls(stalls or AxiStalls())
