@@ -14,8 +14,15 @@
 #define KVATTIC_ASSERT(name, condition) typedef char kvattic_assert_##name[(condition) ? 1 : -1]
 
 #define KVATTIC_ID_MAGIC 0x5441564bu  /* what register ID reads */
-#define KVATTIC_VERSION 0x00020000u  /* of this header; the upper half must equal the device's */
+#define KVATTIC_VERSION 0x00030000u  /* of this header; the upper half must equal the device's */
 #define KVATTIC_LINE_BYTES 64  /* alignment of every address */
+#define KVATTIC_QUEUES 8  /* pairs of queues, queue 0 included */
+#define KVATTIC_MAX_ENTRIES 4096  /* of a ring; a power of two, at least 2 */
+#define KVATTIC_MAX_REGIONS 4096  /* of device DRAM */
+#define KVATTIC_DOORBELL_STRIDE 0x1000u  /* between the doorbells of two queues */
+#define KVATTIC_ADMIN_OPCODES 0xc0  /* from this opcode on, for queue 0 alone */
+#define KVATTIC_DOMAINS 256  /* 0 stands for nobody */
+#define KVATTIC_IDENTIFY_BYTES 2048  /* what IDENTIFY writes: JSON text, padded with zeros */
 #define KVATTIC_TREE_BITS 32  /* draft tokens that a row can attend */
 #define KVATTIC_SCORE_FRACTION 22  /* fractional bits of kvattic_trailer.maximum */
 #define KVATTIC_SCORE_MASKED (-INT64_C(34359738368))  /* maximum of a row that attends nothing */
@@ -35,15 +42,21 @@
 #define KVATTIC_REG_STATUS 0x10u  /* 32 bits, w1c: StatusBit */
 #define KVATTIC_REG_TAG_ERROR 0x14u  /* 32 bits, ro: channel << 24 | low 24 bits of the first bad tag */
 #define KVATTIC_REG_TIMEOUT 0x18u  /* 32 bits, rw: cycles without progress until the oldest job fails; 0: never */
-#define KVATTIC_REG_DOORBELL 0x1cu  /* 32 bits, wo: number of commands (1 to 65,535) at COMMAND_BASE: run them */
-#define KVATTIC_REG_COMPLETED 0x20u  /* 32 bits, ro: completions written since the doorbell */
-#define KVATTIC_REG_COMMAND_BASE 0x28u  /* 64 bits, rw: address of the commands, 64-byte aligned */
-#define KVATTIC_REG_COMPLETION_BASE 0x30u  /* 64 bits, rw: address of the completions, 64-byte aligned */
-#define KVATTIC_REG_BUFFER_BASE 0x38u  /* 64 bits, rw: first address that queries and results may use */
-#define KVATTIC_REG_BUFFER_LIMIT 0x40u  /* 64 bits, rw: one past the last address that queries and results may use */
-#define KVATTIC_REG_MEDIA_ERROR 0x48u  /* 32 bits, ro: channel << 24 | page of the first codeword not read */
-#define KVATTIC_REG_MEDIA_CAUSE 0x4cu  /* 32 bits, ro: MediaCause << 16 | codeword of that page */
-#define KVATTIC_REG_CYCLES 0x80u  /* 64 bits, ro: cycles from the doorbell to the last completion (running: until now) */
+#define KVATTIC_REG_DOORBELL_ERROR 0x1cu  /* 32 bits, ro: the first refused doorbell: queue << 24 | 1 << 16 if it was COMPLETION_HEAD | low 16 bits of its value */
+#define KVATTIC_REG_INTERRUPT_MASK 0x20u  /* 32 bits, rw: bit q: queue q may raise the interrupt line */
+#define KVATTIC_REG_INTERRUPT_AFTER 0x24u  /* 32 bits, rw: completions that the host has not taken, from which on a queue wants an interrupt (16 bits); a queue with nothing under way wants it with any */
+#define KVATTIC_REG_INTERRUPTS 0x28u  /* 32 bits, ro: bit q: queue q wants an interrupt, masked or not */
+#define KVATTIC_REG_ADMIN_ENTRIES 0x2cu  /* 32 bits, wo: entries of each ring of queue 0, a power of two: creates it anew, empty; another number removes it */
+#define KVATTIC_REG_ADMIN_SUBMISSION 0x30u  /* 64 bits, rw: address of queue 0's submission ring, 64-byte aligned */
+#define KVATTIC_REG_ADMIN_COMPLETION 0x38u  /* 64 bits, rw: address of its completion ring, 64-byte aligned */
+#define KVATTIC_REG_ADMIN_BASE 0x40u  /* 64 bits, rw: first address that the blocks of queue 0's commands may use */
+#define KVATTIC_REG_ADMIN_LIMIT 0x48u  /* 64 bits, rw: one past the last address that they may use */
+#define KVATTIC_REG_MEDIA_ERROR 0x50u  /* 32 bits, ro: channel << 24 | page of the first codeword not read */
+#define KVATTIC_REG_MEDIA_CAUSE 0x54u  /* 32 bits, ro: MediaCause << 16 | codeword of that page */
+#define KVATTIC_REG_REGION_BITS 0x58u  /* 32 bits, rw: log2 of the pages of a region of device DRAM (4 bits) */
+#define KVATTIC_REG_FETCHED 0x70u  /* 32 bits, ro: commands fetched since the reset */
+#define KVATTIC_REG_COMPLETED 0x74u  /* 32 bits, ro: completions written since the reset */
+#define KVATTIC_REG_CYCLES 0x80u  /* 64 bits, ro: cycles in which STATUS.BUSY was set */
 #define KVATTIC_REG_BEATS 0x88u  /* 64 bits, ro: lane beats used, all lanes */
 #define KVATTIC_REG_FIRST_BEAT 0x90u  /* 64 bits, ro: cycle of the first beat */
 #define KVATTIC_REG_LAST_BEAT 0x98u  /* 64 bits, ro: cycle of the latest beat */
@@ -66,28 +79,43 @@
 #define KVATTIC_REG_PAGE_PROGRAMS 0x148u  /* 64 bits, ro: pages programmed */
 #define KVATTIC_REG_BLOCK_ERASES 0x150u  /* 64 bits, ro: blocks erased */
 
+/* Doorbells: addresses, by queue. */
+#define KVATTIC_REG_SUBMISSION_TAIL(queue) (((queue) + 1u) * 0x1000u)  /* 32 bits, wo: doorbell: queue q has commands up to this entry, exclusive */
+#define KVATTIC_REG_COMPLETION_HEAD(queue) (((queue) + 1u) * 0x1000u + 4u)  /* 32 bits, wo: doorbell: the host has taken queue q's completions up to this entry, exclusive */
+
+/* A number of 24 bits in a field of three bytes. */
+#define KVATTIC_PUT24(field, value) \
+    ((field)[0] = (uint8_t)(value), (field)[1] = (uint8_t)((value) >> 8), \
+     (field)[2] = (uint8_t)((value) >> 16))
+#define KVATTIC_GET24(field) \
+    ((uint32_t)(field)[0] | (uint32_t)(field)[1] << 8 | (uint32_t)(field)[2] << 16)
+
 enum kvattic_control {  /* Bits of CONTROL. */
-    KVATTIC_CONTROL_RESET = 0x1,  /* Aborts everything and clears the engine, registers included; STATUS.READY returns when it is clean. */
-    KVATTIC_CONTROL_IRQ_ENABLE = 0x2,  /* Raise the interrupt line while STATUS.DONE is set. */
+    KVATTIC_CONTROL_RESET = 0x1,  /* Aborts everything and clears the engine, registers and queues included; STATUS.READY returns when it is clean. The table of owners stays. */
+    KVATTIC_CONTROL_ACCUMULATE = 0x2,  /* The counters go on when the drive gets work after it had none; otherwise they then start from 0. */
 };
 
 enum kvattic_status_bit {  /* Bits of STATUS; all but BUSY and READY are cleared by writing a one. */
-    KVATTIC_STATUS_BIT_BUSY = 0x1,  /* A batch is running. */
-    KVATTIC_STATUS_BIT_READY = 0x2,  /* Memories are swept and a doorbell will be taken. */
-    KVATTIC_STATUS_BIT_DONE = 0x4,  /* The last batch is complete. */
-    KVATTIC_STATUS_BIT_DOORBELL_WHILE_BUSY = 0x8,  /* A doorbell was refused because a batch was running (or READY was low). */
-    KVATTIC_STATUS_BIT_BAD_TAG = 0x10,  /* A codeword with a tag that nobody asked for was dropped; see TAG_ERROR. */
-    KVATTIC_STATUS_BIT_BUS_ERROR = 0x20,  /* Host memory answered a read or write with an error. */
-    KVATTIC_STATUS_BIT_STALE_CODEWORD = 0x40,  /* A late codeword of a job that had ended was dropped. */
-    KVATTIC_STATUS_BIT_MEDIA_ERROR = 0x80,  /* A codeword could not be read; see MEDIA_ERROR and MEDIA_CAUSE. */
+    KVATTIC_STATUS_BIT_BUSY = 0x1,  /* A command waits in a queue, is under way, or its completion is not written yet. */
+    KVATTIC_STATUS_BIT_READY = 0x2,  /* Memories are swept; commands are fetched. */
+    KVATTIC_STATUS_BIT_INVALID_DOORBELL = 0x4,  /* A doorbell was refused and changed nothing; see DOORBELL_ERROR. */
+    KVATTIC_STATUS_BIT_BAD_TAG = 0x8,  /* A codeword with a tag that nobody asked for was dropped; see TAG_ERROR. */
+    KVATTIC_STATUS_BIT_BUS_ERROR = 0x10,  /* Host memory answered a read or write with an error. */
+    KVATTIC_STATUS_BIT_STALE_CODEWORD = 0x20,  /* A late codeword of a job that had ended was dropped. */
+    KVATTIC_STATUS_BIT_MEDIA_ERROR = 0x40,  /* A codeword could not be read; see MEDIA_ERROR and MEDIA_CAUSE. */
 };
 
-enum kvattic_opcode {  /* What a command asks for. */
-    KVATTIC_OPCODE_ATTEND = 129,  /* Attention of one job: the query rows that read one KV head (COMMAND). */
-    KVATTIC_OPCODE_PROGRAM = 130,  /* Write a page of device DRAM into a flash page (FLASH_COMMAND); pages of a block in order, each once. */
-    KVATTIC_OPCODE_ERASE = 131,  /* Erase the block that a flash page lies in (FLASH_COMMAND). */
-    KVATTIC_OPCODE_PROBE = 132,  /* Look for the factory's bad-block mark of the block that a flash page lies in (FLASH_COMMAND). */
-    KVATTIC_OPCODE_MAP = 133,  /* Let a zone use another block on the die and plane of a flash page (FLASH_COMMAND). */
+enum kvattic_opcode {  /* What a command asks for. Those of the host's queues are from 0x80 on, those of queue 0 alone from 0xC0 on. */
+    KVATTIC_OPCODE_ATTEND = 0x81,  /* Attention of one job: the query rows that read one KV head (COMMAND). */
+    KVATTIC_OPCODE_PROGRAM = 0x82,  /* Write a page of device DRAM into a flash page (FLASH_COMMAND); pages of a block in order, each once. */
+    KVATTIC_OPCODE_ERASE = 0x83,  /* Erase the block that a flash page lies in (FLASH_COMMAND); in queue 0, whoever owns it. */
+    KVATTIC_OPCODE_COUNTERS = 0x84,  /* Write registers.COUNTERS, 8 bytes each, padded to whole lines (DATA_COMMAND). Each is right at the moment at which it is read; while the drive works, they are not of one cycle. */
+    KVATTIC_OPCODE_IDENTIFY = 0xc0,  /* Write Config.to_json(), as UTF-8 padded with zeros to IDENTIFY_BYTES (DATA_COMMAND). */
+    KVATTIC_OPCODE_CREATE_QUEUE = 0xc1,  /* Create a pair of queues, empty (QUEUE_COMMAND). */
+    KVATTIC_OPCODE_DELETE_QUEUE = 0xc2,  /* Remove one (QUEUE_COMMAND); commands that are not fetched yet are forgotten. */
+    KVATTIC_OPCODE_GRANT = 0xc3,  /* Give zones or regions of device DRAM to a domain, or a domain to queues (GRANT_COMMAND). */
+    KVATTIC_OPCODE_PROBE = 0xc4,  /* Look for the factory's bad-block mark of the block that a flash page lies in (FLASH_COMMAND). */
+    KVATTIC_OPCODE_MAP = 0xc5,  /* Let a zone use another block on the die and plane of a flash page (FLASH_COMMAND). */
 };
 
 enum kvattic_mode {  /* How ATTEND chooses the tokens that it attends; docs/sparse.md. */
@@ -100,20 +128,17 @@ enum kvattic_mode {  /* How ATTEND chooses the tokens that it attends; docs/spar
 enum kvattic_status {  /* How a command ended; where of the completion says which place. */
     KVATTIC_STATUS_OK = 0,  /* The results are written. */
     KVATTIC_STATUS_INVALID_OPCODE = 1,  /* where: the opcode. */
-    KVATTIC_STATUS_INVALID_FIELD = 2,  /* A reserved byte is not zero, there is no such mode (or none but DENSE in this configuration), a field is not zero
-that the mode has no use for, or stripe_pages is no power of two, too large, or not what a sparse mode needs. */
+    KVATTIC_STATUS_INVALID_FIELD = 2,  /* A reserved byte is not zero, there is no such mode (or none but DENSE in this configuration), a field is not zero that mode or opcode has no use for, or stripe_pages is no power of two, too large, or not what a sparse mode needs. */
     KVATTIC_STATUS_INVALID_ROWS = 3,  /* where: the number of rows. */
-    KVATTIC_STATUS_INVALID_LENGTH = 4,  /* No token, token numbers beyond 24 bits, or stripes are not as many as the tokens take. */
-    KVATTIC_STATUS_INVALID_ADDRESS = 5,  /* query, result, table or mean not 64-byte aligned or not inside the buffer window; where: 0 query, 1 result,
-2 table, 3 mean. */
+    KVATTIC_STATUS_INVALID_LENGTH = 4,  /* No token, or stripes are not as many as the tokens take. */
+    KVATTIC_STATUS_INVALID_ADDRESS = 5,  /* query, result, table or mean not 64-byte aligned or not inside the queue's window; where: 0 query, 1 result, 2 table, 3 mean. IDENTIFY, COUNTERS: result, likewise. */
     KVATTIC_STATUS_INVALID_SCALE = 6,  /* scale is not a positive normal fp32. */
     KVATTIC_STATUS_NAN_QUERY = 7,  /* where: row * 65536 + channel of the first NaN or infinity in q. */
     KVATTIC_STATUS_NAN_KEY = 8,  /* where: the lowest token with a NaN or infinity in K. */
     KVATTIC_STATUS_NAN_VALUE = 9,  /* where: the lowest token with a NaN or infinity in V. */
     KVATTIC_STATUS_CODEWORD_TIMEOUT = 10,  /* A codeword never came; where: channel * 65536 + kind * 32768 + codewords still missing there. */
-    KVATTIC_STATUS_BUS_ERROR = 11,  /* The host memory answered a read of the command or query, or a write of the result, with an error; where: 0. */
-    KVATTIC_STATUS_INVALID_TABLE = 12,  /* A table entry names no channel, has a reserved bit set, or is one too many for its channel's score buffer;
-where: the entry's number. */
+    KVATTIC_STATUS_BUS_ERROR = 11,  /* The host memory answered a read of the command or query, or a write of the result, with an error; where: 0. When it is the command that could not be read, its identifier is not known: it is 0xFFFF. */
+    KVATTIC_STATUS_INVALID_TABLE = 12,  /* A table entry names no channel, has a reserved bit set, or is one too many for its channel's score buffer; where: the entry's number. */
     KVATTIC_STATUS_INVALID_PLACE = 13,  /* A flash command names no channel, page or block of it; where: 0. */
     KVATTIC_STATUS_UNREADABLE_KEY = 14,  /* K cannot be read (see the register MEDIA_ERROR); where: first token of the lowest codeword that cannot. */
     KVATTIC_STATUS_UNREADABLE_VALUE = 15,  /* The same for V. */
@@ -121,13 +146,22 @@ where: the entry's number. */
     KVATTIC_STATUS_ERASE_FAILED = 17,  /* The part reports that a block was not erased; where: channel * 2**24 + page. */
     KVATTIC_STATUS_BAD_BLOCK = 18,  /* PROBE found the factory's mark; where: channel * 2**24 + page. */
     KVATTIC_STATUS_DIE_TIMEOUT = 19,  /* A die stayed busy for longer than its part ever is; where: channel * 2**24 + page. */
-    KVATTIC_STATUS_INVALID_SELECTION = 20,  /* A sparse mode's number is none or too large; where: 0 channels, 1 units (more than the tokens make),
-2 local (more than the units hold), 3 unit_bits. */
+    KVATTIC_STATUS_INVALID_SELECTION = 20,  /* A sparse mode's number is none or too large; where: 0 channels, 1 units (more than the tokens make), 2 local (more than the units hold), 3 unit_bits. */
     KVATTIC_STATUS_MISSING_MEAN = 21,  /* SPARF or FETCHED without the mean of V: mean is 0. */
     KVATTIC_STATUS_NO_SKETCH = 22,  /* A stripe in flash was written without what the mode's first pass reads; where: its entry's number. */
     KVATTIC_STATUS_NAN_MEAN = 23,  /* where: channel of the first NaN or infinity in the mean of V. */
-    KVATTIC_STATUS_UNREADABLE_SKETCH = 24,  /* K in the channel layout, a centroid, or K of the tail cannot be read in the first pass; where: first token of the
-lowest codeword, or stripe, that cannot. */
+    KVATTIC_STATUS_UNREADABLE_SKETCH = 24,  /* K in the channel layout, a centroid, or K of the tail cannot be read in the first pass; where: first token of the lowest codeword, or stripe, that cannot. */
+    KVATTIC_STATUS_NOT_PERMITTED = 25,  /* where: 0 the opcode is for queue 0 alone; 1 the domain is not given to the queue. */
+    KVATTIC_STATUS_NOT_OWNED = 26,  /* A place that is not the domain's, or that is none. where, ATTEND: number of the first such table entry; PROGRAM, ERASE: 0 flash page, 1 page of device DRAM. */
+    KVATTIC_STATUS_INVALID_QUEUE = 27,  /* where: 0 queue (1 to QUEUES - 1; CREATE_QUEUE: it is there already), 1 entries, 2 submission, 3 completion. */
+    KVATTIC_STATUS_QUEUE_BUSY = 28,  /* DELETE_QUEUE of a queue with commands under way: no more are fetched from it; delete it again later. where: 0. */
+    KVATTIC_STATUS_INVALID_GRANT = 29,  /* where: 0 kind, 1 first or count, 2 domain (1 to DOMAINS - 1). */
+};
+
+enum kvattic_grant {  /* What GRANT gives. */
+    KVATTIC_GRANT_ZONES = 0,  /* Zones of flash, first and on, to the domain. */
+    KVATTIC_GRANT_REGIONS = 1,  /* Regions of device DRAM, 2**REGION_BITS pages each, to the domain. */
+    KVATTIC_GRANT_QUEUES = 2,  /* The domain to the queues whose bits are set in first: only their commands may name it. count is zero. */
 };
 
 enum kvattic_flag {  /* Things that happened although the command was served. */
@@ -156,8 +190,9 @@ struct kvattic_command {  /* a submission entry: ATTEND */
     uint8_t rows;  /* query rows of this job, 1 to config.rows */
     uint8_t stripe_pages;  /* pages of K (and of V) in a stripe, a power of two */
     uint16_t stripes;  /* entries of the table */
-    uint32_t base_token;  /* number of the first stripe's first token */
-    uint32_t end_token;  /* one past the last valid token */
+    uint8_t base_token[3];  /* number of the first stripe's first token (KVATTIC_PUT24) */
+    uint8_t end_token[3];  /* one past the last valid token (KVATTIC_PUT24) */
+    uint16_t domain;  /* owner of all places that the table names */
     uint32_t tree_token;  /* first token of the draft tree (end_token where there is none) */
     uint32_t scale;  /* fp32 of softmax scale * log2(e) */
     uint64_t query;  /* address of the query block */
@@ -168,7 +203,7 @@ struct kvattic_command {  /* a submission entry: ATTEND */
     uint16_t local;  /* sparse modes: the newest tokens, attended in any case and counted in units; else 0 */
     uint16_t units;  /* sparse modes: units attended, the k of SparF; tokens in device DRAM come on top; else 0 */
     uint8_t unit_bits;  /* FETCHED, CENTROID: log2 of the codewords of a unit; else 0 */
-    uint8_t reserved0;  /* reserved, zero */
+    uint8_t reserved_at_63[1];  /* zero */
 };
 KVATTIC_ASSERT(kvattic_command_size, sizeof(struct kvattic_command) == 64);
 KVATTIC_ASSERT(kvattic_command_opcode, offsetof(struct kvattic_command, opcode) == 0);
@@ -178,7 +213,8 @@ KVATTIC_ASSERT(kvattic_command_rows, offsetof(struct kvattic_command, rows) == 4
 KVATTIC_ASSERT(kvattic_command_stripe_pages, offsetof(struct kvattic_command, stripe_pages) == 5);
 KVATTIC_ASSERT(kvattic_command_stripes, offsetof(struct kvattic_command, stripes) == 6);
 KVATTIC_ASSERT(kvattic_command_base_token, offsetof(struct kvattic_command, base_token) == 8);
-KVATTIC_ASSERT(kvattic_command_end_token, offsetof(struct kvattic_command, end_token) == 12);
+KVATTIC_ASSERT(kvattic_command_end_token, offsetof(struct kvattic_command, end_token) == 11);
+KVATTIC_ASSERT(kvattic_command_domain, offsetof(struct kvattic_command, domain) == 14);
 KVATTIC_ASSERT(kvattic_command_tree_token, offsetof(struct kvattic_command, tree_token) == 16);
 KVATTIC_ASSERT(kvattic_command_scale, offsetof(struct kvattic_command, scale) == 20);
 KVATTIC_ASSERT(kvattic_command_query, offsetof(struct kvattic_command, query) == 24);
@@ -189,7 +225,6 @@ KVATTIC_ASSERT(kvattic_command_channels, offsetof(struct kvattic_command, channe
 KVATTIC_ASSERT(kvattic_command_local, offsetof(struct kvattic_command, local) == 58);
 KVATTIC_ASSERT(kvattic_command_units, offsetof(struct kvattic_command, units) == 60);
 KVATTIC_ASSERT(kvattic_command_unit_bits, offsetof(struct kvattic_command, unit_bits) == 62);
-KVATTIC_ASSERT(kvattic_command_reserved0, offsetof(struct kvattic_command, reserved0) == 63);
 
 /* An entry of ATTEND's table: where a stripe lies. */
 #define KVATTIC_TABLE_ENTRY(key_page, channel, value_page, dram) \
@@ -206,41 +241,90 @@ KVATTIC_ASSERT(kvattic_command_reserved0, offsetof(struct kvattic_command, reser
 /* codeword: 8 bits: codeword of that page with which they begin: 0 for the channel layout */
 /* written: 8 bits: 1: they are there; 0: they are not, which only a stripe in device DRAM may say */
 
-struct kvattic_flashcommand {  /* a submission entry: PROGRAM, ERASE, PROBE, MAP */
+struct kvattic_flash_command {  /* a submission entry: PROGRAM, ERASE, PROBE, MAP */
     uint8_t opcode;  /* Opcode */
     uint8_t flags;  /* reserved, zero */
     uint16_t identifier;  /* copied into the completion */
     uint8_t channel;  /* flash channel */
-    uint8_t reserved0[3];  /* reserved, zero */
-    uint32_t page;  /* page on the channel: plane, die, page of the block, zone, from the low bits on */
-    uint32_t argument;  /* PROGRAM: page of device DRAM; MAP: block of the plane; otherwise zero */
-    uint64_t reserved1;  /* reserved, zero */
-    uint64_t reserved2;  /* reserved, zero */
-    uint64_t reserved3;  /* reserved, zero */
-    uint64_t reserved4;  /* reserved, zero */
-    uint64_t reserved5;  /* reserved, zero */
-    uint64_t reserved6;  /* reserved, zero */
+    uint8_t reserved_at_5[3];  /* zero */
+    uint8_t page[3];  /* page on the channel: plane, die, page of the block, zone, from the low bits on (KVATTIC_PUT24) */
+    uint8_t argument[3];  /* PROGRAM: page of device DRAM; MAP: block of the plane; otherwise zero (KVATTIC_PUT24) */
+    uint16_t domain;  /* PROGRAM, ERASE: owner of the places; ERASE in queue 0, PROBE, MAP: zero */
+    uint8_t reserved_at_16[48];  /* zero */
 };
-KVATTIC_ASSERT(kvattic_flashcommand_size, sizeof(struct kvattic_flashcommand) == 64);
-KVATTIC_ASSERT(kvattic_flashcommand_opcode, offsetof(struct kvattic_flashcommand, opcode) == 0);
-KVATTIC_ASSERT(kvattic_flashcommand_flags, offsetof(struct kvattic_flashcommand, flags) == 1);
-KVATTIC_ASSERT(kvattic_flashcommand_identifier, offsetof(struct kvattic_flashcommand, identifier) == 2);
-KVATTIC_ASSERT(kvattic_flashcommand_channel, offsetof(struct kvattic_flashcommand, channel) == 4);
-KVATTIC_ASSERT(kvattic_flashcommand_reserved0, offsetof(struct kvattic_flashcommand, reserved0) == 5);
-KVATTIC_ASSERT(kvattic_flashcommand_page, offsetof(struct kvattic_flashcommand, page) == 8);
-KVATTIC_ASSERT(kvattic_flashcommand_argument, offsetof(struct kvattic_flashcommand, argument) == 12);
-KVATTIC_ASSERT(kvattic_flashcommand_reserved1, offsetof(struct kvattic_flashcommand, reserved1) == 16);
-KVATTIC_ASSERT(kvattic_flashcommand_reserved2, offsetof(struct kvattic_flashcommand, reserved2) == 24);
-KVATTIC_ASSERT(kvattic_flashcommand_reserved3, offsetof(struct kvattic_flashcommand, reserved3) == 32);
-KVATTIC_ASSERT(kvattic_flashcommand_reserved4, offsetof(struct kvattic_flashcommand, reserved4) == 40);
-KVATTIC_ASSERT(kvattic_flashcommand_reserved5, offsetof(struct kvattic_flashcommand, reserved5) == 48);
-KVATTIC_ASSERT(kvattic_flashcommand_reserved6, offsetof(struct kvattic_flashcommand, reserved6) == 56);
+KVATTIC_ASSERT(kvattic_flash_command_size, sizeof(struct kvattic_flash_command) == 64);
+KVATTIC_ASSERT(kvattic_flash_command_opcode, offsetof(struct kvattic_flash_command, opcode) == 0);
+KVATTIC_ASSERT(kvattic_flash_command_flags, offsetof(struct kvattic_flash_command, flags) == 1);
+KVATTIC_ASSERT(kvattic_flash_command_identifier, offsetof(struct kvattic_flash_command, identifier) == 2);
+KVATTIC_ASSERT(kvattic_flash_command_channel, offsetof(struct kvattic_flash_command, channel) == 4);
+KVATTIC_ASSERT(kvattic_flash_command_page, offsetof(struct kvattic_flash_command, page) == 8);
+KVATTIC_ASSERT(kvattic_flash_command_argument, offsetof(struct kvattic_flash_command, argument) == 11);
+KVATTIC_ASSERT(kvattic_flash_command_domain, offsetof(struct kvattic_flash_command, domain) == 14);
+
+struct kvattic_data_command {  /* a submission entry: IDENTIFY, COUNTERS */
+    uint8_t opcode;  /* Opcode */
+    uint8_t flags;  /* reserved, zero */
+    uint16_t identifier;  /* copied into the completion */
+    uint8_t reserved_at_4[28];  /* zero */
+    uint64_t result;  /* address of what is written */
+    uint8_t reserved_at_40[24];  /* zero */
+};
+KVATTIC_ASSERT(kvattic_data_command_size, sizeof(struct kvattic_data_command) == 64);
+KVATTIC_ASSERT(kvattic_data_command_opcode, offsetof(struct kvattic_data_command, opcode) == 0);
+KVATTIC_ASSERT(kvattic_data_command_flags, offsetof(struct kvattic_data_command, flags) == 1);
+KVATTIC_ASSERT(kvattic_data_command_identifier, offsetof(struct kvattic_data_command, identifier) == 2);
+KVATTIC_ASSERT(kvattic_data_command_result, offsetof(struct kvattic_data_command, result) == 32);
+
+struct kvattic_queue_command {  /* a submission entry: CREATE_QUEUE, DELETE_QUEUE */
+    uint8_t opcode;  /* Opcode */
+    uint8_t flags;  /* reserved, zero */
+    uint16_t identifier;  /* copied into the completion */
+    uint8_t queue;  /* number of the pair */
+    uint8_t reserved_at_5[1];  /* zero */
+    uint16_t entries;  /* of each ring, a power of two, 2 to registers.MAX_ENTRIES; DELETE_QUEUE: zero, as all below */
+    uint8_t reserved_at_8[16];  /* zero */
+    uint64_t submission;  /* address of the submission ring, 64-byte aligned */
+    uint64_t completion;  /* address of the completion ring, 64-byte aligned */
+    uint64_t base;  /* first address that the blocks of the queue's commands may use */
+    uint64_t limit;  /* one past the last address that they may use */
+    uint8_t reserved_at_56[8];  /* zero */
+};
+KVATTIC_ASSERT(kvattic_queue_command_size, sizeof(struct kvattic_queue_command) == 64);
+KVATTIC_ASSERT(kvattic_queue_command_opcode, offsetof(struct kvattic_queue_command, opcode) == 0);
+KVATTIC_ASSERT(kvattic_queue_command_flags, offsetof(struct kvattic_queue_command, flags) == 1);
+KVATTIC_ASSERT(kvattic_queue_command_identifier, offsetof(struct kvattic_queue_command, identifier) == 2);
+KVATTIC_ASSERT(kvattic_queue_command_queue, offsetof(struct kvattic_queue_command, queue) == 4);
+KVATTIC_ASSERT(kvattic_queue_command_entries, offsetof(struct kvattic_queue_command, entries) == 6);
+KVATTIC_ASSERT(kvattic_queue_command_submission, offsetof(struct kvattic_queue_command, submission) == 24);
+KVATTIC_ASSERT(kvattic_queue_command_completion, offsetof(struct kvattic_queue_command, completion) == 32);
+KVATTIC_ASSERT(kvattic_queue_command_base, offsetof(struct kvattic_queue_command, base) == 40);
+KVATTIC_ASSERT(kvattic_queue_command_limit, offsetof(struct kvattic_queue_command, limit) == 48);
+
+struct kvattic_grant_command {  /* a submission entry: GRANT */
+    uint8_t opcode;  /* Opcode */
+    uint8_t flags;  /* reserved, zero */
+    uint16_t identifier;  /* copied into the completion */
+    uint8_t kind;  /* Grant */
+    uint8_t reserved_at_5[3];  /* zero */
+    uint8_t first[3];  /* first zone or region; or a bit for each queue (KVATTIC_PUT24) */
+    uint8_t count[3];  /* how many zones or regions (KVATTIC_PUT24) */
+    uint16_t domain;  /* to whom; 0, for zones and regions: to nobody */
+    uint8_t reserved_at_16[48];  /* zero */
+};
+KVATTIC_ASSERT(kvattic_grant_command_size, sizeof(struct kvattic_grant_command) == 64);
+KVATTIC_ASSERT(kvattic_grant_command_opcode, offsetof(struct kvattic_grant_command, opcode) == 0);
+KVATTIC_ASSERT(kvattic_grant_command_flags, offsetof(struct kvattic_grant_command, flags) == 1);
+KVATTIC_ASSERT(kvattic_grant_command_identifier, offsetof(struct kvattic_grant_command, identifier) == 2);
+KVATTIC_ASSERT(kvattic_grant_command_kind, offsetof(struct kvattic_grant_command, kind) == 4);
+KVATTIC_ASSERT(kvattic_grant_command_first, offsetof(struct kvattic_grant_command, first) == 8);
+KVATTIC_ASSERT(kvattic_grant_command_count, offsetof(struct kvattic_grant_command, count) == 11);
+KVATTIC_ASSERT(kvattic_grant_command_domain, offsetof(struct kvattic_grant_command, domain) == 14);
 
 struct kvattic_row {  /* head of each row of a query block; q follows, padded with zeros to whole lines */
     uint32_t start_token;  /* first token that this row attends */
     uint32_t end_token;  /* one past the last token that this row attends */
     uint32_t tree;  /* bit i: this row attends draft token tree_token + i; drafts beyond 32 are not attended */
-    uint8_t reserved_at_12[52];
+    uint8_t reserved_at_12[52];  /* zero */
 };
 KVATTIC_ASSERT(kvattic_row_size, sizeof(struct kvattic_row) == 64);
 KVATTIC_ASSERT(kvattic_row_start_token, offsetof(struct kvattic_row, start_token) == 0);
@@ -250,33 +334,35 @@ KVATTIC_ASSERT(kvattic_row_tree, offsetof(struct kvattic_row, tree) == 8);
 struct kvattic_trailer {  /* follows the padded fp32 outputs of each row of a result block */
     int64_t maximum;  /* largest score, signed, formats.SCORE_FRACTION fractional bits; SCORE_MASKED: no token */
     uint64_t denominator;  /* sum of the weights, formats.VALUE_FRACTION fractional bits */
-    uint8_t reserved_at_16[48];
+    uint8_t reserved_at_16[48];  /* zero */
 };
 KVATTIC_ASSERT(kvattic_trailer_size, sizeof(struct kvattic_trailer) == 64);
 KVATTIC_ASSERT(kvattic_trailer_maximum, offsetof(struct kvattic_trailer, maximum) == 0);
 KVATTIC_ASSERT(kvattic_trailer_denominator, offsetof(struct kvattic_trailer, denominator) == 8);
 
 struct kvattic_completion {  /* a completion entry */
-    uint16_t status;  /* Status */
-    uint16_t identifier;  /* of the command */
-    uint32_t flags;  /* CompletionFlag */
     uint32_t where;  /* see Status */
-    uint32_t done;  /* 1: this entry was written */
-    uint64_t cycle;  /* engine cycle of the completion, from the doorbell */
-    uint64_t beats;  /* lane beats used since the doorbell, all lanes */
-    uint32_t starved;  /* lane cycles since the doorbell without a beat although codewords were requested */
+    uint32_t flags;  /* CompletionFlag */
+    uint16_t head;  /* submission entries of this queue before it are fetched */
+    uint16_t queue;  /* number of the queue */
+    uint16_t identifier;  /* of the command */
+    uint16_t state;  /* Status << 1 | phase: 1 in the first round of the completion ring, then 0, and so on */
+    uint64_t cycle;  /* the counter CYCLES at the completion */
+    uint64_t beats;  /* the counter BEATS */
+    uint32_t starved;  /* and so on: lane cycles without a beat although codewords were requested */
     uint32_t barrier;  /* lane cycles in which V waited for the maximum */
     uint32_t weights;  /* lane cycles in which a V beat waited for its weight */
     uint32_t scores;  /* lane cycles in which a K beat waited for the score unit */
     uint32_t idle;  /* lane cycles without work */
-    uint8_t reserved_at_52[12];
+    uint8_t reserved_at_52[12];  /* zero */
 };
 KVATTIC_ASSERT(kvattic_completion_size, sizeof(struct kvattic_completion) == 64);
-KVATTIC_ASSERT(kvattic_completion_status, offsetof(struct kvattic_completion, status) == 0);
-KVATTIC_ASSERT(kvattic_completion_identifier, offsetof(struct kvattic_completion, identifier) == 2);
+KVATTIC_ASSERT(kvattic_completion_where, offsetof(struct kvattic_completion, where) == 0);
 KVATTIC_ASSERT(kvattic_completion_flags, offsetof(struct kvattic_completion, flags) == 4);
-KVATTIC_ASSERT(kvattic_completion_where, offsetof(struct kvattic_completion, where) == 8);
-KVATTIC_ASSERT(kvattic_completion_done, offsetof(struct kvattic_completion, done) == 12);
+KVATTIC_ASSERT(kvattic_completion_head, offsetof(struct kvattic_completion, head) == 8);
+KVATTIC_ASSERT(kvattic_completion_queue, offsetof(struct kvattic_completion, queue) == 10);
+KVATTIC_ASSERT(kvattic_completion_identifier, offsetof(struct kvattic_completion, identifier) == 12);
+KVATTIC_ASSERT(kvattic_completion_state, offsetof(struct kvattic_completion, state) == 14);
 KVATTIC_ASSERT(kvattic_completion_cycle, offsetof(struct kvattic_completion, cycle) == 16);
 KVATTIC_ASSERT(kvattic_completion_beats, offsetof(struct kvattic_completion, beats) == 24);
 KVATTIC_ASSERT(kvattic_completion_starved, offsetof(struct kvattic_completion, starved) == 32);
@@ -284,6 +370,37 @@ KVATTIC_ASSERT(kvattic_completion_barrier, offsetof(struct kvattic_completion, b
 KVATTIC_ASSERT(kvattic_completion_weights, offsetof(struct kvattic_completion, weights) == 40);
 KVATTIC_ASSERT(kvattic_completion_scores, offsetof(struct kvattic_completion, scores) == 44);
 KVATTIC_ASSERT(kvattic_completion_idle, offsetof(struct kvattic_completion, idle) == 48);
+
+/* Parts of kvattic_completion.state. */
+#define KVATTIC_PHASE(state) ((state) & 1u)  /* 1 in the first round of the completion ring, then 0, and so on */
+#define KVATTIC_STATUS(state) ((enum kvattic_status)((state) >> 1))
+
+struct kvattic_counters {  /* what COUNTERS writes: the registers of these names */
+    uint64_t cycles;
+    uint64_t beats;
+    uint64_t first_beat;
+    uint64_t last_beat;
+    uint64_t starved;
+    uint64_t barrier;
+    uint64_t weights;
+    uint64_t scores;
+    uint64_t idle;
+    uint64_t duplicates;
+    uint64_t stales;
+    uint64_t flash_words;
+    uint64_t flash_commands;
+    uint64_t die_busy;
+    uint64_t codewords;
+    uint64_t corrected;
+    uint64_t bit_errors;
+    uint64_t retries;
+    uint64_t unreadable;
+    uint64_t page_reads;
+    uint64_t page_programs;
+    uint64_t block_erases;
+    uint8_t reserved_at_176[16];  /* zero */
+};
+KVATTIC_ASSERT(kvattic_counters_size, sizeof(struct kvattic_counters) == 192);
 
 /* Bytes of one row of a query block and of a result block; elements have two bytes, outputs four. */
 #define KVATTIC_LINES(bytes) (((bytes) + 63) / 64 * 64)

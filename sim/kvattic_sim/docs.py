@@ -7,6 +7,7 @@ exists in the source only and is read from there.  `tests/packaging` fails when 
 import argparse
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum, IntEnum, IntFlag
@@ -37,7 +38,18 @@ def member_docs(enumeration: type[Enum]) -> dict[str, str]:
 
 def _summary(thing: object) -> str:
     """First paragraph of a docstring, on one line."""
-    return " ".join((inspect.getdoc(thing) or "").partition("\n\n")[0].split())
+    return _line((inspect.getdoc(thing) or "").partition("\n\n")[0])
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _members(enumeration: type[IntEnum] | type[IntFlag]) -> Iterator[tuple[IntEnum | IntFlag, str]]:
+    """The members by value, each with its docs on one line."""
+    docs = member_docs(enumeration)
+    for member in sorted(enumeration, key=int):
+        yield member, _line(docs.get(member.name or "", ""))
 
 
 # Markdown.
@@ -48,25 +60,25 @@ def _table(columns: Sequence[str], rows: Iterator[Sequence[str]]) -> list[str]:
     return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
 
 
-def _members(enumeration: type[IntEnum] | type[IntFlag]) -> list[str]:
-    docs = member_docs(enumeration)
-    flags = issubclass(enumeration, IntFlag)
+def _enumeration(enumeration: type[IntEnum] | type[IntFlag]) -> list[str]:
+    flags, codes = issubclass(enumeration, IntFlag), enumeration is commands.Opcode
     return _table(
         ("bit" if flags else "value", "name", "meaning"),
-        ((str(m.bit_length() - 1) if flags else f"{m:#04x}" if m > 15 else str(int(m)), f"`{m.name}`",
-          docs.get(m.name or "", "")) for m in enumeration))
+        ((str(m.bit_length() - 1) if flags else f"{m:#04x}" if codes else str(int(m)), f"`{m.name}`", doc)
+         for m, doc in _members(enumeration)))
 
 
-def _gaps(record: Record) -> Iterator[tuple[int, int, Field | None]]:
-    """(offset, size, field or None for reserved bytes) of a record, without holes."""
-    at = 0
+def _parts(record: Record) -> Iterator[tuple[int, int, Field | None]]:
+    """(offset, size, field) of a record, without holes; reserved bytes that adjoin are one part, with None."""
+    begin = 0
     for field in sorted(record.fields, key=lambda f: f.offset):
-        if field.offset > at:
-            yield at, field.offset - at, None
-        yield field.offset, field.size, field
-        at = field.offset + field.size
-    if at < record.size:
-        yield at, record.size - at, None
+        if not field.name.startswith("reserved"):
+            if field.offset > begin:
+                yield begin, field.offset - begin, None
+            yield field.offset, field.size, field
+            begin = field.offset + field.size
+    if record.size > begin:
+        yield begin, record.size - begin, None
 
 
 def _record(record: Record) -> list[str]:
@@ -74,7 +86,20 @@ def _record(record: Record) -> list[str]:
         place = f"{offset}" if size == 1 else f"{offset}-{offset + size - 1}"
         return (place, f"`{field.name}`", field.doc) if field else (place, "", "reserved, zero")
 
-    return _table(("bytes", "field", "meaning"), (row(*part) for part in _gaps(record)))
+    return _table(("bytes", "field", "meaning"), (row(*part) for part in _parts(record)))
+
+
+def _plain_registers() -> Iterator[registers.Register]:
+    """All but the doorbells."""
+    return (r for r in registers.REGISTERS if r.address < registers.DOORBELL_STRIDE)
+
+
+def _doorbells() -> Iterator[tuple[registers.Register, int, str, str]]:
+    """(queue 0's, offset in the queue's page, name without number, meaning for queue q) of each kind of doorbell."""
+    for register in registers.REGISTERS:
+        if register.address >= registers.DOORBELL_STRIDE and register.name.endswith("_0"):
+            yield (register, register.address - registers.DOORBELL_STRIDE, register.name.removesuffix("_0"),
+                   register.doc.replace("queue 0", "queue q"))
 
 
 def _registers() -> list[str]:
@@ -82,10 +107,11 @@ def _registers() -> list[str]:
         return {"ID": f"{register.reset:#010x}", "VERSION": f"{register.reset:#010x}",
                 "CONFIG_HASH": "the configuration's"}.get(register.name, f"{register.reset:,}")
 
-    return _table(
-        ("address", "name", "bits", "access", "reset", "meaning"),
-        ((f"{r.address:#04x}", f"`{r.name}`", str(r.width), r.access.value, reset(r), r.doc)
-         for r in registers.REGISTERS))
+    rows = [(f"{r.address:#04x}", f"`{r.name}`", str(r.width), r.access.value, reset(r), r.doc)
+            for r in _plain_registers()]
+    rows += [(f"(q + 1) * {registers.DOORBELL_STRIDE:#x}" + (f" + {offset}" if offset else ""), f"`{name}_q`",
+              str(r.width), r.access.value, reset(r), doc) for r, offset, name, doc in _doorbells()]
+    return _table(("address", "name", "bits", "access", "reset", "meaning"), iter(rows))
 
 
 def _access() -> str:
@@ -107,41 +133,80 @@ def _presets() -> list[str]:
 
 def reference() -> str:
     """Text of docs/commands.md."""
-    line = commands.LINE_BYTES
+    line, queues, entries = commands.LINE_BYTES, registers.QUEUES, registers.MAX_ENTRIES
     parts: list[str | list[str]] = [
         "<!-- Generated by `make docs` from host/kvattic/registers.py and commands.py: edit those. -->",
         "# Registers and commands",
         f"What crosses between host and device. [`include/kvattic.h`](../include/kvattic.h) has the same for C. "
         f"Integers are little-endian. Every record but a table's entry is a whole number of {line}-byte lines, every "
-        f"address in a command and in a base register is {line}-byte aligned, and each AXI4 burst is one line.",
-        "## Running a batch",
-        ["1. Read `ID`, `VERSION` (the upper half must match) and `CONFIG_HASH`; wait for `STATUS.READY`.",
-         "2. Put commands one after the other, and a query block for each, into host memory; clear the completions.",
-         "3. Write `COMMAND_BASE`, `COMPLETION_BASE`, `BUFFER_BASE`, `BUFFER_LIMIT`; clear `STATUS.DONE`.",
-         "4. Write the number of commands to `DOORBELL`.",
-         "5. Wait for the interrupt (`CONTROL.IRQ_ENABLE`) or for `STATUS.DONE`."],
-        "Completion *i* belongs to command *i*, and its results are in memory before it is. A command that did not "
-        "end `OK` has a completion and no results; the commands behind it are served as usual. One batch runs at a "
-        "time: a doorbell meanwhile sets `STATUS.DOORBELL_WHILE_BUSY` and does nothing else.",
+        f"address in a command and of a ring is {line}-byte aligned, and each AXI4 burst is one line.",
+        "## Running commands",
+        "A queue is a pair of rings in host memory, one of commands and one of completions, with as many entries "
+        f"each: a power of two, 2 to {entries:,}. There are up to {queues}. Queue 0 is the admin queue: it is made by "
+        "registers, makes the others, and says what they may do.",
+        _steps(
+            "Read `ID`, `VERSION` (the upper half must match) and `CONFIG_HASH`; wait for `STATUS.READY`.",
+            "The admin queue: clear its completion ring; write `ADMIN_SUBMISSION`, `ADMIN_COMPLETION`, `ADMIN_BASE`, "
+            "`ADMIN_LIMIT`, and at last `ADMIN_ENTRIES`, which creates it, empty.",
+            "In the admin queue: IDENTIFY tells the configuration that the device was built from; CREATE_QUEUE makes a "
+            "queue for commands, with the window of memory that their blocks may lie in. Clear its completion ring "
+            "first.",
+            "Write `REGION_BITS`. In the admin queue: GRANT zones of flash and regions of device DRAM to a domain, and "
+            "the domain to the queues whose commands may name it. After power-up they are nobody's.",
+            "To submit: write query blocks, tables and so on into the window, and the commands into the submission "
+            "ring from its tail on; then write the new tail to the queue's `SUBMISSION_TAIL`.",
+            "Wait for the interrupt (`INTERRUPT_MASK`), or look at the next entry of the completion ring: it is new "
+            "when the phase bit in its `state` is that of this round of the ring, 1 in the first one, then 0, and so "
+            "on.",
+            "Take the completions: by `identifier` they belong to commands. Those of one queue come in any order, but "
+            "ATTENDs end in the order in which they were fetched. Results are in memory before their completion is.",
+            "Write the number of the next entry to be taken to `COMPLETION_HEAD`: those before it can be used again."),
+        "A command that did not end `OK` has a completion and no results; the others are served as usual. The device "
+        "fetches from the queues in turns, and from each only while the completions that its commands will have, and "
+        "those that the host has not taken, fit the ring less one entry. `head` of a completion tells which entries of "
+        "the submission ring were fetched: those before it may be written again. A ring with equal head and tail is "
+        "empty; so a ring holds one command less than it has entries.",
+        "A doorbell whose number is not below the queue's entries, that would move the tail back or beyond the head, "
+        "that takes more completions than there are, or whose queue is not there, changes nothing: it sets "
+        "`STATUS.INVALID_DOORBELL`, and `DOORBELL_ERROR` keeps the first such doorbell since that bit was clear.",
+        "A queue wants an interrupt while it has completions that the host has not taken: `INTERRUPT_AFTER` of them, "
+        "or any if nothing of it is under way. The line is up while any queue of `INTERRUPT_MASK` wants it.",
+        "DELETE_QUEUE stops fetching from a queue. While commands of it are under way it ends `QUEUE_BUSY`; take their "
+        "completions and repeat it. `CONTROL.RESET` removes all queues, queue 0 too.",
         "## Registers",
         f"AXI4-Lite, 32 bits of data, {registers.ADDRESS_BITS} bits of address. 64-bit registers take two accesses, "
-        f"low half first. Access: {_access()}.",
+        f"low half first. Each queue's two doorbells have a page of their own, which can be mapped into a process. "
+        f"Access: {_access()}.",
         _registers(),
-        "### CONTROL", _members(registers.Control),
-        "### STATUS", _summary(registers.StatusBit), _members(registers.StatusBit),
+        "### CONTROL", _enumeration(registers.Control),
+        "### STATUS", _summary(registers.StatusBit), _enumeration(registers.StatusBit),
         "## Command",
-        "A submission entry is one line. Opcodes:", _members(commands.Opcode),
+        f"A submission entry is one line. Opcodes from {commands.ADMIN_OPCODES:#x} on are for queue 0 alone, which "
+        "takes all of them:",
+        _enumeration(commands.Opcode),
         "### ATTEND", _record(commands.COMMAND),
-        "Modes ([sparse attention](sparse.md)):", _members(commands.Mode),
+        "Modes ([sparse attention](sparse.md)):", _enumeration(commands.Mode),
         "A stripe is `stripe_pages` pages of K and as many of V, of `stripe_pages` times the tokens of a page. The "
         "table has an entry of 8 bytes for each stripe of the job, in the order of its tokens; see "
         "[placement](placement.md):",
         _record(commands.TABLE_ENTRY),
         "In sparse modes each entry is followed by another 8 bytes, so a stripe has 16:",
         _record(commands.SKETCH_ENTRY),
+        "Every place that the table names must be the command's `domain`'s: the zones of a stripe's pages, or the "
+        "regions of device DRAM, and the pages of its sketch; a stripe must not leave its zone.",
         "### PROGRAM, ERASE, PROBE, MAP", _record(commands.FLASH_COMMAND),
         "Those of one channel begin in their order, and an ERASE or PROGRAM of a die in the order of its pages; they "
-        "complete in any order, and beside attention.",
+        "complete in any order, and beside attention. One that waits for its channel holds back its own queue only.",
+        "### IDENTIFY, COUNTERS", _record(commands.DATA_COMMAND),
+        f"IDENTIFY writes {commands.IDENTIFY_BYTES:,} bytes: the configuration as JSON text, padded with zeros. "
+        f"COUNTERS writes {line * commands.lines(8 * len(registers.COUNTERS))} bytes: {len(registers.COUNTERS)} "
+        f"numbers of 8 bytes, and zeros, in the order of the registers: "
+        f"{', '.join(f'`{r.name}`' for r in registers.COUNTERS)}.",
+        "### CREATE_QUEUE, DELETE_QUEUE", _record(commands.QUEUE_COMMAND),
+        "### GRANT", _record(commands.GRANT_COMMAND),
+        _enumeration(commands.Grant),
+        f"Domains are numbered 1 to {commands.DOMAINS - 1}; 0 is nobody. A zone is the same zone number of all "
+        "channels. Owners stay over `CONTROL.RESET`.",
         "## Query block",
         "`rows` times this head, each followed by the row's `head_dim` elements in the configuration's 16-bit format, "
         "padded with zeros to a whole line. A row attends the tokens of its window; from `tree_token` on, only those "
@@ -162,20 +227,22 @@ def reference() -> str:
         _record(commands.COMPLETION),
         "The counters are all of the same cycle: beats and stalls add up to channels times `cycle`. Each wraps at its "
         "width.",
-        "### Status", _members(commands.Status),
+        "### Status", _enumeration(commands.Status),
         "A command is checked before anything of it runs. The first that applies is reported: a bus error of the "
-        "command's line, then the numbers 1 to 6 in order (of a flash command 1, 2 and `INVALID_PLACE`), then a bus "
-        "error of the query block or the table, `INVALID_TABLE`, `NAN_QUERY`. What the pages bring is known at the "
-        "end: "
-        "`CODEWORD_TIMEOUT`, `UNREADABLE_KEY`, `UNREADABLE_VALUE`, `NAN_KEY`, `NAN_VALUE`, and a bus error when the "
+        "command's line, `INVALID_OPCODE`, `NOT_PERMITTED` where 0, `INVALID_FIELD`. Then of ATTEND: `INVALID_ROWS`, "
+        "`INVALID_LENGTH`, `INVALID_SELECTION`, `MISSING_MEAN`, `INVALID_ADDRESS`, `INVALID_SCALE`, `NOT_PERMITTED` "
+        "where 1, a bus error of its blocks, `INVALID_TABLE`, `NOT_OWNED`, `NO_SKETCH`, `NAN_QUERY`, `NAN_MEAN`; of "
+        "PROGRAM and ERASE: `INVALID_PLACE`, `NOT_PERMITTED` where 1, `NOT_OWNED`; of the others, their own statuses "
+        "in the order of `where`. What the pages bring is known at the end: `CODEWORD_TIMEOUT`, "
+        "`UNREADABLE_SKETCH`, `UNREADABLE_KEY`, `UNREADABLE_VALUE`, `NAN_KEY`, `NAN_VALUE`, and a bus error when the "
         "result was written. A PROGRAM ends with `BUS_ERROR` if device DRAM answered with one. `where` is 0 unless the "
         "table says otherwise.",
-        "### Flags", _members(commands.CompletionFlag),
-        "### Causes of a media error", _members(commands.MediaCause),
-        "### Kinds of codeword", _members(commands.Kind),
+        "### Flags", _enumeration(commands.CompletionFlag),
+        "### Causes of a media error", _enumeration(commands.MediaCause),
+        "### Kinds of codeword", _enumeration(commands.Kind),
         "## Presets",
         "Registers and records are the same for all configurations. A driver must know the geometry that the device "
-        "was built with; `CONFIG_HASH` tells.",
+        "was built with; `CONFIG_HASH` tells whether it does, and IDENTIFY tells the geometry.",
         _presets(),
     ]
     return "\n\n".join(_paragraph(part) if isinstance(part, str) else "\n".join(part) for part in parts) + "\n"
@@ -183,6 +250,12 @@ def reference() -> str:
 
 def _paragraph(text: str) -> str:
     return "\n".join(textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False))
+
+
+def _steps(*texts: str) -> list[str]:
+    return [line for number, text in enumerate(texts, 1)
+            for line in textwrap.wrap(f"{number}. {text}", 120, subsequent_indent="   ", break_long_words=False,
+                                      break_on_hyphens=False)]
 
 
 # C.
@@ -197,32 +270,43 @@ def _define(name: str, value: str, doc: str = "") -> str:
 
 
 def _enum(enumeration: type[IntEnum] | type[IntFlag], prefix: str) -> list[str]:
-    docs = member_docs(enumeration)
-    written = "{:#x}" if issubclass(enumeration, IntFlag) else "{}"
+    written = "{:#x}" if issubclass(enumeration, IntFlag) or enumeration is commands.Opcode else "{}"
     return [f"enum kvattic_{prefix} {{{_comment(_summary(enumeration))}",
-            *(f"    KVATTIC_{prefix.upper()}_{m.name} = {written.format(int(m))},{_comment(docs.get(m.name or '', ''))}"
-              for m in enumeration),
+            *(f"    KVATTIC_{prefix.upper()}_{m.name} = {written.format(int(m))},{_comment(doc)}"
+              for m, doc in _members(enumeration)),
             "};"]
 
 
 def _struct(record: Record, doc: str) -> list[str]:
-    """A struct without packing: every field is naturally aligned, and the assertions hold the compiler to it."""
-    name = f"kvattic_{record.name.lower()}"
+    """A struct without packing: all fields are naturally aligned or bytes; the assertions hold the compiler to it."""
+    name = "kvattic_" + re.sub(r"(?<!^)(?=[A-Z])", "_", record.name).lower()
     lines = [f"struct {name} {{{_comment(doc)}"]
-    for offset, size, field in _gaps(record):
+    for offset, size, field in _parts(record):
         if field is None:
-            lines.append(f"    uint8_t reserved_at_{offset}[{size}];")
-        elif field.name.startswith("reserved") and size not in (1, 2, 4, 8):
-            lines.append(f"    uint8_t {field.name}[{size}];{_comment(field.doc)}")
+            lines.append(f"    uint8_t reserved_at_{offset}[{size}];  /* zero */")
+        elif size == 3:
+            lines.append(f"    uint8_t {field.name}[3];{_comment(f'{field.doc} (KVATTIC_PUT24)')}")
         elif size not in (1, 2, 4, 8) or offset % size:
-            raise ValueError(f"{record.name}.{field.name} must be 1, 2, 4 or 8 bytes at a multiple of its size, "
+            raise ValueError(f"{record.name}.{field.name} must be 1, 2, 4 or 8 bytes at a multiple of its size, or 3, "
                              f"not {size} at {offset}")
         else:
             unsigned = "" if (record.name, field.name) in SIGNED else "u"
             lines.append(f"    {unsigned}int{size * 8}_t {field.name};{_comment(field.doc)}")
     lines += ["};", f"KVATTIC_ASSERT({name}_size, sizeof(struct {name}) == {record.size});"]
-    return lines + [f"KVATTIC_ASSERT({name}_{field.name}, offsetof(struct {name}, {field.name}) == {field.offset});"
-                    for field in record.fields]
+    return lines + [f"KVATTIC_ASSERT({name}_{field.name}, offsetof(struct {name}, {field.name}) == {offset});"
+                    for offset, _, field in _parts(record) if field is not None]
+
+
+def _counters() -> list[str]:
+    """The block that the command COUNTERS writes."""
+    names, size = [r.name.lower() for r in registers.COUNTERS], commands.LINE_BYTES * commands.lines(
+        8 * len(registers.COUNTERS))
+    rest = size - 8 * len(names)
+    return ["struct kvattic_counters {  /* what COUNTERS writes: the registers of these names */",
+            *(f"    uint64_t {name};" for name in names),
+            *([f"    uint8_t reserved_at_{8 * len(names)}[{rest}];  /* zero */"] if rest else []),
+            "};",
+            f"KVATTIC_ASSERT(kvattic_counters_size, sizeof(struct kvattic_counters) == {size});"]
 
 
 def _packed(record: Record, name: str, doc: str) -> list[str]:
@@ -250,6 +334,13 @@ def header() -> str:
         [_define("ID_MAGIC", f"{registers.ID_MAGIC:#010x}u", "what register ID reads"),
          _define("VERSION", f"{registers.VERSION:#010x}u", "of this header; the upper half must equal the device's"),
          _define("LINE_BYTES", f"{line}", "alignment of every address"),
+         _define("QUEUES", f"{registers.QUEUES}", "pairs of queues, queue 0 included"),
+         _define("MAX_ENTRIES", f"{registers.MAX_ENTRIES}", "of a ring; a power of two, at least 2"),
+         _define("MAX_REGIONS", f"{registers.MAX_REGIONS}", "of device DRAM"),
+         _define("DOORBELL_STRIDE", f"{registers.DOORBELL_STRIDE:#x}u", "between the doorbells of two queues"),
+         _define("ADMIN_OPCODES", f"{commands.ADMIN_OPCODES:#x}", "from this opcode on, for queue 0 alone"),
+         _define("DOMAINS", f"{commands.DOMAINS}", "0 stands for nobody"),
+         _define("IDENTIFY_BYTES", f"{commands.IDENTIFY_BYTES}", "what IDENTIFY writes: JSON text, padded with zeros"),
          _define("TREE_BITS", f"{commands.TREE_BITS}", "draft tokens that a row can attend"),
          _define("SCORE_FRACTION", f"{formats.SCORE_FRACTION}", "fractional bits of kvattic_trailer.maximum"),
          _define("SCORE_MASKED", f"(-INT64_C({-formats.SCORE_MASKED}))", "maximum of a row that attends nothing"),
@@ -259,12 +350,23 @@ def header() -> str:
            for name, config in kvattic.PRESETS.items())],
         ["/* Register addresses; 64-bit registers take two accesses, low half first. */",
          *(_define(f"REG_{r.name}", f"{r.address:#04x}u", f"{r.width} bits, {r.access.value}: {r.doc}")
-           for r in registers.REGISTERS)],
+           for r in _plain_registers())],
+        ["/* Doorbells: addresses, by queue. */",
+         *(_define(f"REG_{name}(queue)", f"(((queue) + 1u) * {registers.DOORBELL_STRIDE:#x}u"
+                   + (f" + {offset}u)" if offset else ")"), f"{r.width} bits, {r.access.value}: {doc}")
+           for r, offset, name, doc in _doorbells())],
+        ["/* A number of 24 bits in a field of three bytes. */",
+         "#define KVATTIC_PUT24(field, value) \\",
+         "    ((field)[0] = (uint8_t)(value), (field)[1] = (uint8_t)((value) >> 8), \\",
+         "     (field)[2] = (uint8_t)((value) >> 16))",
+         "#define KVATTIC_GET24(field) \\",
+         "    ((uint32_t)(field)[0] | (uint32_t)(field)[1] << 8 | (uint32_t)(field)[2] << 16)"],
         _enum(registers.Control, "control"),
         _enum(registers.StatusBit, "status_bit"),
         _enum(commands.Opcode, "opcode"),
         _enum(commands.Mode, "mode"),
         _enum(commands.Status, "status"),
+        _enum(commands.Grant, "grant"),
         _enum(commands.CompletionFlag, "flag"),
         _enum(commands.MediaCause, "media_cause"),
         _enum(commands.Kind, "kind"),
@@ -272,9 +374,16 @@ def header() -> str:
         _packed(commands.TABLE_ENTRY, "TABLE_ENTRY", "An entry of ATTEND's table: where a stripe lies."),
         _packed(commands.SKETCH_ENTRY, "SKETCH_ENTRY", "Follows it in sparse modes: what the first pass reads."),
         _struct(commands.FLASH_COMMAND, "a submission entry: PROGRAM, ERASE, PROBE, MAP"),
+        _struct(commands.DATA_COMMAND, "a submission entry: IDENTIFY, COUNTERS"),
+        _struct(commands.QUEUE_COMMAND, "a submission entry: CREATE_QUEUE, DELETE_QUEUE"),
+        _struct(commands.GRANT_COMMAND, "a submission entry: GRANT"),
         _struct(commands.ROW, "head of each row of a query block; q follows, padded with zeros to whole lines"),
         _struct(commands.TRAILER, "follows the padded fp32 outputs of each row of a result block"),
         _struct(commands.COMPLETION, "a completion entry"),
+        ["/* Parts of kvattic_completion.state. */",
+         _define("PHASE(state)", "((state) & 1u)", "1 in the first round of the completion ring, then 0, and so on"),
+         _define("STATUS(state)", "((enum kvattic_status)((state) >> 1))")],
+        _counters(),
         ["/* Bytes of one row of a query block and of a result block; elements have two bytes, outputs four. */",
          _define("LINES(bytes)", f"(((bytes) + {line - 1}) / {line} * {line})"),
          _define("QUERY_ROW_BYTES(head_dim)", "(sizeof(struct kvattic_row) + KVATTIC_LINES((head_dim) * 2))"),

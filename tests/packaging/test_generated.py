@@ -53,17 +53,44 @@ def test_strings_under_members_are_their_docs():
     assert docs.member_docs(commands.Status)["OK"]
 
 
+RECORDS = (commands.COMMAND, commands.TABLE_ENTRY, commands.SKETCH_ENTRY, commands.FLASH_COMMAND, commands.DATA_COMMAND,
+           commands.QUEUE_COMMAND, commands.GRANT_COMMAND, commands.ROW, commands.TRAILER, commands.COMPLETION)
+ENUMERATIONS = {"CONTROL": registers.Control, "STATUS_BIT": registers.StatusBit, "OPCODE": commands.Opcode,
+                "MODE": commands.Mode, "STATUS": commands.Status, "GRANT": commands.Grant,
+                "FLAG": commands.CompletionFlag, "MEDIA_CAUSE": commands.MediaCause, "KIND": commands.Kind}
+DOORBELLS = ("SUBMISSION_TAIL", "COMPLETION_HEAD")
+
+
 def test_the_reference_has_every_register_and_field():
     text = docs.reference()
     for register in registers.REGISTERS:
-        assert f"| {register.address:#04x} | `{register.name}` |" in text
-    for record in (commands.COMMAND, commands.ROW, commands.TRAILER, commands.COMPLETION):
+        if not register.name.startswith(DOORBELLS):
+            assert f"| {register.address:#04x} | `{register.name}` |" in text
+    # One row for the doorbells of all queues.
+    assert "| (q + 1) * 0x1000 | `SUBMISSION_TAIL_q` | 32 | wo | 0 | doorbell: queue q has commands" in text
+    assert "| (q + 1) * 0x1000 + 4 | `COMPLETION_HEAD_q` | 32 | wo | 0 | doorbell: the host has taken queue q's" in text
+    assert "SUBMISSION_TAIL_0" not in text
+    for record in RECORDS:
         for field in record.fields:
-            assert f"| `{field.name}` | {field.doc} |" in text
-    for enumeration in (registers.Control, registers.StatusBit, commands.Opcode, commands.Mode, commands.Status,
-                        commands.CompletionFlag, commands.Kind):
+            if not field.name.startswith("reserved"):
+                assert f"| `{field.name}` | {field.doc} |".replace(" | phase", " \\| phase") in text
+    for enumeration in ENUMERATIONS.values():
         for member in enumeration:
             assert f"| `{member.name}` |" in text
+    for counter in registers.COUNTERS:
+        assert f"`{counter.name}`" in text
+
+
+def test_every_row_of_a_table_has_as_many_cells_as_its_head():
+    columns = 0
+    for text in docs.reference().splitlines():
+        if not text.startswith("|"):
+            columns = 0
+        else:
+            cells = len(re.findall(r"(?<!\\)\|", text))
+            assert columns in (0, cells), text
+            columns = cells
+    assert all(len(text) < 121 or text.startswith("|") for text in docs.reference().splitlines())
 
 
 @pytest.mark.parametrize("field", [Field("odd", 2, 4, ""), Field("wide", 0, 16, "")])
@@ -92,11 +119,14 @@ def test_the_header_is_c(tmp_path, standard):
 
 
 def test_the_header_says_to_c_what_the_tables_say_to_python(tmp_path):
-    pairs = {f"KVATTIC_REG_{r.name}": r.address for r in registers.REGISTERS}
-    for prefix, enumeration in (("CONTROL", registers.Control), ("STATUS_BIT", registers.StatusBit),
-                                ("OPCODE", commands.Opcode), ("MODE", commands.Mode), ("STATUS", commands.Status),
-                                ("FLAG", commands.CompletionFlag), ("KIND", commands.Kind)):
+    pairs = {f"KVATTIC_REG_{r.name}": r.address for r in registers.REGISTERS if not r.name.startswith(DOORBELLS)}
+    for q in range(registers.QUEUES):
+        pairs |= {f"KVATTIC_REG_{name}({q})": registers.REGISTER_MAP[f"{name}_{q}"].address for name in DOORBELLS}
+    for prefix, enumeration in ENUMERATIONS.items():
         pairs |= {f"KVATTIC_{prefix}_{m.name}": int(m) for m in enumeration}
+    pairs |= {"sizeof(struct kvattic_counters)": commands.lines(8 * len(registers.COUNTERS)) * commands.LINE_BYTES,
+              "KVATTIC_STATUS(27u << 1 | 1u)": 27, "KVATTIC_PHASE(27u << 1 | 1u)": 1, "KVATTIC_PHASE(27u << 1)": 0}
+    pairs |= {f"offsetof(struct kvattic_counters, {r.name.lower()})": 8 * i for i, r in enumerate(registers.COUNTERS)}
     prints = "\n".join(f'    printf("%lld\\n", (long long){name});' for name in pairs)
     source = f'#include <stdio.h>\n#include "kvattic.h"\nint main(void) {{\n{prints}\n    return 0;\n}}\n'
     program = tmp_path / "program"
@@ -104,6 +134,30 @@ def test_the_header_says_to_c_what_the_tables_say_to_python(tmp_path):
     assert done.returncode == 0, done.stderr
     printed = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout.split()
     assert dict(zip(pairs, map(int, printed), strict=True)) == pairs
+
+
+def test_c_packs_the_commands_that_python_packs(tmp_path):
+    values = {"opcode": 0x81, "identifier": 0x1234, "rows": 3, "base_token": 0x010203, "end_token": 0xFFFFFE,
+              "domain": 255, "scale": 0x3F800000, "mean": 1 << 40}
+    sets = [f"    KVATTIC_PUT24(c.{n}, {v}u);" if commands.COMMAND[n].size == 3 else f"    c.{n} = {v}u;"
+            for n, v in values.items() if n != "mean"]
+    source = f"""#include <stdio.h>
+#include "kvattic.h"
+int main(void) {{
+    struct kvattic_command c = {{0}};
+    unsigned char *byte = (unsigned char *)&c;
+{chr(10).join(sets)}
+    c.mean = UINT64_C({values["mean"]});
+    for (unsigned i = 0; i < sizeof c; i++) printf("%02x", byte[i]);
+    printf("\\n%u\\n", (unsigned)KVATTIC_GET24(c.end_token));
+    return 0;
+}}
+"""
+    program = tmp_path / "program"
+    done = compile_c(source, tmp_path, "-o", str(program))
+    assert done.returncode == 0, done.stderr
+    printed = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout.split()
+    assert printed == [commands.COMMAND.pack(**values).hex(), str(values["end_token"])]
 
 
 def test_a_wrong_size_does_not_compile(tmp_path):
