@@ -13,7 +13,7 @@ from amaranth.hdl import Shape, signed, unsigned
 from amaranth.lib import data, enum
 from amaranth.utils import bits_for, ceil_log2
 
-from kvattic.commands import COMMAND, TREE_BITS
+from kvattic.commands import COMMAND, DOMAINS, IDENTIFY_BYTES, LINE_BYTES, TREE_BITS
 from kvattic.config import PAGE_NUMBER_BITS, Config
 from kvattic.formats import (
     ALPHA_FRACTION,
@@ -24,6 +24,7 @@ from kvattic.formats import (
     WEIGHT_EXPONENT_BITS,
 )
 from kvattic.layout import TOKEN_BITS
+from kvattic.registers import MAX_ENTRIES, QUEUES
 
 EPOCH_BITS = 4
 OPCODE_BITS = 3
@@ -35,8 +36,9 @@ MISSING_BITS = 15
 """Bits of a count of missing codewords; it saturates in a completion."""
 SHIFT_BITS = 11
 """A cell's shift before it is clipped, signed."""
-INDEX_BITS = 16
-"""Bits of a command's index in its batch."""
+QUEUE_BITS = ceil_log2(QUEUES)
+LINE_NUMBER_BITS = 64 - ceil_log2(LINE_BYTES)
+"""Bits of the number of a line of host memory."""
 KIND_BITS, MODE_BITS = 2, 2
 RANK_BITS = MASS_BITS + TOKEN_BITS
 """A unit's rank: Cat(~number of its first token, its mass)."""
@@ -46,6 +48,19 @@ FAULTS = ("unreadable_sketch", "unreadable_key", "unreadable_value", "nan_key", 
 """What makes a lane's share of a job invalid, the one first that is reported first."""
 FAULT_BITS = 3
 """Bits of a fault's place in `FAULTS`; `len(FAULTS)`: none."""
+
+CREATE = data.StructLayout({
+    "valid": 1,
+    "queue": QUEUE_BITS,
+    "entries_bits": unsigned(bits_for(ceil_log2(MAX_ENTRIES))),   # log2
+    "submission": LINE_NUMBER_BITS,
+    "completion": LINE_NUMBER_BITS,
+})
+"""Strobe: a queue pair is created, with rings at these lines of host memory."""
+REMOVE = data.StructLayout({"valid": 1, "queue": QUEUE_BITS})
+"""Strobe: a queue pair is removed."""
+GRANT = data.StructLayout({"kind": 2, "first": 24, "count": 24, "domain": ceil_log2(DOMAINS)})
+"""A valid `commands.GRANT_COMMAND`."""
 
 
 class Shapes:
@@ -75,18 +90,19 @@ class Shapes:
         Its end: identity, page, status (`commands.Status`, low byte).
     page_word : StructLayout
         A word of page data on its way into flash: data, page (its page number, for the check value).
-    flash_command : StructLayout
-        An operation, its channel, and the page of device DRAM that a PROGRAM writes.
-    ended : StructLayout
-        The end of a flash command: index in its batch, identifier, status, where.
     flash_events : StructLayout
         What a flash channel did in this cycle: counts and strobes for the counters.
     media_error : StructLayout
         A codeword that could not be read: page, codeword, cause (`commands.MediaCause`).
     flash_command : StructLayout
         What the loader hands over of PROGRAM, ERASE, PROBE, MAP: channel, operation, dram_page (of PROGRAM).
+    admin_command : StructLayout
+        What the loader hands over of IDENTIFY, COUNTERS, CREATE_QUEUE, DELETE_QUEUE, GRANT: opcode, queue it came from,
+        identifier, and the records' fields: number is CREATE_QUEUE's `queue` and GRANT's `kind`; completion also the
+        `result` of `commands.DATA_COMMAND`, and bad_address says that this one is not aligned or not in the window.
     ended : StructLayout
-        How it ended, for its completion: index in the batch, identifier, status, where.
+        How a command other than ATTEND ended, for its completion: queue, identifier, status, where; lines of a block
+        that must be written before, to the address result (0: no block).
     stripe_bits : Shape
         log2 of the pages of a stripe.
     list_bits : int
@@ -134,7 +150,7 @@ class Shapes:
             "dram": 1,
         })
         self.beat = data.StructLayout({"tag": self.tag, "data": beat_bits, "last": 1, "error": 1})
-        self.identity = unsigned(32)    # index in its batch, identifier: handed through
+        self.identity = unsigned(32)    # Cat(queue, of 16 bits, identifier): handed through
         self.operation = data.StructLayout({
             "opcode": OPCODE_BITS, "page": PAGE_BITS, "block": unsigned(max(1, ceil_log2(config.part.blocks))),
             "identity": self.identity})
@@ -142,7 +158,12 @@ class Shapes:
         self.page_word = data.StructLayout({"data": beat_bits, "page": PAGE_BITS})
         self.flash_command = data.StructLayout({
             "channel": self.channel, "operation": self.operation, "dram_page": PAGE_BITS})
-        self.ended = data.StructLayout({"index": INDEX_BITS, "identifier": 16, "status": 16, "where": 32})
+        self.admin_command = data.StructLayout({
+            "opcode": 8, "queue": QUEUE_BITS, "identifier": 16, "number": 8, "entries": 16, "first": 24, "count": 24,
+            "domain": 16, "submission": 64, "completion": 64, "bad_address": 1})
+        self.ended = data.StructLayout({
+            "queue": QUEUE_BITS, "identifier": 16, "status": 16, "where": 32,
+            "lines": unsigned(bits_for(IDENTIFY_BYTES // LINE_BYTES)), "result": 64})
         self.media_error = data.StructLayout({
             "page": PAGE_BITS, "codeword": unsigned(max(1, ceil_log2(config.codewords_per_page))), "cause": 2})
         self.flash_events = data.StructLayout({
@@ -255,7 +276,7 @@ class Shapes:
         self.job = data.StructLayout({
             "slot": self.slot,
             "lanes": 1,          # the lanes work on it; 0: it failed before, only its completion is written
-            "index": INDEX_BITS,
+            "queue": QUEUE_BITS,
             "identifier": 16,
             "mode": MODE_BITS,
             "units": COMMAND["units"].size * 8,

@@ -4,14 +4,16 @@ from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
+from amaranth.utils import bits_for
 
 from kvattic.commands import Opcode, Status
 from kvattic.config import Config
+from kvattic.registers import MAX_ENTRIES, QUEUES
 from kvattic_hdl.dram_reader import fetch_layout
-from kvattic_hdl.interfaces import OPCODE_BITS, Shapes
+from kvattic_hdl.interfaces import OPCODE_BITS, QUEUE_BITS, Shapes
 
-OUTSTANDING_BITS = 17
-"""Bits of the number of operations under way: no batch has more commands."""
+OUTSTANDING_BITS = bits_for(QUEUES * MAX_ENTRIES)
+"""Bits of the number of operations under way: each has an entry of a completion ring."""
 
 
 class Operations(wiring.Component):
@@ -36,11 +38,10 @@ class Operations(wiring.Component):
     channel_outcomes : Array of In(stream of outcome)
         From each channel.
     outcomes : Out(stream of Shapes.ended)
-        For the finisher: index, identifier, status, where.
+        For the finisher; without a block.
     failed : In(channels)
-        Strobe: a page of this channel could not be read from device DRAM.
-    batch_start : In(1)
-        Forget such failures.
+        Strobe: a page of this channel could not be read from device DRAM.  What the channel ends from then on has
+        failed, until no operation of any channel is under way.
     quiet : Out(1)
         No operation is under way.
     """
@@ -56,7 +57,6 @@ class Operations(wiring.Component):
             "channel_outcomes": In(stream.Signature(shapes.outcome)).array(channels),
             "outcomes": Out(stream.Signature(shapes.ended)),
             "failed": In(channels),
-            "batch_start": In(1),
             "quiet": Out(1),
         })
 
@@ -103,7 +103,7 @@ class Operations(wiring.Component):
 
         # Outcomes: one channel is looked at in each cycle.  What a channel was given a wrong page for has failed.
         poisoned = Signal(config.channels)
-        with m.If(self.batch_start):
+        with m.If(self.quiet):
             m.d.sync += poisoned.eq(0)
         with m.Else():
             m.d.sync += poisoned.eq(poisoned | self.failed)
@@ -125,7 +125,7 @@ class Operations(wiring.Component):
             m.d.comb += self.channel_outcomes[c].ready.eq(take & (at == c))
         with m.If(take):
             m.d.sync += [
-                held.index.eq(identity[:16]),
+                held.queue.eq(identity[:QUEUE_BITS]),
                 held.identifier.eq(identity[16:]),
                 held.status.eq(status),
                 held.where.eq(Mux(status == Status.OK, 0, Cat(found.page, at, Const(0, 8 - len(at))))),

@@ -7,6 +7,7 @@ from amaranth.sim import Simulator
 
 from kvattic.commands import Opcode, Status
 from kvattic.config import TINY
+from kvattic.registers import QUEUES
 from kvattic_hdl.interfaces import OPCODE_BITS
 from kvattic_hdl.operations import Operations
 
@@ -30,7 +31,7 @@ def test_commands_out_and_outcomes_back(stall):
     commands = [
         {"channel": rng.randrange(TINY.channels), "opcode": rng.choice([Opcode.PROGRAM, Opcode.ERASE, Opcode.MAP]),
          "page": rng.randrange(TINY.pages_per_channel), "block": rng.randrange(8), "dram_page": rng.getrandbits(10),
-         "index": i, "identifier": rng.getrandbits(16)}
+         "queue": rng.randrange(QUEUES), "identifier": i}
         for i in range(COUNT)
     ]
     operations, fetches = ([[] for _ in range(TINY.channels)] for _ in range(2))
@@ -41,7 +42,7 @@ def test_commands_out_and_outcomes_back(stall):
             ctx.set(dut.commands.payload, {
                 "channel": c["channel"], "dram_page": c["dram_page"],
                 "operation": {"opcode": c["opcode"] & LOW, "page": c["page"], "block": c["block"],
-                              "identity": c["index"] | c["identifier"] << 16}})
+                              "identity": c["queue"] | c["identifier"] << 16}})
             ctx.set(dut.commands.valid, 1)
             await ctx.tick().until(dut.commands.ready)
             ctx.set(dut.commands.valid, 0)
@@ -94,35 +95,54 @@ def test_commands_out_and_outcomes_back(stall):
         mine = [k for k in commands if k["channel"] == c]
         assert operations[c] == [(k["opcode"] & LOW, k["page"], k["block"]) for k in mine]
         assert fetches[c] == [(k["dram_page"], k["page"]) for k in mine if k["opcode"] == Opcode.PROGRAM]
-    assert sorted(e.index for e in ended) == list(range(COUNT))
+    assert sorted(e.identifier for e in ended) == list(range(COUNT))
     for e in ended:
-        command = commands[e.index]
+        command = commands[e.identifier]
         good = command["page"] % 3 != 0
-        assert e.identifier == command["identifier"]
+        assert (e.queue, e.lines, e.result) == (command["queue"], 0, 0)
         assert e.status == (Status.OK if good else Status.ERASE_FAILED)
         assert e.where == (0 if good else command["channel"] << 24 | command["page"])
 
 
 def test_a_page_that_was_not_read_is_not_programmed_well():
-    """After an error of device DRAM a channel's operations end with BUS_ERROR, until the next batch."""
+    """After an error of device DRAM a channel's operations end with BUS_ERROR, until none of any channel is left."""
     dut, seen = Operations(TINY), []
 
+    async def give(ctx, channel):
+        ctx.set(dut.commands.payload, {"channel": channel, "operation": {"opcode": Opcode.ERASE & LOW}})
+        ctx.set(dut.commands.valid, 1)
+        await ctx.tick().until(dut.commands.ready)
+        ctx.set(dut.commands.valid, 0)
+
+    async def end(ctx, channel):
+        back = dut.channel_outcomes[channel]
+        ctx.set(back.payload, {"identity": 3, "page": 5, "status": Status.OK})
+        ctx.set(back.valid, 1)
+        await ctx.tick().until(back.ready)
+        ctx.set(back.valid, 0)
+        payload, = await ctx.tick().sample(dut.outcomes.payload).until(dut.outcomes.valid)
+        seen.append((payload.status, payload.where))
+
     async def scenario(ctx):
-        back = dut.channel_outcomes[1]
         ctx.set(dut.outcomes.ready, 1)
-        for failed, start in ((0, 0), (0b10, 0), (0, 0), (0, 1)):
-            ctx.set(dut.failed, failed)
-            ctx.set(dut.batch_start, start)
-            await ctx.tick()
-            ctx.set(dut.failed, 0)
-            ctx.set(dut.batch_start, 0)
-            ctx.set(back.payload, {"identity": 3, "page": 5, "status": Status.OK})
-            ctx.set(back.valid, 1)
-            await ctx.tick().until(back.ready)
-            ctx.set(back.valid, 0)
-            payload, = await ctx.tick().sample(dut.outcomes.payload).until(dut.outcomes.valid)
-            seen.append((payload.status, payload.where))
+        for operations in dut.operations:
+            ctx.set(operations.ready, 1)
+        for channel in (1, 1, 1, 0):
+            await give(ctx, channel)
+        await end(ctx, 1)
+        ctx.set(dut.failed, 0b10)
+        await ctx.tick()
+        ctx.set(dut.failed, 0)
+        await end(ctx, 1)
+        await end(ctx, 0)
+        await give(ctx, 1)     # before the last one's end: nothing is forgotten
+        await end(ctx, 1)
+        await end(ctx, 1)
+        await ctx.tick()
+        assert ctx.get(dut.quiet)
+        await give(ctx, 1)
+        await end(ctx, 1)
 
     simulate(dut, scenario)
-    bad = (Status.BUS_ERROR, 1 << 24 | 5)
-    assert seen == [(Status.OK, 0), bad, bad, (Status.OK, 0)]
+    good, bad = (Status.OK, 0), (Status.BUS_ERROR, 1 << 24 | 5)
+    assert seen == [good, bad, good, bad, bad, good]
