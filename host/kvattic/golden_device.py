@@ -1,6 +1,7 @@
 """The golden device: registers, host memory, device DRAM and flash in NumPy, bit-exact but without time."""
 
-import struct
+import random
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -10,10 +11,15 @@ from numpy.typing import NDArray
 
 from kvattic import golden, layout, sparse
 from kvattic.commands import (
+    ADMIN_OPCODES,
     COMMAND,
+    DATA_COMMAND,
     FLASH_COMMAND,
     FP32_SPECIAL,
+    GRANT_COMMAND,
+    IDENTIFY_BYTES,
     LINE_BYTES,
+    QUEUE_COMMAND,
     ROW,
     SKETCH_ENTRY,
     TABLE_ENTRY,
@@ -23,6 +29,7 @@ from kvattic.commands import (
     MediaCause,
     Mode,
     Opcode,
+    Record,
     Status,
     fp32_block_bytes,
     is_positive_normal,
@@ -32,23 +39,43 @@ from kvattic.commands import (
 )
 from kvattic.config import ELEMENT_BYTES, PAGE_NUMBER_BITS, Config
 from kvattic.errors import DeviceTimeoutError, RequestError
+from kvattic.golden_owners import Owners
+from kvattic.golden_queues import Queue, Queues, RejectedError, is_ring_size
 from kvattic.layout import Block, PagePlace
-from kvattic.registers import REGISTER_MAP, Access, Control, StatusBit
-from kvattic.transport import MAX_COMMANDS
+from kvattic.registers import COUNTERS, QUEUES, REGISTER_MAP, Access, Control, StatusBit
 
 __all__ = ["FlashFaults", "GoldenDevice", "Traffic"]
 
-FLASH_OPCODES = frozenset((Opcode.PROGRAM, Opcode.ERASE, Opcode.PROBE, Opcode.MAP))
-_COMPLETION = struct.Struct("<HHIII48x")
-"""The fields of `COMPLETION` that the golden device fills."""
-
-
-class _RejectedError(Exception):
-    """A command that ends with an error; args are (status, where)."""
+_RECORDS: dict[int, Record] = {
+    Opcode.ATTEND: COMMAND,
+    **dict.fromkeys((Opcode.PROGRAM, Opcode.ERASE, Opcode.PROBE, Opcode.MAP), FLASH_COMMAND),
+    **dict.fromkeys((Opcode.IDENTIFY, Opcode.COUNTERS), DATA_COMMAND),
+    **dict.fromkeys((Opcode.CREATE_QUEUE, Opcode.DELETE_QUEUE), QUEUE_COMMAND),
+    Opcode.GRANT: GRANT_COMMAND,
+}
+_UNKNOWN_IDENTIFIER = 0xFFFF
+"""Of a command whose line could not be read."""
+_DOORBELLS = {
+    f"{name}_{queue}": (queue, completion)
+    for queue in range(QUEUES) for name, completion in (("SUBMISSION_TAIL", False), ("COMPLETION_HEAD", True))
+}
+"""(queue, whether it is of completions) by register."""
+_COUNTERS = frozenset(register.name for register in COUNTERS)
 
 
 class _PowerCutError(Exception):
     """The supply is gone."""
+
+
+class _Ending(NamedTuple):
+    """What goes into a command's completion."""
+
+    queue: Queue
+    identifier: int
+    status: int
+    where: int
+    flags: int
+    ordered: bool
 
 
 class _Page(NamedTuple):
@@ -122,18 +149,28 @@ class Traffic:
 class GoldenDevice:
     """A `Transport` with the device behind it, in NumPy.
 
-    The doorbell runs the whole batch before it returns.  There are no cycles: all counters of time, CYCLES among them,
-    and the counter fields of the completions stay 0, and CODEWORD_TIMEOUT does not occur.  What is moved is counted:
-    FLASH_WORDS, CODEWORDS, UNREADABLE and PAGE_READS of the reads of the last batch's jobs, as if nothing had to be
-    read again, no page were read ahead and none twice for a job; and by kind in `traffic`.
+    A doorbell runs everything that can be run before it returns, in the order of fetching: one command from each queue
+    in turn.  So nothing is ever under way between two calls, and STATUS.BUSY is never seen.  With `shuffle`, fetching,
+    running and completing go on at random, as far as the device's rules leave that open: ATTENDs run and complete in
+    order, flash commands of a channel begin in order, and admin commands are run one after the other.
 
-    An ATTEND is checked in this order, and the first that applies is reported: BUS_ERROR of its line, INVALID_OPCODE,
-    INVALID_FIELD, INVALID_ROWS, INVALID_LENGTH, INVALID_SELECTION (channels, units, local, unit_bits), MISSING_MEAN,
-    INVALID_ADDRESS (query, result, table, mean), INVALID_SCALE, BUS_ERROR of the query block, the table or the mean,
-    INVALID_TABLE, NO_SKETCH, NAN_QUERY, NAN_MEAN, UNREADABLE_SKETCH, UNREADABLE_KEY, UNREADABLE_VALUE, NAN_KEY,
-    NAN_VALUE, BUS_ERROR of the result.  A flash command: BUS_ERROR of its line, INVALID_FIELD, INVALID_PLACE, BUS_ERROR
-    of a DRAM page that there is not, then how the part ends it.  `where` is 0 where `Status` does not define it.  A
-    command that does not end OK writes its completion only.
+    There are no cycles: all counters of time, CYCLES among them, and the counter fields of the completions stay 0, and
+    CODEWORD_TIMEOUT does not occur.  What is moved is counted: FLASH_WORDS, CODEWORDS, UNREADABLE and PAGE_READS of the
+    jobs' reads, as if nothing had to be read again, no page were read ahead and none twice for a job; and by kind in
+    `traffic`.  These counts start from 0 with every doorbell that starts a command, unless CONTROL.ACCUMULATE is set.
+
+    A command is checked in this order, and the first that applies is reported: BUS_ERROR of its line, INVALID_OPCODE,
+    NOT_PERMITTED (opcode), INVALID_FIELD; then
+
+    - ATTEND: INVALID_ROWS, INVALID_LENGTH, INVALID_SELECTION (channels, units, local, unit_bits), MISSING_MEAN,
+      INVALID_ADDRESS (query, result, table, mean), INVALID_SCALE, NOT_PERMITTED (domain), BUS_ERROR of the query block,
+      the table or the mean, INVALID_TABLE, NOT_OWNED, NO_SKETCH, NAN_QUERY, NAN_MEAN, UNREADABLE_SKETCH,
+      UNREADABLE_KEY, UNREADABLE_VALUE, NAN_KEY, NAN_VALUE, BUS_ERROR of the result;
+    - PROGRAM, ERASE, PROBE, MAP: INVALID_PLACE, NOT_PERMITTED (domain), NOT_OWNED (flash, device DRAM), BUS_ERROR of a
+      DRAM page that there is not, then how the part ends it;
+    - IDENTIFY, COUNTERS: INVALID_ADDRESS, BUS_ERROR; the others as `Status` says.
+
+    `where` is 0 where `Status` does not define it.  A command that does not end OK writes its completion only.
 
     A job reads only what it needs, and whatever it does not read may be erased, unreadable or NaN.  Codewords that
     cannot be read count as zeros in what follows, the selection of a sparse mode included.
@@ -150,17 +187,18 @@ class GoldenDevice:
         memory_bytes: size of the host memory, which begins at address 0.
         dram_bytes: size of the device DRAM; it takes memory where it is written.
         faults: what goes wrong.
+        shuffle: seed of the order in which commands are served; None: as they are fetched.
 
     Attributes:
         faults: the same.
-        traffic: what was read since the doorbell.
+        traffic: what was read since the counters started.
 
     Raises:
         RequestError: a size is not positive.
     """
 
     def __init__(self, config: Config, *, memory_bytes: int = 1 << 24, dram_bytes: int = 1 << 30,
-                 faults: FlashFaults | None = None) -> None:
+                 faults: FlashFaults | None = None, shuffle: int | None = None) -> None:
         for name, value in (("memory_bytes", memory_bytes), ("dram_bytes", dram_bytes)):
             if value < 1:
                 raise RequestError(f"{name} must be positive, not {value}")
@@ -172,20 +210,24 @@ class GoldenDevice:
         self._dram = np.zeros(dram_bytes, np.uint8)
         self._blocks: dict[Block, _Block] = {}
         self._map: dict[tuple[int, int, int, int], int] = {}    # (channel, zone, die, plane) to block, where not alike
+        self._owners = Owners(config)
         self._powered = True
+        self._random = None if shuffle is None else random.Random(shuffle)
         self._reset()
 
     def _reset(self) -> None:
         self._registers = {name: register.reset for name, register in REGISTER_MAP.items()}
         self.traffic = Traffic()
+        self._queues = Queues()
         self._registers["CONFIG_HASH"] = self.config.hash
         self._registers["STATUS"] = int(StatusBit.READY)
 
     def power_up(self) -> None:
-        """The device after its supply failed and came back: flash is what it was, DRAM, map and registers are not."""
+        """The device after its supply came back: flash is what it was; DRAM, map, owners and registers are not."""
         self._powered = True
         self._dram = np.zeros(self.dram_bytes, np.uint8)
         self._map = {}
+        self._owners = Owners(self.config)
         self._reset()
 
     # Transport.
@@ -198,6 +240,8 @@ class GoldenDevice:
         """
         if _register(name).access is Access.WO or not self._powered:
             return 0
+        if name == "INTERRUPTS":
+            return self._queues.interrupts(self._registers["INTERRUPT_AFTER"] & 0xFFFF)
         return self._registers[name]
 
     def write_register(self, name: str, value: int) -> None:
@@ -213,8 +257,14 @@ class GoldenDevice:
             return
         if name == "CONTROL" and value & Control.RESET:
             self._reset()
-        elif name == "DOORBELL":
-            self._run(value)
+        elif name == "ADMIN_ENTRIES":
+            self._create_admin(value)
+        elif name in _DOORBELLS:
+            queue, completion = _DOORBELLS[name]
+            if self._queues.doorbell(queue, value, completion=completion):
+                self._run()
+            else:
+                self._refuse_doorbell(queue << 24 | completion << 16 | value & 0xFFFF)
         elif name == "STATUS":
             self._registers[name] &= ~value | StatusBit.BUSY | StatusBit.READY
         elif register.access is Access.RW:
@@ -257,88 +307,186 @@ class GoldenDevice:
         self._dram[address : address + len(data)] = np.frombuffer(data, np.uint8)
 
     def wait(self, timeout_s: float) -> None:
-        """See `Transport`.  A batch is over when its doorbell returns, so this never waits.
+        """See `Transport`.  Whatever a doorbell started is over when it returns, so this never waits.
 
         Raises:
-            DeviceTimeoutError: no batch was run since DONE was cleared, or the power is off.
+            DeviceTimeoutError: the interrupt line is not up, and only the host can change that; or the power is off.
         """
         if not self._powered:
             raise DeviceTimeoutError("the device does not answer: its power is off")
-        if not self._registers["STATUS"] & StatusBit.DONE:
-            raise DeviceTimeoutError("no batch is running and STATUS.DONE is not set: ring the doorbell first")
+        wanting, mask = self.read_register("INTERRUPTS"), self._registers["INTERRUPT_MASK"]
+        if wanting & mask:
+            return
+        if wanting:
+            raise DeviceTimeoutError(
+                f"queues {_bits(wanting)} want an interrupt, but all of them are masked: set their bits in "
+                f"INTERRUPT_MASK, which is {mask:#x}")
+        raise DeviceTimeoutError("no interrupt can come, for nothing is under way and no completion waits to be taken: "
+                                 "ring a doorbell first")
+
+    def close(self) -> None:
+        """See `Transport`; there is nothing to give back."""
 
     # The device's side.
 
-    def _run(self, count: int) -> None:
+    def _create_admin(self, entries: int) -> None:
         registers = self._registers
-        if not 1 <= count <= MAX_COMMANDS:
-            registers["STATUS"] |= StatusBit.DOORBELL_WHILE_BUSY
-            return
-        registers["STATUS"] &= ~StatusBit.DONE
-        for name in ("COMPLETED", "FLASH_WORDS", "CODEWORDS", "UNREADABLE", "PAGE_READS"):
-            registers[name] = 0
-        self.traffic = Traffic()
-        # The device sees whole lines: the low address bits are ignored.
-        command, completion = (
-            registers[name] // LINE_BYTES * LINE_BYTES for name in ("COMMAND_BASE", "COMPLETION_BASE"))
-        for index in range(count):
-            try:
-                entry = self._serve(command + index * LINE_BYTES)
-            except _PowerCutError:
-                self._powered = False
-                return
-            self._dma_write(completion + index * LINE_BYTES, entry)
-            registers["COMPLETED"] += 1
-        registers["STATUS"] |= StatusBit.DONE
+        self._queues.pairs.pop(0, None)
+        if is_ring_size(entries):
+            self._queues.pairs[0] = Queue(
+                0, entries, submission=registers["ADMIN_SUBMISSION"], completion=registers["ADMIN_COMPLETION"],
+                base=registers["ADMIN_BASE"], limit=registers["ADMIN_LIMIT"])
 
-    def _serve(self, address: int) -> bytes:
-        """Run one command; its completion."""
-        identifier, status, where, flags = 0, Status.OK, 0, CompletionFlag(0)
+    def _refuse_doorbell(self, which: int) -> None:
+        if not self._registers["STATUS"] & StatusBit.INVALID_DOORBELL:
+            self._registers["DOORBELL_ERROR"] = which
+            self._registers["STATUS"] |= StatusBit.INVALID_DOORBELL
+
+    def _run(self) -> None:
+        """Serve all that can be fetched."""
+        if not self._queues.fetchable:
+            return
+        if not self._registers["CONTROL"] & Control.ACCUMULATE:
+            self._registers |= dict.fromkeys(_COUNTERS, 0)
+            self.traffic = Traffic()
         try:
-            line = self._dma_read(address, LINE_BYTES)
-            identifier = int.from_bytes(line[2:4], "little")
-            if line[0] in FLASH_OPCODES:
-                self._operate(line)
-            elif line[0] == Opcode.ATTEND:
-                command = COMMAND.unpack(line)
-                self._validate(command)
+            if self._random is None:
+                while (queue := self._queues.next()) is not None:
+                    self._post(self._serve(queue, self._fetch(queue)))
+            else:
+                self._run_shuffled(self._random)
+        except _PowerCutError:
+            self._powered = False
+
+    def _run_shuffled(self, rng: random.Random) -> None:
+        """The same with a few commands fetched, and a few served whose completions are not posted, at any time."""
+        fetched: dict[Any, deque[tuple[Queue, bytes | None]]] = {}   # those that are served in order, by what they need
+        served: list[_Ending] = []
+        while True:
+            choices = []
+            if self._queues.fetchable:
+                choices.append("fetch")
+            if fetched:
+                choices.append("serve")
+            if served:
+                choices.append("post")
+            if not choices:
+                return
+            match rng.choice(choices):
+                case "fetch":
+                    queue = self._queues.next()
+                    assert queue is not None
+                    line = self._fetch(queue)
+                    fetched.setdefault(_unit(line), deque()).append((queue, line))
+                case "serve":
+                    unit = rng.choice(list(fetched))
+                    served.append(self._serve(*fetched[unit].popleft()))
+                    if not fetched[unit]:
+                        del fetched[unit]
+                case "post":
+                    first = next((ending for ending in served if ending.ordered), None)
+                    ending = rng.choice([ending for ending in served if not ending.ordered or ending is first])
+                    served.remove(ending)
+                    self._post(ending)
+
+    def _fetch(self, queue: Queue) -> bytes | None:
+        """The next command's line; None: it cannot be read."""
+        self._count("FETCHED")
+        try:
+            return self._dma_read(queue.fetch(), LINE_BYTES)
+        except RejectedError:
+            return None
+
+    def _post(self, ending: _Ending) -> None:
+        queue, identifier, status, where, flags, _ = ending
+        self._dma_write(*queue.post(identifier, status, where, flags))
+        self._count("COMPLETED")
+
+    def _count(self, name: str) -> None:
+        self._registers[name] = self._registers[name] + 1 & 0xFFFF_FFFF
+
+    def _serve(self, queue: Queue, line: bytes | None) -> _Ending:
+        """Run one command."""
+        if line is None:
+            return _Ending(queue, _UNKNOWN_IDENTIFIER, Status.BUS_ERROR, 0, 0, False)
+        opcode, identifier = line[0], int.from_bytes(line[2:4], "little")
+        status, where, flags = Status.OK, 0, CompletionFlag(0)
+        try:
+            if opcode not in _RECORDS:
+                raise RejectedError(Status.INVALID_OPCODE, opcode)
+            if opcode >= ADMIN_OPCODES and queue.number != 0:
+                raise RejectedError(Status.NOT_PERMITTED, 0)
+            command = _RECORDS[opcode].unpack(line)
+            if any(value for name, value in command.items() if name == "flags" or name.startswith("reserved")):
+                raise RejectedError(Status.INVALID_FIELD, 0)
+            if opcode == Opcode.ATTEND:
+                self._validate(command, queue)
                 trace, unreadable = self._attend(command)
                 flags = trace.flags
                 _raise_first(*unreadable.items(), (Status.NAN_KEY, trace.nan_key), (Status.NAN_VALUE, trace.nan_value))
                 if not self._dma_write(command["result"], self._pack_result(trace)):
-                    raise _RejectedError(Status.BUS_ERROR, 0)
+                    raise RejectedError(Status.BUS_ERROR, 0)
+            elif _RECORDS[opcode] is FLASH_COMMAND:
+                self._operate(command, queue)
             else:
-                raise _RejectedError(Status.INVALID_OPCODE, line[0])
-        except _RejectedError as rejected:
+                self._administer(command, queue)
+        except RejectedError as rejected:
             status, where = rejected.args
-        return _COMPLETION.pack(status, identifier, flags, where, 1)
+        return _Ending(queue, identifier, status, where, flags, opcode == Opcode.ATTEND)
+
+    def _administer(self, command: dict[str, int], queue: Queue) -> None:
+        """A command that concerns neither K and V nor flash."""
+        match command["opcode"]:
+            case Opcode.CREATE_QUEUE:
+                self._queues.create(command)
+            case Opcode.DELETE_QUEUE:
+                if any(command[name] for name in ("entries", "submission", "completion", "base", "limit")):
+                    raise RejectedError(Status.INVALID_FIELD, 0)
+                self._queues.delete(command["queue"])
+            case Opcode.GRANT:
+                self._owners.grant(command)
+            case Opcode.IDENTIFY:
+                self._write_block(command, queue, self.config.to_json().encode().ljust(IDENTIFY_BYTES, b"\0"))
+            case Opcode.COUNTERS:
+                data = b"".join(self._registers[counter.name].to_bytes(8, "little") for counter in COUNTERS)
+                self._write_block(command, queue, data.ljust(lines(len(data)) * LINE_BYTES, b"\0"))
+
+    def _write_block(self, command: dict[str, int], queue: Queue, data: bytes) -> None:
+        if not queue.holds(command["result"], len(data)):
+            raise RejectedError(Status.INVALID_ADDRESS, 1)
+        if not self._dma_write(command["result"], data):
+            raise RejectedError(Status.BUS_ERROR, 0)
+
+    @property
+    def _region_bits(self) -> int:
+        return self._registers["REGION_BITS"] & 0xF
 
     # Attention.
 
-    def _validate(self, command: dict[str, int]) -> None:
-        config, registers = self.config, self._registers
+    def _validate(self, command: dict[str, int], queue: Queue) -> None:
+        config = self.config
         mode, pages, stripes = command["mode"], command["stripe_pages"], command["stripes"]
         codewords = pages * config.codewords_per_page
-        forbidden = ["reserved0"]
+        forbidden: list[str] = []
         if mode == Mode.DENSE:
-            forbidden += ["mean", "channels", "local", "units", "unit_bits"]
+            forbidden = ["mean", "channels", "local", "units", "unit_bits"]
         elif mode > max(Mode) or not config.sparse or pages != config.group_pages:
-            raise _RejectedError(Status.INVALID_FIELD, 0)
+            raise RejectedError(Status.INVALID_FIELD, 0)
         elif mode == Mode.CENTROID:
-            forbidden += ["mean", "channels"]
+            forbidden = ["mean", "channels"]
         elif mode == Mode.SPARF:
-            forbidden += ["unit_bits"]
+            forbidden = ["unit_bits"]
         if any(command[name] for name in forbidden) or pages == 0 or pages & (pages - 1) or (
                 codewords > config.ring_codewords):
-            raise _RejectedError(Status.INVALID_FIELD, 0)
+            raise RejectedError(Status.INVALID_FIELD, 0)
         if not 1 <= command["rows"] <= config.rows:
-            raise _RejectedError(Status.INVALID_ROWS, command["rows"])
+            raise RejectedError(Status.INVALID_ROWS, command["rows"])
         tokens = command["end_token"] - command["base_token"]
         far = command["end_token"] >= 1 << layout.TOKEN_BITS
         stripe = pages * config.tokens_per_page
         fitting = (stripes - 1) * stripe < tokens <= stripes * stripe
         if tokens <= 0 or far or not fitting or stripes > config.channels * (config.ring_codewords // codewords):
-            raise _RejectedError(Status.INVALID_LENGTH, 0)
+            raise RejectedError(Status.INVALID_LENGTH, 0)
         blended = mode in (Mode.SPARF, Mode.FETCHED)
         if mode != Mode.DENSE:
             unit_tokens = 1 if mode == Mode.SPARF else config.tokens_per_codeword << command["unit_bits"]
@@ -349,9 +497,9 @@ class GoldenDevice:
                 command["unit_bits"] > config.unit_bits_max,
             )):
                 if bad:
-                    raise _RejectedError(Status.INVALID_SELECTION, where)
+                    raise RejectedError(Status.INVALID_SELECTION, where)
         if blended and not command["mean"]:
-            raise _RejectedError(Status.MISSING_MEAN, 0)
+            raise RejectedError(Status.MISSING_MEAN, 0)
         entry = TABLE_ENTRY.size if mode == Mode.DENSE else TABLE_ENTRY.size + SKETCH_ENTRY.size
         for where, name, size in (
             (0, "query", command["rows"] * query_row_bytes(config.head_dim)),
@@ -359,11 +507,11 @@ class GoldenDevice:
             (2, "table", stripes * entry),
             *([(3, "mean", fp32_block_bytes(config.head_dim))] if blended else []),
         ):
-            first = command[name]
-            if first % LINE_BYTES or first < registers["BUFFER_BASE"] or first + size > registers["BUFFER_LIMIT"]:
-                raise _RejectedError(Status.INVALID_ADDRESS, where)
+            if not queue.holds(command[name], size):
+                raise RejectedError(Status.INVALID_ADDRESS, where)
         if not is_positive_normal(command["scale"]):
-            raise _RejectedError(Status.INVALID_SCALE, 0)
+            raise RejectedError(Status.INVALID_SCALE, 0)
+        self._owners.check_permitted(command["domain"], queue.number)
 
     def _attend(self, command: dict[str, int]) -> tuple[golden.Trace | sparse.SparseTrace, dict[Status, int | None]]:
         """What golden says, with zeros for what cannot be read; and the first tokens of that."""
@@ -381,14 +529,14 @@ class GoldenDevice:
         sketches, reserved = entries[:, -1], SKETCH_ENTRY["reserved"]
         stripe = _Stripes(layout.unpack_entries(entries[:, 0]), layout.unpack_sketches(sketches),
                           sketches >> np.uint64(8 * reserved.offset) != 0)
-        self._check_table(stripe, mode, config.ring_codewords // (command["stripe_pages"] * config.codewords_per_page))
+        self._check_table(command, stripe, mode)
         block = np.frombuffer(data, np.uint8).reshape(rows, -1)
         query = np.ascontiguousarray(block[:, ROW.size : ROW.size + config.head_dim * ELEMENT_BYTES]).view("<u2")
         # A query or mean with a NaN reaches no lane, so nothing is read for it.
         if (nan := golden.first_special(query, config.element)) is not None:
-            raise _RejectedError(Status.NAN_QUERY, nan[0] << 16 | nan[1])
+            raise RejectedError(Status.NAN_QUERY, nan[0] << 16 | nan[1])
         if mean is not None and (special := (mean & FP32_SPECIAL) == FP32_SPECIAL).any():
-            raise _RejectedError(Status.NAN_MEAN, int(special.argmax()))
+            raise RejectedError(Status.NAN_MEAN, int(special.argmax()))
 
         def column(name: str) -> NDArray[np.int64]:
             record = ROW[name]
@@ -429,12 +577,13 @@ class GoldenDevice:
         value, lost[Status.UNREADABLE_VALUE] = self._tokens(command, stripe, Kind.VALUE, first.codewords)
         return sparse.second_pass(first, query, key, value, mean=mean, **job), lost
 
-    def _check_table(self, stripe: "_Stripes", mode: Mode, places: int) -> None:
+    def _check_table(self, command: dict[str, int], stripe: "_Stripes", mode: Mode) -> None:
         """Refuse what is no channel or codeword, reserved bits, and more stripes than a channel has places for.
 
-        Then stripes in flash of which the mode's first pass has nothing to read.
+        Then what is not the domain's, then stripes in flash of which the mode's first pass has nothing to read.
         """
         entries = stripe.entries
+        places = self.config.ring_codewords // (command["stripe_pages"] * self.config.codewords_per_page)
         bad = (entries.channel >= self.config.channels) | (entries.dram > 1)
         for channel in range(self.config.channels):
             bad[np.flatnonzero(entries.channel == channel)[places:]] = True
@@ -443,9 +592,12 @@ class GoldenDevice:
             codewords = self.config.codewords_per_page if mode is Mode.CENTROID else 1
             bad |= (stripe.sketch.written > 1) | stripe.reserved | (stripe.sketch.codeword >= codewords)
         if bad.any():
-            raise _RejectedError(Status.INVALID_TABLE, int(np.argmax(bad)))
+            raise RejectedError(Status.INVALID_TABLE, int(np.argmax(bad)))
+        foreign = self._owners.first_foreign(command, entries, stripe.sketch, self._region_bits)
+        if foreign is not None:
+            raise RejectedError(Status.NOT_OWNED, foreign)
         if mode is not Mode.DENSE and (missing := (entries.dram == 0) & (stripe.sketch.written == 0)).any():
-            raise _RejectedError(Status.NO_SKETCH, int(np.argmax(missing)))
+            raise RejectedError(Status.NO_SKETCH, int(np.argmax(missing)))
 
     def _tokens(self, command: dict[str, int], stripe: "_Stripes", kind: Kind,
                 codewords: NDArray[np.int64]) -> tuple[NDArray[np.uint16], int | None]:
@@ -594,18 +746,24 @@ class GoldenDevice:
         block = self._map.get((channel, zone, place.die, place.plane), zone) if self._map else zone
         return Block(channel, place.die, place.plane, block)
 
-    def _operate(self, line: bytes) -> None:
+    def _operate(self, command: dict[str, int], queue: Queue) -> None:
         """One flash command."""
         config, faults = self.config, self.faults
-        command = FLASH_COMMAND.unpack(line)
         opcode, channel, number = Opcode(command["opcode"]), command["channel"], command["page"]
-        reserved = any(value for name, value in command.items() if name == "flags" or name.startswith("reserved"))
-        if reserved or (command["argument"] and opcode in (Opcode.ERASE, Opcode.PROBE)):
-            raise _RejectedError(Status.INVALID_FIELD, 0)
+        owned = opcode is Opcode.PROGRAM or (opcode is Opcode.ERASE and queue.number != 0)
+        if (command["argument"] and opcode in (Opcode.ERASE, Opcode.PROBE)) or (command["domain"] and not owned):
+            raise RejectedError(Status.INVALID_FIELD, 0)
         place = layout.page_place(number, config)
         if channel >= config.channels or place.zone >= config.part.blocks or place.page >= config.part.pages or (
                 opcode is Opcode.MAP and command["argument"] >= config.part.blocks):
-            raise _RejectedError(Status.INVALID_PLACE, 0)
+            raise RejectedError(Status.INVALID_PLACE, 0)
+        if owned:
+            self._owners.check_permitted(command["domain"], queue.number)
+            if not self._owners.owns_pages(command["domain"], number, 1):
+                raise RejectedError(Status.NOT_OWNED, 0)
+            if opcode is Opcode.PROGRAM and not self._owners.owns_dram(
+                    command["domain"], command["argument"], 1, self._region_bits):
+                raise RejectedError(Status.NOT_OWNED, 1)
         if opcode is Opcode.MAP:
             self._map[channel, place.zone, place.die, place.plane] = command["argument"]
             return
@@ -614,19 +772,19 @@ class GoldenDevice:
         if faults.power_cut is not None:
             cut, faults.power_cut = faults.power_cut == 0, faults.power_cut - 1 if faults.power_cut else None
         if (channel, place.die) in faults.dead:
-            raise _RejectedError(Status.DIE_TIMEOUT, where)
+            raise RejectedError(Status.DIE_TIMEOUT, where)
         if opcode is Opcode.PROGRAM:
             self._program(block, place.page, number, command["argument"], where, cut)
         elif opcode is Opcode.ERASE:
             if block in faults.bad or block in faults.worn:
-                raise _RejectedError(Status.ERASE_FAILED, where)
+                raise RejectedError(Status.ERASE_FAILED, where)
             if cut:
                 for page in range(config.part.pages):
                     self._blocks.setdefault(block, _Block()).pages[page] = _Page(None, number)
                 raise _PowerCutError
             self._blocks.pop(block, None)
         elif block in faults.bad:
-            raise _RejectedError(Status.BAD_BLOCK, where)
+            raise RejectedError(Status.BAD_BLOCK, where)
         if cut:
             raise _PowerCutError
 
@@ -635,16 +793,16 @@ class GoldenDevice:
         missing = self._read_dram_page(image, dram_page & (1 << PAGE_NUMBER_BITS) - 1) is not None
         found = self._blocks.setdefault(block, _Block())
         if page != found.next:
-            raise _RejectedError(Status.PROGRAM_FAILED, where)
+            raise RejectedError(Status.PROGRAM_FAILED, where)
         found.next += 1
         failed = bool({block} & (self.faults.bad | self.faults.worn)) or (block, page) in self.faults.program_fails
         found.pages[page] = _Page(None if failed or cut or missing else image, number)
         if cut:
             raise _PowerCutError
         if failed:
-            raise _RejectedError(Status.PROGRAM_FAILED, where)
+            raise RejectedError(Status.PROGRAM_FAILED, where)
         if missing:
-            raise _RejectedError(Status.BUS_ERROR, where)
+            raise RejectedError(Status.BUS_ERROR, where)
 
     def written(self) -> Iterator[tuple[Block, int, NDArray[np.uint8]]]:
         """All that a thief with a soldering iron would find: (block, page of the block, data) of each page."""
@@ -658,7 +816,7 @@ class GoldenDevice:
     def _dma_read(self, address: int, size: int) -> bytes:
         if address + size > self.memory_bytes:
             self._registers["STATUS"] |= StatusBit.BUS_ERROR
-            raise _RejectedError(Status.BUS_ERROR, 0)
+            raise RejectedError(Status.BUS_ERROR, 0)
         return bytes(self._memory[address : address + size])
 
     def _dma_write(self, address: int, data: bytes) -> bool:
@@ -670,10 +828,23 @@ class GoldenDevice:
         return True
 
 
+def _unit(line: bytes | None) -> Any:
+    """What serves commands in the order in which it gets them; an object of its own if nothing does."""
+    if line is None or line[0] not in _RECORDS:
+        return object()
+    if _RECORDS[line[0]] is FLASH_COMMAND:
+        return FLASH_COMMAND.unpack(line)["channel"]
+    return "attention" if line[0] == Opcode.ATTEND else "admin"
+
+
+def _bits(mask: int) -> list[int]:
+    return [bit for bit in range(mask.bit_length()) if mask >> bit & 1]
+
+
 def _raise_first(*found: tuple[Status, int | None]) -> None:
     for status, where in found:
         if where is not None:
-            raise _RejectedError(status, where)
+            raise RejectedError(status, where)
 
 
 def _check_range(name: str, total: int, address: int, size: int) -> None:
