@@ -39,8 +39,10 @@ __all__ = ["AxiStalls", "Fault", "FaultKind", "FlashSettings", "NandSettings", "
 CLOCK_NS = 2
 """Period of `clk` in simulated time; it stands for nothing."""
 RESET_CYCLES = 4
-SLICE_CYCLES = 20_000
-"""Cycles between two looks at the wall clock while waiting for the interrupt."""
+SLICE_CYCLES = 100, 20_000
+"""Cycles between two looks at the wall clock while waiting for the interrupt: least and most."""
+SLICE_S = 0.25
+"""What they should take; some simulators run a thousand times slower than others."""
 DRAM_LATENCY = 30
 """Cycles from a read of device DRAM to its first beat: about 100 ns, a row miss behind a controller's queue."""
 POWER_OFF_CYCLES = 50
@@ -261,6 +263,7 @@ class RtlTransport:
         self._dram = _Dram(0, config.dram_beat_bytes)
         self._nand: NandSettings | None = None
         self._rung = False
+        self._slice = SLICE_CYCLES[0]
         self._power_off: int | None = None
         self._toggles: dict[str, int] = {}
 
@@ -342,13 +345,15 @@ class RtlTransport:
         raised, limit = RisingEdge(dut.irq), self.timeout_cycles
         cycles = 0
         while not int(dut.irq.value):
-            step = SLICE_CYCLES if limit is None else min(SLICE_CYCLES, max(limit - cycles, 1))
+            step = self._slice if limit is None else min(self._slice, max(limit - cycles, 1))
             if self._power_off is not None:
                 if int(dut.cycles.value) >= self._power_off:
                     await self._lose_power()
                     raise DeviceTimeoutError("the simulated drive lost its power")
                 step = min(step, self._power_off - int(dut.cycles.value))
+            slice_begin = time.monotonic()
             await First(raised, Timer(step * CLOCK_NS, "ns"))
+            self._adapt(time.monotonic() - slice_begin)
             if self.heartbeat is not None:
                 self.heartbeat(int(dut.cycles.value))
             if int(dut.irq.value):
@@ -361,6 +366,14 @@ class RtlTransport:
                     f"{timeout_s:g} s)" + ("" if self._nand else f"; the twins served {self.served} codewords")
                 )
         self._check_nand()
+
+    def _adapt(self, took_s: float) -> None:
+        """Choose the next slice after one that took so long."""
+        least, most = SLICE_CYCLES
+        if took_s < SLICE_S / 2:
+            self._slice = min(self._slice * 2, most)
+        elif took_s > SLICE_S * 2:
+            self._slice = max(self._slice // 2, least)
 
     async def _lose_power(self) -> None:
         """The RTL starts anew, device DRAM is empty; the dies lose their power by themselves (see `cut_power`)."""
