@@ -3,9 +3,12 @@
 Flash is handed out in *zones*: one block on every (channel, die, plane), all erased together.  Pages of a zone are
 taken in order and never written twice; when all sequences that have pages in it are gone, it is erased, whole.  So
 nothing is ever copied.  docs/placement.md explains the policy.
+
+Zones, and regions of device DRAM, belong to *domains*, which the device checks.  Domain 1 is everybody's: it has
+whatever no other domain needs.  An isolated sequence has a domain of its own.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
@@ -13,14 +16,22 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from kvattic.commands import DOMAINS
 from kvattic.config import Config
 from kvattic.errors import CapacityError, RequestError
 from kvattic.layout import Block, PagePlace, page_number, page_place
 
-__all__ = ["Allocation", "DramAllocator", "Remap", "Wear", "ZoneAllocator"]
+__all__ = ["COMMON_DOMAIN", "Allocation", "DomainDram", "DramAllocator", "Remap", "Wear", "ZoneAllocator"]
+
+COMMON_DOMAIN = 1
+"""The domain of all sequences that are not isolated."""
+NOBODY = 0
+"""Owner of what no command may reach, or whose owner nobody knows."""
 
 Erase: TypeAlias = Callable[[Sequence[tuple[int, int]]], Sequence[bool]]
 """Erases the blocks that (channel, page) lie in; whether each could be."""
+Grant: TypeAlias = Callable[[Sequence[int], int], None]
+"""Gives zones to a domain."""
 
 
 class Remap(NamedTuple):
@@ -66,6 +77,7 @@ class _Zone:
 
     Attributes:
         number: of the zone.
+        domain: its owner.
         run: consecutive page numbers of each thing that is placed here.
         start: column that is used first.
         fill: for each channel and column, runs that were taken.
@@ -75,6 +87,7 @@ class _Zone:
     """
 
     number: int
+    domain: int
     run: int
     start: int
     fill: list[list[int]]
@@ -103,11 +116,13 @@ class Allocation:
     """What one sequence has in flash; made by `ZoneAllocator.create`.
 
     Attributes:
+        domain: whose zones it fills.
         run: consecutive page numbers of each thing that it places.
         quota: zones that it fills alone.
         shared: for each channel, runs that are still to come into zones that it shares; negative if there were more.
     """
 
+    domain: int
     run: int
     quota: int
     shared: list[int]
@@ -119,16 +134,21 @@ class ZoneAllocator:
     """Hands out pages of zones; keeps bad blocks, wear and write amplification.
 
     A sequence has zones of its own as far as it will fill them; the rest of it goes into zones that are shared with
-    others whose runs are as long.  The least worn free zone is taken.  A zone without users is erased: at once with
-    `erase_on_free`, otherwise before its next use.
+    others of its domain whose runs are as long.  The least worn free zone is taken.  A zone without users is erased: at
+    once with `erase_on_free`, otherwise before its next use.
 
     A block of a zone that is bad is replaced by a spare block of the same channel, die and plane; where there is none
     left, the zone has a hole there, which is passed over.
+
+    All zones belong to domain 1 at first (`send_owners` says so to the device).  A zone changes its owner when another
+    domain takes it, and only erased.  Where a block with data of a domain could not be erased and not be replaced
+    either, the zone never becomes another domain's: domain 1 uses it on, that of any other domain is nobody's for ever.
 
     Args:
         config: geometry.
         erase: erases blocks of the device.
         remap: changes the device's map.
+        grant: gives zones to a domain, on the device.
         bad_blocks: blocks that must not be used.
         spare_blocks: blocks of each plane that are kept as spares; 2 percent of them, but at least one, if None.
         erase_on_free: see above.
@@ -143,8 +163,9 @@ class ZoneAllocator:
     """
 
     def __init__(self, config: Config, *, erase: Erase | None = None,
-                 remap: Callable[[Sequence[Remap]], None] | None = None, bad_blocks: Iterable[Block] = (),
-                 spare_blocks: int | None = None, erase_on_free: bool = True) -> None:
+                 remap: Callable[[Sequence[Remap]], None] | None = None, grant: Grant | None = None,
+                 bad_blocks: Iterable[Block] = (), spare_blocks: int | None = None,
+                 erase_on_free: bool = True) -> None:
         self.config = config
         part = config.part
         spares = max(1, -(-part.blocks // 50)) if spare_blocks is None else spare_blocks
@@ -156,6 +177,7 @@ class ZoneAllocator:
         self.pages_written = 0
         self._erase: Erase = erase or (lambda places: [True] * len(places))
         self._remap = remap or (lambda remaps: None)
+        self._grant: Grant = grant or (lambda zones, domain: None)
         self._row = part.planes * config.dies
         self._bad = {Block(*block) for block in bad_blocks}
         for block in self._bad:
@@ -175,7 +197,9 @@ class ZoneAllocator:
         # Of zones that are not clean: which blocks were written, and which are bad, (channel, block of the row) each.
         self._dirty: dict[int, tuple[list[tuple[int, int]], set[tuple[int, int]]]] = {}
         self._open: dict[int, _Zone] = {}
-        self._shared: dict[int, _Stream] = {}
+        self._shared: dict[tuple[int, int], _Stream] = {}   # of (domain, run)
+        self._owners = [COMMON_DOMAIN] * self.zones
+        self._marked: set[int] = set()      # data are left in them, in a block that is out of use
         self._allocations: set[Allocation] = set()
         self._unsent: list[Remap] = []
         self._lost: set[tuple[int, int]] = set()   # (channel, die) that do not answer
@@ -274,7 +298,38 @@ class ZoneAllocator:
     @property
     def free_zones(self) -> int:
         """Zones without users."""
-        return self.zones - len(self._open)
+        return self.zones - len(self._open) - len(self._sealed)
+
+    @property
+    def _sealed(self) -> set[int]:
+        """Zones that nobody may use any more: marked, and no domain 1's."""
+        return {zone for zone in self._marked - self._open.keys() if self._owners[zone] != COMMON_DOMAIN}
+
+    def owner(self, zone: int) -> int:
+        """The domain that a zone belongs to; 0 where nobody knows, or nobody may use it."""
+        return self._owners[zone]
+
+    def _give(self, zone: int, domain: int) -> None:
+        if self._owners[zone] != domain:
+            self._owners[zone] = NOBODY     # as far as anybody knows if the device does not answer
+            self._grant([zone], domain)
+            self._owners[zone] = domain
+
+    def send_owners(self) -> None:
+        """Tell the device the owners of all zones, which it forgets with its power."""
+        for domain in sorted(set(self._owners)):
+            self._grant([zone for zone, owner in enumerate(self._owners) if owner == domain], domain)
+
+    def _expel(self, domain: int) -> None:
+        """Nothing of a domain's sequences, if all are gone, is left for those that its number is for now."""
+        if domain == COMMON_DOMAIN or any(allocation.domain == domain for allocation in self._allocations):
+            return
+        mine = [zone for zone in self._dirty if self._owners[zone] == domain]
+        if mine:
+            self._clean_zones(sorted(mine))
+        for zone in sorted(self._sealed):
+            if self._owners[zone] == domain:
+                self._give(zone, NOBODY)
 
     def _wear_of(self, zone: int) -> tuple[int, int]:
         erases = self._zone_erases(zone)
@@ -286,15 +341,22 @@ class ZoneAllocator:
         erases = np.take_along_axis(self._erases, np.maximum(blocks, 0)[:, :, None], axis=2)[:, :, 0]
         return np.where(blocks < 0, 0, erases)
 
-    def _take_zone(self, run: int) -> _Zone:
+    def _take_zone(self, run: int, domain: int = COMMON_DOMAIN) -> _Zone:
         self.send_remaps()
-        free = self._clean | self._dirty.keys()
-        if not free:
-            holes = f"; {self.holes} blocks are bad and have no spare left" if self.holes else ""
-            raise CapacityError(f"the flash is full: all {self.zones} zones are in use{holes}; free a sequence")
-        number = min(free, key=self._wear_of)
-        if number in self._dirty:
-            self._clean_zones([number])
+        while True:
+            # Those that are marked serve domain 1 alone, which leaves the others what they have reserved.
+            free = (self._clean | self._dirty.keys()) - self._marked
+            if domain == COMMON_DOMAIN and (marked := self._marked - self._open.keys() - self._sealed):
+                free = marked if len(free) <= self._wanted_by()[0] else free | marked
+            if not free:
+                holes = f"; {self.holes} blocks are bad and have no spare left" if self.holes else ""
+                raise CapacityError(f"the flash is full: all {self.zones} zones are in use{holes}; free a sequence")
+            number = min(free, key=self._wear_of)
+            if number in self._dirty:
+                self._clean_zones([number])
+            if number not in self._marked or self._owners[number] == domain == COMMON_DOMAIN:
+                break
+        self._give(number, domain)
         width, limit = self._width(run), self._limit(run)
         columns = self._row // width
         # Begin at the least worn die; a column may be wider than a die.
@@ -304,7 +366,7 @@ class ZoneAllocator:
         fill = [[limit if lost[c, (k + start) % columns] else 0 for k in range(columns)]
                 for c in range(self.config.channels)]
         self._clean.discard(number)
-        self._open[number] = zone = _Zone(number, run, start, fill, limit)
+        self._open[number] = zone = _Zone(number, domain, run, start, fill, limit)
         return zone
 
     def _close(self, zone: _Zone) -> None:
@@ -318,8 +380,11 @@ class ZoneAllocator:
             for k, runs in enumerate(fill):
                 first = (k + zone.start) % len(fill) * width
                 if runs and (self._map[zone.number, channel, first : first + width] >= 0).all():
-                    written += [(channel, place) for place in range(first, first + width)
-                                if (channel, self._split(place)[0]) not in self._lost]
+                    for place in range(first, first + width):
+                        if (channel, self._split(place)[0]) in self._lost:
+                            self._marked.add(zone.number)
+                        else:
+                            written.append((channel, place))
         for channel, die in self._lost:
             first = die * self.config.part.planes
             self._map[zone.number, channel, first : first + self.config.part.planes] = -1
@@ -335,11 +400,14 @@ class ZoneAllocator:
         for (number, channel, place), good in zip(where, erased, strict=True):
             block = int(self._map[number, channel, place])
             if block < 0:
+                self._marked.add(number)
                 continue    # its die was lost meanwhile
             self._erases[channel, place, block] += 1
             if not good or (channel, place) in self._dirty[number][1]:
                 self._bad.add(Block(channel, *self._split(place), block))
                 self._replace(number, channel, place)
+                if not good and self._map[number, channel, place] < 0:
+                    self._marked.add(number)
         for number in numbers:
             del self._dirty[number]
         self._clean.update(numbers)
@@ -365,17 +433,21 @@ class ZoneAllocator:
 
     # Sequences.
 
-    def create(self, runs: Sequence[int], run: int = 1) -> Allocation:
+    def create(self, runs: Sequence[int], run: int = 1, *, domain: int = COMMON_DOMAIN) -> Allocation:
         """Room for a sequence.
+
+        If another domain than 1 has no allocation yet, what is left of earlier ones that had its number is erased.
 
         Args:
             runs: for each channel, how many runs it will place there at most.
             run: consecutive page numbers of each, a power of two.
+            domain: zones are shared inside of it alone.
 
         Raises:
-            RequestError: run is no power of two, or no zone has so many pages.
+            RequestError: run is no power of two, or no zone has so many pages; or there is no such domain.
             CapacityError: there are not enough zones that are free and not wanted by others.
         """
+        _check_domain(domain)
         if run < 1 or run & (run - 1) or self._limit(run) == 0:
             raise RequestError(f"a run must be 1, 2, 4, ... pages, and at most {self.config.zone_pages}, not {run}")
         capacity, most = self._capacity(run), max(runs)
@@ -384,12 +456,13 @@ class ZoneAllocator:
             raise CapacityError(
                 f"the sequence is longer than the device: it takes {most * run:,} pages of a channel, the device has "
                 f"{self.zones} zones of {capacity * run:,} pages on each channel")
-        allocation = Allocation(run, quota, [max(0, r - quota * capacity) for r in runs],
+        self._expel(domain)
+        allocation = Allocation(domain, run, quota, [max(0, r - quota * capacity) for r in runs],
                                 _Stream([], [0] * self.config.channels))
         before = self._wanted()
         self._allocations.add(allocation)
-        wanted = self._wanted()
-        if wanted > self.free_zones:
+        wanted, unmarked = self._wanted(), len((self._clean | self._dirty.keys()) - self._marked)
+        if wanted > self.free_zones or self._wanted_by()[0] > unmarked:
             self._allocations.discard(allocation)
             raise CapacityError(
                 f"the flash is full: {wanted - before} zones of {capacity * run:,} pages on each channel are wanted; "
@@ -399,20 +472,24 @@ class ZoneAllocator:
 
     def _wanted(self) -> int:
         """Zones that are reserved and not open yet."""
-        wanted = 0
-        shared: dict[int, NDArray[np.int64]] = {}
+        return sum(self._wanted_by())
+
+    def _wanted_by(self) -> tuple[int, int]:
+        """The same for all other domains than 1 together, and for domain 1."""
+        wanted = [0, 0]
+        shared: dict[tuple[int, int], NDArray[np.int64]] = {}
         for allocation in self._allocations:
-            wanted += max(0, allocation.quota - len(allocation._own.zones))
-            shared.setdefault(allocation.run, np.zeros(self.config.channels, np.int64))
-            shared[allocation.run] += np.maximum(allocation.shared, 0)
-        for run, runs in shared.items():
-            if run in self._shared:
-                stream = self._shared[run]
+            wanted[allocation.domain == COMMON_DOMAIN] += max(0, allocation.quota - len(allocation._own.zones))
+            runs = shared.setdefault((allocation.domain, allocation.run), np.zeros(self.config.channels, np.int64))
+            runs += np.maximum(allocation.shared, 0)
+        for (domain, run), runs in shared.items():
+            if (domain, run) in self._shared:
+                stream = self._shared[domain, run]
                 for channel, at in enumerate(stream.at):
                     runs[channel] -= sum(
                         zone.limit * len(zone.fill[channel]) - sum(zone.fill[channel]) for zone in stream.zones[at:])
-            wanted += max(0, -(-int(runs.max()) // self._capacity(run)))
-        return wanted
+            wanted[domain == COMMON_DOMAIN] += max(0, -(-int(runs.max()) // self._capacity(run)))
+        return wanted[0], wanted[1]
 
     def take(self, allocation: Allocation, channel: int, *, die: int | None = None) -> int:
         """Page number of the next run on a channel.
@@ -432,10 +509,10 @@ class ZoneAllocator:
         while True:
             at = stream.at[channel]
             if stream is allocation._own and at == allocation.quota:
-                stream = self._shared.setdefault(run, _Stream([], [0] * self.config.channels))
+                stream = self._shared.setdefault((allocation.domain, run), _Stream([], [0] * self.config.channels))
                 at = stream.at[channel]
             if at == len(stream.zones):
-                stream.zones.append(self._take_zone(run))
+                stream.zones.append(self._take_zone(run, allocation.domain))
             zone = stream.zones[at]
             fill = zone.fill[channel]
             k = fill.index(min(fill))
@@ -462,7 +539,7 @@ class ZoneAllocator:
         zone = self._open[number]
         fill = zone.fill[channel]
         fill[(place // self._width(zone.run) - zone.start) % len(fill)] -= 1
-        for stream in (allocation._own, self._shared.get(zone.run)):
+        for stream in (allocation._own, self._shared.get((zone.domain, zone.run))):
             if stream is not None and zone in stream.zones:
                 stream.at[channel] = min(stream.at[channel], stream.zones.index(zone))
                 if stream is not allocation._own:
@@ -514,7 +591,7 @@ class ZoneAllocator:
 
 
 class DramAllocator:
-    """Hands out ranges of pages of device DRAM: first fit over a sorted list of free ranges.
+    """Hands out ranges of pages of a memory: first fit over a sorted list of free ranges.
 
     Args:
         pages: pages that there are, numbered from 0.
@@ -549,17 +626,12 @@ class DramAllocator:
         """
         if count < 1:
             raise RequestError(f"a page range must have at least one page, not {count}")
-        for index, (first, length) in enumerate(self._free):
+        for first, length in self._free:
             if length >= count:
-                if length == count:
-                    del self._free[index]
-                else:
-                    self._free[index] = (first + count, length - count)
+                self._cut(first, count)
                 self._used[first] = count
                 return first
-        raise CapacityError(
-            f"the device DRAM is full: {count} consecutive pages are wanted, the longest free range has {self.largest} "
-            f"({self.free_pages} of {self.pages} are free); free a sequence, or give the device more DRAM")
+        raise _dram_full(count, self.largest, self.free_pages, self.pages)
 
     def free(self, first: int) -> None:
         """Give the range that begins at page `first` back.
@@ -570,6 +642,17 @@ class DramAllocator:
         count = self._used.pop(first, None)
         if count is None:
             raise RequestError(f"no allocated range begins at page {first}")
+        self._join(first, count)
+
+    def _cut(self, first: int, count: int) -> None:
+        """Take pages, all of them free, off the list."""
+        index = bisect_right(self._free, (first, self.pages)) - 1
+        begin, length = self._free[index]
+        rest = [(begin, first - begin), (first + count, begin + length - first - count)]
+        self._free[index : index + 1] = [(page, pages) for page, pages in rest if pages]
+
+    def _join(self, first: int, count: int) -> None:
+        """Put pages, none of them free, on the list."""
         index = bisect_left(self._free, (first, 0))
         if index < len(self._free) and first + count == self._free[index][0]:
             count += self._free.pop(index)[1]
@@ -578,3 +661,192 @@ class DramAllocator:
             before = self._free.pop(index)
             first, count = before[0], before[1] + count
         self._free.insert(index, (first, count))
+
+    def _has(self, first: int, count: int) -> bool:
+        """Whether pages are all free."""
+        index = bisect_right(self._free, (first, self.pages)) - 1
+        return index >= 0 and sum(self._free[index]) >= first + count
+
+
+class DomainDram:
+    """Hands out ranges of pages of device DRAM to domains.
+
+    The device knows the owner of each *region* of 2**region_bits pages.  Domain 1 has all that the others have not.
+    Another one takes whole regions, as few as will do and the last that are free, when what it has is not enough;
+    as soon as nothing is allocated in a region of its, it goes back.
+
+    Pages are not cleared here: before regions change their owner, either way, `released` is called with their first
+    page and the number of pages, so that the driver can overwrite them with zeros.  If that fails they stay where they
+    are, and the next call tries again.
+
+    All regions belong to domain 1 at first; `send_owners` says so to the device.
+
+    Args:
+        pages: pages that there are, numbered from 0; the last region may be a part of one.
+        region_bits: log2 of the pages of a region.
+        grant: gives regions to a domain, on the device: first region, how many, domain.
+        released: see above.
+
+    Attributes:
+        pages: as given.
+        regions: how many there are.
+
+    Raises:
+        RequestError: pages or region_bits are negative.
+    """
+
+    def __init__(self, pages: int, region_bits: int, grant: Callable[[int, int, int], None] | None = None,
+                 released: Callable[[int, int], None] | None = None) -> None:
+        if region_bits < 0:
+            raise RequestError(f"region_bits must not be negative, as {region_bits} is")
+        self._common = DramAllocator(pages)
+        self.pages = pages
+        self._bits = region_bits
+        self.regions = -(-pages >> region_bits)
+        self._grant = grant or (lambda first, count, domain: None)
+        self._released = released or (lambda first, count: None)
+        # Of those of other domains: whose they are, and their free and allocated pages.
+        self._owners: dict[int, int] = {}
+        self._others: dict[int, DramAllocator] = {}
+        self._unsent: set[int] = set()      # regions whose owner the device may not know
+
+    def owner(self, region: int) -> int:
+        """The domain that a region belongs to."""
+        return self._owners.get(region, COMMON_DOMAIN)
+
+    def send_owners(self) -> None:
+        """Tell the device the owners of all regions, which it forgets with its power."""
+        self._unsent = set(range(self.regions))
+        self._send()
+
+    @property
+    def free_pages(self) -> int:
+        """Pages of domain 1 that are free, in ranges of any length."""
+        return self._common.free_pages
+
+    @property
+    def largest(self) -> int:
+        """Length of the longest range that domain 1 can have."""
+        return self._common.largest
+
+    def largest_for(self, domain: int) -> int:
+        """Length of the longest range that a domain can have."""
+        if domain == COMMON_DOMAIN:
+            return self.largest
+        return max((count for _, count in self._reach(domain)), default=0)
+
+    def allocate(self, count: int, domain: int = COMMON_DOMAIN) -> int:
+        """First page of a range of `count` pages that a domain owns.
+
+        Raises:
+            RequestError: count is not positive, or there is no such domain.
+            CapacityError: no free range is that long.
+        """
+        _check_domain(domain)
+        if count < 1:
+            raise RequestError(f"a page range must have at least one page, not {count}")
+        self._give_back()
+        self._send()
+        if domain == COMMON_DOMAIN:
+            return self._common.allocate(count)
+        mine = self._others.get(domain)
+        if mine is None or mine.largest < count:
+            self._extend(domain, count)
+            mine = self._others[domain]
+        return mine.allocate(count)
+
+    def free(self, first: int) -> None:
+        """Give the range that begins at page `first` back.
+
+        Raises:
+            RequestError: no allocated range begins there.
+        """
+        self._others.get(self.owner(first >> self._bits), self._common).free(first)
+        self._give_back()
+        self._send()
+
+    # Regions.
+
+    def _pages_of(self, region: int) -> tuple[int, int]:
+        """First page of a region, and how many it has."""
+        first = region << self._bits
+        return first, min(1 << self._bits, self.pages - first)
+
+    def _whole(self) -> list[int]:
+        """Regions of domain 1 that are free."""
+        found: list[int] = []
+        for first, count in self._common._free:
+            last = self.regions if first + count == self.pages else first + count >> self._bits
+            found += range(-(-first >> self._bits), last)
+        return found
+
+    def _reach(self, domain: int) -> list[tuple[int, int]]:
+        """What a domain has free, together with the free regions: ranges, sorted, never adjacent."""
+        union = DramAllocator(0)
+        if domain in self._others:
+            union._free = list(self._others[domain]._free)
+        for region in self._whole():
+            union._join(*self._pages_of(region))
+        return union._free
+
+    def _extend(self, domain: int, count: int) -> None:
+        """Take the fewest regions with which a domain has `count` free pages in a row."""
+        best: tuple[int, int, list[int]] | None = None
+        whole = self._whole()
+        mine = [] if domain not in self._others else [first for first, _ in self._others[domain]._free]
+        ranges = self._reach(domain)
+        begins = sorted([*mine, *(region << self._bits for region in whole)])
+        for first, length in ranges:
+            for begin in begins[bisect_left(begins, first) : bisect_right(begins, first + length - count)]:
+                over = range(begin >> self._bits, (begin + count - 1 >> self._bits) + 1)
+                wanted = [region for region in over if self.owner(region) != domain]
+                if best is None or (len(wanted), -begin) < best[:2]:
+                    best = len(wanted), -begin, wanted
+        if best is None:
+            raise _dram_full(count, self.largest_for(domain), sum(length for _, length in ranges), self.pages)
+        for region in best[2]:
+            self._released(*self._pages_of(region))
+        for region in best[2]:
+            first, length = self._pages_of(region)
+            self._common._cut(first, length)
+            self._owners[region] = domain
+            self._unsent.add(region)
+            other = self._others.setdefault(domain, DramAllocator(0))
+            other.pages = self.pages
+            other._join(first, length)
+        self._send()
+
+    def _give_back(self) -> None:
+        """Regions of other domains in which nothing is allocated become domain 1's."""
+        for region, domain in sorted(self._owners.items()):
+            other, (first, count) = self._others[domain], self._pages_of(region)
+            if not other._has(first, count):
+                continue
+            self._released(first, count)
+            other._cut(first, count)
+            del self._owners[region]
+            self._unsent.add(region)
+            if not other._free and not other._used:
+                del self._others[domain]
+            self._common._join(first, count)
+
+    def _send(self) -> None:
+        """Tell the device the owners that it may not know."""
+        while self._unsent:
+            first = last = min(self._unsent)
+            domain = self.owner(first)
+            while last + 1 in self._unsent and self.owner(last + 1) == domain:
+                last += 1
+            self._grant(first, last + 1 - first, domain)
+            self._unsent.difference_update(range(first, last + 1))
+
+
+def _dram_full(count: int, largest: int, free: int, pages: int) -> CapacityError:
+    return CapacityError(
+        f"the device DRAM is full: {count} consecutive pages are wanted, the longest free range has {largest} "
+        f"({free} of {pages} are free); free a sequence, or give the device more DRAM")
+
+
+def _check_domain(domain: int) -> None:
+    if isinstance(domain, bool) or not isinstance(domain, int) or not COMMON_DOMAIN <= domain < DOMAINS:
+        raise RequestError(f"domain must be an int from {COMMON_DOMAIN} to {DOMAINS - 1}, not {domain!r}")

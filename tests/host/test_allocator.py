@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvattic.allocator import DramAllocator, Remap, ZoneAllocator
+from kvattic.allocator import DomainDram, DramAllocator, Remap, ZoneAllocator
 from kvattic.config import PAPER, TINY
 from kvattic.errors import CapacityError, RequestError
 from kvattic.layout import Block, PagePlace, page_number, page_place
@@ -27,17 +27,20 @@ class Flash:
         self.map = {}
         self.next = {}
         self.erases = {}
+        self.owners = dict.fromkeys(range(config.part.blocks), 1)
+        self.grants = []
 
     def block(self, channel, page):
         place = page_place(page, self.config)
         return Block(channel, place.die, place.plane, self.map.get((channel, *place._replace(page=0)), place.zone))
 
-    def program(self, channel, page, run=1):
+    def program(self, channel, page, run=1, domain=1):
         for number in range(page, page + run):
             block, place = self.block(channel, number), page_place(number, self.config)
             assert place.zone < self.config.part.blocks
             assert place.page < self.config.part.pages
             assert self.next.get(block, 0) == place.page, f"{block}: page {place.page} is not the next one"
+            assert self.owners[place.zone] == domain
             self.next[block] = place.page + 1
 
     def erase(self, places):
@@ -53,10 +56,25 @@ class Flash:
         for channel, page, block in remaps:
             self.map[channel, *page_place(page, self.config)._replace(page=0)] = block
 
+    def grant(self, zones, domain):
+        """What a zone holds never changes hands."""
+        for zone in zones:
+            if domain != 0 and self.owners[zone] not in (None, domain):
+                assert not self.holds(zone)
+            self.owners[zone] = domain
+        self.grants.append((list(zones), domain))
+
+    def holds(self, zone):
+        """Blocks of a zone that are written, as the device finds them."""
+        pages = [page_number(PagePlace(zone, 0, die, plane), self.config) for die in range(self.config.dies)
+                 for plane in range(self.config.part.planes)]
+        blocks = {self.block(channel, page) for channel in range(self.config.channels) for page in pages}
+        return blocks & self.next.keys()
+
 
 def allocator_of(config=TINY, *, flash=None, **options):
     flash = flash or Flash(config)
-    made = ZoneAllocator(config, erase=flash.erase, remap=flash.remap, **options)
+    made = ZoneAllocator(config, erase=flash.erase, remap=flash.remap, grant=flash.grant, **options)
     made.send_remaps()
     return made, flash
 
@@ -471,6 +489,191 @@ def test_random_lives_keep_the_rules(steps, run):
     assert allocator.free_zones == allocator.zones
 
 
+# Domains.
+
+
+def fill(allocator, flash, allocation, count=ZONE, channel=0):
+    pages = [allocator.take(allocation, channel) for _ in range(count)]
+    for page in pages:
+        flash.program(channel, page, allocation.run, allocation.domain)
+    return pages
+
+
+def test_zones_are_shared_inside_of_a_domain_only():
+    allocator, flash = allocator_of()
+    users = {domain: [allocator.create([2, 2], domain=domain) for _ in range(2)] for domain in (1, 2, 9)}
+    zones = {domain: {zone_of(page) for user in of for page in fill(allocator, flash, user, 2)}
+             for domain, of in users.items()}
+    assert zones == {1: {0}, 2: {1}, 9: {2}}
+    assert flash.grants == [([1], 2), ([2], 9)]
+    assert [allocator.owner(zone) for zone in range(4)] == [1, 2, 9, 1]
+    # What was given back is reserved for the domain.
+    page = allocator.take(users[2][0], 0)
+    allocator.give_back(users[2][0], 0, page)
+    assert allocator.take(users[2][1], 0) == page
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_zone_changes_its_owner_when_it_is_taken_and_erased(at_once):
+    allocator, flash = allocator_of(erase_on_free=at_once, spare_blocks=BLOCKS - 1)    # a single zone
+    for domain, grants in [(1, 0), (2, 1), (2, 1), (1, 2), (3, 3), (2, 4)]:
+        allocation = allocator.create([ZONE, 0], domain=domain)
+        fill(allocator, flash, allocation)
+        assert allocator.owner(0) == flash.owners[0] == domain
+        assert len(flash.grants) == grants
+        allocator.release(allocation)
+        assert bool(flash.next) is not at_once
+
+
+def test_a_domain_number_is_used_again_with_nothing_left_of_before():
+    allocator, flash = allocator_of(erase_on_free=False)
+    first, second = (allocator.create([ZONE, 0], domain=2) for _ in range(2))
+    common = allocator.create([ZONE, 0])
+    for allocation in (first, second, common):
+        fill(allocator, flash, allocation)
+    allocator.release(first, common)
+    allocator.create([1, 0], domain=2)      # of the same one: it trusts itself
+    assert flash.holds(0)
+    allocator.release(second, *[a for a in allocator._allocations if a.domain == 2 and a is not second])
+    assert flash.holds(0)
+    assert flash.holds(1)
+    allocator.create([1, 0], domain=2)
+    assert not flash.holds(0)
+    assert not flash.holds(1)
+    assert flash.holds(2)
+
+
+def test_owners_are_sent_again():
+    allocator, flash = allocator_of()
+    fill(allocator, flash, allocator.create([1, 1], domain=7), 1)
+    flash.owners = dict.fromkeys(flash.owners)      # nobody's, as after power-up
+    allocator.send_owners()
+    assert [flash.owners[zone] for zone in range(allocator.zones)] == [7] + [1] * (allocator.zones - 1)
+    assert flash.grants[-2:] == [(list(range(1, allocator.zones)), 1), ([0], 7)]
+
+
+def test_a_grant_that_raises_is_repeated():
+    allocator, flash = allocator_of()
+    allocation = allocator.create([ZONE, 0], domain=2)
+    good, allocator._grant = allocator._grant, lambda zones, domain: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        allocator.take(allocation, 0)
+    assert allocator.owner(0) == 0
+    assert allocator.free_zones == allocator.zones
+    allocator._grant = good
+    common = allocator.create([ZONE, 0])
+    assert zone_of(fill(allocator, flash, common)[0]) == 0
+    assert flash.grants == [([0], 1)]
+    assert zone_of(fill(allocator, flash, allocation)[0]) == 1
+
+
+def test_what_cannot_be_erased_never_becomes_anothers():
+    # No spares on this plane: a block that stays as it is, is reachable for ever.
+    bad = [Block(0, 0, 0, BLOCKS - 1)]
+    allocator, flash = allocator_of(flash=Flash(TINY, worn=[Block(0, 0, 0, zone) for zone in range(2)]), bad_blocks=bad)
+    isolated = allocator.create([ZONE, 0], domain=2)
+    common = allocator.create([ZONE, 0])
+    assert zone_of(fill(allocator, flash, isolated)[0]) == 0
+    assert zone_of(fill(allocator, flash, common)[0]) == 1
+    allocator.release(isolated)
+    allocator.release(common)
+    assert flash.holds(0)
+    assert flash.holds(1)
+    assert allocator.free_zones == allocator.zones - 1
+    # One for domain 1 alone, and one for nobody.
+    with pytest.raises(CapacityError, match=rf"{allocator.zones - 1} zones .* are wanted; {allocator.zones - 1} of"):
+        allocator.create([(allocator.zones - 1) * ZONE, 0], domain=3)
+    isolated = allocator.create([(allocator.zones - 2) * ZONE, 0], domain=3)
+    common = allocator.create([ZONE - PAGES, 0])
+    assert {zone_of(page) for page in fill(allocator, flash, common, ZONE - PAGES)} == {1}
+    pages = fill(allocator, flash, isolated, (allocator.zones - 2) * ZONE)
+    assert {zone_of(page) for page in pages} == set(range(2, allocator.zones))
+    assert allocator.owner(0) == 2
+    # Nor has it those that get the number.
+    with pytest.raises(CapacityError):
+        allocator.create([1, 0], domain=2)
+    assert allocator.owner(0) == flash.owners[0] == 0
+    allocator.release(common)
+    allocator.release(isolated)
+    assert allocator.free_zones == allocator.zones - 1
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_data_on_a_lost_die_never_become_anothers(at_once):
+    allocator, flash = allocator_of(erase_on_free=at_once)
+    isolated, common = allocator.create([ZONE, 0], domain=2), allocator.create([ZONE, 0])
+    for allocation in (isolated, common):
+        fill(allocator, flash, allocation, 4)
+    allocator.lose_die(0, 0)
+    allocator.release(isolated, common)
+    assert allocator.free_zones == allocator.zones - 1
+    third = allocator.create([3 * ZONE // 2, 0], domain=3)
+    zones = {zone_of(allocator.take(third, 0)) for _ in range(3 * ZONE // 2)}
+    assert not zones & {0, 1}
+    assert flash.holds(0)
+
+
+def test_a_die_lost_while_an_isolated_zone_is_erased():
+    allocator, flash = allocator_of(erase_on_free=False, spare_blocks=BLOCKS - 1)
+    isolated = allocator.create([ZONE, 0], domain=2)
+    fill(allocator, flash, isolated)
+    allocator.release(isolated)
+
+    def erase(places):
+        allocator.lose_die(0, 1)
+        return [good and flash.block(c, p).die != 1 for (c, p), good in zip(places, flash.erase(places), strict=True)]
+
+    allocator._erase = erase
+    common = allocator.create([1, 0])
+    with pytest.raises(CapacityError, match="the flash is full"):
+        allocator.take(common, 0)
+    assert allocator.free_zones == 0
+    assert flash.owners[0] == 2
+
+
+def test_bad_domains():
+    allocator, _ = allocator_of()
+    for domain in (0, 256, -1, True, 1.0, None):
+        with pytest.raises(RequestError, match=rf"domain must be an int from 1 to 255, not {domain!r}"):
+            allocator.create([1, 1], domain=domain)
+        with pytest.raises(RequestError, match=rf"domain must be an int from 1 to 255, not {domain!r}"):
+            DomainDram(8, 2).allocate(1, domain)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 40), st.integers(0, 11)), max_size=80), st.booleans(),
+       st.integers(0, 3))
+def test_random_lives_of_domains(steps, at_once, worn):
+    """What one domain wrote is never in a zone of another, whatever fails (see Flash.grant)."""
+    flash = Flash(TINY, worn=[Block(0, die, 0, die) for die in range(worn % 3)])
+    allocator, _ = allocator_of(flash=flash, spare_blocks=1, erase_on_free=at_once)
+    live = {}
+    for number, count, fails in steps:
+        if number not in live:
+            try:
+                live[number] = allocator.create([count, 40 - count], domain=1 + number % 4)
+            except CapacityError:
+                continue
+        elif count % 5 == 0:
+            allocator.release(live.pop(number))
+        else:
+            for i in range(count):
+                try:
+                    page = allocator.take(live[number], i % 2)
+                except CapacityError:
+                    break
+                flash.program(i % 2, page, 1, live[number].domain)
+                if fails == 0 and i == 0:
+                    allocator.failed(0, page)
+        if fails == 1:
+            allocator.lose_die(0, 1)
+        for zone in range(allocator.zones):
+            assert allocator.owner(zone) == flash.owners[zone]
+    for allocation in live.values():
+        allocator.release(allocation)
+    for zone in allocator._clean - allocator._marked:
+        assert not flash.holds(zone)
+
+
 # DRAM.
 
 
@@ -544,3 +747,162 @@ def test_equals_a_map_of_pages(steps):
         assert allocator.free_pages == owned.count(False)
         runs = "".join("x" if page else "." for page in owned).split("x")
         assert allocator.largest == max(len(run) for run in runs)
+
+
+class Dram:
+    """Owners of regions as the device has them, and whose data the pages hold."""
+
+    def __init__(self, pages, region_bits):
+        self.bits = region_bits
+        self.owners = [0] * -(-pages >> region_bits)
+        self.data = [0] * pages
+        self.calls = []
+
+    def grant(self, first, count, domain):
+        for region in range(first, first + count):
+            pages = self.data[region << self.bits : region + 1 << self.bits]
+            assert self.owners[region] in (0, domain) or not any(pages)
+            self.owners[region] = domain
+        self.calls.append((first, count, domain))
+
+    def released(self, first, count):
+        self.data[first : first + count] = [0] * count
+        self.calls.append((first, count))
+
+    def write(self, first, count, domain):
+        for page in range(first, first + count):
+            assert self.owners[page >> self.bits] == domain
+            self.data[page] = domain
+
+
+def dram_of(pages, bits):
+    dram = Dram(pages, bits)
+    allocator = DomainDram(pages, bits, dram.grant, dram.released)
+    allocator.send_owners()
+    assert dram.calls == [(0, len(dram.owners), 1)] * (pages > 0)
+    dram.calls.clear()
+    return allocator, dram
+
+
+def test_domains_take_whole_regions_and_give_them_back():
+    allocator, dram = dram_of(32, 3)
+    assert allocator.allocate(3) == 0
+    first = allocator.allocate(9, 2)
+    assert first == 16
+    assert dram.calls == [(16, 8), (24, 8), (2, 2, 2)]
+    assert (allocator.free_pages, allocator.largest, allocator.largest_for(2)) == (13, 13, 8)
+    assert (allocator.largest_for(1), allocator.largest_for(3)) == (13, 8)
+    dram.calls.clear()
+    second = allocator.allocate(7, 2)           # in what it has
+    assert second == 25
+    third = allocator.allocate(1, 2)            # the next region
+    assert third == 8
+    assert dram.calls == [(8, 8), (1, 1, 2)]
+    assert [allocator.owner(region) for region in range(4)] == [1, 2, 2, 2]
+    dram.calls.clear()
+    allocator.free(first)                       # the upper region has pages of the second range
+    assert dram.calls == [(16, 8), (2, 1, 1)]
+    allocator.free(third)
+    allocator.free(second)
+    assert dram.owners == [1, 1, 1, 1]
+    assert allocator.free_pages == 29
+    allocator.free(0)
+    assert allocator.allocate(32) == 0
+
+
+def test_a_region_that_a_domain_has_is_used_with_its_neighbour():
+    allocator, dram = dram_of(32, 3)
+    low = allocator.allocate(8)
+    assert (low, allocator.allocate(6, 2)) == (0, 24)
+    allocator.allocate(8, 3)                    # region 2, so that nothing joins region 3 from below
+    assert allocator.allocate(2, 2) == 30
+    assert allocator.allocate(4, 2) == 8
+    allocator.free(low)
+    assert allocator.allocate(8, 2) == 0        # region 0 alone: what is free of region 1 does not lie beside it
+    assert dram.owners == [2, 2, 3, 2]
+    allocator.free(8)
+    assert dram.owners == [2, 1, 3, 2]
+    assert allocator.allocate(8, 2) == 8
+    with pytest.raises(CapacityError, match=r"1 consecutive pages .* longest free range has 0 \(0 of 32"):
+        allocator.allocate(1)
+
+
+def test_the_last_region_may_be_a_part_of_one():
+    allocator, dram = dram_of(13, 2)
+    assert allocator.regions == 4
+    assert allocator.allocate(1, 2) == 12
+    assert allocator.allocate(1, 2) == 8
+    allocator.free(12)
+    assert dram.calls == [(12, 1), (3, 1, 2), (8, 4), (2, 1, 2), (12, 1), (3, 1, 1)]
+    assert allocator.largest_for(3) == 8
+    with pytest.raises(CapacityError, match=r"9 consecutive pages are wanted, the longest free range has 8"):
+        allocator.allocate(9, 4)
+
+
+def test_hooks_that_raise_leave_regions_to_be_given_again():
+    allocator, dram = dram_of(16, 2)
+    allocator._grant = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        allocator.allocate(4, 2)
+    allocator._grant = dram.grant
+    assert allocator.allocate(16) == 0
+    assert dram.owners == [1] * 4
+    allocator.free(0)
+    first = allocator.allocate(4, 2)
+    dram.write(first, 4, 2)
+    allocator._released = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        allocator.free(first)
+    with pytest.raises(ZeroDivisionError):
+        allocator.allocate(1, 3)
+    assert dram.owners[3] == allocator.owner(3) == 2
+    allocator._released = dram.released
+    assert allocator.allocate(16) == 0
+    assert not any(dram.data)
+    assert dram.owners == [1] * 4
+
+
+def test_bad_domain_dram_calls():
+    allocator, _ = dram_of(16, 2)
+    with pytest.raises(RequestError, match="at least one page, not 0"):
+        allocator.allocate(0, 2)
+    with pytest.raises(RequestError, match="no allocated range begins at page 12"):
+        allocator.free(12)
+    assert allocator.allocate(1, 2) == 12
+    with pytest.raises(RequestError, match="no allocated range begins at page 13"):
+        allocator.free(13)
+    with pytest.raises(RequestError, match="pages must not be negative, as -1 is"):
+        DomainDram(-1, 2)
+    with pytest.raises(RequestError, match="region_bits must not be negative, as -1 is"):
+        DomainDram(1, -1)
+    assert DomainDram(0, 3).largest_for(2) == 0
+
+
+@given(st.lists(st.tuples(st.integers(-20, 12), st.integers(1, 4)), max_size=60), st.integers(0, 3),
+       st.integers(30, 41))
+def test_domains_never_meet(steps, bits, size):
+    allocator, dram = dram_of(size, bits)
+    held = {}
+    for step, domain in steps:
+        if step > 0:
+            largest = allocator.largest_for(domain)
+            if step <= largest:
+                first = allocator.allocate(step, domain)
+                dram.write(first, step, domain)
+                assert not any(first < f + c and f < first + step for f, (c, _) in held.items())
+                held[first] = step, domain
+            else:
+                with pytest.raises(CapacityError, match=f"the longest free range has {largest} "):
+                    allocator.allocate(step, domain)
+        elif held:
+            first = sorted(held)[-step % len(held)]
+            allocator.free(first)
+            del held[first]
+        regions = {page >> bits: d for f, (c, d) in held.items() for page in range(f, f + c)}
+        for region, owner in enumerate(dram.owners):
+            assert allocator.owner(region) == owner
+            assert regions.get(region, owner) == owner
+            assert owner == 1 or region in regions
+    for first in held:
+        allocator.free(first)
+    assert allocator.largest == size
