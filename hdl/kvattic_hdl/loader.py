@@ -1,14 +1,20 @@
-"""Fetches commands, queries and tables, checks them, loads and starts the lanes, hands flash commands over."""
+"""Fetches commands, queries and tables, checks them, loads and starts the lanes, hands all other commands over."""
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed
 from amaranth.lib import data, stream, wiring
+from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out, connect, flipped
 from amaranth.utils import bits_for, ceil_log2
 
 from kvattic.commands import (
+    ADMIN_OPCODES,
     COMMAND,
+    DATA_COMMAND,
     FLASH_COMMAND,
+    GRANT_COMMAND,
+    IDENTIFY_BYTES,
     LINE_BYTES,
+    QUEUE_COMMAND,
     ROW,
     TABLE_ENTRY,
     Field,
@@ -20,13 +26,13 @@ from kvattic.commands import (
 )
 from kvattic.config import ELEMENT_BYTES, Config
 from kvattic.formats import SCORE_WINDOW_FRACTION
+from kvattic.registers import COUNTERS, QUEUES
 
 from .arithmetic import times
 from .axi import AXI_READ, LINE_ADDRESS_BITS, LINE_WORDS, ReadLines
 from .checks import HALF, SIZE_BITS, SPARSE_FIELDS, ModeCheck, NanCheck, SketchCheck, TableCheck, Window
 from .interfaces import (
     EPOCH_BITS,
-    INDEX_BITS,
     K_OFFSET_BITS,
     OPCODE_BITS,
     PAGE_BITS,
@@ -36,6 +42,13 @@ from .interfaces import (
 from .ranker import Ranker
 from .records import WORD_BYTES, field_of_word, word_of
 
+FLASH_OPCODES = (Opcode.PROGRAM, Opcode.ERASE, Opcode.PROBE, Opcode.MAP)
+DATA_OPCODES = (Opcode.IDENTIFY, Opcode.COUNTERS)
+QUEUE_OPCODES = (Opcode.CREATE_QUEUE, Opcode.DELETE_QUEUE)
+UNKNOWN_IDENTIFIER = 0xFFFF
+"""In the completion of a command that could not be read."""
+OWNER_CYCLES = 5
+"""From the last entry of a table on, until the owners' judgement is there."""
 BLOCKS = ("query", "result", "table", "mean")
 """What a command's addresses are of; `where` of INVALID_ADDRESS is the number.  Only SPARF and FETCHED have a mean."""
 OUTSTANDING = 16
@@ -44,29 +57,34 @@ WORD_ELEMENTS = WORD_BYTES // ELEMENT_BYTES
 FP32_BITS, FP32_FRACTION, FP32_EXPONENT, FP32_BIAS = 32, 23, 8, 127
 
 
+FETCH = data.StructLayout({"queue": range(QUEUES), "line": LINE_ADDRESS_BITS})
+"""A command to be fetched: its queue, its line of host memory."""
+
+
 class Loader(wiring.Component):
-    """Fetches and checks a batch's commands, loads the lanes and starts the jobs, hands flash commands over.
+    """Fetches and checks commands, loads the lanes and starts the jobs, hands flash and admin commands over.
 
     Latency: for a job of one row about the memory's latency + 17 cycles of checking + a cycle for
     each word of its query block and its table.  The next command is requested right behind these,
-    so its fetch costs its eight words only.  A flash command takes the memory's latency + 15 cycles.
+    so its fetch costs its eight words only.  A flash command takes the memory's latency + 19 cycles.
     A CENTROID job has two words for each stripe.  SPARF and FETCHED take two cycles more for their
     checks; the `Ranker`'s digits, or a cycle for each word of table and mean if these take longer;
     the `Ranker`'s time from `go` to `done`; three cycles.
     Throughput: one word a cycle while a block arrives; one job at a time.
-    Ordering: jobs leave in the order of the commands, and so do flash commands; a job's `start`
-    comes two cycles or more after the last `load`, its record on `jobs` one cycle or more after its
-    `start`.
-    Reset: no batch; the epoch goes on, so that codewords of jobs before the reset are recognised as
+    Ordering: jobs leave in the order in which they are fetched, and so do flash and admin commands; a
+    job's `start` comes two cycles or more after the last `load`, its record on `jobs` one cycle or
+    more after its `start`.  A flash command that nobody takes waits beside, with its queue on `hold`.
+    Reset: no command; the epoch goes on, so that codewords of jobs before the reset are recognised as
     stale.  Reads under way must have ended before: raise `stop` until `quiet`.
 
     A command that fails its checks becomes a job without lanes, of mode DENSE; so does one with a
     bad query block, table or mean.  The first that applies is reported: BUS_ERROR of the command
-    line, INVALID_OPCODE, INVALID_FIELD; for ATTEND: INVALID_ROWS, INVALID_LENGTH, INVALID_SELECTION
-    (channels, units, local, unit_bits), MISSING_MEAN, INVALID_ADDRESS (query, result, table, mean),
-    INVALID_SCALE, BUS_ERROR of query block, table or mean, INVALID_TABLE, NO_SKETCH, NAN_QUERY,
-    NAN_MEAN; for flash commands: INVALID_PLACE.  `where` is zero for those that commands.Status
-    gives none.  Without `config.sparse` there is no mode but DENSE.
+    line, INVALID_OPCODE, NOT_PERMITTED (opcode), INVALID_FIELD; for ATTEND: INVALID_ROWS,
+    INVALID_LENGTH, INVALID_SELECTION (channels, units, local, unit_bits), MISSING_MEAN,
+    INVALID_ADDRESS (query, result, table, mean), INVALID_SCALE, NOT_PERMITTED (domain), BUS_ERROR of
+    query block, table or mean, INVALID_TABLE, NOT_OWNED, NO_SKETCH, NAN_QUERY, NAN_MEAN; for flash
+    commands: INVALID_PLACE, NOT_PERMITTED (domain), NOT_OWNED.  `where` is zero for those that
+    commands.Status gives none.  Without `config.sparse` there is no mode but DENSE.
 
     Parameters
     ----------
@@ -77,15 +95,27 @@ class Loader(wiring.Component):
     -------
     bus : Out(AXI_READ)
         Host memory.
-    batch_start : In(1)
-        Strobe: run the `count` commands from `command_base` on.  Only when all jobs of the last
-        batch have ended.
-    command_base : In(64)
-        Address of the first command; its low six bits are ignored.
-    count : In(16)
-        Number of commands, at least 1.
-    buffer_base, buffer_limit : In(64)
-        Query blocks, result blocks, tables and means must be inside of this window.
+    fetch : In(stream of FETCH)
+        Line of the next command, and its queue.
+    hold : Out(QUEUES)
+        Fetch nothing from this queue: a flash command of it waits for its channel.
+    create_valid, create_queue : In(1), In(3)
+        Strobe: this queue is created.  Its window is the one of the CREATE_QUEUE that was taken from
+        `admin` last; that of queue 0 is `admin_base` to `admin_limit`.
+    admin_base, admin_limit : In(64)
+        The registers.
+    domain, page, dram_page : Out(8), Out(24), Out(24)
+        What the current command names, for `Owners`.
+    domain_queues : In(QUEUES)
+        Queues that may name the domain.
+    page_owned, dram_owned : In(1)
+        The pages of the flash command are the domain's.
+    entry_number : Out(16)
+        Number of the stripe that is being loaded.
+    owner_clear : Out(1)
+        A new table will come.
+    not_owned, not_owned_where : In(1), In(16)
+        An entry of the table is not the domain's; the first.
     load_valid, load : Out(1), Out(Shapes.load)
         Written to all lanes.
     start_valid, start : Out(1), Out(Shapes.start)
@@ -96,6 +126,8 @@ class Loader(wiring.Component):
         The jobs.
     flash : Out(stream of Shapes.flash_command)
         Flash commands that passed their checks; they take no slot.
+    admin : Out(stream of Shapes.admin_command)
+        The commands for `Admin`.
     freed : In(1)
         Strobe: a slot is free again.
     bus_error : Out(1)
@@ -107,11 +139,22 @@ class Loader(wiring.Component):
     """
 
     bus: wiring.PureInterface
-    batch_start: Signal
-    command_base: Signal
-    count: Signal
-    buffer_base: Signal
-    buffer_limit: Signal
+    fetch: stream.Interface
+    hold: Signal
+    create_valid: Signal
+    create_queue: Signal
+    admin_base: Signal
+    admin_limit: Signal
+    domain: Signal
+    page: Signal
+    dram_page: Signal
+    domain_queues: Signal
+    page_owned: Signal
+    dram_owned: Signal
+    entry_number: Signal
+    owner_clear: Signal
+    not_owned: Signal
+    not_owned_where: Signal
     load_valid: Signal
     load: data.View
     start_valid: Signal
@@ -120,6 +163,7 @@ class Loader(wiring.Component):
     mean: data.View
     jobs: stream.Interface
     flash: stream.Interface
+    admin: stream.Interface
     freed: Signal
     bus_error: Signal
     stop: Signal
@@ -131,11 +175,22 @@ class Loader(wiring.Component):
         super().__init__(
             {
                 "bus": Out(AXI_READ),
-                "batch_start": In(1),
-                "command_base": In(64),
-                "count": In(16),
-                "buffer_base": In(64),
-                "buffer_limit": In(64),
+                "fetch": In(stream.Signature(FETCH)),
+                "hold": Out(QUEUES),
+                "create_valid": In(1),
+                "create_queue": In(range(QUEUES)),
+                "admin_base": In(64),
+                "admin_limit": In(64),
+                "domain": Out(8),
+                "page": Out(PAGE_BITS),
+                "dram_page": Out(PAGE_BITS),
+                "domain_queues": In(QUEUES),
+                "page_owned": In(1),
+                "dram_owned": In(1),
+                "entry_number": Out(16),
+                "owner_clear": Out(1),
+                "not_owned": In(1),
+                "not_owned_where": In(16),
                 "load_valid": Out(1),
                 "load": Out(shapes.load),
                 "start_valid": Out(1),
@@ -144,6 +199,7 @@ class Loader(wiring.Component):
                 "mean": Out(shapes.mean),
                 "jobs": Out(stream.Signature(shapes.job)),
                 "flash": Out(stream.Signature(shapes.flash_command)),
+                "admin": Out(stream.Signature(shapes.admin_command)),
                 "freed": In(1),
                 "bus_error": Out(1),
                 "stop": In(1),
@@ -182,28 +238,28 @@ class Loader(wiring.Component):
         def is_reserved(field: Field) -> bool:
             return field.name == "flags" or field.name.startswith("reserved") or field.name in not_built
 
-        # Fields at the same place of the two records share a register.
+        # Fields at the same place of the records share a register.
+        layouts = (FLASH_COMMAND, DATA_COMMAND, QUEUE_COMMAND, GRANT_COMMAND, COMMAND)
         stored = {
-            (f.offset, f.size): f
-            for f in (*FLASH_COMMAND.fields, *COMMAND.fields)
-            if not is_reserved(f)
+            (f.offset, f.size): f for layout in layouts for f in layout.fields if not is_reserved(f)
         }
         registers = {
             place: Signal(f.size * 8, name=f"command_{f.name}") for place, f in stored.items()
         }
-        command, flash_command = (
+        flash_command, _, queue_command, grant_command, command = (
             {f.name: registers[f.offset, f.size] for f in layout.fields if not is_reserved(f)}
-            for layout in (COMMAND, FLASH_COMMAND)
+            for layout in layouts
         )
         broken = Signal()  # an error answer in this command's line, query block, table or mean
-        reserved = Signal()  # a reserved byte of COMMAND was not zero
-        flash_reserved = Signal()  # of FLASH_COMMAND
+        # A reserved byte of this record was not zero.
+        reserved = {layout.name: Signal(name=f"reserved_{layout.name}") for layout in layouts}
         status = Signal(16)
         where = Signal(32)
-        batch_index = Signal(INDEX_BITS)
+        queue = Signal(range(QUEUES))
+        fetched_queue = Signal.like(queue)  # of the command that is on its way
 
         # The mode: constants where only DENSE is built.
-        length = Signal(HALF + 1)
+        length = Signal(TOKEN_BITS + 1)
         sparse = ranked = bad_mode = bad_selection = bad_selection_where = missing_mean = Const(0, 1)
         if config.sparse:
             m.submodules.mode_check = mode_check = ModeCheck(config)
@@ -217,9 +273,7 @@ class Loader(wiring.Component):
         # Requests: the query block's lines, the table's, the mean's, then the next command's.
         lane_stripes = config.ring_codewords // config.codewords_per_page
         all_stripes = config.channels * lane_stripes
-        command_line = Signal(LINE_ADDRESS_BITS)
-        commands_left = Signal(16)
-        want_command = Signal()
+        want_command = Signal(init=1)
         query_line, table_line = Signal(LINE_ADDRESS_BITS), Signal(LINE_ADDRESS_BITS)
         row_lines = query_row_bytes(config.head_dim) // LINE_BYTES
         line_entries = LINE_BYTES // TABLE_ENTRY.size
@@ -232,8 +286,9 @@ class Loader(wiring.Component):
         mean_left = Signal(range(mean_lines + 1))
         wanted = Signal()
         m.d.comb += [
-            read.lines.valid.eq(wanted | want_command),
-            read.lines.payload.eq(command_line),
+            read.lines.valid.eq(wanted | (want_command & self.fetch.valid)),
+            read.lines.payload.eq(self.fetch.payload.line),
+            self.fetch.ready.eq(want_command & read.lines.ready & ~wanted),
         ]
         for number, (line, left) in enumerate(
             ((query_line, query_left), (table_line, table_left), (mean_line, mean_left))
@@ -242,15 +297,8 @@ class Loader(wiring.Component):
                 m.d.comb += [wanted.eq(1), read.lines.payload.eq(line)]
                 with m.If(read.lines.ready):
                     m.d.sync += [line.eq(line + 1), left.eq(left - 1)]
-        with m.If(read.lines.ready & want_command & ~wanted):
-            m.d.sync += [command_line.eq(command_line + 1), want_command.eq(0)]
-        with m.If(self.batch_start):
-            m.d.sync += [
-                command_line.eq(self.command_base[-LINE_ADDRESS_BITS:]),
-                commands_left.eq(self.count - 1),
-                want_command.eq(1),
-                batch_index.eq(0),
-            ]
+        with m.If(self.fetch.valid & self.fetch.ready):
+            m.d.sync += [want_command.eq(0), fetched_queue.eq(self.fetch.payload.queue)]
 
         # Slots.
         slot = Signal(shapes.slot)
@@ -279,6 +327,8 @@ class Loader(wiring.Component):
         scale = command["scale"]
         scale_exponent = scale[FP32_FRACTION:][:FP32_EXPONENT]
         rows = command["rows"][: bits_for(config.rows)]
+        is_flash, is_data, is_queue, is_admin = (
+            Signal(name=name) for name in ("is_flash", "is_data", "is_queue", "is_admin"))
         k_offset = Signal(signed(K_OFFSET_BITS))
         opcode = command["opcode"]
 
@@ -301,7 +351,10 @@ class Loader(wiring.Component):
             m.d.comb += sizes["mean"].eq(mean_lines * LINE_BYTES)
         m.d.sync += [
             sizes["query"].eq(rows * query_row_bytes(config.head_dim)),
-            sizes["result"].eq(rows * result_row_bytes(config.head_dim)),
+            sizes["result"].eq(Mux(
+                is_data,
+                Mux(opcode == Opcode.IDENTIFY, IDENTIFY_BYTES, lines(8 * len(COUNTERS)) * LINE_BYTES),
+                rows * result_row_bytes(config.head_dim))),
             sizes["table"].eq(table_lines << ceil_log2(LINE_BYTES)),
             stripe_tokens.eq(config.tokens_per_page << stripe_bits),
             lane_limit.eq(lane_stripes >> stripe_bits),
@@ -311,9 +364,8 @@ class Loader(wiring.Component):
             bad_rows.eq((command["rows"] == 0) | (command["rows"] > config.rows)),
             bad_count.eq(stripes > (all_stripes >> stripe_bits)),
             bad_length.eq(
-                length[HALF]
+                length[TOKEN_BITS]
                 | ~length.any()
-                | command["end_token"][TOKEN_BITS:].any()
                 | (last_page >= end_page)
                 | (last_page + config.tokens_per_page < end_page)
             ),
@@ -326,57 +378,136 @@ class Loader(wiring.Component):
             ),
         ]
 
-        # Flash commands.
-        is_flash, bad_place, hand_over = Signal(), Signal(), Signal()
+        # Flash commands, and those that change or write what the drive knows of itself.
+        bad_place, not_permitted, not_domain = (
+            Signal(name=name) for name in ("bad_place", "not_permitted", "not_domain"))
+        hand_over = Signal()
         page, argument = flash_command["page"], flash_command["argument"]
+        admin_queue = queue == 0
         place_checks = [
             flash_command["channel"] >= config.channels,
             page >> config.zone_page_bits >= config.part.blocks,
             (opcode == Opcode.MAP) & (argument >= config.part.blocks),
-            (opcode == Opcode.PROGRAM) & argument[PAGE_BITS:].any(),
         ]
         if config.part.pages < 1 << config.block_page_bits:
             block_page = page[config.plane_bits + config.die_bits :][: config.block_page_bits]
             place_checks.append(block_page >= config.part.pages)
+        erase, probe, map_block = (opcode == code for code in (Opcode.ERASE, Opcode.PROBE, Opcode.MAP))
+        # Who owns it does not matter.
+        anybody = probe | map_block | (erase & admin_queue)
+        deleted = [queue_command[name].any() for name in ("entries", "submission", "completion", "base", "limit")]
         m.d.comb += [
-            is_flash.eq(
-                Cat(opcode == code for code in Opcode if code is not Opcode.ATTEND).any()
-            ),
-            hand_over.eq(is_flash & ~broken & ~bad_field & ~bad_place),
-            self.flash.payload.channel.eq(flash_command["channel"]),
-            self.flash.payload.operation.opcode.eq(opcode[:OPCODE_BITS]),
-            self.flash.payload.operation.page.eq(page),
-            self.flash.payload.operation.block.eq(argument),
-            self.flash.payload.operation.identity.eq(
-                Cat(batch_index, flash_command["identifier"])
-            ),
-            self.flash.payload.dram_page.eq(argument),
+            is_flash.eq(Cat(opcode == code for code in FLASH_OPCODES).any()),
+            is_data.eq(Cat(opcode == code for code in DATA_OPCODES).any()),
+            is_queue.eq(Cat(opcode == code for code in QUEUE_OPCODES).any()),
+            is_admin.eq(is_data | is_queue | (opcode == Opcode.GRANT)),
+            self.domain.eq(command["domain"]),
+            self.page.eq(page),
+            self.dram_page.eq(argument),
         ]
         m.d.sync += [
-            bad_opcode.eq(~is_flash & (opcode != Opcode.ATTEND)),
-            bad_field.eq(
-                Mux(
-                    is_flash,
-                    flash_reserved
-                    | (((opcode == Opcode.ERASE) | (opcode == Opcode.PROBE)) & argument.any()),
-                    reserved
-                    | bad_mode
-                    | ~Cat(stripe_pages == pages for pages in legal_pages).any(),
-                )
+            bad_opcode.eq(~is_flash & ~is_admin & (opcode != Opcode.ATTEND)),
+            not_permitted.eq((opcode >= ADMIN_OPCODES) & ~admin_queue),
+            not_domain.eq(
+                ~self.domain_queues.bit_select(queue, 1) | command["domain"][len(self.domain) :].any()
             ),
             bad_place.eq(Cat(place_checks).any()),
         ]
+        with m.If(is_flash):
+            m.d.sync += bad_field.eq(
+                reserved["FlashCommand"]
+                | ((erase | probe) & argument.any())
+                | (anybody & flash_command["domain"].any())
+            )
+        with m.Elif(is_data):
+            m.d.sync += bad_field.eq(reserved["DataCommand"])
+        with m.Elif(is_queue):
+            m.d.sync += bad_field.eq(
+                reserved["QueueCommand"] | ((opcode == Opcode.DELETE_QUEUE) & Cat(deleted).any()))
+        with m.Elif(is_admin):
+            m.d.sync += bad_field.eq(reserved["GrantCommand"])
+        with m.Else():
+            m.d.sync += bad_field.eq(
+                reserved["Command"] | bad_mode | ~Cat(stripe_pages == pages for pages in legal_pages).any())
+        not_owned = ~self.page_owned | ((opcode == Opcode.PROGRAM) & ~self.dram_owned)
+        good = ~broken & ~bad_opcode & ~not_permitted & ~bad_field
+        m.d.comb += hand_over.eq(
+            good & (is_admin | (is_flash & ~bad_place & (anybody | (~not_domain & ~not_owned)))))
+
+        # They wait in registers of their own, so that commands of other queues can pass.
+        flash, admin = Signal(shapes.flash_command), Signal(shapes.admin_command)
+        flash_valid, admin_valid = Signal(), Signal()
+        flash_queue = Signal.like(queue)
+        park_flash, park_admin = Signal(), Signal()
+        m.d.comb += [
+            self.flash.valid.eq(flash_valid),
+            self.flash.payload.eq(flash),
+            self.admin.valid.eq(admin_valid),
+            self.admin.payload.eq(admin),
+            self.hold.eq(Mux(flash_valid, 1 << flash_queue, 0)),
+        ]
+        with m.If(self.flash.ready):
+            m.d.sync += flash_valid.eq(0)
+        with m.If(park_flash):
+            m.d.sync += [
+                flash_valid.eq(1),
+                flash_queue.eq(queue),
+                flash.channel.eq(flash_command["channel"]),
+                flash.operation.opcode.eq(opcode[:OPCODE_BITS]),
+                flash.operation.page.eq(page),
+                flash.operation.block.eq(argument),
+                flash.operation.identity.eq(
+                    Cat(queue, Const(0, 16 - len(queue)), flash_command["identifier"])),
+                flash.dram_page.eq(argument),
+            ]
+        window_shape = data.StructLayout({"base": 64, "limit": 64})
+        given, taken_window = Signal(window_shape), Signal(window_shape)
+        with m.If(self.admin.ready):
+            m.d.sync += admin_valid.eq(0)
+            with m.If(admin_valid):
+                m.d.sync += taken_window.eq(given)
+        with m.If(park_admin):
+            m.d.sync += [
+                admin_valid.eq(1),
+                admin.opcode.eq(opcode),
+                admin.queue.eq(queue),
+                admin.identifier.eq(command["identifier"]),
+                admin.number.eq(queue_command["queue"]),
+                admin.entries.eq(queue_command["entries"]),
+                admin.first.eq(grant_command["first"]),
+                admin.count.eq(grant_command["count"]),
+                admin.domain.eq(grant_command["domain"]),
+                admin.submission.eq(queue_command["submission"]),
+                admin.completion.eq(queue_command["completion"]),
+                admin.bad_address.eq(window.bad[BLOCKS.index("result")]),
+                given.base.eq(queue_command["base"]),
+                given.limit.eq(queue_command["limit"]),
+            ]
+
+        # The window of each queue, in which its commands' blocks must lie.
+        m.submodules.windows = windows = Memory(
+            shape=window_shape, depth=QUEUES, init=[], attrs={"ram_style": "distributed"})
+        window_write, window_read = windows.write_port(), windows.read_port(domain="comb")
+        m.d.comb += [
+            window_write.en.eq(self.create_valid),
+            window_write.addr.eq(self.create_queue),
+            window_write.data.eq(taken_window),
+            window_read.addr.eq(queue),
+        ]
+        with m.If(self.create_queue == 0):
+            m.d.comb += [
+                window_write.data.base.eq(self.admin_base), window_write.data.limit.eq(self.admin_limit)]
 
         step = Signal(4)
         address_steps = Mux(ranked, 2 * len(BLOCKS), 2 * len(BLOCKS[:-1]))
         judge = address_steps + 2  # the window's three cycles
-        flash_judge = 2
+        flash_judge = 5  # the owners' three cycles
         block = step[1:][: len(window.which)]
         m.d.comb += [
             window.high.eq(step[0]),
             window.which.eq(block),
-            window.base.eq(self.buffer_base.word_select(step[0], HALF)),
-            window.limit.eq(self.buffer_limit.word_select(step[0], HALF)),
+            window.base.eq(window_read.data.base.word_select(step[0], HALF)),
+            window.limit.eq(window_read.data.limit.word_select(step[0], HALF)),
         ]
         with m.Switch(block):
             for number, name in enumerate(blocks):
@@ -433,6 +564,7 @@ class Loader(wiring.Component):
             table_check.entry.eq(load.data),
             table_check.limit.eq(lane_limit),
         ]
+        m.d.comb += self.entry_number.eq(table_check.number)
         m.d.sync += [
             table_check.number.eq(entry_number),
             self.load_valid.eq(0),
@@ -457,7 +589,7 @@ class Loader(wiring.Component):
             self.start.scale.eq(Cat(scale[:FP32_FRACTION], 1)),
             self.jobs.payload.slot.eq(slot),
             self.jobs.payload.lanes.eq(status == Status.OK),
-            self.jobs.payload.index.eq(batch_index),
+            self.jobs.payload.queue.eq(queue),
             self.jobs.payload.identifier.eq(command["identifier"]),
             self.jobs.payload.rows.eq(rows),
             self.jobs.payload.result.eq(command["result"]),
@@ -520,18 +652,11 @@ class Loader(wiring.Component):
                 self.mean.data.eq(word.data),
             ]
 
-        def fetch_next() -> None:
-            with m.If(commands_left.any()):
-                m.d.sync += [want_command.eq(1), commands_left.eq(commands_left - 1)]
+        settle = Signal(range(OWNER_CYCLES + 1))
 
         def end_command() -> None:
-            m.d.sync += [
-                batch_index.eq(batch_index + 1),
-                broken.eq(0),
-                reserved.eq(0),
-                flash_reserved.eq(0),
-                position.eq(0),
-            ]
+            m.d.sync += [flag.eq(0) for flag in (broken, *reserved.values())]
+            m.d.sync += position.eq(0)
             m.next = "command"
 
         with m.FSM(name="state"):
@@ -541,8 +666,9 @@ class Loader(wiring.Component):
                     window.clear.eq(1),
                     check.clear.eq(1),
                     table_check.clear.eq(1),
+                    self.owner_clear.eq(1),
                 ]
-                m.d.sync += step.eq(0)
+                m.d.sync += [step.eq(0), queue.eq(fetched_queue)]
                 with m.If(taken):
                     m.d.sync += [position.eq(position + 1), broken.eq(broken | word.error)]
                     with m.Switch(position):
@@ -553,10 +679,8 @@ class Loader(wiring.Component):
                                     for place, f in stored.items()
                                     if word_of(f) == number
                                 ]
-                                for layout, flag in (
-                                    (COMMAND, reserved),
-                                    (FLASH_COMMAND, flash_reserved),
-                                ):
+                                for layout in layouts:
+                                    flag = reserved[layout.name]
                                     spare = [
                                         field_of_word(word.data, f).any()
                                         for f in layout.fields
@@ -578,22 +702,31 @@ class Loader(wiring.Component):
                     load.end.eq(0),
                 ]
                 with m.If(step == Mux(is_flash, flash_judge, judge)):
-                    fetch_next()
                     m.next = "report"
+                    with m.If(~hand_over):
+                        m.d.sync += want_command.eq(1)
                     with m.If((slot == 0) & ~hand_over):
                         # Once for each turn round the slots, at its beginning: it also tells jobs
                         # after a reset from before.
                         m.d.sync += epoch.eq(epoch + 1)
                     with m.If(broken):
-                        m.d.sync += [status.eq(Status.BUS_ERROR), where.eq(0)]
+                        m.d.sync += [
+                            status.eq(Status.BUS_ERROR), where.eq(0), command["identifier"].eq(UNKNOWN_IDENTIFIER)]
                     with m.Elif(bad_opcode):
                         m.d.sync += [status.eq(Status.INVALID_OPCODE), where.eq(opcode)]
+                    with m.Elif(not_permitted):
+                        m.d.sync += [status.eq(Status.NOT_PERMITTED), where.eq(0)]
                     with m.Elif(bad_field):
                         m.d.sync += [status.eq(Status.INVALID_FIELD), where.eq(0)]
+                    with m.Elif(hand_over):
+                        m.next = "park"
                     with m.Elif(is_flash):
-                        m.d.sync += [status.eq(Status.INVALID_PLACE), where.eq(0)]
-                        with m.If(hand_over):
-                            m.next = "flash"
+                        with m.If(bad_place):
+                            m.d.sync += [status.eq(Status.INVALID_PLACE), where.eq(0)]
+                        with m.Elif(not_domain):
+                            m.d.sync += [status.eq(Status.NOT_PERMITTED), where.eq(1)]
+                        with m.Else():
+                            m.d.sync += [status.eq(Status.NOT_OWNED), where.eq(self.page_owned)]
                     with m.Elif(bad_rows):
                         m.d.sync += [status.eq(Status.INVALID_ROWS), where.eq(command["rows"])]
                     with m.Elif(bad_count | bad_length):
@@ -612,6 +745,8 @@ class Loader(wiring.Component):
                                 m.d.sync += where.eq(number)
                     with m.Elif(bad_scale):
                         m.d.sync += [status.eq(Status.INVALID_SCALE), where.eq(0)]
+                    with m.Elif(not_domain):
+                        m.d.sync += [status.eq(Status.NOT_PERMITTED), where.eq(1)]
                     with m.Else():
                         m.d.sync += [
                             status.eq(Status.OK),
@@ -727,13 +862,18 @@ class Loader(wiring.Component):
                             m.next = "settle"
             with m.State("settle"):
                 # The last entry of the table, or the last word of the mean, is being checked.
-                m.next = "decide"
+                m.d.sync += settle.eq(settle + 1)
+                with m.If(settle == OWNER_CYCLES):
+                    m.d.sync += settle.eq(0)
+                    m.next = "decide"
             with m.State("decide"):
                 m.next = "report"
                 with m.If(broken):
                     m.d.sync += status.eq(Status.BUS_ERROR)
                 with m.Elif(table_check.found):
                     m.d.sync += [status.eq(Status.INVALID_TABLE), where.eq(table_check.where)]
+                with m.Elif(self.not_owned):
+                    m.d.sync += [status.eq(Status.NOT_OWNED), where.eq(self.not_owned_where)]
                 with m.Elif(no_sketch):
                     m.d.sync += [status.eq(Status.NO_SKETCH), where.eq(no_sketch_where)]
                 with m.Elif(check.found):
@@ -777,8 +917,10 @@ class Loader(wiring.Component):
                     m.d.comb += used.eq(1)
                     m.d.sync += slot.eq(Mux(slot == config.jobs_in_flight - 1, 0, slot + 1))
                     end_command()
-            with m.State("flash"):
-                m.d.comb += self.flash.valid.eq(1)
-                with m.If(self.flash.ready):
+            with m.State("park"):
+                # Only now the next command: if it is of the same queue, it must wait.
+                with m.If(Mux(is_flash, ~flash_valid | self.flash.ready, ~admin_valid | self.admin.ready)):
+                    m.d.comb += [park_flash.eq(is_flash), park_admin.eq(~is_flash)]
+                    m.d.sync += want_command.eq(1)
                     end_command()
         return m
