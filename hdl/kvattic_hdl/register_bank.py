@@ -1,15 +1,22 @@
 """The registers behind AXI4-Lite, built from the table in `kvattic.registers`."""
 
-from amaranth.hdl import Cat, Const, Elaboratable, Module, Signal, Value
+from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from kvattic.config import Config
-from kvattic.registers import ADDRESS_BITS, REGISTER_MAP, REGISTERS, Access
+from kvattic.registers import ADDRESS_BITS, DOORBELL_STRIDE, QUEUES, REGISTER_MAP, REGISTERS, Access, Register
 
 from .axi import OKAY, SLVERR, axi_lite
+from .queues import DOORBELL, QUEUE_BITS
 
 WORD_BITS = 32
+PAGE_WORDS = DOORBELL_STRIDE * 8 // WORD_BITS
+"""Words from one queue's doorbells to the next one's; the registers have the page before them."""
+PAGE_REGISTERS = tuple(r for r in REGISTERS if r.address < DOORBELL_STRIDE)
+"""All but the doorbells."""
+INDEX_BITS = max(r.address // 4 + r.width // WORD_BITS - 1 for r in PAGE_REGISTERS).bit_length()
+"""Bits of the number of a word of `PAGE_REGISTERS`."""
 CONSTANTS = ("ID", "VERSION", "CONFIG_HASH")
 """Registers whose value never changes: the bank knows them itself."""
 
@@ -26,9 +33,26 @@ VALUE_LAYOUT = data.StructLayout(
 )
 """Registers that the bank stores."""
 WRITE_LAYOUT = data.StructLayout(
-    {r.name.lower(): 1 for r in REGISTERS if r.access in (Access.WO, Access.W1C)}
+    {r.name.lower(): 1 for r in PAGE_REGISTERS if r.access in (Access.WO, Access.W1C)}
 )
-"""Registers whose writing is an event."""
+"""Registers whose writing is an event; the doorbells are another."""
+
+
+class _Place:
+    """The word that an address names: `register` if `index` is one of `PAGE_REGISTERS`, or a doorbell, or nothing."""
+
+    def __init__(self, word: Value) -> None:
+        page, in_page = word[PAGE_WORDS.bit_length() - 1 :], word[: PAGE_WORDS.bit_length() - 1]
+        self.index = in_page[:INDEX_BITS]
+        self.register = ~page.any() & ~in_page[INDEX_BITS:].any()
+        self.doorbell = page.any() & (page <= QUEUES) & ~in_page[1:].any()
+        self.completion = in_page[0]
+        self.queue = (page - 1)[:QUEUE_BITS]
+
+
+def at(register: Register) -> int:
+    """Its word among those of `PAGE_REGISTERS`, below a one: Cat(_Place.index, _Place.register)."""
+    return register.address // 4 | 1 << INDEX_BITS
 
 
 class RegisterBank(wiring.Component):
@@ -61,9 +85,11 @@ class RegisterBank(wiring.Component):
     value : Out(VALUE_LAYOUT)
         The read-write registers.
     write : Out(WRITE_LAYOUT)
-        One-cycle strobe for each write-only and write-one-to-clear register.
+        One-cycle strobe for each write-only and write-one-to-clear register but the doorbells.
     data : Out(32)
         What is being written while a bit of `write` is high; bytes without WSTRB are zero.
+    doorbell : Out(DOORBELL)
+        A doorbell is written, for one cycle and not in the next; its value is `data`.
 
     Raises
     ------
@@ -77,6 +103,7 @@ class RegisterBank(wiring.Component):
     value: data.View
     write: data.View
     data: Signal
+    doorbell: data.View
 
     def __init__(self, config: Config) -> None:
         if not isinstance(config, Config):
@@ -93,6 +120,7 @@ class RegisterBank(wiring.Component):
                 ),
                 "write": Out(WRITE_LAYOUT),
                 "data": Out(WORD_BITS),
+                "doorbell": Out(DOORBELL),
             }
         )
 
@@ -120,6 +148,7 @@ class RegisterBank(wiring.Component):
     def _elaborate_read(self, m: Module) -> None:
         bus = self.bus
         word = Signal(ADDRESS_BITS - 2)
+        place = _Place(word)
         pending = Signal()
         held_high = Signal(WORD_BITS)
         m.d.comb += bus.arready.eq(~pending & ~bus.rvalid)
@@ -127,27 +156,30 @@ class RegisterBank(wiring.Component):
             m.d.sync += [word.eq(bus.araddr[2:]), pending.eq(1)]
         with m.If(pending):
             m.d.sync += [pending.eq(0), bus.rvalid.eq(1), bus.rresp.eq(SLVERR), bus.rdata.eq(0)]
-            with m.Switch(word):
-                for register in REGISTERS:
+            with m.Switch(Cat(place.index, place.register)):
+                for register in PAGE_REGISTERS:
                     content = self._content(register.name)
                     low, high = content[:WORD_BITS], content[WORD_BITS:]
                     kept = register.width > WORD_BITS and register.access is Access.RO
-                    with m.Case(register.address >> 2):
+                    with m.Case(at(register)):
                         m.d.sync += [bus.rdata.eq(low), bus.rresp.eq(OKAY)]
                         if kept:
                             m.d.sync += held_high.eq(high)
                     if register.width > WORD_BITS:
-                        with m.Case((register.address >> 2) + 1):
+                        with m.Case(at(register) + 1):
                             m.d.sync += [
                                 bus.rdata.eq(held_high if kept else high),
                                 bus.rresp.eq(OKAY),
                             ]
+            with m.If(place.doorbell):
+                m.d.sync += bus.rresp.eq(OKAY)
         with m.If(bus.rvalid & bus.rready):
             m.d.sync += bus.rvalid.eq(0)
 
     def _elaborate_write(self, m: Module) -> None:
         bus = self.bus
         word = Signal(ADDRESS_BITS - 2)
+        place = _Place(word)
         wdata = Signal(WORD_BITS)
         wstrb = Signal(WORD_BITS // 8)
         address_held, data_held, act = Signal(), Signal(), Signal()
@@ -157,6 +189,11 @@ class RegisterBank(wiring.Component):
             bus.wready.eq(~data_held),
             act.eq(address_held & data_held & (~bus.bvalid | bus.bready)),
             self.data.eq(wdata & mask),
+            # A write without any byte is no write.
+            self.doorbell.valid.eq(act & place.doorbell & wstrb.any()),
+            self.doorbell.completion.eq(place.completion),
+            self.doorbell.queue.eq(place.queue),
+            self.doorbell.value.eq(self.data),
         ]
         with m.If(bus.awvalid & bus.awready):
             m.d.sync += [word.eq(bus.awaddr[2:]), address_held.eq(1)]
@@ -169,13 +206,13 @@ class RegisterBank(wiring.Component):
                 address_held.eq(0),
                 data_held.eq(0),
                 bus.bvalid.eq(1),
-                bus.bresp.eq(SLVERR),
+                bus.bresp.eq(Mux(place.doorbell, OKAY, SLVERR)),
             ]
-            with m.Switch(word):
-                for register in REGISTERS:
+            with m.Switch(Cat(place.index, place.register)):
+                for register in PAGE_REGISTERS:
                     name = register.name.lower()
                     for half in range(register.width // WORD_BITS):
-                        with m.Case((register.address >> 2) + half):
+                        with m.Case(at(register) + half):
                             m.d.sync += bus.bresp.eq(OKAY)
                             match register.access:
                                 case Access.RW:
@@ -184,12 +221,11 @@ class RegisterBank(wiring.Component):
                                     ]
                                     m.d.sync += stored.eq((wdata & mask) | (stored & ~mask))
                                 case Access.WO | Access.W1C:
-                                    # A write without any byte is no write.
                                     m.d.comb += self.write[name].eq(wstrb.any())
                                 case Access.RO:
                                     pass
         # Last, so that it wins over a write of the same cycle.
         with m.If(self.clear):
-            for register in REGISTERS:
+            for register in PAGE_REGISTERS:
                 if register.access is Access.RW:
                     m.d.sync += self.value[register.name.lower()].eq(register.reset)
