@@ -482,10 +482,9 @@ class GoldenDevice:
         if not 1 <= command["rows"] <= config.rows:
             raise RejectedError(Status.INVALID_ROWS, command["rows"])
         tokens = command["end_token"] - command["base_token"]
-        far = command["end_token"] >= 1 << layout.TOKEN_BITS
         stripe = pages * config.tokens_per_page
         fitting = (stripes - 1) * stripe < tokens <= stripes * stripe
-        if tokens <= 0 or far or not fitting or stripes > config.channels * (config.ring_codewords // codewords):
+        if tokens <= 0 or not fitting or stripes > config.channels * (config.ring_codewords // codewords):
             raise RejectedError(Status.INVALID_LENGTH, 0)
         blended = mode in (Mode.SPARF, Mode.FETCHED)
         if mode != Mode.DENSE:

@@ -6,6 +6,7 @@ from kvattic.commands import GRANT_COMMAND, LINE_BYTES, QUEUE_COMMAND, Completio
 from kvattic.golden_device import GoldenDevice
 from kvattic.registers import MAX_REGIONS
 
+REGION_BITS = 4
 DOMAIN = 1
 """What `Host.open` gives everything to."""
 
@@ -37,13 +38,18 @@ class Host:
         """Address of a queue's completion ring."""
         return self.submission(queue) + self.entries * LINE_BYTES
 
+    def clear(self, queue: int) -> None:
+        """Rings as they must be for a new queue: no completion with phase 1."""
+        self.device.write_memory(self.completion(queue), bytes(self.entries * LINE_BYTES))
+        self.tails[queue] = self.heads[queue] = 0
+
     def admin(self) -> None:
         """Create queue 0."""
+        self.clear(0)
         for name, value in (("SUBMISSION", self.submission(0)), ("COMPLETION", self.completion(0)),
                             ("BASE", self.window[0]), ("LIMIT", self.window[1]), ("ENTRIES", self.entries)):
             self.device.write_register(f"ADMIN_{name}", value)
         self.device.write_register("INTERRUPT_MASK", 0xFF)
-        self.tails[0] = self.heads[0] = 0
 
     def create_line(self, queue: int, **changes: int) -> bytes:
         """CREATE_QUEUE."""
@@ -54,16 +60,17 @@ class Host:
 
     def create(self, queue: int, **changes: int) -> None:
         """Create a queue."""
+        self.clear(queue)
         self.ok(self.create_line(queue, **changes))
-        self.tails[queue] = self.heads[queue] = 0
 
     def grant(self, kind: Grant, first: int, count: int, domain: int) -> None:
         """GRANT."""
         self.ok(GRANT_COMMAND.pack(opcode=Opcode.GRANT, kind=kind, first=first, count=count, domain=domain))
 
     def open(self, queues: Iterable[int] = (1,)) -> None:
-        """Queue 0 and others, and everything to DOMAIN, which they all may name."""
+        """Queue 0 and others, and everything to DOMAIN, which they all may name; 16 pages make a region."""
         self.admin()
+        self.device.write_register("REGION_BITS", REGION_BITS)
         for queue in queues:
             self.create(queue)
         self.grant(Grant.ZONES, 0, self.device.config.part.blocks, DOMAIN)

@@ -9,7 +9,6 @@ from kvattic import golden, layout, sparse
 from kvattic.commands import (
     COMMAND,
     FLASH_COMMAND,
-    LINE_BYTES,
     ROW,
     SKETCH_ENTRY,
     TABLE_ENTRY,
@@ -29,9 +28,11 @@ from kvattic.config import TINY
 from kvattic.elements import from_bits, to_bits
 from kvattic.formats import Element
 from kvattic.golden_device import GoldenDevice
-from kvattic.registers import StatusBit
+from kvattic.registers import Control, StatusBit
 
-COMMANDS, COMPLETIONS, QUERIES, RESULTS, TABLES, MEANS, LIMIT = range(0x1000, 0x8000, 0x1000)
+from .queue_host import DOMAIN, Host
+
+QUERIES, RESULTS, TABLES, MEANS, LIMIT, RINGS = range(0x3000, 0x9000, 0x1000)
 MODES = pytest.mark.parametrize("mode", [Mode.SPARF, Mode.FETCHED, Mode.CENTROID])
 BLENDED = pytest.mark.parametrize("mode", [Mode.SPARF, Mode.FETCHED])
 GROUP, GROUP_PAGES = TINY.group_tokens, TINY.group_pages
@@ -57,7 +58,7 @@ class Bench:
         mean = from_bits(self.value, Element.FP16).mean(axis=0)
         self.mean = np.ascontiguousarray(mean.astype(np.float32)).view(np.uint32)
         self.device = GoldenDevice(TINY, memory_bytes=1 << 16, dram_bytes=64 * TINY.page_bytes)
-        self.registers()
+        self.open()
         self.entries: list[dict[str, int]] = []
         self.channel_sketches: list[dict[str, int]] = []
         self.centroid_sketches: list[dict[str, int]] = []
@@ -66,14 +67,15 @@ class Bench:
             ROW.pack(start_token=0, end_token=1 << 20) + q.tobytes() for q in self.query))
         self.device.write_memory(MEANS, self.mean.tobytes())
 
-    def registers(self) -> None:
-        for name, value in (("COMMAND_BASE", COMMANDS), ("COMPLETION_BASE", COMPLETIONS), ("BUFFER_BASE", QUERIES),
-                            ("BUFFER_LIMIT", LIMIT)):
-            self.device.write_register(name, value)
+    def open(self, limit: int = LIMIT) -> None:
+        """The device's queues."""
+        self.device.write_register("CONTROL", Control.RESET)
+        self.host = Host(self.device, rings=RINGS, entries=32, window=(QUERIES, limit))
+        self.host.open()
 
     def write(self) -> None:
-        """Stripes 0 and 2 to channel 0, 1 to channel 1, 3 to device DRAM; pages of a channel in order from 0 on."""
-        pages = [[], []]
+        """Stripes 0 and 2 to channel 0, 1 to channel 1, each to a zone of its own; 3 to device DRAM."""
+        pages = [{}, {}]
         for stripe in range(STRIPES):
             tokens = slice(stripe * GROUP, (stripe + 1) * GROUP)
             key, value = (layout.pack_pages(bits[tokens], TINY) for bits in (self.key, self.value))
@@ -85,20 +87,20 @@ class Bench:
                 self.centroid_sketches.append({"written": 0})
                 continue
             to = pages[stripe % 2]
-            at = len(to)
+            at = stripe // 2 << TINY.zone_page_bits
             # Centroids begin with codeword 1 + stripe of a page, so that some go on into the next page.
             images = np.zeros((2, TINY.codewords_per_page, TINY.codeword_bytes), np.uint8)
             bits = self.centroids[stripe * GROUP // UNIT : (stripe + 1) * GROUP // UNIT]
             data = bits.view(np.uint8).reshape(CENTROID_CODEWORDS, TINY.codeword_bytes)
             images.reshape(-1, TINY.codeword_bytes)[1 + stripe : 1 + stripe + CENTROID_CODEWORDS] = data
-            to += [*value, *channels, *key, *images.reshape(2, -1)]
+            to |= enumerate([*value, *channels, *key, *images.reshape(2, -1)], at)
             self.entries.append({"key_page": at + 16, "channel": stripe % 2, "value_page": at, "dram": 0})
             self.channel_sketches.append({"page": at + 8, "codeword": 0, "written": 1})
             self.centroid_sketches.append({"page": at + 24, "codeword": 1 + stripe, "written": 1})
         for channel, images in enumerate(pages):
-            for page, image in enumerate(images):
+            for page, image in images.items():
                 self.device.write_dram(0, image.tobytes())
-                line = FLASH_COMMAND.pack(opcode=Opcode.PROGRAM, channel=channel, page=page)
+                line = FLASH_COMMAND.pack(opcode=Opcode.PROGRAM, channel=channel, page=page, domain=DOMAIN)
                 assert self.run(line)[0].status is Status.OK
 
     def table(self, mode: Mode) -> None:
@@ -111,19 +113,14 @@ class Bench:
         units = 40 if mode is Mode.SPARF else 5
         return {
             "opcode": Opcode.ATTEND, "mode": mode, "identifier": 9, "rows": ROWS, "stripe_pages": GROUP_PAGES,
-            "stripes": STRIPES, "end_token": END, "tree_token": END, "scale": SCALE, "query": QUERIES,
+            "stripes": STRIPES, "end_token": END, "domain": DOMAIN, "tree_token": END, "scale": SCALE, "query": QUERIES,
             "result": RESULTS, "table": TABLES, "mean": MEANS if mode in (Mode.SPARF, Mode.FETCHED) else 0,
             "channels": 6 if mode in (Mode.SPARF, Mode.FETCHED) else 0, "local": 0 if mode is Mode.DENSE else 7,
             "units": 0 if mode is Mode.DENSE else units,
             "unit_bits": UNIT_BITS if mode in (Mode.FETCHED, Mode.CENTROID) else 0} | changes
 
     def run(self, *commands: bytes) -> list[Completion]:
-        self.device.write_memory(COMMANDS, b"".join(commands))
-        self.device.write_register("STATUS", StatusBit.DONE)
-        self.device.write_register("DOORBELL", len(commands))
-        self.device.wait(1)
-        data = self.device.read_memory(COMPLETIONS, LINE_BYTES * len(commands))
-        return [Completion.unpack(data[at : at + LINE_BYTES]) for at in range(0, len(data), LINE_BYTES)]
+        return self.host.run(1, *commands)
 
     def attend(self, mode: Mode, /, **changes: int) -> Completion:
         self.table(mode)
@@ -211,7 +208,7 @@ def test_all_units_are_dense(bench, mode):
     assert bench.result() == want
 
 
-def test_dense_and_sparse_jobs_in_one_batch(bench):
+def test_dense_and_sparse_jobs_at_once(bench):
     """Each with a table and results of its own."""
     commands, tables = [], b""
     for number, mode in enumerate((Mode.SPARF, Mode.DENSE, Mode.CENTROID, Mode.FETCHED)):
@@ -271,7 +268,7 @@ def test_traffic(bench, mode):
     assert registers["UNREADABLE"] == registers["CYCLES"] == registers["BEATS"] == 0
     assert registers["PAGE_READS"] == traffic.page_reads
     assert traffic.page_reads == pages
-    # A batch counts for itself.
+    # What is started anew counts for itself.
     bench.attend(mode, units=0)
     assert not any(bench.device.traffic.flash.values())
     assert bench.device.read_register("CODEWORDS") == bench.device.read_register("PAGE_READS") == 0
@@ -437,7 +434,7 @@ def test_the_last_valid_values(bench, mode, change):
 
 def test_a_sketch_entry_counts_in_the_tables_size(bench):
     """The window has room for four entries of a dense job, and for two of a sparse one."""
-    bench.device.write_register("BUFFER_LIMIT", LIMIT - 32)
+    bench.open(LIMIT - 32)
     bench.table(Mode.DENSE)
     bench.device.write_memory(LIMIT - 64, bench.device.read_memory(TABLES, 64))
     found = bench.attend(Mode.DENSE, table=LIMIT - 64)
@@ -485,7 +482,7 @@ def test_the_first_status_is_reported(bench):
 
 
 def test_bus_errors(bench):
-    bench.device.write_register("BUFFER_LIMIT", 1 << 20)
+    bench.open(1 << 20)
     for field in ("query", "table", "mean", "result"):
         found = bench.attend(Mode.FETCHED, **{field: 1 << 16})
         assert (found.status, found.where) == (Status.BUS_ERROR, 0)
@@ -527,7 +524,7 @@ def test_without_sparse_hardware():
     device = GoldenDevice(replace(TINY, sparse=False), memory_bytes=1 << 16)
     bench = Bench.__new__(Bench)
     bench.device = device
-    bench.registers()
+    bench.open()
     for mode in (Mode.SPARF, Mode.FETCHED, Mode.CENTROID):
         assert bench.run(COMMAND.pack(**bench.fields(mode)))[0].status is Status.INVALID_FIELD
     assert bench.run(COMMAND.pack(**bench.fields(Mode.DENSE, rows=0)))[0].status is Status.INVALID_ROWS
@@ -563,9 +560,8 @@ def rebuilt(bench: Bench) -> Bench:
     """The same K and V in a device of its own; mean keys and mean of V stay what they were."""
     fresh = Bench()
     fresh.device = GoldenDevice(TINY, memory_bytes=1 << 16, dram_bytes=64 * TINY.page_bytes)
-    memory = bench.device.read_memory(0, 1 << 16)
-    fresh.registers()
-    fresh.device.write_memory(0, memory)
+    fresh.open()
+    fresh.device.write_memory(QUERIES, bench.device.read_memory(QUERIES, LIMIT - QUERIES))
     fresh.key, fresh.value, fresh.centroids, fresh.mean = bench.key, bench.value, bench.centroids, bench.mean
     fresh.entries, fresh.channel_sketches, fresh.centroid_sketches = [], [], []
     fresh.write()
