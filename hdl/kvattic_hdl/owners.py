@@ -2,7 +2,7 @@
 
 from itertools import pairwise
 
-from amaranth.hdl import Const, Module, Mux, Signal, Value
+from amaranth.hdl import Const, Module, Mux, Signal, Value, ValueLike
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -61,7 +61,7 @@ class Owners(wiring.Component):
     mode, unit_bits : In
         The command's fields; they matter for sketches only.
     clear : In(1)
-        Forget what was found, and the words under way.
+        Forget what was found, and the words under way, that of this cycle too.
     found : Out(1)
         Five cycles after the word: a stripe is not the domain's.
     where : Out(16)
@@ -133,10 +133,8 @@ class Owners(wiring.Component):
                 busy.eq((granted.kind != Grant.QUEUES) & granted.count[1:].any()),
             ]
 
-        always = Const(1)
-
         def memory(name: str, kind: Grant, depth: int, address: Value, value: Value,
-                   enable: Value = always) -> Memory:
+                   enable: ValueLike = 1) -> Memory:
             """A copy of owners: a block RAM has one port to write and one to read."""
             m.submodules[name] = copy = Memory(shape=len(value), depth=depth, init=[])
             write = copy.write_port()
