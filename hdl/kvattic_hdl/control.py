@@ -1,4 +1,4 @@
-"""Registers, batch state and counters: everything the host sees of the engine besides memory."""
+"""Registers, status and counters: everything the host sees of the engine besides memory."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,12 @@ from amaranth.lib.wiring import In, Out, connect, flipped
 
 from kvattic.commands import COMPLETION
 from kvattic.config import Config
-from kvattic.registers import ADDRESS_BITS, StatusBit
+from kvattic.registers import ADDRESS_BITS, COUNTERS, MAX_ENTRIES, QUEUES, StatusBit
 from kvattic.registers import Control as ControlBit
 
-from .axi import axi_lite
+from .axi import LINE_ADDRESS_BITS, axi_lite
 from .interfaces import PAGE_BITS, Shapes
+from .queues import DOORBELL
 from .register_bank import RegisterBank
 
 STALLS = ("starved", "barrier", "weights", "scores", "idle")
@@ -37,9 +38,10 @@ SNAPSHOT = data.StructLayout(
 """The counters of a completion, all of the same cycle; each wraps at its width."""
 CYCLE_BITS = 48
 """Eleven days at 285 MHz; the registers are 64 bits wide, their upper bits zero."""
-COUNT_BITS = 16
-"""Bits of the number of commands in a batch."""
 TAG_BITS = 24
+ENTRIES_BITS = MAX_ENTRIES.bit_length() - 1
+PAUSE_CYCLES = 3
+"""Cycles without counting before the counters can be cleared: events are on their way for so long."""
 
 
 def bit(flag: int) -> int:
@@ -78,7 +80,7 @@ class Counters(wiring.Component):
         Clears all counters.  Not sooner than two cycles after the last cycle that counted: those
         are on their way.
     counting : In(1)
-        A batch runs: this cycle counts.
+        The drive has work: this cycle counts.
     cycle : Out(48)
         Cycles counted.
     first_beat, last_beat : Out(48)
@@ -181,7 +183,7 @@ class FlashCounters(wiring.Component):
         Clears all counters.  Not sooner than two cycles after the last cycle that counted: those
         are on their way.
     counting : In(1)
-        A batch runs: this cycle counts.
+        The drive has work: this cycle counts.
     flash_words, flash_commands, die_busy, codewords, corrected, bit_errors, retries, unreadable : Out(48)
         The registers of that name.
     page_reads, page_programs, block_erases : Out(48)
@@ -223,16 +225,18 @@ class FlashCounters(wiring.Component):
 
 
 class Control(wiring.Component):
-    """The register bank, the state of the batch, the counters, the interrupt and the soft reset.
+    """The register bank, status, the counters, the interrupt line and the soft reset.
 
-    Latency: a doorbell gives `batch_start` one cycle after the bank acts on the write.
-    Throughput: one batch at a time; a doorbell of 0, of more than 65,535, while busy or not ready
-    only sets STATUS.DOORBELL_WHILE_BUSY.
-    Ordering: STATUS.DONE rises after the last `completed`.
+    Latency: a doorbell or ADMIN_ENTRIES acts one cycle after the bank takes the write.
+    Throughput: a write each few cycles.
+    Ordering: none.
     Reset: nothing runs.  A soft reset (CONTROL.RESET) raises `stop`, waits for `quiet`, gives one
     pulse of `reset`, and in that cycle clears registers, counters and state here too, CONTROL.RESET
     included.  This block must not be under the reset that `reset` drives: its bus would lose a
     handshake.
+
+    The counters start from zero when `busy` rises, unless CONTROL.ACCUMULATE, and count while it is
+    high; they begin up to four cycles late where it was low for a moment only.
 
     Parameters
     ----------
@@ -241,10 +245,10 @@ class Control(wiring.Component):
 
     Members
     -------
-    bus : In(axi_lite(9))
+    bus : In(axi_lite(16))
         The host's access.
     irq : Out(1)
-        CONTROL.IRQ_ENABLE and STATUS.DONE.
+        A queue of INTERRUPT_MASK wants an interrupt.
     events : In(ArrayLayout(Shapes.events, channels))
         What each lane did in this cycle.
     bad_tags : In(ArrayLayout(unsigned(24), channels))
@@ -257,24 +261,40 @@ class Control(wiring.Component):
         All lanes have swept their memories.
     bus_error : In(1)
         Strobe: host memory answered a read or a write with an error.
-    completed : In(1)
-        Strobe: a completion is in host memory.
+    busy : In(1)
+        A command is there that has no completion yet.
+    fetched, completed : In(1)
+        Strobe: a command is fetched; a completion is in host memory.
+    interrupts : In(QUEUES)
+        Queues that want an interrupt.
+    refused, refused_doorbell : In(1), In(32)
+        Strobe: a doorbell was refused; which (DOORBELL_ERROR).
     quiet : In(1)
         No AXI4 transfer is under way.
     stop : Out(1)
         Start no AXI4 transfer, drop what comes: a reset will follow when all is quiet.
     reset : Out(1)
         Pulse: reset everything but this block.
-    batch_start : Out(1)
-        Strobe: run `count` commands at `command_base`.
-    count : Out(16)
-        Commands of the batch; valid in the cycle of `batch_start`.
-    busy : Out(1)
-        A batch runs.
-    command_base, completion_base, buffer_base, buffer_limit : Out(64)
+    ready : Out(1)
+        Commands may be fetched.
+    doorbell : Out(DOORBELL)
+        A doorbell is rung.
+    admin_create, admin_remove : Out(1)
+        Strobe: create queue 0, with 2**`admin_bits` entries; remove it.
+    admin_bits : Out(4)
+        See above.
+    admin_submission, admin_completion : Out(58)
+        Lines of its rings.
+    admin_base, admin_limit : Out(64)
         The registers.
+    interrupt_after : Out(16)
+        The register.
+    region_bits : Out(4)
+        The register.
     timeout : Out(32)
         The register.
+    counters : Out(ArrayLayout(64, len(COUNTERS)))
+        `registers.COUNTERS`.
     snapshot : Out(SNAPSHOT)
         The counters of a completion, consistent in each cycle.
     """
@@ -287,18 +307,28 @@ class Control(wiring.Component):
     media_errors: data.View
     lanes_ready: Signal
     bus_error: Signal
+    busy: Signal
+    fetched: Signal
     completed: Signal
+    interrupts: Signal
+    refused: Signal
+    refused_doorbell: Signal
     quiet: Signal
     stop: Signal
     reset: Signal
-    batch_start: Signal
-    count: Signal
-    busy: Signal
-    command_base: Signal
-    completion_base: Signal
-    buffer_base: Signal
-    buffer_limit: Signal
+    ready: Signal
+    doorbell: data.View
+    admin_create: Signal
+    admin_remove: Signal
+    admin_bits: Signal
+    admin_submission: Signal
+    admin_completion: Signal
+    admin_base: Signal
+    admin_limit: Signal
+    interrupt_after: Signal
+    region_bits: Signal
     timeout: Signal
+    counters: data.View
     snapshot: data.View
 
     def __init__(self, config: Config) -> None:
@@ -314,18 +344,28 @@ class Control(wiring.Component):
                 "media_errors": In(data.ArrayLayout(shapes.media_error, config.channels)),
                 "lanes_ready": In(1),
                 "bus_error": In(1),
+                "busy": In(1),
+                "fetched": In(1),
                 "completed": In(1),
+                "interrupts": In(QUEUES),
+                "refused": In(1),
+                "refused_doorbell": In(32),
                 "quiet": In(1),
                 "stop": Out(1),
                 "reset": Out(1),
-                "batch_start": Out(1),
-                "count": Out(COUNT_BITS),
-                "busy": Out(1),
-                "command_base": Out(64),
-                "completion_base": Out(64),
-                "buffer_base": Out(64),
-                "buffer_limit": Out(64),
+                "ready": Out(1),
+                "doorbell": Out(DOORBELL),
+                "admin_create": Out(1),
+                "admin_remove": Out(1),
+                "admin_bits": Out(4),
+                "admin_submission": Out(LINE_ADDRESS_BITS),
+                "admin_completion": Out(LINE_ADDRESS_BITS),
+                "admin_base": Out(64),
+                "admin_limit": Out(64),
+                "interrupt_after": Out(16),
+                "region_bits": Out(4),
                 "timeout": Out(32),
+                "counters": Out(data.ArrayLayout(64, len(COUNTERS))),
                 "snapshot": Out(SNAPSHOT),
             }
         )
@@ -345,33 +385,41 @@ class Control(wiring.Component):
             self.stop.eq(bank.value.control[bit(ControlBit.RESET)]),
             bank.clear.eq(self.reset),
         ]
-        m.d.sync += self.reset.eq(self.stop & self.quiet & ~self.reset)
-
-        # The batch.
-        ready, done, refused, bad_tag, bus_error, stale, media_bad = (
-            Signal(name=name)
-            for name in ("ready", "done", "refused", "bad_tag", "bus_error_seen", "stale", "media_bad")
-        )
-        remaining = Signal(COUNT_BITS)
-        completed = Signal(COUNT_BITS)
-        legal = Signal()
-        m.d.comb += [
-            self.count.eq(bank.data),
-            legal.eq(
-                bank.data[:COUNT_BITS].any() & ~bank.data[COUNT_BITS:].any() & ready & ~self.busy
-            ),
-        ]
-        # The start reaches every counter, so it comes out of a register; the bank holds the data
-        # for that cycle too, and cannot act on another doorbell in it.
         m.d.sync += [
-            self.batch_start.eq(bank.write.doorbell & legal),
-            ready.eq(self.lanes_ready & ~self.stop & ~self.reset),
+            self.reset.eq(self.stop & self.quiet & ~self.reset),
+            self.ready.eq(self.lanes_ready & ~self.stop & ~self.reset),
         ]
+
+        # Queues.
+        m.d.sync += self.doorbell.eq(bank.doorbell)
+        sizes = [bank.data == 1 << bits for bits in range(1, ENTRIES_BITS + 1)]
+        m.d.sync += [
+            self.admin_create.eq(bank.write.admin_entries & Cat(sizes).any()),
+            self.admin_remove.eq(bank.write.admin_entries & ~Cat(sizes).any()),
+        ]
+        for bits, this in enumerate(sizes, 1):
+            with m.If(this):
+                m.d.sync += self.admin_bits.eq(bits)
+        m.d.comb += [
+            self.admin_submission.eq(bank.value.admin_submission[-LINE_ADDRESS_BITS:]),
+            self.admin_completion.eq(bank.value.admin_completion[-LINE_ADDRESS_BITS:]),
+            self.interrupt_after.eq(bank.value.interrupt_after),
+            self.region_bits.eq(bank.value.region_bits),
+        ]
+        fetched, completed = Signal(32), Signal(32)
+        m.d.sync += [fetched.eq(fetched + self.fetched), completed.eq(completed + self.completed)]
+        m.d.sync += self.irq.eq((self.interrupts & bank.value.interrupt_mask).any())
+
+        # Status.
+        refused, bad_tag, bus_error, stale, media_bad = (
+            Signal(name=name)
+            for name in ("refused_seen", "bad_tag", "bus_error_seen", "stale", "media_bad")
+        )
+        doorbell_error = Signal(32)
         with m.If(bank.write.status):
             clear = bank.data
             for state, flag in (
-                (done, StatusBit.DONE),
-                (refused, StatusBit.DOORBELL_WHILE_BUSY),
+                (refused, StatusBit.INVALID_DOORBELL),
                 (bad_tag, StatusBit.BAD_TAG),
                 (bus_error, StatusBit.BUS_ERROR),
                 (stale, StatusBit.STALE_CODEWORD),
@@ -379,18 +427,27 @@ class Control(wiring.Component):
             ):
                 with m.If(clear[bit(flag)]):
                     m.d.sync += state.eq(0)
-        with m.If(self.completed & self.busy):
-            m.d.sync += [remaining.eq(remaining - 1), completed.eq(completed + 1)]
-            with m.If(remaining == 1):
-                m.d.sync += [self.busy.eq(0), done.eq(1)]
-        with m.If(bank.write.doorbell & ~legal):
+        with m.If(self.refused):
             m.d.sync += refused.eq(1)
-        with m.If(self.batch_start):
-            m.d.sync += [self.busy.eq(1), done.eq(0), remaining.eq(self.count), completed.eq(0)]
+            with m.If(~refused):
+                m.d.sync += doorbell_error.eq(self.refused_doorbell)
         with m.If(self.bus_error):
             m.d.sync += bus_error.eq(1)
         with m.If(Cat(self.events[i].stale for i in range(channels)).any()):
             m.d.sync += stale.eq(1)
+
+        # When to count: a pause after each busy time, so that nothing is on its way at the next start.
+        counting, start = Signal(), Signal()
+        pause = Signal(range(PAUSE_CYCLES + 1))
+        m.d.sync += start.eq(0)
+        with m.If(counting):
+            m.d.sync += [counting.eq(self.busy), pause.eq(PAUSE_CYCLES)]
+        with m.Elif(pause.any()):
+            m.d.sync += pause.eq(pause - 1)
+        with m.Elif(start):
+            m.d.sync += counting.eq(1)
+        with m.Elif(self.busy):
+            m.d.sync += start.eq(1)
 
         # The first bad tag since BAD_TAG was clear; the lowest channel where several come at once.
         tag_error = Signal(32)
@@ -421,45 +478,46 @@ class Control(wiring.Component):
             with m.If(~media_bad):
                 m.d.sync += media_error.eq(media_now)
 
-        m.d.sync += self.irq.eq(bank.value.control[bit(ControlBit.IRQ_ENABLE)] & done)
-
         # Last, so that it wins.
         with m.If(self.reset):
             m.d.sync += [
                 signal.eq(0)
                 for signal in (
-                    self.busy,
-                    self.batch_start,
-                    done,
                     refused,
+                    doorbell_error,
                     bad_tag,
                     bus_error,
                     stale,
                     media_bad,
-                    remaining,
+                    fetched,
                     completed,
+                    counting,
+                    start,
                     tag_error,
                     tag_seen,
                     media_error.as_value(),
                     media_seen,
                     self.irq,
+                    self.admin_create,
+                    self.doorbell.as_value(),
                 )
             ]
 
+        clear_counters = Signal()
         m.d.comb += [
+            clear_counters.eq(start & ~bank.value.control[bit(ControlBit.ACCUMULATE)]),
             counters.events.eq(self.events),
-            counters.start.eq(self.batch_start),
-            counters.counting.eq(self.busy),
+            counters.start.eq(clear_counters),
+            counters.counting.eq(counting),
             flash_counters.events.eq(self.flash_events),
-            flash_counters.start.eq(self.batch_start),
-            flash_counters.counting.eq(self.busy),
+            flash_counters.start.eq(clear_counters),
+            flash_counters.counting.eq(counting),
         ]
         read = bank.read
         for flag, source in (
             (StatusBit.BUSY, self.busy),
-            (StatusBit.READY, ready),
-            (StatusBit.DONE, done),
-            (StatusBit.DOORBELL_WHILE_BUSY, refused),
+            (StatusBit.READY, self.ready),
+            (StatusBit.INVALID_DOORBELL, refused),
             (StatusBit.BAD_TAG, bad_tag),
             (StatusBit.BUS_ERROR, bus_error),
             (StatusBit.STALE_CODEWORD, stale),
@@ -468,8 +526,11 @@ class Control(wiring.Component):
             m.d.comb += read.status[bit(flag)].eq(source)
         m.d.comb += [
             read.tag_error.eq(tag_error),
+            read.doorbell_error.eq(doorbell_error),
             read.media_error.eq(Cat(media_error.error.page, media_error.channel)),
             read.media_cause.eq(media_error.error.codeword | media_error.error.cause << 16),
+            read.interrupts.eq(self.interrupts),
+            read.fetched.eq(fetched),
             read.completed.eq(completed),
             read.cycles.eq(counters.cycle),
             self.snapshot.cycle.eq(counters.cycle),
@@ -480,6 +541,8 @@ class Control(wiring.Component):
             m.d.comb += read[name].eq(getattr(flash_counters, name))
         for name in ("beats", *STALLS):
             m.d.comb += self.snapshot[name].eq(getattr(counters, name))
-        for name in ("command_base", "completion_base", "buffer_base", "buffer_limit", "timeout"):
+        for number, register in enumerate(COUNTERS):
+            m.d.comb += self.counters[number].eq(read[register.name.lower()])
+        for name in ("admin_base", "admin_limit", "timeout"):
             m.d.comb += getattr(self, name).eq(bank.value[name])
         return m

@@ -6,7 +6,8 @@ from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.wiring import In, Out, connect, flipped
 
 from kvattic.config import Config
-from kvattic.registers import ADDRESS_BITS
+from kvattic.registers import ADDRESS_BITS, QUEUES
+from kvattic_hdl.admin import Admin
 from kvattic_hdl.axi import AXI_READ, AXI_WRITE, axi_lite
 from kvattic_hdl.codeword_merge import CodewordMerge
 from kvattic_hdl.control import Control
@@ -17,6 +18,8 @@ from kvattic_hdl.lane import Lane
 from kvattic_hdl.loader import Loader
 from kvattic_hdl.maximum import Maximum
 from kvattic_hdl.operations import Operations
+from kvattic_hdl.owners import Owners
+from kvattic_hdl.queues import Queues
 from kvattic_hdl.selection import Selection
 from kvattic_hdl.shared import shared
 from kvattic_hdl.watchdog import Watchdog
@@ -25,11 +28,12 @@ from kvattic_hdl.watchdog import Watchdog
 class Engine(wiring.Component):
     """Attention over KV pages that arrive as tagged codewords, one lane for each channel.
 
-    A batch of commands is fetched from host memory at the doorbell; up to `jobs_in_flight` jobs overlap (load, first
+    Commands are fetched from queues in host memory; up to `jobs_in_flight` jobs overlap (load, first
     pass and selection of sparse modes, K pass, maximum, V pass, drain and write-back), so that a channel with a
     codeword to move is moving it.  Results do not depend on the order in which codewords come.  Flash commands go to
-    their channels and complete out of order.  A soft reset (CONTROL.RESET) ends the bus transfers and the flash
-    operations first.
+    their channels and complete out of order.  A command reaches only what belongs to its domain, and host memory only
+    in its queue's window.  A soft reset (CONTROL.RESET) ends the bus transfers and the flash operations first, and
+    removes the queues; who owns what stays.
 
     Parameters
     ----------
@@ -97,6 +101,10 @@ class Engine(wiring.Component):
         m.submodules.maximum = reset(maximum)
         m.submodules.finisher = reset(finisher)
         m.submodules.watchdog = reset(watchdog)
+        queues, admin = Queues(), Admin(config)
+        m.submodules.queues = reset(queues)
+        m.submodules.admin = reset(admin)
+        m.submodules.owners = owners = Owners(config)
         m.submodules.operations = operations = Operations(config)
         m.submodules.dram_reader = dram_reader = DramReader(config)
         lanes = []
@@ -113,28 +121,92 @@ class Engine(wiring.Component):
         m.d.comb += [
             self.irq.eq(control.irq),
             control.bus_error.eq(loader.bus_error | finisher.write_error),
+            control.fetched.eq(queues.fetch.valid & queues.fetch.ready),
             control.completed.eq(finisher.completed),
+            control.busy.eq(queues.busy),
+            control.interrupts.eq(queues.interrupts),
+            control.refused.eq(queues.refused),
+            control.refused_doorbell.eq(queues.refused_doorbell),
             control.quiet.eq(loader.quiet & finisher.quiet & operations.quiet),
             control.flash_events.eq(self.flash_events),
             control.media_errors.eq(self.media_errors),
             loader.stop.eq(control.stop),
             finisher.stop.eq(control.stop),
-            loader.batch_start.eq(control.batch_start),
-            loader.command_base.eq(control.command_base),
-            loader.count.eq(control.count),
-            loader.buffer_base.eq(control.buffer_base),
-            loader.buffer_limit.eq(control.buffer_limit),
-            finisher.completion_base.eq(control.completion_base),
             finisher.snapshot.eq(control.snapshot),
         ]
 
-        # Flash commands: loader -> operations -> finisher.
+        # Queues: doorbells -> queues -> loader, and completions back.
+        connect(m, queues.fetch, loader.fetch)
+        m.d.comb += [
+            queues.doorbell.eq(control.doorbell),
+            queues.interrupt_after.eq(control.interrupt_after),
+            queues.hold.eq(loader.hold | (~control.ready).replicate(QUEUES)),
+            queues.create.eq(admin.create),
+            queues.remove.eq(admin.remove),
+            queues.post_queue.eq(finisher.post_queue),
+            queues.post.eq(finisher.post),
+            queues.posted.eq(finisher.completed),
+            queues.posted_queue.eq(finisher.post_queue),
+            finisher.post_line.eq(queues.post_line),
+            finisher.post_phase.eq(queues.post_phase),
+            finisher.post_head.eq(queues.post_head),
+            loader.create_valid.eq(queues.create.valid),
+            loader.create_queue.eq(queues.create.queue),
+            loader.admin_base.eq(control.admin_base),
+            loader.admin_limit.eq(control.admin_limit),
+        ]
+        # Queue 0 comes from registers, when Admin cannot be at work for it.
+        with m.If(control.admin_create):
+            m.d.comb += [
+                queues.create.valid.eq(1),
+                queues.create.queue.eq(0),
+                queues.create.entries_bits.eq(control.admin_bits),
+                queues.create.submission.eq(control.admin_submission),
+                queues.create.completion.eq(control.admin_completion),
+            ]
+        with m.If(control.admin_remove):
+            m.d.comb += [queues.remove.valid.eq(1), queues.remove.queue.eq(0)]
+
+        # Whose what is.
+        connect(m, admin.grant, owners.grant)
+        m.d.comb += [
+            owners.region_bits.eq(control.region_bits),
+            owners.domain.eq(loader.domain),
+            owners.page.eq(loader.page),
+            owners.dram_page.eq(loader.dram_page),
+            owners.entry_valid.eq(loader.load_valid & (loader.load.stripe | loader.load.sketch)),
+            owners.entry.eq(loader.load.data),
+            owners.sketch.eq(loader.load.sketch),
+            owners.number.eq(loader.entry_number),
+            owners.stripe_bits.eq(loader.start.stripe_bits),
+            owners.mode.eq(loader.start.mode),
+            owners.unit_bits.eq(loader.start.unit_bits),
+            owners.clear.eq(loader.owner_clear),
+            loader.domain_queues.eq(owners.queues),
+            loader.page_owned.eq(owners.page_owned),
+            loader.dram_owned.eq(owners.dram_owned),
+            loader.not_owned.eq(owners.found),
+            loader.not_owned_where.eq(owners.where),
+        ]
+
+        # Admin commands: loader -> admin -> finisher.  Flash commands: loader -> operations -> finisher.
+        connect(m, loader.admin, admin.commands)
         connect(m, loader.flash, operations.commands)
-        connect(m, operations.outcomes, finisher.outcomes)
+        m.d.comb += [
+            admin.present.eq(queues.present),
+            admin.under_way.eq(queues.under_way),
+            admin.counters.eq(control.counters),
+            admin.block_index.eq(finisher.block_index),
+            finisher.block_data.eq(admin.block_data),
+            finisher.outcomes.valid.eq(admin.outcomes.valid | operations.outcomes.valid),
+            finisher.outcomes.payload.eq(Mux(
+                admin.outcomes.valid, admin.outcomes.payload.as_value(), operations.outcomes.payload.as_value())),
+            admin.outcomes.ready.eq(finisher.outcomes.ready),
+            operations.outcomes.ready.eq(finisher.outcomes.ready & ~admin.outcomes.valid),
+        ]
         connect(m, dram_reader.axi, flipped(self.dram))
         m.d.comb += [
             operations.failed.eq(dram_reader.failed),
-            operations.batch_start.eq(control.batch_start),
             dram_reader.value_open.eq(self.value_open),
             dram_reader.epoch.eq(self.epoch),
         ]

@@ -1,6 +1,6 @@
 """Last stage of a job: drains the lanes, divides, writes the results and the completion."""
 
-from amaranth.hdl import Cat, Module, Mux, Signal, Value, unsigned
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -9,15 +9,18 @@ from amaranth.utils import ceil_log2
 from kvattic.commands import COMPLETION, LINE_BYTES, TRAILER, CompletionFlag, Mode, Status
 from kvattic.config import Config
 from kvattic.formats import ALPHA_FRACTION
+from kvattic.registers import MAX_ENTRIES, QUEUES
 
-from .axi import AXI_WRITE, DATA_BITS, LINE_WORDS
+from .axi import AXI_WRITE, DATA_BITS, LINE_ADDRESS_BITS, LINE_WORDS
 from .axi_write import WriteLines
 from .blend import Blend
 from .control import SNAPSHOT
 from .divider import Divider, Normaliser, normalised
-from .interfaces import FAULTS, INDEX_BITS, Shapes
+from .interfaces import FAULTS, Shapes
 from .records import assemble
 
+BLOCK_BITS = 8
+"""Of the number of a word of a block."""
 LANE_FLAGS = tuple(flag.name.lower() for flag in CompletionFlag)
 """Flags that lanes report."""
 
@@ -50,8 +53,8 @@ class Finisher(wiring.Component):
     are copies of the accumulators) and about 40 (55 with `config.sparse`) and the longer of
     gathering (``rows * (channels + 5)``) and the first word's way through the lanes, unless writing
     takes longer.
-    Ordering: completions of jobs in the order of `jobs`; those of flash commands in the order of
-    `outcomes`, between them, when no result is being written.
+    Ordering: completions of jobs in the order of `jobs`; those of other commands in the order of
+    `outcomes`, between them, when no result is being written, each behind its block if it has one.
     Reset drops all jobs; raise `stop` and wait for `quiet` before it.
 
     Status: what the job came with; else CODEWORD_TIMEOUT if its slot has failed; else
@@ -72,7 +75,9 @@ class Finisher(wiring.Component):
     jobs : In(stream.Signature(shapes.job))
         Jobs in order; one is taken when the next may begin, after `freed`.
     outcomes : In(stream.Signature(shapes.ended))
-        Flash commands that have ended.
+        Flash and admin commands that have ended.
+    block_index, block_data : Out(8), In(64)
+        Words of the block of the outcome taken last, one cycle after their index.
     values_done : In(ArrayLayout(unsigned(jobs_in_flight), channels))
         From each lane: the slot's V codewords are accounted for.
     failed : In(jobs_in_flight)
@@ -110,12 +115,16 @@ class Finisher(wiring.Component):
         Strobe: the lanes' state of `freed_slot` is no longer needed.
     freed_slot : Out(shapes.slot)
         Slot that is free.
-    completion_base : In(64)
-        Address of entry 0, constant while a batch runs.
+    post_queue : Out(3)
+        Queue whose completion comes next.
+    post_line, post_phase, post_head : In(58), In(1), In(12)
+        Line and phase of its next entry, and the queue's fetch head, two cycles later.
+    post : Out(1)
+        Strobe: the entry is used.
     snapshot : In(SNAPSHOT)
         Counters in this cycle, for the completion.
     completed : Out(1)
-        Strobe: a completion is written and its response has come.
+        Strobe: a completion of `post_queue` is written and its response has come.
     write_error : Out(1)
         Strobe: a write was answered with an error.
     stop : In(1)
@@ -156,7 +165,13 @@ class Finisher(wiring.Component):
                 "chain_tail": In(stream.Signature(shapes.partial)),
                 "freed": Out(1),
                 "freed_slot": Out(shapes.slot),
-                "completion_base": In(64),
+                "block_index": Out(BLOCK_BITS),
+                "block_data": In(DATA_BITS),
+                "post_queue": Out(range(QUEUES)),
+                "post_line": In(LINE_ADDRESS_BITS),
+                "post_phase": In(1),
+                "post_head": In(range(MAX_ENTRIES)),
+                "post": Out(1),
                 "snapshot": In(SNAPSHOT),
                 "completed": Out(1),
                 "write_error": Out(1),
@@ -537,7 +552,7 @@ class Finisher(wiring.Component):
         entry = Signal(
             data.StructLayout(
                 {
-                    "index": INDEX_BITS,
+                    "queue": range(QUEUES),
                     "status": 16,
                     "where": 32,
                     "flags": len(flags),
@@ -559,6 +574,11 @@ class Finisher(wiring.Component):
         word = Signal(range(row_words))
         sending_rows = Signal()
         sending_entry = Signal()
+        sending_block = Signal()
+        block_there = Signal()  # block_data is that of block_index
+        block_last = Signal(BLOCK_BITS, reset_less=True)
+        phase = Signal(reset_less=True)
+        head = Signal.like(self.post_head, reset_less=True)
         step = Signal()
         out_valid = Signal()
         out_result = Signal(reset_less=True)
@@ -575,8 +595,9 @@ class Finisher(wiring.Component):
         completion = _words(
             assemble(
                 COMPLETION,
-                done=1,
-                status=entry.status,
+                state=Cat(phase, entry.status[:15]),
+                queue=entry.queue,
+                head=head,
                 identifier=entry.identifier,
                 flags=entry.flags,
                 where=entry.where,
@@ -596,19 +617,22 @@ class Finisher(wiring.Component):
         ]
         with m.If(step):
             m.d.sync += [
-                out_valid.eq(sending_rows | sending_entry),
+                out_valid.eq(sending_rows | sending_entry | sending_block),
                 out_result.eq(sending_rows & (word < config.head_dim // 2)),
-                out_other.eq(Mux(sending_rows, trailer[place_in_line], completion[place_in_line])),
+                out_other.eq(Mux(
+                    sending_block,
+                    self.block_data,
+                    Mux(sending_rows, trailer[place_in_line], completion[place_in_line]))),
                 out_address.eq(line_address),
                 out_last.eq(place_in_line == LINE_WORDS - 1),
             ]
-            with m.If(sending_rows | sending_entry):
+            with m.If(sending_rows | sending_entry | sending_block):
                 m.d.sync += word.eq(word + 1)
                 with m.If(place_in_line == LINE_WORDS - 1):
                     m.d.sync += line_address.eq(line_address + LINE_BYTES)  # rows follow each other
 
         written = Signal()
-        m.d.comb += written.eq(~out_valid & lines.idle)
+        m.d.comb += [written.eq(~out_valid & lines.idle), self.post_queue.eq(entry.queue)]
         with m.If(lines.error):
             m.d.sync += error.eq(1)
         with m.FSM(name="write"):
@@ -616,7 +640,7 @@ class Finisher(wiring.Component):
                 # Jobs first: they come once in a while only.
                 m.d.comb += [writer_idle.eq(1), self.outcomes.ready.eq(~hand_over)]
                 m.d.sync += [
-                    entry.index.eq(job.index),
+                    entry.queue.eq(job.queue),
                     entry.status.eq(status),
                     entry.where.eq(where),
                     entry.flags.eq(flags),
@@ -626,20 +650,35 @@ class Finisher(wiring.Component):
                     write_last_row.eq(last_row),
                     send_row.eq(0),
                     word.eq(0),
+                    self.block_index.eq(0),
+                    block_there.eq(0),
+                    block_last.eq((self.outcomes.payload.lines << ceil_log2(LINE_WORDS)) - 1),
                     error.eq(0),
                 ]
                 with m.If(hand_over):
                     with m.If(job.lanes & (status == Status.OK)):
                         m.next = "ROWS"
                     with m.Else():
-                        m.next = "COMPOSE"
+                        m.next = "PLACE"
                 with m.Elif(self.outcomes.valid):
+                    ended = self.outcomes.payload
                     m.d.sync += [
-                        entry[name].eq(self.outcomes.payload[name])
-                        for name, _ in shapes.ended
+                        *(entry[name].eq(ended[name]) for name in ("queue", "identifier", "status", "where")),
+                        entry.flags.eq(0),
+                        line_address.eq(ended.result),
                     ]
-                    m.d.sync += entry.flags.eq(0)
-                    m.next = "COMPOSE"
+                    m.next = "PLACE"
+                    with m.If(ended.lines.any()):
+                        m.next = "BLOCK"
+            with m.State("BLOCK"):
+                # A word every second cycle: it is read in between.
+                m.d.comb += sending_block.eq(block_there)
+                m.d.sync += block_there.eq(1)
+                with m.If(step & block_there):
+                    m.d.sync += [self.block_index.eq(self.block_index + 1), block_there.eq(0)]
+                    with m.If(self.block_index == block_last):
+                        m.d.sync += word.eq(0)
+                        m.next = "SETTLE"
             with m.State("ROWS"):
                 m.d.comb += sending_rows.eq(1)
                 with m.If(step & (word == row_words - 1)):
@@ -649,10 +688,16 @@ class Finisher(wiring.Component):
             with m.State("SETTLE"):
                 with m.If(written):
                     m.next = "COMPOSE"
+            with m.State("PLACE"):
+                # post_queue has just changed: its entry is known in two cycles.
+                m.next = "SETTLE"
             with m.State("COMPOSE"):
+                m.d.comb += self.post.eq(1)
                 m.d.sync += [
                     counters.eq(self.snapshot),
-                    line_address.eq(self.completion_base + (entry.index << ceil_log2(LINE_BYTES))),
+                    phase.eq(self.post_phase),
+                    head.eq(self.post_head),
+                    line_address.eq(Cat(Const(0, ceil_log2(LINE_BYTES)), self.post_line)),
                 ]
                 with m.If(error):
                     m.d.sync += [entry.status.eq(Status.BUS_ERROR), entry.where.eq(0)]

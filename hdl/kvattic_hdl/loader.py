@@ -39,6 +39,7 @@ from .interfaces import (
     TOKEN_BITS,
     Shapes,
 )
+from .queues import FETCH
 from .ranker import Ranker
 from .records import WORD_BYTES, field_of_word, word_of
 
@@ -55,10 +56,6 @@ OUTSTANDING = 16
 """Lines that are asked for and have not come, at most: covers a latency of about 128 cycles."""
 WORD_ELEMENTS = WORD_BYTES // ELEMENT_BYTES
 FP32_BITS, FP32_FRACTION, FP32_EXPONENT, FP32_BIAS = 32, 23, 8, 127
-
-
-FETCH = data.StructLayout({"queue": range(QUEUES), "line": LINE_ADDRESS_BITS})
-"""A command to be fetched: its queue, its line of host memory."""
 
 
 class Loader(wiring.Component):
@@ -98,7 +95,8 @@ class Loader(wiring.Component):
     fetch : In(stream of FETCH)
         Line of the next command, and its queue.
     hold : Out(QUEUES)
-        Fetch nothing from this queue: a flash command of it waits for its channel.
+        Offer nothing of these on `fetch`: a flash command of it waits for its channel, or its last command
+        could be one.
     create_valid, create_queue : In(1), In(3)
         Strobe: this queue is created.  Its window is the one of the CREATE_QUEUE that was taken from
         `admin` last; that of queue 0 is `admin_base` to `admin_limit`.
@@ -444,7 +442,9 @@ class Loader(wiring.Component):
             self.flash.payload.eq(flash),
             self.admin.valid.eq(admin_valid),
             self.admin.payload.eq(admin),
-            self.hold.eq(Mux(flash_valid, 1 << flash_queue, 0)),
+            # Nobody knows yet whether the command that was fetched last will have to wait.
+            self.hold.eq(
+                Mux(flash_valid, 1 << flash_queue, 0) | Mux(want_command, 0, 1 << fetched_queue)),
         ]
         with m.If(self.flash.ready):
             m.d.sync += flash_valid.eq(0)
@@ -918,7 +918,6 @@ class Loader(wiring.Component):
                     m.d.sync += slot.eq(Mux(slot == config.jobs_in_flight - 1, 0, slot + 1))
                     end_command()
             with m.State("park"):
-                # Only now the next command: if it is of the same queue, it must wait.
                 with m.If(Mux(is_flash, ~flash_valid | self.flash.ready, ~admin_valid | self.admin.ready)):
                     m.d.comb += [park_flash.eq(is_flash), park_admin.eq(~is_flash)]
                     m.d.sync += want_command.eq(1)

@@ -15,7 +15,10 @@ from hypothesis import strategies as st
 from kvattic import sparse
 from kvattic.commands import (
     COMMAND,
+    DATA_COMMAND,
     FLASH_COMMAND,
+    GRANT_COMMAND,
+    QUEUE_COMMAND,
     ROW,
     SKETCH_ENTRY,
     TABLE_ENTRY,
@@ -118,11 +121,14 @@ def run(
     queues=None,
     foreign=(),
     flash_ready=None,
+    windows=None,
+    domain_queues=0xFF,
+    owned=(1, 1),
 ):
     """Run batches (counts of commands); `hold`: cycles until a slot is freed; `queues`: of each command.
 
     The table's entries of the stripes `foreign` are not the domain's.  `flash_ready`: cycles in which flash commands
-    are taken, all if not given.
+    are taken, all if not given.  `windows`: of queues that are created when the first admin command was taken.
 
     Before them the first batch is begun, and stopped and reset after so many cycles, for each of the `cuts`.
     """
@@ -177,12 +183,26 @@ def run(
                 freed.append(cycle[0] + hold)
             if admin_valid and admin_ready:
                 host.admin.append(fields_of(admin, shapes.admin_command))
+                created.append(admin.number)
             if flash_valid and flash_taken:
                 values = {name: flash.operation[name] for name, _ in shapes.operation}
                 values |= {"channel": flash.channel, "dram_page": flash.dram_page}
                 host.flash.append((len(host.jobs), values))
 
-    freed = deque()
+    freed, created = deque(), deque()
+
+    async def create(ctx):
+        """What Admin says, some time after it took a CREATE_QUEUE."""
+        while True:
+            if created and windows is not None and created[0] in windows:
+                await ctx.tick().repeat(3)
+                ctx.set(dut.create_valid, 1)
+                ctx.set(dut.create_queue, created[0])
+                await ctx.tick()
+                ctx.set(dut.create_valid, 0)
+            if created:
+                created.popleft()
+            await ctx.tick()
 
     async def take(ctx, ready):
         while True:
@@ -241,9 +261,9 @@ def run(
     async def bench(ctx):
         ctx.set(dut.admin_base, BASE)
         ctx.set(dut.admin_limit, LIMIT)
-        ctx.set(dut.domain_queues, 0xFF)
-        ctx.set(dut.page_owned, 1)
-        ctx.set(dut.dram_owned, 1)
+        ctx.set(dut.domain_queues, domain_queues)
+        ctx.set(dut.page_owned, owned[0])
+        ctx.set(dut.dram_owned, owned[1])
         ctx.set(dut.create_valid, 1)
         await ctx.tick()
         ctx.set(dut.create_valid, 0)
@@ -299,6 +319,8 @@ def run(
     sim.add_testbench(take_flash, background=True)
     sim.add_testbench(take_admin, background=True)
     sim.add_testbench(owners, background=True)
+    if windows is not None:
+        sim.add_testbench(create, background=True)
     sim.add_testbench(bench)
     sim.run()
     assert len(host.jobs) + len(host.flash) + len(host.admin) == sum(batches)
@@ -1230,6 +1252,153 @@ def test_flash_commands(name, stall):
     assert all(seen <= count for (seen, _), count in zip(host.flash, before, strict=True))
 
 
+def ended(host):
+    return [(j["queue"], j["identifier"], Status(j["status"]), j["where"]) for _, _, j in host.jobs]
+
+
+def test_admin_commands():
+    """They are handed over whole from queue 0; bad ones, and those from another queue, get a status."""
+    rng = random.Random(3)
+    create = {"opcode": Opcode.CREATE_QUEUE, "queue": 5, "entries": 64, "submission": 0x1_2345_6780, "base": 1,
+              "completion": 0xFFFF_FFFF_FFFF_FFC0, "limit": 2}
+    grant = {"opcode": Opcode.GRANT, "kind": 1, "first": TOP, "count": TOP - 1, "domain": 0x1FF}
+    data = {"opcode": Opcode.COUNTERS, "result": LIMIT - 256}
+    field_, permitted = Status.INVALID_FIELD, Status.NOT_PERMITTED
+    cases = [
+        (QUEUE_COMMAND, create, 0, None),
+        (QUEUE_COMMAND, {"opcode": Opcode.DELETE_QUEUE, "queue": 255}, 0, None),
+        *((QUEUE_COMMAND, {"opcode": Opcode.DELETE_QUEUE, name: 1 << 8 * QUEUE_COMMAND[name].size - 1}, 0, (field_, 0))
+          for name in ("entries", "submission", "completion", "base", "limit")),
+        *((QUEUE_COMMAND, create | {name: 1}, 0, (field_, 0)) for name in ("flags", "reserved1", "reserved3")),
+        (GRANT_COMMAND, grant, 0, None),
+        (GRANT_COMMAND, grant | {"reserved0": 1 << 23}, 0, (field_, 0)),
+        (DATA_COMMAND, data, 0, None),
+        (DATA_COMMAND, data | {"opcode": Opcode.IDENTIFY}, 0, None),
+        (DATA_COMMAND, data | {"result": BASE + 32}, 0, None),
+        (DATA_COMMAND, data | {"reserved6": 1 << 63}, 0, (field_, 0)),
+        (DATA_COMMAND, data, 3, None),
+        (DATA_COMMAND, data | {"opcode": Opcode.IDENTIFY}, 3, (permitted, 0)),
+        (GRANT_COMMAND, grant, 3, (permitted, 0)),
+        (QUEUE_COMMAND, create | {"flags": 1}, 3, (permitted, 0)),
+        (FLASH_COMMAND, {"opcode": Opcode.PROBE}, 7, (permitted, 0)),
+        (FLASH_COMMAND, {"opcode": Opcode.MAP, "reserved1": 1}, 1, (permitted, 0)),
+        (FLASH_COMMAND, {"opcode": 0xFF}, 1, (Status.INVALID_OPCODE, 0xFF)),
+    ]
+    host, handed, rejected = Host(), [], []
+    for number, (record, command, queue, error) in enumerate(cases):
+        identifier = rng.getrandbits(16)
+        host.put(COMMANDS + 64 * number, record.pack(**command, identifier=identifier))
+        if error is not None:
+            rejected.append((queue, identifier, *error))
+            continue
+        handed.append({
+            "opcode": command["opcode"], "queue": queue, "identifier": identifier,
+            "number": command.get("queue", command.get("kind", 0)), "entries": command.get("entries", 0),
+            "first": command.get("first", 0), "count": command.get("count", 0), "domain": command.get("domain", 0),
+            "submission": command.get("submission", 0),
+            "completion": command.get("completion", command.get("result", 0)),
+        })
+    run(TINY, host, [len(cases)], latency=5, stall=0.2, job_stall=0.3, queues=[queue for _, _, queue, _ in cases])
+    assert ended(host) == rejected
+    assert [{name: value for name, value in admin.items() if name != "bad_address"} for admin in host.admin] == handed
+    data = [a["bad_address"] for a in host.admin if a["opcode"] in (Opcode.COUNTERS, Opcode.IDENTIFY)]
+    # IDENTIFY takes more than is left of the window; queue 3 has no window at all.
+    assert data == [0, 1, 1, 1]
+
+
+def test_each_queue_has_its_window():
+    """A window takes effect when its queue is created, for the commands of this queue alone."""
+    host, config = Host(), TINY
+    rng = random.Random(5)
+    other = 0x7_0000_0000
+    expected, queues = [], []
+
+    def add(queue, base, status):
+        command, block, _ = good_command(rng, config, rows=1)
+        command |= {"query": base + 0x400 * len(queues), "result": base, "table": base + 0x8000 + 0x400 * len(queues)}
+        command = fit(config, command | {"end_token": command["base_token"] + 1})
+        host.put(COMMANDS + 64 * len(queues), COMMAND.pack(**command))
+        host.put(command["query"], query_bytes(config, block))
+        host.put(command["table"], bytes(some_table(rng, config, command)))
+        queues.append(queue)
+        expected.append(status)
+
+    add(2, other, Status.INVALID_ADDRESS)
+    for queue, base in ((2, other), (3, BASE)):
+        host.put(COMMANDS + 64 * len(queues), QUEUE_COMMAND.pack(
+            opcode=Opcode.CREATE_QUEUE, queue=queue, base=base, limit=base + 0x10000))
+        queues.append(0)
+        for _ in range(3):     # the window is there some cycles after the command was taken
+            add(1, BASE, Status.INVALID_ADDRESS)
+    for queue, base in ((2, other), (3, BASE), (0, BASE)):
+        add(queue, base, Status.OK)
+    for queue, base in ((2, BASE), (3, other), (0, other), (2, other - 64), (3, BASE + 0x10000)):
+        add(queue, base, Status.INVALID_ADDRESS)
+    run(config, host, [len(queues)], latency=5, queues=queues, windows={2, 3})
+    assert [Status(j["status"]) for _, _, j in host.jobs] == expected
+
+
+def test_domains():
+    """A queue may name a domain or not; a table's entries and the pages of flash commands are the domain's or not."""
+    config, rng = TINY, random.Random(6)
+
+    def attend(number, domain):
+        command, block, table = good_command(rng, config, number, rows=1)
+        command |= {"query": BASE + 0x1000 * number, "domain": domain}
+        place(host, number, command, block, table, config)
+        return command
+
+    def results(**options):
+        run(config, host, [1], latency=5, **options)
+        assert not host.starts or options == {}
+        return [(Status(j["status"]), j["where"]) for _, _, j in host.jobs] + [
+            v["opcode"] for _, v in host.flash]
+
+    for domain, options, expected in (
+        (7, {}, (Status.OK, 0)),
+        (7, {"domain_queues": 0xFE}, (Status.NOT_PERMITTED, 1)),
+        (0x107, {}, (Status.NOT_PERMITTED, 1)),
+        (7, {"foreign": {0, 1}}, (Status.NOT_OWNED, 0)),
+    ):
+        host = Host()
+        attend(0, domain)
+        assert results(**options) == [expected], (domain, options)
+    for opcode, options, expected in (
+        (Opcode.PROGRAM, {}, Opcode.PROGRAM & 7),
+        (Opcode.PROGRAM, {"domain_queues": 0xFE}, (Status.NOT_PERMITTED, 1)),
+        (Opcode.PROGRAM, {"owned": (0, 1)}, (Status.NOT_OWNED, 0)),
+        (Opcode.PROGRAM, {"owned": (1, 0)}, (Status.NOT_OWNED, 1)),
+        (Opcode.PROGRAM, {"owned": (0, 0)}, (Status.NOT_OWNED, 0)),
+        (Opcode.ERASE, {"owned": (0, 0), "domain_queues": 0}, Opcode.ERASE & 7),    # in queue 0
+        (Opcode.PROBE, {"owned": (0, 0), "domain_queues": 0}, Opcode.PROBE & 7),
+        (Opcode.ERASE, {"owned": (0, 1), "queues": [1]}, (Status.NOT_OWNED, 0)),
+        (Opcode.ERASE, {"owned": (1, 0), "queues": [1]}, Opcode.ERASE & 7),
+        (Opcode.ERASE, {"domain_queues": 0xFD, "queues": [1]}, (Status.NOT_PERMITTED, 1)),
+    ):
+        host = Host()
+        host.put(COMMANDS, FLASH_COMMAND.pack(opcode=opcode))
+        assert results(**options) == [expected], (opcode.name, options)
+
+
+def test_a_flash_command_that_waits_holds_its_own_queue_only():
+    host, config = Host(), TINY
+    rng = random.Random(7)
+    queues = [2, 2, 0, 0, 2, 0]
+    for number, queue in enumerate(queues):
+        if queue == 2:
+            host.put(COMMANDS + 64 * number, FLASH_COMMAND.pack(opcode=Opcode.PROGRAM, identifier=number))
+            continue
+        command, block, _ = good_command(rng, config, number, rows=1)
+        command |= {"query": BASE + 0x1000 * number, "end_token": command["base_token"] + 1}
+        command = fit(config, command)
+        place(host, number, command, block, some_table(rng, config, command), config)
+    run(config, host, [len(queues)], latency=5, queues=queues, flash_ready=range(3000, 10000))
+    assert [v["identity"] for _, v in host.flash] == [number << 16 | 2 for number in (0, 1, 4)]
+    # All jobs were done before the first flash command was taken.
+    assert [jobs for jobs, _ in host.flash] == [3, 3, 3]
+    assert max(host.when) < 3000
+
+
 @pytest.mark.parametrize("name", ["tiny", "gqa", "wide", "middle"])
 def test_nan_in_a_query(name):
     config = CONFIGS[name]
@@ -1289,6 +1458,8 @@ def test_bus_errors():
     assert [(j["lanes"], Status(j["status"]), j["where"]) for _, _, j in host.jobs] == [
         (0, Status.BUS_ERROR, 0) if n in (1, 3, 4, 6, 7) else (1, Status.OK, 0) for n in range(8)
     ]
+    # Nobody knows whose command a line was that could not be read.
+    assert [n for n, (_, _, j) in enumerate(host.jobs) if j["identifier"] == 0xFFFF] == [4, 7]
     assert host.errors == 5 * 8
 
 
