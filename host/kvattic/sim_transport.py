@@ -509,24 +509,23 @@ class SimTransport:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _lose(self, what: str) -> DeviceLostError:
-        """The simulator is gone, or its answers cannot be trusted; the exception that says so."""
+    def _lose(self, what: str, *, known: bool = False) -> DeviceLostError:
+        """The simulator is gone, or its answers cannot be trusted; the exception that says so.
+
+        Args:
+            what: what was seen.
+            known: that is the cause; otherwise the server may know more.
+        """
         if self._closed:
             return DeviceLostError("the way to the simulated drive was closed meanwhile")
-        said = self._obituary()
+        said = "" if known else self._obituary(what)
         self._disconnect()
-        if not said:
-            if not self._process.running:
-                what = f"the simulation server {self._process.status}"
-            said = what + _tail(self._log)
-            self._process.end(0)
-        else:
-            self._process.end(END_S)
-        self._lost = f"the simulated drive is lost: {said}"
+        self._lost = f"the simulated drive is lost: {said or what + _tail(self._log)}"
+        self._process.end(END_S if said or known else 0)
         return DeviceLostError(self._lost)
 
-    def _obituary(self) -> str:
-        """What the server knows about the simulator's end."""
+    def _obituary(self, what: str) -> str:
+        """What the server knows about the simulator's end, or what is known about the server's; nothing: it lives."""
         assert self._server is not None
         if self._simulator is not None and not self._simulator.ended:
             return ""
@@ -534,6 +533,8 @@ class SimTransport:
             while (message := self._server.receive(OBITUARY_S)) is not None:
                 if message.kind is Kind.ENDED:
                     return message.text
+        if self._server.ended:
+            return f"{what}; the simulation server {self._process.status}{_tail(self._log)}"
         return ""
 
     # Calls.
@@ -580,7 +581,7 @@ class SimTransport:
             raise ProtocolError(f"FAILED came with {message.payload[:40]!r}")
         failure = Failure(number)
         text = message.payload[2:].decode(errors="replace")
-        return self._lose(text) if failure is Failure.LOST else FAILURES[failure](text)
+        return self._lose(text, known=True) if failure is Failure.LOST else FAILURES[failure](text)
 
     # Transport.
 
