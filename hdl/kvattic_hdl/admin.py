@@ -10,7 +10,8 @@ from kvattic.commands import DOMAINS, IDENTIFY_BYTES, LINE_BYTES, Grant, Opcode,
 from kvattic.config import Config
 from kvattic.registers import COUNTERS, MAX_ENTRIES, MAX_REGIONS, QUEUES
 
-from .interfaces import CREATE, GRANT, QUEUE_BITS, REMOVE, Shapes
+from .interfaces import GRANT, QUEUE_BITS, Shapes
+from .queues import CREATE, REMOVE
 from .records import WORD_BYTES
 
 SETTLE_CYCLES = 4
@@ -51,9 +52,9 @@ class Admin(wiring.Component):
         From the loader.
     outcomes : Out(stream of Shapes.ended)
         For the finisher.
-    create : Out(interfaces.CREATE)
+    create : Out(queues.CREATE)
         Strobe, one cycle after the CREATE_QUEUE was taken.
-    remove : Out(interfaces.REMOVE)
+    remove : Out(queues.REMOVE)
         Strobe, one cycle after the DELETE_QUEUE was taken.
     present, under_way : In(QUEUES)
         The queue is there; commands of it have been fetched, or will be although it is removed, and have no

@@ -24,7 +24,7 @@ from kvattic.formats import (
     WEIGHT_EXPONENT_BITS,
 )
 from kvattic.layout import TOKEN_BITS
-from kvattic.registers import MAX_ENTRIES, QUEUES
+from kvattic.registers import QUEUES
 
 EPOCH_BITS = 4
 OPCODE_BITS = 3
@@ -37,8 +37,6 @@ MISSING_BITS = 15
 SHIFT_BITS = 11
 """A cell's shift before it is clipped, signed."""
 QUEUE_BITS = ceil_log2(QUEUES)
-LINE_NUMBER_BITS = 64 - ceil_log2(LINE_BYTES)
-"""Bits of the number of a line of host memory."""
 KIND_BITS, MODE_BITS = 2, 2
 RANK_BITS = MASS_BITS + TOKEN_BITS
 """A unit's rank: Cat(~number of its first token, its mass)."""
@@ -49,16 +47,6 @@ FAULTS = ("unreadable_sketch", "unreadable_key", "unreadable_value", "nan_key", 
 FAULT_BITS = 3
 """Bits of a fault's place in `FAULTS`; `len(FAULTS)`: none."""
 
-CREATE = data.StructLayout({
-    "valid": 1,
-    "queue": QUEUE_BITS,
-    "entries_bits": unsigned(bits_for(ceil_log2(MAX_ENTRIES))),   # log2
-    "submission": LINE_NUMBER_BITS,
-    "completion": LINE_NUMBER_BITS,
-})
-"""Strobe: a queue pair is created, with rings at these lines of host memory."""
-REMOVE = data.StructLayout({"valid": 1, "queue": QUEUE_BITS})
-"""Strobe: a queue pair is removed."""
 GRANT = data.StructLayout({"kind": 2, "first": 24, "count": 24, "domain": ceil_log2(DOMAINS)})
 """A valid `commands.GRANT_COMMAND`."""
 
