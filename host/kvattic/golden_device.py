@@ -40,7 +40,7 @@ from kvattic.commands import (
 from kvattic.config import ELEMENT_BYTES, PAGE_NUMBER_BITS, Config
 from kvattic.errors import DeviceTimeoutError, RequestError
 from kvattic.golden_owners import Owners
-from kvattic.golden_queues import Queue, Queues, RejectedError, is_ring_size
+from kvattic.golden_queues import Queue, Queues, RejectedError
 from kvattic.layout import Block, PagePlace
 from kvattic.registers import COUNTERS, QUEUES, REGISTER_MAP, Access, Control, StatusBit
 
@@ -60,6 +60,7 @@ _DOORBELLS = {
     for queue in range(QUEUES) for name, completion in (("SUBMISSION_TAIL", False), ("COMPLETION_HEAD", True))
 }
 """(queue, whether it is of completions) by register."""
+_ADMIN = ("ADMIN_SUBMISSION", "ADMIN_COMPLETION", "ADMIN_BASE", "ADMIN_LIMIT")
 _COUNTERS = frozenset(register.name for register in COUNTERS)
 
 
@@ -149,15 +150,18 @@ class Traffic:
 class GoldenDevice:
     """A `Transport` with the device behind it, in NumPy.
 
-    A doorbell runs everything that can be run before it returns, in the order of fetching: one command from each queue
-    in turn.  So nothing is ever under way between two calls, and STATUS.BUSY is never seen.  With `shuffle`, fetching,
-    running and completing go on at random, as far as the device's rules leave that open: ATTENDs run and complete in
-    order, flash commands of a channel begin in order, and admin commands are run one after the other.
+    A doorbell runs everything that can be run before it returns, in the order of fetching.  So nothing is ever under
+    way between two calls, and STATUS.BUSY is never seen.  With `shuffle`, commands are under way for some time:
+    doorbells and reads of registers and host memory each let the device go on by a few steps, `wait` until the
+    interrupt line is up.  What it fetches, runs or completes next is random as far as the device's rules leave it open:
+    queues are fetched from in turn, ATTENDs run and complete in order, flash commands of a channel begin in order, and
+    admin commands run one after the other.
 
     There are no cycles: all counters of time, CYCLES among them, and the counter fields of the completions stay 0, and
     CODEWORD_TIMEOUT does not occur.  What is moved is counted: FLASH_WORDS, CODEWORDS, UNREADABLE and PAGE_READS of the
     jobs' reads, as if nothing had to be read again, no page were read ahead and none twice for a job; and by kind in
-    `traffic`.  These counts start from 0 with every doorbell that starts a command, unless CONTROL.ACCUMULATE is set.
+    `traffic`.  Without `shuffle`, every doorbell that starts a command finds the device idle, and the counts start from
+    0, unless CONTROL.ACCUMULATE is set.
 
     A command is checked in this order, and the first that applies is reported: BUS_ERROR of its line, INVALID_OPCODE,
     NOT_PERMITTED (opcode), INVALID_FIELD; then
@@ -187,11 +191,11 @@ class GoldenDevice:
         memory_bytes: size of the host memory, which begins at address 0.
         dram_bytes: size of the device DRAM; it takes memory where it is written.
         faults: what goes wrong.
-        shuffle: seed of the order in which commands are served; None: as they are fetched.
+        shuffle: seed of what is random; None: nothing is.
 
     Attributes:
         faults: the same.
-        traffic: what was read since the counters started.
+        traffic: what was read since the counters were 0.
 
     Raises:
         RequestError: a size is not positive.
@@ -219,6 +223,9 @@ class GoldenDevice:
         self._registers = {name: register.reset for name, register in REGISTER_MAP.items()}
         self.traffic = Traffic()
         self._queues = Queues()
+        # What is under way, only with `shuffle`: commands by what serves them in order, and endings without completion.
+        self._fetched: dict[Any, deque[tuple[Queue, bytes | None]]] = {}
+        self._served: list[_Ending] = []
         self._registers["CONFIG_HASH"] = self.config.hash
         self._registers["STATUS"] = int(StatusBit.READY)
 
@@ -238,11 +245,12 @@ class GoldenDevice:
         Raises:
             RequestError: there is no such register.
         """
+        self._go_on()
         if _register(name).access is Access.WO or not self._powered:
             return 0
         if name == "INTERRUPTS":
-            return self._queues.interrupts(self._registers["INTERRUPT_AFTER"] & 0xFFFF)
-        return self._registers[name]
+            return self._interrupts
+        return self._registers[name] | (StatusBit.BUSY if name == "STATUS" and self._busy else 0)
 
     def write_register(self, name: str, value: int) -> None:
         """See `Transport`; what is written to a read-only register is lost.
@@ -258,13 +266,9 @@ class GoldenDevice:
         if name == "CONTROL" and value & Control.RESET:
             self._reset()
         elif name == "ADMIN_ENTRIES":
-            self._create_admin(value)
+            self._queues.create_admin(Queue(0, value, *(self._registers[name] for name in _ADMIN)))
         elif name in _DOORBELLS:
-            queue, completion = _DOORBELLS[name]
-            if self._queues.doorbell(queue, value, completion=completion):
-                self._run()
-            else:
-                self._refuse_doorbell(queue << 24 | completion << 16 | value & 0xFFFF)
+            self._ring(*_DOORBELLS[name], value)
         elif name == "STATUS":
             self._registers[name] &= ~value | StatusBit.BUSY | StatusBit.READY
         elif register.access is Access.RW:
@@ -277,6 +281,7 @@ class GoldenDevice:
             RequestError: outside of the host memory.
         """
         _check_range("host memory", self.memory_bytes, address, size)
+        self._go_on()
         return bytes(self._memory[address : address + size])
 
     def write_memory(self, address: int, data: bytes) -> None:
@@ -307,14 +312,16 @@ class GoldenDevice:
         self._dram[address : address + len(data)] = np.frombuffer(data, np.uint8)
 
     def wait(self, timeout_s: float) -> None:
-        """See `Transport`.  Whatever a doorbell started is over when it returns, so this never waits.
+        """See `Transport`.  This never waits: time passes only here and in other calls.
 
         Raises:
             DeviceTimeoutError: the interrupt line is not up, and only the host can change that; or the power is off.
         """
+        while not self._interrupts & self._registers["INTERRUPT_MASK"] and self._step():
+            pass
+        wanting, mask = self._interrupts, self._registers["INTERRUPT_MASK"]
         if not self._powered:
             raise DeviceTimeoutError("the device does not answer: its power is off")
-        wanting, mask = self.read_register("INTERRUPTS"), self._registers["INTERRUPT_MASK"]
         if wanting & mask:
             return
         if wanting:
@@ -329,65 +336,73 @@ class GoldenDevice:
 
     # The device's side.
 
-    def _create_admin(self, entries: int) -> None:
-        registers = self._registers
-        self._queues.pairs.pop(0, None)
-        if is_ring_size(entries):
-            self._queues.pairs[0] = Queue(
-                0, entries, submission=registers["ADMIN_SUBMISSION"], completion=registers["ADMIN_COMPLETION"],
-                base=registers["ADMIN_BASE"], limit=registers["ADMIN_LIMIT"])
+    @property
+    def _busy(self) -> bool:
+        return bool(self._fetched or self._served) or self._queues.fetchable
 
-    def _refuse_doorbell(self, which: int) -> None:
-        if not self._registers["STATUS"] & StatusBit.INVALID_DOORBELL:
-            self._registers["DOORBELL_ERROR"] = which
-            self._registers["STATUS"] |= StatusBit.INVALID_DOORBELL
+    @property
+    def _interrupts(self) -> int:
+        return self._queues.interrupts(self._registers["INTERRUPT_AFTER"] & 0xFFFF)
 
-    def _run(self) -> None:
-        """Serve all that can be fetched."""
-        if not self._queues.fetchable:
+    def _ring(self, queue: int, completion: bool, value: int) -> None:
+        """A doorbell."""
+        registers, idle = self._registers, not self._busy
+        if not self._queues.doorbell(queue, value, completion=completion):
+            if not registers["STATUS"] & StatusBit.INVALID_DOORBELL:
+                registers["DOORBELL_ERROR"] = queue << 24 | completion << 16 | value & 0xFFFF
+                registers["STATUS"] |= StatusBit.INVALID_DOORBELL
             return
-        if not self._registers["CONTROL"] & Control.ACCUMULATE:
-            self._registers |= dict.fromkeys(_COUNTERS, 0)
+        if idle and self._busy and not registers["CONTROL"] & Control.ACCUMULATE:
+            registers |= dict.fromkeys(_COUNTERS, 0)
             self.traffic = Traffic()
+        if self._random is not None:
+            self._go_on()
+        else:
+            while self._step():
+                pass
+
+    def _go_on(self) -> None:
+        """A few steps, where they are random."""
+        if self._random is not None and self._busy:
+            for _ in range(self._random.randrange(4)):
+                self._step()
+
+    def _step(self) -> bool:
+        """Do something; False: there is nothing to do."""
+        if not self._powered:
+            return False
         try:
-            if self._random is None:
-                while (queue := self._queues.next()) is not None:
-                    self._post(self._serve(queue, self._fetch(queue)))
-            else:
-                self._run_shuffled(self._random)
+            if self._random is not None:
+                return self._random_step(self._random)
+            queue = self._queues.next()
+            if queue is not None:
+                self._post(self._serve(queue, self._fetch(queue)))
+            return queue is not None
         except _PowerCutError:
             self._powered = False
+            return False
 
-    def _run_shuffled(self, rng: random.Random) -> None:
-        """The same with a few commands fetched, and a few served whose completions are not posted, at any time."""
-        fetched: dict[Any, deque[tuple[Queue, bytes | None]]] = {}   # those that are served in order, by what they need
-        served: list[_Ending] = []
-        while True:
-            choices = []
-            if self._queues.fetchable:
-                choices.append("fetch")
-            if fetched:
-                choices.append("serve")
-            if served:
-                choices.append("post")
-            if not choices:
-                return
-            match rng.choice(choices):
-                case "fetch":
-                    queue = self._queues.next()
-                    assert queue is not None
-                    line = self._fetch(queue)
-                    fetched.setdefault(_unit(line), deque()).append((queue, line))
-                case "serve":
-                    unit = rng.choice(list(fetched))
-                    served.append(self._serve(*fetched[unit].popleft()))
-                    if not fetched[unit]:
-                        del fetched[unit]
-                case "post":
-                    first = next((ending for ending in served if ending.ordered), None)
-                    ending = rng.choice([ending for ending in served if not ending.ordered or ending is first])
-                    served.remove(ending)
-                    self._post(ending)
+    def _random_step(self, rng: random.Random) -> bool:
+        fetched, served = self._fetched, self._served
+        choices = [name for name, there in (
+            ("fetch", self._queues.fetchable), ("serve", fetched), ("post", served)) if there]
+        if not choices:
+            return False
+        choice = rng.choice(choices)
+        if choice == "fetch" and (queue := self._queues.next()) is not None:
+            line = self._fetch(queue)
+            fetched.setdefault(_unit(line), deque()).append((queue, line))
+        elif choice == "serve":
+            unit = rng.choice(list(fetched))
+            served.append(self._serve(*fetched[unit].popleft()))
+            if not fetched[unit]:
+                del fetched[unit]
+        elif choice == "post":
+            first = next((ending for ending in served if ending.ordered), None)
+            ending = rng.choice([ending for ending in served if not ending.ordered or ending is first])
+            served.remove(ending)
+            self._post(ending)
+        return True
 
     def _fetch(self, queue: Queue) -> bytes | None:
         """The next command's line; None: it cannot be read."""

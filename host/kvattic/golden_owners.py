@@ -85,9 +85,10 @@ class Owners:
             region_bits: the register.
         """
         config, domain, count = self._config, command["domain"], command["stripe_pages"]
-        flash, dram = (
-            owns(domain, entries.key_page, count, *more) & owns(domain, entries.value_page, count, *more)
-            for owns, more in ((self.owns_pages, ()), (self.owns_dram, (region_bits,))))
+        flash, dram = np.ones((2, len(entries.dram)), np.bool_)
+        for page in (entries.key_page, entries.value_page):
+            flash &= self.owns_pages(domain, page, count)
+            dram &= self.owns_dram(domain, page, count, region_bits)
         if command["mode"] != Mode.DENSE:
             pages: Any = config.group_pages
             if command["mode"] == Mode.CENTROID:

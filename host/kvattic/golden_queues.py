@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from kvattic.commands import LINE_BYTES, Status
 from kvattic.registers import MAX_ENTRIES, QUEUES
 
-__all__ = ["Queue", "Queues", "RejectedError", "is_ring_size"]
+__all__ = ["Queue", "Queues", "RejectedError"]
 
 _COMPLETION = struct.Struct("<IIHHHH48x")
 """The fields of `COMPLETION` that the golden device fills."""
@@ -14,11 +14,6 @@ _COMPLETION = struct.Struct("<IIHHHH48x")
 
 class RejectedError(Exception):
     """A command that ends with an error; args are (status, where)."""
-
-
-def is_ring_size(entries: int) -> bool:
-    """Whether a ring may have so many entries."""
-    return 2 <= entries <= MAX_ENTRIES and not entries & (entries - 1)
 
 
 @dataclass(slots=True, eq=False)
@@ -37,7 +32,6 @@ class Queue:
         posts: completions posted, of all rounds.
         unread: completions posted and not taken.
         under_way: commands fetched whose completions are not posted.
-        stopped: nothing is fetched any more.
     """
 
     number: int
@@ -51,7 +45,6 @@ class Queue:
     posts: int = 0
     unread: int = 0
     under_way: int = 0
-    stopped: bool = False
 
     def __post_init__(self) -> None:
         # The device sees whole lines: the low address bits are ignored.
@@ -59,9 +52,14 @@ class Queue:
         self.completion -= self.completion % LINE_BYTES
 
     @property
+    def is_ring(self) -> bool:
+        """Whether rings may have so many entries."""
+        return 2 <= self.entries <= MAX_ENTRIES and not self.entries & (self.entries - 1)
+
+    @property
     def fetchable(self) -> bool:
         """Whether there is a command and its completion will have room."""
-        return not self.stopped and self.head != self.tail and self.under_way + self.unread < self.entries - 1
+        return self.head != self.tail and self.under_way + self.unread < self.entries - 1
 
     def submit(self, tail: int) -> bool:
         """The doorbell SUBMISSION_TAIL; False: refused."""
@@ -110,10 +108,12 @@ class Queues:
 
     Attributes:
         pairs: those that there are, by number.
+        removed: those that were removed, but whose commands are under way, or were: they can be deleted again.
     """
 
     def __init__(self) -> None:
         self.pairs: dict[int, Queue] = {}
+        self.removed: dict[int, Queue] = {}
         self._turn = 0
 
     def doorbell(self, number: int, value: int, *, completion: bool) -> bool:
@@ -142,27 +142,37 @@ class Queues:
         """The register INTERRUPTS."""
         return sum(1 << number for number, queue in self.pairs.items() if queue.wants_interrupt(after))
 
+    def _taken(self, number: int) -> bool:
+        """Whether there is a queue of that number, or completions of one that was are to come."""
+        return number in self.pairs or (number in self.removed and self.removed[number].under_way > 0)
+
+    def create_admin(self, queue: Queue) -> None:
+        """ADMIN_ENTRIES: queue 0 in place of the one that there is; while that has commands under way, only removed."""
+        if (old := self.pairs.pop(0, None)) is not None:
+            self.removed[0] = old
+        if queue.is_ring and not self._taken(0):
+            self.pairs[0] = queue
+
     def create(self, command: dict[str, int]) -> None:
         """CREATE_QUEUE."""
-        number, entries = command["queue"], command["entries"]
+        number = command["queue"]
+        queue = Queue(*(command[name] for name in ("queue", "entries", "submission", "completion", "base", "limit")))
         for where, bad in enumerate((
-            not 1 <= number < QUEUES or number in self.pairs,
-            not is_ring_size(entries),
+            not 1 <= number < QUEUES or self._taken(number),
+            not queue.is_ring,
             command["submission"] % LINE_BYTES,
             command["completion"] % LINE_BYTES,
         )):
             if bad:
                 raise RejectedError(Status.INVALID_QUEUE, where)
-        self.pairs[number] = Queue(
-            number, entries, submission=command["submission"], completion=command["completion"], base=command["base"],
-            limit=command["limit"])
+        self.removed.pop(number, None)
+        self.pairs[number] = queue
 
     def delete(self, number: int) -> None:
         """DELETE_QUEUE."""
-        if not 1 <= number < QUEUES or number not in self.pairs:
+        queue = (self.pairs.pop(number, None) or self.removed.pop(number, None)) if number else None
+        if queue is None:
             raise RejectedError(Status.INVALID_QUEUE, 0)
-        queue = self.pairs[number]
-        queue.stopped = True
         if queue.under_way:
+            self.removed[number] = queue
             raise RejectedError(Status.QUEUE_BUSY, 0)
-        del self.pairs[number]
