@@ -5,8 +5,13 @@
         sequence.prefill(key, value)                # (kv_heads, tokens, head_dim)
         result = sequence.attend(query)             # (q_heads, n_queries, head_dim)
 
+        future = sequence.attend_async(query)       # goes on meanwhile; so do append_async and prefill_async
+        result = future.result()                    # or: await future
+
 Needs numpy alone; Amaranth, cocotb and torch are never loaded by this package.
 """
+
+from typing import Any
 
 from kvattic.commands import Completion, CompletionFlag, Mode, Status
 from kvattic.config import BOARD, GQA, PAPER, PRESETS, TINY, Config, preset
@@ -16,12 +21,14 @@ from kvattic.errors import (
     ConfigError,
     ConfigMismatchError,
     DeviceBusyError,
+    DeviceLostError,
     DeviceStatusError,
     DeviceTimeoutError,
     KvatticError,
     RequestError,
 )
 from kvattic.formats import Element
+from kvattic.futures import Future, wait
 from kvattic.layout import Block
 from kvattic.transport import Transport
 
@@ -44,10 +51,12 @@ __all__ = [
     "ConfigMismatchError",
     "Device",
     "DeviceBusyError",
+    "DeviceLostError",
     "DeviceStatusError",
     "DeviceTimeoutError",
     "Element",
     "FlashOperation",
+    "Future",
     "Job",
     "JobResult",
     "KvatticError",
@@ -60,26 +69,49 @@ __all__ = [
     "__version__",
     "open",
     "preset",
+    "wait",
 ]
 
-TARGETS = ("model",)
+TARGETS = ("model", "sim:verilator", "sim:icarus", "mmio:PATH")
+DEVICE_OPTIONS = ("timeout_s", "bad_blocks", "spare_blocks", "erase_on_free", "entries")
 
 
-def open(target: str = "model", config: Config | str = PAPER) -> Device:
-    """A device.
+def open(target: str = "model", config: Config | str = PAPER, **options: Any) -> Device:
+    """A device; closing it gives back all that it holds.
 
     Args:
-        target: `model`, the bit-exact golden device in NumPy.
+        target: `model`, the bit-exact golden device in NumPy; `sim:verilator` or `sim:icarus`, the RTL in a simulator's
+            process; `mmio:/dev/xdma0`, an FPGA behind a PCIe driver's character devices.
         config: a configuration, or the name of a preset.
+        options: of `Device`, and of the target: `golden_device.GoldenDevice`, `sim_transport.open_simulator`,
+            `mmio_transport.open_mmio`.
 
     Raises:
         RequestError: there is no such target.
         ConfigError: there is no such preset.
+        ConfigMismatchError, DeviceTimeoutError, DeviceLostError, CapacityError: see `Device`.
     """
     if isinstance(config, str):
         config = preset(config)
+    own = {name: options.pop(name) for name in DEVICE_OPTIONS if name in options}
+    kind, _, which = target.partition(":") if isinstance(target, str) else (target, "", "")
+    transport: Transport
     if target == "model":
         from kvattic.golden_device import GoldenDevice
 
-        return Device(GoldenDevice(config))
-    raise RequestError(f"there is no target {target!r}; targets are {', '.join(TARGETS)}")
+        transport = GoldenDevice(config, **options)
+    elif kind == "sim" and which in ("verilator", "icarus"):
+        from kvattic.sim_transport import open_simulator
+
+        transport = open_simulator(which, config, **options)
+    elif kind == "mmio" and which:
+        from kvattic.mmio_transport import open_mmio
+
+        transport = open_mmio(which, config, **options)
+    else:
+        raise RequestError(f"there is no target {target!r}; targets are {', '.join(TARGETS)}")
+    try:
+        return Device(transport, **own, owns_transport=True)
+    except BaseException:
+        transport.close()
+        raise

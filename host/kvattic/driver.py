@@ -1,46 +1,53 @@
 """`Device`: a drive over any `Transport`.
 
-`Sequence` writes K and V and plans attention (sequence.py).  The layer below are lists of commands, in batches that fit
-the host memory: `Device.run` takes `Job`s and `Device.operate` takes `FlashOperation`s (jobs.py).
+`Sequence` writes K and V and plans attention (sequence.py).  The layer below are commands: `Device.run` takes `Job`s
+and `Device.operate` takes `FlashOperation`s (jobs.py); `Device.submit` and `submit_operations` do not wait for them.
+What is under way, and where it lies in host memory, the `Dispatcher` knows (dispatcher.py).
 """
 
 import time
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Series
+from contextlib import suppress
 from itertools import count
+from threading import RLock
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
-from kvattic import layout
-from kvattic.allocator import Allocation, DramAllocator, Remap, Wear, ZoneAllocator
+from kvattic import futures, layout
+from kvattic.allocator import COMMON_DOMAIN, Allocation, DomainDram, Remap, Wear, ZoneAllocator
 from kvattic.commands import (
-    COMMAND,
-    COMPLETION,
-    FLASH_COMMAND,
+    DATA_COMMAND,
+    DOMAINS,
+    GRANT_COMMAND,
+    IDENTIFY_BYTES,
     LINE_BYTES,
     Completion,
+    Grant,
     MediaCause,
     Mode,
     Opcode,
     Status,
-    query_row_bytes,
+    lines,
     result_row_bytes,
 )
 from kvattic.config import PAGE_NUMBER_BITS, Config
+from kvattic.dispatcher import ADMIN, ATTEND, FLASH, Command, Dispatcher, Steps
 from kvattic.errors import (
     CapacityError,
+    ConfigError,
     ConfigMismatchError,
-    DeviceBusyError,
     DeviceStatusError,
     DeviceTimeoutError,
+    KvatticError,
     RequestError,
 )
+from kvattic.futures import Future
 from kvattic.jobs import (
     AttendPlan,
     AttendResult,
-    Bytes,
     FlashOperation,
     Integers,
     Job,
@@ -48,53 +55,68 @@ from kvattic.jobs import (
     check_positive,
     end_block,
     explain,
-    get_field,
-    mean_bytes,
-    pack_mean,
-    pack_query,
-    pack_table,
-    put_field,
-    table_bytes,
+    fill_command,
+    job_bytes,
+    pack_command,
+    pack_operations,
     unpack_result,
 )
 from kvattic.layout import Block, PagePlace
-from kvattic.registers import ID_MAGIC, VERSION, Control, StatusBit
+from kvattic.registers import COUNTERS, ID_MAGIC, MAX_REGIONS, QUEUES, VERSION, StatusBit
 from kvattic.sequence import Loss, Sequence
-from kvattic.transport import MAX_COMMANDS, Progress, Transport
+from kvattic.store import Flush
+from kvattic.transport import Progress, Transport
 
 __all__ = ["AttendPlan", "AttendResult", "Device", "FlashOperation", "Job", "JobResult", "Loss", "Sequence"]
 
+T = TypeVar("T")
+
 DEFAULT_TIMEOUT_S = 60.0
+DEFAULT_ENTRIES = 256
+CLEAR_PAGES = 64
+"""Of device DRAM, at once."""
 PAGE_MASK = (1 << PAGE_NUMBER_BITS) - 1
+ALL_QUEUES = (1 << QUEUES) - 1
+COUNTER_BYTES = lines(8 * len(COUNTERS)) * LINE_BYTES
 
 
 class Device:
     """A device over any transport: hands out its flash and DRAM to sequences and runs their attention.
 
-    Usable as a context manager.
+    Usable as a context manager.  Its methods, and those of its sequences and futures, may be called from any thread;
+    they hold one lock, also while they wait for the device.
 
     The library takes the flash for erased, as it comes from the factory; a drive that was used before must be
     `format`ted.  The tables that say where K and V lie are in this object alone.
 
+    After a DeviceTimeoutError or a completion that makes no sense, nobody knows what the device does: all that is under
+    way fails, and so does every call until `reset` (or `recover`).
+
     Args:
         transport: the way to the device.
-        timeout_s: patience with the device, in seconds of wall-clock time.
+        timeout_s: patience with the device: how long it may send no completion, in seconds of wall-clock time.
         bad_blocks: blocks that must not be used, such as an earlier `scan_bad_blocks` found.
         spare_blocks: see `ZoneAllocator`.
         erase_on_free: erase flash as soon as no sequence uses it; otherwise before it is used again.
+        entries: of the rings of the queues, a power of two, less if the host memory is small: at most entries - 1
+            commands are under way in each.
+        owns_transport: `close` closes the transport, too.
 
     Raises:
         ConfigMismatchError: no kvattic device, another major version, or built from another
             configuration.
-        DeviceTimeoutError: the device does not become ready.
-        RequestError: a bad block is none of the device's.
+        DeviceTimeoutError: the device does not become ready, or does not answer.
+        RequestError: a bad block is none of the device's, or entries is no legal number.
+        CapacityError: the host memory is too small for the rings.
     """
 
     def __init__(self, transport: Transport, *, timeout_s: float = DEFAULT_TIMEOUT_S, bad_blocks: Iterable[Block] = (),
-                 spare_blocks: int | None = None, erase_on_free: bool = True) -> None:
+                 spare_blocks: int | None = None, erase_on_free: bool = True, entries: int = DEFAULT_ENTRIES,
+                 owns_transport: bool = False) -> None:
         self.transport = transport
         self.config: Config = transport.config
         self.timeout_s = timeout_s
+        self._owns_transport = owns_transport
         self._closed = False
         self._sequences: list[Sequence] = []
         self._next_head = 0
@@ -114,14 +136,26 @@ class Device:
         self._numbers = count()
         self._spare_blocks, self._erase_on_free = spare_blocks, erase_on_free
         self._die_error: DeviceStatusError | None = None
-        self._dram = DramAllocator(min(transport.dram_bytes // self.config.page_bytes, 1 << PAGE_NUMBER_BITS))
+        self._flushes: list[Flush] = []
+        pages = min(transport.dram_bytes // self.config.page_bytes, 1 << PAGE_NUMBER_BITS)
+        self._region_bits = _region_bits(pages, self.config)
+        self._dram = self._new_dram(pages)
         self._allocator = self._new_allocator(bad_blocks)
-        self._wait_ready(timeout_s)
+        self._dispatcher = Dispatcher(transport, timeout_s=timeout_s, entries=entries)
+        self._restart()
+        if (identity := self.identify()) != self.config:
+            raise ConfigMismatchError(
+                f"the device was built from another configuration: it is {identity.to_json()}, this library's is "
+                f"{self.config.to_json()}")
         self._allocator.send_remaps()
 
     def _new_allocator(self, bad_blocks: Iterable[Block]) -> ZoneAllocator:
-        return ZoneAllocator(self.config, erase=self._erase, remap=self._remap, bad_blocks=bad_blocks,
-                             spare_blocks=self._spare_blocks, erase_on_free=self._erase_on_free)
+        return ZoneAllocator(self.config, erase=self._erase, remap=self._remap, grant=self._grant_zones,
+                             bad_blocks=bad_blocks, spare_blocks=self._spare_blocks,
+                             erase_on_free=self._erase_on_free)
+
+    def _new_dram(self, pages: int) -> DomainDram:
+        return DomainDram(pages, self._region_bits, grant=self._grant_regions, released=self._clear_dram)
 
     # Life.
 
@@ -136,23 +170,59 @@ class Device:
     ) -> None:
         end_block(self.close, error)
 
+    @property
+    def lock(self) -> RLock:
+        """Held by whoever uses the device."""
+        return self._dispatcher.lock
+
     def close(self) -> None:
-        """Free all sequences and refuse all further calls.  Closing twice is no error."""
-        try:
-            for sequence in list(self._sequences):
-                sequence.free()
-        finally:
-            self._closed = True
+        """Free all sequences and refuse all further calls.  Closing twice is no error.
+
+        Waits for what is under way.
+
+        Raises:
+            DeviceStatusError: a die does not answer; the device is closed nevertheless.
+        """
+        with self.lock:
+            if self._closed:
+                return
+            errors: list[KvatticError] = []
+            try:
+                for sequence in list(self._sequences):
+                    try:
+                        sequence.free()
+                    except KvatticError as error:
+                        errors.append(error)
+                with suppress(KvatticError):
+                    self._dispatcher.drive(lambda: not self._dispatcher.working)
+            finally:
+                self._closed = True
+                self._dispatcher.abandon(RequestError("the device was closed before this was done"))
+                if self._owns_transport:
+                    self.transport.close()
+            if errors:
+                raise errors[0]
 
     def reset(self) -> None:
-        """Abort whatever the device does and wait until it is ready again.  Flash keeps its pages.
+        """Abort whatever the device does and wait until it is ready again.  Flash and DRAM keep what they hold.
+
+        Futures of what was under way fail.
 
         Raises:
             DeviceTimeoutError: the device does not become ready.
         """
-        self._check_open()
-        self.transport.write_register("CONTROL", Control.RESET)
-        self._wait_ready(self.timeout_s)
+        with self.lock:
+            self._check_open()
+            self._restart()
+
+    def _restart(self) -> None:
+        """Reset, queues, owners."""
+        self._dispatcher.reset(lambda: self._wait_ready(self.timeout_s))
+        self.transport.write_register("REGION_BITS", self._region_bits)
+        self._allocator.send_owners()
+        self._dram.send_owners()
+        for domain in sorted({COMMON_DOMAIN, *(sequence.domain for sequence in self._sequences)}):
+            self._grant(Grant.QUEUES, ALL_QUEUES, 0, domain)
 
     def _wait_ready(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
@@ -165,6 +235,128 @@ class Device:
     def _check_open(self) -> None:
         if self._closed:
             raise RequestError("the device was closed; open it again")
+
+    # Waiting.
+
+    def poll(self) -> int:
+        """Take the completions that are there, and go on with what waits for them; waits for nothing itself.
+
+        Returns:
+            How many there were.
+
+        Raises:
+            DeviceStatusError, DeviceLostError: the device does not work.
+        """
+        with self.lock:
+            self._check_open()
+            return self._dispatcher.poll()
+
+    def wait(self, waiting: Iterable[Future[Any]], timeout_s: float | None = None) -> None:
+        """Wait until futures of this device are done, be it with errors.
+
+        Args:
+            waiting: for what to wait.
+            timeout_s: patience with all of it, in seconds of wall-clock time; the device's if None.
+
+        Raises:
+            RequestError: something is no future of this device.
+            DeviceTimeoutError: one was not done in time.
+        """
+        waiting = list(waiting)
+        for future in waiting:
+            if not isinstance(future, Future) or future._driver is not self._dispatcher:
+                raise RequestError(f"this is no future of this device: {future!r}")
+        futures.wait(waiting, timeout_s)
+
+    @property
+    def in_flight(self) -> int:
+        """Commands that the device has and did not complete, as far as the host knows."""
+        return self._dispatcher.in_flight
+
+    # What the device says of itself.
+
+    def identify(self) -> Config:
+        """The configuration that the device was built from.
+
+        Raises:
+            ConfigMismatchError: it makes no sense to this library.
+            DeviceStatusError: the device reports an error.
+        """
+        data = self._read_block(ADMIN, Opcode.IDENTIFY, IDENTIFY_BYTES)
+        try:
+            return Config.from_json(data.rstrip(b"\0").decode())
+        except (ConfigError, ValueError, TypeError, KeyError) as error:
+            raise ConfigMismatchError(f"the device says of its configuration what this library does not know: "
+                                      f"{error}") from None
+
+    def counters(self) -> dict[str, int]:
+        """The counters (`registers.COUNTERS`) by their names, read by a command among the others.
+
+        Raises:
+            DeviceStatusError: the device reports an error.
+        """
+        data = self._read_block(ATTEND, Opcode.COUNTERS, COUNTER_BYTES)
+        return {register.name: int.from_bytes(data[8 * i : 8 * i + 8], "little") for i, register in enumerate(COUNTERS)}
+
+    def _read_block(self, queue: int, opcode: Opcode, size: int) -> bytes:
+        """What a data command writes."""
+
+        def fill(line: bytearray, address: int) -> bytes:
+            field = DATA_COMMAND["result"]
+            line[field.offset : field.offset + field.size] = address.to_bytes(field.size, "little")
+            return b""
+
+        with self.lock:
+            self._check_open()
+            command = self._dispatcher.command(
+                queue, DATA_COMMAND.pack(opcode=opcode), lambda completion, data: (completion, data), size, fill,
+                (0, size))
+            self._dispatcher.submit([command])
+            completion, data = command.future.result()
+        if completion.status is not Status.OK:
+            raise DeviceStatusError(f"{opcode.name} failed: {explain(completion)}", completion)
+        return data
+
+    # Owners.
+
+    def _grant(self, kind: Grant, first: int, number: int, domain: int) -> None:
+        command = self._dispatcher.command(
+            ADMIN, GRANT_COMMAND.pack(opcode=Opcode.GRANT, kind=kind, first=first, count=number, domain=domain),
+            lambda completion, _: completion)
+        self._dispatcher.submit([command])
+        completion = self._dispatcher.finish(command.future)
+        if completion.status is not Status.OK:
+            raise DeviceStatusError(f"GRANT of {kind.name.lower()} failed: {explain(completion)}", completion)
+
+    def _grant_zones(self, zones: Series[int], domain: int) -> None:
+        """For the allocator."""
+        cuts = [i for i in range(1, len(zones)) if zones[i] != zones[i - 1] + 1]
+        for begin, end in zip([0, *cuts], [*cuts, len(zones)], strict=True):
+            if begin < end:
+                self._grant(Grant.ZONES, zones[begin], end - begin, domain)
+
+    def _grant_regions(self, first: int, number: int, domain: int) -> None:
+        """For the allocator of DRAM."""
+        self._grant(Grant.REGIONS, first, number, domain)
+
+    def _clear_dram(self, first: int, pages: int) -> None:
+        """For the allocator of DRAM: these pages get another owner."""
+        size = self.config.page_bytes
+        for page in range(first, first + pages, CLEAR_PAGES):
+            self.transport.write_dram(page * size, bytes(min(CLEAR_PAGES, first + pages - page) * size))
+
+    def _free_dram(self, page: int) -> None:
+        """Give pages of DRAM back as soon as no command under way may read them."""
+        dram = self._dram
+        # After a loss of power nothing of before is there to be given back.
+        self._dispatcher.retire(lambda: dram.free(page) if dram is self._dram else None)
+
+    def _new_domain(self) -> int:
+        used = {sequence.domain for sequence in self._sequences}
+        for domain in range(COMMON_DOMAIN + 1, DOMAINS):
+            if domain not in used:
+                return domain
+        raise CapacityError(f"all {DOMAINS - COMMON_DOMAIN - 1} domains of isolated sequences are in use; free one")
 
     # Flash.
 
@@ -205,14 +397,17 @@ class Device:
             RequestError: something was written already.
             DeviceStatusError: a die does not answer.
         """
+        with self.lock:
+            return self._scan()
+
+    def _scan(self) -> list[Block]:
         self._check_open()
         if self._sequences or self._allocator.pages_programmed:
             raise RequestError("the factory's marks of bad blocks can be read only before anything is written")
         config = self.config
         # Marks are found through the device's map, which must be what it is after power-up.
-        self._operate_all([FlashOperation(Opcode.MAP, remap.channel, remap.page,
-                                          layout.page_place(remap.page, config).zone)
-                           for remap in self._allocator.remaps])
+        self.operate([FlashOperation(Opcode.MAP, remap.channel, remap.page, layout.page_place(remap.page, config).zone)
+                      for remap in self._allocator.remaps])
         blocks = [Block(channel, die, plane, block) for block in range(config.part.blocks) for die in range(config.dies)
                   for plane in range(config.part.planes) for channel in range(config.channels)]
         pages = [int(layout.page_number(PagePlace(b.block, 0, b.die, b.plane), config)) for b in blocks]
@@ -224,6 +419,7 @@ class Device:
         found = [block for block, completion in zip(blocks, completions, strict=True)
                  if completion.status is Status.BAD_BLOCK]
         self._allocator = self._new_allocator({*self.bad_blocks, *found})
+        self._allocator.send_owners()
         self._allocator.send_remaps()
         return sorted(found)
 
@@ -234,10 +430,12 @@ class Device:
             RequestError: a sequence is not freed.
             DeviceStatusError: a die does not answer.
         """
-        self._check_open()
-        self._allocator.distrust()
-        self._allocator.clean()
-        self._raise_die_error()
+        with self.lock:
+            self._check_open()
+            self._dispatcher.check()
+            self._allocator.distrust()
+            self._allocator.clean()
+            self._raise_die_error()
 
     def recover(self) -> list[Loss]:
         """Go on after the drive has lost its power: what was in flash is there, what was in its DRAM is not.
@@ -251,86 +449,75 @@ class Device:
             DeviceTimeoutError: the device does not become ready.
             DeviceStatusError: the device reports an error.
         """
-        self._check_open()
-        self._wait_ready(self.timeout_s)
-        self._remap(self._allocator.remaps)
-        self._dram = DramAllocator(self._dram.pages)
-        return [loss for sequence in self._sequences for loss in sequence._lose_tails()]
+        with self.lock:
+            self._check_open()
+            dram, self._dram = self._dram, self._new_dram(self._dram.pages)
+            try:
+                self._restart()
+                self._remap(self._allocator.remaps)
+            except BaseException:
+                self._dram = dram
+                raise
+            return [loss for sequence in self._sequences for loss in sequence._lose_tails()]
 
     def operate(self, operations: Series[FlashOperation], *, check: bool = True,
                 timeout_s: float | None = None) -> list[Completion]:
-        """Run flash commands, as many behind each doorbell as the host memory and the doorbell take.
+        """Run flash commands, as many at a time as the queue takes.
 
         This is the layer below the sequences: what it does to their flash they do not know of.
 
         Args:
-            operations: the commands; those of one channel begin in their order.
+            operations: the commands; those of one channel begin in their order, if they are of one queue (PROGRAM and
+                ERASE; or PROBE, MAP and ERASE of domain 0).
             check: raise on the first status other than OK; otherwise the caller looks at the completions.
-            timeout_s: patience with each batch; the device's if None.
+            timeout_s: how long the device may send no completion; its own patience if None.
 
         Returns:
             The completions, in the order of the operations.
 
         Raises:
             RequestError: a number does not fit its field of the command.
-            DeviceStatusError: an operation ended with a status other than OK, or got no completion at all.
-            DeviceBusyError: a batch is still running.
-            DeviceTimeoutError: a batch did not end in time.
+            DeviceStatusError: an operation ended with a status other than OK.
+            DeviceTimeoutError: the device did not answer.
         """
-        self._check_open()
-        entries, error = self._operate(operations, self.timeout_s if timeout_s is None else timeout_s)
-        if error is not None:
-            raise error
-        completions = [Completion.unpack(entry.tobytes()) for entry in entries]
+        with self.lock:
+            waiting = self.submit_operations(operations)
+            self._drive(waiting, timeout_s)
+            completions = [future.result() for future in waiting]
         if check:
             for operation, completion in zip(operations, completions, strict=True):
                 if completion.status is not Status.OK:
                     raise self._failure(operation.opcode.name, completion)
         return completions
 
-    def _operate_all(self, operations: Series[FlashOperation]) -> None:
-        if operations:
-            self.operate(operations)
+    def submit_operations(self, operations: Series[FlashOperation]) -> list[Future[Completion]]:
+        """Begin flash commands; arguments and errors are those of `operate`.
 
-    def _operate(self, operations: Series[FlashOperation], timeout_s: float) -> tuple[Bytes, BaseException | None]:
-        """Completion entries, zero where there is none; and what ended it early, if anything."""
-        entries = np.zeros((len(operations), LINE_BYTES), np.uint8)
-        most = min(MAX_COMMANDS, self.transport.memory_bytes // (2 * LINE_BYTES))
-        if most == 0:
-            return entries, CapacityError(f"a flash command needs {2 * LINE_BYTES} bytes of host memory, there are "
-                                          f"{self.transport.memory_bytes}")
+        Returns:
+            A future for each, whatever its completion says.
+        """
+        with self.lock:
+            self._check_open()
+            commands = [self._dispatcher.command(_queue_of(operation), line, lambda completion, _: completion)
+                        for operation, line in zip(operations, pack_operations(operations), strict=True)]
+            self._dispatcher.submit(commands)
+            return [command.future for command in commands]
+
+    def _drive(self, waiting: Series[Future[Any]], patience_s: float | None = None,
+               progress: Progress | None = None) -> None:
+        """Wait for futures; `progress` hears how many of the first ones are done."""
+        ready = futures.all_done(waiting, progress)
         try:
-            for first in range(0, len(operations), most):
-                batch = operations[first : first + most]
-                try:
-                    numbers = np.array(batch, np.int64)
-                    fits = not ((numbers < 0) | (numbers >> (8, 8, 32, 32) != 0)).any()
-                except OverflowError:
-                    fits = False
-                if not fits:
-                    raise RequestError("a number of a flash operation does not fit its field of the command")
-                block = np.zeros((len(batch), LINE_BYTES), np.uint8)
-                put_field(block, FLASH_COMMAND["identifier"], np.arange(len(batch)))
-                for name, column in zip(FlashOperation._fields, numbers.T, strict=True):
-                    put_field(block, FLASH_COMMAND[name], column)
-                size = block.size
-                self._check_idle(timeout_s)
-                try:
-                    self._ring(len(batch), block.tobytes() + bytes(size), 2 * size, 2 * size, timeout_s)
-                finally:
-                    # What was acknowledged before anything went wrong, was.
-                    found = np.frombuffer(self.transport.read_memory(size, size), np.uint8).reshape(-1, LINE_BYTES)
-                    good = (get_field(found, COMPLETION["done"]) == 1) & (
-                        get_field(found, COMPLETION["identifier"]) == np.arange(len(batch)))
-                    entries[first : first + len(batch)][good] = found[good]
-                if not good.all():
-                    missing = int(np.argmin(good))
-                    raise DeviceStatusError(
-                        f"the device reports the batch done, but flash command {missing} of {len(batch)} has no "
-                        f"completion", None)
-        except BaseException as error:  # noqa: BLE001, handed to the caller, who must first note what was done
-            return entries, error
-        return entries, None
+            self._dispatcher.drive(ready, patience_s=patience_s)
+        except KvatticError:
+            # If it was the device, they all know.
+            if not ready():
+                raise
+
+    def _operate_alone(self, operations: Series[FlashOperation]) -> list[Completion]:
+        """For the allocator, which is in the middle of something: no task goes on meanwhile."""
+        waiting = self.submit_operations(operations)
+        return [self._dispatcher.finish(future) for future in waiting]
 
     def _round_robin(self, channels: Series[int], pages: Series[int]) -> list[int]:
         """An order in which all channels work at once, and on each two dies take turns with their planes.
@@ -350,15 +537,11 @@ class Device:
         if not places:
             return []
         order = self._round_robin([c for c, _ in places], [p for _, p in places])
-        operations = [FlashOperation(Opcode.ERASE, *places[i]) for i in order]
-        entries, error = self._operate(operations, self.timeout_s)
-        if error is not None:
-            raise error
+        completions = self._operate_alone([FlashOperation(Opcode.ERASE, *places[i], domain=0) for i in order])
         good = [False] * len(places)
-        for i, entry in zip(order, entries, strict=True):
-            completion = Completion.unpack(entry.tobytes())
+        for i, completion in zip(order, completions, strict=True):
             if completion.status is Status.DIE_TIMEOUT:
-                self._lose_die("ERASE", completion)
+                self._die_error = self._die_error or self._lose_die("ERASE", completion)
             elif completion.status not in (Status.OK, Status.ERASE_FAILED):
                 raise self._failure("ERASE", completion)
             good[i] = completion.status is Status.OK
@@ -366,16 +549,19 @@ class Device:
 
     def _remap(self, remaps: Series[Remap]) -> None:
         """For the allocator: change the device's map."""
-        self._operate_all([FlashOperation(Opcode.MAP, *remap) for remap in remaps])
+        for completion in self._operate_alone([FlashOperation(Opcode.MAP, *remap) for remap in remaps]):
+            if completion.status is not Status.OK:
+                raise self._failure("MAP", completion)
 
-    def _lose_die(self, what: str, completion: Completion) -> None:
+    def _lose_die(self, what: str, completion: Completion) -> DeviceStatusError:
+        """A die did not answer: nothing more is placed there; the error to report, when all is noted that had to be."""
         channel, page = completion.where >> PAGE_NUMBER_BITS, completion.where & PAGE_MASK
-        if self._die_error is None:
-            self._die_error = self._failure(what, completion)
+        error = self._failure(what, completion)
         self._allocator.lose_die(channel, int(layout.page_place(page, self.config).die))
+        return error
 
     def _raise_die_error(self) -> None:
-        """Report a die that did not answer, when all is noted that had to be."""
+        """Report a die that did not answer while it was erased."""
         error, self._die_error = self._die_error, None
         if error is not None:
             raise error
@@ -385,7 +571,7 @@ class Device:
 
     def _where(self, completion: Completion) -> str:
         """The place that a flash command's completion names."""
-        if completion.status in (Status.INVALID_OPCODE, Status.INVALID_FIELD, Status.INVALID_PLACE):
+        if completion.status not in (Status.PROGRAM_FAILED, Status.ERASE_FAILED, Status.BAD_BLOCK, Status.DIE_TIMEOUT):
             return ""
         return ": " + self._describe(completion.where >> PAGE_NUMBER_BITS, completion.where & PAGE_MASK)
 
@@ -399,7 +585,7 @@ class Device:
     # Sequences.
 
     def create_sequence(self, kv_heads: int, *, capacity_tokens: int, layers: int = 1, sparse: bool = False,
-                        centroids: int | None = None) -> "Sequence":
+                        centroids: int | None = None, isolated: bool = False) -> "Sequence":
         """Reserve zones of flash for a sequence's K and V.
 
         Args:
@@ -409,17 +595,25 @@ class Device:
             sparse: write K in the channel layout, too, which the modes sparf and fetched read.
             centroids: write mean keys of units of so many tokens, too, which the mode centroid reads: a power of two,
                 from a codeword's tokens to a page's (`layout.unit_bits`).
+            isolated: the sequence has a domain of its own: the device refuses commands of all others that name its
+                flash or DRAM.  Zones of flash are then not shared with other sequences.
 
         Raises:
             RequestError: a number is not positive, or centroids out of range.
             ConfigError: sparse or centroids, and the configuration is without sparse attention.
-            CapacityError: flash or DRAM have no room, or the device cannot number that many tokens.
+            CapacityError: flash or DRAM have no room, the device cannot number that many tokens, or no domain is left.
         """
-        self._check_open()
+        with self.lock:
+            self._check_open()
+            return self._create_sequence(kv_heads, capacity_tokens, layers, sparse, centroids, isolated)
+
+    def _create_sequence(self, kv_heads: int, capacity_tokens: int, layers: int, sparse: bool, centroids: int | None,
+                         isolated: bool) -> "Sequence":
         for name, value in (("kv_heads", kv_heads), ("capacity_tokens", capacity_tokens), ("layers", layers)):
             check_positive(name, value)
-        if not isinstance(sparse, bool):
-            raise RequestError(f"sparse must be a bool, not {sparse!r}")
+        for name, flag in (("sparse", sparse), ("isolated", isolated)):
+            if not isinstance(flag, bool):
+                raise RequestError(f"{name} must be a bool, not {flag!r}")
         limit = (1 << layout.TOKEN_BITS) - 1
         if capacity_tokens > limit:
             raise CapacityError(
@@ -439,12 +633,13 @@ class Device:
         # Heads are numbered over all sequences, so that one-head sequences, too, start on
         # different channels.
         first_head = self._next_head
+        domain = self._new_domain() if isolated else COMMON_DOMAIN
         stripes = capacity_tokens // (pages * config.tokens_per_page)
         allocations: list[Allocation] = []
         try:
             for run, runs in _reservations(config, range(first_head, first_head + layers * kv_heads), kv_heads, stripes,
                                            pages, 2 + sparse, centroids):
-                allocations.append(self._allocator.create(runs, run))
+                allocations.append(self._allocator.create(runs, run, domain=domain))
         except CapacityError as error:
             if allocations:
                 self._allocator.release(*allocations)
@@ -452,15 +647,23 @@ class Device:
                 f"a sequence of {layers} layers, {kv_heads} KV heads and {capacity_tokens:,} "
                 f"tokens has no room: {error}"
             ) from None
+        if isolated:
+            try:
+                self._grant(Grant.QUEUES, ALL_QUEUES, 0, domain)
+            except KvatticError:
+                self._allocator.release(*allocations)
+                raise
         self._next_head += layers * kv_heads
         sequence = Sequence(self, next(self._numbers), kv_heads, layers, capacity_tokens, first_head, sparse, centroids,
-                            allocations)
+                            domain, allocations)
         self._sequences.append(sequence)
         return sequence
 
     def _release(self, sequence: "Sequence") -> None:
         self._sequences.remove(sequence)
         self._allocator.release(*sequence._allocations)
+        if sequence.domain != COMMON_DOMAIN:
+            self._grant(Grant.QUEUES, 0, 0, sequence.domain)
         self._raise_die_error()
 
     # Attention.
@@ -476,26 +679,47 @@ class Device:
 
         Args:
             plans: from `Sequence.plan`.
-            timeout_s: patience with each batch; the device's if None.
-            progress: called after each batch with (jobs done, jobs in all).
+            timeout_s: how long the device may send no completion; its own patience if None.
+            progress: called now and then with (jobs done, jobs in all).
 
         Raises:
             RequestError: a plan's sequence was freed or belongs to another device.
             DeviceStatusError: a job ended with a status other than OK.
-            DeviceBusyError, DeviceTimeoutError, CapacityError: see `run`.
+            DeviceTimeoutError, CapacityError: see `run`.
         """
-        for plan in plans:
-            plan.sequence._check_open()
-            if plan.sequence.device is not self:
-                raise RequestError("a plan belongs to a sequence of another device")
-        results = self.run(
-            [job for plan in plans for job in plan.jobs], timeout_s=timeout_s, progress=progress
-        )
+        with self.lock:
+            self._check_plans(plans)
+            results = self.run([job for plan in plans for job in plan.jobs], timeout_s=timeout_s, progress=progress)
         finished, first = [], 0
         for plan in plans:
             finished.append(plan.finish(results[first : first + len(plan.jobs)]))
             first += len(plan.jobs)
         return finished
+
+    def attend_async(self, plan: AttendPlan) -> Future[AttendResult]:
+        """Begin a plan of a sequence of this device; errors as of `attend_many`, those of jobs are the future's.
+
+        Its jobs see K and V where they lie when they enter the device's queue.  In the sparse modes the result depends
+        on which stripes are in flash by then, for tokens in DRAM are attended in any case; so wait for appends first if
+        it must not.
+        """
+        with self.lock:
+            self._check_plans([plan])
+            return self._dispatcher.start(self._attend(plan, self.submit(plan.jobs, check=False)))
+
+    def _attend(self, plan: AttendPlan, waiting: list[Future[JobResult]]) -> Steps[AttendResult]:
+        yield waiting
+        results = [future.result() for future in waiting]
+        for index, result in enumerate(results):
+            if result.completion.status is not Status.OK:
+                raise self._job_failure(index, len(results), plan.jobs[index], result.completion)
+        return plan.finish(results)
+
+    def _check_plans(self, plans: Series[AttendPlan]) -> None:
+        for plan in plans:
+            plan.sequence._check_open()
+            if plan.sequence.device is not self:
+                raise RequestError("a plan belongs to a sequence of another device")
 
     def run(
         self,
@@ -505,40 +729,82 @@ class Device:
         timeout_s: float | None = None,
         progress: Progress | None = None,
     ) -> list[JobResult]:
-        """Run jobs, as many behind each doorbell as the host memory and the doorbell take.
+        """Run jobs, as many at a time as the queue and the host memory take.
 
         Args:
             jobs: the commands, in order.
             check: raise on the first status other than OK; otherwise the caller looks at the
                 completions.
-            timeout_s: patience with each batch; the device's if None.
-            progress: called after each batch with (jobs done, jobs in all).
+            timeout_s: how long the device may send no completion; its own patience if None.
+            progress: called now and then with (jobs done, jobs in all).
 
         Returns:
             The results, in the order of the jobs.
 
         Raises:
             CapacityError: one job alone does not fit the host memory.
-            DeviceStatusError: a job ended with a status other than OK, or got no completion at all.
-            DeviceBusyError: a batch is still running.
-            DeviceTimeoutError: a batch did not end in time.
+            RequestError: a number of a job does not fit the command.
+            DeviceStatusError: a job ended with a status other than OK, or the device sends completions that make no
+                sense.
+            DeviceTimeoutError: the device did not answer.
         """
-        self._check_open()
-        patience = self.timeout_s if timeout_s is None else timeout_s
-        results: list[JobResult] = []
-        for first, last in self._batches(jobs):
-            for index, result in enumerate(self._run_batch(jobs[first:last], patience), first):
-                if check and result.completion.status is not Status.OK:
-                    name = f"job {index} of {len(jobs)}" + (
-                        f" ({label})" if (label := jobs[index].label) else ""
-                    )
-                    raise DeviceStatusError(
-                        f"{name} failed: {explain(result.completion)}"
-                        f"{self._unreadable(jobs[index], result.completion)}", result.completion)
-                results.append(result)
-            if progress is not None:
-                progress(last, len(jobs))
+        with self.lock:
+            waiting = self.submit(jobs, check=False)
+            self._drive(waiting, timeout_s, progress)
+            results = [future.result() for future in waiting]
+        if check:
+            for index, result in enumerate(results):
+                if result.completion.status is not Status.OK:
+                    raise self._job_failure(index, len(jobs), jobs[index], result.completion)
         return results
+
+    def submit(self, jobs: Series[Job], *, check: bool = True) -> list[Future[JobResult]]:
+        """Begin jobs; what finds no room yet waits on the host.
+
+        Args:
+            jobs: the commands, in order.
+            check: a status other than OK is the future's error, DeviceStatusError; otherwise the caller looks at the
+                completion.
+
+        Returns:
+            A future for each.
+
+        Raises:
+            CapacityError, RequestError: see `run`; then none was submitted.
+            DeviceTimeoutError, DeviceStatusError, DeviceLostError: the device must be reset.
+        """
+        with self.lock:
+            self._check_open()
+            commands = [self._job_command(index, jobs, check) for index in range(len(jobs))]
+            self._dispatcher.submit(commands)
+            return [command.future for command in commands]
+
+    def _job_command(self, index: int, jobs: Series[Job], check: bool) -> Command[JobResult]:
+        job, total, dim = jobs[index], len(jobs), self.config.head_dim
+        size, most = job_bytes(job, dim), self._dispatcher.arena_bytes
+        if size > most:
+            raise CapacityError(f"job {index} of {total} needs {size:,} bytes of host memory, there are {most:,}")
+        try:
+            line = pack_command(job)
+        except OverflowError:
+            raise RequestError(f"a number of job {index} does not fit its field of the command: {job}") from None
+        if job.sketch is not None and len(job.sketch) != len(job.table):
+            raise RequestError(f"a job's sketch must have an entry for each of the {len(job.table)} stripes, not "
+                               f"{len(job.sketch)}")
+        result = job.rows * result_row_bytes(dim)
+
+        def finish(completion: Completion, data: bytes) -> JobResult:
+            if check and completion.status is not Status.OK:
+                raise self._job_failure(index, total, job, completion)
+            return unpack_result(data or bytes(result), job.rows, dim, completion)
+
+        return self._dispatcher.command(ATTEND, line, finish, size,
+                                        lambda line, address: fill_command(job, dim, line, address),
+                                        (size - result, result))
+
+    def _job_failure(self, index: int, total: int, job: Job, completion: Completion) -> DeviceStatusError:
+        name = f"job {index} of {total}" + (f" ({job.label})" if job.label else "")
+        return DeviceStatusError(f"{name} failed: {explain(completion)}{self._unreadable(job, completion)}", completion)
 
     def _unreadable(self, job: Job, completion: Completion) -> str:
         """Where the codeword lies that could not be read, and why."""
@@ -575,147 +841,22 @@ class Device:
             why = f"not the first of the batch, which is {where}"
         return f": {self._describe(channel, number)}, codeword {codeword} ({why})"
 
-    def _job_bytes(self, job: Job) -> int:
-        dim = self.config.head_dim
-        rows = job.rows * (query_row_bytes(dim) + result_row_bytes(dim))
-        return 2 * LINE_BYTES + rows + table_bytes(job) + mean_bytes(job)
-
-    def _batches(self, jobs: Series[Job]) -> Iterator[tuple[int, int]]:
-        memory = self.transport.memory_bytes
-        first, used = 0, 0
-        for index, job in enumerate(jobs):
-            size = self._job_bytes(job)
-            if size > memory:
-                raise CapacityError(
-                    f"job {index} of {len(jobs)} needs {size:,} bytes of host memory, there are "
-                    f"{memory:,}"
-                )
-            if used + size > memory or index - first == MAX_COMMANDS:
-                yield first, index
-                first, used = index, 0
-            used += size
-        if first < len(jobs):
-            yield first, len(jobs)
-
-    def _run_batch(self, jobs: Series[Job], timeout_s: float) -> list[JobResult]:
-        transport, dim = self.transport, self.config.head_dim
-        # Host memory: commands, completions (zeroed, so that `done` tells which were written),
-        # queries, tables, means, results.
-        completions_at = len(jobs) * LINE_BYTES
-        buffer = 2 * completions_at
-        tables_at = buffer + sum(job.rows for job in jobs) * query_row_bytes(dim)
-        means_at = tables_at + sum(table_bytes(job) for job in jobs)
-        results_at = means_at + sum(mean_bytes(job) for job in jobs)
-        commands: list[bytes] = []
-        queries: list[bytes] = []
-        tables: list[bytes] = []
-        means: list[bytes] = []
-        query, table, mean, result = buffer, tables_at, means_at, results_at
-        for index, job in enumerate(jobs):
-            try:
-                commands.append(
-                    COMMAND.pack(
-                        opcode=Opcode.ATTEND,
-                        mode=job.mode,
-                        identifier=index,
-                        rows=job.rows,
-                        stripe_pages=job.stripe_pages,
-                        stripes=len(job.table),
-                        base_token=job.base_token,
-                        end_token=job.end_token,
-                        tree_token=job.tree_token,
-                        scale=job.scale_bits,
-                        query=query,
-                        result=result,
-                        table=table,
-                        mean=0 if job.mean is None else mean,
-                        channels=job.channels,
-                        local=job.local,
-                        units=job.units,
-                        unit_bits=job.unit_bits,
-                    )
-                )
-            except OverflowError:
-                raise RequestError(
-                    f"a number of job {index} does not fit its field of the command: {job}"
-                ) from None
-            queries.append(pack_query(job))
-            tables.append(pack_table(job))
-            means.append(pack_mean(job))
-            query += job.rows * query_row_bytes(dim)
-            table += table_bytes(job)
-            mean += mean_bytes(job)
-            result += job.rows * result_row_bytes(dim)
-        image = b"".join((*commands, bytes(completions_at), *queries, *tables, *means))
-        self._check_idle(timeout_s)
-        self._ring(len(jobs), image, buffer, result, timeout_s)
-
-        entries = transport.read_memory(completions_at, completions_at)
-        data = transport.read_memory(results_at, result - results_at)
-        after = StatusBit(transport.read_register("STATUS"))
-        results: list[JobResult] = []
-        at = 0
-        for index, job in enumerate(jobs):
-            entry = entries[index * LINE_BYTES : (index + 1) * LINE_BYTES]
-            fields = COMPLETION.unpack(entry)
-            if fields["done"] != 1 or fields["identifier"] != index:
-                found = f"identifier {fields['identifier']}" if fields["done"] else "nothing"
-                raise DeviceStatusError(
-                    f"the device reports the batch done, but command {index} of {len(jobs)} has no "
-                    f"completion: {found} is in its place, STATUS is {after!r}",
-                    None,
-                )
-            size = job.rows * result_row_bytes(dim)
-            results.append(
-                unpack_result(data[at : at + size], job.rows, dim, Completion.unpack(entry))
-            )
-            at += size
-        if after & StatusBit.BUS_ERROR and all(
-            r.completion.status is not Status.BUS_ERROR for r in results
-        ):
-            raise DeviceStatusError(
-                "the host memory answered with an error (STATUS.BUS_ERROR): the results "
-                "of this batch cannot be trusted",
-                None,
-            )
-        return results
-
-
-    def _check_idle(self, timeout_s: float) -> None:
-        """Whether the device takes a batch; until then the host memory must not be touched."""
-        status = self.transport.read_register("STATUS")
-        if status & StatusBit.BUSY:
-            raise DeviceBusyError(
-                "the device is still working on an earlier batch (STATUS.BUSY); wait for it or "
-                "call Device.reset()"
-            )
-        if not status & StatusBit.READY:
-            self._wait_ready(timeout_s)
-
-    def _ring(self, commands: int, image: bytes, buffer: int, limit: int, timeout_s: float) -> None:
-        """Put commands, room for their completions and the rest into host memory, and have them run."""
-        transport = self.transport
-        transport.write_memory(0, image)
-        transport.write_register(
-            "STATUS",
-            StatusBit.DONE | StatusBit.DOORBELL_WHILE_BUSY | StatusBit.BUS_ERROR | StatusBit.MEDIA_ERROR,
-        )
-        transport.write_register("COMMAND_BASE", 0)
-        transport.write_register("COMPLETION_BASE", commands * LINE_BYTES)
-        transport.write_register("BUFFER_BASE", buffer)
-        transport.write_register("BUFFER_LIMIT", limit)
-        transport.write_register("DOORBELL", commands)
-        if transport.read_register("STATUS") & StatusBit.DOORBELL_WHILE_BUSY:
-            transport.write_register("STATUS", StatusBit.DOORBELL_WHILE_BUSY)
-            raise DeviceBusyError(
-                "the device refused the doorbell (STATUS.DOORBELL_WHILE_BUSY): another batch is "
-                "running"
-            )
-        transport.wait(timeout_s)
-
 
 def _version(version: int) -> str:
     return f"{version >> 16}.{version & 0xFFFF}"
+
+
+def _queue_of(operation: FlashOperation) -> int:
+    """PROGRAM and ERASE have a queue of their own; what is for queue 0 alone goes there, and ERASE of no owner."""
+    admin = operation.opcode in (Opcode.PROBE, Opcode.MAP) or (
+        operation.opcode is Opcode.ERASE and operation.domain == 0)
+    return ADMIN if admin else FLASH
+
+
+def _region_bits(pages: int, config: Config) -> int:
+    """log2 of the pages of a region of device DRAM: few enough regions, and each at least as large as a stripe."""
+    stripe = max(layout.stripe_pages(config, sparse=sparse) for sparse in {False, config.sparse})
+    return max((-(-pages // MAX_REGIONS) - 1).bit_length() if pages else 0, (stripe - 1).bit_length())
 
 
 def _reservations(config: Config, heads: range, kv_heads: int, stripes: int, pages: int, kinds: int,

@@ -10,7 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvattic import golden
+from kvattic.allocator import COMMON_DOMAIN
 from kvattic.commands import (
+    COMMAND,
+    FLASH_COMMAND,
     LINE_BYTES,
     ROW,
     SKETCH_ENTRY,
@@ -49,12 +52,14 @@ class FlashOperation(NamedTuple):
         channel: flash channel.
         page: page number on the channel.
         argument: PROGRAM: page of device DRAM; MAP: block; otherwise 0.
+        domain: PROGRAM, ERASE: owner of the places; ERASE: 0 if nobody shall ask for it.
     """
 
     opcode: Opcode
     channel: int
     page: int
     argument: int = 0
+    domain: int = COMMON_DOMAIN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -66,7 +71,7 @@ class Job:
         start: integers, (rows,), first token that each row attends.
         end: integers, (rows,), one past the last token of each row.
         tree: integers below 2**32, (rows,), bit i: the row attends token tree_token + i.
-        table: uint64, an entry for each stripe (`layout.pack_entries`); read when the job is run.
+        table: uint64, an entry for each stripe (`layout.pack_entries`); read when the job enters the device's queue.
         stripe_pages: pages of K (and of V) in a stripe.
         base_token: number of the first stripe's first token.
         end_token: one past the last valid token.
@@ -78,7 +83,8 @@ class Job:
         local: newest tokens that are attended in any case; their units count among `units`.
         unit_bits: FETCHED, CENTROID: log2 of the codewords of a unit.
         mean: SPARF, FETCHED: uint32, (head_dim,), fp32 bit patterns of the mean of V; None if there is none.
-        sketch: uint64, an entry for each stripe (`layout.pack_sketches`); read when the job is run.  None in DENSE.
+        sketch: uint64, an entry for each stripe (`layout.pack_sketches`); read like the table.  None in DENSE.
+        domain: owner of all places that the table names.
         label: names the job in error messages.
     """
 
@@ -99,6 +105,7 @@ class Job:
     unit_bits: int = 0
     mean: NDArray[np.uint32] | None = None
     sketch: NDArray[np.uint64] | None = None
+    domain: int = COMMON_DOMAIN
     label: str = ""
 
     @property
@@ -296,6 +303,14 @@ def explain(completion: Completion) -> str:
         ),
         Status.NAN_MEAN: lambda: f"NaN or infinity in the mean of V, channel {where}: V holds one in this channel",
         Status.UNREADABLE_SKETCH: lambda: f"what the first pass reads for token {where} on cannot be read",
+        Status.NOT_PERMITTED: lambda: _name(
+            where, "the opcode is for queue 0 alone", "the domain is not given to the queue"),
+        Status.NOT_OWNED: lambda: f"a place is not the domain's, or there is none (number {where})",
+        Status.INVALID_QUEUE: lambda: "the queue's " + _name(
+            where, "number is none that can be created or deleted", "entries are no power of two in range",
+            "submission ring is unaligned", "completion ring is unaligned"),
+        Status.QUEUE_BUSY: lambda: "commands of the queue are under way; delete it again later",
+        Status.INVALID_GRANT: lambda: "there is no such " + _name(where, "kind", "zone, region or queue", "domain"),
     }
     return f"{status.name}: {texts[status]()}"
 
@@ -337,6 +352,65 @@ def pack_mean(job: Job) -> bytes:
     """The job's mean of V, padded to whole lines; nothing if it has none."""
     return b"" if job.mean is None else np.asarray(job.mean).astype("<u4").tobytes().ljust(mean_bytes(job), b"\0")
 
+
+def job_bytes(job: Job, dim: int) -> int:
+    """Host memory that the job's blocks take: queries, table, mean of V and results."""
+    return job.rows * (query_row_bytes(dim) + result_row_bytes(dim)) + table_bytes(job) + mean_bytes(job)
+
+
+def pack_command(job: Job) -> bytes:
+    """The job's command, without addresses.
+
+    Raises:
+        OverflowError: a number does not fit its field.
+    """
+    return COMMAND.pack(
+        opcode=Opcode.ATTEND, mode=job.mode, rows=job.rows, stripe_pages=job.stripe_pages, stripes=len(job.table),
+        base_token=job.base_token, end_token=job.end_token, domain=job.domain, tree_token=job.tree_token,
+        scale=job.scale_bits, channels=job.channels, local=job.local, units=job.units, unit_bits=job.unit_bits)
+
+
+def fill_command(job: Job, dim: int, line: bytearray, address: int) -> bytes:
+    """Put the addresses of a job's blocks into its command; the blocks that the device reads, as they are now.
+
+    Args:
+        job: with its table.
+        dim: head_dim.
+        line: the command.
+        address: of the blocks, one after the other.
+    """
+    for name, size in (("query", job.rows * query_row_bytes(dim)), ("table", table_bytes(job)),
+                       ("mean", mean_bytes(job)), ("result", job.rows * result_row_bytes(dim))):
+        if size:
+            field = COMMAND[name]
+            line[field.offset : field.offset + field.size] = address.to_bytes(field.size, "little")
+        address += size
+    return b"".join((pack_query(job), pack_table(job), pack_mean(job)))
+
+
+def pack_operations(operations: Series[FlashOperation]) -> list[bytes]:
+    """The commands of flash operations.
+
+    Raises:
+        RequestError: a number does not fit its field of the command.
+    """
+    if not operations:
+        return []
+    fields = [FLASH_COMMAND[name] for name in FlashOperation._fields]
+    try:
+        numbers = np.array(operations, np.int64)
+        fits = not ((numbers < 0) | (numbers >> [8 * field.size for field in fields] != 0)).any()
+    except OverflowError:
+        fits = False
+    if not fits:
+        raise RequestError("a number of a flash operation does not fit its field of the command")
+    numbers[np.isin(numbers[:, 0], (Opcode.PROBE, Opcode.MAP)), -1] = 0     # in which no domain is asked
+    block = np.zeros((len(operations), LINE_BYTES), np.uint8)
+    for field, column in zip(fields, numbers.T, strict=True):
+        put_field(block, field, column)
+    return [line.tobytes() for line in block]
+
+
 def check_positive(name: str, value: Any) -> None:
     """Refuse what is not a positive int.
 
@@ -349,14 +423,8 @@ def check_positive(name: str, value: Any) -> None:
 
 def put_field(block: NDArray[np.uint8], field: Field, values: NDArray[Any]) -> None:
     """Write an unsigned field into each row of a block of records."""
-    column = np.ascontiguousarray(values).astype(f"<u{field.size}")
-    block[:, field.offset : field.offset + field.size] = column[:, None].view(np.uint8)
-
-
-def get_field(block: Bytes, field: Field) -> Integers:
-    """An unsigned field of each row of a block of records."""
-    column = np.ascontiguousarray(block[:, field.offset : field.offset + field.size])
-    return column.view(f"<u{field.size}")[:, 0].astype(np.int64)
+    column = np.ascontiguousarray(values).astype("<u8")
+    block[:, field.offset : field.offset + field.size] = column[:, None].view(np.uint8)[:, : field.size]
 
 
 def pack_query(job: Job) -> bytes:

@@ -3,53 +3,25 @@
 import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Series
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvattic import layout
-from kvattic.allocator import Allocation
-from kvattic.commands import (
-    COMMAND,
-    COMPLETION,
-    TREE_BITS,
-    Completion,
-    Kind,
-    Mode,
-    Opcode,
-    Status,
-    fp32_bits,
-    is_positive_normal,
-)
-from kvattic.elements import from_bits
+from kvattic.commands import COMMAND, TREE_BITS, Kind, Mode, fp32_bits, is_positive_normal
 from kvattic.errors import CapacityError, RequestError
-from kvattic.jobs import (
-    AttendPlan,
-    AttendResult,
-    Bits,
-    FlashOperation,
-    Integers,
-    Job,
-    Part,
-    check_positive,
-    end_block,
-    get_field,
-)
+from kvattic.futures import Future
+from kvattic.jobs import AttendPlan, AttendResult, Bits, Integers, Job, Part, check_positive, end_block
+from kvattic.store import NO_ENTRY, Store
 from kvattic.transport import Progress
-
-if TYPE_CHECKING:
-    from kvattic.driver import Device
 
 __all__ = ["Loss", "Sequence"]
 
-CHUNK_BYTES = 1 << 28
-"""Device DRAM that a prefill uses at once, at most: enough to keep all dies busy for long."""
 MAX_STRIPES = (1 << 8 * COMMAND["stripes"].size) - 1
 MAX_UNITS = (1 << 8 * COMMAND["units"].size) - 1
-NO_ENTRY = (1 << 64) - 1
 
 
 class Loss(NamedTuple):
@@ -86,52 +58,7 @@ class _Selection(NamedTuple):
     unit_bits: int
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class _Layer:
-    """K and V of one layer.
-
-    Attributes:
-        table: uint64, (kv_heads, stripes), where each stripe lies; jobs look into it.
-        sketches: the same for what the sequence has of the channel layout (Kind.CHANNEL) and of centroids
-            (Kind.SKETCH); zero where it is not written.
-        total: float64, (kv_heads, head_dim), sum of V over all tokens, if the modes that need it can be had.
-        length: tokens.
-        staged: stripe to its first page of device DRAM, for those that are not in flash yet.  There they lie head by
-            head, K then V.
-        before: for the same stripes, `total` before their first token.
-        placed: (stripe, head, kind) to the first page and codeword, for what is in flash of stripes that are staged.
-    """
-
-    table: NDArray[np.uint64]
-    sketches: dict[Kind, NDArray[np.uint64]]
-    total: NDArray[np.float64]
-    length: int = 0
-    staged: dict[int, int] = field(default_factory=dict)
-    before: dict[int, NDArray[np.float64]] = field(default_factory=dict)
-    placed: dict[tuple[int, int, Kind], tuple[int, int]] = field(default_factory=dict)
-
-
-class _Run(NamedTuple):
-    """Consecutive pages of device DRAM that belong into consecutive pages of flash.
-
-    Members:
-        kind: what they hold.
-        channel: flash channel.
-        source: first page of DRAM.
-        pages: how many.
-        die: where they should lie, if that matters.
-        holds: (stripe, head) of all that they hold: one, or of centroids several.
-    """
-
-    kind: Kind
-    channel: int
-    source: int
-    pages: int
-    die: int | None
-    holds: list[tuple[int, int]]
-
-
-class Sequence:
+class Sequence(Store):
     """K and V of one sequence; made by `Device.create_sequence`.
 
     Usable as a context manager, which frees it at the end.
@@ -150,39 +77,8 @@ class Sequence:
         sparse: K is written in the channel layout, too.
         centroids: tokens of the units whose mean keys are written, too; None: there are none.
         stripe_tokens: tokens of a stripe.
+        domain: what the device takes for the owner of its flash and DRAM; its own if it is isolated.
     """
-
-    def __init__(
-        self,
-        device: "Device",
-        number: int,
-        kv_heads: int,
-        layers: int,
-        capacity_tokens: int,
-        first_head: int,
-        sparse: bool,
-        centroids: int | None,
-        allocations: Series[Allocation],
-    ) -> None:
-        self.device = device
-        self.number = number
-        self.kv_heads = kv_heads
-        self.layers = layers
-        self.capacity_tokens = capacity_tokens
-        self.sparse = sparse
-        self.centroids = centroids
-        self._first_head = first_head
-        self._allocations = allocations     # of K, V and the channel layout; of centroids
-        self._pages = allocations[0].run
-        self.stripe_tokens = self._pages * device.config.tokens_per_page
-        self._sketch_kinds = [Kind.CHANNEL] * sparse + [Kind.SKETCH] * (centroids is not None)
-        self._kinds = [Kind.KEY, Kind.VALUE, *self._sketch_kinds]
-        self._freed = False
-        shape = (kv_heads, -(-capacity_tokens // self.stripe_tokens))
-        # Never moved, because jobs refer to them; memory is taken where it is written.
-        self._layers = [_Layer(table=np.zeros(shape, np.uint64),
-                               sketches={kind: np.zeros(shape, np.uint64) for kind in self._sketch_kinds},
-                               total=np.zeros((kv_heads, device.config.head_dim))) for _ in range(layers)]
 
     # Life.
 
@@ -205,19 +101,20 @@ class Sequence:
         Raises:
             DeviceStatusError: a die does not answer; the sequence is free nevertheless.
         """
-        if not self._freed:
+        with self.device.lock:
+            if self._freed:
+                return
             self._freed = True
-            for layer in self._layers:
-                layer.table[:] = NO_ENTRY
-                self._give_back_dram(layer)
-            self.device._release(self)
-
-    def _give_back_dram(self, layer: _Layer) -> None:
-        for page in layer.staged.values():
-            self.device._dram.free(page)
-        layer.staged.clear()
-        layer.before.clear()
-        layer.placed.clear()
+            try:
+                self._finish_writes()
+            finally:
+                for layer in self._layers:
+                    layer.table[:] = NO_ENTRY
+                try:
+                    for layer in self._layers:
+                        self._give_back_dram(layer)
+                finally:
+                    self.device._release(self)
 
     def _lose_tails(self) -> Iterator[Loss]:
         """What was in DRAM is gone."""
@@ -241,15 +138,21 @@ class Sequence:
         if self._freed:
             raise RequestError("the sequence was freed; create another one")
 
+    def _check_use(self) -> None:
+        self._check_open()
+        self._raise_background()
+
     def length(self, layer: int = 0) -> int:
-        """Tokens that a layer holds.
+        """Tokens that a layer holds, in flash or DRAM; waits for those of appends that found no room in DRAM yet.
 
         Raises:
             RequestError: there is no such layer, or the sequence was freed.
         """
-        self._check_open()
-        self._check_layer(layer)
-        return self._layers[layer].length
+        with self.device.lock:
+            self._check_use()
+            self._check_layer(layer)
+            self._settle(layer)
+            return self._layers[layer].length
 
     def flushed(self, layer: int = 0) -> int:
         """The first tokens of a layer that are all in flash, programmed and acknowledged.
@@ -257,8 +160,9 @@ class Sequence:
         Raises:
             RequestError: there is no such layer, or the sequence was freed.
         """
-        length, staged = self.length(layer), self._layers[layer].staged
-        return min(staged) * self.stripe_tokens if staged else length
+        with self.device.lock:
+            length, staged = self.length(layer), self._layers[layer].staged
+            return min(staged) * self.stripe_tokens if staged else length
 
     def mean_value(self, layer: int = 0) -> NDArray[np.float32]:
         """Mean of the stored V over all tokens of a layer, which sparf and fetched blend in.
@@ -271,12 +175,13 @@ class Sequence:
         Raises:
             RequestError: the layer has no tokens, or the sequence is without the channel layout.
         """
-        length = self.length(layer)
-        if not self.sparse:
-            raise RequestError("the mean of V is kept with K in the channel layout only (sparse=True)")
-        if length == 0:
-            raise RequestError(f"layer {layer} has no tokens")
-        return (self._layers[layer].total / length).astype(np.float32)
+        with self.device.lock:
+            length = self.length(layer)
+            if not self.sparse:
+                raise RequestError("the mean of V is kept with K in the channel layout only (sparse=True)")
+            if length == 0:
+                raise RequestError(f"layer {layer} has no tokens")
+            return (self._layers[layer].total / length).astype(np.float32)
 
     def _check_layer(self, layer: int) -> None:
         if not isinstance(layer, int | np.integer) or not 0 <= layer < self.layers:
@@ -298,11 +203,17 @@ class Sequence:
                 number in it.
             CapacityError: more tokens than capacity_tokens.
         """
-        if length := self.length(layer):
-            raise RequestError(
-                f"layer {layer} has {length} tokens already: prefill is for the first, use append"
-            )
-        self.append(key, value, layer=layer)
+        with self.device.lock:
+            self._begin_prefill(key, value, layer, ahead=False).result()
+
+    def prefill_async(self, key: ArrayLike, value: ArrayLike, *, layer: int = 0) -> Future[None]:
+        """Begin to write the first tokens of a layer; see `append_async`.
+
+        Raises:
+            RequestError, CapacityError: see `prefill`.
+        """
+        with self.device.lock:
+            return self._begin_prefill(key, value, layer, ahead=True)
 
     def append(self, key: ArrayLike, value: ArrayLike, *, layer: int = 0) -> None:
         """Write the next tokens of a layer.
@@ -318,12 +229,44 @@ class Sequence:
             RequestError: an array has a wrong shape, dtype or number in it.
             CapacityError: more tokens than capacity_tokens, or device DRAM or flash are full.
             DeviceStatusError: a die does not answer.
-            DeviceBusyError, DeviceTimeoutError: see `Device.operate`.
+            DeviceTimeoutError: see `Device`.
 
         After a CapacityError of DRAM nothing was written.  After an error of flash the layer holds the tokens that
         `length` says, all of which are attended; the next append tries again to move them to flash.
         """
-        length, state = self.length(layer), self._layers[layer]
+        with self.device.lock:
+            self._begin_append(key, value, layer, ahead=False).result()
+
+    def append_async(self, key: ArrayLike, value: ArrayLike, *, layer: int = 0) -> Future[None]:
+        """Begin to write the next tokens of a layer.
+
+        When this returns they are in device DRAM, as far as there is room, and can be attended; full stripes are on
+        their way to flash.  Whatever uses the layer afterwards (`append`, `attend`, `length`) comes after these tokens,
+        and waits until all of them are in DRAM, but not for flash.
+
+        Returns:
+            Done when the tokens are written, and the stripes that they fill are in flash.  Its errors are those of
+            `append`, but for those below; if nobody asks it for an error, the next call of this sequence raises it.
+
+        Raises:
+            RequestError: an array has a wrong shape, dtype or number in it.
+            CapacityError: more tokens than capacity_tokens.
+        """
+        with self.device.lock:
+            return self._begin_append(key, value, layer, ahead=True)
+
+    def _begin_prefill(self, key: ArrayLike, value: ArrayLike, layer: int, *, ahead: bool) -> Future[None]:
+        if length := self.length(layer):
+            raise RequestError(
+                f"layer {layer} has {length} tokens already: prefill is for the first, use append"
+            )
+        return self._begin_append(key, value, layer, ahead=ahead)
+
+    def _begin_append(self, key: ArrayLike, value: ArrayLike, layer: int, *, ahead: bool) -> Future[None]:
+        self._check_use()
+        self._check_layer(layer)
+        state = self._layers[layer]
+        length = state.length + sum(append.left for append in state.appends)
         keys, values = self._tokens("key", key), self._tokens("value", value)
         if keys.shape != values.shape:
             raise RequestError(
@@ -335,300 +278,8 @@ class Sequence:
                 f"the sequence has room for {self.capacity_tokens} tokens; layer {layer} holds "
                 f"{length}, {total} more do not fit"
             )
-        self._flush(layer, sorted(s for s in state.staged if (s + 1) * self.stripe_tokens <= length))
-        self._check_dram(total, length % self.stripe_tokens)
-        tokens = np.stack([keys, values], axis=1)   # (kv_heads, K or V, tokens, head_dim)
-        at = 0
-        while at < total:
-            inside = state.length % self.stripe_tokens
-            if inside or total - at < self.stripe_tokens:
-                piece = tokens[:, :, at : at + self.stripe_tokens - inside]
-                self._write_tail(layer, piece)
-                stripe = state.length // self.stripe_tokens
-                stripes = range(stripe, stripe + (inside + piece.shape[2]) // self.stripe_tokens)
-            else:
-                whole = (total - at) // self.stripe_tokens
-                room = min(self.device._dram.largest, CHUNK_BYTES // self.device.config.page_bytes)
-                fitting = room // (self.kv_heads * (2 * self._pages + self._passing(1)))
-                piece = tokens[:, :, at : at + max(min(whole, fitting), 1) * self.stripe_tokens]
-                stripes = self._stage(layer, piece)
-            self._count(layer, piece[:, Kind.VALUE])
-            at += piece.shape[2]
-            self._flush(layer, stripes, piece if inside == 0 else None)
-
-    def _check_dram(self, total: int, inside: int) -> None:
-        """Whether DRAM has room for what an append of so many tokens needs at least."""
-        dram = self.device._dram
-        needed = [] if inside else [2 * self.kv_heads * self._pages]
-        if self._sketch_kinds and inside + total >= self.stripe_tokens:
-            needed.append(self._passing(-(-self.kv_heads // self.device.config.channels)))
-        taken: list[int] = []
-        try:
-            for pages in needed:
-                taken.append(dram.allocate(pages))
-        finally:
-            for page in taken:
-                dram.free(page)
-
-    def _passing(self, heads: int) -> int:
-        """Pages of DRAM that sketches of a stripe pass through, centroids of so many heads at once."""
-        pages = self._pages if self.sparse else 0
-        if self.centroids is not None:
-            pages = max(pages, int(layout.centroid_pages(heads, self.centroids, self.device.config)))
-        return pages
-
-    def _count(self, layer: int, values: Bits) -> None:
-        """Tokens were written: count them, and sum their V."""
-        state, total = self._layers[layer], values.shape[1]
-        if self.sparse:
-            at = 0
-            while at < total:
-                stripe, inside = divmod(state.length + at, self.stripe_tokens)
-                if inside == 0:
-                    state.before[stripe] = state.total
-                last = min(at + self.stripe_tokens - inside, total)
-                exact = from_bits(values[:, at:last], self.device.config.element).astype(np.float64)
-                # Token after token, so that appends in any pieces give the same sum.
-                with np.errstate(invalid="ignore"):
-                    state.total = np.add.accumulate(
-                        np.concatenate([state.total[:, None], exact], axis=1), axis=1)[:, -1].copy()
-                at = last
-        state.length += total
-
-    def _write_tail(self, layer: int, tokens: Bits) -> None:
-        """Put tokens into the layer's last stripe in DRAM: whole pages if they are its first, else only their bytes."""
-        config, state = self.device.config, self._layers[layer]
-        stripe, inside = divmod(state.length, self.stripe_tokens)
-        if inside == 0:
-            padded = np.zeros((self.kv_heads, 2, self.stripe_tokens, config.head_dim), np.uint16)
-            padded[:, :, : tokens.shape[2]] = tokens
-            self._stage(layer, padded)
-            return
-        write, size = self.device.transport.write_dram, self._pages * config.page_bytes
-        base = state.staged[stripe] * config.page_bytes
-        first = layout.token_offset(inside, config)
-        last = layout.token_offset(inside + tokens.shape[2] - 1, config) + config.token_bytes
-        # Packed from the beginning of a codeword on; what is before the first token is cut off.
-        lead = inside % config.tokens_per_codeword
-        padded = np.zeros((lead + tokens.shape[2], config.head_dim), np.uint16)
-        begin = layout.token_offset(inside - lead, config)
-        for head in range(self.kv_heads):
-            for kind in (Kind.KEY, Kind.VALUE):
-                padded[lead:] = tokens[head, kind]
-                data = layout.pack_pages(padded, config).ravel()[first - begin : last - begin]
-                write(base + (2 * head + kind) * size + first, data.tobytes())
-
-    def _stage(self, layer: int, tokens: Bits) -> range:
-        """Put whole stripes into DRAM; their numbers."""
-        config, state = self.device.config, self._layers[layer]
-        first = state.length // self.stripe_tokens
-        stripes = range(first, first + tokens.shape[2] // self.stripe_tokens)
-        shape = (self.kv_heads, 2, len(stripes), self.stripe_tokens, config.head_dim)
-        by_stripe = np.ascontiguousarray(np.moveaxis(tokens.reshape(shape), 2, 0))
-        images = layout.pack_pages(by_stripe.reshape(-1, config.head_dim), config)
-        images = images.reshape(len(stripes), -1, config.page_bytes)
-        heads = np.arange(self.kv_heads)
-        for stripe, image in zip(stripes, images, strict=True):
-            base = self.device._dram.allocate(len(image))
-            self.device.transport.write_dram(base * config.page_bytes, image.tobytes())
-            state.staged[stripe] = base
-            key_pages = base + 2 * heads * self._pages
-            state.table[:, stripe] = layout.pack_entries(
-                self._channel(layer, heads, stripe), key_pages, key_pages + self._pages, 1)
-        return stripes
-
-    def _channel(self, layer: int, head: Any, stripe: Any) -> Any:
-        return layout.stripe_channel(stripe, self._first_head + layer * self.kv_heads + head, self.device.config)
-
-    # Moving to flash.
-
-    def _flush(self, layer: int, stripes: Series[int], tokens: Bits | None = None) -> None:
-        """Program full stripes, and give their DRAM back.
-
-        Args:
-            layer: which layer.
-            stripes: consecutive ones, staged.
-            tokens: theirs, if at hand; otherwise DRAM is read for what the channel layout needs.
-        """
-        if not stripes:
-            return
-        pages, dram = self._pages, self.device._dram
-        if self.centroids is not None:
-            self._write_centroids(layer, stripes, tokens)
-        items = [(stripe, head) for head in range(self.kv_heads) for stripe in stripes]
-        if not self.sparse:
-            self._program(layer, list(self._runs(layer, items, {})))
-            return
-        # K in the channel layout passes through DRAM, too, as much at a time as there is room for.
-        while items:
-            room = min(len(items), dram.largest // pages)
-            now, items = items[: max(room, 1)], items[max(room, 1) :]
-            base = dram.allocate(len(now) * pages)
-            try:
-                sources = {item: base + i * pages for i, item in enumerate(now)}
-                images = np.concatenate([
-                    layout.pack_channel_pages(self._keys(layer, *item, stripes, tokens), self.device.config)
-                    for item in now])
-                self.device.transport.write_dram(base * self.device.config.page_bytes, images.tobytes())
-                self._program(layer, list(self._runs(layer, now, sources)))
-            finally:
-                dram.free(base)
-
-    def _write_centroids(self, layer: int, stripes: Series[int], tokens: Bits | None) -> None:
-        """Program the mean keys of full stripes; all that are written now share the pages of their channel."""
-        assert self.centroids is not None
-        config, state, dram, unit = self.device.config, self._layers[layer], self.device._dram, self.centroids
-        run_pages = layout.centroid_pages(1, unit, config)
-        in_run = run_pages * config.codewords_per_page // layout.centroid_codewords(unit, config)
-        # Flash is reserved for each stripe and channel: what these take together is never torn apart.
-        groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for stripe in stripes:
-            for head in range(self.kv_heads):
-                if (stripe, head, Kind.SKETCH) not in state.placed:
-                    groups.setdefault((stripe, int(self._channel(layer, head, stripe))), []).append((stripe, head))
-        waiting = list(groups.items())
-        while waiting:
-            # As many as DRAM has room for.
-            sizes = np.cumsum([layout.centroid_pages(len(items), unit, config) for _, items in waiting])
-            fitting = max(int(np.searchsorted(sizes, dram.largest, "right")), 1)
-            channels: dict[int, list[tuple[int, int]]] = {}
-            for (_, channel), items in waiting[:fitting]:
-                channels.setdefault(channel, []).extend(items)
-            waiting = waiting[fitting:]
-            base = source = dram.allocate(int(sizes[fitting - 1]))
-            try:
-                runs: list[_Run] = []
-                for channel, items in channels.items():
-                    items.sort(key=lambda item: (item[1], item[0]))     # a head's stripes beside each other
-                    means = [layout.mean_keys(self._keys(layer, *item, stripes, tokens), unit, config)
-                             for item in items]
-                    images = layout.pack_pages(np.concatenate(means), config)
-                    self.device.transport.write_dram(source * config.page_bytes, images.tobytes())
-                    single = len({head for _, head in items}) == len(items)
-                    for i in range(0, len(items), in_run):
-                        die = self._die(layer, *items[i], Kind.SKETCH) if single else None
-                        runs.append(_Run(Kind.SKETCH, channel, source, run_pages, die, items[i : i + in_run]))
-                        source += run_pages
-                self._program(layer, runs)
-            finally:
-                dram.free(base)
-
-    def _keys(self, layer: int, stripe: int, head: int, stripes: Series[int], tokens: Bits | None) -> Bits:
-        """K of a full stripe that is staged."""
-        if tokens is not None:
-            first = (stripe - stripes[0]) * self.stripe_tokens
-            return tokens[head, Kind.KEY, first : first + self.stripe_tokens]
-        config, size = self.device.config, self._pages * self.device.config.page_bytes
-        base = self._layers[layer].staged[stripe] * config.page_bytes + 2 * head * size
-        data = self.device.transport.read_dram(base, size)
-        return layout.unpack_pages(np.frombuffer(data, np.uint8).reshape(self._pages, -1), config)
-
-    def _die(self, layer: int, stripe: int, head: int, kind: Kind) -> int:
-        """The die for a single stripe: another one than the one before of this head, and far from its other kinds."""
-        config = self.device.config
-        number = (self._first_head + layer * self.kv_heads + head) // config.channels + stripe // config.channels
-        die: int = (number + self._kinds.index(kind) * config.dies // len(self._kinds)) % config.dies
-        return die
-
-    def _runs(self, layer: int, items: Series[tuple[int, int]], sources: dict[tuple[int, int], int]) -> Iterator[_Run]:
-        """What must be programmed, but for centroids, in the order in which it takes its places on each channel."""
-        state = self._layers[layer]
-        heads: dict[tuple[int, int], list[int]] = {}
-        for stripe, head in items:
-            heads.setdefault((int(self._channel(layer, head, stripe)), head), []).append(stripe)
-        for (channel, head), stripes in heads.items():
-            for kind in self._kinds:
-                if kind is Kind.SKETCH:
-                    continue
-                for stripe in stripes:
-                    if (stripe, head, kind) in state.placed:
-                        continue
-                    # Several stripes: one after the other, through planes and then dies.  A single one, as they come
-                    # from decoding: on another die than the one before of this head, V far from K.
-                    source = sources[stripe, head] if kind is Kind.CHANNEL else (
-                        state.staged[stripe] + (2 * head + kind) * self._pages)
-                    die = self._die(layer, stripe, head, kind) if len(stripes) == 1 else None
-                    yield _Run(kind, channel, source, self._pages, die, [(stripe, head)])
-
-    def _program(self, layer: int, runs: list[_Run]) -> None:
-        """Program pages; what fails is placed elsewhere on its channel."""
-        device, allocator = self.device, self.device._allocator
-        error: BaseException | None = None
-        while runs and error is None:
-            try:
-                places = self._take(runs)
-            except CapacityError:
-                device._raise_die_error()   # why there is no room
-                raise
-            numbers = [(i, page) for i, run in enumerate(runs) for page in range(run.pages)]
-            order = device._round_robin([runs[i].channel for i, _ in numbers],
-                                        [places[i] + page for i, page in numbers])
-            numbers = [numbers[n] for n in order]
-            entries, error = device._operate(
-                [FlashOperation(Opcode.PROGRAM, runs[i].channel, places[i] + page, runs[i].source + page)
-                 for i, page in numbers], device.timeout_s)
-            good = [True] * len(runs)
-            again = [True] * len(runs)
-            done = get_field(entries, COMPLETION["done"]) == 1
-            statuses = get_field(entries, COMPLETION["status"])
-            for n in np.flatnonzero(~done | (statuses != Status.OK)).tolist():
-                i, page = numbers[n]
-                good[i] = False
-                channel, number = runs[i].channel, places[i] + page
-                if not done[n]:
-                    allocator.abandon(channel, number)
-                elif statuses[n] == Status.PROGRAM_FAILED:
-                    allocator.failed(channel, number)
-                elif statuses[n] == Status.DIE_TIMEOUT:
-                    device._lose_die("PROGRAM", Completion.unpack(entries[n].tobytes()))
-                    again[i] = False
-                else:
-                    allocator.abandon(channel, number)
-                    error = error or device._failure("PROGRAM", Completion.unpack(entries[n].tobytes()))
-            allocator.account(len(numbers), sum(run.pages for run, there in zip(runs, good, strict=True) if there))
-            for run, place, there in zip(runs, places, good, strict=True):
-                if there:
-                    self._placed(layer, run, place)
-            runs = [run for run, there, retry in zip(runs, good, again, strict=True) if not there and retry]
-        if error is not None:
-            raise error
-        device._raise_die_error()
-
-    def _take(self, runs: Series[_Run]) -> list[int]:
-        """First pages for runs: for all of them or none."""
-        allocator, places = self.device._allocator, []
-        try:
-            for run in runs:
-                places.append(allocator.take(self._allocation_of(run), run.channel, die=run.die))
-        except BaseException:
-            for run, place in reversed(list(zip(runs, places, strict=False))):
-                allocator.give_back(self._allocation_of(run), run.channel, place)
-            raise
-        return places
-
-    def _allocation_of(self, run: _Run) -> Allocation:
-        return self._allocations[run.kind is Kind.SKETCH]
-
-    def _placed(self, layer: int, run: _Run, place: int) -> None:
-        """Note that a run is in flash; when all of a stripe is, for its head and for all heads, use that."""
-        state, config = self._layers[layer], self.device.config
-        for index, (stripe, head) in enumerate(run.holds):
-            page, codeword = 0, 0
-            if run.kind is Kind.SKETCH and self.centroids is not None:
-                page, codeword = layout.centroid_place(index, self.centroids, config)
-            state.placed[stripe, head, run.kind] = place + page, codeword
-            if not all((stripe, head, kind) in state.placed for kind in self._kinds):
-                continue
-            key_page, value_page = (state.placed[stripe, head, kind][0] for kind in (Kind.KEY, Kind.VALUE))
-            state.table[head, stripe] = layout.pack_entries(run.channel, key_page, value_page, 0)
-            for kind in self._sketch_kinds:
-                state.sketches[kind][head, stripe] = layout.pack_sketches(*state.placed[stripe, head, kind], 1)
-            keys = [(stripe, head, kind) for head in range(self.kv_heads) for kind in self._kinds]
-            if all(key in state.placed for key in keys):
-                self.device._dram.free(state.staged.pop(stripe))
-                state.before.pop(stripe, None)
-                for key in keys:
-                    del state.placed[key]
+        self.device._dispatcher.check()
+        return self._begin(layer, np.stack([keys, values], axis=1), ahead=ahead)
 
     def _tokens(self, name: str, values: ArrayLike) -> Bits:
         array, dim = np.asarray(values), self.device.config.head_dim
@@ -705,19 +356,44 @@ class Sequence:
                 them count among `units`, which must be as many.
             unit: fetched, centroid: tokens of a unit, a power of two from a codeword's to a page's.  If None, a
                 codeword's in fetched; in centroid those of the stored mean keys, and nothing else will do there.
-            timeout_s: patience with each batch; the device's if None.
-            progress: called after each batch with (jobs done, jobs in all).
+            timeout_s: how long the device may send no completion; its own patience if None.
+            progress: called now and then with (jobs done, jobs in all).
 
         Raises:
             RequestError: a wrong shape, dtype or number, an empty layer, a freed sequence, one that was created without
                 what the mode reads, or in a sparse mode more tokens than the score buffers hold.
             DeviceStatusError: the device reports an error, such as a NaN in K (which only bit
                 patterns can bring in).
-            DeviceBusyError, DeviceTimeoutError, CapacityError: see `Device.run`.
+            DeviceTimeoutError, CapacityError: see `Device.run`.
         """
-        plan = self.plan(query, layer=layer, scale=scale, causal=causal, window=window, tree=tree, mode=mode,
-                         channels=channels, units=units, local=local, unit=unit)
-        return self.device.attend_many([plan], timeout_s=timeout_s, progress=progress)[0]
+        with self.device.lock:
+            plan = self.plan(query, layer=layer, scale=scale, causal=causal, window=window, tree=tree, mode=mode,
+                             channels=channels, units=units, local=local, unit=unit)
+            return self.device.attend_many([plan], timeout_s=timeout_s, progress=progress)[0]
+
+    def attend_async(
+        self,
+        query: ArrayLike,
+        *,
+        layer: int = 0,
+        scale: float | None = None,
+        causal: bool = False,
+        window: int | None = None,
+        tree: ArrayLike | None = None,
+        mode: Mode | str = Mode.DENSE,
+        channels: int | None = None,
+        units: int | None = None,
+        local: int = 0,
+        unit: int | None = None,
+    ) -> Future[AttendResult]:
+        """Begin an `attend` call over the tokens that were appended before; arguments and errors are its.
+
+        Errors of the device are the future's.  See `Device.attend_async` for what a sparse mode attends meanwhile.
+        """
+        with self.device.lock:
+            plan = self.plan(query, layer=layer, scale=scale, causal=causal, window=window, tree=tree, mode=mode,
+                             channels=channels, units=units, local=local, unit=unit)
+            return self.device.attend_async(plan)
 
     def plan(
         self,
@@ -735,6 +411,11 @@ class Sequence:
         unit: int | None = None,
     ) -> AttendPlan:
         """The jobs of an `attend` call, for `Device.attend_many`; arguments and errors are its."""
+        with self.device.lock:
+            return self._plan(query, layer, scale, causal, window, tree, (mode, channels, units, local, unit))
+
+    def _plan(self, query: ArrayLike, layer: int, scale: float | None, causal: bool, window: int | None,
+              tree: ArrayLike | None, how: tuple[Mode | str, int | None, int | None, int, int | None]) -> AttendPlan:
         length, config = self.length(layer), self.device.config
         array, dim = np.asarray(query), config.head_dim
         if array.ndim != 3 or array.shape[2] != dim or 0 in array.shape:
@@ -753,7 +434,7 @@ class Sequence:
         bits = layout.storage_bits(array, config.element, "query")
         scale_bits = _scale_bits(1 / math.sqrt(dim) if scale is None else scale)
         masks = _masks(length, n_queries, causal, window, tree)
-        selection = self._selection(mode, channels, units, local, unit)
+        selection = self._selection(*how)
 
         # Rows by query, then by head of the group: so the windows of a job's rows lie close
         # together and less is read.
@@ -823,6 +504,7 @@ class Sequence:
             # A tree that began before this range is cut, so that it begins inside or at the end.
             tree_token=min(max(masks.tree_token, base), stop),
             scale_bits=scale_bits,
+            domain=self.domain,
             label=f"sequence {self.number}, layer {layer}, KV head {head}, tokens {base} to {stop - 1}",
         )
 
