@@ -39,9 +39,10 @@ from kvattic.commands import (
 )
 from kvattic.config import ELEMENT_BYTES, PAGE_NUMBER_BITS, Config
 from kvattic.errors import DeviceTimeoutError, RequestError
+from kvattic.golden_flash import Flash, FlashFaults, PowerCutError
 from kvattic.golden_owners import Owners
 from kvattic.golden_queues import Queue, Queues, RejectedError
-from kvattic.layout import Block, PagePlace
+from kvattic.layout import Block
 from kvattic.registers import COUNTERS, QUEUES, REGISTER_MAP, Access, Control, StatusBit
 
 __all__ = ["FlashFaults", "GoldenDevice", "Traffic"]
@@ -64,10 +65,6 @@ _ADMIN = ("ADMIN_SUBMISSION", "ADMIN_COMPLETION", "ADMIN_BASE", "ADMIN_LIMIT")
 _COUNTERS = frozenset(register.name for register in COUNTERS)
 
 
-class _PowerCutError(Exception):
-    """The supply is gone."""
-
-
 class _Ending(NamedTuple):
     """What goes into a command's completion."""
 
@@ -77,13 +74,6 @@ class _Ending(NamedTuple):
     where: int
     flags: int
     ordered: bool
-
-
-class _Page(NamedTuple):
-    """What was programmed: the data, None if they are garbage, and the page number that they were written under."""
-
-    image: NDArray[np.uint8] | None
-    number: int
 
 
 class _Stripes(NamedTuple):
@@ -100,41 +90,9 @@ class _Stripes(NamedTuple):
     reserved: NDArray[np.bool_]
 
 
-class _Block:
-    """A block that is not erased: pages by their number in it, and the one that may be programmed next."""
-
-    __slots__ = ("next", "pages")
-
-    def __init__(self) -> None:
-        self.next = 0
-        self.pages: dict[int, _Page] = {}
-
-
-@dataclass(slots=True)
-class FlashFaults:
-    """What goes wrong in the golden device's flash; change it at any time.
-
-    Attributes:
-        bad: blocks with the factory's mark: PROBE finds it, PROGRAM and ERASE fail.
-        worn: blocks whose PROGRAM and ERASE fail from now on; what they hold can be read.
-        program_fails: single pages that fail to program, (block, page of the block).
-        dead: (channel, die) of dies that stay busy: DIE_TIMEOUT, and nothing on them can be read.
-        unreadable: codewords with too many bit errors, (block, page of the block, codeword).
-        power_cut: the supply fails in the middle of the flash command after so many more; None: it does not.  The
-            device then does nothing until `GoldenDevice.power_up`.
-    """
-
-    bad: set[Block] = field(default_factory=set)
-    worn: set[Block] = field(default_factory=set)
-    program_fails: set[tuple[Block, int]] = field(default_factory=set)
-    dead: set[tuple[int, int]] = field(default_factory=set)
-    unreadable: set[tuple[Block, int, int]] = field(default_factory=set)
-    power_cut: int | None = None
-
-
 @dataclass(slots=True)
 class Traffic:
-    """What the jobs of a batch read, in codewords, by `Kind`.
+    """What jobs read, in codewords, by `Kind`.
 
     Attributes:
         flash: codewords that came over the flash buses.
@@ -194,7 +152,8 @@ class GoldenDevice:
         shuffle: seed of what is random; None: nothing is.
 
     Attributes:
-        faults: the same.
+        faults: the same; the object is never another one.
+        flash: its flash.
         traffic: what was read since the counters were 0.
 
     Raises:
@@ -212,8 +171,7 @@ class GoldenDevice:
         self.faults = FlashFaults() if faults is None else faults
         self._memory = bytearray(memory_bytes)
         self._dram = np.zeros(dram_bytes, np.uint8)
-        self._blocks: dict[Block, _Block] = {}
-        self._map: dict[tuple[int, int, int, int], int] = {}    # (channel, zone, die, plane) to block, where not alike
+        self.flash = Flash(config, self.faults)
         self._owners = Owners(config)
         self._powered = True
         self._random = None if shuffle is None else random.Random(shuffle)
@@ -233,7 +191,7 @@ class GoldenDevice:
         """The device after its supply came back: flash is what it was; DRAM, map, owners and registers are not."""
         self._powered = True
         self._dram = np.zeros(self.dram_bytes, np.uint8)
-        self._map = {}
+        self.flash.map.clear()
         self._owners = Owners(self.config)
         self._reset()
 
@@ -378,7 +336,7 @@ class GoldenDevice:
             if queue is not None:
                 self._post(self._serve(queue, self._fetch(queue)))
             return queue is not None
-        except _PowerCutError:
+        except PowerCutError:
             self._powered = False
             return False
 
@@ -698,7 +656,7 @@ class GoldenDevice:
         registers["CODEWORDS"] += count
         registers["FLASH_WORDS"] += count * config.raw_codeword_words
         registers["PAGE_READS"] += 1
-        found, gone, cause = self._read_page(channel, number, codewords)
+        found, gone, cause = self.flash.read_page(channel, number, codewords)
         registers["UNREADABLE"] += len(gone)
         if not gone:
             return found, None
@@ -712,28 +670,6 @@ class GoldenDevice:
         data = data[: codewords * self.config.codeword_bytes]
         image[: len(data)] = data
         return None if codewords == self.config.codewords_per_page else codewords
-
-    def _read_page(self, channel: int, number: int,
-                   codewords: NDArray[np.int64]) -> tuple[NDArray[np.uint8], list[int], MediaCause]:
-        """Codewords of a flash page, zeros where they cannot be read; which of them cannot, and why."""
-        faults, size = self.faults, self.config.codeword_bytes
-        place = layout.page_place(number, self.config)
-        block = self._block(channel, place)
-        written = self._blocks.get(block)
-        page = None if written is None else written.pages.get(place.page)
-        cause = MediaCause.UNCORRECTABLE
-        if (channel, place.die) in faults.dead:
-            page, cause = None, MediaCause.DIE_TIMEOUT
-        elif page is None:
-            cause = MediaCause.ERASED
-        if page is None or page.image is None or page.number != number:
-            return np.zeros((len(codewords), size), np.uint8), list(range(len(codewords))), cause
-        found: NDArray[np.uint8] = page.image.reshape(-1, size)[codewords]
-        gone: list[int] = []
-        if faults.unreadable:
-            gone = [i for i, each in enumerate(codewords.tolist()) if (block, place.page, each) in faults.unreadable]
-            found[gone] = 0
-        return found, gone, cause
 
     def _media_error(self, channel: int, page: int, codeword: int, cause: MediaCause) -> None:
         registers = self._registers
@@ -755,20 +691,14 @@ class GoldenDevice:
 
     # Flash.
 
-    def _block(self, channel: int, place: PagePlace) -> Block:
-        zone = place.zone
-        block = self._map.get((channel, zone, place.die, place.plane), zone) if self._map else zone
-        return Block(channel, place.die, place.plane, block)
-
     def _operate(self, command: dict[str, int], queue: Queue) -> None:
         """One flash command."""
-        config, faults = self.config, self.faults
+        config = self.config
         opcode, channel, number = Opcode(command["opcode"]), command["channel"], command["page"]
         owned = opcode is Opcode.PROGRAM or (opcode is Opcode.ERASE and queue.number != 0)
         if (command["argument"] and opcode in (Opcode.ERASE, Opcode.PROBE)) or (command["domain"] and not owned):
             raise RejectedError(Status.INVALID_FIELD, 0)
-        place = layout.page_place(number, config)
-        if channel >= config.channels or place.zone >= config.part.blocks or place.page >= config.part.pages or (
+        if not self.flash.is_place(channel, number) or (
                 opcode is Opcode.MAP and command["argument"] >= config.part.blocks):
             raise RejectedError(Status.INVALID_PLACE, 0)
         if owned:
@@ -779,51 +709,19 @@ class GoldenDevice:
                     command["domain"], command["argument"], 1, self._region_bits):
                 raise RejectedError(Status.NOT_OWNED, 1)
         if opcode is Opcode.MAP:
-            self._map[channel, place.zone, place.die, place.plane] = command["argument"]
+            place = layout.page_place(number, config)
+            self.flash.map[channel, place.zone, place.die, place.plane] = command["argument"]
             return
-        block, where = self._block(channel, place), channel << 24 | number
-        cut = False
-        if faults.power_cut is not None:
-            cut, faults.power_cut = faults.power_cut == 0, faults.power_cut - 1 if faults.power_cut else None
-        if (channel, place.die) in faults.dead:
-            raise RejectedError(Status.DIE_TIMEOUT, where)
+        image = None
         if opcode is Opcode.PROGRAM:
-            self._program(block, place.page, number, command["argument"], where, cut)
-        elif opcode is Opcode.ERASE:
-            if block in faults.bad or block in faults.worn:
-                raise RejectedError(Status.ERASE_FAILED, where)
-            if cut:
-                for page in range(config.part.pages):
-                    self._blocks.setdefault(block, _Block()).pages[page] = _Page(None, number)
-                raise _PowerCutError
-            self._blocks.pop(block, None)
-        elif block in faults.bad:
-            raise RejectedError(Status.BAD_BLOCK, where)
-        if cut:
-            raise _PowerCutError
-
-    def _program(self, block: Block, page: int, number: int, dram_page: int, where: int, cut: bool) -> None:
-        image = np.zeros(self.config.page_bytes, np.uint8)
-        missing = self._read_dram_page(image, dram_page & (1 << PAGE_NUMBER_BITS) - 1) is not None
-        found = self._blocks.setdefault(block, _Block())
-        if page != found.next:
-            raise RejectedError(Status.PROGRAM_FAILED, where)
-        found.next += 1
-        failed = bool({block} & (self.faults.bad | self.faults.worn)) or (block, page) in self.faults.program_fails
-        found.pages[page] = _Page(None if failed or cut or missing else image, number)
-        if cut:
-            raise _PowerCutError
-        if failed:
-            raise RejectedError(Status.PROGRAM_FAILED, where)
-        if missing:
-            raise RejectedError(Status.BUS_ERROR, where)
+            image = np.zeros(config.page_bytes, np.uint8)
+            if self._read_dram_page(image, command["argument"]) is not None:
+                image = None
+        self.flash.operate(opcode, channel, number, image)
 
     def written(self) -> Iterator[tuple[Block, int, NDArray[np.uint8]]]:
-        """All that a thief with a soldering iron would find: (block, page of the block, data) of each page."""
-        for block, found in sorted(self._blocks.items()):
-            for page, content in sorted(found.pages.items()):
-                if content.image is not None:
-                    yield block, page, content.image
+        """See `Flash.written`."""
+        return self.flash.written()
 
     # Host memory.
 

@@ -161,7 +161,7 @@ class Bench:
         }[kind]
         number = page + codeword // TINY.codewords_per_page
         place = layout.page_place(number, TINY)
-        block = self.device._block(entry["channel"], place)
+        block = self.device.flash.block(entry["channel"], place)
         self.device.faults.unreadable.add((block, place.page, codeword % TINY.codewords_per_page))
         return entry["channel"], number, codeword % TINY.codewords_per_page
 
