@@ -1,0 +1,777 @@
+"""`DriveArray`: several drives as one; `ArraySequence`: K and V that are dealt over them, by heads or by tokens.
+
+All drives work at the same time: what they have to do is submitted to each before any of them is waited for.
+docs/host.md says which split is good for what.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from collections.abc import Sequence as Series
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
+from threading import Lock, RLock
+from types import TracebackType
+from typing import Any, Generic, NamedTuple, ParamSpec, Self, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from kvattic import layout
+from kvattic.commands import Mode
+from kvattic.config import PAPER, Config
+from kvattic.driver import Device
+from kvattic.errors import CapacityError, ConfigMismatchError, DeviceTimeoutError, KvatticError, RequestError
+from kvattic.futures import Future, wait
+from kvattic.jobs import AttendPlan, AttendResult, Bits, Integers, Job, JobResult, Part, check_positive, end_block
+from kvattic.sequence import Sequence, _Masks, _masks
+
+__all__ = ["ArrayFuture", "ArrayPlan", "ArraySequence", "DriveArray", "open_array"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+SLICE_S = 0.001
+"""How long one drive may be waited for while others might want something, in seconds."""
+QUIET_S = 1.0
+"""When nothing came from any drive for so long, one is waited for with its own patience."""
+SPLITS = ("heads", "context")
+
+
+class ArrayFuture(Generic[T]):
+    """The answer of several drives; the same calls as `Future`.
+
+    It is done when all drives are, be it with errors.  Their first error is the answer then, and says which drive's it
+    is; what others report is in its notes.
+    """
+
+    def __init__(self, parts: Iterable[tuple[int, Future[Any]]], join: Callable[[list[Any]], T]) -> None:
+        self._parts = list(parts)
+        self._join = join
+        self._lock = Lock()
+        self._joined: list[T] = []
+
+    @property
+    def futures(self) -> list[Future[Any]]:
+        """Those of the drives, such as `kvattic.wait` takes."""
+        return [future for _, future in self._parts]
+
+    def done(self) -> bool:
+        """Whether all drives are; takes completions without waiting for them."""
+        done = [future.done() for _, future in self._parts]     # every drive is asked
+        return all(done)
+
+    def exception(self, timeout_s: float | None = None) -> BaseException | None:
+        """What went wrong, None if nothing did; waits as `result` does.
+
+        Raises:
+            DeviceTimeoutError: it did not come in time.
+        """
+        _settle(self.futures, timeout_s)
+        found = [_named(error, drive) for drive, future in self._parts if (error := future.exception())]
+        if not found:
+            return None
+        for other in found[1:]:
+            if str(other) not in (str(found[0]), *getattr(found[0], "__notes__", ())):
+                found[0].add_note(str(other))
+        return found[0]
+
+    def result(self, timeout_s: float | None = None) -> T:
+        """The answer; waits for it.
+
+        Args:
+            timeout_s: patience, in seconds of wall-clock time; afterwards the future is still good.  If None, as long
+                as the drives answer anything within their own patience.
+
+        Raises:
+            DeviceTimeoutError: it did not come in time.
+            BaseException: what went wrong.
+        """
+        if error := self.exception(timeout_s):
+            raise error
+        with self._lock:
+            if not self._joined:
+                self._joined.append(self._join([future.result() for _, future in self._parts]))
+            return self._joined[0]
+
+    def add_done_callback(self, callback: "Callable[[ArrayFuture[T]], object]") -> None:
+        """Call back with the future when it is done, soon if it is already; see `Future.add_done_callback`."""
+        missing, lock = len(self._parts), Lock()
+
+        def one_less(_: Future[Any]) -> None:
+            nonlocal missing
+            with lock:
+                missing -= 1
+                last = missing == 0
+            if last:
+                callback(self)
+
+        if not self._parts:
+            callback(self)
+        for _, future in self._parts:
+            future.add_done_callback(one_less)
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> T:
+        for _, future in self._parts:
+            with suppress(Exception):   # `result` reports it
+                await future
+        return self.result()
+
+
+class _Share(NamedTuple):
+    """What a drive has of a sequence.
+
+    Members:
+        drive: its number.
+        sequence: on it.
+        heads: KV heads of the whole that it has.
+    """
+
+    drive: int
+    sequence: Sequence
+    heads: slice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ArrayPlan:
+    """The jobs of one attention call, not yet run; made by `ArraySequence.plan`, run by `DriveArray.attend_many`.
+
+    Attributes:
+        sequence: whose tokens are attended.
+        jobs: (drive, command) of all.
+    """
+
+    sequence: "ArraySequence"
+    jobs: list[tuple[int, Job]]
+    _finish: Callable[[list[JobResult]], AttendResult]
+
+    def finish(self, results: list[JobResult]) -> AttendResult:
+        """Put the jobs' results together.
+
+        Args:
+            results: of `jobs`, in their order.
+        """
+        return self._finish(results)
+
+
+class ArraySequence:
+    """K and V of one sequence on several drives; made by `DriveArray.create_sequence`.
+
+    Usable as a context manager, which frees it at the end.  The calls are those of `Sequence`.
+
+    Split by `heads`, each drive has some KV heads, whole: everything that one drive can do goes, with the same bits.
+
+    Split by `context`, the stripes of tokens go round the drives, beginning with another one for each layer and
+    sequence.  Each drive attends its own tokens, with the masks of the whole; the parts are merged as a single drive's
+    are when a job's tokens do not fit its score buffers (`golden.merge`): the formula is exact, each part is rounded to
+    fp32 once, and weights are rounded relative to a part's own maximum.  So an output differs by at most 1.5e-6 of the
+    largest |v| from one drive's, and typically by 1e-7 of itself; it has its bits if one drive has all tokens that are
+    attended.  Parts are merged in the order of their tokens, never of the answers.  The sparse modes choose from all
+    tokens, which no drive has: they need the split by heads.
+
+    If a write fails on some of the drives only, they hold different numbers of tokens: then every use of that layer but
+    `free` raises a RequestError that says so.
+
+    Attributes:
+        device: the array.
+        number: of the sequence, counted over the array's life.
+        kv_heads: KV heads of a layer.
+        layers: layers, each with tokens of its own.
+        capacity_tokens: tokens that each layer can hold.
+        split: heads or context.
+        stripe_tokens: tokens of a stripe.
+    """
+
+    def __init__(self, array: "DriveArray", number: int, kv_heads: int, layers: int, capacity_tokens: int, split: str,
+                 shares: Series[_Share]) -> None:
+        self.device = array
+        self.number = number
+        self.kv_heads = kv_heads
+        self.layers = layers
+        self.capacity_tokens = capacity_tokens
+        self.split = split
+        self.stripe_tokens = shares[0].sequence.stripe_tokens
+        self._shares = {share.drive: share for share in shares}
+        self._freed = False
+
+    # Life.
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        end_block(self.free, error)
+
+    def free(self) -> None:
+        """Give flash and DRAM back, on all drives.  Freeing twice is no error, any other use afterwards is.
+
+        Raises:
+            KvatticError: what the first drive reports that reports anything; all that can be is free nevertheless.
+        """
+        if not self._freed:
+            self._freed = True
+            self.device._sequences.discard(self)
+            _all_of((share.drive, share.sequence.free) for share in self._shares.values())
+
+    def _check_open(self) -> None:
+        if self._freed:
+            raise RequestError("the sequence was freed; create another one")
+
+    # Tokens.
+
+    def length(self, layer: int = 0) -> int:
+        """Tokens that a layer holds.
+
+        Raises:
+            RequestError: there is no such layer, the sequence was freed, or a write failed on some drives only.
+        """
+        self._check_open()
+        lengths = {drive: _on(drive, share.sequence.length, layer) for drive, share in self._shares.items()}
+        if self.split == "heads":
+            total, good = min(lengths.values()), len(set(lengths.values())) == 1
+        else:
+            total = sum(lengths.values())
+            good = all(lengths.get(self._drive(layer, rank), 0) == self._count(rank, total)
+                       for rank in range(self.device.drives))
+        if not good:
+            each = ", ".join(f"drive {drive}: {tokens}" for drive, tokens in sorted(lengths.items()))
+            raise RequestError(f"the drives hold tokens of layer {layer} that do not fit together ({each}), because a "
+                               "write failed on some of them, or one lost its power; free the sequence")
+        return total
+
+    def flushed(self, layer: int = 0) -> int:
+        """The first tokens of a layer that are all in flash, programmed and acknowledged.
+
+        Raises:
+            RequestError: see `length`.
+        """
+        total = self.length(layer)
+        flushed = {drive: share.sequence.flushed(layer) for drive, share in self._shares.items()}
+        if self.split == "heads":
+            return min(flushed.values())
+        # The first token that its drive has not: none before it is missing anywhere.
+        ranks = range(self.device.drives)
+        missing = [self._token(rank, flushed[drive]) for rank in ranks
+                   if (drive := self._drive(layer, rank)) in flushed
+                   and flushed[drive] < self._count(rank, total)]
+        return min(missing, default=total)
+
+    def mean_value(self, layer: int = 0) -> NDArray[np.float32]:
+        """Mean of the stored V over all tokens of a layer; see `Sequence.mean_value`.
+
+        Raises:
+            RequestError: see there; and the sequence is split by context.
+        """
+        self._check_open()
+        if self.split != "heads":
+            raise RequestError("the mean of V is kept with K in the channel layout only (split='heads', sparse=True)")
+        return np.concatenate([_on(share.drive, share.sequence.mean_value, layer) for share in self._shares.values()])
+
+    # Split by context: the drive of rank r of a layer has the stripes r, r + drives, r + 2 * drives, ...
+
+    def _drive(self, layer: int, rank: int) -> int:
+        """A drive for each rank: another first one for each layer and sequence, so that all have as much to write."""
+        return (rank + self.number + layer) % self.device.drives
+
+    def _count(self, rank: Any, tokens: Any) -> Any:
+        """How many of the first `tokens` tokens a rank has; also, the number there of the first one from there on."""
+        stripes, inside = np.divmod(tokens, self.stripe_tokens)
+        drives = self.device.drives
+        return ((stripes - rank + drives - 1) // drives * self.stripe_tokens
+                + np.where(stripes % drives == rank, inside, 0))
+
+    def _token(self, rank: int, local: int) -> int:
+        """The token that has a number on its drive."""
+        stripe, inside = divmod(local, self.stripe_tokens)
+        return (stripe * self.device.drives + rank) * self.stripe_tokens + inside
+
+    # Writing.
+
+    def prefill(self, key: ArrayLike, value: ArrayLike, *, layer: int = 0) -> None:
+        """Write the first tokens of a layer; see `Sequence.prefill`."""
+        self.prefill_async(key, value, layer=layer).result()
+
+    def prefill_async(self, key: ArrayLike, value: ArrayLike, *, layer: int = 0) -> ArrayFuture[None]:
+        """The same, without waiting for the end."""
+        if length := self.length(layer):
+            raise RequestError(f"layer {layer} has {length} tokens already: prefill is for the first, use append")
+        return self.append_async(key, value, layer=layer)
+
+    def append(self, key: ArrayLike, value: ArrayLike, *, layer: int = 0) -> None:
+        """Write the next tokens of a layer; see `Sequence.append`."""
+        self.append_async(key, value, layer=layer).result()
+
+    def append_async(self, key: ArrayLike, value: ArrayLike, *, layer: int = 0) -> ArrayFuture[None]:
+        """The same, without waiting for the end.
+
+        Args:
+            key: (kv_heads, n, head_dim), float16, float32 or float64, rounded to the storage format, or uint16 bit
+                patterns.
+            value: the same.
+            layer: which layer.
+
+        Raises:
+            RequestError: an array has a wrong shape, dtype or number in it, or see `length`.
+            CapacityError: more tokens than capacity_tokens.
+
+        Whatever a drive reports is the future's error.
+        """
+        length = self.length(layer)
+        keys, values = self._tokens("key", key), self._tokens("value", value)
+        if keys.shape != values.shape:
+            raise RequestError(f"key and value must have the same shape, not {keys.shape} and {values.shape}")
+        total = keys.shape[1]
+        if length + total > self.capacity_tokens:
+            raise CapacityError(
+                f"the sequence has room for {self.capacity_tokens} tokens; layer {layer} holds {length}, {total} more "
+                "do not fit")
+        parts: list[tuple[int, Future[None]]] = []
+        for share, heads, tokens in self._pieces(layer, length, total):
+            # A drive that refuses at once is one that fails: the others go on all the same.
+            parts.append((share.drive, _begin(share.sequence, keys[heads, tokens], values[heads, tokens], layer)))
+        return ArrayFuture(parts, lambda _: None)
+
+    def _pieces(self, layer: int, length: int, total: int) -> Iterable[tuple[_Share, slice, slice | Integers]]:
+        """Which of `total` new tokens of which heads go where."""
+        if self.split == "heads":
+            for share in self._shares.values():
+                yield share, share.heads, slice(None)
+            return
+        new = np.arange(total)
+        ranks = (length + new) // self.stripe_tokens % self.device.drives
+        for rank in range(self.device.drives):
+            if (mine := new[ranks == rank]).size:
+                yield self._shares[self._drive(layer, rank)], slice(None), mine
+
+    def _tokens(self, name: str, values: ArrayLike) -> Bits:
+        array, dim = np.asarray(values), self.device.config.head_dim
+        if array.ndim != 3 or array.shape[0] != self.kv_heads or array.shape[2] != dim or array.shape[1] == 0:
+            raise RequestError(f"{name} must be (kv_heads, tokens, head_dim) = ({self.kv_heads}, at least 1, {dim}), "
+                               f"not {array.shape}")
+        return layout.storage_bits(array, self.device.config.element, name)
+
+    # Attention.
+
+    def attend(self, query: ArrayLike, *, timeout_s: float | None = None, **options: Any) -> AttendResult:
+        """Attention of queries over a layer's tokens; see `Sequence.attend`.
+
+        Args:
+            query: (q_heads, n_queries, head_dim).
+            timeout_s: patience with all of it.
+            options: those of `plan`.
+        """
+        return self.attend_async(query, **options).result(timeout_s)
+
+    def attend_async(self, query: ArrayLike, **options: Any) -> ArrayFuture[AttendResult]:
+        """The same, without waiting for the end."""
+        plan = self.plan(query, **options)
+        return ArrayFuture(self.device._submit([plan]), plan.finish)
+
+    def plan(
+        self,
+        query: ArrayLike,
+        *,
+        layer: int = 0,
+        scale: float | None = None,
+        causal: bool = False,
+        window: int | None = None,
+        tree: ArrayLike | None = None,
+        mode: Mode | str = Mode.DENSE,
+        **selection: Any,
+    ) -> ArrayPlan:
+        """The jobs of an `attend` call, for `DriveArray.attend_many`; arguments and errors are those of `Sequence`.
+
+        Raises:
+            RequestError: see there; and a sparse mode of a sequence that is split by context.
+        """
+        length = self.length(layer)
+        masks = {"causal": causal, "window": window, "tree": tree}
+        if self.split == "heads":
+            return self._head_plan(query, {"layer": layer, "scale": scale, **masks, "mode": mode, **selection})
+        if mode not in (Mode.DENSE, "dense"):
+            raise RequestError(f"mode {mode.name.lower() if isinstance(mode, Mode) else mode} chooses from all tokens, "
+                               "which no drive of a sequence that is split by context has; create it with "
+                               "split='heads', or attend densely")
+        if length == 0:
+            raise RequestError(f"layer {layer} has no tokens: prefill it before attending")
+        return self._context_plan(query, layer, length, scale, masks, selection)
+
+    def _head_plan(self, query: ArrayLike, options: dict[str, Any]) -> ArrayPlan:
+        array = np.asarray(query)
+        if array.ndim != 3 or 0 in array.shape:
+            raise RequestError(f"query must be (q_heads, n_queries, head_dim) = (at least {self.kv_heads}, at least 1, "
+                               f"{self.device.config.head_dim}), not {array.shape}")
+        if array.shape[0] % self.kv_heads:
+            raise RequestError(f"q_heads must be a multiple of the sequence's {self.kv_heads} KV heads, not "
+                               f"{array.shape[0]}")
+        group = array.shape[0] // self.kv_heads
+        plans = [(share.drive, share.sequence.plan(
+            array[share.heads.start * group : share.heads.stop * group], **options)) for share in self._shares.values()]
+
+        def finish(results: list[JobResult]) -> AttendResult:
+            waiting = iter(results)
+            each = [plan.finish([next(waiting) for _ in plan.jobs]) for _, plan in plans]
+            return AttendResult(
+                output=np.concatenate([one.output for one in each]),
+                maximum=np.concatenate([one.maximum for one in each]),
+                denominator=np.concatenate([one.denominator for one in each]),
+                completions=[completion for one in each for completion in one.completions])
+
+        return ArrayPlan(sequence=self, jobs=[(drive, job) for drive, plan in plans for job in plan.jobs],
+                         _finish=finish)
+
+    def _context_plan(self, query: ArrayLike, layer: int, length: int, scale: float | None, masks: dict[str, Any],
+                      selection: dict[str, Any]) -> ArrayPlan:
+        ranks = [(rank, self._shares[self._drive(layer, rank)]) for rank in range(self.device.drives)
+                 if self._count(rank, length)]
+        # The rows of each job, and whatever can be wrong with them.
+        first = ranks[0][1].sequence
+        pattern = first.plan(query, layer=layer, scale=scale, **selection)
+        q_heads, n_queries, _ = pattern.shape
+        whole = _masks(length, n_queries, **masks)
+        mapped = [(share, self._map(rank, whole, length)) for rank, share in ranks]
+        group = q_heads // self.kv_heads
+        jobs: list[tuple[int, Job]] = []
+        parts: list[Part] = []
+        for part in pattern._parts:
+            like = pattern.jobs[part.jobs.start]
+            before = len(jobs)
+            rows = [(share, _rows(local, group, part.rows)) for share, local in mapped]
+            # Drives without any token of these rows have nothing to do; one must say so where none has any.
+            busy = [one for one in rows if (one[1].end > one[1].start).any()] or rows[:1]
+            for share, local in busy:
+                jobs += [(share.drive, job) for job in share.sequence._jobs(
+                    layer, part.kv_head, like.query, like.scale_bits, local)]
+            parts.append(Part(part.kv_head, part.rows, range(before, len(jobs))))
+        merged = AttendPlan(sequence=first, shape=pattern.shape, jobs=[job for _, job in jobs], _parts=parts)
+        return ArrayPlan(sequence=self, jobs=jobs, _finish=merged.finish)
+
+    def _map(self, rank: int, masks: _Masks, length: int) -> _Masks:
+        """The masks in a drive's own numbers of tokens.
+
+        Its tokens are in the order of the whole, so a range of those is a range of its own; of the draft tree, it has
+        some of the tokens, whose bits close up.
+        """
+        tree_token = int(self._count(rank, masks.tree_token))
+        tree = np.zeros_like(masks.tree)
+        for token in range(masks.tree_token, length):
+            if token // self.stripe_tokens % self.device.drives == rank:
+                bit = masks.tree >> (token - masks.tree_token) & 1
+                tree |= bit << (int(self._count(rank, token)) - tree_token)
+        return _Masks(self._count(rank, masks.start), self._count(rank, masks.end), tree, tree_token)
+
+
+class DriveArray:
+    """Several drives of the same configuration.
+
+    Usable as a context manager, which closes them.
+
+    Args:
+        devices: the drives, numbered in this order.
+
+    Attributes:
+        devices: the same.
+        config: of each of them.
+
+    Raises:
+        RequestError: there is none, or the same one twice.
+        ConfigMismatchError: they differ.
+    """
+
+    def __init__(self, devices: Iterable[Device]) -> None:
+        self.devices = list(devices)
+        if not self.devices:
+            raise RequestError("an array needs at least one device")
+        if len({id(device) for device in self.devices}) < len(self.devices):
+            raise RequestError("the same device is in the array twice")
+        self.config: Config = self.devices[0].config
+        for drive, device in enumerate(self.devices):
+            if device.config != self.config:
+                raise ConfigMismatchError(f"drive {drive} has another configuration than drive 0: "
+                                          f"{device.config.to_json()}, not {self.config.to_json()}")
+        self._sequences: set[ArraySequence] = set()
+        self._numbers = count()
+        self._heads = 0
+
+    @property
+    def drives(self) -> int:
+        """How many there are."""
+        return len(self.devices)
+
+    # Life.
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        end_block(self.close, error)
+
+    def close(self) -> None:
+        """Free all sequences and close all devices.  Closing twice is no error.
+
+        Raises:
+            KvatticError: what the first drive reports that reports anything; the others are closed nevertheless.
+        """
+        for sequence in self._sequences:
+            sequence._freed = True      # the devices free their parts
+        self._sequences.clear()
+        _all_of((drive, device.close) for drive, device in enumerate(self.devices))
+
+    def poll(self) -> int:
+        """Take the completions that are there, of all drives, without waiting.
+
+        Returns:
+            How many there were.
+
+        Raises:
+            DeviceLostError: a drive is gone.
+        """
+        return sum(_on(drive, device.poll) for drive, device in enumerate(self.devices))
+
+    # Sequences.
+
+    def create_sequence(self, kv_heads: int, *, capacity_tokens: int, layers: int = 1, split: str = "heads",
+                        **options: Any) -> ArraySequence:
+        """Reserve room for a sequence on the drives.
+
+        Args:
+            kv_heads: KV heads of a layer.
+            capacity_tokens: tokens that it can hold at most.
+            layers: layers, each with K and V of its own.
+            split: heads: each drive has as many KV heads as the others, or one more, and if there are fewer heads than
+                drives, some have none.  context: each drive has every so many'th stripe of tokens.
+            options: see `Device.create_sequence`.
+
+        Raises:
+            RequestError: there is no such split, a number is not positive, or context with what the sparse modes read.
+            CapacityError: a drive has no room.
+        """
+        for name, value in (("kv_heads", kv_heads), ("capacity_tokens", capacity_tokens), ("layers", layers)):
+            check_positive(name, value)
+        if split not in SPLITS:
+            raise RequestError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
+        if split == "context" and (options.get("sparse") or options.get("centroids") is not None):
+            raise RequestError("sparse and centroids are for modes that choose from all tokens, which no drive has if "
+                               "the sequence is split by context; use split='heads'")
+        number = next(self._numbers)
+        shares: list[_Share] = []
+        try:
+            for drive, heads, capacity in self._deal(split, kv_heads, capacity_tokens, layers, number):
+                sequence = _on(drive, self.devices[drive].create_sequence, heads.stop - heads.start,
+                               capacity_tokens=capacity, layers=layers, **options)
+                shares.append(_Share(drive, sequence, heads))
+        except BaseException:
+            for share in shares:
+                with suppress(KvatticError):
+                    share.sequence.free()
+            raise
+        if split == "heads":
+            self._heads += kv_heads
+        made = ArraySequence(self, number, kv_heads, layers, capacity_tokens, split, shares)
+        self._sequences.add(made)
+        return made
+
+    def _deal(self, split: str, kv_heads: int, capacity: int, layers: int,
+              number: int) -> Iterable[tuple[int, slice, int]]:
+        """(drive, KV heads, capacity) of each drive's part of a sequence."""
+        if split == "heads":
+            even, more = divmod(kv_heads, self.drives)
+            first = 0
+            for place in range(self.drives):
+                if heads := even + (place < more):
+                    # The drives that got one more are others each time.
+                    yield (self._heads + place) % self.drives, slice(first, first + heads), capacity
+                    first += heads
+            return
+        # A stripe's tokens are what any drive says that they are.
+        tokens = layout.stripe_pages(self.config, sparse=False) * self.config.tokens_per_page
+        stripes, inside = divmod(capacity, tokens)
+        for drive in range(self.drives):
+            ranks = {(drive - number - layer) % self.drives for layer in range(layers)}
+            most = max((stripes - rank + self.drives - 1) // self.drives * tokens
+                       + (inside if stripes % self.drives == rank else 0) for rank in ranks)
+            if most:
+                yield drive, slice(0, kv_heads), most
+
+    # Attention.
+
+    def attend_many(self, plans: Series[ArrayPlan], *, timeout_s: float | None = None) -> list[AttendResult]:
+        """Run several plans, of any sequences of this array, as one stream of jobs for each drive.
+
+        Args:
+            plans: from `ArraySequence.plan`.
+            timeout_s: patience with all of it.
+
+        Raises:
+            RequestError: a plan's sequence was freed or belongs to another array.
+            DeviceStatusError: a job ended with a status other than OK.
+            DeviceTimeoutError, CapacityError: see `Device.submit`.
+        """
+        return self.attend_many_async(plans).result(timeout_s)
+
+    def attend_many_async(self, plans: Series[ArrayPlan]) -> ArrayFuture[list[AttendResult]]:
+        """The same, without waiting for the end."""
+        plans = list(plans)
+
+        def finish(results: list[JobResult]) -> list[AttendResult]:
+            waiting = iter(results)
+            return [plan.finish([next(waiting) for _ in plan.jobs]) for plan in plans]
+
+        return ArrayFuture(self._submit(plans), finish)
+
+    def _submit(self, plans: Series[ArrayPlan]) -> list[tuple[int, Future[JobResult]]]:
+        """(drive, future) of each job of all plans."""
+        for plan in plans:
+            plan.sequence._check_open()
+            if plan.sequence.device is not self:
+                raise RequestError("a plan belongs to a sequence of another array")
+        jobs = [one for plan in plans for one in plan.jobs]
+        futures: list[Future[JobResult] | None] = [None] * len(jobs)
+        for drive, device in enumerate(self.devices):
+            mine = [i for i, (where, _) in enumerate(jobs) if where == drive]
+            if mine:
+                submitted = _on(drive, device.submit, [jobs[i][1] for i in mine])
+                for i, future in zip(mine, submitted, strict=True):
+                    futures[i] = future
+        return [(drive, future) for (drive, _), future in zip(jobs, futures, strict=True) if future is not None]
+
+
+def open_array(targets: Iterable[str], config: Config | str = PAPER, **options: Any) -> DriveArray:
+    """Open several devices as an array.
+
+    Args:
+        targets: for each drive, what `kvattic.open` takes.
+        config: a configuration, or the name of a preset.
+        options: see `kvattic.open`.
+
+    Raises:
+        RequestError: there is no target, or no such one.
+        ConfigError: there is no such preset.
+    """
+    import kvattic
+
+    devices: list[Device] = []
+    try:
+        for drive, target in enumerate(targets):
+            devices.append(_on(drive, kvattic.open, target, config, **options))
+        return DriveArray(devices)
+    except BaseException:
+        for device in devices:
+            with suppress(KvatticError):
+                device.close()
+        raise
+
+
+# Helpers.
+
+
+def _rows(masks: _Masks, group: int, rows: slice) -> _Masks:
+    """The masks of a job's rows, which are `group` for each query."""
+    start, end, tree = (np.repeat(column, group)[rows] for column in (masks.start, masks.end, masks.tree))
+    return _Masks(start, end, tree, masks.tree_token)
+
+
+def _named(error: BaseException, drive: int) -> BaseException:
+    """The same error, with the drive in its message."""
+    if not isinstance(error, KvatticError):
+        return error
+    named = type(error).__new__(type(error))
+    named.args = (f"drive {drive}: {error}", *error.args[1:])
+    named.__dict__.update({name: value for name, value in error.__dict__.items() if name != "__notes__"})
+    named.__cause__ = error
+    return named
+
+
+def _on(drive: int, action: Callable[P, T], /, *arguments: P.args, **options: P.kwargs) -> T:
+    """Do something; an error of it names the drive."""
+    try:
+        return action(*arguments, **options)
+    except KvatticError as error:
+        raise _named(error, drive) from error
+
+
+def _all_of(actions: Iterable[tuple[int, Callable[[], None]]]) -> None:
+    """Do all, then raise the first error."""
+    first: BaseException | None = None
+    for drive, action in actions:
+        try:
+            _on(drive, action)
+        except KvatticError as error:
+            first = first or error
+    if first is not None:
+        raise first
+
+
+def _begin(sequence: Sequence, key: Bits, value: Bits, layer: int) -> Future[None]:
+    """Append; what is refused at once is the future's error, too."""
+    try:
+        return sequence.append_async(key, value, layer=layer)
+    except KvatticError as error:
+        failed: Future[None] = Future(_NoDriver())
+        failed._fail(error)
+        return failed
+
+
+class _NoDriver:
+    """Of a future that is done from the beginning; see `futures.Driver`."""
+
+    def __init__(self) -> None:
+        self.lock = RLock()
+
+    def drive(self, until: Callable[[], bool], timeout_s: float | None = None) -> None:
+        """Nothing is under way."""
+
+    def advance(self, until: Callable[[], bool], slice_s: float) -> None:
+        """Nothing is under way."""
+
+    def defer(self, action: Callable[[], object]) -> None:
+        """At once."""
+        action()
+
+    def poll(self) -> int:
+        """There is nothing."""
+        return 0
+
+
+def _advance(future: Future[Any]) -> None:
+    """Wait a little for a future."""
+    future._driver.advance(lambda: future._finished, SLICE_S)
+
+
+def _settle(futures: Iterable[Future[Any]], timeout_s: float | None) -> None:
+    """Wait until all are done, serving all drives meanwhile.
+
+    Raises:
+        DeviceTimeoutError: they were not done in time.
+    """
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    queues: dict[int, deque[Future[Any]]] = {}
+    for future in futures:
+        queues.setdefault(id(future._driver), deque()).append(future)
+    waiting, heard = deque(queues.values()), time.monotonic()
+    while waiting:
+        mine = waiting[0]
+        while mine and mine[0]._finished:
+            mine.popleft()
+        if not mine:
+            waiting.popleft()
+            continue
+        waiting.rotate(-1)
+        rest = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+        alone = len(waiting) == 1
+        # The futures know of errors, too, so they end here only if it is the caller's patience that has ended.
+        with suppress(KvatticError):
+            if alone or time.monotonic() - heard > QUIET_S:
+                wait(list(mine) if alone else [mine[0]], rest)
+            elif mine[0]._driver.poll():
+                heard = time.monotonic()
+            else:
+                _advance(mine[0])
+        if rest == 0.0 and not mine[0]._finished:
+            raise DeviceTimeoutError(f"the drives were not done within {timeout_s:g} s")
