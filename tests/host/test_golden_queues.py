@@ -30,7 +30,7 @@ from kvattic.golden_queues import Queue, Queues
 from kvattic.layout import Block
 from kvattic.registers import COUNTERS, MAX_ENTRIES, MAX_REGIONS, QUEUES, Control, StatusBit
 
-from .queue_host import DOMAIN, Host
+from .queue_host import DOMAIN, REGION_BITS, Host
 
 WINDOW = (0x1000, 0x8000)
 QUERY, RESULT, TABLE, BLOCK = 0x1000, 0x2000, 0x3000, 0x4000
@@ -655,6 +655,95 @@ def test_sketches_of_others(mode, sketch, bad):
     assert host.run(1, line)[0].status is Status.UNREADABLE_SKETCH
     table(host, good, entry(MINE, MINE + 8) + SKETCH_ENTRY.pack(page=0))
     assert ended(host.run(1, line)) == [(Status.NO_SKETCH, 1)]
+
+
+class Witness(GoldenDevice):
+    """Notes the owners of all pages that are read or written, by a count of its own."""
+
+    def __init__(self):
+        super().__init__(TINY, memory_bytes=MEMORY, dram_bytes=1 << 20)
+        self.zones = [0] * TINY.part.blocks
+        self.regions = {}
+        self.touched = set()
+        self.reads = self.flash.read_page
+        self.operates = self.flash.operate
+        self.flash.read_page = self.read_page
+        self.flash.operate = self.operate_page
+
+    def read_page(self, channel, number, codewords):
+        self.touched.add(self.zones[number >> TINY.zone_page_bits])
+        return self.reads(channel, number, codewords)
+
+    def operate_page(self, opcode, channel, number, image):
+        self.touched.add(self.zones[number >> TINY.zone_page_bits])
+        return self.operates(opcode, channel, number, image)
+
+    def _read_dram_page(self, image, page):
+        self.touched.add(self.regions.get(page >> REGION_BITS, 0))
+        return super()._read_dram_page(image, page)
+
+
+def test_no_command_touches_what_is_not_its_domains():
+    """Random places around the borders of zones and regions with random owners; and what is refused touches nothing."""
+    rng = random.Random(3)
+    device = Witness()
+    host = Host(device, rings=RINGS, entries=8, window=WINDOW)
+    host.open((1,))
+    for domain in (2, 3):
+        host.grant(Grant.QUEUES, 0b10, 0, domain)
+    done = {Status.OK: 0, Status.NOT_OWNED: 0}
+    for _ in range(2000):
+        if rng.randrange(20) == 0:
+            for zone in range(TINY.part.blocks):
+                device.zones[zone] = rng.choice((0, 1, 1, 1, 1, 2))
+                host.grant(Grant.ZONES, zone, 1, device.zones[zone])
+            for region in range(8):
+                device.regions[region] = rng.choice((0, 1, 1, 1, 1, 2))
+                host.grant(Grant.REGIONS, region, 1, device.regions[region])
+
+        def page():
+            """Of flash; some before a border, or at it."""
+            return max(0, rng.randrange(3) * ZONE - rng.choice((0, 0, 1, 4, 7, 8, 16)))
+
+        def dram_page():
+            return max(0, rng.randrange(8) * 16 - rng.choice((0, 0, 1, 7, 8)))
+
+        def run():
+            dram = rng.randrange(2)
+            return entry(*((dram_page() if dram else page()) for _ in range(2)), dram, rng.randrange(2)), dram
+
+        domain = rng.choice((1, 1, 1, 2, 3))
+        mode = rng.choice(list(Mode))
+        kind = rng.randrange(8)
+        if kind == 0:
+            line = flash(Opcode.PROGRAM, page=page(), argument=dram_page(), domain=domain)
+        elif kind == 1:
+            line = flash(Opcode.ERASE, page=page(), domain=domain)
+        else:
+            count = TINY.group_pages if mode else rng.choice((1, 2, 4, 8))
+            stripes = rng.randrange(1, 4)
+            words = []
+            for _ in range(stripes):
+                word, dram = run()
+                words.append(word)
+                if mode:
+                    words.append(SKETCH_ENTRY.pack(
+                        page=page(), codeword=rng.randrange(4) * (mode is Mode.CENTROID), written=1 - dram))
+            table(host, *words)
+            blended = mode in (Mode.SPARF, Mode.FETCHED)
+            device.write_memory(QUERY, ROW.pack(end_token=1 << 16).ljust(256, b"\0"))
+            line = attend(mode, stripe_pages=count, stripes=stripes, end_token=stripes * count * 16, domain=domain,
+                          channels=32 * blended, mean=QUERY * blended, units=16 * (mode is not Mode.DENSE))
+        device.touched.clear()
+        (found,) = host.run(1, line)
+        if found.status is Status.NOT_OWNED:
+            assert not device.touched
+            done[Status.NOT_OWNED] += 1
+        else:
+            # That is also those that found nothing to read there.
+            assert device.touched <= {domain}, (found, device.touched)
+            done[Status.OK] += bool(device.touched)
+    assert min(done.values()) > 300, done
 
 
 def test_windows():
