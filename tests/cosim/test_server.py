@@ -160,12 +160,16 @@ def test_a_host_that_ends_in_a_wait_takes_all_along(how):
     # Whoever runs the tests in the background may ignore SIGINT, and children inherit that.
     host = subprocess.Popen([sys.executable, "-c", HOST], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    server, simulator, directory = host.stdout.readline().split()
-    assert alive(int(simulator))
-    time.sleep(0.5)
-    host.send_signal(how)
-    assert host.wait(SECONDS) != 0
-    host.stdout.close()
+    try:
+        server, simulator, directory = host.stdout.readline().split()
+        assert alive(int(simulator))
+        time.sleep(0.5)
+        host.send_signal(how)
+        assert host.wait(SECONDS) != 0
+    finally:
+        host.kill()
+        host.wait()
+        host.stdout.close()
     assert gone(int(server), int(simulator))
     end = time.monotonic() + SECONDS
     while Path(directory).exists() and time.monotonic() < end:

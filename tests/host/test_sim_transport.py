@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -315,16 +316,17 @@ from kvattic import sim_transport
 from kvattic.config import TINY
 sim_transport._server_command = lambda directory: [sys.executable, {str(FAKE)!r}, "good", str(directory)]
 transport = sim_transport.open_simulator("verilator", TINY, memory_bytes={MEMORY})
-print(transport._process._process.pid, flush=True)
+print(transport._process._process.pid, transport._process.directory, flush=True)
 transport.wait(600)
 """)
     host = subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, text=True)
-    pid = int(host.stdout.readline())
+    pid, directory = host.stdout.readline().split()
     time.sleep(0.3)
     host.kill()
     host.wait()
     host.stdout.close()
-    assert gone(pid)
+    assert gone(int(pid))
+    shutil.rmtree(directory)    # the real server does that
 
 
 # ---------------------------------------------------------------- messages
