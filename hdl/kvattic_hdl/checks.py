@@ -279,8 +279,15 @@ class TableCheck(wiring.Component):
 class SketchCheck(wiring.Component):
     """Checks the sketch entries of a table, and finds the first stripe in flash without one.
 
+    Parameters
+    ----------
+    config : Config
+        The configuration.
+
     Members
     -------
+    ranked : In(1)
+        They are of the channel layout, not of centroids.
     stripe, sketch : In(1)
         A stripe's `commands.TABLE_ENTRY` is given; its `commands.SKETCH_ENTRY`.
     entry : In(64)
@@ -290,13 +297,14 @@ class SketchCheck(wiring.Component):
     clear : In(1)
         Forget what was found.
     bad : Out(1)
-        In the same cycle as `sketch`: a reserved bit is set.
+        In the same cycle as `sketch`: a reserved bit is set, or there is no such codeword.
     found : Out(1)
         In the next cycle: one says that it is not written, and its stripe is in flash.
     where : Out(16)
         The first such stripe's number.
     """
 
+    ranked: Signal
     stripe: Signal
     sketch: Signal
     entry: Signal
@@ -306,8 +314,10 @@ class SketchCheck(wiring.Component):
     found: Signal
     where: Signal
 
-    def __init__(self) -> None:
+    def __init__(self, config: Config) -> None:
+        self._codewords = config.codewords_per_page
         super().__init__({
+            "ranked": In(1),
             "stripe": In(1),
             "sketch": In(1),
             "entry": In(SKETCH_ENTRY.size * 8),
@@ -324,7 +334,9 @@ class SketchCheck(wiring.Component):
         dram = Signal()
         with m.If(self.stripe):
             m.d.sync += dram.eq(fields(TABLE_ENTRY, self.entry)["dram"][0])
-        m.d.comb += self.bad.eq(self.sketch & (entry["reserved"].any() | entry["written"][1:].any()))
+        no_codeword = entry["codeword"] >= Mux(self.ranked, 1, self._codewords)
+        m.d.comb += self.bad.eq(
+            self.sketch & (entry["reserved"].any() | entry["written"][1:].any() | no_codeword))
         with m.If(self.sketch & ~entry["written"][0] & ~dram & ~self.found):
             m.d.sync += [self.found.eq(1), self.where.eq(self.number)]
         with m.If(self.clear):

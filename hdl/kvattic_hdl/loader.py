@@ -617,7 +617,7 @@ class Loader(wiring.Component):
         mean_index = Signal(range(mean_words))
         m.d.sync += self.mean_valid.eq(0)
         if config.sparse:
-            m.submodules.sketch_check = sketch_check = SketchCheck()
+            m.submodules.sketch_check = sketch_check = SketchCheck(config)
             m.submodules.mean_check = mean_check = NanCheck(
                 bits=FP32_BITS,
                 fraction_bits=FP32_FRACTION,
@@ -629,6 +629,7 @@ class Loader(wiring.Component):
             no_sketch, no_sketch_where = sketch_check.found, sketch_check.where
             nan_mean, nan_mean_where = mean_check.found, mean_check.channel
             m.d.comb += [
+                sketch_check.ranked.eq(ranked),
                 sketch_check.stripe.eq(self.load_valid & load.stripe),
                 sketch_check.sketch.eq(self.load_valid & load.sketch),
                 sketch_check.entry.eq(load.data),

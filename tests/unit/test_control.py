@@ -1,4 +1,4 @@
-"""Batch state, counters, status bits, soft reset."""
+"""Counters, status bits, interrupts, queue 0, soft reset."""
 
 import random
 
@@ -6,11 +6,11 @@ import pytest
 from amaranth.sim import Simulator
 
 from kvattic.config import TINY, Config
-from kvattic.registers import REGISTER_MAP, StatusBit
+from kvattic.registers import COUNTERS, REGISTER_MAP, StatusBit
 from kvattic_hdl.control import FLASH_COUNTERS, STALLS, Control
 from kvattic_hdl.interfaces import Shapes
 
-CONTROL_RESET, CONTROL_IRQ = 1, 2
+CONTROL_RESET, CONTROL_ACCUMULATE = 1, 2
 KINDS = ("beat", *STALLS)
 
 
@@ -80,90 +80,114 @@ def simulate(bench, config=TINY, background=None):
     sim.run()
 
 
-def starts(log):
-    """Records each batch_start with its count."""
+async def begin(ctx, dut):
+    """The drive gets work; until it counts."""
+    ctx.set(dut.busy, 1)
+    await ctx.tick().repeat(6)
+
+
+async def end(ctx, dut):
+    """The work is done: the cycle of the last completion, which counts, and that in which this is seen."""
+    await pulse(ctx, dut.completed)
+    ctx.set(dut.busy, 0)
+    await ctx.tick()
+
+
+def test_registers_and_status():
+    async def bench(ctx, dut):
+        assert await status(ctx, dut) == StatusBit.READY
+        for name, port, half in (
+            ("ADMIN_BASE", dut.admin_base, 1),
+            ("ADMIN_LIMIT", dut.admin_limit, 1),
+            ("TIMEOUT", dut.timeout, 0),
+        ):
+            await write(ctx, dut, name, address(name) + 1, half=half)
+            assert ctx.get(port) >> 32 * half & 0xFFFF_FFFF == address(name) + 1
+        await write(ctx, dut, "INTERRUPT_AFTER", 0x1_2345)
+        await write(ctx, dut, "REGION_BITS", 0x1C)
+        assert (ctx.get(dut.interrupt_after), ctx.get(dut.region_bits)) == (0x2345, 12)
+        for number in range(3):
+            await pulse(ctx, dut.fetched)
+            ctx.set(dut.busy, 1)
+            assert await status(ctx, dut) == StatusBit.READY | StatusBit.BUSY
+            assert (await read(ctx, dut, "FETCHED"), await read(ctx, dut, "COMPLETED")) == (number + 1, number)
+            await pulse(ctx, dut.completed)
+            ctx.set(dut.busy, 0)
+            assert await status(ctx, dut) == StatusBit.READY
+        assert await read(ctx, dut, "COMPLETED") == 3
+        ctx.set(dut.lanes_ready, 0)
+        await ctx.tick().repeat(2)
+        assert not ctx.get(dut.ready)
+        assert await status(ctx, dut) == StatusBit(0)
+
+    simulate(bench)
+
+
+def test_interrupts():
+    async def bench(ctx, dut):
+        ctx.set(dut.interrupts, 0b1000_0110)
+        assert await read(ctx, dut, "INTERRUPTS") == 0b1000_0110
+        for mask, irq in ((0, 0), (0b0111_1001, 0), (0b0000_0010, 1), (0x180, 1), (0x100, 0)):
+            await write(ctx, dut, "INTERRUPT_MASK", mask)
+            await ctx.tick().repeat(2)
+            assert ctx.get(dut.irq) == irq, mask
+        await write(ctx, dut, "INTERRUPT_MASK", 0xFF)
+        ctx.set(dut.interrupts, 0)
+        await ctx.tick().repeat(2)
+        assert not ctx.get(dut.irq)
+
+    simulate(bench)
+
+
+def test_queue_0():
+    log = []
 
     async def watch(ctx, dut):
         while True:
-            _, _, start, count, base = await ctx.tick().sample(
-                dut.batch_start, dut.count, dut.command_base
-            )
-            if start:
-                log.append((count, base))
-
-    return watch
-
-
-def test_a_batch():
-    log = []
+            _, _, create, remove, bits = await ctx.tick().sample(dut.admin_create, dut.admin_remove, dut.admin_bits)
+            if create or remove:
+                log.append((create, remove, bits if create else None))
 
     async def bench(ctx, dut):
-        assert await status(ctx, dut) == StatusBit.READY
-        await write(ctx, dut, "COMMAND_BASE", 0xABCD_0040)
-        await write(ctx, dut, "COMMAND_BASE", 0x12, half=1)
-        for name, port in (
-            ("COMPLETION_BASE", dut.completion_base),
-            ("BUFFER_BASE", dut.buffer_base),
-            ("BUFFER_LIMIT", dut.buffer_limit),
-            ("TIMEOUT", dut.timeout),
-        ):
-            await write(ctx, dut, name, address(name) + 1)
-            assert ctx.get(port) == address(name) + 1
-        await write(ctx, dut, "CONTROL", CONTROL_IRQ)
-        await write(ctx, dut, "DOORBELL", 3)
-        assert ctx.get(dut.busy)
-        for number in range(3):
-            assert await status(ctx, dut) == StatusBit.READY | StatusBit.BUSY
-            assert await read(ctx, dut, "COMPLETED") == number
-            assert not ctx.get(dut.irq)
-            await pulse(ctx, dut.completed)
-        assert await status(ctx, dut) == StatusBit.READY | StatusBit.DONE
-        assert await read(ctx, dut, "COMPLETED") == 3
-        assert ctx.get(dut.irq)
-        cycles = await read(ctx, dut, "CYCLES")
-        await ctx.tick().repeat(5)
-        assert cycles == await read(ctx, dut, "CYCLES") > 20
-        await write(ctx, dut, "STATUS", StatusBit.DONE)
-        assert await status(ctx, dut) == StatusBit.READY
-        assert not ctx.get(dut.irq)
-        # The next batch clears what the last one left, DONE included.
-        await write(ctx, dut, "DOORBELL", 1)
-        await pulse(ctx, dut.completed)
-        await write(ctx, dut, "DOORBELL", 65535)
-        assert await status(ctx, dut) == StatusBit.READY | StatusBit.BUSY
-        assert await read(ctx, dut, "COMPLETED") == 0
+        for name, port in (("ADMIN_SUBMISSION", dut.admin_submission), ("ADMIN_COMPLETION", dut.admin_completion)):
+            await write(ctx, dut, name, 0x1234_5640)
+            await write(ctx, dut, name, address(name), half=1)
+            assert ctx.get(port) == (address(name) << 32 | 0x1234_5640) >> 6
+        for entries in (2, 4096, 1, 0, 3, 8192, 64, 0x1_0040, 1 << 31):
+            await write(ctx, dut, "ADMIN_ENTRIES", entries)
+            await ctx.tick().repeat(2)
 
-    simulate(bench, background=starts(log))
-    assert log == [(3, 0x12_ABCD_0040), (1, 0x12_ABCD_0040), (65535, 0x12_ABCD_0040)]
+    simulate(bench, background=watch)
+    illegal = (0, 1, None)
+    assert log == [(1, 0, 1), (1, 0, 12), *[illegal] * 4, (1, 0, 6), illegal, illegal]
 
 
-def test_doorbells_that_are_refused():
+def test_doorbells():
     log = []
 
-    async def bench(ctx, dut):
-        refused = StatusBit.DOORBELL_WHILE_BUSY
-        for count in (0, 65536, 0x1_0001):
-            await write(ctx, dut, "DOORBELL", count)
-            assert await status(ctx, dut) == StatusBit.READY | refused
-            await write(ctx, dut, "STATUS", refused)
-        ctx.set(dut.lanes_ready, 0)
-        await ctx.tick()
-        await write(ctx, dut, "DOORBELL", 1)
-        assert await status(ctx, dut) == refused
-        await write(ctx, dut, "STATUS", refused)
-        assert await status(ctx, dut) == StatusBit(0)
-        ctx.set(dut.lanes_ready, 1)
-        await ctx.tick()
-        assert log == []
-        await write(ctx, dut, "DOORBELL", 2)
-        await write(ctx, dut, "DOORBELL", 7)
-        assert await status(ctx, dut) == StatusBit.READY | StatusBit.BUSY | refused
-        await pulse(ctx, dut.completed)
-        await pulse(ctx, dut.completed)
-        assert await status(ctx, dut) == StatusBit.READY | StatusBit.DONE | refused
+    async def watch(ctx, dut):
+        while True:
+            _, _, doorbell = await ctx.tick().sample(dut.doorbell)
+            if doorbell.valid:
+                log.append((doorbell.queue, doorbell.completion, doorbell.value))
 
-    simulate(bench, background=starts(log))
-    assert log == [(2, 0)]
+    async def bench(ctx, dut):
+        await write(ctx, dut, "SUBMISSION_TAIL_0", 1)
+        await write(ctx, dut, "COMPLETION_HEAD_5", 0xFFFF_FFFF)
+        await write(ctx, dut, "SUBMISSION_TAIL_7", 0)
+        ctx.set(dut.refused_doorbell, 0x0501_FFFF)
+        await pulse(ctx, dut.refused)
+        ctx.set(dut.refused_doorbell, 0x0700_0000)
+        await pulse(ctx, dut.refused)
+        assert await status(ctx, dut) == StatusBit.READY | StatusBit.INVALID_DOORBELL
+        assert await read(ctx, dut, "DOORBELL_ERROR") == 0x0501_FFFF
+        await write(ctx, dut, "STATUS", StatusBit.INVALID_DOORBELL)
+        assert await status(ctx, dut) == StatusBit.READY
+        await pulse(ctx, dut.refused)
+        assert await read(ctx, dut, "DOORBELL_ERROR") == 0x0700_0000
+
+    simulate(bench, background=watch)
+    assert log == [(0, 0, 1), (5, 1, 0xFFFF_FFFF), (7, 0, 0)]
 
 
 def random_events(rng, dut, channels, idle=False):
@@ -179,25 +203,25 @@ def random_events(rng, dut, channels, idle=False):
 def test_counters_and_snapshot(channels):
     config = Config(channels=channels)
     rng = random.Random(channels)
+    names = ("cycle", "beats", *STALLS)
+
+    def snapshot(ctx, dut):
+        return {name: ctx.get(dut.snapshot[name]) for name in names}
 
     async def bench(ctx, dut):
-        for _batch in range(2):
+        for _ in range(2):
             sums = dict.fromkeys((*KINDS, "duplicate", "stale"), 0)
             beats_at = []
-            history = []
-            # What comes before the doorbell leaves no trace.
+            # What comes before the work leaves no trace.
             ctx.set(dut.events, random_events(rng, dut, channels))
-            await write(ctx, dut, "DOORBELL", 1)
-            while not ctx.get(dut.busy):
-                await ctx.tick()
-            # One cycle or more of unknown events has been counted by `write` returning: begin from
-            # what is counted.
+            await ctx.tick().repeat(8)
             ctx.set(dut.events, [{"idle": 1}] * channels)
-            await ctx.tick().repeat(5)
-            base = {name: ctx.get(dut.snapshot[name]) for name in ("cycle", "beats", *STALLS)}
-            late = {n: await read(ctx, dut, n) for n in ("DUPLICATES", "STALES")}
-            elapsed = ctx.get(dut.snapshot.cycle) - base["cycle"]
-            sums["idle"] = elapsed * channels
+            await ctx.tick().repeat(3)
+            await begin(ctx, dut)
+            await ctx.tick().repeat(4)
+            base = snapshot(ctx, dut)
+            assert base["cycle"] == 6 and base["idle"] == 6 * channels
+            history = []
             for _cycle in range(120):
                 events = random_events(rng, dut, channels)
                 ctx.set(dut.events, events)
@@ -206,59 +230,52 @@ def test_counters_and_snapshot(channels):
                         sums[name] += value
                 await ctx.tick()
                 beats_at.append(any("beat" in event for event in events))
-                snapshot = {n: ctx.get(dut.snapshot[n]) for n in ("cycle", "beats", *STALLS)}
-                assert (
-                    sum(v for n, v in snapshot.items() if n != "cycle")
-                    == channels * snapshot["cycle"]
-                )
-                history.append(snapshot)
-            assert history[50]["cycle"] - history[10]["cycle"] == 40
+                history.append(now := snapshot(ctx, dut))
+                assert sum(v for n, v in now.items() if n != "cycle") == channels * now["cycle"]
+            assert [now["cycle"] for now in history] == [7 + i for i in range(120)]
             ctx.set(dut.events, [{"idle": 1}] * channels)
-            sums["idle"] += channels  # the cycle of `completed` itself
-            await pulse(ctx, dut.completed)
-            ctx.set(dut.events, [{"beat": 1}] * channels)  # after the batch: not counted
-            await ctx.tick().repeat(4)
-            # Three cycles were still on their way to the counters when `base` was read: idle ones,
-            # as before and after.
-            assert await read(ctx, dut, "CYCLES") - base["cycle"] == elapsed + 121 + 2
-            sums["idle"] += 2 * channels
+            await end(ctx, dut)
+            ctx.set(dut.events, [{"beat": 1}] * channels)  # after the work: not counted
+            await ctx.tick().repeat(6)
+            # Two cycles were on their way to the counters when `base` was read, and two are those of `end`.
+            assert await read(ctx, dut, "CYCLES") == 6 + 2 + 120 + 2
+            sums["idle"] += (2 + 2) * channels
             for name in STALLS:
                 assert await read(ctx, dut, name.upper()) - base[name] == sums[name], name
-            assert await read(ctx, dut, "BEATS") - base["beats"] == sums["beat"]
-            assert await read(ctx, dut, "DUPLICATES") - late["DUPLICATES"] == sums["duplicate"]
-            assert await read(ctx, dut, "STALES") - late["STALES"] == sums["stale"]
-            last = max(i for i, beat in enumerate(beats_at) if beat)
-            assert await read(ctx, dut, "LAST_BEAT") == base["cycle"] + elapsed + 2 + last + 1
+            assert await read(ctx, dut, "BEATS") == sums["beat"]
+            assert await read(ctx, dut, "DUPLICATES") == sums["duplicate"]
+            assert await read(ctx, dut, "STALES") == sums["stale"]
+            first, last = beats_at.index(True), max(i for i, beat in enumerate(beats_at) if beat)
+            assert await read(ctx, dut, "FIRST_BEAT") == 6 + 2 + first + 1
+            assert await read(ctx, dut, "LAST_BEAT") == 6 + 2 + last + 1
+            counters = [ctx.get(dut.counters[i]) for i in range(len(COUNTERS))]
+            assert counters == [await read(ctx, dut, register.name) for register in COUNTERS]
 
     simulate(bench, config)
 
 
-def test_first_beat_and_cycles_from_the_doorbell():
+def test_accumulate():
+    """The counters go on, over times without work which they do not count."""
     async def bench(ctx, dut):
-        ctx.set(dut.events, [{"idle": 1}] * 2)
-        # The write by hand, so that every cycle is known.
-        bus = dut.bus
-        ctx.set(bus.awaddr, address("DOORBELL"))
-        ctx.set(bus.wdata, 1)
-        ctx.set(bus.wstrb, 15)
-        ctx.set(bus.bready, 1)
-        ctx.set(bus.awvalid, 1)
-        ctx.set(bus.wvalid, 1)
-        await ctx.tick()
-        ctx.set(bus.awvalid, 0)
-        ctx.set(bus.wvalid, 0)
-        await ctx.tick()
-        assert ctx.get(dut.batch_start)
-        await ctx.tick()
-        await ctx.tick().repeat(6)  # cycles 1 to 6
-        ctx.set(dut.events, [{"idle": 1}, {"beat": 1}])
-        await ctx.tick().repeat(3)  # 7 to 9
-        ctx.set(dut.events, [{"idle": 1}] * 2)
-        await ctx.tick().repeat(2)  # 10, 11
-        await pulse(ctx, dut.completed)  # 12
-        await ctx.tick().repeat(4)
-        names = ("CYCLES", "FIRST_BEAT", "LAST_BEAT", "BEATS", "IDLE")
-        assert [await read(ctx, dut, n) for n in names] == [12, 7, 9, 3, 21]
+        ctx.set(dut.events, [{"beat": 1}, {"idle": 1}])
+        totals = []
+        for control, idle in ((0, 20), (CONTROL_ACCUMULATE, 20), (CONTROL_ACCUMULATE, 1), (0, 1)):
+            await ctx.tick().repeat(idle)
+            await write(ctx, dut, "CONTROL", control)
+            await begin(ctx, dut)
+            await end(ctx, dut)
+            await ctx.tick().repeat(4)
+            totals.append([await read(ctx, dut, name) for name in ("CYCLES", "BEATS", "IDLE", "FIRST_BEAT")])
+        one = totals[0][0]
+        assert totals == [[n, n, n, 1] for n in (one, 2 * one, 3 * one, one)]
+        # Work that comes again at once: counted late, and consistently.
+        for _ in range(3):
+            await begin(ctx, dut)
+            ctx.set(dut.busy, 0)
+            await ctx.tick()
+        await ctx.tick().repeat(9)
+        values = [await read(ctx, dut, name) for name in ("CYCLES", "BEATS", "IDLE")]
+        assert len(set(values)) == 1 and values[0] > 0
 
     simulate(bench)
 
@@ -281,23 +298,21 @@ def test_flash_counters(channels):
 
     async def bench(ctx, dut):
         for batch in range(2):
-            # What comes before the doorbell leaves no trace.
+            # What comes before the work leaves no trace.
             ctx.set(dut.flash_events, events(full=True))
             await ctx.tick().repeat(5)
             ctx.set(dut.flash_events, [{}] * channels)
             await ctx.tick().repeat(3)
-            await write(ctx, dut, "DOORBELL", 1)
-            assert ctx.get(dut.busy)
+            await begin(ctx, dut)
             sums = dict.fromkeys(FLASH_COUNTERS, 0)
             for cycle in range(200):
                 now = events(full=cycle == 17)
-                if cycle == 199:    # with the last completion, the last cycle that counts
-                    ctx.set(dut.completed, 1)
+                if cycle == 199:    # the last cycle that counts is the one in which this is seen
+                    ctx.set(dut.busy, 0)
                 ctx.set(dut.flash_events, now)
                 for name, event in FLASH_COUNTERS.items():
                     sums[name] += sum(channel.get(event, 0) for channel in now)
                 await ctx.tick()
-            ctx.set(dut.completed, 0)
             ctx.set(dut.flash_events, events(full=True))
             await ctx.tick().repeat(5)
             for name, value in sums.items():
@@ -331,7 +346,7 @@ def test_media_errors():
         assert await status(ctx, dut) == StatusBit.READY | media
         assert await read(ctx, dut, "MEDIA_ERROR") == 1 << 24 | 0x12_3456
         assert await read(ctx, dut, "MEDIA_CAUSE") == 2 << 16 | 3
-        assert await read(ctx, dut, "UNREADABLE") == 0    # no batch runs
+        assert await read(ctx, dut, "UNREADABLE") == 0    # there is no work
         await write(ctx, dut, "STATUS", StatusBit.BAD_TAG)
         assert media in await status(ctx, dut)
         await write(ctx, dut, "STATUS", media)
@@ -395,31 +410,34 @@ def test_soft_reset():
 
     async def bench(ctx, dut):
         ctx.set(dut.quiet, 0)
-        await write(ctx, dut, "COMMAND_BASE", 0x40)
+        await write(ctx, dut, "ADMIN_BASE", 0x40)
         await write(ctx, dut, "TIMEOUT", 5)
         await pulse(ctx, dut.bus_error)
         ctx.set(dut.media_errors, [{"page": 7, "codeword": 1, "cause": 1}, {}])
         ctx.set(dut.flash_events, [{"unreadable": 1}, {"word": 1}])
-        await write(ctx, dut, "DOORBELL", 2)
+        await pulse(ctx, dut.refused)
+        await pulse(ctx, dut.fetched)
+        await pulse(ctx, dut.completed)
+        await begin(ctx, dut)
         await ctx.tick().repeat(9)
         assert await read(ctx, dut, "FLASH_WORDS") > 3
         assert await read(ctx, dut, "MEDIA_ERROR") == 7
         ctx.set(dut.events, [{"beat": 1}] * 2)
-        await write(ctx, dut, "CONTROL", CONTROL_RESET | CONTROL_IRQ)
+        await write(ctx, dut, "CONTROL", CONTROL_RESET | CONTROL_ACCUMULATE)
         await ctx.tick().repeat(10)
         assert ctx.get(dut.stop)
         assert sum(resets) == 0
         assert StatusBit.READY not in await status(ctx, dut)
-        await write(ctx, dut, "DOORBELL", 1)
+        assert not ctx.get(dut.ready)
         ctx.set(dut.quiet, 1)
         await ctx.tick().until(dut.reset)
+        ctx.set(dut.busy, 0)
         ctx.set(dut.lanes_ready, 0)
         ctx.set(dut.events, [{}, {}])
         ctx.set(dut.flash_events, [{}, {}])
         await ctx.tick().repeat(3)
         assert sum(resets) == 1
         assert not ctx.get(dut.stop)
-        assert not ctx.get(dut.busy)
         assert await status(ctx, dut) == StatusBit(0)
         ctx.set(dut.lanes_ready, 1)
         await ctx.tick()
@@ -427,11 +445,12 @@ def test_soft_reset():
         assert await read(ctx, dut, "TIMEOUT") == REGISTER_MAP["TIMEOUT"].reset
         for name in (
             "CONTROL",
-            "COMMAND_BASE",
+            "ADMIN_BASE",
             "CYCLES",
             "BEATS",
             "FIRST_BEAT",
             "LAST_BEAT",
+            "FETCHED",
             "COMPLETED",
             "FLASH_WORDS",
             "MEDIA_ERROR",
@@ -439,8 +458,6 @@ def test_soft_reset():
         ):
             assert await read(ctx, dut, name) == 0, name
         assert await read(ctx, dut, "ID") == REGISTER_MAP["ID"].reset
-        await write(ctx, dut, "DOORBELL", 1)
-        assert ctx.get(dut.busy)
         assert sum(resets) == 1
 
     simulate(bench, background=watch)

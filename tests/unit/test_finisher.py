@@ -3,6 +3,7 @@
 import importlib.util
 import random
 import re
+import struct
 from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from kvattic.commands import COMPLETION, TRAILER, CompletionFlag, Mode, Status, 
 from kvattic.config import TINY, Config
 from kvattic.formats import SCORE_MASKED
 from kvattic.nand import TINY_PART
+from kvattic.registers import QUEUES
 from kvattic_hdl.divider import Divider
 from kvattic_hdl.finisher import Finisher
 from kvattic_hdl.interfaces import FAULTS, Shapes
@@ -34,6 +36,7 @@ test_blend = neighbour("test_blend")
 
 BASE = 0x1_2345_6780_0000 & ~63
 RESULTS = 0xFEDC_0000_0000_0000
+BLOCKS = 0xFEDD_0000_0000_0000
 COUNTERS = ("cycle", "beats", "starved", "barrier", "weights", "scores", "idle")
 FLAGS = ("score_overflow", "value_overflow", "duplicate")
 
@@ -58,7 +61,7 @@ class Job:
     identifier: int
     rows: int
     result: int
-    index: int = 0
+    queue: int = 0
     lanes: bool = True
     status: int = 0
     where: int = 0
@@ -203,15 +206,23 @@ def flat_report(layout, report):
     return sum(report[name] << field.offset for name, field in layout)
 
 
+def block_word(outcome, index):
+    """Word of a command's block."""
+    return (outcome["identifier"] + 1) * (index + 3) * 0x9E37_79B9_7F4A_7C15 & (1 << 64) - 1
+
+
 class World:
     """Everything around the finisher; one `run` is one simulation of batches of jobs.
 
-    `flash` is the number of flash commands among each batch's; their places are drawn.
+    `flash` is the number of other commands among each batch's, some with a block.
     """
 
     def __init__(self, config, batches, *, seed=0, stall=0.0, lane_latency=5, flash=0):
         self.config, self.shapes, self.batches = config, Shapes(config), batches
-        self.outcomes = [self.places(batch, flash, random.Random(seed)) for batch in batches]
+        self.outcomes = [self.places(batch, flash, random.Random(seed), i) for i, batch in enumerate(batches)]
+        self.posts = [0] * QUEUES
+        self.post_queues = [0, 0]
+        self.block = None
         self.rng, self.stall, self.lane_latency = random.Random(seed), stall, lane_latency
         self.dut = Finisher(config)
         jobs = [job for batch in batches for job in batch]
@@ -230,20 +241,21 @@ class World:
         self.write_errors = 0
 
     @staticmethod
-    def places(batch, flash, rng):
-        """Give the jobs their indices, in order; what is left is flash commands', in any order."""
-        indices = list(range(len(batch) + flash))
-        others = rng.sample(indices, flash)
-        for job, index in zip(batch, sorted(set(indices) - set(others)), strict=True):
-            job.index = index
+    def places(batch, flash, rng, number):
+        """Give all commands identifiers of their own, and queues; the other commands."""
+        identifiers = rng.sample(range(number << 12, (number + 1) << 12), len(batch) + flash)
+        for job in batch:
+            job.identifier, job.queue = identifiers.pop(), rng.randrange(QUEUES)
         return [
             {
-                "index": index,
-                "identifier": rng.getrandbits(16),
+                "queue": rng.randrange(QUEUES),
+                "identifier": identifier,
                 "status": rng.choice((Status.OK, Status.PROGRAM_FAILED, Status.DIE_TIMEOUT)),
                 "where": rng.getrandbits(32),
+                "lines": lines,
+                "result": BLOCKS + identifier * 0x1000 if lines else 0,
             }
-            for index in others
+            for identifier, lines in zip(identifiers, rng.choices((0, 0, 1, 4, 32), k=flash), strict=True)
         ]
 
     def run(self):
@@ -257,7 +269,6 @@ class World:
     async def bench(self, ctx):
         number = 0
         for batch_number, batch in enumerate(self.batches):
-            ctx.set(self.dut.completion_base, self.base(batch_number))
             await self.tick(ctx)
             await self.run_batch(ctx, batch, number, self.outcomes[batch_number])
             number += len(batch)
@@ -266,8 +277,9 @@ class World:
         assert ctx.get(self.dut.quiet)
 
     @staticmethod
-    def base(batch_number):
-        return BASE + batch_number * 0x10000
+    def place(queue, number):
+        """Line, phase and head of a queue's completion."""
+        return (BASE >> 6) + queue * 0x400 + number, number * 5 >> 2 & 1, (number * 37 + queue) & 0xFFF
 
     def chance(self):
         return self.rng.random() >= self.stall
@@ -277,11 +289,23 @@ class World:
         ctx.set(self.dut.snapshot.as_value(), packed_snapshot(self.cycle))
         values = await ctx.tick().sample(*self.sampled())
         self.bus.step(ctx, values[2 + self.own :])
+        self.post(ctx, *values[2 + self.own - 3 : 2 + self.own])
         under_way = self.bus.addresses + self.bus.waiting
         if any(address < RESULTS for address in under_way):
             assert len(under_way) == 1, "a completion before its results are answered"
         self.cycle += 1
-        return values[2 : 2 + self.own]
+        return values[2 : 2 + self.own - 3]
+
+    def post(self, ctx, queue, post, block_index):
+        """What Queues and Admin do."""
+        self.post_queues = [self.post_queues[1], queue]
+        self.posts[queue] += post
+        line, phase, head = self.place(self.post_queues[0], self.posts[self.post_queues[0]])
+        ctx.set(self.dut.post_line, line)
+        ctx.set(self.dut.post_phase, phase)
+        ctx.set(self.dut.post_head, head)
+        if self.block is not None:
+            ctx.set(self.dut.block_data, block_word(self.block, block_index))
 
     def sampled(self):
         d = self.dut
@@ -307,6 +331,9 @@ class World:
             d.write_error,
             d.outcomes.valid,
             d.outcomes.ready,
+            d.post_queue,
+            d.post,
+            d.block_index,
         )
         self.own = len(own)
         return own + self.bus.signals()
@@ -324,7 +351,6 @@ class World:
         later = {}  # addresses applied in the last cycle
         end = self.cycle + limit
 
-        base = self.base(next(i for i, b in enumerate(self.batches) if b is batch))
         while completed + told < len(batch) + len(outcomes):
             assert self.cycle < end, "the batch did not end"
             # Slots get their jobs as soon as they are free, as the loader would do it.
@@ -364,7 +390,7 @@ class World:
                         "slot": (number + passed) % slots,
                         "lanes": job.lanes,
                         "mode": job.mode,
-                        "index": job.index,
+                        "queue": job.queue,
                         "identifier": job.identifier,
                         "rows": job.rows,
                         "result": job.result,
@@ -468,21 +494,23 @@ class World:
                 passed += 1
                 ctx.set(dut.jobs.valid, 0)
             if outcome_valid and outcome_ready:
+                self.block = outcomes[ended]
                 ended += 1
                 ctx.set(dut.outcomes.valid, 0)
             if is_completed:
                 assert not self.bus.waiting
-                index = (self.bus.answered[-1] - base) // 64
-                # Jobs in their order, and flash commands in theirs.
-                if told < len(outcomes) and index == outcomes[told]["index"]:
+                line = dict(self.bus.lines)[self.bus.answered[-1]]
+                identifier = COMPLETION.unpack(line)["identifier"]
+                # Jobs in their order, and other commands in theirs.
+                if told < len(outcomes) and identifier == outcomes[told]["identifier"]:
                     assert told < ended
                     told += 1
                 else:
-                    assert index == batch[completed].index
+                    assert identifier == batch[completed].identifier
                     assert completed < passed
                     completed += 1
                 self.completed_at.append(self.cycle)
-                self.completed.append(index)
+                self.completed.append(identifier)
         assert freed == passed == len(batch)
 
     def set(self, ctx, target, value, name):
@@ -517,24 +545,36 @@ class World:
     def check_memory(self):
         """All that was written is what should be, where it should be, and once."""
         wanted = {}
-        completions = {}
+        items = {}
         for batch_number, batch in enumerate(self.batches):
             for outcome in self.outcomes[batch_number]:
-                completions[self.base(batch_number) + 64 * outcome["index"]] = outcome
+                items[outcome["identifier"]] = outcome
+                for i in range(outcome["lines"]):
+                    words = [block_word(outcome, 8 * i + j) for j in range(8)]
+                    wanted[outcome["result"] + 64 * i] = struct.pack("<8Q", *words)
             for job in batch:
+                items[job.identifier] = job
                 status, _ = expected_status(job)
                 if status in (Status.OK, Status.BUS_ERROR) and job.lanes:
                     block = expected_rows(self.config, job)
                     wanted |= {job.result + i: block[i : i + 64] for i in range(0, len(block), 64)}
-                completions[self.base(batch_number) + 64 * job.index] = job
+        completions, posts = {}, [0] * QUEUES
+        for identifier in self.completed:
+            item = items.pop(identifier)
+            queue = item["queue"] if isinstance(item, dict) else item.queue
+            line, phase, head = self.place(queue, posts[queue])
+            posts[queue] += 1
+            completions[line << 6] = item, queue, phase, head
+        assert not items and posts == self.posts
         written = dict(self.bus.lines)
         assert len(written) == len(self.bus.lines), "a line was written twice"
         assert written.keys() == wanted.keys() | completions.keys()
         for address, line in wanted.items():
             assert written[address] == line, hex(address)
-        for address, job in completions.items():
+        for address, (job, *place) in completions.items():
             values = COMPLETION.unpack(written[address])
-            assert values["done"] == 1
+            assert [values["queue"], values["state"] & 1, values["head"]] == place
+            values["status"] = values["state"] >> 1
             if isinstance(job, dict):
                 flags = 0
                 assert {name: values[name] for name in ("identifier", "status", "where")} == {
@@ -551,6 +591,7 @@ class World:
             assert values["flags"] == flags
             cycle = values["cycle"] // 3
             assert {name: values[name] for name in COUNTERS} == snapshot_of(cycle)
+            del values["status"]
             assert written[address] == COMPLETION.pack(**values)
 
 
@@ -651,7 +692,7 @@ def test_neither_jobs_nor_flash_commands_wait_for_all_of_the_others():
     for job in jobs:
         job.done_in = [0] * TINY.channels
     world = World(TINY, [jobs], seed=3, flash=40).run()
-    at = [world.completed.index(job.index) for job in jobs]
+    at = [world.completed.index(job.identifier) for job in jobs]
     assert 0 < at[0] < at[-1] < 40
 
 
@@ -659,8 +700,8 @@ def test_a_flash_command_ends_while_a_job_waits_for_its_lanes():
     jobs = batch_of(TINY, ["ok"], 8)
     jobs[0].done_in = [2000] * TINY.channels
     world = World(TINY, [jobs], seed=3, flash=5).run()
-    assert world.completed[-1] == jobs[0].index
-    assert world.completed_at[-2] < 1000
+    assert world.completed[-1] == jobs[0].identifier
+    assert world.completed_at[-2] < 1900
 
 
 @pytest.mark.parametrize("config", [ONE_ROW, COPIES, ODD], ids=["one_row", "copies", "odd"])
@@ -676,7 +717,7 @@ def test_copies_are_there():
     assert {Shapes(config).copies for config in (TINY, ONE_ROW, ODD)} == {1}
 
 
-def test_batches_count_from_zero():
+def test_jobs_after_a_pause():
     first = batch_of(TINY, ("ok", "empty", "ok"), 4)
     second = batch_of(TINY, ("empty", "ok"), 5, first=3)
     World(TINY, [first, second], seed=6, stall=0.2, flash=2).run()

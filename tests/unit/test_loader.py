@@ -998,6 +998,7 @@ def test_bad_sketches_and_means(name, stall):
     table_, none = Status.INVALID_TABLE, Status.NO_SKETCH
     cases = [  # stripes' changed fields, mean's, q's, status, where
         ({2: {"reserved": 1 << 23}}, {}, {}, table_, 2),
+        ({2: {"codeword": 255}}, {}, {}, table_, 2),
         ({1: {"written": 2}, 0: {"dram": 1, "written": 0}}, {}, {}, table_, 1),
         ({3: {"written": 0x81, "dram": 1}}, {}, {}, table_, 3),
         ({0: {"written": 0}, 3: {"reserved": 1}}, {}, {}, table_, 3),
