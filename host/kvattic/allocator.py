@@ -9,7 +9,7 @@ whatever no other domain needs.  An isolated sequence has a domain of its own.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
@@ -772,36 +772,51 @@ class DomainDram:
         first = region << self._bits
         return first, min(1 << self._bits, self.pages - first)
 
-    def _whole(self) -> list[int]:
-        """Regions of domain 1 that are free."""
-        found: list[int] = []
+    def _whole(self) -> list[tuple[int, int]]:
+        """The pages of domain 1's regions that are free: ranges, sorted."""
+        found: list[tuple[int, int]] = []
         for first, count in self._common._free:
-            last = self.regions if first + count == self.pages else first + count >> self._bits
-            found += range(-(-first >> self._bits), last)
+            begin = -(-first >> self._bits) << self._bits
+            end = first + count if first + count == self.pages else first + count >> self._bits << self._bits
+            if end > begin:
+                found.append((begin, end - begin))
         return found
 
     def _reach(self, domain: int) -> list[tuple[int, int]]:
         """What a domain has free, together with the free regions: ranges, sorted, never adjacent."""
-        union = DramAllocator(0)
+        mine = self._others[domain]._free if domain in self._others else []
+        ranges: list[tuple[int, int]] = []
+        for first, count in sorted([*mine, *self._whole()]):
+            if ranges and sum(ranges[-1]) == first:
+                first, count = ranges[-1][0], ranges.pop()[1] + count
+            ranges.append((first, count))
+        return ranges
+
+    def _begins(self, domain: int, count: int, ranges: list[tuple[int, int]]) -> Iterator[int]:
+        """Where `count` pages may begin, as far as it is worth looking."""
+        size = 1 << self._bits
+        limits = {first: first + length - count for first, length in ranges}
+        firsts = sorted(limits)
+
+        def limit(page: int) -> int:
+            return limits[firsts[bisect_right(firsts, page) - 1]]
+
         if domain in self._others:
-            union._free = list(self._others[domain]._free)
-        for region in self._whole():
-            union._join(*self._pages_of(region))
-        return union._free
+            yield from (first for first, _ in self._others[domain]._free if first <= limit(first))
+        for first, length in self._whole():
+            # Further down in these regions it is no better.
+            top = min(limit(first), first + length - 1) >> self._bits << self._bits
+            yield from range(top, max(first, top - count - size) - 1, -size)
 
     def _extend(self, domain: int, count: int) -> None:
         """Take the fewest regions with which a domain has `count` free pages in a row."""
         best: tuple[int, int, list[int]] | None = None
-        whole = self._whole()
-        mine = [] if domain not in self._others else [first for first, _ in self._others[domain]._free]
         ranges = self._reach(domain)
-        begins = sorted([*mine, *(region << self._bits for region in whole)])
-        for first, length in ranges:
-            for begin in begins[bisect_left(begins, first) : bisect_right(begins, first + length - count)]:
-                over = range(begin >> self._bits, (begin + count - 1 >> self._bits) + 1)
-                wanted = [region for region in over if self.owner(region) != domain]
-                if best is None or (len(wanted), -begin) < best[:2]:
-                    best = len(wanted), -begin, wanted
+        for begin in self._begins(domain, count, ranges):
+            over = range(begin >> self._bits, (begin + count - 1 >> self._bits) + 1)
+            wanted = [region for region in over if self.owner(region) != domain]
+            if best is None or (len(wanted), -begin) < best[:2]:
+                best = len(wanted), -begin, wanted
         if best is None:
             raise _dram_full(count, self.largest_for(domain), sum(length for _, length in ranges), self.pages)
         for region in best[2]:
