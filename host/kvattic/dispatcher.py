@@ -110,6 +110,8 @@ class Task(Future[T]):
             return
         except BaseException as error:
             self._fail(error)
+            if isinstance(error, DeviceLostError):
+                dispatcher._break(error)
             if not isinstance(error, Exception):
                 raise
             return
@@ -169,6 +171,7 @@ class Dispatcher:
         self._in_flight: dict[int, Command[Any]] = {}   # by identifier, oldest first
         self._lost: list[list[Completion]] = [[] for _ in self._sizes]  # of commands that could not be read
         self._retiring: deque[tuple[int, Callable[[], object]]] = deque()
+        self._retired: deque[Callable[[], object]] = deque()
         self._ready: deque[Callable[[], object]] = deque()
         self._serials = count(1)
         self._identifier = 0
@@ -177,6 +180,8 @@ class Dispatcher:
         self._quiet = 0
         self._threshold = 1
         self._stale_status = False
+        self._waited = 0.0      # seconds spent waiting since the last completion
+        self._alarms = 0        # wake-ups since then
         self._broken: KvatticError | None = None
         self._arena = DramAllocator(self._lines)
 
@@ -211,6 +216,7 @@ class Dispatcher:
         self._arena = DramAllocator(self._lines)
         self._threshold = 1
         self._stale_status = False
+        self._waited, self._alarms = 0.0, 0
         base, limit = self._base * LINE_BYTES, (self._base + self._lines) * LINE_BYTES
         admin = self._queues[ADMIN]
         for name, value in (("ADMIN_SUBMISSION", admin.submission), ("ADMIN_COMPLETION", admin.completion),
@@ -370,6 +376,8 @@ class Dispatcher:
         except KvatticError as error:
             self._break(error)
             raise
+        if taken:
+            self._waited, self._alarms = 0.0, 0
         self._retire()
         return taken
 
@@ -423,20 +431,20 @@ class Dispatcher:
 
     def _run_ready(self) -> None:
         # Steps that wait themselves (erasing inside the allocator) do not let others in.
-        while self._ready and not self._stepping and not self._quiet:
-            self._ready.popleft()()
+        while (self._retired or self._ready) and not self._stepping and not self._quiet:
+            (self._retired or self._ready).popleft()()
 
     def retire(self, action: Callable[[], object]) -> None:
-        """Call something as soon as all commands that are in flight now have ended, at once if there are none."""
+        """Call something as soon as all commands that are in flight now have ended."""
         if self._in_flight:
             self._retiring.append((self._serial, action))
         else:
-            action()
+            self._retired.append(action)
 
     @property
     def retiring(self) -> bool:
         """Whether anything waits for commands in flight to end."""
-        return bool(self._retiring)
+        return bool(self._retiring or self._retired)
 
     def barrier(self) -> Future[None]:
         """Done when all commands that are in flight now have ended."""
@@ -447,7 +455,7 @@ class Dispatcher:
     def _retire(self) -> None:
         oldest = next(iter(self._in_flight.values()))._serial if self._in_flight else None
         while self._retiring and (oldest is None or self._retiring[0][0] < oldest):
-            self.defer(self._retiring.popleft()[1])
+            self._retired.append(self._retiring.popleft()[1])
 
     # Waiting.
 
@@ -478,64 +486,66 @@ class Dispatcher:
             DeviceTimeoutError: patience is at its end.
             DeviceStatusError, DeviceLostError: the device does not work.
         """
-        with self.lock:
-            deadline = None if timeout_s is None else time.monotonic() + timeout_s
-            while not self._turn(until, patience_s, deadline):
-                raise DeviceTimeoutError(f"not done within {timeout_s:g} s; {self.in_flight} commands are under way, "
-                                         f"{self.waiting} wait")
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        patience = self.timeout_s if patience_s is None else patience_s
+        while True:
+            with self.lock:
+                if self._turn(until, patience, deadline):
+                    return
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise DeviceTimeoutError(f"not done within {timeout_s:g} s; {self.in_flight} commands are under "
+                                             f"way, {self.waiting} wait")
+            time.sleep(0)   # another thread's turn
 
     def advance(self, until: Callable[[], bool], slice_s: float) -> None:
-        """Take completions until something is the case, or a while has passed."""
+        """Take completions; wait for some for a while if there are none."""
         with self.lock:
-            self._turn(until, None, time.monotonic() + slice_s)
+            self._turn(until, self.timeout_s, time.monotonic() + slice_s)
 
-    def _turn(self, until: Callable[[], bool], patience_s: float | None, deadline: float | None) -> bool:
-        """Whether it came true before the deadline."""
-        patience = self.timeout_s if patience_s is None else patience_s
-        last, alarms = time.monotonic(), 0
+    def _turn(self, until: Callable[[], bool], patience_s: float, deadline: float | None) -> bool:
+        """Take completions, wait once if there are none; whether it is the case now."""
         self._run_ready()
-        while not until():
-            if not self._in_flight:
-                self._pump()
-            if not self._in_flight:
-                if self._broken is not None:
-                    raise _again(self._broken)
-                raise KvatticError("this waits for something that nothing under way will bring about")
-            if self._reap():
-                last, alarms = time.monotonic(), 0
-            else:
-                begin = time.monotonic()
-                rest = patience - (begin - last)
-                if deadline is not None:
-                    if begin >= deadline:
-                        return False
-                    rest = min(rest, deadline - begin)
-                self._wait(max(rest, 0.0), begin, deadline, last + patience)
-                if self._reap():
-                    last, alarms = time.monotonic(), 0
-                elif (alarms := alarms + 1) > FALSE_ALARMS and deadline is None:
-                    self._broke(DeviceStatusError(
-                        f"the device raises its interrupt, but none of the {self.in_flight} commands under way has a "
-                        f"completion{self._diagnosis()}", None))
-            self._run_ready()
-        return True
+        if until():
+            return True
+        if not self._in_flight:
+            self._pump()
+        if not self._in_flight:
+            if self._broken is not None:
+                raise _again(self._broken)
+            raise KvatticError("this waits for something that nothing under way will bring about")
+        if not self._reap():
+            begin = time.monotonic()
+            rest = max(patience_s - self._waited, 0.0)
+            if deadline is not None:
+                rest = min(rest, max(deadline - begin, 0.0))
+            self._wait(rest, begin, patience_s, deadline)
+            if not self._reap():
+                self._waited += time.monotonic() - begin
+        self._run_ready()
+        return until()
 
-    def _wait(self, rest: float, begin: float, deadline: float | None, end: float) -> None:
-        """Wait for the interrupt line, at most until deadline (of the caller) or end (of patience with the device)."""
-        threshold = max(1, min(max(q.outstanding for q in self._queues) // 2, 0xFFFF))
+    def _wait(self, rest: float, begin: float, patience_s: float, deadline: float | None) -> None:
+        """Wait for the interrupt line until the caller's deadline, or the end of patience with the device."""
+        # Half of what is under way, so that the device never runs dry; a queue with nothing under way wakes at once.
+        threshold = max(1, min(max(queue.outstanding for queue in self._queues) // 2, 0xFFFF))
         try:
             if threshold != self._threshold:
                 self.transport.write_register("INTERRUPT_AFTER", threshold)
                 self._threshold = threshold
             self.transport.wait(rest)
+            self._alarms += 1
         except DeviceTimeoutError as error:
             now = time.monotonic()
-            if deadline is not None and now >= deadline and now < end:
+            if deadline is not None and now >= deadline and self._waited + now - begin < patience_s:
                 return
             self._broke(DeviceTimeoutError(f"{error} ({self.in_flight} commands are under way, {self.waiting} "
                                            f"wait{self._diagnosis()}); call Device.reset()"))
         except DeviceLostError as error:
             self._broke(error)
+        if self._alarms > FALSE_ALARMS and not any(queue.peek() for queue in self._queues):
+            self._broke(DeviceStatusError(
+                f"the device raises its interrupt, but none of the {self.in_flight} commands under way has a "
+                f"completion{self._diagnosis()}", None))
 
     def _diagnosis(self) -> str:
         """What the device says of itself, when it does not answer."""
@@ -569,9 +579,9 @@ class Dispatcher:
             command._block = None
             command.future._fail(_again(error))
         self._retire()
-        while self._ready and not self._stepping and not self._quiet:
+        while (self._retired or self._ready) and not self._stepping and not self._quiet:
             with suppress(KvatticError):
-                self._ready.popleft()()
+                (self._retired or self._ready).popleft()()
 
 
 def unpack_completion(entry: bytes) -> Completion:

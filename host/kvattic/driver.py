@@ -84,7 +84,7 @@ class Device:
     """A device over any transport: hands out its flash and DRAM to sequences and runs their attention.
 
     Usable as a context manager.  Its methods, and those of its sequences and futures, may be called from any thread;
-    they hold one lock, also while they wait for the device.
+    they hold one lock, but for moments between two waits for the device.
 
     The library takes the flash for erased, as it comes from the factory; a drive that was used before must be
     `format`ted.  The tables that say where K and V lie are in this object alone.
@@ -480,10 +480,9 @@ class Device:
             DeviceStatusError: an operation ended with a status other than OK.
             DeviceTimeoutError: the device did not answer.
         """
-        with self.lock:
-            waiting = self.submit_operations(operations)
-            self._drive(waiting, timeout_s)
-            completions = [future.result() for future in waiting]
+        waiting = self.submit_operations(operations)
+        self._drive(waiting, timeout_s)
+        completions = [future.result() for future in waiting]
         if check:
             for operation, completion in zip(operations, completions, strict=True):
                 if completion.status is not Status.OK:
@@ -689,7 +688,9 @@ class Device:
         """
         with self.lock:
             self._check_plans(plans)
-            results = self.run([job for plan in plans for job in plan.jobs], timeout_s=timeout_s, progress=progress)
+            jobs = [job for plan in plans for job in plan.jobs]
+            waiting = self.submit(jobs, check=False)
+        results = self._results(jobs, waiting, timeout_s=timeout_s, progress=progress)
         finished, first = [], 0
         for plan in plans:
             finished.append(plan.finish(results[first : first + len(plan.jobs)]))
@@ -748,10 +749,13 @@ class Device:
                 sense.
             DeviceTimeoutError: the device did not answer.
         """
-        with self.lock:
-            waiting = self.submit(jobs, check=False)
-            self._drive(waiting, timeout_s, progress)
-            results = [future.result() for future in waiting]
+        return self._results(jobs, self.submit(jobs, check=False), check=check, timeout_s=timeout_s, progress=progress)
+
+    def _results(self, jobs: Series[Job], waiting: Series[Future[JobResult]], *, check: bool = True,
+                 timeout_s: float | None = None, progress: Progress | None = None) -> list[JobResult]:
+        """Wait for submitted jobs; see `run`."""
+        self._drive(waiting, timeout_s, progress)
+        results = [future.result() for future in waiting]
         if check:
             for index, result in enumerate(results):
                 if result.completion.status is not Status.OK:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from threading import RLock
 from typing import Any, Generic, Protocol, TypeVar
@@ -78,10 +79,9 @@ class Future(Generic[T]):
             DeviceTimeoutError: it did not come in time.
             BaseException: what went wrong.
         """
-        with self._driver.lock:
-            if error := self.exception(timeout_s):
-                raise error
-            return self._value  # type: ignore[return-value]
+        if error := self.exception(timeout_s):
+            raise error
+        return self._value  # type: ignore[return-value]
 
     def exception(self, timeout_s: float | None = None) -> BaseException | None:
         """What went wrong, None if nothing did; waits as `result` does.
@@ -89,15 +89,14 @@ class Future(Generic[T]):
         Raises:
             DeviceTimeoutError: it did not come in time.
         """
-        with self._driver.lock:
-            if not self._finished:
-                try:
-                    self._driver.drive(lambda: self._finished, timeout_s)
-                except KvatticError:
-                    if not self._finished:
-                        raise
-            self._seen = True
-            return self._error
+        if not self._finished:
+            try:
+                self._driver.drive(lambda: self._finished, timeout_s)
+            except KvatticError:
+                if not self._finished:
+                    raise
+        self._seen = True
+        return self._error
 
     def add_done_callback(self, callback: "Callable[[Future[T]], object]") -> None:
         """Call back with the future when it is done, soon if it is already.
@@ -154,7 +153,9 @@ class Future(Generic[T]):
 
 
 def wait(futures: Iterable[Future[Any]], timeout_s: float | None = None) -> None:
-    """Wait until futures are done, be it with errors, of any devices.
+    """Wait until futures are done, be it with errors, of any devices, for all of these at once.
+
+    Not to be called by a future's callback.
 
     Args:
         futures: for what to wait.
@@ -169,16 +170,23 @@ def wait(futures: Iterable[Future[Any]], timeout_s: float | None = None) -> None
         if not isinstance(future, Future):
             raise RequestError(f"wait takes futures, not {future!r}")
         by_driver.setdefault(id(future._driver), []).append(future)
-    for group in by_driver.values():
+
+    def drive(group: list[Future[Any]]) -> None:
         ready = all_done(group)
-        with group[0]._driver.lock:
+        try:
+            group[0]._driver.drive(ready, timeout_s)
+        except KvatticError:
+            # If it was the device, they all know.
             if not ready():
-                try:
-                    group[0]._driver.drive(ready, timeout_s)
-                except KvatticError:
-                    # If it was the device, they all know.
-                    if not ready():
-                        raise
+                raise
+
+    groups = list(by_driver.values())
+    if len(groups) == 1:
+        drive(groups[0])
+    elif groups:
+        # Each device moves on while it is waited for, a simulated one only then.
+        with ThreadPoolExecutor(len(groups)) as threads:
+            list(threads.map(drive, groups))
 
 
 def all_done(futures: Sequence[Future[Any]],

@@ -305,7 +305,10 @@ def explain(completion: Completion) -> str:
         Status.UNREADABLE_SKETCH: lambda: f"what the first pass reads for token {where} on cannot be read",
         Status.NOT_PERMITTED: lambda: _name(
             where, "the opcode is for queue 0 alone", "the domain is not given to the queue"),
-        Status.NOT_OWNED: lambda: f"a place is not the domain's, or there is none (number {where})",
+        Status.NOT_OWNED: lambda: (
+            f"what entry {where} of the table names is not the domain's (PROGRAM, ERASE: 0 the flash page, 1 the page "
+            "of device DRAM)"
+        ),
         Status.INVALID_QUEUE: lambda: "the queue's " + _name(
             where, "number is none that can be created or deleted", "entries are no power of two in range",
             "submission ring is unaligned", "completion ring is unaligned"),

@@ -73,6 +73,11 @@ class QueuePair:
             self._transport.write_register(f"COMPLETION_HEAD_{self.number}", self._head)
         return found
 
+    def peek(self) -> bool:
+        """Whether a completion came."""
+        return self.outstanding > 0 and self._transport.read_memory(
+            self.completion + self._head * LINE_BYTES, LINE_BYTES)[_STATE] & 1 == self._phase
+
     def _take(self) -> Iterator[bytes]:
         while waiting := self.outstanding - len(self._pushed):
             count = min(waiting, self.entries - self._head)

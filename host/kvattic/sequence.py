@@ -78,6 +78,8 @@ class Sequence(Store):
         centroids: tokens of the units whose mean keys are written, too; None: there are none.
         stripe_tokens: tokens of a stripe.
         domain: what the device takes for the owner of its flash and DRAM; its own if it is isolated.
+        held_tokens: the newest tokens of each layer, which stay in device DRAM, where `truncate` can remove them; to be
+            set before they are appended.
     """
 
     # Life.
@@ -130,6 +132,7 @@ class Sequence(Store):
             layer.staged.clear()
             layer.before.clear()
             layer.placed.clear()
+            self._background.clear()    # what was lost says more
             if tokens:
                 yield Loss(self, number, tokens)
 
@@ -204,7 +207,8 @@ class Sequence(Store):
             CapacityError: more tokens than capacity_tokens.
         """
         with self.device.lock:
-            self._begin_prefill(key, value, layer, ahead=False).result()
+            future = self._begin_prefill(key, value, layer, ahead=False)
+        future.result()
 
     def prefill_async(self, key: ArrayLike, value: ArrayLike, *, layer: int = 0) -> Future[None]:
         """Begin to write the first tokens of a layer; see `append_async`.
@@ -235,7 +239,8 @@ class Sequence(Store):
         `length` says, all of which are attended; the next append tries again to move them to flash.
         """
         with self.device.lock:
-            self._begin_append(key, value, layer, ahead=False).result()
+            future = self._begin_append(key, value, layer, ahead=False)
+        future.result()
 
     def append_async(self, key: ArrayLike, value: ArrayLike, *, layer: int = 0) -> Future[None]:
         """Begin to write the next tokens of a layer.
@@ -254,6 +259,32 @@ class Sequence(Store):
         """
         with self.device.lock:
             return self._begin_append(key, value, layer, ahead=True)
+
+    def truncate(self, length: int, *, layer: int = 0) -> None:
+        """Remove the last tokens of a layer; they must be in device DRAM still (`held_tokens`).
+
+        Waits for everything that is under way.
+
+        Args:
+            length: tokens that are left.
+            layer: which layer.
+
+        Raises:
+            RequestError: the layer has fewer tokens, or some of those to remove are in flash.
+        """
+        with self.device.lock:
+            present = self.length(layer)
+            state, dispatcher = self._layers[layer], self.device._dispatcher
+            dispatcher.drive(lambda: not state.appends and not dispatcher.working)
+            # A stripe of which something is in flash would be written twice.
+            fixed = max([self.flushed(layer), *((stripe + 1) * self.stripe_tokens for stripe, _, _ in state.placed)])
+            if isinstance(length, bool) or not isinstance(length, int | np.integer) or not (
+                    length == present or fixed <= length < present):
+                raise RequestError(f"length must be an int from {fixed} to {present}, not {length!r}: layer {layer} has "
+                                   f"{present} tokens, the first {fixed} of which are in flash, where nothing can be "
+                                   "removed; hold more of them in DRAM (held_tokens)")
+            if length < present:
+                self._truncate(layer, int(length))
 
     def _begin_prefill(self, key: ArrayLike, value: ArrayLike, layer: int, *, ahead: bool) -> Future[None]:
         if length := self.length(layer):
@@ -369,7 +400,8 @@ class Sequence(Store):
         with self.device.lock:
             plan = self.plan(query, layer=layer, scale=scale, causal=causal, window=window, tree=tree, mode=mode,
                              channels=channels, units=units, local=local, unit=unit)
-            return self.device.attend_many([plan], timeout_s=timeout_s, progress=progress)[0]
+            waiting = self.device.submit(plan.jobs, check=False)
+        return plan.finish(self.device._results(plan.jobs, waiting, timeout_s=timeout_s, progress=progress))
 
     def attend_async(
         self,

@@ -148,6 +148,7 @@ class Store:
         self.stripe_tokens = self._pages * device.config.tokens_per_page
         self._sketch_kinds = [Kind.CHANNEL] * sparse + [Kind.SKETCH] * (centroids is not None)
         self._kinds = [Kind.KEY, Kind.VALUE, *self._sketch_kinds]
+        self.held_tokens = 0
         self._freed = False
         self._background: list[Future[None]] = []     # appends whose error somebody may have to hear of
         shape = (kv_heads, -(-capacity_tokens // self.stripe_tokens))
@@ -184,8 +185,14 @@ class Store:
             yield from self._after(append, before)
             before = None
         begin = state.length
+        last = begin + total - self.held_tokens     # of what is moved to flash
+        pieces: list[tuple[Series[int], Bits | None]] = []   # in DRAM, to be moved
         if before is None:
-            yield from self._flush(layer, self._unflushed(layer, begin))
+            unflushed = self._unflushed(layer, min(begin, last))
+            if not self.held_tokens:
+                yield from self._flush(layer, unflushed)
+            elif unflushed:
+                pieces.append((unflushed, None))    # held until now: nothing failed, so the new tokens come first
         while True:
             try:
                 yield from self._check_dram(total, begin % self.stripe_tokens)
@@ -195,7 +202,6 @@ class Store:
                     raise
                 yield from self._after(append, before)
                 before = None
-        pieces: list[tuple[range, Bits | None]] = []   # in DRAM, to be moved
         while append.left:
             if pieces and not (append.ahead and self._fits(layer)):
                 yield from self._move_pieces(append, before, begin, pieces)
@@ -214,17 +220,19 @@ class Store:
                 stripes = yield from self._stage(layer, piece)
             self._count(layer, piece[:, Kind.VALUE])
             append.at += piece.shape[2]
-            if stripes:
-                pieces.append((stripes, piece if inside == 0 else None))
+            ready = range(stripes.start, max(stripes.start, min(stripes.stop, last // self.stripe_tokens)))
+            if ready:
+                pieces.append((ready, piece if inside == 0 else None))
         if pieces:
             yield from self._move_pieces(append, before, begin, pieces)
 
     def _move_pieces(self, append: Append, before: Append | None, begin: int,
-                     pieces: Series[tuple[range, Bits | None]]) -> Steps[None]:
+                     pieces: Series[tuple[Series[int], Bits | None]]) -> Steps[None]:
         """Flush what was staged, when the append before is done; and what that one left, if it failed."""
         if before is not None:
             yield from self._after(append, before)
-            yield from self._flush(append.layer, self._unflushed(append.layer, begin))
+            last = begin + append.tokens.shape[2] - self.held_tokens
+            yield from self._flush(append.layer, self._unflushed(append.layer, min(begin, last)))
         for stripes, tokens in pieces:
             self._check_wanted(append)
             yield from self._flush(append.layer, stripes, tokens)
@@ -475,8 +483,12 @@ class Store:
         if tokens is not None:
             first = (stripe - stripes[0]) * self.stripe_tokens
             return tokens[head, Kind.KEY, first : first + self.stripe_tokens]
+        return self._staged(layer, stripe, head, Kind.KEY)
+
+    def _staged(self, layer: int, stripe: int, head: int, kind: Kind) -> Bits:
+        """K or V of a stripe that is staged; behind the layer's last token there may be anything."""
         config, size = self.device.config, self._pages * self.device.config.page_bytes
-        base = self._layers[layer].staged[stripe] * config.page_bytes + 2 * head * size
+        base = self._layers[layer].staged[stripe] * config.page_bytes + (2 * head + kind) * size
         data = self.device.transport.read_dram(base, size)
         return layout.unpack_pages(np.frombuffer(data, np.uint8).reshape(self._pages, -1), config)
 
@@ -604,9 +616,30 @@ class Store:
 
     # Out of it.
 
+    def _truncate(self, layer: int, length: int) -> None:
+        """Forget the last tokens, all of which are in DRAM, when nothing is under way."""
+        state, (stripe, inside) = self._layers[layer], divmod(length, self.stripe_tokens)
+        if self.sparse:
+            state.total = state.before[stripe]
+        for gone in [staged for staged in state.staged if staged * self.stripe_tokens >= length]:
+            self.device._free_dram(state.staged.pop(gone))
+            state.before.pop(gone, None)
+        state.table[:, -(-length // self.stripe_tokens) :] = NO_ENTRY
+        state.length = length - inside
+        if self.sparse and inside:
+            values = [self._staged(layer, stripe, head, Kind.VALUE) for head in range(self.kv_heads)]
+            self._count(layer, np.stack(values)[:, :inside])
+        state.length = length
+
     def _give_back_dram(self, layer: Layer) -> None:
+        errors: list[KvatticError] = []
         for page in layer.staged.values():
-            self.device._dram.free(page)
+            try:
+                self.device._dram.free(page)
+            except KvatticError as error:   # of the device, which was to hear of it; the page is free nevertheless
+                errors.append(error)
         layer.staged.clear()
         layer.before.clear()
         layer.placed.clear()
+        if errors:
+            raise errors[0]

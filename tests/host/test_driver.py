@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import kvattic
 from kvattic import golden, layout
-from kvattic.commands import COMPLETION, Kind, query_row_bytes, result_row_bytes
+from kvattic.commands import Kind, Opcode, query_row_bytes, result_row_bytes
 from kvattic.config import PAPER, TINY, Config
 from kvattic.driver import Device
 from kvattic.elements import from_bits, to_bits
@@ -19,7 +19,6 @@ from kvattic.errors import (
     CapacityError,
     ConfigError,
     ConfigMismatchError,
-    DeviceBusyError,
     DeviceStatusError,
     DeviceTimeoutError,
     RequestError,
@@ -27,7 +26,7 @@ from kvattic.errors import (
 from kvattic.formats import SCORE_MASKED, VALUE_FRACTION, Element
 from kvattic.golden_device import GoldenDevice
 from kvattic.nand import TINY_PART
-from kvattic.registers import StatusBit
+from kvattic.registers import COUNTERS, Control
 
 PAGE = TINY.tokens_per_page
 BF16 = replace(TINY, element=Element.BF16, channels=3, rows=3)
@@ -50,7 +49,7 @@ def pages_of(device, channel, dram, first, count):
         if dram:
             yield np.frombuffer(golden_device.read_dram(page * config.page_bytes, config.page_bytes), np.uint8)
         else:
-            block = golden_device._blocks[device._allocator.block(channel, page)]
+            block = golden_device.flash.blocks[device._allocator.block(channel, page)]
             yield block.pages[layout.page_place(page, config).page].image
 
 
@@ -342,36 +341,38 @@ def test_results_do_not_depend_on_channels():
         assert np.array_equal(result.denominator, found[0].denominator)
 
 
-def test_small_memory_makes_many_batches_of_the_same_bits():
-    key, value, query = tensors(TINY, 3, 20, 6, 3)
-    row = query_row_bytes(32) + result_row_bytes(32)
-    seen, found = [], []
-    for memory in (1 << 20, 2 * (128 + 2 * row + 64)):  # command, completion, rows, table
-        with open_device(memory_bytes=memory) as device:
+RINGS = 3 * 2 * 2 * 64
+"""Bytes of the smallest rings, of three queues."""
+
+
+def test_small_memory_gives_the_same_bits():
+    """Room for one job at a time, or two; the rings are as small as can be."""
+    key, value, query = tensors(TINY, 3, 20, 6, 8)
+    job = 2 * (query_row_bytes(32) + result_row_bytes(32)) + 64     # two rows, a table
+    found = []
+    with open_device(memory_bytes=1 << 20) as device:
+        sequence = device.create_sequence(3, capacity_tokens=20)
+        sequence.prefill(key, value)
+        found.append(sequence.attend(query).bits)
+    config = replace(TINY, rows=8)
+    job = 8 * (query_row_bytes(32) + result_row_bytes(32)) + 64
+    assert job > 2048
+    for memory in (RINGS + 2 * job, RINGS + job):
+        with open_device(config, memory_bytes=memory) as device:
             sequence = device.create_sequence(3, capacity_tokens=20)
             sequence.prefill(key, value)
-            calls: list[tuple[int, int]] = []
-            found.append(
-                sequence.attend(query, progress=lambda *a, calls=calls: calls.append(a)).bits
-            )
-            seen.append(calls)
-    assert seen == [[(9, 9)], [(2, 9), (4, 9), (6, 9), (8, 9), (9, 9)]]
-    assert np.array_equal(*found)
-    with open_device(memory_bytes=128 + 2 * row + 64 - 1) as device:
+            calls = []
+            found.append(sequence.attend(query, progress=lambda *a, calls=calls: calls.append(a)).bits)
+            assert calls[-1] == (6, 6)
+            assert [done for done, _ in calls] == sorted({done for done, _ in calls})
+    assert all(np.array_equal(bits, found[0]) for bits in found)
+    with open_device(config, memory_bytes=RINGS + job - 1) as device:
         sequence = device.create_sequence(1, capacity_tokens=20)
         sequence.prefill(key[:1], value[:1])
-        with pytest.raises(CapacityError, match=r"job 0 of 3 needs .* bytes of host memory"):
+        with pytest.raises(CapacityError, match=r"job 0 of 2 needs 2,624 bytes of host memory, there are 2,560"):
             sequence.attend(query[:2])
-
-
-def test_the_doorbell_takes_65535_commands(monkeypatch):
-    monkeypatch.setattr("kvattic.driver.MAX_COMMANDS", 4)
-    key, value, query = tensors(TINY, 1, 5, 1, 20)
-    with open_device() as device, device.create_sequence(1, capacity_tokens=5) as sequence:
-        sequence.prefill(key, value)
-        seen = []
-        sequence.attend(query, progress=lambda *a: seen.append(a))
-    assert seen == [(4, 10), (8, 10), (10, 10)]
+    with pytest.raises(CapacityError, match="at least 2,816 bytes of host memory, there are 2,815"):
+        open_device(memory_bytes=RINGS + 2048 - 1)
 
 
 # Errors.
@@ -574,7 +575,7 @@ class Wrapped(GoldenDevice):
     ("name", "value", "message"),
     [
         ("ID", 0xFFFFFFFF, "no kvattic device: ID is 0xffffffff, not 0x5441564b"),
-        ("VERSION", 0x0001_0003, r"version 1.3, this library needs 2\.x"),
+        ("VERSION", 0x0001_0003, r"version 1.3, this library needs 3\.x"),
         ("CONFIG_HASH", 1, "another configuration: CONFIG_HASH is 0x00000001"),
     ],
 )
@@ -584,12 +585,12 @@ def test_a_wrong_device_is_refused(name, value, message):
 
 
 def test_a_minor_version_is_no_matter():
-    Device(Wrapped(VERSION=0x0002_0007))
+    Device(Wrapped(VERSION=0x0003_0007))
 
 
 def prefilled(transport):
     device = Device(transport)
-    sequence = device.create_sequence(1, capacity_tokens=10)
+    sequence = device.create_sequence(1, capacity_tokens=40)
     sequence.prefill(zeros(1, 10, 32), zeros(1, 10, 32))
     return sequence
 
@@ -600,60 +601,91 @@ def test_not_ready():
         Device(transport, timeout_s=0.01)
 
 
-def test_busy():
-    transport = Wrapped()
-    sequence = prefilled(transport)
-    transport.lies["STATUS"] = StatusBit.BUSY | StatusBit.READY
-    with pytest.raises(DeviceBusyError, match=r"STATUS\.BUSY"):
-        sequence.attend(zeros(1, 1, 32))
-    transport.lies["STATUS"] = StatusBit.READY | StatusBit.DOORBELL_WHILE_BUSY
-    with pytest.raises(DeviceBusyError, match=r"refused the doorbell"):
-        sequence.attend(zeros(1, 1, 32))
-    transport.lies.clear()
-    sequence.attend(zeros(1, 1, 32))
+def test_another_identity():
+    class Other(GoldenDevice):
+        def __init__(self, said):
+            super().__init__(TINY)
+            self.said = said
+
+        def _write_block(self, command, queue, data):
+            super()._write_block(command, queue, self.said.encode().ljust(2048, b"\0"))
+
+    with pytest.raises(ConfigMismatchError, match="another configuration: it is .*bf16"):
+        Device(Other(BF16.to_json()))
+    for nonsense in ("", "[1]", "null", "{\"no\": 2}", "{\"channels\": 0}"):
+        with pytest.raises(ConfigMismatchError, match="what this library does not know"):
+            Device(Other(nonsense))
+
+
+def test_identify_and_counters():
+    with open_device(ODD) as device:
+        assert device.identify() == ODD
+        sequence = device.create_sequence(1, capacity_tokens=30)
+        sequence.prefill(zeros(1, 30, 80), zeros(1, 30, 80))
+        device.transport.write_register("CONTROL", Control.ACCUMULATE)
+        sequence.attend(zeros(1, 1, 80))
+        counters = device.counters()
+        assert list(counters) == [register.name for register in COUNTERS]
+        assert counters["CODEWORDS"] == 2 * 30 // 3
+        assert counters["CYCLES"] == 0
 
 
 def test_timeout_and_reset():
     class Stuck(GoldenDevice):
-        stuck = True
+        stuck = False
 
         def write_register(self, name, value):
-            if name != "DOORBELL" or not self.stuck:
+            if name != "SUBMISSION_TAIL_1" or not self.stuck:
                 super().write_register(name, value)
 
     transport = Stuck(TINY)
     sequence = prefilled(transport)
-    with pytest.raises(DeviceTimeoutError):
+    device = sequence.device
+    transport.stuck = True
+    message = r"1 commands are under way, 0 wait; STATUS is <StatusBit.READY: 2>\); call Device.reset"
+    with pytest.raises(DeviceTimeoutError, match=message):
         sequence.attend(zeros(1, 1, 32), timeout_s=0.01)
     transport.stuck = False
-    sequence.device.reset()
+    for use in (lambda: sequence.attend(zeros(1, 1, 32)), lambda: device.counters(), lambda: device.operate([PROBE]),
+                lambda: sequence.append(zeros(1, 1, 32), zeros(1, 1, 32)), lambda: device.format()):
+        with pytest.raises(DeviceTimeoutError, match="call Device.reset"):
+            use()
+    assert sequence.length() == 10
+    device.reset()
     assert not sequence.attend(zeros(1, 1, 32)).output.any()
+
+
+PROBE = kvattic.FlashOperation(Opcode.PROBE, 0, 0)
+
+
+def test_a_refused_doorbell_is_told():
+    class Elsewhere(GoldenDevice):
+        def write_register(self, name, value):
+            super().write_register(name, 300 if name == "SUBMISSION_TAIL_1" else value)
+
+    sequence = prefilled(Elsewhere(TINY))
+    with pytest.raises(DeviceTimeoutError, match=r"INVALID_DOORBELL.*, DOORBELL_ERROR 0x0100012c"):
+        sequence.attend(zeros(1, 1, 32))
 
 
 def test_a_missing_completion():
     class Silent(GoldenDevice):
-        broken = bytes(64)
+        silent = False
 
         def read_memory(self, address, size):
             data = super().read_memory(address, size)
-            return self.broken if size == 64 else data
+            return bytes(size) if self.silent else data
 
     transport = Silent(TINY)
     sequence = prefilled(transport)
-    with pytest.raises(DeviceStatusError, match="command 0 of 1 has no completion: nothing"):
+    transport.silent = True
+    with pytest.raises(DeviceStatusError, match="raises its interrupt, but none of the 1 commands under way has a "):
         sequence.attend(zeros(1, 1, 32))
-    transport.broken = COMPLETION.pack(done=1, identifier=3)
-    with pytest.raises(DeviceStatusError, match="command 0 of 1 has no completion: identifier 3"):
+    transport.silent = False
+    with pytest.raises(DeviceStatusError, match="raises its interrupt"):
         sequence.attend(zeros(1, 1, 32))
-
-
-def test_a_bus_error_that_no_completion_tells():
-    class Broken(GoldenDevice):
-        def wait(self, timeout_s):
-            self._registers["STATUS"] |= StatusBit.BUS_ERROR
-
-    with pytest.raises(DeviceStatusError, match="host memory answered with an error"):
-        prefilled(Broken(TINY)).attend(zeros(1, 1, 32))
+    sequence.device.reset()
+    sequence.attend(zeros(1, 1, 32))
 
 
 def test_open():
@@ -663,8 +695,31 @@ def test_open():
         assert device.config == TINY
     with kvattic.open("model", "gqa") as device:
         assert device.config == kvattic.GQA
-    with pytest.raises(RequestError, match="no target 'sim:nothing'; targets are model"):
+    with pytest.raises(RequestError, match="no target 'sim:nothing'; targets are model, sim:"):
         kvattic.open("sim:nothing")
+    for target in ("mmio:", "mmio", "sim", 5):
+        with pytest.raises(RequestError, match="no target"):
+            kvattic.open(target)
+    with kvattic.open("model", TINY, dram_bytes=1 << 20, entries=4, timeout_s=1.0) as device:
+        assert (device.transport.dram_bytes, device.timeout_s) == (1 << 20, 1.0)
+    for entries in (0, 1, 3, 8192, 2.0):
+        with pytest.raises(RequestError, match="entries must be a power of two from 2 to 4,096, not"):
+            kvattic.open("model", TINY, entries=entries)
+
+
+def test_who_opens_a_transport_closes_it(monkeypatch):
+    closed = []
+    monkeypatch.setattr(GoldenDevice, "close", lambda self: closed.append(self))
+    with kvattic.open("model", TINY) as device:
+        assert not closed
+    assert closed == [device.transport]
+    device.close()
+    with Device(GoldenDevice(TINY)):
+        pass
+    assert len(closed) == 1
+    with pytest.raises(RequestError):
+        kvattic.open("model", TINY, entries=3)
+    assert len(closed) == 2
     with pytest.raises(ConfigError, match="no preset 'huge'"):
         kvattic.open("model", "huge")
 
