@@ -265,13 +265,13 @@ def measure(point: Point, follow: Follow = lambda what, done, total: None) -> Fi
         "flash_bytes": used.flash["flash_words"] * config.beat_bytes,
         "kv_bytes": 2 * point.heads * point.tokens * config.token_bytes,
         **{name: used.flash[name] for name in ("page_reads", "corrected", "bit_errors", "retries")},
-        "seconds": used.seconds,
     }
     if point.check:
         follow("checking", 0, None)
         errors = oracle_errors(attention, result, config)[:, 0]
         figures["rel_rms"] = float((errors**2).mean() ** 0.5)
         figures["equal_bits"] = bool(equal_bits(attention, result, config, how).all())
+    figures["seconds"] = used.seconds
     return figures
 
 
@@ -450,7 +450,7 @@ def run_on_dask(points: Sequence[Point], address: str, *, work: Work = measure, 
                     yield row
                 else:
                     futures[client.submit(_on_worker, number, point, work, flag, pure=False)] = number
-            for future in distributed.as_completed(list(futures)):
+            for future in distributed.as_completed(list(futures), loop=client.loop):
                 number = futures.pop(future)
                 try:
                     row = future.result()
