@@ -622,7 +622,7 @@ class Store:
         if self.sparse:
             state.total = state.before[stripe]
         for gone in [staged for staged in state.staged if staged * self.stripe_tokens >= length]:
-            self.device._free_dram(state.staged.pop(gone))
+            self.device._dram.free(state.staged.pop(gone))
             state.before.pop(gone, None)
         state.table[:, -(-length // self.stripe_tokens) :] = NO_ENTRY
         state.length = length - inside
