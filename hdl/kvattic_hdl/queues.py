@@ -40,18 +40,18 @@ class Queues(wiring.Component):
 
     Latency: a doorbell shows in `busy` three cycles later, in `fetch` six; `refused` comes two cycles after it.
     `present` follows `create` and `remove` at once.  `interrupts` falls three cycles after the doorbell that takes the
-    last completion, and rises two after the `posted` that leaves nothing under way; that INTERRUPT_AFTER are reached, or
-    no more, may show up to 20 cycles late.
+    last completion, and rises two after the `posted` that leaves nothing under way; it sees about ten cycles late that
+    INTERRUPT_AFTER are reached no more, and at most 40 late whatever comes.
     Throughput: a doorbell every two cycles; a line every four.
     Ordering: queues take turns, one line each.  A doorbell in a later cycle than `create` meets the new queue.
     Reset: no queue is there; nothing is under way.
 
-    A command is under way from the cycle in which its line is offered on `fetch` until `posted`; it counts as fetched, for
-    `post_head` too, when the line is taken.  A line that is offered stays, whatever becomes of its queue.
+    A command is under way from the cycle in which its line is offered on `fetch` until `posted`; it counts as fetched,
+    for `post_head` too, when the line is taken.  A line that is offered stays, whatever becomes of its queue.
 
-    Each number of a ring has one writer: tail and `taken` belong to the doorbells, the head to `fetch`, the place of the
-    next completion to `post`, the end of the unread ones to `posted`.  So nothing is lost when they meet in a cycle, and
-    `busy` and `interrupts`, which follow from numbers of one cycle, show no state that never was.
+    Each number of a ring has one writer: tail and `taken` belong to the doorbells, the head to `fetch`, the place of
+    the next completion to `post`, the end of the unread ones to `posted`.  So nothing is lost when they meet.  `busy`
+    and `interrupts` follow from numbers of one cycle and show no state that never was.
 
     Members
     -------
@@ -239,13 +239,15 @@ class Queues(wiring.Component):
         ]
         with m.If(counting):
             m.d.sync += reached.bit_select(rung.queue, 1).eq(there >= self.interrupt_after)
-        # Where the count has changed first, the others in turn.
+        # In turn; first where a completion has been written.
+        turn, in_turn = Signal(QUEUE_BITS), Signal()
+        next_turn = Signal(QUEUE_BITS)
+        m.d.comb += next_turn.eq(turn + (in_turn & ~bell.valid))
+        m.d.sync += turn.eq(next_turn)
         with m.If(self.posted):
-            m.d.sync += scan.eq(self.posted_queue)
-        with m.Elif(ringing):
-            m.d.sync += scan.eq(rung.queue)
+            m.d.sync += [scan.eq(self.posted_queue), in_turn.eq(0)]
         with m.Elif(~bell.valid):
-            m.d.sync += scan.eq(scan + 1)
+            m.d.sync += [scan.eq(next_turn), in_turn.eq(1)]
 
         # Fetching.
         fetch = self.fetch

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvattic.config import TINY
-from kvattic.registers import ADDRESS_BITS, REGISTER_MAP, REGISTERS, Access
+from kvattic.registers import ADDRESS_BITS, DOORBELL_STRIDE, QUEUES, REGISTER_MAP, REGISTERS, Access
 from kvattic_hdl.register_bank import CONSTANTS, RegisterBank
 
 OKAY, SLVERR = 0, 2
+PAGES = range(0, 1 << ADDRESS_BITS, DOORBELL_STRIDE)
 MAPPED = {r.address + 4 * half: (r, half) for r in REGISTERS for half in range(r.width // 32)}
 
 
@@ -25,6 +26,12 @@ def simulate(bench, *, dut=None):
     sim.run()
 
 
+def words():
+    """Addresses of all words that mean something, and of others that differ from them in few bits."""
+    near = [*range(0, 0x400, 4), 0x400, 0x600, DOORBELL_STRIDE - 4]
+    return sorted({page + offset for page in PAGES for offset in (near if page == 0 else (*near[:4], *near[-3:]))})
+
+
 async def send(ctx, valid, ready, gap):
     """One transfer of a channel after `gap` cycles."""
     for _ in range(gap):
@@ -35,7 +42,7 @@ async def send(ctx, valid, ready, gap):
 
 
 async def write(ctx, dut, address, data, strobe=0b1111, *, address_gap=0, data_gap=0, answer_gap=0):
-    """Write with AW and W in any relation; the answer, and the strobes with their data."""
+    """Write with AW and W in any relation; the answer, and strobes (a doorbell: queue and side) with data."""
     bus = dut.bus
     ctx.set(bus.awaddr, address)
     ctx.set(bus.wdata, data)
@@ -58,6 +65,7 @@ async def write(ctx, dut, address, data, strobe=0b1111, *, address_gap=0, data_g
             bresp,
             strobes,
             word,
+            bell,
         ) = await ctx.tick().sample(
             bus.awvalid,
             bus.awready,
@@ -68,11 +76,15 @@ async def write(ctx, dut, address, data, strobe=0b1111, *, address_gap=0, data_g
             bus.bresp,
             dut.write.as_value(),
             dut.data,
+            dut.doorbell,
         )
         address_done |= awvalid & awready
         data_done |= wvalid & wready
         if strobes:
             seen.append((strobes, word))
+        if bell.valid:
+            assert bell.value == word
+            seen.append(((bell.queue, bell.completion), word))
         if bvalid:
             assert address_done
             assert data_done
@@ -109,7 +121,7 @@ def test_every_word_reads_as_the_table_says():
                     dut.read[register.name.lower()],
                     (register.address * 0x0102_0304_0506_0708 + 1) % (1 << register.width),
                 )
-        for address in range(0, 1 << ADDRESS_BITS, 4):
+        for address in words():
             data, response = await read(ctx, dut, address, gap=address % 3)
             if address not in MAPPED:
                 assert (data, response) == (0, SLVERR)
@@ -143,7 +155,7 @@ def test_a_counter_is_read_whole():
 def test_unmapped_and_read_only_writes_change_nothing():
     async def bench(ctx, dut):
         before = ctx.get(dut.value.as_value())
-        for address in range(0, 1 << ADDRESS_BITS, 4):
+        for address in words():
             register, _ = MAPPED.get(address, (None, 0))
             if register is None or register.access is Access.RO:
                 answer = await write(ctx, dut, address, 0xFFFF_FFFF)
@@ -155,7 +167,7 @@ def test_unmapped_and_read_only_writes_change_nothing():
 
 def test_strobes():
     async def bench(ctx, dut):
-        for name, index in (("DOORBELL", "doorbell"), ("STATUS", "status")):
+        for name, index in (("ADMIN_ENTRIES", "admin_entries"), ("STATUS", "status")):
             address = REGISTER_MAP[name].address
             answer, seen = await write(ctx, dut, address, 0x1234_5678, data_gap=2, answer_gap=3)
             only = dut.write.shape().const({index: 1}).as_value().value
@@ -165,6 +177,21 @@ def test_strobes():
                 [(only, 0x0034_0078)],
             )
             assert await write(ctx, dut, address, 0x1234_5678, 0) == (OKAY, [])
+            assert await read(ctx, dut, address) == (0, OKAY)
+
+    simulate(bench)
+
+
+@pytest.mark.parametrize("queue", range(QUEUES))
+def test_doorbells(queue):
+    async def bench(ctx, dut):
+        for completion, name in enumerate(("SUBMISSION_TAIL", "COMPLETION_HEAD")):
+            address = REGISTER_MAP[f"{name}_{queue}"].address
+            what = (queue, completion)
+            value = 0x8765_4321
+            assert await write(ctx, dut, address, value, data_gap=2, answer_gap=3) == (OKAY, [(what, value)])
+            assert await write(ctx, dut, address, value, 0b0011) == (OKAY, [(what, 0x4321)])
+            assert await write(ctx, dut, address, value, 0) == (OKAY, [])
             assert await read(ctx, dut, address) == (0, OKAY)
 
     simulate(bench)
@@ -222,7 +249,7 @@ def test_back_to_back_writes_and_clear():
         ctx.set(bus.bready, 1)
         ctx.set(bus.wstrb, 15)
         # Two addresses before any data: the second waits, nothing is lost.
-        timeout, base = REGISTER_MAP["TIMEOUT"].address, REGISTER_MAP["BUFFER_BASE"].address
+        timeout, base = REGISTER_MAP["TIMEOUT"].address, REGISTER_MAP["ADMIN_BASE"].address
         ctx.set(bus.awaddr, timeout)
         await send(ctx, bus.awvalid, bus.awready, 0)
         ctx.set(bus.awaddr, base)
@@ -238,12 +265,12 @@ def test_back_to_back_writes_and_clear():
         await send(ctx, bus.wvalid, bus.wready, 0)
         await ctx.tick().repeat(3)
         assert ctx.get(dut.value.timeout) == 11
-        assert ctx.get(dut.value.buffer_base) == 22
+        assert ctx.get(dut.value.admin_base) == 22
         ctx.set(dut.clear, 1)
         await ctx.tick()
         ctx.set(dut.clear, 0)
         assert ctx.get(dut.value.timeout) == REGISTER_MAP["TIMEOUT"].reset
-        assert ctx.get(dut.value.buffer_base) == 0
+        assert ctx.get(dut.value.admin_base) == 0
 
     simulate(bench)
 
@@ -278,7 +305,7 @@ def test_answers_that_nobody_takes_yet():
             await ctx.tick().until(bus.arready)
         ctx.set(bus.arvalid, 0)
 
-        doorbell = REGISTER_MAP["DOORBELL"].address
+        doorbell = REGISTER_MAP["SUBMISSION_TAIL_5"].address
         answers, rung = [], []
         ctx.set(bus.wstrb, 15)
         targets = [0xF8, doorbell, 0xF8, doorbell]
@@ -295,7 +322,7 @@ def test_answers_that_nobody_takes_yet():
                 bus.bvalid,
                 bus.bready,
                 bus.bresp,
-                dut.write.doorbell,
+                dut.doorbell.valid,
                 dut.data,
             )
             sent[0] += aw
