@@ -79,7 +79,10 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *,
         escape = importlib.import_module("rich.markup").escape
         table = importlib.import_module("rich.table").Table(title=escape(title), title_justify="left")
         for index, column in enumerate(columns):
-            table.add_column(escape(column), justify="left" if index < left else "right", overflow="fold")
+            # Numbers must not be cut; the last column may be a text of any length.
+            last = index == len(columns) - 1
+            table.add_column(escape(column), justify="left" if index < left else "right", overflow="fold",
+                             no_wrap=not last)
         for row in cells:
             table.add_row(*map(escape, row))
         with console.capture() as captured:     # rich itself would exit with 1 if nobody reads
