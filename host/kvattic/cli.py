@@ -364,9 +364,12 @@ def _sweep(options: argparse.Namespace) -> int:
         _print_json(flat)
     else:
         columns = [*points[0].axes, "cycles", "milliseconds", "bus_use", "lane_use", "die_use", "flash_bytes",
-                   "corrected", "retries", "rel_rms", "equal_bits", "error"]
+                   "corrected", "retries", "rel_rms", "equal_bits"]
         _table(f"Sweep over configuration {name}", columns,
-               ([_text(row[column]).partition("\n")[0] for column in columns] for row in flat), left=0)
+               ([_text(row[column]) for column in columns] for row in flat), left=0)
+        for row in sorted(rows, key=lambda row: row.number):
+            if row.error:
+                print(f"{row.point}: {row.error}")
     for path in files:
         print(f"{path}: {len(rows)} rows", file=sys.stderr)
     if options.plot is not None and any(row.figures for row in rows):
