@@ -19,7 +19,7 @@ from rich.table import Table
 
 from kvattic.errors import KvatticError
 from kvattic_sim import figures
-from kvattic_sim.benches import accuracy, engine, flash, placement, sparse
+from kvattic_sim.benches import accuracy, engine, flash, host, placement, sparse
 from kvattic_sim.benches.engine import Bench, Lab, UnavailableError, WrongResultError
 from kvattic_sim.build import SimulationFailed, Simulator, SimulatorError
 from kvattic_sim.jobs import JobError
@@ -59,7 +59,7 @@ _STYLES = {Verdict.MET: "green", Verdict.SHORT: "bold red", Verdict.REPORTED: "d
 DATA_SETS = ("minilm", "fa3_2k", "fa3_32k")
 
 BARS: dict[str, Bar | None] = {
-    **{key: None for bench in (*engine.BENCHES, *flash.BENCHES, *sparse.BENCHES) for key in bench.keys},
+    **{key: None for bench in (*engine.BENCHES, *flash.BENCHES, *sparse.BENCHES, *host.BENCHES) for key in bench.keys},
     **dict.fromkeys(placement.KEYS),
     "engine.dense.utilization.paper": Bar(">=", (0.97,)),
     "engine.dense.utilization.gqa": Bar(">=", (0.97,)),
@@ -81,6 +81,10 @@ BARS: dict[str, Bar | None] = {
     "sparse.fetched.error_ratio.lm": Bar("<=", (0.85,)),
     "sparse.fetched.error_ratio.minilm": Bar("<=", (0.85,)),
     "sparse.sparq_equal": Bar("<=", (1e-12,)),
+    "host.commands_per_second_ratio": Bar("<=", (0.02,)),
+    "host.spec.cycles_ratio": Bar("<=", (0.15,)),
+    "host.generate.match": Bar(">=", (1.0,)),
+    "host.multi.scaling": Bar(">=", (3.8,)),
     **{f"accuracy.rel_rms.{name}": Bar("<=", (5e-7, f"accuracy.float32.{name}")) for name in DATA_SETS},
     **{f"accuracy.{kind}.{name}": None for kind in ("float32", "fp16") for name in DATA_SETS},
     "accuracy.drift": Bar("<=", (2.0**-24,)),  # the result's rounding to fp32 and nothing else, at any length
@@ -120,17 +124,17 @@ def verdict(key: str, value: Value, known: Mapping[str, Value]) -> Verdict:
 
 
 def benches() -> tuple[Bench, ...]:
-    """All that can be measured here: placement, engine, flash path, sparse modes, accuracy, simulators."""
+    """All that can be measured here: placement, engine, flash path, sparse modes, host, accuracy, simulators."""
 
-    def host(prefix: str, function: Callable[[], dict[str, float]]) -> Bench:
+    def alone(prefix: str, function: Callable[[], dict[str, float]]) -> Bench:
         keys = tuple(key for key in BARS if key == prefix or key.startswith(f"{prefix}."))
         return Bench(keys=keys, measure=lambda lab: function())
 
     placing = Bench(keys=placement.KEYS, measure=lambda lab: placement.write_amplification())
     quality = Bench(keys=evaluate.KEYS, measure=lambda lab: evaluate.measure(
         plot=Path("build") / "lm_quality.png", progress=lambda line: lab.progress(line, 0, None)))
-    return (placing, *engine.BENCHES, *flash.BENCHES, *sparse.BENCHES, quality,
-            *(host(prefix, function) for prefix, function in accuracy.BENCHES.items()))
+    return (placing, *engine.BENCHES, *flash.BENCHES, *sparse.BENCHES, quality, *host.BENCHES,
+            *(alone(prefix, function) for prefix, function in accuracy.BENCHES.items()))
 
 
 def select(prefix: str, available: Iterable[Bench]) -> list[Bench]:
