@@ -120,6 +120,7 @@ class Sequence(Store):
 
     def _lose_tails(self) -> Iterator[Loss]:
         """What was in DRAM is gone."""
+        self._background.clear()    # losses say more
         for number, layer in enumerate(self._layers):
             tokens = layer.length - self.flushed(number)
             if self.sparse and layer.staged:
@@ -132,7 +133,6 @@ class Sequence(Store):
             layer.staged.clear()
             layer.before.clear()
             layer.placed.clear()
-            self._background.clear()    # what was lost says more
             if tokens:
                 yield Loss(self, number, tokens)
 
