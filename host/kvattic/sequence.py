@@ -280,9 +280,10 @@ class Sequence(Store):
             fixed = max([self.flushed(layer), *((stripe + 1) * self.stripe_tokens for stripe, _, _ in state.placed)])
             if isinstance(length, bool) or not isinstance(length, int | np.integer) or not (
                     length == present or fixed <= length < present):
-                raise RequestError(f"length must be an int from {fixed} to {present}, not {length!r}: layer {layer} has "
-                                   f"{present} tokens, the first {fixed} of which are in flash, where nothing can be "
-                                   "removed; hold more of them in DRAM (held_tokens)")
+                raise RequestError(
+                    f"length must be an int from {fixed} to {present}, not {length!r}: layer {layer} has {present} "
+                    f"tokens, the first {fixed} of which are in flash, where nothing can be removed; hold more of them "
+                    "in DRAM (held_tokens)")
             if length < present:
                 self._truncate(layer, int(length))
 

@@ -230,7 +230,7 @@ def test_an_error_reaches_the_future():
         key, value = tokens_of(2, 60)
         future = sequence.prefill_async(key[:, :50], value[:, :50])
         assert isinstance(future.exception(), DeviceStatusError)
-        with pytest.raises(DeviceStatusError, match="PROGRAM failed: DIE_TIMEOUT: .* channel 0, die 1"):
+        with pytest.raises(DeviceStatusError, match=r"PROGRAM failed: DIE_TIMEOUT: .* channel 0, die 1"):
             future.result()
         # All tokens are there, and the next append moves them.
         assert (sequence.length(), sequence.flushed()) == (50, 0)
@@ -484,7 +484,7 @@ def test_asyncio_and_a_dead_device():
         sequence = device.create_sequence(1, capacity_tokens=50)
         future = sequence.append_async(*tokens_of(1, 50))
         transport.asleep = True
-        with pytest.raises(DeviceTimeoutError, match="call Device.reset"):
+        with pytest.raises(DeviceTimeoutError, match=r"call Device.reset"):
             await future
 
     asyncio.run(main())
@@ -521,14 +521,14 @@ def test_many_threads_with_one_sequence():
             try:
                 for _ in range(20):
                     assert np.array_equal(device.attend_many([plan])[0].bits, expected)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001, raised by the other thread
                 errors.append(error)
 
         def append():
             try:
                 for at in range(20, 300, 20):
                     sequence.append(key[:, at : at + 20], value[:, at : at + 20])
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001, raised by the other thread
                 errors.append(error)
 
         threads = [threading.Thread(target=target) for target in (attend, append, attend)]

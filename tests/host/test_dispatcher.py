@@ -22,6 +22,7 @@ from kvattic.errors import (
 from kvattic.golden_device import GoldenDevice
 from kvattic.golden_queues import Queue
 from kvattic.jobs import job_bytes
+
 from .slow_device import SlowDevice
 
 PROBE = FlashOperation(Opcode.PROBE, 0, 0)
@@ -174,7 +175,7 @@ def test_a_future():
         future.add_done_callback(heard.append)
         transport.asleep = True
         assert not future.done()
-        with pytest.raises(DeviceTimeoutError, match="only the host can change that|no interrupt can come"):
+        with pytest.raises(DeviceTimeoutError, match=r"only the host can change that|no interrupt can come"):
             future.result(timeout_s=10)
         transport.asleep = False
         device.reset()
@@ -202,7 +203,7 @@ def test_patience_of_the_caller_is_not_that_with_the_device():
         transport.asleep = True
         with pytest.raises(DeviceTimeoutError, match=r"not done within 0.02 s; 3 commands are under way, 0 wait"):
             futures[0].result(timeout_s=0.02)
-        with pytest.raises(DeviceTimeoutError, match="not done within 0.02 s"):
+        with pytest.raises(DeviceTimeoutError, match=r"not done within 0.02 s"):
             device.wait(futures, timeout_s=0.02)
         assert not futures[1].done()
         transport.asleep = False
@@ -256,13 +257,13 @@ def test_a_bad_job_fails_its_own_future():
         jobs = [*jobs_of(sequence, 1), *jobs_of(bad, 1), *jobs_of(sequence, 1)]
         futures = device.submit(jobs)
         assert isinstance(futures[1].exception(), DeviceStatusError)
-        with pytest.raises(DeviceStatusError, match="job 1 of 3 .* failed: NAN_KEY"):
+        with pytest.raises(DeviceStatusError, match=r"job 1 of 3 .* failed: NAN_KEY"):
             futures[1].result()
         assert not futures[0].result().completion.where
         futures[2].result()
         (unchecked,) = device.submit(jobs[1:2], check=False)
         assert unchecked.result().completion.status is Status.NAN_KEY
-        with pytest.raises(CapacityError, match="job 1 of 2 needs .* bytes of host memory"):
+        with pytest.raises(CapacityError, match=r"job 1 of 2 needs .* bytes of host memory"):
             device.submit([jobs[0], replace(jobs[0], query=np.zeros((1 << 17, 32), np.uint16))])
         assert idle(device)
 
@@ -368,7 +369,7 @@ def test_commands_that_could_not_be_read(monkeypatch, entries, broken):
         assert {i for i, r in enumerate(results) if r.completion.status is Status.BUS_ERROR} == broken
         good = [r for r in results if r.completion.status is Status.OK]
         assert same(good, [bits for i, bits in enumerate(expected(10)) if i not in broken])
-        with pytest.raises(DeviceStatusError, match="job 0 of 1 .* BUS_ERROR"):
+        with pytest.raises(DeviceStatusError, match=r"job 0 of 1 .* BUS_ERROR"):
             fetched.clear()
             broken_before = set(broken)
             broken.clear()

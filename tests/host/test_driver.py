@@ -610,7 +610,7 @@ def test_another_identity():
         def _write_block(self, command, queue, data):
             super()._write_block(command, queue, self.said.encode().ljust(2048, b"\0"))
 
-    with pytest.raises(ConfigMismatchError, match="another configuration: it is .*bf16"):
+    with pytest.raises(ConfigMismatchError, match=r"another configuration: it is .*bf16"):
         Device(Other(BF16.to_json()))
     for nonsense in ("", "[1]", "null", "{\"no\": 2}", "{\"channels\": 0}"):
         with pytest.raises(ConfigMismatchError, match="what this library does not know"):
@@ -648,7 +648,7 @@ def test_timeout_and_reset():
     transport.stuck = False
     for use in (lambda: sequence.attend(zeros(1, 1, 32)), lambda: device.counters(), lambda: device.operate([PROBE]),
                 lambda: sequence.append(zeros(1, 1, 32), zeros(1, 1, 32)), lambda: device.format()):
-        with pytest.raises(DeviceTimeoutError, match="call Device.reset"):
+        with pytest.raises(DeviceTimeoutError, match=r"call Device.reset"):
             use()
     assert sequence.length() == 10
     device.reset()
