@@ -6,7 +6,7 @@ What is under way, and where it lies in host memory, the `Dispatcher` knows (dis
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from collections.abc import Sequence as Series
 from contextlib import suppress
 from itertools import count
@@ -17,27 +17,13 @@ from typing import Any, Self, TypeVar
 import numpy as np
 
 from kvattic import futures, layout
+from kvattic.admin import Admin
 from kvattic.allocator import COMMON_DOMAIN, Allocation, DomainDram, Remap, Wear, ZoneAllocator
-from kvattic.commands import (
-    DATA_COMMAND,
-    DOMAINS,
-    GRANT_COMMAND,
-    IDENTIFY_BYTES,
-    LINE_BYTES,
-    Completion,
-    Grant,
-    MediaCause,
-    Mode,
-    Opcode,
-    Status,
-    lines,
-    result_row_bytes,
-)
+from kvattic.commands import DOMAINS, Completion, MediaCause, Mode, Opcode, Status, result_row_bytes
 from kvattic.config import PAGE_NUMBER_BITS, Config
 from kvattic.dispatcher import ADMIN, ATTEND, FLASH, Command, Dispatcher, Steps
 from kvattic.errors import (
     CapacityError,
-    ConfigError,
     ConfigMismatchError,
     DeviceStatusError,
     DeviceTimeoutError,
@@ -49,7 +35,6 @@ from kvattic.jobs import (
     AttendPlan,
     AttendResult,
     FlashOperation,
-    Integers,
     Job,
     JobResult,
     check_positive,
@@ -62,7 +47,8 @@ from kvattic.jobs import (
     unpack_result,
 )
 from kvattic.layout import Block, PagePlace
-from kvattic.registers import COUNTERS, ID_MAGIC, MAX_REGIONS, QUEUES, VERSION, StatusBit
+from kvattic.registers import ID_MAGIC, VERSION, StatusBit
+from kvattic.reservations import region_bits, reservations
 from kvattic.sequence import Loss, Sequence
 from kvattic.store import Flush
 from kvattic.transport import Progress, Transport
@@ -76,8 +62,6 @@ DEFAULT_ENTRIES = 256
 CLEAR_PAGES = 64
 """Of device DRAM, at once."""
 PAGE_MASK = (1 << PAGE_NUMBER_BITS) - 1
-ALL_QUEUES = (1 << QUEUES) - 1
-COUNTER_BYTES = lines(8 * len(COUNTERS)) * LINE_BYTES
 
 
 class Device:
@@ -137,11 +121,12 @@ class Device:
         self._spare_blocks, self._erase_on_free = spare_blocks, erase_on_free
         self._die_error: DeviceStatusError | None = None
         self._flushes: list[Flush] = []
+        self._dispatcher = Dispatcher(transport, timeout_s=timeout_s, entries=entries)
+        self._admin = Admin(self._dispatcher)
         pages = min(transport.dram_bytes // self.config.page_bytes, 1 << PAGE_NUMBER_BITS)
-        self._region_bits = _region_bits(pages, self.config)
+        self._region_bits = region_bits(pages, self.config)
         self._dram = self._new_dram(pages)
         self._allocator = self._new_allocator(bad_blocks)
-        self._dispatcher = Dispatcher(transport, timeout_s=timeout_s, entries=entries)
         self._restart()
         if (identity := self.identify()) != self.config:
             raise ConfigMismatchError(
@@ -150,12 +135,12 @@ class Device:
         self._allocator.send_remaps()
 
     def _new_allocator(self, bad_blocks: Iterable[Block]) -> ZoneAllocator:
-        return ZoneAllocator(self.config, erase=self._erase, remap=self._remap, grant=self._grant_zones,
+        return ZoneAllocator(self.config, erase=self._erase, remap=self._remap, grant=self._admin.grant_zones,
                              bad_blocks=bad_blocks, spare_blocks=self._spare_blocks,
                              erase_on_free=self._erase_on_free)
 
     def _new_dram(self, pages: int) -> DomainDram:
-        return DomainDram(pages, self._region_bits, grant=self._grant_regions, released=self._clear_dram)
+        return DomainDram(pages, self._region_bits, grant=self._admin.grant_regions, released=self._clear_dram)
 
     # Life.
 
@@ -222,7 +207,7 @@ class Device:
         self._allocator.send_owners()
         self._dram.send_owners()
         for domain in sorted({COMMON_DOMAIN, *(sequence.domain for sequence in self._sequences)}):
-            self._grant(Grant.QUEUES, ALL_QUEUES, 0, domain)
+            self._admin.permit(domain, True)
 
     def _wait_ready(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
@@ -282,12 +267,8 @@ class Device:
             ConfigMismatchError: it makes no sense to this library.
             DeviceStatusError: the device reports an error.
         """
-        data = self._read_block(ADMIN, Opcode.IDENTIFY, IDENTIFY_BYTES)
-        try:
-            return Config.from_json(data.rstrip(b"\0").decode())
-        except (ConfigError, ValueError, TypeError, KeyError) as error:
-            raise ConfigMismatchError(f"the device says of its configuration what this library does not know: "
-                                      f"{error}") from None
+        self._check_open()
+        return self._admin.identify()
 
     def counters(self) -> dict[str, int]:
         """The counters (`registers.COUNTERS`) by their names, read by a command among the others.
@@ -295,49 +276,10 @@ class Device:
         Raises:
             DeviceStatusError: the device reports an error.
         """
-        data = self._read_block(ATTEND, Opcode.COUNTERS, COUNTER_BYTES)
-        return {register.name: int.from_bytes(data[8 * i : 8 * i + 8], "little") for i, register in enumerate(COUNTERS)}
+        self._check_open()
+        return self._admin.counters()
 
-    def _read_block(self, queue: int, opcode: Opcode, size: int) -> bytes:
-        """What a data command writes."""
-
-        def fill(line: bytearray, address: int) -> bytes:
-            field = DATA_COMMAND["result"]
-            line[field.offset : field.offset + field.size] = address.to_bytes(field.size, "little")
-            return b""
-
-        with self.lock:
-            self._check_open()
-            command = self._dispatcher.command(
-                queue, DATA_COMMAND.pack(opcode=opcode), lambda completion, data: (completion, data), size, fill,
-                (0, size))
-            self._dispatcher.submit([command])
-            completion, data = command.future.result()
-        if completion.status is not Status.OK:
-            raise DeviceStatusError(f"{opcode.name} failed: {explain(completion)}", completion)
-        return data
-
-    # Owners.
-
-    def _grant(self, kind: Grant, first: int, number: int, domain: int) -> None:
-        command = self._dispatcher.command(
-            ADMIN, GRANT_COMMAND.pack(opcode=Opcode.GRANT, kind=kind, first=first, count=number, domain=domain),
-            lambda completion, _: completion)
-        self._dispatcher.submit([command])
-        completion = self._dispatcher.finish(command.future)
-        if completion.status is not Status.OK:
-            raise DeviceStatusError(f"GRANT of {kind.name.lower()} failed: {explain(completion)}", completion)
-
-    def _grant_zones(self, zones: Series[int], domain: int) -> None:
-        """For the allocator."""
-        cuts = [i for i in range(1, len(zones)) if zones[i] != zones[i - 1] + 1]
-        for begin, end in zip([0, *cuts], [*cuts, len(zones)], strict=True):
-            if begin < end:
-                self._grant(Grant.ZONES, zones[begin], end - begin, domain)
-
-    def _grant_regions(self, first: int, number: int, domain: int) -> None:
-        """For the allocator of DRAM."""
-        self._grant(Grant.REGIONS, first, number, domain)
+    # Device DRAM and its owners.
 
     def _clear_dram(self, first: int, pages: int) -> None:
         """For the allocator of DRAM: these pages get another owner."""
@@ -636,7 +578,7 @@ class Device:
         stripes = capacity_tokens // (pages * config.tokens_per_page)
         allocations: list[Allocation] = []
         try:
-            for run, runs in _reservations(config, range(first_head, first_head + layers * kv_heads), kv_heads, stripes,
+            for run, runs in reservations(config, range(first_head, first_head + layers * kv_heads), kv_heads, stripes,
                                            pages, 2 + sparse, centroids):
                 allocations.append(self._allocator.create(runs, run, domain=domain))
         except CapacityError as error:
@@ -648,7 +590,7 @@ class Device:
             ) from None
         if isolated:
             try:
-                self._grant(Grant.QUEUES, ALL_QUEUES, 0, domain)
+                self._admin.permit(domain, True)
             except KvatticError:
                 self._allocator.release(*allocations)
                 raise
@@ -662,7 +604,7 @@ class Device:
         self._sequences.remove(sequence)
         self._allocator.release(*sequence._allocations)
         if sequence.domain != COMMON_DOMAIN:
-            self._grant(Grant.QUEUES, 0, 0, sequence.domain)
+            self._admin.permit(sequence.domain, False)
         self._raise_die_error()
 
     # Attention.
@@ -855,40 +797,3 @@ def _queue_of(operation: FlashOperation) -> int:
     admin = operation.opcode in (Opcode.PROBE, Opcode.MAP) or (
         operation.opcode is Opcode.ERASE and operation.domain == 0)
     return ADMIN if admin else FLASH
-
-
-def _region_bits(pages: int, config: Config) -> int:
-    """log2 of the pages of a region of device DRAM: few enough regions, and each at least as large as a stripe."""
-    stripe = max(layout.stripe_pages(config, sparse=sparse) for sparse in {False, config.sparse})
-    return max((-(-pages // MAX_REGIONS) - 1).bit_length() if pages else 0, (stripe - 1).bit_length())
-
-
-def _reservations(config: Config, heads: range, kv_heads: int, stripes: int, pages: int, kinds: int,
-                  centroids: int | None) -> Iterator[tuple[int, list[int]]]:
-    """What a sequence takes of flash at most: (pages of a run, runs on each channel) of each of its allocations.
-
-    Args:
-        config: geometry.
-        heads: of all layers, numbered over all sequences.
-        kv_heads: of a layer.
-        stripes: full ones of each head.
-        pages: of a run of K.
-        kinds: runs of a stripe: K, V, the channel layout.
-        centroids: tokens of a unit.
-    """
-    rounds, rest = divmod(stripes, config.channels)
-    # (stripe of a round, layer, head): its channel.
-    channels = layout.stripe_channel(np.arange(config.channels)[:, None], np.array(heads), config)
-    channels = channels.reshape(config.channels, -1, kv_heads)
-    # (stripe of a round, layer, channel): heads that have it there.
-    counts = (channels[:, :, :, None] == np.arange(config.channels)).sum(axis=2)
-
-    def total(runs: Integers) -> list[int]:
-        each: list[int] = (rounds * runs.sum(axis=(0, 1)) + runs[:rest].sum(axis=(0, 1))).tolist()
-        return each
-
-    yield pages, total(kinds * counts)
-    if centroids is not None:
-        # Heads of a layer share pages when their stripes are full, at the same time; a run is what one stripe takes.
-        run = layout.centroid_pages(1, centroids, config)
-        yield run, total(layout.centroid_pages(counts, centroids, config) // run)
