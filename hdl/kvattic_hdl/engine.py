@@ -150,7 +150,8 @@ class Engine(wiring.Component):
             finisher.post_line.eq(queues.post_line),
             finisher.post_phase.eq(queues.post_phase),
             finisher.post_head.eq(queues.post_head),
-            loader.create_valid.eq(queues.create.valid),
+            # Not while commands of it are under way: then it is only removed.
+            loader.create_valid.eq(queues.create.valid & ~queues.under_way.bit_select(queues.create.queue, 1)),
             loader.create_queue.eq(queues.create.queue),
             loader.admin_base.eq(control.admin_base),
             loader.admin_limit.eq(control.admin_limit),

@@ -93,7 +93,7 @@ class Loader(wiring.Component):
     bus : Out(AXI_READ)
         Host memory.
     fetch : In(stream of FETCH)
-        Line of the next command, and its queue.
+        Line of the next command, and its queue; taken when the line has come.
     hold : Out(QUEUES)
         Offer nothing of these on `fetch`: a flash command of it waits for its channel, or its last command
         could be one.
@@ -254,7 +254,6 @@ class Loader(wiring.Component):
         status = Signal(16)
         where = Signal(32)
         queue = Signal(range(QUEUES))
-        fetched_queue = Signal.like(queue)  # of the command that is on its way
 
         # The mode: constants where only DENSE is built.
         length = Signal(TOKEN_BITS + 1)
@@ -286,7 +285,6 @@ class Loader(wiring.Component):
         m.d.comb += [
             read.lines.valid.eq(wanted | (want_command & self.fetch.valid)),
             read.lines.payload.eq(self.fetch.payload.line),
-            self.fetch.ready.eq(want_command & read.lines.ready & ~wanted),
         ]
         for number, (line, left) in enumerate(
             ((query_line, query_left), (table_line, table_left), (mean_line, mean_left))
@@ -295,8 +293,8 @@ class Loader(wiring.Component):
                 m.d.comb += [wanted.eq(1), read.lines.payload.eq(line)]
                 with m.If(read.lines.ready):
                     m.d.sync += [line.eq(line + 1), left.eq(left - 1)]
-        with m.If(self.fetch.valid & self.fetch.ready):
-            m.d.sync += [want_command.eq(0), fetched_queue.eq(self.fetch.payload.queue)]
+        with m.If(read.lines.valid & read.lines.ready & ~wanted):
+            m.d.sync += want_command.eq(0)
 
         # Slots.
         slot = Signal(shapes.slot)
@@ -443,8 +441,7 @@ class Loader(wiring.Component):
             self.admin.valid.eq(admin_valid),
             self.admin.payload.eq(admin),
             # Nobody knows yet whether the command that was fetched last will have to wait.
-            self.hold.eq(
-                Mux(flash_valid, 1 << flash_queue, 0) | Mux(want_command, 0, 1 << fetched_queue)),
+            self.hold.eq(Mux(flash_valid, 1 << flash_queue, 0) | Mux(want_command, 0, 1 << queue)),
         ]
         with m.If(self.flash.ready):
             m.d.sync += flash_valid.eq(0)
@@ -669,7 +666,7 @@ class Loader(wiring.Component):
                     table_check.clear.eq(1),
                     self.owner_clear.eq(1),
                 ]
-                m.d.sync += [step.eq(0), queue.eq(fetched_queue)]
+                m.d.sync += step.eq(0)
                 with m.If(taken):
                     m.d.sync += [position.eq(position + 1), broken.eq(broken | word.error)]
                     with m.Switch(position):
@@ -690,7 +687,9 @@ class Loader(wiring.Component):
                                     if spare:
                                         m.d.sync += flag.eq(flag | Cat(spare).any())
                     with m.If(word.last):
-                        m.d.sync += position.eq(0)
+                        # Only now its entry is free for the host.
+                        m.d.comb += self.fetch.ready.eq(1)
+                        m.d.sync += [position.eq(0), queue.eq(self.fetch.payload.queue)]
                         m.next = "check"
             with m.State("check"):
                 m.d.comb += window.valid.eq(step < address_steps)

@@ -234,19 +234,22 @@ def run(
                 ctx.set(dut.not_owned_where, number)
 
     async def fetch(ctx, first, count):
-        """Offers the lines of these commands, first the ones whose queues are not held."""
+        """Offers the lines of these commands, in order, but for those that are held where flash commands wait."""
         waiting = list(range(first, first + count))
         while waiting:
             held = ctx.get(dut.hold)
-            number = next((n for n in waiting if not held >> queue_of(n) & 1), None)
-            ctx.set(dut.fetch.valid, number is not None and rng.random() >= stall)
-            if number is not None:
-                ctx.set(dut.fetch.payload.line, (COMMANDS >> 6) + number)
-                ctx.set(dut.fetch.payload.queue, queue_of(number))
-            if ctx.get(dut.fetch.valid) and ctx.get(dut.fetch.ready):
-                waiting.remove(number)
-            await ctx.tick()
-        ctx.set(dut.fetch.valid, 0)
+            candidates = waiting if flash_ready is not None else waiting[:1]
+            number = next((n for n in candidates if not held >> queue_of(n) & 1), None)
+            if number is None or rng.random() < stall:
+                await ctx.tick()
+                continue
+            ctx.set(dut.fetch.payload.line, (COMMANDS >> 6) + number)
+            ctx.set(dut.fetch.payload.queue, queue_of(number))
+            ctx.set(dut.fetch.valid, 1)
+            await ctx.tick().until(dut.fetch.ready)
+            ctx.set(dut.fetch.valid, 0)
+            waiting.remove(number)
+            await ctx.tick().repeat(3)
 
     def queue_of(number):
         return queues[number] if queues else 0
