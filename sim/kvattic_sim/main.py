@@ -126,7 +126,7 @@ def simulate(console: Console, title: str, config: Config, attention: Attention,
         config: the model's.
         attention: the inputs.
         model: the compiled simulation.
-        heads_per_batch: KV heads behind one doorbell.
+        heads_per_batch: KV heads that are attended at once.
         processes: simulators that share the heads.
         how: which tokens are attended.
     """

@@ -234,8 +234,8 @@ class RtlTransport:
         dram_bytes: size of device DRAM.
         timeout_cycles: `wait` gives up after so many cycles, or never.
         heartbeat: if set, called from time to time while `wait` waits, with the cycles since the start.
-        on_batch: if set, called by `wait` after the interrupt when a busy period has ended: STATUS.BUSY is low, its
-            counters can be read.
+        on_batch: if set, called when a busy period has ended (STATUS.BUSY is low) and its counters can be read: by
+            `wait` after the interrupt, before the next submission, and by `settle`.
 
     Args:
         dut: the test bench.
@@ -467,6 +467,8 @@ class RtlTransport:
         width = _check_register(name)
         if not 0 <= value < 1 << width:
             raise RequestError(f"{name} has {width} bits: {value:#x} does not fit")
+        if name.startswith("SUBMISSION_TAIL"):
+            self.settle()
         self._block(self._write, name, int(value))
 
     def read_memory(self, address: int, size: int) -> bytes:
@@ -524,6 +526,10 @@ class RtlTransport:
             DeviceTimeoutError: the line was not raised in that time, or in `timeout_cycles`.
         """
         self._block(self._wait, timeout_s)
+        self.settle()
+
+    def settle(self) -> None:
+        """Call `on_batch` if a busy period has ended that it has not heard of."""
         if self.on_batch is not None and self._rung and not self.read_register("STATUS") & StatusBit.BUSY:
             self._rung = False
             self.on_batch()

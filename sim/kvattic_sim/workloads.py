@@ -26,10 +26,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
-    """The counters of one batch, or of several.
+    """The counters of one busy period, or of several.
 
     Attributes:
-        cycles: from the doorbell to the last completion.
+        cycles: while the drive had work.
         window: cycles from the first to the last beat of a lane.
         beats: lane cycles that carried data.
         stalls: lane cycles without data, by reason (`STALLS`); with beats they add up to channels * cycles.
@@ -46,7 +46,7 @@ class Usage:
 
     @classmethod
     def read(cls, device: Device, seconds: float) -> "Usage":
-        """The counters of the device's last batch."""
+        """The counters of the device's last busy period."""
         register = device.transport.read_register
         beats = register("BEATS")
         return cls(cycles=register("CYCLES"), beats=beats,
@@ -171,13 +171,15 @@ DENSE = How()
 
 
 def measured(device: Device, work: Callable[[], Result]) -> tuple[Result, Usage]:
-    """Do some work on a device, and add up the counters of all batches that it took."""
+    """Do some work on a device, and add up the counters of all its busy periods."""
     parts: list[Usage] = []
     begin = time.perf_counter()
     if isinstance(device.transport, RtlTransport):
         device.transport.on_batch = lambda: parts.append(Usage.read(device, 0.0))
     try:
         result = work()
+        if isinstance(device.transport, RtlTransport):
+            device.transport.settle()
     finally:
         if isinstance(device.transport, RtlTransport):
             device.transport.on_batch = None
@@ -192,7 +194,7 @@ def attend(
     Args:
         device: where.
         attention: the inputs.
-        heads_per_batch: KV heads whose jobs go behind one doorbell.
+        heads_per_batch: KV heads whose jobs are submitted at once.
         label: for the lines of progress.
         how: which tokens.
 

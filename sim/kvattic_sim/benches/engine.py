@@ -47,7 +47,7 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """One decode step, a job for each KV head, all behind one doorbell.
+    """One decode step, a job for each KV head, all submitted at once.
 
     Attributes:
         config: what runs it.
@@ -185,7 +185,7 @@ def scaling(lab: Lab) -> Figures:
 
 
 def single_channel(lab: Lab) -> Figures:
-    """Cycles of one small job on one channel, from the doorbell to the completion."""
+    """Cycles of one small job on one channel, from doorbell to completion."""
     return {"engine.single_channel.cycles": lab.run(SINGLE).cycles}
 
 

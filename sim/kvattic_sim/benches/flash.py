@@ -23,7 +23,7 @@ DENSE = Case(config=PAPER, kv_heads=40, tokens=2048)
 ERROR_RATES = (1e-5, 1e-4)
 """Raw bit errors over bits read."""
 DRAM_BYTES = 1 << 27
-"""Device DRAM: room for all pages of the prefill, so that they are programmed behind one doorbell."""
+"""Device DRAM: room for all pages of the prefill, so that they are submitted at once."""
 VARIANTS = {
     "tlc": Case(config=replace(PAPER, part=part("tlc")), kv_heads=16, tokens=2048),
     "lowlatency": Case(config=replace(PAPER, part=part("lowlatency")), kv_heads=16, tokens=2048),
