@@ -76,8 +76,8 @@ def test_what_cannot_be_removed(device, length):
         sequence.held_tokens = 60
         sequence.prefill(*tokens(100), layer=1)
         assert sequence.flushed(1) == 32
-        with pytest.raises(RequestError, match="length must be an int from 32 to 100, .* layer 1 has 100 tokens, the "
-                                               "first 32 of which are in flash"):
+        with pytest.raises(RequestError, match=r"length must be an int from 32 to 100, .* layer 1 has 100 tokens, the "
+                                               r"first 32 of which are in flash"):
             sequence.truncate(length, layer=1)
         sequence.truncate(32, layer=1)
         assert sequence.length(1) == 32
@@ -103,6 +103,6 @@ def test_a_stripe_that_is_partly_in_flash_stays(device):
 
 
 def test_a_layer_that_is_not_there(device):
-    with device.create_sequence(HEADS, capacity_tokens=300) as sequence:
-        with pytest.raises(RequestError, match="layer must be"):
-            sequence.truncate(0, layer=1)
+    with (device.create_sequence(HEADS, capacity_tokens=300) as sequence,
+          pytest.raises(RequestError, match="layer must be")):
+        sequence.truncate(0, layer=1)
