@@ -34,8 +34,8 @@ def query_of(q_heads, n=1, seed=99):
     return np.random.default_rng(seed).standard_normal((q_heads, n, 32)).astype(np.float16)
 
 
-def dense_bits(key, value, query):
-    with Device(GoldenDevice(TINY)) as device:
+def dense_bits(key, value, query, config=TINY):
+    with Device(GoldenDevice(config)) as device:
         sequence = device.create_sequence(key.shape[0], capacity_tokens=key.shape[1])
         sequence.prefill(key, value)
         return sequence.attend(query).bits
@@ -56,16 +56,16 @@ def idle(device):
 @given(st.lists(st.tuples(st.sampled_from(["append", "append", "append_async", "append_async", "attend", "poll"]),
                           st.integers(0, 1), st.integers(1, 90)), min_size=1, max_size=14),
        st.sampled_from(SKETCHES), st.one_of(st.none(), st.integers(0, 99)), st.sampled_from([2, 8, 256]),
-       st.booleans())
-def test_any_mixture_gives_the_bits_of_the_synchronous_calls(steps, sketches, seed, entries, tight):
+       st.sampled_from(["tight", "roomy", "isolated"]))
+def test_any_mixture_gives_the_bits_of_the_synchronous_calls(steps, sketches, seed, entries, kind):
     """Appends and attends of two layers, in little DRAM, on a device that completes in any order."""
     config = replace(TINY, channels=3, part=TINY.part.resized(1024, blocks=24))
-    dram_pages = (120 if sketches else 12) if tight else 1024
+    dram_pages = (120 if sketches else 12) if kind == "tight" else 1024
     transport = SlowDevice(config, shuffle=seed, dram_bytes=dram_pages * 1024)
     key, value = tokens_of(2, 1300)
     query = query_of(2)
     with Device(transport, entries=entries) as device:
-        sequence = device.create_sequence(2, layers=2, capacity_tokens=1300, **sketches)
+        sequence = device.create_sequence(2, layers=2, capacity_tokens=1300, isolated=kind == "isolated", **sketches)
         lengths, found, writes = [0, 0], [], []
         for what, layer, count in steps:
             at = lengths[layer]
@@ -81,16 +81,20 @@ def test_any_mixture_gives_the_bits_of_the_synchronous_calls(steps, sketches, se
         device.wait(writes)
         assert [future.exception() for future in writes] == [None] * len(writes)
         for future, length in found:
-            assert np.array_equal(future.result().bits, dense_bits(key[:, :length], value[:, :length], query))
+            assert np.array_equal(future.result().bits, dense_bits(key[:, :length], value[:, :length], query, config))
         for layer, length in enumerate(lengths):
             assert sequence.length(layer) == length
             assert sequence.flushed(layer) == length // sequence.stripe_tokens * sequence.stripe_tokens
             if length:
                 assert np.array_equal(sequence.attend(query, layer=layer).bits,
-                                      dense_bits(key[:, :length], value[:, :length], query))
+                                      dense_bits(key[:, :length], value[:, :length], query, config))
         tails = sum(length % sequence.stripe_tokens > 0 for length in lengths)
-        assert device.free_dram_pages == dram_pages - tails * 4 * sequence._pages
+        if kind != "isolated":
+            assert device.free_dram_pages == dram_pages - tails * 4 * sequence._pages
         assert device.write_amplification == 1 or not any(length >= sequence.stripe_tokens for length in lengths)
+        sequence.free()
+        assert device.free_dram_pages == dram_pages
+        assert device.free_zones == device._allocator.zones
         assert idle(device)
 
 
