@@ -464,7 +464,7 @@ class Sequence(Store):
             )
         if length == 0:
             raise RequestError(f"layer {layer} has no tokens: prefill it before attending")
-        bits = layout.storage_bits(array, config.element, "query")
+        bits = layout.storage_bits(array, config.element, "query").copy()   # jobs may be read much later
         scale_bits = _scale_bits(1 / math.sqrt(dim) if scale is None else scale)
         masks = _masks(length, n_queries, causal, window, tree)
         selection = self._selection(*how)

@@ -135,6 +135,20 @@ def test_decoding_does_not_wait_for_flash():
         assert device.free_dram_pages == device._dram.pages
 
 
+def test_the_caller_may_use_its_arrays_again():
+    key, value = tokens_of(2, 60)
+    arrays = [array.view(np.uint16).copy() for array in (key, value, query_of(2, 8))]
+    with Device(SlowDevice(dram_bytes=12 * 1024), entries=2) as device:
+        sequence = device.create_sequence(2, capacity_tokens=60)
+        write = sequence.append_async(*arrays[:2])
+        result = sequence.attend_async(arrays[2])
+        for array in arrays:
+            array[:] = 0x7C00
+        assert np.array_equal(result.result().bits, dense_bits(key, value, query_of(2, 8)))
+        write.result()
+        assert np.array_equal(sequence.attend(query_of(2)).bits, dense_bits(key, value, query_of(2)))
+
+
 def test_layers_are_written_while_others_are_computed():
     """Layer-wise prefill: the PROGRAMs of several layers are under way at once."""
     tokens = [tokens_of(2, 100, seed) for seed in range(4)]

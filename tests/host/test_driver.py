@@ -707,6 +707,21 @@ def test_open():
             kvattic.open("model", TINY, entries=entries)
 
 
+def test_other_targets_are_loaded_when_they_are_asked_for(monkeypatch):
+    asked = []
+
+    def transport(which, config, **options):
+        asked.append((which, config, options))
+        return GoldenDevice(config)
+
+    monkeypatch.setattr("kvattic.sim_transport.open_simulator", transport)
+    monkeypatch.setattr("kvattic.mmio_transport.open_mmio", transport)
+    for target in ("sim:verilator", "sim:icarus", "mmio:/dev/xdma0"):
+        with kvattic.open(target, "tiny", timeout_s=3.0, something=1) as device:
+            assert device.timeout_s == 3.0
+    assert asked == [(which, TINY, {"something": 1}) for which in ("verilator", "icarus", "/dev/xdma0")]
+
+
 def test_who_opens_a_transport_closes_it(monkeypatch):
     closed = []
     monkeypatch.setattr(GoldenDevice, "close", lambda self: closed.append(self))
