@@ -1,7 +1,7 @@
 """`Dispatcher`: owns the transport, its queues and the host memory, and knows what is under way.
 
 Host memory has the rings of all queues first, then the *arena*, from which blocks are taken for the queries, tables and
-results of the commands under way.  Commands that find no room wait in a backlog, in order.  docs/queues.md explains it.
+results of the commands under way.  Commands that find no room wait in a backlog, in order.  docs/host.md explains it.
 """
 
 import struct
@@ -156,7 +156,7 @@ class Dispatcher:
         self.lock = RLock()
         self._sizes = [min(entries, ADMIN_ENTRIES), entries, entries]
         memory = transport.memory_bytes // LINE_BYTES
-        while 2 * sum(self._sizes) > max(memory // 4, 0) and max(self._sizes) > 2:
+        while 2 * sum(self._sizes) > memory // 4 and max(self._sizes) > 2:
             largest = max(self._sizes)
             self._sizes = [min(size, largest // 2) for size in self._sizes]
         least = 2 * sum(self._sizes) + lines(IDENTIFY_BYTES)
@@ -179,7 +179,7 @@ class Dispatcher:
         self._stepping = 0
         self._quiet = 0
         self._threshold = 1
-        self._stale_status = False
+        self._stale_status = False  # MEDIA_ERROR or BUS_ERROR may be set in STATUS: cleared when the next work begins
         self._waited = 0.0      # seconds spent waiting since the last completion
         self._alarms = 0        # wake-ups since then
         self._broken: KvatticError | None = None
@@ -247,10 +247,6 @@ class Dispatcher:
         """
         if self._broken is not None:
             raise _again(self._broken)
-
-    def clear_status(self) -> None:
-        """Have the next start from idle clear STATUS.MEDIA_ERROR and BUS_ERROR."""
-        self._stale_status = True
 
     # Submitting.
 
@@ -538,6 +534,8 @@ class Dispatcher:
             now = time.monotonic()
             if deadline is not None and now >= deadline and self._waited + now - begin < patience_s:
                 return
+            if any(queue.peek() for queue in self._queues):
+                return      # it works, but fewer completions came than the line waits for
             self._broke(DeviceTimeoutError(f"{error} ({self.in_flight} commands are under way, {self.waiting} "
                                            f"wait{self._diagnosis()}); call Device.reset()"))
         except DeviceLostError as error:

@@ -99,7 +99,6 @@ class Device:
                  owns_transport: bool = False) -> None:
         self.transport = transport
         self.config: Config = transport.config
-        self.timeout_s = timeout_s
         self._owns_transport = owns_transport
         self._closed = False
         self._sequences: list[Sequence] = []
@@ -154,6 +153,11 @@ class Device:
         trace: TracebackType | None,
     ) -> None:
         end_block(self.close, error)
+
+    @property
+    def timeout_s(self) -> float:
+        """Patience with the device."""
+        return self._dispatcher.timeout_s
 
     @property
     def lock(self) -> RLock:

@@ -223,6 +223,27 @@ def test_patience_of_the_caller_is_not_that_with_the_device():
         device.reset()
 
 
+def test_slow_is_not_dead():
+    """Fewer completions come within the device's patience than the interrupt line waits for."""
+    class Snail(SlowDevice):
+        steps = 0
+
+        def _step(self):
+            self.steps -= 1
+            return self.steps >= 0 and super()._step()
+
+        def wait(self, timeout_s):
+            self.steps = 3
+            super().wait(timeout_s)
+
+    transport = Snail()
+    with Device(transport) as device:
+        jobs = jobs_of(sequence_of(device), 40)
+        transport.forget()
+        assert same(device.run(jobs, timeout_s=0.001), expected(40))
+        assert transport.waits >= 40 // 3
+
+
 def test_wait_takes_futures_of_its_device():
     with Device(GoldenDevice(TINY)) as device, Device(SlowDevice()) as other:
         mine = device.submit(jobs_of(sequence_of(device), 3))
