@@ -128,7 +128,7 @@ class Finisher(wiring.Component):
     write_error : Out(1)
         Strobe: a write was answered with an error.
     stop : In(1)
-        While high no write is begun; a reset follows.
+        While high no write is begun, and outcomes are taken and forgotten; a reset follows.
     quiet : Out(1)
         No write is under way.
     axi : Out(AXI_WRITE)
@@ -635,10 +635,12 @@ class Finisher(wiring.Component):
         m.d.comb += [written.eq(~out_valid & lines.idle), self.post_queue.eq(entry.queue)]
         with m.If(lines.error):
             m.d.sync += error.eq(1)
+        # Before a reset nothing is written, but flash commands that have begun must come to their end.
+        m.d.comb += self.outcomes.ready.eq(self.stop)
         with m.FSM(name="write"):
             with m.State("IDLE"):
                 # Jobs first: they come once in a while only.
-                m.d.comb += [writer_idle.eq(1), self.outcomes.ready.eq(~hand_over)]
+                m.d.comb += [writer_idle.eq(1), self.outcomes.ready.eq(~hand_over | self.stop)]
                 m.d.sync += [
                     entry.queue.eq(job.queue),
                     entry.status.eq(status),

@@ -131,7 +131,7 @@ class Loader(wiring.Component):
     bus_error : Out(1)
         Strobe: a word was not answered with OKAY.
     stop : In(1)
-        Start no read, drop what comes; a reset will follow.
+        Start no read, drop what comes, hand no flash command over; a reset will follow.
     quiet : Out(1)
         No read is under way.
     """
@@ -436,7 +436,7 @@ class Loader(wiring.Component):
         flash_queue = Signal.like(queue)
         park_flash, park_admin = Signal(), Signal()
         m.d.comb += [
-            self.flash.valid.eq(flash_valid),
+            self.flash.valid.eq(flash_valid & ~self.stop),
             self.flash.payload.eq(flash),
             self.admin.valid.eq(admin_valid),
             self.admin.payload.eq(admin),

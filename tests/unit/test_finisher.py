@@ -704,6 +704,27 @@ def test_a_flash_command_ends_while_a_job_waits_for_its_lanes():
     assert world.completed_at[-2] < 1900
 
 
+@pytest.mark.parametrize("begun", [1, 2, 3, 6, 10])
+def test_outcomes_are_taken_while_it_stops(begun):
+    """Whatever it was doing: a reset waits for the flash commands that are under way, and nobody else takes them."""
+    dut = Finisher(TINY)
+
+    async def bench(ctx):
+        ctx.set(dut.outcomes.valid, 1)
+        ctx.set(dut.axi.awready, 1)
+        ctx.set(dut.axi.wready, 1)
+        await ctx.tick().repeat(begun)
+        ctx.set(dut.stop, 1)
+        for _ in range(30):
+            assert ctx.get(dut.outcomes.ready)
+            await ctx.tick()
+
+    simulator = Simulator(dut)
+    simulator.add_clock(1e-9)
+    simulator.add_testbench(bench)
+    simulator.run()
+
+
 @pytest.mark.parametrize("config", [ONE_ROW, COPIES, ODD], ids=["one_row", "copies", "odd"])
 @pytest.mark.parametrize("stall", [0.0, 0.5])
 def test_geometries(config, stall):

@@ -277,6 +277,7 @@ def run(
         async def soft_reset():
             ctx.set(dut.stop, 1)
             while not ctx.get(dut.quiet):
+                assert not ctx.get(dut.flash.valid), "a flash command that the reset would forget"
                 await ctx.tick()
             ctx.set(reset, 1)
             await ctx.tick()
