@@ -154,7 +154,7 @@ enum kvattic_status {  /* How a command ended; where of the completion says whic
     KVATTIC_STATUS_NOT_PERMITTED = 25,  /* where: 0 the opcode is for queue 0 alone; 1 the domain is not given to the queue. */
     KVATTIC_STATUS_NOT_OWNED = 26,  /* A place that is not the domain's, or that is none. where, ATTEND: number of the first such table entry; PROGRAM, ERASE: 0 flash page, 1 page of device DRAM. */
     KVATTIC_STATUS_INVALID_QUEUE = 27,  /* where: 0 queue (1 to QUEUES - 1; CREATE_QUEUE: it is there already), 1 entries, 2 submission, 3 completion. */
-    KVATTIC_STATUS_QUEUE_BUSY = 28,  /* DELETE_QUEUE of a queue with commands under way: no more are fetched from it; delete it again later. where: 0. */
+    KVATTIC_STATUS_QUEUE_BUSY = 28,  /* DELETE_QUEUE while commands of it are under way: nothing more is fetched; delete it again later. where: 0. */
     KVATTIC_STATUS_INVALID_GRANT = 29,  /* where: 0 kind, 1 first or count, 2 domain (1 to DOMAINS - 1). */
 };
 
@@ -281,7 +281,7 @@ struct kvattic_queue_command {  /* a submission entry: CREATE_QUEUE, DELETE_QUEU
     uint16_t identifier;  /* copied into the completion */
     uint8_t queue;  /* number of the pair */
     uint8_t reserved_at_5[1];  /* zero */
-    uint16_t entries;  /* of each ring, a power of two, 2 to registers.MAX_ENTRIES; DELETE_QUEUE: zero, as all below */
+    uint16_t entries;  /* of each ring: a power of two, 2 to MAX_ENTRIES; DELETE_QUEUE: zero, as what follows */
     uint8_t reserved_at_8[16];  /* zero */
     uint64_t submission;  /* address of the submission ring, 64-byte aligned */
     uint64_t completion;  /* address of the completion ring, 64-byte aligned */

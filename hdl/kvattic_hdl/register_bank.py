@@ -102,8 +102,8 @@ class RegisterBank(wiring.Component):
     read: data.View
     value: data.View
     write: data.View
-    data: Signal
     doorbell: data.View
+    data: Signal
 
     def __init__(self, config: Config) -> None:
         if not isinstance(config, Config):

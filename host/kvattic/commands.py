@@ -116,7 +116,8 @@ class Status(IntEnum):
     """where: the opcode."""
     INVALID_FIELD = 2
     """A reserved byte is not zero, there is no such mode (or none but DENSE in this configuration), a field is not zero
-    that mode or opcode has no use for, or stripe_pages is no power of two, too large, or not what a sparse mode needs."""
+    that mode or opcode has no use for, or stripe_pages is no power of two, too large, or not what a sparse mode
+    needs."""
     INVALID_ROWS = 3
     """where: the number of rows."""
     INVALID_LENGTH = 4
@@ -174,7 +175,7 @@ class Status(IntEnum):
     INVALID_QUEUE = 27
     """where: 0 queue (1 to QUEUES - 1; CREATE_QUEUE: it is there already), 1 entries, 2 submission, 3 completion."""
     QUEUE_BUSY = 28
-    """DELETE_QUEUE of a queue with commands under way: no more are fetched from it; delete it again later.  where: 0."""
+    """DELETE_QUEUE while commands of it are under way: nothing more is fetched; delete it again later.  where: 0."""
     INVALID_GRANT = 29
     """where: 0 kind, 1 first or count, 2 domain (1 to DOMAINS - 1)."""
 
@@ -300,7 +301,7 @@ QUEUE_COMMAND = Record("QueueCommand", LINE_BYTES, (
     Field("identifier", 2, 2, "copied into the completion"),
     Field("queue", 4, 1, "number of the pair"),
     Field("reserved0", 5, 1, "reserved, zero"),
-    Field("entries", 6, 2, "of each ring, a power of two, 2 to registers.MAX_ENTRIES; DELETE_QUEUE: zero, as all below"),
+    Field("entries", 6, 2, "of each ring: a power of two, 2 to MAX_ENTRIES; DELETE_QUEUE: zero, as what follows"),
     Field("reserved1", 8, 8, "reserved, zero"),
     Field("reserved2", 16, 8, "reserved, zero"),
     Field("submission", 24, 8, "address of the submission ring, 64-byte aligned"),

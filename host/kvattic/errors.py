@@ -21,10 +21,6 @@ class ConfigMismatchError(KvatticError):
     """The device was built from another configuration than the driver's."""
 
 
-class DeviceBusyError(KvatticError):
-    """The doorbell was rung while the engine was still working."""
-
-
 class DeviceTimeoutError(KvatticError):
     """The device did not answer within the driver's patience."""
 

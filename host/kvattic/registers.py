@@ -83,11 +83,11 @@ REGISTERS: tuple[Register, ...] = (
     Register("DOORBELL_ERROR", 0x1C, 32, Access.RO, 0, "the first refused doorbell: queue << 24 | 1 << 16 if it was "
              "COMPLETION_HEAD | low 16 bits of its value"),
     Register("INTERRUPT_MASK", 0x20, 32, Access.RW, 0, "bit q: queue q may raise the interrupt line"),
-    Register("INTERRUPT_AFTER", 0x24, 32, Access.RW, 1, "completions that the host has not taken, from which on a queue "
-             "wants an interrupt (16 bits); a queue with nothing under way wants it with any"),
+    Register("INTERRUPT_AFTER", 0x24, 32, Access.RW, 1, "completions that the host has not taken, from which on a "
+             "queue wants an interrupt (16 bits); a queue with nothing under way wants it with any"),
     Register("INTERRUPTS", 0x28, 32, Access.RO, 0, "bit q: queue q wants an interrupt, masked or not"),
-    Register("ADMIN_ENTRIES", 0x2C, 32, Access.WO, 0, "entries of each ring of queue 0, a power of two: creates it anew, "
-             "empty; another number removes it"),
+    Register("ADMIN_ENTRIES", 0x2C, 32, Access.WO, 0, "entries of each ring of queue 0, a power of two: creates it "
+             "anew, empty; another number removes it"),
     Register("ADMIN_SUBMISSION", 0x30, 64, Access.RW, 0, "address of queue 0's submission ring, 64-byte aligned"),
     Register("ADMIN_COMPLETION", 0x38, 64, Access.RW, 0, "address of its completion ring, 64-byte aligned"),
     Register("ADMIN_BASE", 0x40, 64, Access.RW, 0, "first address that the blocks of queue 0's commands may use"),

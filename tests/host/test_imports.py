@@ -28,7 +28,7 @@ def breaks(source: str, package: str) -> list[str]:
     for module, name in imports(source):
         top = module.partition(".")[0]
         if package == "kvattic":
-            forbidden = top in {"kvattic_hdl", "kvattic_sim", "amaranth", "cocotb", "torch"}
+            forbidden = top in {"kvattic_hdl", "kvattic_sim", "amaranth", "cocotb", "torch", "transformers"}
         elif package == "kvattic_hdl":
             forbidden = top == "kvattic_sim"
         else:
@@ -48,7 +48,11 @@ FILES = [
 
 @pytest.mark.parametrize(("path", "package"), FILES)
 def test_sources_keep_the_import_rule(path, package):
-    assert breaks(path.read_text(), package) == []
+    found = breaks(path.read_text(), package)
+    if path.name == "huggingface.py" and package == "kvattic":
+        # The one module that is there for them; nothing else may import it at its top.
+        found = [name for name in found if name.partition(".")[0] not in ("torch", "transformers")]
+    assert found == []
 
 
 @pytest.mark.parametrize(

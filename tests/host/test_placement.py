@@ -176,7 +176,7 @@ def test_prefill_goes_through_little_dram(pages):
 def stored(device, channel, page, count=1):
     """Images of consecutive pages of flash."""
     blocks = [device._allocator.block(channel, p) for p in range(page, page + count)]
-    pages = [device.transport._blocks[b].pages for b in blocks]
+    pages = [device.transport.flash.blocks[b].pages for b in blocks]
     return np.array([found[page_place(page + i, device.config).page].image for i, found in enumerate(pages)])
 
 
@@ -429,13 +429,13 @@ def test_prefill_with_sketches_goes_through_little_dram(sketches):
 def programs_of(monkeypatch, device):
     """A list that each batch of PROGRAM commands is added to, as (channel, page)."""
     batches = []
-    operate = device._operate
+    submit = device.submit_operations
 
-    def spy(operations, timeout_s):
+    def spy(operations):
         batches.append([(o.channel, o.page) for o in operations if o.opcode is Opcode.PROGRAM])
-        return operate(operations, timeout_s)
+        return submit(operations)
 
-    monkeypatch.setattr(device, "_operate", spy)
+    monkeypatch.setattr(device, "submit_operations", spy)
     return batches
 
 
@@ -746,19 +746,19 @@ def test_what_cannot_be_read_is_named(sparse, kind):
         statuses = [result.completion.status for result in device.run(jobs, check=False)]
         assert statuses == [Status.OK, Status.OK, Status[f"UNREADABLE_{kind.name}"]]
         # Not the first of its batch: its cause is not known, and nothing else is said to be it.
-        jobs[0].table[0] = layout.pack_entries(entries.channel[0, 0], 50 << 3, 50 << 3, 0)
+        jobs[0].table[0] = layout.pack_entries(entries.channel[0, 0], 6 << 5, 6 << 5, 0)   # nothing is there
         results = device.run(jobs, check=False)
         assert results[0].completion.status is Status.UNREADABLE_KEY
-        assert re.search(r"codeword 2 \(not the first of the batch, which is page number 400 of channel \d\)$",
+        assert re.search(r"codeword 2 \(not the first of the batch, which is page number 192 of channel \d\)$",
                          device._unreadable(jobs[2], results[2].completion))
 
 
-def test_dram_that_cannot_be_read_is_named():
+def test_dram_that_there_is_not_is_nobodys():
     with Device(GoldenDevice(TINY)) as device:
         sequence = device.create_sequence(1, capacity_tokens=20)
         sequence.append(*tokens_of(TINY, 1, 10))
         sequence._layers[0].table[0, 0] = layout.pack_entries(0, 1 << 23, 0, 1)
-        with pytest.raises(DeviceStatusError, match=r"K of token 0 on .* read: device DRAM, page 8388608, codeword 0$"):
+        with pytest.raises(DeviceStatusError, match="NOT_OWNED: what entry 0 of the table names is not the domain's"):
             sequence.attend(query_of(TINY, 1))
 
 
@@ -829,16 +829,16 @@ def test_flash_commands_of_the_caller():
                 device.operate([bad])
 
 
-def test_flash_commands_in_many_batches(monkeypatch):
-    rings = []
-    ring = Device._ring
-    monkeypatch.setattr(Device, "_ring", lambda self, count, *rest: (rings.append(count), ring(self, count, *rest)))
-    with Device(GoldenDevice(TINY, memory_bytes=10 * 128 + 5)) as device:
+def test_flash_commands_as_many_at_a_time_as_there_is_room(monkeypatch):
+    transport = GoldenDevice(TINY)
+    tails = []
+    write = transport.write_register
+    with Device(transport, entries=8) as device:
+        monkeypatch.setattr(transport, "write_register", lambda name, value: (
+            tails.append(value) if name == "SUBMISSION_TAIL_0" else None, write(name, value)))
         device.operate([FlashOperation(Opcode.PROBE, i % 2, i) for i in range(25)])
-    assert rings == [10, 10, 5]
-    device = Device(GoldenDevice(TINY, memory_bytes=127))
-    with pytest.raises(CapacityError, match="a flash command needs 128 bytes of host memory, there are 127"):
-        device.operate([FlashOperation(Opcode.PROBE, 0, 0)])
+    first = tails[0]
+    assert [(tail - first) % 8 for tail in tails] == [0, 7, 6, 2]   # 7, 7, 7 and 4 of them
 
 
 # Freeing.
@@ -908,7 +908,7 @@ def test_a_power_cut_loses_only_what_was_not_acknowledged(after, sketches):
             sequence.attend(query_of(TINY, 2))
         transport.power_up()
         losses = device.recover()
-        assert transport._map == {(0, 0, 0, 0): 7}
+        assert transport.flash.map == {(0, 0, 0, 0): 7}
         size = sequence.stripe_tokens
         kept = sequence.length()
         assert kept == sequence.flushed() == kept // size * size
@@ -968,26 +968,34 @@ def test_an_error_in_a_with_block_is_not_hidden_by_the_end_of_it():
             raise ZeroDivisionError
 
 
-def test_completions_of_an_earlier_batch_count_for_nothing():
-    """A doorbell that is refused leaves old completions in host memory, which must not pass for new ones."""
+def test_completions_of_before_count_for_nothing():
+    """A doorbell that is lost leaves old completions in host memory, which must not pass for new ones."""
 
-    class Busy(GoldenDevice):
-        busy = False
+    class Deaf(GoldenDevice):
+        deaf = False
 
-        def read_register(self, name):
-            return super().read_register(name) | (self.busy and name == "STATUS")
+        def write_register(self, name, value):
+            if not (self.deaf and name.startswith("SUBMISSION_TAIL")):
+                super().write_register(name, value)
 
-    transport = Busy(TINY)
-    key, value = tokens_of(TINY, 1, 2 * PAGE)
-    with Device(transport) as device:
-        sequence = device.create_sequence(1, capacity_tokens=2 * PAGE)
+    transport = Deaf(TINY)
+    key, value = tokens_of(TINY, 1, 3 * PAGE)
+    with Device(transport, entries=2) as device:
+        sequence = device.create_sequence(1, capacity_tokens=3 * PAGE)
         sequence.append(key[:, :PAGE], value[:, :PAGE])
-        transport.busy = True
-        with pytest.raises(KvatticError, match="still working"):
-            sequence.append(key[:, PAGE:], value[:, PAGE:])
+        transport.deaf = True
+        with pytest.raises(DeviceTimeoutError, match="ring a doorbell first"):
+            sequence.append(key[:, PAGE : 2 * PAGE], value[:, PAGE : 2 * PAGE])
         assert (sequence.length(), sequence.flushed()) == (2 * PAGE, PAGE)
-        transport.busy = False
+        transport.deaf = False
+        with pytest.raises(DeviceTimeoutError, match=r"call Device.reset"):
+            sequence.append(key[:, 2 * PAGE :], value[:, 2 * PAGE :])
+        device.reset()
         query = query_of(TINY, 1)
+        expected = expected_bits(TINY, key[:, : 2 * PAGE], value[:, : 2 * PAGE], query)
+        assert np.array_equal(sequence.attend(query).bits, expected)
+        sequence.append(key[:, 2 * PAGE :], value[:, 2 * PAGE :])
+        assert sequence.flushed() == 3 * PAGE
         assert np.array_equal(sequence.attend(query).bits, expected_bits(TINY, key, value, query))
 
 
