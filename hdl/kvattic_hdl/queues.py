@@ -84,7 +84,7 @@ class Queues(wiring.Component):
         Strobe: a completion of `post_queue`, which has been stable for two cycles, takes that entry.  Not again before
         `posted`.
     posted, posted_queue : In
-        Strobe: that completion is in host memory.
+        Strobe: that completion is in host memory.  The host may have found it there, and taken it, since `post`.
     interrupt_after : In(16)
         The register INTERRUPT_AFTER.
     interrupts : Out(QUEUES)
@@ -188,7 +188,10 @@ class Queues(wiring.Component):
         for q in range(QUEUES):
             m.d.sync += [
                 fetchable[q].eq(self.present[q] & (tail[q] != head[q]) & (head[q] != limit[q]) & ~gone[q]),
-                unread[q].eq(self.present[q] & (written[q] != taken[q]) & ~gone[q]),
+                # The host may have taken the one that is being written already.
+                unread[q].eq(
+                    self.present[q] & (written[q] != taken[q]) & (place[q] != taken[q]) & ~gone[q]
+                ),
             ]
         m.d.comb += [
             self.busy.eq((fetchable | self.under_way).any()),
@@ -196,13 +199,13 @@ class Queues(wiring.Component):
         ]
 
         # Doorbells, in two steps: distances, then the decision.  What fetches and completions change between the two
-        # cannot make a legal doorbell illegal.  Where no doorbell comes, the same subtraction counts a queue's unread
-        # completions.
+        # cannot make a legal doorbell illegal.  The host may find a completion in its memory before we hear that it is
+        # there.  Where no doorbell comes, the same subtraction counts a queue's unread completions.
         bell, scan = self.doorbell, Signal(QUEUE_BITS)
         side, queue = Signal(), Signal(QUEUE_BITS)
         m.d.comb += [side.eq(bell.completion | ~bell.valid), queue.eq(Mux(bell.valid, bell.queue, scan))]
         start = Mux(side, taken[queue], head[queue])
-        end = Mux(side, written[queue], tail[queue])
+        end = Mux(bell.valid, Mux(side, place[queue], tail[queue]), written[queue])
         bell_mask = mask(at(entries_bits, queue))
         ringing, counting, legal, late = (Signal(name=name) for name in ("ringing", "counting", "legal", "late"))
         rung = Signal(DOORBELL)
@@ -311,9 +314,15 @@ class Queues(wiring.Component):
             with m.If(self.posted & (self.posted_queue == q)):
                 m.d.sync += written[q].eq(next_written)
 
-        # A line that is being offered counts at once: `create` must not come between.
+        # A line that is being offered counts at once: `create` must not come between.  Where the host takes a completion
+        # before we hear that it is there, as many commands as the ring has entries may be under way.
+        writing = Signal(QUEUES)
         for q in range(QUEUES):
-            m.d.sync += self.under_way[q].eq((head[q] != written[q]) | offered[q] | offer[q])
+            with m.If(self.post & (self.post_queue == q)):
+                m.d.sync += writing[q].eq(1)
+            with m.Elif(self.posted & (self.posted_queue == q)):
+                m.d.sync += writing[q].eq(0)
+            m.d.sync += self.under_way[q].eq((head[q] != written[q]) | writing[q] | offered[q] | offer[q])
 
         # Last: a new queue is empty.
         for q in range(QUEUES):

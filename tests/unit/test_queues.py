@@ -33,7 +33,8 @@ class Ring:
 
     @property
     def unread(self):
-        return self.posted - self.taken if self.present else 0
+        # The host may have taken one before `posted`.
+        return max(self.posted - self.taken, 0) if self.present else 0
 
     def judge(self, completion, value):
         """What a doorbell sets `taken` or the tail to, or None if it is refused."""
@@ -41,7 +42,7 @@ class Ring:
             return None
         if completion:
             taken = self.taken + (value - self.taken) % self.entries
-            return taken if taken <= self.posted else None
+            return taken if taken <= self.place else None
         tail = self.fetched + (value - self.fetched) % self.entries
         return tail if tail >= self.tail else None
 
@@ -341,6 +342,32 @@ def test_doorbells_that_are_refused():
     simulate(test)
 
 
+def test_a_completion_taken_before_its_write_is_answered():
+    """The host found it in its memory: the doorbell is legal, and there is nothing to raise an interrupt for."""
+
+    async def test(b):
+        await b.create(4, 2)
+        await b.ring(4, 1)
+        await b.take(1)
+        b.post_queue = 4
+        await b.idle(2)
+        await b.ring(4, 1, completion=1, legal=False)
+        await b.cycle(post=1)
+        await b.ring(4, 1, completion=1)
+        await b.ring(4, 0, completion=1, legal=False)
+        await b.ring(4, 0)    # the rings have room for the next one
+        assert await b.take(1) == [entry(4, 1)]
+        assert await b.interrupts() == 0
+        await b.cycle(posted=4)
+        assert await b.interrupts() == 0
+        assert await b.finish(4) == (1, 1, 0)
+        assert await b.interrupts() == 1 << 4
+        await b.ring(4, 0, completion=1)
+        assert await b.interrupts() == 0
+
+    simulate(test)
+
+
 def test_doorbells_every_other_cycle():
     """As fast as they may come, legal and not; each is judged by what the one before left."""
 
@@ -627,7 +654,7 @@ class Traffic:
         if rng.random() < self.wrong or not ring.entries:
             value = rng.choice([rng.getrandbits(32), rng.randrange(2 * (ring.entries or 8))])
         elif completion:
-            value = rng.randint(ring.taken, ring.posted) % ring.entries
+            value = rng.randint(ring.taken, ring.place) % ring.entries
         else:
             value = min(rng.randint(ring.tail, ring.fetched + ring.entries - 1), ring.tail + 5) % ring.entries
         return {"queue": q, "completion": completion, "value": value}
