@@ -173,16 +173,19 @@ DENSE = How()
 def measured(device: Device, work: Callable[[], Result]) -> tuple[Result, Usage]:
     """Do some work on a device, and add up the counters of all its busy periods."""
     parts: list[Usage] = []
+    transport = device.transport if isinstance(device.transport, RtlTransport) else None
     begin = time.perf_counter()
-    if isinstance(device.transport, RtlTransport):
-        device.transport.on_batch = lambda: parts.append(Usage.read(device, 0.0))
+    if transport is not None:
+        transport.on_batch = lambda: None
+        transport.settle()    # what ended before
+        transport.on_batch = lambda: parts.append(Usage.read(device, 0.0))
     try:
         result = work()
-        if isinstance(device.transport, RtlTransport):
-            device.transport.settle()
+        if transport is not None:
+            transport.settle()
     finally:
-        if isinstance(device.transport, RtlTransport):
-            device.transport.on_batch = None
+        if transport is not None:
+            transport.on_batch = None
     return result, replace(Usage.sum(parts), seconds=time.perf_counter() - begin)
 
 
