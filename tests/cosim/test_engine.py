@@ -4,7 +4,10 @@ The functions without `test_` run inside of a simulator process (see kvattic_sim
 device too.
 """
 
+import sys
 from dataclasses import fields, replace
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +15,10 @@ import pytest
 
 from kvattic.commands import (
     COMMAND,
-    COMPLETION,
+    DATA_COMMAND,
+    FLASH_COMMAND,
     LINE_BYTES,
+    QUEUE_COMMAND,
     Completion,
     CompletionFlag,
     Kind,
@@ -23,16 +28,22 @@ from kvattic.commands import (
     result_row_bytes,
 )
 from kvattic.config import TINY, Config
+from kvattic.dispatcher import ADMIN
 from kvattic.driver import Device
 from kvattic.elements import to_bits
-from kvattic.errors import DeviceTimeoutError
+from kvattic.errors import DeviceStatusError
 from kvattic.formats import Element
 from kvattic.golden_device import GoldenDevice
+from kvattic.jobs import FlashOperation
+from kvattic.layout import pack_entries
 from kvattic.nand import TINY_PART
-from kvattic.registers import StatusBit
+from kvattic.registers import COUNTERS, Control, StatusBit
 from kvattic_sim.build import icarus_available
 from kvattic_sim.jobs import run_in_simulation
 from kvattic_sim.rtl_transport import AxiStalls, Fault, FaultKind, FlashSettings, Stall
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "host"))
+from queue_host import DOMAIN, Host
 
 PAGE = TINY.tokens_per_page
 MEMORY = 1 << 20
@@ -87,7 +98,7 @@ def differences(found: Any, expected: Any, path: str = "") -> list[str]:
     if isinstance(expected, dict):
         assert set(found) == set(expected)
         return [line for key in expected for line in differences(found[key], expected[key], f"{path} {key}")]
-    if isinstance(expected, list) and expected and isinstance(expected[0], dict | list):
+    if isinstance(expected, list | tuple) and any(isinstance(each, dict | list | tuple) for each in expected):
         if len(found) != len(expected):
             return [f"{path}: {len(found)} instead of {len(expected)}"]
         pairs = enumerate(zip(found, expected, strict=True))
@@ -96,6 +107,70 @@ def differences(found: Any, expected: Any, path: str = "") -> list[str]:
         return []
     where = np.argwhere(np.asarray(found) != np.asarray(expected))
     return [f"{path}: {len(where)} differ, first at {where[:1].tolist()}: {found} instead of {expected}"[:600]]
+
+
+class OwnQueues(Host):
+    """Queues beside the driver's, which its queue 0 creates; their rings and blocks lie in the last half of memory.
+
+    Args:
+        driver: the device.
+        entries: of each ring.
+        window: addresses that blocks of the commands may have, first and one past the last.
+    """
+
+    RINGS = 0x80000
+    NUMBER = 3
+    """The queue that is used where one is enough."""
+
+    def __init__(self, driver: Device, *, entries: int = 64, window: tuple[int, int]) -> None:
+        super().__init__(driver.transport, rings=self.RINGS, entries=entries, window=window)
+        self.driver = driver
+
+    def ok(self, line: bytes) -> None:
+        """See `Host`."""
+        assert (found := admin(self.driver, line)).status is Status.OK, found
+
+    def wait(self, queue: int, count: int) -> list[Completion]:
+        """So many completions of a queue, in their order."""
+        transport, found = self.device, []
+        mask = transport.read_register("INTERRUPT_MASK")
+        transport.write_register("INTERRUPT_MASK", 1 << queue)
+        while len(found) < count:
+            transport.wait(60)
+            found += self.reap(queue)
+        transport.write_register("INTERRUPT_MASK", mask)
+        assert len(found) == count, found
+        return found
+
+    def run(self, queue: int, *lines: bytes) -> list[Completion]:
+        """The completions of commands, which get their numbers as identifiers, in the order of the commands."""
+        assert len(lines) < self.entries
+        self.push(queue, *numbered(lines))
+        self.ring(queue)
+        found = self.wait(queue, len(lines))
+        assert sorted(c.identifier for c in found) == list(range(len(lines)))
+        return sorted(found, key=lambda completion: completion.identifier)
+
+    def delete(self, queue: int) -> None:
+        """DELETE_QUEUE."""
+        self.ok(QUEUE_COMMAND.pack(opcode=Opcode.DELETE_QUEUE, queue=queue))
+
+
+def admin(device: Device, line: bytes) -> Completion:
+    """Run a command in the driver's queue 0."""
+    command = device._dispatcher.command(ADMIN, line, lambda completion, _: completion)
+    device._dispatcher.submit([command])
+    return device._dispatcher.finish(command.future)
+
+
+def numbered(lines: Any) -> list[bytes]:
+    """Commands with their numbers as identifiers."""
+    return [line[:2] + number.to_bytes(2, "little") + line[4:] for number, line in enumerate(lines)]
+
+
+def ended(completions: list[Completion]) -> list[list[int]]:
+    """What must be equal of completions."""
+    return [[c.queue, c.identifier, c.status, c.where, c.flags] for c in completions]
 
 
 def check_counters(completions: list[Completion], channels: int) -> None:
@@ -273,29 +348,40 @@ def attend_plain(device: Device) -> dict[str, Any]:
 
 
 def resets(device: Device, delays: list[int]) -> dict[str, Any]:
-    """Batches that are cut off by a reset after some cycles, each followed by a whole one."""
+    """Work in all queues that a reset cuts off after some cycles, followed by whole work."""
     transport, found = device.transport, {}
     assert device.config == TINY
+    under_way = 0
     for delay in delays:
         transport.set_flash(replace(SHUFFLED, seed=delay, gap=Stall.RANDOM))
         transport.set_stalls(AxiStalls.everywhere(Stall.RANDOM, seed=delay) if delay % 2 else AxiStalls())
         with device.create_sequence(2, capacity_tokens=100) as sequence:
             sequence.prefill(normal(TINY, delay, 2, 83), normal(TINY, delay + 1, 2, 83))
-            transport.timeout_cycles = delay
-            with pytest.raises(DeviceTimeoutError):
-                sequence.attend(normal(TINY, delay + 2, 6, 1))
-            transport.timeout_cycles = TIMEOUT_CYCLES
+            plan = sequence.plan(normal(TINY, delay + 2, 6, 1))
+            waiting = [
+                *device.submit(plan.jobs * 3),
+                # Pages that the sequence does not have, in its zone: they fail, or are never begun.
+                *device.submit_operations([FlashOperation(Opcode.PROGRAM, c, 0, 0, domain=DOMAIN) for c in (0, 1, 0)]),
+                *device.submit_operations([FlashOperation(Opcode.PROBE, c, 4) for c in (0, 1)])]
+            transport.run_cycles(delay)
+            begun = StatusBit(transport.read_register("STATUS")) & StatusBit.BUSY
+            under_way += bool(begun)
             device.reset()
+            for future in waiting:
+                assert future.done()
+                with pytest.raises(DeviceStatusError, match="the device was reset"):
+                    future.result()
             # Codewords that were under way at the reset are dropped.
             assert not transport.read_register("STATUS") & ~(StatusBit.READY | StatusBit.STALE_CODEWORD)
-            assert transport.read_register("CYCLES") == 0
+            assert transport.read_register("FETCHED") == transport.read_register("COMPLETED")
             found[str(delay)] = attend_case(device, CASES["gqa"], delay)
             status = StatusBit(transport.read_register("STATUS"))
-            assert not status & ~(StatusBit.READY | StatusBit.DONE | StatusBit.STALE_CODEWORD), status
+            assert not status & ~(StatusBit.READY | StatusBit.STALE_CODEWORD), status
+    assert under_way == len(delays)
     return found
 
 
-def test_reset_in_a_batch() -> None:
+def test_reset_in_the_middle_of_work() -> None:
     delays = [1, 20, 60, 100, 151, 200, 301, 400, 551, 700, 901, 1100]
     found = simulate(TINY, resets, delays=delays)
     expected = {str(delay): model(TINY, attend_case, case=CASES["gqa"], seed=delay) for delay in delays}
@@ -309,31 +395,29 @@ RING_STRIPES = TINY.ring_codewords // TINY.codewords_per_page
 """Stripes of a job that one channel's score buffer holds."""
 
 
-def raw_batch(
-    device: Device, commands: list[bytes], *, command_base: int = 0, completion_base: int = 0x1000,
-    window: tuple[int, int] = (0x8000, 0x10000), doorbell: int | None = None,
-) -> tuple[list[Completion], int]:
-    """Ring the doorbell for commands as they are; completions and STATUS."""
-    transport = device.transport
-    if command_base < transport.memory_bytes:
-        transport.write_memory(command_base, b"".join(commands))
-    if completion_base < transport.memory_bytes:
-        transport.write_memory(completion_base, bytes(LINE_BYTES * len(commands)))
-    transport.write_register("STATUS", 0xFFFF_FFFF)
-    transport.write_register("COMMAND_BASE", command_base)
-    transport.write_register("COMPLETION_BASE", completion_base)
-    transport.write_register("BUFFER_BASE", window[0])
-    transport.write_register("BUFFER_LIMIT", window[1])
-    transport.write_register("DOORBELL", len(commands) if doorbell is None else doorbell)
-    if doorbell is None:
-        transport.wait(60)
-    entries = []
-    for index in range(len(commands)):
-        if completion_base < transport.memory_bytes:
-            entry = transport.read_memory(completion_base + LINE_BYTES * index, LINE_BYTES)
-            if COMPLETION.unpack(entry)["done"]:
-                entries.append(Completion.unpack(entry))
-    return entries, transport.read_register("STATUS")
+WINDOW = (0xC8000, 0xD0000)
+"""Where blocks of commands by hand may lie."""
+BLOCKS = WINDOW[0]
+
+
+def run_by_hand(device: Device, lines: list[bytes], window: tuple[int, int] = WINDOW,
+                **changes: int) -> tuple[list[list[int]], int]:
+    """Run commands in a new queue; what ends them, in their order, and STATUS.
+
+    Args:
+        device: where.
+        lines: the commands.
+        window: of the queue.
+        changes: of the fields of CREATE_QUEUE.
+    """
+    queues = OwnQueues(device, window=window)
+    queues.create(queues.NUMBER, **changes)
+    device.transport.write_register("STATUS", 0xFFFF_FFFF)
+    found = queues.run(queues.NUMBER, *lines)
+    status = device.transport.read_register("STATUS")
+    queues.delete(queues.NUMBER)
+    check_counters(found, device.config.channels)
+    return ended(found), status & ~StatusBit.BUSY
 
 
 def bad_commands(device: Device) -> dict[str, Any]:
@@ -346,22 +430,23 @@ def bad_commands(device: Device) -> dict[str, Any]:
     query = np.zeros((2, row), np.uint8)
     query[:, 4:8] = np.array([40], "<u4").view(np.uint8)
     query[0, LINE_BYTES : LINE_BYTES + 2 * config.head_dim] = job.query.view(np.uint8)[0]
-    transport.write_memory(0x8000, query.tobytes())
+    at = BLOCKS
+    transport.write_memory(at, query.tobytes())
     query[1, LINE_BYTES + 2 * 5 : LINE_BYTES + 2 * 6] = np.array([NAN], "<u2").view(np.uint8)
     query[1, LINE_BYTES + 2 * 7 : LINE_BYTES + 2 * 8] = np.array([NAN], "<u2").view(np.uint8)
-    transport.write_memory(0x9000, query.tobytes())
+    transport.write_memory(at + 0x1000, query.tobytes())
     full = [0 for _ in range(RING_STRIPES + 1)]     # entries on channel 0
-    tables = {0xC000: job.table, 0xC040: [job.table[0], config.channels << 24, job.table[2]],
-              0xC080: [*job.table[:2], job.table[2] | 0x02 << 56], 0xC0C0: full}
+    foreign = pack_entries(0, config.part.blocks << config.zone_page_bits, 0, 0)
+    tables = {0x4000: job.table, 0x4040: [job.table[0], config.channels << 24, job.table[2]],
+              0x4080: [*job.table[:2], job.table[2] | 0x02 << 56], 0x40C0: full, 0x4400: [foreign, *job.table[1:]]}
     for address, entries in tables.items():
-        transport.write_memory(address, np.array(entries, "<u8").tobytes())
+        transport.write_memory(at + address, np.array(entries, "<u8").tobytes())
     good = {
-        "opcode": Opcode.ATTEND, "identifier": 7, "rows": 1, "stripe_pages": 1, "stripes": 3, "base_token": 0,
-        "end_token": 40, "tree_token": 40, "scale": job.scale_bits, "query": 0x8000, "result": 0xA000,
-        "table": 0xC000,
+        "opcode": Opcode.ATTEND, "rows": 1, "stripe_pages": 1, "stripes": 3, "base_token": 0, "end_token": 40,
+        "tree_token": 40, "scale": job.scale_bits, "query": at, "result": at + 0x2000, "table": at + 0x4000,
+        "domain": DOMAIN,
     }
-    flash = dict.fromkeys(good, 0) | {"opcode": Opcode.PROBE, "identifier": 7}
-    limit = 0x10000
+    first, limit = WINDOW
     mistakes: dict[str, dict[str, int]] = {
         "opcode": {"opcode": 0x80},
         "mode": {"mode": 4},
@@ -377,46 +462,69 @@ def bad_commands(device: Device) -> dict[str, Any]:
         "too many tokens": {"end_token": config.max_tokens + 1, "stripes": config.max_tokens // PAGE + 1},
         "too few stripes": {"stripes": 2},
         "too many stripes": {"stripes": 4},
-        "far token": {"base_token": (1 << 24) - 40, "end_token": 1 << 24},
-        "table unaligned": {"table": 0xC008},
+        "far token": {"base_token": (1 << 24) - 41, "end_token": (1 << 24) - 1},
+        "table unaligned": {"table": at + 0x4008},
         "table above": {"table": limit},
-        "table: channel": {"table": 0xC040},
-        "table: reserved": {"table": 0xC080},
-        "table: too many on a channel": {"table": 0xC0C0, "stripes": RING_STRIPES + 1,
+        "table: channel": {"table": at + 0x4040},
+        "table: reserved": {"table": at + 0x4080},
+        "table: too many on a channel": {"table": at + 0x40C0, "stripes": RING_STRIPES + 1,
                                          "end_token": (RING_STRIPES + 1) * PAGE},
-        "flash: channel": flash | {"rows": config.channels},
-        "flash: page": flash | {"base_token": config.pages_per_channel},
-        "flash: argument": flash | {"end_token": 1},
-        "flash: reserved": flash | {"table": 1},
-        "flash: block": flash | {"opcode": Opcode.MAP, "end_token": config.part.blocks},
-        "query unaligned": {"query": 0x8020},
-        "query below": {"query": 0x7FC0},
+        "table: no zone": {"table": at + 0x4400},
+        "query unaligned": {"query": at + 0x20},
+        "query below": {"query": first - 64},
         "query above": {"query": limit - row + 64},
         "query far": {"query": (1 << 64) - 64},
-        "result unaligned": {"result": 0xA001},
-        "result below": {"result": 0x7FC0},
+        "result unaligned": {"result": at + 0x2001},
+        "result below": {"result": first - 64},
         "result above": {"result": limit - result_row_bytes(config.head_dim) + 64},
         "scale zero": {"scale": 0},
         "scale subnormal": {"scale": 0x007F_FFFF},
         "scale infinite": {"scale": 0x7F80_0000},
         "scale negative": {"scale": 0xBF80_0000},
-        "nan in q": {"rows": 2, "query": 0x9000},
+        **{f"domain {domain}": {"domain": domain} for domain in (0, DOMAIN + 1, 0x100 | DOMAIN, 0xFFFF)},
+        "nan in q": {"rows": 2, "query": at + 0x1000},
         "all wrong": {"opcode": 1, "mode": 4, "rows": 0, "end_token": 0, "query": 1, "scale": 0, "table": 1},
     }
+    lines = {name: COMMAND.pack(**{**good, **change}) for name, change in mistakes.items()}
+    for name, opcode, change in (
+        ("channel", Opcode.PROGRAM, {"channel": config.channels}),
+        ("page", Opcode.ERASE, {"page": config.pages_per_channel}),
+        ("far page", Opcode.PROGRAM, {"page": (1 << 24) - 1}),
+        ("argument", Opcode.ERASE, {"argument": 1}),
+        ("flags", Opcode.ERASE, {"flags": 1}),
+        ("domain", Opcode.ERASE, {"domain": DOMAIN + 1}),
+        ("no domain", Opcode.PROGRAM, {"domain": 0}),
+        ("far argument", Opcode.PROGRAM, {"argument": (1 << 24) - 1}),
+        ("queue", Opcode.PROBE, {"domain": 0}),
+        ("queue and domain", Opcode.MAP, {}),
+        *((f"reserved {i}", Opcode.ERASE, {f"reserved{i}": 1}) for i in range(7)),
+    ):
+        lines[f"flash: {name}"] = FLASH_COMMAND.pack(**{"opcode": opcode, "domain": DOMAIN, **change})
+    for name, change in (("unaligned", {"result": at + 32}), ("below", {"result": first - 64}),
+                         ("above", {"result": limit}), ("reserved", {"reserved3": 1}),
+                         ("identify", {"opcode": Opcode.IDENTIFY})):
+        lines[f"counters: {name}"] = DATA_COMMAND.pack(**{"opcode": Opcode.COUNTERS, "result": at, **change})
+    for opcode in (Opcode.CREATE_QUEUE, Opcode.DELETE_QUEUE, Opcode.GRANT):
+        lines[opcode.name] = QUEUE_COMMAND.pack(opcode=opcode, queue=1)
+    right = COMMAND.pack(**good)
     found: dict[str, Any] = {}
-    for name, mistake in mistakes.items():
-        commands = [COMMAND.pack(**{**good, **change}) for change in ({}, mistake, {"identifier": 8})]
-        transport.write_memory(0xA000, bytes(0x1000))
-        entries, status = raw_batch(device, commands, window=(0x8000, limit))
-        found[name] = {
-            "entries": [[c.status, c.identifier, c.flags, c.where] for c in entries],
-            "status": status,
-            "result": np.frombuffer(transport.read_memory(0xA000, 0x1000), np.uint8),
-        }
-        check_counters(entries, config.channels if entries[-1].cycle else 0)
-    everything = [COMMAND.pack(**{**good, **change}) for change in mistakes.values()]
-    entries, status = raw_batch(device, everything, window=(0x8000, limit))
-    found["all at once"] = [[c.status, c.identifier, c.flags, c.where] for c in entries]
+    for name, line in lines.items():
+        transport.write_memory(at + 0x2000, bytes(0x1000))
+        entries, status = run_by_hand(device, [right, line, right])
+        found[name] = {"entries": entries, "status": status,
+                       "result": np.frombuffer(transport.read_memory(at + 0x2000, 0x1000), np.uint8)}
+    everything = [*lines.values()]
+    found["all at once"] = {"entries": [
+        entry for begin in (0, 60) for entry in run_by_hand(device, everything[begin : begin + 60])[0]]}
+    # The same of queue 0, whose commands the driver has set up.
+    found["queue 0"] = {"entries": [
+        [c.queue, c.status, c.where, c.flags] for c in (admin(device, line) for line in (
+            FLASH_COMMAND.pack(opcode=Opcode.PROBE, channel=config.channels),
+            FLASH_COMMAND.pack(opcode=Opcode.MAP, argument=config.part.blocks),
+            FLASH_COMMAND.pack(opcode=Opcode.PROBE, argument=1),
+            FLASH_COMMAND.pack(opcode=Opcode.PROBE, domain=DOMAIN),
+            FLASH_COMMAND.pack(opcode=Opcode.ERASE, domain=DOMAIN),
+            FLASH_COMMAND.pack(opcode=Opcode.PROBE)))]}
     sequence.free()
     return found
 
@@ -425,10 +533,11 @@ def bad_commands(device: Device) -> dict[str, Any]:
 def test_mistakes_in_commands(simulator: str) -> None:
     found, expected = simulate(TINY, bad_commands, simulator, flash=SHUFFLED), model(TINY, bad_commands)
     assert not differences(found, expected)
-    seen = {entry[0] for each in expected.values() if isinstance(each, dict) for entry in each["entries"]}
+    seen = {entry[2] for name, each in expected.items() if name != "queue 0" for entry in each["entries"]}
     assert seen == {
         Status.OK, Status.INVALID_OPCODE, Status.INVALID_FIELD, Status.INVALID_ROWS, Status.INVALID_LENGTH,
         Status.INVALID_ADDRESS, Status.INVALID_SCALE, Status.NAN_QUERY, Status.INVALID_TABLE, Status.INVALID_PLACE,
+        Status.NOT_PERMITTED, Status.NOT_OWNED,
     }
 
 
@@ -465,8 +574,8 @@ def test_special_numbers_in_flash() -> None:
 
 
 def bus_errors(device: Device) -> dict[str, Any]:
-    """Commands, queries, results and completions outside of the memory; then a good batch."""
-    config, transport = device.config, device.transport
+    """Commands, queries, results, counters and completions outside of the memory, each followed by good work."""
+    config, transport, at = device.config, device.transport, BLOCKS
     outside = transport.memory_bytes
     found: dict[str, Any] = {}
     with device.create_sequence(1, capacity_tokens=40) as sequence:
@@ -475,25 +584,40 @@ def bus_errors(device: Device) -> dict[str, Any]:
         job = sequence.plan(query).jobs[0]
         good = {
             "opcode": Opcode.ATTEND, "rows": 1, "stripe_pages": 1, "stripes": 3, "end_token": 40, "tree_token": 40,
-            "scale": job.scale_bits, "query": 0x8000, "result": 0xA000, "table": 0xC000,
+            "scale": job.scale_bits, "query": at, "result": at + 0x2000, "table": at + 0x4000, "domain": DOMAIN,
         }
-        table = job.table.astype("<u8").tobytes()
-        window = (0x8000, outside + 0x10000)
-        for name, change, bases in (
-            ("command", {}, {"command_base": outside}),
-            ("query", {"query": outside}, {}),
-            ("half a query", {"query": outside - LINE_BYTES}, {}),
-            ("table", {"table": outside}, {}),
-            ("result", {"result": outside}, {}),
-            ("half a result", {"result": outside - LINE_BYTES}, {}),
-            ("completion", {}, {"completion_base": outside}),
+        transport.write_memory(at + 0x4000, job.table.astype("<u8").tobytes())
+        window = (WINDOW[0], outside + 0x10000)
+        count = {"opcode": Opcode.COUNTERS}
+        for name, line in (
+            ("query", COMMAND.pack(**{**good, "query": outside})),
+            ("half a query", COMMAND.pack(**{**good, "query": outside - LINE_BYTES})),
+            ("table", COMMAND.pack(**{**good, "table": outside})),
+            ("result", COMMAND.pack(**{**good, "result": outside})),
+            ("half a result", COMMAND.pack(**{**good, "result": outside - LINE_BYTES})),
+            ("counters", DATA_COMMAND.pack(**count, result=outside)),
+            ("half of the counters", DATA_COMMAND.pack(**count, result=outside - 2 * LINE_BYTES)),
         ):
-            transport.write_memory(0xC000, table)
-            entries, status = raw_batch(device, [COMMAND.pack(**{**good, **change})], window=window, **bases)
-            found[name] = {
-                "entries": [[c.status, c.where] for c in entries], "status": status,
-                "completed": transport.read_register("COMPLETED"),
-            }
+            found[name] = run_by_hand(device, [line], window)
+            found[f"after {name}"] = observed(sequence.attend(query))
+        queues = OwnQueues(device, entries=4, window=window)
+        for name, change in (("command", {"submission": outside - LINE_BYTES}),
+                             ("completion", {"completion": outside})):
+            # Entry 0 of the first one's commands can be read, of 1 and 2 nobody knows who they are.
+            queues.create(3, **change)
+            transport.write_register("STATUS", 0xFFFF_FFFF)
+            transport.write_memory(outside - LINE_BYTES, DATA_COMMAND.pack(**count, identifier=5, result=at))
+            before = transport.read_register("COMPLETED")
+            queues.push(3, *[DATA_COMMAND.pack(**count, result=at)] * 3)
+            queues.ring(3)
+            for _ in range(1000):
+                if not transport.read_register("STATUS") & StatusBit.BUSY:
+                    break
+            found[name] = [sorted(ended(queues.reap(3, take=False))), transport.read_register("STATUS"),
+                           transport.read_register("COMPLETED") - before, transport.read_register("INTERRUPTS")]
+            transport.write_register("COMPLETION_HEAD_3", 3)
+            found[f"{name} taken"] = [transport.read_register("STATUS"), transport.read_register("INTERRUPTS")]
+            queues.delete(3)
             found[f"after {name}"] = observed(sequence.attend(query))
     return found
 
@@ -501,36 +625,86 @@ def bus_errors(device: Device) -> dict[str, Any]:
 def test_bus_errors() -> None:
     found, expected = simulate(TINY, bus_errors, flash=SHUFFLED), model(TINY, bus_errors)
     assert not differences(found, expected)
-    for name in ("command", "query", "half a query", "table", "result", "half a result"):
-        assert expected[name]["entries"] == [[Status.BUS_ERROR, 0]], name
+    broken = StatusBit.READY | StatusBit.BUS_ERROR
+    for name in ("query", "half a query", "table", "result", "half a result", "counters", "half of the counters"):
+        assert expected[name] == ([[3, 0, Status.BUS_ERROR, 0, 0]], broken), name
+    lost = [3, 0xFFFF, Status.BUS_ERROR, 0, 0]
+    assert expected["command"] == [[[3, 5, Status.OK, 0, 0], lost, lost], broken, 3, 1 << 3]
+    assert expected["completion"] == [[], broken, 3, 1 << 3]
+    assert expected["command taken"] == expected["completion taken"] == [broken, 0]
 
 
 def doorbells(device: Device) -> dict[str, Any]:
-    """Doorbells that must be refused: while busy, of nothing, of too many."""
+    """Doorbells that must be refused, while the queues work and while they do not."""
     config, transport = device.config, device.transport
+    refused = StatusBit.INVALID_DOORBELL
     found: dict[str, Any] = {}
+    original = transport.write_register
+
+    def ring(name: str, value: int) -> tuple[int, ...]:
+        original("STATUS", refused)
+        original(name, value)
+        status = transport.read_register("STATUS") & refused
+        return (status, transport.read_register("DOORBELL_ERROR"))
+
     with device.create_sequence(2, capacity_tokens=83) as sequence:
         sequence.prefill(normal(config, 1, 2, 83), normal(config, 2, 2, 83))
-        original = transport.write_register
+        plan = sequence.plan(normal(config, 3, 4, 1))
+        device.run(plan.jobs)
+        busy = []
 
-        def twice(name: str, value: int) -> None:
+        def more(name: str, value: int) -> None:
             original(name, value)
-            if name == "DOORBELL":
-                found["first"] = transport.read_register("STATUS")
-                original("DOORBELL", 5)
-                found["busy"] = transport.read_register("STATUS")
-                original("STATUS", StatusBit.DOORBELL_WHILE_BUSY)
-                found["cleared"] = transport.read_register("STATUS")
+            if name == "SUBMISSION_TAIL_1" and not busy:
+                busy.append(transport.read_register("STATUS") & StatusBit.BUSY)
+                if busy[0]:    # most of them are not fetched
+                    assert ring(name, value - 1) == (refused, 1 << 24 | value - 1)
+                for other in (device._dispatcher._queues[1].entries, 0xFFFF_FFFF):
+                    found[f"tail {other}"] = ring(name, other)
+                found["no such queue"] = ring("SUBMISSION_TAIL_5", 1)
+                found["nothing of it to take"] = ring("COMPLETION_HEAD_5", 0)
+                found["not so many to take"] = ring("COMPLETION_HEAD_1", value + 1)
+                found["no such entry"] = ring("COMPLETION_HEAD_1", 1 << 12)
+                found["none is new"] = ring(name, value)
+                found["the first stays"] = [ring("SUBMISSION_TAIL_6", 4), original("SUBMISSION_TAIL_7", 5),
+                                            transport.read_register("DOORBELL_ERROR")]
+                original("STATUS", refused)
+                busy.append(transport.read_register("STATUS") & StatusBit.BUSY)
 
-        transport.write_register = twice
-        found["result"] = observed(sequence.attend(normal(config, 3, 4, 1)))
+        transport.write_register = more
+        results = [observed(each) for each in device.attend_many([plan] * 6)]
         transport.write_register = original
-        found["after"] = transport.read_register("STATUS")
-    for count in (0, 65_536, 0xFFFF_FFFF):
-        transport.write_register("STATUS", 0xFFFF_FFFF)
-        transport.write_register("DOORBELL", count)
-        transport.run_cycles(100)
-        found[f"doorbell {count}"] = transport.read_register("STATUS")
+        found["result"] = results[0]
+        assert not differences(results[1:], results[:1] * 5)
+        found["busy"] = busy
+        found["after"] = transport.read_register("STATUS") & ~StatusBit.BUSY
+    queues, line = OwnQueues(device, entries=8, window=WINDOW), DATA_COMMAND.pack(opcode=Opcode.COUNTERS, result=BLOCKS)
+    queues.create(3)
+    queues.create(4)
+    queues.run(3, line)
+    # Now 3 has seven completions and commands 0 and 1 that are not fetched, 4 has three.
+    queues.push(3, *[line] * 7)
+    queues.ring(3)
+    while transport.read_register("STATUS") & StatusBit.BUSY:
+        pass
+    queues.push(3, line, line)
+    queues.ring(3)
+    queues.push(4, *[line] * 3)
+    queues.ring(4)
+    while transport.read_register("STATUS") & StatusBit.BUSY:
+        pass
+    fetched = transport.read_register("FETCHED")
+    found["idle"] = [ring(*each) for each in (
+        ("SUBMISSION_TAIL_5", 0), ("COMPLETION_HEAD_7", 1), ("SUBMISSION_TAIL_3", 8),
+        ("SUBMISSION_TAIL_3", 0x1234_0004), ("SUBMISSION_TAIL_3", 0xFFFF_FFFF), ("COMPLETION_HEAD_3", 8),
+        ("COMPLETION_HEAD_3", 0x8000_0000), ("SUBMISSION_TAIL_3", 1), ("SUBMISSION_TAIL_3", 0),
+        ("COMPLETION_HEAD_4", 4), ("COMPLETION_HEAD_4", 7), ("COMPLETION_HEAD_3", 1), ("SUBMISSION_TAIL_3", 2))]
+    found["fetched"] = transport.read_register("FETCHED") - fetched
+    # How far the device had fetched when it completed one is its own affair.
+    heads = [completion.head for completion in (*queues.reap(3), *queues.wait(3, 2))]
+    found["completed"] = [len(heads), heads[-1], len(queues.reap(4))]
+    queues.delete(3)
+    queues.delete(4)
     return found
 
 
@@ -542,14 +716,13 @@ def two_heads(device: Device) -> dict[str, Any]:
 
 
 def test_refused_doorbells() -> None:
-    found = simulate(TINY, doorbells)
+    found, expected = simulate(TINY, doorbells), model(TINY, doorbells)
+    assert found.pop("busy") == [StatusBit.BUSY] * 2
+    expected.pop("busy")
     assert not differences(found.pop("result"), model(TINY, two_heads))
-    ready, busy, refused = StatusBit.READY, StatusBit.BUSY, StatusBit.DOORBELL_WHILE_BUSY
-    assert found.pop("first") & (busy | refused) == busy
-    assert found.pop("busy") & (busy | refused) == busy | refused
-    assert found.pop("cleared") & (busy | refused) == busy
-    assert found.pop("after") == ready | StatusBit.DONE
-    assert set(found.values()) == {ready | refused}
+    expected.pop("result")
+    assert not differences(found, expected)
+    assert found["after"] == StatusBit.READY
 
 
 # ---------------------------------------------------------------- what the flash side does wrong
@@ -646,13 +819,16 @@ def test_flash_faults(kind: FaultKind) -> None:
 
 
 def counters(device: Device) -> dict[str, Any]:
-    """The counter registers after a batch, and its last completion."""
+    """The counter registers after some jobs, and their completions; and the same by the command COUNTERS."""
     config, transport = device.config, device.transport
     with device.create_sequence(2, capacity_tokens=83) as sequence:
         sequence.prefill(normal(config, 1, 2, 83), normal(config, 2, 2, 83))
         result = sequence.attend(normal(config, 3, 4, 1))
         names = ("CYCLES", "BEATS", "FIRST_BEAT", "LAST_BEAT", "STARVED", "BARRIER", "WEIGHTS", "SCORES", "IDLE")
-        return {name: transport.read_register(name) for name in names} | {"completions": result.completions}
+        found = {name: transport.read_register(name) for name in names}
+        transport.write_register("CONTROL", Control.ACCUMULATE)
+        return found | {"completions": result.completions, "command": device.counters(), "later": device.counters(),
+                        "at last": {register.name: transport.read_register(register.name) for register in COUNTERS}}
 
 
 def test_counters_add_up() -> None:
@@ -667,6 +843,13 @@ def test_counters_add_up() -> None:
     assert found["BEATS"] == last.beats
     codewords = 2 * 2 * -(-83 // TINY.tokens_per_codeword)  # K and V of two heads
     assert found["BEATS"] == codewords * TINY.beats_per_codeword
+    # COUNTERS, too, takes time, and reads each counter at another moment.
+    assert {name: found["command"][name] for name in ("BEATS", "FIRST_BEAT", "LAST_BEAT")} == {
+        name: found[name] for name in ("BEATS", "FIRST_BEAT", "LAST_BEAT")}
+    assert cycles < found["command"]["CYCLES"] < found["later"]["CYCLES"] < found["at last"]["CYCLES"] < cycles + 1000
+    for before, after in pairwise((found["command"], found["later"], found["at last"])):
+        assert list(before) == [register.name for register in COUNTERS]
+        assert all(before[name] <= after[name] for name in before)
 
 
 def fails(device: Device) -> None:

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvattic.commands import COMMAND, LINE_BYTES, Mode, Status, query_row_bytes
+from kvattic.commands import COMMAND, LINE_BYTES, Mode, Opcode, Status, query_row_bytes
 from kvattic.config import TINY, Config
 from kvattic.driver import Device
-from kvattic.errors import DeviceTimeoutError
+from kvattic.errors import DeviceStatusError
 from kvattic.formats import Element
 from kvattic.golden_device import GoldenDevice
 from kvattic.layout import pack_entries, pack_sketches
 from kvattic.nand import TINY_PART
+from kvattic.registers import StatusBit
 from kvattic_sim.jobs import run_in_simulation
 from kvattic_sim.nand_twin import NandFaults
 from kvattic_sim.rtl_transport import AxiStalls, Fault, FaultKind, FlashSettings, NandSettings, Stall
@@ -26,15 +27,18 @@ from kvattic_sim.workloads import How, live, lives
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_engine import (
+    BLOCKS,
+    DOMAIN,
     NAN,
     SHUFFLED,
     SIMULATORS,
+    WINDOW,
     check_counters,
     differences,
     model,
     normal,
     observed,
-    raw_batch,
+    run_by_hand,
     simulate,
 )
 
@@ -170,23 +174,25 @@ def test_order_changes_no_bit() -> None:
 
 
 def resets(device: Device, delays: list[int]) -> dict[str, Any]:
-    """Batches that are cut off by a reset after some cycles, each followed by a whole one."""
+    """Jobs that are cut off by a reset after some cycles, each time followed by whole ones."""
     transport, found = device.transport, {}
-    patience = transport.timeout_cycles
     for delay in delays:
         transport.set_flash(FlashSettings(latency=50, jitter=100, shuffle=True, seed=delay, gap=Stall.RANDOM))
         with device.create_sequence(2, capacity_tokens=3 * GROUP, sparse=True) as sequence:
             sequence.prefill(normal(TINY, delay, 2, 3 * GROUP), normal(TINY, delay + 1, 2, 3 * GROUP))
-            transport.timeout_cycles = delay
-            with pytest.raises(DeviceTimeoutError):
-                sequence.attend(normal(TINY, delay + 2, 6, 1), **sparf(4, 20))
-            transport.timeout_cycles = patience
+            plans = [sequence.plan(normal(TINY, delay + 2, 6, 1), **how) for how in (sparf(4, 20), fetched(4, 9), {})]
+            waiting = device.submit([job for plan in plans * 2 for job in plan.jobs])
+            transport.run_cycles(delay)
+            assert transport.read_register("STATUS") & StatusBit.BUSY
             device.reset()
+            for future in waiting:
+                with pytest.raises(DeviceStatusError, match="the device was reset"):
+                    future.result()
             found[str(delay)] = attend_case(device, TWO, delay)
     return found
 
 
-def test_reset_in_a_batch() -> None:
+def test_reset_in_the_middle_of_work() -> None:
     delays = [100, 400, 700, 1000, 1300, 1700, 2100, 2500]
     expected = {str(delay): model(TINY, attend_case, case=TWO, seed=delay) for delay in delays}
     assert not differences(simulate(TINY, resets, delays=delays), expected)
@@ -304,7 +310,8 @@ def bad_commands(device: Device) -> dict[str, Any]:
     query = np.zeros((1, query_row_bytes(config.head_dim)), np.uint8)
     query[:, 4:8] = np.array([tokens], "<u4").view(np.uint8)
     query[0, LINE_BYTES : LINE_BYTES + 2 * config.head_dim] = sparse_job.query.view(np.uint8)[0]
-    transport.write_memory(0x8000, query.tobytes())
+    at = BLOCKS
+    transport.write_memory(at, query.tobytes())
 
     def table(job: Any) -> Any:
         return np.stack([job.table, job.sketch], axis=1).ravel().astype("<u8")
@@ -317,20 +324,26 @@ def bad_commands(device: Device) -> dict[str, Any]:
     mean = np.asarray(sparse_job.mean, "<u4").copy()
     bad_mean = mean.copy()
     bad_mean[7] = 0x7FC0_0000
-    for address, data in ((0xC000, good_table), (0xC100, unwritten), (0xC200, channel), (0xC300, centroid_table),
-                          (0xD000, mean), (0xD200, bad_mean)):
-        transport.write_memory(address, data.tobytes())
+    foreign, beyond, unwritten_and_foreign = good_table.copy(), good_table.copy(), unwritten.copy()
+    page = config.part.blocks << config.zone_page_bits    # there is no such zone
+    foreign[3] = pack_sketches(page, 0, 1)
+    beyond[3] = pack_sketches((1 << config.zone_page_bits) - 1, 0, 1)    # a run that leaves its zone
+    unwritten_and_foreign[4] = pack_entries(0, page, page, 0)
+    for address, data in ((0x4000, good_table), (0x4100, unwritten), (0x4200, channel), (0x4300, centroid_table),
+                          (0x4400, foreign), (0x4500, beyond), (0x4600, unwritten_and_foreign),
+                          (0x5000, mean), (0x5200, bad_mean)):
+        transport.write_memory(at + address, data.tobytes())
     nan = query.copy()
     nan[0, LINE_BYTES + 6 : LINE_BYTES + 8] = np.array([NAN], "<u2").view(np.uint8)
-    transport.write_memory(0x9000, nan.tobytes())
+    transport.write_memory(at + 0x1000, nan.tobytes())
     good = {
-        "opcode": 0x81, "mode": Mode.SPARF, "identifier": 7, "rows": 1, "stripe_pages": config.group_pages,
+        "opcode": Opcode.ATTEND, "mode": Mode.SPARF, "domain": DOMAIN, "rows": 1, "stripe_pages": config.group_pages,
         "stripes": 3, "base_token": 0, "end_token": tokens, "tree_token": tokens, "scale": sparse_job.scale_bits,
-        "query": 0x8000, "result": 0xA000, "table": 0xC000, "mean": 0xD000, "channels": 4, "local": 0, "units": 20,
-        "unit_bits": 0,
+        "query": at, "result": at + 0x2000, "table": at + 0x4000, "mean": at + 0x5000, "channels": 4, "local": 0,
+        "units": 20, "unit_bits": 0,
     }
     by_fetched = {"mode": Mode.FETCHED}
-    by_centroid = {"mode": Mode.CENTROID, "table": 0xC300, "mean": 0, "channels": 0, "units": 9}
+    by_centroid = {"mode": Mode.CENTROID, "table": at + 0x4300, "mean": 0, "channels": 0, "units": 9}
     units = -(-tokens // UNIT)
     mistakes: dict[str, dict[str, int]] = {
         "good fetched": by_fetched,
@@ -339,7 +352,7 @@ def bad_commands(device: Device) -> dict[str, Any]:
         "reserved": {"reserved0": 1},
         "small stripes": {"stripe_pages": config.group_pages // 2},
         "sparf with units": {"unit_bits": 1},
-        "centroid with a mean": by_centroid | {"mean": 0xD000},
+        "centroid with a mean": by_centroid | {"mean": at + 0x5000},
         "centroid with channels": by_centroid | {"channels": 4},
         "r of zero": {"channels": 0},
         "r above": {"channels": config.head_dim + 1},
@@ -353,25 +366,27 @@ def bad_commands(device: Device) -> dict[str, Any]:
         "fetched: local above": by_fetched | {"units": 2, "local": 2 * UNIT + 1},
         "unit above": by_fetched | {"units": 3, "unit_bits": config.unit_bits_max + 1},
         "no mean": {"mean": 0},
-        "mean unaligned": {"mean": 0xD008},
-        "mean above": {"mean": 0x10000 - 64},
-        "no sketch": {"table": 0xC100},
-        "channel": {"table": 0xC200},
-        "nan in q": {"query": 0x9000},
-        "nan in the mean": {"mean": 0xD200},
+        "mean unaligned": {"mean": at + 0x5008},
+        "mean above": {"mean": WINDOW[1] - 64},
+        "no sketch": {"table": at + 0x4100},
+        "sketch of nobody": {"table": at + 0x4400},
+        "sketch beyond its zone": {"table": at + 0x4500},
+        "no sketch, and foreign": {"table": at + 0x4600},
+        "domain": {"domain": DOMAIN + 1},
+        "channel": {"table": at + 0x4200},
+        "nan in q": {"query": at + 0x1000},
+        "nan in the mean": {"mean": at + 0x5200},
         "all wrong": {"mode": 4, "rows": 0, "channels": 0, "units": 0, "mean": 1},
-        "nearly all wrong": {"channels": 0, "units": 0, "mean": 1, "table": 0xC100},
+        "nearly all wrong": {"channels": 0, "units": 0, "mean": 1, "table": at + 0x4100},
         "mean of dense": {"mode": Mode.DENSE},
     }
     found: dict[str, Any] = {}
     for name, mistake in mistakes.items():
-        commands = [COMMAND.pack(**{**good, **change}) for change in ({}, mistake, {"identifier": 8})]
-        transport.write_memory(0xA000, bytes(0x1000))
-        entries, status = raw_batch(device, commands, window=(0x8000, 0x10000))
-        found[name] = {
-            "entries": [[c.status, c.identifier, c.flags, c.where] for c in entries], "status": status,
-            "result": np.frombuffer(transport.read_memory(0xA000, 0x1000), np.uint8)}
-        check_counters(entries, config.channels if entries[-1].cycle else 0)
+        lines = [COMMAND.pack(**{**good, **change}) for change in ({}, mistake, {})]
+        transport.write_memory(at + 0x2000, bytes(0x1000))
+        entries, status = run_by_hand(device, lines)
+        found[name] = {"entries": entries, "status": status,
+                       "result": np.frombuffer(transport.read_memory(at + 0x2000, 0x1000), np.uint8)}
     sequence.free()
     plain.free()
     return found
@@ -380,10 +395,11 @@ def bad_commands(device: Device) -> dict[str, Any]:
 def test_mistakes_in_commands() -> None:
     found, expected = simulate(TINY, bad_commands, flash=SHUFFLED), model(TINY, bad_commands)
     assert not differences(found, expected)
-    seen = {entry[0] for each in expected.values() for entry in each["entries"]}
+    seen = {entry[2] for each in expected.values() for entry in each["entries"]}
     assert seen == {
         Status.OK, Status.INVALID_FIELD, Status.INVALID_SELECTION, Status.MISSING_MEAN, Status.INVALID_ADDRESS,
-        Status.NO_SKETCH, Status.INVALID_TABLE, Status.NAN_QUERY, Status.NAN_MEAN}
+        Status.NO_SKETCH, Status.INVALID_TABLE, Status.NAN_QUERY, Status.NAN_MEAN, Status.NOT_OWNED,
+        Status.NOT_PERMITTED}
 
 
 def special_tokens(device: Device) -> list[Any]:
