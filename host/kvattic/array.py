@@ -4,8 +4,6 @@ All drives work at the same time: what they have to do is submitted to each befo
 docs/host.md says which split is good for what.
 """
 
-import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from collections.abc import Sequence as Series
 from contextlib import suppress
@@ -32,10 +30,6 @@ __all__ = ["ArrayFuture", "ArrayPlan", "ArraySequence", "DriveArray", "open_arra
 P = ParamSpec("P")
 T = TypeVar("T")
 
-SLICE_S = 0.001
-"""How long one drive may be waited for while others might want something, in seconds."""
-QUIET_S = 1.0
-"""When nothing came from any drive for so long, one is waited for with its own patience."""
 SPLITS = ("heads", "context")
 
 
@@ -739,39 +733,13 @@ class _NoDriver:
         return 0
 
 
-def _advance(future: Future[Any]) -> None:
-    """Wait a little for a future."""
-    future._driver.advance(lambda: future._finished, SLICE_S)
-
-
 def _settle(futures: Iterable[Future[Any]], timeout_s: float | None) -> None:
-    """Wait until all are done, serving all drives meanwhile.
+    """Wait until all are done, all drives at once; errors are the futures'.
 
     Raises:
         DeviceTimeoutError: they were not done in time.
     """
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    queues: dict[int, deque[Future[Any]]] = {}
-    for future in futures:
-        queues.setdefault(id(future._driver), deque()).append(future)
-    waiting, heard = deque(queues.values()), time.monotonic()
-    while waiting:
-        mine = waiting[0]
-        while mine and mine[0]._finished:
-            mine.popleft()
-        if not mine:
-            waiting.popleft()
-            continue
-        waiting.rotate(-1)
-        rest = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-        alone = len(waiting) == 1
-        # The futures know of errors, too, so they end here only if it is the caller's patience that has ended.
-        with suppress(KvatticError):
-            if alone or time.monotonic() - heard > QUIET_S:
-                wait(list(mine) if alone else [mine[0]], rest)
-            elif mine[0]._driver.poll():
-                heard = time.monotonic()
-            else:
-                _advance(mine[0])
-        if rest == 0.0 and not mine[0]._finished:
-            raise DeviceTimeoutError(f"the drives were not done within {timeout_s:g} s")
+    try:
+        wait(futures, timeout_s)
+    except DeviceTimeoutError:
+        raise DeviceTimeoutError(f"the drives were not done within {timeout_s:g} s") from None

@@ -1,19 +1,22 @@
 """`Future`: the answer to something that the device does meanwhile."""
 
 import asyncio
+import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from threading import RLock
+from threading import Event, RLock
 from typing import Any, Generic, Protocol, TypeVar
 
-from kvattic.errors import KvatticError, RequestError
+from kvattic.errors import DeviceTimeoutError, KvatticError, RequestError
 
 __all__ = ["Driver", "Future", "all_done", "wait"]
 
 T = TypeVar("T")
 Result = TypeVar("Result", covariant=True)
 
+SERVE_S = 0.25
+"""How long one turn of `wait` is, in seconds: Ctrl-C is heard after one."""
 SLICE_S = 0.02
 """How long one turn of an awaiting asyncio task may hold the device, in seconds."""
 
@@ -171,22 +174,34 @@ def wait(futures: Iterable[Future[Any]], timeout_s: float | None = None) -> None
             raise RequestError(f"wait takes futures, not {future!r}")
         by_driver.setdefault(id(future._driver), []).append(future)
 
-    def drive(group: list[Future[Any]]) -> None:
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    stop = Event()
+
+    def serve(group: list[Future[Any]]) -> None:
         ready = all_done(group)
-        try:
-            group[0]._driver.drive(ready, timeout_s)
-        except KvatticError:
-            # If it was the device, they all know.
-            if not ready():
-                raise
+        while not ready() and not stop.is_set():
+            rest = SERVE_S if deadline is None else min(deadline - time.monotonic(), SERVE_S)
+            if rest <= 0:
+                raise DeviceTimeoutError(f"not done within {timeout_s:g} s")
+            try:
+                group[0]._driver.advance(ready, rest)
+            except KvatticError:
+                # If it was the device, they all know.
+                if not ready():
+                    raise
 
     groups = list(by_driver.values())
     if len(groups) == 1:
-        drive(groups[0])
+        serve(groups[0])
     elif groups:
         # Each device moves on while it is waited for, a simulated one only then.
         with ThreadPoolExecutor(len(groups)) as threads:
-            list(threads.map(drive, groups))
+            served = [threads.submit(serve, group) for group in groups]
+            try:
+                for one in served:
+                    one.result()
+            finally:
+                stop.set()
 
 
 def all_done(futures: Sequence[Future[Any]],

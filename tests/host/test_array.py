@@ -548,8 +548,7 @@ def test_patience(deaf):
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_a_drive_that_does_not_answer_is_named(number, monkeypatch):
-    monkeypatch.setattr("kvattic.array.QUIET_S", 0.01)
+def test_a_drive_that_does_not_answer_is_named(number):
     array = DriveArray([Device(GoldenDevice(TINY), timeout_s=0.05) for _ in range(3)])
     key, value, query = tensors(3, 20, 3, 1)
     sequence = array.create_sequence(3, capacity_tokens=20)
