@@ -314,8 +314,8 @@ class Queues(wiring.Component):
             with m.If(self.posted & (self.posted_queue == q)):
                 m.d.sync += written[q].eq(next_written)
 
-        # A line that is being offered counts at once: `create` must not come between.  Where the host takes a completion
-        # before we hear that it is there, as many commands as the ring has entries may be under way.
+        # A line that is being offered counts at once: `create` must not come between.  Where the host takes a
+        # completion before we hear that it is there, as many commands as the ring has entries may be under way.
         writing = Signal(QUEUES)
         for q in range(QUEUES):
             with m.If(self.post & (self.post_queue == q)):
