@@ -263,6 +263,7 @@ class RtlTransport:
         self._dram = _Dram(0, config.dram_beat_bytes)
         self._nand: NandSettings | None = None
         self._rung = False
+        self._lost_power = False    # and nobody has set it up again
         self._slice = SLICE_CYCLES[0]
         self._power_off: int | None = None
         self._toggles: dict[str, int] = {}
@@ -312,6 +313,8 @@ class RtlTransport:
         if name.startswith("SUBMISSION_TAIL_"):
             await self._load_dram()
             self._rung = True
+        elif name in ("CONTROL", "ADMIN_ENTRIES"):
+            self._lost_power = False
         self._dut.host_active.value = 1
         data = value.to_bytes(register.width // 8, "little")
         for offset in range(0, len(data), 4):
@@ -341,6 +344,8 @@ class RtlTransport:
         # The line may show what an access of a moment ago has changed.  Time must pass in any case: a caller that goes
         # on waiting would meet a line that stays up for ever.
         await self._cycles(SETTLE_CYCLES)
+        if self._lost_power:
+            raise DeviceTimeoutError("the simulated drive lost its power")
         begin, begin_cycle = time.monotonic(), int(dut.cycles.value)
         raised, limit = RisingEdge(dut.irq), self.timeout_cycles
         cycles = 0
@@ -377,7 +382,7 @@ class RtlTransport:
 
     async def _lose_power(self) -> None:
         """The RTL starts anew, device DRAM is empty; the dies lose their power by themselves (see `cut_power`)."""
-        self._power_off = None
+        self._power_off, self._lost_power = None, True
         self._dram.write(0, bytes(self.dram_bytes))
         self._dut.rst.value = 1
         await self._cycles(POWER_OFF_CYCLES + RESET_CYCLES)

@@ -1484,6 +1484,8 @@ def test_any_stalls(rng, latency, stall, job_stall, hold, name):
         mode = rng.choice(list(Mode)) if config.sparse else Mode.DENSE
         command, block, table = good_command(rng, config, number, mode=mode)
         command["query"] = BASE + 0x1000 * number
+        if has_mean(command):
+            command["mean"] = MEANS + 0x400 * number
         jobs.append((command, block, table))
         place(host, number, command, block, table, config)
     run(

@@ -63,7 +63,7 @@ def test_jobs(channels, rows):
         {
             "slot": i % config.jobs_in_flight,
             "lanes": i not in (2, 3),
-            "index": rng.getrandbits(16),
+            "queue": rng.getrandbits(3),
             "identifier": i,
             "mode": rng.getrandbits(2),
             "units": rng.getrandbits(16),

@@ -110,7 +110,7 @@ class Bench:
         if job is not None:
             self.spread(slot, job)
         payload = {
-            "slot": slot, "lanes": lanes, "index": number, "identifier": number + 1,
+            "slot": slot, "lanes": lanes, "queue": number % 8, "identifier": number + 1,
             "mode": Mode.DENSE if job is None else job.mode, "units": 0 if job is None else job.units, "rows": rows,
             "result": number << 40, "status": 3, "where": 4}
         ctx.set(dut.jobs_i.payload, payload)
