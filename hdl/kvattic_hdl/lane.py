@@ -242,7 +242,7 @@ class Lane(wiring.Component):
             begun.eq(strobe(started, started_slot)),
             selected.eq(strobe(self.select_valid, self.select_slot) if sparse else 0),
             key_walker.enable.eq(Mux(is_sparse, 0, begun) | selected),
-            key_walker.expect.eq(unselected.bit_select(key_walker.slot, 1)),
+            key_walker.expect.eq(unselected),
             value_walker.enable.eq(strobe(key_walker.end, key_walker.slot)),
         ]
         if sparse:

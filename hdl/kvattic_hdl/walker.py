@@ -27,8 +27,8 @@ class Walker(wiring.Component):
     -------
     enable : In(jobs_in_flight)
         Strobes: the job of the slot may be walked.  Its list is complete.
-    expect : In(1)
-        The job of `slot` is there, but may not be walked yet: do not go on to another one.
+    expect : In(jobs_in_flight)
+        The jobs of these slots are there, but may not be walked yet: do not go on to a later one.
     slot : Out(slot)
         The job in work, or the next one.  `job`, `skip`, `ring_base` must hold its parameters in the same cycle.
     job : In(walk)
@@ -65,7 +65,7 @@ class Walker(wiring.Component):
         self.shapes = shapes = Shapes(config)
         super().__init__({
             "enable": In(config.jobs_in_flight),
-            "expect": In(1),
+            "expect": In(config.jobs_in_flight),
             "slot": Out(shapes.slot),
             "job": In(shapes.walk),
             "skip": In(1),
@@ -177,8 +177,9 @@ class Walker(wiring.Component):
             ]
         with m.If(self.end):
             m.d.sync += [running.eq(0), enabled.bit_select(self.slot, 1).eq(0), index.eq(0)]
-        # On to the next slot; also past one whose job never came to the lanes.
-        with m.If(self.end | (~running & ~self.begin & ~self.expect & enabled.any())):
+        # On to the next slot; also past one whose job never came to the lanes, before it has another one.
+        nothing = ~running & ~(enabled | self.expect).bit_select(self.slot, 1)
+        with m.If(self.end | (nothing & (enabled | self.expect).any())):
             m.d.sync += [self.slot.eq(Mux(self.slot == config.jobs_in_flight - 1, 0, self.slot + 1)), settled.eq(0)]
         for s in range(config.jobs_in_flight):
             with m.If(self.enable[s]):
