@@ -498,7 +498,7 @@ def test_ctrl_c_ends_all_and_keeps_what_is_done(tmp_path):
         stdout=subprocess.DEVNULL, text=True, env={**os.environ, "KVATTIC_TEST_PIDS": str(tmp_path / "pids")})
     pids = started(tmp_path / "pids", 2)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "interrupted: 1 of 3 points are done" in errors
     assert [row["channels"] for row in json.loads(file.read_text())] == [1]
