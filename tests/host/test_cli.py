@@ -476,8 +476,10 @@ def test_a_sweep_that_is_left_ends_its_processes(tmp_path, monkeypatch):
 
 
 CTRL_C = """
+import signal
 import sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)    # ignored where tests run in the background
 sys.path.insert(0, sys.argv[1])
 from kvattic import cli
 from kvattic_sim import sweep
