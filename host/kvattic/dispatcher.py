@@ -45,7 +45,7 @@ T = TypeVar("T")
 
 ADMIN, ATTEND, FLASH = range(3)
 """The queues: 0 admin, 1 ATTEND and COUNTERS, 2 PROGRAM and ERASE."""
-ADMIN_ENTRIES = 64
+ADMIN_ENTRIES = 256
 UNKNOWN = 0xFFFF
 """Identifier of a completion whose command could not be read."""
 FALSE_ALARMS = 16
@@ -148,7 +148,7 @@ class Dispatcher:
         CapacityError: the host memory does not even hold the smallest rings.
     """
 
-    def __init__(self, transport: Transport, *, timeout_s: float, entries: int = 256) -> None:
+    def __init__(self, transport: Transport, *, timeout_s: float, entries: int) -> None:
         if not isinstance(entries, int) or not 2 <= entries <= MAX_ENTRIES or entries & (entries - 1):
             raise RequestError(f"entries must be a power of two from 2 to {MAX_ENTRIES:,}, not {entries!r}")
         self.transport = transport

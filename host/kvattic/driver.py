@@ -58,7 +58,8 @@ __all__ = ["AttendPlan", "AttendResult", "Device", "FlashOperation", "Job", "Job
 T = TypeVar("T")
 
 DEFAULT_TIMEOUT_S = 60.0
-DEFAULT_ENTRIES = 256
+DEFAULT_ENTRIES = 1024
+"""Of the rings: programs keep all dies busy and as many pages waiting, 64 on each of eight channels."""
 CLEAR_PAGES = 64
 """Of device DRAM, at once."""
 PAGE_MASK = (1 << PAGE_NUMBER_BITS) - 1

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kvattic import AttendResult, Config, Device, Sequence
 from kvattic.elements import to_bits
+from kvattic.registers import StatusBit
 from kvattic_sim.data import load_minilm
 from kvattic_sim.jobs import report
 from kvattic_sim.rtl_transport import RtlTransport
@@ -182,6 +183,9 @@ def measured(device: Device, work: Callable[[], Result]) -> tuple[Result, Usage]
     try:
         result = work()
         if transport is not None:
+            # The last completion may be taken before the drive hears that it is written.
+            while transport.read_register("STATUS") & StatusBit.BUSY:
+                pass
             transport.settle()
     finally:
         if transport is not None:

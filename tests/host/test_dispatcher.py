@@ -115,10 +115,10 @@ def test_little_memory_holds_back_what_does_not_fit():
 def test_many_commands_are_in_flight_by_default():
     transport = SlowDevice()
     with Device(transport) as device:
-        futures = device.submit(jobs_of(sequence_of(device), 300))
-        assert device.in_flight == 255
+        futures = device.submit(jobs_of(sequence_of(device), 1100))
+        assert device.in_flight == 1023
         futures[0].result()
-        assert device.in_flight > 128
+        assert device.in_flight > 512
 
 
 def test_one_doorbell_for_many_and_no_register_is_read():

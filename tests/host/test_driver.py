@@ -661,10 +661,10 @@ PROBE = kvattic.FlashOperation(Opcode.PROBE, 0, 0)
 def test_a_refused_doorbell_is_told():
     class Elsewhere(GoldenDevice):
         def write_register(self, name, value):
-            super().write_register(name, 300 if name == "SUBMISSION_TAIL_1" else value)
+            super().write_register(name, 3000 if name == "SUBMISSION_TAIL_1" else value)
 
     sequence = prefilled(Elsewhere(TINY))
-    with pytest.raises(DeviceTimeoutError, match=r"INVALID_DOORBELL.*, DOORBELL_ERROR 0x0100012c"):
+    with pytest.raises(DeviceTimeoutError, match=r"INVALID_DOORBELL.*, DOORBELL_ERROR 0x01000bb8"):
         sequence.attend(zeros(1, 1, 32))
 
 
