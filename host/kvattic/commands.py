@@ -262,71 +262,52 @@ SKETCH_ENTRY = Record("SketchEntry", 8, (
 ))
 """What the first pass of a sparse mode reads of a stripe in flash, on its channel; further codewords follow."""
 
-FLASH_COMMAND = Record("FlashCommand", LINE_BYTES, (
-    Field("opcode", 0, 1, "`Opcode`"),
-    Field("flags", 1, 1, "reserved, zero"),
-    Field("identifier", 2, 2, "copied into the completion"),
+
+def _command(name: str, fields: tuple[Field, ...]) -> Record:
+    """A command with NVMe's first four bytes; what no field covers is reserved, in pieces inside of 8-byte words."""
+    fields = (Field("opcode", 0, 1, "`Opcode`"), Field("flags", 1, 1, "reserved, zero"),
+              Field("identifier", 2, 2, "copied into the completion"), *fields)
+    filled: list[Field] = []
+    at = reserved = 0
+    for start, field in [*((field.offset, field) for field in fields), (LINE_BYTES, None)]:
+        while at < start:
+            size = min(start, at // 8 * 8 + 8) - at
+            filled.append(Field(f"reserved{reserved}", at, size, "reserved, zero"))
+            at, reserved = at + size, reserved + 1
+        if field is not None:
+            filled.append(field)
+            at += field.size
+    return Record(name, LINE_BYTES, tuple(filled))
+
+
+FLASH_COMMAND = _command("FlashCommand", (
     Field("channel", 4, 1, "flash channel"),
-    Field("reserved0", 5, 3, "reserved, zero"),
     Field("page", 8, 3, "page on the channel: plane, die, page of the block, zone, from the low bits on"),
     Field("argument", 11, 3, "PROGRAM: page of device DRAM; MAP: block of the plane; otherwise zero"),
     Field("domain", 14, 2, "PROGRAM, ERASE: owner of the places; ERASE in queue 0, PROBE, MAP: zero"),
-    Field("reserved1", 16, 8, "reserved, zero"),
-    Field("reserved2", 24, 8, "reserved, zero"),
-    Field("reserved3", 32, 8, "reserved, zero"),
-    Field("reserved4", 40, 8, "reserved, zero"),
-    Field("reserved5", 48, 8, "reserved, zero"),
-    Field("reserved6", 56, 8, "reserved, zero"),
 ))
 """PROGRAM, ERASE, PROBE, MAP.  They complete out of order; those of one channel begin in order."""
 
-DATA_COMMAND = Record("DataCommand", LINE_BYTES, (
-    Field("opcode", 0, 1, "`Opcode`"),
-    Field("flags", 1, 1, "reserved, zero"),
-    Field("identifier", 2, 2, "copied into the completion"),
-    Field("reserved0", 4, 4, "reserved, zero"),
-    Field("reserved1", 8, 8, "reserved, zero"),
-    Field("reserved2", 16, 8, "reserved, zero"),
-    Field("reserved3", 24, 8, "reserved, zero"),
+DATA_COMMAND = _command("DataCommand", (
     Field("result", 32, 8, "address of what is written"),
-    Field("reserved4", 40, 8, "reserved, zero"),
-    Field("reserved5", 48, 8, "reserved, zero"),
-    Field("reserved6", 56, 8, "reserved, zero"),
 ))
 """IDENTIFY, COUNTERS."""
 
-QUEUE_COMMAND = Record("QueueCommand", LINE_BYTES, (
-    Field("opcode", 0, 1, "`Opcode`"),
-    Field("flags", 1, 1, "reserved, zero"),
-    Field("identifier", 2, 2, "copied into the completion"),
+QUEUE_COMMAND = _command("QueueCommand", (
     Field("queue", 4, 1, "number of the pair"),
-    Field("reserved0", 5, 1, "reserved, zero"),
     Field("entries", 6, 2, "of each ring: a power of two, 2 to MAX_ENTRIES; DELETE_QUEUE: zero, as what follows"),
-    Field("reserved1", 8, 8, "reserved, zero"),
-    Field("reserved2", 16, 8, "reserved, zero"),
     Field("submission", 24, 8, "address of the submission ring, 64-byte aligned"),
     Field("completion", 32, 8, "address of the completion ring, 64-byte aligned"),
     Field("base", 40, 8, "first address that the blocks of the queue's commands may use"),
     Field("limit", 48, 8, "one past the last address that they may use"),
-    Field("reserved3", 56, 8, "reserved, zero"),
 ))
 """CREATE_QUEUE, DELETE_QUEUE."""
 
-GRANT_COMMAND = Record("GrantCommand", LINE_BYTES, (
-    Field("opcode", 0, 1, "`Opcode`"),
-    Field("flags", 1, 1, "reserved, zero"),
-    Field("identifier", 2, 2, "copied into the completion"),
+GRANT_COMMAND = _command("GrantCommand", (
     Field("kind", 4, 1, "`Grant`"),
-    Field("reserved0", 5, 3, "reserved, zero"),
     Field("first", 8, 3, "first zone or region; or a bit for each queue"),
     Field("count", 11, 3, "how many zones or regions"),
     Field("domain", 14, 2, "to whom; 0, for zones and regions: to nobody"),
-    Field("reserved1", 16, 8, "reserved, zero"),
-    Field("reserved2", 24, 8, "reserved, zero"),
-    Field("reserved3", 32, 8, "reserved, zero"),
-    Field("reserved4", 40, 8, "reserved, zero"),
-    Field("reserved5", 48, 8, "reserved, zero"),
-    Field("reserved6", 56, 8, "reserved, zero"),
 ))
 """GRANT.  Takes effect for the commands that are fetched after its completion."""
 

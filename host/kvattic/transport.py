@@ -7,8 +7,6 @@ from kvattic.config import Config
 
 __all__ = ["Progress", "Transport"]
 
-MAX_COMMANDS = 65_535   # until the driver has queues
-
 Progress: TypeAlias = Callable[[int, int], None]
 """Called as progress(done, total), both counted in jobs."""
 
