@@ -12,7 +12,6 @@ from kvattic.formats import (
     SCORE_SUM_BITS,
     SCORE_WINDOW_BITS,
     SIGNIFICAND_BITS,
-    VALUE_WINDOW_BITS,
     WEIGHT_BITS,
 )
 from kvattic_hdl.arithmetic import add_carry
@@ -28,10 +27,15 @@ SUM_STAGE = 7
 """The new accumulator word is registered in stage 7 and written at its end."""
 assert SUM_STAGE + 1 - READ_STAGE == ACCUMULATE_CYCLES
 
-HEADROOM = VALUE_WINDOW_BITS - PRODUCT_BITS
-"""Places that an unshifted product stands above the window's least bit."""
-KEY_CLIP = VALUE_WINDOW_BITS - SCORE_WINDOW_BITS
-"""Smallest right shift in a K pass: a product above the score window is clipped to its top."""
+
+def headroom(config: Config) -> int:
+    """Places that an unshifted product stands above the value window's least bit."""
+    return config.element.encoding.value_window_bits - PRODUCT_BITS
+
+
+def key_clip(config: Config) -> int:
+    """Smallest right shift in a K pass: a product above the score window is clipped to its top."""
+    return config.element.encoding.value_window_bits - SCORE_WINDOW_BITS
 
 
 def group_base(config: Config) -> int:
@@ -66,7 +70,7 @@ class Cell(wiring.Component):
         k's or v's.
     sign : In(1), stage 2
     shift : In(signed), stage 3
-        Right shift from the window's top; below `KEY_CLIP` (K) or 0 (V) it is clipped.
+        Right shift from the window's top; below `key_clip` (K) or 0 (V) it is clipped.
     key : In(1), stage 3
         The product goes into the score window: a beat of K, or of a channel of K.
     addend : Out(SCORE_WINDOW_BITS), stage 6
@@ -85,7 +89,7 @@ class Cell(wiring.Component):
     write : In(1), stage 7
     write_address : In, stage 7
         Where the sum (or, after a drain, at the end of a harvest, or in a sweep, zero) is written.
-    word : Out(signed(51)), stage 6
+    word : Out(signed(SCORE_SUM_BITS)), stage 6
         The word that was read, of a group's sums.  Only if `config.sparse`.
     """
 
@@ -93,6 +97,9 @@ class Cell(wiring.Component):
         self.shapes = Shapes(config)
         self.sparse = config.sparse
         self.depth = accumulator_words(config)
+        self.window_bits = config.element.encoding.value_window_bits
+        self.headroom = headroom(config)
+        self.key_clip = key_clip(config)
         address = ceil_log2(self.depth)
         super().__init__({
             "a_significand": In(WEIGHT_BITS),
@@ -135,8 +142,8 @@ class Cell(wiring.Component):
             gone_4.eq(0),
             shift_4.eq(self.shift[:6]),
         ]
-        with m.If(self.key & (self.shift < KEY_CLIP)):
-            m.d.sync += [shift_4.eq(KEY_CLIP), clipped_4.eq(1)]
+        with m.If(self.key & (self.shift < self.key_clip)):
+            m.d.sync += [shift_4.eq(self.key_clip), clipped_4.eq(1)]
         with m.Elif(self.shift < 0):
             m.d.sync += [shift_4.eq(0), clipped_4.eq(1)]
         with m.If(self.shift >= 64):
@@ -156,10 +163,10 @@ class Cell(wiring.Component):
             clipped_5.eq(clipped_4 & product_4.any()),
             gone_5.eq(gone_4),
         ]
-        magnitude = Signal(VALUE_WINDOW_BITS)
-        magnitude_6 = Signal(VALUE_WINDOW_BITS)
+        magnitude = Signal(self.window_bits)
+        magnitude_6 = Signal(self.window_bits)
         negative_6 = Signal()
-        m.d.comb += magnitude.eq((mid_5 << (HEADROOM - 15)) >> (coarse_5 << 4))
+        m.d.comb += magnitude.eq((mid_5 << (self.headroom - 15)) >> (coarse_5 << 4))
         m.d.sync += [
             magnitude_6.eq(magnitude),
             negative_6.eq(sign_5),
@@ -186,7 +193,7 @@ class Cell(wiring.Component):
             read.addr.eq(self.read_address),
             carry.eq(negative_6 & ~self.drain),
             operand.eq(Mux(self.drain, self.chain_i,
-                           (Cat(magnitude_6, 0) ^ negative_6.replicate(VALUE_WINDOW_BITS + 1)).as_signed())),
+                           (Cat(magnitude_6, 0) ^ negative_6.replicate(self.window_bits + 1)).as_signed())),
             total.eq(add_carry(word_6, operand, carry)),
             write.addr.eq(self.write_address),
             write.data.eq(total_7),

@@ -18,7 +18,7 @@ from kvattic.formats import (
     WEIGHT_EXPONENT_BITS,
 )
 from kvattic_hdl.arithmetic import add_carry, decode, strobe, times
-from kvattic_hdl.cell import ADDEND_STAGE, HEADROOM, READ_STAGE, SUM_STAGE, Cell, accumulator_words, group_base
+from kvattic_hdl.cell import ADDEND_STAGE, READ_STAGE, SUM_STAGE, Cell, accumulator_words, group_base, headroom
 from kvattic_hdl.exponential import Exponential
 from kvattic_hdl.first_pass import ChosenChannels, FirstPass
 from kvattic_hdl.intake import Intake
@@ -664,10 +664,10 @@ class Lane(wiring.Component):
         scale_port = kept("k_offsets", "k_offset")
         m.d.comb += scale_port.addr.eq(pipe[1].where.slot)
         bases_2 = [Signal(signed(SHIFT_BITS), name=f"base_2_{r}") for r in range(rows if sparse else 1)]
-        # K: the window's top is HEADROOM above an unshifted product; q's significand stands WEIGHT_BITS - 11 high, and
+        # K: the window's top is `headroom` above an unshifted product; q's significand stands WEIGHT_BITS - 11 high, and
         # -exponent = ~exponent + 1.  V: the weight is significand * 2**-(exponent + WEIGHT_BITS - 1).
-        key_base = HEADROOM + (WEIGHT_BITS - SIGNIFICAND_BITS) + 1
-        value_base = HEADROOM - (VALUE_FRACTION - (WEIGHT_BITS - 1) - element.offset)
+        key_base = headroom(config) + (WEIGHT_BITS - SIGNIFICAND_BITS) + 1
+        value_base = headroom(config) - (VALUE_FRACTION - (WEIGHT_BITS - 1) - element.offset)
         for r, base_2 in enumerate(bases_2):
             k_offset = scale_port.data.k_offset
             if sparse:

@@ -9,6 +9,7 @@ from kvattic.commands import TREE_BITS
 from kvattic.config import Config
 from kvattic.formats import (
     SCALE_BITS,
+    SCALED_SUM_BITS,
     SCORE_FRACTION,
     SCORE_MASKED,
     SCORE_MAX,
@@ -18,7 +19,7 @@ from kvattic.formats import (
 )
 from kvattic_hdl.interfaces import TOKEN_BITS, Shapes
 
-CHUNK_BITS = SCORE_SUM_BITS // 3
+CHUNK_BITS = 17
 """The sum is multiplied in three chunks, each of which fits one DSP slice beside the scale's 24 bits."""
 DROPPED_BITS = SCALE_BITS - 1 + SCORE_WINDOW_FRACTION - SCORE_FRACTION
 """Places that the scaled sum has below a score's least bit."""
@@ -62,7 +63,7 @@ class Scaler(wiring.Component):
     -------
     valid : In(1)
         Strobe: `sum` and `scale` are given, and stay for `interval` cycles.
-    sum : In(signed(51))
+    sum : In(signed(SCORE_SUM_BITS))
     scale : In(24)
     done : Out(1)
         Strobe, `LATENCY` cycles after `valid`.
@@ -84,8 +85,12 @@ class Scaler(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        chunks = [self.sum[CHUNK_BITS * i : CHUNK_BITS * (i + 1)] for i in range(3)]
-        chunks[2] = chunks[2].as_signed()
+        # A sum that is too long makes a score beyond the range with any scale, and so does the end that it is cut to.
+        kept = Signal(signed(SCALED_SUM_BITS))
+        above = self.sum[SCALED_SUM_BITS - 1 :]
+        m.d.comb += kept.eq(Mux(above.any() & ~above.all(), Cat((~self.sum[-1]).replicate(SCALED_SUM_BITS - 1),
+                                                               self.sum[-1]), self.sum))
+        chunks = [kept[:CHUNK_BITS], kept[CHUNK_BITS : 2 * CHUNK_BITS], kept[2 * CHUNK_BITS :].as_signed()]
         half = C(1 << (DROPPED_BITS - 1), DROPPED_BITS)
         product_bits = CHUNK_BITS + 1 + SCALE_BITS + 1
         valid = Signal(self.LATENCY)
@@ -151,7 +156,7 @@ class ScoreUnit(wiring.Component):
     valid : In(1)
         Strobe: `where`, `sums` and `overflows` hold a token.
     where : In(scored_token)
-    sums : In, rows of signed(51)
+    sums : In, rows of signed(SCORE_SUM_BITS)
     overflows : In(rows)
         A product of the row was clipped.
     scale : In(24)

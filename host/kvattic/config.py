@@ -7,7 +7,7 @@ from math import ceil
 from typing import Any, Self
 
 from kvattic.errors import ConfigError
-from kvattic.formats import VALUE_FRACTION, VALUE_WINDOW_BITS, Element
+from kvattic.formats import VALUE_FRACTION, Element
 from kvattic.nand import PSLC, TINY_PART, NandPart, is_power_of_two
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
@@ -285,7 +285,7 @@ class Config:
     def accumulator_bits(self) -> int:
         """Width of an output accumulator: no sum of `max_tokens` addends can overflow it (docs/numerics.md)."""
         # An fp16 addend stays below half of the window; only bf16 values can fill it.
-        addend = VALUE_WINDOW_BITS - (self.element is Element.FP16)
+        addend = self.element.encoding.value_window_bits - (self.element is Element.FP16)
         return addend + (self.max_tokens - 1).bit_length() + 1
 
     @property

@@ -31,8 +31,8 @@ SCALE_BITS = 24
 
 SCORE_FRACTION = 22
 """Fractional bits of a score (log2 domain)."""
-SCORE_BITS = 36
-"""Bits of a score, sign included: the range is -8,192 to 8,192 in steps of 2**-22."""
+SCORE_BITS = 41
+"""Bits of a score, sign included: the range is -2**18 to 2**18 in steps of 2**-22."""
 SCORE_MASKED = -(1 << (SCORE_BITS - 1))
 """The score that stands for 'not attended'; real scores saturate one step above it."""
 SCORE_MIN = SCORE_MASKED + 1
@@ -40,10 +40,12 @@ SCORE_MAX = (1 << (SCORE_BITS - 1)) - 1
 
 SCORE_WINDOW_FRACTION = 28
 """Fractional bits of a product q*k in the score window."""
-SCORE_WINDOW_BITS = 42
+SCORE_WINDOW_BITS = 46
 """Bits of a product's magnitude in the score window."""
-SCORE_SUM_BITS = 51
-"""Bits of the sum over at most 256 channels, sign included (three multiplier passes of 17 bits)."""
+SCORE_SUM_BITS = 55
+"""Bits of the sum over at most 256 channels, sign included."""
+SCALED_SUM_BITS = SCORE_WINDOW_BITS + 1
+"""Bits of a sum that is scaled: one that does not fit makes a score beyond the range, whatever the scale."""
 
 WEIGHT_BITS = 22
 """Bits of a weight's significand: 1.21, 1 for the maximum exactly."""
@@ -52,8 +54,6 @@ WEIGHT_EXPONENT_BITS = 6
 
 VALUE_FRACTION = 40
 """Fractional bits of the value window and of the denominator."""
-VALUE_WINDOW_BITS = 57
-"""Bits of a product weight*v's magnitude in the value window."""
 PRODUCT_BITS = WEIGHT_BITS + SIGNIFICAND_BITS
 """Bits of the cell's multiplier output; q's significand is left-aligned in the weight's place."""
 
@@ -86,12 +86,14 @@ class ElementFormat:
         exponent_bits: width of the exponent field.
         fraction_bits: width of the fraction field.
         bias: IEEE bias of the exponent field.
+        value_window_bits: bits of a product weight*v's magnitude in the value window.
     """
 
     name: str
     exponent_bits: int
     fraction_bits: int
     bias: int
+    value_window_bits: int
 
     @property
     def offset(self) -> int:
@@ -117,8 +119,8 @@ class Element(StrEnum):
 
 
 _FORMATS = {
-    Element.FP16: ElementFormat(name="fp16", exponent_bits=5, fraction_bits=10, bias=15),
-    Element.BF16: ElementFormat(name="bf16", exponent_bits=8, fraction_bits=7, bias=127),
+    Element.FP16: ElementFormat(name="fp16", exponent_bits=5, fraction_bits=10, bias=15, value_window_bits=57),
+    Element.BF16: ElementFormat(name="bf16", exponent_bits=8, fraction_bits=7, bias=127, value_window_bits=61),
 }
 
 EXP_SEGMENTS = 64

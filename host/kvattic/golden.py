@@ -23,6 +23,7 @@ from kvattic.formats import (
     EXP_STEP_BITS,
     PRODUCT_BITS,
     SCALE_BITS,
+    SCALED_SUM_BITS,
     SCORE_FRACTION,
     SCORE_MASKED,
     SCORE_MAX,
@@ -31,7 +32,6 @@ from kvattic.formats import (
     SCORE_WINDOW_FRACTION,
     SIGNIFICAND_BITS,
     VALUE_FRACTION,
-    VALUE_WINDOW_BITS,
     WEIGHT_BITS,
     WEIGHT_EXPONENT_BITS,
     Element,
@@ -53,8 +53,10 @@ __all__ = [
     "divide",
     "first_special",
     "merge",
+    "product_shift",
     "round_scores",
     "scale_scores",
+    "score_shift_min",
     "score_sums",
     "split_scale",
     "value_sums",
@@ -65,12 +67,8 @@ __all__ = [
 Integers: TypeAlias = NDArray[np.int64]
 Bits: TypeAlias = NDArray[np.uint16]
 
-PRODUCT_SHIFT = VALUE_WINDOW_BITS - PRODUCT_BITS
-"""The cell puts its product at the top of the window (left by this), then shifts right only."""
 QUERY_SHIFT = WEIGHT_BITS - SIGNIFICAND_BITS
 """Left-alignment of q's significand in the multiplier port that a weight uses in the V pass."""
-SCORE_SHIFT_MIN = VALUE_WINDOW_BITS - SCORE_WINDOW_BITS
-"""Smallest right shift of the K pass: a smaller one would not fit the score window."""
 SHIFT_MAX = 63
 """Largest right shift of the cell; the window is narrower, so this and all beyond give zero."""
 SCORE_ROUND_SHIFT = SCALE_BITS - 1 + SCORE_WINDOW_FRACTION - SCORE_FRACTION
@@ -86,8 +84,6 @@ LOW_BITS = 32
 
 _BLOCK_ELEMENTS = 1 << 15
 """Elements handled at a time: a few int64 arrays of this size stay in the second-level cache."""
-_GROUP = 32
-"""Tokens whose value products (each below 2**57) one int64 can sum."""
 
 
 class Decoded(NamedTuple):
@@ -226,6 +222,16 @@ def split_scale(scale_bits: int) -> tuple[int, int]:
     return hidden | (scale_bits & (hidden - 1)), scale_bits >> (SCALE_BITS - 1)
 
 
+def product_shift(element: Element) -> int:
+    """The cell puts its product at the top of the value window (left by this), then shifts right only."""
+    return element.encoding.value_window_bits - PRODUCT_BITS
+
+
+def score_shift_min(element: Element) -> int:
+    """Smallest right shift of the K pass: a smaller one would not fit the score window."""
+    return element.encoding.value_window_bits - SCORE_WINDOW_BITS
+
+
 def _signs(negative: NDArray[np.bool_]) -> Integers:
     """1 or -1."""
     return 1 - 2 * negative.astype(np.int64)
@@ -285,8 +291,9 @@ def window_sums(
     offset = np.asarray(exponent)[..., None] - 127 + SCORE_WINDOW_FRACTION - 2 * element.encoding.offset
     row = decode(query, element)
     row_sign = _signs(row.negative)
-    row_significand = row.significand.astype(np.int64) << (QUERY_SHIFT + PRODUCT_SHIFT)
-    row_shift = PRODUCT_SHIFT + QUERY_SHIFT - offset - row.exponent.astype(np.int64)
+    top, shift_min = product_shift(element) + QUERY_SHIFT, score_shift_min(element)
+    row_significand = row.significand.astype(np.int64) << top
+    row_shift = top - offset - row.exponent.astype(np.int64)
     sums = np.zeros((rows, tokens), np.int64)
     overflow = np.zeros((rows, tokens), np.bool_)
     size = _block_tokens(head_dim)
@@ -303,9 +310,9 @@ def window_sums(
             np.multiply(significand, row_significand[r], out=window)
             np.subtract(row_shift[r], key_exponent, out=shift)
             low, high = int(row_shift[r].min()) - most, int(row_shift[r].max()) - least
-            if low < SCORE_SHIFT_MIN:
-                overflow[r, place] = ((shift < SCORE_SHIFT_MIN) & (window != 0)).any(axis=1)
-            _shift(window, shift, SCORE_SHIFT_MIN, low, high)
+            if low < shift_min:
+                overflow[r, place] = ((shift < shift_min) & (window != 0)).any(axis=1)
+            _shift(window, shift, shift_min, low, high)
             np.multiply(window, sign, out=window)
             np.einsum("tc,c->t", window, row_sign[r], out=sums[r, place])
     return sums, overflow
@@ -335,8 +342,9 @@ def scale_scores(sums: Integers, significand: int | Integers) -> tuple[Integers,
     Returns:
         (scores int64 in [SCORE_MIN, SCORE_MAX], overflow bool), both of the shape of sums.
     """
-    # The product has 75 bits, so it is taken in three chunks; what falls out at the bottom of a
+    # The product has 70 bits, so it is taken in three chunks; what falls out at the bottom of a
     # chunk lies below the result's least bit after the half was added: floor of floor is the floor.
+    sums = np.clip(sums, -(1 << (SCALED_SUM_BITS - 1)), (1 << (SCALED_SUM_BITS - 1)) - 1)
     mask = (1 << CHUNK_BITS) - 1
     carry = ((sums & mask) * significand + (1 << (SCORE_ROUND_SHIFT - 1))) >> CHUNK_BITS
     carry += ((sums >> CHUNK_BITS) & mask) * significand
@@ -444,7 +452,9 @@ def value_sums(
     rows, (tokens, head_dim) = significand.shape[0], value.shape
     # Least bit of the product against that of the window, before the element's exponent.
     offset = VALUE_FRACTION - (WEIGHT_BITS - 1) - element.encoding.offset
-    row_shift = PRODUCT_SHIFT - offset + exponent
+    row_shift = product_shift(element) - offset + exponent
+    # Tokens whose products one int64 can sum.
+    together = 1 << (62 - element.encoding.value_window_bits)
     high = np.zeros((rows, head_dim), np.int64)
     low = np.zeros((rows, head_dim), np.int64)
     overflow = False
@@ -457,7 +467,7 @@ def value_sums(
             continue
         part = decode(value[place], element)
         sign = _signs(part.negative)
-        part_significand = part.significand.astype(np.int64) << PRODUCT_SHIFT
+        part_significand = part.significand.astype(np.int64) << product_shift(element)
         part_exponent = part.exponent.astype(np.int64)
         least, most = int(part.exponent.min()), int(part.exponent.max())
         window, shift = window_space[: len(sign)], shift_space[: len(sign)]
@@ -470,9 +480,9 @@ def value_sums(
                 overflow = overflow or bool(((shift < 0) & (window != 0)).any())
             _shift(window, shift, 0, smallest, largest)
             np.multiply(window, sign, out=window)
-            whole = len(window) // _GROUP * _GROUP
+            whole = len(window) // together * together
             for group in (
-                window[:whole].reshape(-1, _GROUP, head_dim).sum(axis=1),
+                window[:whole].reshape(-1, together, head_dim).sum(axis=1),
                 window[whole:].sum(axis=0, keepdims=True),
             ):
                 high[r] += (group >> LOW_BITS).sum(axis=0)

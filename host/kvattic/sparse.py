@@ -68,7 +68,7 @@ Booleans: TypeAlias = NDArray[np.bool_]
 ALPHA_ONE = 1 << ALPHA_FRACTION
 """An alpha of 1: the mean of V has no part in the output."""
 FORCED = (1 << MASS_BITS) - 1
-"""The mass that stands for a unit of the local window; real masses saturate one below it."""
+"""The mass that stands for a unit of sinks or of the local window; real masses saturate one below it."""
 
 
 # Channels and scale of the first pass.
@@ -225,20 +225,21 @@ def masses(probability: Integers, unit_tokens: int) -> Integers:
     return np.minimum(total, FORCED - 1)
 
 
-def ranks(mass: Integers, *, base_token: int, unit_tokens: int, local_token: int) -> Integers:
-    """What units are chosen by: their mass, of equal ones the lower token; units of the local window above all.
+def ranks(mass: Integers, *, base_token: int, unit_tokens: int, local_token: int, sinks: int) -> Integers:
+    """What units are chosen by: their mass, of equal ones the lower token; sinks and the local window above all.
 
     Args:
         mass: int64, (units,), from `masses`.
         base_token: first token of unit 0.
         unit_tokens: tokens of a unit.
         local_token: first token of the local window; end_token where there is none.
+        sinks: first tokens of the sequence whose units come first, too.
 
     Returns:
         int64, (units,), all different, not negative, MASS_BITS + TOKEN_BITS wide.
     """
     first = base_token + np.arange(len(mass), dtype=np.int64) * unit_tokens
-    mass = np.where(first + unit_tokens > local_token, FORCED, mass)
+    mass = np.where((first + unit_tokens > local_token) | (first < sinks), FORCED, mass)
     result: Integers = mass << TOKEN_BITS | (~first & ((1 << TOKEN_BITS) - 1))
     return result
 
@@ -349,7 +350,7 @@ class First:
         layout: of the job.
         base_token: number of the first token.
         end_token: one past the last valid token.
-        tail: bool, (stripes,), stripes in device DRAM.
+        tail: bool, (stripes,), stripes that are attended whole: those in device DRAM, and those that a command says.
         channels: int64, (r,), ascending: channels that the first pass reads; empty in CENTROID.
         scale_significand: int64, (rows,), of the approximate scale; the command's in CENTROID.
         scale_exponent: int64, (rows,), its exponent field.
@@ -483,6 +484,7 @@ def first_pass(
     channels: int,
     units: int,
     local: int,
+    sinks: int = 0,
 ) -> First:
     """First pass of a sparse job, and the selection.
 
@@ -502,10 +504,11 @@ def first_pass(
         tree_token: first token of the draft tree; end_token where there is none.
         base_token: number of the first token given.
         end_token: one past the last valid token.
-        tail: bool, (stripes,), stripes in device DRAM.
+        tail: bool, (stripes,), stripes that are attended whole: those in device DRAM, and those that a command says.
         channels: channels of the first pass, 1 to head_dim; 0 in CENTROID.
         units: units to select, at least 1.
         local: newest tokens whose units come first.
+        sinks: first tokens of the sequence (from token 0 on) whose units come first, too.
 
     Raises:
         RequestError: a type or shape is wrong, or a number is out of range.
@@ -567,7 +570,8 @@ def first_pass(
     probability = probabilities(scores, reference)
 
     mass = masses(probability, 1 if centroids else unit_tokens)
-    rank = ranks(mass, base_token=base_token, unit_tokens=unit_tokens, local_token=max(end_token - local, 0))
+    rank = ranks(mass, base_token=base_token, unit_tokens=unit_tokens, local_token=max(end_token - local, 0),
+                 sinks=sinks)
     first = base_token + np.arange(len(mass), dtype=np.int64) * unit_tokens
     valid = np.repeat(flash, layout.group_tokens // unit_tokens) & (first < end_token)
     selected = select(rank, valid, units)
@@ -672,6 +676,7 @@ def attend_sparse(
     channels: int = 0,
     units: int,
     local: int = 0,
+    sinks: int = 0,
     unit_bits: int = 0,
     mean: NDArray[np.uint32] | None = None,
     sketch: Bits | None = None,
@@ -697,11 +702,12 @@ def attend_sparse(
         channels: SPARF, FETCHED: channels of the first pass.
         units: units to select; those of the tail come on top.
         local: newest tokens whose units come first.
+        sinks: first tokens of the sequence whose units come first, too.
         unit_bits: FETCHED, CENTROID: log2 of a unit's codewords.
         mean: SPARF, FETCHED: uint32, (head_dim,), fp32 bit patterns of the mean of V.
         sketch: CENTROID: uint16, (units, head_dim), mean keys of all units (anything for those of the tail); in the
             other modes what the channel layout has, if that is not `key`.
-        tail: bool, (stripes,), stripes in device DRAM.
+        tail: bool, (stripes,), stripes that are attended whole: those in device DRAM, and those that a command says.
         element: storage format.
         scale_bits: fp32 bit pattern of softmax scale * log2(e): positive and normal.
         start: integers, (rows,), first token that each row attends.
@@ -721,7 +727,7 @@ def attend_sparse(
         "tree_token": tree_token}
     first = first_pass(
         query, key, sketch=sketch, layout=layout, base_token=base_token, end_token=end_token, tail=tail,
-        channels=channels, units=units, local=local, **job)
+        channels=channels, units=units, local=local, sinks=sinks, **job)
     return second_pass(first, query, key, value, mean=mean, **job)
 
 

@@ -72,10 +72,10 @@ def score_sum(query: list[Number], key: list[Number], scale_exponent: int) -> tu
     for q, k in zip(query, key, strict=True):
         product = q.significand * k.significand
         power = q.power + k.power + scale_exponent + 28
-        # Two 11-bit significands and 20 more bits fill the 42-bit window but for its top bits.
-        if power > 20 and product:
+        # Two 11-bit significands and 24 more bits fill the 46-bit window but for its top bits.
+        if power > 24 and product:
             clipped = True
-        magnitude = floor_scaled(product, min(power, 20))
+        magnitude = floor_scaled(product, min(power, 24))
         total += -magnitude if q.negative != k.negative else magnitude
     return total, clipped
 
@@ -133,7 +133,7 @@ def attend(
     sums = [[score_sum(q[r], k[t], scale_exponent) for t in range(tokens)] for r in range(rows)]
     # floor(x / 2**29 + 1/2), exactly.
     exact = [[(s * scale_significand * 2 + (1 << 29)) // (1 << 30) for s, _ in row] for row in sums]
-    low, high = -(1 << 35) + 1, (1 << 35) - 1
+    low, high = -(1 << 40) + 1, (1 << 40) - 1
     clipped = [
         [sums[r][t][1] or not low <= exact[r][t] <= high for t in range(tokens)]
         for r in range(rows)
@@ -148,16 +148,18 @@ def attend(
 
     seen = [[sees(r, t) for t in range(tokens)] for r in range(rows)]
     scores = [
-        [min(max(exact[r][t], low), high) if seen[r][t] else -(1 << 35) for t in range(tokens)]
+        [min(max(exact[r][t], low), high) if seen[r][t] else -(1 << 40) for t in range(tokens)]
         for r in range(rows)
     ]
-    maximum = [max(row, default=-(1 << 35)) for row in scores]
+    maximum = [max(row, default=-(1 << 40)) for row in scores]
     found = [
         [weight(scores[r][t] - maximum[r]) if seen[r][t] else (0, 0) for t in range(tokens)]
         for r in range(rows)
     ]
 
     denominator = [sum(floor_scaled(s, 40 - 21 - n) for s, n in row) for row in found]
+    # A weight's 22 bits, a significand's 11, and the rest of the window: 57 bits for fp16, 61 for bf16.
+    most = 24 if element is Element.FP16 else 28
     accumulator, value_overflow = [], False
     for r in range(rows):
         row = []
@@ -167,9 +169,9 @@ def attend(
                 significand, n = found[r][t]
                 product = significand * v[t][c].significand
                 power = 40 - 21 - n + v[t][c].power
-                if power > 24 and product:
+                if power > most and product:
                     value_overflow = True
-                magnitude = floor_scaled(product, min(power, 24))
+                magnitude = floor_scaled(product, min(power, most))
                 total += -magnitude if v[t][c].negative else magnitude
             row.append(total)
         accumulator.append(row)
@@ -296,6 +298,7 @@ def attend_sparse(
     channels: int,
     units: int,
     local: int,
+    sinks: int,
     unit_bits: int,
     mean: NDArray[np.uint32] | None,
     sketch: NDArray[np.uint16] | None,
@@ -315,7 +318,8 @@ def attend_sparse(
     unit_tokens = 1 if mode == 1 else tokens_per_codeword << unit_bits
     count = tokens // unit_tokens
     scale = (1 << 23 | scale_bits & ((1 << 23) - 1), scale_bits >> 23)
-    masked, low, high = -(1 << 35), -(1 << 35) + 1, (1 << 35) - 1
+    masked, low, high = -(1 << 40), -(1 << 40) + 1, (1 << 40) - 1
+    most = 24 if element is Element.FP16 else 28
 
     def late(token: int) -> bool:
         return bool(tail[token // group_tokens])
@@ -389,7 +393,7 @@ def attend_sparse(
 
     mass = [min(sum(p[r][t] for r in range(rows) for t in members(u)) >> 10, (1 << 36) - 2) for u in range(count)]
     starts = [base_token + u * unit_tokens for u in range(count)]
-    forced = [starts[u] + unit_tokens > max(end_token - local, 0) for u in range(count)]
+    forced = [starts[u] + unit_tokens > max(end_token - local, 0) or starts[u] < sinks for u in range(count)]
     rank = [((1 << 36) - 1 if forced[u] else mass[u]) * (1 << 24) + (1 << 24) - 1 - starts[u] for u in range(count)]
     valid = [not late(u * unit_tokens) and starts[u] < end_token for u in range(count)]
     best = sorted((u for u in range(count) if valid[u]), key=lambda u: -rank[u])[:units]
@@ -421,9 +425,9 @@ def attend_sparse(
                     continue
                 significand, n = weight(exact[r][i] - top[r])
                 product, power = significand * v[t][c].significand, 40 - 21 - n + v[t][c].power
-                if power > 24 and product:
+                if power > most and product:
                     flags |= 2
-                size = floor_scaled(product, min(power, 24))
+                size = floor_scaled(product, min(power, most))
                 accumulator += -size if v[t][c].negative else size
             quotient = finite(fp32(Fraction(accumulator, sums[r]))) if sums[r] else Fraction(0)
             other = Fraction(0) if mean is None else finite(int(mean[c]))

@@ -15,6 +15,7 @@ from kvattic.formats import (
     EXP_STEP_BITS,
     PRODUCT_BITS,
     SCALE_BITS,
+    SCALED_SUM_BITS,
     SCORE_BITS,
     SCORE_FRACTION,
     SCORE_MASKED,
@@ -24,7 +25,6 @@ from kvattic.formats import (
     SCORE_WINDOW_BITS,
     SIGNIFICAND_BITS,
     VALUE_FRACTION,
-    VALUE_WINDOW_BITS,
     WEIGHT_BITS,
     WEIGHT_EXPONENT_BITS,
     Element,
@@ -116,27 +116,38 @@ def test_masked_is_zero_even_below_a_saturated_score() -> None:
 # Widths.
 
 
-def test_score_widths() -> None:
+@pytest.mark.parametrize("element", Element)
+def test_score_widths(element: Element) -> None:
     assert SCORE_MASKED == -(1 << (SCORE_BITS - 1)) == SCORE_MIN - 1
     assert SCORE_MAX == 1 - SCORE_MASKED - 2
-    top = ((1 << PRODUCT_BITS) - 1) << golden.PRODUCT_SHIFT
-    assert top < 1 << VALUE_WINDOW_BITS
-    assert top >> golden.SCORE_SHIFT_MIN < 1 << SCORE_WINDOW_BITS
+    top = ((1 << PRODUCT_BITS) - 1) << golden.product_shift(element)
+    assert top < 1 << element.encoding.value_window_bits
+    assert top >> golden.score_shift_min(element) < 1 << SCORE_WINDOW_BITS
     assert 256 * ((1 << SCORE_WINDOW_BITS) - 1) < 1 << (SCORE_SUM_BITS - 1)
-    # Three chunks take the whole sum.
-    assert 3 * golden.CHUNK_BITS >= SCORE_SUM_BITS
+    # Three chunks take the whole of a sum that can be a score.
+    assert 3 * golden.CHUNK_BITS >= SCALED_SUM_BITS
     # Every step of the rounding fits int64, the golden model's integer.
-    assert SCORE_SUM_BITS - 2 * golden.CHUNK_BITS + SCALE_BITS + golden.CHUNK_BITS < 63
+    assert SCALED_SUM_BITS - 2 * golden.CHUNK_BITS + SCALE_BITS + golden.CHUNK_BITS < 63
+
+
+def test_sums_are_cut_only_beyond_the_scores() -> None:
+    """A sum that does not fit saturates like the longest that does, whatever the scale's significand."""
+    most = 1 << (SCALED_SUM_BITS - 1)
+    sums = np.array([most - 1, most, most << 7, -most, -most - 1, -most << 7])
+    for significand in (1 << (SCALE_BITS - 1), (1 << SCALE_BITS) - 1):
+        scores, overflow = golden.scale_scores(sums, significand)
+        assert scores.tolist() == [SCORE_MAX] * 3 + [SCORE_MIN] * 3
+        assert overflow.all()
 
 
 def test_shifts_of_the_formats() -> None:
-    assert golden.PRODUCT_SHIFT == 24
+    assert [golden.product_shift(element) for element in (Element.FP16, Element.BF16)] == [24, 28]
     assert golden.QUERY_SHIFT == 11
-    assert golden.SCORE_SHIFT_MIN == 15
+    assert [golden.score_shift_min(element) for element in (Element.FP16, Element.BF16)] == [11, 15]
     assert golden.SCORE_ROUND_SHIFT == 29
     assert golden.WEIGHT_ROUND_SHIFT == 5
     assert golden.DENOMINATOR_SHIFT == 19
-    assert golden.SHIFT_MAX >= VALUE_WINDOW_BITS
+    assert all(golden.SHIFT_MAX >= element.encoding.value_window_bits for element in Element)
     assert PRODUCT_BITS == WEIGHT_BITS + SIGNIFICAND_BITS == 33
 
 
@@ -144,7 +155,7 @@ def test_value_products_of_fp16_never_clip() -> None:
     """No weight and fp16 value needs a left shift, so that fp16 never raises VALUE_OVERFLOW."""
     form = Element.FP16.encoding
     least = (
-        golden.PRODUCT_SHIFT
+        golden.product_shift(Element.FP16)
         - (VALUE_FRACTION - (WEIGHT_BITS - 1) - form.offset)
         - form.exponent_max
     )

@@ -468,8 +468,8 @@ def test_score_sums_fit_their_width() -> None:
     [
         (Element.FP16, LARGEST[Element.FP16], 0),
         (Element.FP16, LARGEST[Element.FP16], -1),
-        (Element.BF16, 0x477F, 0),  # the largest that is not clipped at a weight of 1
-        (Element.BF16, 0x47FF, -1),  # the largest that is not clipped at a weight just below 1
+        (Element.BF16, 0x497F, 0),  # the largest that is not clipped at a weight of 1
+        (Element.BF16, 0x49FF, -1),  # the largest that is not clipped at a weight just below 1
     ],
 )
 def test_accumulators_fit_the_configured_width(

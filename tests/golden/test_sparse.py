@@ -56,7 +56,7 @@ def job(mode: Mode, *, rows: int = 1, stripes: int = 4, head_dim: int = 32, grou
     arguments: dict[str, Any] = {
         "query": query, "key": key, "value": value, "mode": mode, "group_tokens": group_tokens,
         "tokens_per_codeword": per_codeword, "channels": 0 if mode is Mode.CENTROID else head_dim // 2,
-        "units": tokens // 8 // unit_tokens, "local": 0, "unit_bits": unit_bits,
+        "units": tokens // 8 // unit_tokens, "local": 0, "sinks": 0, "unit_bits": unit_bits,
         "mean": None if mode is Mode.CENTROID else fp32(from_bits(value, element).astype(np.float64).mean(axis=0)),
         "sketch": means(key, unit_tokens, element) if mode is Mode.CENTROID else None, "tail": tail,
         "element": element, "scale_bits": fp32_bits(LOG2E / head_dim**0.5), "start": np.zeros(rows, np.int64),
@@ -132,6 +132,7 @@ def jobs(draw: st.DrawFn) -> dict[str, Any]:
         "channels": draw(st.integers(1, head_dim)) if blended else 0,
         "units": draw(st.integers(1, tokens // unit_tokens)),
         "local": draw(st.one_of(st.just(0), st.integers(0, tokens))),
+        "sinks": draw(st.one_of(st.just(0), st.integers(0, tokens))),
         "unit_bits": unit_bits,
         "mean": draw(hnp.arrays(np.uint32, head_dim, elements=single)) if blended else None,
         "sketch": sketch,
@@ -294,16 +295,16 @@ def test_masses_and_ranks() -> None:
     mass = sparse.masses(p, 2)
     assert mass.tolist() == [3 << 29, 2, 0, FORCED - 1]
     assert sparse.masses(p[:, :4], 1).tolist() == [3 << 29, 0, 1, 1]
-    rank = sparse.ranks(mass, base_token=16, unit_tokens=2, local_token=1 << 24)
+    rank = sparse.ranks(mass, base_token=16, unit_tokens=2, local_token=1 << 24, sinks=0)
     low = (1 << 24) - 1
     assert rank.tolist() == [(m << 24) + low - first for m, first in zip(mass.tolist(), (16, 18, 20, 22), strict=True)]
     assert int(rank.max()).bit_length() <= formats.MASS_BITS + TOKEN_BITS
     # Tokens from 21 on are local: units 2 and 3 touch them.
-    rank = sparse.ranks(mass, base_token=16, unit_tokens=2, local_token=21)
+    rank = sparse.ranks(mass, base_token=16, unit_tokens=2, local_token=21, sinks=0)
     assert (rank >> 24).tolist() == [3 << 29, 2, FORCED, FORCED]
     # A unit that is not full is local, too, where its rest lies behind the end.
-    assert sparse.ranks(mass, base_token=16, unit_tokens=2, local_token=23)[3] >> 24 == FORCED
-    assert sparse.ranks(mass, base_token=16, unit_tokens=2, local_token=24)[3] >> 24 == FORCED - 1
+    assert sparse.ranks(mass, base_token=16, unit_tokens=2, local_token=23, sinks=0)[3] >> 24 == FORCED
+    assert sparse.ranks(mass, base_token=16, unit_tokens=2, local_token=24, sinks=0)[3] >> 24 == FORCED - 1
 
 
 @given(st.data())
@@ -312,7 +313,7 @@ def test_select_takes_the_largest(data: st.DataObject) -> None:
     mass = np.array(data.draw(st.lists(st.sampled_from([0, 1, 2, FORCED - 1]), min_size=n, max_size=n)))
     valid = data.draw(hnp.arrays(np.bool_, n))
     k = data.draw(st.integers(1, n + 3))
-    rank = sparse.ranks(mass, base_token=0, unit_tokens=4, local_token=4 * n)
+    rank = sparse.ranks(mass, base_token=0, unit_tokens=4, local_token=4 * n, sinks=0)
     chosen = sparse.select(rank, valid, k)
     best = sorted(np.flatnonzero(valid).tolist(), key=lambda u: (-mass[u], u))[:k]
     assert np.flatnonzero(chosen).tolist() == sorted(best)
@@ -451,6 +452,22 @@ def test_local_window_comes_first(mode: Mode) -> None:
     for local in (507, 508, 65535):
         first = attend(arguments | {"local": local}).first
         assert first.units.tolist() == list(range(arguments["units"]))
+
+
+@MODES
+def test_sinks_come_first(mode: Mode) -> None:
+    """The first tokens of the sequence, beside the local window; a job that begins behind them has none."""
+    arguments = job(mode, tail=np.zeros(4, np.bool_), sinks=13, local=5)
+    first = attend(arguments).first
+    size = first.layout.unit_tokens
+    touched = [u for u in range(len(first.mass)) if u * size < 13]
+    assert first.selected[touched].all() and first.selected[-1]
+    assert first.selected.sum() == arguments["units"]
+    without = attend(arguments | {"sinks": 0}).first
+    assert not without.selected[touched].all()
+    moved = {"base_token": 512, "end_token": 1024, "start": np.full(1, 512), "end": np.full(1, 1024)}
+    assert attend(arguments | moved).first.selected.tolist() == attend(
+        arguments | moved | {"sinks": 0}).first.selected.tolist()
 
 
 @MODES
@@ -797,7 +814,7 @@ def test_widths_hang_together() -> None:
     """A rank fits int64 with its digits padded, the masses of 16 rows fit, and so does the largest fp16 of q."""
     bits = formats.MASS_BITS + TOKEN_BITS
     assert bits + -bits % formats.DIGIT_BITS < 64
-    assert sparse.ranks(np.array([FORCED]), base_token=0, unit_tokens=1, local_token=9)[0] == (1 << 60) - 1
+    assert sparse.ranks(np.array([FORCED]), base_token=0, unit_tokens=1, local_token=9, sinks=0)[0] == (1 << 60) - 1
     assert 1 << formats.MASS_FRACTION < FORCED >> 5
     assert formats.MAGNITUDE_BITS - formats.MAGNITUDE_FRACTION == 16    # above fp16's largest, 65,504
     assert formats.LOG_BITS * 2 <= 64
