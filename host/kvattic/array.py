@@ -375,6 +375,8 @@ class ArraySequence:
         causal: bool = False,
         window: int | None = None,
         tree: ArrayLike | None = None,
+        start: ArrayLike | None = None,
+        end: ArrayLike | None = None,
         mode: Mode | str = Mode.DENSE,
         **selection: Any,
     ) -> ArrayPlan:
@@ -384,7 +386,7 @@ class ArraySequence:
             RequestError: see there; and a sparse mode of a sequence that is split by context.
         """
         length = self.length(layer)
-        masks = {"causal": causal, "window": window, "tree": tree}
+        masks = {"causal": causal, "window": window, "tree": tree, "start": start, "end": end}
         if self.split == "heads":
             return self._head_plan(query, {"layer": layer, "scale": scale, **masks, "mode": mode, **selection})
         if mode not in (Mode.DENSE, "dense"):

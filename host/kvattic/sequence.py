@@ -338,6 +338,8 @@ class Sequence(Store):
         causal: bool = False,
         window: int | None = None,
         tree: ArrayLike | None = None,
+        start: ArrayLike | None = None,
+        end: ArrayLike | None = None,
         mode: Mode | str = Mode.DENSE,
         channels: int | None = None,
         units: int | None = None,
@@ -380,6 +382,9 @@ class Sequence(Store):
                 leave it.
             tree: bool, (n_queries, n_draft), n_draft at most 32: which of the last n_draft tokens
                 each query attends; all tokens before them are attended.
+            start: integers, (n_queries,), 0 to the layer's tokens: the first token that each query attends.
+            end: likewise, one past the last token that each query attends; a query whose end is not behind its start
+                attends nothing.
             mode: `commands.Mode` or its name in lower case.
             channels: sparf, fetched: the paper's r, 1 to head_dim.
             units: sparse modes: the paper's k, how many units are attended: at least 1, and no more than there are.  A
@@ -399,8 +404,8 @@ class Sequence(Store):
             DeviceTimeoutError, CapacityError: see `Device.run`.
         """
         with self.device.lock:
-            plan = self.plan(query, layer=layer, scale=scale, causal=causal, window=window, tree=tree, mode=mode,
-                             channels=channels, units=units, local=local, unit=unit)
+            plan = self.plan(query, layer=layer, scale=scale, causal=causal, window=window, tree=tree,
+                             start=start, end=end, mode=mode, channels=channels, units=units, local=local, unit=unit)
             waiting = self.device.submit(plan.jobs, check=False)
         return plan.finish(self.device._results(plan.jobs, waiting, timeout_s=timeout_s, progress=progress))
 
@@ -413,6 +418,8 @@ class Sequence(Store):
         causal: bool = False,
         window: int | None = None,
         tree: ArrayLike | None = None,
+        start: ArrayLike | None = None,
+        end: ArrayLike | None = None,
         mode: Mode | str = Mode.DENSE,
         channels: int | None = None,
         units: int | None = None,
@@ -424,8 +431,8 @@ class Sequence(Store):
         Errors of the device are the future's.  See `Device.attend_async` for what a sparse mode attends meanwhile.
         """
         with self.device.lock:
-            plan = self.plan(query, layer=layer, scale=scale, causal=causal, window=window, tree=tree, mode=mode,
-                             channels=channels, units=units, local=local, unit=unit)
+            plan = self.plan(query, layer=layer, scale=scale, causal=causal, window=window, tree=tree,
+                             start=start, end=end, mode=mode, channels=channels, units=units, local=local, unit=unit)
             return self.device.attend_async(plan)
 
     def plan(
@@ -437,6 +444,8 @@ class Sequence(Store):
         causal: bool = False,
         window: int | None = None,
         tree: ArrayLike | None = None,
+        start: ArrayLike | None = None,
+        end: ArrayLike | None = None,
         mode: Mode | str = Mode.DENSE,
         channels: int | None = None,
         units: int | None = None,
@@ -445,10 +454,11 @@ class Sequence(Store):
     ) -> AttendPlan:
         """The jobs of an `attend` call, for `Device.attend_many`; arguments and errors are its."""
         with self.device.lock:
-            return self._plan(query, layer, scale, causal, window, tree, (mode, channels, units, local, unit))
+            masks = {"causal": causal, "window": window, "tree": tree, "start": start, "end": end}
+            return self._plan(query, layer, scale, masks, (mode, channels, units, local, unit))
 
-    def _plan(self, query: ArrayLike, layer: int, scale: float | None, causal: bool, window: int | None,
-              tree: ArrayLike | None, how: tuple[Mode | str, int | None, int | None, int, int | None]) -> AttendPlan:
+    def _plan(self, query: ArrayLike, layer: int, scale: float | None, allowed: dict[str, Any],
+              how: tuple[Mode | str, int | None, int | None, int, int | None]) -> AttendPlan:
         length, config = self.length(layer), self.device.config
         array, dim = np.asarray(query), config.head_dim
         if array.ndim != 3 or array.shape[2] != dim or 0 in array.shape:
@@ -466,7 +476,7 @@ class Sequence(Store):
             raise RequestError(f"layer {layer} has no tokens: prefill it before attending")
         bits = layout.storage_bits(array, config.element, "query").copy()   # jobs may be read much later
         scale_bits = _scale_bits(1 / math.sqrt(dim) if scale is None else scale)
-        masks = _masks(length, n_queries, causal, window, tree)
+        masks = _masks(length, n_queries, **allowed)
         selection = self._selection(*how)
 
         # Rows by query, then by head of the group: so the windows of a job's rows lie close
@@ -649,16 +659,30 @@ def _scale_bits(scale: float) -> int:
     return bits
 
 
-def _masks(
-    length: int, n_queries: int, causal: bool, window: int | None, tree: ArrayLike | None
-) -> _Masks:
+def _bounds(name: str, values: ArrayLike | None, length: int, default: Integers) -> Integers:
+    """The argument `start` or `end` of `Sequence.attend`; `default` if it was not given."""
+    if values is None:
+        return default
+    bounds = np.asarray(values)
+    if bounds.dtype.kind not in "iu" or bounds.shape != default.shape:
+        raise RequestError(f"{name} must be integers (n_queries,) = {default.shape}, not {bounds.dtype} {bounds.shape}")
+    for query in np.flatnonzero((bounds < 0) | (bounds > length))[:1]:
+        raise RequestError(f"{name} must be 0 to {length}, the layer's tokens, not {bounds[query]} (query {query})")
+    return bounds.astype(np.int64)
+
+
+def _masks(length: int, n_queries: int, causal: bool = False, window: int | None = None, tree: ArrayLike | None = None,
+           start: ArrayLike | None = None, end: ArrayLike | None = None) -> _Masks:
     """What each query attends: start to end, but from tree_token on only where a bit is set."""
     if causal and n_queries > length:
         raise RequestError(
             f"causal: the {n_queries} queries are the last tokens of the sequence, but the layer "
             f"has only {length}"
         )
-    end = length - n_queries + 1 + np.arange(n_queries) if causal else np.full(n_queries, length)
+    first = _bounds("start", start, length, np.zeros(n_queries, np.int64))
+    last = _bounds("end", end, length, np.full(n_queries, length))
+    if causal:
+        last = np.minimum(last, length - n_queries + 1 + np.arange(n_queries))
     if tree is None:
         draft = np.zeros((n_queries, 0), np.bool_)
     else:
@@ -675,13 +699,13 @@ def _masks(
             )
     tree_token = length - draft.shape[1]
     place = np.arange(draft.shape[1])
-    draft = draft & (place < (end - tree_token)[:, None])
-    prefix_end = np.minimum(end, tree_token)
-    start = np.zeros(n_queries, np.int64)
+    draft = draft & (tree_token + place >= first[:, None]) & (tree_token + place < last[:, None])
+    prefix_end = np.minimum(last, tree_token)
     if window is not None:
         check_positive("window", window)
         draft &= draft[:, ::-1].cumsum(axis=1)[:, ::-1] <= window
-        start = np.maximum(prefix_end - (window - draft.sum(axis=1)), 0)
+        first = np.maximum(prefix_end - (window - draft.sum(axis=1)), first)
     bits = (draft.astype(np.int64) << place).sum(axis=1)
-    last = np.where(draft, tree_token + place + 1, 0).max(axis=1, initial=0)
-    return _Masks(start, np.maximum(prefix_end, last), bits, tree_token)
+    stop = np.maximum(prefix_end, np.where(draft, tree_token + place + 1, 0).max(axis=1, initial=0))
+    # A query that attends nothing has an empty range, not one that ends before it begins.
+    return _Masks(np.minimum(first, stop), stop, bits, tree_token)

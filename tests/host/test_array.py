@@ -63,11 +63,13 @@ def reference(query, key, value, mask):
     return np.einsum("hqt,htd->hqd", weights, value) / np.where(total, total, 1)[:, :, None], lse
 
 
-def mask_of(tokens, n_queries, causal=False, window=None, tree=None):
+def mask_of(tokens, n_queries, causal=False, window=None, tree=None, start=None, end=None):
     """The masks' meaning, one query and token at a time."""
     mask = np.ones((n_queries, tokens), bool)
     for i in range(n_queries):
         for t in range(tokens):
+            if (start is not None and t < start[i]) or (end is not None and t >= end[i]):
+                mask[i, t] = False
             if causal and t >= tokens - n_queries + i + 1:
                 mask[i, t] = False
             if tree is not None and t >= tokens - tree.shape[1]:
@@ -89,8 +91,10 @@ def assert_same_bits(left, right):
 def masks_for(length, n_queries, seed=0):
     rng = np.random.default_rng(seed)
     tree = rng.random((n_queries, min(9, length))) < 0.6
+    start, end = rng.integers(0, length + 1, (2, n_queries))
     return [{}, {"causal": True}, {"window": 5}, {"tree": tree}, {"causal": True, "window": 11},
-            {"tree": tree, "window": 7}, {"tree": tree, "causal": True, "window": 30}]
+            {"tree": tree, "window": 7}, {"tree": tree, "causal": True, "window": 30}, {"start": start, "end": end},
+            {"start": start, "tree": tree, "causal": True, "window": 9}]
 
 
 # Split by heads.

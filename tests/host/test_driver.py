@@ -97,11 +97,13 @@ def reference(query, key, value, mask, scale):
     return output, lse
 
 
-def mask_of(tokens, n_queries, causal=False, window=None, tree=None):
+def mask_of(tokens, n_queries, causal=False, window=None, tree=None, start=None, end=None):
     """The masks' meaning, one query and token at a time."""
     mask = np.ones((n_queries, tokens), bool)
     for i in range(n_queries):
         for t in range(tokens):
+            if (start is not None and t < start[i]) or (end is not None and t >= end[i]):
+                mask[i, t] = False
             if causal and t >= tokens - n_queries + i + 1:
                 mask[i, t] = False
             if tree is not None and t >= tokens - tree.shape[1]:
@@ -139,6 +141,9 @@ def calls(draw):
             st.lists(st.booleans(), min_size=n_queries * n_draft, max_size=n_queries * n_draft)
         )
         arguments["tree"] = np.array(flags).reshape(n_queries, n_draft)
+    for name in ("start", "end"):
+        if draw(st.integers(0, 2)) == 0:
+            arguments[name] = draw(st.lists(st.integers(0, tokens), min_size=n_queries, max_size=n_queries))
     return config, tokens, draw(st.integers(1, 3)), draw(st.integers(1, 4)), n_queries, arguments
 
 
@@ -302,6 +307,33 @@ def test_rows_share_jobs_and_windows_skip_pages():
         assert plan.jobs[0].end_token < plan.jobs[2].end_token == 100
 
 
+def test_each_query_has_its_own_bounds():
+    key, value, query = tensors(ODD, 2, 100, 6, 3)
+    bounds = {"start": np.array([90, 40, 7]), "end": np.array([100, 58, 7])}
+    with open_device(ODD) as device, device.create_sequence(2, capacity_tokens=100) as sequence:
+        sequence.prefill(key, value)
+        whole = sequence.attend(query, **bounds)
+        for i in range(2):
+            alone = sequence.attend(query[:, i : i + 1], start=bounds["start"][i : i + 1], end=bounds["end"][i : i + 1])
+            assert np.array_equal(alone.bits, whole.bits[:, i : i + 1])
+        assert not whole.output[:, 2].any()
+        # What a window leaves is counted from the end that the other masks set.
+        windows = sequence.attend(query, window=5, end=bounds["end"])
+        assert np.array_equal(windows.bits, sequence.attend(query, start=bounds["end"] - 5, end=bounds["end"]).bits)
+        # Tokens before the first start and behind the last end are not read.
+        plan = sequence.plan(query, start=[41, 50, 50], end=[58, 60, 59])
+        page = ODD.tokens_per_page
+        # Three heads times three queries, four rows a job, for each of two KV heads.
+        assert [(job.base_token, job.end_token) for job in plan.jobs] == 2 * [
+            (41 - 41 % page, 60), (50 - 50 % page, 60), (50 - 50 % page, 59)]
+        # The masks are read when the plan is made.
+        later = sequence.plan(query, **bounds)
+        bounds["start"][:] = 0
+        assert np.array_equal(device.attend_many([later])[0].bits, whole.bits)
+        waiting = sequence.attend_async(query, start=[90, 40, 7], end=[100, 58, 7])
+        assert np.array_equal(waiting.result().bits, whole.bits)
+
+
 def test_long_sequences_are_split_and_merged():
     key, value, query = tensors(SHORT, 1, 3 * SHORT.max_tokens + 5, 2, 1)
     with open_device(SHORT) as device, device.create_sequence(1, capacity_tokens=200) as sequence:
@@ -444,6 +476,12 @@ def test_bad_tokens(sequence, method, key, value, message):
         (zeros(2, 1, 32), {"tree": np.ones(2, bool)}, r"not bool \(2,\)"),
         (zeros(2, 1, 32), {"tree": np.ones((1, 0), bool)}, "1 to 10 draft tokens .* not 0"),
         (zeros(2, 1, 32), {"tree": np.ones((1, 11), bool)}, "1 to 10 draft tokens .* not 11"),
+        (zeros(2, 2, 32), {"start": [0]}, r"start must be integers \(n_queries,\) = \(2,\), not int64 \(1,\)"),
+        (zeros(2, 2, 32), {"end": 3}, r"end must be integers \(n_queries,\) = \(2,\), not int64 \(\)"),
+        (zeros(2, 1, 32), {"end": [1.0]}, r"end must be integers .* not float64 \(1,\)"),
+        (zeros(2, 1, 32), {"end": [True]}, r"end must be integers .* not bool \(1,\)"),
+        (zeros(2, 2, 32), {"start": [0, -1]}, r"start must be 0 to 10, the layer's tokens, not -1 \(query 1\)"),
+        (zeros(2, 2, 32), {"end": [11, 0]}, r"end must be 0 to 10, the layer's tokens, not 11 \(query 0\)"),
         (zeros(2, 1, 32), {"layer": 1}, "layer must be 0 to 0, not 1"),
         (zeros(2, 1, 32), {"layer": -1}, "layer must be 0 to 0, not -1"),
         (zeros(2, 1, 32), {"layer": 0.5}, "layer must be 0 to 0, not 0.5"),
