@@ -32,11 +32,13 @@ from kvattic.errors import (
 )
 from kvattic.futures import Future
 from kvattic.jobs import (
+    MAX_SINKS,
     AttendPlan,
     AttendResult,
     FlashOperation,
     Job,
     JobResult,
+    check_integer,
     check_positive,
     end_block,
     explain,
@@ -531,7 +533,8 @@ class Device:
     # Sequences.
 
     def create_sequence(self, kv_heads: int, *, capacity_tokens: int, layers: int = 1, sparse: bool = False,
-                        centroids: int | None = None, isolated: bool = False) -> "Sequence":
+                        centroids: int | None = None, sinks: int = 0, window: int | None = None,
+                        isolated: bool = False) -> "Sequence":
         """Reserve zones of flash for a sequence's K and V.
 
         Args:
@@ -541,6 +544,11 @@ class Device:
             sparse: write K in the channel layout, too, which the modes sparf and fetched read.
             centroids: write mean keys of units of so many tokens, too, which the mode centroid reads: a power of two,
                 from a codeword's tokens to a page's (`layout.unit_bits`).
+            sinks: the first tokens, on which language models lean whatever they say (attention sinks): sparse modes
+                attend them always, and mean keys leave them out.
+            window: the longest sliding window that sparf and fetched will be asked for: the host keeps V of so many of
+                the newest tokens, to know the mean of V over a window.  A longer one is right, too, but slow: what is
+                missing is read back from the device token by token.
             isolated: the sequence has a domain of its own: the device refuses commands of all others that name its
                 flash or DRAM.  Zones of flash are then not shared with other sequences.
 
@@ -551,15 +559,18 @@ class Device:
         """
         with self.lock:
             self._check_open()
-            return self._create_sequence(kv_heads, capacity_tokens, layers, sparse, centroids, isolated)
+            return self._create_sequence(kv_heads, capacity_tokens, layers, sparse, centroids, sinks, window, isolated)
 
     def _create_sequence(self, kv_heads: int, capacity_tokens: int, layers: int, sparse: bool, centroids: int | None,
-                         isolated: bool) -> "Sequence":
+                         sinks: int, window: int | None, isolated: bool) -> "Sequence":
         for name, value in (("kv_heads", kv_heads), ("capacity_tokens", capacity_tokens), ("layers", layers)):
             check_positive(name, value)
         for name, flag in (("sparse", sparse), ("isolated", isolated)):
             if not isinstance(flag, bool):
                 raise RequestError(f"{name} must be a bool, not {flag!r}")
+        check_integer("sinks", sinks, 0, MAX_SINKS)
+        if window is not None:
+            check_positive("window", window)
         limit = (1 << layout.TOKEN_BITS) - 1
         if capacity_tokens > limit:
             raise CapacityError(
@@ -601,7 +612,7 @@ class Device:
                 raise
         self._next_head += layers * kv_heads
         sequence = Sequence(self, next(self._numbers), kv_heads, layers, capacity_tokens, first_head, sparse, centroids,
-                            domain, allocations)
+                            int(sinks), window, domain, allocations)
         self._sequences.append(sequence)
         return sequence
 

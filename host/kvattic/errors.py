@@ -37,5 +37,9 @@ class DeviceStatusError(KvatticError):
         self.completion = completion
 
 
+class RangeError(KvatticError, ArithmeticError):
+    """A result lies outside of the range that the drive computes exactly; see docs/numerics.md."""
+
+
 class DeviceLostError(KvatticError):
     """The device, or the simulator that stands for it, is gone; nothing that was asked of it will be answered."""

@@ -31,13 +31,15 @@ from kvattic.commands import (
     result_row_bytes,
 )
 from kvattic.config import ELEMENT_BYTES
-from kvattic.errors import KvatticError, RequestError
-from kvattic.formats import SCORE_FRACTION, VALUE_FRACTION
+from kvattic.errors import KvatticError, RangeError, RequestError
+from kvattic.formats import SCORE_FRACTION, SCORE_MAX, VALUE_FRACTION
 
 if TYPE_CHECKING:
     from kvattic.sequence import Sequence
 
 __all__ = ["AttendPlan", "AttendResult", "FlashOperation", "Job", "JobResult", "explain"]
+
+MAX_SINKS = (1 << 16) - 1
 
 Bits: TypeAlias = NDArray[np.uint16]
 Bytes: TypeAlias = NDArray[np.uint8]
@@ -218,7 +220,12 @@ class AttendPlan:
 
         Args:
             results: of `jobs`, in their order.
+
+        Raises:
+            RangeError: a score or a value was too large to be computed exactly.
         """
+        for job, result in zip(self.jobs, results, strict=True):
+            check_range(job, result.completion.flags)
         q_heads, n_queries, head_dim = self.shape
         kv_heads = self.sequence.kv_heads
         rows = q_heads // kv_heads * n_queries
@@ -251,6 +258,21 @@ class AttendPlan:
 
 
 # Helpers of the driver.
+
+
+def check_range(job: Job, flags: CompletionFlag) -> None:
+    """Refuse a result that was cut at the top of a window.
+
+    Raises:
+        RangeError: says of which job and window.
+    """
+    name = job.label or "a job"
+    if flags & CompletionFlag.SCORE_OVERFLOW:
+        raise RangeError(f"{name}: a score, or the share of one channel in it, is beyond the drive's range: scale * "
+                         f"log2(e) * q.k must be within {SCORE_MAX >> SCORE_FRACTION:,} either way; make q, K or the "
+                         "scale smaller")
+    if flags & CompletionFlag.VALUE_OVERFLOW:
+        raise RangeError(f"{name}: V is beyond the drive's range, about a million (2**20) in bf16; make it smaller")
 
 
 def explain(completion: Completion) -> str:
@@ -412,6 +434,17 @@ def pack_operations(operations: Series[FlashOperation]) -> list[bytes]:
     for field, column in zip(fields, numbers.T, strict=True):
         put_field(block, field, column)
     return [line.tobytes() for line in block]
+
+
+def check_integer(name: str, value: Any, least: int, most: int) -> None:
+    """Refuse what is not an int in a range.
+
+    Raises:
+        RequestError: names the argument and says what it was.
+    """
+    good = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not good or not least <= value <= most:
+        raise RequestError(f"{name} must be an int from {least:,} to {most:,}, not {value!r}")
 
 
 def check_positive(name: str, value: Any) -> None:

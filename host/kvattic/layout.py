@@ -338,13 +338,17 @@ def unit_bits(unit_tokens: int, config: Config) -> int:
     return int(unit_tokens // least).bit_length() - 1
 
 
-def mean_keys(bits: Bits, unit_tokens: int, config: Config) -> Bits:
+def mean_keys(bits: Bits, unit_tokens: int, config: Config, *, skip: int = 0) -> Bits:
     """Mean keys of units: the float64 mean of the stored K, rounded once to the storage format.
+
+    Attention sinks are left out: a model's first tokens have keys that are unlike all others.  A unit of nothing else
+    keeps the mean of all of its tokens; it is always selected.
 
     Args:
         bits: uint16, (units * unit_tokens, head_dim).
         unit_tokens: tokens of a unit.
         config: geometry.
+        skip: tokens at the beginning that are sinks; none if it is negative.
 
     Returns:
         uint16, (units, head_dim).
@@ -358,9 +362,11 @@ def mean_keys(bits: Bits, unit_tokens: int, config: Config) -> Bits:
     values = from_bits(bits, config.element).astype(np.float64).reshape(-1, unit_tokens, config.head_dim)
     with np.errstate(invalid="ignore"):     # infinities of both signs: the mean is NaN, which the device reports
         total = np.zeros((len(values), config.head_dim))
+        sinks = np.clip(skip - unit_tokens * np.arange(len(values)), 0, unit_tokens) % unit_tokens
         for token in range(unit_tokens):    # in this order on every machine
-            total += values[:, token]
-        return to_bits(total / unit_tokens, config.element)
+            counted = sinks <= token
+            total[counted] += values[counted, token]
+        return to_bits(total / (unit_tokens - sinks)[:, None], config.element)
 
 
 def centroid_codewords(unit_tokens: int, config: Config) -> int:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Series
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -14,9 +15,21 @@ from kvattic import layout
 from kvattic.commands import COMMAND, TREE_BITS, Kind, Mode, fp32_bits, is_positive_normal
 from kvattic.errors import CapacityError, RequestError
 from kvattic.futures import Future
-from kvattic.jobs import AttendPlan, AttendResult, Bits, Integers, Job, Part, check_positive, end_block
+from kvattic.jobs import (
+    MAX_SINKS,
+    AttendPlan,
+    AttendResult,
+    Bits,
+    Integers,
+    Job,
+    Part,
+    check_integer,
+    check_positive,
+    end_block,
+)
 from kvattic.store import NO_ENTRY, Store
 from kvattic.transport import Progress
+from kvattic.value_sums import Doubles
 
 __all__ = ["Loss", "Sequence"]
 
@@ -54,6 +67,7 @@ class _Selection(NamedTuple):
     channels: int
     units: int
     local: int
+    sinks: int
     unit_tokens: int
     unit_bits: int
 
@@ -123,15 +137,14 @@ class Sequence(Store):
         self._background.clear()    # losses say more
         for number, layer in enumerate(self._layers):
             tokens = layer.length - self.flushed(number)
-            if self.sparse and layer.staged:
-                layer.total = layer.before[min(layer.staged)]
             layer.length -= tokens
+            if layer.sums is not None:
+                layer.sums.truncate(layer.length, np.zeros((self.kv_heads, 0, self.device.config.head_dim), np.uint16))
             first = layer.length // self.stripe_tokens
             layer.table[:, first:] = NO_ENTRY
             for sketches in layer.sketches.values():
                 sketches[:, first:] = 0
             layer.staged.clear()
-            layer.before.clear()
             layer.placed.clear()
             if tokens:
                 yield Loss(self, number, tokens)
@@ -168,9 +181,9 @@ class Sequence(Store):
             return min(staged) * self.stripe_tokens if staged else length
 
     def mean_value(self, layer: int = 0) -> NDArray[np.float32]:
-        """Mean of the stored V over all tokens of a layer, which sparf and fetched blend in.
+        """Mean of the stored V over all tokens of a layer, which sparf and fetched blend in for a query of all of them.
 
-        It is kept as a float64 sum, token by token, and rounded once.
+        It is a float64 sum, token by token, and rounded once.
 
         Returns:
             float32, (kv_heads, head_dim).
@@ -184,7 +197,7 @@ class Sequence(Store):
                 raise RequestError("the mean of V is kept with K in the channel layout only (sparse=True)")
             if length == 0:
                 raise RequestError(f"layer {layer} has no tokens")
-            return (self._layers[layer].total / length).astype(np.float32)
+            return self._means(layer, _masks(length, 1))[0]
 
     def _check_layer(self, layer: int) -> None:
         if not isinstance(layer, int | np.integer) or not 0 <= layer < self.layers:
@@ -344,6 +357,7 @@ class Sequence(Store):
         channels: int | None = None,
         units: int | None = None,
         local: int = 0,
+        sinks: int | None = None,
         unit: int | None = None,
         timeout_s: float | None = None,
         progress: Progress | None = None,
@@ -365,11 +379,12 @@ class Sequence(Store):
         - ``centroid``: the units are those whose mean keys were written (create_sequence(centroids=...)); those of
           the largest approximate softmax over mean keys are attended, without a blend.
 
-        Tokens in device DRAM (those of the stripe that is not full yet, see `flushed`) are always attended and do not
-        count in `units`.  The mean of V is that of all tokens of the layer, whatever the masks allow.  The query heads
-        of a KV head share one selection (as in SparQ's form for GQA: |q| and the approximate softmax are summed over
-        them) as far as they fit a job of `Config.rows` rows: of more heads, each job selects for itself, and so does
-        each of several queries.
+        A query of these modes sees its own past alone: several queries with causal=True give, to the last bit, what
+        each gives when its token is the newest (drafts in a chain likewise).  So each query selects for itself, and the
+        mean of V is over the tokens that it may attend.  The stripe that is not full at its last token, and the
+        `held_tokens` before it, are its *tail*: attended in any case, and not counted in `units`, whether they lie in
+        device DRAM or not.  The query heads of a KV head share one selection (as in SparQ's form for GQA: |q| and the
+        approximate softmax are summed over them), so they must fit a job of `Config.rows` rows.
 
         Args:
             query: (q_heads, n_queries, head_dim), as key in `prefill`; q_heads a multiple of
@@ -391,6 +406,8 @@ class Sequence(Store):
                 query that has fewer, because of causal, attends all of its units.
             local: sparse modes: the newest tokens of each query, which are attended in any case; units with any of
                 them count among `units`, which must be as many.
+            sinks: sparse modes: the first tokens of the sequence, which are attended in any case, too, and count
+                likewise.  If None, those that the sequence was created with.
             unit: fetched, centroid: tokens of a unit, a power of two from a codeword's to a page's.  If None, a
                 codeword's in fetched; in centroid those of the stored mean keys, and nothing else will do there.
             timeout_s: how long the device may send no completion; its own patience if None.
@@ -405,7 +422,8 @@ class Sequence(Store):
         """
         with self.device.lock:
             plan = self.plan(query, layer=layer, scale=scale, causal=causal, window=window, tree=tree,
-                             start=start, end=end, mode=mode, channels=channels, units=units, local=local, unit=unit)
+                             start=start, end=end, mode=mode, channels=channels, units=units, local=local,
+                             sinks=sinks, unit=unit)
             waiting = self.device.submit(plan.jobs, check=False)
         return plan.finish(self.device._results(plan.jobs, waiting, timeout_s=timeout_s, progress=progress))
 
@@ -424,6 +442,7 @@ class Sequence(Store):
         channels: int | None = None,
         units: int | None = None,
         local: int = 0,
+        sinks: int | None = None,
         unit: int | None = None,
     ) -> Future[AttendResult]:
         """Begin an `attend` call over the tokens that were appended before; arguments and errors are its.
@@ -432,7 +451,8 @@ class Sequence(Store):
         """
         with self.device.lock:
             plan = self.plan(query, layer=layer, scale=scale, causal=causal, window=window, tree=tree,
-                             start=start, end=end, mode=mode, channels=channels, units=units, local=local, unit=unit)
+                             start=start, end=end, mode=mode, channels=channels, units=units, local=local,
+                             sinks=sinks, unit=unit)
             return self.device.attend_async(plan)
 
     def plan(
@@ -450,15 +470,16 @@ class Sequence(Store):
         channels: int | None = None,
         units: int | None = None,
         local: int = 0,
+        sinks: int | None = None,
         unit: int | None = None,
     ) -> AttendPlan:
         """The jobs of an `attend` call, for `Device.attend_many`; arguments and errors are its."""
         with self.device.lock:
             masks = {"causal": causal, "window": window, "tree": tree, "start": start, "end": end}
-            return self._plan(query, layer, scale, masks, (mode, channels, units, local, unit))
+            return self._plan(query, layer, scale, masks, (mode, channels, units, local, sinks, unit))
 
     def _plan(self, query: ArrayLike, layer: int, scale: float | None, allowed: dict[str, Any],
-              how: tuple[Mode | str, int | None, int | None, int, int | None]) -> AttendPlan:
+              how: tuple[Mode | str, int | None, int | None, int, int | None, int | None]) -> AttendPlan:
         length, config = self.length(layer), self.device.config
         array, dim = np.asarray(query), config.head_dim
         if array.ndim != 3 or array.shape[2] != dim or 0 in array.shape:
@@ -487,7 +508,12 @@ class Sequence(Store):
             .swapaxes(1, 2)
             .reshape(self.kv_heads, -1, dim)
         )
-        # A selection is of one query.
+        # A selection is of one query, and of all heads of the group.
+        if selection is not None and group > config.rows:
+            raise RequestError(
+                f"mode {selection.mode.name.lower()} selects once for the {group} query heads of a KV head, which must "
+                f"fit one job: this configuration has {config.rows} rows (Config.rows); take one with {group}, or "
+                "attend densely")
         together = rows.shape[1] if selection is None else group
         start, end, draft = (np.repeat(per_query, group) for per_query in masks[:3])
         chunks = [slice(first, min(first + config.rows, begin + together))
@@ -496,7 +522,11 @@ class Sequence(Store):
         cut = [_Masks(start[chunk], end[chunk], draft[chunk], masks.tree_token) for chunk in chunks]
         if selection is not None:
             self._check_selection(selection, [self._range(part, length) for part in cut])
-        means = self.mean_value(layer).view(np.uint32) if selection is not None and selection.channels else None
+        means = None
+        if selection is not None:
+            self._settle_flash(layer, max(part.end.max() for part in cut))
+            if selection.channels:
+                means = self._means(layer, masks).view(np.uint32)
         jobs: list[Job] = []
         parts: list[Part] = []
         for head in range(self.kv_heads):
@@ -505,7 +535,7 @@ class Sequence(Store):
                 if selection is None:
                     jobs += self._jobs(layer, head, rows[head, chunk], scale_bits, part)
                 else:
-                    mean = None if means is None else means[head]
+                    mean = None if means is None else means[chunk.start // group, head]
                     jobs.append(self._sparse_job(layer, head, rows[head, chunk], scale_bits, part, selection, mean))
                 parts.append(Part(head, chunk, range(before, len(jobs))))
         return AttendPlan(sequence=self, shape=(q_heads, n_queries, dim), jobs=jobs, _parts=parts)
@@ -553,8 +583,59 @@ class Sequence(Store):
 
     # Sparse attention.
 
+    def _whole_from(self, stop: int) -> int:
+        """First token of the tail of a query whose last token is before `stop`: a stripe's first."""
+        return max(stop - self.held_tokens, 0) // self.stripe_tokens * self.stripe_tokens
+
+    def _settle_flash(self, layer: int, stop: int) -> None:
+        """Let stripes on their way to flash come there, as far as they are no tail of queries before `stop`."""
+        appends, limit = self._layers[layer].appends, self._whole_from(stop)
+        if appends and self._unflushed(layer, limit):
+            self.device._dispatcher.drive(lambda: not appends or not self._unflushed(layer, limit))
+
+    def _means(self, layer: int, masks: _Masks) -> NDArray[np.float32]:
+        """Mean of V over what each query may attend: (n_queries, kv_heads, head_dim); zero where that is nothing."""
+        sums = self._layers[layer].sums
+        assert sums is not None
+        known: dict[int, Doubles] = {}
+
+        def until(token: int) -> Doubles:
+            if token not in known:
+                known[token] = sums.until(token, lambda first, last: self._read_values(layer, first, last))
+            return known[token]
+
+        means = np.zeros((len(masks.start), self.kv_heads, self.device.config.head_dim), np.float32)
+        for mean, start, end, tree in zip(means, *(column.tolist() for column in masks[:3]), strict=True):
+            drafts = [masks.tree_token + i for i in range(TREE_BITS) if tree >> i & 1]
+            prefix = max(min(end, masks.tree_token), start)
+            if not drafts and prefix == start:
+                continue
+            first = start if prefix > start else drafts[0]
+            if [*range(prefix, end)] == drafts or (prefix == start and drafts == [*range(first, end)]):
+                total = until(end) - until(first)   # of a chain of drafts, too, so that its bits are those of tokens
+            else:
+                total = until(prefix) - until(start)
+                for draft in drafts:
+                    total = total + sums.values(draft, draft + 1, partial(self._read_values, layer))[:, 0]
+            mean[:] = total / (prefix - start + len(drafts))
+        return means
+
+    def _read_values(self, layer: int, first: int, last: int) -> Doubles:
+        """V of tokens as the device has it, (kv_heads, tokens, head_dim): a query of one token gives its V exactly."""
+        config, size = self.device.config, self.stripe_tokens
+        scale_bits = _scale_bits(1.0)
+        jobs: list[Job] = []
+        for head in range(self.kv_heads):
+            for base in range(first, last, config.rows):
+                token = np.arange(base, min(base + config.rows, last))
+                masks = _Masks(token, token + 1, np.zeros_like(token), last)
+                query = np.zeros((len(token), config.head_dim), np.uint16)
+                jobs.append(self._job(layer, head, query, scale_bits, masks, base - base % size, int(token[-1]) + 1))
+        found = [result.bits.view(np.float32) for result in self.device.run(jobs)]
+        return np.concatenate(found).astype(np.float64).reshape(self.kv_heads, last - first, -1)
+
     def _selection(self, mode: Mode | str, channels: int | None, units: int | None, local: int,
-                   unit: int | None) -> _Selection | None:
+                   sinks: int | None, unit: int | None) -> _Selection | None:
         """What is asked for, as far as it can be checked without the tokens; None: dense."""
         config = self.device.config
         names = {one.name.lower(): one for one in Mode}
@@ -566,10 +647,11 @@ class Sequence(Store):
             "channels": found in (Mode.SPARF, Mode.FETCHED),
             "units": found is not Mode.DENSE,
             "local": found is not Mode.DENSE,
+            "sinks": found is not Mode.DENSE,
             "unit": found in (Mode.FETCHED, Mode.CENTROID),
         }
         given = {"channels": channels is not None, "units": units is not None, "local": local != 0,
-                 "unit": unit is not None}
+                 "sinks": bool(sinks), "unit": unit is not None}
         for argument, used in uses.items():
             if given[argument] and not used:
                 raise RequestError(f"mode {name} has no {argument}: it must not be given")
@@ -582,8 +664,8 @@ class Sequence(Store):
             raise RequestError(f"mode {name} reads mean keys, which this sequence was created without: create it with "
                                "centroids=...")
         if uses["channels"]:
-            _check_integer("channels (the paper's r)", channels, 1, config.head_dim)
-        _check_integer("units (the paper's k)", units, 1, MAX_UNITS)
+            check_integer("channels (the paper's r)", channels, 1, config.head_dim)
+        check_integer("units (the paper's k)", units, 1, MAX_UNITS)
         unit_tokens = 1
         if found is Mode.FETCHED:
             unit_tokens = config.tokens_per_codeword if unit is None else unit
@@ -593,8 +675,10 @@ class Sequence(Store):
                 raise RequestError(f"unit must be {unit_tokens}, of which the sequence's mean keys are, not {unit!r}")
         unit_bits = 0 if found is Mode.SPARF else layout.unit_bits(unit_tokens, config)
         assert units is not None
-        _check_integer("local", local, 0, min(units * unit_tokens, (1 << 8 * COMMAND["local"].size) - 1))
-        return _Selection(found, channels or 0, int(units), int(local), int(unit_tokens), unit_bits)
+        check_integer("local", local, 0, min(units * unit_tokens, (1 << 8 * COMMAND["local"].size) - 1))
+        sinks = self.sinks if sinks is None else sinks
+        check_integer("sinks", sinks, 0, MAX_SINKS)
+        return _Selection(found, channels or 0, int(units), int(local), int(sinks), int(unit_tokens), unit_bits)
 
     def _check_selection(self, selection: _Selection, ranges: Series[tuple[int, int]]) -> None:
         """Whether the tokens of all jobs fit the score buffers, and make as many units as are asked for."""
@@ -611,10 +695,17 @@ class Sequence(Store):
             raise RequestError(f"units (the paper's k) must be at most {most:,}, as tokens {base} to {stop - 1} make "
                                f"no more units of {size}, not {selection.units:,}")
         for base, stop in ranges:
-            newest = -(-stop // size) - max(stop - selection.local, 0) // size
-            if selection.units < min(newest, -(-(stop - base) // size)):
-                raise RequestError(f"local: the newest {selection.local} of {stop} tokens lie in {newest} units of "
-                                   f"{size}, which are more than the {selection.units} that are to be attended")
+            # What is attended whole comes on top of the units.
+            end = min(stop, self._whole_from(stop))
+            first, last = base // size, -(-end // size)
+            newest = range(max(first, max(stop - selection.local, 0) // size), last) if selection.local else range(0)
+            oldest = range(first, min(-(-selection.sinks // size), last))
+            forced = len({*newest, *oldest})
+            if selection.units < forced:
+                raise RequestError(
+                    f"units (the paper's k) must be at least {forced}, not {selection.units}: of {stop} tokens the "
+                    f"first {selection.sinks} (sinks) and the newest {selection.local} (local) lie in so many units of "
+                    f"{size}")
 
     def _sparse_job(self, layer: int, head: int, query: Bits, scale_bits: int, masks: _Masks, selection: _Selection,
                     mean: NDArray[np.uint32] | None) -> Job:
@@ -630,6 +721,8 @@ class Sequence(Store):
             channels=selection.channels,
             units=units,
             local=min(selection.local, units * selection.unit_tokens),
+            sinks=selection.sinks,
+            whole=max(self._whole_from(stop) - base, 0) // size,
             unit_bits=selection.unit_bits,
             mean=mean,
             sketch=sketch[head, base // size : -(-stop // size)],
@@ -638,12 +731,6 @@ class Sequence(Store):
 
 
 # Helpers.
-
-
-def _check_integer(name: str, value: Any, least: int, most: int) -> None:
-    good = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not good or not least <= value <= most:
-        raise RequestError(f"{name} must be an int from {least:,} to {most:,}, not {value!r}")
 
 
 def _scale_bits(scale: float) -> int:

@@ -17,10 +17,10 @@ from kvattic import layout
 from kvattic.allocator import COMMON_DOMAIN, Allocation
 from kvattic.commands import Kind, Opcode, Status
 from kvattic.dispatcher import Dispatcher, Steps
-from kvattic.elements import from_bits
 from kvattic.errors import CapacityError, KvatticError, RequestError
 from kvattic.futures import Future
 from kvattic.jobs import Bits, FlashOperation
+from kvattic.value_sums import ValueSums
 
 if TYPE_CHECKING:
     from kvattic.driver import Device
@@ -79,21 +79,19 @@ class Layer:
         table: uint64, (kv_heads, stripes), where each stripe lies; jobs look into it.
         sketches: the same for what the sequence has of the channel layout (Kind.CHANNEL) and of centroids
             (Kind.SKETCH); zero where it is not written.
-        total: float64, (kv_heads, head_dim), sum of V over all tokens, if the modes that need it can be had.
+        sums: of V, which the means that sparse modes blend in are made of; None: the sequence has no such modes.
         length: tokens.
         staged: stripe to its first page of device DRAM, for those that are not in flash yet.  There they lie head by
             head, K then V.
-        before: for the same stripes, `total` before their first token.
         placed: (stripe, head, kind) to the first page and codeword, for what is in flash of stripes that are staged.
         appends: those that are not done, in order.
     """
 
     table: NDArray[np.uint64]
     sketches: dict[Kind, NDArray[np.uint64]]
-    total: NDArray[np.float64]
+    sums: ValueSums | None
     length: int = 0
     staged: dict[int, int] = field(default_factory=dict)
-    before: dict[int, NDArray[np.float64]] = field(default_factory=dict)
     placed: dict[tuple[int, int, Kind], tuple[int, int]] = field(default_factory=dict)
     appends: list["Append"] = field(default_factory=list)
 
@@ -131,6 +129,8 @@ class Store:
         first_head: int,
         sparse: bool,
         centroids: int | None,
+        sinks: int,
+        window: int | None,
         domain: int,
         allocations: Series[Allocation],
     ) -> None:
@@ -141,6 +141,7 @@ class Store:
         self.capacity_tokens = capacity_tokens
         self.sparse = sparse
         self.centroids = centroids
+        self.sinks = sinks
         self.domain = domain
         self._first_head = first_head
         self._allocations = allocations     # of K, V and the channel layout; of centroids
@@ -155,7 +156,9 @@ class Store:
         # Never moved, because jobs refer to them; memory is taken where it is written.
         self._layers = [Layer(table=np.zeros(shape, np.uint64),
                                sketches={kind: np.zeros(shape, np.uint64) for kind in self._sketch_kinds},
-                               total=np.zeros((kv_heads, device.config.head_dim))) for _ in range(layers)]
+                               sums=ValueSums(kv_heads, device.config.head_dim, self.stripe_tokens,
+                                              device.config.element, window or 0) if sparse else None)
+                        for _ in range(layers)]
 
     # Into DRAM.
 
@@ -184,6 +187,8 @@ class Store:
         if before is not None and (before.left or not append.ahead):
             yield from self._after(append, before)
             before = None
+        if state.sums is not None:
+            state.sums.expect(total)
         begin = state.length
         last = begin + total - self.held_tokens     # of what is moved to flash
         pieces: list[tuple[Series[int], Bits | None]] = []   # in DRAM, to be moved
@@ -334,21 +339,10 @@ class Store:
 
     def _count(self, layer: int, values: Bits) -> None:
         """Tokens were written: count them, and sum their V."""
-        state, total = self._layers[layer], values.shape[1]
-        if self.sparse:
-            at = 0
-            while at < total:
-                stripe, inside = divmod(state.length + at, self.stripe_tokens)
-                if inside == 0:
-                    state.before[stripe] = state.total
-                last = min(at + self.stripe_tokens - inside, total)
-                exact = from_bits(values[:, at:last], self.device.config.element).astype(np.float64)
-                # Token after token, so that appends in any pieces give the same sum.
-                with np.errstate(invalid="ignore"):
-                    state.total = np.add.accumulate(
-                        np.concatenate([state.total[:, None], exact], axis=1), axis=1)[:, -1].copy()
-                at = last
-        state.length += total
+        state = self._layers[layer]
+        if state.sums is not None:
+            state.sums.add(values)
+        state.length += values.shape[1]
 
     def _write_tail(self, layer: int, tokens: Bits) -> Steps[None]:
         """Put tokens into the layer's last stripe in DRAM: whole pages if they are its first, else only their bytes."""
@@ -465,8 +459,8 @@ class Store:
                 runs: list[_Run] = []
                 for channel, items in channels.items():
                     items.sort(key=lambda item: (item[1], item[0]))     # a head's stripes beside each other
-                    means = [layout.mean_keys(self._keys(layer, *item, stripes, tokens), unit, config)
-                             for item in items]
+                    means = [layout.mean_keys(self._keys(layer, *item, stripes, tokens), unit, config,
+                                              skip=self.sinks - item[0] * self.stripe_tokens) for item in items]
                     images = layout.pack_pages(np.concatenate(means), config)
                     self.device.transport.write_dram(source * config.page_bytes, images.tobytes())
                     single = len({head for _, head in items}) == len(items)
@@ -610,7 +604,6 @@ class Store:
             keys = [(stripe, head, kind) for head in range(self.kv_heads) for kind in self._kinds]
             if all(key in state.placed for key in keys):
                 self.device._free_dram(state.staged.pop(stripe))
-                state.before.pop(stripe, None)
                 for key in keys:
                     del state.placed[key]
 
@@ -619,16 +612,14 @@ class Store:
     def _truncate(self, layer: int, length: int) -> None:
         """Forget the last tokens, all of which are in DRAM, when nothing is under way."""
         state, (stripe, inside) = self._layers[layer], divmod(length, self.stripe_tokens)
-        if self.sparse:
-            state.total = state.before[stripe]
+        if state.sums is not None:
+            values = np.zeros((self.kv_heads, 0, self.device.config.head_dim), np.uint16)
+            if inside:
+                values = np.stack([self._staged(layer, stripe, head, Kind.VALUE) for head in range(self.kv_heads)])
+            state.sums.truncate(length, values)
         for gone in [staged for staged in state.staged if staged * self.stripe_tokens >= length]:
             self.device._dram.free(state.staged.pop(gone))
-            state.before.pop(gone, None)
         state.table[:, -(-length // self.stripe_tokens) :] = NO_ENTRY
-        state.length = length - inside
-        if self.sparse and inside:
-            values = [self._staged(layer, stripe, head, Kind.VALUE) for head in range(self.kv_heads)]
-            self._count(layer, np.stack(values)[:, :inside])
         state.length = length
 
     def _give_back_dram(self, layer: Layer) -> None:
@@ -639,7 +630,6 @@ class Store:
             except KvatticError as error:   # of the device, which was to hear of it; the page is free nevertheless
                 errors.append(error)
         layer.staged.clear()
-        layer.before.clear()
         layer.placed.clear()
         if errors:
             raise errors[0]

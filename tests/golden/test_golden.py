@@ -28,6 +28,7 @@ from kvattic.formats import (
     WEIGHT_BITS,
     Element,
 )
+from kvattic_sim.benches import accuracy
 
 from . import reference
 
@@ -527,3 +528,23 @@ def test_trace_shapes_and_inputs_untouched() -> None:
     assert trace.output.dtype == np.uint32
     assert trace.maximum.dtype == np.int64
     assert abs(trace.scores).max() < 40 << SCORE_FRACTION
+
+
+@ELEMENTS
+@pytest.mark.parametrize("common", [0.0, 2.0**13, 2.0**16, 2.0**17])
+def test_a_common_part_of_the_scores_costs_nothing(element: Element, common: float) -> None:
+    """Biases of q and K as Qwen2 has them: the spread of a few bits on top of them is as exact as without."""
+    heads = list(accuracy.large_score_heads(common, element, tokens=300, heads=2))
+    assert not any(accuracy.attend(*head, element).flags for head in heads)
+    found = accuracy.errors(iter(heads), element)
+    assert found["rel_rms"] <= min(5e-7, found["float32"])
+
+
+def test_two_tokens_that_differ_by_two_nats() -> None:
+    """q.k of 67,712, beyond fp16's largest number, and of 67,735."""
+    query, key = to_bits(np.full((1, 128), 23.0), Element.FP16), np.full((2, 128), 23.0)
+    key[1, 0] = 24.0
+    value = to_bits(np.array([[0.0], [1.0]]) * np.ones((1, 128)), Element.FP16)
+    trace = check(**job(query, to_bits(key, Element.FP16), value, scale_bits=fp32_bits(128**-0.5 / np.log(2))))
+    assert trace.partial.output == pytest.approx(1 / (1 + np.exp(-23 / 128**0.5)), rel=3e-7)
+    assert trace.flags == 0

@@ -31,6 +31,8 @@ __all__ = [
     "errors",
     "fa3_heads",
     "golden_ratio",
+    "large_score_heads",
+    "large_scores",
     "minilm_heads",
     "widths",
 ]
@@ -169,7 +171,38 @@ def accuracy() -> dict[str, float]:
         for kind, error in errors(heads).items():
             report[f"accuracy.{kind}.{name}"] = error
     worst, exact = drift()
+    report |= large_scores()
     return report | {"accuracy.drift": worst, "accuracy.drift_sum_exact": float(exact)}
+
+
+def large_score_heads(common: float, element: Element, *, tokens: int = 1024, heads: int = 8, head_dim: int = 128,
+                      seed: int = 0) -> Iterator[Head]:
+    """(q, k, v) bit patterns whose scores have a common part, as biases of q and K make it, and a spread of a few bits.
+
+    Args:
+        common: that part, in the log2 domain; four features carry it.
+        element: format to round to.
+        tokens: of each head.
+        heads: how many.
+        head_dim: elements of a token.
+        seed: of the random numbers.
+    """
+    rng = np.random.default_rng(seed)
+    bias = math.sqrt(common * math.log(2) * math.sqrt(head_dim) / 4)
+    for _ in range(heads):
+        q, k, v = (rng.standard_normal((n, head_dim)) for n in (4, tokens, tokens))
+        q[:, -4:] = k[:, -4:] = bias
+        yield to_bits(q, element), to_bits(k, element), to_bits(v, element)
+
+
+def large_scores() -> dict[str, float]:
+    """Errors with a common part of the scores from 0 to 2**17: golden's largest, float32's least, over both formats."""
+    worst, single = 0.0, math.inf
+    for element in Element:
+        for common in (0.0, *(2.0**power for power in range(9, 18))):
+            found = errors(large_score_heads(common, element), element)
+            worst, single = max(worst, found["rel_rms"]), min(single, found["float32"])
+    return {"accuracy.large_scores": worst, "accuracy.large_scores.float32": single}
 
 
 def _seconds(function: Callable[[], object], repeats: int = 5) -> float:
