@@ -35,8 +35,8 @@ class Selector(wiring.Component):
     MARK  10 to 24 + a cycle for a token   522 to 536; in CENTROID 10 + a cycle for a codeword (266)
     ===== ================================ ==============================================================
 
-    Scores are those before `end_token`, of each row that has a reference; those of stripes in device DRAM count in SUM
-    and MARK only, in CENTROID never.  MARK reads the scores of selected tokens beside its walk, and waits where it has
+    Scores are those before `end_token`, of each row that has a reference; those of stripes that are attended whole count
+    in SUM and MARK only, in CENTROID never.  MARK reads the scores of selected tokens beside its walk, and waits where it has
     found many with many rows.  Tokens are walked in the order of the list; a stripe shorter than four steps takes four.
     Reset forgets the sweep.
 
@@ -57,14 +57,16 @@ class Selector(wiring.Component):
     mode : In(2)
     unit_bits : In
     end_token, local_token : In(24)
+    sinks : In(16)
+        Units that begin below this token come first, as those of the local window do.
     stripes : In
         Number of stripes in the lane's list.
     ring_base : In(ring)
         Place of the list's first codeword in the score ring; the others follow, `Config.group_codewords` a stripe.
     stripe_address : Out
         Cat(number in the list, slot) of a stripe.
-    stripe_token, stripe_dram : In(24), In(1)
-        Its first token, and whether it is in device DRAM; one cycle later.
+    stripe_token, stripe_whole : In(24), In(1)
+        Its first token, and whether it is attended whole; one cycle later.
     score_address : Out
         Read address of the score memory: Cat(row, index, ring).
     score_ask, score_grant : Out(1), In(1)
@@ -100,11 +102,12 @@ class Selector(wiring.Component):
             "unit_bits": In(shapes.start["unit_bits"].shape),
             "end_token": In(TOKEN_BITS),
             "local_token": In(TOKEN_BITS),
+            "sinks": In(shapes.start["sinks"].shape),
             "stripes": In(shapes.walk["stripes"].shape),
             "ring_base": In(shapes.ring),
             "stripe_address": Out(shapes.list_bits + shapes.slot.width),
             "stripe_token": In(TOKEN_BITS),
-            "stripe_dram": In(1),
+            "stripe_whole": In(1),
             "score_address": Out(self.address_bits),
             "score_ask": Out(1),
             "score_grant": In(1),
@@ -153,15 +156,16 @@ class Selector(wiring.Component):
         # The next stripe stands ready: its address, its entry, the entry kept, its token's distance to the ends.
         index = Signal(shapes.list_bits)
         settled = Signal(3)
-        stripe_token, stripe_dram = Signal(TOKEN_BITS), Signal()
-        to_end, to_local = Signal(signed(TOKEN_BITS + 1)), Signal(signed(TOKEN_BITS + 1))
+        stripe_token, stripe_whole = Signal(TOKEN_BITS), Signal()
+        to_end, to_local, to_sinks = (Signal(signed(TOKEN_BITS + 1), name=n) for n in ("to_end", "to_local", "to_sinks"))
         m.d.comb += self.stripe_address.eq(Cat(index, self.slot))
         m.d.sync += [
             settled.eq(Cat(Const(1, 1), settled)),
             stripe_token.eq(self.stripe_token),
-            stripe_dram.eq(self.stripe_dram),
+            stripe_whole.eq(self.stripe_whole),
             to_end.eq(self.end_token - stripe_token),
             to_local.eq(self.local_token - stripe_token),
+            to_sinks.eq(self.sinks - stripe_token),
         ]
 
         def clamped(distance):
@@ -172,10 +176,11 @@ class Selector(wiring.Component):
         running, begin = Signal(), Signal()
         left = Signal.like(self.stripes)
         within = Signal()
-        base, dram = Signal(TOKEN_BITS), Signal()
+        base, whole = Signal(TOKEN_BITS), Signal()
         number = Signal(shapes.list_bits)
         offset, after = Signal(group_bits), Signal(group_bits + 2)   # token inside of the stripe, and the next one
-        limit, local_limit = Signal(group_bits + 1), Signal(group_bits + 1)   # tokens before the end, the local window
+        # Tokens before the end, before the local window, and that are sinks.
+        limit, local_limit, sink_limit = (Signal(group_bits + 1, name=n) for n in ("limit", "local_limit", "sink_limit"))
         depth = 16
         room = Signal(range(depth + 1), init=depth)
         go, last_step, fetch, useful = Signal(), Signal(), Signal(), Signal()
@@ -184,16 +189,17 @@ class Selector(wiring.Component):
             after.eq(offset + step),
             last_step.eq(after >= Mux(marking, group_tokens, limit)),
             fetch.eq(running & ~begin & (left != 0) & settled[-1] & (~within | (go & last_step))),
-            useful.eq(marking | ((to_end > 0) & ~(stripe_dram & (by_unit | massing)))),
+            useful.eq(marking | ((to_end > 0) & ~(stripe_whole & (by_unit | massing)))),
         ]
         with m.If(go):
             m.d.sync += [offset.eq(after), within.eq(~last_step)]
         with m.If(fetch):
             m.d.sync += [
                 base.eq(stripe_token),
-                dram.eq(stripe_dram),
+                whole.eq(stripe_whole),
                 limit.eq(clamped(to_end)),
                 local_limit.eq(clamped(to_local)),
+                sink_limit.eq(clamped(to_sinks)),
                 number.eq(index),
                 offset.eq(0),
                 within.eq(useful),
@@ -220,8 +226,8 @@ class Selector(wiring.Component):
             "position": position_bits,   # of the unit's first token, in the lane's list
             "first": 1,                  # the unit's first step
             "last": 1,                   # its last one
-            "forced": 1,                 # reaches into the local window
-            "dram": 1,
+            "forced": 1,                 # of sinks, or reaches into the local window
+            "whole": 1,
             "inside": 1,                 # before the end
         })
         step_1, step_2, step_3 = (Signal(step_shape, name=f"step_{i}", reset_less=True) for i in (1, 2, 3))
@@ -236,8 +242,8 @@ class Selector(wiring.Component):
             step_1.position.eq(unit_position),
             step_1.first.eq(by_unit | ((offset & unit_mask) == 0)),
             step_1.last.eq(by_unit | ((offset & unit_mask) == unit_mask) | last_step),
-            step_1.forced.eq((offset | unit_mask) >= local_limit),
-            step_1.dram.eq(dram),
+            step_1.forced.eq(((offset | unit_mask) >= local_limit) | (unit_offset < sink_limit)),
+            step_1.whole.eq(whole),
             step_1.inside.eq(offset < limit),
             token_1.eq(base + unit_offset),
             step_2.eq(step_1),
@@ -277,7 +283,7 @@ class Selector(wiring.Component):
 
         taken_3 = Signal()
         earlier = Signal(tokens)
-        m.d.comb += taken_3.eq(step_3.inside & (step_3.dram | selected))
+        m.d.comb += taken_3.eq(step_3.inside & (step_3.whole | selected))
         m.d.sync += [
             self.mark_valid.eq(valid_3 & marking & (centroid | (step_3.index == tokens - 1))),
             self.mark_ring.eq(step_3.ring),

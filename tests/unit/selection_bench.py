@@ -19,6 +19,7 @@ class Job:
     base_token: int
     end_token: int
     local: int
+    sinks: int
     tail: np.ndarray
     scores: np.ndarray
     units: int = 1
@@ -45,14 +46,15 @@ def random_scores(rng, shape, spread=3.0, masked=0.1):
 
 
 def make_job(config, rng, mode, *, stripes, unit_bits=0, rows=None, end=None, local=None, tail=None, base=None,
-             units=None, scores=None):
+             units=None, scores=None, sinks=None):
     """A random job; what is given stays as given."""
     size = config.group_tokens
-    base = int(rng.integers(0, 1000)) * size if base is None else base
+    base = int(rng.integers(0, 1000)) * size * int(rng.integers(2)) if base is None else base
+    sinks = int(rng.integers(0, 2 * size)) * int(rng.integers(2)) if sinks is None else sinks
     end = base + int(rng.integers((stripes - 1) * size + 1, stripes * size + 1)) if end is None else base + end
     local = int(rng.integers(0, (end - base) // 2 + 2)) if local is None else local
     tail = rng.random(stripes) < 0.3 if tail is None else np.array(tail, bool)
-    job = Job(mode, unit_bits, base, end, local, tail, np.zeros(0))
+    job = Job(mode, unit_bits, base, end, local, sinks, tail, np.zeros(0))
     step = job.step(config)
     rows = config.rows if rows is None else rows
     job.scores = random_scores(rng, (rows, stripes * size // step)) if scores is None else scores
@@ -93,7 +95,8 @@ def expect(config, job, reference=None):
         reference = sparse.references(maximum, denominator)
     probability = sparse.probabilities(job.scores, reference)
     mass = sparse.masses(probability, unit // job.step(config))
-    rank = sparse.ranks(mass, base_token=job.base_token, unit_tokens=unit, local_token=job.local_token)
+    rank = sparse.ranks(mass, base_token=job.base_token, unit_tokens=unit, local_token=job.local_token,
+                        sinks=job.sinks)
     first = job.base_token + np.arange(len(mass)) * unit
     valid = np.repeat(~job.tail, config.group_tokens // unit) & (first < job.end_token)
     selected = sparse.select(rank, valid, job.units)
@@ -186,6 +189,7 @@ class Lane:
                 ctx.set(dut.unit_bits, job.unit_bits)
                 ctx.set(dut.end_token, job.end_token)
                 ctx.set(dut.local_token, job.local_token)
+                ctx.set(dut.sinks, job.sinks)
                 ctx.set(dut.stripes, len(mine))
                 ctx.set(dut.ring_base, ring_base)
             if slot in self.jobs:
@@ -193,10 +197,10 @@ class Lane:
                 number = stripe & ((1 << self.shapes.list_bits) - 1)
                 if number < len(mine) and stripe >> self.shapes.list_bits == slot:
                     ctx.set(dut.stripe_token, job.base_token + mine[number] * config.group_tokens)
-                    ctx.set(dut.stripe_dram, int(job.tail[mine[number]]))
+                    ctx.set(dut.stripe_whole, int(job.tail[mine[number]]))
                 else:
                     ctx.set(dut.stripe_token, int(rng.integers(1 << 24)))
-                    ctx.set(dut.stripe_dram, int(rng.integers(2)))
+                    ctx.set(dut.stripe_whole, int(rng.integers(2)))
             # A score two cycles after its address; anything where nothing was asked.
             pending.append(self.scores.get(address, noise) if ask and granted else noise)
             if len(pending) > 1:
