@@ -14,13 +14,13 @@
 #define KVATTIC_ASSERT(name, condition) typedef char kvattic_assert_##name[(condition) ? 1 : -1]
 
 #define KVATTIC_ID_MAGIC 0x5441564bu  /* what register ID reads */
-#define KVATTIC_VERSION 0x00030000u  /* of this header; the upper half must equal the device's */
+#define KVATTIC_VERSION 0x00040000u  /* of this header; the upper half must equal the device's */
 #define KVATTIC_LINE_BYTES 64  /* alignment of every address */
 #define KVATTIC_QUEUES 8  /* pairs of queues, queue 0 included */
 #define KVATTIC_MAX_ENTRIES 4096  /* of a ring; a power of two, at least 2 */
 #define KVATTIC_MAX_REGIONS 4096  /* of device DRAM */
-#define KVATTIC_DOORBELL_STRIDE 0x1000u  /* between the doorbells of two queues */
-#define KVATTIC_ADMIN_OPCODES 0xc0  /* from this opcode on, for queue 0 alone */
+#define KVATTIC_DOORBELL_STRIDE 0x800u  /* between two doorbells: NVMe's CAP.DSTRD is 9 */
+#define KVATTIC_ADMIN_OPCODES 0xe0  /* from this opcode on, for queue 0 alone */
 #define KVATTIC_DOMAINS 256  /* 0 stands for nobody */
 #define KVATTIC_IDENTIFY_BYTES 2048  /* what IDENTIFY writes: JSON text, padded with zeros */
 #define KVATTIC_TREE_BITS 32  /* draft tokens that a row can attend */
@@ -80,8 +80,8 @@
 #define KVATTIC_REG_BLOCK_ERASES 0x150u  /* 64 bits, ro: blocks erased */
 
 /* Doorbells: addresses, by queue. */
-#define KVATTIC_REG_SUBMISSION_TAIL(queue) (((queue) + 1u) * 0x1000u)  /* 32 bits, wo: doorbell: queue q has commands up to this entry, exclusive */
-#define KVATTIC_REG_COMPLETION_HEAD(queue) (((queue) + 1u) * 0x1000u + 4u)  /* 32 bits, wo: doorbell: the host has taken queue q's completions up to this entry, exclusive */
+#define KVATTIC_REG_SUBMISSION_TAIL(queue) (0x1000u + (2u * (queue) + 0u) * KVATTIC_DOORBELL_STRIDE)  /* 32 bits, wo: doorbell: queue q has commands up to this entry, exclusive */
+#define KVATTIC_REG_COMPLETION_HEAD(queue) (0x1000u + (2u * (queue) + 1u) * KVATTIC_DOORBELL_STRIDE)  /* 32 bits, wo: doorbell: the host has taken queue q's completions up to this entry, exclusive */
 
 /* A number of 24 bits in a field of three bytes. */
 #define KVATTIC_PUT24(field, value) \
@@ -105,17 +105,17 @@ enum kvattic_status_bit {  /* Bits of STATUS; all but BUSY and READY are cleared
     KVATTIC_STATUS_BIT_MEDIA_ERROR = 0x40,  /* A codeword could not be read; see MEDIA_ERROR and MEDIA_CAUSE. */
 };
 
-enum kvattic_opcode {  /* What a command asks for. Those of the host's queues are from 0x80 on, those of queue 0 alone from 0xC0 on. */
-    KVATTIC_OPCODE_ATTEND = 0x81,  /* Attention of one job: the query rows that read one KV head (COMMAND). */
-    KVATTIC_OPCODE_PROGRAM = 0x82,  /* Write a page of device DRAM into a flash page (FLASH_COMMAND); pages of a block in order, each once. */
-    KVATTIC_OPCODE_ERASE = 0x83,  /* Erase the block that a flash page lies in (FLASH_COMMAND); in queue 0, whoever owns it. */
-    KVATTIC_OPCODE_COUNTERS = 0x84,  /* Write registers.COUNTERS, 8 bytes each, padded to whole lines (DATA_COMMAND). Each is right at the moment at which it is read; while the drive works, they are not of one cycle. */
-    KVATTIC_OPCODE_IDENTIFY = 0xc0,  /* Write Config.to_json(), as UTF-8 padded with zeros to IDENTIFY_BYTES (DATA_COMMAND). */
-    KVATTIC_OPCODE_CREATE_QUEUE = 0xc1,  /* Create a pair of queues, empty (QUEUE_COMMAND). */
-    KVATTIC_OPCODE_DELETE_QUEUE = 0xc2,  /* Remove one (QUEUE_COMMAND); commands that are not fetched yet are forgotten. */
-    KVATTIC_OPCODE_GRANT = 0xc3,  /* Give zones or regions of device DRAM to a domain, or a domain to queues (GRANT_COMMAND). */
-    KVATTIC_OPCODE_PROBE = 0xc4,  /* Look for the factory's bad-block mark of the block that a flash page lies in (FLASH_COMMAND). */
-    KVATTIC_OPCODE_MAP = 0xc5,  /* Let a zone use another block on the die and plane of a flash page (FLASH_COMMAND). */
+enum kvattic_opcode {  /* What a command asks for. */
+    KVATTIC_OPCODE_COUNTERS = 0xc2,  /* Write registers.COUNTERS, 8 bytes each, padded to whole lines (DATA_COMMAND). Each is right at the moment at which it is read; while the drive works, they are not of one cycle. */
+    KVATTIC_OPCODE_ATTEND = 0xc3,  /* Attention of one job: the query rows that read one KV head (COMMAND). */
+    KVATTIC_OPCODE_PROGRAM = 0xc4,  /* Write a page of device DRAM into a flash page (FLASH_COMMAND); pages of a block in order, each once. */
+    KVATTIC_OPCODE_ERASE = 0xc8,  /* Erase the block that a flash page lies in (FLASH_COMMAND); in queue 0, whoever owns it. */
+    KVATTIC_OPCODE_IDENTIFY = 0xe2,  /* Write Config.to_json(), as UTF-8 padded with zeros to IDENTIFY_BYTES (DATA_COMMAND). */
+    KVATTIC_OPCODE_CREATE_QUEUE = 0xe4,  /* Create a pair of queues, empty (QUEUE_COMMAND). */
+    KVATTIC_OPCODE_DELETE_QUEUE = 0xe8,  /* Remove one (QUEUE_COMMAND); commands that are not fetched yet are forgotten. */
+    KVATTIC_OPCODE_GRANT = 0xec,  /* Give zones or regions of device DRAM to a domain, or a domain to queues (GRANT_COMMAND). */
+    KVATTIC_OPCODE_PROBE = 0xf0,  /* Look for the factory's bad-block mark of the block that a flash page lies in (FLASH_COMMAND). */
+    KVATTIC_OPCODE_MAP = 0xf4,  /* Let a zone use another block on the die and plane of a flash page (FLASH_COMMAND). */
 };
 
 enum kvattic_mode {  /* How ATTEND chooses the tokens that it attends; docs/sparse.md. */
@@ -125,20 +125,20 @@ enum kvattic_mode {  /* How ATTEND chooses the tokens that it attends; docs/spar
     KVATTIC_MODE_CENTROID = 3,  /* Units whose mean key scores highest, all of whose tokens are attended; not blended. */
 };
 
-enum kvattic_status {  /* How a command ended; where of the completion says which place. */
+enum kvattic_status {  /* How a command ended; where of the completion says which place. NVMe's status code, of type STATUS_TYPE. */
     KVATTIC_STATUS_OK = 0,  /* The results are written. */
     KVATTIC_STATUS_INVALID_OPCODE = 1,  /* where: the opcode. */
     KVATTIC_STATUS_INVALID_FIELD = 2,  /* A reserved byte is not zero, there is no such mode (or none but DENSE in this configuration), a field is not zero that mode or opcode has no use for, or stripe_pages is no power of two, too large, or not what a sparse mode needs. */
     KVATTIC_STATUS_INVALID_ROWS = 3,  /* where: the number of rows. */
     KVATTIC_STATUS_INVALID_LENGTH = 4,  /* No token, or stripes are not as many as the tokens take. */
-    KVATTIC_STATUS_INVALID_ADDRESS = 5,  /* query, result, table or mean not 64-byte aligned or not inside the queue's window; where: 0 query, 1 result, 2 table, 3 mean. IDENTIFY, COUNTERS: result, likewise. */
+    KVATTIC_STATUS_INVALID_ADDRESS = 5,  /* query, result or table (with the mean of V) not 64-byte aligned or not inside the queue's window; where: 0 query, 1 result, 2 table. IDENTIFY, COUNTERS: result, likewise. */
     KVATTIC_STATUS_INVALID_SCALE = 6,  /* scale is not a positive normal fp32. */
     KVATTIC_STATUS_NAN_QUERY = 7,  /* where: row * 65536 + channel of the first NaN or infinity in q. */
     KVATTIC_STATUS_NAN_KEY = 8,  /* where: the lowest token with a NaN or infinity in K. */
     KVATTIC_STATUS_NAN_VALUE = 9,  /* where: the lowest token with a NaN or infinity in V. */
     KVATTIC_STATUS_CODEWORD_TIMEOUT = 10,  /* A codeword never came; where: channel * 65536 + kind * 32768 + codewords still missing there. */
     KVATTIC_STATUS_BUS_ERROR = 11,  /* The host memory answered a read of the command or query, or a write of the result, with an error; where: 0. When it is the command that could not be read, its identifier is not known: it is 0xFFFF. */
-    KVATTIC_STATUS_INVALID_TABLE = 12,  /* A table entry names no channel, has a reserved bit set, or is one too many for its channel's score buffer; where: the entry's number. */
+    KVATTIC_STATUS_INVALID_TABLE = 12,  /* A table entry names no channel, has a reserved bit set (in DENSE also whole), or is one too many for its channel's score buffer; where: the entry's number. */
     KVATTIC_STATUS_INVALID_PLACE = 13,  /* A flash command names no channel, page or block of it; where: 0. */
     KVATTIC_STATUS_UNREADABLE_KEY = 14,  /* K cannot be read (see the register MEDIA_ERROR); where: first token of the lowest codeword that cannot. */
     KVATTIC_STATUS_UNREADABLE_VALUE = 15,  /* The same for V. */
@@ -147,15 +147,14 @@ enum kvattic_status {  /* How a command ended; where of the completion says whic
     KVATTIC_STATUS_BAD_BLOCK = 18,  /* PROBE found the factory's mark; where: channel * 2**24 + page. */
     KVATTIC_STATUS_DIE_TIMEOUT = 19,  /* A die stayed busy for longer than its part ever is; where: channel * 2**24 + page. */
     KVATTIC_STATUS_INVALID_SELECTION = 20,  /* A sparse mode's number is none or too large; where: 0 channels, 1 units (more than the tokens make), 2 local (more than the units hold), 3 unit_bits. */
-    KVATTIC_STATUS_MISSING_MEAN = 21,  /* SPARF or FETCHED without the mean of V: mean is 0. */
-    KVATTIC_STATUS_NO_SKETCH = 22,  /* A stripe in flash was written without what the mode's first pass reads; where: its entry's number. */
-    KVATTIC_STATUS_NAN_MEAN = 23,  /* where: channel of the first NaN or infinity in the mean of V. */
-    KVATTIC_STATUS_UNREADABLE_SKETCH = 24,  /* K in the channel layout, a centroid, or K of the tail cannot be read in the first pass; where: first token of the lowest codeword, or stripe, that cannot. */
-    KVATTIC_STATUS_NOT_PERMITTED = 25,  /* where: 0 the opcode is for queue 0 alone; 1 the domain is not given to the queue. */
-    KVATTIC_STATUS_NOT_OWNED = 26,  /* A place that is not the domain's, or that is none. where, ATTEND: number of the first such table entry; PROGRAM, ERASE: 0 flash page, 1 page of device DRAM. */
-    KVATTIC_STATUS_INVALID_QUEUE = 27,  /* where: 0 queue (1 to QUEUES - 1; CREATE_QUEUE: it is there already), 1 entries, 2 submission, 3 completion. */
-    KVATTIC_STATUS_QUEUE_BUSY = 28,  /* DELETE_QUEUE while commands of it are under way: nothing more is fetched; delete it again later. where: 0. */
-    KVATTIC_STATUS_INVALID_GRANT = 29,  /* where: 0 kind, 1 first or count, 2 domain (1 to DOMAINS - 1). */
+    KVATTIC_STATUS_NO_SKETCH = 21,  /* A stripe in flash that is not attended whole was written without what the mode's first pass reads; where: its entry's number. */
+    KVATTIC_STATUS_NAN_MEAN = 22,  /* where: channel of the first NaN or infinity in the mean of V. */
+    KVATTIC_STATUS_UNREADABLE_SKETCH = 23,  /* K in the channel layout, a centroid, or K of the tail cannot be read in the first pass; where: first token of the lowest codeword, or stripe, that cannot. */
+    KVATTIC_STATUS_NOT_PERMITTED = 24,  /* where: 0 the opcode is for queue 0 alone; 1 the domain is not given to the queue. */
+    KVATTIC_STATUS_NOT_OWNED = 25,  /* A place that is not the domain's, or that is none. where, ATTEND: number of the first such table entry; PROGRAM, ERASE: 0 flash page, 1 page of device DRAM. */
+    KVATTIC_STATUS_INVALID_QUEUE = 26,  /* where: 0 queue (1 to QUEUES - 1; CREATE_QUEUE: it is there already), 1 entries, 2 submission, 3 completion. */
+    KVATTIC_STATUS_QUEUE_BUSY = 27,  /* DELETE_QUEUE while commands of it are under way: nothing more is fetched; delete it again later. where: 0. */
+    KVATTIC_STATUS_INVALID_GRANT = 28,  /* where: 0 kind, 1 first or count, 2 domain (1 to DOMAINS - 1). */
 };
 
 enum kvattic_grant {  /* What GRANT gives. */
@@ -183,142 +182,151 @@ enum kvattic_kind {  /* What a codeword holds. */
     KVATTIC_KIND_SKETCH = 3,  /* First pass: centroids; or tokens of K that are in device DRAM and so are scored exactly at once. */
 };
 
+enum kvattic_table_flag {  /* How a stripe is attended. */
+    KVATTIC_TABLE_FLAG_DRAM = 0x1,  /* Its pages are pages of device DRAM, at page * config.page_bytes; else of the flash channel. */
+    KVATTIC_TABLE_FLAG_WHOLE = 0x2,  /* Sparse modes: it is attended whole and scored exactly in the first pass, and does not count in units; a stripe in device DRAM is always so. */
+};
+
 struct kvattic_command {  /* a submission entry: ATTEND */
     uint8_t opcode;  /* Opcode */
-    uint8_t mode;  /* Mode */
+    uint8_t flags;  /* reserved, zero */
     uint16_t identifier;  /* copied into the completion */
-    uint8_t rows;  /* query rows of this job, 1 to config.rows */
-    uint8_t stripe_pages;  /* pages of K (and of V) in a stripe, a power of two */
-    uint16_t stripes;  /* entries of the table */
+    uint32_t domain;  /* owner of all places that the table names (NVMe's NSID) */
     uint8_t base_token[3];  /* number of the first stripe's first token (KVATTIC_PUT24) */
+    uint8_t mode;  /* Mode */
     uint8_t end_token[3];  /* one past the last valid token (KVATTIC_PUT24) */
-    uint16_t domain;  /* owner of all places that the table names */
-    uint32_t tree_token;  /* first token of the draft tree (end_token where there is none) */
-    uint32_t scale;  /* fp32 of softmax scale * log2(e) */
+    uint8_t rows;  /* query rows of this job, 1 to config.rows */
+    uint64_t table;  /* address of the table: for each stripe, in order, a TABLE_ENTRY, in sparse modes followed by a SKETCH_ENTRY; in SPARF and FETCHED the mean of V over all tokens stands in front of the entries: head_dim fp32, padded to whole lines */
     uint64_t query;  /* address of the query block */
     uint64_t result;  /* address of the result block */
-    uint64_t table;  /* address of the table: for each stripe, in order, a TABLE_ENTRY, in sparse modes followed by a SKETCH_ENTRY */
-    uint64_t mean;  /* SPARF, FETCHED: address of the mean of V over all tokens, head_dim fp32; else 0 */
+    uint8_t tree_token[3];  /* first token of the draft tree (end_token where there is none) (KVATTIC_PUT24) */
+    uint8_t stripe_pages;  /* pages of K (and of V) in a stripe, a power of two */
+    uint32_t scale;  /* fp32 of softmax scale * log2(e) */
+    uint16_t stripes;  /* stripes in the table */
     uint16_t channels;  /* SPARF, FETCHED: channels of q and K in the first pass, the r of SparF; else 0 */
+    uint16_t units;  /* sparse modes: units attended, the k of SparF; what is attended whole comes on top; else 0 */
     uint16_t local;  /* sparse modes: the newest tokens, attended in any case and counted in units; else 0 */
-    uint16_t units;  /* sparse modes: units attended, the k of SparF; tokens in device DRAM come on top; else 0 */
+    uint16_t sinks;  /* sparse modes: the first tokens of the sequence, numbered from 0, attended in any case and counted in units; else 0 */
     uint8_t unit_bits;  /* FETCHED, CENTROID: log2 of the codewords of a unit; else 0 */
-    uint8_t reserved_at_63[1];  /* zero */
+    uint8_t reserved_at_59[5];  /* zero */
 };
 KVATTIC_ASSERT(kvattic_command_size, sizeof(struct kvattic_command) == 64);
 KVATTIC_ASSERT(kvattic_command_opcode, offsetof(struct kvattic_command, opcode) == 0);
-KVATTIC_ASSERT(kvattic_command_mode, offsetof(struct kvattic_command, mode) == 1);
+KVATTIC_ASSERT(kvattic_command_flags, offsetof(struct kvattic_command, flags) == 1);
 KVATTIC_ASSERT(kvattic_command_identifier, offsetof(struct kvattic_command, identifier) == 2);
-KVATTIC_ASSERT(kvattic_command_rows, offsetof(struct kvattic_command, rows) == 4);
-KVATTIC_ASSERT(kvattic_command_stripe_pages, offsetof(struct kvattic_command, stripe_pages) == 5);
-KVATTIC_ASSERT(kvattic_command_stripes, offsetof(struct kvattic_command, stripes) == 6);
+KVATTIC_ASSERT(kvattic_command_domain, offsetof(struct kvattic_command, domain) == 4);
 KVATTIC_ASSERT(kvattic_command_base_token, offsetof(struct kvattic_command, base_token) == 8);
-KVATTIC_ASSERT(kvattic_command_end_token, offsetof(struct kvattic_command, end_token) == 11);
-KVATTIC_ASSERT(kvattic_command_domain, offsetof(struct kvattic_command, domain) == 14);
-KVATTIC_ASSERT(kvattic_command_tree_token, offsetof(struct kvattic_command, tree_token) == 16);
-KVATTIC_ASSERT(kvattic_command_scale, offsetof(struct kvattic_command, scale) == 20);
+KVATTIC_ASSERT(kvattic_command_mode, offsetof(struct kvattic_command, mode) == 11);
+KVATTIC_ASSERT(kvattic_command_end_token, offsetof(struct kvattic_command, end_token) == 12);
+KVATTIC_ASSERT(kvattic_command_rows, offsetof(struct kvattic_command, rows) == 15);
+KVATTIC_ASSERT(kvattic_command_table, offsetof(struct kvattic_command, table) == 16);
 KVATTIC_ASSERT(kvattic_command_query, offsetof(struct kvattic_command, query) == 24);
 KVATTIC_ASSERT(kvattic_command_result, offsetof(struct kvattic_command, result) == 32);
-KVATTIC_ASSERT(kvattic_command_table, offsetof(struct kvattic_command, table) == 40);
-KVATTIC_ASSERT(kvattic_command_mean, offsetof(struct kvattic_command, mean) == 48);
-KVATTIC_ASSERT(kvattic_command_channels, offsetof(struct kvattic_command, channels) == 56);
-KVATTIC_ASSERT(kvattic_command_local, offsetof(struct kvattic_command, local) == 58);
-KVATTIC_ASSERT(kvattic_command_units, offsetof(struct kvattic_command, units) == 60);
-KVATTIC_ASSERT(kvattic_command_unit_bits, offsetof(struct kvattic_command, unit_bits) == 62);
+KVATTIC_ASSERT(kvattic_command_tree_token, offsetof(struct kvattic_command, tree_token) == 40);
+KVATTIC_ASSERT(kvattic_command_stripe_pages, offsetof(struct kvattic_command, stripe_pages) == 43);
+KVATTIC_ASSERT(kvattic_command_scale, offsetof(struct kvattic_command, scale) == 44);
+KVATTIC_ASSERT(kvattic_command_stripes, offsetof(struct kvattic_command, stripes) == 48);
+KVATTIC_ASSERT(kvattic_command_channels, offsetof(struct kvattic_command, channels) == 50);
+KVATTIC_ASSERT(kvattic_command_units, offsetof(struct kvattic_command, units) == 52);
+KVATTIC_ASSERT(kvattic_command_local, offsetof(struct kvattic_command, local) == 54);
+KVATTIC_ASSERT(kvattic_command_sinks, offsetof(struct kvattic_command, sinks) == 56);
+KVATTIC_ASSERT(kvattic_command_unit_bits, offsetof(struct kvattic_command, unit_bits) == 58);
 
 /* An entry of ATTEND's table: where a stripe lies. */
-#define KVATTIC_TABLE_ENTRY(key_page, channel, value_page, dram) \
-    ((uint64_t)(key_page) << 0 | (uint64_t)(channel) << 24 | (uint64_t)(value_page) << 32 | (uint64_t)(dram) << 56)
+#define KVATTIC_TABLE_ENTRY(key_page, channel, value_page, flags) \
+    ((uint64_t)(key_page) << 0 | (uint64_t)(channel) << 24 | (uint64_t)(value_page) << 32 | (uint64_t)(flags) << 56)
 /* key_page: 24 bits: first page of the stripe's K */
 /* channel: 8 bits: channel whose lane attends the stripe; in flash its pages lie there */
 /* value_page: 24 bits: first page of its V */
-/* dram: 8 bits: 1: the pages are pages of device DRAM, at page * config.page_bytes; 0: of the flash channel */
+/* flags: 8 bits: TableFlag */
 
 /* Follows it in sparse modes: what the first pass reads. */
 #define KVATTIC_SKETCH_ENTRY(page, codeword, written) \
     ((uint64_t)(page) << 0 | (uint64_t)(codeword) << 24 | (uint64_t)(written) << 32)
 /* page: 24 bits: first page of K in the channel layout; or page of the first of the stripe's centroids */
 /* codeword: 8 bits: codeword of that page with which they begin: 0 for the channel layout */
-/* written: 8 bits: 1: they are there; 0: they are not, which only a stripe in device DRAM may say */
+/* written: 8 bits: 1: they are there; 0: they are not, which only a stripe that is attended whole may say */
 
 struct kvattic_flash_command {  /* a submission entry: PROGRAM, ERASE, PROBE, MAP */
     uint8_t opcode;  /* Opcode */
     uint8_t flags;  /* reserved, zero */
     uint16_t identifier;  /* copied into the completion */
-    uint8_t channel;  /* flash channel */
-    uint8_t reserved_at_5[3];  /* zero */
+    uint32_t domain;  /* PROGRAM, ERASE: owner of the places; ERASE in queue 0, PROBE, MAP: zero */
+    uint8_t reserved_at_8[32];  /* zero */
     uint8_t page[3];  /* page on the channel: plane, die, page of the block, zone, from the low bits on (KVATTIC_PUT24) */
+    uint8_t channel;  /* flash channel */
     uint8_t argument[3];  /* PROGRAM: page of device DRAM; MAP: block of the plane; otherwise zero (KVATTIC_PUT24) */
-    uint16_t domain;  /* PROGRAM, ERASE: owner of the places; ERASE in queue 0, PROBE, MAP: zero */
-    uint8_t reserved_at_16[48];  /* zero */
+    uint8_t reserved_at_47[17];  /* zero */
 };
 KVATTIC_ASSERT(kvattic_flash_command_size, sizeof(struct kvattic_flash_command) == 64);
 KVATTIC_ASSERT(kvattic_flash_command_opcode, offsetof(struct kvattic_flash_command, opcode) == 0);
 KVATTIC_ASSERT(kvattic_flash_command_flags, offsetof(struct kvattic_flash_command, flags) == 1);
 KVATTIC_ASSERT(kvattic_flash_command_identifier, offsetof(struct kvattic_flash_command, identifier) == 2);
-KVATTIC_ASSERT(kvattic_flash_command_channel, offsetof(struct kvattic_flash_command, channel) == 4);
-KVATTIC_ASSERT(kvattic_flash_command_page, offsetof(struct kvattic_flash_command, page) == 8);
-KVATTIC_ASSERT(kvattic_flash_command_argument, offsetof(struct kvattic_flash_command, argument) == 11);
-KVATTIC_ASSERT(kvattic_flash_command_domain, offsetof(struct kvattic_flash_command, domain) == 14);
+KVATTIC_ASSERT(kvattic_flash_command_domain, offsetof(struct kvattic_flash_command, domain) == 4);
+KVATTIC_ASSERT(kvattic_flash_command_page, offsetof(struct kvattic_flash_command, page) == 40);
+KVATTIC_ASSERT(kvattic_flash_command_channel, offsetof(struct kvattic_flash_command, channel) == 43);
+KVATTIC_ASSERT(kvattic_flash_command_argument, offsetof(struct kvattic_flash_command, argument) == 44);
 
 struct kvattic_data_command {  /* a submission entry: IDENTIFY, COUNTERS */
     uint8_t opcode;  /* Opcode */
     uint8_t flags;  /* reserved, zero */
     uint16_t identifier;  /* copied into the completion */
-    uint8_t reserved_at_4[28];  /* zero */
+    uint32_t domain;  /* not looked at: whoever may use the queue may ask */
+    uint8_t reserved_at_8[16];  /* zero */
     uint64_t result;  /* address of what is written */
-    uint8_t reserved_at_40[24];  /* zero */
+    uint8_t reserved_at_32[32];  /* zero */
 };
 KVATTIC_ASSERT(kvattic_data_command_size, sizeof(struct kvattic_data_command) == 64);
 KVATTIC_ASSERT(kvattic_data_command_opcode, offsetof(struct kvattic_data_command, opcode) == 0);
 KVATTIC_ASSERT(kvattic_data_command_flags, offsetof(struct kvattic_data_command, flags) == 1);
 KVATTIC_ASSERT(kvattic_data_command_identifier, offsetof(struct kvattic_data_command, identifier) == 2);
-KVATTIC_ASSERT(kvattic_data_command_result, offsetof(struct kvattic_data_command, result) == 32);
+KVATTIC_ASSERT(kvattic_data_command_domain, offsetof(struct kvattic_data_command, domain) == 4);
+KVATTIC_ASSERT(kvattic_data_command_result, offsetof(struct kvattic_data_command, result) == 24);
 
 struct kvattic_queue_command {  /* a submission entry: CREATE_QUEUE, DELETE_QUEUE */
     uint8_t opcode;  /* Opcode */
     uint8_t flags;  /* reserved, zero */
     uint16_t identifier;  /* copied into the completion */
-    uint8_t queue;  /* number of the pair */
-    uint8_t reserved_at_5[1];  /* zero */
-    uint16_t entries;  /* of each ring: a power of two, 2 to MAX_ENTRIES; DELETE_QUEUE: zero, as what follows */
-    uint8_t reserved_at_8[16];  /* zero */
+    uint8_t reserved_at_4[20];  /* zero */
     uint64_t submission;  /* address of the submission ring, 64-byte aligned */
     uint64_t completion;  /* address of the completion ring, 64-byte aligned */
+    uint8_t queue;  /* number of the pair */
+    uint8_t reserved_at_41[1];  /* zero */
+    uint16_t entries;  /* of each ring: a power of two, 2 to MAX_ENTRIES; DELETE_QUEUE: zero, as all but queue */
+    uint8_t reserved_at_44[4];  /* zero */
     uint64_t base;  /* first address that the blocks of the queue's commands may use */
     uint64_t limit;  /* one past the last address that they may use */
-    uint8_t reserved_at_56[8];  /* zero */
 };
 KVATTIC_ASSERT(kvattic_queue_command_size, sizeof(struct kvattic_queue_command) == 64);
 KVATTIC_ASSERT(kvattic_queue_command_opcode, offsetof(struct kvattic_queue_command, opcode) == 0);
 KVATTIC_ASSERT(kvattic_queue_command_flags, offsetof(struct kvattic_queue_command, flags) == 1);
 KVATTIC_ASSERT(kvattic_queue_command_identifier, offsetof(struct kvattic_queue_command, identifier) == 2);
-KVATTIC_ASSERT(kvattic_queue_command_queue, offsetof(struct kvattic_queue_command, queue) == 4);
-KVATTIC_ASSERT(kvattic_queue_command_entries, offsetof(struct kvattic_queue_command, entries) == 6);
 KVATTIC_ASSERT(kvattic_queue_command_submission, offsetof(struct kvattic_queue_command, submission) == 24);
 KVATTIC_ASSERT(kvattic_queue_command_completion, offsetof(struct kvattic_queue_command, completion) == 32);
-KVATTIC_ASSERT(kvattic_queue_command_base, offsetof(struct kvattic_queue_command, base) == 40);
-KVATTIC_ASSERT(kvattic_queue_command_limit, offsetof(struct kvattic_queue_command, limit) == 48);
+KVATTIC_ASSERT(kvattic_queue_command_queue, offsetof(struct kvattic_queue_command, queue) == 40);
+KVATTIC_ASSERT(kvattic_queue_command_entries, offsetof(struct kvattic_queue_command, entries) == 42);
+KVATTIC_ASSERT(kvattic_queue_command_base, offsetof(struct kvattic_queue_command, base) == 48);
+KVATTIC_ASSERT(kvattic_queue_command_limit, offsetof(struct kvattic_queue_command, limit) == 56);
 
 struct kvattic_grant_command {  /* a submission entry: GRANT */
     uint8_t opcode;  /* Opcode */
     uint8_t flags;  /* reserved, zero */
     uint16_t identifier;  /* copied into the completion */
-    uint8_t kind;  /* Grant */
-    uint8_t reserved_at_5[3];  /* zero */
+    uint32_t domain;  /* to whom; 0, for zones and regions: to nobody */
+    uint8_t reserved_at_8[32];  /* zero */
     uint8_t first[3];  /* first zone or region; or a bit for each queue (KVATTIC_PUT24) */
+    uint8_t kind;  /* Grant */
     uint8_t count[3];  /* how many zones or regions (KVATTIC_PUT24) */
-    uint16_t domain;  /* to whom; 0, for zones and regions: to nobody */
-    uint8_t reserved_at_16[48];  /* zero */
+    uint8_t reserved_at_47[17];  /* zero */
 };
 KVATTIC_ASSERT(kvattic_grant_command_size, sizeof(struct kvattic_grant_command) == 64);
 KVATTIC_ASSERT(kvattic_grant_command_opcode, offsetof(struct kvattic_grant_command, opcode) == 0);
 KVATTIC_ASSERT(kvattic_grant_command_flags, offsetof(struct kvattic_grant_command, flags) == 1);
 KVATTIC_ASSERT(kvattic_grant_command_identifier, offsetof(struct kvattic_grant_command, identifier) == 2);
-KVATTIC_ASSERT(kvattic_grant_command_kind, offsetof(struct kvattic_grant_command, kind) == 4);
-KVATTIC_ASSERT(kvattic_grant_command_first, offsetof(struct kvattic_grant_command, first) == 8);
-KVATTIC_ASSERT(kvattic_grant_command_count, offsetof(struct kvattic_grant_command, count) == 11);
-KVATTIC_ASSERT(kvattic_grant_command_domain, offsetof(struct kvattic_grant_command, domain) == 14);
+KVATTIC_ASSERT(kvattic_grant_command_domain, offsetof(struct kvattic_grant_command, domain) == 4);
+KVATTIC_ASSERT(kvattic_grant_command_first, offsetof(struct kvattic_grant_command, first) == 40);
+KVATTIC_ASSERT(kvattic_grant_command_kind, offsetof(struct kvattic_grant_command, kind) == 43);
+KVATTIC_ASSERT(kvattic_grant_command_count, offsetof(struct kvattic_grant_command, count) == 44);
 
 struct kvattic_row {  /* head of each row of a query block; q follows, padded with zeros to whole lines */
     uint32_t start_token;  /* first token that this row attends */
@@ -346,7 +354,7 @@ struct kvattic_completion {  /* a completion entry */
     uint16_t head;  /* submission entries of this queue before it are fetched */
     uint16_t queue;  /* number of the queue */
     uint16_t identifier;  /* of the command */
-    uint16_t state;  /* Status << 1 | phase: 1 in the first round of the completion ring, then 0, and so on */
+    uint16_t state;  /* phase, 1 in the first round of the completion ring, then 0, and so on | Status << 1 | status code type << 9: 0 of OK, 7 of all others */
     uint64_t cycle;  /* the counter CYCLES at the completion */
     uint64_t beats;  /* the counter BEATS */
     uint32_t starved;  /* and so on: lane cycles without a beat although codewords were requested */
@@ -373,7 +381,8 @@ KVATTIC_ASSERT(kvattic_completion_idle, offsetof(struct kvattic_completion, idle
 
 /* Parts of kvattic_completion.state. */
 #define KVATTIC_PHASE(state) ((state) & 1u)  /* 1 in the first round of the completion ring, then 0, and so on */
-#define KVATTIC_STATUS(state) ((enum kvattic_status)((state) >> 1))
+#define KVATTIC_STATUS(state) ((enum kvattic_status)((state) >> 1 & 0xffu))
+#define KVATTIC_STATUS_TYPE(state) ((state) >> 9 & 7u)  /* 0 of OK, 7 of all others */
 
 struct kvattic_counters {  /* what COUNTERS writes: the registers of these names */
     uint64_t cycles;

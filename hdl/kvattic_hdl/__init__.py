@@ -6,7 +6,7 @@ from kvattic_hdl.drive import Drive
 from kvattic_hdl.engine import Engine
 from kvattic_hdl.flash.channel import FlashChannel
 from kvattic_hdl.flash.phy import PhyShapes, phy_signature
-from kvattic_hdl.interfaces import EPOCH_BITS, OPCODE_BITS, Shapes
+from kvattic_hdl.interfaces import EPOCH_BITS, OPCODE_BITS, Shapes, operation_code
 from kvattic_hdl.netlist import TOP, TOPS, generate, verilog_text
 from kvattic_hdl.shared import Netlist, ports
 
@@ -26,6 +26,7 @@ __all__ = [
     "axi_lite",
     "dram_signature",
     "generate",
+    "operation_code",
     "phy_signature",
     "ports",
     "verilog_text",

@@ -186,7 +186,7 @@ class Admin(wiring.Component):
                     ended.status.eq(Status.OK),
                     ended.where.eq(0),
                     ended.lines.eq(0),
-                    ended.result.eq(command.completion),
+                    ended.result.eq(command.submission),
                     settle.eq(0),
                 ]
                 with m.If(self.commands.valid):

@@ -10,13 +10,13 @@ from kvattic.commands import COMMAND, LINE_BYTES, SKETCH_ENTRY, TABLE_ENTRY, Mod
 from kvattic.config import Config
 from kvattic.layout import TOKEN_BITS
 
-from .records import WORD_BYTES, fields
+from .records import WORD_BYTES, fields, table_entry
 
 HALF = 32
 """Bits of an address that are added or compared in one cycle."""
 SIZE_BITS = 20
 """Bits of a block's size."""
-SPARSE_FIELDS = ("channels", "local", "units", "unit_bits")
+SPARSE_FIELDS = ("channels", "units", "local", "sinks", "unit_bits")
 """Numbers of a command that DENSE has no use for."""
 
 
@@ -211,6 +211,8 @@ class TableCheck(wiring.Component):
         Its number.
     limit : In
         Entries that a channel's lane has room for, at least one.
+    sparse : In(1)
+        Stripes may be attended whole.
     reject : In(1)
         Another check says that something else is wrong with this number.
     clear : In(1)
@@ -225,6 +227,7 @@ class TableCheck(wiring.Component):
     entry: Signal
     number: Signal
     limit: Signal
+    sparse: Signal
     reject: Signal
     clear: Signal
     found: Signal
@@ -239,6 +242,7 @@ class TableCheck(wiring.Component):
                 "entry": In(TABLE_ENTRY.size * 8),
                 "number": In(16),
                 "limit": In(self._count_bits),
+                "sparse": In(1),
                 "reject": In(1),
                 "clear": In(1),
                 "found": Out(1),
@@ -249,7 +253,7 @@ class TableCheck(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         channels = self._config.channels
-        entry = fields(TABLE_ENTRY, self.entry)
+        entry = table_entry(self.entry)
         # Entries of each channel so far; without a bit in `used` there is none.
         m.submodules.counts = counts = Memory(
             shape=self._count_bits, depth=channels, init=[], attrs={"ram_style": "distributed"}
@@ -262,7 +266,7 @@ class TableCheck(wiring.Component):
             no_channel.eq(entry["channel"] >= channels),
             read.addr.eq(entry["channel"]),
             count.eq(Mux(used.bit_select(read.addr, 1), read.data, 0)),
-            bad.eq(no_channel | entry["dram"][1:].any() | (count >= self.limit)),
+            bad.eq(no_channel | entry["reserved"].any() | (entry["whole"] & ~self.sparse) | (count >= self.limit)),
             write.addr.eq(read.addr),
             write.data.eq(count + 1),
             write.en.eq(self.valid),
@@ -277,7 +281,7 @@ class TableCheck(wiring.Component):
 
 
 class SketchCheck(wiring.Component):
-    """Checks the sketch entries of a table, and finds the first stripe in flash without one.
+    """Checks the sketch entries of a table, and finds the first stripe without one that is not attended whole.
 
     Parameters
     ----------
@@ -299,7 +303,7 @@ class SketchCheck(wiring.Component):
     bad : Out(1)
         In the same cycle as `sketch`: a reserved bit is set, or there is no such codeword.
     found : Out(1)
-        In the next cycle: one says that it is not written, and its stripe is in flash.
+        In the next cycle: one says that it is not written, and its stripe is not attended whole.
     where : Out(16)
         The first such stripe's number.
     """
@@ -331,13 +335,13 @@ class SketchCheck(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         entry = fields(SKETCH_ENTRY, self.entry)
-        dram = Signal()
+        whole, stripe = Signal(), table_entry(self.entry)
         with m.If(self.stripe):
-            m.d.sync += dram.eq(fields(TABLE_ENTRY, self.entry)["dram"][0])
+            m.d.sync += whole.eq(stripe["dram"] | stripe["whole"])
         no_codeword = entry["codeword"] >= Mux(self.ranked, 1, self._codewords)
         m.d.comb += self.bad.eq(
             self.sketch & (entry["reserved"].any() | entry["written"][1:].any() | no_codeword))
-        with m.If(self.sketch & ~entry["written"][0] & ~dram & ~self.found):
+        with m.If(self.sketch & ~entry["written"][0] & ~whole & ~self.found):
             m.d.sync += [self.found.eq(1), self.where.eq(self.number)]
         with m.If(self.clear):
             m.d.sync += self.found.eq(0)
@@ -357,7 +361,7 @@ class ModeCheck(wiring.Component):
 
     Members
     -------
-    mode, stripe_pages, mean, channels, local, units, unit_bits : In
+    mode, stripe_pages, channels, units, local, sinks, unit_bits : In
         The command's fields.
     length : In(24)
         Its tokens.
@@ -371,16 +375,14 @@ class ModeCheck(wiring.Component):
         A number is none or too large.
     where : Out(2)
         The first such one: channels, units, local, unit_bits.
-    missing_mean : Out(1)
-        SPARF or FETCHED without a mean.
     """
 
     mode: Signal
     stripe_pages: Signal
-    mean: Signal
     channels: Signal
-    local: Signal
     units: Signal
+    local: Signal
+    sinks: Signal
     unit_bits: Signal
     length: Signal
     sparse: Signal
@@ -388,11 +390,10 @@ class ModeCheck(wiring.Component):
     bad_field: Signal
     bad: Signal
     where: Signal
-    missing_mean: Signal
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        names = ("mode", "stripe_pages", "mean", *SPARSE_FIELDS)
+        names = ("mode", "stripe_pages", *SPARSE_FIELDS)
         super().__init__({
             **{name: In(COMMAND[name].size * 8) for name in names},
             "length": In(TOKEN_BITS),
@@ -401,28 +402,24 @@ class ModeCheck(wiring.Component):
             "bad_field": Out(1),
             "bad": Out(1),
             "where": Out(2),
-            "missing_mean": Out(1),
         })
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
         config = self._config
-        no_mean = Signal()
         given = {name: Signal(name=f"{name}_given") for name in SPARSE_FIELDS}
         of_mode = {mode: Signal(name=mode.name.lower()) for mode in Mode}
         m.d.sync += [
             *(signal.eq(self.mode == mode) for mode, signal in of_mode.items()),
             *(signal.eq(getattr(self, name).any()) for name, signal in given.items()),
-            no_mean.eq(~self.mean.any()),
             self.sparse.eq(self.mode.any()),
             self.ranked.eq((self.mode == Mode.SPARF) | (self.mode == Mode.FETCHED)),
             self.bad_field.eq(
                 ~Cat(of_mode.values()).any()
-                | (of_mode[Mode.DENSE] & (~no_mean | Cat(given.values()).any()))
-                | (of_mode[Mode.CENTROID] & (~no_mean | given["channels"]))
+                | (of_mode[Mode.DENSE] & Cat(given.values()).any())
+                | (of_mode[Mode.CENTROID] & given["channels"])
                 | (of_mode[Mode.SPARF] & given["unit_bits"])
                 | (self.sparse & (self.stripe_pages != config.group_pages))),
-            self.missing_mean.eq(self.ranked & no_mean),
         ]
 
         # Units that the tokens make, less one, and whole units before the local window's first token, counted from the

@@ -6,7 +6,16 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
 
-from kvattic.commands import COMPLETION, LINE_BYTES, TRAILER, CompletionFlag, Mode, Status
+from kvattic.commands import (
+    COMPLETION,
+    LINE_BYTES,
+    STATUS_BITS,
+    STATUS_TYPE,
+    TRAILER,
+    CompletionFlag,
+    Mode,
+    Status,
+)
 from kvattic.config import Config
 from kvattic.formats import ALPHA_FRACTION
 from kvattic.registers import MAX_ENTRIES, QUEUES
@@ -525,7 +534,7 @@ class Finisher(wiring.Component):
 
         # ---- Writing. ----
 
-        status = Signal(16)
+        status = Signal(STATUS_BITS)
         where = Signal(32)
         m.d.comb += [status.eq(job.status), where.eq(job.where)]
         with m.If(job.lanes & (job.status == Status.OK)):
@@ -553,7 +562,7 @@ class Finisher(wiring.Component):
             data.StructLayout(
                 {
                     "queue": range(QUEUES),
-                    "status": 16,
+                    "status": STATUS_BITS,
                     "where": 32,
                     "flags": len(flags),
                     "identifier": 16,
@@ -595,7 +604,7 @@ class Finisher(wiring.Component):
         completion = _words(
             assemble(
                 COMPLETION,
-                state=Cat(phase, entry.status[:15]),
+                state=Cat(phase, entry.status, Mux(entry.status == Status.OK, 0, STATUS_TYPE)),
                 queue=entry.queue,
                 head=head,
                 identifier=entry.identifier,

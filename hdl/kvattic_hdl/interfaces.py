@@ -13,7 +13,16 @@ from amaranth.hdl import Shape, signed, unsigned
 from amaranth.lib import data, enum
 from amaranth.utils import bits_for, ceil_log2
 
-from kvattic.commands import COMMAND, DOMAINS, IDENTIFY_BYTES, LINE_BYTES, TREE_BITS
+from kvattic.commands import (
+    COMMAND,
+    DIRECTION_BITS,
+    DOMAINS,
+    IDENTIFY_BYTES,
+    LINE_BYTES,
+    STATUS_BITS,
+    TREE_BITS,
+    Opcode,
+)
 from kvattic.config import PAGE_NUMBER_BITS, Config
 from kvattic.formats import (
     ALPHA_FRACTION,
@@ -28,7 +37,7 @@ from kvattic.registers import QUEUES
 
 EPOCH_BITS = 4
 OPCODE_BITS = 3
-"""Low bits of an opcode, which tell the flash commands apart."""
+"""Bits of an opcode above its direction, which tell the flash commands apart."""
 PAGE_BITS = PAGE_NUMBER_BITS
 SWEEP_BITS = 2
 K_OFFSET_BITS = 10
@@ -46,6 +55,13 @@ FAULTS = ("unreadable_sketch", "unreadable_key", "unreadable_value", "nan_key", 
 """What makes a lane's share of a job invalid, the one first that is reported first."""
 FAULT_BITS = 3
 """Bits of a fault's place in `FAULTS`; `len(FAULTS)`: none."""
+
+
+
+def operation_code(opcode: Opcode) -> int:
+    """What tells a flash command from the others in `Shapes.operation`."""
+    return int(opcode) >> DIRECTION_BITS & (1 << OPCODE_BITS) - 1
+
 
 GRANT = data.StructLayout({"kind": 2, "first": 24, "count": 24, "domain": ceil_log2(DOMAINS)})
 """A valid `commands.GRANT_COMMAND`."""
@@ -73,9 +89,9 @@ class Shapes:
         One beat of a codeword: tag (the same for all its beats), data, last, error (the same for all its beats: the
         codeword cannot be read, its data mean nothing).
     operation : StructLayout
-        A flash command for a channel: opcode (`commands.Opcode`, low bits), page, block (of MAP), identity.
+        A flash command for a channel: opcode (`operation_code`), page, block (of MAP), identity.
     outcome : StructLayout
-        Its end: identity, page, status (`commands.Status`, low byte).
+        Its end: identity, page, status (`commands.Status`).
     page_word : StructLayout
         A word of page data on its way into flash: data, page (its page number, for the check value).
     flash_events : StructLayout
@@ -86,7 +102,7 @@ class Shapes:
         What the loader hands over of PROGRAM, ERASE, PROBE, MAP: channel, operation, dram_page (of PROGRAM).
     admin_command : StructLayout
         What the loader hands over of IDENTIFY, COUNTERS, CREATE_QUEUE, DELETE_QUEUE, GRANT: opcode, queue it came from,
-        identifier, and the records' fields: number is CREATE_QUEUE's `queue` and GRANT's `kind`; completion also the
+        identifier, and the records' fields: number is CREATE_QUEUE's `queue` and GRANT's `kind`; submission also the
         `result` of `commands.DATA_COMMAND`, and bad_address says that this one is not aligned or not in the window.
     ended : StructLayout
         How a command other than ATTEND ended, for its completion: queue, identifier, status, where; lines of a block
@@ -142,15 +158,15 @@ class Shapes:
         self.operation = data.StructLayout({
             "opcode": OPCODE_BITS, "page": PAGE_BITS, "block": unsigned(max(1, ceil_log2(config.part.blocks))),
             "identity": self.identity})
-        self.outcome = data.StructLayout({"identity": self.identity, "page": PAGE_BITS, "status": 8})
+        self.outcome = data.StructLayout({"identity": self.identity, "page": PAGE_BITS, "status": STATUS_BITS})
         self.page_word = data.StructLayout({"data": beat_bits, "page": PAGE_BITS})
         self.flash_command = data.StructLayout({
             "channel": self.channel, "operation": self.operation, "dram_page": PAGE_BITS})
         self.admin_command = data.StructLayout({
             "opcode": 8, "queue": QUEUE_BITS, "identifier": 16, "number": 8, "entries": 16, "first": 24, "count": 24,
-            "domain": 16, "submission": 64, "completion": 64, "bad_address": 1})
+            "domain": 32, "submission": 64, "completion": 64, "bad_address": 1})
         self.ended = data.StructLayout({
-            "queue": QUEUE_BITS, "identifier": 16, "status": 16, "where": 32,
+            "queue": QUEUE_BITS, "identifier": 16, "status": STATUS_BITS, "where": 32,
             "lines": unsigned(bits_for(IDENTIFY_BYTES // LINE_BYTES)), "result": 64})
         self.media_error = data.StructLayout({
             "page": PAGE_BITS, "codeword": unsigned(max(1, ceil_log2(config.codewords_per_page))), "cause": 2})
@@ -197,6 +213,7 @@ class Shapes:
             "unit_bits": unsigned(bits_for(config.codewords_per_page.bit_length())),
             "channels": unsigned(bits_for(config.head_dim)),   # how many are chosen
             "local_token": TOKEN_BITS,           # first token of the local window; end_token where there is none
+            "sinks": COMMAND["sinks"].size * 8,  # tokens below this one are attended in any case
             "stripe_bits": self.stripe_bits,
             "last_token": TOKEN_BITS,            # first token of the last stripe
             "end_token": TOKEN_BITS,
@@ -270,7 +287,7 @@ class Shapes:
             "units": COMMAND["units"].size * 8,
             "rows": unsigned(bits_for(config.rows)),
             "result": 64,
-            "status": 16,
+            "status": STATUS_BITS,
             "where": 32,
         })
         # What a lane did in this cycle: exactly one of the first six; the others are single events.

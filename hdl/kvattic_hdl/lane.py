@@ -29,7 +29,7 @@ from kvattic_hdl.interfaces import (
     TOKEN_BITS,
     Shapes,
 )
-from kvattic_hdl.records import fields
+from kvattic_hdl.records import fields, table_entry
 from kvattic_hdl.reports import Reports
 from kvattic_hdl.score import ScoreUnit, score_interval, scored_token
 from kvattic_hdl.score_ring import Lookup, ScoreRing
@@ -168,7 +168,7 @@ class Lane(wiring.Component):
         # ---------------------------------------------------------------- jobs
 
         # The slot's list: number of stripes here, and whether the latest one is the job's last.
-        entry = fields(TABLE_ENTRY, self.load.data[: TABLE_ENTRY.size * 8])
+        entry = table_entry(self.load.data[: TABLE_ENTRY.size * 8])
         stripes = Signal(shapes.walk["stripes"].shape)
         tail, append = Signal(), Signal()
         m.d.comb += append.eq(self.load_valid & self.load.stripe & (entry["channel"] == self.channel))
@@ -193,7 +193,7 @@ class Lane(wiring.Component):
             "tree_token": TOKEN_BITS,
             "k_offset": shapes.start["k_offset"].shape,
             "scale": shapes.start["scale"].shape,
-        } | ({name: shapes.start[name].shape for name in ("mode", "unit_bits", "channels", "local_token")}
+        } | ({name: shapes.start[name].shape for name in ("mode", "unit_bits", "channels", "local_token", "sinks")}
              if sparse else {}))
         job = Signal(job_shape)
         started, started_slot = Signal(), Signal(shapes.slot)
@@ -229,7 +229,7 @@ class Lane(wiring.Component):
         for walker, name in ((key_walker, "key"), (value_walker, "value")):
             port = kept(f"{name}_jobs", *(field for field, _ in shapes.walk))
             stripe_port = listed(f"{name}_stripes", shapes.stripe,
-                                 Cat(entry[f"{name}_page"], entry["dram"][0])).read_port(domain="sync")
+                                 Cat(entry[f"{name}_page"], entry["dram"])).read_port(domain="sync")
             m.d.comb += [
                 port.addr.eq(walker.slot),
                 Value.cast(walker.job).eq(Value.cast(port.data)),
@@ -317,17 +317,18 @@ class Lane(wiring.Component):
 
             # Its lists: where a stripe's sketch lies (or K, of a tail), and the chosen channels.
             sketch = fields(SKETCH_ENTRY, self.load.data[: SKETCH_ENTRY.size * 8])
-            appended, tail_page, tail_token, is_tail = (
-                Signal(), Signal(first_walker.stripe.page.shape()), Signal(TOKEN_BITS), Signal())
+            appended, tail_page, tail_token, is_tail, is_whole = (
+                Signal(), Signal(first_walker.stripe.page.shape()), Signal(TOKEN_BITS), Signal(), Signal())
             with m.If(self.load_valid & self.load.stripe):
                 m.d.sync += [
                     appended.eq(append), tail_page.eq(entry["key_page"]), tail_token.eq(self.load.start),
-                    is_tail.eq(entry["dram"][0])]
+                    is_tail.eq(entry["dram"]), is_whole.eq(entry["whole"])]
             written = Signal(first_walker.first_stripe)
             m.d.comb += [
                 written.page.eq(Mux(is_tail, tail_page, sketch["page"])),
                 written.codeword.eq(Mux(is_tail, 0, sketch["codeword"])),
                 written.dram.eq(is_tail),
+                written.whole.eq(is_whole),
                 written.token.eq(tail_token),
             ]
             first_stripes = listed(
@@ -410,8 +411,8 @@ class Lane(wiring.Component):
             config, 1 << (Exponential.LATENCY + 12 + rows - 1).bit_length())
         connect(m, flipped(self.codewords), intake.codewords)
         job_port = kept("intake_jobs", "epoch", "stripe_bits", *(("mode", "unit_bits") if sparse else ()))
-        token_shape = data.StructLayout({"token": TOKEN_BITS} | ({"dram": 1} if sparse else {}))
-        stripe_tokens = listed("stripe_tokens", token_shape, Cat(self.load.start, entry["dram"][0]))
+        token_shape = data.StructLayout({"token": TOKEN_BITS} | ({"dram": 1, "whole": 1} if sparse else {}))
+        stripe_tokens = listed("stripe_tokens", token_shape, Cat(self.load.start, entry["dram"], entry["whole"]))
         stripe_token = stripe_tokens.read_port(domain="sync")
         m.d.comb += [
             job_port.addr.eq(intake.slot),

@@ -10,16 +10,19 @@ from kvattic.commands import (
     ADMIN_OPCODES,
     COMMAND,
     DATA_COMMAND,
+    DIRECTION_BITS,
     FLASH_COMMAND,
     GRANT_COMMAND,
     IDENTIFY_BYTES,
     LINE_BYTES,
     QUEUE_COMMAND,
     ROW,
+    STATUS_BITS,
     TABLE_ENTRY,
     Field,
     Opcode,
     Status,
+    fp32_block_bytes,
     lines,
     query_row_bytes,
     result_row_bytes,
@@ -50,8 +53,8 @@ UNKNOWN_IDENTIFIER = 0xFFFF
 """In the completion of a command that could not be read."""
 OWNER_CYCLES = 5
 """From the last entry of a table on, until the owners' judgement is there."""
-BLOCKS = ("query", "result", "table", "mean")
-"""What a command's addresses are of; `where` of INVALID_ADDRESS is the number.  Only SPARF and FETCHED have a mean."""
+BLOCKS = ("query", "result", "table")
+"""What a command's addresses are of; `where` of INVALID_ADDRESS is the number."""
 OUTSTANDING = 16
 """Lines that are asked for and have not come, at most: covers a latency of about 128 cycles."""
 WORD_ELEMENTS = WORD_BYTES // ELEMENT_BYTES
@@ -64,9 +67,9 @@ class Loader(wiring.Component):
     Latency: for a job of one row about the memory's latency + 17 cycles of checking + a cycle for
     each word of its query block and its table.  The next command is requested right behind these,
     so its fetch costs its eight words only.  A flash command takes the memory's latency + 19 cycles.
-    A CENTROID job has two words for each stripe.  SPARF and FETCHED take two cycles more for their
-    checks; the `Ranker`'s digits, or a cycle for each word of table and mean if these take longer;
-    the `Ranker`'s time from `go` to `done`; three cycles.
+    A CENTROID job has two words for each stripe.  SPARF and FETCHED take the `Ranker`'s digits, or a
+    cycle for each word of mean and table if these take longer; the `Ranker`'s time from `go` to
+    `done`; three cycles.
     Throughput: one word a cycle while a block arrives; one job at a time.
     Ordering: jobs leave in the order in which they are fetched, and so do flash and admin commands; a
     job's `start` comes two cycles or more after the last `load`, its record on `jobs` one cycle or
@@ -75,13 +78,13 @@ class Loader(wiring.Component):
     stale.  Reads under way must have ended before: raise `stop` until `quiet`.
 
     A command that fails its checks becomes a job without lanes, of mode DENSE; so does one with a
-    bad query block, table or mean.  The first that applies is reported: BUS_ERROR of the command
+    bad query block, mean or table.  The first that applies is reported: BUS_ERROR of the command
     line, INVALID_OPCODE, NOT_PERMITTED (opcode), INVALID_FIELD; for ATTEND: INVALID_ROWS,
-    INVALID_LENGTH, INVALID_SELECTION (channels, units, local, unit_bits), MISSING_MEAN,
-    INVALID_ADDRESS (query, result, table, mean), INVALID_SCALE, NOT_PERMITTED (domain), BUS_ERROR of
-    query block, table or mean, INVALID_TABLE, NOT_OWNED, NO_SKETCH, NAN_QUERY, NAN_MEAN; for flash
-    commands: INVALID_PLACE, NOT_PERMITTED (domain), NOT_OWNED.  `where` is zero for those that
-    commands.Status gives none.  Without `config.sparse` there is no mode but DENSE.
+    INVALID_LENGTH, INVALID_SELECTION (channels, units, local, unit_bits), INVALID_ADDRESS (query,
+    result, table), INVALID_SCALE, NOT_PERMITTED (domain), BUS_ERROR of query block, mean or table,
+    INVALID_TABLE, NOT_OWNED, NO_SKETCH, NAN_QUERY, NAN_MEAN; for flash commands: INVALID_PLACE,
+    NOT_PERMITTED (domain), NOT_OWNED.  `where` is zero for those that commands.Status gives none.
+    Without `config.sparse` there is no mode but DENSE.
 
     Parameters
     ----------
@@ -209,8 +212,7 @@ class Loader(wiring.Component):
         m = Module()
         config, shapes = self._config, self._shapes
         m.submodules.read = read = ReadLines(OUTSTANDING)
-        blocks = BLOCKS if config.sparse else BLOCKS[:-1]
-        m.submodules.window = window = Window(len(blocks))
+        m.submodules.window = window = Window(len(BLOCKS))
         form = config.element.encoding
         m.submodules.check = check = NanCheck(
             bits=ELEMENT_BYTES * 8,
@@ -230,44 +232,37 @@ class Loader(wiring.Component):
             self.quiet.eq(read.quiet),
         ]
 
-        # Fields that must be zero are not kept.
-        not_built = () if config.sparse else ("mode", "mean", *SPARSE_FIELDS)
+        # Fields that must be zero are not kept; all others are parts of the command's words.
+        not_built = () if config.sparse else ("mode", *SPARSE_FIELDS)
 
         def is_reserved(field: Field) -> bool:
             return field.name == "flags" or field.name.startswith("reserved") or field.name in not_built
 
-        # Fields at the same place of the records share a register.
         layouts = (FLASH_COMMAND, DATA_COMMAND, QUEUE_COMMAND, GRANT_COMMAND, COMMAND)
-        stored = {
-            (f.offset, f.size): f for layout in layouts for f in layout.fields if not is_reserved(f)
-        }
-        registers = {
-            place: Signal(f.size * 8, name=f"command_{f.name}") for place, f in stored.items()
-        }
+        words = [Signal(WORD_BYTES * 8, name=f"command_{i}") for i in range(LINE_WORDS)]
         flash_command, _, queue_command, grant_command, command = (
-            {f.name: registers[f.offset, f.size] for f in layout.fields if not is_reserved(f)}
+            {f.name: field_of_word(words[word_of(f)], f) for f in layout.fields if not is_reserved(f)}
             for layout in layouts
         )
-        broken = Signal()  # an error answer in this command's line, query block, table or mean
+        broken = Signal()  # an error answer in this command's line, query block, mean or table
         # A reserved byte of this record was not zero.
         reserved = {layout.name: Signal(name=f"reserved_{layout.name}") for layout in layouts}
-        status = Signal(16)
+        status = Signal(STATUS_BITS)
         where = Signal(32)
         queue = Signal(range(QUEUES))
 
         # The mode: constants where only DENSE is built.
         length = Signal(TOKEN_BITS + 1)
-        sparse = ranked = bad_mode = bad_selection = bad_selection_where = missing_mean = Const(0, 1)
+        sparse = ranked = bad_mode = bad_selection = bad_selection_where = Const(0, 1)
         if config.sparse:
             m.submodules.mode_check = mode_check = ModeCheck(config)
             sparse, ranked, bad_mode = mode_check.sparse, mode_check.ranked, mode_check.bad_field
             bad_selection, bad_selection_where = mode_check.bad, mode_check.where
-            missing_mean = mode_check.missing_mean
             m.d.comb += mode_check.length.eq(length)
-            for name in ("mode", "stripe_pages", "mean", *SPARSE_FIELDS):
+            for name in ("mode", "stripe_pages", *SPARSE_FIELDS):
                 m.d.comb += getattr(mode_check, name).eq(command[name])
 
-        # Requests: the query block's lines, the table's, the mean's, then the next command's.
+        # Requests: the query block's lines, those of the mean and the table behind it, then the next command's.
         lane_stripes = config.ring_codewords // config.codewords_per_page
         all_stripes = config.channels * lane_stripes
         want_command = Signal(init=1)
@@ -276,18 +271,16 @@ class Loader(wiring.Component):
         line_entries = LINE_BYTES // TABLE_ENTRY.size
         query_left = Signal(range(config.rows * row_lines + 1))
         table_words = all_stripes * (2 if config.sparse else 1)
-        table_lines = Signal(bits_for(-(-table_words // line_entries)))
+        mean_lines = fp32_block_bytes(config.head_dim) // LINE_BYTES if config.sparse else 0
+        table_lines = Signal(bits_for(mean_lines - (-table_words // line_entries)))
         table_left = Signal.like(table_lines)
-        mean_lines = lines(config.head_dim * FP32_BITS // 8)
-        mean_line = Signal(LINE_ADDRESS_BITS)
-        mean_left = Signal(range(mean_lines + 1))
         wanted = Signal()
         m.d.comb += [
             read.lines.valid.eq(wanted | (want_command & self.fetch.valid)),
             read.lines.payload.eq(self.fetch.payload.line),
         ]
         for number, (line, left) in enumerate(
-            ((query_line, query_left), (table_line, table_left), (mean_line, mean_left))
+            ((query_line, query_left), (table_line, table_left))
         ):
             with m.If(left.any()) if number == 0 else m.Elif(left.any()):
                 m.d.comb += [wanted.eq(1), read.lines.payload.eq(line)]
@@ -308,7 +301,7 @@ class Loader(wiring.Component):
             m.d.sync += free.eq(free + 1)
 
         # Checks; each is stable when the last step judges.
-        sizes = {name: Signal(SIZE_BITS, name=f"{name}_size") for name in blocks}
+        sizes = {name: Signal(SIZE_BITS, name=f"{name}_size") for name in BLOCKS}
         bad_opcode, bad_field, bad_rows, bad_count, bad_length, bad_scale = (
             Signal(name=name)
             for name in (
@@ -341,16 +334,15 @@ class Loader(wiring.Component):
             with m.If(stripe_pages[i]):
                 m.d.sync += stripe_bits.eq(i)
         m.d.comb += table_lines.eq(
-            (Mux(sparse, stripes << 1, stripes) + line_entries - 1) >> ceil_log2(line_entries)
+            ((Mux(sparse, stripes << 1, stripes) + line_entries - 1) >> ceil_log2(line_entries))
+            + Mux(ranked, mean_lines, 0)
         )
-        if config.sparse:
-            m.d.comb += sizes["mean"].eq(mean_lines * LINE_BYTES)
         m.d.sync += [
-            sizes["query"].eq(rows * query_row_bytes(config.head_dim)),
-            sizes["result"].eq(Mux(
-                is_data,
+            sizes["query"].eq(Mux(
+                is_data,    # whose result is at the same place
                 Mux(opcode == Opcode.IDENTIFY, IDENTIFY_BYTES, lines(8 * len(COUNTERS)) * LINE_BYTES),
-                rows * result_row_bytes(config.head_dim))),
+                rows * query_row_bytes(config.head_dim))),
+            sizes["result"].eq(rows * result_row_bytes(config.head_dim)),
             sizes["table"].eq(table_lines << ceil_log2(LINE_BYTES)),
             stripe_tokens.eq(config.tokens_per_page << stripe_bits),
             lane_limit.eq(lane_stripes >> stripe_bits),
@@ -450,7 +442,7 @@ class Loader(wiring.Component):
                 flash_valid.eq(1),
                 flash_queue.eq(queue),
                 flash.channel.eq(flash_command["channel"]),
-                flash.operation.opcode.eq(opcode[:OPCODE_BITS]),
+                flash.operation.opcode.eq(opcode[DIRECTION_BITS:][:OPCODE_BITS]),
                 flash.operation.page.eq(page),
                 flash.operation.block.eq(argument),
                 flash.operation.identity.eq(
@@ -476,7 +468,7 @@ class Loader(wiring.Component):
                 admin.domain.eq(grant_command["domain"]),
                 admin.submission.eq(queue_command["submission"]),
                 admin.completion.eq(queue_command["completion"]),
-                admin.bad_address.eq(window.bad[BLOCKS.index("result")]),
+                admin.bad_address.eq(window.bad[BLOCKS.index("query")]),
                 given.base.eq(queue_command["base"]),
                 given.limit.eq(queue_command["limit"]),
             ]
@@ -496,7 +488,7 @@ class Loader(wiring.Component):
                 window_write.data.base.eq(self.admin_base), window_write.data.limit.eq(self.admin_limit)]
 
         step = Signal(4)
-        address_steps = Mux(ranked, 2 * len(BLOCKS), 2 * len(BLOCKS[:-1]))
+        address_steps = 2 * len(BLOCKS)
         judge = address_steps + 2  # the window's three cycles
         flash_judge = 5  # the owners' three cycles
         block = step[1:][: len(window.which)]
@@ -507,7 +499,7 @@ class Loader(wiring.Component):
             window.limit.eq(window_read.data.limit.word_select(step[0], HALF)),
         ]
         with m.Switch(block):
-            for number, name in enumerate(blocks):
+            for number, name in enumerate(BLOCKS):
                 with m.Case(number):
                     m.d.comb += [
                         window.size.eq(sizes[name]),
@@ -560,6 +552,7 @@ class Loader(wiring.Component):
             table_check.valid.eq(self.load_valid & load.stripe),
             table_check.entry.eq(load.data),
             table_check.limit.eq(lane_limit),
+            table_check.sparse.eq(sparse),
         ]
         m.d.comb += self.entry_number.eq(table_check.number)
         m.d.sync += [
@@ -574,14 +567,13 @@ class Loader(wiring.Component):
             load.slot.eq(slot),
             load.row.eq(row),
         ]
-        tree_token = command["tree_token"]
         m.d.comb += [
             self.start.slot.eq(slot),
             self.start.epoch.eq(epoch),
             self.start.stripe_bits.eq(stripe_bits),
             self.start.last_token.eq(load.start),  # the last one loaded
             self.start.end_token.eq(command["end_token"]),
-            self.start.tree_token.eq(Mux(tree_token[TOKEN_BITS:].any(), top, tree_token)),
+            self.start.tree_token.eq(command["tree_token"]),
             self.start.k_offset.eq(k_offset),
             self.start.scale.eq(Cat(scale[:FP32_FRACTION], 1)),
             self.jobs.payload.slot.eq(slot),
@@ -602,6 +594,7 @@ class Loader(wiring.Component):
                 self.start.unit_bits.eq(command["unit_bits"]),
                 self.start.channels.eq(command["channels"]),
                 self.start.local_token.eq(local_token),
+                self.start.sinks.eq(command["sinks"]),
                 self.jobs.payload.mode.eq(Mux(status == Status.OK, command["mode"], 0)),
                 self.jobs.payload.units.eq(command["units"]),
             ]
@@ -672,11 +665,7 @@ class Loader(wiring.Component):
                     with m.Switch(position):
                         for number in range(LINE_WORDS):
                             with m.Case(number):
-                                m.d.sync += [
-                                    registers[place].eq(field_of_word(word.data, f))
-                                    for place, f in stored.items()
-                                    if word_of(f) == number
-                                ]
+                                m.d.sync += words[number].eq(word.data)
                                 for layout in layouts:
                                     flag = reserved[layout.name]
                                     spare = [
@@ -736,11 +725,9 @@ class Loader(wiring.Component):
                             status.eq(Status.INVALID_SELECTION),
                             where.eq(bad_selection_where),
                         ]
-                    with m.Elif(missing_mean):
-                        m.d.sync += [status.eq(Status.MISSING_MEAN), where.eq(0)]
                     with m.Elif(window.bad.any()):
                         m.d.sync += status.eq(Status.INVALID_ADDRESS)
-                        for number in reversed(range(len(blocks))):
+                        for number in reversed(range(len(BLOCKS))):
                             with m.If(window.bad[number]):
                                 m.d.sync += where.eq(number)
                     with m.Elif(bad_scale):
@@ -755,14 +742,11 @@ class Loader(wiring.Component):
                             query_left.eq(rows * row_lines),
                             table_line.eq(command["table"][-LINE_ADDRESS_BITS:]),
                             table_left.eq(table_lines),
-                            mean_left.eq(Mux(ranked, mean_lines, 0)),
                             entries_left.eq(stripes),
                             entry_number.eq(0),
                             token.eq(command["base_token"]),
                             in_sketch.eq(0),
                         ]
-                        if config.sparse:
-                            m.d.sync += mean_line.eq(command["mean"][-LINE_ADDRESS_BITS:])
                         m.next = "clear"
             with m.State("clear"):
                 # The rows that this job has not are made empty, while its query block is on the
@@ -821,6 +805,9 @@ class Loader(wiring.Component):
                         m.d.sync += [position.eq(0), row.eq(row + 1)]
                         with m.If(row == rows - 1):
                             m.next = "table"
+                            if config.sparse:
+                                with m.If(ranked):
+                                    m.next = "mean"
             with m.State("table"):
                 # Until the checks are done an entry is loaded like a good one: without a `start` it
                 # does nothing.
@@ -845,9 +832,6 @@ class Loader(wiring.Component):
                             ]
                     with m.If(word.last & (entries_left <= 1)):
                         m.next = "settle"
-                        if config.sparse:
-                            with m.If(ranked):
-                                m.next = "mean"
             if config.sparse:
                 with m.State("mean"):
                     m.d.comb += [read.words.ready.eq(1), mean_check.valid.eq(taken)]
@@ -859,9 +843,9 @@ class Loader(wiring.Component):
                         ]
                         with m.If(mean_index == mean_words - 1):
                             m.d.sync += mean_index.eq(0)
-                            m.next = "settle"
+                            m.next = "table"
             with m.State("settle"):
-                # The last entry of the table, or the last word of the mean, is being checked.
+                # The last entry of the table is being checked.
                 m.d.sync += settle.eq(settle + 1)
                 with m.If(settle == OWNER_CYCLES):
                     m.d.sync += settle.eq(0)

@@ -6,11 +6,11 @@ from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import bits_for
 
-from kvattic.commands import Opcode, Status
+from kvattic.commands import STATUS_BITS, Opcode, Status
 from kvattic.config import Config
 from kvattic.registers import MAX_ENTRIES, QUEUES
 from kvattic_hdl.dram_reader import fetch_layout
-from kvattic_hdl.interfaces import OPCODE_BITS, QUEUE_BITS, Shapes
+from kvattic_hdl.interfaces import QUEUE_BITS, Shapes, operation_code
 
 OUTSTANDING_BITS = bits_for(QUEUES * MAX_ENTRIES)
 """Bits of the number of operations under way: each has an entry of a completion ring."""
@@ -74,7 +74,7 @@ class Operations(wiring.Component):
             self.commands.ready.eq(queue.w_rdy),
             command.eq(queue.r_data),
         ]
-        program = command.operation.opcode == Opcode.PROGRAM & ((1 << OPCODE_BITS) - 1)
+        program = command.operation.opcode == operation_code(Opcode.PROGRAM)
         fetched = Signal()
         operation_ready = Signal()
         fetch_ready = Signal()
@@ -111,7 +111,7 @@ class Operations(wiring.Component):
         held, valid = Signal(shapes.ended), Signal()
         found = Signal(shapes.outcome)
         there, take = Signal(), Signal()
-        status = Signal(8)
+        status = Signal(STATUS_BITS)
         identity = found.identity
         m.d.comb += [
             found.eq(Array(s.payload.as_value() for s in self.channel_outcomes)[at]),

@@ -13,7 +13,7 @@ from kvattic.config import Config
 from kvattic.registers import MAX_REGIONS, QUEUES
 
 from .interfaces import GRANT, MODE_BITS, PAGE_BITS, Shapes
-from .records import fields
+from .records import fields, table_entry
 
 REGION_BITS_BITS = 4
 """Bits of the register REGION_BITS."""
@@ -159,12 +159,12 @@ class Owners(wiring.Component):
             large.eq(self.stripe_bits > self.region_bits),
             nobody.eq(self.domain == 0),
         ]
-        stripe = fields(TABLE_ENTRY, self.entry)
+        stripe = table_entry(self.entry)
         pages = {"key": stripe["key_page"], "value": stripe["value_page"]}
         more_widths = [len(stripe_more)]
         sketch_more = Const(0, 1)
         is_sketch = Const(0, 1)
-        flash = ~stripe["dram"][0]
+        flash = ~stripe["dram"]
         if config.sparse:
             entry = fields(SKETCH_ENTRY, self.entry)
             pages["key"] = Mux(self.sketch, entry["page"], stripe["key_page"])
@@ -173,7 +173,7 @@ class Owners(wiring.Component):
             units = config.group_codewords // config.tokens_per_codeword
             is_sketch = self.sketch
             with m.If(self.entry_valid & ~self.sketch):
-                m.d.sync += dram.eq(stripe["dram"][0])
+                m.d.sync += dram.eq(stripe["dram"])
             m.d.sync += codewords.eq(
                 Mux(self.mode == Mode.CENTROID, (units >> self.unit_bits) - 1, config.group_codewords - 1))
             # The whole codeword field counts: it is below codewords_per_page if `SketchCheck` lets it pass.
@@ -189,7 +189,7 @@ class Owners(wiring.Component):
             steps[0].valid.eq(self.entry_valid),
             steps[0].number.eq(self.number),
             steps[0].flash.eq(flash),
-            steps[0].dram.eq(~is_sketch & stripe["dram"][0]),
+            steps[0].dram.eq(~is_sketch & stripe["dram"]),
             steps[0].value.eq(~is_sketch),
             more.eq(Mux(is_sketch, sketch_more, stripe_more)),
             *(first[name].eq(page) for name, page in pages.items()),

@@ -2,7 +2,7 @@
 
 from amaranth.hdl import Cat, Const, Value, ValueLike
 
-from kvattic.commands import Field, Record
+from kvattic.commands import TABLE_ENTRY, Field, Record, TableFlag
 
 WORD_BYTES = 8
 """Bytes of one beat of the host bus."""
@@ -42,6 +42,14 @@ def fields(record: Record, line: ValueLike) -> dict[str, Value]:
             f"line must be {record.size * 8} bits for a {record.name}, not {len(line)}"
         )
     return {f.name: line[f.offset * 8 :][: f.size * 8] for f in record.fields}
+
+
+def table_entry(line: ValueLike) -> dict[str, Value]:
+    """The fields of a `commands.TABLE_ENTRY`, and its flags: dram, whole, and what must be zero: reserved."""
+    entry = fields(TABLE_ENTRY, line)
+    flags = entry.pop("flags")
+    named = {flag.name.lower(): flags[flag.bit_length() - 1] for flag in TableFlag if flag.name}
+    return entry | named | {"reserved": flags[max(TableFlag).bit_length() :]}
 
 
 def assemble(record: Record, **values: ValueLike) -> Value:

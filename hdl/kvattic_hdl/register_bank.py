@@ -5,15 +5,25 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from kvattic.config import Config
-from kvattic.registers import ADDRESS_BITS, DOORBELL_STRIDE, QUEUES, REGISTER_MAP, REGISTERS, Access, Register
+from kvattic.registers import (
+    ADDRESS_BITS,
+    DOORBELL_PAGE,
+    DOORBELLS,
+    QUEUES,
+    REGISTER_MAP,
+    REGISTERS,
+    Access,
+    Register,
+)
 
 from .axi import OKAY, SLVERR, axi_lite
 from .queues import DOORBELL, QUEUE_BITS
 
 WORD_BITS = 32
-PAGE_WORDS = DOORBELL_STRIDE * 8 // WORD_BITS
+PAGE_WORDS = DOORBELL_PAGE * 8 // WORD_BITS
 """Words from one queue's doorbells to the next one's; the registers have the page before them."""
-PAGE_REGISTERS = tuple(r for r in REGISTERS if r.address < DOORBELL_STRIDE)
+assert DOORBELLS == DOORBELL_PAGE
+PAGE_REGISTERS = tuple(r for r in REGISTERS if r.address < DOORBELLS)
 """All but the doorbells."""
 INDEX_BITS = max(r.address // 4 + r.width // WORD_BITS - 1 for r in PAGE_REGISTERS).bit_length()
 """Bits of the number of a word of `PAGE_REGISTERS`."""
@@ -45,8 +55,8 @@ class _Place:
         page, in_page = word[PAGE_WORDS.bit_length() - 1 :], word[: PAGE_WORDS.bit_length() - 1]
         self.index = in_page[:INDEX_BITS]
         self.register = ~page.any() & ~in_page[INDEX_BITS:].any()
-        self.doorbell = page.any() & (page <= QUEUES) & ~in_page[1:].any()
-        self.completion = in_page[0]
+        self.doorbell = page.any() & (page <= QUEUES) & ~in_page[:-1].any()   # the page's halves begin with them
+        self.completion = in_page[-1]
         self.queue = (page - 1)[:QUEUE_BITS]
 
 

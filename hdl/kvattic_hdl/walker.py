@@ -243,7 +243,7 @@ class FirstWalker(wiring.Component):
             | {name: shapes.start[name].shape for name in ("mode", "channels", "unit_bits")})
         self.first_stripe = data.StructLayout({
             "page": shapes.request["page"].shape, "codeword": shapes.request["codeword"].shape, "dram": 1,
-            "token": TOKEN_BITS})
+            "whole": 1, "token": TOKEN_BITS})
         self.channel_bits = ceil_log2(config.head_dim)
         super().__init__({
             "enable": In(config.jobs_in_flight),

@@ -3,9 +3,11 @@
 All integers are little-endian; every record is a whole number of 64-byte lines, which is the unit of the device's
 AXI4 bursts.  RTL, driver, golden device and docs read these tables.
 
-Queues have NVMe's shape: 64-byte submission entries whose first four bytes are opcode, flags and identifier, rings with
-head and tail, doorbells, a phase bit that turns over with each round of the completion ring.  A completion has NVMe's
-fields in its first 16 bytes, and counters behind them up to a whole line, which the device writes in one burst.
+Queues have NVMe's shape: 64-byte submission entries that begin with opcode, flags, identifier and namespace (a domain
+is one), rings with head and tail, doorbells, a phase bit that turns over with each round of the completion ring.  Where
+a submission entry has an address or a number, NVMe has MPTR (bytes 16-23), PRP1 and PRP2 (24-39), or the command dwords
+2, 3 and 10 to 15.  A completion has NVMe's fields in its first 16 bytes, and counters behind them up to a whole line,
+which the device writes in one burst.  docs/queues.md says what is not as in NVMe.
 """
 
 import struct
@@ -54,33 +56,39 @@ class Record:
 
 
 class Opcode(IntEnum):
-    """What a command asks for.  Those of the host's queues are from 0x80 on, those of queue 0 alone from 0xC0 on."""
+    """What a command asks for.
 
-    ATTEND = 0x81
+    All are vendor specific in both of NVMe's command sets, admin and I/O.  The low two bits say which way data goes: 0
+    none, 1 to the device, 2 from it, 3 both.
+    """
+
+    ATTEND = 0xC3
     """Attention of one job: the query rows that read one KV head (`COMMAND`)."""
-    PROGRAM = 0x82
+    PROGRAM = 0xC4
     """Write a page of device DRAM into a flash page (`FLASH_COMMAND`); pages of a block in order, each once."""
-    ERASE = 0x83
+    ERASE = 0xC8
     """Erase the block that a flash page lies in (`FLASH_COMMAND`); in queue 0, whoever owns it."""
-    COUNTERS = 0x84
+    COUNTERS = 0xC2
     """Write `registers.COUNTERS`, 8 bytes each, padded to whole lines (`DATA_COMMAND`).  Each is right at the moment at
     which it is read; while the drive works, they are not of one cycle."""
-    PROBE = 0xC4
+    PROBE = 0xF0
     """Look for the factory's bad-block mark of the block that a flash page lies in (`FLASH_COMMAND`)."""
-    MAP = 0xC5
+    MAP = 0xF4
     """Let a zone use another block on the die and plane of a flash page (`FLASH_COMMAND`)."""
-    IDENTIFY = 0xC0
+    IDENTIFY = 0xE2
     """Write Config.to_json(), as UTF-8 padded with zeros to IDENTIFY_BYTES (`DATA_COMMAND`)."""
-    CREATE_QUEUE = 0xC1
+    CREATE_QUEUE = 0xE4
     """Create a pair of queues, empty (`QUEUE_COMMAND`)."""
-    DELETE_QUEUE = 0xC2
+    DELETE_QUEUE = 0xE8
     """Remove one (`QUEUE_COMMAND`); commands that are not fetched yet are forgotten."""
-    GRANT = 0xC3
+    GRANT = 0xEC
     """Give zones or regions of device DRAM to a domain, or a domain to queues (`GRANT_COMMAND`)."""
 
 
-ADMIN_OPCODES = 0xC0
+ADMIN_OPCODES = 0xE0
 """From this opcode on, for queue 0 alone."""
+DIRECTION_BITS = 2
+"""Low bits of an opcode, which say which way data goes."""
 
 
 class Grant(IntEnum):
@@ -108,7 +116,7 @@ class Mode(IntEnum):
 
 
 class Status(IntEnum):
-    """How a command ended; `where` of the completion says which place."""
+    """How a command ended; `where` of the completion says which place.  NVMe's status code, of type `STATUS_TYPE`."""
 
     OK = 0
     """The results are written."""
@@ -123,8 +131,8 @@ class Status(IntEnum):
     INVALID_LENGTH = 4
     """No token, or `stripes` are not as many as the tokens take."""
     INVALID_ADDRESS = 5
-    """query, result, table or mean not 64-byte aligned or not inside the queue's window; where: 0 query, 1 result,
-    2 table, 3 mean.  IDENTIFY, COUNTERS: result, likewise."""
+    """query, result or table (with the mean of V) not 64-byte aligned or not inside the queue's window; where: 0 query,
+    1 result, 2 table.  IDENTIFY, COUNTERS: result, likewise."""
     INVALID_SCALE = 6
     """scale is not a positive normal fp32."""
     NAN_QUERY = 7
@@ -139,8 +147,8 @@ class Status(IntEnum):
     """The host memory answered a read of the command or query, or a write of the result, with an error; where: 0.  When
     it is the command that could not be read, its identifier is not known: it is 0xFFFF."""
     INVALID_TABLE = 12
-    """A table entry names no channel, has a reserved bit set, or is one too many for its channel's score buffer;
-    where: the entry's number."""
+    """A table entry names no channel, has a reserved bit set (in DENSE also `whole`), or is one too many for its
+    channel's score buffer; where: the entry's number."""
     INVALID_PLACE = 13
     """A flash command names no channel, page or block of it; where: 0."""
     UNREADABLE_KEY = 14
@@ -158,31 +166,44 @@ class Status(IntEnum):
     INVALID_SELECTION = 20
     """A sparse mode's number is none or too large; where: 0 channels, 1 units (more than the tokens make),
     2 local (more than the units hold), 3 unit_bits."""
-    MISSING_MEAN = 21
-    """SPARF or FETCHED without the mean of V: mean is 0."""
-    NO_SKETCH = 22
-    """A stripe in flash was written without what the mode's first pass reads; where: its entry's number."""
-    NAN_MEAN = 23
+    NO_SKETCH = 21
+    """A stripe in flash that is not attended whole was written without what the mode's first pass reads; where: its
+    entry's number."""
+    NAN_MEAN = 22
     """where: channel of the first NaN or infinity in the mean of V."""
-    UNREADABLE_SKETCH = 24
+    UNREADABLE_SKETCH = 23
     """K in the channel layout, a centroid, or K of the tail cannot be read in the first pass; where: first token of the
     lowest codeword, or stripe, that cannot."""
-    NOT_PERMITTED = 25
+    NOT_PERMITTED = 24
     """where: 0 the opcode is for queue 0 alone; 1 the domain is not given to the queue."""
-    NOT_OWNED = 26
+    NOT_OWNED = 25
     """A place that is not the domain's, or that is none.  where, ATTEND: number of the first such table entry; PROGRAM,
     ERASE: 0 flash page, 1 page of device DRAM."""
-    INVALID_QUEUE = 27
+    INVALID_QUEUE = 26
     """where: 0 queue (1 to QUEUES - 1; CREATE_QUEUE: it is there already), 1 entries, 2 submission, 3 completion."""
-    QUEUE_BUSY = 28
+    QUEUE_BUSY = 27
     """DELETE_QUEUE while commands of it are under way: nothing more is fetched; delete it again later.  where: 0."""
-    INVALID_GRANT = 29
+    INVALID_GRANT = 28
     """where: 0 kind, 1 first or count, 2 domain (1 to DOMAINS - 1)."""
 
 
+STATUS_BITS, STATUS_TYPE_BITS = 8, 3
+STATUS_TYPE = 7
+"""NVMe's status code type of every status but OK: vendor specific.  That of OK is 0: generic, and so is its code."""
 DOMAINS = 256
 """Domains that own zones and regions; 0 stands for nobody."""
 IDENTIFY_BYTES = 2048
+
+
+class TableFlag(IntFlag):
+    """How a stripe is attended."""
+
+    DRAM = 1
+    """Its pages are pages of device DRAM, at page * config.page_bytes; else of the flash channel."""
+    WHOLE = 2
+    """Sparse modes: it is attended whole and scored exactly in the first pass, and does not count in `units`; a stripe
+    in device DRAM is always so."""
+
 
 class CompletionFlag(IntFlag):
     """Things that happened although the command was served."""
@@ -219,52 +240,8 @@ class Kind(IntEnum):
     """First pass: centroids; or tokens of K that are in device DRAM and so are scored exactly at once."""
 
 
-COMMAND = Record("Command", LINE_BYTES, (
-    Field("opcode", 0, 1, "`Opcode`"),
-    Field("mode", 1, 1, "`Mode`"),
-    Field("identifier", 2, 2, "copied into the completion"),
-    Field("rows", 4, 1, "query rows of this job, 1 to config.rows"),
-    Field("stripe_pages", 5, 1, "pages of K (and of V) in a stripe, a power of two"),
-    Field("stripes", 6, 2, "entries of the table"),
-    Field("base_token", 8, 3, "number of the first stripe's first token"),
-    Field("end_token", 11, 3, "one past the last valid token"),
-    Field("domain", 14, 2, "owner of all places that the table names"),
-    Field("tree_token", 16, 4, "first token of the draft tree (end_token where there is none)"),
-    Field("scale", 20, 4, "fp32 of softmax scale * log2(e)"),
-    Field("query", 24, 8, "address of the query block"),
-    Field("result", 32, 8, "address of the result block"),
-    Field("table", 40, 8, "address of the table: for each stripe, in order, a `TABLE_ENTRY`, in sparse modes followed "
-                          "by a `SKETCH_ENTRY`"),
-    Field("mean", 48, 8, "SPARF, FETCHED: address of the mean of V over all tokens, head_dim fp32; else 0"),
-    Field("channels", 56, 2, "SPARF, FETCHED: channels of q and K in the first pass, the r of SparF; else 0"),
-    Field("local", 58, 2, "sparse modes: the newest tokens, attended in any case and counted in `units`; else 0"),
-    Field("units", 60, 2, "sparse modes: units attended, the k of SparF; tokens in device DRAM come on top; else 0"),
-    Field("unit_bits", 62, 1, "FETCHED, CENTROID: log2 of the codewords of a unit; else 0"),
-    Field("reserved0", 63, 1, "reserved, zero"),
-))
-"""ATTEND.  A stripe is stripe_pages * config.tokens_per_page consecutive tokens; in sparse modes config.group_tokens.
-
-A unit of selection is a token in SPARF, 2**unit_bits consecutive codewords of a stripe in FETCHED and CENTROID."""
-
-TABLE_ENTRY = Record("TableEntry", 8, (
-    Field("key_page", 0, 3, "first page of the stripe's K"),
-    Field("channel", 3, 1, "channel whose lane attends the stripe; in flash its pages lie there"),
-    Field("value_page", 4, 3, "first page of its V"),
-    Field("dram", 7, 1, "1: the pages are pages of device DRAM, at page * config.page_bytes; 0: of the flash channel"),
-))
-"""Where a stripe lies; its other pages follow the first ones."""
-
-SKETCH_ENTRY = Record("SketchEntry", 8, (
-    Field("page", 0, 3, "first page of K in the channel layout; or page of the first of the stripe's centroids"),
-    Field("codeword", 3, 1, "codeword of that page with which they begin: 0 for the channel layout"),
-    Field("written", 4, 1, "1: they are there; 0: they are not, which only a stripe in device DRAM may say"),
-    Field("reserved", 5, 3, "reserved, zero"),
-))
-"""What the first pass of a sparse mode reads of a stripe in flash, on its channel; further codewords follow."""
-
-
 def _command(name: str, fields: tuple[Field, ...]) -> Record:
-    """A command with NVMe's first four bytes; what no field covers is reserved, in pieces inside of 8-byte words."""
+    """A command with NVMe's first bytes; what no field covers is reserved, in pieces inside of 8-byte words."""
     fields = (Field("opcode", 0, 1, "`Opcode`"), Field("flags", 1, 1, "reserved, zero"),
               Field("identifier", 2, 2, "copied into the completion"), *fields)
     filled: list[Field] = []
@@ -280,34 +257,78 @@ def _command(name: str, fields: tuple[Field, ...]) -> Record:
     return Record(name, LINE_BYTES, tuple(filled))
 
 
+COMMAND = _command("Command", (
+    Field("domain", 4, 4, "owner of all places that the table names (NVMe's NSID)"),
+    Field("base_token", 8, 3, "number of the first stripe's first token"),
+    Field("mode", 11, 1, "`Mode`"),
+    Field("end_token", 12, 3, "one past the last valid token"),
+    Field("rows", 15, 1, "query rows of this job, 1 to config.rows"),
+    Field("table", 16, 8, "address of the table: for each stripe, in order, a `TABLE_ENTRY`, in sparse modes followed "
+                          "by a `SKETCH_ENTRY`; in SPARF and FETCHED the mean of V over all tokens stands in front of "
+                          "the entries: head_dim fp32, padded to whole lines"),
+    Field("query", 24, 8, "address of the query block"),
+    Field("result", 32, 8, "address of the result block"),
+    Field("tree_token", 40, 3, "first token of the draft tree (end_token where there is none)"),
+    Field("stripe_pages", 43, 1, "pages of K (and of V) in a stripe, a power of two"),
+    Field("scale", 44, 4, "fp32 of softmax scale * log2(e)"),
+    Field("stripes", 48, 2, "stripes in the table"),
+    Field("channels", 50, 2, "SPARF, FETCHED: channels of q and K in the first pass, the r of SparF; else 0"),
+    Field("units", 52, 2, "sparse modes: units attended, the k of SparF; what is attended whole comes on top; else 0"),
+    Field("local", 54, 2, "sparse modes: the newest tokens, attended in any case and counted in `units`; else 0"),
+    Field("sinks", 56, 2, "sparse modes: the first tokens of the sequence, numbered from 0, attended in any case and "
+                          "counted in `units`; else 0"),
+    Field("unit_bits", 58, 1, "FETCHED, CENTROID: log2 of the codewords of a unit; else 0"),
+))
+"""ATTEND.  A stripe is stripe_pages * config.tokens_per_page consecutive tokens; in sparse modes config.group_tokens.
+
+A unit of selection is a token in SPARF, 2**unit_bits consecutive codewords of a stripe in FETCHED and CENTROID."""
+
+TABLE_ENTRY = Record("TableEntry", 8, (
+    Field("key_page", 0, 3, "first page of the stripe's K"),
+    Field("channel", 3, 1, "channel whose lane attends the stripe; in flash its pages lie there"),
+    Field("value_page", 4, 3, "first page of its V"),
+    Field("flags", 7, 1, "`TableFlag`"),
+))
+"""Where a stripe lies; its other pages follow the first ones."""
+
+SKETCH_ENTRY = Record("SketchEntry", 8, (
+    Field("page", 0, 3, "first page of K in the channel layout; or page of the first of the stripe's centroids"),
+    Field("codeword", 3, 1, "codeword of that page with which they begin: 0 for the channel layout"),
+    Field("written", 4, 1, "1: they are there; 0: they are not, which only a stripe that is attended whole may say"),
+    Field("reserved", 5, 3, "reserved, zero"),
+))
+"""What the first pass of a sparse mode reads of a stripe in flash, on its channel; further codewords follow."""
+
+
 FLASH_COMMAND = _command("FlashCommand", (
-    Field("channel", 4, 1, "flash channel"),
-    Field("page", 8, 3, "page on the channel: plane, die, page of the block, zone, from the low bits on"),
-    Field("argument", 11, 3, "PROGRAM: page of device DRAM; MAP: block of the plane; otherwise zero"),
-    Field("domain", 14, 2, "PROGRAM, ERASE: owner of the places; ERASE in queue 0, PROBE, MAP: zero"),
+    Field("domain", 4, 4, "PROGRAM, ERASE: owner of the places; ERASE in queue 0, PROBE, MAP: zero"),
+    Field("page", 40, 3, "page on the channel: plane, die, page of the block, zone, from the low bits on"),
+    Field("channel", 43, 1, "flash channel"),
+    Field("argument", 44, 3, "PROGRAM: page of device DRAM; MAP: block of the plane; otherwise zero"),
 ))
 """PROGRAM, ERASE, PROBE, MAP.  They complete out of order; those of one channel begin in order."""
 
 DATA_COMMAND = _command("DataCommand", (
-    Field("result", 32, 8, "address of what is written"),
+    Field("domain", 4, 4, "not looked at: whoever may use the queue may ask"),
+    Field("result", 24, 8, "address of what is written"),
 ))
 """IDENTIFY, COUNTERS."""
 
 QUEUE_COMMAND = _command("QueueCommand", (
-    Field("queue", 4, 1, "number of the pair"),
-    Field("entries", 6, 2, "of each ring: a power of two, 2 to MAX_ENTRIES; DELETE_QUEUE: zero, as what follows"),
     Field("submission", 24, 8, "address of the submission ring, 64-byte aligned"),
     Field("completion", 32, 8, "address of the completion ring, 64-byte aligned"),
-    Field("base", 40, 8, "first address that the blocks of the queue's commands may use"),
-    Field("limit", 48, 8, "one past the last address that they may use"),
+    Field("queue", 40, 1, "number of the pair"),
+    Field("entries", 42, 2, "of each ring: a power of two, 2 to MAX_ENTRIES; DELETE_QUEUE: zero, as all but `queue`"),
+    Field("base", 48, 8, "first address that the blocks of the queue's commands may use"),
+    Field("limit", 56, 8, "one past the last address that they may use"),
 ))
 """CREATE_QUEUE, DELETE_QUEUE."""
 
 GRANT_COMMAND = _command("GrantCommand", (
-    Field("kind", 4, 1, "`Grant`"),
-    Field("first", 8, 3, "first zone or region; or a bit for each queue"),
-    Field("count", 11, 3, "how many zones or regions"),
-    Field("domain", 14, 2, "to whom; 0, for zones and regions: to nobody"),
+    Field("domain", 4, 4, "to whom; 0, for zones and regions: to nobody"),
+    Field("first", 40, 3, "first zone or region; or a bit for each queue"),
+    Field("kind", 43, 1, "`Grant`"),
+    Field("count", 44, 3, "how many zones or regions"),
 ))
 """GRANT.  Takes effect for the commands that are fetched after its completion."""
 
@@ -332,7 +353,8 @@ COMPLETION = Record("Completion", LINE_BYTES, (
     Field("head", 8, 2, "submission entries of this queue before it are fetched"),
     Field("queue", 10, 2, "number of the queue"),
     Field("identifier", 12, 2, "of the command"),
-    Field("state", 14, 2, "`Status` << 1 | phase: 1 in the first round of the completion ring, then 0, and so on"),
+    Field("state", 14, 2, "phase, 1 in the first round of the completion ring, then 0, and so on | `Status` << 1 | "
+                          "status code type << 9: 0 of OK, 7 of all others"),
     Field("cycle", 16, 8, "the counter CYCLES at the completion"),
     Field("beats", 24, 8, "the counter BEATS"),
     Field("starved", 32, 4, "and so on: lane cycles without a beat although codewords were requested"),
@@ -364,10 +386,35 @@ class Completion:
 
     @classmethod
     def unpack(cls, data: bytes) -> "Completion":
-        """Decode 64 bytes."""
+        """Decode 64 bytes.
+
+        Raises:
+            ValueError: there is no such status.
+        """
         values = COMPLETION.unpack(data)
-        status, flags = Status(values.pop("state") >> 1), CompletionFlag(values.pop("flags"))
+        status, flags = unpack_state(values.pop("state")), CompletionFlag(values.pop("flags"))
         return cls(status=status, flags=flags, **values)
+
+
+def pack_state(status: int, phase: int) -> int:
+    """The field `state` of a completion."""
+    kind = STATUS_TYPE if status != Status.OK else 0
+    return (kind << STATUS_BITS | status) << 1 | phase
+
+
+def unpack_state(state: int) -> Status:
+    """The status in the field `state` of a completion.
+
+    Raises:
+        ValueError: there is no such status.
+    """
+    try:
+        status = Status(state >> 1 & (1 << STATUS_BITS) - 1)
+    except ValueError:
+        status = None
+    if status is None or state | 1 != pack_state(status, 1):
+        raise ValueError(f"state must be a `Status` of its status code type and the phase, not {state:#06x}")
+    return status
 
 
 def lines(size: int) -> int:
@@ -381,7 +428,7 @@ def query_row_bytes(head_dim: int) -> int:
 
 
 def fp32_block_bytes(head_dim: int) -> int:
-    """Bytes of head_dim fp32 padded to whole lines: the mean of V, or the outputs of a row."""
+    """Bytes of head_dim fp32 padded to whole lines: the mean of V in front of a table, or the outputs of a row."""
     return lines(head_dim * 4) * LINE_BYTES
 
 

@@ -31,6 +31,7 @@ from kvattic.commands import (
     Opcode,
     Record,
     Status,
+    TableFlag,
     fp32_block_bytes,
     is_positive_normal,
     lines,
@@ -82,7 +83,7 @@ class _Stripes(NamedTuple):
     Members:
         entries: where K and V lie.
         sketch: what the first pass reads; of a dense job nothing that means anything.
-        reserved: bool, whether a reserved bit of the sketch entry is set.
+        reserved: bool, whether a reserved bit of an entry is set.
     """
 
     entries: layout.Entries
@@ -124,10 +125,10 @@ class GoldenDevice:
     A command is checked in this order, and the first that applies is reported: BUS_ERROR of its line, INVALID_OPCODE,
     NOT_PERMITTED (opcode), INVALID_FIELD; then
 
-    - ATTEND: INVALID_ROWS, INVALID_LENGTH, INVALID_SELECTION (channels, units, local, unit_bits), MISSING_MEAN,
-      INVALID_ADDRESS (query, result, table, mean), INVALID_SCALE, NOT_PERMITTED (domain), BUS_ERROR of the query block,
-      the table or the mean, INVALID_TABLE, NOT_OWNED, NO_SKETCH, NAN_QUERY, NAN_MEAN, UNREADABLE_SKETCH,
-      UNREADABLE_KEY, UNREADABLE_VALUE, NAN_KEY, NAN_VALUE, BUS_ERROR of the result;
+    - ATTEND: INVALID_ROWS, INVALID_LENGTH, INVALID_SELECTION (channels, units, local, unit_bits), INVALID_ADDRESS
+      (query, result, table), INVALID_SCALE, NOT_PERMITTED (domain), BUS_ERROR of the query block or the table,
+      INVALID_TABLE, NOT_OWNED, NO_SKETCH, NAN_QUERY, NAN_MEAN, UNREADABLE_SKETCH, UNREADABLE_KEY, UNREADABLE_VALUE,
+      NAN_KEY, NAN_VALUE, BUS_ERROR of the result;
     - PROGRAM, ERASE, PROBE, MAP: INVALID_PLACE, NOT_PERMITTED (domain), NOT_OWNED (flash, device DRAM), BUS_ERROR of a
       DRAM page that there is not, then how the part ends it;
     - IDENTIFY, COUNTERS: INVALID_ADDRESS, BUS_ERROR; the others as `Status` says.
@@ -442,11 +443,11 @@ class GoldenDevice:
         codewords = pages * config.codewords_per_page
         forbidden: list[str] = []
         if mode == Mode.DENSE:
-            forbidden = ["mean", "channels", "local", "units", "unit_bits"]
+            forbidden = ["channels", "units", "local", "sinks", "unit_bits"]
         elif mode > max(Mode) or not config.sparse or pages != config.group_pages:
             raise RejectedError(Status.INVALID_FIELD, 0)
         elif mode == Mode.CENTROID:
-            forbidden = ["mean", "channels"]
+            forbidden = ["channels"]
         elif mode == Mode.SPARF:
             forbidden = ["unit_bits"]
         if any(command[name] for name in forbidden) or pages == 0 or pages & (pages - 1) or (
@@ -470,14 +471,11 @@ class GoldenDevice:
             )):
                 if bad:
                     raise RejectedError(Status.INVALID_SELECTION, where)
-        if blended and not command["mean"]:
-            raise RejectedError(Status.MISSING_MEAN, 0)
         entry = TABLE_ENTRY.size if mode == Mode.DENSE else TABLE_ENTRY.size + SKETCH_ENTRY.size
         for where, name, size in (
             (0, "query", command["rows"] * query_row_bytes(config.head_dim)),
             (1, "result", command["rows"] * result_row_bytes(config.head_dim)),
-            (2, "table", stripes * entry),
-            *([(3, "mean", fp32_block_bytes(config.head_dim))] if blended else []),
+            (2, "table", blended * fp32_block_bytes(config.head_dim) + stripes * entry),
         ):
             if not queue.holds(command[name], size):
                 raise RejectedError(Status.INVALID_ADDRESS, where)
@@ -492,15 +490,19 @@ class GoldenDevice:
         data = self._dma_read(command["query"], rows * query_row_bytes(config.head_dim))
         # The table's lines are read whole.
         words = stripes if mode is Mode.DENSE else 2 * stripes
-        table = self._dma_read(command["table"], lines(words * TABLE_ENTRY.size) * LINE_BYTES)
-        entries = np.frombuffer(table, "<u8", words).astype(np.uint64).reshape(stripes, -1)
-        mean = None
-        if mode in (Mode.SPARF, Mode.FETCHED):
-            line = self._dma_read(command["mean"], fp32_block_bytes(config.head_dim))
-            mean = np.frombuffer(line, "<u4", config.head_dim).astype(np.uint32)
-        sketches, reserved = entries[:, -1], SKETCH_ENTRY["reserved"]
-        stripe = _Stripes(layout.unpack_entries(entries[:, 0]), layout.unpack_sketches(sketches),
-                          sketches >> np.uint64(8 * reserved.offset) != 0)
+        before = fp32_block_bytes(config.head_dim) if mode in (Mode.SPARF, Mode.FETCHED) else 0
+        table = self._dma_read(command["table"], before + lines(words * TABLE_ENTRY.size) * LINE_BYTES)
+        entries = np.frombuffer(table, "<u8", words, before).astype(np.uint64).reshape(stripes, -1)
+        mean = np.frombuffer(table, "<u4", config.head_dim).astype(np.uint32) if before else None
+        flags = entries[:, 0] >> np.uint64(8 * TABLE_ENTRY["flags"].offset)
+        if mode is Mode.DENSE:
+            reserved = flags & ~np.uint64(TableFlag.DRAM) != 0
+        else:
+            # Codeword and `written` are looked at as numbers.
+            sketch_reserved = entries[:, 1] >> np.uint64(8 * SKETCH_ENTRY["reserved"].offset)
+            reserved = (flags & ~np.uint64(TableFlag.DRAM | TableFlag.WHOLE) != 0) | (sketch_reserved != 0)
+        stripe = _Stripes(
+            layout.unpack_entries(entries[:, 0]), layout.unpack_sketches(entries[:, -1]), reserved)
         self._check_table(command, stripe, mode)
         block = np.frombuffer(data, np.uint8).reshape(rows, -1)
         query = np.ascontiguousarray(block[:, ROW.size : ROW.size + config.head_dim * ELEMENT_BYTES]).view("<u2")
@@ -552,23 +554,25 @@ class GoldenDevice:
     def _check_table(self, command: dict[str, int], stripe: "_Stripes", mode: Mode) -> None:
         """Refuse what is no channel or codeword, reserved bits, and more stripes than a channel has places for.
 
-        Then what is not the domain's, then stripes in flash of which the mode's first pass has nothing to read.
+        Then what is not the domain's, then stripes that are not attended whole and of which the mode's first pass has
+        nothing to read.
         """
         entries = stripe.entries
         places = self.config.ring_codewords // (command["stripe_pages"] * self.config.codewords_per_page)
-        bad = (entries.channel >= self.config.channels) | (entries.dram > 1)
+        bad = (entries.channel >= self.config.channels) | stripe.reserved
         for channel in range(self.config.channels):
             bad[np.flatnonzero(entries.channel == channel)[places:]] = True
         if mode is not Mode.DENSE:
             # The channel layout begins with a page.
             codewords = self.config.codewords_per_page if mode is Mode.CENTROID else 1
-            bad |= (stripe.sketch.written > 1) | stripe.reserved | (stripe.sketch.codeword >= codewords)
+            bad |= (stripe.sketch.written > 1) | (stripe.sketch.codeword >= codewords)
         if bad.any():
             raise RejectedError(Status.INVALID_TABLE, int(np.argmax(bad)))
         foreign = self._owners.first_foreign(command, entries, stripe.sketch, self._region_bits)
         if foreign is not None:
             raise RejectedError(Status.NOT_OWNED, foreign)
-        if mode is not Mode.DENSE and (missing := (entries.dram == 0) & (stripe.sketch.written == 0)).any():
+        missing = (entries.dram == 0) & (entries.whole == 0) & (stripe.sketch.written == 0)
+        if mode is not Mode.DENSE and missing.any():
             raise RejectedError(Status.NO_SKETCH, int(np.argmax(missing)))
 
     def _tokens(self, command: dict[str, int], stripe: "_Stripes", kind: Kind,

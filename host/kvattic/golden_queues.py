@@ -3,7 +3,7 @@
 import struct
 from dataclasses import dataclass
 
-from kvattic.commands import LINE_BYTES, Status
+from kvattic.commands import LINE_BYTES, Status, pack_state
 from kvattic.registers import MAX_ENTRIES, QUEUES
 
 __all__ = ["Queue", "Queues", "RejectedError"]
@@ -87,7 +87,7 @@ class Queue:
     def post(self, identifier: int, status: int, where: int, flags: int) -> tuple[int, bytes]:
         """The address of a command's completion, and the completion."""
         turn, place = divmod(self.posts, self.entries)
-        state = status << 1 | (turn & 1 ^ 1)
+        state = pack_state(status, turn & 1 ^ 1)
         self.posts += 1
         self.unread += 1
         self.under_way -= 1

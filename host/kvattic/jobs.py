@@ -83,6 +83,7 @@ class Job:
         channels: SPARF, FETCHED: channels of the first pass, the paper's r.
         units: units that are attended beside those of the tail, the paper's k.
         local: newest tokens that are attended in any case; their units count among `units`.
+        sinks: first tokens of the sequence that are attended in any case; likewise.
         unit_bits: FETCHED, CENTROID: log2 of the codewords of a unit.
         mean: SPARF, FETCHED: uint32, (head_dim,), fp32 bit patterns of the mean of V; None if there is none.
         sketch: uint64, an entry for each stripe (`layout.pack_sketches`); read like the table.  None in DENSE.
@@ -104,6 +105,7 @@ class Job:
     channels: int = 0
     units: int = 0
     local: int = 0
+    sinks: int = 0
     unit_bits: int = 0
     mean: NDArray[np.uint32] | None = None
     sketch: NDArray[np.uint64] | None = None
@@ -290,8 +292,7 @@ def explain(completion: Completion) -> str:
             "no token, more tokens than the score buffers hold, or another number of stripes than they take"
         ),
         Status.INVALID_ADDRESS: lambda: (
-            f"the {_name(where, 'query block', 'result block', 'table', 'mean of V')} is unaligned or out of the "
-            "buffer window"
+            f"the {_name(where, 'query block', 'result block', 'table')} is unaligned or out of the buffer window"
         ),
         Status.INVALID_SCALE: lambda: "scale is not a positive normal fp32",
         Status.NAN_QUERY: lambda: (
@@ -318,7 +319,6 @@ def explain(completion: Completion) -> str:
         Status.INVALID_SELECTION: lambda: "the number of " + _name(
             where, "channels is none or more than head_dim", "units is none or more than the tokens make",
             "local tokens is more than the units hold", "codewords of a unit is more than the device can have"),
-        Status.MISSING_MEAN: lambda: "sparf and fetched need the mean of V",
         Status.NO_SKETCH: lambda: (
             f"the stripe of entry {where} was written without what the mode's first pass reads: K in the channel "
             "layout, or centroids"
@@ -354,33 +354,38 @@ def end_block(action: Callable[[], None], error: BaseException | None) -> None:
 
 
 def table_bytes(job: Job) -> int:
-    """Bytes of the job's table, in whole lines."""
+    """Bytes of the job's table with what stands in front of it, in whole lines."""
     entry = TABLE_ENTRY.size if job.sketch is None else TABLE_ENTRY.size + SKETCH_ENTRY.size
-    return lines(len(job.table) * entry) * LINE_BYTES
+    return _mean_bytes(job) + lines(len(job.table) * entry) * LINE_BYTES
 
 
-def mean_bytes(job: Job) -> int:
-    """Bytes of the job's mean of V, in whole lines."""
+def _mean_bytes(job: Job) -> int:
+    """Bytes of the mean of V in front of the job's table, in whole lines."""
     return 0 if job.mean is None else fp32_block_bytes(job.mean.size)
 
 
 def pack_table(job: Job) -> bytes:
-    """The job's table as the device reads it, padded to whole lines."""
+    """The job's table as the device reads it, padded to whole lines, behind the mean of V if there is one.
+
+    Raises:
+        RequestError: mean or sketch is not what the mode needs.
+    """
     columns = [job.table] if job.sketch is None else [job.table, job.sketch]
     if len({len(column) for column in columns}) > 1:
         raise RequestError(f"a job's sketch must have an entry for each of the {len(job.table)} stripes, not "
                            f"{len(columns[1])}")
-    return np.stack(columns, axis=1).astype("<u8").tobytes().ljust(table_bytes(job), b"\0")
-
-
-def pack_mean(job: Job) -> bytes:
-    """The job's mean of V, padded to whole lines; nothing if it has none."""
-    return b"" if job.mean is None else np.asarray(job.mean).astype("<u4").tobytes().ljust(mean_bytes(job), b"\0")
+    wanted = job.query.shape[1] if job.mode in (Mode.SPARF, Mode.FETCHED) else 0
+    given = 0 if job.mean is None else job.mean.size
+    if given != wanted:
+        raise RequestError(f"a job of mode {job.mode.name} must have a mean of V of {wanted} channels (SPARF, FETCHED: "
+                           f"head_dim, else none), not {given}")
+    mean = b"" if job.mean is None else np.asarray(job.mean).astype("<u4").tobytes().ljust(_mean_bytes(job), b"\0")
+    return (mean + np.stack(columns, axis=1).astype("<u8").tobytes()).ljust(table_bytes(job), b"\0")
 
 
 def job_bytes(job: Job, dim: int) -> int:
-    """Host memory that the job's blocks take: queries, table, mean of V and results."""
-    return job.rows * (query_row_bytes(dim) + result_row_bytes(dim)) + table_bytes(job) + mean_bytes(job)
+    """Host memory that the job's blocks take: queries, table and results."""
+    return job.rows * (query_row_bytes(dim) + result_row_bytes(dim)) + table_bytes(job)
 
 
 def pack_command(job: Job) -> bytes:
@@ -392,7 +397,8 @@ def pack_command(job: Job) -> bytes:
     return COMMAND.pack(
         opcode=Opcode.ATTEND, mode=job.mode, rows=job.rows, stripe_pages=job.stripe_pages, stripes=len(job.table),
         base_token=job.base_token, end_token=job.end_token, domain=job.domain, tree_token=job.tree_token,
-        scale=job.scale_bits, channels=job.channels, local=job.local, units=job.units, unit_bits=job.unit_bits)
+        scale=job.scale_bits, channels=job.channels, units=job.units, local=job.local, sinks=job.sinks,
+        unit_bits=job.unit_bits)
 
 
 def fill_command(job: Job, dim: int, line: bytearray, address: int) -> bytes:
@@ -405,12 +411,11 @@ def fill_command(job: Job, dim: int, line: bytearray, address: int) -> bytes:
         address: of the blocks, one after the other.
     """
     for name, size in (("query", job.rows * query_row_bytes(dim)), ("table", table_bytes(job)),
-                       ("mean", mean_bytes(job)), ("result", job.rows * result_row_bytes(dim))):
-        if size:
-            field = COMMAND[name]
-            line[field.offset : field.offset + field.size] = address.to_bytes(field.size, "little")
+                       ("result", job.rows * result_row_bytes(dim))):
+        field = COMMAND[name]
+        line[field.offset : field.offset + field.size] = address.to_bytes(field.size, "little")
         address += size
-    return b"".join((pack_query(job), pack_table(job), pack_mean(job)))
+    return pack_query(job) + pack_table(job)
 
 
 def pack_operations(operations: Series[FlashOperation]) -> list[bytes]:

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvattic.commands import SKETCH_ENTRY, TABLE_ENTRY, Record
+from kvattic.commands import SKETCH_ENTRY, TABLE_ENTRY, Record, TableFlag
 from kvattic.config import Config
 from kvattic.elements import from_bits, special, to_bits
 from kvattic.errors import ConfigError, RequestError
@@ -114,13 +114,15 @@ class Entries(NamedTuple):
         channel: whose lane attends the stripe.
         key_page: first page of K.
         value_page: first page of V.
-        dram: where the pages lie: 1 in device DRAM, 0 in flash, other values are not allowed.
+        dram: where the pages lie: 1 in device DRAM, 0 in flash.
+        whole: sparse modes: 1: the stripe is attended whole; one in device DRAM is so in any case.
     """
 
     channel: NDArray[np.int64]
     key_page: NDArray[np.int64]
     value_page: NDArray[np.int64]
     dram: NDArray[np.int64]
+    whole: NDArray[np.int64]
 
 
 class Sketches(NamedTuple):
@@ -440,14 +442,16 @@ def page_place(number: Any, config: Config) -> PagePlace:
 # Table entries.
 
 
-def pack_entries(channel: ArrayLike, key_page: ArrayLike, value_page: ArrayLike, dram: ArrayLike) -> NDArray[np.uint64]:
+def pack_entries(channel: ArrayLike, key_page: ArrayLike, value_page: ArrayLike, dram: ArrayLike,
+                 whole: ArrayLike = 0) -> NDArray[np.uint64]:
     """Table entries (`commands.TABLE_ENTRY`), one for each stripe.
 
     Args:
         channel: whose lane attends the stripe; integers that fit the field, or arrays of them.
         key_page: first page of K; likewise.
         value_page: first page of V; likewise.
-        dram: 1: the pages lie in device DRAM; likewise.
+        dram: 1: the pages lie in device DRAM, 0: in flash; likewise.
+        whole: sparse modes: 1: the stripe is attended whole; 0, or an array of both.
 
     Returns:
         uint64; little-endian in memory is what the device reads.
@@ -455,12 +459,19 @@ def pack_entries(channel: ArrayLike, key_page: ArrayLike, value_page: ArrayLike,
     Raises:
         RequestError: a number does not fit its field.
     """
-    return _pack(TABLE_ENTRY, channel=channel, key_page=key_page, value_page=value_page, dram=dram)
+    flags = np.zeros((), np.int64)
+    for name, flag, given in (("dram", TableFlag.DRAM, dram), ("whole", TableFlag.WHOLE, whole)):
+        array = np.asarray(given, np.int64)
+        if ((array < 0) | (array > 1)).any():
+            raise RequestError(f"{name} of a table entry must be 0 or 1, not {array.min()} to {array.max()}")
+        flags = flags + array * int(flag)
+    return _pack(TABLE_ENTRY, channel=channel, key_page=key_page, value_page=value_page, flags=flags)
 
 
 def unpack_entries(entries: NDArray[np.uint64]) -> Entries:
-    """The inverse of `pack_entries`."""
-    return Entries(*_unpack(TABLE_ENTRY, Entries._fields, entries))
+    """The inverse of `pack_entries`; what is reserved is not looked at."""
+    *places, flags = _unpack(TABLE_ENTRY, ("channel", "key_page", "value_page", "flags"), entries)
+    return Entries(*places, *((flags & flag != 0).astype(np.int64) for flag in (TableFlag.DRAM, TableFlag.WHOLE)))
 
 
 def pack_sketches(page: ArrayLike, codeword: ArrayLike, written: ArrayLike) -> NDArray[np.uint64]:

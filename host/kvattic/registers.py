@@ -8,7 +8,7 @@ from enum import IntFlag, StrEnum
 
 ID_MAGIC = 0x5441564B
 """'KVAT' in little-endian ASCII."""
-VERSION = 0x0003_0000
+VERSION = 0x0004_0000
 """Major in the upper half; a change of meaning raises it."""
 QUEUES = 8
 """Pairs of a submission and a completion queue; queue 0 is the admin queue."""
@@ -16,8 +16,14 @@ MAX_ENTRIES = 4096
 """Entries of a queue's ring, at most; rings have a power of two of them, 2 at least."""
 MAX_REGIONS = 4096
 """Regions that device DRAM is granted in, at most."""
-DOORBELL_STRIDE = 0x1000
-"""Distance of the doorbells of two queues: each has a page of its own, which can be mapped into its user's process."""
+DOORBELLS = 0x1000
+"""Address of the first doorbell, as in NVMe."""
+DOORBELL_STRIDE_BITS = 9
+"""NVMe's CAP.DSTRD: two doorbells are 4 << DSTRD bytes apart.  Tail and head of a pair so share a page of 4 KiB, which
+can be mapped into the process of its user, and no other doorbell is in it."""
+DOORBELL_STRIDE = 4 << DOORBELL_STRIDE_BITS
+DOORBELL_PAGE = 2 * DOORBELL_STRIDE
+"""Bytes from the doorbells of one queue to those of the next."""
 
 
 class Access(StrEnum):
@@ -120,9 +126,9 @@ REGISTERS: tuple[Register, ...] = (
     Register("PAGE_PROGRAMS", 0x148, 64, Access.RO, 0, "pages programmed"),
     Register("BLOCK_ERASES", 0x150, 64, Access.RO, 0, "blocks erased"),
     *(register for q in range(QUEUES) for register in (
-        Register(f"SUBMISSION_TAIL_{q}", (q + 1) * DOORBELL_STRIDE, 32, Access.WO, 0,
+        Register(f"SUBMISSION_TAIL_{q}", DOORBELLS + 2 * q * DOORBELL_STRIDE, 32, Access.WO, 0,
                  f"doorbell: queue {q} has commands up to this entry, exclusive"),
-        Register(f"COMPLETION_HEAD_{q}", (q + 1) * DOORBELL_STRIDE + 4, 32, Access.WO, 0,
+        Register(f"COMPLETION_HEAD_{q}", DOORBELLS + (2 * q + 1) * DOORBELL_STRIDE, 32, Access.WO, 0,
                  f"doorbell: the host has taken queue {q}'s completions up to this entry, exclusive"),
     )),
 )

@@ -91,15 +91,16 @@ def _record(record: Record) -> list[str]:
 
 def _plain_registers() -> Iterator[registers.Register]:
     """All but the doorbells."""
-    return (r for r in registers.REGISTERS if r.address < registers.DOORBELL_STRIDE)
+    return (r for r in registers.REGISTERS if r.address < registers.DOORBELLS)
 
 
 def _doorbells() -> Iterator[tuple[registers.Register, int, str, str]]:
-    """(queue 0's, offset in the queue's page, name without number, meaning for queue q) of each kind of doorbell."""
+    """(queue 0's, its number among queue 0's, name without number, meaning for queue q) of each kind of doorbell."""
     for register in registers.REGISTERS:
-        if register.address >= registers.DOORBELL_STRIDE and register.name.endswith("_0"):
-            yield (register, register.address - registers.DOORBELL_STRIDE, register.name.removesuffix("_0"),
-                   register.doc.replace("queue 0", "queue q"))
+        if register.address >= registers.DOORBELLS and register.name.endswith("_0"):
+            number, rest = divmod(register.address - registers.DOORBELLS, registers.DOORBELL_STRIDE)
+            assert not rest
+            yield register, number, register.name.removesuffix("_0"), register.doc.replace("queue 0", "queue q")
 
 
 def _registers() -> list[str]:
@@ -109,8 +110,8 @@ def _registers() -> list[str]:
 
     rows = [(f"{r.address:#04x}", f"`{r.name}`", str(r.width), r.access.value, reset(r), r.doc)
             for r in _plain_registers()]
-    rows += [(f"(q + 1) * {registers.DOORBELL_STRIDE:#x}" + (f" + {offset}" if offset else ""), f"`{name}_q`",
-              str(r.width), r.access.value, reset(r), doc) for r, offset, name, doc in _doorbells()]
+    rows += [(f"{registers.DOORBELLS:#x} + {f'(2q + {number})' if number else '2q'} * {registers.DOORBELL_STRIDE:#x}",
+              f"`{name}_q`", str(r.width), r.access.value, reset(r), doc) for r, number, name, doc in _doorbells()]
     return _table(("address", "name", "bits", "access", "reset", "meaning"), iter(rows))
 
 
@@ -175,14 +176,14 @@ def reference() -> str:
         "completions and repeat it. `CONTROL.RESET` removes all queues, queue 0 too.",
         "## Registers",
         f"AXI4-Lite, 32 bits of data, {registers.ADDRESS_BITS} bits of address. 64-bit registers take two accesses, "
-        f"low half first. Each queue's two doorbells have a page of their own, which can be mapped into a process. "
-        f"Access: {_access()}.",
+        f"low half first. Each queue's two doorbells have a page of their own, which can be mapped into a process; "
+        f"they are where NVMe has them with a CAP.DSTRD of {registers.DOORBELL_STRIDE_BITS}. Access: {_access()}.",
         _registers(),
         "### CONTROL", _enumeration(registers.Control),
         "### STATUS", _summary(registers.StatusBit), _enumeration(registers.StatusBit),
         "## Command",
         f"A submission entry is one line. Opcodes from {commands.ADMIN_OPCODES:#x} on are for queue 0 alone, which "
-        "takes all of them:",
+        "takes all of them. [Queues](queues.md) says what is as in NVMe, and what not:",
         _enumeration(commands.Opcode),
         "### ATTEND", _record(commands.COMMAND),
         "Modes ([sparse attention](sparse.md)):", _enumeration(commands.Mode),
@@ -190,6 +191,7 @@ def reference() -> str:
         "table has an entry of 8 bytes for each stripe of the job, in the order of its tokens; see "
         "[placement](placement.md):",
         _record(commands.TABLE_ENTRY),
+        "Its flags:", _enumeration(commands.TableFlag),
         "In sparse modes each entry is followed by another 8 bytes, so a stripe has 16:",
         _record(commands.SKETCH_ENTRY),
         "Every place that the table names must be the command's `domain`'s: the zones of a stripe's pages, or the "
@@ -230,8 +232,8 @@ def reference() -> str:
         "### Status", _enumeration(commands.Status),
         "A command is checked before anything of it runs. The first that applies is reported: a bus error of the "
         "command's line, `INVALID_OPCODE`, `NOT_PERMITTED` where 0, `INVALID_FIELD`. Then of ATTEND: `INVALID_ROWS`, "
-        "`INVALID_LENGTH`, `INVALID_SELECTION`, `MISSING_MEAN`, `INVALID_ADDRESS`, `INVALID_SCALE`, `NOT_PERMITTED` "
-        "where 1, a bus error of its blocks, `INVALID_TABLE`, `NOT_OWNED`, `NO_SKETCH`, `NAN_QUERY`, `NAN_MEAN`; of "
+        "`INVALID_LENGTH`, `INVALID_SELECTION`, `INVALID_ADDRESS`, `INVALID_SCALE`, `NOT_PERMITTED` where 1, a "
+        "bus error of its blocks, `INVALID_TABLE`, `NOT_OWNED`, `NO_SKETCH`, `NAN_QUERY`, `NAN_MEAN`; of "
         "PROGRAM and ERASE: `INVALID_PLACE`, `NOT_PERMITTED` where 1, `NOT_OWNED`; of the others, their own statuses "
         "in the order of `where`. What the pages bring is known at the end: `CODEWORD_TIMEOUT`, "
         "`UNREADABLE_SKETCH`, `UNREADABLE_KEY`, `UNREADABLE_VALUE`, `NAN_KEY`, `NAN_VALUE`, and a bus error when the "
@@ -337,7 +339,8 @@ def header() -> str:
          _define("QUEUES", f"{registers.QUEUES}", "pairs of queues, queue 0 included"),
          _define("MAX_ENTRIES", f"{registers.MAX_ENTRIES}", "of a ring; a power of two, at least 2"),
          _define("MAX_REGIONS", f"{registers.MAX_REGIONS}", "of device DRAM"),
-         _define("DOORBELL_STRIDE", f"{registers.DOORBELL_STRIDE:#x}u", "between the doorbells of two queues"),
+         _define("DOORBELL_STRIDE", f"{registers.DOORBELL_STRIDE:#x}u",
+                 f"between two doorbells: NVMe's CAP.DSTRD is {registers.DOORBELL_STRIDE_BITS}"),
          _define("ADMIN_OPCODES", f"{commands.ADMIN_OPCODES:#x}", "from this opcode on, for queue 0 alone"),
          _define("DOMAINS", f"{commands.DOMAINS}", "0 stands for nobody"),
          _define("IDENTIFY_BYTES", f"{commands.IDENTIFY_BYTES}", "what IDENTIFY writes: JSON text, padded with zeros"),
@@ -352,9 +355,10 @@ def header() -> str:
          *(_define(f"REG_{r.name}", f"{r.address:#04x}u", f"{r.width} bits, {r.access.value}: {r.doc}")
            for r in _plain_registers())],
         ["/* Doorbells: addresses, by queue. */",
-         *(_define(f"REG_{name}(queue)", f"(((queue) + 1u) * {registers.DOORBELL_STRIDE:#x}u"
-                   + (f" + {offset}u)" if offset else ")"), f"{r.width} bits, {r.access.value}: {doc}")
-           for r, offset, name, doc in _doorbells())],
+         *(_define(f"REG_{name}(queue)",
+                   f"({registers.DOORBELLS:#x}u + (2u * (queue) + {number}u) * KVATTIC_DOORBELL_STRIDE)",
+                   f"{r.width} bits, {r.access.value}: {doc}")
+           for r, number, name, doc in _doorbells())],
         ["/* A number of 24 bits in a field of three bytes. */",
          "#define KVATTIC_PUT24(field, value) \\",
          "    ((field)[0] = (uint8_t)(value), (field)[1] = (uint8_t)((value) >> 8), \\",
@@ -370,6 +374,7 @@ def header() -> str:
         _enum(commands.CompletionFlag, "flag"),
         _enum(commands.MediaCause, "media_cause"),
         _enum(commands.Kind, "kind"),
+        _enum(commands.TableFlag, "table_flag"),
         _struct(commands.COMMAND, "a submission entry: ATTEND"),
         _packed(commands.TABLE_ENTRY, "TABLE_ENTRY", "An entry of ATTEND's table: where a stripe lies."),
         _packed(commands.SKETCH_ENTRY, "SKETCH_ENTRY", "Follows it in sparse modes: what the first pass reads."),
@@ -382,7 +387,9 @@ def header() -> str:
         _struct(commands.COMPLETION, "a completion entry"),
         ["/* Parts of kvattic_completion.state. */",
          _define("PHASE(state)", "((state) & 1u)", "1 in the first round of the completion ring, then 0, and so on"),
-         _define("STATUS(state)", "((enum kvattic_status)((state) >> 1))")],
+         _define("STATUS(state)", f"((enum kvattic_status)((state) >> 1 & {(1 << commands.STATUS_BITS) - 1:#x}u))"),
+         _define("STATUS_TYPE(state)", f"((state) >> {1 + commands.STATUS_BITS} & "
+                 f"{(1 << commands.STATUS_TYPE_BITS) - 1}u)", f"0 of OK, {commands.STATUS_TYPE} of all others")],
         _counters(),
         ["/* Bytes of one row of a query block and of a result block; elements have two bytes, outputs four. */",
          _define("LINES(bytes)", f"(((bytes) + {line - 1}) / {line} * {line})"),

@@ -35,11 +35,11 @@ from kvattic_hdl import (
     AXI_READ,
     AXI_WRITE,
     EPOCH_BITS,
-    OPCODE_BITS,
     Shapes,
     axi_lite,
     dram_signature,
     generate,
+    operation_code,
     phy_signature,
 )
 from kvattic_sim.build import Model, Simulator, _locked, compile_model, default_build_root
@@ -158,8 +158,8 @@ def ideal_parameters(config: Config, frames: int, queue: int) -> dict[str, int]:
         "MEDIA_BITS": shapes.media_error.size,
         **_ports(shapes.media_error, "MEDIA_", {"page": "PAGE", "codeword": "INDEX", "cause": "CAUSE"}),
         "IDENTITY_BITS": Shape.cast(shapes.identity).width,
-        "PROGRAM": Opcode.PROGRAM & (1 << OPCODE_BITS) - 1,
-        "ERASE": Opcode.ERASE & (1 << OPCODE_BITS) - 1,
+        "PROGRAM": operation_code(Opcode.PROGRAM),
+        "ERASE": operation_code(Opcode.ERASE),
         "PROGRAM_FAILED": int(Status.PROGRAM_FAILED),
         "ERASED": int(MediaCause.ERASED),
         "BEAT_BITS": shapes.beat.size,

@@ -12,7 +12,7 @@ from cocotb.triggers import FallingEdge
 
 from kvattic.commands import Kind, MediaCause, Opcode, Status
 from kvattic.config import TINY
-from kvattic_hdl.interfaces import OPCODE_BITS, Shapes
+from kvattic_hdl.interfaces import Shapes, operation_code
 
 CONFIG = TINY
 PAGES, FRAMES, QUEUE = 8, 8, 6
@@ -89,7 +89,7 @@ class Bench:
             for word in CONTENTS[contents * CODEWORDS : (contents + 1) * CODEWORDS].reshape(-1, CONFIG.beat_bytes)]
         dut.operation_valid.value = 1
         dut.operation_payload.value = (
-            (opcode & (1 << OPCODE_BITS) - 1) << operation["opcode"].offset | page << operation["page"].offset
+            operation_code(opcode) << operation["opcode"].offset | page << operation["page"].offset
             | 0x1234 << operation["identity"].offset)
         dut.outcome_ready.value = 1
         offered = True

@@ -451,7 +451,8 @@ def bad_commands(device: Device) -> dict[str, Any]:
         "opcode": {"opcode": 0x80},
         "mode": {"mode": 4},
         "reserved0": {"reserved0": 1 << 7},
-        **{f"dense with {name}": {name: 1} for name in ("mean", "channels", "local", "units", "unit_bits")},
+        **{f"dense with {name}": {name: 1} for name in ("channels", "local", "units", "sinks", "unit_bits")},
+        "flags": {"flags": 1},
         "no stripe pages": {"stripe_pages": 0},
         "three stripe pages": {"stripe_pages": 3},
         "large stripes": {"stripe_pages": 128},
@@ -481,7 +482,7 @@ def bad_commands(device: Device) -> dict[str, Any]:
         "scale subnormal": {"scale": 0x007F_FFFF},
         "scale infinite": {"scale": 0x7F80_0000},
         "scale negative": {"scale": 0xBF80_0000},
-        **{f"domain {domain}": {"domain": domain} for domain in (0, DOMAIN + 1, 0x100 | DOMAIN, 0xFFFF)},
+        **{f"domain {domain}": {"domain": domain} for domain in (0, DOMAIN + 1, 0x100 | DOMAIN, 0xFFFF_FFFF)},
         "nan in q": {"rows": 2, "query": at + 0x1000},
         "all wrong": {"opcode": 1, "mode": 4, "rows": 0, "end_token": 0, "query": 1, "scale": 0, "table": 1},
     }

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from kvattic.commands import (
+    ADMIN_OPCODES,
     COMMAND,
     DATA_COMMAND,
     FLASH_COMMAND,
@@ -28,7 +29,9 @@ from kvattic.commands import (
     Mode,
     Opcode,
     Status,
+    TableFlag,
     fp32_bits,
+    fp32_block_bytes,
     query_row_bytes,
 )
 from kvattic.config import TINY
@@ -48,7 +51,10 @@ ZONE = 1 << TINY.zone_page_bits
 STEP = 1 << TINY.plane_bits + TINY.die_bits
 """From a page number to the one of the next page of its block."""
 MEMORY, DRAM = 1 << 19, 1 << 24
-QUERIES, TABLES, MEANS, COUNTS, TEXTS, RESULTS = 0x2000, 0x4000, 0x6000, 0x8000, 0x10000, 0x20000
+QUERIES, TABLES, COUNTS, TEXTS, RESULTS = 0x2000, 0x4000, 0x8000, 0x10000, 0x20000
+MEAN_BYTES = fp32_block_bytes(TINY.head_dim)
+PLACE_BYTES = MEAN_BYTES + 0x80
+"""Of a table with a mean of V in front of it: a job without one begins behind that."""
 WINDOW = (0x1000, 0x5F000)
 RINGS = 0x60000
 BURST_CYCLES = 40
@@ -171,7 +177,7 @@ def attend(mode: Mode = Mode.DENSE, **fields: int) -> bytes:
 
 
 def flash(opcode: Opcode, **fields: int) -> bytes:
-    return FLASH_COMMAND.pack(**{"opcode": opcode, "domain": 0 if opcode >= 0xC0 else DOMAIN, **fields})
+    return FLASH_COMMAND.pack(**{"opcode": opcode, "domain": 0 if opcode >= ADMIN_OPCODES else DOMAIN, **fields})
 
 
 def counters(**fields: int) -> bytes:
@@ -183,7 +189,7 @@ def grant(kind: int, first: int, count: int, domain: int) -> bytes:
 
 
 def entry(key: int, value: int, dram: int = 0, channel: int = 0) -> bytes:
-    return TABLE_ENTRY.pack(key_page=key, value_page=value, dram=dram, channel=channel)
+    return TABLE_ENTRY.pack(key_page=key, value_page=value, flags=TableFlag.DRAM * dram, channel=channel)
 
 
 def query(seed: int, rows: int = 2, end: int = 1 << 20) -> bytes:
@@ -242,8 +248,8 @@ class Anything:
             end_token=max(stripes * tokens - rng.randrange(20), 1), domain=self.domain(),
             query=self.address(QUERIES + self.mostly(rng.choice((0, 1, 2)), 3) * 0x100),
             result=self.address(RESULTS + self.slot * 0x200, write=True),
-            table=self.address(TABLES + (2 * kind + (mode is not Mode.DENSE)) * 0x80),
-            mean=blended * self.address(self.mostly(MEANS, 0, MEANS + 0x100)),
+            table=self.address(
+                TABLES + (2 * kind + (mode is not Mode.DENSE)) * PLACE_BYTES + (not blended) * MEAN_BYTES),
             channels=blended * self.mostly(rng.choice((1, 3, 32)), 33), scale=fp32_bits(self.mostly(1, 0)),
             tree_token=rng.choice((0, 1 << 20)), **fields)
 
@@ -304,15 +310,15 @@ class Anything:
         """Not a command; never one by chance that changes anything."""
         rng = self.rng
         line = bytearray(rng.randbytes(LINE_BYTES) if rng.randrange(2) else attend())
-        line[0] = rng.choice((0, 1, 0x80, 0x85, 0xC6, 0xFF, Opcode.ATTEND, Opcode.PROGRAM, Opcode.ERASE, Opcode.GRANT,
-                              Opcode.CREATE_QUEUE, rng.randrange(256)))
-        line[63] |= 1    # reserved in all records
+        line[0] = rng.choice((0, 1, 0x83, 0xC1, 0xC7, 0xE3, 0xFF, Opcode.ATTEND, Opcode.PROGRAM, Opcode.ERASE,
+                              Opcode.GRANT, Opcode.CREATE_QUEUE, rng.randrange(256)))
+        line[1] |= 1    # reserved in all records
         return bytes(line)
 
     def spoiled(self, line: bytes) -> bytes:
         """One byte of it is another, but of no address, so that nothing is written where another command reads."""
         spoiled = bytearray(line)
-        spoiled[self.rng.choice([*range(1, 24), *range(56, 64)])] = self.rng.randrange(256)
+        spoiled[self.rng.choice([*range(1, 16), *range(40, 64)])] = self.rng.randrange(256)
         return bytes(spoiled)
 
     def line(self, queue: int, round_: str) -> bytes:
@@ -368,6 +374,14 @@ def some_table(rng: random.Random, kind: int, sparse: bool) -> bytes:
     return b"".join(stripe(number) for number in range(3))
 
 
+def mean_of_values(rng: random.Random) -> bytes:
+    """Of a table; rarely one with an infinity."""
+    mean = np.random.default_rng(3).standard_normal(TINY.head_dim).astype("<f4")
+    if rng.randrange(24) == 0:
+        mean[9] = np.inf
+    return mean.tobytes().ljust(MEAN_BYTES, b"\0")
+
+
 def prepare(host: Bare, rng: random.Random) -> None:
     """Data in DRAM and flash, blocks in host memory, owners."""
     device = host.device
@@ -390,10 +404,6 @@ def prepare(host: Bare, rng: random.Random) -> None:
     special = bytearray(query(7))
     special[query_row_bytes(32) + 64 + 11] = 0x7E    # in the second row
     device.write_memory(QUERIES + 0x300, bytes(special))
-    mean = np.random.default_rng(3).standard_normal(32).astype("<f4")
-    device.write_memory(MEANS, mean.tobytes())
-    mean[9] = np.inf
-    device.write_memory(MEANS + 0x100, mean.tobytes())
 
 
 def owners(host: Bare) -> None:
@@ -442,8 +452,8 @@ def random_commands(device: Device, seed: int, count: int, stalls: bool = False)
             owners(host)
         if number % 4 == 0:
             for place in range(12):
-                host.device.write_memory(TABLES + place * 0x80, some_table(rng, place // 2, bool(place % 2)).ljust(
-                    0x80, b"\0"))
+                table = mean_of_values(rng) + some_table(rng, place // 2, bool(place % 2))
+                host.device.write_memory(TABLES + place * PLACE_BYTES, table.ljust(PLACE_BYTES, b"\0"))
         waiting = {}
         for queue, entries in SIZES.items():
             size = rng.randrange(max(3 * entries // 2, 4)) if entries < 64 else rng.randrange(24)
@@ -525,12 +535,12 @@ def between_refused(device: Device) -> list[list[list[int]]]:
     def stripe(place: int, dram: int) -> bytes:
         return entry(place, place, dram, channel=1) + SKETCH_ENTRY.pack(page=8, written=1)
 
-    host.device.write_memory(TABLES, stripe(16, 0))
-    host.device.write_memory(TABLES + 0x80, stripe(0, 1) * 2)
+    host.device.write_memory(TABLES, mean_of_values(random.Random(1)) + stripe(16, 0))
+    host.device.write_memory(TABLES + PLACE_BYTES, stripe(0, 1) * 2)
     refused = attend(rows=0)
-    flash_job = {"rows": 2, "end_token": 124, "mean": MEANS, "channels": 32, "units": 1}
+    flash_job = {"rows": 2, "end_token": 124, "channels": 32, "units": 1}
     slow = attend(Mode.FETCHED, **flash_job)
-    wide = attend(Mode.CENTROID, stripes=2, end_token=250, table=TABLES + 0x80, result=RESULTS + 0x400)
+    wide = attend(Mode.CENTROID, stripes=2, end_token=250, table=TABLES + PLACE_BYTES, result=RESULTS + 0x400)
     after = attend(Mode.SPARF, **flash_job, result=RESULTS + 0x800)
     found = []
     for number in range(5):     # of the slot with which it begins

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvattic.commands import COMMAND, LINE_BYTES, Mode, Opcode, Status, query_row_bytes
+from kvattic.commands import COMMAND, LINE_BYTES, Mode, Opcode, Status, fp32_block_bytes, query_row_bytes
 from kvattic.config import TINY, Config
 from kvattic.driver import Device
 from kvattic.errors import DeviceStatusError
@@ -329,21 +329,23 @@ def bad_commands(device: Device) -> dict[str, Any]:
     foreign[3] = pack_sketches(page, 0, 1)
     beyond[3] = pack_sketches((1 << config.zone_page_bits) - 1, 0, 1)    # a run that leaves its zone
     unwritten_and_foreign[4] = pack_entries(0, page, page, 0)
-    for address, data in ((0x4000, good_table), (0x4100, unwritten), (0x4200, channel), (0x4300, centroid_table),
-                          (0x4400, foreign), (0x4500, beyond), (0x4600, unwritten_and_foreign),
-                          (0x5000, mean), (0x5200, bad_mean)):
-        transport.write_memory(at + address, data.tobytes())
+    for address, before, data in (
+            (0x4000, mean, good_table), (0x4200, mean, unwritten), (0x4400, mean, channel), (0x4600, mean, foreign),
+            (0x4800, mean, beyond), (0x4A00, mean, unwritten_and_foreign), (0x4C00, bad_mean, good_table),
+            (0x4E00, mean[:0], centroid_table)):
+        assert len(before.tobytes()) in (0, fp32_block_bytes(config.head_dim))
+        transport.write_memory(at + address, before.tobytes() + data.tobytes())
     nan = query.copy()
     nan[0, LINE_BYTES + 6 : LINE_BYTES + 8] = np.array([NAN], "<u2").view(np.uint8)
     transport.write_memory(at + 0x1000, nan.tobytes())
     good = {
         "opcode": Opcode.ATTEND, "mode": Mode.SPARF, "domain": DOMAIN, "rows": 1, "stripe_pages": config.group_pages,
         "stripes": 3, "base_token": 0, "end_token": tokens, "tree_token": tokens, "scale": sparse_job.scale_bits,
-        "query": at, "result": at + 0x2000, "table": at + 0x4000, "mean": at + 0x5000, "channels": 4, "local": 0,
-        "units": 20, "unit_bits": 0,
+        "query": at, "result": at + 0x2000, "table": at + 0x4000, "channels": 4, "local": 0, "units": 20,
+        "unit_bits": 0,
     }
     by_fetched = {"mode": Mode.FETCHED}
-    by_centroid = {"mode": Mode.CENTROID, "table": at + 0x4300, "mean": 0, "channels": 0, "units": 9}
+    by_centroid = {"mode": Mode.CENTROID, "table": at + 0x4E00, "channels": 0, "units": 9}
     units = -(-tokens // UNIT)
     mistakes: dict[str, dict[str, int]] = {
         "good fetched": by_fetched,
@@ -352,7 +354,6 @@ def bad_commands(device: Device) -> dict[str, Any]:
         "reserved": {"reserved0": 1},
         "small stripes": {"stripe_pages": config.group_pages // 2},
         "sparf with units": {"unit_bits": 1},
-        "centroid with a mean": by_centroid | {"mean": at + 0x5000},
         "centroid with channels": by_centroid | {"channels": 4},
         "r of zero": {"channels": 0},
         "r above": {"channels": config.head_dim + 1},
@@ -365,20 +366,22 @@ def bad_commands(device: Device) -> dict[str, Any]:
         "local above k": {"local": 21},
         "fetched: local above": by_fetched | {"units": 2, "local": 2 * UNIT + 1},
         "unit above": by_fetched | {"units": 3, "unit_bits": config.unit_bits_max + 1},
-        "no mean": {"mean": 0},
-        "mean unaligned": {"mean": at + 0x5008},
-        "mean above": {"mean": WINDOW[1] - 64},
-        "no sketch": {"table": at + 0x4100},
-        "sketch of nobody": {"table": at + 0x4400},
-        "sketch beyond its zone": {"table": at + 0x4500},
-        "no sketch, and foreign": {"table": at + 0x4600},
+        "table unaligned": {"table": at + 0x4008},
+        "mean above": {"table": WINDOW[1] - 64},
+        "table above": {"table": WINDOW[1] - fp32_block_bytes(config.head_dim)},
+        "no sketch": {"table": at + 0x4200},
+        "sketch of nobody": {"table": at + 0x4600},
+        "sketch beyond its zone": {"table": at + 0x4800},
+        "no sketch, and foreign": {"table": at + 0x4A00},
         "domain": {"domain": DOMAIN + 1},
-        "channel": {"table": at + 0x4200},
+        "far domain": {"domain": 1 << 31 | DOMAIN},
+        "channel": {"table": at + 0x4400},
         "nan in q": {"query": at + 0x1000},
-        "nan in the mean": {"mean": at + 0x5200},
-        "all wrong": {"mode": 4, "rows": 0, "channels": 0, "units": 0, "mean": 1},
-        "nearly all wrong": {"channels": 0, "units": 0, "mean": 1, "table": at + 0x4100},
-        "mean of dense": {"mode": Mode.DENSE},
+        "nan in the mean": {"table": at + 0x4C00},
+        "all wrong": {"mode": 4, "rows": 0, "channels": 0, "units": 0, "table": 1},
+        "nearly all wrong": {"channels": 0, "units": 0, "table": at + 0x4201},
+        "numbers of dense": {"mode": Mode.DENSE},
+        "sinks of dense": {"mode": Mode.DENSE, "channels": 0, "units": 0, "sinks": 1},
     }
     found: dict[str, Any] = {}
     for name, mistake in mistakes.items():
@@ -397,7 +400,7 @@ def test_mistakes_in_commands() -> None:
     assert not differences(found, expected)
     seen = {entry[2] for each in expected.values() for entry in each["entries"]}
     assert seen == {
-        Status.OK, Status.INVALID_FIELD, Status.INVALID_SELECTION, Status.MISSING_MEAN, Status.INVALID_ADDRESS,
+        Status.OK, Status.INVALID_FIELD, Status.INVALID_SELECTION, Status.INVALID_ADDRESS,
         Status.NO_SKETCH, Status.INVALID_TABLE, Status.NAN_QUERY, Status.NAN_MEAN, Status.NOT_OWNED,
         Status.NOT_PERMITTED}
 

@@ -61,7 +61,7 @@ def content(sequence, layer=0):
     for part in plan._parts:
         for job in plan.jobs[part.jobs.start : part.jobs.stop]:
             entries = layout.unpack_entries(job.table)
-            for channel, key_page, value_page, dram in zip(*(column.tolist() for column in entries), strict=True):
+            for channel, key_page, value_page, dram, _ in zip(*(column.tolist() for column in entries), strict=True):
                 for kind, first in ((Kind.KEY, key_page), (Kind.VALUE, value_page)):
                     images[part.kv_head][kind].extend(pages_of(device, channel, dram, first, job.stripe_pages))
     return np.array([[layout.unpack_pages(np.array(pages), config)[: sequence.length(layer)] for pages in head]

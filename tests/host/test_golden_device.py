@@ -7,6 +7,7 @@ import pytest
 
 from kvattic import golden, layout
 from kvattic.commands import (
+    ADMIN_OPCODES,
     COMMAND,
     FLASH_COMMAND,
     ROW,
@@ -61,8 +62,8 @@ def device():
 
 
 def table(device, entries, address=TABLES):
-    """Write a table of (channel, key_page, value_page, dram)."""
-    data = b"".join(TABLE_ENTRY.pack(channel=c, key_page=k, value_page=v, dram=d) for c, k, v, d in entries)
+    """Write a table of (channel, key_page, value_page, flags)."""
+    data = b"".join(TABLE_ENTRY.pack(channel=c, key_page=k, value_page=v, flags=f) for c, k, v, f in entries)
     device.write_memory(address, data)
 
 
@@ -174,7 +175,8 @@ INVALID = [
     ({"reserved0": 1}, Status.INVALID_FIELD, 0),
     ({"mode": 4}, Status.INVALID_FIELD, 0),
     ({"mode": 255}, Status.INVALID_FIELD, 0),
-    ({"mean": 64}, Status.INVALID_FIELD, 0),
+    ({"flags": 1}, Status.INVALID_FIELD, 0),
+    ({"sinks": 1}, Status.INVALID_FIELD, 0),
     ({"channels": 1}, Status.INVALID_FIELD, 0),
     ({"local": 1}, Status.INVALID_FIELD, 0),
     ({"units": 1}, Status.INVALID_FIELD, 0),
@@ -214,6 +216,8 @@ INVALID = [
     ({"domain": 2}, Status.NOT_PERMITTED, 1),
     ({"domain": 256 + DOMAIN}, Status.NOT_PERMITTED, 1),
     ({"domain": 0xFFFF}, Status.NOT_PERMITTED, 1),
+    ({"domain": 1 << 31 | DOMAIN}, Status.NOT_PERMITTED, 1),
+    ({"domain": 0xFFFF_FFFF}, Status.NOT_PERMITTED, 1),     # NVMe's "all namespaces"
 ]
 
 
@@ -252,11 +256,12 @@ def test_the_longest_job(device):
 
 
 @pytest.mark.parametrize(("entry", "where"), [
-    ({"channel": 2}, 1), ({"channel": 255}, 1), ({"dram": 2}, 1), ({"dram": 0x80}, 1), ({"channel": 0}, 16),
+    ({"channel": 2}, 1), ({"channel": 255}, 1), ({"flags": 2}, 1), ({"flags": 4}, 1), ({"flags": 0x81}, 1),
+    ({"channel": 0}, 16),
 ])
 def test_bad_tables(device, entry, where):
     """Entry 16 is the seventeenth of channel 0 where all are there; the score buffer holds sixteen."""
-    entries = [{"channel": 0, "key_page": 0, "value_page": 5, "dram": 0} for _ in range(18)]
+    entries = [{"channel": 0, "key_page": 0, "value_page": 5, "flags": 0} for _ in range(18)]
     entries[1] |= entry
     device.write_memory(TABLES, b"".join(TABLE_ENTRY.pack(**e) for e in entries))
     (found,) = run(device, {"stripes": 18, "end_token": 18 * TOKENS})
@@ -499,7 +504,8 @@ FLASH = {"opcode": Opcode.PROGRAM, "identifier": 5, "channel": 0, "page": 10, "a
 INVALID_FLASH = [
     ({"flags": 1}, Status.INVALID_FIELD),
     ({"reserved0": 1}, Status.INVALID_FIELD),
-    *(({f"reserved{i}": 1 << 63}, Status.INVALID_FIELD) for i in range(1, 7)),
+    *(({f"reserved{i}": 1 << 63}, Status.INVALID_FIELD) for i in range(1, 7) if i != 4),
+    ({"reserved4": 1 << 7}, Status.INVALID_FIELD),
     ({"opcode": Opcode.ERASE, "argument": 1}, Status.INVALID_FIELD),
     ({"opcode": Opcode.PROBE, "argument": 1, "domain": 0}, Status.INVALID_FIELD),
     ({"opcode": Opcode.PROBE, "argument": 1, "domain": 0, "channel": 2}, Status.INVALID_FIELD),
@@ -517,7 +523,7 @@ INVALID_FLASH = [
 def test_invalid_flash_commands(device, fields, status):
     before = len(list(device.written()))
     fields = {**FLASH, **fields}
-    (bad,) = device.host.run(0 if fields["opcode"] >= 0xC0 else 1, FLASH_COMMAND.pack(**fields))
+    (bad,) = device.host.run(0 if fields["opcode"] >= ADMIN_OPCODES else 1, FLASH_COMMAND.pack(**fields))
     (good,) = run(device, FLASH_COMMAND.pack(**{**FLASH, "identifier": 6}))
     assert (bad.status, bad.where, bad.identifier) == (status, 0, 5)
     assert (good.status, good.where, good.identifier) == (Status.OK, 0, 6)

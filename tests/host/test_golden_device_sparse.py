@@ -20,7 +20,9 @@ from kvattic.commands import (
     Mode,
     Opcode,
     Status,
+    TableFlag,
     fp32_bits,
+    fp32_block_bytes,
     query_row_bytes,
     result_row_bytes,
 )
@@ -32,7 +34,8 @@ from kvattic.registers import Control, StatusBit
 
 from .queue_host import DOMAIN, Host
 
-QUERIES, RESULTS, TABLES, MEANS, LIMIT, RINGS = range(0x3000, 0x9000, 0x1000)
+QUERIES, RESULTS, TABLES, LIMIT, RINGS = range(0x3000, 0x8000, 0x1000)
+MEAN_BYTES = fp32_block_bytes(32)
 MODES = pytest.mark.parametrize("mode", [Mode.SPARF, Mode.FETCHED, Mode.CENTROID])
 BLENDED = pytest.mark.parametrize("mode", [Mode.SPARF, Mode.FETCHED])
 GROUP, GROUP_PAGES = TINY.group_tokens, TINY.group_pages
@@ -65,7 +68,6 @@ class Bench:
         self.write()
         self.device.write_memory(QUERIES, b"".join(
             ROW.pack(start_token=0, end_token=1 << 20) + q.tobytes() for q in self.query))
-        self.device.write_memory(MEANS, self.mean.tobytes())
 
     def open(self, limit: int = LIMIT) -> None:
         """The device's queues."""
@@ -82,7 +84,7 @@ class Bench:
             channels = layout.pack_channel_pages(self.key[tokens], TINY)
             if stripe == 3:
                 self.device.write_dram(16 * TINY.page_bytes, np.concatenate([key, value]).tobytes())
-                self.entries.append({"key_page": 16, "channel": 1, "value_page": 24, "dram": 1})
+                self.entries.append({"key_page": 16, "channel": 1, "value_page": 24, "flags": TableFlag.DRAM})
                 self.channel_sketches.append({"written": 0})
                 self.centroid_sketches.append({"written": 0})
                 continue
@@ -94,7 +96,7 @@ class Bench:
             data = bits.view(np.uint8).reshape(CENTROID_CODEWORDS, TINY.codeword_bytes)
             images.reshape(-1, TINY.codeword_bytes)[1 + stripe : 1 + stripe + CENTROID_CODEWORDS] = data
             to |= enumerate([*value, *channels, *key, *images.reshape(2, -1)], at)
-            self.entries.append({"key_page": at + 16, "channel": stripe % 2, "value_page": at, "dram": 0})
+            self.entries.append({"key_page": at + 16, "channel": stripe % 2, "value_page": at, "flags": 0})
             self.channel_sketches.append({"page": at + 8, "codeword": 0, "written": 1})
             self.centroid_sketches.append({"page": at + 24, "codeword": 1 + stripe, "written": 1})
         for channel, images in enumerate(pages):
@@ -106,16 +108,17 @@ class Bench:
     def table(self, mode: Mode) -> None:
         sketches = self.centroid_sketches if mode is Mode.CENTROID else self.channel_sketches
         pairs = zip(self.entries, sketches, strict=True)
+        mean = self.mean.tobytes() if mode in (Mode.SPARF, Mode.FETCHED) else b""
         words = [TABLE_ENTRY.pack(**entry) + (SKETCH_ENTRY.pack(**sketch) if mode else b"") for entry, sketch in pairs]
-        self.device.write_memory(TABLES, b"".join(words))
+        self.device.write_memory(TABLES, mean + b"".join(words))
 
     def fields(self, mode: Mode, /, **changes: int) -> dict[str, int]:
         units = 40 if mode is Mode.SPARF else 5
         return {
             "opcode": Opcode.ATTEND, "mode": mode, "identifier": 9, "rows": ROWS, "stripe_pages": GROUP_PAGES,
             "stripes": STRIPES, "end_token": END, "domain": DOMAIN, "tree_token": END, "scale": SCALE, "query": QUERIES,
-            "result": RESULTS, "table": TABLES, "mean": MEANS if mode in (Mode.SPARF, Mode.FETCHED) else 0,
-            "channels": 6 if mode in (Mode.SPARF, Mode.FETCHED) else 0, "local": 0 if mode is Mode.DENSE else 7,
+            "result": RESULTS, "table": TABLES, "channels": 6 if mode in (Mode.SPARF, Mode.FETCHED) else 0,
+            "local": 0 if mode is Mode.DENSE else 7,
             "units": 0 if mode is Mode.DENSE else units,
             "unit_bits": UNIT_BITS if mode in (Mode.FETCHED, Mode.CENTROID) else 0} | changes
 
@@ -145,7 +148,7 @@ class Bench:
         names = ("channels", "units", "local", "unit_bits")
         return sparse.attend_sparse(
             self.query, self.key, self.value, mode=mode, group_tokens=GROUP, tail=np.arange(STRIPES) == 3,
-            tokens_per_codeword=TINY.tokens_per_codeword, mean=self.mean if fields["mean"] else None,
+            tokens_per_codeword=TINY.tokens_per_codeword, mean=None if mode is Mode.CENTROID else self.mean,
             sketch=self.centroids if mode is Mode.CENTROID else None, **{name: fields[name] for name in names},
             **self.limits(fields["end_token"]))
 
@@ -213,10 +216,10 @@ def test_dense_and_sparse_jobs_at_once(bench):
     commands, tables = [], b""
     for number, mode in enumerate((Mode.SPARF, Mode.DENSE, Mode.CENTROID, Mode.FETCHED)):
         bench.table(mode)
-        tables += bench.device.read_memory(TABLES, 64)
+        tables += bench.device.read_memory(TABLES, MEAN_BYTES + 64)
         result = RESULTS + number * ROWS * result_row_bytes(32)
         commands.append(COMMAND.pack(**bench.fields(
-            mode, table=TABLES + 64 * number, result=result, identifier=number)))
+            mode, table=TABLES + (MEAN_BYTES + 64) * number, result=result, identifier=number)))
     bench.device.write_memory(TABLES, tables)
     assert [(c.status, c.identifier) for c in bench.run(*commands)] == [(Status.OK, n) for n in range(4)]
     size = ROWS * result_row_bytes(32)
@@ -371,13 +374,12 @@ GOOD_UNITS = -(-END // UNIT)
     (Mode.SPARF, {"mode": 4}, Status.INVALID_FIELD, 0),
     (Mode.SPARF, {"reserved0": 1}, Status.INVALID_FIELD, 0),
     (Mode.SPARF, {"unit_bits": 1}, Status.INVALID_FIELD, 0),
-    (Mode.CENTROID, {"mean": MEANS}, Status.INVALID_FIELD, 0),
     (Mode.CENTROID, {"channels": 1}, Status.INVALID_FIELD, 0),
     (Mode.SPARF, {"stripe_pages": 4}, Status.INVALID_FIELD, 0),
     (Mode.FETCHED, {"stripe_pages": 16}, Status.INVALID_FIELD, 0),
     (Mode.CENTROID, {"stripe_pages": 1}, Status.INVALID_FIELD, 0),
     (Mode.CENTROID, {"stripe_pages": 0}, Status.INVALID_FIELD, 0),
-    (Mode.DENSE, {"mean": MEANS}, Status.INVALID_FIELD, 0),
+    (Mode.DENSE, {"sinks": 1}, Status.INVALID_FIELD, 0),
     (Mode.DENSE, {"units": 1}, Status.INVALID_FIELD, 0),
     (Mode.SPARF, {"rows": 3}, Status.INVALID_ROWS, 3),
     (Mode.SPARF, {"stripes": 3}, Status.INVALID_LENGTH, 0),
@@ -396,11 +398,11 @@ GOOD_UNITS = -(-END // UNIT)
     (Mode.CENTROID, {"local": 65535}, Status.INVALID_SELECTION, 2),
     (Mode.FETCHED, {"unit_bits": 3}, Status.INVALID_SELECTION, 3),
     (Mode.CENTROID, {"unit_bits": 255, "units": 1}, Status.INVALID_SELECTION, 3),
-    (Mode.SPARF, {"mean": 0}, Status.MISSING_MEAN, 0),
-    (Mode.FETCHED, {"mean": 0}, Status.MISSING_MEAN, 0),
-    (Mode.SPARF, {"mean": MEANS + 4}, Status.INVALID_ADDRESS, 3),
-    (Mode.SPARF, {"mean": QUERIES - 64}, Status.INVALID_ADDRESS, 3),
-    (Mode.FETCHED, {"mean": LIMIT - 64}, Status.INVALID_ADDRESS, 3),
+    (Mode.SPARF, {"table": TABLES + 4}, Status.INVALID_ADDRESS, 2),
+    (Mode.SPARF, {"table": QUERIES - 64}, Status.INVALID_ADDRESS, 2),
+    (Mode.FETCHED, {"table": LIMIT - 64}, Status.INVALID_ADDRESS, 2),
+    (Mode.FETCHED, {"table": LIMIT - MEAN_BYTES}, Status.INVALID_ADDRESS, 2),
+    (Mode.CENTROID, {"table": LIMIT}, Status.INVALID_ADDRESS, 2),
     (Mode.SPARF, {"table": LIMIT}, Status.INVALID_ADDRESS, 2),
     (Mode.SPARF, {"scale": 0}, Status.INVALID_SCALE, 0),
 ])
@@ -421,14 +423,13 @@ def test_invalid_commands(bench, mode, change, status, where):
     (Mode.FETCHED, {"unit_bits": 0}),
     (Mode.FETCHED, {"unit_bits": 2}),
     (Mode.CENTROID, {"units": 1, "local": UNIT}),
-    (Mode.SPARF, {"mean": LIMIT - 128}),
-    (Mode.SPARF, {"table": LIMIT - 64}),
+    (Mode.SPARF, {"table": LIMIT - 64 - MEAN_BYTES}),
+    (Mode.CENTROID, {"table": LIMIT - 64}),
 ])
 def test_the_last_valid_values(bench, mode, change):
     bench.table(mode)
-    bench.device.write_memory(LIMIT - 64, bench.device.read_memory(TABLES, 64))
-    if change.get("mean"):
-        bench.device.write_memory(LIMIT - 128, bench.mean.tobytes())
+    if table := change.get("table"):
+        bench.device.write_memory(table, bench.device.read_memory(TABLES, LIMIT - table))
     assert bench.attend(mode, **change).status is Status.OK
 
 
@@ -439,11 +440,11 @@ def test_a_sketch_entry_counts_in_the_tables_size(bench):
     bench.device.write_memory(LIMIT - 64, bench.device.read_memory(TABLES, 64))
     found = bench.attend(Mode.DENSE, table=LIMIT - 64)
     assert found.status is Status.OK
-    found = bench.attend(Mode.SPARF, table=LIMIT - 64)
+    found = bench.attend(Mode.CENTROID, table=LIMIT - 64)
     assert (found.status, found.where) == (Status.INVALID_ADDRESS, 2)
-    bench.table(Mode.SPARF)
+    bench.table(Mode.CENTROID)
     bench.device.write_memory(LIMIT - 64, bench.device.read_memory(TABLES, 64))
-    found = bench.attend(Mode.SPARF, table=LIMIT - 64, stripes=2, end_token=2 * GROUP)
+    found = bench.attend(Mode.CENTROID, table=LIMIT - 64, stripes=2, end_token=2 * GROUP)
     assert found.status is Status.OK
 
 
@@ -452,13 +453,14 @@ def test_the_first_status_is_reported(bench):
     bench.channel_sketches[1]["written"] = 0
     bench.channel_sketches[2]["written"] = 2
     bench.device.write_memory(QUERIES + query_row_bytes(32) + 64 + 9 * 2, b"\x01\x7c")
-    bench.device.write_memory(MEANS + 5 * 4, b"\x00\x00\x80\x7f")
+    good = int(bench.mean[5])
+    bench.mean[5] = 0x7F80_0000
     mistakes = [
         ({"reserved0": 1}, Status.INVALID_FIELD, 0), ({"rows": 0}, Status.INVALID_ROWS, 0),
         ({"stripes": 9}, Status.INVALID_LENGTH, 0), ({"channels": 0}, Status.INVALID_SELECTION, 0),
         ({"units": 0}, Status.INVALID_SELECTION, 1), ({"local": 41}, Status.INVALID_SELECTION, 2),
-        ({"mean": 0}, Status.MISSING_MEAN, 0), ({"query": 1}, Status.INVALID_ADDRESS, 0),
-        ({"mean": 65}, Status.INVALID_ADDRESS, 3), ({"scale": 0}, Status.INVALID_SCALE, 0),
+        ({"query": 1}, Status.INVALID_ADDRESS, 0), ({"table": 65}, Status.INVALID_ADDRESS, 2),
+        ({"scale": 0}, Status.INVALID_SCALE, 0),
         ({}, Status.INVALID_TABLE, 2)]
     for at, (_, status, where) in enumerate(mistakes):
         fields: dict[str, int] = {}
@@ -477,20 +479,20 @@ def test_the_first_status_is_reported(bench):
     found = bench.attend(Mode.SPARF)
     assert (found.status, found.where) == (Status.NAN_MEAN, 5)
     assert not any(bench.device.traffic.flash.values())
-    bench.device.write_memory(MEANS + 5 * 4, b"\x00\x00\x7f\x7f")
+    bench.mean[5] = good
     assert bench.attend(Mode.SPARF).status is Status.OK
 
 
 def test_bus_errors(bench):
     bench.open(1 << 20)
-    for field in ("query", "table", "mean", "result"):
+    for field in ("query", "table", "result"):
         found = bench.attend(Mode.FETCHED, **{field: 1 << 16})
         assert (found.status, found.where) == (Status.BUS_ERROR, 0)
         assert bench.device.read_register("STATUS") & StatusBit.BUS_ERROR
         bench.device.write_register("STATUS", StatusBit.BUS_ERROR)
     # Before what stands in the table.
     bench.channel_sketches[0]["reserved"] = 1
-    assert bench.attend(Mode.FETCHED, mean=1 << 16).status is Status.BUS_ERROR
+    assert bench.attend(Mode.FETCHED, table=1 << 16).status is Status.BUS_ERROR
     assert bench.attend(Mode.FETCHED).status is Status.INVALID_TABLE
 
 
@@ -518,6 +520,22 @@ def test_bad_sketch_entries(bench, mode, change, status):
     bench.centroid_sketches[3]["codeword"] = 4
     found = bench.attend(mode)
     assert (found.status, found.where) == (Status.INVALID_TABLE, 3)
+
+
+@MODES
+def test_flags_of_entries(bench, mode):
+    """A stripe that is attended whole needs no sketch; other bits are reserved."""
+    for flags in (4, 0x80, 0xFF):
+        bench.entries[2]["flags"] = flags
+        found = bench.attend(mode)
+        assert (found.status, found.where) == (Status.INVALID_TABLE, 2)
+    bench.entries[2]["flags"] = 0
+    for sketches in (bench.channel_sketches, bench.centroid_sketches):
+        sketches[0] = sketches[0] | {"written": 0}
+        sketches[2] = sketches[2] | {"written": 0}
+    bench.entries[0]["flags"] = TableFlag.WHOLE
+    found = bench.attend(mode)
+    assert (found.status, found.where) == (Status.NO_SKETCH, 2)
 
 
 def test_without_sparse_hardware():

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 
 from kvattic.commands import (
+    ADMIN_OPCODES,
     COMMAND,
     DATA_COMMAND,
     FLASH_COMMAND,
@@ -20,7 +21,9 @@ from kvattic.commands import (
     Mode,
     Opcode,
     Status,
+    TableFlag,
     fp32_bits,
+    fp32_block_bytes,
     query_row_bytes,
 )
 from kvattic.config import TINY, Config
@@ -232,7 +235,7 @@ def test_queue_0_is_what_the_registers_said_when_it_was_created(host):
     device.write_register("SUBMISSION_TAIL_0", 1)
     device.wait(1)
     data = device.read_memory(0x9000, LINE_BYTES)
-    assert int.from_bytes(data[14:16], "little") == Status.INVALID_ADDRESS << 1 | 1
+    assert int.from_bytes(data[14:16], "little") == 7 << 9 | Status.INVALID_ADDRESS << 1 | 1
     assert int.from_bytes(data[8:10], "little") == 1
 
 
@@ -574,7 +577,7 @@ def test_after_power_up_nobody_has_anything():
 
 
 def entry(key, value, dram=0, channel=0):
-    return TABLE_ENTRY.pack(key_page=key, value_page=value, dram=dram, channel=channel)
+    return TABLE_ENTRY.pack(key_page=key, value_page=value, flags=TableFlag.DRAM * dram, channel=channel)
 
 
 MINE = 3 * ZONE
@@ -641,19 +644,20 @@ def test_sketches_of_others(mode, sketch, bad):
     host = isolated()
     assert TINY.group_pages == 8
     blended = mode is not Mode.CENTROID
-    line = attend(mode, domain=2, channels=blended, mean=QUERY * blended, stripes=2, end_token=256,
+    line = attend(mode, domain=2, channels=blended, stripes=2, end_token=256,
                   unit_bits=int(mode is not Mode.SPARF))
+    mean = bytes(fp32_block_bytes(32)) * blended
     good = entry(MINE, MINE + 8) + SKETCH_ENTRY.pack(page=MINE + 16, written=1)
     other = entry(MINE, MINE + 8) + SKETCH_ENTRY.pack(**sketch, written=1)
-    table(host, good, other)
+    table(host, mean, good, other)
     (found,) = host.run(1, line)
     assert (found.status, found.where) == (Status.NOT_OWNED, 1) if bad else found.status is Status.UNREADABLE_SKETCH
-    table(host, entry(MINE, MINE + 8) + SKETCH_ENTRY.pack(), other)
+    table(host, mean, entry(MINE, MINE + 8) + SKETCH_ENTRY.pack(), other)
     assert ended(host.run(1, line)) == [(Status.NOT_OWNED, 1) if bad else (Status.NO_SKETCH, 0)]
     # Of a stripe in DRAM, or one that was not written, nothing is read.
-    table(host, good, entry(16, 24, 1) + SKETCH_ENTRY.pack(page=0, written=1))
+    table(host, mean, good, entry(16, 24, 1) + SKETCH_ENTRY.pack(page=0, written=1))
     assert host.run(1, line)[0].status is Status.UNREADABLE_SKETCH
-    table(host, good, entry(MINE, MINE + 8) + SKETCH_ENTRY.pack(page=0))
+    table(host, mean, good, entry(MINE, MINE + 8) + SKETCH_ENTRY.pack(page=0))
     assert ended(host.run(1, line)) == [(Status.NO_SKETCH, 1)]
 
 
@@ -729,11 +733,11 @@ def test_no_command_touches_what_is_not_its_domains():
                 if mode:
                     words.append(SKETCH_ENTRY.pack(
                         page=page(), codeword=rng.randrange(4) * (mode is Mode.CENTROID), written=1 - dram))
-            table(host, *words)
             blended = mode in (Mode.SPARF, Mode.FETCHED)
+            table(host, bytes(fp32_block_bytes(32)) * blended, *words)
             device.write_memory(QUERY, ROW.pack(end_token=1 << 16).ljust(256, b"\0"))
             line = attend(mode, stripe_pages=count, stripes=stripes, end_token=stripes * count * 16, domain=domain,
-                          channels=32 * blended, mean=QUERY * blended, units=16 * (mode is not Mode.DENSE))
+                          channels=32 * blended, units=16 * (mode is not Mode.DENSE))
         device.touched.clear()
         (found,) = host.run(1, line)
         if found.status is Status.NOT_OWNED:
@@ -855,12 +859,12 @@ def anything(rng):
         line = attend(
             mode, rows=rng.choice((1, 1, 2, 3)), stripes=stripes, end_token=stripes * tokens - rng.randrange(3),
             domain=domain, result=rng.choice((RESULT, RESULT, address)), table=rng.choice((TABLE, TABLE, address)),
-            channels=blended * 3, mean=blended * rng.choice((0, QUERY, TABLE)))
+            channels=blended * 3, sinks=rng.choice((0, 3)) * (mode is not Mode.DENSE))
     elif kind <= 7:
         opcode = rng.choice((Opcode.PROGRAM, Opcode.PROGRAM, Opcode.ERASE, Opcode.PROBE, Opcode.MAP))
         argument = rng.randrange(64) if opcode in (Opcode.PROGRAM, Opcode.MAP) else 0
         line = flash(opcode, channel=rng.randrange(3), page=page, argument=argument,
-                     domain=0 if opcode >= 0xC0 else domain)
+                     domain=0 if opcode >= ADMIN_OPCODES else domain)
     elif kind == 8:
         opcode = rng.choice((Opcode.IDENTIFY, Opcode.COUNTERS))
         line = DATA_COMMAND.pack(opcode=opcode, result=address)
@@ -877,8 +881,9 @@ def anything(rng):
     if rng.randrange(10) == 0:
         line = bytearray(line)
         line[rng.randrange(LINE_BYTES)] = rng.randrange(256)
-        if line[0] == Opcode.DELETE_QUEUE and 1 <= line[4] <= 4:    # the queues under test stay
-            line[4] = 5
+        number = QUEUE_COMMAND["queue"].offset
+        if line[0] == Opcode.DELETE_QUEUE and 1 <= line[number] <= 4:    # the queues under test stay
+            line[number] = 5
     return bytes(line)
 
 
@@ -927,7 +932,7 @@ def test_10000_random_commands(shuffle):
             if room:
                 host.ring(queue)
         if rng.randrange(4) == 0:
-            table(host, *some_table(rng))
+            table(host, *some_table(rng) * 3)    # the first two thirds are a mean of V
         if rng.randrange(8) == 0:
             device.write_memory(QUERY, rng.choice((bytes(256), bytes(256), rng.randbytes(256))))
         if any(waiting.values()):

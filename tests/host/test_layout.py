@@ -123,10 +123,11 @@ def test_page_numbers(config):
 
 
 @given(st.lists(st.tuples(st.integers(0, 255), st.integers(0, 2**24 - 1), st.integers(0, 2**24 - 1),
-                          st.integers(0, 255)), min_size=1, max_size=9))
+                          st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=9))
 def test_table_entries_are_as_the_record_says(entries):
     packed = layout.pack_entries(*np.array(entries).T)
-    expected = b"".join(TABLE_ENTRY.pack(channel=c, key_page=k, value_page=v, dram=d) for c, k, v, d in entries)
+    expected = b"".join(TABLE_ENTRY.pack(channel=c, key_page=k, value_page=v, flags=dram | whole << 1)
+                        for c, k, v, dram, whole in entries)
     assert packed.astype("<u8").tobytes() == expected
     assert list(zip(*(column.tolist() for column in layout.unpack_entries(packed)), strict=True)) == entries
 
@@ -135,7 +136,9 @@ def test_table_entries_are_as_the_record_says(entries):
     ((256, 0, 0, 0), "channel of a table entry must be 0 to 255, not 256 to 256"),
     ((0, -1, 0, 0), "key_page of a table entry must be 0 to 16777215, not -1 to -1"),
     ((0, 0, 1 << 24, 0), "value_page"),
-    ((0, 0, 0, 256), "dram"),
+    ((0, 0, 0, 2), "dram of a table entry must be 0 or 1, not 2 to 2"),
+    ((0, 0, 0, -1), "dram"),
+    ((0, 0, 0, 0, 256), "whole of a table entry must be 0 or 1"),
 ])
 def test_table_entries_that_do_not_fit(entry, message):
     with pytest.raises(RequestError, match=message):

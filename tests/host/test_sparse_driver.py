@@ -432,16 +432,24 @@ def test_what_the_device_says_of_raw_jobs():
             ({"units": 76}, "INVALID_SELECTION: the number of units is none or more than the tokens make"),
             ({"local": 17}, "INVALID_SELECTION: the number of local tokens is more than the units hold"),
             ({"unit_bits": 3}, "INVALID_SELECTION: the number of codewords of a unit is more"),
-            ({"mean": None}, "MISSING_MEAN: sparf and fetched need the mean of V"),
             ({"mean": mean}, "NAN_MEAN: .* in the mean of V, channel 7"),
             ({"sketch": good.sketch & 0xFFFFFFFF}, "NO_SKETCH: the stripe of entry 0 was written without"),
             ({"mode": Mode.SPARF, "unit_bits": 1}, "INVALID_FIELD: .* the device has no such mode"),
-            ({"mode": Mode.DENSE, "sketch": None}, "INVALID_FIELD"),
+            ({"mode": Mode.DENSE, "sketch": None, "mean": None}, "INVALID_FIELD"),
+            ({"mode": Mode.DENSE, "sketch": None, "mean": None, "channels": 0, "units": 0, "local": 0, "unit_bits": 0,
+              "sinks": 1}, "INVALID_FIELD"),
         ):
             with pytest.raises(DeviceStatusError, match=message):
                 device.run([replace(good, **change)])
         with pytest.raises(RequestError, match="sketch must have an entry for each of the 3 stripes, not 2"):
             device.run([replace(good, sketch=good.sketch[:2])])
+        for change, message in (
+            ({"mean": None}, "mode FETCHED must have a mean of V of 32 channels .*, not 0"),
+            ({"mean": mean[:31]}, "mode FETCHED must have a mean of V of 32 channels .*, not 31"),
+            ({"mode": Mode.DENSE}, "mode DENSE must have a mean of V of 0 channels .*, not 32"),
+        ):
+            with pytest.raises(RequestError, match=message):
+                device.run([replace(good, **change)])
         with pytest.raises(RequestError, match="a number of job 0 does not fit its field"):
             device.run([replace(good, units=1 << 16)])
         assert device.run([good])[0].completion.status is Status.OK

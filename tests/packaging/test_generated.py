@@ -57,7 +57,8 @@ RECORDS = (commands.COMMAND, commands.TABLE_ENTRY, commands.SKETCH_ENTRY, comman
            commands.QUEUE_COMMAND, commands.GRANT_COMMAND, commands.ROW, commands.TRAILER, commands.COMPLETION)
 ENUMERATIONS = {"CONTROL": registers.Control, "STATUS_BIT": registers.StatusBit, "OPCODE": commands.Opcode,
                 "MODE": commands.Mode, "STATUS": commands.Status, "GRANT": commands.Grant,
-                "FLAG": commands.CompletionFlag, "MEDIA_CAUSE": commands.MediaCause, "KIND": commands.Kind}
+                "FLAG": commands.CompletionFlag, "MEDIA_CAUSE": commands.MediaCause, "KIND": commands.Kind,
+                "TABLE_FLAG": commands.TableFlag}
 DOORBELLS = ("SUBMISSION_TAIL", "COMPLETION_HEAD")
 
 
@@ -67,13 +68,14 @@ def test_the_reference_has_every_register_and_field():
         if not register.name.startswith(DOORBELLS):
             assert f"| {register.address:#04x} | `{register.name}` |" in text
     # One row for the doorbells of all queues.
-    assert "| (q + 1) * 0x1000 | `SUBMISSION_TAIL_q` | 32 | wo | 0 | doorbell: queue q has commands" in text
-    assert "| (q + 1) * 0x1000 + 4 | `COMPLETION_HEAD_q` | 32 | wo | 0 | doorbell: the host has taken queue q's" in text
+    assert "| 0x1000 + 2q * 0x800 | `SUBMISSION_TAIL_q` | 32 | wo | 0 | doorbell: queue q has commands" in text
+    assert "| 0x1000 + (2q + 1) * 0x800 | `COMPLETION_HEAD_q` | 32 | wo | 0 | doorbell: the host has taken" in text
     assert "SUBMISSION_TAIL_0" not in text
     for record in RECORDS:
         for field in record.fields:
             if not field.name.startswith("reserved"):
-                assert f"| `{field.name}` | {field.doc} |".replace(" | phase", " \\| phase") in text
+                doc = field.doc.replace("|", "\\|")
+                assert f"| `{field.name}` | {doc} |" in text
     for enumeration in ENUMERATIONS.values():
         for member in enumeration:
             assert f"| `{member.name}` |" in text
@@ -125,7 +127,8 @@ def test_the_header_says_to_c_what_the_tables_say_to_python(tmp_path):
     for prefix, enumeration in ENUMERATIONS.items():
         pairs |= {f"KVATTIC_{prefix}_{m.name}": int(m) for m in enumeration}
     pairs |= {"sizeof(struct kvattic_counters)": commands.lines(8 * len(registers.COUNTERS)) * commands.LINE_BYTES,
-              "KVATTIC_STATUS(27u << 1 | 1u)": 27, "KVATTIC_PHASE(27u << 1 | 1u)": 1, "KVATTIC_PHASE(27u << 1)": 0}
+              "KVATTIC_STATUS(7u << 9 | 27u << 1 | 1u)": 27, "KVATTIC_PHASE(27u << 1 | 1u)": 1,
+              "KVATTIC_PHASE(27u << 1)": 0, "KVATTIC_STATUS_TYPE(7u << 9 | 27u << 1 | 1u)": 7}
     pairs |= {f"offsetof(struct kvattic_counters, {r.name.lower()})": 8 * i for i, r in enumerate(registers.COUNTERS)}
     prints = "\n".join(f'    printf("%lld\\n", (long long){name});' for name in pairs)
     source = f'#include <stdio.h>\n#include "kvattic.h"\nint main(void) {{\n{prints}\n    return 0;\n}}\n'
@@ -138,16 +141,16 @@ def test_the_header_says_to_c_what_the_tables_say_to_python(tmp_path):
 
 def test_c_packs_the_commands_that_python_packs(tmp_path):
     values = {"opcode": 0x81, "identifier": 0x1234, "rows": 3, "base_token": 0x010203, "end_token": 0xFFFFFE,
-              "domain": 255, "scale": 0x3F800000, "mean": 1 << 40}
+              "domain": 255, "scale": 0x3F800000, "table": 1 << 40}
     sets = [f"    KVATTIC_PUT24(c.{n}, {v}u);" if commands.COMMAND[n].size == 3 else f"    c.{n} = {v}u;"
-            for n, v in values.items() if n != "mean"]
+            for n, v in values.items() if n != "table"]
     source = f"""#include <stdio.h>
 #include "kvattic.h"
 int main(void) {{
     struct kvattic_command c = {{0}};
     unsigned char *byte = (unsigned char *)&c;
 {chr(10).join(sets)}
-    c.mean = UINT64_C({values["mean"]});
+    c.table = UINT64_C({values["table"]});
     for (unsigned i = 0; i < sizeof c; i++) printf("%02x", byte[i]);
     printf("\\n%u\\n", (unsigned)KVATTIC_GET24(c.end_token));
     return 0;

@@ -137,7 +137,7 @@ class Bench:
         assert (ended.status, ended.where, ended.lines) == tuple(expected)
         assert (ended.queue, ended.identifier) == (c["queue"], c["identifier"])
         if ended.lines:
-            assert ended.result == c["completion"]
+            assert ended.result == c["submission"]
         assert effects == ([effect] if effect else [])
         ctx.set(dut.outcomes.ready, 1)
         await ctx.tick()
@@ -177,7 +177,7 @@ RINGS = {"entries": 16, "submission": 0x1000, "completion": 0x2000}
 @pytest.mark.parametrize("config", [TINY, PAPER, GQA])
 def test_identify_writes_the_configuration(config):
     async def scenario(bench):
-        assert await bench.command(Opcode.IDENTIFY, completion=TOP) == OK
+        assert await bench.command(Opcode.IDENTIFY, submission=TOP) == OK
         text = b"".join(word.to_bytes(8, "little") for word in await bench.block())
         assert len(text) == IDENTIFY_BYTES
         assert Config.from_json(text.rstrip(b"\0").decode()) == config
@@ -189,7 +189,7 @@ def test_counters_are_live_and_padded():
     async def scenario(bench):
         ctx, dut = bench.ctx, bench.dut
         values = [bench.rng.getrandbits(64) for _ in COUNTERS]
-        assert await bench.command(Opcode.COUNTERS, completion=0x40) == OK
+        assert await bench.command(Opcode.COUNTERS, submission=0x40) == OK
         ctx.set(dut.counters, values)
         padded = values + [0] * (COUNTER_LINES * LINE_BYTES // 8 - len(values))
         assert await bench.block(len(padded)) == padded
@@ -224,8 +224,8 @@ def test_a_block_stays_until_the_next_outcome_is_taken():
 @pytest.mark.parametrize("opcode", [Opcode.IDENTIFY, Opcode.COUNTERS])
 def test_a_block_outside_of_the_window(opcode):
     async def scenario(bench):
-        assert await bench.command(opcode, completion=0x41, bad_address=1) == (Status.INVALID_ADDRESS, 1)
-        assert await bench.command(opcode, completion=0x40) == OK
+        assert await bench.command(opcode, submission=0x41, bad_address=1) == (Status.INVALID_ADDRESS, 1)
+        assert await bench.command(opcode, submission=0x40) == OK
 
     run(scenario)
 
@@ -400,11 +400,11 @@ def test_random_commands(config, seed):
             bench.under_way(rng.getrandbits(QUEUES) & rng.getrandbits(QUEUES))
             opcode = rng.choice([Opcode.CREATE_QUEUE] * 3 + [Opcode.DELETE_QUEUE] * 2 + [Opcode.GRANT] * 4
                                 + [Opcode.IDENTIFY, Opcode.COUNTERS])
-            values = {"completion": rng.getrandbits(58) << 6, "bad_address": rng.getrandbits(1)}
+            values = {"submission": rng.getrandbits(58) << 6, "bad_address": rng.getrandbits(1)}
             if opcode in (Opcode.CREATE_QUEUE, Opcode.DELETE_QUEUE):
                 values |= {"number": rng.randrange(QUEUES + 1)}
             if opcode == Opcode.CREATE_QUEUE:
-                values |= {"entries": rng.choice(sizes), "submission": rng.getrandbits(58) << 6}
+                values |= {"entries": rng.choice(sizes), "completion": rng.getrandbits(58) << 6}
                 if rng.random() < 0.3:
                     values |= {rng.choice(["submission", "completion"]): rng.getrandbits(64)}
             if opcode == Opcode.GRANT:

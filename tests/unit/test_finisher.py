@@ -12,7 +12,7 @@ import pytest
 from amaranth.back import rtlil
 from amaranth.sim import Simulator
 
-from kvattic.commands import COMPLETION, TRAILER, CompletionFlag, Mode, Status, result_row_bytes
+from kvattic.commands import COMPLETION, TRAILER, CompletionFlag, Mode, Status, result_row_bytes, unpack_state
 from kvattic.config import TINY, Config
 from kvattic.formats import SCORE_MASKED
 from kvattic.nand import TINY_PART
@@ -574,7 +574,7 @@ class World:
         for address, (job, *place) in completions.items():
             values = COMPLETION.unpack(written[address])
             assert [values["queue"], values["state"] & 1, values["head"]] == place
-            values["status"] = values["state"] >> 1
+            values["status"] = unpack_state(values["state"])
             if isinstance(job, dict):
                 flags = 0
                 assert {name: values[name] for name in ("identifier", "status", "where")} == {

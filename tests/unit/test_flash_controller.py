@@ -10,9 +10,8 @@ from amaranth.sim import Simulator
 from kvattic import config as presets
 from kvattic.commands import Kind, MediaCause, Opcode, Status
 from kvattic_hdl.flash.controller import Controller
+from kvattic_hdl.interfaces import operation_code
 from kvattic_sim.nand_twin import NandChannel, NandFaults, attach
-
-OPERATION_OPCODE_MASK = 7
 
 
 @dataclass(frozen=True)
@@ -231,7 +230,7 @@ class Bench:
             put(r.valid, requested is not None)
             if operated is None and self.operations:
                 operated = self.operations.popleft()
-                ctx.set(o.payload, {"opcode": operated.opcode & OPERATION_OPCODE_MASK, "page": operated.page,
+                ctx.set(o.payload, {"opcode": operation_code(operated.opcode), "page": operated.page,
                                     "block": operated.block, "identity": operations})
                 operations += 1
             put(o.valid, operated is not None)

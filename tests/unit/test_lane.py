@@ -499,7 +499,8 @@ def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bo
         for number, entry in enumerate(job.table):
             await load(ctx, stripe=1, slot=slot, start=(job.base_token + number * job.stripe_tokens) % (1 << 24),
                        last=number == len(job.table) - 1, data=int.from_bytes(TABLE_ENTRY.pack(
-                           **{name: entry[name] for name in ("channel", "key_page", "value_page", "dram")}), "little"))
+                           flags=entry["dram"],
+                           **{name: entry[name] for name in ("channel", "key_page", "value_page")}), "little"))
             if job.mode != Mode.DENSE:
                 await load(ctx, sketch=1, slot=slot, data=int.from_bytes(SKETCH_ENTRY.pack(
                     page=entry["sketch_page"], codeword=entry["sketch_codeword"], written=1 - entry["dram"]), "little"))

@@ -8,10 +8,9 @@ from amaranth.sim import Simulator
 from kvattic.commands import Opcode, Status
 from kvattic.config import TINY
 from kvattic.registers import QUEUES
-from kvattic_hdl.interfaces import OPCODE_BITS
+from kvattic_hdl.interfaces import operation_code
 from kvattic_hdl.operations import Operations
 
-LOW = (1 << OPCODE_BITS) - 1
 COUNT = 40
 
 
@@ -41,7 +40,7 @@ def test_commands_out_and_outcomes_back(stall):
         for c in commands:
             ctx.set(dut.commands.payload, {
                 "channel": c["channel"], "dram_page": c["dram_page"],
-                "operation": {"opcode": c["opcode"] & LOW, "page": c["page"], "block": c["block"],
+                "operation": {"opcode": operation_code(c["opcode"]), "page": c["page"], "block": c["block"],
                               "identity": c["queue"] | c["identifier"] << 16}})
             ctx.set(dut.commands.valid, 1)
             await ctx.tick().until(dut.commands.ready)
@@ -93,7 +92,7 @@ def test_commands_out_and_outcomes_back(stall):
     simulate(dut, ask, take, background=[channel(c) for c in range(TINY.channels)])
     for c in range(TINY.channels):
         mine = [k for k in commands if k["channel"] == c]
-        assert operations[c] == [(k["opcode"] & LOW, k["page"], k["block"]) for k in mine]
+        assert operations[c] == [(operation_code(k["opcode"]), k["page"], k["block"]) for k in mine]
         assert fetches[c] == [(k["dram_page"], k["page"]) for k in mine if k["opcode"] == Opcode.PROGRAM]
     assert sorted(e.identifier for e in ended) == list(range(COUNT))
     for e in ended:
@@ -109,7 +108,7 @@ def test_a_page_that_was_not_read_is_not_programmed_well():
     dut, seen = Operations(TINY), []
 
     async def give(ctx, channel):
-        ctx.set(dut.commands.payload, {"channel": channel, "operation": {"opcode": Opcode.ERASE & LOW}})
+        ctx.set(dut.commands.payload, {"channel": channel, "operation": {"opcode": operation_code(Opcode.ERASE)}})
         ctx.set(dut.commands.valid, 1)
         await ctx.tick().until(dut.commands.ready)
         ctx.set(dut.commands.valid, 0)

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvattic.config import TINY
-from kvattic.registers import ADDRESS_BITS, DOORBELL_STRIDE, QUEUES, REGISTER_MAP, REGISTERS, Access
+from kvattic.registers import ADDRESS_BITS, DOORBELL_PAGE, DOORBELL_STRIDE, QUEUES, REGISTER_MAP, REGISTERS, Access
 from kvattic_hdl.register_bank import CONSTANTS, RegisterBank
 
 OKAY, SLVERR = 0, 2
-PAGES = range(0, 1 << ADDRESS_BITS, DOORBELL_STRIDE)
+PAGES = range(0, 1 << ADDRESS_BITS, DOORBELL_PAGE)
 MAPPED = {r.address + 4 * half: (r, half) for r in REGISTERS for half in range(r.width // 32)}
 
 
@@ -28,8 +28,9 @@ def simulate(bench, *, dut=None):
 
 def words():
     """Addresses of all words that mean something, and of others that differ from them in few bits."""
-    near = [*range(0, 0x400, 4), 0x400, 0x600, DOORBELL_STRIDE - 4]
-    return sorted({page + offset for page in PAGES for offset in (near if page == 0 else (*near[:4], *near[-3:]))})
+    near = [*range(0, 0x400, 4), 0x400, 0x600, DOORBELL_STRIDE - 4, DOORBELL_STRIDE, DOORBELL_STRIDE + 4,
+            DOORBELL_STRIDE + 0x400, DOORBELL_PAGE - 4]
+    return sorted({page + offset for page in PAGES for offset in (near if page == 0 else (*near[:4], *near[-7:]))})
 
 
 async def send(ctx, valid, ready, gap):

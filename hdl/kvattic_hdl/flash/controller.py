@@ -16,7 +16,7 @@ from kvattic_hdl.flash.die_clocks import DieClocks
 from kvattic_hdl.flash.phy import phy_signature
 from kvattic_hdl.flash.runs import RunQueues, RunShapes
 from kvattic_hdl.flash.sequencers import Addresses, Commander, Mover, Transfer
-from kvattic_hdl.interfaces import EPOCH_BITS, OPCODE_BITS, PAGE_BITS
+from kvattic_hdl.interfaces import EPOCH_BITS, OPCODE_BITS, PAGE_BITS, operation_code
 
 RETRY_FEATURE = 0x89
 """Address of the feature that chooses a read-retry level."""
@@ -396,8 +396,6 @@ class Controller(wiring.Component):
             operation_here.eq(operation_ready & (operation_die == here[:die_bits])),
             retry_here.eq(retry_queue.r_rdy & ~retrying & (parts(retry.page)[1] == here[:die_bits])),
         ]
-        def opcode(value: Opcode) -> int:
-            return int(value) & (1 << OPCODE_BITS) - 1
 
         # Whether the next operation, or with one of another die between them the next but one, is of the same kind, die
         # and page, in another plane: two dies that take turns hide each other's time between planes.
@@ -407,7 +405,7 @@ class Controller(wiring.Component):
             plane, of_die, row = parts(other.page)
             return (
                 (other.opcode == work.opcode) & (of_die == die[:die_bits]) & ~work.loaded.bit_select(plane, 1)
-                & ((row[:page_bits] == work.row[:page_bits]) | (other.opcode == opcode(Opcode.ERASE))))
+                & ((row[:page_bits] == work.row[:page_bits]) | (other.opcode == operation_code(Opcode.ERASE))))
 
         m.d.comb += joins.eq(operation_there & (
             joined(operation)
@@ -463,7 +461,7 @@ class Controller(wiring.Component):
                             m.d.sync += data_place.eq(data_place + 1)
                 with m.Else():
                     m.d.sync += command_die.eq(command_die + 1)
-                    with m.If(operation_ready & (operation.opcode == opcode(Opcode.MAP))):
+                    with m.If(operation_ready & (operation.opcode == operation_code(Opcode.MAP))):
                         m.next = "MAP"
                     with m.Elif(overdue & commander.jobs.ready):
                         m.next = "TIMEOUT"
@@ -789,16 +787,16 @@ class Controller(wiring.Component):
                 ]
                 m.next = "LOOKUP"
                 with m.Switch(operation.opcode):
-                    with m.Case(opcode(Opcode.PROGRAM)):
+                    with m.Case(operation_code(Opcode.PROGRAM)):
                         m.d.sync += push.eq(Push.PROGRAM)
-                    with m.Case(opcode(Opcode.ERASE)):
+                    with m.Case(operation_code(Opcode.ERASE)):
                         m.d.sync += push.eq(Push.ERASE)
                     with m.Default():
                         m.d.sync += [push.eq(Push.PROBE), work.row[:page_bits].eq(0)]
                 with m.If(work.dead):
                     answer(Status.DIE_TIMEOUT, operation)
                     m.next = "VISIT"
-                    with m.If(operation.opcode == opcode(Opcode.PROGRAM)):
+                    with m.If(operation.opcode == operation_code(Opcode.PROGRAM)):
                         m.d.sync += draining.eq(program_words)
             with m.State("WRITE"):
                 m.d.comb += [mover.jobs.valid.eq(1), burst.transfer.eq(Transfer.WRITE)]
@@ -825,10 +823,10 @@ class Controller(wiring.Component):
                 status = Signal(8)
                 with m.If(work.phase == Phase.FAILED):
                     m.d.comb += status.eq(Status.DIE_TIMEOUT)
-                with m.Elif(work.opcode == opcode(Opcode.PROBE)):
+                with m.Elif(work.opcode == operation_code(Opcode.PROBE)):
                     m.d.comb += status.eq(Mux(mover.byte == NOT_BAD, Status.OK, Status.BAD_BLOCK))
                 with m.Elif(mover.byte[STATUS_FAIL]):
-                    m.d.comb += status.eq(Mux(work.opcode == opcode(Opcode.ERASE), Status.ERASE_FAILED,
+                    m.d.comb += status.eq(Mux(work.opcode == operation_code(Opcode.ERASE), Status.ERASE_FAILED,
                                               Status.PROGRAM_FAILED))
                 answer(status, record.data)
                 with m.If(work.phase == Phase.RESULT):
