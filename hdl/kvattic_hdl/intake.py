@@ -58,7 +58,7 @@ class Intake(wiring.Component):
         Cat(number in the list, slot) of the codeword's stripe.
     stripe_token : In(24)
         That stripe's first token, one cycle later.
-    stripe_dram : In(1), with it
+    stripe_whole : In(1), with it
         That stripe is a tail.
     channel : Out
         Number of the codeword in its stripe, which is the channel of a CHANNEL.
@@ -120,7 +120,7 @@ class Intake(wiring.Component):
             "stripe_bits": In(shapes.stripe_bits),
             "stripe_address": Out(shapes.list_bits + shapes.slot.width),
             "stripe_token": In(TOKEN_BITS),
-            "stripe_dram": In(1),
+            "stripe_whole": In(1),
             "channel": Out(number),
             "chosen": In(1),
             "mark_read": Out(1),
@@ -250,8 +250,8 @@ class Intake(wiring.Component):
         m.d.comb += seen.addr.eq(ring_2)
         welcome_2 = (tag_2.kind == Kind.KEY) | open_2
         if sparse:
-            channel_2 = self.chosen & ~self.stripe_dram & ~ride_2.centroids
-            sketch_2 = Mux(ride_2.centroids, ~self.stripe_dram & ~ride_2.beyond, self.stripe_dram)
+            channel_2 = self.chosen & ~self.stripe_whole & ~ride_2.centroids
+            sketch_2 = Mux(ride_2.centroids, ~self.stripe_whole & ~ride_2.beyond, self.stripe_whole)
             welcome_2 = Mux(tag_2.kind[1], Mux(tag_2.kind[0], sketch_2, channel_2), welcome_2)
         m.d.sync += [
             valid_3.eq(valid_2), first_3.eq(first_2), error_3.eq(error_2), data_3.eq(data_2), tag_3.eq(tag_2),

@@ -169,6 +169,7 @@ class Lane(wiring.Component):
 
         # The slot's list: number of stripes here, and whether the latest one is the job's last.
         entry = table_entry(self.load.data[: TABLE_ENTRY.size * 8])
+        whole = entry["dram"] | entry["whole"]
         stripes = Signal(shapes.walk["stripes"].shape)
         tail, append = Signal(), Signal()
         m.d.comb += append.eq(self.load_valid & self.load.stripe & (entry["channel"] == self.channel))
@@ -315,21 +316,21 @@ class Lane(wiring.Component):
             with m.If(first_turn):
                 m.d.comb += self.requests.payload.eq(first_walker.requests.payload)
 
-            # Its lists: where a stripe's sketch lies (or K, of a tail), and the chosen channels.
+            # Its lists: where a stripe's sketch lies (or K, of one that is attended whole), and the chosen channels.
             sketch = fields(SKETCH_ENTRY, self.load.data[: SKETCH_ENTRY.size * 8])
-            appended, tail_page, tail_token, is_tail, is_whole = (
+            appended, key_page, first_token, in_dram, is_whole = (
                 Signal(), Signal(first_walker.stripe.page.shape()), Signal(TOKEN_BITS), Signal(), Signal())
             with m.If(self.load_valid & self.load.stripe):
                 m.d.sync += [
-                    appended.eq(append), tail_page.eq(entry["key_page"]), tail_token.eq(self.load.start),
-                    is_tail.eq(entry["dram"]), is_whole.eq(entry["whole"])]
+                    appended.eq(append), key_page.eq(entry["key_page"]), first_token.eq(self.load.start),
+                    in_dram.eq(entry["dram"]), is_whole.eq(whole)]
             written = Signal(first_walker.first_stripe)
             m.d.comb += [
-                written.page.eq(Mux(is_tail, tail_page, sketch["page"])),
-                written.codeword.eq(Mux(is_tail, 0, sketch["codeword"])),
-                written.dram.eq(is_tail),
+                written.page.eq(Mux(is_whole, key_page, sketch["page"])),
+                written.codeword.eq(Mux(is_whole, 0, sketch["codeword"])),
+                written.dram.eq(in_dram),
                 written.whole.eq(is_whole),
-                written.token.eq(tail_token),
+                written.token.eq(first_token),
             ]
             first_stripes = listed(
                 "first_stripes", first_walker.first_stripe, written, (stripes - 1)[: shapes.list_bits],
@@ -411,8 +412,8 @@ class Lane(wiring.Component):
             config, 1 << (Exponential.LATENCY + 12 + rows - 1).bit_length())
         connect(m, flipped(self.codewords), intake.codewords)
         job_port = kept("intake_jobs", "epoch", "stripe_bits", *(("mode", "unit_bits") if sparse else ()))
-        token_shape = data.StructLayout({"token": TOKEN_BITS} | ({"dram": 1, "whole": 1} if sparse else {}))
-        stripe_tokens = listed("stripe_tokens", token_shape, Cat(self.load.start, entry["dram"], entry["whole"]))
+        token_shape = data.StructLayout({"token": TOKEN_BITS} | ({"whole": 1} if sparse else {}))
+        stripe_tokens = listed("stripe_tokens", token_shape, Cat(self.load.start, whole))
         stripe_token = stripe_tokens.read_port(domain="sync")
         m.d.comb += [
             job_port.addr.eq(intake.slot),
@@ -476,7 +477,7 @@ class Lane(wiring.Component):
                 intake.sparse.eq(job_port.data.mode != Mode.DENSE),
                 intake.centroid.eq(job_port.data.mode == Mode.CENTROID),
                 intake.unit_bits.eq(job_port.data.unit_bits),
-                intake.stripe_dram.eq(stripe_token.data.dram),
+                intake.stripe_whole.eq(stripe_token.data.whole),
             ]
             with m.If(first_walker.begin):
                 m.d.sync += [first_group.eq(first_pass.next), first_base.eq(ring.head)]
@@ -665,8 +666,8 @@ class Lane(wiring.Component):
         scale_port = kept("k_offsets", "k_offset")
         m.d.comb += scale_port.addr.eq(pipe[1].where.slot)
         bases_2 = [Signal(signed(SHIFT_BITS), name=f"base_2_{r}") for r in range(rows if sparse else 1)]
-        # K: the window's top is `headroom` above an unshifted product; q's significand stands WEIGHT_BITS - 11 high, and
-        # -exponent = ~exponent + 1.  V: the weight is significand * 2**-(exponent + WEIGHT_BITS - 1).
+        # K: the window's top is `headroom` above an unshifted product; q's significand stands WEIGHT_BITS - 11 high,
+        # and -exponent = ~exponent + 1.  V: the weight is significand * 2**-(exponent + WEIGHT_BITS - 1).
         key_base = headroom(config) + (WEIGHT_BITS - SIGNIFICAND_BITS) + 1
         value_base = headroom(config) - (VALUE_FRACTION - (WEIGHT_BITS - 1) - element.offset)
         for r, base_2 in enumerate(bases_2):
@@ -890,7 +891,7 @@ class Lane(wiring.Component):
             m.submodules.marks = marks = Memory(
                 shape=config.tokens_per_codeword, depth=config.ring_codewords, init=[], attrs={"ram_style": "block"})
             mark_write, mark_read = marks.write_port(domain="sync"), marks.read_port(domain="sync")
-            selector_job = kept("selector_jobs", "mode", "unit_bits", "end_token", "local_token", "stripes")
+            selector_job = kept("selector_jobs", "mode", "unit_bits", "end_token", "local_token", "sinks", "stripes")
             selector_stripe = stripe_tokens.read_port(domain="sync")
             m.d.comb += [
                 mark_write.en.eq(selector.mark_valid),
@@ -908,14 +909,14 @@ class Lane(wiring.Component):
                 selector.ring_base.eq(ring.base[Lookup.SELECTOR]),
                 selector_stripe.addr.eq(selector.stripe_address),
                 selector.stripe_token.eq(selector_stripe.data.token),
-                selector.stripe_dram.eq(selector_stripe.data.dram),
+                selector.stripe_whole.eq(selector_stripe.data.whole),
                 selector.score_grant.eq(selector.score_ask & ~weight_unit.score_ask),
                 selector.score.eq(weight_unit.score),
                 score_read.addr.eq(Mux(weight_unit.score_ask, weight_unit.score_address, selector.score_address)),
                 self.sweep_done.eq(selector.done),
             ]
             m.d.comb += [getattr(selector, name).eq(selector_job.data[name])
-                         for name in ("mode", "unit_bits", "end_token", "local_token", "stripes")]
+                         for name in ("mode", "unit_bits", "end_token", "local_token", "sinks", "stripes")]
             m.d.comb += [getattr(selector, name).eq(getattr(self, name))
                          for name in ("sweep_valid", "sweep", "reference_write", "reference_row", "reference",
                                       "sum_row", "bin")]

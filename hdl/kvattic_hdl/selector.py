@@ -35,10 +35,10 @@ class Selector(wiring.Component):
     MARK  10 to 24 + a cycle for a token   522 to 536; in CENTROID 10 + a cycle for a codeword (266)
     ===== ================================ ==============================================================
 
-    Scores are those before `end_token`, of each row that has a reference; those of stripes that are attended whole count
-    in SUM and MARK only, in CENTROID never.  MARK reads the scores of selected tokens beside its walk, and waits where it has
-    found many with many rows.  Tokens are walked in the order of the list; a stripe shorter than four steps takes four.
-    Reset forgets the sweep.
+    Scores are those before `end_token`, of each row that has a reference; those of stripes that are attended whole
+    count in SUM and MARK only, in CENTROID never.  MARK reads the scores of selected tokens beside its walk, and waits
+    where it has found many with many rows.  Tokens are walked in the order of the list; a stripe shorter than four
+    steps takes four.  Reset forgets the sweep.
 
     Parameters
     ----------
@@ -157,7 +157,8 @@ class Selector(wiring.Component):
         index = Signal(shapes.list_bits)
         settled = Signal(3)
         stripe_token, stripe_whole = Signal(TOKEN_BITS), Signal()
-        to_end, to_local, to_sinks = (Signal(signed(TOKEN_BITS + 1), name=n) for n in ("to_end", "to_local", "to_sinks"))
+        to_end, to_local, to_sinks = (
+            Signal(signed(TOKEN_BITS + 1), name=f"to_{name}") for name in ("end", "local", "sinks"))
         m.d.comb += self.stripe_address.eq(Cat(index, self.slot))
         m.d.sync += [
             settled.eq(Cat(Const(1, 1), settled)),
@@ -180,7 +181,8 @@ class Selector(wiring.Component):
         number = Signal(shapes.list_bits)
         offset, after = Signal(group_bits), Signal(group_bits + 2)   # token inside of the stripe, and the next one
         # Tokens before the end, before the local window, and that are sinks.
-        limit, local_limit, sink_limit = (Signal(group_bits + 1, name=n) for n in ("limit", "local_limit", "sink_limit"))
+        limit, local_limit, sink_limit = (
+            Signal(group_bits + 1, name=name) for name in ("limit", "local_limit", "sink_limit"))
         depth = 16
         room = Signal(range(depth + 1), init=depth)
         go, last_step, fetch, useful = Signal(), Signal(), Signal(), Signal()

@@ -190,10 +190,10 @@ class Walker(wiring.Component):
 class FirstWalker(wiring.Component):
     """Requests what the first pass of each sparse job reads, in slot order; waits for dense jobs to take their places.
 
-    Of each stripe of the lane's list, which opens a group: in flash the chosen channels, or all centroids; in device
-    DRAM (the tail) K, up to `end_token`, or nothing if centroids are what counts.  Takes all of the job's places of the
-    score ring when it begins.  At most one request in three cycles.  A job ends with the list, or at once when it
-    failed.  Reset forgets everything.
+    Of each stripe of the lane's list, which opens a group: the chosen channels, or all centroids; of one that is
+    attended whole (the tail) K, up to `end_token`, or nothing if centroids are what counts.  Takes all of the job's
+    places of the score ring when it begins.  At most one request in three cycles.  A job ends with the list, or at once
+    when it failed.  Reset forgets everything.
 
     Parameters
     ----------
@@ -222,7 +222,7 @@ class FirstWalker(wiring.Component):
         That channel, one cycle later.
     requests : Out(stream of request)
     follow : Out(1)
-        As in `Walker`, of centroids.
+        As in `Walker`, of centroids and of K.
     begin : Out(1)
         Strobe: the job of `slot` begins, and takes `fits`'s places of the ring.
     end : Out(1)
@@ -241,6 +241,7 @@ class FirstWalker(wiring.Component):
         self.first_walk = data.StructLayout(
             {name: field.shape for name, field in shapes.walk if name != "stripe_bits"}
             | {name: shapes.start[name].shape for name in ("mode", "channels", "unit_bits")})
+        # whole: it is attended whole, as one in DRAM always is, and page is the first one of its K.
         self.first_stripe = data.StructLayout({
             "page": shapes.request["page"].shape, "codeword": shapes.request["codeword"].shape, "dram": 1,
             "whole": 1, "token": TOKEN_BITS})
@@ -292,7 +293,7 @@ class FirstWalker(wiring.Component):
             self.stripe_address.eq(Cat(index, self.slot)),
             self.chosen_address.eq(Cat(number[: self.channel_bits], self.slot)),
             self.token.eq(stripe.token),
-            self.channels.eq(~stripe.dram & ~centroids),
+            self.channels.eq(~stripe.whole & ~centroids),
             self.requests.payload.eq(request),
         ]
 
@@ -335,7 +336,7 @@ class FirstWalker(wiring.Component):
                         channels.eq(self.channels),
                         request.dram.eq(stripe.dram),
                         number.eq(0),
-                        bounded.eq(stripe.dram & (left == 1) & self.job.tail),
+                        bounded.eq(stripe.whole & (left == 1) & self.job.tail),
                         token.eq(self.job.last_token),
                         limit.eq(config.group_codewords),
                     ]
@@ -343,7 +344,7 @@ class FirstWalker(wiring.Component):
                         m.d.sync += limit.eq(self.job.channels)
                     with m.Elif(centroids):
                         units = config.group_codewords // config.tokens_per_codeword
-                        m.d.sync += limit.eq(Mux(stripe.dram, 0, units >> self.job.unit_bits))
+                        m.d.sync += limit.eq(Mux(stripe.whole, 0, units >> self.job.unit_bits))
                     m.next = "choose"
             with m.State("choose"):   # the channel comes
                 with m.If(more & ~self.failed):

@@ -656,12 +656,7 @@ class Device:
         return finished
 
     def attend_async(self, plan: AttendPlan) -> Future[AttendResult]:
-        """Begin a plan of a sequence of this device; errors as of `attend_many`, those of jobs are the future's.
-
-        Its jobs see K and V where they lie when they enter the device's queue.  In the sparse modes the result depends
-        on which stripes are in flash by then, for tokens in DRAM are attended in any case; so wait for appends first if
-        it must not.
-        """
+        """Begin a plan of a sequence of this device; errors as of `attend_many`, those of jobs are the future's."""
         with self.lock:
             self._check_plans([plan])
             return self._dispatcher.start(self._attend(plan, self.submit(plan.jobs, check=False)))
@@ -782,7 +777,7 @@ class Device:
         codeword = token // config.tokens_per_codeword
         read = self.transport.read_register
         media, cause = read("MEDIA_ERROR"), read("MEDIA_CAUSE")
-        if status is Status.UNREADABLE_SKETCH and not dram and job.sketch is not None:
+        if status is Status.UNREADABLE_SKETCH and not dram and stripe < job.whole and job.sketch is not None:
             sketch = layout.unpack_sketches(job.sketch[stripe : stripe + 1])
             first = int(sketch.page[0])
             if job.mode is Mode.CENTROID:

@@ -90,6 +90,12 @@ class _Stripes(NamedTuple):
     sketch: layout.Sketches
     reserved: NDArray[np.bool_]
 
+    @property
+    def tail(self) -> NDArray[np.bool_]:
+        """Stripes that are attended whole."""
+        whole: NDArray[np.bool_] = (self.entries.dram == 1) | (self.entries.whole == 1)
+        return whole
+
 
 @dataclass(slots=True)
 class Traffic:
@@ -530,7 +536,7 @@ class GoldenDevice:
             value, lost[Status.UNREADABLE_VALUE] = self._tokens(command, stripe, Kind.VALUE, codewords)
             return golden.attend(query, key, value, **job, **limits), lost
 
-        tail = stripe.entries.dram == 1
+        tail = stripe.tail
         if mode is Mode.CENTROID:
             # Not looked at in the first pass.
             key = np.zeros((stripes * config.group_tokens, config.head_dim), np.uint16)
@@ -544,7 +550,7 @@ class GoldenDevice:
         lost[Status.UNREADABLE_SKETCH] = gone
         first = sparse.first_pass(
             query, key, sketch=sketch, tail=tail, channels=command["channels"], units=command["units"],
-            local=command["local"], **job, **limits, layout=sparse.Layout(
+            local=command["local"], sinks=command["sinks"], **job, **limits, layout=sparse.Layout(
                 group_tokens=config.group_tokens, tokens_per_codeword=config.tokens_per_codeword, mode=mode,
                 unit_bits=command["unit_bits"]))
         key, lost[Status.UNREADABLE_KEY] = self._tokens(command, stripe, Kind.KEY, first.codewords)
@@ -571,7 +577,7 @@ class GoldenDevice:
         foreign = self._owners.first_foreign(command, entries, stripe.sketch, self._region_bits)
         if foreign is not None:
             raise RejectedError(Status.NOT_OWNED, foreign)
-        missing = (entries.dram == 0) & (entries.whole == 0) & (stripe.sketch.written == 0)
+        missing = ~stripe.tail & (stripe.sketch.written == 0)
         if mode is not Mode.DENSE and missing.any():
             raise RejectedError(Status.NO_SKETCH, int(np.argmax(missing)))
 
@@ -615,11 +621,11 @@ class GoldenDevice:
 
     def _channels(self, command: dict[str, int], stripe: "_Stripes",
                   channels: NDArray[np.int64]) -> tuple[NDArray[np.uint16], int | None]:
-        """Some channels of K of the stripes in flash, zeros elsewhere; first token of the first stripe that is lost."""
+        """Some channels of K of the stripes outside of the tail, else zeros; first token of the first stripe lost."""
         size = self.config.group_tokens
         key = np.zeros((command["stripes"] * size, self.config.head_dim), np.uint16)
         lost: int | None = None
-        for number in np.flatnonzero(stripe.entries.dram == 0).tolist():
+        for number in np.flatnonzero(~stripe.tail).tolist():
             found, gone = self._sketch(Kind.CHANNEL, stripe, number, channels)
             key[number * size : (number + 1) * size, channels] = found.view("<u2").T
             if gone is not None and lost is None:
@@ -633,7 +639,7 @@ class GoldenDevice:
         codewords = np.arange(units // config.tokens_per_codeword)
         key = np.zeros((command["stripes"], units, config.head_dim), np.uint16)
         lost: int | None = None
-        for number in np.flatnonzero(stripe.entries.dram == 0).tolist():
+        for number in np.flatnonzero(~stripe.tail).tolist():
             found, gone = self._sketch(Kind.SKETCH, stripe, number, codewords)
             used = np.ascontiguousarray(found[:, : config.tokens_per_codeword * config.token_bytes])
             key[number] = used.view("<u2").reshape(units, config.head_dim)

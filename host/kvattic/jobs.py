@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from kvattic import golden
+from kvattic import golden, layout
 from kvattic.allocator import COMMON_DOMAIN
 from kvattic.commands import (
     COMMAND,
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["AttendPlan", "AttendResult", "FlashOperation", "Job", "JobResult", "explain"]
 
-MAX_SINKS = (1 << 16) - 1
+MAX_STRIPES = (1 << 8 * COMMAND["stripes"].size) - 1
+MAX_SINKS = (1 << 8 * COMMAND["sinks"].size) - 1
 
 Bits: TypeAlias = NDArray[np.uint16]
 Bytes: TypeAlias = NDArray[np.uint8]
@@ -84,6 +85,8 @@ class Job:
         units: units that are attended beside those of the tail, the paper's k.
         local: newest tokens that are attended in any case; their units count among `units`.
         sinks: first tokens of the sequence that are attended in any case; likewise.
+        whole: stripes of the table from this one on are attended whole, wherever they lie, and scored exactly in the
+            first pass; they do not count in `units`.  Those in device DRAM are so in any case.
         unit_bits: FETCHED, CENTROID: log2 of the codewords of a unit.
         mean: SPARF, FETCHED: uint32, (head_dim,), fp32 bit patterns of the mean of V; None if there is none.
         sketch: uint64, an entry for each stripe (`layout.pack_sketches`); read like the table.  None in DENSE.
@@ -106,6 +109,7 @@ class Job:
     units: int = 0
     local: int = 0
     sinks: int = 0
+    whole: int = MAX_STRIPES
     unit_bits: int = 0
     mean: NDArray[np.uint32] | None = None
     sketch: NDArray[np.uint64] | None = None
@@ -367,10 +371,12 @@ def _mean_bytes(job: Job) -> int:
 def pack_table(job: Job) -> bytes:
     """The job's table as the device reads it, padded to whole lines, behind the mean of V if there is one.
 
+    What the job attends whole is marked here, for the same stripe may be ranked in another job.
+
     Raises:
         RequestError: mean or sketch is not what the mode needs.
     """
-    columns = [job.table] if job.sketch is None else [job.table, job.sketch]
+    columns = [job.table] if job.sketch is None else [layout.mark_whole(job.table, job.whole), job.sketch]
     if len({len(column) for column in columns}) > 1:
         raise RequestError(f"a job's sketch must have an entry for each of the {len(job.table)} stripes, not "
                            f"{len(columns[1])}")

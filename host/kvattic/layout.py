@@ -46,6 +46,7 @@ __all__ = [
     "centroid_codewords",
     "centroid_pages",
     "centroid_place",
+    "mark_whole",
     "mean_keys",
     "pack_channel_pages",
     "pack_entries",
@@ -466,6 +467,13 @@ def pack_entries(channel: ArrayLike, key_page: ArrayLike, value_page: ArrayLike,
             raise RequestError(f"{name} of a table entry must be 0 or 1, not {array.min()} to {array.max()}")
         flags = flags + array * int(flag)
     return _pack(TABLE_ENTRY, channel=channel, key_page=key_page, value_page=value_page, flags=flags)
+
+
+def mark_whole(entries: NDArray[np.uint64], first: int) -> NDArray[np.uint64]:
+    """A copy of table entries in which those from number `first` on are attended whole."""
+    marked = entries.copy()
+    marked[first:] |= np.uint64(TableFlag.WHOLE << 8 * TABLE_ENTRY["flags"].offset)
+    return marked
 
 
 def unpack_entries(entries: NDArray[np.uint64]) -> Entries:

@@ -17,6 +17,7 @@ from kvattic.errors import CapacityError, RequestError
 from kvattic.futures import Future
 from kvattic.jobs import (
     MAX_SINKS,
+    MAX_STRIPES,
     AttendPlan,
     AttendResult,
     Bits,
@@ -33,7 +34,6 @@ from kvattic.value_sums import Doubles
 
 __all__ = ["Loss", "Sequence"]
 
-MAX_STRIPES = (1 << 8 * COMMAND["stripes"].size) - 1
 MAX_UNITS = (1 << 8 * COMMAND["units"].size) - 1
 
 
@@ -197,7 +197,8 @@ class Sequence(Store):
                 raise RequestError("the mean of V is kept with K in the channel layout only (sparse=True)")
             if length == 0:
                 raise RequestError(f"layer {layer} has no tokens")
-            return self._means(layer, _masks(length, 1))[0]
+            mean: NDArray[np.float32] = self._means(layer, _masks(length, 1))[0]
+            return mean
 
     def _check_layer(self, layer: int) -> None:
         if not isinstance(layer, int | np.integer) or not 0 <= layer < self.layers:

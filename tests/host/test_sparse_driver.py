@@ -41,14 +41,15 @@ def mean_of(value, config):
     return (total / value.shape[1]).astype(np.float32).view(np.uint32)
 
 
-def means_of(keys, unit, config):
-    """Mean keys, in float64, of one head."""
+def means_of(keys, unit, config, sinks=0):
+    """Mean keys, in float64, of one head; sinks: of the first tokens."""
     values = from_bits(keys, config.element).astype(np.float64).reshape(-1, unit, config.head_dim)
-    return to_bits(values.mean(axis=1), config.element)
+    means = [tokens[max(sinks - i * unit, 0) :] if sinks < (i + 1) * unit else tokens for i, tokens in enumerate(values)]
+    return to_bits(np.stack([tokens.mean(axis=0) for tokens in means]), config.element)
 
 
-def expected(config, key, value, query, *, mode, flushed, channels=0, units, local=0, unit=1, start=0, end=None,
-             scale=None):
+def expected(config, key, value, query, *, mode, flushed, channels=0, units, local=0, sinks=0, unit=1, start=0,
+             end=None, scale=None):
     """`sparse.attend_sparse` of one job: K and V (tokens, head_dim), query (rows, head_dim), all rows alike."""
     size = config.group_tokens
     end = len(key) if end is None else end
@@ -60,10 +61,10 @@ def expected(config, key, value, query, *, mode, flushed, channels=0, units, loc
     rows = np.ones(len(query), np.int64)
     arguments = {}
     if mode is Mode.CENTROID:
-        arguments["sketch"] = means_of(key, unit, config)
+        arguments["sketch"] = means_of(key, unit, config, sinks - base)
     return lambda mean: sparse.attend_sparse(
         query, key, value, mode=mode, group_tokens=size, tokens_per_codeword=config.tokens_per_codeword,
-        channels=channels, units=units, local=local,
+        channels=channels, units=units, local=local, sinks=sinks,
         unit_bits=0 if mode is Mode.SPARF else (unit // config.tokens_per_codeword).bit_length() - 1,
         mean=None if mode is Mode.CENTROID else mean, tail=base + np.arange(stripes) * size >= flushed,
         element=config.element, scale_bits=golden_scale(config) if scale is None else scale, start=rows * start,
@@ -86,10 +87,10 @@ def calls(draw):
     mode = draw(st.sampled_from([Mode.SPARF, Mode.FETCHED, Mode.CENTROID]))
     unit = 1 if mode is Mode.SPARF else codeword << draw(st.integers(0, config.unit_bits_max))
     units = draw(st.integers(1, -(-tokens // unit)))
-    newest = draw(st.integers(0, tokens))
-    while -(-tokens // unit) - (tokens - newest) // unit > units:
-        newest //= 2
-    selection = {"units": units, "local": newest}
+    newest, sinks = draw(st.integers(0, tokens)), draw(st.one_of(st.just(0), st.integers(0, tokens)))
+    while -(-tokens // unit) - (tokens - newest) // unit + -(-sinks // unit) > units:
+        newest, sinks = newest // 2, sinks // 2
+    selection = {"units": units, "local": newest, "sinks": sinks}
     if mode is not Mode.CENTROID:
         selection["channels"] = draw(st.integers(1, config.head_dim))
     return config, tokens, mode, unit, selection
@@ -98,12 +99,14 @@ def calls(draw):
 @settings(deadline=None, max_examples=60)
 @given(calls(), st.lists(st.integers(1, 300), max_size=3), st.integers(1, 2), st.integers(1, 4), st.integers(0, 99))
 def test_every_mode_equals_the_golden_model(call, pieces, kv_heads, group, seed):
-    """Tokens come in any pieces; each job of a KV head selects for its own rows."""
+    """Tokens come in any pieces; the heads of a group select together."""
     config, tokens, mode, unit, selection = call
+    group = min(group, config.rows)
     key, value, query = tensors(config, kv_heads, tokens, kv_heads * group, seed=seed)
     with Device(GoldenDevice(config)) as device:
         sequence = device.create_sequence(kv_heads, capacity_tokens=tokens, sparse=mode is not Mode.CENTROID,
-                                          centroids=unit if mode is Mode.CENTROID else None)
+                                          centroids=unit if mode is Mode.CENTROID else None,
+                                          sinks=selection["sinks"])
         at = 0
         for piece in [*pieces, tokens]:
             piece = min(piece, tokens - at)
@@ -113,16 +116,17 @@ def test_every_mode_equals_the_golden_model(call, pieces, kv_heads, group, seed)
         flushed = tokens // config.group_tokens * config.group_tokens
         assert sequence.flushed() == flushed
         arguments = {"unit": unit} if mode is Mode.FETCHED else {}
-        result = sequence.attend(query, mode=mode.name.lower(), **selection, **arguments)
+        # What the sequence was created with is the default.
+        asked = {name: number for name, number in selection.items() if name != "sinks"}
+        result = sequence.attend(query, mode=mode.name.lower(), **asked, **arguments)
     mean = mean_of(value, config)
     for head in range(kv_heads):
-        for first in range(0, group, config.rows):
-            rows = slice(head * group + first, head * group + min(first + config.rows, group))
-            trace = expected(config, key[head], value[head], query[rows, 0], mode=mode, flushed=flushed, unit=unit,
-                             **selection)(mean[head])
-            assert np.array_equal(result.bits[rows, 0], trace.output)
-            assert np.array_equal(result.maximum[rows, 0], trace.exact.maximum)
-            assert np.array_equal(result.denominator[rows, 0].astype(np.int64), trace.exact.denominator)
+        rows = slice(head * group, (head + 1) * group)
+        trace = expected(config, key[head], value[head], query[rows, 0], mode=mode, flushed=flushed, unit=unit,
+                         **selection)(mean[head])
+        assert np.array_equal(result.bits[rows, 0], trace.output)
+        assert np.array_equal(result.maximum[rows, 0], trace.exact.maximum)
+        assert np.array_equal(result.denominator[rows, 0].astype(np.int64), trace.exact.denominator)
 
 
 def test_layers_sequences_and_modes_in_one_stream():
@@ -154,7 +158,6 @@ def test_layers_sequences_and_modes_in_one_stream():
 def test_each_query_selects_for_itself():
     """Three queries of the last tokens, two heads of the group in a job; a window moves the first stripe."""
     key, value, query = tensors(TINY, 1, 400, 2, 3)
-    mean = mean_of(value, TINY)[0]
     with Device(GoldenDevice(TINY)) as device:
         sequence = device.create_sequence(1, capacity_tokens=400, sparse=True)
         sequence.prefill(key, value)
@@ -165,19 +168,15 @@ def test_each_query_selects_for_itself():
         result = device.attend_many([plan])[0]
         for i in range(3):
             trace = expected(TINY, key[0], value[0], query[:, i], mode=Mode.SPARF, flushed=384, end=398 + i,
-                             **numbers)(mean)
+                             **numbers)(mean_of(value[:, : 398 + i], TINY)[0])
             assert np.array_equal(result.bits[:, i], trace.output)
         plan = sequence.plan(query, causal=True, window=200, mode="sparf", **numbers)
         assert [(job.base_token, job.end_token, len(job.table), len(job.sketch)) for job in plan.jobs] == [
             (128, 398, 3, 3), (128, 399, 3, 3), (128, 400, 3, 3)]
         result = device.attend_many([plan])[0]
         trace = expected(TINY, key[0], value[0], query[:, 1], mode=Mode.SPARF, flushed=384, start=199, end=399,
-                         **numbers)(mean)
+                         **numbers)(mean_of(value[:, 199:399], TINY)[0])
         assert np.array_equal(result.bits[:, 1], trace.output)
-        # Three rows of a group, two to a job: 2 and 1 of each query.
-        plan = sequence.plan(tensors(TINY, 1, 1, 3, 2)[2], mode="sparf", **numbers)
-        assert [(job.rows, job.label) for job in plan.jobs] == [
-            (rows, "sequence 0, layer 0, KV head 0, tokens 0 to 399, sparf") for rows in (2, 1, 2, 1)]
 
 
 def test_what_a_job_says():
@@ -227,12 +226,11 @@ def test_a_plan_follows_its_stripes_into_flash():
         before = device.attend_many([plan])[0].bits
         sequence.append(key[:, 250:], value[:, 250:])
         after = device.attend_many([plan])[0].bits
-    mean = mean_of(value[:, :250], TINY)[0]
-    for bits, flushed in ((before, 128), (after, 256)):
-        trace = expected(TINY, key[0], value[0], query[:, 0], mode=Mode.SPARF, channels=32, units=10, flushed=flushed,
-                         end=250)(mean)
-        assert np.array_equal(bits[:, 0], trace.output)
-    assert not np.array_equal(before, after)
+    # Its tail stays what it was, although the stripe lies in flash now.
+    trace = expected(TINY, key[0], value[0], query[:, 0], mode=Mode.SPARF, channels=32, units=10, flushed=128,
+                     end=250)(mean_of(value[:, :250], TINY)[0])
+    assert np.array_equal(before[:, 0], trace.output)
+    assert np.array_equal(after, before)
 
 
 def test_small_memory_gives_the_same_bits():
@@ -340,7 +338,10 @@ def test_what_is_lost_is_taken_out_of_the_mean(flushed):
     ({"mode": "sparf", "channels": 4, "units": 73, "window": 44}, "at most 44, as tokens 256 to 299"),
     ({"mode": "sparf", "channels": 4, "units": 4, "local": -1}, "local must be an int from 0 to 4, not -1"),
     ({"mode": "sparf", "channels": 4, "units": 4, "local": 5}, "local must be an int from 0 to 4, not 5"),
-    ({"mode": "centroid", "units": 2, "local": 13}, "the newest 13 of 300 tokens lie in 3 units of 8, which are more"),
+    ({"mode": "centroid", "units": 4, "sinks": 33, "local": 13},
+     r"units .* must be at least 5, not 4: of 300 tokens the first 33 .sinks. and the newest 13 .local. lie in so many"),
+    ({"mode": "sparf", "channels": 4, "units": 4, "sinks": -1}, "sinks must be an int from 0 to 65,535, not -1"),
+    ({"sinks": 4}, "mode dense has no sinks"),
     ({"mode": "fetched", "channels": 4, "units": 4, "unit": 2}, "power of two of tokens from 4 .* to 16, not 2"),
     ({"mode": "fetched", "channels": 4, "units": 4, "unit": 32}, "not 32"),
     ({"mode": "fetched", "channels": 4, "units": 4, "unit": 12}, "not 12"),
@@ -355,6 +356,110 @@ def test_bad_requests(arguments, message):
             sequence.attend(np.ones((1, 1, 32)), **arguments)
         sequence.attend(np.ones((1, 1, 32)), mode="centroid", units=3, local=13, unit=8)
         sequence.attend(np.ones((1, 1, 32)), mode="centroid", units=6, local=48, window=44)     # all of the window
+
+
+def test_a_group_larger_than_a_job_is_refused():
+    """Two halves would select apart; positions may be many."""
+    with Device(GoldenDevice(TINY)) as device:
+        sequence = device.create_sequence(1, capacity_tokens=300, sparse=True)
+        sequence.prefill(*np.zeros((2, 1, 300, 32), np.uint16))
+        with pytest.raises(RequestError, match="mode sparf selects once for the 3 query heads .* has 2 rows"):
+            sequence.attend(np.ones((3, 1, 32)), mode="sparf", channels=4, units=4)
+        assert len(sequence.plan(np.ones((2, 9, 32)), mode="sparf", channels=4, units=4).jobs) == 9
+        assert sequence.attend(np.ones((3, 1, 32))).output.shape == (3, 1, 32)
+
+
+# Several positions at once.
+
+
+MODES = [("dense", {}), ("sparf", {"channels": 8, "units": 40, "local": 3}),
+         ("fetched", {"channels": 8, "units": 12, "unit": 8}), ("centroid", {"units": 9, "local": 17})]
+
+
+def one_by_one(device, key, value, query, first, numbers, options, **limits):
+    """What each of the last queries gets when its token is appended alone, and attended."""
+    found = []
+    with device.create_sequence(1, capacity_tokens=512, **options) as sequence:
+        sequence.held_tokens = limits.pop("held", 0)
+        sequence.prefill(key[:, :first], value[:, :first])
+        for token in range(first, key.shape[1]):
+            sequence.append(key[:, token : token + 1], value[:, token : token + 1])
+            found.append(sequence.attend(query[:, token : token + 1], **numbers, **limits).bits[:, 0])
+    return np.stack(found, axis=1)
+
+
+@pytest.mark.parametrize("config", [TINY, BF16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize(("mode", "numbers"), MODES, ids=[name for name, _ in MODES])
+@pytest.mark.parametrize("limits", [{}, {"window": 150}, {"held": 20}, {"held": 64, "window": 60}], ids=str)
+def test_several_positions_get_the_bits_of_one_at_a_time(config, mode, numbers, limits):
+    """A chunk over the end of a stripe: in one call the stripe is in flash, one at a time it was not yet."""
+    key, value, query = tensors(config, 1, 300, 2, 300, seed=5)
+    value[0, 290:] = to_bits(np.full((10, 32), 1e4), config.element)    # later tokens that would show in any mean
+    options = {"sparse": True, "centroids": 8, "sinks": 5}
+    numbers = numbers | {"mode": mode}
+    first = 250
+    with Device(GoldenDevice(config)) as device:
+        want = one_by_one(device, key, value, query, first, numbers, options, **limits)
+        limits = dict(limits)
+        held = limits.pop("held", 0)
+        for pieces in ([50], [1] * 50, [6, 44]):
+            with device.create_sequence(1, capacity_tokens=512, **options) as sequence:
+                sequence.held_tokens = held
+                sequence.prefill(key[:, :first], value[:, :first])
+                at = first
+                for piece in pieces:
+                    sequence.append(key[:, at : at + piece], value[:, at : at + piece])
+                    at += piece
+                got = sequence.attend(query[:, first:], causal=True, **numbers, **limits)
+                np.testing.assert_array_equal(got.bits, want)
+                # A few of them, whose V is not that of the newest append.
+                got = sequence.attend(query[:, 253:256], end=np.arange(254, 257), **numbers, **limits)
+                np.testing.assert_array_equal(got.bits, want[:, 3:6])
+
+
+@pytest.mark.parametrize("config", [TINY, BF16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize(("mode", "numbers"), MODES, ids=[name for name, _ in MODES])
+def test_drafts_accepted_and_rejected(config, mode, numbers):
+    """Drafts are attended as a chain of a tree, and some of them are removed again: bits of the tokens that stay."""
+    rng = np.random.default_rng(3)
+    key, value, query = tensors(config, 1, 280, 2, 280, seed=6)
+    wrong_key, wrong_value, wrong_query = tensors(config, 1, 280, 2, 280, seed=7)
+    options = {"sparse": True, "centroids": 8, "sinks": 5}
+    numbers = numbers | {"mode": mode}
+    first = 240
+    with Device(GoldenDevice(config)) as device:
+        want = one_by_one(device, key, value, query, first, numbers, options, held=32)
+        with device.create_sequence(1, capacity_tokens=512, **options) as sequence:
+            sequence.held_tokens = 32
+            sequence.prefill(key[:, :first], value[:, :first])
+            at, tree = first, bool(rng.integers(2))
+            while at < 280:
+                good, bad = (int(n) for n in rng.integers(1, 9, 2))
+                good = min(good, 280 - at)
+                right, later = slice(at, at + good), slice(at + good, at + good + bad)
+                drafts = [np.concatenate([a[:, right], b[:, later]], axis=1)
+                          for a, b in ((key, wrong_key), (value, wrong_value), (query, wrong_query))]
+                sequence.append(*drafts[:2])
+                count = drafts[2].shape[1]
+                mask = {"tree": np.tril(np.ones((count, count), bool))} if tree else {"causal": True}
+                got = sequence.attend(drafts[2], **mask, **numbers)
+                np.testing.assert_array_equal(got.bits[:, :good], want[:, at - first : at - first + good])
+                at, tree = at + good, not tree
+                sequence.truncate(at)
+
+
+def test_the_mean_is_of_what_a_branch_attends():
+    """Two branches of a draft tree: each one's mean has its own drafts, not the other's."""
+    key, value, query = tensors(TINY, 1, 140, 1, 2)
+    tree = np.array([[1, 0, 1, 0], [0, 1, 0, 1]], bool)
+    with Device(GoldenDevice(TINY)) as device:
+        sequence = device.create_sequence(1, capacity_tokens=140, sparse=True)
+        sequence.prefill(key, value)
+        jobs = sequence.plan(query, tree=tree, mode="sparf", channels=4, units=4).jobs
+        numbers = from_bits(value[0], TINY.element).astype(np.float64)
+        for job, row in zip(jobs, tree, strict=True):
+            seen = np.concatenate([np.ones(136, bool), row])
+            np.testing.assert_array_equal(job.mean.view(np.float32), numbers[seen].mean(axis=0).astype(np.float32))
 
 
 def test_a_query_with_fewer_units_takes_all():
