@@ -25,6 +25,7 @@ from kvattic.commands import (
     Opcode,
     Status,
     lines,
+    unpack_state,
 )
 from kvattic.errors import (
     CapacityError,
@@ -591,7 +592,7 @@ def unpack_completion(entry: bytes) -> Completion:
     (where, flags, head, queue, identifier, state, cycle, beats, starved, barrier, weights, scores,
      idle) = _COMPLETION.unpack(entry)
     return Completion(
-        status=Status(state >> 1), queue=queue, head=head, identifier=identifier, flags=CompletionFlag(flags),
+        status=unpack_state(state), queue=queue, head=head, identifier=identifier, flags=CompletionFlag(flags),
         where=where, cycle=cycle, beats=beats, starved=starved, barrier=barrier, weights=weights, scores=scores,
         idle=idle)
 

@@ -575,7 +575,7 @@ class Wrapped(GoldenDevice):
     ("name", "value", "message"),
     [
         ("ID", 0xFFFFFFFF, "no kvattic device: ID is 0xffffffff, not 0x5441564b"),
-        ("VERSION", 0x0001_0003, r"version 1.3, this library needs 3\.x"),
+        ("VERSION", 0x0001_0003, r"version 1.3, this library needs 4\.x"),
         ("CONFIG_HASH", 1, "another configuration: CONFIG_HASH is 0x00000001"),
     ],
 )
@@ -585,7 +585,7 @@ def test_a_wrong_device_is_refused(name, value, message):
 
 
 def test_a_minor_version_is_no_matter():
-    Device(Wrapped(VERSION=0x0003_0007))
+    Device(Wrapped(VERSION=0x0004_0007))
 
 
 def prefilled(transport):
