@@ -326,8 +326,8 @@ QUEUE_COMMAND = _command("QueueCommand", (
 
 GRANT_COMMAND = _command("GrantCommand", (
     Field("domain", 4, 4, "to whom; 0, for zones and regions: to nobody"),
-    Field("first", 40, 3, "first zone or region; or a bit for each queue"),
-    Field("kind", 43, 1, "`Grant`"),
+    Field("kind", 40, 1, "`Grant`"),
+    Field("first", 41, 3, "first zone or region; or a bit for each queue"),
     Field("count", 44, 3, "how many zones or regions"),
 ))
 """GRANT.  Takes effect for the commands that are fetched after its completion."""

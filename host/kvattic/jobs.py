@@ -221,6 +221,7 @@ class AttendPlan:
         Args:
             results: of `jobs`, in their order.
         """
+        self.sequence._counters["JOBS"] += len(results)
         q_heads, n_queries, head_dim = self.shape
         kv_heads = self.sequence.kv_heads
         rows = q_heads // kv_heads * n_queries
