@@ -58,8 +58,8 @@
 #define KVATTIC_REG_COMPLETED 0x74u  /* 32 bits, ro: completions written since the reset */
 #define KVATTIC_REG_CYCLES 0x80u  /* 64 bits, ro: cycles in which STATUS.BUSY was set */
 #define KVATTIC_REG_BEATS 0x88u  /* 64 bits, ro: lane beats used, all lanes */
-#define KVATTIC_REG_FIRST_BEAT 0x90u  /* 64 bits, ro: cycle of the first beat */
-#define KVATTIC_REG_LAST_BEAT 0x98u  /* 64 bits, ro: cycle of the latest beat */
+#define KVATTIC_REG_FIRST_BEAT 0x90u  /* 64 bits, ro: cycle of the first beat since the drive got work after it had none; 0: no beat since */
+#define KVATTIC_REG_LAST_BEAT 0x98u  /* 64 bits, ro: cycle of the latest beat; 0: no beat yet */
 #define KVATTIC_REG_STARVED 0xa0u  /* 64 bits, ro: lane cycles without a beat although codewords were requested */
 #define KVATTIC_REG_BARRIER 0xa8u  /* 64 bits, ro: lane cycles in which V waited for the maximum */
 #define KVATTIC_REG_WEIGHTS 0xb0u  /* 64 bits, ro: lane cycles in which a V beat waited for its weight */
@@ -91,8 +91,7 @@
     ((uint32_t)(field)[0] | (uint32_t)(field)[1] << 8 | (uint32_t)(field)[2] << 16)
 
 enum kvattic_control {  /* Bits of CONTROL. */
-    KVATTIC_CONTROL_RESET = 0x1,  /* Aborts everything and clears the engine, registers and queues included; STATUS.READY returns when it is clean. The table of owners stays. */
-    KVATTIC_CONTROL_ACCUMULATE = 0x2,  /* The counters go on when the drive gets work after it had none; otherwise they then start from 0. */
+    KVATTIC_CONTROL_RESET = 0x1,  /* Aborts everything and clears the engine, registers, counters and queues included; STATUS.READY returns when it is clean. The table of owners stays. */
 };
 
 enum kvattic_status_bit {  /* Bits of STATUS; all but BUSY and READY are cleared by writing a one. */
@@ -314,8 +313,8 @@ struct kvattic_grant_command {  /* a submission entry: GRANT */
     uint16_t identifier;  /* copied into the completion */
     uint32_t domain;  /* to whom; 0, for zones and regions: to nobody */
     uint8_t reserved_at_8[32];  /* zero */
-    uint8_t first[3];  /* first zone or region; or a bit for each queue (KVATTIC_PUT24) */
     uint8_t kind;  /* Grant */
+    uint8_t first[3];  /* first zone or region; or a bit for each queue (KVATTIC_PUT24) */
     uint8_t count[3];  /* how many zones or regions (KVATTIC_PUT24) */
     uint8_t reserved_at_47[17];  /* zero */
 };
@@ -324,8 +323,8 @@ KVATTIC_ASSERT(kvattic_grant_command_opcode, offsetof(struct kvattic_grant_comma
 KVATTIC_ASSERT(kvattic_grant_command_flags, offsetof(struct kvattic_grant_command, flags) == 1);
 KVATTIC_ASSERT(kvattic_grant_command_identifier, offsetof(struct kvattic_grant_command, identifier) == 2);
 KVATTIC_ASSERT(kvattic_grant_command_domain, offsetof(struct kvattic_grant_command, domain) == 4);
-KVATTIC_ASSERT(kvattic_grant_command_first, offsetof(struct kvattic_grant_command, first) == 40);
-KVATTIC_ASSERT(kvattic_grant_command_kind, offsetof(struct kvattic_grant_command, kind) == 43);
+KVATTIC_ASSERT(kvattic_grant_command_kind, offsetof(struct kvattic_grant_command, kind) == 40);
+KVATTIC_ASSERT(kvattic_grant_command_first, offsetof(struct kvattic_grant_command, first) == 41);
 KVATTIC_ASSERT(kvattic_grant_command_count, offsetof(struct kvattic_grant_command, count) == 44);
 
 struct kvattic_row {  /* head of each row of a query block; q follows, padded with zeros to whole lines */

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from amaranth.hdl import Cat, Const, Elaboratable, Module, ResetInserter, Signal, Value
+from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, ResetInserter, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out, connect, flipped
 
@@ -40,8 +40,6 @@ CYCLE_BITS = 48
 """Eleven days at 285 MHz; the registers are 64 bits wide, their upper bits zero."""
 TAG_BITS = 24
 ENTRIES_BITS = MAX_ENTRIES.bit_length() - 1
-PAUSE_CYCLES = 3
-"""Cycles without counting before the counters can be cleared: events are on their way for so long."""
 
 
 def bit(flag: int) -> int:
@@ -76,23 +74,19 @@ class Counters(wiring.Component):
     -------
     events : In(ArrayLayout(Shapes.events, channels))
         What each lane did in this cycle.
-    start : In(1)
-        Clears all counters.  Not sooner than two cycles after the last cycle that counted: those
-        are on their way.
     counting : In(1)
         The drive has work: this cycle counts.
     cycle : Out(48)
         Cycles counted.
     first_beat, last_beat : Out(48)
-        The cycle (the first is 1) of the first and of the latest beat; 0: no beat yet.
+        The cycle (the first is 1) of the first beat since `counting` rose last, and of the latest beat; 0: none.
     beats, starved, barrier, weights, scores, idle : Out
         Lane cycles of each kind.
     duplicates, stales : Out(32)
-        Dropped codewords since `start`, those that came after the batch included.
+        Dropped codewords, also those that came while nothing counted.
     """
 
     events: data.View
-    start: Signal
     counting: Signal
     cycle: Signal
     first_beat: Signal
@@ -113,7 +107,6 @@ class Counters(wiring.Component):
         super().__init__(
             {
                 "events": In(data.ArrayLayout(self._shapes.events, config.channels)),
-                "start": In(1),
                 "counting": In(1),
                 "cycle": Out(CYCLE_BITS),
                 "first_beat": Out(CYCLE_BITS),
@@ -128,8 +121,8 @@ class Counters(wiring.Component):
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()
         channels = self._config.channels
-        now = Signal(2)  # `counting` beside the two registers before the counters
-        m.d.sync += now.eq(Cat(self.counting, now[0]))
+        now = Signal(3)  # `counting` beside the two registers before the counters, and a cycle later
+        m.d.sync += now.eq(Cat(self.counting, now[:2]))
         counters = {
             "beat": (self.beats, True),
             "duplicate": (self.duplicates, False),
@@ -139,27 +132,22 @@ class Counters(wiring.Component):
         for name, (counter, gated) in counters.items():
             seen = Signal(channels, name=f"{name}_seen")
             total = Signal(range(channels + 1), name=f"{name}_total")
-            gate = self.counting if gated else ~self.start
+            happened = Cat(self.events[i][name] for i in range(channels))
             m.d.sync += [
-                seen.eq(
-                    Cat(self.events[i][name] for i in range(channels)) & gate.replicate(channels)
-                ),
+                seen.eq(Mux(self.counting, happened, 0) if gated else happened),
                 total.eq(total_of(list(seen))),
                 counter.eq(counter + total),
             ]
-            with m.If(self.start):
-                m.d.sync += [total.eq(0), counter.eq(0)]
             if name == "beat":
                 new_cycle = Signal(CYCLE_BITS)
                 any_beat = Signal()
                 m.d.comb += new_cycle.eq(self.cycle + now[1])
                 m.d.sync += [any_beat.eq(seen.any()), self.cycle.eq(new_cycle)]
+                begun = now[1] & ~now[2]
                 with m.If(any_beat):
                     m.d.sync += self.last_beat.eq(new_cycle)
-                    with m.If(~self.first_beat.any()):
-                        m.d.sync += self.first_beat.eq(new_cycle)
-                with m.If(self.start):
-                    m.d.sync += [self.cycle.eq(0), self.first_beat.eq(0), self.last_beat.eq(0)]
+                with m.If(begun | (any_beat & ~self.first_beat.any())):
+                    m.d.sync += self.first_beat.eq(Mux(any_beat, new_cycle, 0))
         return m
 
 
@@ -179,9 +167,6 @@ class FlashCounters(wiring.Component):
     -------
     events : In(ArrayLayout(Shapes.flash_events, channels))
         What each channel did in this cycle.
-    start : In(1)
-        Clears all counters.  Not sooner than two cycles after the last cycle that counted: those
-        are on their way.
     counting : In(1)
         The drive has work: this cycle counts.
     flash_words, flash_commands, die_busy, codewords, corrected, bit_errors, retries, unreadable : Out(48)
@@ -191,7 +176,6 @@ class FlashCounters(wiring.Component):
     """
 
     events: data.View
-    start: Signal
     counting: Signal
 
     def __init__(self, config: Config) -> None:
@@ -200,7 +184,6 @@ class FlashCounters(wiring.Component):
         super().__init__(
             {
                 "events": In(data.ArrayLayout(self._shapes.flash_events, config.channels)),
-                "start": In(1),
                 "counting": In(1),
                 **{name: Out(CYCLE_BITS) for name in FLASH_COUNTERS},
             }
@@ -219,8 +202,6 @@ class FlashCounters(wiring.Component):
             m.d.sync += [total.eq(total_of(parts)), counter.eq(counter + total)]
             with m.If(~counting):
                 m.d.sync += total.eq(0)
-            with m.If(self.start):
-                m.d.sync += counter.eq(0)
         return m
 
 
@@ -235,8 +216,7 @@ class Control(wiring.Component):
     included.  This block must not be under the reset that `reset` drives: its bus would lose a
     handshake.
 
-    The counters start from zero when `busy` rises, unless CONTROL.ACCUMULATE, and count while it is
-    high; they begin up to four cycles late where it was low for a moment only.
+    The counters count while `busy` is high, and are cleared by a reset only.
 
     Parameters
     ----------
@@ -436,18 +416,8 @@ class Control(wiring.Component):
         with m.If(Cat(self.events[i].stale for i in range(channels)).any()):
             m.d.sync += stale.eq(1)
 
-        # When to count: a pause after each busy time, so that nothing is on its way at the next start.
-        counting, start = Signal(), Signal()
-        pause = Signal(range(PAUSE_CYCLES + 1))
-        m.d.sync += start.eq(0)
-        with m.If(counting):
-            m.d.sync += [counting.eq(self.busy), pause.eq(PAUSE_CYCLES)]
-        with m.Elif(pause.any()):
-            m.d.sync += pause.eq(pause - 1)
-        with m.Elif(start):
-            m.d.sync += counting.eq(1)
-        with m.Elif(self.busy):
-            m.d.sync += start.eq(1)
+        counting = Signal()
+        m.d.sync += counting.eq(self.busy)
 
         # The first bad tag since BAD_TAG was clear; the lowest channel where several come at once.
         tag_error = Signal(32)
@@ -492,7 +462,6 @@ class Control(wiring.Component):
                     fetched,
                     completed,
                     counting,
-                    start,
                     tag_error,
                     tag_seen,
                     media_error.as_value(),
@@ -503,14 +472,10 @@ class Control(wiring.Component):
                 )
             ]
 
-        clear_counters = Signal()
         m.d.comb += [
-            clear_counters.eq(start & ~bank.value.control[bit(ControlBit.ACCUMULATE)]),
             counters.events.eq(self.events),
-            counters.start.eq(clear_counters),
             counters.counting.eq(counting),
             flash_counters.events.eq(self.flash_events),
-            flash_counters.start.eq(clear_counters),
             flash_counters.counting.eq(counting),
         ]
         read = bank.read

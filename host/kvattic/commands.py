@@ -326,8 +326,8 @@ QUEUE_COMMAND = _command("QueueCommand", (
 
 GRANT_COMMAND = _command("GrantCommand", (
     Field("domain", 4, 4, "to whom; 0, for zones and regions: to nobody"),
-    Field("first", 40, 3, "first zone or region; or a bit for each queue"),
-    Field("kind", 43, 1, "`Grant`"),
+    Field("kind", 40, 1, "`Grant`"),
+    Field("first", 41, 3, "first zone or region; or a bit for each queue"),
     Field("count", 44, 3, "how many zones or regions"),
 ))
 """GRANT.  Takes effect for the commands that are fetched after its completion."""
@@ -402,17 +402,17 @@ def pack_state(status: int, phase: int) -> int:
     return (kind << STATUS_BITS | status) << 1 | phase
 
 
+_STATES = {pack_state(status, 0) >> 1: status for status in Status}
+
+
 def unpack_state(state: int) -> Status:
     """The status in the field `state` of a completion.
 
     Raises:
         ValueError: there is no such status.
     """
-    try:
-        status = Status(state >> 1 & (1 << STATUS_BITS) - 1)
-    except ValueError:
-        status = None
-    if status is None or state | 1 != pack_state(status, 1):
+    status = _STATES.get(state >> 1)
+    if status is None:
         raise ValueError(f"state must be a `Status` of its status code type and the phase, not {state:#06x}")
     return status
 

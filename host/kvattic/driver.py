@@ -280,6 +280,9 @@ class Device:
     def counters(self) -> dict[str, int]:
         """The counters (`registers.COUNTERS`) by their names, read by a command among the others.
 
+        They count from power-up or the last `reset` on, and reading does not change them: what something took is the
+        difference of before and after.  `Sequence.counters` has what was done for one sequence.
+
         Raises:
             DeviceStatusError: the device reports an error.
         """

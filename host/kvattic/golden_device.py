@@ -63,7 +63,8 @@ _DOORBELLS = {
 }
 """(queue, whether it is of completions) by register."""
 _ADMIN = ("ADMIN_SUBMISSION", "ADMIN_COMPLETION", "ADMIN_BASE", "ADMIN_LIMIT")
-_COUNTERS = frozenset(register.name for register in COUNTERS)
+_OPERATIONS = {Opcode.PROGRAM: "PAGE_PROGRAMS", Opcode.ERASE: "BLOCK_ERASES", Opcode.PROBE: "PAGE_READS"}
+"""What counts them."""
 
 
 class _Ending(NamedTuple):
@@ -123,10 +124,10 @@ class GoldenDevice:
     admin commands run one after the other.
 
     There are no cycles: all counters of time, CYCLES among them, and the counter fields of the completions stay 0, and
-    CODEWORD_TIMEOUT does not occur.  What is moved is counted: FLASH_WORDS, CODEWORDS, UNREADABLE and PAGE_READS of the
-    jobs' reads, as if nothing had to be read again, no page were read ahead and none twice for a job; and by kind in
-    `traffic`.  Without `shuffle`, every doorbell that starts a command finds the device idle, and the counts start from
-    0, unless CONTROL.ACCUMULATE is set.
+    CODEWORD_TIMEOUT does not occur.  What is moved is counted: BEATS, FLASH_WORDS, CODEWORDS, UNREADABLE and PAGE_READS
+    of the jobs' reads, as if nothing had to be read again, no page were read ahead and none twice for a job, and a lane
+    used all of each codeword; these also by kind in `traffic`.  Likewise FLASH_WORDS and PAGE_PROGRAMS of PROGRAM,
+    BLOCK_ERASES of ERASE, PAGE_READS of PROBE, as if no die were dead.
 
     A command is checked in this order, and the first that applies is reported: BUS_ERROR of its line, INVALID_OPCODE,
     NOT_PERMITTED (opcode), INVALID_FIELD; then
@@ -161,7 +162,7 @@ class GoldenDevice:
     Attributes:
         faults: the same; the object is never another one.
         flash: its flash.
-        traffic: what was read since the counters were 0.
+        traffic: what jobs read since power-up or the last reset.
 
     Raises:
         RequestError: a size is not positive.
@@ -311,15 +312,12 @@ class GoldenDevice:
 
     def _ring(self, queue: int, completion: bool, value: int) -> None:
         """A doorbell."""
-        registers, idle = self._registers, not self._busy
+        registers = self._registers
         if not self._queues.doorbell(queue, value, completion=completion):
             if not registers["STATUS"] & StatusBit.INVALID_DOORBELL:
                 registers["DOORBELL_ERROR"] = queue << 24 | completion << 16 | value & 0xFFFF
                 registers["STATUS"] |= StatusBit.INVALID_DOORBELL
             return
-        if idle and self._busy and not registers["CONTROL"] & Control.ACCUMULATE:
-            registers |= dict.fromkeys(_COUNTERS, 0)
-            self.traffic = Traffic()
         if self._random is not None:
             self._go_on()
         else:
@@ -654,6 +652,7 @@ class GoldenDevice:
         """Codewords of a page, zeros where they cannot be read; which of them is the first that cannot."""
         config = self.config
         number &= (1 << PAGE_NUMBER_BITS) - 1
+        self._registers["BEATS"] += len(codewords) * config.beats_per_codeword
         if dram:
             self.traffic.dram[kind] += len(codewords)
             image = np.zeros(config.page_bytes, np.uint8)
@@ -727,6 +726,8 @@ class GoldenDevice:
             image = np.zeros(config.page_bytes, np.uint8)
             if self._read_dram_page(image, command["argument"]) is not None:
                 image = None
+            self._registers["FLASH_WORDS"] += config.codewords_per_page * config.raw_codeword_words
+        self._registers[_OPERATIONS[opcode]] += 1
         self.flash.operate(opcode, channel, number, image)
 
     def written(self) -> Iterator[tuple[Block, int, NDArray[np.uint8]]]:

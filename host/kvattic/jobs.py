@@ -230,6 +230,7 @@ class AttendPlan:
         Raises:
             RangeError: a score or a value was too large to be computed exactly.
         """
+        self.sequence._counters["JOBS"] += len(results)
         for job, result in zip(self.jobs, results, strict=True):
             check_range(job, result.completion.flags)
         q_heads, n_queries, head_dim = self.shape

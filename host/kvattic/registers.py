@@ -53,10 +53,8 @@ class Control(IntFlag):
     """Bits of CONTROL."""
 
     RESET = 1
-    """Aborts everything and clears the engine, registers and queues included; STATUS.READY returns when it is clean.
-    The table of owners stays."""
-    ACCUMULATE = 2
-    """The counters go on when the drive gets work after it had none; otherwise they then start from 0."""
+    """Aborts everything and clears the engine, registers, counters and queues included; STATUS.READY returns when it is
+    clean.  The table of owners stays."""
 
 
 class StatusBit(IntFlag):
@@ -105,8 +103,9 @@ REGISTERS: tuple[Register, ...] = (
     Register("COMPLETED", 0x74, 32, Access.RO, 0, "completions written since the reset"),
     Register("CYCLES", 0x80, 64, Access.RO, 0, "cycles in which STATUS.BUSY was set"),
     Register("BEATS", 0x88, 64, Access.RO, 0, "lane beats used, all lanes"),
-    Register("FIRST_BEAT", 0x90, 64, Access.RO, 0, "cycle of the first beat"),
-    Register("LAST_BEAT", 0x98, 64, Access.RO, 0, "cycle of the latest beat"),
+    Register("FIRST_BEAT", 0x90, 64, Access.RO, 0, "cycle of the first beat since the drive got work after it "
+             "had none; 0: no beat since"),
+    Register("LAST_BEAT", 0x98, 64, Access.RO, 0, "cycle of the latest beat; 0: no beat yet"),
     Register("STARVED", 0xA0, 64, Access.RO, 0, "lane cycles without a beat although codewords were requested"),
     Register("BARRIER", 0xA8, 64, Access.RO, 0, "lane cycles in which V waited for the maximum"),
     Register("WEIGHTS", 0xB0, 64, Access.RO, 0, "lane cycles in which a V beat waited for its weight"),
@@ -139,4 +138,6 @@ ADDRESS_BITS = 16
 COUNTERS = tuple(r for r in REGISTERS if 0x80 <= r.address < 0x400)
 """What the command COUNTERS writes: 8 bytes for each, in this order.
 
-All but DUPLICATES and STALES, which count whenever they happen, count while STATUS.BUSY is set."""
+They count from power-up or the last CONTROL.RESET on, and nothing else clears them: who wants to know what something
+took subtracts what they were before.  FIRST_BEAT and LAST_BEAT are times on the clock CYCLES.  All but DUPLICATES and
+STALES, which count whenever they happen, count while STATUS.BUSY is set."""

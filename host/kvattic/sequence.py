@@ -200,6 +200,19 @@ class Sequence(Store):
             mean: NDArray[np.float32] = self._means(layer, _masks(length, 1))[0]
             return mean
 
+    def counters(self) -> dict[str, int]:
+        """What was done for this sequence so far, by name; also when it was freed.
+
+        They are what the host knows of it; `Device.counters` has what the drive counts, of all sequences together.
+
+        JOBS: jobs whose results were put together, each of the query rows of a KV head over a range of tokens.
+        TOKENS: tokens that were written, of all layers; again if they were truncated and written anew.
+        PAGE_PROGRAMS: flash pages that the drive programmed with its K, V and sketches; also those that failed, which
+            are programmed again elsewhere.  What is in device DRAM only was not programmed yet.
+        """
+        with self.device.lock:
+            return dict(self._counters)
+
     def _check_layer(self, layer: int) -> None:
         if not isinstance(layer, int | np.integer) or not 0 <= layer < self.layers:
             raise RequestError(f"layer must be 0 to {self.layers - 1}, not {layer!r}")

@@ -145,6 +145,7 @@ class Store:
         self.domain = domain
         self._first_head = first_head
         self._allocations = allocations     # of K, V and the channel layout; of centroids
+        self._counters = {"JOBS": 0, "TOKENS": 0, "PAGE_PROGRAMS": 0}    # see Sequence.counters
         self._pages = allocations[0].run
         self.stripe_tokens = self._pages * device.config.tokens_per_page
         self._sketch_kinds = [Kind.CHANNEL] * sparse + [Kind.SKETCH] * (centroids is not None)
@@ -343,6 +344,7 @@ class Store:
         if state.sums is not None:
             state.sums.add(values)
         state.length += values.shape[1]
+        self._counters["TOKENS"] += values.shape[1]
 
     def _write_tail(self, layer: int, tokens: Bits) -> Steps[None]:
         """Put tokens into the layer's last stripe in DRAM: whole pages if they are its first, else only their bytes."""
@@ -538,6 +540,9 @@ class Store:
             except KvatticError as refused:
                 error = refused
             yield waiting
+            self._counters["PAGE_PROGRAMS"] += sum(
+                future._value is not None and future._value.status in (Status.OK, Status.PROGRAM_FAILED)
+                for future in waiting)
             good = [error is None] * len(runs)
             again = [True] * len(runs)
             for (i, page), future in zip(numbers, waiting, strict=False):

@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
-    """The counters of one busy period, or of several.
+    """What the counters counted in one busy period, or in several.
 
     Attributes:
         cycles: while the drive had work.
@@ -44,16 +44,6 @@ class Usage:
     stalls: dict[str, int]
     flash: dict[str, int]
     seconds: float
-
-    @classmethod
-    def read(cls, device: Device, seconds: float) -> "Usage":
-        """The counters of the device's last busy period."""
-        register = device.transport.read_register
-        beats = register("BEATS")
-        return cls(cycles=register("CYCLES"), beats=beats,
-                   window=register("LAST_BEAT") - register("FIRST_BEAT") + 1 if beats else 0,
-                   stalls={name: register(name.upper()) for name in STALLS},
-                   flash={name: register(name.upper()) for name in FLASH}, seconds=seconds)
 
     @classmethod
     def sum(cls, parts: Iterable["Usage"]) -> "Usage":
@@ -171,15 +161,41 @@ class How:
 DENSE = How()
 
 
+class Meter:
+    """Tells what the counters of a device counted from one look at them to the next.
+
+    Each look waits until the drive is idle: it may hear of its last completion after the host took that.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._register = device.transport.read_register
+        self._before = self._look()
+
+    def _look(self) -> dict[str, int]:
+        while self._register("STATUS") & StatusBit.BUSY:
+            pass
+        return {name: self._register(name.upper()) for name in ("cycles", "beats", *STALLS, *FLASH)}
+
+    def read(self) -> Usage:
+        """What was counted since the last look, in one busy period, without the seconds."""
+        now = self._look()
+        grown = {name: value - self._before[name] for name, value in now.items()}
+        self._before = now
+        window = self._register("LAST_BEAT") - self._register("FIRST_BEAT") + 1 if grown["beats"] else 0
+        return Usage(cycles=grown["cycles"], beats=grown["beats"], window=window, seconds=0.0,
+                     stalls={name: grown[name] for name in STALLS}, flash={name: grown[name] for name in FLASH})
+
+
 def measured(device: Device, work: Callable[[], Result]) -> tuple[Result, Usage]:
-    """Do some work on a device, and add up the counters of all its busy periods."""
+    """Do some work on a device, and add up what it counted in all its busy periods."""
     parts: list[Usage] = []
     transport = device.transport if isinstance(device.transport, RtlTransport) else None
     begin = time.perf_counter()
     if transport is not None:
         transport.on_batch = lambda: None
         transport.settle()    # what ended before
-        transport.on_batch = lambda: parts.append(Usage.read(device, 0.0))
+        meter = Meter(device)
+        transport.on_batch = lambda: parts.append(meter.read())
     try:
         result = work()
         if transport is not None:

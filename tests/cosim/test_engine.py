@@ -37,7 +37,7 @@ from kvattic.golden_device import GoldenDevice
 from kvattic.jobs import FlashOperation
 from kvattic.layout import pack_entries
 from kvattic.nand import TINY_PART
-from kvattic.registers import COUNTERS, Control, StatusBit
+from kvattic.registers import COUNTERS, StatusBit
 from kvattic_sim.build import icarus_available
 from kvattic_sim.jobs import run_in_simulation
 from kvattic_sim.rtl_transport import AxiStalls, Fault, FaultKind, FlashSettings, Stall
@@ -820,37 +820,43 @@ def test_flash_faults(kind: FaultKind) -> None:
 
 
 def counters(device: Device) -> dict[str, Any]:
-    """The counter registers after some jobs, and their completions; and the same by the command COUNTERS."""
+    """The counters before and after writing and attending, by the command COUNTERS; then the registers, idle."""
     config, transport = device.config, device.transport
     with device.create_sequence(2, capacity_tokens=83) as sequence:
+        found: dict[str, Any] = {"begin": device.counters()}
         sequence.prefill(normal(config, 1, 2, 83), normal(config, 2, 2, 83))
-        result = sequence.attend(normal(config, 3, 4, 1))
-        names = ("CYCLES", "BEATS", "FIRST_BEAT", "LAST_BEAT", "STARVED", "BARRIER", "WEIGHTS", "SCORES", "IDLE")
-        found = {name: transport.read_register(name) for name in names}
-        transport.write_register("CONTROL", Control.ACCUMULATE)
-        return found | {"completions": result.completions, "command": device.counters(), "later": device.counters(),
-                        "at last": {register.name: transport.read_register(register.name) for register in COUNTERS}}
+        found |= {"written": device.counters(), "sequence": sequence.counters()}
+        found["completions"] = sequence.attend(normal(config, 3, 4, 1)).completions
+        found |= {"attended": device.counters(), "later": device.counters()}
+        while transport.read_register("STATUS") & StatusBit.BUSY:
+            pass
+        return found | {"idle": {register.name: transport.read_register(register.name) for register in COUNTERS}}
 
 
-def test_counters_add_up() -> None:
-    found = simulate(TINY, counters)
+def test_counters_go_on_and_add_up() -> None:
+    found, expected = simulate(TINY, counters), model(TINY, counters)
     check_counters(found["completions"], TINY.channels)
-    last = found.pop("completions")[-1]
-    cycles = found["CYCLES"]
-    lanes = sum(found[name] for name in ("BEATS", "STARVED", "BARRIER", "WEIGHTS", "SCORES", "IDLE"))
-    assert lanes == TINY.channels * cycles
-    assert last.cycle <= cycles < last.cycle + 200
-    assert 0 < found["FIRST_BEAT"] < found["LAST_BEAT"] < last.cycle
-    assert found["BEATS"] == last.beats
-    codewords = 2 * 2 * -(-83 // TINY.tokens_per_codeword)  # K and V of two heads
-    assert found["BEATS"] == codewords * TINY.beats_per_codeword
-    # COUNTERS, too, takes time, and reads each counter at another moment.
-    assert {name: found["command"][name] for name in ("BEATS", "FIRST_BEAT", "LAST_BEAT")} == {
-        name: found[name] for name in ("BEATS", "FIRST_BEAT", "LAST_BEAT")}
-    assert cycles < found["command"]["CYCLES"] < found["later"]["CYCLES"] < found["at last"]["CYCLES"] < cycles + 1000
-    for before, after in pairwise((found["command"], found["later"], found["at last"])):
+    last, idle = found["completions"][-1], found["idle"]
+    looks = ("begin", "written", "attended", "later", "idle")
+    for before, after in pairwise(found[name] for name in looks):
         assert list(before) == [register.name for register in COUNTERS]
-        assert all(before[name] <= after[name] for name in before)
+        assert all(before[name] <= after[name] for name in before if name != "FIRST_BEAT")
+        assert before["CYCLES"] < after["CYCLES"]    # COUNTERS, too, takes time
+    stalls = ("STARVED", "BARRIER", "WEIGHTS", "SCORES", "IDLE")
+    assert sum(idle[name] for name in ("BEATS", *stalls)) == TINY.channels * idle["CYCLES"]
+    assert found["attended"]["CYCLES"] <= idle["CYCLES"] < found["attended"]["CYCLES"] + 1000
+    codewords = 2 * 2 * -(-83 // TINY.tokens_per_codeword)  # K and V of two heads
+    assert found["written"]["BEATS"] == 0 < found["attended"]["BEATS"] == idle["BEATS"] == last.beats
+    assert idle["BEATS"] == codewords * TINY.beats_per_codeword
+    # The last busy periods were those of the command COUNTERS, without a beat.
+    assert idle["FIRST_BEAT"] == 0 < found["written"]["CYCLES"] < idle["LAST_BEAT"] < last.cycle
+    # What the model counts, the drive counts alike.
+    names = ("PAGE_PROGRAMS", "BLOCK_ERASES", "FLASH_WORDS", "CODEWORDS", "UNREADABLE")
+    for before, after in (("begin", "written"), ("written", "attended")):
+        assert {name: found[after][name] - found[before][name] for name in names} == {
+            name: expected[after][name] - expected[before][name] for name in names}, after
+    assert found["sequence"] == expected["sequence"] == {
+        "JOBS": 0, "TOKENS": 83, "PAGE_PROGRAMS": found["written"]["PAGE_PROGRAMS"] - found["begin"]["PAGE_PROGRAMS"]}
 
 
 def fails(device: Device) -> None:

@@ -26,7 +26,7 @@ from kvattic.errors import (
 from kvattic.formats import SCORE_MASKED, VALUE_FRACTION, Element
 from kvattic.golden_device import GoldenDevice
 from kvattic.nand import TINY_PART
-from kvattic.registers import COUNTERS, Control
+from kvattic.registers import COUNTERS
 
 PAGE = TINY.tokens_per_page
 BF16 = replace(TINY, element=Element.BF16, channels=3, rows=3)
@@ -613,7 +613,7 @@ class Wrapped(GoldenDevice):
     ("name", "value", "message"),
     [
         ("ID", 0xFFFFFFFF, "no kvattic device: ID is 0xffffffff, not 0x5441564b"),
-        ("VERSION", 0x0001_0003, r"version 1.3, this library needs 3\.x"),
+        ("VERSION", 0x0001_0003, r"version 1.3, this library needs 4\.x"),
         ("CONFIG_HASH", 1, "another configuration: CONFIG_HASH is 0x00000001"),
     ],
 )
@@ -623,7 +623,7 @@ def test_a_wrong_device_is_refused(name, value, message):
 
 
 def test_a_minor_version_is_no_matter():
-    Device(Wrapped(VERSION=0x0003_0007))
+    Device(Wrapped(VERSION=0x0004_0007))
 
 
 def prefilled(transport):
@@ -659,13 +659,48 @@ def test_identify_and_counters():
     with open_device(ODD) as device:
         assert device.identify() == ODD
         sequence = device.create_sequence(1, capacity_tokens=30)
+        before = device.counters()
         sequence.prefill(zeros(1, 30, 80), zeros(1, 30, 80))
-        device.transport.write_register("CONTROL", Control.ACCUMULATE)
-        sequence.attend(zeros(1, 1, 80))
-        counters = device.counters()
-        assert list(counters) == [register.name for register in COUNTERS]
-        assert counters["CODEWORDS"] == 2 * 30 // 3
-        assert counters["CYCLES"] == 0
+        written = device.counters()
+        assert list(written) == [register.name for register in COUNTERS]
+        pages = sequence.counters()["PAGE_PROGRAMS"]
+        assert pages == 2 * (30 // ODD.tokens_per_page) > 0
+        assert differences(before, written) == {
+            "PAGE_PROGRAMS": pages, "FLASH_WORDS": pages * ODD.codewords_per_page * ODD.raw_codeword_words}
+        # Looking, and times without work, clear nothing.
+        for number in range(1, 3):
+            sequence.attend(zeros(1, 1, 80))
+            found = differences(written, device.counters())
+            assert found["CODEWORDS"] == number * 2 * 30 // 3
+            assert found["FLASH_WORDS"] == found["CODEWORDS"] * ODD.raw_codeword_words
+        assert device.counters() == device.counters()
+        assert device.counters()["CYCLES"] == 0     # there is no time
+        device.reset()
+        assert set(device.counters().values()) == {0}
+
+
+def differences(before, after):
+    """The counters that are others."""
+    return {name: after[name] - before[name] for name in after if after[name] != before[name]}
+
+
+def test_counters_of_a_sequence():
+    with open_device(TINY) as device:
+        one = device.create_sequence(2, capacity_tokens=40, layers=2)
+        other = device.create_sequence(1, capacity_tokens=16)
+        assert one.counters() == {"JOBS": 0, "TOKENS": 0, "PAGE_PROGRAMS": 0}
+        before = device.counters()
+        one.prefill(zeros(2, 33, 32), zeros(2, 33, 32))
+        one.append(zeros(2, 1, 32), zeros(2, 1, 32), layer=1)
+        other.prefill(zeros(1, 16, 32), zeros(1, 16, 32))
+        one.attend(zeros(2, 1, 32))
+        device.attend_many([one.plan(zeros(2, 1, 32), layer=1), other.plan(zeros(1, 1, 32))])
+        # 16 tokens are a page: of K and V of two heads two each are full.
+        assert one.counters() == {"JOBS": 4, "TOKENS": 34, "PAGE_PROGRAMS": 8}
+        assert other.counters() == {"JOBS": 1, "TOKENS": 16, "PAGE_PROGRAMS": 2}
+        assert differences(before, device.counters())["PAGE_PROGRAMS"] == 10
+        one.free()
+        assert one.counters()["TOKENS"] == 34
 
 
 def test_timeout_and_reset():

@@ -261,7 +261,6 @@ def test_counters(host):
     """In any queue; those of reading are not 0 after a job."""
     host.run(1, flash(Opcode.PROGRAM))
     table(host, TABLE_ENTRY.pack())
-    host.device.write_register("CONTROL", Control.ACCUMULATE)
     assert ended(host.run(1, attend())) == [(Status.OK, 0)]
     for queue in (0, 1, 2):
         host.device.write_memory(BLOCK, b"\xFF" * 256)
@@ -274,23 +273,34 @@ def test_counters(host):
         assert sum(values) > 0
 
 
-def test_counters_start_when_there_was_nothing_to_do(host):
+def test_counters_go_on_until_a_reset(host):
+    """Whatever happens between: doorbells, times without work, COUNTERS itself, a power cut excepted."""
     device = host.device
+    names = ("CODEWORDS", "PAGE_PROGRAMS", "BLOCK_ERASES", "PAGE_READS")
+
+    def counted():
+        return [device.read_register(name) for name in names]
+
+    assert counted() == [0, 0, 0, 0]
     host.run(1, flash(Opcode.PROGRAM))
+    assert counted() == [0, 1, 0, 0]
+    assert device.read_register("FLASH_WORDS") == TINY.codewords_per_page * TINY.raw_codeword_words
     table(host, TABLE_ENTRY.pack())
-    host.run(1, attend())
-    assert (device.read_register("CODEWORDS"), device.traffic.page_reads) == (8, 2)
-    device.write_register("SUBMISSION_TAIL_1", host.tails[1])       # starts nothing
-    device.write_register("SUBMISSION_TAIL_7", 0)
-    assert device.read_register("CODEWORDS") == 8
-    device.write_register("CONTROL", Control.ACCUMULATE)
-    host.run(1, attend())
-    assert (device.read_register("CODEWORDS"), device.traffic.page_reads) == (16, 4)
-    device.write_register("CONTROL", 0)
-    host.run(1, attend())
-    assert device.read_register("CODEWORDS") == 8
-    host.run(2, counters())
-    assert (device.read_register("CODEWORDS"), device.traffic.page_reads) == (0, 0)
+    for number in range(1, 4):
+        host.run(1, attend())
+        device.write_register("SUBMISSION_TAIL_1", host.tails[1])       # starts nothing
+        device.write_register("SUBMISSION_TAIL_7", 0)
+        host.run(2, counters())
+        assert counted() == [8 * number, 1, 0, 2 * number]
+        assert device.traffic.page_reads == 2 * number
+    # What fails was done as well; what is refused was not.
+    host.run(1, flash(Opcode.PROGRAM), flash(Opcode.ERASE), flash(Opcode.ERASE, channel=2))
+    host.ok(PROBE)
+    host.run(0, flash(Opcode.MAP, domain=0, argument=0))
+    assert counted() == [24, 2, 1, 7]
+    device.write_register("CONTROL", Control.RESET)
+    assert counted() == [0, 0, 0, 0]
+    assert device.traffic.page_reads == 0
 
 
 def test_a_command_that_cannot_be_read(host):

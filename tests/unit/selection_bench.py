@@ -49,12 +49,11 @@ def make_job(config, rng, mode, *, stripes, unit_bits=0, rows=None, end=None, lo
              units=None, scores=None, sinks=None):
     """A random job; what is given stays as given."""
     size = config.group_tokens
-    base = int(rng.integers(0, 1000)) * size * int(rng.integers(2)) if base is None else base
-    sinks = int(rng.integers(0, 2 * size)) * int(rng.integers(2)) if sinks is None else sinks
+    base = int(rng.integers(0, 1000)) * size if base is None else base
     end = base + int(rng.integers((stripes - 1) * size + 1, stripes * size + 1)) if end is None else base + end
     local = int(rng.integers(0, (end - base) // 2 + 2)) if local is None else local
     tail = rng.random(stripes) < 0.3 if tail is None else np.array(tail, bool)
-    job = Job(mode, unit_bits, base, end, local, sinks, tail, np.zeros(0))
+    job = Job(mode, unit_bits, base, end, local, sinks or 0, tail, np.zeros(0))
     step = job.step(config)
     rows = config.rows if rows is None else rows
     job.scores = random_scores(rng, (rows, stripes * size // step)) if scores is None else scores
@@ -63,6 +62,10 @@ def make_job(config, rng, mode, *, stripes, unit_bits=0, rows=None, end=None, lo
     if mode is Mode.CENTROID:
         job.scores[:, np.repeat(tail, size // step)] = SCORE_MASKED
     job.units = int(rng.integers(1, -(-(end - base) // job.unit_tokens(config)) + 1)) if units is None else units
+    if sinks is None and rng.random() < 0.5:
+        # A job from the sequence's beginning on, some of whose first tokens are sinks.
+        job.base_token, job.end_token = 0, end - base
+        job.sinks = int(rng.integers(0, stripes * size + 2))
     return job
 
 

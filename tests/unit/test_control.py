@@ -10,7 +10,7 @@ from kvattic.registers import COUNTERS, REGISTER_MAP, StatusBit
 from kvattic_hdl.control import FLASH_COUNTERS, STALLS, Control
 from kvattic_hdl.interfaces import Shapes
 
-CONTROL_RESET, CONTROL_ACCUMULATE = 1, 2
+CONTROL_RESET = 1
 KINDS = ("beat", *STALLS)
 
 
@@ -209,18 +209,22 @@ def test_counters_and_snapshot(channels):
         return {name: ctx.get(dut.snapshot[name]) for name in names}
 
     async def bench(ctx, dut):
+        now = None
         for _ in range(2):
             sums = dict.fromkeys((*KINDS, "duplicate", "stale"), 0)
             beats_at = []
-            # What comes before the work leaves no trace.
+            # What comes before the work leaves no trace, but for dropped codewords.
             ctx.set(dut.events, random_events(rng, dut, channels))
             await ctx.tick().repeat(8)
             ctx.set(dut.events, [{"idle": 1}] * channels)
             await ctx.tick().repeat(3)
+            before = snapshot(ctx, dut)
+            assert before == (now or before)
+            dropped = {name: await read(ctx, dut, name) for name in ("DUPLICATES", "STALES")}
             await begin(ctx, dut)
             await ctx.tick().repeat(4)
             base = snapshot(ctx, dut)
-            assert base["cycle"] == 6 and base["idle"] == 6 * channels
+            assert base["cycle"] == before["cycle"] + 7 and base["idle"] == before["idle"] + 7 * channels
             history = []
             for _cycle in range(120):
                 events = random_events(rng, dut, channels)
@@ -232,50 +236,56 @@ def test_counters_and_snapshot(channels):
                 beats_at.append(any("beat" in event for event in events))
                 history.append(now := snapshot(ctx, dut))
                 assert sum(v for n, v in now.items() if n != "cycle") == channels * now["cycle"]
-            assert [now["cycle"] for now in history] == [7 + i for i in range(120)]
+            assert [now["cycle"] for now in history] == [base["cycle"] + 1 + i for i in range(120)]
             ctx.set(dut.events, [{"idle": 1}] * channels)
             await end(ctx, dut)
             ctx.set(dut.events, [{"beat": 1}] * channels)  # after the work: not counted
             await ctx.tick().repeat(6)
             # Two cycles were on their way to the counters when `base` was read, and two are those of `end`.
-            assert await read(ctx, dut, "CYCLES") == 6 + 2 + 120 + 2
+            assert await read(ctx, dut, "CYCLES") == base["cycle"] + 2 + 120 + 2
             sums["idle"] += (2 + 2) * channels
             for name in STALLS:
                 assert await read(ctx, dut, name.upper()) - base[name] == sums[name], name
-            assert await read(ctx, dut, "BEATS") == sums["beat"]
-            assert await read(ctx, dut, "DUPLICATES") == sums["duplicate"]
-            assert await read(ctx, dut, "STALES") == sums["stale"]
+            assert await read(ctx, dut, "BEATS") - base["beats"] == sums["beat"]
+            assert await read(ctx, dut, "DUPLICATES") - dropped["DUPLICATES"] == sums["duplicate"]
+            assert await read(ctx, dut, "STALES") - dropped["STALES"] == sums["stale"]
             first, last = beats_at.index(True), max(i for i, beat in enumerate(beats_at) if beat)
-            assert await read(ctx, dut, "FIRST_BEAT") == 6 + 2 + first + 1
-            assert await read(ctx, dut, "LAST_BEAT") == 6 + 2 + last + 1
+            assert await read(ctx, dut, "FIRST_BEAT") == base["cycle"] + 2 + first + 1
+            assert await read(ctx, dut, "LAST_BEAT") == base["cycle"] + 2 + last + 1
+            now = snapshot(ctx, dut)
             counters = [ctx.get(dut.counters[i]) for i in range(len(COUNTERS))]
             assert counters == [await read(ctx, dut, register.name) for register in COUNTERS]
 
     simulate(bench, config)
 
 
-def test_accumulate():
-    """The counters go on, over times without work which they do not count."""
+def test_counters_go_on():
+    """Over times without work, however short, which they do not count; FIRST_BEAT is that of the last work."""
     async def bench(ctx, dut):
         ctx.set(dut.events, [{"beat": 1}, {"idle": 1}])
-        totals = []
-        for control, idle in ((0, 20), (CONTROL_ACCUMULATE, 20), (CONTROL_ACCUMULATE, 1), (0, 1)):
+
+        async def found():
+            await ctx.tick().repeat(4)
+            return [await read(ctx, dut, name) for name in ("CYCLES", "BEATS", "IDLE", "FIRST_BEAT", "LAST_BEAT")]
+
+        total, one = 0, 7    # cycles from `begin` to `end`
+        for idle in (20, 20, 1, 2, 3):
             await ctx.tick().repeat(idle)
-            await write(ctx, dut, "CONTROL", control)
             await begin(ctx, dut)
             await end(ctx, dut)
-            await ctx.tick().repeat(4)
-            totals.append([await read(ctx, dut, name) for name in ("CYCLES", "BEATS", "IDLE", "FIRST_BEAT")])
-        one = totals[0][0]
-        assert totals == [[n, n, n, 1] for n in (one, 2 * one, 3 * one, one)]
-        # Work that comes again at once: counted late, and consistently.
-        for _ in range(3):
+            total += one
+            assert await found() == [total, total, total, total - one + 1, total]
+        for idle in (1, 2, 3, 4, 1):
             await begin(ctx, dut)
             ctx.set(dut.busy, 0)
-            await ctx.tick()
-        await ctx.tick().repeat(9)
-        values = [await read(ctx, dut, name) for name in ("CYCLES", "BEATS", "IDLE")]
-        assert len(set(values)) == 1 and values[0] > 0
+            await ctx.tick().repeat(idle)
+            total += 6
+        assert await found() == [total, total, total, total - 6 + 1, total]
+        # Work without a beat has no first one.
+        ctx.set(dut.events, [{"idle": 1}, {"idle": 1}])
+        await begin(ctx, dut)
+        await end(ctx, dut)
+        assert await found() == [total + one, total, total + 2 * one, 0, total]
 
     simulate(bench)
 
@@ -297,6 +307,7 @@ def test_flash_counters(channels):
         ]
 
     async def bench(ctx, dut):
+        sums = dict.fromkeys(FLASH_COUNTERS, 0)
         for batch in range(2):
             # What comes before the work leaves no trace.
             ctx.set(dut.flash_events, events(full=True))
@@ -304,7 +315,6 @@ def test_flash_counters(channels):
             ctx.set(dut.flash_events, [{}] * channels)
             await ctx.tick().repeat(3)
             await begin(ctx, dut)
-            sums = dict.fromkeys(FLASH_COUNTERS, 0)
             for cycle in range(200):
                 now = events(full=cycle == 17)
                 if cycle == 199:    # the last cycle that counts is the one in which this is seen
@@ -423,7 +433,7 @@ def test_soft_reset():
         assert await read(ctx, dut, "FLASH_WORDS") > 3
         assert await read(ctx, dut, "MEDIA_ERROR") == 7
         ctx.set(dut.events, [{"beat": 1}] * 2)
-        await write(ctx, dut, "CONTROL", CONTROL_RESET | CONTROL_ACCUMULATE)
+        await write(ctx, dut, "CONTROL", CONTROL_RESET)
         await ctx.tick().repeat(10)
         assert ctx.get(dut.stop)
         assert sum(resets) == 0

@@ -886,7 +886,7 @@ def test_sparse_faults() -> None:
             job.value[rng.integers(len(job.value)), 2] = infinity
             job.unreadable = {key for key in list(job.requests)[-6:] if key[0] == Kind.VALUE}
         if case == 4:
-            job.approximate = [bits + (13 << 23) for bits in job.approximate]
+            job.approximate = [bits + (17 << 23) for bits in job.approximate]
         jobs.append(job)
     assert {job.fault[0] for job in jobs} >= {0, 2, 3, len(FAULTS)}
     assert any(job.first_pass[1] for job in jobs if job.chosen)

@@ -249,7 +249,7 @@ def test_cycles():
 
     async def bench(ctx, dut, model):
         rng = np.random.default_rng(4)
-        job = make_job(config, rng, SPARF, stripes=2, tail=[0, 0], end=2 * size, local=0)
+        job = make_job(config, rng, SPARF, stripes=2, tail=[0, 0], end=2 * size, local=0, sinks=0)
         model.put(1, job, [0, 1], 0)
         await ctx.tick()
         expected = expect(config, job)
@@ -261,7 +261,8 @@ def test_cycles():
         assert model.marked(1).sum() == 64
 
         sparf = cycles.copy()
-        job = make_job(config, rng, CENTROID, stripes=2, unit_bits=1, tail=[0, 0], end=2 * size, local=0)
+        job = make_job(config, rng, CENTROID, stripes=2, unit_bits=1, tail=[0, 0], end=2 * size, local=0,
+                       sinks=0)
         model.put(2, job, [0, 1], 0)
         await ctx.tick()
         for op in Sweep:

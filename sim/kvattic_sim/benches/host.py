@@ -17,7 +17,7 @@ from kvattic.array import ArraySequence, DriveArray, open_array
 from kvattic_sim.benches.engine import Bench, Figures, Lab, UnavailableError, WrongResultError
 from kvattic_sim.jobs import report, run_in_simulation
 from kvattic_sim.rtl_transport import RtlTransport
-from kvattic_sim.workloads import Attention, Usage, decode, measured
+from kvattic_sim.workloads import Attention, Meter, Usage, decode, measured
 
 __all__ = ["BENCHES", "Commands", "Drafts"]
 
@@ -66,6 +66,7 @@ def keep_busy(device: Device, load: Commands) -> tuple[list[NDArray[np.uint32]],
         plans.append(sequence.plan(attention.query, layer=layer))
     jobs = iter([job for plan in plans for job in plan.jobs])
     latency = round(load.host_us * config.clock_mhz)
+    meter = Meter(device)
     waiting = deque(device.submit(list(islice(jobs, load.in_flight))))
     results = []
     begin = last = transport.cycles
@@ -79,7 +80,7 @@ def keep_busy(device: Device, load: Commands) -> tuple[list[NDArray[np.uint32]],
         while waiting and waiting[0].done():
             results.append(waiting.popleft().result())
         waiting.extend(device.submit(list(islice(jobs, load.in_flight - len(waiting)))))
-    usage = Usage.read(device, 0.0)
+    usage = meter.read()
     found = []
     for number, plan in enumerate(plans):
         first = number * len(plan.jobs)
@@ -195,14 +196,15 @@ def _batch(array: DriveArray, lab: Lab) -> tuple[list[int], list[NDArray[np.uint
         sequence.prefill(attention.key, attention.value)
         sequences.append((sequence, attention.query))
     lab.progress(f"host, {len(array.devices)} drives: attending", 0, None)
+    meters = [Meter(device) for device in array.devices]
     results = array.attend_many([sequence.plan(query) for sequence, query in sequences])
     beats = 2 * BATCH * HEADS * SHORT_TOKENS * PAPER.beats_per_token // len(array.devices)
     cycles = []
-    for device in array.devices:
-        counted = device.transport.read_register("BEATS")
-        if counted != beats:
-            raise WrongResultError(f"a drive counts {counted:,} beats, not {beats:,}: its work was interrupted")
-        cycles.append(device.transport.read_register("CYCLES"))
+    for meter in meters:
+        usage = meter.read()
+        if usage.beats != beats:
+            raise WrongResultError(f"a drive counts {usage.beats:,} beats, not {beats:,}")
+        cycles.append(usage.cycles)
     return cycles, [result.bits for result in results]
 
 
