@@ -19,7 +19,7 @@ from kvattic_sim.rtl_transport import NandSettings, RtlTransport
 
 __all__ = ["BENCHES", "BIT_ERROR_RATE", "CONFIG", "Judged", "judge", "scan"]
 
-CONFIG = replace(TINY, part=replace(TINY_PART, name="tiny, fast reads", blocks=25, t_r=500.0))
+CONFIG = replace(TINY, part=replace(TINY_PART, name="tiny, fast reads", blocks=25, t_r=1_000.0))
 """200 blocks: 2 channels of 2 dies with 2 planes.  What a bit error does depends on no time, so reads are fast."""
 DRIVES = 50
 """Scans: 10,000 blocks."""
