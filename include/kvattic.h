@@ -25,14 +25,14 @@
 #define KVATTIC_IDENTIFY_BYTES 2048  /* what IDENTIFY writes: JSON text, padded with zeros */
 #define KVATTIC_TREE_BITS 32  /* draft tokens that a row can attend */
 #define KVATTIC_SCORE_FRACTION 22  /* fractional bits of kvattic_trailer.maximum */
-#define KVATTIC_SCORE_MASKED (-INT64_C(34359738368))  /* maximum of a row that attends nothing */
+#define KVATTIC_SCORE_MASKED (-INT64_C(1099511627776))  /* maximum of a row that attends nothing */
 #define KVATTIC_VALUE_FRACTION 40  /* fractional bits of kvattic_trailer.denominator */
 
 /* CONFIG_HASH of the presets. */
-#define KVATTIC_CONFIG_HASH_TINY 0x5c1f6d33u
-#define KVATTIC_CONFIG_HASH_BOARD 0xd2a54229u
-#define KVATTIC_CONFIG_HASH_PAPER 0x74690031u
-#define KVATTIC_CONFIG_HASH_GQA 0x83fc746du
+#define KVATTIC_CONFIG_HASH_TINY 0x8ffec397u
+#define KVATTIC_CONFIG_HASH_BOARD 0x2076c6e7u
+#define KVATTIC_CONFIG_HASH_PAPER 0x7158bddfu
+#define KVATTIC_CONFIG_HASH_GQA 0x780727a6u
 
 /* Register addresses; 64-bit registers take two accesses, low half first. */
 #define KVATTIC_REG_ID 0x00u  /* 32 bits, ro: magic number */
@@ -113,7 +113,7 @@ enum kvattic_opcode {  /* What a command asks for. */
     KVATTIC_OPCODE_CREATE_QUEUE = 0xe4,  /* Create a pair of queues, empty (QUEUE_COMMAND). */
     KVATTIC_OPCODE_DELETE_QUEUE = 0xe8,  /* Remove one (QUEUE_COMMAND); commands that are not fetched yet are forgotten. */
     KVATTIC_OPCODE_GRANT = 0xec,  /* Give zones or regions of device DRAM to a domain, or a domain to queues (GRANT_COMMAND). */
-    KVATTIC_OPCODE_PROBE = 0xf0,  /* Look for the factory's bad-block mark of the block that a flash page lies in (FLASH_COMMAND). */
+    KVATTIC_OPCODE_PROBE = 0xf0,  /* Look for the factory's mark of a bad block in a flash page (FLASH_COMMAND): one of NandPart.marked_pages. */
     KVATTIC_OPCODE_MAP = 0xf4,  /* Let a zone use another block on the die and plane of a flash page (FLASH_COMMAND). */
 };
 
@@ -143,7 +143,7 @@ enum kvattic_status {  /* How a command ended; where of the completion says whic
     KVATTIC_STATUS_UNREADABLE_VALUE = 15,  /* The same for V. */
     KVATTIC_STATUS_PROGRAM_FAILED = 16,  /* The part reports that a page was not programmed; where: channel * 2**24 + page. */
     KVATTIC_STATUS_ERASE_FAILED = 17,  /* The part reports that a block was not erased; where: channel * 2**24 + page. */
-    KVATTIC_STATUS_BAD_BLOCK = 18,  /* PROBE found the factory's mark; where: channel * 2**24 + page. */
+    KVATTIC_STATUS_BAD_BLOCK = 18,  /* PROBE found the factory's mark in the page; where: channel * 2**24 + page. */
     KVATTIC_STATUS_DIE_TIMEOUT = 19,  /* A die stayed busy for longer than its part ever is; where: channel * 2**24 + page. */
     KVATTIC_STATUS_INVALID_SELECTION = 20,  /* A sparse mode's number is none or too large; where: 0 channels, 1 units (more than the tokens make), 2 local (more than the units hold), 3 unit_bits. */
     KVATTIC_STATUS_NO_SKETCH = 21,  /* A stripe in flash that is not attended whole was written without what the mode's first pass reads; where: its entry's number. */

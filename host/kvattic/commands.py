@@ -72,7 +72,7 @@ class Opcode(IntEnum):
     """Write `registers.COUNTERS`, 8 bytes each, padded to whole lines (`DATA_COMMAND`).  Each is right at the moment at
     which it is read; while the drive works, they are not of one cycle."""
     PROBE = 0xF0
-    """Look for the factory's bad-block mark of the block that a flash page lies in (`FLASH_COMMAND`)."""
+    """Look for the factory's mark of a bad block in a flash page (`FLASH_COMMAND`): one of `NandPart.marked_pages`."""
     MAP = 0xF4
     """Let a zone use another block on the die and plane of a flash page (`FLASH_COMMAND`)."""
     IDENTIFY = 0xE2
@@ -160,7 +160,7 @@ class Status(IntEnum):
     ERASE_FAILED = 17
     """The part reports that a block was not erased; where: channel * 2**24 + page."""
     BAD_BLOCK = 18
-    """PROBE found the factory's mark; where: channel * 2**24 + page."""
+    """PROBE found the factory's mark in the page; where: channel * 2**24 + page."""
     DIE_TIMEOUT = 19
     """A die stayed busy for longer than its part ever is; where: channel * 2**24 + page."""
     INVALID_SELECTION = 20

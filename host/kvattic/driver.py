@@ -338,7 +338,7 @@ class Device:
         return self._allocator.write_amplification
 
     def scan_bad_blocks(self) -> list[Block]:
-        """Look for the factory's marks in all blocks, and use none that has one.
+        """Look for the factory's marks in all blocks, where their part has them, and use none that has one.
 
         A mark is gone once its block was written; so scan a new drive, and keep the list.
 
@@ -350,30 +350,50 @@ class Device:
             DeviceStatusError: a die does not answer.
         """
         with self.lock:
-            return self._scan()
+            self._check_unwritten()
+            found = self._find_marks()
+            self._allocator = self._new_allocator({*self.bad_blocks, *found})
+            self._allocator.send_owners()
+            self._allocator.send_remaps()
+            return sorted(found)
 
-    def _scan(self) -> list[Block]:
+    def find_marks(self) -> set[Block]:
+        """Look for the factory's marks as `scan_bad_blocks` does, and change nothing.
+
+        Raises:
+            RequestError: something was written already.
+            DeviceStatusError: a die does not answer.
+        """
+        with self.lock:
+            self._check_unwritten()
+            try:
+                return self._find_marks()
+            finally:
+                self._remap(self._allocator.remaps)
+
+    def _check_unwritten(self) -> None:
         self._check_open()
         if self._sequences or self._allocator.pages_programmed:
             raise RequestError("the factory's marks of bad blocks can be read only before anything is written")
+
+    def _find_marks(self) -> set[Block]:
+        """The blocks with a mark; the device's map is then what it is after power-up."""
         config = self.config
         # Marks are found through the device's map, which must be what it is after power-up.
         self.operate([FlashOperation(Opcode.MAP, remap.channel, remap.page, layout.page_place(remap.page, config).zone)
                       for remap in self._allocator.remaps])
         blocks = [Block(channel, die, plane, block) for block in range(config.part.blocks) for die in range(config.dies)
                   for plane in range(config.part.planes) for channel in range(config.channels)]
-        pages = [int(layout.page_number(PagePlace(b.block, 0, b.die, b.plane), config)) for b in blocks]
-        completions = self.operate([FlashOperation(Opcode.PROBE, block.channel, page)
-                                    for block, page in zip(blocks, pages, strict=True)], check=False)
+        probes = [(block, PagePlace(block.block, page, block.die, block.plane))
+                  for page in config.part.marked_pages for block in blocks]
+        completions = self.operate([
+            FlashOperation(Opcode.PROBE, block.channel, int(layout.page_number(place, config)))
+            for block, place in probes], check=False)
         for completion in completions:
             if completion.status not in (Status.OK, Status.BAD_BLOCK):
                 raise self._failure("PROBE", completion)
-        found = [block for block, completion in zip(blocks, completions, strict=True)
-                 if completion.status is Status.BAD_BLOCK]
-        self._allocator = self._new_allocator({*self.bad_blocks, *found})
-        self._allocator.send_owners()
-        self._allocator.send_remaps()
-        return sorted(found)
+        return {block for (block, _), completion in zip(probes, completions, strict=True)
+                if completion.status is Status.BAD_BLOCK}
 
     def format(self) -> None:
         """Erase all of the flash, because nobody knows what it holds.

@@ -43,6 +43,7 @@ class FlashFaults:
 
     Attributes:
         bad: blocks with the factory's mark: PROBE finds it, PROGRAM and ERASE fail.
+        mark_pages: pages of a bad block that have the mark; None: all in which the part's maker may put it.
         worn: blocks whose PROGRAM and ERASE fail from now on; what they hold can be read.
         program_fails: single pages that fail to program, (block, page of the block).
         dead: (channel, die) of dies that stay busy: DIE_TIMEOUT, and nothing on them can be read.
@@ -52,6 +53,7 @@ class FlashFaults:
     """
 
     bad: set[Block] = field(default_factory=set)
+    mark_pages: set[int] | None = None
     worn: set[Block] = field(default_factory=set)
     program_fails: set[tuple[Block, int]] = field(default_factory=set)
     dead: set[tuple[int, int]] = field(default_factory=set)
@@ -141,7 +143,9 @@ class Flash:
                 raise PowerCutError
             self.blocks.pop(block, None)
         elif block in faults.bad:
-            raise RejectedError(Status.BAD_BLOCK, where)
+            marked = self._config.part.marked_pages if faults.mark_pages is None else faults.mark_pages
+            if place.page in marked:
+                raise RejectedError(Status.BAD_BLOCK, where)
         if cut:
             raise PowerCutError
 

@@ -13,12 +13,14 @@ from typing import Any, Self
 
 from kvattic.errors import ConfigError
 
-__all__ = ["COLUMN_CYCLES", "PARTS", "ROW_CYCLES", "T_RST_IDLE", "NandPart", "is_power_of_two", "part"]
+__all__ = ["COLUMN_CYCLES", "MARK_ZEROS", "PARTS", "ROW_CYCLES", "T_RST_IDLE", "NandPart", "is_power_of_two", "part"]
 
 COLUMN_CYCLES = 2
 """Address cycles of a column."""
 ROW_CYCLES = 3
 """Address cycles of a row."""
+MARK_ZEROS = 4
+"""So many zeros among a mark's eight bits make a block bad (FFh: good, 00h: bad; both are read with bit errors)."""
 T_RST_IDLE = 5_000.0
 """Reset of an idle die, at most (ONFI: 5 us)."""
 
@@ -60,6 +62,10 @@ class NandPart:
         t_rst: reset of a busy die, at most.
         retry_levels: read-retry settings beside the default.
         endurance: erases that a block stands.
+        cell_bits: bits of a cell.
+        mark_pages: pages of a block in which the factory may mark it as bad, at least in one of them: 0 the first, 1
+            the second, -1 the last.
+        mark_byte: the byte of these pages' spare that is 00h then, and FFh in a good block.
     """
 
     name: str
@@ -88,10 +94,15 @@ class NandPart:
     t_rst: float = 500_000.0
     retry_levels: int = 3
     endurance: int = 30_000
+    cell_bits: int = 1
+    mark_pages: tuple[int, ...] = (0, -1)
+    mark_byte: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.name == "mark_byte":
+                continue
             if field.type in (int, "int") and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"{self.name}: {field.name} must be a positive int, not {value!r}")
             if field.type in (float, "float"):
@@ -107,11 +118,33 @@ class NandPart:
         if self.row(0, self.blocks - 1, 0) >> 8 * ROW_CYCLES:
             raise ConfigError(f"{self.name}: blocks must be such that a row address has at most "
                               f"{8 * ROW_CYCLES} bits, not {self.blocks!r}")
+        self._check_marks()
+
+    def _check_marks(self) -> None:
+        pages: Any = self.mark_pages
+        if (not isinstance(pages, tuple | list) or not pages or any(type(page) is not int for page in pages)
+                or not all(-self.pages <= page < self.pages for page in pages)):
+            raise ConfigError(f"{self.name}: mark_pages must be pages of a block, 0 to {self.pages - 1}, or from the "
+                              f"last one on -1 to {-self.pages}, at least one, not {pages!r}")
+        object.__setattr__(self, "mark_pages", tuple(pages))
+        if type(self.mark_byte) is not int or not 0 <= self.mark_byte < self.spare_bytes:
+            raise ConfigError(f"{self.name}: mark_byte must be a byte of the spare, 0 to {self.spare_bytes - 1}, not "
+                              f"{self.mark_byte!r}")
 
     @property
     def raw_bytes(self) -> int:
         """Bytes of a page, spare included."""
         return self.page_bytes + self.spare_bytes
+
+    @property
+    def mark_column(self) -> int:
+        """Byte of a page that has the factory's mark."""
+        return self.page_bytes + self.mark_byte
+
+    @property
+    def marked_pages(self) -> tuple[int, ...]:
+        """`mark_pages` as numbers from 0 on, each once, in order."""
+        return tuple(sorted({page % self.pages for page in self.mark_pages}))
 
     @property
     def row_page_bits(self) -> int:
@@ -158,6 +191,11 @@ class NandPart:
 # t_feat 1 us, t_rst 500 us at most.  t_ccs, which each die's parameter page tells, is typically 300 ns (ONFI lets a
 # host that did not look assume no less than 500).  t_dbsy, t_rcbsy and t_pcbsy are typical, too.  `blocks` are those
 # that a simulation keeps; dies have 500 to 4,000 in a plane.
+#
+# Marks of bad blocks stand in the first byte of the spare: of the first or the last page, unless a part says otherwise,
+# which is ONFI's rule (its section on factory defect mapping; Cosmos+'s firmware looks in both, too).  Makers' rules
+# are those that Linux keeps (drivers/mtd/nand/raw/nand_toshiba.c: first and second page of SLC; nand_samsung.c: last
+# page of MLC); Micron's datasheets of MLC parts guarantee the mark in the first page.
 
 PSLC = NandPart(
     name="pslc",
@@ -169,7 +207,8 @@ TLC = NandPart(
     source="64-layer TLC: tR 60 us, tPROG 700 us (AnandTech on the Samsung 983 ZET, table of 3D NAND generations; "
            "tPROG is a page's share); tBERS 3.5 ms and 3,000 erases are typical; geometry as pslc with three pages a"
            " cell row; bus as pslc, so that only the array differs",
-    pages=768, t_r=60_000.0, t_prog=700_000.0, t_bers=3_500_000.0, t_rcbsy=5_000.0, t_pcbsy=5_000.0, endurance=3_000)
+    pages=768, t_r=60_000.0, t_prog=700_000.0, t_bers=3_500_000.0, t_rcbsy=5_000.0, t_pcbsy=5_000.0, endurance=3_000,
+    cell_bits=3)
 """A TLC part: 2.4 times the tR of the pSLC part, 3.5 times its tPROG."""
 LOW_LATENCY = NandPart(
     name="lowlatency",
@@ -177,7 +216,7 @@ LOW_LATENCY = NandPart(
            "studies of in-flash computing for tR); tPROG 100 us is Samsung's Z-NAND, the like part (AnandTech on the "
            "983 ZET: tR 3 us, tPROG 100 us); tBERS 1 ms, t_dbsy and t_rcbsy are typical of SLC",
     page_bytes=4096, spare_bytes=256, planes=16, t_r=4_000.0, t_prog=100_000.0, t_bers=1_000_000.0, t_dbsy=200.0,
-    t_rcbsy=1_000.0, t_pcbsy=1_000.0, endurance=50_000)
+    t_rcbsy=1_000.0, t_pcbsy=1_000.0, endurance=50_000, mark_pages=(0, 1))
 """A low-latency SLC part."""
 PAPER_DRIVE = NandPart(
     name="paper",
@@ -190,39 +229,40 @@ MQSIM = NandPart(
     source="MQSim's default set (Flash_Parameter_Set.cpp, ssdconfig.xml): 2 planes, 8 KB + 448 bytes, 256 pages, 333 "
            "MT/s, tR 75 us, tPROG 750 us, tBERS 3.8 ms, 10,000 erases",
     page_bytes=8192, spare_bytes=448, planes=2, bus_mts=333.0, t_r=75_000.0, t_prog=750_000.0, t_bers=3_800_000.0,
-    t_rst=500_000.0, endurance=10_000)
+    t_rst=500_000.0, endurance=10_000, cell_bits=2)
 """MQSim's default."""
 MQSIM_1000 = NandPart(
     name="mqsim_1000",
     source="the set on which MQSim's scheduler was measured: 1,000 MT/s, 16 KB pages, tR 50 "
            "us, 2 planes; the rest as mqsim",
-    spare_bytes=896, planes=2, bus_mts=1000.0, t_r=50_000.0, t_prog=750_000.0, t_bers=3_800_000.0, endurance=10_000)
+    spare_bytes=896, planes=2, bus_mts=1000.0, t_r=50_000.0, t_prog=750_000.0, t_bers=3_800_000.0, endurance=10_000,
+    cell_bits=2)
 """The geometry of the bar for random page reads."""
 NVMEVIRT_970PRO = NandPart(
     name="nvmevirt_970pro",
     source="NVMeVirt, ssd_config.h, SAMSUNG_970PRO: 32 KB pages, 800 MB/s, tR 30.0 us (lower page) or 42.0 us "
            "(upper), here their mean, tPROG 185 us; its erase takes no time, here 3 ms",
     page_bytes=32768, spare_bytes=4416, planes=1, bus_mts=800.0, t_r=36_013.0, t_prog=185_000.0, t_bers=3_000_000.0,
-    endurance=10_000)
+    endurance=10_000, cell_bits=2, mark_pages=(-1,))
 """NVMeVirt's Samsung 970 PRO."""
 NVMEVIRT_ZNS = NandPart(
     name="nvmevirt_zns",
     source="NVMeVirt, ssd_config.h, ZNS_PROTOTYPE (TLC): 64 KB pages, here 4 planes of 16 KB, 800 MB/s, tR 40.95 us,"
            " tPROG 1,913.64 us (there of three pages at once); its erase takes no time, here 3.5 ms",
-    bus_mts=800.0, t_r=40_950.0, t_prog=1_913_640.0, t_bers=3_500_000.0, endurance=3_000)
+    bus_mts=800.0, t_r=40_950.0, t_prog=1_913_640.0, t_bers=3_500_000.0, endurance=3_000, cell_bits=3)
 """NVMeVirt's ZNS prototype."""
 NVMEVIRT_ZN540 = NandPart(
     name="nvmevirt_zn540",
     source="NVMeVirt, ssd_config.h, WD_ZN540 (TLC): 32 KB pages, 450 MB/s, tR 58 us, tPROG 561 us (there of three "
            "pages at once); its erase takes no time, here 3.5 ms",
     page_bytes=32768, spare_bytes=4416, planes=1, bus_mts=450.0, t_r=58_000.0, t_prog=561_000.0, t_bers=3_500_000.0,
-    endurance=3_000)
+    endurance=3_000, cell_bits=3)
 """NVMeVirt's Western Digital ZN540."""
 SIMPLESSD = NandPart(
     name="simplessd",
     source="SimpleSSD's default set: 2 planes, 16 KB pages, 400 MT/s, tR 40 to 65 us and "
            "tPROG 500 to 1,300 us by page type, here the middle of both, tBERS 3.5 ms",
-    planes=2, bus_mts=400.0, t_r=52_500.0, t_prog=900_000.0, t_bers=3_500_000.0, endurance=3_000)
+    planes=2, bus_mts=400.0, t_r=52_500.0, t_prog=900_000.0, t_bers=3_500_000.0, endurance=3_000, cell_bits=2)
 """SimpleSSD's default."""
 FEMU = NandPart(
     name="femu",
@@ -235,21 +275,21 @@ MT29F128G08 = NandPart(
            "blocks, NV-DDR2 mode 3 at 166 MT/s, tR 115 us (max), tPROG 1,600 us (typ), tBERS 3 ms (typ), 3,000 "
            "erases",
     spare_bytes=1872, planes=2, blocks=1048, pages=512, bus_mts=166.0, t_r=115_000.0, t_prog=1_600_000.0,
-    t_bers=3_000_000.0, t_rcbsy=6_000.0, t_pcbsy=6_000.0, endurance=3_000)
+    t_bers=3_000_000.0, t_rcbsy=6_000.0, t_pcbsy=6_000.0, endurance=3_000, cell_bits=2, mark_pages=(0,))
 """A die with a public datasheet."""
 COSMOS = NandPart(
     name="cosmos",
     source="Cosmos+ OpenSSD's firmware, memory map of its 16 KB MLC modules: 16384 + 1664 bytes, 256 pages; the "
            "firmware names no times: 200 MT/s (100 MHz, both edges) is assumed, the array's are mt29f128g08's",
     spare_bytes=1664, planes=2, bus_mts=200.0, t_r=115_000.0, t_prog=1_600_000.0, t_bers=3_000_000.0, t_rcbsy=6_000.0,
-    t_pcbsy=6_000.0, endurance=3_000)
+    t_pcbsy=6_000.0, endurance=3_000, cell_bits=2)
 """Cosmos+ OpenSSD."""
 SCA = NandPart(
     name="sca",
     source="no part: a TLC die with JESD230G's separate command and address bus at 3,600 MT/s (that standard goes to"
            " 4,800; 3,600 is what the fastest die in production has); a cycle of 10 ns is assumed; array as tlc",
     separate_command_bus=True, bus_mts=3600.0, t_cad=10.0, pages=768, t_r=60_000.0, t_prog=700_000.0,
-    t_bers=3_500_000.0, t_rcbsy=5_000.0, t_pcbsy=5_000.0, endurance=3_000)
+    t_bers=3_500_000.0, t_rcbsy=5_000.0, t_pcbsy=5_000.0, endurance=3_000, cell_bits=3)
 """A part with its own command bus."""
 TINY_PART = NandPart(
     name="tiny", source="no part: small and fast, for tests", page_bytes=1024, spare_bytes=128, planes=2, blocks=8,

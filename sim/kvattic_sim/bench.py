@@ -19,7 +19,7 @@ from rich.table import Table
 
 from kvattic.errors import KvatticError
 from kvattic_sim import figures
-from kvattic_sim.benches import accuracy, engine, flash, host, placement, sparse
+from kvattic_sim.benches import accuracy, bad_blocks, engine, flash, host, placement, sparse
 from kvattic_sim.benches.engine import Bench, Lab, UnavailableError, WrongResultError
 from kvattic_sim.build import SimulationFailed, Simulator, SimulatorError
 from kvattic_sim.jobs import JobError
@@ -59,7 +59,8 @@ _STYLES = {Verdict.MET: "green", Verdict.SHORT: "bold red", Verdict.REPORTED: "d
 DATA_SETS = ("minilm", "fa3_2k", "fa3_32k")
 
 BARS: dict[str, Bar | None] = {
-    **{key: None for bench in (*engine.BENCHES, *flash.BENCHES, *sparse.BENCHES, *host.BENCHES) for key in bench.keys},
+    **{key: None for bench in (*engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *sparse.BENCHES, *host.BENCHES)
+       for key in bench.keys},
     **dict.fromkeys(placement.KEYS),
     "engine.dense.utilization.paper": Bar(">=", (0.97,)),
     "engine.dense.utilization.gqa": Bar(">=", (0.97,)),
@@ -72,6 +73,7 @@ BARS: dict[str, Bar | None] = {
     "flash.ecc.cost": Bar("<=", (1.01,)),
     "flash.write.utilization": Bar(">=", (0.9,)),
     "flash.write_amplification": Bar("<=", (1.0,)),
+    "flash.bad_block_scan": Bar("<=", (0,)),
     "flash.wear_spread": Bar("<=", (2,)),
     "sparse.speedup.random": Bar(">=", (4.0,)),
     "sparse.speedup.clustered": Bar(">=", (6.0,)),
@@ -135,7 +137,7 @@ def benches() -> tuple[Bench, ...]:
     placing = Bench(keys=placement.KEYS, measure=lambda lab: placement.write_amplification())
     quality = Bench(keys=evaluate.KEYS, measure=lambda lab: evaluate.measure(
         plot=Path("build") / "lm_quality.png", progress=lambda line: lab.progress(line, 0, None)))
-    return (placing, *engine.BENCHES, *flash.BENCHES, *sparse.BENCHES, quality, *host.BENCHES,
+    return (placing, *engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *sparse.BENCHES, quality, *host.BENCHES,
             *(alone(prefix, function) for prefix, function in accuracy.BENCHES.items()))
 
 

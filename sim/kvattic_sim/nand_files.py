@@ -46,7 +46,7 @@ def nand_parameters(config: Config, *, channel: int = 0, frames: int = 256) -> d
         "PLANES": part.planes,
         "BLOCKS": part.blocks,
         "PAGES": part.pages,
-        "PAGE_BYTES": part.page_bytes,
+        "MARK_COLUMN": part.mark_column,
         "RAW_BYTES": part.raw_bytes,
         "PAGE_WORDS": _page_words(config),
         "FRAMES": frames,

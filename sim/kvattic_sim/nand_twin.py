@@ -19,7 +19,7 @@ import numpy as np
 from amaranth.hdl import ValueCastable
 
 from kvattic.config import Config
-from kvattic.nand import ROW_CYCLES, T_RST_IDLE, NandPart
+from kvattic.nand import COLUMN_CYCLES, ROW_CYCLES, T_RST_IDLE, NandPart
 
 __all__ = [
     "FRACTION",
@@ -47,6 +47,14 @@ RETRY_FEATURE = 0x89
 ID_BYTES = 8
 PARAMETER_COPIES = 3
 PARAMETER_BYTES = 256
+ECC_BYTES = 512
+"""Data bytes that the parameter page tells the ECC's bits for."""
+ECC_BITS_MAX = 254
+"""The most that it can tell: 255 points to an extended page, which no die has."""
+NV_DDR2_MTS = (66, 80, 133, 166, 200, 266, 333, 400, 533, 667, 800)
+"""ONFI's timing modes of NV-DDR2, in millions of transfers per second."""
+VENDOR_REVISION_AT, READ_RETRY_AT = 164, 180
+"""In the vendor's block: its revision, and how many read-retry settings there are, where Micron's dies have it."""
 _MASK32 = 0xFFFFFFFF
 
 
@@ -72,16 +80,24 @@ def read_id(address: int) -> bytes:
     return bytes(ID_BYTES)
 
 
-def parameter_page(part: NandPart, ecc_bits: int) -> bytes:
-    """One copy of the part's ONFI parameter page; times that do not fit are the largest that can be said."""
+def parameter_page(part: NandPart, ecc_bits: int, codeword_bytes: int = ECC_BYTES) -> bytes:
+    """One copy of the part's ONFI parameter page, as of ONFI 4.0; times that do not fit are the largest possible.
+
+    Args:
+        part: what is told.
+        ecc_bits: bit errors that must be corrected in each codeword.
+        codeword_bytes: data bytes of a codeword.  The page tells the bits for 512 bytes, whatever a codeword is.
+    """
     page = bytearray(PARAMETER_BYTES)
 
     def put(at: int, value: float, size: int) -> None:
         page[at : at + size] = min(math.ceil(value), (1 << 8 * size) - 1).to_bytes(size, "little")
 
+    modes = sum(1 << mode for mode, rate in enumerate(NV_DDR2_MTS) if rate <= part.bus_mts)
     page[0:4] = b"ONFI"
-    put(4, 0x01FE if not part.separate_command_bus else 0x03FE, 2)  # up to ONFI 4.0 (5.x: with a command bus)
-    put(6, 1 << 3 | 1 << 6 | 1 << 7, 2)  # features: multi-plane program and erase, multi-plane read, parameter pages
+    put(4, 0x03FE, 2)  # a bit for each revision: 1.0, 2.0 to 2.3, 3.0 to 3.2, 4.0
+    # Features: multi-plane program and erase, multi-plane read, NV-DDR2.
+    put(6, 1 << 3 | 1 << 6 | (modes != 0) << 10, 2)
     # Optional commands: program cache, read cache, get and set features, status enhanced, change read column enhanced.
     put(8, 1 << 0 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6, 2)
     put(14, PARAMETER_COPIES, 1)
@@ -93,8 +109,8 @@ def parameter_page(part: NandPart, ecc_bits: int) -> bytes:
     put(92, part.pages, 4)
     put(96, part.blocks * part.planes, 4)
     put(100, 1, 1)  # LUNs
-    put(101, 2 << 4 | ROW_CYCLES, 1)
-    put(102, 1, 1)  # bits of a cell
+    put(101, COLUMN_CYCLES << 4 | ROW_CYCLES, 1)
+    put(102, part.cell_bits, 1)
     put(103, max(1, part.blocks * part.planes // 50), 2)
     exponent = 0
     endurance = part.endurance
@@ -103,15 +119,20 @@ def parameter_page(part: NandPart, ecc_bits: int) -> bytes:
     put(105, exponent << 8 | endurance, 2)  # value in the first byte, power of ten in the second
     put(107, 1, 1)
     put(110, 1, 1)  # programs of a page
-    put(112, ecc_bits, 1)
+    put(112, min(ecc_bits * ECC_BYTES / codeword_bytes, ECC_BITS_MAX), 1)
     put(113, part.row_plane_bits, 1)
     put(114, 1 << 1 | 1 << 2 | 1 << 4, 1)  # multi-plane: no block restrictions, program cache, read cache
+    put(129, 1 << 0, 2)  # SDR: mode 0, in which each die wakes up
     put(133, part.t_prog / 1000, 2)
     put(135, part.t_bers / 1000, 2)
     put(137, part.t_r / 1000, 2)
     put(139, part.t_ccs, 2)
-    put(152, part.retry_levels, 1)
-    put(153, part.t_adl, 2)
+    put(142, modes & 0xFF, 1)
+    put(152, part.t_r / 1000, 2)  # of several planes: they are read together
+    put(154, part.t_adl, 2)
+    put(162, modes >> 8, 1)
+    put(VENDOR_REVISION_AT, 1, 2)
+    put(READ_RETRY_AT, part.retry_levels + 1, 1)
     put(254, onfi_crc(bytes(page[:254])), 2)
     return bytes(page)
 
@@ -129,6 +150,7 @@ class Fault(IntEnum):
     STUCK_BUSY = 5
     RETRY = 6
     STUCK_COLUMN = 7
+    FACTORY_MARK = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +160,8 @@ class NandFaults:
     Attributes:
         bit_error_rate: probability that a bit is read wrong.
         retry_error_rate: the same at a read-retry level that is not the one that `retry` asks for.
-        factory_bad: (die, plane, block): marked bad; programs and erases fail.
+        factory_bad: (die, plane, block), marked as bad in all pages in which the part may have its mark; or (die,
+            plane, block, page), marked in this page alone.  Programs and erases fail.
         grown_bad: (die, plane, block, erases): after so many erases its programs and erases fail.
         program_fails: (die, plane, block, page): programs of this page fail; page None: of all its pages.
         erase_fails: (die, plane, block): erases of this block fail.
@@ -150,7 +173,7 @@ class NandFaults:
 
     bit_error_rate: float = 0.0
     retry_error_rate: float = 0.01
-    factory_bad: tuple[tuple[int, int, int], ...] = ()
+    factory_bad: tuple[tuple[int, int, int] | tuple[int, int, int, int], ...] = ()
     grown_bad: tuple[tuple[int, int, int, int], ...] = ()
     program_fails: tuple[tuple[int, int, int, int | None], ...] = ()
     erase_fails: tuple[tuple[int, int, int], ...] = ()
@@ -166,14 +189,20 @@ class NandFaults:
         if list(self.power_cuts) != sorted(self.power_cuts):
             raise ValueError(f"power_cuts must be in the order of their cycles, not {self.power_cuts!r}")
 
-    def entries(self) -> list[tuple[int, int, int, int, int, int]]:
-        """All but the power cuts as (kind, die, plane, block, page, value); -1 stands for any."""
+    def entries(self, part: NandPart) -> list[tuple[int, int, int, int, int, int]]:
+        """All but the power cuts as (kind, die, plane, block, page, value); -1 stands for any.
+
+        Args:
+            part: says in which pages its maker's marks are.
+        """
 
         def some(value: int | None) -> int:
             return -1 if value is None else value
 
         return [
-            *((Fault.FACTORY_BAD, d, p, b, -1, 0) for d, p, b in self.factory_bad),
+            *((Fault.FACTORY_BAD, d, p, b, -1, 0) for d, p, b, *_ in self.factory_bad),
+            *((Fault.FACTORY_MARK, d, p, b, page, 0) for d, p, b, *pages in self.factory_bad
+              for page in pages or part.marked_pages),
             *((Fault.GROWN_BAD, d, p, b, -1, n) for d, p, b, n in self.grown_bad),
             *((Fault.PROGRAM_FAIL, d, p, b, some(page), 0) for d, p, b, page in self.program_fails),
             *((Fault.ERASE_FAIL, d, p, b, -1, 0) for d, p, b in self.erase_fails),
@@ -231,8 +260,8 @@ def write_configuration(path: Path, config: Config, *, faults: NandFaults | None
     lines = [f"{name} {getattr(timing, name)}" for name in Timing.__slots__]
     lines += [f"seed {seed & _MASK32}", f"trace {int(trace)}"]
     lines += [f"bit_error_rate {faults.bit_error_rate!r}", f"retry_error_rate {faults.retry_error_rate!r}"]
-    lines += ["parameters " + " ".join(map(str, parameter_page(config.part, config.ecc_t)))]
-    lines += ["fault " + " ".join(str(int(value)) for value in entry) for entry in faults.entries()]
+    lines += ["parameters " + " ".join(map(str, parameter_page(config.part, config.ecc_t, config.codeword_bytes)))]
+    lines += ["fault " + " ".join(str(int(value)) for value in entry) for entry in faults.entries(config.part)]
     lines += [f"power {cycle} {length}" for cycle, length in faults.power_cuts]
     path.write_text("\n".join(lines) + "\n")
 
@@ -426,7 +455,7 @@ class NandChannel:
         self._erases: dict[int, int] = {}
         self._garbage: set[int] = set()
         self.dies = [_Die(self.part, self.page_words, self.word_bytes) for _ in range(config.dies)]
-        self._parameters = parameter_page(self.part, config.ecc_t) * PARAMETER_COPIES
+        self._parameters = parameter_page(self.part, config.ecc_t, config.codeword_bytes) * PARAMETER_COPIES
         self._cycle_free = self._data_free = 0
         self._ready_at = 0
         self._ready = 0
@@ -438,7 +467,7 @@ class NandChannel:
         """Other faults from now on; their cycles and array operations are counted from now."""
         self.faults = faults
         self.seed = seed & _MASK32
-        self._entries = faults.entries()
+        self._entries = faults.entries(self.part)
         self._random = self._hash((self.channel + 1) * 0x9E3779B1 + self.seed) or 1
         cuts = [(self.now + cycle, self.now + cycle + length) for cycle, length in faults.power_cuts]
         self._power = [time for cut in cuts for time in cut]
@@ -1108,8 +1137,8 @@ class NandChannel:
     def _sense(self, target: int, row: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         plane, block, page = self.part.place(row)
         data = self._content(self._page_of(target, row)).copy()
-        if page == 0 and self._any(Fault.FACTORY_BAD, target, plane, block, page):
-            data[self.part.page_bytes] = 0
+        if self._any(Fault.FACTORY_MARK, target, plane, block, page):
+            data[self.part.mark_column] = 0
         rate = self.faults.bit_error_rate
         level = self.dies[target].features[RETRY_FEATURE][0]
         wanted = next(iter(self._matching(Fault.RETRY, target, plane, block, page)), None)

@@ -25,7 +25,8 @@ CONFIGS = {
     "shared": replace(TINY, part=_QUICK, dies=4),
     # A word for each cycle at most, a last word that is half used, numbers that are no powers of two.
     "separate": replace(TINY, dies=2, beat_bytes=16, clock_mhz=199.0, part=replace(
-        _QUICK, planes=4, spare_bytes=139, blocks=5, pages=6, bus_mts=3600.0, separate_command_bus=True, t_cad=7.0)),
+        _QUICK, planes=4, spare_bytes=139, blocks=5, pages=6, bus_mts=3600.0, separate_command_bus=True, t_cad=7.0,
+        mark_pages=(1, -1), mark_byte=21)),
     "one": replace(TINY, dies=1, part=replace(_QUICK, planes=1, bus_mts=533.0, t_cad=31.0)),
 }
 FRAMES = 400
@@ -435,7 +436,7 @@ async def same_as_twin(dut: Any) -> None:
     planes, blocks = CONFIG.part.planes, CONFIG.part.blocks
     last = CONFIG.dies - 1
     faults = NandFaults() if os.environ.get("NAND_FAULTS") == "none" else NandFaults(
-        bit_error_rate=1e-4, retry_error_rate=5e-3, factory_bad=((0, 0, 1), (last, planes - 1, blocks - 1)),
+        bit_error_rate=1e-4, retry_error_rate=5e-3, factory_bad=((0, 0, 1), (last, planes - 1, blocks - 1, 1)),
         grown_bad=((0, planes - 1, 2, 1),), program_fails=((0, 0, 3, 1), (last, 0, 2, None)),
         erase_fails=((0, 0, 0),), stuck_busy=((last, 60 if CONFIG.dies > 1 else 1_000_000),),
         retry=((0, 0, 0, None, 1), (0, planes - 1, None, 0, 2)),

@@ -19,6 +19,7 @@ from kvattic.errors import DeviceStatusError, DeviceTimeoutError
 from kvattic.golden_device import GoldenDevice
 from kvattic.layout import page_place
 from kvattic.registers import StatusBit
+from kvattic_sim.benches import bad_blocks
 from kvattic_sim.build import icarus_available
 from kvattic_sim.jobs import run_in_simulation
 from kvattic_sim.nand_twin import NandFaults
@@ -264,11 +265,21 @@ def factory(device: Device) -> dict[str, Any]:
 
 
 def test_factory_bad_blocks() -> None:
-    marks = {0: ((0, 1, 0), (1, 0, 5)), 1: ((1, 1, 1),)}
-    settings = NandSettings(faults={c: NandFaults(factory_bad=blocks) for c, blocks in marks.items()})
+    """Marked in all of the part's pages or in one of them, at a bit-error rate that the code handles with ease."""
+    marks = {0: ((0, 1, 0), (1, 0, 5, 0)), 1: ((1, 1, 1, PART.pages - 1),)}
+    settings = NandSettings(
+        faults={c: NandFaults(factory_bad=blocks, bit_error_rate=1e-3) for c, blocks in marks.items()})
     found = simulate(factory, flash=settings)
-    assert found["bad"] == sorted((c, *block) for c, blocks in marks.items() for block in blocks)
+    assert found["bad"] == sorted((c, *block[:3]) for c, blocks in marks.items() for block in blocks)
     assert not differences(found["result"], model(attended))
+
+
+@pytest.mark.parametrize("rate, wrong", [(1e-3, False), (0.4, True)])
+def test_scans_judge_rightly_at_what_the_code_can_bear(rate: float, wrong: bool) -> None:
+    """As the bench does it; with errors enough blocks are lost and missed, so that it would be seen."""
+    found = simulate(bad_blocks.scan, drives=3, bit_error_rate=rate, seed=1)
+    assert (found.blocks, found.marked) == (3 * 64, 3 * 32)
+    assert (found.lost > 0, found.missed > 0) == (wrong, wrong)
 
 
 def power_cut(device: Device, after: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ ISSUE_KEYS = {
     *(f"flash.{name}" for name in (
         "dense.bus_utilization", "random_page.bus_utilization", "dense.bus_utilization.tlc",
         "dense.bus_utilization.lowlatency", "column.read_efficiency", "ecc.cost", "write.utilization",
-        "write_amplification", "wear_spread")),
+        "write_amplification", "wear_spread", "bad_block_scan")),
 }
 
 PAPER, SCALING, SPEED = "engine.dense.utilization.paper", "engine.dense.scaling", "sim.speed_ratio"

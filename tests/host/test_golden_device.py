@@ -554,6 +554,11 @@ def test_faults(device):
         found = flash(device, opcode, 1, page)
         assert (found.status, found.where) == (status, 1 << 24 | page)
     assert flash(device, Opcode.PROBE, 1, page + 1).status is Status.OK
+    last = int(layout.page_number(layout.PagePlace(3, TINY.part.pages - 1, 1, 0), TINY))
+    assert (found := flash(device, Opcode.PROBE, 1, last)).status is Status.BAD_BLOCK
+    assert found.where == 1 << 24 | last
+    middle = int(layout.page_number(layout.PagePlace(3, 2, 1, 0), TINY))
+    assert flash(device, Opcode.PROBE, 1, middle).status is Status.OK     # its part has no marks there
     faults.worn.add(Block(0, 1, 0, 0))
     assert flash(device, Opcode.PROGRAM, 0, 10, DRAM).status is Status.PROGRAM_FAILED
     assert flash(device, Opcode.ERASE, 0, 2).status is Status.ERASE_FAILED

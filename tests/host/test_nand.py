@@ -56,6 +56,15 @@ def test_unknown_part() -> None:
         ({"page_bytes": 3000}, "x: page_bytes must be a power of two, not 3000"),
         ({"planes": 6}, "x: planes must be a power of two, not 6"),
         ({"page_bytes": 65536}, r"x: page_bytes must be such that a page and its spare have at most 2\*\*16 bytes"),
+        ({"mark_pages": ()}, r"x: mark_pages must be pages of a block, 0 to 255, or from the last one on -1 to -256, "
+                             r"at least one, not \(\)"),
+        ({"mark_pages": (0, 256)}, r"x: mark_pages must be pages of a block, .*, not \(0, 256\)"),
+        ({"mark_pages": (-257,)}, r"x: mark_pages must be pages of a block, .*, not \(-257,\)"),
+        ({"mark_pages": (True,)}, r"x: mark_pages must be pages of a block, .*, not \(True,\)"),
+        ({"mark_pages": "0"}, r"x: mark_pages must be pages of a block, .*, not '0'"),
+        ({"mark_byte": 2208}, "x: mark_byte must be a byte of the spare, 0 to 2207, not 2208"),
+        ({"mark_byte": -1}, "x: mark_byte must be a byte of the spare, 0 to 2207, not -1"),
+        ({"mark_byte": False}, "x: mark_byte must be a byte of the spare, 0 to 2207, not False"),
         ({"blocks": 1 << 15}, "x: blocks must be such that a row address has at most 24 bits, not 32768"),
     ],
 )
@@ -66,6 +75,18 @@ def test_refused(values: dict, message: str) -> None:
 
 def test_times_are_floats() -> None:
     assert isinstance(NandPart(name="x", source="none", t_r=5).t_r, float)
+
+
+def test_marks() -> None:
+    """Where the factory's marks are."""
+    assert (PSLC.marked_pages, PSLC.mark_column) == ((0, 255), 16384)
+    assert part("lowlatency").marked_pages == (0, 1)
+    assert part("nvmevirt_970pro").marked_pages == (255,)
+    assert part("mt29f128g08").marked_pages == (0,)
+    odd = NandPart(name="x", source="none", pages=6, mark_pages=(-1, 1, 5, -6), mark_byte=7)
+    assert (odd.marked_pages, odd.mark_column) == ((0, 1, 5), 16391)
+    assert replace(odd, pages=1, mark_pages=(0, -1)).marked_pages == (0,)
+    assert replace(odd, mark_pages=[0, 1]) == replace(odd, mark_pages=(0, 1))     # as JSON gives it
 
 
 @pytest.mark.parametrize("p", [PSLC, TINY_PART, replace(TINY_PART, planes=1, pages=6, blocks=5)], ids=lambda p: p.name)
@@ -108,7 +129,9 @@ def test_resized() -> None:
 def test_documented() -> None:
     """docs/nand.md has the parts as they are."""
     text = (Path(__file__).parents[2] / "docs" / "nand.md").read_text()
+    names = {0: "first", 1: "second", -1: "last"}
     for p in PARTS.values():
-        row = (f"| `{p.name}` | {p.page_bytes} + {p.spare_bytes} | {p.planes} | {p.pages} | {p.bus_mts:g} | "
-               f"{p.t_r / 1000:g} | {p.t_prog / 1000:g} | {p.t_bers / 1000:g} | {p.source} |\n")
+        row = (f"| `{p.name}` | {p.page_bytes} + {p.spare_bytes} | {p.planes} | {p.pages} | {p.cell_bits} | "
+               f"{p.bus_mts:g} | {p.t_r / 1000:g} | {p.t_prog / 1000:g} | {p.t_bers / 1000:g} | "
+               f"{', '.join(names[page] for page in p.mark_pages)} | {p.source} |\n")
         assert row in text, f"docs/nand.md should have:\n{row}"

@@ -793,6 +793,37 @@ def test_a_scan_finds_the_factorys_marks():
             other.scan_bad_blocks()
 
 
+@pytest.mark.parametrize("page", TINY.part.marked_pages)
+def test_a_scan_finds_marks_in_each_of_the_parts_pages(page):
+    faults = FlashFaults(bad=marked().bad, mark_pages={page})
+    with Device(GoldenDevice(TINY, faults=faults)) as device:
+        assert device.scan_bad_blocks() == sorted(faults.bad)
+        assert device.bad_blocks == sorted(faults.bad)
+
+
+def test_finding_marks_changes_nothing():
+    known = [Block(0, 1, 0, 2)]
+    with Device(GoldenDevice(TINY, faults=marked()), bad_blocks=known) as device:
+        before = dict(device.transport.flash.map)
+        assert before, "the known block is replaced"
+        assert device.find_marks() == marked().bad
+        assert device.bad_blocks == known
+        assert device.transport.flash.map == before
+        with device.create_sequence(2, capacity_tokens=220) as sequence:
+            sequence.prefill(*tokens_of(TINY, 2, 220))
+            with pytest.raises(RequestError, match="only before anything is written"):
+                device.find_marks()
+
+
+def test_a_scan_looks_only_where_the_part_has_marks():
+    config = replace(TINY, part=replace(TINY.part, mark_pages=(0, 1)))
+    faults = FlashFaults(bad=marked().bad, mark_pages={TINY.part.pages - 1, 2})
+    with Device(GoldenDevice(config, faults=faults)) as device:
+        assert device.scan_bad_blocks() == []
+        faults.mark_pages = {1}
+        assert device.scan_bad_blocks() == sorted(faults.bad)
+
+
 def test_unknown_bad_blocks_do_no_harm():
     key, value = tokens_of(TINY, 2, 220)
     query = query_of(TINY, 2)

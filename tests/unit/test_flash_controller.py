@@ -592,16 +592,33 @@ def test_failures_name_their_plane():
         **{4 + i: Status.ERASE_FAILED if i == 0 else Status.OK for i in range(4)}}
 
 
-def test_probe():
-    bench = Bench(TINY, faults=NandFaults(factory_bad=((1, 0, 2),)))
-    operations = [Operation(Opcode.PROBE, bench.page(die, plane, 5, zone))
-                  for zone in (1, 2) for die in range(2) for plane in range(2)]
+@pytest.mark.parametrize("mark_byte", [0, 9])
+def test_probe(mark_byte):
+    """A mark is found in the page that is asked for and at the part's place in it."""
+    config = replace(TINY, part=replace(TINY.part, mark_byte=mark_byte))
+    bench = Bench(config, faults=NandFaults(factory_bad=((1, 0, 2), (0, 1, 2, 1))))
+    operations = [Operation(Opcode.PROBE, bench.page(die, plane, page, zone))
+                  for page in (0, 1, 7) for zone in (1, 2) for die in range(2) for plane in range(2)]
     bench.operate(operations)
     bench.run(outcomes=len(operations))
     assert bench.nand.violations == []
-    bad = [operations[i].page for i, status in statuses(bench).items() if status is not Status.OK]
-    assert bad == [bench.page(1, 0, 5, 2)]
-    assert statuses(bench)[6] is Status.BAD_BLOCK
+    found = statuses(bench)
+    bad = {operations[i].page for i, status in found.items() if status is Status.BAD_BLOCK}
+    assert bad == {bench.page(1, 0, 0, 2), bench.page(1, 0, 7, 2), bench.page(0, 1, 1, 2)}
+    assert set(found.values()) == {Status.OK, Status.BAD_BLOCK}
+
+
+@pytest.mark.parametrize("value, status", [
+    (0xFF, Status.OK), (0xFE, Status.OK), (0x7D, Status.OK), (0xF8, Status.OK), (0xE3, Status.OK),
+    (0xF0, Status.BAD_BLOCK), (0x55, Status.BAD_BLOCK), (0x96, Status.BAD_BLOCK), (0x0E, Status.BAD_BLOCK),
+    (0x80, Status.BAD_BLOCK), (0x00, Status.BAD_BLOCK)])
+def test_probe_counts_bits(value, status):
+    """Bit errors do not make a good block bad, nor a mark unreadable: up to three of eight (four of a mark)."""
+    column = TINY.part.mark_column
+    bench = Bench(TINY, faults=NandFaults(stuck_columns=((1, 0, column, 0xFF, value),)))
+    bench.operate([Operation(Opcode.PROBE, bench.page(die, 0, 0, 2)) for die in range(2)])
+    bench.run(outcomes=2)
+    assert statuses(bench) == {0: Status.OK, 1: status}
 
 
 def test_map():

@@ -123,14 +123,14 @@ class Job:
                 if self.mode == Mode.DENSE or self.selected[tokens].any():
                     result[Kind.KEY, where] = key
                     result[Kind.VALUE, where] = (entry["value_page"] + page) % (1 << 24), *key[1:]
-                if self.mode in (Mode.SPARF, Mode.FETCHED) and entry["dram"]:
+                if self.mode in (Mode.SPARF, Mode.FETCHED) and entry["whole"]:
                     result[Kind.SKETCH, where] = key
             sketch = entry["sketch_page"] * per_page + entry["sketch_codeword"]
-            if self.mode in (Mode.SPARF, Mode.FETCHED) and not entry["dram"]:
+            if self.mode in (Mode.SPARF, Mode.FETCHED) and not entry["whole"]:
                 for c in self.chosen:
                     page, column = divmod(sketch + c, per_page)
                     result[Kind.CHANNEL, place + c] = page % (1 << 24), column, 0, first
-            if self.mode == Mode.CENTROID and not entry["dram"]:
+            if self.mode == Mode.CENTROID and not entry["whole"]:
                 for j in range(self.stripe_tokens // self.unit_tokens // config.tokens_per_codeword):
                     page, column = divmod(sketch + j, per_page)
                     token = first + j * config.tokens_per_codeword * self.unit_tokens
@@ -199,7 +199,7 @@ class Job:
             start = number * self.stripe_tokens
             tokens = slice(start, min(start + self.stripe_tokens, len(self.key)))
             count = tokens.stop - tokens.start
-            if self.mode == Mode.CENTROID and not entry["dram"]:
+            if self.mode == Mode.CENTROID and not entry["whole"]:
                 units = self.stripe_tokens // self.unit_tokens
                 key = self.centroids[start // self.unit_tokens :][:units].copy()
                 for j in range(units // config.tokens_per_codeword):
@@ -216,7 +216,7 @@ class Job:
                 rounded[~mask] = SCORE_MASKED
                 for unit in range(units):
                     scores[place + (unit << self.unit_bits), 0] = rounded[:, unit]
-            elif self.mode != Mode.CENTROID and entry["dram"]:
+            elif self.mode != Mode.CENTROID and entry["whole"]:
                 key = self.key[tokens].copy()
                 for codeword in range(config.group_codewords):
                     if (Kind.SKETCH, place + codeword) in self.unreadable:
@@ -323,7 +323,7 @@ def make_job(config: Config, rng: np.random.Generator, tokens: int, spread: str,
         if (channels == CHANNEL).sum() <= lane_stripes >> bits:
             break
     table = [{"channel": int(c), "key_page": int(rng.integers(0, 1 << 24)), "value_page": int(rng.integers(0, 1 << 24)),
-              "dram": int(rng.integers(0, 2)), "sketch_page": 0, "sketch_codeword": 0} for c in channels]
+              "dram": int(rng.integers(0, 2)), "whole": 0, "sketch_page": 0, "sketch_codeword": 0} for c in channels]
     return Job(config=config, query=query, key=key, value=value, scale_bits=int(scale.view(np.uint32)), start=start,
                end=end, tree=rng.integers(0, 1 << 32, config.rows, dtype=np.uint32), tree_token=tree_token,
                base_token=base, end_token=base + tokens, stripe_bits=bits, table=table)
@@ -331,7 +331,7 @@ def make_job(config: Config, rng: np.random.Generator, tokens: int, spread: str,
 
 def make_sparse(config: Config, rng: np.random.Generator, mode: Mode, tokens: int, spread: str, tails: str = "last",
                 density: float = 0.2) -> Job:
-    """`tails`: which stripes are in DRAM; `density`: share of the tokens that are selected."""
+    """`tails`: which stripes are attended whole, in DRAM or in flash; `density`: share of the tokens that are selected."""
     shape = (tokens, config.head_dim)
     key, value = (to_bits(rng.standard_normal(shape).astype(np.float32), config.element) for _ in range(2))
     query = to_bits((3 * rng.standard_normal((config.rows, config.head_dim))).astype(np.float32), config.element)
@@ -348,17 +348,17 @@ def make_sparse(config: Config, rng: np.random.Generator, mode: Mode, tokens: in
         }[spread]
         if (channels == CHANNEL).sum() <= lane_stripes:
             break
-    dram = {"none": np.zeros, "all": np.ones, "last": lambda n: np.arange(n) == n - 1,
+    whole = {"none": np.zeros, "all": np.ones, "last": lambda n: np.arange(n) == n - 1,
             "random": lambda n: rng.integers(0, 2, n)}[tails](stripes)
     centroid = mode == Mode.CENTROID
     unit_bits = 0 if mode == Mode.SPARF else int(rng.integers(0, config.unit_bits_max + 1))
     codewords = config.codewords_per_page
     table = [{"channel": int(c), "key_page": int(rng.integers(0, 1 << 24)), "value_page": int(rng.integers(0, 1 << 24)),
-              "dram": int(d), "sketch_page": int(rng.integers(0, 1 << 24)),
+              "dram": int(w and rng.integers(2)), "whole": int(w), "sketch_page": int(rng.integers(0, 1 << 24)),
               "sketch_codeword": int(rng.integers(0, codewords)) if centroid else 0}
-             for c, d in zip(channels, dram, strict=True)]
+             for c, w in zip(channels, whole, strict=True)]
     selected = rng.random(tokens) < density
-    for number in np.flatnonzero(dram):
+    for number in np.flatnonzero(whole):
         selected[number * config.group_tokens : (number + 1) * config.group_tokens] = True
     units = stripes * config.group_codewords >> unit_bits
     chosen = sorted(int(c) for c in rng.permutation(config.head_dim)[: int(rng.integers(1, 9))])
@@ -499,11 +499,12 @@ def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bo
         for number, entry in enumerate(job.table):
             await load(ctx, stripe=1, slot=slot, start=(job.base_token + number * job.stripe_tokens) % (1 << 24),
                        last=number == len(job.table) - 1, data=int.from_bytes(TABLE_ENTRY.pack(
-                           flags=entry["dram"],
+                           flags=entry["dram"] | (entry["whole"] if number % 2 else entry["whole"] - entry["dram"]) << 1
+                           if job.mode != Mode.DENSE else entry["dram"],
                            **{name: entry[name] for name in ("channel", "key_page", "value_page")}), "little"))
             if job.mode != Mode.DENSE:
                 await load(ctx, sketch=1, slot=slot, data=int.from_bytes(SKETCH_ENTRY.pack(
-                    page=entry["sketch_page"], codeword=entry["sketch_codeword"], written=1 - entry["dram"]), "little"))
+                    page=entry["sketch_page"], codeword=entry["sketch_codeword"], written=1 - entry["whole"]), "little"))
 
     async def start(ctx, n):
         job, slot = jobs[n], n % slots
@@ -609,7 +610,7 @@ def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bo
             ctx.set(stand_in.stripe_address, slot << dut.shapes.list_bits | i)
             await ctx.tick()
             assert ctx.get(stand_in.stripe_token) == job.base_token + number * job.stripe_tokens
-            assert ctx.get(stand_in.stripe_dram) == job.table[number]["dram"]
+            assert ctx.get(stand_in.stripe_whole) == job.table[number]["whole"]
         base = ctx.get(stand_in.ring_base)
         row_bits = (config.rows - 1).bit_length()
         index_bits = config.slot_bits_per_codeword

@@ -178,7 +178,7 @@ def test_identity() -> None:
     assert read_id(0x20)[:4] == b"ONFI"
     h.command(1, 0xEC, b"\0")
     pages = h.data(1, 768)
-    assert pages[:256] == pages[256:512] == pages[512:] == parameter_page(TINY_PART, TINY.ecc_t)
+    assert pages[:256] == pages[256:512] == pages[512:] == parameter_page(TINY_PART, TINY.ecc_t, TINY.codeword_bytes)
     assert pages[:4] == b"ONFI"
     assert onfi_crc(pages[:254]) == int.from_bytes(pages[254:256], "little")
     assert int.from_bytes(pages[80:84], "little") == TINY_PART.page_bytes
@@ -647,7 +647,7 @@ def test_stuck_columns() -> None:
 
 def test_bad_blocks() -> None:
     h = host(faults=NandFaults(factory_bad=((0, 1, 3),), grown_bad=((0, 0, 2, 1),)))
-    assert h.read(0, 1, 3, 0, TINY_PART.page_bytes, 1) == b"\0"
+    assert [page for page in range(8) if h.read(0, 1, 3, page, TINY_PART.page_bytes, 1) == b"\0"] == [0, 7]
     assert h.read(0, 1, 3, 1, TINY_PART.page_bytes, 1) == b"\xff"
     assert h.read(0, 0, 3, 0, TINY_PART.page_bytes, 1) == b"\xff"
     assert h.program(0, 1, 3, 0, b"a") == 0xE1
@@ -658,6 +658,33 @@ def test_bad_blocks() -> None:
     assert h.program(0, 0, 2, 0, b"a") == 0xE1
     assert h.erase(0, 0, 2) == 0xE1
     assert (h.channel.program_failures, h.channel.erase_failures) == (2, 2)
+    h.clean()
+
+
+def test_marks_stand_where_the_part_says() -> None:
+    part = replace(TINY_PART, mark_pages=(1, -2), mark_byte=3)
+    bad = ((0, 1, 3), (1, 0, 2, 6), (1, 0, 4, 5))    # the last two in one page alone, of the part's or not
+    h = host(replace(TINY, part=part), faults=NandFaults(factory_bad=bad))
+
+    def marked(die: int, plane: int, block: int) -> list[int]:
+        around = [h.read(die, plane, block, page, TINY_PART.page_bytes + 2, 3) for page in range(8)]
+        assert set(around) <= {b"\xff\xff\xff", b"\xff\0\xff"}
+        return [page for page in range(8) if around[page] == b"\xff\0\xff"]
+
+    assert marked(0, 1, 3) == [1, 6]
+    assert marked(1, 0, 2) == [6]
+    assert marked(1, 0, 4) == [5]
+    assert marked(0, 0, 3) == []
+    for die, plane, block, *_ in bad:
+        assert h.erase(die, plane, block) == 0xE1
+    h.clean()
+
+
+def test_marks_are_read_with_bit_errors() -> None:
+    rate, reads = 0.05, 100
+    h = host(seed=2, faults=NandFaults(bit_error_rate=rate, factory_bad=((0, 1, 3),)))
+    ones = [h.read(0, 1, 3, 0, TINY_PART.page_bytes, 1)[0].bit_count() for _ in range(reads)]
+    assert abs(sum(ones) / reads - 8 * rate) < 4 * (8 * rate / reads) ** 0.5
     h.clean()
 
 

@@ -11,6 +11,7 @@ from amaranth.utils import ceil_log2
 
 from kvattic.commands import Kind, MediaCause, Opcode, Status
 from kvattic.config import Config
+from kvattic.nand import MARK_ZEROS
 from kvattic_hdl.arithmetic import times
 from kvattic_hdl.flash.die_clocks import DieClocks
 from kvattic_hdl.flash.phy import phy_signature
@@ -26,8 +27,6 @@ RETRIES_HELD = 4
 """With so many retries waiting no new codeword is fetched, so that the decoder always finds room for another one."""
 STATUS_FAIL = 0
 """Bit of a status byte: the operation failed."""
-NOT_BAD = 0xFF
-"""What stands at the place of the bad-block mark of a good block."""
 
 
 class Phase(enum.Enum, shape=5, view_class=None):
@@ -60,7 +59,7 @@ class Phase(enum.Enum, shape=5, view_class=None):
     STATUS_READ = 13
     """It can be fetched."""
     PROBE = 14
-    """The page with the bad-block mark is read."""
+    """A page that may have the mark of a bad block is read."""
     RESULT = 15
     """The byte that tells an operation's outcome is under way."""
     FAILED = 16
@@ -694,7 +693,7 @@ class Controller(wiring.Component):
                         m.d.sync += work.phase.eq(Phase.STATUS_READ)
                     with m.Case(Push.PROBE):
                         command(0x00, busy=part.t_r)
-                        row_command(Addresses.BOTH, config.page_bytes, 0x30)
+                        row_command(Addresses.BOTH, part.mark_column, 0x30)
                         m.d.sync += work.phase.eq(Phase.PROBE)
                         m.d.comb += events.page_reads.eq(1)
                     with m.Case(Push.RETRY):
@@ -792,7 +791,7 @@ class Controller(wiring.Component):
                     with m.Case(operation_code(Opcode.ERASE)):
                         m.d.sync += push.eq(Push.ERASE)
                     with m.Default():
-                        m.d.sync += [push.eq(Push.PROBE), work.row[:page_bits].eq(0)]
+                        m.d.sync += push.eq(Push.PROBE)
                 with m.If(work.dead):
                     answer(Status.DIE_TIMEOUT, operation)
                     m.next = "VISIT"
@@ -824,7 +823,9 @@ class Controller(wiring.Component):
                 with m.If(work.phase == Phase.FAILED):
                     m.d.comb += status.eq(Status.DIE_TIMEOUT)
                 with m.Elif(work.opcode == operation_code(Opcode.PROBE)):
-                    m.d.comb += status.eq(Mux(mover.byte == NOT_BAD, Status.OK, Status.BAD_BLOCK))
+                    # Neither a mark nor its absence is protected by a code: most of the bits decide.
+                    zeros = sum(~mover.byte[i] for i in range(8))
+                    m.d.comb += status.eq(Mux(zeros >= MARK_ZEROS, Status.BAD_BLOCK, Status.OK))
                 with m.Elif(mover.byte[STATUS_FAIL]):
                     m.d.comb += status.eq(Mux(work.opcode == operation_code(Opcode.ERASE), Status.ERASE_FAILED,
                                               Status.PROGRAM_FAILED))

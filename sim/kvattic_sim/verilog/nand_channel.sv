@@ -33,7 +33,7 @@ module nand_channel #(
     parameter PLANES = 4,
     parameter BLOCKS = 256,       // of a plane
     parameter PAGES = 256,        // of a block
-    parameter PAGE_BYTES = 16384, // column of the bad-block mark
+    parameter MARK_COLUMN = 16384, // of the factory's mark of a bad block
     parameter RAW_BYTES = 18592,
     parameter PAGE_WORDS = 2324,
     parameter FRAMES = 256,       // pages whose contents are kept
@@ -96,7 +96,7 @@ module nand_channel #(
       NOTHING = 24, NO_PROGRAM = 25, BEYOND = 26, EMPTY = 27, LEVEL = 28, FEATURE = 29;
   // Faults (nand_twin.Fault).
   localparam FACTORY_BAD = 1, GROWN_BAD = 2, PROGRAM_FAIL = 3, ERASE_FAIL = 4, STUCK_BUSY = 5, RETRY = 6,
-      STUCK_COLUMN = 7;
+      STUCK_COLUMN = 7, FACTORY_MARK = 8;
   // Operations of the array, kinds of a multi-plane queue, and the further kinds of the trace.
   localparam [3:0] IDLE = 0, READ = 1, PROGRAM = 2, ERASE = 3, RESET = 4, FEATURES = 5, COMMAND = 6, IN = 7, OUT = 8;
   // What a die gives out.
@@ -466,10 +466,10 @@ module nand_channel #(
         end
       end else for (w = 0; w < PAGE_WORDS; w = w + 1) registers[base + w] = ONES;
       fault = 0;
-      find(FACTORY_BAD);
-      if (r_page == 0 && fault < fault_count)
-        registers[base + PAGE_BYTES / W] = registers[base + PAGE_BYTES / W]
-            & ~((BIT * 255) << (8 * (PAGE_BYTES % W)));
+      find(FACTORY_MARK);
+      if (fault < fault_count)
+        registers[base + MARK_COLUMN / W] = registers[base + MARK_COLUMN / W]
+            & ~((BIT * 255) << (8 * (MARK_COLUMN % W)));
       rate = bit_error_rate;
       fault = 0;
       find(RETRY);
