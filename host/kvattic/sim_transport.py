@@ -68,7 +68,7 @@ SOCKET, REQUEST = "socket", "request.json"
 """Files in the directory that host and server share."""
 END_S = 8.0
 """How long server and simulator may take to end by themselves."""
-OBITUARY_S = 3.0
+OBITUARY_S = 20.0
 """How long the server may take to tell why the simulator ended."""
 
 Progress: TypeAlias = Callable[[str], None]
@@ -336,7 +336,7 @@ class _Process:
     def status(self) -> str:
         """How it ended, if it just did."""
         try:
-            code = 0 if self._process is None else self._process.wait(1)
+            code = 0 if self._process is None else self._process.wait(END_S)
         except subprocess.TimeoutExpired:
             return "closed the connection but runs"
         return f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"

@@ -448,7 +448,7 @@ def gone(pid: int) -> bool:
 
 def started(path: Path, count: int) -> list[int]:
     """Process numbers of so many workers and their children."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         pids = [int(word) for word in path.read_text().split()] if path.exists() else []
         if len(pids) == 2 * count:
@@ -458,7 +458,7 @@ def started(path: Path, count: int) -> list[int]:
 
 
 def all_gone(pids: list[int]) -> bool:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 300
     while not all(map(gone, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     return all(map(gone, pids))
@@ -500,7 +500,7 @@ def test_ctrl_c_ends_all_and_keeps_what_is_done(tmp_path):
         stdout=subprocess.DEVNULL, text=True, env={**os.environ, "KVATTIC_TEST_PIDS": str(tmp_path / "pids")})
     pids = started(tmp_path / "pids", 2)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 130, errors
     assert "interrupted: 1 of 3 points are done" in errors
     assert [row["channels"] for row in json.loads(file.read_text())] == [1]

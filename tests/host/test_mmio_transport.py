@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kvattic import mmio_transport
 from kvattic.commands import DATA_COMMAND, Opcode, Status
 from kvattic.config import TINY, Config
 from kvattic.errors import DeviceLostError, DeviceTimeoutError, RequestError
@@ -86,7 +87,8 @@ def test_memory_lies_in_the_windows(card, size, address):
             assert file.read(len(part) + 2) == b"\0" + part + b"\0"
 
 
-def test_wait_needs_the_line_and_not_the_event(card):
+def test_wait_needs_the_line_and_not_the_event(card, monkeypatch):
+    monkeypatch.setattr(mmio_transport, "LOOK_S", 3600.0)   # it wakes by the event, or not at all
     with open_mmio(card.path, TINY, **WINDOWS) as transport:
         os.write(card.events, b"\1\0\0\0")      # an event of something that was taken already
         with pytest.raises(DeviceTimeoutError) as caught:
@@ -106,18 +108,16 @@ def test_wait_needs_the_line_and_not_the_event(card):
             os.write(card.events, b"\1\0\0\0")
 
         thread = threading.Thread(target=rise)
-        begin = time.monotonic()
         thread.start()
-        transport.wait(30)
+        transport.wait(300)
         thread.join()
-        assert time.monotonic() - begin < 0.5       # by the event; a look comes later
 
 
 def test_wait_without_events_asks_the_registers(card):
     with open_mmio(card.path, TINY, event=None, **WINDOWS) as transport:
         transport.write_register("INTERRUPT_MASK", 1)
         threading.Timer(0.1, lambda: card.put(0x28, 1)).start()
-        transport.wait(30)
+        transport.wait(300)
 
 
 def test_other_names(card, tmp_path):
@@ -231,7 +231,7 @@ class StandInFile:
         if card.error:
             raise card.error
         if self.use is Use.EVENTS:
-            assert card.event.wait(1)
+            assert card.event.wait(300)
             card.event.clear()
             return b"\1\0\0\0"
         if self.use is Use.REGISTERS:
@@ -298,8 +298,8 @@ def test_a_line_that_stays_up_needs_no_second_event(stand_in, transport):
     host.admin()
     host.push(0, *[DATA_COMMAND.pack(opcode=Opcode.IDENTIFY, identifier=i, result=0x4000) for i in range(3)])
     host.ring(0)
-    transport.wait(5)
-    transport.wait(5)
+    transport.wait(300)
+    transport.wait(300)
     assert len(host.reap(0)) == 3
     with pytest.raises(DeviceTimeoutError):
         transport.wait(0.1)
@@ -367,7 +367,7 @@ def test_close_while_another_thread_waits(transport):
 
     def wait():
         try:
-            transport.wait(30)
+            transport.wait(300)
         except RequestError as error:
             caught.append(str(error))
 
@@ -375,5 +375,5 @@ def test_close_while_another_thread_waits(transport):
     thread.start()
     time.sleep(0.1)
     transport.close()
-    thread.join(5)
+    thread.join()
     assert caught == ["the way to the card is closed"]
