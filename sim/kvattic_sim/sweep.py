@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from kvattic import AttendResult, Config, Device, KvatticError, Mode, RequestError
+from kvattic.files import whole, write_whole
 from kvattic.nand import NandPart, part
 from kvattic_sim.build import SimulationFailed, Simulator, SimulatorError
 from kvattic_sim.jobs import JobError, report, run_on_model
@@ -471,16 +472,13 @@ def run_on_dask(points: Sequence[Point], address: str, *, work: Work = measure, 
 def save(rows: Iterable[Row], path: Path) -> None:
     """Write rows, in the order of the grid: CSV if the path ends in .csv, otherwise JSON."""
     flat = [row.flat() for row in sorted(rows, key=lambda row: row.number)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part_path = path.with_name(f"{path.name}.{os.getpid()}")
     if path.suffix == ".csv":
-        with part_path.open("w", newline="") as file:
+        with whole(path) as aside, aside.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(name for row in flat for name in row)))
             writer.writeheader()
             writer.writerows(flat)
     else:
-        part_path.write_text(json.dumps(flat, indent=2) + "\n")
-    part_path.replace(path)     # a reader never sees half a file
+        write_whole(path, json.dumps(flat, indent=2) + "\n")
 
 
 def plot(rows: Iterable[Row], path: Path, *, x: str | None = None, y: str = "cycles") -> None:
@@ -521,6 +519,6 @@ def plot(rows: Iterable[Row], path: Path, *, x: str | None = None, y: str = "cyc
     axis.spines[["top", "right"]].set_visible(False)
     if any(lines):
         axis.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with whole(path) as aside:
+        figure.savefig(aside, dpi=110)
     plt.close(figure)
