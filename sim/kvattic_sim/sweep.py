@@ -31,7 +31,7 @@ from kvattic.nand import NandPart, part
 from kvattic_sim.build import SimulationFailed, Simulator, SimulatorError
 from kvattic_sim.jobs import JobError, report, run_on_model
 from kvattic_sim.rtl_transport import NandSettings, RtlTransport
-from kvattic_sim.workloads import Attention, How, Usage, decode, measured
+from kvattic_sim.workloads import Attention, How, Usage, measured, topical
 
 __all__ = ["FIGURES", "ClusterError", "Point", "Row", "grid", "measure", "parse_axis", "plot", "run", "run_on_dask",
            "save"]
@@ -52,7 +52,7 @@ FIGURES = {
     "corrected": "codewords read with errors, all of them corrected",
     "bit_errors": "bits corrected",
     "retries": "codewords read again with a read-retry setting",
-    "rel_rms": "relative RMS against float64 attention of all tokens",
+    "rel_rms": "relative RMS against float64 attention of all tokens, of data with topics (workloads.topical)",
     "equal_bits": "whether the results are the golden device's, bit for bit",
     "seconds": "time that simulating attention took",
 }
@@ -242,7 +242,7 @@ def measure(point: Point, follow: Follow = lambda what, done, total: None) -> Fi
     config, how = point.config, How(mode=point.mode)
     follow("building", 0, None)
     model = build_testbench(config, point.simulator)
-    attention = decode(config, kv_heads=point.heads, tokens=point.tokens, group=config.rows)
+    attention = topical(config, kv_heads=point.heads, tokens=point.tokens, group=config.rows)
     step = "starting"
 
     def heed(line: str) -> None:

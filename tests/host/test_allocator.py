@@ -581,8 +581,8 @@ def test_what_cannot_be_erased_never_becomes_anothers():
     assert flash.holds(1)
     assert allocator.free_zones == allocator.zones - 1
     # One for domain 1 alone, and one for nobody.
-    with pytest.raises(CapacityError, match=rf"{allocator.zones - 1} more zones .* {allocator.zones - 2} are left: 1 are "
-                                                "in use, .* and 1 serve none but sequences that share zones; free"):
+    with pytest.raises(CapacityError, match=rf"{allocator.zones - 1} more zones .* {allocator.zones - 2} are left: 1 "
+                                                "are in use, .* and 1 serve none but sequences that share zones; free"):
         allocator.create([(allocator.zones - 1) * ZONE, 0], domain=3)
     isolated = allocator.create([(allocator.zones - 2) * ZONE, 0], domain=3)
     common = allocator.create([ZONE - PAGES, 0])
