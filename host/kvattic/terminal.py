@@ -29,19 +29,16 @@ def mend_streams() -> None:
     Python has None for such a stream, and the next file that is opened would get its descriptor: what is meant for
     the terminal would go into that file.
     """
-    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
-        stream = getattr(sys, name)
-        if stream is not None and not stream.closed:
-            continue
+    for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            null = os.open(os.devnull, os.O_RDWR)
-            if null != number:
-                os.dup2(null, number)
-                os.close(null)
-            os.set_inheritable(number, True)
-        setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - it stays open
+            null = os.open(os.devnull, os.O_RDWR)   # the lowest number that is free, and those below are not
+            os.set_inheritable(null, True)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None or stream.closed:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - it stays open
 
 
 def run_command(work: Callable[[], int | None], name: str) -> int:
@@ -67,7 +64,7 @@ def run_command(work: Callable[[], int | None], name: str) -> int:
         _discard(sys.stdout)
         return BROKEN_PIPE
     except OSError as error:
-        if error.filename is None and not _flushes(sys.stdout):
+        if error.filename is None and not _takes_more(sys.stdout):
             _discard(sys.stdout)
             return _error(name, f"cannot write to standard output: {error.strerror or error}")
         return _error(name, error)
@@ -92,9 +89,10 @@ def _say(line: str) -> None:
         _discard(sys.stderr)
 
 
-def _flushes(stream: TextIO) -> bool:
+def _takes_more(stream: TextIO) -> bool:
+    """Whether an error without a file's name was not this stream's."""
     try:
-        stream.flush()
+        print(file=stream, flush=True)
     except OSError:
         return False
     return True

@@ -89,7 +89,7 @@ def test_it_needs_numpy_alone():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT / "host")})
     assert done.returncode == 0, done.stderr
-    assert done.stderr.strip() == "[]"
+    assert done.stderr.splitlines() == ["testing model ...", "[]"]
 
 
 def test_a_reader_that_has_enough_is_no_error():
@@ -105,7 +105,7 @@ def test_ctrl_c_is_130(capsys, monkeypatch):
         yield
 
     monkeypatch.setattr(selftest, "run", interrupted)
-    assert call(capsys, "selftest") == (130, "", "interrupted\n")
+    assert call(capsys, "selftest") == (130, "", "testing model ...\ninterrupted\n")
 
 
 @pytest.mark.parametrize(("module", "extra"), [("amaranth", "hdl"), ("rich", "sim"), ("distributed", "cluster")])
@@ -283,7 +283,7 @@ def test_a_device_that_is_gone_ends_the_selftest(capsys, monkeypatch):
         raise DeviceLostError("it is gone")
 
     spoiled(monkeypatch, gone)
-    assert call(capsys, "selftest") == (2, "", "kvattic: it is gone\n")
+    assert call(capsys, "selftest") == (2, "", "testing model ...\nkvattic: it is gone\n")
 
 
 # ---------------------------------------------------------------- verilog, bench, trace
