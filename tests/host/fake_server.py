@@ -100,7 +100,7 @@ def main(mode: str, directory: Path) -> None:
         return
     log = directory / "simulation.log"
     log.write_text("a line of the log\n")
-    server.send(Kind.STARTED, payload=str(log).encode())
+    server.send(Kind.STARTED, payload=os.fsencode(log))
     if mode == "never ready":
         time.sleep(600)
     connection = connect(directory, Role.SIMULATOR)

@@ -1,6 +1,7 @@
 """The host's side of a simulation server, against one without a simulator; the real one is in tests/cosim."""
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -9,12 +10,16 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
 import pytest
 
+import kvattic
 from kvattic import sim_transport
 from kvattic.commands import DATA_COMMAND, Opcode, Status
 from kvattic.config import TINY, Config
@@ -461,3 +466,164 @@ def test_the_other_side_ends_when_the_host_is_gone(pair):
     first.close()
     with contextlib.suppress(OSError):
         serve(second, Broken())
+
+
+# ---------------------------------------------------------------- where to meet
+
+
+def test_a_path_is_measured_in_bytes(start, tmp_path, monkeypatch):
+    place = tmp_path / ("ä" * 45)
+    place.mkdir()
+    assert len(str(place)) < len(os.fsencode(place))
+    monkeypatch.setattr(sim_transport.tempfile, "gettempdir", lambda: str(place))
+    transport = start("good")
+    assert not transport._process.directory.is_relative_to(place)
+    assert transport.read_register("CONFIG_HASH") == TINY.hash
+    assert list(place.iterdir()) == []
+
+
+def test_bytes_that_are_no_text_may_be_in_the_path(start, monkeypatch):
+    with tempfile.TemporaryDirectory(prefix=b"k-\xff", dir=b"/tmp") as place:
+        monkeypatch.setattr(sim_transport.tempfile, "gettempdir", lambda: os.fsdecode(place))
+        transport = start("good")
+        assert transport._process.directory.parent == Path(os.fsdecode(place))
+        assert transport.read_register("CONFIG_HASH") == TINY.hash
+        transport.close()
+
+
+class NoSockets(socket.socket):
+    """On some file systems there are none."""
+
+    places: ClassVar[list[bytes]] = []
+
+    def bind(self, address):
+        if any(address.startswith(place + b"/") for place in self.places):
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        super().bind(address)
+
+
+def test_a_file_system_without_sockets_is_passed_over(start, temporary, tmp_path, monkeypatch):
+    monkeypatch.setattr(sim_transport.tempfile, "gettempdir", lambda: str(temporary))
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(sim_transport.socket, "socket", NoSockets)
+    monkeypatch.setattr(NoSockets, "places", [os.fsencode(temporary), b"/tmp"])
+    monkeypatch.setattr(sim_transport, "SHORT_PLACES", ("/tmp", "/var/tmp"))
+    assert start("good")._process.directory.parent == Path("/var/tmp")
+    assert list(temporary.iterdir()) == []
+
+
+def test_nowhere_to_meet(temporary, monkeypatch):
+    monkeypatch.setattr(sim_transport.tempfile, "gettempdir", lambda: str(temporary / "gone"))
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(sim_transport, "SHORT_PLACES", (str(temporary / "x" / "y"),))
+    with pytest.raises(RequestError, match=r"set TMPDIR to one; tried were .*/gone: No such file or direct.*/x/y: "):
+        open_simulator("verilator", TINY)
+
+
+# ---------------------------------------------------------------- forks
+
+
+def in_child(work) -> str:
+    """What a function says in a forked child."""
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(send, str(work()).encode())
+        except BaseException as error:  # noqa: BLE001 - it must not go on as a second pytest
+            os.write(send, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(0)
+    os.close(send)
+    with open(receive, "rb") as file:
+        said = file.read().decode()
+    os.waitpid(child, 0)
+    return said
+
+
+CALLS = [
+    lambda t: t.read_register("ID"), lambda t: t.write_register("TIMEOUT", 1), lambda t: t.read_memory(0, 1),
+    lambda t: t.write_memory(0, b"x"), lambda t: t.read_dram(0, 1), lambda t: t.write_dram(0, b"x"),
+    lambda t: t.wait(600),
+]
+
+
+@pytest.mark.parametrize("locked", [False, True], ids=["", "in use"])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_forked_child_is_refused(start, call, locked):
+    transport = start("good")
+    transport.write_memory(0, b"parent")
+    if locked:      # another thread of the parent is in a call
+        transport._lock.acquire()
+    try:
+        said = in_child(lambda: call(transport))
+    finally:
+        if locked:
+            transport._lock.release()
+    assert said.startswith(f"ForkedError: the simulated drive belongs to process {os.getpid()}, which opened it")
+    assert "open another device in the child" in said
+    assert transport.read_memory(0, 6) == b"parent"
+    assert transport.read_register("CONFIG_HASH") == TINY.hash
+
+
+def test_closing_in_a_forked_child_harms_nobody(start):
+    transport = start("good")
+
+    def close():
+        transport.close()
+        transport.close()
+        return "closed"
+
+    assert in_child(close) == "closed"
+    assert in_child(lambda: transport.__exit__(None, None, None)) == "None"
+    assert transport._process.running and transport._process.directory.is_dir()
+    assert transport.read_register("CONFIG_HASH") == TINY.hash
+
+
+def test_a_device_in_a_forked_child(start):
+    """Every use of it, of its sequences and of its futures; and a block that ends there."""
+    transport = start("good", memory_bytes=1 << 20)
+    device = kvattic.Device(transport, owns_transport=True)
+    sequence = device.create_sequence(1, capacity_tokens=40)
+    key = np.ones((1, 20, 32), np.float16)
+    sequence.prefill(key, key)
+    expected = sequence.attend(key[:, :1]).bits
+    future = sequence.attend_async(key[:, :1])
+    for use in (lambda: sequence.attend(key[:, :1]), lambda: sequence.append(key, key), future.result, device.counters,
+                device.identify, lambda: device.create_sequence(1, capacity_tokens=40).prefill(key, key)):
+        assert in_child(use).startswith("ForkedError: ")
+    assert in_child(device.close) == "None"
+
+    def block():
+        with device, sequence:
+            raise ZeroDivisionError("of the block")
+
+    assert in_child(block) == "ZeroDivisionError: of the block"
+    assert np.array_equal(future.result().bits, expected)
+    assert np.array_equal(sequence.attend(key[:, :1]).bits, expected)
+    device.close()
+
+
+def test_a_model_is_copied_whole():
+    with kvattic.open("model", TINY) as device, device.create_sequence(1, capacity_tokens=40) as sequence:
+        key = np.ones((1, 20, 32), np.float16)
+        sequence.prefill(key, key)
+        assert in_child(lambda: sequence.attend(key[:, :1]).output[0, 0, 0]) == "1.0"
+        # Unless another thread is in the middle of something: its copy may be half changed, and is not used.
+        held, release = threading.Event(), threading.Event()
+
+        def hold():
+            with device.lock:
+                held.set()
+                release.wait()
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        held.wait()
+        try:
+            for use in (lambda: sequence.attend(key[:, :1]), device.counters, device.poll):
+                assert in_child(use).startswith("ForkedError: the device was in use by another thread when")
+        finally:
+            release.set()
+            thread.join()
+        assert sequence.attend(key[:, :1]).output[0, 0, 0] == 1
