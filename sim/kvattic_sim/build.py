@@ -352,25 +352,29 @@ class Group:
 class _Steps:
     """Runs commands of one build, side by side where they may, and keeps a log of them.
 
-    A context manager; leaving it ends commands that still run.
+    A context manager; leaving it ends commands that still run, unless their group is another one's.
     """
 
-    def __init__(self, directory: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, directory: Path, environment: Mapping[str, str], group: Group | None = None
+    ) -> None:
         self.directory = directory
         self.log = directory / "build.log"
         self._environment = dict(environment)
         self._lock = threading.Lock()
-        self._group = Group()
+        self._owns_group = group is None
+        self.group = group or Group()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.end()
+        if self._owns_group:
+            self.end()
 
     def end(self) -> None:
-        """End what runs."""
-        self._group.end()
+        """End what runs, all of the group."""
+        self.group.end()
 
     def run(self, command: Sequence[str]) -> None:
         done = subprocess.run(
@@ -383,7 +387,7 @@ class _Steps:
             text=True,
             errors="replace",
             check=False,
-            process_group=self._group.number,
+            process_group=self.group.number,
         )
         with self._lock, named(self.log), self.log.open("a") as log:
             log.write(f"$ {' '.join(command)}\n{done.stdout}")
@@ -454,6 +458,7 @@ def prepare_runtime(
     timing: bool = False,
     build_root: Path | None = None,
     _extra: Sequence[str] = (),
+    _group: Group | None = None,
 ) -> Path:
     """Compile Verilator's run-time library unless it is there; return the directory of its objects.
 
@@ -478,7 +483,7 @@ def prepare_runtime(
     with cache_errors(root), _locked(root / f"{directory.name}.lock"):
         directory.mkdir(parents=True, exist_ok=True)
         include = _verilator_root() / "include"
-        with _Steps(directory, verilator_environment()) as steps:
+        with _Steps(directory, verilator_environment(), _group) as steps:
 
             def compile_one(name: str) -> None:
                 target = directory / f"{name}.o"
@@ -528,7 +533,9 @@ def _build_verilator(
         ThreadPoolExecutor(_cores()) as pool,
         _ended_on_error(steps),
     ):
-        runtime = background.submit(prepare_runtime, waves=waves, timing=timing, build_root=root)
+        runtime = background.submit(
+            prepare_runtime, waves=waves, timing=timing, build_root=root, _group=steps.group
+        )
         steps.run(
             [
                 str(_verilator_root() / "bin" / "verilator_bin"),

@@ -16,6 +16,7 @@ from kvattic.golden_device import GoldenDevice
 from kvattic.mmio_transport import BOUNCE_BYTES, Use, open_mmio
 from kvattic.registers import ID_MAGIC, REGISTERS
 
+from .forked import in_child
 from .queue_host import Host
 
 MEMORY_BASE, MEMORY, DRAM_BASE, DRAM = 0x3000, 1 << 16, 0x80_0000, 1 << 22
@@ -377,3 +378,32 @@ def test_close_while_another_thread_waits(transport):
     transport.close()
     thread.join()
     assert caught == ["the way to the card is closed"]
+
+
+@pytest.mark.parametrize("locked", [False, True], ids=["", "in use"])
+@pytest.mark.parametrize("call", [
+    lambda t: t.read_register("ID"), lambda t: t.write_register("CONTROL", 1), lambda t: t.read_memory(0, 1),
+    lambda t: t.write_memory(0, b"x"), lambda t: t.read_dram(0, 1), lambda t: t.write_dram(0, b"x"),
+    lambda t: t.wait(600), lambda t: (t.close(), t.read_register("ID")),
+])
+def test_a_forked_child_is_refused_and_may_close(card, call, locked):
+    with open_mmio(card.path, TINY, **WINDOWS) as transport:
+        transport.write_memory(0, b"parent")
+        held, release = threading.Event(), threading.Event()
+
+        def hold():
+            with transport._lock:
+                held.set()
+                release.wait()
+
+        thread = threading.Thread(target=hold)
+        if locked:
+            thread.start()
+            held.wait()
+        said = in_child(lambda: call(transport))
+        release.set()
+        if locked:
+            thread.join()
+        assert said.startswith(f"ForkedError: the card belongs to process {os.getpid()}, which opened it")
+        assert transport.read_memory(0, 6) == b"parent"
+        assert transport.read_register("ID") == ID_MAGIC

@@ -38,6 +38,7 @@ from kvattic.sim_transport import (
 )
 from kvattic_sim.server import serve
 
+from .forked import in_child
 from .queue_host import Host
 
 FAKE = Path(__file__).parent / "fake_server.py"
@@ -521,24 +522,6 @@ def test_nowhere_to_meet(temporary, monkeypatch):
 
 
 # ---------------------------------------------------------------- forks
-
-
-def in_child(work) -> str:
-    """What a function says in a forked child."""
-    receive, send = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.write(send, str(work()).encode())
-        except BaseException as error:  # noqa: BLE001 - it must not go on as a second pytest
-            os.write(send, f"{type(error).__name__}: {error}".encode())
-        finally:
-            os._exit(0)
-    os.close(send)
-    with open(receive, "rb") as file:
-        said = file.read().decode()
-    os.waitpid(child, 0)
-    return said
 
 
 CALLS = [
