@@ -57,8 +57,9 @@ test: lint types  ## lint, types and all tests
 
 check: test  ## what continuous integration runs
 
-clean:  ## remove what was built, but not .venv
+clean:  ## remove what was built, also in KVATTIC_CACHE, but not .venv
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@if [ -n "$$KVATTIC_CACHE" ] && [ -f "$$KVATTIC_CACHE/sim/CACHEDIR.TAG" ]; then rm -rf "$$KVATTIC_CACHE/sim"; fi
 
 # A stamp stands for an installed extra. dev contains sim; so a development set-up serves `make sim` as it is.
 $(VENV)/.stamp-%: pyproject.toml

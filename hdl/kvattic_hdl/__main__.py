@@ -1,9 +1,11 @@
 """Command line: `python -m kvattic_hdl --preset paper --output build/kvattic_paper.v`."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from kvattic.config import PRESETS, Config, preset
+from kvattic.terminal import Telling, run_command
 from kvattic_hdl.netlist import TOP, generate
 
 
@@ -16,9 +18,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     config = Config.from_json(options.config.read_text()) if options.config else preset(options.preset)
     name = options.config.stem if options.config else options.preset
-    path = generate(config, options.output or Path("build") / f"kvattic_{name}.v")
+    with Telling(quiet=sys.stderr.isatty()).phase(f"Generating Verilog of {name}"):
+        path = generate(config, options.output or Path("build") / f"kvattic_{name}.v")
     print(f"{path}: {TOP}, {config.to_json()}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, "kvattic_hdl"))

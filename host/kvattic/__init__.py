@@ -11,6 +11,7 @@
 Needs numpy alone; Amaranth, cocotb and torch are never loaded by this package.
 """
 
+import reprlib
 from typing import Any
 
 from kvattic.commands import Completion, CompletionFlag, Mode, Status
@@ -23,6 +24,7 @@ from kvattic.errors import (
     DeviceLostError,
     DeviceStatusError,
     DeviceTimeoutError,
+    ForkedError,
     KvatticError,
     RequestError,
 )
@@ -54,6 +56,7 @@ __all__ = [
     "DeviceTimeoutError",
     "Element",
     "FlashOperation",
+    "ForkedError",
     "Future",
     "Job",
     "JobResult",
@@ -86,11 +89,15 @@ def open(target: str = "model", config: Config | str = PAPER, **options: Any) ->
 
     Raises:
         RequestError: there is no such target.
-        ConfigError: there is no such preset.
+        ConfigError: there is no such preset, or it is no configuration.
         ConfigMismatchError, DeviceTimeoutError, DeviceLostError, CapacityError: see `Device`.
     """
     if isinstance(config, str):
         config = preset(config)
+    if not isinstance(config, Config):
+        raise ConfigError(f"config must be a kvattic.Config, such as Config(channels=4), or a preset's name "
+                          f"({', '.join(PRESETS)}), not {reprlib.repr(config)}; Config(**fields) makes one of a dict, "
+                          "Config.from_json(text) of JSON")
     own = {name: options.pop(name) for name in DEVICE_OPTIONS if name in options}
     kind, _, which = target.partition(":") if isinstance(target, str) else (target, "", "")
     transport: Transport

@@ -459,15 +459,20 @@ class ZoneAllocator:
         self._expel(domain)
         allocation = Allocation(domain, run, quota, [max(0, r - quota * capacity) for r in runs],
                                 _Stream([], [0] * self.config.channels))
-        before = self._wanted()
+        before, promised = self._wanted(), self._wanted_by()[0]
         self._allocations.add(allocation)
         wanted, unmarked = self._wanted(), len((self._clean | self._dirty.keys()) - self._marked)
         if wanted > self.free_zones or self._wanted_by()[0] > unmarked:
             self._allocations.discard(allocation)
+            left, shared = self.free_zones - before, ""
+            if domain != COMMON_DOMAIN and unmarked - promised < left:
+                left = unmarked - promised
+                shared = f", and {self.free_zones - unmarked} serve none but sequences that share zones"
             raise CapacityError(
-                f"the flash is full: {wanted - before} zones of {capacity * run:,} pages on each channel are wanted; "
-                f"{self.free_zones} of {self.zones} are free, and {before} of them reserved; free a sequence or ask "
-                f"for fewer tokens")
+                f"the flash is full: {wanted - before} more zones of {capacity * run:,} pages on each channel are "
+                f"wanted, and of {self.zones} {max(left, 0)} are left: {self.zones - self.free_zones} are in use, and "
+                f"{before} are reserved for tokens that sequences have room for and do not hold yet{shared}; free a "
+                f"sequence or ask for fewer tokens")
         return allocation
 
     def _wanted(self) -> int:

@@ -20,6 +20,7 @@ from kvattic import layout
 from kvattic.commands import Mode
 from kvattic.config import PAPER, Config
 from kvattic.driver import Device
+from kvattic.elements import as_array
 from kvattic.errors import CapacityError, ConfigMismatchError, DeviceTimeoutError, KvatticError, RequestError
 from kvattic.futures import Future, wait
 from kvattic.jobs import AttendPlan, AttendResult, Bits, Integers, Job, JobResult, Part, check_positive, end_block
@@ -343,7 +344,7 @@ class ArraySequence:
                 yield self._shares[self._drive(layer, rank)], slice(None), mine
 
     def _tokens(self, name: str, values: ArrayLike) -> Bits:
-        array, dim = np.asarray(values), self.device.config.head_dim
+        array, dim = as_array(values), self.device.config.head_dim
         if array.ndim != 3 or array.shape[0] != self.kv_heads or array.shape[2] != dim or array.shape[1] == 0:
             raise RequestError(f"{name} must be (kv_heads, tokens, head_dim) = ({self.kv_heads}, at least 1, {dim}), "
                                f"not {array.shape}")
@@ -398,7 +399,7 @@ class ArraySequence:
         return self._context_plan(query, layer, length, scale, masks, selection)
 
     def _head_plan(self, query: ArrayLike, options: dict[str, Any]) -> ArrayPlan:
-        array = np.asarray(query)
+        array = as_array(query)
         if array.ndim != 3 or 0 in array.shape:
             raise RequestError(f"query must be (q_heads, n_queries, head_dim) = (at least {self.kv_heads}, at least 1, "
                                f"{self.device.config.head_dim}), not {array.shape}")

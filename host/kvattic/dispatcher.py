@@ -14,6 +14,7 @@ from itertools import count
 from threading import RLock
 from typing import Any, Generic, TypeAlias, TypeVar
 
+from kvattic import forks
 from kvattic.allocator import DramAllocator
 from kvattic.commands import (
     COMPLETION,
@@ -32,6 +33,7 @@ from kvattic.errors import (
     DeviceLostError,
     DeviceStatusError,
     DeviceTimeoutError,
+    ForkedError,
     KvatticError,
     RequestError,
 )
@@ -185,6 +187,12 @@ class Dispatcher:
         self._alarms = 0        # wake-ups since then
         self._broken: KvatticError | None = None
         self._arena = DramAllocator(self._lines)
+        forks.watch(self)
+
+    def forked_in_use(self) -> None:
+        """See `forks.Locked`: this child's copy may be half changed."""
+        self._broken = ForkedError("the device was in use by another thread when this process was forked: open another "
+                                   "device here")
 
     # Life.
 
@@ -356,6 +364,8 @@ class Dispatcher:
             DeviceLostError: the device is gone.
         """
         with self.lock:
+            if isinstance(self._broken, ForkedError):
+                raise _again(self._broken)
             taken = self._reap() if self._in_flight else 0
             self._run_ready()
             return taken
@@ -501,6 +511,8 @@ class Dispatcher:
 
     def _turn(self, until: Callable[[], bool], patience_s: float, deadline: float | None) -> bool:
         """Take completions, wait once if there are none; whether it is the case now."""
+        if isinstance(self._broken, ForkedError):
+            raise _again(self._broken)
         self._run_ready()
         if until():
             return True

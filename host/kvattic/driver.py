@@ -27,6 +27,7 @@ from kvattic.errors import (
     ConfigMismatchError,
     DeviceStatusError,
     DeviceTimeoutError,
+    ForkedError,
     KvatticError,
     RequestError,
 )
@@ -192,7 +193,8 @@ class Device:
                 self._dispatcher.abandon(RequestError("the device was closed before this was done"))
                 if self._owns_transport:
                     self.transport.close()
-            if errors:
+            # What a forked child cannot free is its parent's.
+            if errors and not isinstance(errors[0], ForkedError):
                 raise errors[0]
 
     def reset(self) -> None:

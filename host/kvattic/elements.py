@@ -5,9 +5,33 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvattic.errors import RequestError
 from kvattic.formats import Element
 
-__all__ = ["from_bits", "special", "to_bits"]
+__all__ = ["as_array", "from_bits", "special", "to_bits"]
+
+
+def as_array(values: Any) -> NDArray[Any]:
+    """A caller's numbers as an array; torch's tensors of any device and dtype, too, without torch being imported.
+
+    NumPy has no bfloat16: such numbers become float32, which holds them exactly.
+
+    Raises:
+        RequestError: a tensor has no numbers that could be read, such as one of the meta device.
+    """
+    if any(each.__name__ == "Tensor" and each.__module__.partition(".")[0] == "torch" for each in type(values).__mro__):
+        kind = str(values.dtype).removeprefix("torch.")
+        try:
+            tensor = values.detach().cpu()
+            if kind == "bfloat16" or kind.startswith("float8"):
+                tensor = tensor.float()
+            return np.asarray(tensor.resolve_conj().resolve_neg().numpy())
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            raise RequestError(f"this tensor, {kind} on {values.device}, has no numbers that NumPy can read: "
+                               f"{str(error).partition(chr(10))[0]}") from error
+    array = np.asarray(values)
+    # Other libraries' bfloat16 (JAX's), by its name: the type is in a package of its own.
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
 
 def to_bits(values: NDArray[Any], element: Element) -> NDArray[np.uint16]:

@@ -13,6 +13,10 @@ class RequestError(KvatticError, ValueError):
     """A call of the host library with arguments that the device cannot serve."""
 
 
+class ForkedError(RequestError):
+    """A forked child used its parent's device; the parent is unharmed."""
+
+
 class CapacityError(RequestError):
     """The flash, the buffers or the score buffer cannot hold what was asked for."""
 

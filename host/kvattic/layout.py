@@ -33,7 +33,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from kvattic.commands import SKETCH_ENTRY, TABLE_ENTRY, Record, TableFlag
 from kvattic.config import Config
-from kvattic.elements import from_bits, special, to_bits
+from kvattic.elements import as_array, from_bits, special, to_bits
 from kvattic.errors import ConfigError, RequestError
 from kvattic.formats import Element
 
@@ -147,8 +147,8 @@ def storage_bits(values: ArrayLike, element: Element, name: str = "values") -> B
     """A caller's numbers in the storage format, checked.
 
     Args:
-        values: float16, float32 or float64 of any shape, rounded once to nearest, ties to even; or
-            uint16, which are taken as bit patterns already and not looked at.
+        values: float16, float32, float64 or bfloat16 of any shape, arrays or torch's tensors, rounded once to
+            nearest, ties to even; or uint16, which are taken as bit patterns already and not looked at.
         element: the storage format.
         name: what error messages call the array.
 
@@ -158,12 +158,12 @@ def storage_bits(values: ArrayLike, element: Element, name: str = "values") -> B
     Raises:
         RequestError: another dtype; or a number that is NaN, infinite or too large for the format.
     """
-    array = np.asarray(values)
+    array = as_array(values)
     if array.dtype == np.uint16:
         return np.ascontiguousarray(array, np.uint16)
     if array.dtype not in (np.float16, np.float32, np.float64):
-        raise RequestError(f"{name} must be float16, float32 or float64, or uint16 bit patterns of {element.value}, "
-                           f"not {array.dtype}")
+        raise RequestError(f"{name} must be float16, bfloat16, float32 or float64, or uint16 bit patterns of "
+                           f"{element.value}, not {array.dtype}")
     bits = to_bits(array, element)
     if (bad := special(bits, element)).any():
         where = tuple(int(i) for i in np.argwhere(bad)[0])

@@ -42,6 +42,7 @@ from typing import Protocol, Self, TypeAlias
 
 from kvattic.config import Config
 from kvattic.errors import DeviceLostError, DeviceTimeoutError, RequestError
+from kvattic.forks import Owner
 from kvattic.registers import ADDRESS_BITS, REGISTER_MAP, Register
 
 __all__ = ["CardFile", "MmioTransport", "Opener", "Use", "open_mmio"]
@@ -208,6 +209,7 @@ class MmioTransport:
         self._memory_base = memory_base
         self._dram_base = dram_base
         self._paths = paths
+        self._owner = Owner()
         self._lock = threading.RLock()
         self._closed = False
         self._lost = ""
@@ -227,12 +229,17 @@ class MmioTransport:
         self.close()
 
     def close(self) -> None:
-        """See `Transport`.  The card goes on with what it has."""
+        """See `Transport`.  The card goes on with what it has; so does the parent of a forked child."""
+        if not self._owner.here:
+            self._lock = threading.RLock()      # a thread may have held it that is not here
         with self._lock:
             self._closed = True
             while self._files:
                 with contextlib.suppress(OSError):
                     self._files.popitem()[1].close()
+
+    def _check_owner(self) -> None:
+        self._owner.check("the card")
 
     def _file(self, use: Use) -> CardFile:
         if self._closed:
@@ -274,6 +281,7 @@ class MmioTransport:
             RequestError: there is no such register.
             DeviceLostError: the card is gone.
         """
+        self._check_owner()
         register = _register(name)
         value = 0
         with self._lock:
@@ -294,6 +302,7 @@ class MmioTransport:
         register = _register(name)
         if not 0 <= value < 1 << register.width:
             raise RequestError(f"{name} has {register.width} bits: {value:#x} does not fit")
+        self._check_owner()
         with self._lock:
             for offset in range(0, register.width // 8, 4):
                 self._write_word(register.address + offset, value >> 8 * offset & ALL_ONES)
@@ -302,6 +311,7 @@ class MmioTransport:
 
     def _read(self, address: int, size: int) -> bytes:
         found = bytearray()
+        self._check_owner()
         with self._lock:
             while len(found) < size:
                 at = address + len(found)
@@ -317,6 +327,7 @@ class MmioTransport:
 
     def _write(self, address: int, data: bytes) -> None:
         view = memoryview(data).cast("B")
+        self._check_owner()
         with self._lock:
             self._file(Use.TO_CARD)
             while view:

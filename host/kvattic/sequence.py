@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from kvattic import layout
 from kvattic.commands import COMMAND, TREE_BITS, Kind, Mode, fp32_bits, is_positive_normal
+from kvattic.elements import as_array
 from kvattic.errors import CapacityError, RequestError
 from kvattic.futures import Future
 from kvattic.jobs import (
@@ -341,7 +342,7 @@ class Sequence(Store):
         return self._begin(layer, np.stack([keys, values], axis=1), ahead=ahead)
 
     def _tokens(self, name: str, values: ArrayLike) -> Bits:
-        array, dim = np.asarray(values), self.device.config.head_dim
+        array, dim = as_array(values), self.device.config.head_dim
         if (
             array.ndim != 3
             or array.shape[0] != self.kv_heads
@@ -495,7 +496,7 @@ class Sequence(Store):
     def _plan(self, query: ArrayLike, layer: int, scale: float | None, allowed: dict[str, Any],
               how: tuple[Mode | str, int | None, int | None, int, int | None, int | None]) -> AttendPlan:
         length, config = self.length(layer), self.device.config
-        array, dim = np.asarray(query), config.head_dim
+        array, dim = as_array(query), config.head_dim
         if array.ndim != 3 or array.shape[2] != dim or 0 in array.shape:
             raise RequestError(
                 f"query must be (q_heads, n_queries, head_dim) = (at least {self.kv_heads}, at "
@@ -804,6 +805,7 @@ def _masks(length: int, n_queries: int, causal: bool = False, window: int | None
     prefix_end = np.minimum(last, tree_token)
     if window is not None:
         check_positive("window", window)
+        window = min(int(window), length)   # int64 below holds it
         draft &= draft[:, ::-1].cumsum(axis=1)[:, ::-1] <= window
         first = np.maximum(prefix_end - (window - draft.sum(axis=1)), first)
     bits = (draft.astype(np.int64) << place).sum(axis=1)

@@ -6,6 +6,8 @@ starts `kvattic_sim.server`, which builds the model unless it is in the build ca
 with the simulator; registers, device DRAM and the interrupt go over a Unix socket.  Simulated time stands still
 between two calls, so a run repeats exactly; it passes in register accesses and in `wait`.
 
+A forked child of the host's process gets a `ForkedError` from every call, and closing its copy harms nobody.
+
 Nothing stays behind, whoever ends first: shared memory has no name, the server watches its connection to this process
 and kills the simulator and removes its files when it ends, and the simulator dies with the server.
 
@@ -36,6 +38,8 @@ from typing import Any, NamedTuple, Self, TypeAlias
 
 from kvattic.config import Config
 from kvattic.errors import DeviceLostError, DeviceTimeoutError, KvatticError, RequestError
+from kvattic.files import write_whole
+from kvattic.forks import Owner
 from kvattic.registers import REGISTER_MAP
 
 __all__ = [
@@ -66,9 +70,11 @@ MAX_PAYLOAD = 1 << 22
 """Bytes of a payload, at most; what is longer goes in parts."""
 SOCKET, REQUEST = "socket", "request.json"
 """Files in the directory that host and server share."""
+SHORT_PLACES = ("/tmp", "/var/tmp", "/dev/shm")
+"""Where the directory goes if the temporary directory is not fit for it."""
 END_S = 8.0
 """How long server and simulator may take to end by themselves."""
-OBITUARY_S = 3.0
+OBITUARY_S = 20.0
 """How long the server may take to tell why the simulator ended."""
 
 Progress: TypeAlias = Callable[[str], None]
@@ -172,6 +178,10 @@ class Connection:
         stream.setblocking(False)
         self._unsent = memoryview(b"")
         self._received = bytearray()
+
+    def drop(self) -> None:
+        """Give this process's descriptor back; the other side sees no end where another process has one, too."""
+        self.socket.close()
 
     def close(self) -> None:
         """Let the other side see the end; also wakes a thread that waits in `receive`."""
@@ -290,7 +300,7 @@ def connect(directory: Path, role: Role) -> Connection:
         OSError: nobody is there.
     """
     stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    stream.connect(str(directory / SOCKET))
+    stream.connect(os.fsencode(directory / SOCKET))
     connection = Connection(stream)
     connection.send(Kind.HELLO, payload=struct.pack("<HH", role, PROTOCOL))
     return connection
@@ -304,20 +314,50 @@ def _server_command(directory: Path) -> list[str]:
     return [sys.executable, "-P", "-m", "kvattic_sim.server", str(directory)]
 
 
+def _places() -> list[str]:
+    """Where the directory may be, best first."""
+    named = [tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR", ""), *SHORT_PLACES]
+    return [place for place in dict.fromkeys(named) if place]
+
+
+def _meeting_point(request: dict[str, Any]) -> tuple[Path, socket.socket]:
+    """A new directory with a socket and the request in it.
+
+    A socket's path may have some hundred bytes (not characters), and not every file system has sockets, or room: what
+    does not work in one place is tried in the next.
+
+    Raises:
+        RequestError: it works nowhere.
+    """
+    failures = []
+    for place in _places():
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        directory = None
+        try:
+            directory = Path(tempfile.mkdtemp(prefix="kvattic-sim-", dir=place))
+            listener.bind(os.fsencode(directory / SOCKET))
+            listener.listen(2)
+            write_whole(directory / REQUEST, json.dumps(request))
+            return directory, listener
+        except BaseException as error:
+            listener.close()
+            if directory is not None:
+                shutil.rmtree(directory, ignore_errors=True)
+            if not isinstance(error, OSError):
+                raise
+            failures.append(f"{place}: {error.strerror or error}")
+    raise RequestError("a simulated drive needs a directory that takes a few files and a Unix socket, with a path of "
+                       f"at most some 60 bytes: set TMPDIR to one; tried were {'; '.join(failures)}")
+
+
 class _Process:
     """The server, the directory that it shares with us, and the way to its end."""
 
     def __init__(self, request: dict[str, Any]) -> None:
-        # A socket's path may have some hundred bytes.
-        place = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
-        self.directory = Path(tempfile.mkdtemp(prefix="kvattic-sim-", dir=place))
         self._process: subprocess.Popen[bytes] | None = None
+        self.directory, self.listener = _meeting_point(request)
         self.log = self.directory / "server.log"
-        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self.listener.bind(str(self.directory / SOCKET))
-            self.listener.listen(2)
-            (self.directory / REQUEST).write_text(json.dumps(request))
             path = os.pathsep.join(each or os.getcwd() for each in sys.path)
             with self.log.open("wb") as log:
                 # A session of its own: Ctrl-C is this process's business.
@@ -336,7 +376,7 @@ class _Process:
     def status(self) -> str:
         """How it ended, if it just did."""
         try:
-            code = 0 if self._process is None else self._process.wait(1)
+            code = 0 if self._process is None else self._process.wait(END_S)
         except subprocess.TimeoutExpired:
             return "closed the connection but runs"
         return f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
@@ -399,6 +439,7 @@ class SimTransport:
         self.cycles = 0
         self.heartbeat: Callable[[int], None] | None = None
         self.silence_s = silence_s
+        self._owner = Owner()
         self._lock = threading.Lock()
         self._number = 0
         self._lost = ""
@@ -481,7 +522,7 @@ class SimTransport:
         if message.kind is Kind.ENDED:
             raise self._failure(message.text)
         if message.kind is Kind.STARTED:
-            self._log = Path(message.text)
+            self._log = Path(os.fsdecode(message.payload))
         elif message.kind is Kind.PROGRESS:
             progress(message.text)
 
@@ -499,8 +540,15 @@ class SimTransport:
         """See `Transport`.  Ends the simulator; what its flash holds is gone.  Any thread may call it."""
         if not self._closed:
             self._closed = True
-            self._disconnect()
-            self._process.end(END_S)
+            if self._owner.here:
+                self._disconnect()
+                self._process.end(END_S)
+            else:
+                # A forked child gives back its copies of descriptors and nothing else.
+                self._process.listener.close()
+                for connection in (self._simulator, self._server):
+                    if connection is not None:
+                        connection.drop()
             self._memory.close()
 
     def __enter__(self) -> Self:
@@ -540,6 +588,7 @@ class SimTransport:
     # Calls.
 
     def _check(self) -> None:
+        self._owner.check("the simulated drive")
         if self._closed:
             raise RequestError("the way to the simulated drive is closed")
         if self._lost:
@@ -547,6 +596,7 @@ class SimTransport:
 
     def _call(self, kind: Kind, payload: bytes, answer: Kind) -> Message:
         """One request, one answer."""
+        self._owner.check("the simulated drive")    # before the lock, which a thread may have held that is not here
         with self._lock:
             self._check()
             connection = self._simulator
@@ -749,8 +799,8 @@ def open_simulator(
         on_progress: called with a line about every second until the drive is ready.
 
     Raises:
-        RequestError: there is no such simulator or kind of flash, a size is not positive, waves would be lost, or
-            kvattic_sim is not installed.
+        RequestError: there is no such simulator or kind of flash, a size is not positive, waves would be lost,
+            kvattic_sim is not installed, or there is no directory to meet the simulator's process in.
         DeviceLostError: the build failed, or the simulator did not start.
     """
     if simulator not in SIMULATORS:

@@ -17,11 +17,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from kvattic import terminal
 from kvattic.errors import KvatticError
+from kvattic.terminal import Telling
 from kvattic_sim import figures
 from kvattic_sim.benches import accuracy, bad_blocks, engine, flash, host, placement, sparse
 from kvattic_sim.benches.engine import Bench, Lab, UnavailableError, WrongResultError
 from kvattic_sim.build import SimulationFailed, Simulator, SimulatorError
+from kvattic_sim.console import make_console
 from kvattic_sim.jobs import JobError
 from kvattic_sim.lm import evaluate
 
@@ -207,14 +210,18 @@ def run(selected: Sequence[Bench], simulator: Simulator, console: Console) -> It
 
         def follow(what: str, done: int, total: int | None) -> None:
             progress.update(task, description=f"  {what}", completed=done, total=total)
+            note(f"{what}{f', {done:,} of {total:,}' if total else ''}")
 
+        note: Callable[[str], None]
+        telling = Telling(quiet=console.is_terminal)
         lab = Lab(simulator=simulator, progress=follow)
         for number, bench in enumerate(selected, 1):
             name = f"{bench.keys[0]}{' ...' if len(bench.keys) > 1 else ''}"
             progress.reset(task, description=f"  {name}", total=None)
             begin = time.perf_counter()
             try:
-                figures.record(_measure(bench, lab))
+                with telling.phase(f"[{number}/{len(selected)}] {name}") as note:
+                    figures.record(_measure(bench, lab))
             except UnavailableError as error:
                 console.print(f"[{number}/{len(selected)}] {name}: not measured: {error}", markup=False)
                 continue
@@ -238,8 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--simulator", type=Simulator, default=Simulator.VERILATOR, choices=list(Simulator),
                         help="for the figures in cycles, which are the same in both; sim.* do not heed it")
     options = parser.parse_args(arguments)
-    # Long keys must not be cut where the output is a file.
-    console = Console(width=150 if not sys.stdout.isatty() else None)
+    console = make_console(150)     # long keys must not be cut where the output is a file
 
     selected = select(options.prefix, benches())
     synthesis = [key for key in BARS if key.startswith("synth.") and key.startswith(options.prefix)]
@@ -266,4 +272,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(terminal.run_command(main, "kvattic_sim.bench"))

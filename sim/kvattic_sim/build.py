@@ -5,9 +5,11 @@
     model = compile_model([rtl, bench], "bench", Simulator.VERILATOR)
     results = run_model(model, test_module="bench_tests")
 
-Everything is written below ``build/``: models to ``build/sim/<toplevel>-<simulator>-<hash>/``,
-runs to directories of their own below ``build/sim/runs/``. The same content is compiled once,
-however many processes ask for it.
+Everything is written below :func:`default_build_root`: models to ``<toplevel>-<simulator>-<hash>/``,
+runs to directories of their own below ``runs/``. The same content is compiled once, however many
+processes ask for it.
+
+Whatever ends this process, compilers do not outlive it: see :class:`Group`.
 
 Under Verilator, Python sees the signals of the top-level module (and of the modules named in
 ``public_modules``) and no others. With all signals public (cocotb's usual ``--public-flat-rw``) a
@@ -42,7 +44,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import platformdirs
+
+from kvattic.files import named, write_whole
+
 __all__ = [
+    "CACHE",
+    "Group",
     "Model",
     "Results",
     "Simulation",
@@ -51,15 +59,19 @@ __all__ = [
     "Simulator",
     "SimulatorError",
     "TestResult",
+    "cache_errors",
     "compile_model",
     "default_build_root",
     "icarus_available",
+    "new_run_dir",
     "prepare_runtime",
     "run_model",
     "start_model",
     "verilator_environment",
 ]
 
+CACHE = "KVATTIC_CACHE"
+"""Environment variable that names the directory of the build cache."""
 _FORMAT = 1  # raise it when the way models are built changes in a manner that the hash does not see
 _TIMESCALE = ("1ns", "1ps")
 _LOG_LINES = 25
@@ -176,9 +188,48 @@ class Results:
 
 
 def default_build_root() -> Path:
-    """Return ``build/sim`` of the source tree, or of the current directory once installed."""
+    """Return where models are kept: ``sim`` below the directory that ``KVATTIC_CACHE`` names.
+
+    Without that variable it is ``build/sim`` of the source tree if this runs from one that can be
+    written, and otherwise ``sim`` below the user's cache directory by the platform's convention
+    (under Linux ``$XDG_CACHE_HOME/kvattic``, or ``~/.cache/kvattic``). The current directory has no
+    influence: an installed package compiles each configuration once, wherever it is used.
+    """
+    if place := os.environ.get(CACHE):
+        return Path(place).expanduser().absolute() / "sim"
     tree = Path(__file__).resolve().parents[2]
-    return (tree if (tree / "pyproject.toml").is_file() else Path.cwd()) / "build" / "sim"
+    if (tree / "pyproject.toml").is_file():
+        build = tree / "build"
+        if os.access(build if build.exists() else tree, os.W_OK | os.X_OK):
+            return build / "sim"
+    return platformdirs.user_cache_path("kvattic", appauthor=False) / "sim"
+
+
+@contextlib.contextmanager
+def cache_errors(root: Path) -> Iterator[None]:
+    """Turn OSErrors of a block into :class:`SimulatorError` that say where the build cache is.
+
+    Args:
+        root: the cache's directory, in which the block writes.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = "" if error.filename is None or error.filename == str(root) else f": {error.filename}"
+        raise SimulatorError(
+            f"cannot write to the build cache in {root}{where}: {error.strerror or error}; "
+            f"{CACHE} names another directory"
+        ) from error
+
+
+_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# What kvattic compiled; it may be deleted at any time.\n"
+
+
+def _tag(root: Path) -> None:
+    """Mark a cache outside of a source tree, so that backups leave it out (bford.info/cachedir)."""
+    tag = root / "CACHEDIR.TAG"
+    if not tag.is_file():
+        write_whole(tag, _TAG)
 
 
 def icarus_available() -> bool:
@@ -257,14 +308,73 @@ def _locked(path: Path) -> Iterator[None]:
         yield  # closing the file releases the lock, also when this process dies
 
 
-class _Steps:
-    """Runs commands of one build, side by side where they may, and keeps a log of them."""
+class Group:
+    """A process group whose members do not outlive this process, whatever ends it.
 
-    def __init__(self, directory: Path, environment: Mapping[str, str]) -> None:
+    A compiler has children of its own (``g++`` has ``cc1plus``), so a signal to it is not enough, and
+    a process that is killed can send none. A shell therefore leads the group. It waits for the end of
+    a pipe of which this process has the other end, and then kills the group, itself included.
+
+    A context manager; leaving it ends what still runs.
+
+    Attributes:
+        number: the group's, as :class:`subprocess.Popen` takes it in ``process_group``.
+    """
+
+    def __init__(self) -> None:
+        self._leader = subprocess.Popen(
+            ["/bin/sh", "-c", "read line; kill -9 0"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            process_group=0,
+        )
+        self.number = self._leader.pid
+        self._owner = os.getpid()
+
+    def end(self) -> None:
+        """Kill what still runs in the group. Nothing can be started in it afterwards."""
+        assert self._leader.stdin is not None
+        self._leader.stdin.close()
+        if os.getpid() == self._owner:  # a forked child must leave its parent's group alone
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.number, signal.SIGKILL)
+            self._leader.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+
+class _Steps:
+    """Runs commands of one build, side by side where they may, and keeps a log of them.
+
+    A context manager; leaving it ends commands that still run, unless their group is another one's.
+    """
+
+    def __init__(
+        self, directory: Path, environment: Mapping[str, str], group: Group | None = None
+    ) -> None:
         self.directory = directory
         self.log = directory / "build.log"
         self._environment = dict(environment)
         self._lock = threading.Lock()
+        self._owns_group = group is None
+        self.group = group or Group()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._owns_group:
+            self.end()
+
+    def end(self) -> None:
+        """End what runs, all of the group."""
+        self.group.end()
 
     def run(self, command: Sequence[str]) -> None:
         done = subprocess.run(
@@ -277,14 +387,25 @@ class _Steps:
             text=True,
             errors="replace",
             check=False,
+            process_group=self.group.number,
         )
-        with self._lock, self.log.open("a") as log:
+        with self._lock, named(self.log), self.log.open("a") as log:
             log.write(f"$ {' '.join(command)}\n{done.stdout}")
         if done.returncode:
             raise SimulatorError(
                 f"{Path(command[0]).name} failed with status {done.returncode}; "
                 f"the log is {self.log} and ends:\n{_tail(done.stdout)}"
             )
+
+
+@contextlib.contextmanager
+def _ended_on_error(steps: _Steps) -> Iterator[None]:
+    """End the commands that run before a pool of threads waits for them: Ctrl-C is not to take a minute."""
+    try:
+        yield
+    except BaseException:
+        steps.end()
+        raise
 
 
 def _wait(jobs: Sequence["Future[None]"]) -> None:
@@ -337,6 +458,7 @@ def prepare_runtime(
     timing: bool = False,
     build_root: Path | None = None,
     _extra: Sequence[str] = (),
+    _group: Group | None = None,
 ) -> Path:
     """Compile Verilator's run-time library unless it is there; return the directory of its objects.
 
@@ -346,7 +468,7 @@ def prepare_runtime(
     Args:
         waves: for models that can record waves.
         timing: for models with delays in the Verilog.
-        build_root: where to build; ``build/sim`` by default.
+        build_root: where to build; :func:`default_build_root` if None.
 
     Raises:
         SimulatorError: if a tool is missing or fails.
@@ -358,20 +480,20 @@ def prepare_runtime(
     names = list(dict.fromkeys([*_RUNTIME, *_extra]))
     if all((directory / f"{name}.o").is_file() for name in names):
         return directory
-    with _locked(root / f"{directory.name}.lock"):
+    with cache_errors(root), _locked(root / f"{directory.name}.lock"):
         directory.mkdir(parents=True, exist_ok=True)
-        steps = _Steps(directory, verilator_environment())
         include = _verilator_root() / "include"
+        with _Steps(directory, verilator_environment(), _group) as steps:
 
-        def compile_one(name: str) -> None:
-            target = directory / f"{name}.o"
-            if not target.is_file():
-                source, part = str(include / f"{name}.cpp"), f"{name}.part.o"
-                steps.run([_compiler(), _OPT_RUNTIME, *flags, "-c", source, "-o", part])
-                (directory / part).replace(target)
+            def compile_one(name: str) -> None:
+                target = directory / f"{name}.o"
+                if not target.is_file():
+                    source, part = str(include / f"{name}.cpp"), f"{name}.part.o"
+                    steps.run([_compiler(), _OPT_RUNTIME, *flags, "-c", source, "-o", part])
+                    (directory / part).replace(target)
 
-        with ThreadPoolExecutor(_cores()) as pool:
-            _wait([pool.submit(compile_one, name) for name in names])
+            with ThreadPoolExecutor(_cores()) as pool, _ended_on_error(steps):
+                _wait([pool.submit(compile_one, name) for name in names])
     return directory
 
 
@@ -406,8 +528,14 @@ def _build_verilator(
     flags = _cxx_flags(waves=waves, timing=timing)
     compiler, main = _compiler(), _cocotb_main()
 
-    with ThreadPoolExecutor(1) as background, ThreadPoolExecutor(_cores()) as pool:
-        runtime = background.submit(prepare_runtime, waves=waves, timing=timing, build_root=root)
+    with (
+        ThreadPoolExecutor(1) as background,
+        ThreadPoolExecutor(_cores()) as pool,
+        _ended_on_error(steps),
+    ):
+        runtime = background.submit(
+            prepare_runtime, waves=waves, timing=timing, build_root=root, _group=steps.group
+        )
         steps.run(
             [
                 str(_verilator_root() / "bin" / "verilator_bin"),
@@ -537,7 +665,7 @@ def compile_model(
             (Verilator only; Icarus always allows them).
         public_modules: modules besides the top level whose signals Python may see (Verilator only;
             Icarus shows all).
-        build_root: where to build; ``build/sim`` by default.
+        build_root: where to build; :func:`default_build_root` if None.
 
     Raises:
         SimulatorError: if a source cannot be read, a tool is missing, or the compilation fails. The
@@ -583,28 +711,31 @@ def compile_model(
 
     if stamp.is_file():
         return model(cached=True)
-    with _locked(root / f"{directory.name}.lock"):
+    with cache_errors(root), _locked(root / f"{directory.name}.lock"):
         if stamp.is_file():
             return model(cached=True)
+        _tag(root)
         shutil.rmtree(directory, ignore_errors=True)
         copies = directory / "src"
         copies.mkdir(parents=True)
         for name, data in contents.items():
-            (copies / name).write_bytes(data)
+            with named(copies / name):
+                (copies / name).write_bytes(data)
         paths = [Path("src") / name for name in contents]
-        if verilator:
-            _build_verilator(
-                _Steps(directory, verilator_environment()),
-                paths,
-                toplevel,
-                parameters,
-                public_modules,
-                waves=waves,
-                timing=timing,
-                root=root,
-            )
-        else:
-            _build_icarus(_Steps(directory, os.environ), paths, toplevel, parameters, waves=waves)
+        with _Steps(directory, verilator_environment() if verilator else os.environ) as steps:
+            if verilator:
+                _build_verilator(
+                    steps,
+                    paths,
+                    toplevel,
+                    parameters,
+                    public_modules,
+                    waves=waves,
+                    timing=timing,
+                    root=root,
+                )
+            else:
+                _build_icarus(steps, paths, toplevel, parameters, waves=waves)
         stamp.touch()
     return model(cached=False)
 
@@ -661,6 +792,7 @@ class Simulation:
         self.run_dir = run_dir
         self.log = log
         self._process = process
+        self._owner = os.getpid()
         self._begin = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -680,8 +812,11 @@ class Simulation:
         return self._process.poll() is None
 
     def kill(self) -> None:
-        """Kill the simulator and its children, if it still runs, and wait until it is gone."""
-        if self._process.returncode is None:
+        """Kill the simulator and its children, if it still runs, and wait until it is gone.
+
+        A forked child of the process that started it leaves it alone.
+        """
+        if self._process.returncode is None and os.getpid() == self._owner:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
@@ -759,6 +894,23 @@ def _read_results(path: Path) -> tuple[TestResult, ...] | None:
     return tuple(tests)
 
 
+def new_run_dir(prefix: str, root: Path | None = None) -> Path:
+    """Make a directory for a run below ``runs`` of the build cache.
+
+    Args:
+        prefix: what its name begins with.
+        root: the cache; :func:`default_build_root` if None.
+
+    Raises:
+        SimulatorError: the cache cannot be written.
+    """
+    root = root or default_build_root()
+    runs = root / "runs"
+    with cache_errors(root):
+        runs.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=runs))
+
+
 def start_model(
     model: Model,
     *,
@@ -779,9 +931,7 @@ def start_model(
     if waves and not model.waves:
         raise ValueError("waves=True must be given to compile_model before it is given to a run")
     if run_dir is None:
-        runs = model.directory.parent / "runs"
-        runs.mkdir(parents=True, exist_ok=True)
-        run_dir = Path(tempfile.mkdtemp(prefix=f"{model.toplevel}-{test_module}-", dir=runs))
+        run_dir = new_run_dir(f"{model.toplevel}-{test_module}-", model.directory.parent)
     run_dir = run_dir.resolve()
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "results.xml").unlink(missing_ok=True)
@@ -862,7 +1012,7 @@ def run_model(
         testcase: name of the only test to run, or None for all.
         env: environment variables for the simulator, over this process's own.
         python_path: directories to search for modules before ``sys.path``.
-        run_dir: directory to run in; a new one below ``build/sim/runs`` by default.
+        run_dir: directory to run in; a new one below ``runs`` of the build cache by default.
         waves: record waves; the model must have been compiled for it.
         timeout_s: kill the run after so many seconds of real time.
         log: file for what the simulator prints; ``simulation.log`` in the run directory by default.

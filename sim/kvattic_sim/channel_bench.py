@@ -9,9 +9,7 @@ so many codewords in flight.  All data that come are added up and compared with 
 """
 
 import hashlib
-import os
 import pickle
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
@@ -24,9 +22,10 @@ from numpy.typing import NDArray
 
 from kvattic import ecc
 from kvattic.config import Config
+from kvattic.files import write_whole
 from kvattic.layout import page_place
 from kvattic_hdl import EPOCH_BITS, FlashChannel, Netlist, Shapes, phy_signature, ports
-from kvattic_sim.build import Model, Simulator, compile_model, default_build_root, run_model
+from kvattic_sim.build import Model, Simulator, cache_errors, compile_model, default_build_root, new_run_dir, run_model
 from kvattic_sim.nand_files import nand_parameters
 from kvattic_sim.rtl_transport import NandSettings
 
@@ -197,12 +196,10 @@ def build_channels(config: Config, simulator: Simulator = Simulator.VERILATOR, *
     channel = FlashChannel(config)
     rtl = netlist.convert(channel, CHANNEL, ports(channel))
     text = "\n".join([*netlist.modules.values(), rtl, _verilog(config, frames, ports(channel))])
-    folder = default_build_root() / "rtl" / hashlib.sha256(text.encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    bench = folder / f"{TOP}.sv"
-    part = bench.with_suffix(f".{os.getpid()}")
-    part.write_text(text)
-    part.replace(bench)
+    root = default_build_root()
+    bench = root / "rtl" / hashlib.sha256(text.encode()).hexdigest()[:16] / f"{TOP}.sv"
+    with cache_errors(root):
+        write_whole(bench, text)
     with resources.as_file(resources.files("kvattic_sim") / "verilog") as verilog:
         return compile_model(
             [bench, verilog / "nand_channel.sv", verilog / "request_source.sv"], TOP, simulator)
@@ -229,19 +226,17 @@ def read_list(config: Config, requests: Requests, *, in_flight: int, pages: NDAr
     model = model or build_channels(config, frames=len(pages))
     rng = np.random.default_rng(seed)
     data = rng.integers(0, 256, (config.channels, len(pages), config.page_bytes), np.uint8)
-    runs = default_build_root() / "runs"
-    runs.mkdir(parents=True, exist_ok=True)
-    run_dir = Path(tempfile.mkdtemp(prefix=f"channels-{config.part.name}-", dir=runs))
+    run_dir = new_run_dir(f"channels-{config.part.name}-")
     room = requests.count if requests.room is None else requests.room
     if max(room.max(), requests.count.max()) > 255:
         raise ValueError("an entry must have at most 255 codewords, and ask for room for at most 255")
     entries = (requests.channel << 56 | requests.page << 32 | requests.first << 16 | room << 8 | requests.count
                ).astype(">u8")
-    (run_dir / "requests.bin").write_bytes(entries.tobytes())
+    write_whole(run_dir / "requests.bin", entries.tobytes())
     raw = [ecc.encode(config, image, pages) for image in data]
     places = page_place(pages, config)
     indices = config.part.page_index(places.die, places.plane, places.zone, places.page)
-    (run_dir / "job.pickle").write_bytes(pickle.dumps((config, in_flight, indices, raw, settings or NandSettings())))
+    write_whole(run_dir / "job.pickle", pickle.dumps((config, in_flight, indices, raw, settings or NandSettings())))
     run_model(model, test_module="kvattic_sim.channel_cocotb", run_dir=run_dir)
     found: dict[str, Any] = pickle.loads((run_dir / "result.pickle").read_bytes())
 

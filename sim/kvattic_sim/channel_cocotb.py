@@ -8,6 +8,7 @@ import cocotb
 from cocotb.clock import Clock
 from cocotb.triggers import FallingEdge, First, RisingEdge, Timer
 
+from kvattic.files import write_whole
 from kvattic_sim.nand_files import read_log, write_pages
 from kvattic_sim.rtl_transport import CLOCK_NS, NandSettings
 
@@ -48,7 +49,7 @@ async def run(dut: Any) -> None:
 
     assert int(dut.done.value), f"only {int(dut.codewords.value)} codewords came in {PATIENCE_CYCLES:,} cycles"
     assert total("load_errors") == 0
-    Path("result.pickle").write_bytes(pickle.dumps({
+    write_whole(Path("result.pickle").absolute(), pickle.dumps({
         "cycles": int(dut.cycles.value), "codewords": int(dut.codewords.value), "errors": int(dut.errors.value),
         "sum": int(dut.sum.value), "steady_cycles": int(dut.steady_cycles.value),
         "steady_codewords": int(dut.steady_codewords.value),

@@ -11,6 +11,7 @@ import cocotb
 from cocotb.task import bridge
 
 from kvattic.driver import Device
+from kvattic.files import write_whole
 from kvattic_sim import jobs
 from kvattic_sim.jobs import OUTCOME, REQUEST, Outcome, Request, resolve
 from kvattic_sim.rtl_transport import RtlTransport, session
@@ -54,6 +55,4 @@ async def run(dut: Any) -> None:
             pickle.loads(data)
         except Exception:  # noqa: BLE001 - an exception that does not pickle travels as text
             data = pickle.dumps(Outcome(message=message))
-    part = Path(f"{OUTCOME}.part")
-    part.write_bytes(data)
-    part.replace(OUTCOME)
+    write_whole(Path(OUTCOME).absolute(), data)

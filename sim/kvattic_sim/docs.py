@@ -8,6 +8,7 @@ import argparse
 import ast
 import inspect
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum, IntEnum, IntFlag
@@ -17,6 +18,8 @@ import kvattic
 from kvattic import commands, formats, registers
 from kvattic.commands import Field, Record
 from kvattic.config import HEAD_DIMS
+from kvattic.files import write_whole
+from kvattic.terminal import run_command
 
 __all__ = ["FILES", "header", "member_docs", "reference", "write"]
 
@@ -414,8 +417,7 @@ def write(root: Path) -> list[Path]:
     for name, make in FILES.items():
         path, text = root / name, make()
         if not path.exists() or path.read_text() != text:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            write_whole(path, text)
             written.append(path)
     return written
 
@@ -432,4 +434,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, "kvattic_sim.docs"))

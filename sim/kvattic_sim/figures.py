@@ -1,9 +1,10 @@
 """build/bench.json: the figures that benches and synthesis measured, by key."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
+
+from kvattic.files import write_whole
 
 PATH = Path("build") / "bench.json"
 
@@ -16,7 +17,4 @@ def load() -> dict[str, float | bool]:
 
 def record(figures: Mapping[str, float | bool]) -> None:
     """Add or replace figures; the others stay."""
-    PATH.parent.mkdir(parents=True, exist_ok=True)
-    part = PATH.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(dict(sorted({**load(), **figures}.items())), indent=2) + "\n")
-    part.replace(PATH)   # a reader never sees half a file
+    write_whole(PATH, json.dumps(dict(sorted({**load(), **figures}.items())), indent=2) + "\n")

@@ -15,7 +15,6 @@ import importlib.util
 import inspect
 import pickle
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from kvattic.config import Config
+from kvattic.files import write_whole
 from kvattic_sim.build import (
     Model,
     Simulation,
     SimulationFailed,
     SimulationTimeout,
     Simulator,
-    default_build_root,
+    new_run_dir,
     start_model,
 )
 from kvattic_sim.rtl_transport import AxiStalls, FlashSettings, NandSettings
@@ -244,13 +244,11 @@ def run_on_model(
         timeout_s=timeout_s or 1e9,
     )
     if run_dir is None:
-        runs = default_build_root() / "runs"
-        runs.mkdir(parents=True, exist_ok=True)
-        run_dir = Path(tempfile.mkdtemp(prefix=f"{name}-{model.simulator}-", dir=runs))
+        run_dir = new_run_dir(f"{name}-{model.simulator}-")
     run_dir.mkdir(parents=True, exist_ok=True)
     for leftover in (OUTCOME, PROGRESS):
         (run_dir / leftover).unlink(missing_ok=True)
-    (run_dir / REQUEST).write_bytes(pickle.dumps(request))
+    write_whole(run_dir / REQUEST, pickle.dumps(request))
     with start_model(
         model, test_module="kvattic_sim.cocotb_main", run_dir=run_dir, waves=model.waves
     ) as simulation:

@@ -26,8 +26,10 @@ from kvattic import PRESETS, AttendResult, Config
 from kvattic.commands import Mode
 from kvattic.elements import from_bits
 from kvattic.nand import part
+from kvattic.terminal import Telling, run_command
 from kvattic_sim import oracle, timeline
 from kvattic_sim.build import Model, Simulator
+from kvattic_sim.console import make_console, phase
 from kvattic_sim.data import load_minilm
 from kvattic_sim.jobs import Run, run_on_model
 from kvattic_sim.rtl_transport import NandSettings
@@ -134,7 +136,9 @@ def simulate(console: Console, title: str, config: Config, attention: Attention,
     group = len(attention.query) // heads
     shares = [range(heads)[i * heads // processes : (i + 1) * heads // processes] for i in range(processes)]
     begin = time.perf_counter()
+    done: dict[int, int] = {}
     with (
+        Telling(quiet=console.is_terminal).phase(title) as note,
         Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} jobs"),
                  TimeElapsedColumn(), console=console, transient=True) as progress,
         ThreadPoolExecutor(processes) as pool,
@@ -143,8 +147,10 @@ def simulate(console: Console, title: str, config: Config, attention: Attention,
             task = progress.add_task(f"heads {share.start} to {share.stop - 1}", total=None)
 
             def follow(line: str) -> None:
-                _, done, total = line.split("|")
-                progress.update(task, completed=int(done), total=int(total))
+                _, jobs, total = line.split("|")
+                progress.update(task, completed=int(jobs), total=int(total))
+                done[share.start] = int(jobs)
+                note(f"{sum(done.values()):,} jobs done")
 
             part = Attention(query=attention.query[share.start * group : share.stop * group],
                              key=attention.key[share.start : share.stop],
@@ -161,8 +167,9 @@ def simulate(console: Console, title: str, config: Config, attention: Attention,
         output=np.concatenate([r.output for r in results]), maximum=np.concatenate([r.maximum for r in results]),
         denominator=np.concatenate([r.denominator for r in results]),
         completions=[completion for r in results for completion in r.completions])
-    errors = oracle_errors(attention, result, config)
-    equal = equal_bits(attention, result, config, how)
+    with phase(console, "Checking against the golden model and float64"):
+        errors = oracle_errors(attention, result, config)
+        equal = equal_bits(attention, result, config, how)
     show(console, title, config, attention, written, usage, errors, equal)
     show_total(console, config, Usage.sum([written, *usage]), seconds, f"{len(runs)} x {model.simulator}", runs)
     return bool(equal.all())
@@ -195,13 +202,11 @@ def simulate_life(console: Console, title: str, config: Config, model: Model, kv
     """
     life = lives(config, kv_heads=kv_heads, tokens=tokens, group=config.rows, appended=appended, how=how)
     begin = time.perf_counter()
-    with console.status(title) as status:
-        def follow(line: str) -> None:
-            status.update(f"{title}: {line.partition('|')[2]}")
-
-        run = run_on_model(model, config, live, {"life": life}, flash=NAND, progress=follow)
+    with phase(console, title) as follow:
+        run = run_on_model(model, config, live, {"life": life}, flash=NAND,
+                           progress=lambda line: follow(line.partition("|")[2]))
     seconds = time.perf_counter() - begin
-    with kvattic.open("model", config) as device:
+    with phase(console, "The same on the golden model"), kvattic.open("model", config) as device:
         expected = live(device, life)
 
     # What each attend attends: the first sequence with the tokens appended so far, at last the second one.
@@ -233,10 +238,10 @@ def simulate_life(console: Console, title: str, config: Config, model: Model, kv
 
 def trace(console: Console, config: Config, simulator: Simulator, how: How = DENSE) -> None:
     """A short decode step with a timeline of every channel and die: build/trace.json and build/trace.png."""
-    with console.status("Compiling the drive (kept for the next run)"):
+    with phase(console, "Compiling the drive (kept for the next run)"):
         model = build_testbench(config, simulator)
     attention = decode(config, kv_heads=TRACE_HEADS, tokens=2048, group=config.rows)
-    with console.status("A decode step, traced"):
+    with phase(console, "A decode step, traced"):
         run = run_on_model(model, config, attend, {"attention": attention, "heads_per_batch": TRACE_HEADS,
                                                    "label": "trace", "how": how}, flash=replace(NAND, trace=True))
     events = timeline.read(run.run_dir, config)
@@ -253,8 +258,10 @@ def trace(console: Console, config: Config, simulator: Simulator, how: How = DEN
 
 def _interrupted(*_: object) -> None:
     """Ctrl-C: end at once, whatever the threads wait for; simulators and compilers die with their parent."""
-    Console().show_cursor(True)
-    os._exit(130)
+    try:
+        Console().show_cursor(True)
+    finally:
+        os._exit(130)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -275,7 +282,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--waves", action="store_true", help="record waves of a short run under build/")
     parser.add_argument("--trace", action="store_true", help="only a short decode step, with its timeline under build/")
     options = parser.parse_args(arguments)
-    console = Console(width=160 if not sys.stdout.isatty() else None)
+    console = make_console()
     signal.signal(signal.SIGINT, _interrupted)
     opt = PRESETS[options.preset]
     how = How(mode=options.mode, channels=options.channels, units=options.units)
@@ -298,7 +305,7 @@ def main(arguments: list[str] | None = None) -> None:
     # The second model is compiled while the first one runs.
     with ThreadPoolExecutor(1) as builder:
         if options.heads:
-            with console.status("Compiling the drive for MiniLM (kept for the next run)"):
+            with phase(console, "Compiling the drive for MiniLM (kept for the next run)"):
                 model = build_testbench(MINILM, options.simulator, waves=options.waves)
         later = builder.submit(build_testbench, opt, options.simulator) if options.decode_heads else None
         for layer in options.layers if options.heads else ():
@@ -310,7 +317,7 @@ def main(arguments: list[str] | None = None) -> None:
             processes = min(os.cpu_count() or 1, options.heads)
             good &= simulate(console, title, MINILM, attention, model, 1, processes, how)
         if later is not None:
-            with console.status("Compiling the drive for OPT-13B's geometry (kept for the next run)"):
+            with phase(console, "Compiling the drive for OPT-13B's geometry (kept for the next run)"):
                 model = later.result()
             title = (f"A sequence with OPT-13B's geometry: {options.decode_heads} heads, head_dim 128, 2,048 tokens, "
                      f"preset {options.preset}{suffix}")
@@ -321,4 +328,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, "kvattic_sim.main"))

@@ -19,6 +19,7 @@ import numpy as np
 from amaranth.hdl import ValueCastable
 
 from kvattic.config import Config
+from kvattic.files import write_whole
 from kvattic.nand import COLUMN_CYCLES, ROW_CYCLES, T_RST_IDLE, NandPart
 
 __all__ = [
@@ -263,7 +264,7 @@ def write_configuration(path: Path, config: Config, *, faults: NandFaults | None
     lines += ["parameters " + " ".join(map(str, parameter_page(config.part, config.ecc_t, config.codeword_bytes)))]
     lines += ["fault " + " ".join(str(int(value)) for value in entry) for entry in faults.entries(config.part)]
     lines += [f"power {cycle} {length}" for cycle, length in faults.power_cuts]
-    path.write_text("\n".join(lines) + "\n")
+    write_whole(path, "\n".join(lines) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------- reports

@@ -30,6 +30,7 @@ from cocotbext.axi import AxiBus, AxiLiteBus, AxiLiteMaster, AxiSlave, MemoryReg
 
 from kvattic.config import Config
 from kvattic.errors import DeviceTimeoutError, RequestError
+from kvattic.files import named
 from kvattic.registers import REGISTER_MAP, StatusBit
 from kvattic_sim.nand_files import read_log
 from kvattic_sim.nand_twin import NandFaults, write_configuration
@@ -215,7 +216,7 @@ class _Dram:
         if not self._dirty:
             return False
         words = np.frombuffer(self.contents, np.uint8).reshape(-1, self.word_bytes)
-        with path.open("wb") as file:
+        with named(path), path.open("wb") as file:
             for first, end in self._dirty:
                 file.write(np.array((first, end - first), ">u4").tobytes())
                 file.write(np.ascontiguousarray(words[first:end, ::-1]).data)

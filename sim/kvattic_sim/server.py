@@ -173,7 +173,8 @@ class _Host:
 
     def tell(self, kind: Kind, text: str) -> None:
         try:
-            self.connection.send(kind, payload=text.encode()[:MAX_PAYLOAD], timeout_s=10)
+            # Paths may have bytes that are no text.
+            self.connection.send(kind, payload=text.encode(errors="surrogateescape")[:MAX_PAYLOAD], timeout_s=10)
         except OSError:
             raise _HostGoneError from None
 
@@ -247,7 +248,8 @@ def main(arguments: list[str]) -> int:
         if os.getpgrp() == os.getpid():
             os.killpg(0, signal.SIGKILL)    # with a compiler that may still run
     except Exception as error:  # noqa: BLE001 - the host's
-        traceback.print_exc()
+        with contextlib.suppress(OSError):      # a disk may be full
+            traceback.print_exc()
         with contextlib.suppress(_HostGoneError):
             host.tell(Kind.ENDED, str(error) or type(error).__name__)
         return 1

@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from kvattic import AttendResult, Config, Device, KvatticError, Mode, RequestError
+from kvattic.files import whole, write_whole
 from kvattic.nand import NandPart, part
 from kvattic_sim.build import SimulationFailed, Simulator, SimulatorError
 from kvattic_sim.jobs import JobError, report, run_on_model
 from kvattic_sim.rtl_transport import NandSettings, RtlTransport
-from kvattic_sim.workloads import Attention, How, Usage, decode, measured
+from kvattic_sim.workloads import Attention, How, Usage, measured, topical
 
 __all__ = ["FIGURES", "ClusterError", "Point", "Row", "grid", "measure", "parse_axis", "plot", "run", "run_on_dask",
            "save"]
@@ -51,7 +52,7 @@ FIGURES = {
     "corrected": "codewords read with errors, all of them corrected",
     "bit_errors": "bits corrected",
     "retries": "codewords read again with a read-retry setting",
-    "rel_rms": "relative RMS against float64 attention of all tokens",
+    "rel_rms": "relative RMS against float64 attention of all tokens, of data with topics (workloads.topical)",
     "equal_bits": "whether the results are the golden device's, bit for bit",
     "seconds": "time that simulating attention took",
 }
@@ -241,7 +242,7 @@ def measure(point: Point, follow: Follow = lambda what, done, total: None) -> Fi
     config, how = point.config, How(mode=point.mode)
     follow("building", 0, None)
     model = build_testbench(config, point.simulator)
-    attention = decode(config, kv_heads=point.heads, tokens=point.tokens, group=config.rows)
+    attention = topical(config, kv_heads=point.heads, tokens=point.tokens, group=config.rows)
     step = "starting"
 
     def heed(line: str) -> None:
@@ -471,16 +472,13 @@ def run_on_dask(points: Sequence[Point], address: str, *, work: Work = measure, 
 def save(rows: Iterable[Row], path: Path) -> None:
     """Write rows, in the order of the grid: CSV if the path ends in .csv, otherwise JSON."""
     flat = [row.flat() for row in sorted(rows, key=lambda row: row.number)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part_path = path.with_name(f"{path.name}.{os.getpid()}")
     if path.suffix == ".csv":
-        with part_path.open("w", newline="") as file:
+        with whole(path) as aside, aside.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(name for row in flat for name in row)))
             writer.writeheader()
             writer.writerows(flat)
     else:
-        part_path.write_text(json.dumps(flat, indent=2) + "\n")
-    part_path.replace(path)     # a reader never sees half a file
+        write_whole(path, json.dumps(flat, indent=2) + "\n")
 
 
 def plot(rows: Iterable[Row], path: Path, *, x: str | None = None, y: str = "cycles") -> None:
@@ -521,6 +519,6 @@ def plot(rows: Iterable[Row], path: Path, *, x: str | None = None, y: str = "cyc
     axis.spines[["top", "right"]].set_visible(False)
     if any(lines):
         axis.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with whole(path) as aside:
+        figure.savefig(aside, dpi=110)
     plt.close(figure)

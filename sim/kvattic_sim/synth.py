@@ -16,11 +16,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from kvattic.config import PRESETS, Config, preset
+from kvattic.terminal import run_command
 from kvattic_hdl import generate
+from kvattic_sim.build import Group
+from kvattic_sim.console import make_console, phase
 from kvattic_sim.figures import record
 
 ROOT = Path("build") / "synth"
@@ -70,8 +72,9 @@ class Area:
 def _run(tool: str, arguments: Sequence[str], log: Path) -> None:
     command = [str(Path(sys.executable).parent / tool), *arguments]
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as out:
-        status = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT).returncode
+    with log.open("w") as out, Group() as group:
+        status = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                process_group=group.number).returncode
     if status:
         tail = "\n".join(log.read_text().splitlines()[-15:])
         raise SystemExit(f"{tool} failed ({log}):\n{tail}")
@@ -139,10 +142,10 @@ def main(arguments: list[str] | None = None) -> None:
                              "percent), but placing and routing more than one takes the better part of an hour")
     parser.add_argument("--skip-ecp5", action="store_true", help="7-series only")
     options = parser.parse_args(arguments)
-    console = Console()
+    console = make_console()
     shutil.rmtree(ROOT / options.preset, ignore_errors=True)
 
-    with console.status(f"Yosys: {options.preset} for 7-series (two minutes)"):
+    with phase(console, f"Yosys: {options.preset} for 7-series (two minutes)"):
         blocks = xilinx(preset(options.preset), options.preset)
     table = Table(title=f"{options.preset} on Xilinx 7-series, by block")
     table.add_column("block")
@@ -158,7 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.skip_ecp5:
         return
     name = f"board with {options.ecp5_channels} channels"
-    with console.status(f"Yosys and nextpnr: {name} for ECP5 (several minutes)"):
+    with phase(console, f"Yosys and nextpnr: {name} for ECP5 (several minutes)"):
         fmax, path = ecp5(replace(preset("board"), channels=options.ecp5_channels), f"ecp5_{options.ecp5_channels}")
     table = Table(title=f"{name} on ECP5 LFE5U-85F-8: {fmax:.1f} MHz, critical path")
     table.add_column("step")
@@ -170,4 +173,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, "kvattic_sim.synth"))

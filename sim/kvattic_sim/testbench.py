@@ -15,7 +15,6 @@ an ordinary synchronous bus, and no simulator's order of events matters.
 
 import hashlib
 import importlib.metadata
-import os
 import re
 import tempfile
 from enum import StrEnum
@@ -30,6 +29,7 @@ import kvattic
 import kvattic_hdl
 from kvattic.commands import MediaCause, Opcode, Status
 from kvattic.config import Config
+from kvattic.files import write_whole
 from kvattic.registers import ADDRESS_BITS
 from kvattic_hdl import (
     AXI_READ,
@@ -42,7 +42,7 @@ from kvattic_hdl import (
     operation_code,
     phy_signature,
 )
-from kvattic_sim.build import Model, Simulator, _locked, compile_model, default_build_root
+from kvattic_sim.build import Model, Simulator, _locked, cache_errors, compile_model, default_build_root
 from kvattic_sim.nand_files import nand_parameters
 
 __all__ = [
@@ -386,7 +386,7 @@ def rtl_verilog(config: Config, top: str, *, build_root: Path | None = None) -> 
     Args:
         config: what to generate.
         top: one of `kvattic_hdl.TOPS`.
-        build_root: where to put it; ``build/sim`` by default.
+        build_root: where to put it; `default_build_root` if None.
     """
     root = (build_root or default_build_root()).resolve() / "rtl"
     digest = hashlib.sha256(config.to_json().encode())
@@ -395,7 +395,7 @@ def rtl_verilog(config: Config, top: str, *, build_root: Path | None = None) -> 
         digest.update(source.name.encode() + source.read_bytes())
     path = root / digest.hexdigest()[:16] / f"{top}.sv"
     if not path.is_file():
-        with _locked(root / f"{path.parent.name}.lock"):
+        with cache_errors(root.parent), _locked(root / f"{path.parent.name}.lock"):
             if not path.is_file():
                 with tempfile.TemporaryDirectory(dir=root) as work:
                     text = generate(config, Path(work) / path.name, top).read_text()
@@ -404,10 +404,7 @@ def rtl_verilog(config: Config, top: str, *, build_root: Path | None = None) -> 
                 # Verilator compiles a lane or a channel once, however many there are.
                 text = re.sub(r"(module kvattic_(?:lane|flash_channel)\(.*?\);)",
                               r"\1 /*verilator no_inline_module*/", text, flags=re.S)
-                path.parent.mkdir(exist_ok=True)
-                part = path.with_suffix(f".{os.getpid()}")
-                part.write_text(text)
-                part.replace(path)
+                write_whole(path, text)
     return path
 
 
@@ -432,7 +429,7 @@ def build_testbench(
         frames: pages whose contents each channel can keep; such that all have `FLASH_BYTES` by default.
         dram_bytes: size of device DRAM; `DRAM_BYTES` by default.
         queue: requests that each ideal twin keeps.
-        build_root: where to build; ``build/sim`` by default.
+        build_root: where to build; `default_build_root` if None.
 
     Raises:
         SimulatorError: a tool is missing, or the compilation fails.
@@ -446,10 +443,8 @@ def build_testbench(
         config, flash, frames=frames, dram_bytes=dram_bytes or DRAM_BYTES[simulator], queue=queue)
     bench = root / "rtl" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}" / f"{TOP}.sv"
     if not bench.is_file():
-        bench.parent.mkdir(parents=True, exist_ok=True)
-        part = bench.with_suffix(f".{os.getpid()}")
-        part.write_text(text)
-        part.replace(bench)
+        with cache_errors(root):
+            write_whole(bench, text)
     with resources.as_file(resources.files("kvattic_sim") / "verilog") as folder:
         twins = [folder / f"{flash.twin}.sv", folder / "axi_memory.sv"]
         return compile_model([rtl, bench, *twins], TOP, simulator, waves=waves, build_root=root)

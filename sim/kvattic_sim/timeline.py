@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from kvattic.config import Config
+from kvattic.files import whole, write_whole
 from kvattic_sim.nand_files import read_trace
 
 __all__ = ["Event", "Kind", "bus_use", "draw", "read", "write_perfetto"]
@@ -117,8 +118,7 @@ def write_perfetto(events: Sequence[Event], config: Config, path: Path) -> None:
             "ts": round(event.start * microseconds, 4), "dur": round((event.end - event.start) * microseconds, 4),
             "args": {"die": event.die, "plane": event.plane, "page": event.page,
                      "cycles": event.end - event.start}})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"displayTimeUnit": "ns", "traceEvents": records}, separators=(",", ":")))
+    write_whole(path, json.dumps({"displayTimeUnit": "ns", "traceEvents": records}, separators=(",", ":")))
 
 
 def draw(events: Sequence[Event], config: Config, path: Path, *, first: int, last: int, title: str) -> None:
@@ -160,6 +160,6 @@ def draw(events: Sequence[Event], config: Config, path: Path, *, first: int, las
     seen = [kind for kind in Kind if any(event.kind is kind for event in inside)]
     figure.legend(handles=[Patch(color=COLOURS[kind], label=kind.name.lower().replace("_", " ")) for kind in seen],
                   loc="outside lower center", ncols=len(seen), frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with whole(path) as aside:
+        figure.savefig(aside, dpi=110)
     plt.close(figure)

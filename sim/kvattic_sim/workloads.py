@@ -114,6 +114,45 @@ def clustered(config: Config, *, kv_heads: int, tokens: int, run: int, group: in
     return replace(plain, key=to_bits(np.sqrt(0.99) * base[:, :tokens] + 0.1 * own, config.element))
 
 
+NATS = 9.0
+"""Of `topical`: by how much the scores of the topic that is asked for stand out."""
+TOPICS = 16
+"""Of `topical`: a topic is a sixteenth of the tokens, as many as the sparse modes attend by default (`How.units`)."""
+
+
+def topical(config: Config, *, kv_heads: int, tokens: int, group: int = 1, seed: int = 0) -> Attention:
+    """`decode` with the structure that sparse attention lives on, and that normal random numbers lack.
+
+    As in a language model's heads, few tokens have nearly all of the weight, they stand in runs, and some channels of
+    q and K are much larger than others.  The tokens come in runs of one topic, of 16 or more tokens, whose keys and
+    values are alike; each KV head's queries ask for one topic.  The first token is a sink: every query attends to it,
+    and its V is small.
+    """
+    rng = np.random.default_rng(seed)
+    dim, run = config.head_dim, max(16, tokens // (2 * TOPICS))
+    runs = -(-tokens // run)
+    scale = np.exp(0.5 * rng.standard_normal((kv_heads, 1, dim)))
+    scale /= np.sqrt(np.square(scale).mean(axis=2, keepdims=True))
+    centres, meanings = rng.standard_normal((2, kv_heads, min(TOPICS, runs), dim))
+    topics = np.stack([rng.permutation(np.arange(runs) % centres.shape[1]) for _ in range(kv_heads)])
+    topic = np.repeat(topics, run, axis=1)[:, :tokens]
+    heads = np.arange(kv_heads)
+
+    def around(centre: NDArray[np.float64], spread: float) -> NDArray[np.float64]:
+        near: NDArray[np.float64] = np.sqrt(1 - spread**2) * centre + spread * rng.standard_normal(centre.shape)
+        return near
+
+    key = around(centres[heads[:, None], topic], 0.4)
+    value = around(meanings[heads[:, None], topic], 0.7)
+    asked = centres[heads, rng.integers(centres.shape[1], size=kv_heads)]
+    # The scores of the topic's tokens stand so many nats above the others', whose own spread is about one.
+    query = around(np.repeat(asked[:, None], group, axis=1), 0.3) * (NATS / np.sqrt(dim))
+    key[:, 0] = asked
+    value[:, 0] *= 0.1
+    return Attention(query=to_bits((query * scale).reshape(kv_heads * group, 1, dim), config.element),
+                     key=to_bits(key * scale, config.element), value=to_bits(value, config.element))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class How:
     """How tokens are chosen: arguments of `Sequence.attend`, and what a sequence needs for it.

@@ -67,7 +67,7 @@ def simulate(config: Config, function: Any, simulator: str = "verilator", **opti
         simulator=simulator,
         memory_bytes=MEMORY,
         timeout_cycles=TIMEOUT_CYCLES,
-        timeout_s=300,
+        timeout_s=3600,
         **settings,
     ).result
 
@@ -136,7 +136,7 @@ class OwnQueues(Host):
         mask = transport.read_register("INTERRUPT_MASK")
         transport.write_register("INTERRUPT_MASK", 1 << queue)
         while len(found) < count:
-            transport.wait(60)
+            transport.wait(600)
             found += self.reap(queue)
         transport.write_register("INTERRUPT_MASK", mask)
         assert len(found) == count, found

@@ -22,6 +22,6 @@ def test_flash_channel(simulator: Simulator, tmp_path: Path) -> None:
     with resources.as_file(resources.files("kvattic_sim") / "verilog" / "flash_channel.sv") as source:
         model = compile_model([source], "flash_channel", simulator, parameters=parameters)
     results = run_model(
-        model, test_module="flash_channel_bench", python_path=[Path(__file__).parent], run_dir=tmp_path, timeout_s=120
+        model, test_module="flash_channel_bench", python_path=[Path(__file__).parent], run_dir=tmp_path, timeout_s=3600
     )
     assert len(results.tests) == 5

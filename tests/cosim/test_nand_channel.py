@@ -23,7 +23,7 @@ def run(simulator: Simulator, name: str, run_dir: Path, cycles: int, **env: str)
             [source], "nand_channel", simulator, parameters=nand_parameters(CONFIGS[name], frames=FRAMES)
         )
     results = run_model(
-        model, test_module="nand_channel_bench", python_path=[Path(__file__).parent], run_dir=run_dir, timeout_s=300,
+        model, test_module="nand_channel_bench", python_path=[Path(__file__).parent], run_dir=run_dir, timeout_s=3600,
         env={"NAND_CONFIG": name, "NAND_CYCLES": str(cycles)} | env,
     )
     assert len(results.tests) == 1

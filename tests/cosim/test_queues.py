@@ -483,7 +483,7 @@ def finish_all(host: Bare, waiting: dict[int, list[bytes]], share: float) -> lis
                 host.push(queue, *lines[pushed[queue] : pushed[queue] + room])
                 pushed[queue] += room
                 host.ring(queue)
-        host.device.wait(60)
+        host.device.wait(600)
         for queue in waiting:
             new = host.reap(queue)
             taken[queue] += len(new)
@@ -697,7 +697,7 @@ def in_flight(device: Device) -> dict[str, Any]:
         host.ring(queue)
     completions: list[Completion] = []
     while len(completions) < 64:
-        transport.wait(60)
+        transport.wait(600)
         for queue in waiting:
             completions += host.reap(queue)
     check_counters(completions, TINY.channels)
@@ -744,7 +744,7 @@ def interrupts(device: Device) -> dict[str, Any]:
     def silent() -> bool:
         patience, transport.timeout_cycles = getattr(transport, "timeout_cycles", None), 2000
         try:
-            transport.wait(60)
+            transport.wait(600)
         except DeviceTimeoutError:
             return True
         finally:
@@ -758,7 +758,7 @@ def interrupts(device: Device) -> dict[str, Any]:
         host.ring(1)
         taken = 0
         while taken < 7:
-            transport.wait(60)
+            transport.wait(600)
             assert read("INTERRUPTS") == 1 << 1
             there = len(host.reap(1))
             assert there >= min(after, 7 - taken), (after, there)
@@ -776,7 +776,7 @@ def interrupts(device: Device) -> dict[str, Any]:
     found["full"] = [idle(), read("FETCHED") - before, read("STATUS"), silent()]
     host.push(2, *reads[:3])
     host.ring(2)
-    transport.wait(60)
+    transport.wait(600)
     found["other"] = [idle(), read("FETCHED") - before, len(host.reap(2))]
     found["quiet"] = [idle(), silent()]
     transport.write_register("INTERRUPT_MASK", 0b110)
@@ -875,7 +875,7 @@ def cut(device: Device, delays: list[int], power: bool) -> dict[str, Any]:
         if power:
             with pytest.raises(DeviceTimeoutError, match="lost its power"):
                 while True:
-                    transport.wait(60)
+                    transport.wait(600)
                     for queue in range(4):
                         host.reap(queue)
             assert transport.read_register("STATUS") == StatusBit.READY

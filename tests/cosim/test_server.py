@@ -18,8 +18,8 @@ from kvattic.sim_transport import open_simulator
 from kvattic_sim.build import icarus_available
 
 MEMORY = 1 << 16
-SECONDS = 10
-"""In which whatever is left must end."""
+SECONDS = 300
+"""In which whatever is left must end, on a slow machine, too."""
 
 
 def children(pid: int) -> list[int]:
@@ -73,7 +73,7 @@ def identify(transport) -> Config:
         transport.write_register(f"ADMIN_{name}", value)
     transport.write_register("INTERRUPT_MASK", 1)
     transport.write_register("SUBMISSION_TAIL_0", 1)
-    transport.wait(60)
+    transport.wait(SECONDS)
     found = Completion.unpack(transport.read_memory(0x80, 64))
     assert (found.status, found.identifier) == (Status.OK, 5)
     transport.write_register("COMPLETION_HEAD_0", 1)
@@ -116,8 +116,11 @@ def test_runs_repeat_exactly():
 def test_wait_gives_up_and_beats(verilated):
     beats = []
     verilated.heartbeat = beats.append
-    with pytest.raises(DeviceTimeoutError, match="raised no interrupt"):
-        verilated.wait(1.5)
+    for seconds in (1.5, 15, 150):      # a slow machine needs more for the first one
+        with pytest.raises(DeviceTimeoutError, match="raised no interrupt"):
+            verilated.wait(seconds)
+        if beats:
+            break
     assert beats and beats == sorted(beats)
     assert identify(verilated) == TINY
 
@@ -128,7 +131,7 @@ def test_a_process_that_is_killed_in_a_wait_is_noticed(verilated, which):
     threading.Timer(0.5, lambda: os.kill(pids[which], signal.SIGKILL)).start()
     begin = time.monotonic()
     with pytest.raises(DeviceLostError, match=("signal 9", "status -9")[which]):
-        verilated.wait(60)
+        verilated.wait(2 * SECONDS)
     assert time.monotonic() - begin < SECONDS
     assert gone(*pids)
     with pytest.raises(DeviceLostError):

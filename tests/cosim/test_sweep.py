@@ -80,7 +80,7 @@ def cluster() -> Iterator[str]:
 
 def test_a_dask_cluster_gives_the_same(rows: Any) -> None:
     with cluster() as address:
-        found = list(sweep.run_on_dask(points(), address))
+        found = list(sweep.run_on_dask(points(), address, timeout_s=300))
     assert len(found) == 4
     for row in found:
         here = rows[row.point.settings["channels"], row.point.tokens]
@@ -107,9 +107,10 @@ def endless(point: sweep.Point, follow: Any) -> dict[str, float | bool]:
 def test_a_dask_cluster_that_is_left_stops(monkeypatch: Any) -> None:
     monkeypatch.setattr(sweep, "STOP_S", 0.1)
     with cluster() as address:
-        found = sweep.run_on_dask(sweep.grid(TINY, {"channels": [1, 2]}, [(1, 1)]), address, work=endless)
+        found = sweep.run_on_dask(sweep.grid(TINY, {"channels": [1, 2]}, [(1, 1)]), address, work=endless,
+                                  timeout_s=300)
         assert next(found).figures == {"cycles": 1}
-        assert STARTED.wait(30)
+        assert STARTED.wait(300)
         assert not STOPPED.is_set()
         found.close()
-        assert STOPPED.wait(30)
+        assert STOPPED.wait(300)

@@ -227,14 +227,14 @@ def test_full_and_too_long():
                                             rf"the device has {zones} zones of {ZONE} pages"):
         allocator.create([0, zones * ZONE + 1])
     held = allocator.create([0, 3 * ZONE])
-    with pytest.raises(CapacityError, match=rf"{zones - 2} zones of {ZONE} pages .* wanted; {zones} of {zones} are "
-                                            r"free, and 3 of them reserved"):
+    with pytest.raises(CapacityError, match=rf"{zones - 2} more zones of {ZONE} pages .* wanted, and of {zones} "
+                                            rf"{zones - 3} are left: 0 are in use, and 3 are reserved for tokens"):
         allocator.create([(zones - 2) * ZONE, 0])
     allocator.create([(zones - 3) * ZONE, 0])
     allocator.release(held)
     # Small ones count by pages: six of ten pages are two zones.
     small = [allocator.create([10, 10]) for _ in range(6)]
-    with pytest.raises(CapacityError, match="2 zones"):
+    with pytest.raises(CapacityError, match="2 more zones"):
         allocator.create([2 * ZONE, 0])
     for allocation in small:
         allocator.release(allocation)
@@ -581,7 +581,8 @@ def test_what_cannot_be_erased_never_becomes_anothers():
     assert flash.holds(1)
     assert allocator.free_zones == allocator.zones - 1
     # One for domain 1 alone, and one for nobody.
-    with pytest.raises(CapacityError, match=rf"{allocator.zones - 1} zones .* are wanted; {allocator.zones - 1} of"):
+    with pytest.raises(CapacityError, match=rf"{allocator.zones - 1} more zones .* {allocator.zones - 2} are left: 1 "
+                                                "are in use, .* and 1 serve none but sequences that share zones; free"):
         allocator.create([(allocator.zones - 1) * ZONE, 0], domain=3)
     isolated = allocator.create([(allocator.zones - 2) * ZONE, 0], domain=3)
     common = allocator.create([ZONE - PAGES, 0])

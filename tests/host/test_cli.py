@@ -89,7 +89,7 @@ def test_it_needs_numpy_alone():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT / "host")})
     assert done.returncode == 0, done.stderr
-    assert done.stderr.strip() == "[]"
+    assert done.stderr.splitlines() == ["testing model ...", "[]"]
 
 
 def test_a_reader_that_has_enough_is_no_error():
@@ -105,7 +105,7 @@ def test_ctrl_c_is_130(capsys, monkeypatch):
         yield
 
     monkeypatch.setattr(selftest, "run", interrupted)
-    assert call(capsys, "selftest") == (130, "", "interrupted\n")
+    assert call(capsys, "selftest") == (130, "", "testing model ...\ninterrupted\n")
 
 
 @pytest.mark.parametrize(("module", "extra"), [("amaranth", "hdl"), ("rich", "sim"), ("distributed", "cluster")])
@@ -283,7 +283,7 @@ def test_a_device_that_is_gone_ends_the_selftest(capsys, monkeypatch):
         raise DeviceLostError("it is gone")
 
     spoiled(monkeypatch, gone)
-    assert call(capsys, "selftest") == (2, "", "kvattic: it is gone\n")
+    assert call(capsys, "selftest") == (2, "", "testing model ...\nkvattic: it is gone\n")
 
 
 # ---------------------------------------------------------------- verilog, bench, trace
@@ -448,7 +448,7 @@ def gone(pid: int) -> bool:
 
 def started(path: Path, count: int) -> list[int]:
     """Process numbers of so many workers and their children."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         pids = [int(word) for word in path.read_text().split()] if path.exists() else []
         if len(pids) == 2 * count:
@@ -458,7 +458,7 @@ def started(path: Path, count: int) -> list[int]:
 
 
 def all_gone(pids: list[int]) -> bool:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 300
     while not all(map(gone, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     return all(map(gone, pids))
@@ -500,7 +500,7 @@ def test_ctrl_c_ends_all_and_keeps_what_is_done(tmp_path):
         stdout=subprocess.DEVNULL, text=True, env={**os.environ, "KVATTIC_TEST_PIDS": str(tmp_path / "pids")})
     pids = started(tmp_path / "pids", 2)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 130, errors
     assert "interrupted: 1 of 3 points are done" in errors
     assert [row["channels"] for row in json.loads(file.read_text())] == [1]

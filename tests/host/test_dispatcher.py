@@ -198,7 +198,7 @@ def test_patience_of_the_caller_is_not_that_with_the_device():
             super().wait(timeout_s)
 
     transport = Sleepy()
-    with Device(transport, timeout_s=0.5) as device:
+    with Device(transport) as device:
         futures = device.submit(jobs_of(sequence_of(device), 3))
         transport.asleep = True
         with pytest.raises(DeviceTimeoutError, match=r"not done within 0.02 s; 3 commands are under way, 0 wait"):
@@ -210,6 +210,7 @@ def test_patience_of_the_caller_is_not_that_with_the_device():
         kvattic.wait(futures)
         assert all(future.exception() is None for future in futures)
         # Short ones add up to the device's.
+        device._dispatcher.timeout_s = 0.5
         futures = device.submit(jobs_of(device._sequences[0], 1))
         transport.asleep = True
         with pytest.raises(DeviceTimeoutError, match=r"nothing came .1 commands .*call Device.reset"):

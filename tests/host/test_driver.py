@@ -520,8 +520,8 @@ def test_device_full(sequence):
     # 448 pages of 16 tokens of K or V; two heads of 1,600 tokens take 400 of them.
     big = device.create_sequence(2, capacity_tokens=1600)
     with pytest.raises(
-        CapacityError, match=r"1 layers, 2 KV heads and 400 tokens has no room: the flash is full: 1 zones of 32 pages "
-                             r"on each channel are wanted; 7 of 7 are free, and 7 of them reserved"
+        CapacityError, match=r"1 layers, 2 KV heads and 400 tokens has no room: the flash is full: 1 more zones of 32 "
+                             r"pages on each channel are wanted, and of 7 0 are left: 0 are in use, and 7 are reserved"
     ):
         device.create_sequence(2, capacity_tokens=400)
     big.free()

@@ -286,7 +286,7 @@ def test_what_bf16_cannot_hold_is_named(bad):
 
 @pytest.mark.parametrize("dtype", [np.int16, np.int64, np.complex64, object, np.longdouble])
 def test_other_dtypes_are_refused(dtype):
-    with pytest.raises(RequestError, match="must be float16, float32 or float64, or uint16"):
+    with pytest.raises(RequestError, match="must be float16, bfloat16, float32 or float64, or uint16"):
         layout.storage_bits(np.zeros(3, dtype), Element.FP16)
 
 

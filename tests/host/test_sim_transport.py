@@ -1,19 +1,25 @@
 """The host's side of a simulation server, against one without a simulator; the real one is in tests/cosim."""
 
 import contextlib
+import errno
 import os
+import re
 import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
 import pytest
 
+import kvattic
 from kvattic import sim_transport
 from kvattic.commands import DATA_COMMAND, Opcode, Status
 from kvattic.config import TINY, Config
@@ -32,10 +38,13 @@ from kvattic.sim_transport import (
 )
 from kvattic_sim.server import serve
 
+from .forked import in_child
 from .queue_host import Host
 
 FAKE = Path(__file__).parent / "fake_server.py"
 MEMORY = 1 << 16
+PATIENCE_S = 300.0
+"""With what must come; no test waits so long unless it fails."""
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +65,7 @@ def start(monkeypatch):
     def start(mode: str, **options):
         monkeypatch.setattr(sim_transport, "_server_command",
                             lambda directory: [sys.executable, str(FAKE), mode, str(directory)])
-        options = {"memory_bytes": MEMORY, "silence_s": 10.0, "start_timeout_s": 60.0, **options}
+        options = {"memory_bytes": MEMORY, "silence_s": PATIENCE_S, "start_timeout_s": PATIENCE_S, **options}
         opened.append(open_simulator("verilator", TINY, **options))
         return opened[-1]
 
@@ -65,7 +74,7 @@ def start(monkeypatch):
         transport.close()
 
 
-def gone(pid: int, seconds: float = 5) -> bool:
+def gone(pid: int, seconds: float = PATIENCE_S) -> bool:
     """Whether a process ends in that time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -84,7 +93,9 @@ def gone(pid: int, seconds: float = 5) -> bool:
 def test_registers_memory_dram_and_commands(start):
     lines = []
     transport = start("good", on_progress=lines.append)
-    assert lines == ["building"]
+    # A slow start says more, about every second.
+    assert lines[0] == "building"
+    assert all(re.fullmatch(r"starting the simulator: \d+ s", line) for line in lines[1:])
     assert transport.config is TINY
     assert (transport.memory_bytes, transport.dram_bytes, transport.cycles) == (MEMORY, 1 << 23, 7)
     assert transport.read_register("CONFIG_HASH") == TINY.hash
@@ -131,14 +142,14 @@ def test_a_call_that_is_interrupted_leaves_the_next_ones_right(start):
     threading.Thread(target=interrupt, daemon=True).start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            transport.wait(60)
+            transport.wait(2 * PATIENCE_S)
     finally:
         caught.set()
         signal.signal(signal.SIGINT, before)
     begin = time.monotonic()
     assert transport.read_register("CONFIG_HASH") == TINY.hash      # ends the wait
     assert transport.read_register("TIMEOUT") == REGISTER_MAP["TIMEOUT"].reset
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < PATIENCE_S
 
 
 def test_an_exception_of_the_heartbeat_reaches_the_caller(start):
@@ -225,18 +236,20 @@ def test_close_as_a_context_manager(start):
 def test_close_while_another_thread_waits(start):
     transport = start("good")
     caught = []
+    waits = threading.Event()
+    transport.heartbeat = lambda cycles: waits.set()
 
     def wait():
         try:
-            transport.wait(60)
+            transport.wait(PATIENCE_S)
         except DeviceLostError as error:
             caught.append(str(error))
 
     thread = threading.Thread(target=wait)
     thread.start()
-    time.sleep(0.3)
+    assert waits.wait(PATIENCE_S)
     transport.close()
-    thread.join(10)
+    thread.join()
     assert caught == ["the way to the simulated drive was closed meanwhile"]
 
 
@@ -259,11 +272,11 @@ def test_a_server_that_was_killed_is_noticed_by_the_next_call(start, call):
 def test_a_server_that_is_killed_is_noticed_in_a_wait(start):
     transport = start("good")
     pid = transport._process._process.pid
-    threading.Timer(0.3, lambda: os.kill(pid, signal.SIGKILL)).start()
+    transport.heartbeat = lambda cycles: os.kill(pid, signal.SIGKILL)
     begin = time.monotonic()
     with pytest.raises(DeviceLostError, match="killed by signal 9"):
-        transport.wait(60)
-    assert time.monotonic() - begin < 5
+        transport.wait(2 * PATIENCE_S)
+    assert time.monotonic() - begin < PATIENCE_S
 
 
 @pytest.mark.parametrize(("mode", "text"), [
@@ -276,7 +289,9 @@ def test_a_server_that_is_killed_is_noticed_in_a_wait(start):
     ("short answer", "FAILED came with b'\\t'"),
 ])
 def test_a_server_that_fails_in_a_request(start, mode, text):
-    transport = start(mode, silence_s=1.0 if mode == "silent" else 10.0)
+    transport = start(mode)
+    if mode == "silent":
+        transport.silence_s = 1.0
     pid = transport._process._process.pid
     with pytest.raises(DeviceLostError) as caught:
         transport.write_register("TIMEOUT", 1)
@@ -304,7 +319,7 @@ def test_a_value_of_a_wrong_size(start):
 ])
 def test_a_server_that_does_not_start(start, mode, text):
     with pytest.raises(DeviceLostError) as caught:
-        start(mode, start_timeout_s=2.0 if mode == "never ready" else 60.0)
+        start(mode, start_timeout_s=2.0 if mode == "never ready" else PATIENCE_S)
     assert str(caught.value).startswith(f"the simulated drive did not start: {text}")
 
 
@@ -373,10 +388,10 @@ def test_a_message_that_nobody_takes(pair):
     first, second = pair
     with pytest.raises(TimeoutError, match=r"nothing was taken for 0\.05 s"):
         first.send(Kind.DATA, 1, bytes(MAX_PAYLOAD), timeout_s=0.05)
-    thread = threading.Thread(target=lambda: first.send(Kind.DONE, 2, timeout_s=5))
+    thread = threading.Thread(target=lambda: first.send(Kind.DONE, 2, timeout_s=PATIENCE_S))
     thread.start()      # the rest goes first
-    assert second.receive(5) == Message(Kind.DATA, 1, bytes(MAX_PAYLOAD), 0)
-    assert second.receive(5).number == 2
+    assert second.receive(PATIENCE_S) == Message(Kind.DATA, 1, bytes(MAX_PAYLOAD), 0)
+    assert second.receive(PATIENCE_S).number == 2
     thread.join()
 
 
@@ -452,3 +467,146 @@ def test_the_other_side_ends_when_the_host_is_gone(pair):
     first.close()
     with contextlib.suppress(OSError):
         serve(second, Broken())
+
+
+# ---------------------------------------------------------------- where to meet
+
+
+def test_a_path_is_measured_in_bytes(start, tmp_path, monkeypatch):
+    place = tmp_path / ("ä" * 45)
+    place.mkdir()
+    assert len(str(place)) < len(os.fsencode(place))
+    monkeypatch.setattr(sim_transport.tempfile, "gettempdir", lambda: str(place))
+    transport = start("good")
+    assert not transport._process.directory.is_relative_to(place)
+    assert transport.read_register("CONFIG_HASH") == TINY.hash
+    assert list(place.iterdir()) == []
+
+
+def test_bytes_that_are_no_text_may_be_in_the_path(start, monkeypatch):
+    with tempfile.TemporaryDirectory(prefix=b"k-\xff", dir=b"/tmp") as place:
+        monkeypatch.setattr(sim_transport.tempfile, "gettempdir", lambda: os.fsdecode(place))
+        transport = start("good")
+        assert transport._process.directory.parent == Path(os.fsdecode(place))
+        assert transport.read_register("CONFIG_HASH") == TINY.hash
+        transport.close()
+
+
+class NoSockets(socket.socket):
+    """On some file systems there are none."""
+
+    places: ClassVar[list[bytes]] = []
+
+    def bind(self, address):
+        if any(address.startswith(place + b"/") for place in self.places):
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        super().bind(address)
+
+
+def test_a_file_system_without_sockets_is_passed_over(start, temporary, tmp_path, monkeypatch):
+    monkeypatch.setattr(sim_transport.tempfile, "gettempdir", lambda: str(temporary))
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(sim_transport.socket, "socket", NoSockets)
+    monkeypatch.setattr(NoSockets, "places", [os.fsencode(temporary), b"/tmp"])
+    monkeypatch.setattr(sim_transport, "SHORT_PLACES", ("/tmp", "/var/tmp"))
+    assert start("good")._process.directory.parent == Path("/var/tmp")
+    assert list(temporary.iterdir()) == []
+
+
+def test_nowhere_to_meet(temporary, monkeypatch):
+    monkeypatch.setattr(sim_transport.tempfile, "gettempdir", lambda: str(temporary / "gone"))
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(sim_transport, "SHORT_PLACES", (str(temporary / "x" / "y"),))
+    with pytest.raises(RequestError, match=r"set TMPDIR to one; tried were .*/gone: No such file or direct.*/x/y: "):
+        open_simulator("verilator", TINY)
+
+
+# ---------------------------------------------------------------- forks
+
+
+CALLS = [
+    lambda t: t.read_register("ID"), lambda t: t.write_register("TIMEOUT", 1), lambda t: t.read_memory(0, 1),
+    lambda t: t.write_memory(0, b"x"), lambda t: t.read_dram(0, 1), lambda t: t.write_dram(0, b"x"),
+    lambda t: t.wait(600),
+]
+
+
+@pytest.mark.parametrize("locked", [False, True], ids=["", "in use"])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_forked_child_is_refused(start, call, locked):
+    transport = start("good")
+    transport.write_memory(0, b"parent")
+    if locked:      # another thread of the parent is in a call
+        transport._lock.acquire()
+    try:
+        said = in_child(lambda: call(transport))
+    finally:
+        if locked:
+            transport._lock.release()
+    assert said.startswith(f"ForkedError: the simulated drive belongs to process {os.getpid()}, which opened it")
+    assert "open another device in the child" in said
+    assert transport.read_memory(0, 6) == b"parent"
+    assert transport.read_register("CONFIG_HASH") == TINY.hash
+
+
+def test_closing_in_a_forked_child_harms_nobody(start):
+    transport = start("good")
+
+    def close():
+        transport.close()
+        transport.close()
+        return "closed"
+
+    assert in_child(close) == "closed"
+    assert in_child(lambda: transport.__exit__(None, None, None)) == "None"
+    assert transport._process.running and transport._process.directory.is_dir()
+    assert transport.read_register("CONFIG_HASH") == TINY.hash
+
+
+def test_a_device_in_a_forked_child(start):
+    """Every use of it, of its sequences and of its futures; and a block that ends there."""
+    transport = start("good", memory_bytes=1 << 20)
+    device = kvattic.Device(transport, owns_transport=True)
+    sequence = device.create_sequence(1, capacity_tokens=40)
+    key = np.ones((1, 20, 32), np.float16)
+    sequence.prefill(key, key)
+    expected = sequence.attend(key[:, :1]).bits
+    future = sequence.attend_async(key[:, :1])
+    for use in (lambda: sequence.attend(key[:, :1]), lambda: sequence.append(key, key), future.result, device.counters,
+                device.identify, lambda: device.create_sequence(1, capacity_tokens=40).prefill(key, key)):
+        assert in_child(use).startswith("ForkedError: ")
+    assert in_child(device.close) == "None"
+
+    def block():
+        with device, sequence:
+            raise ZeroDivisionError("of the block")
+
+    assert in_child(block) == "ZeroDivisionError: of the block"
+    assert np.array_equal(future.result().bits, expected)
+    assert np.array_equal(sequence.attend(key[:, :1]).bits, expected)
+    device.close()
+
+
+def test_a_model_is_copied_whole():
+    with kvattic.open("model", TINY) as device, device.create_sequence(1, capacity_tokens=40) as sequence:
+        key = np.ones((1, 20, 32), np.float16)
+        sequence.prefill(key, key)
+        assert in_child(lambda: sequence.attend(key[:, :1]).output[0, 0, 0]) == "1.0"
+        # Unless another thread is in the middle of something: its copy may be half changed, and is not used.
+        held, release = threading.Event(), threading.Event()
+
+        def hold():
+            with device.lock:
+                held.set()
+                release.wait()
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        held.wait()
+        try:
+            for use in (lambda: sequence.attend(key[:, :1]), device.counters, device.poll):
+                assert in_child(use).startswith("ForkedError: the device was in use by another thread when")
+        finally:
+            release.set()
+            thread.join()
+        assert sequence.attend(key[:, :1]).output[0, 0, 0] == 1
