@@ -1,9 +1,12 @@
-"""Verilog of the drive, and of the engine alone."""
+"""Verilog of the drive, and of the engine alone: the text that is delivered is the text that is simulated."""
 
+import re
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from kvattic.config import Config
+from kvattic.files import write_whole
 from kvattic_hdl.drive import Drive
 from kvattic_hdl.engine import Engine
 from kvattic_hdl.shared import Netlist, ports
@@ -11,6 +14,8 @@ from kvattic_hdl.shared import Netlist, ports
 TOPS = {"kvattic_drive": Drive, "kvattic_engine": Engine}
 """Top modules: the whole drive; the engine, with the streams of each flash channel as ports."""
 TOP = "kvattic_drive"
+
+_SHARED = re.compile(r"(module kvattic_(?:lane|flash_channel)\(.*?\);)", re.DOTALL)
 
 
 def _port_name(head: str, *rest: Any) -> str:
@@ -45,12 +50,24 @@ def verilog_text(config: Config, top: str = TOP) -> str:
     component = TOPS[top](config)
     netlist = Netlist()
     text = netlist.convert(component, top, ports(component, _port_name))
-    return "\n".join([*netlist.modules.values(), text])
+    # Verilator compiles a lane or a channel once, however many there are; to others it is a comment.
+    return _SHARED.sub(r"\1 /*verilator no_inline_module*/", "\n".join([*netlist.modules.values(), text]))
+
+
+def waivers(name: str) -> str:
+    """What Verilator may find in a file of this name, and why: a file for ``verilator --lint-only -Wall``."""
+    return (resources.files("kvattic_hdl") / "waivers.vlt").read_text().replace("kvattic_*.v", name)
 
 
 def generate(config: Config, path: Path, top: str = TOP) -> Path:
-    """Write `verilog_text` to path, and its configuration as JSON beside it; returns path."""
+    """Write `verilog_text` to path; beside it its configuration as JSON and `waivers` for Verilator; returns path.
+
+    Raises:
+        OSError: it cannot be written; what was there before is still there, whole.
+    """
+    text = verilog_text(config, top)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(verilog_text(config, top))
-    path.with_suffix(".json").write_text(config.to_json() + "\n")
+    write_whole(path.with_suffix(".json"), config.to_json() + "\n")
+    write_whole(path.with_suffix(".vlt"), waivers(path.name))
+    write_whole(path, text)
     return path

@@ -281,7 +281,7 @@ class Queues(wiring.Component):
                         fetch.payload.line.eq(line + next_head),
                         next_head.eq((next_head + 1) & mask(at(entries_bits, chosen))),
                         offered.eq(offer),
-                        above.eq(Cat(chosen < q for q in range(QUEUES))),
+                        above.eq(Cat(Const(0, 1), (chosen < q for q in range(1, QUEUES)))),
                     ]
                     m.next = "take"
             with m.State("take"):

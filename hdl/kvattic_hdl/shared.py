@@ -6,10 +6,12 @@ that the netlist keeps once; everywhere else (Amaranth's simulator, formal) it i
 
 from collections.abc import Callable
 
-from amaranth.back import verilog
+from amaranth.back import rtlil
 from amaranth.hdl import ClockSignal, Elaboratable, Instance, Module, ResetInserter, ResetSignal, Signal, ValueCastable
 from amaranth.hdl._ir import PortDirection
 from amaranth.lib import wiring
+
+from kvattic_hdl.text import verilog_of
 
 
 def ports(component: wiring.Component, name: Callable[..., str] = lambda *path: "__".join(map(str, path))) -> dict:
@@ -47,8 +49,7 @@ class Netlist:
 
     def convert(self, elaboratable: Elaboratable, name: str, module_ports: dict) -> str:
         """Verilog of one module (and those below it that are not shared)."""
-        return verilog.convert(elaboratable, name=name, platform=self, ports=module_ports, emit_src=False,
-                               strip_internal_attrs=True)
+        return verilog_of(rtlil.convert(elaboratable, name=name, platform=self, ports=module_ports))
 
 
 class _Shared(wiring.Component):

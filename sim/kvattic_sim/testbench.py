@@ -16,7 +16,6 @@ an ordinary synchronous bus, and no simulator's order of events matters.
 import hashlib
 import importlib.metadata
 import re
-import tempfile
 from enum import StrEnum
 from importlib import resources
 from pathlib import Path
@@ -106,27 +105,6 @@ class Flash(StrEnum):
     def settings(self) -> dict[str, int]:
         """Inputs that all twins share, and their widths."""
         return _NAND_SETTINGS if self is Flash.NAND else _SETTINGS
-
-
-_WAKE = re.compile(r"reg (\\\$auto\$verilog_backend\S+dump_module\$\d+) += 0;")
-"""A register that each combinational block of a module reads, so that its first value wakes them all.
-
-Icarus 11 gives it that value before the blocks listen, and they keep X until an input changes (amaranth issues 594
-and 1629); a non-blocking assignment comes late enough.  always_comb would wake them too, but Icarus 11 then listens to
-all bits of a vector where one is selected, and went round in circles in one block of this engine."""
-_LONE = re.compile(r"always @\*\n( +[^\n;]+;)\n")
-"""A block of one assignment, which Yosys writes without reading that register."""
-
-
-def _waking(verilog: str) -> str:
-    """The text with all blocks woken at time zero under Icarus, too."""
-    modules = re.split(r"(?m)^(?=module )", verilog)
-    for number, module in enumerate(modules):
-        if found := _WAKE.search(module):
-            name = found[1].replace("\\", r"\\")
-            module = _LONE.sub(rf"always @* begin if ({name} ) begin end\n\1 end\n", module)
-            modules[number] = _WAKE.sub(r"reg \1 ; initial \1 <= 0;", module)
-    return "".join(modules)
 
 
 def _range(width: int) -> str:
@@ -391,20 +369,13 @@ def rtl_verilog(config: Config, top: str, *, build_root: Path | None = None) -> 
     root = (build_root or default_build_root()).resolve() / "rtl"
     digest = hashlib.sha256(config.to_json().encode())
     digest.update(importlib.metadata.version("amaranth").encode())
-    for source in [*_rtl_sources(), Path(__file__)]:
+    for source in _rtl_sources():
         digest.update(source.name.encode() + source.read_bytes())
     path = root / digest.hexdigest()[:16] / f"{top}.sv"
     if not path.is_file():
         with cache_errors(root.parent), _locked(root / f"{path.parent.name}.lock"):
             if not path.is_file():
-                with tempfile.TemporaryDirectory(dir=root) as work:
-                    text = generate(config, Path(work) / path.name, top).read_text()
-                text = _waking(text)
-                text = f"// verilator lint_off INITIALDLY\n{text}"
-                # Verilator compiles a lane or a channel once, however many there are.
-                text = re.sub(r"(module kvattic_(?:lane|flash_channel)\(.*?\);)",
-                              r"\1 /*verilator no_inline_module*/", text, flags=re.S)
-                write_whole(path, text)
+                generate(config, path, top)
     return path
 
 

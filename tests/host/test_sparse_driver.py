@@ -44,7 +44,8 @@ def mean_of(value, config):
 def means_of(keys, unit, config, sinks=0):
     """Mean keys, in float64, of one head; sinks: of the first tokens."""
     values = from_bits(keys, config.element).astype(np.float64).reshape(-1, unit, config.head_dim)
-    counted = [values[i, max(sinks - i * unit, 0) % unit if sinks < (i + 1) * unit else 0 :] for i in range(len(values))]
+    counted = [unit_values[max(sinks - i * unit, 0) if sinks < (i + 1) * unit else 0 :]
+               for i, unit_values in enumerate(values)]
     return to_bits(np.stack([tokens.mean(axis=0) for tokens in counted]), config.element)
 
 

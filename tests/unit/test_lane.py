@@ -331,7 +331,7 @@ def make_job(config: Config, rng: np.random.Generator, tokens: int, spread: str,
 
 def make_sparse(config: Config, rng: np.random.Generator, mode: Mode, tokens: int, spread: str, tails: str = "last",
                 density: float = 0.2) -> Job:
-    """`tails`: stripes that are attended whole, in DRAM or in flash; `density`: share of the tokens that are selected."""
+    """`tails`: stripes that are attended whole, in DRAM or flash; `density`: share of the tokens that are selected."""
     shape = (tokens, config.head_dim)
     key, value = (to_bits(rng.standard_normal(shape).astype(np.float32), config.element) for _ in range(2))
     query = to_bits((3 * rng.standard_normal((config.rows, config.head_dim))).astype(np.float32), config.element)
