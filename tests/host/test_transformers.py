@@ -15,11 +15,23 @@ if missing := [name for name in ("torch", "transformers") if find_spec(name) is 
 
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MiMoV2FlashConfig,
+    MiMoV2FlashForCausalLM,
+)
 
 import kvattic
-from kvattic import TINY, ConfigError, KvatticError, Mode, RequestError
+from kvattic import TINY, CapacityError, ConfigError, KvatticError, Mode, RequestError
 from kvattic.array import open_array
+from kvattic.errors import RangeError
 from kvattic.formats import Element
 from kvattic.huggingface import (
     NAME,
@@ -81,7 +93,7 @@ def test_greedy_tokens_are_those_of_eager_attention(drive, name, seed):
     model, tokens = build(name, seed), prompts(name, seed)
     expected = generate(model, tokens, RoundedCache(model.config))
     assert len(set(expected[0].tolist())) > 8, "says nothing: the answer repeats itself"
-    with DriveCache(drive(model), model.config, capacity_tokens=128) as cache:
+    with DriveCache(drive(model), model.config, capacity_tokens=128, held_tokens=16) as cache:
         assert generate(model, tokens, cache).tolist() == expected.tolist()
         assert cache.sequences[0].length() == tokens.shape[1] + 63
         assert cache.sequences[0].flushed() > tokens.shape[1]
@@ -89,7 +101,7 @@ def test_greedy_tokens_are_those_of_eager_attention(drive, name, seed):
 
 def test_the_projects_own_model_too(drive):
     model, tokens = build("lm"), prompts("lm", seed=1)
-    with DriveCache(drive(model, "paper"), model.config) as cache:
+    with DriveCache(drive(model, "paper"), model.config, held_tokens=0) as cache:
         answer = generate(model, tokens, cache)
     assert answer.tolist() == generate(model, tokens, RoundedCache(model.config)).tolist()
 
@@ -108,7 +120,7 @@ def test_prompts_of_different_lengths(drive, name):
     model = build(name, seed=3)
     tokens, mask = padded([17, 30, 1])
     expected = generate(model, tokens, RoundedCache(model.config), mask=mask, new=20)
-    with DriveCache(drive(model), model.config, capacity_tokens=64) as cache:
+    with DriveCache(drive(model), model.config, capacity_tokens=64, held_tokens=0) as cache:
         assert generate(model, tokens, cache, mask=mask, new=20).tolist() == expected.tolist()
         assert [sequence.length() for sequence in cache.sequences] == [17 + 19, 30 + 19, 1 + 19], "padding was stored"
 
@@ -146,7 +158,8 @@ def test_drafts_are_verified_in_one_pass_and_removed_where_they_are_wrong(drive,
 def test_a_conversation_goes_on(drive):
     model, first, second = small(layers=2), prompts("llama", seed=1), prompts("llama", seed=2)
     answers = []
-    for cache in (RoundedCache(model.config), DriveCache(drive(model), model.config, capacity_tokens=200)):
+    ours = DriveCache(drive(model), model.config, capacity_tokens=200, held_tokens=0)
+    for cache in (RoundedCache(model.config), ours):
         said = torch.cat([first, generate(model, first, cache, new=20), second], dim=1)
         answers.append(generate(model, said, cache, new=20).tolist())
     assert answers[0] == answers[1]
@@ -155,7 +168,6 @@ def test_a_conversation_goes_on(drive):
 def test_an_answer_can_be_taken_back(drive):
     model, tokens = small(), prompts("llama", seed=1)
     with DriveCache(drive(model), model.config, capacity_tokens=200) as cache:
-        cache.activate_past_recording()
         first = generate(model, tokens, cache, new=20)
         cache.crop(tokens.shape[1] - 1 - cache.get_seq_length())
         assert cache.get_seq_length() == cache.sequences[0].length() == tokens.shape[1] - 1
@@ -175,7 +187,7 @@ def test_batches_one_after_the_other(drive):
         expected = generate(model, tokens, RoundedCache(model.config), mask=mask, new=5)
         assert generate(model, tokens, cache, mask=mask, new=5).tolist() == expected.tolist()
         assert cache.batch_size == len(lengths)
-        assert device.free_zones < zones
+        assert device.free_dram_pages < pages
         cache.reset()
         assert (cache.get_seq_length(), cache.batch_size, cache.sequences) == (0, -1, [])
         assert (device.free_zones, device.free_dram_pages) == (zones, pages)
@@ -200,7 +212,7 @@ def test_heads_that_are_smaller_than_the_drives(drive, dim):
     model, tokens = small(dim=dim), prompts("llama")
     device = drive(model, "paper")
     assert device.config.head_dim == {8: 32, 24: 32, 80: 80}[dim]
-    with DriveCache(device, model.config) as cache:
+    with DriveCache(device, model.config, held_tokens=0) as cache:
         answer = generate(model, tokens, cache, new=20)
     assert answer.tolist() == generate(model, tokens, RoundedCache(model.config), new=20).tolist()
 
@@ -209,7 +221,7 @@ def test_bf16(drive):
     model, tokens = small(), prompts("llama")
     expected = generate(model, tokens, RoundedCache(model.config, Element.BF16), new=20)
     assert expected.tolist() != generate(model, tokens, RoundedCache(model.config), new=20).tolist()
-    with DriveCache(drive(model, element=Element.BF16), model.config, capacity_tokens=100) as cache:
+    with DriveCache(drive(model, element=Element.BF16), model.config, capacity_tokens=100, held_tokens=0) as cache:
         assert generate(model, tokens, cache, new=20).tolist() == expected.tolist()
 
 
@@ -227,6 +239,90 @@ def test_the_bench():
     assert shares == dict.fromkeys([*ARCHITECTURES, "lm"], 1.0)
 
 
+# K and V of different widths; a range of tokens for each query.
+
+
+@pytest.mark.parametrize("key, value", [(32, 16), (32, 24), (16, 32), (24, 40)])
+def test_v_of_another_width_than_k(drive, key, value):
+    torch.manual_seed(0)
+    model = MiMoV2FlashForCausalLM(MiMoV2FlashConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=key, v_head_dim=value, layer_types=["full_attention"] * 2,
+        mlp_layer_types=["dense"] * 2, max_position_embeddings=128, initializer_range=0.15, pad_token_id=0,
+        bos_token_id=None, eos_token_id=None)).eval()
+    tokens, mask = padded([30, 17])
+    expected = generate(model, tokens, RoundedCache(model.config), mask=mask, new=20)
+    device = drive(model, replace(kvattic.GQA, channels=2))
+    assert device.config.head_dim == (32 if max(key, value) <= 32 else 64)
+    with DriveCache(device, model.config, held_tokens=0) as cache:
+        assert generate(model, tokens, cache, mask=mask, new=20).tolist() == expected.tolist()
+
+
+def llama4(chunk):
+    torch.manual_seed(0)
+    return Llama4ForCausalLM(Llama4TextConfig(
+        vocab_size=256, hidden_size=128, intermediate_size=128, intermediate_size_mlp=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, attention_chunk_size=chunk, moe_layers=[],
+        layer_types=["chunked_attention", "full_attention"], no_rope_layers=[1, 0], max_position_embeddings=256,
+        initializer_range=0.15, pad_token_id=0, bos_token_id=None, eos_token_id=None)).eval()
+
+
+TURNS = {
+    "whole": torch.ones(3, 9, dtype=torch.int64),
+    "padded on the left": torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [0] * 8 + [1]]),
+    "padded in the middle": torch.tensor([[1] * 9, [1] + [0] * 4 + [1] * 4, [1, 1, 0, 1, 0, 0, 1, 1, 1]]),
+    "padded on the right": torch.tensor([[1] * 9, [1] * 3 + [0] * 6, [1] * 8 + [0]]),
+}
+
+
+@pytest.mark.parametrize("turn", TURNS)
+@pytest.mark.parametrize("model", [lambda: build("mistral"), lambda: build("qwen2"), lambda: llama4(8), small],
+                         ids=["window of 40", "window of 24", "chunks of 8", "all"])
+def test_turns_of_different_lengths(drive, model, turn):
+    """The next turns of a batch's conversations: every token's logits, and those of the answers."""
+    model = model()
+    tokens, first = padded([30, 21, 26])
+    mask, more = torch.cat([first, TURNS[turn]], dim=1), padded([9] * 3, width=9, seed=7)[0]
+    found, ours = [], DriveCache(drive(model), model.config, capacity_tokens=100, held_tokens=0)
+    for cache in (RoundedCache(model.config), ours):
+        model.set_attn_implementation(NAME if isinstance(cache, DriveCache) else bench.REFERENCES[Element.FP16])
+        with torch.no_grad():
+            model(tokens, attention_mask=first, cache=cache)
+            logits = [model(more, attention_mask=mask, cache=cache).logits]
+            for _ in range(6):
+                grown = torch.cat([mask, torch.ones(3, len(logits), dtype=torch.int64)], dim=1)
+                logits.append(model(more[:, :1], attention_mask=grown, cache=cache).logits)
+        found.append(torch.cat([logits[0][TURNS[turn].bool()], *(one[:, 0] for one in logits[1:])]))
+    assert found[1].std() > 0.1
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=2e-3)
+    assert [sequence.length() for sequence in cache.sequences] == (mask.sum(dim=1) + 6).tolist(), "padding was stored"
+    assert min(sequence.flushed() for sequence in cache.sequences) >= 16, "all is in device DRAM"
+
+
+def test_tokens_that_attend_later_ones(drive):
+    model = small()
+    device = drive(model)
+    key, value = torch.randn(2, 1, 2, 8, 32, generator=torch.Generator().manual_seed(0))
+    query = torch.randn(1, 4, 3, 32, generator=torch.Generator().manual_seed(1))
+    mask = masked(1, 3, 5, lambda row, query, place: True)
+    attention = model.model.layers[0].self_attn
+    with DriveCache(device, model.config, capacity_tokens=100) as cache:
+        for part in (slice(0, 5), slice(5, 8)):
+            given = cache.layers[0].update(key[:, :, part], value[:, :, part])
+            now = torch.zeros(1, 4, 5, 32) if part.start == 0 else query
+            found, _ = _attention(attention, now, *given, None if part.start == 0 else mask)
+    wide = [round_to_storage(states, Element.FP16).repeat_interleave(2, dim=1) for states in (key, value)]
+    expected = torch.nn.functional.scaled_dot_product_attention(round_to_storage(query, Element.FP16), *wide)
+    torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-5, atol=1e-6)
+    with DriveCache(device, model.config, capacity_tokens=100, mode="centroid", units=4) as cache, torch.no_grad():
+        for part in (slice(0, 5), slice(5, 8)):
+            given = cache.layers[0].update(key[:, :, part], value[:, :, part])
+            if part.start == 0:
+                _attention(attention, torch.zeros(1, 4, 5, 32), *given, None)
+        with pytest.raises(RequestError, match="row 0 of the batch: a token attends later ones, which mode centroid"):
+            _attention(attention, query, *given, mask)
+
+
 # Sparse modes.
 
 
@@ -235,7 +331,8 @@ def test_the_bench():
 def test_sparse_modes_that_attend_everything_are_dense(drive, options):
     model, tokens = small(), prompts("llama")
     expected = generate(model, tokens, RoundedCache(model.config), new=20)
-    with DriveCache(drive(model), model.config, capacity_tokens=100, units=1000, local=500, **options) as cache:
+    with DriveCache(drive(model), model.config, capacity_tokens=100, units=1000, local=500, held_tokens=0,
+                    **options) as cache:
         assert generate(model, tokens, cache, new=20).tolist() == expected.tolist()
 
 
@@ -246,7 +343,7 @@ def test_a_sparse_step_is_the_sequences_own(drive, options):
     model = build("qwen2")     # one layer has a window
     tokens, mask = padded([30, 21])
     device = drive(model)
-    with DriveCache(device, model.config, capacity_tokens=100, **options) as cache:
+    with DriveCache(device, model.config, capacity_tokens=100, held_tokens=0, **options) as cache:
         results = []
         attend_many = device.attend_many
         device.attend_many = lambda plans: results.append((plans, attend_many(plans))) or results[-1][1]
@@ -264,11 +361,55 @@ def test_a_sparse_step_is_the_sequences_own(drive, options):
     ({"units": 4}, "mode dense attends all tokens"),
     ({"mode": "sparf", "channels": 4}, r"mode sparf needs units \(the paper's k\)"),
     ({"mode": "fetched", "channels": 4, "units": 2, "unit": 3}, "power of two"),
+    ({"mode": "sparf", "units": 4}, r"channels \(the paper's r\) must be an int from 1 to 32, not None"),
+    ({"mode": "sparf", "units": 4, "channels": 33}, r"channels \(the paper's r\) must be an int from 1 to 32, not 33"),
+    ({"mode": "sparf", "units": 4, "channels": 8, "unit": 8}, "mode sparf has no unit"),
+    ({"mode": "centroid", "units": 4, "channels": 8}, "mode centroid has no channels"),
+    ({"mode": "centroid", "units": 0}, r"units \(the paper's k\) must be an int from 1 to 65,535, not 0"),
+    ({"mode": "centroid", "units": 2, "local": 99}, "local must be an int from 0 to 8, not 99"),
+    ({"local": True}, "mode dense attends all tokens"),
+    ({"capacity_tokens": 0}, "capacity_tokens must be a positive int, not 0"),
+    ({"capacity_tokens": 10.5}, "capacity_tokens must be a positive int, not 10.5"),
+    ({"held_tokens": -1}, "held_tokens must be an int, 0 or more, not -1"),
+    ({"held_tokens": True}, "held_tokens must be an int, 0 or more, not True"),
+    ({"isolated": "yes"}, "isolated must be a bool, not 'yes'"),
 ])
-def test_wrong_modes(drive, options, message):
+def test_wrong_modes_and_numbers(drive, options, message):
     model = small()
     with pytest.raises(RequestError, match=message):
         DriveCache(drive(model), model.config, **options)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"capacity": 100}, "no option 'capacity'; those of its sequences are isolated$"),
+    ({"mode": "fetched", "units": 4, "channels": 8, "sparse": True}, "no option 'sparse'"),
+    ({"layers": 3}, "no option 'layers'"),
+    ({"split": "heads"}, "option 'split', which is for several drives only"),
+])
+def test_options_that_do_not_exist(drive, options, message):
+    model = small()
+    with pytest.raises(TypeError, match=message):
+        DriveCache(drive(model), model.config, **options)
+
+
+def test_options_of_several_drives():
+    model = small()
+    with open_array(["model", "model"], config_for(model, ROOMY)) as array:
+        DriveCache(array, model.config, split="context", isolated=True)
+        for options, message in (
+                ({"split": "tokens"}, "split must be one of heads, context, not 'tokens'"),
+                ({"split": "context", "mode": "centroid", "units": 4}, "mode centroid chooses from all tokens"),
+                ({"held_tokens": 8}, "held_tokens: tokens can be removed from a single drive only")):
+            with pytest.raises(RequestError, match=message):
+                DriveCache(array, model.config, **options)
+        with pytest.raises(TypeError, match=r"no option 'splits'; those of its sequences are isolated, split$"):
+            DriveCache(array, model.config, splits="heads")
+
+
+def test_sparse_modes_need_a_drive_that_has_them(drive):
+    model = small(dim=80)
+    with pytest.raises(ConfigError, match="mode centroid: the drive is without sparse attention"):
+        DriveCache(drive(model, "paper"), model.config, mode="centroid", units=4)
 
 
 # What is computed where.
@@ -278,7 +419,7 @@ def test_the_first_tokens_are_attended_by_the_model_while_the_drive_writes(drive
     model = small(layers=6)
     model.set_attn_implementation(NAME)
     device = drive(model)
-    with DriveCache(device, model.config, capacity_tokens=100) as cache:
+    with DriveCache(device, model.config, capacity_tokens=100, held_tokens=0) as cache:
         writing, attends = [], []
         update = DriveLayer.update
 
@@ -314,6 +455,48 @@ def test_rounding_is_the_drives():
             np.testing.assert_array_equal(values.numpy().astype(name).astype(np.float32), rounded.numpy())
 
 
+def test_float64_is_rounded_once():
+    # Just above the middle between two numbers of the format; rounded to float32 first they would lie upon it.
+    for element, digits in ((Element.FP16, 10), (Element.BF16, 7)):
+        values = torch.tensor([1 + 2.0**-(digits + 1) + 2.0**-40, -1 - 2.0**-(digits + 1) - 2.0**-40,
+                               1 + 3 * 2.0**-(digits + 1) - 2.0**-40], dtype=torch.float64)
+        rounded = round_to_storage(values, element)
+        assert rounded.dtype == torch.float64
+        assert rounded.tolist() == [1 + 2.0**-digits, -1 - 2.0**-digits, 1 + 2.0**-digits]
+
+
+def test_a_model_in_float64(drive):
+    model, tokens = small().to(torch.float64), prompts("llama")
+    with DriveCache(drive(model), model.config, capacity_tokens=100) as cache:
+        assert generate(model, tokens, cache, new=20).tolist() == generate(
+            model, tokens, RoundedCache(model.config), new=20).tolist()
+
+
+# Compiled models.
+
+
+def test_compiled_models(drive):
+    model, tokens = small(), prompts("llama")
+    model.set_attn_implementation(NAME)
+    device = drive(model)
+    options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 4, "do_sample": False}
+    with DriveCache(device, model.config, capacity_tokens=100) as cache:
+        expected = generate(model, tokens, cache, new=4).tolist()
+        cache.reset()
+        with torch.no_grad():
+            plain = [model(tokens, cache=cache).logits, model(tokens[:, :1], cache=cache).logits]
+        cache.reset()
+        compiled = torch.compile(model, backend="eager")
+        with torch.no_grad():
+            for one, logits in zip((tokens, tokens[:, :1]), plain, strict=True):
+                torch.testing.assert_close(compiled(one, cache=cache).logits, logits)
+        cache.reset()
+        assert compiled.generate(tokens, cache=cache, **options)[:, 30:].tolist() == expected
+        cache.reset()
+        model.compile(backend="eager")
+        assert model.generate(tokens, cache=cache, **options)[:, 30:].tolist() == expected
+
+
 # Masks.
 
 
@@ -331,6 +514,12 @@ def before(*rows):
     return [np.array(row, np.bool_) for row in rows]
 
 
+def bounds(rows):
+    """Start and end of each row, as lists."""
+    return [tuple(None if one is None else one.tolist() for one in pair)
+            for pair in zip(rows.start, rows.end, strict=True)]
+
+
 def test_a_mask_of_padding_and_windows():
     # Row 1 begins with two positions of padding, and has one in the middle.
     padding = (0, 1, 3)
@@ -338,11 +527,33 @@ def test_a_mask_of_padding_and_windows():
         row == 0 or place not in padding)), before([1, 1, 1, 1, 1], [0, 0, 1, 0, 1]), 1)
     assert [new.tolist() for new in rows.new] == [[0], [0]]
     assert [kept.tolist() for kept in rows.kept] == [[True] * 6, [False, False, True, False, True, True]]
-    assert rows.window == [3, 2]
+    assert bounds(rows) == [([3], None), ([1], None)]
     # The padding at the beginning does not matter to a window, whatever the number of queries.
     rows = _read_mask(masked(2, 2, 5, lambda row, query, place: query - 3 < place <= query and place >= row),
                       before([1] * 5, [0, 1, 1, 1, 1]), 2)
-    assert rows.window == [3, 3]
+    assert bounds(rows) == [([3, 4], None), ([2, 3], None)]
+
+
+@pytest.mark.parametrize("attends, expected", [
+    # A chunk that ends between the queries.
+    (lambda row, query, place: place <= query and place >= query // 6 * 6, ([0, 6], None)),
+    # A window over padding in the middle: in the tokens' own numbers it begins with the same one for both.
+    (lambda row, query, place: query - 3 < place <= query and place != 3, ([3, 3], None)),
+    # Tokens that attend later ones, as those of a picture do.
+    (lambda row, query, place: True, (None, [7, 7])),
+    (lambda row, query, place: place > query - 3, ([3, 4], [7, 7])),
+], ids=["chunk", "padding", "later", "later in a window"])
+def test_each_token_has_a_range_of_its_own(attends, expected):
+    rows = _read_mask(masked(1, 2, 5, attends), before([1, 1, 1, attends(0, 3, 3), 1]), 2)
+    assert bounds(rows) == [expected]
+
+
+def test_new_padding_takes_no_part():
+    tokens = [1, 1, 0, 1, 0, 0, 1]
+    rows = _read_mask(masked(1, 4, 3, lambda row, query, place: query - 5 < place <= query and bool(tokens[place])),
+                      before(tokens[:3]), 4)
+    assert (rows.new[0].tolist(), rows.kept[0].tolist()) == ([0, 3], list(map(bool, tokens)))
+    assert bounds(rows) == [([0, 2], None)]
 
 
 def test_masks_without_a_window():
@@ -351,25 +562,23 @@ def test_masks_without_a_window():
     floats = torch.where(everything, 0.0, torch.finfo(torch.float32).min)
     for mask in (everything, floats, None, everything[:1]):
         rows = _read_mask(mask, kept, 2)
-        assert rows.window == [None, None]
+        assert bounds(rows) == [(None, None)] * 2
         assert [new.tolist() for new in rows.new] == [[0, 1]] * 2
         assert [kept.tolist() for kept in rows.kept] == [[True] * 7] * 2
 
 
 def test_the_first_tokens_may_have_any_mask():
     rows = _read_mask(masked(1, 3, 0, lambda row, query, place: place != 1), before([]), 3)
-    assert (rows.new[0].tolist(), rows.window) == ([0, 2], [None])
+    assert (rows.new[0].tolist(), bounds(rows)) == ([0, 2], [(None, None)])
 
 
-@pytest.mark.parametrize("attends", [
-    lambda row, query, place: True,                                    # later tokens
-    lambda row, query, place: place <= query and place != 2,           # a gap
-    lambda row, query, place: place <= query and place >= query // 6 * 6,    # a chunk that ends between the queries
-    lambda row, query, place: query - 3 < place <= query and place != 3,     # a window over padding in the middle
-], ids=["later", "gap", "chunk", "padding"])
-def test_masks_that_the_drive_does_not_know(attends):
-    with pytest.raises(RequestError, match="row 0 of the batch: the drive attends causally"):
-        _read_mask(masked(1, 2, 5, attends), before([1, 1, 1, attends(0, 3, 3), 1]), 2)
+def test_masks_that_the_drive_does_not_know():
+    gap = masked(1, 2, 5, lambda row, query, place: place <= query and (query == 5 or place != 2))
+    with pytest.raises(RequestError, match=r"row 0 of the batch: the drive attends a range .* mask of position 6 asks"):
+        _read_mask(gap, before([1] * 5), 2)
+    everything = masked(2, 1, 3, causal)
+    with pytest.raises(RequestError, match=r"row 1 of the batch: .* lets position 3 attend position 1, which was padd"):
+        _read_mask(everything, before([1, 1, 1], [1, 0, 1]), 1)
 
 
 def test_a_mask_of_a_wrong_shape():
@@ -388,18 +597,124 @@ def test_masks_for_both_directions_are_refused():
 def test_the_backend_needs_its_cache(drive):
     model, tokens = small(), prompts("llama")
     model.set_attn_implementation(NAME)
-    with pytest.raises(RequestError, match="give past_key_values=DriveCache"):
+    message = r"DriveCache returned, but there was none: give the model, or generate\(\), cache=DriveCache\(device, "
+    with pytest.raises(RequestError, match=message):
+        model.generate(tokens, max_new_tokens=2)
+    # Another one that was given earlier does not matter.
+    cache = DriveCache(drive(model), model.config, capacity_tokens=100)
+    generate(model, tokens, cache, new=2)
+    with pytest.raises(RequestError, match=message):
         model.generate(tokens, max_new_tokens=2)
 
 
+def test_models_that_change_k_are_told_so(drive):
+    model = small()
+    cache = DriveCache(drive(model), model.config, capacity_tokens=100)
+    keys, values = cache.layers[0].update(*torch.zeros(2, 1, 2, 3, 32))
+    with pytest.raises(RequestError, match="layer 0: the model changes K after the DriveCache returned them"):
+        _attention(None, torch.zeros(1, 4, 3, 32), keys * 2, values, None)
+    with pytest.raises(RequestError, match=r"an earlier step of this DriveCache failed, .* RequestError: layer 0: "):
+        cache.layers[0].update(*torch.zeros(2, 1, 2, 3, 32))
+
+
 def test_the_cache_needs_its_backend(drive):
-    model, tokens = small(), prompts("llama")
+    model, tokens = small(layers=2), prompts("llama")
     cache = DriveCache(drive(model), model.config, capacity_tokens=100)
     model.set_attn_implementation("eager")
-    with pytest.raises(RequestError, match="went to another attention backend; use it with attn_implementation='kva"):
+    with pytest.raises(RequestError, match="layer 0: the K and V .* the model's attention is 'eager', call "
+                                           r"model.set_attn_implementation\('kvattic'\); reset\(\)"):
         model.generate(tokens, cache=cache, max_new_tokens=3)
     cache.reset()
     assert generate(model, tokens, cache, new=3).shape == (1, 3)
+
+
+_SIZES = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("model", [
+    lambda: BloomForCausalLM(BloomConfig(vocab_size=256, hidden_size=64, n_layer=2, n_head=2)),
+    lambda: FalconForCausalLM(FalconConfig(**_SIZES)),
+    lambda: FalconForCausalLM(FalconConfig(**_SIZES, alibi=True)),
+], ids=["bloom", "falcon", "falcon with alibi"])
+def test_models_without_the_attention_interface_are_told_so(drive, model):
+    model = model().eval()
+    model.set_attn_implementation(NAME)
+    cache = DriveCache(drive(model), model.config, capacity_tokens=100)
+    with pytest.raises(RequestError, match=r"layer 0: .* \w+ForCausalLM computes attention by itself, without tr"):
+        model.generate(prompts("llama"), cache=cache, max_new_tokens=3)
+
+
+def test_attention_weights_are_refused(drive):
+    for model in (small(), build("opt")):
+        model.set_attn_implementation(NAME)
+        cache = DriveCache(drive(model), model.config, capacity_tokens=100)
+        message = "output_attentions: the drive does not give attention weights"
+        with torch.no_grad(), pytest.raises(RequestError, match=message):
+            model(prompts("llama"), cache=cache, output_attentions=True)
+        cache.reset()
+        with pytest.raises(RequestError, match=message):
+            generate(model, prompts("llama"), cache, new=2, output_attentions=True, return_dict_in_generate=True)
+
+
+def test_after_an_error_the_cache_says_which(drive):
+    model, tokens = small(layers=2), prompts("llama")
+    with DriveCache(drive(model), model.config, capacity_tokens=32) as cache:
+        with pytest.raises(CapacityError, match="room for 32 tokens"):
+            generate(model, tokens, cache, new=10)
+        with pytest.raises(RequestError, match=r"an earlier step of this DriveCache failed, .*: reset\(\) it and begin "
+                                               "again with the whole text.* CapacityError: .*room for 32 tokens"):
+            generate(model, tokens, cache, new=2)
+        cache.reset()
+        assert generate(model, tokens, cache, new=2).shape == (1, 2)
+
+
+def test_a_step_that_was_interrupted(drive):
+    model, tokens = small(layers=2), prompts("llama")
+    with DriveCache(drive(model), model.config, capacity_tokens=100) as cache:
+        generate(model, tokens, cache, new=2)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model.model.layers[1].input_layernorm, "forward", None)
+            with torch.no_grad(), pytest.raises(TypeError):
+                model(tokens[:, :1], cache=cache)
+        message = "layer 1 holds 31 positions and gets 1 more, but layer 0 holds 33: an earlier step was interrupted"
+        with torch.no_grad(), pytest.raises(RequestError, match=message):
+            model(tokens[:, :1], cache=cache)
+
+
+def overflowing():
+    """A model whose scores no drive holds."""
+    model = small(layers=2, attention_bias=True)
+    with torch.no_grad():
+        for projection in (model.model.layers[1].self_attn.q_proj, model.model.layers[1].self_attn.k_proj):
+            projection.bias[:] = 5000.0
+    return model
+
+
+def test_scores_out_of_range_come_out_of_generate(drive):
+    model = overflowing()
+    with DriveCache(drive(model), model.config, capacity_tokens=100) as cache:
+        with pytest.raises(RangeError, match=r"layer 1, row 0 of the batch: .*score"):
+            generate(model, prompts("llama"), cache, new=3)
+        with pytest.raises(RequestError, match=r"an earlier step of this DriveCache failed, .* RangeError: layer 1"):
+            generate(model, prompts("llama"), cache, new=3)
+
+
+def test_the_row_of_a_batch_is_named_that_is_out_of_range(drive):
+    model = small()
+    tokens, mask = padded([30, 21])
+    device = drive(model)
+    attend_many = device.attend_many
+
+    def picky(plans):
+        """A drive that finds sequence 1 out of range."""
+        if any(plan.sequence.number == 1 for plan in plans):
+            raise RangeError("KV head 1: too large")
+        return attend_many(plans)
+
+    with DriveCache(device, model.config, capacity_tokens=100) as cache:
+        device.attend_many = picky
+        with pytest.raises(RangeError, match=r"^layer 0, row 1 of the batch: KV head 1: too large$"):
+            generate(model, tokens, cache, mask=mask, new=3)
 
 
 def test_gradients_and_other_arithmetic_are_refused(drive):
@@ -413,7 +728,8 @@ def test_gradients_and_other_arithmetic_are_refused(drive):
     with pytest.raises(RequestError, match="the drive's attention has no softcap"):
         _attention(None, torch.zeros(1, 4, 1, 32), keys, values, None, softcap=50.0)
     with pytest.raises(RequestError, match="K are not those that the DriveCache returned last"):
-        cache.layers[0]._given = None
+        cache.reset()
+        cache.layers[0].update(*torch.zeros(2, 1, 2, 1, 32))
         _attention(None, torch.zeros(1, 4, 1, 32), keys, values, None)
 
 
@@ -444,6 +760,28 @@ def test_heads_that_do_not_fit(drive):
         DriveCache(device, small(dim=64).config)
     with pytest.raises(ConfigError, match="head_dim is 512, the drive's is at most 256"):
         config_for(small(dim=512))
+    with pytest.raises(ConfigError, match=r"head_dim is 160, for which a drive needs 256 .* codewords of 256; take an"):
+        config_for(small(dim=160), "tiny")
+    assert config_for(small(dim=160), "paper").head_dim == 256
+    with pytest.raises(ConfigError, match=r"head_dim must be one of .* not 160"):
+        config_for(small(dim=160), head_dim=160)
+    with pytest.raises(ConfigError, match="the model's 4 query heads are no multiple of its 3 KV heads"):
+        config_for(small(kv_heads=3).config)
+
+
+def test_layers_that_do_not_fit(drive):
+    cache = DriveCache(drive(small()), small().config, capacity_tokens=100)
+    for key, value, message in (
+            ((1, 2, 3, 64), (1, 2, 3, 32), "layer 0: K has 64 elements a head, the drive's head_dim is 32"),
+            ((1, 2, 3, 32), (1, 2, 3, 40), "layer 0: V has 40 elements a head, the drive's head_dim is 32"),
+            ((1, 1, 3, 32), (1, 2, 3, 16), "layer 0: K and V must have the same heads and tokens")):
+        with pytest.raises(RequestError, match=message):
+            cache.layers[0].update(torch.zeros(key), torch.zeros(value))
+    assert not cache.sequences
+    cache = DriveCache(cache.device, small(layers=2).config, capacity_tokens=100)
+    cache._start(1, 2)
+    with pytest.raises(RequestError, match="layer 1 has 4 KV heads, the layers before it 2"):
+        cache.layers[1].update(*torch.zeros(2, 1, 4, 3, 32))
 
 
 def test_too_many_tokens(drive):
@@ -459,10 +797,32 @@ def test_too_many_tokens(drive):
 def test_more_drafts_than_are_held(drive):
     model = small()
     with DriveCache(drive(model), model.config, capacity_tokens=200, held_tokens=4) as cache:
-        cache.activate_past_recording()
         generate(model, prompts("llama"), cache, new=20)
-        with pytest.raises(RequestError, match=r"in flash, where nothing can be removed; .*held_tokens"):
+        with pytest.raises(RequestError, match=r"layer 0, row 0 of the batch: 40 tokens were to be removed, but only "
+                                               r"the newest \d+ can be: others are in flash, .* held_tokens than 4"):
             cache.crop(-40)
+        assert cache.get_seq_length() == cache.sequences[0].length() == 49
+
+
+def test_nothing_is_removed_of_any_row_if_it_cannot_be_of_all(drive):
+    model = small()
+    tokens, mask = padded([30, 60], width=60)
+    with DriveCache(drive(model), model.config, capacity_tokens=200, held_tokens=32) as cache:
+        generate(model, tokens, cache, mask=mask, new=2)
+        before = [sequence.length() for sequence in cache.sequences]
+        with pytest.raises(RequestError, match="row 1 of the batch: 58 tokens were to be removed"):
+            cache.crop(-58)
+        assert [sequence.length() for sequence in cache.sequences] == before
+
+
+def test_the_newest_tokens_are_held_from_the_first_one_on(drive):
+    model, tokens = small(layers=2), prompts("llama")
+    with DriveCache(drive(model), model.config, capacity_tokens=200) as cache:
+        expected = generate(model, tokens, cache, new=10)
+        cache.crop(-9)
+        assert (cache.get_seq_length(), cache.sequences[0].length(1)) == (30, 30)
+        cache.crop(-1)
+        assert generate(model, tokens, cache, new=10).tolist() == expected.tolist()
 
 
 def test_numbers_that_do_not_fit(drive):
