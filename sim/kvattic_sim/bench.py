@@ -26,7 +26,8 @@ from kvattic_sim.benches.engine import Bench, Lab, UnavailableError, WrongResult
 from kvattic_sim.build import SimulationFailed, Simulator, SimulatorError
 from kvattic_sim.console import make_console
 from kvattic_sim.jobs import JobError
-from kvattic_sim.lm import evaluate
+from kvattic_sim.lm import evaluate, real
+from kvattic_sim.lm.smollm2 import WeightsError
 
 __all__ = ["BARS", "Bar", "Verdict", "benches", "main", "run", "select", "verdict"]
 
@@ -82,6 +83,8 @@ BARS: dict[str, Bar | None] = {
     "sparse.speedup.clustered": Bar(">=", (6.0,)),
     "sparse.bus_utilization": Bar(">=", (0.85,)),
     "sparse.centroid.speedup": Bar(">=", (6.5,)),
+    **dict.fromkeys(real.KEYS),
+    "sparse.centroid.real_error": Bar("<=", (0.2,)),
     **dict.fromkeys(evaluate.KEYS),
     "sparse.fetched.error_ratio.lm": Bar("<=", (0.85,)),
     "sparse.fetched.error_ratio.minilm": Bar("<=", (0.85,)),
@@ -130,6 +133,20 @@ def verdict(key: str, value: Value, known: Mapping[str, Value]) -> Verdict:
     return Verdict.MET if len(good) == len(numbers) else Verdict.REPORTED
 
 
+def _real(lab: Lab) -> dict[str, float]:
+    """The figures of a real model.
+
+    Raises:
+        UnavailableError: what runs it, or its weights, are not here.
+    """
+    try:
+        return real.measure(lambda line: lab.progress(line, 0, None))
+    except ImportError as error:
+        raise UnavailableError(f"{error}: pip install 'kvattic[quality]'") from error
+    except WeightsError as error:
+        raise UnavailableError(str(error)) from error
+
+
 def benches() -> tuple[Bench, ...]:
     """All that can be measured here: placement, engine, flash path, sparse modes, host, accuracy, simulators."""
 
@@ -140,7 +157,9 @@ def benches() -> tuple[Bench, ...]:
     placing = Bench(keys=placement.KEYS, measure=lambda lab: placement.write_amplification())
     quality = Bench(keys=evaluate.KEYS, measure=lambda lab: evaluate.measure(
         plot=Path("build") / "lm_quality.png", progress=lambda line: lab.progress(line, 0, None)))
-    return (placing, *engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *sparse.BENCHES, quality, *host.BENCHES,
+    reality = Bench(keys=real.KEYS, measure=_real)
+    return (placing, *engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *sparse.BENCHES, quality, reality,
+            *host.BENCHES,
             *(alone(prefix, function) for prefix, function in accuracy.BENCHES.items()))
 
 

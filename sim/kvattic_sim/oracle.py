@@ -24,6 +24,7 @@ __all__ = [
     "fa3",
     "fetched",
     "mask",
+    "mean_keys",
     "relative_rms",
     "sparf",
     "sparq",
@@ -150,7 +151,7 @@ class Sparse:
         scale: float64, (rows,), each row's scale of the first pass.
         probability: float64, (rows, tokens), approximate softmax; in `centroid` (rows, units).
         mass: float64, (units,), its sum over the rows and the unit's tokens.
-        forced: bool, (units,), units that touch the local window or are not full.
+        forced: bool, (units,), units that hold a sink, touch the local window or are not full.
         selected: bool, (units,).
         attended: bool, (rows, tokens), what the second pass attends.
         alpha: float64, (rows,).
@@ -178,8 +179,9 @@ def sparf(
     *,
     channels: int,
     units: int,
-    mean: NDArray[Any],
+    mean: NDArray[Any] | None = None,
     local: int = 0,
+    sinks: int = 0,
     mask: NDArray[np.bool_] | None = None,
     tail: NDArray[np.bool_] | None = None,
 ) -> Sparse:
@@ -192,13 +194,14 @@ def sparf(
         scale: softmax scale, usually head_dim**-0.5.
         channels: channels of the first pass.
         units: tokens to select; those of the tail come on top.
-        mean: floats, (head_dim,), the mean of V.
+        mean: floats, (head_dim,) or (rows, head_dim), the mean of V that is blended in; None: of what each row attends.
         local: the newest tokens, which are selected first.
+        sinks: the first tokens, which are selected first, too.
         mask: bool, (rows, tokens), what each row attends; all of it if None.
         tail: bool, (tokens,), tokens that are scored exactly and always attended; none if None.
     """
-    return fetched(q, k, v, scale, channels=channels, units=units, unit_tokens=1, mean=mean, local=local, mask=mask,
-                   tail=tail)
+    return fetched(q, k, v, scale, channels=channels, units=units, unit_tokens=1, mean=mean, local=local, sinks=sinks,
+                   mask=mask, tail=tail)
 
 
 def fetched(
@@ -210,8 +213,9 @@ def fetched(
     channels: int,
     units: int,
     unit_tokens: int,
-    mean: NDArray[Any],
+    mean: NDArray[Any] | None = None,
     local: int = 0,
+    sinks: int = 0,
     mask: NDArray[np.bool_] | None = None,
     tail: NDArray[np.bool_] | None = None,
 ) -> Sparse:
@@ -225,13 +229,15 @@ def fetched(
         channels: channels of the first pass.
         units: units to select.
         unit_tokens: tokens of a unit; the last one may have fewer.
-        mean: floats, (head_dim,).
+        mean: as in `sparf`.
         local: the newest tokens: units that touch them come first.
+        sinks: the first tokens: units that hold one of them come first, too.
         mask: bool, (rows, tokens).
         tail: bool, (tokens,), whole units.
     """
-    q, k, v, mean = (np.asarray(x, np.float64) for x in (q, k, v, mean))
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     seen, late = _everything(len(q), len(k), mask, tail)
+    means = _mean(v, seen) if mean is None else np.broadcast_to(np.asarray(mean, np.float64), q.shape)
     size = np.abs(q).sum(axis=0)
     chosen = np.array(sorted(sorted(range(len(size)), key=lambda c: (-size[c], c))[:channels]))
     part, whole = np.abs(q[:, chosen]).sum(axis=1), np.abs(q).sum(axis=1)
@@ -240,7 +246,7 @@ def fetched(
     scores = np.where(late, q @ k.T * scale, q[:, chosen] @ k[:, chosen].T * scales[:, None])
     probability = _probabilities(scores, seen)
     units_seen = _units(probability, unit_tokens)
-    forced, selected = _choose(units_seen, unit_tokens, units, local, late)
+    forced, selected = _choose(units_seen, unit_tokens, units, local, sinks, late)
     taken = np.repeat(selected, unit_tokens)[: len(k)] | late
     share = (probability * taken).sum(axis=1)
     # What attends nothing has no share in anything, and is zero.
@@ -249,7 +255,7 @@ def fetched(
     exact = attention(q, k, v, scale, seen & taken)
     return Sparse(
         channels=chosen, scale=scales, probability=probability, mass=units_seen, forced=forced, selected=selected,
-        attended=seen & taken, alpha=alpha, exact=exact, output=alpha[:, None] * exact + (1 - alpha[:, None]) * mean)
+        attended=seen & taken, alpha=alpha, exact=exact, output=alpha[:, None] * exact + (1 - alpha[:, None]) * means)
 
 
 def centroid(
@@ -262,6 +268,7 @@ def centroid(
     units: int,
     unit_tokens: int,
     local: int = 0,
+    sinks: int = 0,
     mask: NDArray[np.bool_] | None = None,
     tail: NDArray[np.bool_] | None = None,
 ) -> Sparse:
@@ -272,10 +279,11 @@ def centroid(
         k: floats, (tokens, head_dim).
         v: floats, (tokens, head_dim).
         scale: softmax scale.
-        centroids: floats, (units, head_dim), mean keys.
+        centroids: floats, (units, head_dim), mean keys; see `mean_keys`.
         units: units to select.
         unit_tokens: tokens of a unit; the last one may have fewer.
         local: the newest tokens: units that touch them come first.
+        sinks: the first tokens: units that hold one of them come first, too.
         mask: bool, (rows, tokens); a row scores the mean keys of units of which it attends any token.
         tail: bool, (tokens,), whole units, which are always attended and have no score.
     """
@@ -284,12 +292,40 @@ def centroid(
     visible = _units(seen & ~late, unit_tokens, rows=True) > 0
     probability = _probabilities(q @ centroids.T * scale, visible)
     mass = probability.sum(axis=0)
-    forced, selected = _choose(mass, unit_tokens, units, local, late)
+    forced, selected = _choose(mass, unit_tokens, units, local, sinks, late)
     taken = np.repeat(selected, unit_tokens)[: len(k)] | late
     exact = attention(q, k, v, scale, seen & taken)
     return Sparse(
         channels=np.zeros(0, np.int64), scale=np.full(len(q), scale), probability=probability, mass=mass, forced=forced,
         selected=selected, attended=seen & taken, alpha=np.ones(len(q)), exact=exact, output=exact)
+
+
+def mean_keys(k: NDArray[Any], unit_tokens: int, sinks: int = 0) -> NDArray[np.float64]:
+    """Mean key of each unit of consecutive tokens.
+
+    Attention sinks have keys unlike all others, and would hide what else is in their unit; so they are left out. A unit
+    of nothing but sinks has the mean of them: it is always selected, whatever its score.
+
+    Args:
+        k: floats, (tokens, head_dim).
+        unit_tokens: tokens of a unit; the last one may have fewer.
+        sinks: the first tokens.
+
+    Returns:
+        float64, (units, head_dim).
+    """
+    k = np.asarray(k, np.float64)
+    result = []
+    for begin in range(0, len(k), unit_tokens):
+        end = min(begin + unit_tokens, len(k))
+        result.append(k[sinks if begin < sinks < end else begin : end].mean(axis=0))
+    return np.array(result).reshape(-1, k.shape[1])
+
+
+def _mean(v: NDArray[np.float64], seen: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Mean of V over what each row attends, (rows, head_dim); zero for a row that attends nothing."""
+    result: NDArray[np.float64] = seen @ v / np.maximum(seen.sum(axis=1, keepdims=True), 1)
+    return result
 
 
 def _everything(
@@ -318,11 +354,11 @@ def _units(values: NDArray[Any], unit_tokens: int, *, rows: bool = False) -> NDA
 
 
 def _choose(
-    mass: NDArray[np.float64], unit_tokens: int, units: int, local: int, late: NDArray[np.bool_]
+    mass: NDArray[np.float64], unit_tokens: int, units: int, local: int, sinks: int, late: NDArray[np.bool_]
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """(forced, selected): the units of the largest mass, the lower one of equals, forced ones before all others."""
-    end = (np.arange(len(mass)) + 1) * unit_tokens
-    forced = end > len(late) - local
+    begin = np.arange(len(mass)) * unit_tokens
+    forced = (begin < sinks) | (begin + unit_tokens > len(late) - local)
     candidates = [u for u in range(len(mass)) if not late[u * unit_tokens]]
     best = sorted(candidates, key=lambda u: (not forced[u], 0.0 if forced[u] else -mass[u], u))[:units]
     selected = np.zeros(len(mass), np.bool_)

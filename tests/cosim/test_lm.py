@@ -28,7 +28,8 @@ def decoded(device: Device, name: str) -> Any:
     """Bits of some bytes, and every attention's output on the way."""
     decoder, window = load(), load_held_out().windows[evaluate.GOLDEN_WINDOW][: PREFIX + TOKENS + 1]
     ratio = Fraction(1) if name == "dense" else Fraction(1, 8)
-    memory = evaluate.DriveMemory(device, decoder.shape, evaluate.method_at(name, ratio, decoder.shape.head_dim))
+    memory = evaluate.DriveMemory(device, decoder.shape, evaluate.method_at(name, ratio, decoder.shape.head_dim,
+                                                                            evaluate.Setting()))
     outputs: list[Any] = []
     attend = memory.attend
 

@@ -1,7 +1,8 @@
 """What sparse attention costs the language model: bits per byte against the flash bytes that each method moves.
 
 ``python -m kvattic_sim.lm.evaluate`` prints the table, keeps the figures in build/bench.json and draws
-docs/lm_quality.png; ``... --windows 4`` is a fast look, ``... --golden`` runs the golden device. The first half of each
+docs/lm_quality.png; ``... --windows 4`` is a fast look, ``... --golden`` runs the golden device, ``... --tune`` tries
+the settings of which `BEST` are the best. The first half of each
 held-out window is prefilled densely, the second half decoded with the method in every layer, each byte fed whatever was
 predicted.
 
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -49,6 +51,8 @@ from kvattic_sim.lm.methods import (
 from kvattic_sim.lm.model import Decoder, Halves, Layer, Memory, Shape, bits_per_byte, load, load_held_out
 
 __all__ = [
+    "BEST",
+    "GRIDS",
     "KEYS",
     "METHODS",
     "RATIOS",
@@ -57,6 +61,8 @@ __all__ = [
     "Head",
     "MethodMemory",
     "Quality",
+    "Setting",
+    "describe",
     "draw",
     "error_ratio",
     "golden_quality",
@@ -65,9 +71,12 @@ __all__ = [
     "measure",
     "method_at",
     "minilm_heads",
+    "possible",
     "quality",
     "selection",
+    "setting_of",
     "teacher_forced",
+    "tune",
 ]
 
 Floats = NDArray[np.floating[Any]]
@@ -78,6 +87,8 @@ METHODS = ("dense", "sparq", "sparf", "fetched", "centroid", "quest", "h2o", "lo
 WINDOWS = 16
 PLOT = Path("docs") / "lm_quality.png"
 GOLDEN_WINDOW = 17
+TUNE_EVERY, TUNE_STEPS = 8, 7
+"""Of the windows that are not reported, settings are tried on one in so many, and there on one in so many steps."""
 SHORT_TAIL = 32
 """Tokens: of a long context the tail is a small part, of the windows' it is an eighth and more."""
 ERROR_SETTINGS = tuple((channels, share) for channels in (8, 4, 2) for share in (8, 16, 32))
@@ -85,45 +96,127 @@ ERROR_SETTINGS = tuple((channels, share) for channels in (8, 4, 2) for share in 
 ERROR_KEY = (8, 16)
 
 
-def method_at(name: str, ratio: Fraction, head_dim: int) -> Method:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What a method leaves open at a given number of bytes; each method heeds what concerns it.
+
+    Attributes:
+        channels: r over head_dim; what is left of the bytes is for tokens. None: half of the bytes are for each.
+        local: share of the selected tokens that goes to the newest.
+        unit: tokens of a unit or page.
+        rows: how the scores of a group's rows become one.
+        heavy: share of H2O's tokens that goes to the heavy hitters.
+        sinks: first tokens that are always attended.
+        dense_layers: first layers with dense attention, whose bytes count; the other layers have fewer.
+    """
+
+    channels: Fraction | None = None
+    local: float = 0.25
+    unit: int = 16
+    rows: str = "softmax"
+    heavy: float = 0.5
+    sinks: int = 4
+    dense_layers: int = 0
+
+    def remaining(self, ratio: Fraction, layers: int) -> Fraction:
+        """Bytes of a layer that is not dense, over those of dense attention, if all layers together have `ratio`."""
+        return (layers * ratio - self.dense_layers) / (layers - self.dense_layers)
+
+
+LAYERS, CONTEXT = 5, 1024
+"""Of the language model."""
+EXCESS = 0.1
+GRIDS: dict[str, tuple[Setting, ...]] = {
+    **dict.fromkeys(("sparq", "sparf", "fetched"), tuple(
+        Setting(channels=Fraction(1, part), local=local) for part in (2, 4, 8, 16, 32) for local in (0.25, 0.0))),
+    "centroid": tuple(Setting(unit=unit) for unit in (8, 16, 32, 64)),
+    "quest": tuple(Setting(unit=unit, rows=rows, dense_layers=dense)
+                   for unit in (8, 16, 32, 64) for rows in ("softmax", "sum") for dense in (0, 1, 2)),
+    "h2o": tuple(Setting(heavy=heavy) for heavy in (0.25, 0.5, 0.75)),
+    "sinks": tuple(Setting(sinks=sinks) for sinks in (1, 4, 16)),
+}
+"""Settings that `tune` tries; `pages` has those of `sparf`, whose selection it is, and `local` has none. Of Quest the
+paper keeps the first two layers dense."""
+BEST: dict[tuple[str, Fraction], Setting] = {
+    ("sparq", Fraction(1, 2)): Setting(local=0.0),
+    ("centroid", Fraction(1, 4)): Setting(unit=8),
+    ("centroid", Fraction(1, 8)): Setting(unit=8),
+    ("centroid", Fraction(1, 16)): Setting(unit=32),
+    ("quest", Fraction(1, 8)): Setting(unit=32),
+    ("quest", Fraction(1, 16)): Setting(unit=32, rows="sum"),
+    ("h2o", Fraction(1, 2)): Setting(heavy=0.75),
+    ("h2o", Fraction(1, 4)): Setting(heavy=0.75),
+    ("h2o", Fraction(1, 16)): Setting(heavy=0.25),
+}
+"""The best of them, as `tune` found them on windows that the figures are not of, where they are better than `Setting()`
+by a hundredth of the error or more."""
+_HEEDED = {"sparq": ("channels", "local"), "sparf": ("channels", "local"), "fetched": ("channels", "local"),
+           "centroid": ("unit", "rows"), "quest": ("unit", "rows", "dense_layers"), "h2o": ("heavy",),
+           "sinks": ("sinks",)}
+
+
+def describe(name: str, ratio: Fraction, setting: Setting) -> str:
+    """What a method heeds of a setting, in words."""
+    values = {part: getattr(setting, part) for part in _HEEDED[name]}
+    if "channels" in values:
+        values["channels"] = f"{values['channels'] or ratio} d"
+    return ", ".join(f"{part} {value}" for part, value in values.items())
+
+
+def setting_of(name: str, ratio: Fraction) -> Setting:
+    """The best setting of a method at a ratio."""
+    return BEST.get(("sparf" if name == "pages" else name, ratio), Setting())
+
+
+def method_at(name: str, ratio: Fraction, head_dim: int, setting: Setting | None = None) -> Method:
     """The method with parameters such that its nominal bytes are `ratio` of dense's.
 
     Nominal bytes are those of the elements that a method needs, if they could be read singly: SparF's are
-    r / (2 head_dim) + k / tokens, which is split in halves; centroids of 16 tokens are 1/32, Quest's bounds of 16
-    tokens 1/16, and of 32 tokens, for the ratio 1/16, 1/32; the rest is for tokens. At 1, everything is attended.
+    r / (2 head_dim) + k / tokens; mean keys of units of n tokens are 1 / (2 n), Quest's bounds 1 / n; the rest is for
+    tokens. At 1, everything is attended.
+
+    Args:
+        name: one of `METHODS`.
+        ratio: above 0, at most 1.
+        head_dim: of the model.
+        setting: what the bytes leave open; the best by default.
 
     Raises:
-        ValueError: there is no such method, or dense is wanted at another ratio than 1.
+        ValueError: there is no such method, dense is wanted at another ratio than 1, or the setting leaves no bytes for
+            tokens.
     """
     whole = ratio == 1
-    channels = max(1, round(ratio * head_dim))
-    share = 1.0 if whole else float(ratio / 2)
+    setting = setting or setting_of(name, ratio)
 
     def rest(described: Fraction) -> float:
-        return 1.0 if whole else float(ratio - described)
+        left = setting.remaining(ratio, LAYERS) - described
+        if left <= 0 and not whole:
+            raise ValueError(f"at {ratio} of the bytes, setting ({setting}) must leave some for tokens of {name}")
+        return 1.0 if whole else float(left)
 
-    page = 32 if ratio <= Fraction(1, 16) else 16
+    channels = head_dim if whole else max(1, round((setting.channels or ratio) * head_dim))
+    blended: dict[str, Any] = {"channels": channels, "local": setting.local}
     match name:
         case "dense" if whole:
             return Dense()
         case "sparq":
-            return Sparq(channels=channels, share=share)
+            return Sparq(share=rest(Fraction(channels, 2 * head_dim)), **blended)
         case "sparf":
-            return Sparf(channels=channels, share=share)
+            return Sparf(share=rest(Fraction(channels, 2 * head_dim)), **blended)
         case "pages":
-            return PageSparf(channels=channels, share=share)
+            return PageSparf(share=rest(Fraction(channels, 2 * head_dim)), **blended)
         case "fetched":
-            return Fetched(channels=channels, share=share)
+            return Fetched(share=rest(Fraction(channels, 2 * head_dim)), **blended)
         case "centroid":
-            return Centroid(share=rest(Fraction(1, 32)))
+            return Centroid(share=rest(Fraction(1, 2 * setting.unit)), unit=setting.unit, rows=setting.rows)
         case "quest":
-            return Quest(share=rest(Fraction(1, page)), unit=page)
+            return Quest(share=rest(Fraction(1, setting.unit)), unit=setting.unit, rows=setting.rows)
         case "h2o":
-            return HeavyHitters(share=float(ratio))
+            return HeavyHitters(share=rest(Fraction(0)), heavy=setting.heavy)
         case "local":
-            return Local(share=float(ratio))
+            return Local(share=rest(Fraction(0)))
         case "sinks":
-            return Local(share=float(ratio), sinks=4)
+            return Local(share=rest(Fraction(0)), sinks=setting.sinks)
     raise ValueError(f"method must be one of {', '.join(METHODS)}, dense at 1 only, not {name!r} at {ratio}")
 
 
@@ -136,18 +229,21 @@ def dense_bytes(method: Method, tokens: int, first: int, head_dim: int) -> int:
 
 @dataclass(slots=True, eq=False)
 class _Measured:
-    """A method as a `model.Attention` that counts what flash moves."""
+    """A method as a `model.Attention` that counts what flash moves; the first layers may be dense."""
 
     method: Method
+    dense_layers: int = 0
     flash_bytes: int = 0
     dense_bytes: int = 0
 
     def __call__(self, layer: int, tokens: Layer, first: int) -> Floats:
         parts = []
         for query, key, value in _heads(tokens, np.float32):
-            outcome = self.method.decode(query, key, value, first)
-            self.flash_bytes += int(outcome.flash_bytes.sum())
-            self.dense_bytes += dense_bytes(self.method, len(key), first, key.shape[1])
+            everything = dense_bytes(self.method, len(key), first, key.shape[1])
+            method = Dense() if layer < self.dense_layers else self.method
+            outcome = method.decode(query, key, value, first)
+            self.flash_bytes += everything if layer < self.dense_layers else int(outcome.flash_bytes.sum())
+            self.dense_bytes += everything
             parts.append(outcome.output)
         return np.concatenate(parts, axis=1)
 
@@ -324,6 +420,7 @@ def quality(
     windows: NDArray[np.uint8],
     methods: Mapping[tuple[str, Fraction], Method],
     report: Callable[[str], None] = lambda line: None,
+    dense_layers: Mapping[tuple[str, Fraction], int] = MappingProxyType({}),
 ) -> dict[tuple[str, Fraction], Quality]:
     """Measure each method on the second half of each window.
 
@@ -332,12 +429,13 @@ def quality(
         windows: uint8, (windows, tokens + 1).
         methods: by name and ratio; ("dense", 1) among them.
         report: is told how it goes.
+        dense_layers: first layers with dense attention, by name and ratio; none where there is nothing.
 
     Returns:
         The qualities, by the same keys.
     """
     first = (windows.shape[1] - 1) // 2
-    measured = {key: _Measured(method) for key, method in methods.items()}
+    measured = {key: _Measured(method, dense_layers.get(key, 0)) for key, method in methods.items()}
     bits: dict[tuple[str, Fraction], list[NDArray[np.float64]]] = {key: [] for key in methods}
     for number, window in enumerate(windows):
         begin = time.monotonic()
@@ -359,6 +457,82 @@ def quality(
             short_tail=float(each[:, short].mean()),
         )
     return result
+
+
+# The best settings.
+
+
+def possible(name: str, ratio: Fraction, head_dim: int) -> dict[Setting, Method]:
+    """The settings of a method's grid that leave bytes for tokens at a ratio.
+
+    Units are whole, and the model's contexts short: rounded, a setting may read more than its share. Those that exceed
+    it by more than `EXCESS` are left out; if all do, all but those of the least.
+    """
+    found, bytes_read = {}, {}
+    for setting in GRIDS[name]:
+        try:
+            found[setting] = method_at(name, ratio, head_dim, setting)
+        except ValueError:
+            continue
+        bytes_read[setting] = _rounded(found[setting]) / float(setting.remaining(ratio, LAYERS))
+    limit = max(1 + EXCESS, min(bytes_read.values()) + 1e-9)
+    return {setting: method for setting, method in found.items() if bytes_read[setting] <= limit}
+
+
+def _rounded(method: Method) -> float:
+    """Bytes of a `Centroid` or `Quest` with whole units, over those of dense attention; 0 for what reads tokens."""
+    if not isinstance(method, (Centroid, Quest)):
+        return 0.0
+    flash = np.arange(CONTEXT // 2, CONTEXT, GROUP)
+    tokens = share_of(method.share, flash // method.unit) * method.unit
+    return float(tokens.sum() / flash.sum()) + method.entries / (2 * method.unit)
+
+
+def tune(decoder: Decoder, windows: NDArray[np.uint8], report: Callable[[str], None] = lambda line: None,
+         names: Sequence[str] = tuple(GRIDS), ratios: Sequence[Fraction] = RATIOS[1:],
+         ) -> dict[tuple[str, Fraction], dict[Setting, float]]:
+    """The error of attention outputs with every setting of every method's grid, relative to dense: some minutes.
+
+    Args:
+        decoder: the model, which attends densely here.
+        windows: uint8, (windows, tokens + 1), other ones than those that are reported.
+        report: is told how it goes.
+        names: methods.
+        ratios: of bytes.
+
+    Returns:
+        By method and ratio, relative RMS errors over all layers, of one in `TUNE_STEPS` steps of a window's second
+        half (of all of them where a method's steps depend on each other).
+    """
+    first = (windows.shape[1] - 1) // 2
+    heads = [(layer, *head) for window in windows for layer, tokens in enumerate(decoder.forward(window[:-1])[1])
+             for head in _heads(tokens, np.float32)]
+    dense = [Dense().decode(query, key, value, first).output for _, query, key, value in heads]
+
+    def error(method: Method, setting: Setting) -> float:
+        wrong = size = 0.0
+        for (layer, query, key, value), right in zip(heads, dense, strict=True):
+            expected = right
+            if isinstance(method, Stateless):
+                at = np.arange(first, len(key), TUNE_STEPS)
+                output, expected = method.attend(query[at], key, value, at + 1).output, right[at - first]
+            elif layer >= setting.dense_layers:
+                output = method.decode(query, key, value, first).output
+            size += float(np.square(expected).sum())
+            if layer >= setting.dense_layers:
+                wrong += float(np.square(output - expected).sum())
+        return math.sqrt(wrong / size)
+
+    found: dict[tuple[str, Fraction], dict[Setting, float]] = {}
+    for name in names:
+        for ratio in ratios:
+            tried = found[name, ratio] = {
+                setting: error(method, setting)
+                for setting, method in possible(name, ratio, decoder.shape.head_dim).items()}
+            best = min(tried, key=lambda setting: tried[setting])
+            report(f"{name} at {ratio}: {tried[best]:.4f} with {describe(name, ratio, best)}; "
+                   f"{max(tried.values()):.4f} with the worst of {len(tried)}")
+    return found
 
 
 # Fetched against SparF.
@@ -469,6 +643,26 @@ def _table(qualities: Mapping[tuple[str, Fraction], Quality]) -> Table:
     return table
 
 
+def _settings_table() -> Table:
+    table = Table(title="The best settings, found on other windows (--tune); those of pages are SparF's")
+    table.add_column("method")
+    for ratio in RATIOS[1:]:
+        table.add_column(str(ratio))
+    for name in GRIDS:
+        table.add_row(name, *(describe(name, ratio, setting_of(name, ratio)) for ratio in RATIOS[1:]))
+    return table
+
+
+def _tuned_table(found: Mapping[tuple[str, Fraction], Mapping[Setting, float]]) -> Table:
+    table = Table(title="Error of outputs with every setting, on windows that are not reported; the best first")
+    for column in ("method", "bytes", "setting", "error"):
+        table.add_column(column, justify="right" if column == "error" else "left")
+    for (name, ratio), tried in found.items():
+        for setting in sorted(tried, key=lambda setting: tried[setting]):
+            table.add_row(name, str(ratio), describe(name, ratio, setting), f"{tried[setting]:.4f}")
+    return table
+
+
 def _loss_table(qualities: Mapping[tuple[str, Fraction], Quality]) -> Table:
     table = Table(title=f"Bits per byte more than dense; in brackets where {SHORT_TAIL} tokens or fewer are in DRAM")
     table.add_column("method")
@@ -556,7 +750,7 @@ def _golden(console: Console, decoder: Decoder, window: NDArray[np.uint8]) -> No
         table.add_column(column, justify="left" if column == "mode" else "right")
     for name in ("dense", "sparf", "fetched", "centroid"):
         ratio = Fraction(1) if name == "dense" else Fraction(1, 8)
-        method = method_at(name, ratio, decoder.shape.head_dim)
+        method = method_at(name, ratio, decoder.shape.head_dim, Setting())
         logits, _ = decoder.forward(window[first:-1], _Measured(method), prefix)
         numpy = bits_per_byte(logits, window[first + 1 :])
         golden = golden_quality(decoder, window, method)
@@ -573,6 +767,11 @@ KEYS = (
 """What `measure` returns."""
 
 
+def _reported(count: int, every: int) -> NDArray[np.int64]:
+    """Numbers of the windows that are reported: spread over the files, of which some have several windows."""
+    return np.linspace(0, every - 1, count).round().astype(np.int64)
+
+
 def measure(windows: int = WINDOWS, plot: Path = PLOT, progress: Callable[[str], None] = lambda line: None,
             console: Console | None = None) -> dict[str, float]:
     """All figures of `KEYS`; draws the plot, and prints the tables if there is a console.
@@ -584,13 +783,13 @@ def measure(windows: int = WINDOWS, plot: Path = PLOT, progress: Callable[[str],
         console: for the tables.
     """
     decoder, text = load(), load_held_out()
-    # Spread over the files, of which some have several windows.
-    chosen = text.windows[np.linspace(0, len(text.windows) - 1, windows).round().astype(int)]
+    chosen = text.windows[_reported(windows, len(text.windows))]
     methods = {
         (name, ratio): method_at(name, ratio, decoder.shape.head_dim)
         for name in METHODS for ratio in (RATIOS[:1] if name == "dense" else RATIOS)
     }
-    qualities = quality(decoder, chosen, methods, progress)
+    qualities = quality(decoder, chosen, methods, progress,
+                        {(name, ratio): setting_of(name, ratio).dense_layers for name, ratio in methods})
     draw(qualities, plot)
     found = {
         f"lm.{kind}.{name}.{_name(ratio)}": value
@@ -601,7 +800,7 @@ def measure(windows: int = WINDOWS, plot: Path = PLOT, progress: Callable[[str],
             ("flash_bytes", point.flash_bytes),
         )
     }
-    tables = [_table(qualities), _loss_table(qualities)]
+    tables = [_table(qualities), _loss_table(qualities), _settings_table()]
     # A quarter of the windows is enough for an error of all layers' outputs.
     for key, title, heads in (
         ("lm", "the language model", list(lm_heads(decoder, chosen[::4]))),
@@ -627,6 +826,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                                      allow_abbrev=False)
     parser.add_argument("--windows", type=int, default=WINDOWS, help="held-out windows (default: %(default)s)")
     parser.add_argument("--plot", type=Path, default=PLOT, help="(default: %(default)s)")
+    parser.add_argument("--tune", action="store_true",
+                        help="instead: try every setting of every method, on windows that are not reported")
     parser.add_argument("--golden", action="store_true",
                         help="instead: decode half a window on the golden device, with each of its modes at 1/8")
     args = parser.parse_args(arguments)
@@ -634,6 +835,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = load_held_out()
     if not 1 <= args.windows <= len(text.windows):
         parser.error(f"--windows must be from 1 to {len(text.windows)}, not {args.windows}")
+    if args.tune:
+        others = np.setdiff1d(np.arange(len(text.windows)), _reported(WINDOWS, len(text.windows)))[::TUNE_EVERY]
+        console.print(_tuned_table(tune(load(), text.windows[others], lambda line: console.print(line, style="dim"))))
+        return 0
     if args.golden:
         _golden(console, load(), text.windows[GOLDEN_WINDOW])
         return 0

@@ -410,11 +410,13 @@ def _whole(unit: int, codeword: int) -> int:
 class _ByUnit(Stateless):
     """Units of tokens chosen by a score that is read for each; all of their tokens attended, no blend.
 
-    A group of query rows takes a softmax for each row over the units, and sums it over the rows.
+    A group of query rows takes a softmax for each row over the units, and sums it over the rows; or, with `rows` "sum",
+    it sums the scores themselves.
     """
 
     unit: int
     share: float
+    rows: str
     entries: ClassVar[int]  # vectors of head_dim that are read for each unit
 
     @abstractmethod
@@ -431,7 +433,10 @@ class _ByUnit(Stateless):
         scores = np.full((*steps.query.shape[:2], present.shape[1]), -np.inf, query.dtype)
         scores[..., :whole] = self._scores(steps.query, key[: whole * unit].reshape(whole, unit, head_dim))
         scores *= query.dtype.type(head_dim**-0.5)
-        mass = _softmax(np.where(present[:, None], scores, -np.inf)).sum(axis=1)
+        if self.rows not in ("softmax", "sum"):
+            raise ValueError(f"rows must be 'softmax' or 'sum', not {self.rows!r}")
+        masked = np.where(present[:, None], scores, query.dtype.type(-np.inf))
+        mass = (_softmax(masked) if self.rows == "softmax" else masked).sum(axis=1)
         chosen = largest(np.where(present, mass, -np.inf), share_of(self.share, steps.flash // unit))
         attended = steps.tail | (np.repeat(chosen, unit, axis=1)[:, : len(key)] & steps.stored)
         described = -(-GROUP // unit * self.entries * head_dim * ELEMENT_BYTES // CODEWORD_BYTES)
@@ -446,12 +451,14 @@ class Centroid(_ByUnit):
     Members:
         share: units that are read, as a share of those in flash; the tail comes on top.
         unit: tokens of a unit.
+        rows: how the scores of a group's rows become one: "softmax" over the units, summed, or their plain "sum".
     """
 
     name: ClassVar[str] = "centroid"
     entries: ClassVar[int] = 1
     share: float
     unit: int = 16
+    rows: str = "softmax"
 
     def _scores(self, query: Floats, units: Floats) -> Floats:
         means = units.mean(axis=1).astype(np.float16).astype(query.dtype)
@@ -465,12 +472,14 @@ class Quest(_ByUnit):
     Members:
         share: pages that are read, as a share of those in flash; the tail comes on top.
         unit: tokens of a page.
+        rows: as in `Centroid`.
     """
 
     name: ClassVar[str] = "quest"
     entries: ClassVar[int] = 2
     share: float
     unit: int = 16
+    rows: str = "softmax"
 
     def _scores(self, query: Floats, units: Floats) -> Floats:
         return np.asarray(np.maximum(query, 0) @ units.max(axis=1).T + np.minimum(query, 0) @ units.min(axis=1).T)
@@ -502,17 +511,19 @@ class Local(Stateless):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeavyHitters(Method):
-    """H2O (arXiv 2306.14048): the tokens that gathered most attention so far and the newest, half and half.
+    """H2O (arXiv 2306.14048): the tokens that gathered most attention so far, and the newest.
 
     What is dropped is gone: it gathers nothing more and never comes back. A token enters when its group is written to
     flash; until then it is in the tail.
 
     Members:
         share: tokens that are kept, as a share of those in flash; the tail comes on top.
+        heavy: share of them that goes to the heavy hitters; half of them in the paper.
     """
 
     name: ClassVar[str] = "h2o"
     share: float
+    heavy: float = 0.5
 
     def decode(self, query: Floats, key: Floats, value: Floats, first: int) -> Outcome:
         """See `Method`."""
@@ -530,7 +541,7 @@ class HeavyHitters(Method):
             if flash != known or at == 0:
                 kept[known:flash] = True
                 known = int(flash)
-                recent = int(wanted[at]) // 2
+                recent = int(wanted[at]) - int(wanted[at] * self.heavy + 0.5)
                 heavy = np.where(kept, gathered, -np.inf)
                 heavy[known - recent :] = -np.inf
                 chosen = largest(heavy[None], int(wanted[at]) - recent)[0]

@@ -1,0 +1,16 @@
+"""The cycles that the documents state are those of the RTL today: of what is small enough to run in a test."""
+
+from pathlib import Path
+
+from kvattic_sim import documents
+from kvattic_sim.benches.engine import Lab, single_channel
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_cycles_are_as_stated():
+    measured = single_channel(Lab())
+    found = [figure for path in documents.DOCUMENTS for figure in documents.stated(ROOT / path)
+             if figure.key in measured]
+    assert {figure.place.rpartition(":")[0] for figure in found} == {str(ROOT / path) for path in documents.DOCUMENTS}
+    assert documents.stale(found, measured) == []
