@@ -21,7 +21,7 @@ from kvattic import terminal
 from kvattic.errors import KvatticError
 from kvattic.terminal import Telling
 from kvattic_sim import figures
-from kvattic_sim.benches import accuracy, bad_blocks, engine, flash, host, placement, sparse
+from kvattic_sim.benches import accuracy, bad_blocks, causal, engine, flash, host, placement, sparse
 from kvattic_sim.benches.engine import Bench, Lab, UnavailableError, WrongResultError
 from kvattic_sim.build import SimulationFailed, Simulator, SimulatorError
 from kvattic_sim.console import make_console
@@ -79,6 +79,7 @@ BARS: dict[str, Bar | None] = {
     "flash.write_amplification": Bar("<=", (1.0,)),
     "flash.bad_block_scan": Bar("<=", (0,)),
     "flash.wear_spread": Bar("<=", (2,)),
+    causal.KEY: Bar(">=", (1.0,)),
     "sparse.speedup.random": Bar(">=", (4.0,)),
     "sparse.speedup.clustered": Bar(">=", (6.0,)),
     "sparse.bus_utilization": Bar(">=", (0.85,)),
@@ -158,7 +159,8 @@ def benches() -> tuple[Bench, ...]:
     quality = Bench(keys=evaluate.KEYS, measure=lambda lab: evaluate.measure(
         plot=Path("build") / "lm_quality.png", progress=lambda line: lab.progress(line, 0, None)))
     reality = Bench(keys=real.KEYS, measure=_real)
-    return (placing, *engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *sparse.BENCHES, quality, reality,
+    return (placing, *engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *causal.BENCHES, *sparse.BENCHES,
+            quality, reality,
             *host.BENCHES,
             *(alone(prefix, function) for prefix, function in accuracy.BENCHES.items()))
 

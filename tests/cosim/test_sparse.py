@@ -79,9 +79,19 @@ CASES: dict[str, dict[str, Any]] = {
     "appended": {"kv_heads": 2, "q_heads": 2, "tokens": [GROUP - 3, 1, 1, 1, 2, GROUP, 7], "how": sparf(5, 30)},
     "appended, centroids": {"kv_heads": 2, "q_heads": 2, "tokens": [GROUP - 3, 1, 1, 1, 2, GROUP],
                             "how": centroid(9)},
-    "gqa": {"kv_heads": 2, "q_heads": 8, "tokens": [3 * GROUP], "how": sparf(4, 24)},
+    "gqa": {"kv_heads": 2, "q_heads": 4, "tokens": [3 * GROUP], "how": sparf(4, 24)},
+    "sinks": {"kv_heads": 2, "q_heads": 4, "tokens": [4 * GROUP], "how": sparf(4, 40) | {"sinks": 17}},
+    "sinks and local": {"kv_heads": 2, "q_heads": 2, "tokens": [3 * GROUP + 5],
+                        "how": fetched(4, 30, local=40) | {"sinks": 9}},
+    "sinks of a stripe": {"kv_heads": 1, "q_heads": 1, "tokens": [3 * GROUP],
+                          "how": sparf(4, 200) | {"sinks": GROUP + 1}},
+    "sinks, centroids": {"kv_heads": 2, "q_heads": 4, "tokens": [4 * GROUP], "how": centroid(8) | {"sinks": 6}},
     "causal": {"kv_heads": 1, "q_heads": 2, "tokens": [2 * GROUP + 3], "queries": 5, "causal": True,
                "how": sparf(4, 24)},
+    "causal, fetched": {"kv_heads": 2, "q_heads": 2, "tokens": [2 * GROUP - 2, 6], "queries": 6, "causal": True,
+                        "how": fetched(4, 9)},
+    "causal, centroids": {"kv_heads": 2, "q_heads": 2, "tokens": [2 * GROUP], "queries": 3, "causal": True,
+                          "how": centroid(9)},
     "sliding": {"kv_heads": 1, "q_heads": 2, "tokens": [3 * GROUP], "queries": 2, "causal": True, "window": 150,
                 "how": fetched(4, 9)},
     "sliding, centroids": {"kv_heads": 1, "q_heads": 2, "tokens": [3 * GROUP], "queries": 2, "causal": True,
@@ -101,6 +111,7 @@ def attend_case(device: Device, case: dict[str, Any], seed: int = 0) -> list[dic
     if "tree" in case:
         masks["tree"] = np.array(case["tree"])
     needs = {"centroids": how["unit"]} if how["mode"] == "centroid" else {"sparse": True}
+    needs |= {"sinks": how["sinks"]} if "sinks" in how else {}
     with device.create_sequence(kv_heads, capacity_tokens=sum(case["tokens"]), **needs) as sequence:
         for piece, tokens in enumerate(case["tokens"]):
             key, value = (normal(config, seed + 10 * piece + i, kv_heads, tokens) for i in (100, 200))
