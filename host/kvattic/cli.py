@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -199,19 +199,26 @@ def _registers(device: Device) -> dict[str, int]:
 @contextlib.contextmanager
 def _opened(target: str, config: Config) -> Iterator[Device]:
     with contextlib.ExitStack() as stack:
-        options: dict[str, Any] = {}
-        with contextlib.ExitStack() as opening:
-            if target.startswith("sim:"):
-                # Compiling takes minutes the first time.
-                note = opening.enter_context(_telling().phase(f"opening {target}"))
-                options["on_progress"] = note
-            device = stack.enter_context(kvattic.open(target, config, **options))
+        if target.startswith("sim:"):   # compiling takes minutes the first time
+            with _telling().phase(f"opening {target}") as note:
+                device = stack.enter_context(kvattic.open(target, config, on_progress=lambda line: _moving(line, note)))
+            _moving("", note)
+        else:
+            device = stack.enter_context(kvattic.open(target, config))
         yield device
 
 
 def _telling() -> terminal.Telling:
-    """Plain lines on stderr; a terminal shows that something moves by other means, or it is short."""
+    """Plain lines on stderr where that is no terminal; `_moving` serves those."""
     return terminal.Telling(quiet=sys.stderr.isatty())
+
+
+def _moving(text: str, note: Callable[[str], None]) -> None:
+    """Say how far a phase is: on a terminal a line that changes, empty at the end."""
+    note(text)
+    if sys.stderr.isatty():
+        end = "" if text else "\r"
+        print(f"\r{text[:78]:78}", end=end, file=sys.stderr, flush=True)
 
 
 # Commands.
@@ -267,11 +274,8 @@ def _selftest(options: argparse.Namespace) -> int:
         note = stack.enter_context(_telling().phase(f"testing {options.target}"))
         for check in selftest.run(device, golden, seed=options.seed):
             checks.append(check)
-            note(f"{len(checks)} checks done, the last one {check.name}")
-            if not options.json and sys.stderr.isatty():
-                print(f"\r{check.name:60}", end="", file=sys.stderr, flush=True)
-        if not options.json and sys.stderr.isatty():
-            print(f"\r{'':60}\r", end="", file=sys.stderr)
+            _moving(f"{len(checks)} checks done, the last one {check.name}", note)
+        _moving("", note)
     seconds = time.perf_counter() - begin
     bad = [check for check in checks if not check.good]
     if options.json:

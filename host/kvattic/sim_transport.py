@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeAlias
 
 from kvattic.config import Config
-from kvattic.errors import DeviceLostError, DeviceTimeoutError, KvatticError, RequestError
+from kvattic.errors import CapacityError, DeviceLostError, DeviceTimeoutError, KvatticError, RequestError
 from kvattic.files import write_whole
 from kvattic.forks import Owner
 from kvattic.registers import REGISTER_MAP
@@ -412,10 +412,14 @@ def _shared_memory(size: int) -> int:
             file = os.dup(opened.fileno())
     try:
         os.ftruncate(file, size)
-    except OSError:
+    except BaseException:
         os.close(file)
         raise
     return file
+
+
+def _no_memory(size: int, error: Exception) -> CapacityError:
+    return CapacityError(f"memory_bytes: this machine has no {size:,} bytes to share with the simulator: {error}")
 
 
 class SimTransport:
@@ -447,9 +451,15 @@ class SimTransport:
         self._log: Path | None = None
         self._server: Connection | None = None
         self._simulator: Connection | None = None
-        file = _shared_memory(memory_bytes)
         try:
-            self._memory = mmap.mmap(file, memory_bytes)
+            file = _shared_memory(memory_bytes)
+        except (OSError, OverflowError) as error:
+            raise _no_memory(memory_bytes, error) from None
+        try:
+            try:
+                self._memory = mmap.mmap(file, memory_bytes)
+            except (OSError, OverflowError, ValueError) as error:
+                raise _no_memory(memory_bytes, error) from None
             self._process = _Process(request)
             try:
                 self._start(file, start_timeout_s, on_progress or (lambda line: None))
@@ -801,6 +811,7 @@ def open_simulator(
     Raises:
         RequestError: there is no such simulator or kind of flash, a size is not positive, waves would be lost,
             kvattic_sim is not installed, or there is no directory to meet the simulator's process in.
+        CapacityError: this machine has no such host memory.
         DeviceLostError: the build failed, or the simulator did not start.
     """
     if simulator not in SIMULATORS:

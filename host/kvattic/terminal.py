@@ -115,13 +115,13 @@ class Telling:
     Args:
         quiet: say nothing, for a terminal shows it.
         stream: where to; stderr if None.
-        every_s: seconds between two lines of a phase.
+        every_s: seconds between two lines of a phase; `EVERY_S` if None.
     """
 
-    def __init__(self, *, quiet: bool = False, stream: TextIO | None = None, every_s: float = EVERY_S) -> None:
+    def __init__(self, *, quiet: bool = False, stream: TextIO | None = None, every_s: float | None = None) -> None:
         self._quiet = quiet
         self._stream = stream
-        self._every_s = every_s
+        self._every_s = EVERY_S if every_s is None else every_s
 
     @contextlib.contextmanager
     def phase(self, what: str) -> Iterator[Callable[[str], None]]:

@@ -5,9 +5,11 @@ import csv
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -408,6 +410,35 @@ def test_what_fails_is_a_row(capsys, swept):
     assert "ended with status -9 and without a result" in errors[32, 4, 14]
     assert "head_dim must be one of" in errors[33, 4, 32]
     assert "blocks must be a positive int" in errors[32, -1, 32]
+
+
+def test_without_a_terminal_each_phase_of_a_point_is_said(capsys, swept, monkeypatch):
+    def run(points: Any, *, progress: Any, **_: Any) -> Iterator[Any]:
+        heard = threading.Event()
+        write = sys.stderr.write
+
+        def listen(text: str) -> int:
+            if "7 cycles" in text:
+                heard.set()
+            return write(text)
+
+        monkeypatch.setattr(sys.stderr, "write", listen)
+        for number, point in enumerate(points):
+            progress(number, "building", 0, None)
+            progress(number, "attending", 7, None)
+            assert heard.wait(300)      # it is still at it
+            yield swept.Row(number=number, point=point, figures={"cycles": 1})
+
+    monkeypatch.setattr(swept, "run", run)
+    monkeypatch.setattr(cli.terminal, "EVERY_S", 0.01)
+    code, _, err = call(capsys, *GRID)
+    assert code == 0
+    lines = err.splitlines()
+    for channels in (1, 2):
+        point = f"channels={channels} heads=4 tokens=32 mode=dense"
+        assert [line for line in lines if point in line and line.endswith(("...", "done"))] == [
+            f"{point}: building ...", f"{point}: attending ...", f"[{channels}/2] {point}: done"]
+    assert re.search(r"channels=1 .*: attending: 7 cycles, \d+ s$", err, re.MULTILINE)
 
 
 def test_wrong_bits_are_one_and_so_is_nothing_at_all(capsys, swept):

@@ -814,3 +814,19 @@ def test_who_opens_a_transport_closes_it(monkeypatch):
 
 def test_config_hash_survives_json():
     assert Config.from_json(json.dumps(json.loads(TINY.to_json()))).hash == TINY.hash
+
+
+@pytest.mark.parametrize("config", [{"channels": 4}, None, 5, ["tiny"], json.dumps({"channels": 4}).encode()])
+def test_what_is_no_configuration_is_refused(config):
+    with pytest.raises(ConfigError, match=r"config must be a kvattic.Config, .* or a preset's name \(tiny, .*, not .*; "
+                                          r"Config\(\*\*fields\) makes one of a dict"):
+        kvattic.open("model", config)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_window_of_any_size_holds_all_tokens(sequence, causal):
+    query = np.random.default_rng(5).standard_normal((2, 3, 32))
+    sequence.prefill(query[:, :1].repeat(20, axis=1), query[:, :1].repeat(20, axis=1))
+    expected = sequence.attend(query, causal=causal).bits
+    for window in (20, 2**31, 2**63 - 1, 2**63, 2**64, 2**200, np.uint64(2**64 - 1)):
+        assert np.array_equal(sequence.attend(query, causal=causal, window=window).bits, expected)

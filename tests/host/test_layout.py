@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kvattic
 from kvattic import layout
+from kvattic.array import open_array
 from kvattic.commands import SKETCH_ENTRY, TABLE_ENTRY
 from kvattic.config import PAPER, TINY, Config
 from kvattic.elements import from_bits
@@ -297,3 +299,52 @@ def test_wrong_shapes_are_refused():
         layout.pack_pages(np.zeros((4, 32)), TINY)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match=r"uint8 \(pages, 1024\), not uint8 \(1, 1000\)"):
         layout.unpack_pages(np.zeros((1, 1000), np.uint8), TINY)
+
+
+# ---------------------------------------------------------------- what callers hand over
+
+
+@pytest.mark.parametrize("element", list(Element))
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32", "float64"])
+def test_tensors_of_torch_are_numbers_as_well(element, kind):
+    torch = pytest.importorskip("torch", reason="pip install 'kvattic[transformers]'")
+    values = torch.randn(3, 5, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(getattr(torch, kind))
+    exact = values.double().numpy()     # every kind fits float64
+    expected = layout.storage_bits(exact, element)
+    for tensor in (values, torch.nn.Parameter(values), values.t().contiguous().t(), values.clone().requires_grad_()):
+        assert np.array_equal(layout.storage_bits(tensor, element), expected)
+    if kind == "bfloat16" and element is Element.BF16:
+        assert np.array_equal(layout.storage_bits(values, element), values.view(torch.int16).numpy().view(np.uint16))
+
+
+def test_tensors_that_hold_no_such_numbers_are_refused():
+    torch = pytest.importorskip("torch", reason="pip install 'kvattic[transformers]'")
+    with pytest.raises(RequestError, match=r"q must be float16, bfloat16, .* not int64"):
+        layout.storage_bits(torch.arange(3), Element.FP16, "q")
+    with pytest.raises(RequestError, match="this tensor, bfloat16 on meta, has no numbers"):
+        layout.storage_bits(torch.zeros(3, dtype=torch.bfloat16, device="meta"), Element.FP16)
+    with pytest.raises(RequestError, match=r"values\[1\] is inf"):
+        layout.storage_bits(torch.tensor([0.0, float("inf")], dtype=torch.bfloat16), Element.BF16)
+
+
+def test_a_model_in_bfloat16_attends():
+    """Prefill, append and attend, on one drive and on several."""
+    torch = pytest.importorskip("torch", reason="pip install 'kvattic[transformers]'")
+    config = replace(TINY, element="bf16")
+    key = torch.randn(2, 40, 32, generator=torch.Generator().manual_seed(3)).bfloat16()
+    numbers = key.float().numpy()
+
+    def attended(make, key):
+        with make() as device, device.create_sequence(2, capacity_tokens=64) as sequence:
+            sequence.prefill(key[:, :30], key[:, :30])
+            sequence.append(key[:, 30:], key[:, 30:])
+            return sequence.attend(key[:, :1])
+
+    for make in (lambda: kvattic.open("model", config), lambda: open_array(["model"] * 2, config)):
+        assert np.array_equal(attended(make, key).bits, attended(make, numbers).bits)
+
+
+def test_other_libraries_bfloat16_is_known_by_its_name():
+    types = pytest.importorskip("ml_dtypes")
+    values = np.array([1.5, -3.0]).astype(types.bfloat16)
+    assert np.array_equal(layout.storage_bits(values, Element.BF16), values.view(np.uint16))

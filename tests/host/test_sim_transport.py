@@ -23,7 +23,7 @@ import kvattic
 from kvattic import sim_transport
 from kvattic.commands import DATA_COMMAND, Opcode, Status
 from kvattic.config import TINY, Config
-from kvattic.errors import DeviceLostError, DeviceTimeoutError, RequestError
+from kvattic.errors import CapacityError, DeviceLostError, DeviceTimeoutError, RequestError
 from kvattic.registers import REGISTER_MAP
 from kvattic.sim_transport import (
     HEADER,
@@ -200,6 +200,12 @@ def test_bad_options(options, text):
     with pytest.raises(RequestError) as caught:
         open_simulator(**{"simulator": "verilator", "config": TINY, **options})
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [1 << 62, 1 << 70])
+def test_more_host_memory_than_there_is(size):
+    with pytest.raises(CapacityError, match=rf"memory_bytes: this machine has no {size:,} bytes to share with"):
+        open_simulator("verilator", TINY, memory_bytes=size)
 
 
 def test_without_the_simulators_package(monkeypatch):

