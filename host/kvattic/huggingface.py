@@ -34,7 +34,7 @@ from kvattic.driver import Device
 from kvattic.elements import from_bits, to_bits
 from kvattic.errors import ConfigError, KvatticError, RangeError, RequestError
 from kvattic.formats import Element
-from kvattic.jobs import AttendPlan, AttendResult, Integers, check_integer, check_positive, end_block
+from kvattic.jobs import MAX_SINKS, AttendPlan, AttendResult, Integers, check_integer, check_positive, end_block
 from kvattic.layout import unit_bits
 from kvattic.sequence import MAX_UNITS, Sequence
 
@@ -45,6 +45,9 @@ NAME = "kvattic"
 
 HELD_TOKENS = 64
 """Newest tokens of a row that stay in device DRAM, unless a `DriveCache` is told otherwise."""
+
+SINKS = 16
+"""First tokens of a row that sparse modes attend in any case, unless a `DriveCache` is told otherwise."""
 
 LAYERS_IN_FLIGHT = 2
 """Layers of a prompt that are written while the next one is computed, at most."""
@@ -58,7 +61,7 @@ _STORAGE = {Element.FP16: torch.float16, Element.BF16: torch.bfloat16}
 _MARK = "_kvattic_layer"
 _CHANGES = ("softcap", "s_aux", "position_bias", "sinks")
 """Arguments of an attention function that change its result in ways that the drive does not know."""
-_OWN_OPTIONS = {"self", "kv_heads", "capacity_tokens", "layers", "sparse", "centroids"}
+_OWN_OPTIONS = {"self", "kv_heads", "capacity_tokens", "layers", "sparse", "centroids", "sinks", "window"}
 """Arguments of `create_sequence` that a `DriveCache` sets itself."""
 _WIDTHS = ("head_dim", "v_head_dim", "qk_head_dim", "swa_head_dim", "swa_v_head_dim", "global_head_dim")
 """Names that configurations have for what a head of K or V has of elements."""
@@ -464,6 +467,8 @@ class DriveCache(Cache):
         channels: see `Sequence.attend`, as the following.
         units: no more are attended than there are.
         local: likewise.
+        sinks: sparse modes: the first stored tokens of each row (padding is not stored), which are attended in any case
+            and count among `units`.  If None, 16, or as many as `units` and `local` leave room for.
         unit: of the mode centroid, too; a codeword's tokens if None.
         options: of the sequences, see `create_sequence` of `Device` and `DriveArray`: isolated, split.
 
@@ -480,7 +485,8 @@ class DriveCache(Cache):
 
     def __init__(self, device: Device | DriveArray, config: Any, *, capacity_tokens: int | None = None,
                  held_tokens: int | None = None, mode: Mode | str = Mode.DENSE, channels: int | None = None,
-                 units: int | None = None, local: int = 0, unit: int | None = None, **options: Any) -> None:
+                 units: int | None = None, local: int = 0, sinks: int | None = None, unit: int | None = None,
+                 **options: Any) -> None:
         text = config.get_text_config(decoder=True)
         several = isinstance(device, DriveArray)
         _check_options(options, several)
@@ -488,7 +494,7 @@ class DriveCache(Cache):
         found = names.get(mode) if isinstance(mode, str) else mode
         if not isinstance(found, Mode):
             raise RequestError(f"mode must be one of {', '.join(names)}, not {mode!r}")
-        unit = _check_mode(device.config, found, channels, units, local, unit)
+        unit = _check_mode(device.config, found, channels, units, local, sinks, unit)
         if found is not Mode.DENSE and options.get("split") == "context":
             raise RequestError(f"mode {found.name.lower()} chooses from all tokens, which no drive has if sequences "
                                "are split by context: take split='heads', or mode='dense'")
@@ -499,6 +505,9 @@ class DriveCache(Cache):
             raise RequestError(f"held_tokens must be an int, 0 or more, not {held!r}")
         if held and several:
             raise RequestError("held_tokens: tokens can be removed from a single drive only, not from several")
+        kept_sinks = 0
+        if found is not Mode.DENSE:
+            kept_sinks = _sinks(units or 1, max(local - held, 0), sinks, unit or 1)
         dim = _heads(text)[1]
         if dim > device.config.head_dim:
             raise RequestError(f"the model's head_dim is {dim}, the drive's {device.config.head_dim}; it must be as "
@@ -508,7 +517,7 @@ class DriveCache(Cache):
         self.capacity_tokens = capacity
         self.sequences: list[Sequence | ArraySequence] = []
         self._mode, self._channels, self._units, self._local, self._unit = found, channels, units, local, unit
-        self._held_tokens = held
+        self._held_tokens, self._sinks = held, kept_sinks
         self._text = text
         self._failed = ""   # an error, from which its layers hold different tokens
         self._options = options
@@ -533,11 +542,14 @@ class DriveCache(Cache):
         if self.sequences:
             return
         sparse, centroid = self._mode in (Mode.SPARF, Mode.FETCHED), self._mode is Mode.CENTROID
+        options = self._options
+        if self._mode is not Mode.DENSE:
+            options = options | {"sinks": self._sinks, "window": _longest_window(self._text) if sparse else None}
         try:
             for _ in range(rows):
                 self.sequences.append(self.device.create_sequence(
                     kv_heads, capacity_tokens=self.capacity_tokens, layers=len(self.layers), sparse=sparse,
-                    centroids=self._unit if centroid else None, **self._options))
+                    centroids=self._unit if centroid else None, **options))
         except BaseException:
             self.reset()
             raise
@@ -680,12 +692,13 @@ def _check_options(options: dict[str, Any], several: bool) -> None:
 
 
 def _check_mode(config: Config, mode: Mode, channels: int | None, units: int | None, local: int,
-                unit: int | None) -> int | None:
+                sinks: int | None, unit: int | None) -> int | None:
     """Whether a mode and its numbers go together; the tokens of a unit, None where it has none of its own."""
     name = mode.name.lower()
     if mode is Mode.DENSE:
-        if (channels, units, local, unit) != (None, None, 0, None):
-            raise RequestError("mode dense attends all tokens: channels, units, local and unit must not be given")
+        if (channels, units, local, sinks, unit) != (None, None, 0, None, None):
+            raise RequestError("mode dense attends all tokens: channels, units, local, sinks and unit must not be "
+                               "given")
         return None
     if not config.sparse:
         raise ConfigError(f"mode {name}: the drive is without sparse attention (Config.sparse)")
@@ -704,6 +717,37 @@ def _check_mode(config: Config, mode: Mode, channels: int | None, units: int | N
         unit_bits(unit, config)
     check_integer("local", local, 0, units * (unit or 1))
     return unit
+
+
+def _sinks(units: int, local: int, sinks: int | None, unit: int) -> int:
+    """Sinks that are asked for; if nobody said how many, as many as there is room for.
+
+    Args:
+        units: that a step attends.
+        local: newest tokens that are attended in any case and not held, and so lie in some of the units.
+        sinks: as given.
+        unit: tokens of a unit.
+
+    Raises:
+        RequestError: not a number of tokens, or sinks and local need more units than there are.
+    """
+    newest = -(-(local - 1) // unit) + 1 if local else 0     # wherever the last of them begins
+    if sinks is None:
+        return max(min(SINKS, (units - newest) * unit), 0)
+    check_integer("sinks", sinks, 0, MAX_SINKS)
+    if (needed := -(-sinks // unit) + newest) > units:
+        raise RequestError(f"units (the paper's k) must be at least {needed} for {sinks} sinks and the newest {local} "
+                           f"tokens that are not held, in units of {unit}, not {units}")
+    return sinks
+
+
+def _longest_window(config: Any) -> int | None:
+    """Tokens of the longest range that a layer attends which does not begin with the first token."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and all(kind == "full_attention" for kind in kinds):
+        return None
+    sizes = [size for name in ("sliding_window", "attention_chunk_size") if (size := getattr(config, name, None))]
+    return max(sizes, default=None)
 
 
 @_not_traced

@@ -26,6 +26,7 @@ from transformers import (
     LlamaForCausalLM,
     MiMoV2FlashConfig,
     MiMoV2FlashForCausalLM,
+    MistralConfig,
 )
 
 import kvattic
@@ -38,6 +39,7 @@ from kvattic.huggingface import (
     DriveCache,
     DriveLayer,
     _attention,
+    _longest_window,
     _mask,
     _read_mask,
     config_for,
@@ -368,6 +370,11 @@ def test_a_sparse_step_is_the_sequences_own(drive, options):
     ({"mode": "centroid", "units": 0}, r"units \(the paper's k\) must be an int from 1 to 65,535, not 0"),
     ({"mode": "centroid", "units": 2, "local": 99}, "local must be an int from 0 to 8, not 99"),
     ({"local": True}, "mode dense attends all tokens"),
+    ({"sinks": 4}, "mode dense attends all tokens"),
+    ({"mode": "centroid", "units": 4, "sinks": -1}, "sinks must be an int from 0 to 65,535, not -1"),
+    ({"mode": "centroid", "units": 4, "sinks": 17},
+     r"units \(the paper's k\) must be at least 5 for 17 sinks and the newest 0 tokens that are not held, in units of"),
+    ({"mode": "centroid", "units": 4, "sinks": 8, "local": 6, "held_tokens": 0}, "must be at least 5 for 8 sinks and"),
     ({"capacity_tokens": 0}, "capacity_tokens must be a positive int, not 0"),
     ({"capacity_tokens": 10.5}, "capacity_tokens must be a positive int, not 10.5"),
     ({"held_tokens": -1}, "held_tokens must be an int, 0 or more, not -1"),
@@ -378,6 +385,67 @@ def test_wrong_modes_and_numbers(drive, options, message):
     model = small()
     with pytest.raises(RequestError, match=message):
         DriveCache(drive(model), model.config, **options)
+
+
+@pytest.mark.parametrize("held", [8, 64])
+@pytest.mark.parametrize("options", [{"mode": "sparf", "channels": 8, "units": 24},
+                                     {"mode": "fetched", "channels": 8, "units": 6},
+                                     {"mode": "centroid", "units": 6}])
+def test_drafts_give_the_tokens_of_single_steps_in_sparse_modes(drive, options, held):
+    model, tokens = small(layers=2), torch.cat([prompts("llama", seed=1), prompts("llama", seed=2)] * 2, dim=1)
+    answers, passes = [], []
+    device = drive(model, queries=8)
+    attend_many = device.attend_many
+    device.attend_many = lambda plans: passes.append(plans[0].shape[1]) or attend_many(plans)
+    for drafts in ({}, {"prompt_lookup_num_tokens": 7}):
+        with DriveCache(device, model.config, capacity_tokens=200, held_tokens=held, **options) as cache:
+            answers.append(generate(model, tokens, cache, new=40, **drafts).tolist())
+    assert answers[0] == answers[1]
+    assert max(passes) > 1, "nothing was drafted"
+
+
+@pytest.mark.parametrize("options, sinks", [
+    ({"mode": "dense"}, 0),
+    ({"mode": "sparf", "channels": 8, "units": 64}, 16),
+    ({"mode": "sparf", "channels": 8, "units": 64, "sinks": 0}, 0),
+    ({"mode": "sparf", "channels": 8, "units": 64, "sinks": 40}, 40),
+    ({"mode": "sparf", "channels": 8, "units": 10, "local": 4, "held_tokens": 0}, 6),
+    ({"mode": "sparf", "channels": 8, "units": 10, "local": 4, "held_tokens": 4}, 10),
+    ({"mode": "fetched", "channels": 8, "units": 4, "local": 5, "held_tokens": 0}, 8),
+    ({"mode": "centroid", "units": 2, "local": 8, "held_tokens": 0}, 0),
+    ({"mode": "centroid", "units": 8, "unit": 8}, 16),
+])
+def test_the_first_tokens_are_attended_in_any_case(drive, options, sinks):
+    model = build("mistral")    # with a window of 40
+    tokens, mask = padded([17, 30, 1])
+    device, asked = drive(model), []
+    create = device.create_sequence
+    device.create_sequence = lambda heads, **how: asked.append(how) or create(heads, **how)
+    with DriveCache(device, model.config, capacity_tokens=100, **options) as cache:
+        generate(model, tokens, cache, mask=mask, new=3)
+        assert {sequence.sinks for sequence in cache.sequences} == {sinks}
+    # How far back the mean of V over a window is wanted.
+    assert {how.get("window") for how in asked} == {40 if options["mode"] in ("sparf", "fetched") else None}
+
+
+def test_sinks_are_attended_in_a_long_row(drive):
+    model, (tokens, mask) = small(), padded([60, 41], width=60)
+    device = drive(model)
+    with DriveCache(device, model.config, capacity_tokens=100, mode="sparf", channels=4, units=16,
+                    held_tokens=0) as cache:
+        results = []
+        attend_many = device.attend_many
+        device.attend_many = lambda plans: results.append(plans) or attend_many(plans)
+        generate(model, tokens, cache, mask=mask, new=4)
+    assert {job.sinks for plans in results for plan in plans for job in plan.jobs} == {16}
+
+
+def test_windows_that_means_are_wanted_of():
+    assert _longest_window(build("llama").config) is None
+    assert _longest_window(build("mistral").config) == 40
+    assert _longest_window(build("qwen2").config) == 24     # of one of its layers
+    assert _longest_window(llama4(8).config) == 8
+    assert _longest_window(MistralConfig(sliding_window=40, layer_types=["full_attention"] * 32)) is None
 
 
 @pytest.mark.parametrize("options, message", [
