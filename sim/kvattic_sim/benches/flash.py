@@ -7,11 +7,12 @@ the golden device where the engine takes part, by the sum of all data where chan
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvattic import PAPER, AttendResult, Config, Device
 from kvattic.nand import part
 from kvattic_sim.benches.engine import Bench, Case, Figures, Lab, check
-from kvattic_sim.channel_bench import Requests, read_list
+from kvattic_sim.channel_bench import Requests, build_channels, read_list, scattered
 from kvattic_sim.jobs import report, run_in_simulation
 from kvattic_sim.rtl_transport import NandSettings, RtlTransport
 from kvattic_sim.workloads import Usage, decode, measured
@@ -177,7 +178,72 @@ CACHED = replace(PAPER, cache_reads=True)
 SEPARATE_BUS = replace(CACHED, part=replace(PAPER.part, name="pslc, separate command bus", separate_command_bus=True))
 """The same with JESD230G's separate command and address bus, nothing else changed."""
 
+# One channel alone: the figures of docs/controller.md.
+
+
+def _channels() -> dict[str, Config]:
+    """The paper's drive with one channel, both kinds of command bus, with cache reads and without."""
+    one = replace(PAPER, channels=1)
+    separate = replace(one, part=SEPARATE_BUS.part)
+    return {"shared": one, "shared.cache_reads": replace(one, cache_reads=True),
+            "separate": separate, "separate.cache_reads": replace(separate, cache_reads=True)}
+
+
+CHANNELS = _channels()
+OTHER_CHANNELS = {
+    "tlc": replace(CHANNELS["shared"], part=part("tlc")),
+    "tlc.cache_reads": replace(CHANNELS["shared.cache_reads"], part=part("tlc")),
+    "lowlatency": replace(CHANNELS["shared"], part=part("lowlatency")),
+    "two_dies": replace(CHANNELS["shared"], dies=2),
+    "two_dies.cache_reads": replace(CHANNELS["shared.cache_reads"], dies=2),
+}
+CHANNEL_IN_FLIGHT = 1024
+"""Codewords: a page of every plane of eight dies."""
+SPARSE_IN_FLIGHT = (64, 96, 128, 192)
+SPARSE_JOBS, SPARSE_WANTED = 48, 4
+
+
+def _pages(config: Config) -> NDArray[np.int64]:
+    """The first 16 pages of a block of each plane."""
+    return np.arange(16 * config.dies * config.part.planes)
+
+
+def dense_pages(name: str, config: Config) -> Bench:
+    """Whole pages in their order."""
+    key = f"flash.channel.dense.{name}"
+
+    def run(lab: Lab) -> Figures:
+        lab.progress(f"a channel: dense pages, {name}", 0, None)
+        pages = _pages(config)
+        requests = Requests(channel=0 * pages, page=pages, first=0 * pages,
+                            count=np.full(len(pages), config.codewords_per_page))
+        return {key: read_list(config, requests, in_flight=CHANNEL_IN_FLIGHT, pages=pages).bus_utilization(config)}
+
+    return Bench(keys=(key,), measure=run)
+
+
+def sparse_jobs(name: str, config: Config) -> Bench:
+    """What SPARF jobs read, by the number of codewords in flight."""
+    keys = {f"flash.channel.sparse.{name}.{n}": n for n in SPARSE_IN_FLIGHT}
+
+    def run(lab: Lab) -> Figures:
+        pages = _pages(config)
+        requests = scattered(config, SPARSE_JOBS, np.random.default_rng(1), wanted=SPARSE_WANTED)
+        lab.progress(f"a channel: what sparse jobs read, {name}: building", 0, None)
+        model = build_channels(config, frames=len(pages))
+        found = {}
+        for key, in_flight in keys.items():
+            lab.progress(f"a channel: what sparse jobs read, {name}, {in_flight} in flight", 0, None)
+            run = read_list(config, requests, in_flight=in_flight, pages=pages, model=model)
+            found[key] = run.bus_utilization(config)
+        return found
+
+    return Bench(keys=tuple(keys), measure=run)
+
+
 BENCHES = (
+    *(sparse_jobs(name, config) for name, config in CHANNELS.items()),
+    *(dense_pages(name, config) for name, config in (CHANNELS | OTHER_CHANNELS).items()),
     Bench(keys=("flash.random_page.bus_utilization",), measure=random_page),
     column("", CACHED),
     column(".no_cache_reads", PAPER),
