@@ -74,7 +74,7 @@ def _drafts(sequence: Sequence, right: _Tokens, wrong: _Tokens, rng: np.random.G
 
 
 def equal() -> dict[str, float]:
-    """Share of positions whose bits are those of a call with one: drafts, accepted and rejected; windows; both formats."""
+    """Share of positions with the bits of a call with one: drafts, accepted and rejected; windows; both formats."""
     good = total = 0
     for element in Element:
         config = replace(TINY, element=element)
