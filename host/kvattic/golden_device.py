@@ -727,6 +727,7 @@ class GoldenDevice:
             if self._read_dram_page(image, command["argument"]) is not None:
                 image = None
             self._registers["FLASH_WORDS"] += config.codewords_per_page * config.raw_codeword_words
+        self._registers["FLASH_WORDS"] += 1     # of status, or the mark
         self._registers[_OPERATIONS[opcode]] += 1
         self.flash.operate(opcode, channel, number, image)
 

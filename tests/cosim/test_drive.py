@@ -72,6 +72,50 @@ def test_a_life() -> None:
     assert not differences([o for _, o in found], [o for _, o in expected])
 
 
+def counted(device: Device) -> dict[str, dict[str, int]]:
+    """What each step of a sequence's life made the counters grow, and what the sequence says in the end."""
+    grown: dict[str, dict[str, int]] = {}
+    last = device.counters()
+
+    def look(step: str) -> None:
+        nonlocal last
+        now = device.counters()
+        grown[step] = {name: now[name] - last[name] for name in now}
+        last = now
+
+    look("nothing")
+    tokens = 2 * TINY.group_tokens + 20
+    sequence = device.create_sequence(2, capacity_tokens=tokens, sparse=True, centroids=16)
+    sequence.prefill(normal(TINY, 1, 2, tokens), normal(TINY, 2, 2, tokens))
+    look("prefill")
+    query = normal(TINY, 3, 4, 1)
+    sequence.attend(query)
+    look("dense")
+    for mode, how in (("sparf", {"channels": 5}), ("fetched", {"channels": 5}), ("centroid", {})):
+        sequence.attend(query, mode=mode, units=6, **how)
+        look(mode)
+    grown["sequence"] = sequence.counters()
+    sequence.free()
+    look("free")
+    look("again nothing")
+    return grown
+
+
+def test_the_drive_counts_what_the_model_counts() -> None:
+    """Cumulatively, over times without work: each step's own, whatever was counted before it."""
+    found, expected = simulate(counted), model(counted)
+    assert found.pop("sequence") == expected.pop("sequence") == {
+        "JOBS": 8, "TOKENS": 2 * TINY.group_tokens + 20, "PAGE_PROGRAMS": found["prefill"]["PAGE_PROGRAMS"]}
+    names = ("BEATS", "CODEWORDS", "FLASH_WORDS", "PAGE_PROGRAMS", "BLOCK_ERASES", "UNREADABLE")
+    for step, grown in found.items():
+        assert {name: grown[name] for name in names} == {name: expected[step][name] for name in names}, step
+        assert grown["CYCLES"] > 0
+    for step in ("nothing", "again nothing"):
+        assert not any(found[step][name] for name in names)
+    assert found["prefill"]["PAGE_PROGRAMS"] > 0 == found["dense"]["PAGE_PROGRAMS"]
+    assert found["dense"]["BEATS"] > found["sparf"]["BEATS"] > 0
+
+
 # ---------------------------------------------------------------- bit errors
 
 TOKENS = 6 * PAGE + 3

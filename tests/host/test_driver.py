@@ -666,7 +666,7 @@ def test_identify_and_counters():
         pages = sequence.counters()["PAGE_PROGRAMS"]
         assert pages == 2 * (30 // ODD.tokens_per_page) > 0
         assert differences(before, written) == {
-            "PAGE_PROGRAMS": pages, "FLASH_WORDS": pages * ODD.codewords_per_page * ODD.raw_codeword_words}
+            "PAGE_PROGRAMS": pages, "FLASH_WORDS": pages * (ODD.codewords_per_page * ODD.raw_codeword_words + 1)}
         # Looking, and times without work, clear nothing.
         for number in range(1, 3):
             sequence.attend(zeros(1, 1, 80))

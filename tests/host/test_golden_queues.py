@@ -284,7 +284,7 @@ def test_counters_go_on_until_a_reset(host):
     assert counted() == [0, 0, 0, 0]
     host.run(1, flash(Opcode.PROGRAM))
     assert counted() == [0, 1, 0, 0]
-    assert device.read_register("FLASH_WORDS") == TINY.codewords_per_page * TINY.raw_codeword_words
+    assert device.read_register("FLASH_WORDS") == TINY.codewords_per_page * TINY.raw_codeword_words + 1
     table(host, TABLE_ENTRY.pack())
     for number in range(1, 4):
         host.run(1, attend())
