@@ -55,7 +55,7 @@ def verilog_text(config: Config, top: str = TOP) -> str:
 
 
 def waivers(name: str) -> str:
-    """What Verilator may find in a file of this name, and why: a file for ``verilator --lint-only -Wall``."""
+    """What ``verilator --lint-only -Wall`` may find in a file of this name, and why: a configuration file for it."""
     return (resources.files("kvattic_hdl") / "waivers.vlt").read_text().replace("kvattic_*.v", name)
 
 

@@ -15,13 +15,14 @@ from kvattic_hdl.text import verilog_of
 
 
 def ports(component: wiring.Component, name: Callable[..., str] = lambda *path: "__".join(map(str, path))) -> dict:
-    """The component's members as Verilog ports: name -> (signal, direction)."""
+    """The component's members as Verilog ports: name -> (signal, direction); those without bits are none."""
     result = {}
     for path, member, value in component.signature.flatten(component):
         if isinstance(value, ValueCastable):
             value = value.as_value()
         direction = PortDirection.Input if member.flow == wiring.In else PortDirection.Output
-        result[name(*path)] = (value, direction)
+        if len(value):
+            result[name(*path)] = (value, direction)
     return result
 
 

@@ -24,7 +24,7 @@ _SOURCE = re.compile(r'(?<=attribute \\src ")([^"]+)(?=:\d+"$)', re.MULTILINE)
 _AT = r'(?:^  attribute \\src "(?P<file>[^"]+):(?P<line>\d+)"\n)?(?:^  attribute [^\n]*\n)*'
 _WIRE = re.compile(_AT + r"^  wire width (?P<width>\d+) .*?(?P<name>\S+)$", re.MULTILINE)
 _ITEM = re.compile(_AT + r"^  (?:cell (?P<kind>\S+)|process) \S+\n(?P<body>.*?)^  end$", re.MULTILINE | re.DOTALL)
-_UNNAMED = re.compile(r"\\\$(?:signal|signature)(?:\$\d+)?(?P<rest>.*?)(?:\$\d+)?$")
+_UNNAMED = re.compile(r"\\\$[a-z]+(?:\$\d+)?(?P<rest>.*?)(?:\$\d+)?$")
 _NUMBERED_PORT = re.compile(r"^    connect (\\port\$\d+\$\d+) (?:\{ )?(\S+)", re.MULTILINE)
 _TOKEN = re.compile(r"(?<!\S)\\?\S*\$\S+")
 _DRIVEN = re.compile(r"^ +(?:connect \\(?:Y|DATA)|assign) (\$\d+)(?!\S)", re.MULTILINE)
@@ -37,8 +37,14 @@ _WAKE = re.compile(r"reg (\\\$auto\$verilog_backend\S+dump_module\$\d+) += 0;")
 Icarus 11 gives it that value before the blocks listen, and they keep X until an input changes (amaranth issues 594
 and 1629); a non-blocking assignment comes late enough.  always_comb would wake them too, but Icarus 11 then listens to
 all bits of a vector where one is selected, and went round in circles in one block of this engine."""
+_WOKEN = r"""reg {0};
+  // verilator lint_off INITIALDLY
+  initial {0} <= 0;  // so late that all blocks listen
+  // verilator lint_on INITIALDLY"""
 _LONE = re.compile(r"always @\*\n( +[^\n;]+;)\n")
 """A block of one assignment, which Yosys writes without reading that register."""
+_YOSYS = re.compile(r"\\\$auto\$[^:\s]+:\d+:([^$\s]+)\$(\d+) ")
+"""A wire that Yosys adds."""
 
 
 @functools.cache
@@ -55,7 +61,8 @@ def _without_empty_wires(name: str, body: str) -> str:
     empty = set(_EMPTY.findall(body))
     body = _NOTHING.sub("", _EMPTY.sub("", body))
     if used := empty & set(body.split()):
-        raise ValueError(f"module {name} uses {', '.join(sorted(used))}, which has no bits: give it some or omit it")
+        wires = ", ".join(sorted(used))
+        raise ValueError(f"module {name} uses {wires}, which has no bits: give it some, or leave it out")
     return body
 
 
@@ -141,22 +148,30 @@ def named(rtlil: str) -> str:
     return _MODULE.sub(module, rtlil)
 
 
+def _unused(name: str, text: str) -> str:
+    while re.search(rf"\b{name}\b", text):
+        name += "_"
+    return name
+
+
 def waking(text: str) -> str:
     """Verilog with all blocks woken at time zero under Icarus, too."""
     modules = re.split(r"(?m)^(?=module )", text)
     for number, module in enumerate(modules):
         if found := _WAKE.search(module):
-            name = "wake"
-            while re.search(rf"\b{name}\b", module):
-                name += "_"
+            name = _unused("wake", module)
             module = _LONE.sub(rf"always @* begin if ({name}) begin end\n\1 end\n", module)
-            module = _WAKE.sub(
-                f"reg {name};\n  // verilator lint_off INITIALDLY\n"
-                f"  initial {name} <= 0; // so late that all blocks listen\n  // verilator lint_on INITIALDLY", module)
+            module = _WAKE.sub(_WOKEN.format(name), module)
             modules[number] = module.replace(f"{found[1]} ", name)
     return "".join(modules)
 
 
+def _yosys_named(text: str) -> str:
+    names = {wire: _unused(f"yosys_{kind.lower()}_{number}", text)
+             for wire, kind, number in {(found[0], found[1], found[2]) for found in _YOSYS.finditer(text)}}
+    return _YOSYS.sub(lambda wire: names[wire[0]], text)
+
+
 def verilog_of(rtlil: str) -> str:
     """The Verilog of Amaranth's RTLIL; what it changes is said above."""
-    return waking(verilog._convert_rtlil_text(named(rtlil)))
+    return _yosys_named(waking(verilog._convert_rtlil_text(named(rtlil))))
