@@ -118,12 +118,28 @@ def config_for(model: Any, base: Config | str = PAPER, *, queries: int = 1, **ch
 
 
 def _heads(config: Any) -> tuple[int, int, int]:
-    """Query heads, the elements of a head of K or V, whichever has more, KV heads."""
-    heads = int(config.num_attention_heads)
+    """Query heads, the elements of a head of K or V, whichever has more in any layer, KV heads.
+
+    Raises:
+        ConfigError: the layers differ in their heads.
+    """
+    layers = getattr(config, "per_layer_config", None)  # of models whose layers differ
+    each = [config] if layers is None else [layers[number] for number in range(config.num_hidden_layers)]
+    found = {(heads := int(one.num_attention_heads), int(getattr(one, "num_key_value_heads", None) or heads))
+             for one in each}
+    if len(found) > 1:
+        raise ConfigError("a model whose layers differ in their heads is not supported, this one has layers with "
+                          f"{' and '.join(f'{heads} query and {kv} KV heads' for heads, kv in sorted(found))}")
+    [(heads, kv_heads)] = found
+    return heads, max(_width(one, heads) for one in each), kv_heads
+
+
+def _width(config: Any, heads: int) -> int:
+    """Elements of a head of K or V of a layer, whichever has more."""
     dims = [int(dim) for name in _WIDTHS if (dim := getattr(config, name, None))]
     if not getattr(config, "head_dim", None):
         dims.append(config.hidden_size // heads)
-    return heads, max(dims), int(getattr(config, "num_key_value_heads", None) or heads)
+    return max(dims)
 
 
 def round_to_storage(values: torch.Tensor, element: Element) -> torch.Tensor:
@@ -452,7 +468,7 @@ class DriveLayer(CacheLayerMixin):
 
 
 class DriveCache(Cache):
-    """K and V of a batch in the drive: what `past_key_values` is given, with attn_implementation="kvattic".
+    """K and V of a batch in the drive: what a model gets as `cache`, with attn_implementation="kvattic".
 
     Usable as a context manager, which gives the flash back at the end; so does `Device.close`.  Each row of the batch
     is a `Sequence` of its own, made when the first tokens come.
@@ -623,8 +639,8 @@ class DriveCache(Cache):
         classes = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self._text), ())
         kinds = classes if isinstance(classes, tuple) else (classes,)
         if kinds and not any(kind._can_set_attn_implementation() for kind in kinds):
-            return (f"{kinds[0].__name__} computes attention by itself, without transformers' attention interface (as "
-                    "other models with ALiBi do, too), and is not supported")
+            return (f"{kinds[0].__name__} computes attention by itself, without transformers' attention interface, and "
+                    "is not supported")
         if found != NAME:
             return f"the model's attention is {found!r}, call model.set_attn_implementation({NAME!r})"
         return "the model computes attention by itself and is not supported, or a step was interrupted"

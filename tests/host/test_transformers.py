@@ -20,6 +20,8 @@ from transformers import (
     BloomForCausalLM,
     FalconConfig,
     FalconForCausalLM,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     Llama4ForCausalLM,
     Llama4TextConfig,
     LlamaConfig,
@@ -258,6 +260,27 @@ def test_v_of_another_width_than_k(drive, key, value):
     assert device.config.head_dim == (32 if max(key, value) <= 32 else 64)
     with DriveCache(device, model.config, held_tokens=0) as cache:
         assert generate(model, tokens, cache, mask=mask, new=20).tolist() == expected.tolist()
+
+
+def gemma4(kv_heads=2):
+    torch.manual_seed(0)
+    return Gemma4ForCausalLM(Gemma4TextConfig(
+        vocab_size=256, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_global_key_value_heads=kv_heads, head_dim=32, global_head_dim=64, sliding_window=24,
+        attention_k_eq_v=kv_heads != 2, layer_types=["sliding_attention", "full_attention"], num_kv_shared_layers=0,
+        hidden_size_per_layer_input=0, vocab_size_per_layer_input=256, max_position_embeddings=128,
+        initializer_range=0.15, pad_token_id=0, bos_token_id=None, eos_token_id=None)).eval()
+
+
+def test_layers_of_different_widths(drive):
+    model, tokens = gemma4(), prompts("llama")
+    expected = generate(model, tokens, RoundedCache(model.config), new=20)
+    device = drive(model, replace(kvattic.GQA, channels=2))
+    assert device.config.head_dim == 64
+    with DriveCache(device, model.config, held_tokens=0) as cache:
+        assert generate(model, tokens, cache, new=20).tolist() == expected.tolist()
+    with pytest.raises(ConfigError, match="layers with 4 query and 1 KV heads and 4 query and 2 KV heads"):
+        config_for(gemma4(kv_heads=1))
 
 
 def llama4(chunk):
