@@ -87,8 +87,8 @@ METHODS = ("dense", "sparq", "sparf", "fetched", "centroid", "quest", "h2o", "lo
 WINDOWS = 16
 PLOT = Path("docs") / "lm_quality.png"
 GOLDEN_WINDOW = 17
-TUNE_EVERY, TUNE_STEPS = 8, 7
-"""Of the windows that are not reported, settings are tried on one in so many, and there on one in so many steps."""
+TUNE_EVERY = 3
+"""Of the windows that are not reported, settings are tried on one in so many."""
 SHORT_TAIL = 32
 """Tokens: of a long context the tail is a small part, of the windows' it is an eighth and more."""
 ERROR_SETTINGS = tuple((channels, share) for channels in (8, 4, 2) for share in (8, 16, 32))
@@ -101,7 +101,7 @@ class Setting:
     """What a method leaves open at a given number of bytes; each method heeds what concerns it.
 
     Attributes:
-        channels: r over head_dim; what is left of the bytes is for tokens. None: half of the bytes are for each.
+        channels: r over head_dim, relative to the ratio of bytes: with 1, half of the bytes are of channels.
         local: share of the selected tokens that goes to the newest.
         unit: tokens of a unit or page.
         rows: how the scores of a group's rows become one.
@@ -110,7 +110,7 @@ class Setting:
         dense_layers: first layers with dense attention, whose bytes count; the other layers have fewer.
     """
 
-    channels: Fraction | None = None
+    channels: Fraction = Fraction(1)
     local: float = 0.25
     unit: int = 16
     rows: str = "softmax"
@@ -128,17 +128,16 @@ LAYERS, CONTEXT = 5, 1024
 EXCESS = 0.1
 GRIDS: dict[str, tuple[Setting, ...]] = {
     **dict.fromkeys(("sparq", "sparf", "fetched"), tuple(
-        Setting(channels=Fraction(1, part), local=local) for part in (2, 4, 8, 16, 32) for local in (0.25, 0.0))),
-    "centroid": tuple(Setting(unit=unit) for unit in (8, 16, 32, 64)),
+        Setting(channels=Fraction(halves, 2)) for halves in (2, 1, 3))),
+    "centroid": tuple(Setting(unit=unit) for unit in (16, 8, 32, 64)),
     "quest": tuple(Setting(unit=unit, rows=rows, dense_layers=dense)
-                   for unit in (8, 16, 32, 64) for rows in ("softmax", "sum") for dense in (0, 1, 2)),
-    "h2o": tuple(Setting(heavy=heavy) for heavy in (0.25, 0.5, 0.75)),
-    "sinks": tuple(Setting(sinks=sinks) for sinks in (1, 4, 16)),
+                   for dense in (0, 2) for unit in (16, 8, 32) for rows in ("softmax", "sum")),
+    "h2o": tuple(Setting(heavy=heavy) for heavy in (0.5, 0.25, 0.75)),
+    "sinks": tuple(Setting(sinks=sinks) for sinks in (4, 1, 16)),
 }
 """Settings that `tune` tries; `pages` has those of `sparf`, whose selection it is, and `local` has none. Of Quest the
 paper keeps the first two layers dense."""
 BEST: dict[tuple[str, Fraction], Setting] = {
-    ("sparq", Fraction(1, 2)): Setting(local=0.0),
     ("centroid", Fraction(1, 4)): Setting(unit=8),
     ("centroid", Fraction(1, 8)): Setting(unit=8),
     ("centroid", Fraction(1, 16)): Setting(unit=32),
@@ -148,10 +147,9 @@ BEST: dict[tuple[str, Fraction], Setting] = {
     ("h2o", Fraction(1, 4)): Setting(heavy=0.75),
     ("h2o", Fraction(1, 16)): Setting(heavy=0.25),
 }
-"""The best of them, as `tune` found them on windows that the figures are not of, where they are better than `Setting()`
-by a hundredth of the error or more."""
-_HEEDED = {"sparq": ("channels", "local"), "sparf": ("channels", "local"), "fetched": ("channels", "local"),
-           "centroid": ("unit", "rows"), "quest": ("unit", "rows", "dense_layers"), "h2o": ("heavy",),
+"""Where `tune` found another one than `Setting()` the best, on windows that the figures are not of."""
+_HEEDED = {"sparq": ("channels",), "sparf": ("channels",), "fetched": ("channels",), "centroid": ("unit",),
+           "quest": ("unit", "rows", "dense_layers"), "h2o": ("heavy",),
            "sinks": ("sinks",)}
 
 
@@ -159,7 +157,7 @@ def describe(name: str, ratio: Fraction, setting: Setting) -> str:
     """What a method heeds of a setting, in words."""
     values = {part: getattr(setting, part) for part in _HEEDED[name]}
     if "channels" in values:
-        values["channels"] = f"{values['channels'] or ratio} d"
+        values["channels"] = f"{setting.channels * ratio} d"
     return ", ".join(f"{part} {value}" for part, value in values.items())
 
 
@@ -194,7 +192,7 @@ def method_at(name: str, ratio: Fraction, head_dim: int, setting: Setting | None
             raise ValueError(f"at {ratio} of the bytes, setting ({setting}) must leave some for tokens of {name}")
         return 1.0 if whole else float(left)
 
-    channels = head_dim if whole else max(1, round((setting.channels or ratio) * head_dim))
+    channels = head_dim if whole else max(1, round(setting.channels * ratio * head_dim))
     blended: dict[str, Any] = {"channels": channels, "local": setting.local}
     match name:
         case "dense" if whole:
@@ -491,47 +489,35 @@ def _rounded(method: Method) -> float:
 def tune(decoder: Decoder, windows: NDArray[np.uint8], report: Callable[[str], None] = lambda line: None,
          names: Sequence[str] = tuple(GRIDS), ratios: Sequence[Fraction] = RATIOS[1:],
          ) -> dict[tuple[str, Fraction], dict[Setting, float]]:
-    """The error of attention outputs with every setting of every method's grid, relative to dense: some minutes.
+    """Bits per byte of every setting of every method's grid: 20 minutes.
 
     Args:
-        decoder: the model, which attends densely here.
+        decoder: the model.
         windows: uint8, (windows, tokens + 1), other ones than those that are reported.
         report: is told how it goes.
         names: methods.
         ratios: of bytes.
 
     Returns:
-        By method and ratio, relative RMS errors over all layers, of one in `TUNE_STEPS` steps of a window's second
-        half (of all of them where a method's steps depend on each other).
+        By method and ratio.
     """
     first = (windows.shape[1] - 1) // 2
-    heads = [(layer, *head) for window in windows for layer, tokens in enumerate(decoder.forward(window[:-1])[1])
-             for head in _heads(tokens, np.float32)]
-    dense = [Dense().decode(query, key, value, first).output for _, query, key, value in heads]
+    prefixes = [decoder.forward(window[:first])[1] for window in windows]
 
-    def error(method: Method, setting: Setting) -> float:
-        wrong = size = 0.0
-        for (layer, query, key, value), right in zip(heads, dense, strict=True):
-            expected = right
-            if isinstance(method, Stateless):
-                at = np.arange(first, len(key), TUNE_STEPS)
-                output, expected = method.attend(query[at], key, value, at + 1).output, right[at - first]
-            elif layer >= setting.dense_layers:
-                output = method.decode(query, key, value, first).output
-            size += float(np.square(expected).sum())
-            if layer >= setting.dense_layers:
-                wrong += float(np.square(output - expected).sum())
-        return math.sqrt(wrong / size)
+    def bits(method: Method, setting: Setting) -> float:
+        attention = _Measured(method, setting.dense_layers)
+        return float(np.mean([bits_per_byte(decoder.forward(window[first:-1], attention, prefix)[0],
+                                            window[first + 1 :]).mean()
+                              for window, prefix in zip(windows, prefixes, strict=True)]))
 
     found: dict[tuple[str, Fraction], dict[Setting, float]] = {}
     for name in names:
         for ratio in ratios:
             tried = found[name, ratio] = {
-                setting: error(method, setting)
+                setting: bits(method, setting)
                 for setting, method in possible(name, ratio, decoder.shape.head_dim).items()}
-            best = min(tried, key=lambda setting: tried[setting])
-            report(f"{name} at {ratio}: {tried[best]:.4f} with {describe(name, ratio, best)}; "
-                   f"{max(tried.values()):.4f} with the worst of {len(tried)}")
+            for setting in sorted(tried, key=lambda setting: tried[setting]):
+                report(f"{name} at {ratio}, {describe(name, ratio, setting)}: {tried[setting]:.4f}")
     return found
 
 
@@ -650,16 +636,6 @@ def _settings_table() -> Table:
         table.add_column(str(ratio))
     for name in GRIDS:
         table.add_row(name, *(describe(name, ratio, setting_of(name, ratio)) for ratio in RATIOS[1:]))
-    return table
-
-
-def _tuned_table(found: Mapping[tuple[str, Fraction], Mapping[Setting, float]]) -> Table:
-    table = Table(title="Error of outputs with every setting, on windows that are not reported; the best first")
-    for column in ("method", "bytes", "setting", "error"):
-        table.add_column(column, justify="right" if column == "error" else "left")
-    for (name, ratio), tried in found.items():
-        for setting in sorted(tried, key=lambda setting: tried[setting]):
-            table.add_row(name, str(ratio), describe(name, ratio, setting), f"{tried[setting]:.4f}")
     return table
 
 
@@ -837,7 +813,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--windows must be from 1 to {len(text.windows)}, not {args.windows}")
     if args.tune:
         others = np.setdiff1d(np.arange(len(text.windows)), _reported(WINDOWS, len(text.windows)))[::TUNE_EVERY]
-        console.print(_tuned_table(tune(load(), text.windows[others], lambda line: console.print(line, style="dim"))))
+        tune(load(), text.windows[others], lambda line: console.print(line, highlight=False))
         return 0
     if args.golden:
         _golden(console, load(), text.windows[GOLDEN_WINDOW])
