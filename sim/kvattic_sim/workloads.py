@@ -123,10 +123,12 @@ TOPICS = 16
 def topical(config: Config, *, kv_heads: int, tokens: int, group: int = 1, seed: int = 0) -> Attention:
     """`decode` with the structure that sparse attention lives on, and that normal random numbers lack.
 
-    As in a language model's heads, few tokens have nearly all of the weight, they stand in runs, and some channels of
-    q and K are much larger than others.  The tokens come in runs of one topic, of 16 or more tokens, whose keys and
-    values are alike; each KV head's queries ask for one topic.  The first token is a sink: every query attends to it,
-    and its V is small.
+    Few tokens have nearly all of the weight, they stand in runs, and some channels of q and K are much larger than
+    others.  The tokens come in runs of one topic, of 16 or more tokens, whose keys and values are alike; each KV head's
+    queries ask for one topic.  The first token is a sink: every query attends to it, and its V is small.
+
+    It was not fitted to any model, and the size of its topics (`TOPICS`) suits the modes' defaults: it shows whether a
+    mode finds what stands out, not what the mode costs a model.
     """
     rng = np.random.default_rng(seed)
     dim, run = config.head_dim, max(16, tokens // (2 * TOPICS))
