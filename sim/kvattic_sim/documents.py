@@ -1,7 +1,7 @@
 """The figures that the documents state, by key, and whether they are still what was measured.
 
-``python -m kvattic_sim.documents`` compares README.md and docs/measurements.md with build/bench.json and lists what
-is stale.  A figure is stated in one of three ways:
+``python -m kvattic_sim.documents`` compares README.md, docs/measurements.md and docs/controller.md with
+build/bench.json and lists what is stale.  A figure is stated in one of three ways:
 
 - in a table with a column `measured`: the row's first cell names the key, as `` `engine.dense.scaling` ``; of several
   parts, with semicolons between them, each has its own;
@@ -21,7 +21,7 @@ from kvattic_sim import figures
 
 __all__ = ["DOCUMENTS", "Stated", "main", "stale", "stated"]
 
-DOCUMENTS = (Path("README.md"), Path("docs") / "measurements.md")
+DOCUMENTS = (Path("README.md"), Path("docs") / "measurements.md", Path("docs") / "controller.md")
 NUMBER = r"-?[\d,]*\d(?:\.\d+)?(?:e-?\d+)?"
 KEY = r"[a-z]\w*(?:\.\w+)+"
 _TEXT = re.compile(rf"`({KEY})` ({NUMBER})( ?%)?")

@@ -12,5 +12,6 @@ def test_cycles_are_as_stated():
     measured = single_channel(Lab())
     found = [figure for path in documents.DOCUMENTS for figure in documents.stated(ROOT / path)
              if figure.key in measured]
-    assert {figure.place.rpartition(":")[0] for figure in found} == {str(ROOT / path) for path in documents.DOCUMENTS}
+    pages = {figure.place.rpartition(":")[0] for figure in found}
+    assert pages == {str(ROOT / path) for path in documents.DOCUMENTS[:2]}
     assert documents.stale(found, measured) == []

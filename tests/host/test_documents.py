@@ -14,7 +14,7 @@ from kvattic_sim.benches import placement
 from kvattic_sim.documents import Stated, stale, stated
 
 ROOT = Path(__file__).parents[2]
-README, MEASUREMENTS = (ROOT / path for path in documents.DOCUMENTS)
+README, MEASUREMENTS, CONTROLLER = (ROOT / path for path in documents.DOCUMENTS)
 
 
 @pytest.fixture
@@ -33,10 +33,10 @@ def document(tmp_path):
 
 
 def test_there_are_figures():
-    assert len(stated(README)) >= 20 and len(stated(MEASUREMENTS)) >= 60
+    assert len(stated(README)) >= 20 and len(stated(MEASUREMENTS)) >= 60 and len(stated(CONTROLLER)) >= 20
 
 
-@pytest.mark.parametrize("path", [README, MEASUREMENTS], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [README, MEASUREMENTS, CONTROLLER], ids=lambda path: path.name)
 def test_only_figures_of_the_benches_are_stated(path):
     assert {figure.key for figure in stated(path)} <= set(BARS)
 
@@ -133,7 +133,8 @@ def test_the_command(tmp_path, monkeypatch, capsys, measured, code):
     monkeypatch.chdir(tmp_path)
     Path("docs").mkdir()
     Path("README.md").write_text("16,768 <!-- engine.single_channel.cycles -->\n")
-    (Path("docs") / "measurements.md").write_text("nothing\n")
+    for path in documents.DOCUMENTS[1:]:
+        path.write_text("nothing\n")
     monkeypatch.setattr(figures, "PATH", tmp_path / "bench.json")
     figures.record({"engine.single_channel.cycles": measured})
     assert documents.main() == code

@@ -138,14 +138,11 @@ GRIDS: dict[str, tuple[Setting, ...]] = {
 """Settings that `tune` tries; `pages` has those of `sparf`, whose selection it is, and `local` has none. Of Quest the
 paper keeps the first two layers dense."""
 BEST: dict[tuple[str, Fraction], Setting] = {
+    ("centroid", Fraction(1, 2)): Setting(unit=8),
     ("centroid", Fraction(1, 4)): Setting(unit=8),
     ("centroid", Fraction(1, 8)): Setting(unit=8),
     ("centroid", Fraction(1, 16)): Setting(unit=32),
-    ("quest", Fraction(1, 8)): Setting(unit=32),
     ("quest", Fraction(1, 16)): Setting(unit=32, rows="sum"),
-    ("h2o", Fraction(1, 2)): Setting(heavy=0.75),
-    ("h2o", Fraction(1, 4)): Setting(heavy=0.75),
-    ("h2o", Fraction(1, 16)): Setting(heavy=0.25),
 }
 """Where `tune` found another one than `Setting()` the best, on windows that the figures are not of."""
 _HEEDED = {"sparq": ("channels",), "sparf": ("channels",), "fetched": ("channels",), "centroid": ("unit",),
