@@ -26,6 +26,7 @@ from kvattic.errors import (
     DeviceTimeoutError,
     ForkedError,
     KvatticError,
+    RangeError,
     RequestError,
 )
 from kvattic.formats import Element
@@ -63,6 +64,7 @@ __all__ = [
     "KvatticError",
     "Loss",
     "Mode",
+    "RangeError",
     "RequestError",
     "Sequence",
     "Status",

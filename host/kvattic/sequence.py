@@ -430,7 +430,9 @@ class Sequence(Store):
 
         Raises:
             RequestError: a wrong shape, dtype or number, an empty layer, a freed sequence, one that was created without
-                what the mode reads, or in a sparse mode more tokens than the score buffers hold.
+                what the mode reads, or in a sparse mode more tokens than the score buffers hold or more query heads for
+                a KV head than a job has rows.
+            RangeError: a score or a value is too large to be computed exactly.
             DeviceStatusError: the device reports an error, such as a NaN in K (which only bit
                 patterns can bring in).
             DeviceTimeoutError, CapacityError: see `Device.run`.
@@ -462,7 +464,8 @@ class Sequence(Store):
     ) -> Future[AttendResult]:
         """Begin an `attend` call over the tokens that were appended before; arguments and errors are its.
 
-        Errors of the device are the future's.  See `Device.attend_async` for what a sparse mode attends meanwhile.
+        Errors of the device are the future's, and so is a `RangeError`.  A sparse mode waits until the stripes that it
+        chooses from are in flash.
         """
         with self.device.lock:
             plan = self.plan(query, layer=layer, scale=scale, causal=causal, window=window, tree=tree,
