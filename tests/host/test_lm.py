@@ -273,9 +273,10 @@ def test_a_method_is_causal(name):
 def test_nominal_bytes_are_the_ratio(name):
     query, key, value = random_head(1024)
     for ratio in evaluate.RATIOS[1:]:
-        outcome = evaluate.method_at(name, ratio, HEAD_DIM).decode(query, key, value, 1023)
+        method = evaluate.method_at(name, ratio, HEAD_DIM)
+        outcome = method.decode(query, key, value, 1023)
         dense = 1024 * 2 * HEAD_DIM * 2
-        described = int(ratio * HEAD_DIM) * 1024 * 2 if name in ("sparq", "sparf", "pages", "fetched") else 0
+        described = method.channels * 1024 * 2 if name in ("sparq", "sparf", "pages", "fetched") else 0
         unit = evaluate.setting_of(name, ratio).unit
         described += {"centroid": dense // (2 * unit), "quest": dense // unit}.get(name, 0)
         nominal = described + int(outcome.attended.sum()) * 2 * HEAD_DIM * 2
@@ -490,7 +491,7 @@ def test_settings_are_tried(decoder, text):
     assert {setting.dense_layers for setting in quest} == {0, 2} and len(set(quest.values())) == len(quest)
     best = min(quest, key=lambda setting: quest[setting])
     assert lines[0] == f"quest at 1/2, {evaluate.describe('quest', Fraction(1, 2), best)}: {quest[best]:.4f}"
-    assert len(lines) == len(quest) + 3
+    assert len(lines) == len(quest) + len(evaluate.GRIDS["sinks"])
 
 
 # The evaluation.
