@@ -756,6 +756,7 @@ def faults(device: Device, kind: FaultKind, values: list[int], numbers: list[int
                 fault = Fault(kind=kind, number=number, channel=channel, value=value)
                 transport.set_flash(FlashSettings(latency=30, jitter=60, shuffle=True, seed=number, fault=fault))
                 transport.write_register("STATUS", 0xFFFF_FFFF)
+                before = {name: transport.read_register(name) for name in ("DUPLICATES", "STALES")}
                 results = device.run(jobs, check=False)
                 check_counters([result.completion for result in results], config.channels)
                 transport.run_cycles(6000)
@@ -765,8 +766,8 @@ def faults(device: Device, kind: FaultKind, values: list[int], numbers: list[int
                     "completions": [result.completion for result in results],
                     "bits": [result.bits for result in results],
                     "status": StatusBit(transport.read_register("STATUS")),
-                    "duplicates": transport.read_register("DUPLICATES"),
-                    "stales": transport.read_register("STALES"),
+                    "duplicates": transport.read_register("DUPLICATES") - before["DUPLICATES"],
+                    "stales": transport.read_register("STALES") - before["STALES"],
                     "tag_error": transport.read_register("TAG_ERROR"),
                 }
                 transport.set_flash(FlashSettings())

@@ -191,7 +191,8 @@ def resets(device: Device, delays: list[int]) -> dict[str, Any]:
         transport.set_flash(FlashSettings(latency=50, jitter=100, shuffle=True, seed=delay, gap=Stall.RANDOM))
         with device.create_sequence(2, capacity_tokens=3 * GROUP, sparse=True) as sequence:
             sequence.prefill(normal(TINY, delay, 2, 3 * GROUP), normal(TINY, delay + 1, 2, 3 * GROUP))
-            plans = [sequence.plan(normal(TINY, delay + 2, 6, 1), **how) for how in (sparf(4, 20), fetched(4, 9), {})]
+            plans = [sequence.plan(normal(TINY, delay + 2, heads, 1), **how)
+                     for heads, how in ((4, sparf(4, 20)), (4, fetched(4, 9)), (6, {}))]
             waiting = device.submit([job for plan in plans * 2 for job in plan.jobs])
             transport.run_cycles(delay)
             assert transport.read_register("STATUS") & StatusBit.BUSY
@@ -268,12 +269,13 @@ def faults(device: Device, kind: FaultKind, numbers: list[int], value: int) -> l
             fault = Fault(kind=kind, number=number, channel=number % 2, value=value)
             transport.set_flash(FlashSettings(latency=30, jitter=60, shuffle=True, seed=number, fault=fault))
             transport.write_register("STATUS", 0xFFFF_FFFF)
+            before = transport.read_register("DUPLICATES") + transport.read_register("STALES")
             results = device.run(jobs, check=False)
             check_counters([result.completion for result in results], TINY.channels)
             transport.run_cycles(6000)
             seen = {"channel": number % 2, "completions": [r.completion for r in results],
                     "bits": [r.bits for r in results],
-                    "late": transport.read_register("DUPLICATES") + transport.read_register("STALES")}
+                    "late": transport.read_register("DUPLICATES") + transport.read_register("STALES") - before}
             transport.set_flash(FlashSettings())
             seen["after"] = [r.bits for r in device.run(jobs)]
             found.append(seen)

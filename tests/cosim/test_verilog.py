@@ -268,15 +268,15 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     monkeypatch.setattr(netlist, "verilog_text", lambda config, top: "old")
     netlist.generate(TINY, path)
     monkeypatch.setattr(netlist, "verilog_text", lambda config, top: "new and longer")
-    write = Path.write_text
+    write = Path.write_bytes
 
-    def full(self: Path, text: str) -> int:
-        if self.name.startswith(NAME):
-            write(self, text[:3])
+    def full(self: Path, content: bytes) -> int:
+        if self.suffix == path.suffix:
+            write(self, content[:3])
             raise OSError(errno.ENOSPC, "No space left on device", str(self))
-        return write(self, text)
+        return write(self, content)
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         netlist.generate(TINY, path)
     assert path.read_text() == "old"

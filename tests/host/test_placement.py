@@ -660,7 +660,7 @@ def test_what_finds_no_room_leaves_no_gap():
         first.prefill(*np.ones((2, 2, 480, 32), np.float16))        # 60 pages on each
         sequence = device.create_sequence(1, capacity_tokens=32)
         sequence._layers[0], sequence.capacity_tokens = type(sequence._layers[0])(
-            table=np.zeros((1, 7), np.uint64), sketches={}, total=np.zeros((1, 32))), 100   # more than it has reserved
+            table=np.zeros((1, 7), np.uint64), sketches={}, sums=None), 100   # more than it has reserved
         with pytest.raises(CapacityError, match="all 2 zones are in use"):
             sequence.append(key[:1], value[:1])
         assert (sequence.length(), sequence.flushed()) == (96, 0)

@@ -253,7 +253,7 @@ def test_forced_units():
     rng = np.random.default_rng(16)
     size = config.group_tokens
     full = np.full((2, 2 * size), SCORE_MAX)
-    given = {"stripes": 2, "tail": [0, 0]}
+    given = {"stripes": 2, "tail": [0, 0], "sinks": 0}
     jobs = [
         make_job(config, rng, FETCHED, unit_bits=0, units=2, local=4, end=2 * size - 3, **given),
         make_job(config, rng, FETCHED, unit_bits=3, units=3, local=4, end=2 * size, scores=full.copy(), **given),

@@ -226,7 +226,7 @@ def test_mass_saturates():
         rng = np.random.default_rng(9)
         scores = np.full((16, config.group_tokens), 1 << 22)
         job = make_job(config, rng, FETCHED, stripes=1, unit_bits=unit_bits, tail=[0], end=config.group_tokens,
-                       local=1, scores=scores)
+                       local=1, scores=scores, sinks=0)
         model.put(0, job, [0], 0)
         await refer(ctx, dut, [1 << 22] * 16)
         await sweep(ctx, dut, 0, Sweep.MASS)
