@@ -646,7 +646,7 @@ def floats(arguments: dict[str, Any]) -> tuple[NDArray[np.float64], ...]:
 def exact(arguments: dict[str, Any]) -> oracle.Sparse:
     q, k, v, tail = floats(arguments)
     scale, mode = q.shape[1] ** -0.5, arguments["mode"]
-    common: dict[str, Any] = {"units": arguments["units"], "local": arguments["local"], "tail": tail}
+    common: dict[str, Any] = {name: arguments[name] for name in ("units", "local", "sinks")} | {"tail": tail}
     unit_tokens = arguments["tokens_per_codeword"] << arguments["unit_bits"]
     if mode is Mode.CENTROID:
         centroids = from_bits(arguments["sketch"], arguments["element"])
@@ -671,7 +671,7 @@ def paper_job(mode: Mode, rows: int, element: Element, seed: int, data: str) -> 
             arguments["sketch"] = means(arguments["key"], 8, element)
         else:
             arguments["mean"] = fp32(from_bits(arguments["value"], element).astype(np.float64).mean(axis=0))
-    return arguments | {"local": 16, "end_token": 4096 - 5}
+    return arguments | {"local": 16, "sinks": 16 * (seed % 2), "end_token": 4096 - 5}
 
 
 @ELEMENTS
