@@ -616,10 +616,11 @@ class Sequence(Store):
         sums = self._layers[layer].sums
         assert sums is not None
         known: dict[int, Doubles] = {}
+        read = partial(self._read_values, layer)
 
         def until(token: int) -> Doubles:
             if token not in known:
-                known[token] = sums.until(token, lambda first, last: self._read_values(layer, first, last))
+                known[token] = sums.until(token, read)
             return known[token]
 
         means = np.zeros((len(masks.start), self.kv_heads, self.device.config.head_dim), np.float32)
@@ -634,7 +635,7 @@ class Sequence(Store):
             else:
                 total = until(prefix) - until(start)
                 for draft in drafts:
-                    total = total + sums.values(draft, draft + 1, partial(self._read_values, layer))[:, 0]
+                    total = total + sums.values(draft, draft + 1, read)[:, 0]
             mean[:] = total / (prefix - start + len(drafts))
         return means
 
