@@ -39,6 +39,7 @@ from kvattic.jobs import (
     FlashOperation,
     Job,
     JobResult,
+    check_blocks,
     check_integer,
     check_positive,
     end_block,
@@ -770,9 +771,7 @@ class Device:
             line = pack_command(job)
         except OverflowError:
             raise RequestError(f"a number of job {index} does not fit its field of the command: {job}") from None
-        if job.sketch is not None and len(job.sketch) != len(job.table):
-            raise RequestError(f"a job's sketch must have an entry for each of the {len(job.table)} stripes, not "
-                               f"{len(job.sketch)}")
+        check_blocks(job)
         result = job.rows * result_row_bytes(dim)
 
         def finish(completion: Completion, data: bytes) -> JobResult:

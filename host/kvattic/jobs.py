@@ -369,23 +369,28 @@ def _mean_bytes(job: Job) -> int:
     return 0 if job.mean is None else fp32_block_bytes(job.mean.size)
 
 
-def pack_table(job: Job) -> bytes:
-    """The job's table as the device reads it, padded to whole lines, behind the mean of V if there is one.
-
-    What the job attends whole is marked here, for the same stripe may be ranked in another job.
+def check_blocks(job: Job) -> None:
+    """Whether a job's table, sketch and mean fit together, before it is submitted.
 
     Raises:
         RequestError: mean or sketch is not what the mode needs.
     """
-    columns = [job.table] if job.sketch is None else [layout.mark_whole(job.table, job.whole), job.sketch]
-    if len({len(column) for column in columns}) > 1:
+    if job.sketch is not None and len(job.sketch) != len(job.table):
         raise RequestError(f"a job's sketch must have an entry for each of the {len(job.table)} stripes, not "
-                           f"{len(columns[1])}")
+                           f"{len(job.sketch)}")
     wanted = job.query.shape[1] if job.mode in (Mode.SPARF, Mode.FETCHED) else 0
     given = 0 if job.mean is None else job.mean.size
     if given != wanted:
         raise RequestError(f"a job of mode {job.mode.name} must have a mean of V of {wanted} channels (SPARF, FETCHED: "
                            f"head_dim, else none), not {given}")
+
+
+def pack_table(job: Job) -> bytes:
+    """The job's table as the device reads it, padded to whole lines, behind the mean of V if there is one.
+
+    What the job attends whole is marked here, for the same stripe may be ranked in another job.
+    """
+    columns = [job.table] if job.sketch is None else [layout.mark_whole(job.table, job.whole), job.sketch]
     mean = b"" if job.mean is None else np.asarray(job.mean).astype("<u4").tobytes().ljust(_mean_bytes(job), b"\0")
     return (mean + np.stack(columns, axis=1).astype("<u8").tobytes()).ljust(table_bytes(job), b"\0")
 
