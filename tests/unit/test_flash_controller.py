@@ -5,13 +5,13 @@ from collections import Counter, deque
 from dataclasses import dataclass, replace
 
 import pytest
-from amaranth.sim import Simulator
 
 from kvattic import config as presets
 from kvattic.commands import Kind, MediaCause, Opcode, Status
 from kvattic_hdl.flash.controller import Controller
 from kvattic_hdl.interfaces import operation_code
 from kvattic_sim.nand_twin import NandChannel, NandFaults, attach
+from tests.unit.compiled import simulation
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Bench:
 
     def __init__(self, config, *, faults=None, depth=16, buffers=4, in_flight=10**9, seed=0, drain=None):
         self.config = config
-        self.dut = Controller(config, depth=depth)
+        self.dut, self.simulator = simulation(Controller, config, depth=depth)
         self.nand = NandChannel(config, seed=seed, faults=faults)
         self.rng = random.Random(seed)
         self.requests = deque()
@@ -159,6 +159,9 @@ class Bench:
                 ctx.set(signal, value)
 
         r, o = dut.requests, dut.operations
+        r_valid, o_valid, words_valid, words_payload, retries_valid, headers_ready, outcomes_taken = (
+            r.valid, o.valid, dut.words.valid, dut.words.payload, dut.retries.valid, dut.headers.ready,
+            dut.outcomes.ready)    # looking them up takes as long as a cycle
         samples = (r.ready, o.ready, dut.words.ready, dut.outcomes.valid, dut.outcomes.payload, dut.headers.valid,
                    dut.headers.payload, dut.words_valid, dut.phy.read, dut.retries.ready, dut.phy.cycles.valid,
                    dut.phy.cycles.ready, dut.phy.cycles.payload, dut.phy.bursts.valid, dut.phy.bursts.ready, dut.events)
@@ -227,27 +230,27 @@ class Bench:
                 self.started += 1
                 ctx.set(r.payload, {"tag": requested.tag(), "page": requested.page, "codeword": requested.codeword,
                                     "dram": 0})
-            put(r.valid, requested is not None)
+            put(r_valid, requested is not None)
             if operated is None and self.operations:
                 operated = self.operations.popleft()
                 ctx.set(o.payload, {"opcode": operation_code(operated.opcode), "page": operated.page,
                                     "block": operated.block, "identity": operations})
                 operations += 1
-            put(o.valid, operated is not None)
+            put(o_valid, operated is not None)
             if offered is None and self.words and (not self.word_gap or self.rng.random() >= self.word_gap):
                 offered = self.words.popleft()
-                put(dut.words.payload, offered)
-            put(dut.words.valid, offered is not None)
+                put(words_payload, offered)
+            put(words_valid, offered is not None)
             if retried is None and self.retries:
                 retried = self.retries.popleft()
                 ctx.set(dut.retries.payload, {
                     "tag": retried.request().tag(), "page": retried.page, "codeword": retried.codeword,
                     "level": retried.level + 1})
-            put(dut.retries.valid, retried is not None)
+            put(retries_valid, retried is not None)
             header_ready = int(buffers > 0)
-            put(dut.headers.ready, header_ready)
+            put(headers_ready, header_ready)
             outcomes_ready = int(self.outcomes_ready == 1.0 or self.rng.random() < self.outcomes_ready)
-            put(dut.outcomes.ready, outcomes_ready)
+            put(outcomes_taken, outcomes_ready)
 
     def _arrived(self, header, data, now):
         tag = header.tag
@@ -261,7 +264,7 @@ class Bench:
 
     def run(self, *, outcomes=0, limit=100_000, vcd=None):
         """Until everything that was asked for came; then a little longer."""
-        simulator = Simulator(self.dut)
+        simulator = self.simulator
         simulator.add_clock(1e-6)
         simulator.add_testbench(self._play, background=True)
         simulator.add_process(attach(self.nand, self.dut.phy))
