@@ -13,7 +13,7 @@ RUN     = $(PY) -m
 SIM_ARGS = --simulator $(SIM) --mode $(MODE) $(if $(PRESET),--preset $(PRESET))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sim waves trace verilog bench synth docs lint types test check clean
+.PHONY: help setup sim waves trace verilog bench synth docs lint types test campaign check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,7 +53,10 @@ types: $(VENV)/.stamp-dev  ## check the types
 	@$(RUN) mypy
 
 test: lint types  ## lint, types and all tests
-	@$(RUN) pytest -n 2 tests
+	@$(RUN) pytest -n 2 --dist loadgroup tests
+
+campaign: $(VENV)/.stamp-dev  ## run the long random campaigns whole; make test runs a slice of each
+	@$(RUN) pytest -n 2 --dist loadgroup --campaign -m campaign tests
 
 check: test  ## what continuous integration runs
 

@@ -35,7 +35,7 @@ from typing import Any
 
 import amaranth.sim
 from amaranth.back import rtlil, verilog
-from amaranth.hdl import Const, ShapeCastable, Signal, Value, ValueCastable
+from amaranth.hdl import Const, Fragment, ResetInserter, ShapeCastable, Signal, Value, ValueCastable
 from amaranth.hdl._ast import Operator, Slice
 from amaranth.lib import data, wiring
 from amaranth.sim._pyeval import eval_value
@@ -173,7 +173,8 @@ class Model:
     Args:
         top: what is simulated: the component, or something around it.
         dut: the component whose ports the test uses.
-        expose: further signals that it uses: values, interfaces, and collections of them.
+        expose: further signals that it uses: values, interfaces, and collections of them, or a function that gives them
+            when all of the component is made.
 
     Attributes:
         dut: as above.
@@ -181,12 +182,15 @@ class Model:
 
     def __init__(self, top: Any, dut: Any, expose: Any = ()) -> None:
         self.dut = dut
+        fragment = Fragment.get(top, None)
+        if callable(expose):
+            expose = expose()
         signals = {}
         for signal in _signals([*([dut] if hasattr(dut, "signature") else []), expose]):
             if len(signal):
                 signals.setdefault(id(signal), signal)
         ports = {f"p{number}": (signal, None) for number, signal in enumerate(signals.values())}
-        text = rtlil.convert(top, name="top", ports=ports, emit_src=False)
+        text = rtlil.convert(fragment, name="top", ports=ports, emit_src=False)
         library, source = _compile(text, functools.partial(self._wrapper, len(ports)))
         header = source[source.index("module top(") :]
         inputs = set(re.findall(r"^  input (?:signed )?(?:\[\d+:0\] )?p(\d+)\b", header, re.MULTILINE))
@@ -546,7 +550,17 @@ def simulation(make: Callable[..., Any], *arguments: Any, **options: Any) -> tup
     """
     if use_amaranth:
         made = make(*arguments, **options)
-        top, dut, _ = made if isinstance(made, tuple) else (made, made, ())
-        return dut, amaranth.sim.Simulator(top)
+        top, dut, expose = made if isinstance(made, tuple) else (made, made, ())
+        simulator = amaranth.sim.Simulator(top)
+        if callable(expose):
+            expose()
+        return dut, simulator
     model = _model(make, arguments, tuple(sorted(options.items())))
     return model.dut, model.simulator()
+
+
+def resettable(make: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[Any, Any, Any]:
+    """Make a component with a reset of its own, `test_reset`; for :func:`simulation`."""
+    dut = make(*arguments, **options)
+    dut.test_reset = Signal()
+    return ResetInserter(dut.test_reset)(dut), dut, dut.test_reset

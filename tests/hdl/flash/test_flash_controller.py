@@ -5,13 +5,13 @@ from collections import Counter, deque
 from dataclasses import dataclass, replace
 
 import pytest
+from tests.hdl.compiled import simulation
 
 from kvattic.spec import config as presets
 from kvattic.spec.commands import Kind, MediaCause, Opcode, Status
 from kvattic_hdl.flash.controller import Controller
 from kvattic_hdl.lib.interfaces import operation_code
 from kvattic_sim.nand.twin import NandChannel, NandFaults, attach
-from tests.hdl.compiled import simulation
 
 
 @dataclass(frozen=True)

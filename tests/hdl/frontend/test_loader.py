@@ -7,10 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
-from amaranth.hdl import ResetInserter, Signal
-from amaranth.sim import Simulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.hdl.compiled import resettable, simulation
 
 from kvattic.golden import sparse
 from kvattic.spec.commands import (
@@ -132,11 +131,10 @@ def run(
 
     Before them the first batch is begun, and stopped and reset after so many cycles, for each of the `cuts`.
     """
-    dut = Loader(config)
+    dut, sim = simulation(resettable, Loader, config)
+    reset = dut.test_reset
     shapes = Shapes(config)
     rng = random.Random(seed)
-    reset = Signal()
-    sim = Simulator(ResetInserter(reset)(dut))
     sim.add_clock(1e-6)
     cycle = [0]
 
@@ -1508,7 +1506,7 @@ def test_any_stalls(rng, latency, stall, job_stall, hold, name):
 
 def test_window():
     """The check in halves against plain arithmetic, at and round every boundary."""
-    dut = Window(3)
+    dut, sim = simulation(Window, 3)
     rng = random.Random(3)
     top = 1 << 64
 
@@ -1546,7 +1544,6 @@ def test_window():
                 for which, (address, size) in enumerate(zip(addresses, sizes, strict=True))
             )
 
-    sim = Simulator(dut)
     sim.add_clock(1e-6)
     sim.add_testbench(bench)
     sim.run()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 from amaranth.back import rtlil
-from amaranth.sim import Simulator
+from tests.hdl.compiled import simulation
 from tests.hdl.lib.test_axi_write import Bus
 from tests.hdl.lib.test_divider import fp32_quotient
 from tests.hdl.reduce import test_blend
@@ -212,7 +212,7 @@ class World:
         self.post_queues = [0, 0]
         self.block = None
         self.rng, self.stall, self.lane_latency = random.Random(seed), stall, lane_latency
-        self.dut = Finisher(config)
+        self.dut, self.simulator = simulation(Finisher, config)
         jobs = [job for batch in batches for job in batch]
         bad = [
             job.result + (result_row_bytes(config.head_dim) if job.rows > 1 else 64)
@@ -247,7 +247,7 @@ class World:
         ]
 
     def run(self):
-        simulator = Simulator(self.dut)
+        simulator = self.simulator
         simulator.add_clock(1e-9)
         simulator.add_testbench(self.bench)
         simulator.run()
@@ -695,7 +695,7 @@ def test_a_flash_command_ends_while_a_job_waits_for_its_lanes():
 @pytest.mark.parametrize("begun", [1, 2, 3, 6, 10])
 def test_outcomes_are_taken_while_it_stops(begun):
     """Whatever it was doing: a reset waits for the flash commands that are under way, and nobody else takes them."""
-    dut = Finisher(TINY)
+    dut, simulator = simulation(Finisher, TINY)
 
     async def bench(ctx):
         ctx.set(dut.outcomes.valid, 1)
@@ -707,7 +707,6 @@ def test_outcomes_are_taken_while_it_stops(begun):
             assert ctx.get(dut.outcomes.ready)
             await ctx.tick()
 
-    simulator = Simulator(dut)
     simulator.add_clock(1e-9)
     simulator.add_testbench(bench)
     simulator.run()
