@@ -110,6 +110,7 @@ def test_wrong_bits_whose_first_syndrome_is_zero():
         assert (answer.good, answer.errors) == (1, len(case))
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_the_check_value_decides():
     cases = [([], 1), ([5], 0), ([5], 1 << 23), ([5, 2060], 0), ([5, 2060], 4)]
     answers = solve(TINY, [problem(TINY, bits, check) for bits, check in cases])

@@ -341,6 +341,7 @@ def test_retries_beside_codewords_that_are_given_up_keep_their_place():
     assert len(seen.retries) == 6
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_each_level_is_tried_once():
     config = CONFIGS["t4"]
     maker = Maker(config, 9)

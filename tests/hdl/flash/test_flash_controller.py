@@ -387,6 +387,7 @@ def test_random_codewords(config):
     bench.check(asked=asked)
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_a_page_in_the_register_is_not_read_again():
     bench = Bench(TINY)
     asked = [Request(5, codeword, place=i) for i, codeword in enumerate((2, 0, 3, 1, 1))]
@@ -579,6 +580,7 @@ def test_programs_and_erases_among_reads(name):
     assert bench.count(0xD1) == len(blocks) - config.dies and bench.count(0xD0) == config.dies
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_failures_name_their_plane():
     """Of a multi-plane operation only the failing planes are reported."""
     faults = NandFaults(program_fails=((0, 1, 0, 0), (1, 0, 0, 0)), erase_fails=((0, 0, 3),))

@@ -764,6 +764,7 @@ def test_time_of_a_job(latency):
     assert max(periods) <= latency + 8 + 40 + 32 + 9 + 15, periods
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_slots_run_out():
     config = replace(BOARD, jobs_in_flight=4)
     rng = random.Random(2)
@@ -1347,6 +1348,7 @@ def test_each_queue_has_its_window():
     assert [Status(j["status"]) for _, _, j in host.jobs] == expected
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_domains():
     """A queue may name a domain or not; a table's entries and the pages of flash commands are the domain's or not."""
     config, rng = TINY, random.Random(6)
@@ -1504,6 +1506,7 @@ def test_any_stalls(rng, latency, stall, job_stall, hold, name):
     check_good(config, host, jobs)
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_window():
     """The check in halves against plain arithmetic, at and round every boundary."""
     dut, sim = simulation(Window, 3)

@@ -852,6 +852,7 @@ def test_sparse(name: str, gap: float, shuffle: bool) -> None:
     run_lane(config, sparse_jobs(config, np.random.default_rng(len(name))), seed=1, gap=gap, shuffle=shuffle)
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_own_selector(monkeypatch) -> None:
     """The selector that the lane comes with finds the first pass's scores, and what it marks is read."""
     monkeypatch.setattr(kvattic_hdl.lane.lane, "Selector", Selector)

@@ -629,6 +629,7 @@ def test_blended(config, stall):
     World(config, [batch], stall=stall, seed=5, flash=2).run()
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_alpha_of_all_and_of_nothing():
     """Rows of one job with alpha 1, 0 and between: the quotient, the mean, a blend."""
     batch = batch_of(COPIES, ["ok"] * 4, 12, modes=[Mode.SPARF])
@@ -725,6 +726,7 @@ def test_copies_are_there():
     assert {Shapes(config).copies for config in (TINY, ONE_ROW, ODD)} == {1}
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_jobs_after_a_pause():
     first = batch_of(TINY, ("ok", "empty", "ok"), 4)
     second = batch_of(TINY, ("empty", "ok"), 5, first=3)
