@@ -13,7 +13,7 @@ RUN     = $(PY) -m
 SIM_ARGS = --simulator $(SIM) --mode $(MODE) $(if $(PRESET),--preset $(PRESET))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sim waves trace verilog bench synth docs lint types test check clean
+.PHONY: help setup sim waves trace verilog bench synth docs site lint types test check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,10 @@ synth: $(VENV)/.stamp-synth  ## synthesise, and place and route for ECP5
 
 docs: $(VENV)/.stamp-sim  ## regenerate docs/commands.md and include/kvattic.h
 	@$(RUN) kvattic_sim.reports.reference
+
+site: $(VENV)/.stamp-docs  ## build the documentation as a web site in build/site
+	@$(RUN) mkdocs build --strict --quiet --site-dir build/site
+	@echo "open build/site/index.html"
 
 lint: $(VENV)/.stamp-dev  ## check the style
 	@$(RUN) ruff check
