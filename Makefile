@@ -47,7 +47,7 @@ docs: $(VENV)/.stamp-sim  ## regenerate docs/commands.md and include/kvattic.h
 	@$(RUN) kvattic_sim.reports.reference
 
 site: $(VENV)/.stamp-docs  ## build the documentation as a web site in build/site
-	@$(RUN) mkdocs build --strict --quiet --site-dir build/site
+	@NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet
 	@echo "open build/site/index.html"
 
 lint: $(VENV)/.stamp-dev  ## check the style
@@ -65,9 +65,9 @@ clean:  ## remove what was built, also in KVATTIC_CACHE, but not .venv
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@if [ -n "$$KVATTIC_CACHE" ] && [ -f "$$KVATTIC_CACHE/sim/CACHEDIR.TAG" ]; then rm -rf "$$KVATTIC_CACHE/sim"; fi
 
-# A stamp stands for an installed extra. dev contains sim; so a development set-up serves `make sim` as it is.
+# A stamp stands for an installed extra. dev contains sim and docs, so a development set-up serves these as it is.
 $(VENV)/.stamp-%: pyproject.toml
-	@if [ '$*' = sim ] && [ $(VENV)/.stamp-dev -nt pyproject.toml ]; then exit 0; fi; \
+	@case '$*' in sim|docs) if [ $(VENV)/.stamp-dev -nt pyproject.toml ]; then exit 0; fi;; esac; \
 	echo "installing kvattic[$*] into $(VENV)"; \
 	test -x $(PY) || $(PYTHON) -m venv $(VENV) || exit 1; \
 	$(RUN) pip install -qq --disable-pip-version-check -e '.[$*]' || exit 1; \
