@@ -68,17 +68,13 @@ void kv_places(Instance* i, void** places) { @PLACES@ }
 """
 
 
-@dataclass(frozen=True)
 class _Port:
     """A port of the compiled model."""
 
-    signal: Signal
-    number: int
-    is_input: bool
-
-    @property
-    def width(self) -> int:
-        return len(self.signal)
+    def __init__(self, signal: Signal, number: int, *, is_input: bool) -> None:
+        self.signal, self.number, self.is_input = signal, number, is_input
+        self.width = len(signal)
+        self.mask = (1 << self.width) - 1
 
     @property
     def size(self) -> int:
@@ -191,7 +187,8 @@ class Model:
         library, source = _compile(text, functools.partial(self._wrapper, len(ports)))
         header = source[source.index("module top(") :]
         inputs = set(re.findall(r"^  input (?:signed )?(?:\[\d+:0\] )?p(\d+)\b", header, re.MULTILINE))
-        self.ports = [_Port(signal, number, str(number) in inputs) for number, signal in enumerate(signals.values())]
+        self.ports = [
+            _Port(signal, number, is_input=str(number) in inputs) for number, signal in enumerate(signals.values())]
         self.library = ctypes.CDLL(str(library), mode=os.RTLD_LOCAL)
         self.library.kv_make.restype = ctypes.c_void_p
         for name in ("kv_free", "kv_settle", "kv_fall", "kv_rise", "kv_places"):
@@ -225,6 +222,7 @@ class Instance:
         library.kv_places(self._instance, places)
         self.signals = {id(port.signal): port for port in model.ports}
         self.memory = [self._view(place, port.size) for port, place in zip(model.ports, places, strict=False)]
+        self._known: dict[int, tuple[Any, Callable[[], Any]]] = {}
         self._readers: dict[tuple[int, int, int, bool], Callable[[], int]] = {}
         self.dirty = True
         for port in model.ports:
@@ -262,7 +260,7 @@ class Instance:
         """Put a value, cut to its width, into an input."""
         if not port.is_input:
             raise ValueError(f"{port.signal!r} is driven by the component")
-        value &= (1 << port.width) - 1
+        value &= port.mask
         memory = self.memory[port.number]
         self.dirty = True
         if memory.itemsize == 1 and len(memory) > 1:
@@ -320,14 +318,19 @@ class Instance:
 
     def reader(self, expression: Any) -> Callable[[], Any]:
         """Return a function that reads a value once all is settled, as Amaranth would give it to a test."""
+        known = self._known.get(id(expression))
+        if known is not None:
+            return known[1]
         value = Value.cast(expression)
         place = self.place(value)
-        raw = self._reader(*place) if place else functools.partial(eval_value, _Expressions(self), value)
+        reader = self._reader(*place) if place else functools.partial(eval_value, _Expressions(self), value)
         if isinstance(expression, ValueCastable):
             shape = expression.shape()
             if isinstance(shape, ShapeCastable):
-                return self._converted(raw, shape.from_bits)
-        return raw
+                reader = self._converted(reader, shape.from_bits)
+        if isinstance(value, Signal):    # a whole port; parts of them are new objects each time
+            self._known[id(expression)] = expression, reader
+        return reader
 
     @staticmethod
     def _converted(raw: Callable[[], int], from_bits: Callable[[int], Any]) -> Callable[[], Any]:
@@ -346,6 +349,9 @@ class Instance:
 
     def set(self, expression: Any, value: Any) -> None:
         """Put a value into an input, or into a part of one."""
+        if type(value) is int and (port := self.signals.get(id(expression))) is not None:
+            self.write(port, value)
+            return
         if isinstance(expression, ValueCastable):
             shape = expression.shape()
             if isinstance(shape, ShapeCastable):
