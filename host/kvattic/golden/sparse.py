@@ -13,18 +13,18 @@ are uint16 bit patterns, intermediates int64.
 
 from dataclasses import dataclass, replace
 from math import isqrt
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvattic.errors import RequestError
 from kvattic.golden import dense
-from kvattic.golden.dense import DENOMINATOR_SHIFT, Bits, Integers
 from kvattic.spec.commands import FP32_SPECIAL, CompletionFlag, Mode
-from kvattic.spec.elements import special
+from kvattic.spec.elements import Bits, Booleans, Integers, special
 from kvattic.spec.formats import (
     ALPHA_FRACTION,
+    FP32_BIAS,
     LOG_BITS,
     MAGNITUDE_BITS,
     MAGNITUDE_FRACTION,
@@ -36,6 +36,7 @@ from kvattic.spec.formats import (
     SCORE_MASKED,
     SCORE_MAX,
     VALUE_FRACTION,
+    WEIGHT_ALIGNMENT,
     Element,
 )
 from kvattic.spec.layout import TOKEN_BITS
@@ -62,8 +63,6 @@ __all__ = [
     "select",
     "top_channels",
 ]
-
-Booleans: TypeAlias = NDArray[np.bool_]
 
 ALPHA_ONE = 1 << ALPHA_FRACTION
 """An alpha of 1: the mean of V has no part in the output."""
@@ -203,7 +202,7 @@ def probabilities(scores: Integers, reference: Integers) -> Integers:
         int64, (rows, tokens), VALUE_FRACTION fractional bits.
     """
     significand, exponent = dense.weights(scores, reference)
-    result: Integers = significand << DENOMINATOR_SHIFT >> exponent
+    result: Integers = significand << WEIGHT_ALIGNMENT >> exponent
     return result
 
 
@@ -304,7 +303,7 @@ def blend(alpha: int, quotient_bits: int, mean_bits: int) -> int:
     else:
         kept = size << -drop
     # fp32 of kept * 2**(least + drop - ALPHA_FRACTION); the leading one of `kept` adds one to the exponent field.
-    field = least + drop - ALPHA_FRACTION + (SCALE_BITS - 1) + 127
+    field = least + drop - ALPHA_FRACTION + (SCALE_BITS - 1) + FP32_BIAS
     result = ((field - 1) << (SCALE_BITS - 1)) + kept
     return sign | result if size and result >= 1 << (SCALE_BITS - 1) else 0
 
@@ -314,7 +313,7 @@ def _fp32(bits: int) -> tuple[int, int]:
     hidden = 1 << (SCALE_BITS - 1)
     field = bits >> (SCALE_BITS - 1) & 0xFF
     significand = hidden | (bits & (hidden - 1)) if 0 < field < 0xFF else 0
-    return -significand if bits >> 31 else significand, max(field, 1) - 127 - (SCALE_BITS - 1)
+    return -significand if bits >> 31 else significand, max(field, 1) - FP32_BIAS - (SCALE_BITS - 1)
 
 
 # Jobs.

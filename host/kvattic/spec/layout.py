@@ -34,7 +34,7 @@ from numpy.typing import ArrayLike, NDArray
 from kvattic.errors import ConfigError, RequestError
 from kvattic.spec.commands import SKETCH_ENTRY, TABLE_ENTRY, Record, TableFlag
 from kvattic.spec.config import Config
-from kvattic.spec.elements import as_array, from_bits, special, to_bits
+from kvattic.spec.elements import Bits, as_array, from_bits, special, to_bits
 from kvattic.spec.formats import Element
 
 __all__ = [
@@ -65,7 +65,6 @@ __all__ = [
     "unpack_sketches",
 ]
 
-Bits: TypeAlias = NDArray[np.uint16]
 Pages: TypeAlias = NDArray[np.uint8]
 
 
