@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvattic.golden.queues import RejectedError
+from kvattic.golden.rejected import RejectedError
 from kvattic.spec import layout
 from kvattic.spec.commands import MediaCause, Opcode, Status
 from kvattic.spec.config import Config

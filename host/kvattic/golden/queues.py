@@ -3,17 +3,14 @@
 import struct
 from dataclasses import dataclass
 
-from kvattic.spec.commands import LINE_BYTES, Status, pack_state
+from kvattic.golden.rejected import RejectedError
+from kvattic.spec.commands import LINE_BYTES, Opcode, QueueCommand, Status, pack_state
 from kvattic.spec.registers import MAX_ENTRIES, QUEUES
 
-__all__ = ["Queue", "Queues", "RejectedError"]
+__all__ = ["Queue", "Queues"]
 
 _COMPLETION = struct.Struct("<IIHHHH48x")
 """The fields of `COMPLETION` that the golden device fills."""
-
-
-class RejectedError(Exception):
-    """A command that ends with an error; args are (status, where)."""
 
 
 @dataclass(slots=True, eq=False)
@@ -153,23 +150,34 @@ class Queues:
         if queue.is_ring and not self._taken(0):
             self.pairs[0] = queue
 
-    def create(self, command: dict[str, int]) -> None:
-        """CREATE_QUEUE."""
-        number = command["queue"]
-        queue = Queue(*(command[name] for name in ("queue", "entries", "submission", "completion", "base", "limit")))
+    def run(self, command: QueueCommand) -> None:
+        """CREATE_QUEUE, DELETE_QUEUE.
+
+        Raises:
+            RejectedError: it does not end OK.
+        """
+        if command.opcode == Opcode.CREATE_QUEUE:
+            self._create(command)
+        elif any((command.entries, command.submission, command.completion, command.base, command.limit)):
+            raise RejectedError(Status.INVALID_FIELD)
+        else:
+            self._delete(command.queue)
+
+    def _create(self, command: QueueCommand) -> None:
+        number = command.queue
+        queue = Queue(number, command.entries, command.submission, command.completion, command.base, command.limit)
         for where, bad in enumerate((
             not 1 <= number < QUEUES or self._taken(number),
             not queue.is_ring,
-            command["submission"] % LINE_BYTES,
-            command["completion"] % LINE_BYTES,
+            command.submission % LINE_BYTES,
+            command.completion % LINE_BYTES,
         )):
             if bad:
                 raise RejectedError(Status.INVALID_QUEUE, where)
         self.removed.pop(number, None)
         self.pairs[number] = queue
 
-    def delete(self, number: int) -> None:
-        """DELETE_QUEUE."""
+    def _delete(self, number: int) -> None:
         queue = (self.pairs.pop(number, None) or self.removed.pop(number, None)) if number else None
         if queue is None:
             raise RejectedError(Status.INVALID_QUEUE, 0)
