@@ -114,12 +114,12 @@ class Attention:
             key = Found(np.zeros((command.stripes * config.group_tokens, config.head_dim), np.uint16), None)
         else:
             codewords = self._codewords(command)
-            sketch = reader.features(sparse.top_channels(query, command.channels, config.element))
+            sketch = reader.features(sparse.top_features(query, command.features, config.element))
             key = reader.tokens(Kind.SKETCH, codewords[table.tail[codewords // config.group_codewords]])
         sketch_lost = min((lost for lost in (sketch.lost, key.lost) if lost is not None), default=None)
         first = sparse.first_pass(
-            query, key.bits, sketch=sketch.bits, tail=table.tail, channels=command.channels,
-            units=command.units, local=command.local, sinks=command.sinks,
+            query, key.bits, sketch=sketch.bits, tail=table.tail, features=command.features,
+            top_units=command.top_units, local_tokens=command.local_tokens, sinks=command.sinks,
             base_token=command.base_token, end_token=command.end_token, **job, layout=sparse.Layout(
                 group_tokens=config.group_tokens, tokens_per_codeword=config.tokens_per_codeword, mode=mode,
                 unit_bits=command.unit_bits))

@@ -76,7 +76,7 @@ class StripeReader:
         key = np.zeros((command.stripes * size, self._config.head_dim), np.uint16)
         lost: int | None = None
         for stripe in np.flatnonzero(~self._table.tail).tolist():
-            codewords, gone = self._sketch(Kind.CHANNEL, stripe, features)
+            codewords, gone = self._sketch(Kind.FEATURE, stripe, features)
             key[stripe * size : (stripe + 1) * size, features] = codewords.view("<u2").T
             if gone is not None and lost is None:
                 lost = command.base_token + stripe * size

@@ -21,10 +21,10 @@ from kvattic.spec.config import Config
 __all__ = ["check_command", "check_mean", "check_table", "unit_tokens"]
 
 _UNUSED: dict[Mode, tuple[str, ...]] = {
-    Mode.DENSE: ("channels", "units", "local", "sinks", "unit_bits"),
+    Mode.DENSE: ("features", "top_units", "local_tokens", "sinks", "unit_bits"),
     Mode.SPARF: ("unit_bits",),
     Mode.FETCHED: (),
-    Mode.CENTROID: ("channels",),
+    Mode.CENTROID: ("features",),
 }
 """Fields that a mode has no use for: they must be zero."""
 
@@ -80,9 +80,9 @@ def _stripes_per_channel(command: AttendCommand, config: Config) -> int:
 def _check_selection(command: AttendCommand, config: Config) -> None:
     tokens, size = command.end_token - command.base_token, unit_tokens(command, config)
     for where, bad in enumerate((
-        Mode(command.mode).blended and not 1 <= command.channels <= config.head_dim,
-        not 1 <= command.units <= -(-tokens // size),
-        command.local > command.units * size,
+        Mode(command.mode).blended and not 1 <= command.features <= config.head_dim,
+        not 1 <= command.top_units <= -(-tokens // size),
+        command.local_tokens > command.top_units * size,
         command.unit_bits > config.unit_bits_max,
     )):
         if bad:

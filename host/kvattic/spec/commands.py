@@ -134,7 +134,7 @@ class Mode(IntEnum):
     DENSE = 0
     """All of them."""
     SPARF = 1
-    """The `units` tokens of the largest approximate mass, blended with the mean of V (SparF, SparQ)."""
+    """The `top_units` tokens of the largest approximate mass, blended with the mean of V (SparF, SparQ)."""
     FETCHED = 2
     """Units of whole codewords of the largest approximate mass, all of whose tokens are attended; blended likewise."""
     CENTROID = 3
@@ -167,7 +167,7 @@ class Status(IntEnum):
     INVALID_SCALE = 6
     """scale is not a positive normal fp32."""
     NAN_QUERY = 7
-    """where: row * 65536 + channel of the first NaN or infinity in q."""
+    """where: row * 65536 + feature of the first NaN or infinity in q."""
     NAN_KEY = 8
     """where: the lowest token with a NaN or infinity in K."""
     NAN_VALUE = 9
@@ -195,15 +195,15 @@ class Status(IntEnum):
     DIE_TIMEOUT = 19
     """A die stayed busy for longer than its part ever is; where: channel * 2**24 + page."""
     INVALID_SELECTION = 20
-    """A sparse mode's number is none or too large; where: 0 channels, 1 units (more than the tokens make),
-    2 local (more than the units hold), 3 unit_bits."""
+    """A sparse mode's number is none or too large; where: 0 features, 1 top_units (more than the tokens make),
+    2 local_tokens (more than the units hold), 3 unit_bits."""
     NO_SKETCH = 21
     """A stripe in flash that is not attended whole was written without what the mode's first pass reads; where: its
     entry's number."""
     NAN_MEAN = 22
-    """where: channel of the first NaN or infinity in the mean of V."""
+    """where: feature of the first NaN or infinity in the mean of V."""
     UNREADABLE_SKETCH = 23
-    """K in the channel layout, a centroid, or K of the tail cannot be read in the first pass; where: first token of the
+    """K in the feature layout, a centroid, or K of the tail cannot be read in the first pass; where: first token of the
     lowest codeword, or stripe, that cannot."""
     NOT_PERMITTED = 24
     """where: 0 the opcode is for queue 0 alone; 1 the domain is not given to the queue."""
@@ -232,8 +232,8 @@ class TableFlag(IntFlag):
     DRAM = 1
     """Its pages are pages of device DRAM, at page * config.page_bytes; else of the flash channel."""
     WHOLE = 2
-    """Sparse modes: it is attended whole and scored exactly in the first pass, and does not count in `units`; a stripe
-    in device DRAM is always so."""
+    """Sparse modes: it is attended whole and scored exactly in the first pass, and does not count in `top_units`; a
+    stripe in device DRAM is always so."""
 
 
 class CompletionFlag(IntFlag):
@@ -265,8 +265,8 @@ class Kind(IntEnum):
     """Tokens of K."""
     VALUE = 1
     """Tokens of V."""
-    CHANNEL = 2
-    """First pass: one channel of K, in the channel layout."""
+    FEATURE = 2
+    """First pass: one feature of K, in the feature layout."""
     SKETCH = 3
     """First pass: centroids; or tokens of K that are in device DRAM and so are scored exactly at once."""
 
@@ -313,14 +313,15 @@ class AttendCommand(Command):
     stripe_pages: int = _at(43, 1, "pages of K (and of V) in a stripe, a power of two")
     scale: int = _at(44, 4, "fp32 of softmax scale * log2(e)")
     stripes: int = _at(48, 2, "stripes in the table")
-    channels: int = _at(50, 2, "SPARF, FETCHED: channels of q and K in the first pass, the r of SparF; else 0")
-    units: int = _at(
+    features: int = _at(
+        50, 2, "SPARF, FETCHED: features (components of q and K) that the first pass reads, the r of SparF; else 0")
+    top_units: int = _at(
         52, 2, "sparse modes: units attended, the k of SparF; what is attended whole comes on top; else 0")
-    local: int = _at(
-        54, 2, "sparse modes: the newest tokens, attended in any case and counted in `units`; else 0")
+    local_tokens: int = _at(
+        54, 2, "sparse modes: the newest tokens, attended in any case and counted in `top_units`; else 0")
     sinks: int = _at(
         56, 2, "sparse modes: the first tokens of the sequence, numbered from 0, attended in any case and counted in "
-        "`units`; else 0")
+        "`top_units`; else 0")
     unit_bits: int = _at(58, 1, "FETCHED, CENTROID: log2 of the codewords of a unit; else 0")
 
 
@@ -419,8 +420,8 @@ TABLE_ENTRY = Record("TableEntry", 8, (
 """Where a stripe lies; its other pages follow the first ones."""
 
 SKETCH_ENTRY = Record("SketchEntry", 8, (
-    Field("page", 0, 3, "first page of K in the channel layout; or page of the first of the stripe's centroids"),
-    Field("codeword", 3, 1, "codeword of that page with which they begin: 0 for the channel layout"),
+    Field("page", 0, 3, "first page of K in the feature layout; or page of the first of the stripe's centroids"),
+    Field("codeword", 3, 1, "codeword of that page with which they begin: 0 for the feature layout"),
     Field("written", 4, 1, "1: they are there; 0: they are not, which only a stripe that is attended whole may say"),
     Field("reserved", 5, 3, RESERVED),
 ))
