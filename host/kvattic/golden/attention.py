@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvattic.golden import dense, sparse
+from kvattic.golden.first_pass import Layout, first_pass, top_features
 from kvattic.golden.memory import HostMemory
 from kvattic.golden.owners import Owners
 from kvattic.golden.queues import Queue
@@ -114,13 +115,13 @@ class Attention:
             key = Found(np.zeros((command.stripes * config.group_tokens, config.head_dim), np.uint16), None)
         else:
             codewords = self._codewords(command)
-            sketch = reader.features(sparse.top_features(query, command.features, config.element))
+            sketch = reader.features(top_features(query, command.features, config.element))
             key = reader.tokens(Kind.SKETCH, codewords[table.tail[codewords // config.group_codewords]])
         sketch_lost = min((lost for lost in (sketch.lost, key.lost) if lost is not None), default=None)
-        first = sparse.first_pass(
+        first = first_pass(
             query, key.bits, sketch=sketch.bits, tail=table.tail, features=command.features,
             top_units=command.top_units, local_tokens=command.local_tokens, sinks=command.sinks,
-            base_token=command.base_token, end_token=command.end_token, **job, layout=sparse.Layout(
+            base_token=command.base_token, end_token=command.end_token, **job, layout=Layout(
                 group_tokens=config.group_tokens, tokens_per_codeword=config.tokens_per_codeword, mode=mode,
                 unit_bits=command.unit_bits))
         key, value = reader.tokens(Kind.KEY, first.codewords), reader.tokens(Kind.VALUE, first.codewords)
