@@ -1,9 +1,8 @@
 """Golden model: one job (one KV head, some query rows), bit for bit as the hardware computes it.
 
-Integers only; docs/numerics.md says why each step is as it is.  `attend` runs the whole job.  The
-steps stand alone too, so that tests of the RTL can drive each of them: `decode`, `score_sums`,
-`round_scores`, `attended`, `weights`, `denominators`, `value_sums`, `divide`.
-`kvattic.golden.sparse` has the steps of the sparse modes.
+Integers only; docs/numerics.md explains each step.  `attend` runs the whole job.  The steps stand alone, too, so that
+tests of the RTL can drive each of them: `decode`, `score_sums`, `round_scores`, `attended`, `weights`, `denominators`,
+`value_sums`, `divide`.  `kvattic.golden.first_pass` and `kvattic.golden.sparse` have the sparse modes.
 
 Shapes are named (rows, tokens, head_dim).  Elements are uint16 bit patterns, intermediates int64.
 """
@@ -66,7 +65,7 @@ LOW_BITS = 32
 """An accumulator is high * 2**LOW_BITS + low with 0 <= low < 2**LOW_BITS."""
 
 _BLOCK_ELEMENTS = 1 << 15
-"""Elements handled at a time: a few int64 arrays of this size stay in the second-level cache."""
+"""Elements processed at a time: a few int64 arrays of this size fit the second-level cache."""
 
 
 class Decoded(NamedTuple):
@@ -233,7 +232,7 @@ def score_sums(
 def window_sums(
     query: Bits, key: Bits, *, element: Element, exponent: int | Integers
 ) -> tuple[Integers, Booleans]:
-    """`score_sums` with the scale's exponent given for itself, and for each row if need be.
+    """`score_sums` with the exponent of the scale alone, which may differ by row.
 
     Args:
         query: uint16, (rows, head_dim).
@@ -292,7 +291,7 @@ def round_scores(sums: Integers, scale_bits: int) -> tuple[Integers, Booleans]:
 
 
 def scale_scores(sums: Integers, significand: int | Integers) -> tuple[Integers, Booleans]:
-    """`round_scores` with the scale's significand given for itself, and for each row if need be.
+    """`round_scores` with the significand of the scale alone, which may differ by row.
 
     Args:
         sums: int64 of any shape, at most SCORE_SUM_BITS wide.
@@ -495,10 +494,10 @@ def divide(high: Integers, low: Integers, denominator: Integers) -> NDArray[np.u
 
 
 def check_bits(name: str, array: Any) -> Bits:
-    """Bit patterns of two dimensions, as they are.
+    """Refuse what is not a two-dimensional array of bit patterns; otherwise return it unchanged.
 
     Raises:
-        RequestError: another dtype or number of dimensions.
+        RequestError: the dtype or the number of dimensions is wrong.
     """
     if not isinstance(array, np.ndarray) or array.dtype != np.uint16 or array.ndim != 2:
         found = (
@@ -513,7 +512,7 @@ def check_bits(name: str, array: Any) -> Bits:
 def check_job(
     scale_bits: int, base_token: int, end_token: int, tokens: int, rows: int, **per_row: Any
 ) -> tuple[Integers, ...]:
-    """The integers that are given for each row, as int64, if they and the job's numbers fit together.
+    """Check a job's numbers; the integers that are given for each row, as int64.
 
     Args:
         scale_bits: fp32 bit pattern.
@@ -524,7 +523,7 @@ def check_job(
         per_row: integers, (rows,), by name.
 
     Raises:
-        RequestError: they do not.
+        RequestError: they do not fit together.
     """
     if not is_positive_normal(scale_bits):
         raise RequestError(f"scale_bits must be a positive normal fp32, not {scale_bits:#010x}")
@@ -610,7 +609,7 @@ def attend(
 def attend_masked(
     query: Bits, key: Bits, value: Bits, mask: Booleans, *, element: Element, scale_bits: int
 ) -> Trace:
-    """Attention over the tokens that a mask leaves; nothing is checked, and nan_key and nan_value are None.
+    """Attention over the tokens that a mask allows; nothing is checked, and nan_key and nan_value are None.
 
     Args:
         query: uint16, (rows, head_dim).

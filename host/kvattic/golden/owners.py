@@ -1,4 +1,4 @@
-"""The golden device's owners: whose the zones of flash and the regions of device DRAM are, and who may say so."""
+"""The golden device's owners: the domains of flash zones and DRAM regions, and the queues that may name each domain."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ __all__ = ["Owners"]
 
 
 class Owners:
-    """Domain numbers by zone and by region, 0 for nobody's; and the queues that may name each domain.
+    """Domains by zone and by region, 0 for nobody; and the queues that may name each domain.
 
     Args:
         config: geometry.
@@ -23,7 +23,7 @@ class Owners:
     Attributes:
         zones: owners of the zones, uint8.
         regions: owners of the regions, uint8.
-        queues: by domain, a bit for each queue that it is given to.
+        queues: by domain, a bit for each queue that it is granted to.
     """
 
     def __init__(self, config: Config) -> None:
@@ -62,12 +62,22 @@ class Owners:
             owners[first : first + count] = domain
 
     def check_permitted(self, domain: int, queue: int) -> None:
-        """Refuse a domain that the queue's commands may not name."""
+        """Refuse a domain that the queue's commands may not name.
+
+        Raises:
+            RejectedError: NOT_PERMITTED.
+        """
         if domain >= DOMAINS or not self.queues[domain] >> queue & 1:
             raise RejectedError(Status.NOT_PERMITTED, 1)
 
     def owns_pages(self, domain: int, page: Any, count: Any) -> Booleans:
-        """Whether runs of flash pages lie in one zone each, and that is the domain's; all but domain may be arrays."""
+        """Whether each run of flash pages lies in one zone, which is the domain's.
+
+        Args:
+            domain: who asks.
+            page: first page of each run, an integer or an array.
+            count: pages of each run; likewise.
+        """
         page = np.asarray(page)
         bits = self._config.zone_page_bits
         zone = page >> bits

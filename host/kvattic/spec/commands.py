@@ -7,7 +7,7 @@ Queues have NVMe's shape: 64-byte submission entries that begin with opcode, fla
 is one), rings with head and tail, doorbells, a phase bit that turns over with each round of the completion ring.  Where
 a submission entry has an address or a number, NVMe has MPTR (bytes 16-23), PRP1 and PRP2 (24-39), or the command dwords
 2, 3 and 10 to 15.  A completion has NVMe's fields in its first 16 bytes, and counters behind them up to a whole line,
-which the device writes in one burst.  docs/queues.md says what is not as in NVMe.
+which the device writes in one burst.  docs/queues.md lists the differences from NVMe.
 """
 
 import struct
@@ -95,26 +95,26 @@ class Opcode(IntEnum):
     ERASE = 0xC8
     """Erase the block that a flash page lies in (`FLASH_COMMAND`); in queue 0, whoever owns it."""
     COUNTERS = 0xC2
-    """Write `registers.COUNTERS`, 8 bytes each, padded to whole lines (`DATA_COMMAND`).  Each is right at the moment at
-    which it is read; while the drive works, they are not of one cycle."""
+    """Write `registers.COUNTERS`, 8 bytes each, padded to whole lines (`DATA_COMMAND`).  Each is exact when it is read;
+    while the drive works, they are read in different cycles."""
     PROBE = 0xF0
     """Look for the factory's mark of a bad block in a flash page (`FLASH_COMMAND`): one of `NandPart.marked_pages`."""
     MAP = 0xF4
-    """Let a zone use another block on the die and plane of a flash page (`FLASH_COMMAND`)."""
+    """Map a zone to another block on the die and plane of a flash page (`FLASH_COMMAND`)."""
     IDENTIFY = 0xE2
     """Write Config.to_json(), as UTF-8 padded with zeros to IDENTIFY_BYTES (`DATA_COMMAND`)."""
     CREATE_QUEUE = 0xE4
     """Create a pair of queues, empty (`QUEUE_COMMAND`)."""
     DELETE_QUEUE = 0xE8
-    """Remove one (`QUEUE_COMMAND`); commands that are not fetched yet are forgotten."""
+    """Delete a pair of queues (`QUEUE_COMMAND`); commands that are not fetched yet are dropped."""
     GRANT = 0xEC
     """Give zones or regions of device DRAM to a domain, or a domain to queues (`GRANT_COMMAND`)."""
 
 
 ADMIN_OPCODES = 0xE0
-"""From this opcode on, for queue 0 alone."""
+"""Opcodes from this one on are for queue 0 alone."""
 DIRECTION_BITS = 2
-"""Low bits of an opcode, which say which way data goes."""
+"""Low bits of an opcode: the direction of the data."""
 
 
 class Grant(IntEnum):
@@ -154,13 +154,12 @@ class Status(IntEnum):
     INVALID_OPCODE = 1
     """where: the opcode."""
     INVALID_FIELD = 2
-    """A reserved byte is not zero, there is no such mode (or none but DENSE in this configuration), a field is not zero
-    that mode or opcode has no use for, or stripe_pages is no power of two, too large, or not what a sparse mode
-    needs."""
+    """A reserved byte, or a field that mode or opcode does not use, is not zero; the mode does not exist (or is sparse
+    and the configuration is not); or stripe_pages is not a power of two, too large, or not what a sparse mode needs."""
     INVALID_ROWS = 3
     """where: the number of rows."""
     INVALID_LENGTH = 4
-    """No token, or `stripes` are not as many as the tokens take."""
+    """No tokens, or `stripes` is not the number of stripes that the tokens take."""
     INVALID_ADDRESS = 5
     """query, result or table (with the mean of V) not 64-byte aligned or not inside the queue's window; where: 0 query,
     1 result, 2 table.  IDENTIFY, COUNTERS: result, likewise."""
@@ -178,10 +177,10 @@ class Status(IntEnum):
     """The host memory answered a read of the command or query, or a write of the result, with an error; where: 0.  When
     it is the command that could not be read, its identifier is not known: it is 0xFFFF."""
     INVALID_TABLE = 12
-    """A table entry names no channel, has a reserved bit set (in DENSE also `whole`), or is one too many for its
+    """A table entry names a channel that does not exist, has a reserved bit set (in DENSE also `whole`), or exceeds its
     channel's score buffer; where: the entry's number."""
     INVALID_PLACE = 13
-    """A flash command names no channel, page or block of it; where: 0."""
+    """A flash command names a channel, page or block that does not exist; where: 0."""
     UNREADABLE_KEY = 14
     """K cannot be read (see the register MEDIA_ERROR); where: first token of the lowest codeword that cannot."""
     UNREADABLE_VALUE = 15
@@ -195,25 +194,25 @@ class Status(IntEnum):
     DIE_TIMEOUT = 19
     """A die stayed busy for longer than its part ever is; where: channel * 2**24 + page."""
     INVALID_SELECTION = 20
-    """A sparse mode's number is none or too large; where: 0 features, 1 top_units (more than the tokens make),
+    """A field of a sparse mode is out of range; where: 0 features, 1 top_units (zero, or more than the tokens make),
     2 local_tokens (more than the units hold), 3 unit_bits."""
     NO_SKETCH = 21
-    """A stripe in flash that is not attended whole was written without what the mode's first pass reads; where: its
-    entry's number."""
+    """A stripe in flash that is not attended whole lacks what the mode's first pass reads; where: number of its
+    entry."""
     NAN_MEAN = 22
     """where: feature of the first NaN or infinity in the mean of V."""
     UNREADABLE_SKETCH = 23
     """K in the feature layout, a centroid, or K of the tail cannot be read in the first pass; where: first token of the
     lowest codeword, or stripe, that cannot."""
     NOT_PERMITTED = 24
-    """where: 0 the opcode is for queue 0 alone; 1 the domain is not given to the queue."""
+    """where: 0 the opcode is for queue 0 alone; 1 the domain is not granted to the queue."""
     NOT_OWNED = 25
-    """A place that is not the domain's, or that is none.  where, ATTEND: number of the first such table entry; PROGRAM,
-    ERASE: 0 flash page, 1 page of device DRAM."""
+    """A place that is not the domain's, or does not exist.  where, ATTEND: number of the first such table entry;
+    PROGRAM, ERASE: 0 flash page, 1 page of device DRAM."""
     INVALID_QUEUE = 26
-    """where: 0 queue (1 to QUEUES - 1; CREATE_QUEUE: it is there already), 1 entries, 2 submission, 3 completion."""
+    """where: 0 queue (1 to QUEUES - 1; CREATE_QUEUE: it exists), 1 entries, 2 submission, 3 completion."""
     QUEUE_BUSY = 27
-    """DELETE_QUEUE while commands of it are under way: nothing more is fetched; delete it again later.  where: 0."""
+    """DELETE_QUEUE while its commands are in flight: nothing more is fetched; delete it again later.  where: 0."""
     INVALID_GRANT = 28
     """where: 0 kind, 1 first or count, 2 domain (1 to DOMAINS - 1)."""
 
@@ -222,7 +221,7 @@ STATUS_BITS, STATUS_TYPE_BITS = 8, 3
 STATUS_TYPE = 7
 """NVMe's status code type of every status but OK: vendor specific.  That of OK is 0: generic, and so is its code."""
 DOMAINS = 256
-"""Domains that own zones and regions; 0 stands for nobody."""
+"""Domains that can own zones and regions; 0 stands for nobody."""
 IDENTIFY_BYTES = 2048
 
 
@@ -339,7 +338,7 @@ class FlashCommand(Command):
 class DataCommand(Command):
     """IDENTIFY or COUNTERS: see `DATA_COMMAND`."""
 
-    domain: int = _at(4, 4, "not looked at: whoever may use the queue may ask")
+    domain: int = _at(4, 4, "ignored: whoever may use the queue may ask")
     result: int = _at(24, 8, "address of what is written")
 
 
@@ -422,7 +421,7 @@ TABLE_ENTRY = Record("TableEntry", 8, (
 SKETCH_ENTRY = Record("SketchEntry", 8, (
     Field("page", 0, 3, "first page of K in the feature layout; or page of the first of the stripe's centroids"),
     Field("codeword", 3, 1, "codeword of that page with which they begin: 0 for the feature layout"),
-    Field("written", 4, 1, "1: they are there; 0: they are not, which only a stripe that is attended whole may say"),
+    Field("written", 4, 1, "1: the sketch was written; 0: it was not, which only a stripe attended whole may say"),
     Field("reserved", 5, 3, RESERVED),
 ))
 """What the first pass of a sparse mode reads of a stripe in flash, on its channel; further codewords follow."""
