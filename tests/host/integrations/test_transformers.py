@@ -519,7 +519,7 @@ def test_the_first_tokens_are_attended_by_the_model_while_the_drive_writes(drive
         update = DriveLayer.update
 
         def watched(self, *arguments, **keywords):
-            writing.append(sum(not write._finished for layer in cache.layers for write in layer._writes))
+            writing.append(sum(not write.finished for layer in cache.layers for write in layer._writes))
             return update(self, *arguments, **keywords)
 
         attend_many = device.attend_many
@@ -961,7 +961,7 @@ def test_transformers_own_questions(drive):
 
 
 def test_the_example_runs():
-    example = Path(__file__).parents[2] / "examples" / "generate.py"
+    example = Path(__file__).parents[3] / "examples" / "generate.py"
     done = subprocess.run([sys.executable, str(example)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "tokens in the drive: 60" in done.stdout
