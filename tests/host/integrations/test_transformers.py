@@ -874,7 +874,7 @@ def test_layers_that_do_not_fit(drive):
             cache.layers[0].update(torch.zeros(key), torch.zeros(value))
     assert not cache.sequences
     cache = DriveCache(cache.device, small(layers=2).config, capacity_tokens=100)
-    cache._start(1, 2)
+    cache.start(1, 2)
     with pytest.raises(RequestError, match="layer 1 has 4 KV heads, the layers before it 2"):
         cache.layers[1].update(*torch.zeros(2, 1, 4, 3, 32))
 
