@@ -1,7 +1,7 @@
 """What README and the pages show can be done: their Python runs, and what they name exists.
 
-All ```python blocks of a page run one after the other in one namespace, as a reader would type them, with `numpy` as `np`
-and `kvattic` imported.  Two comments in a page help, which no reader sees:
+All ```python blocks of a page run one after the other in one namespace, as a reader would type them, with `numpy` as
+`np` and `kvattic` imported.  Two comments in a page help, which no reader sees:
 
     <!-- run:
     key, value = rng.standard_normal((2, 2, 100, 32))
@@ -118,7 +118,7 @@ def test_commands_of_the_command_line_exist(page, capsys):
 
 
 TOPS = ("docs", "examples", "hdl", "host", "include", "sim", "tests")
-PATH = re.compile(r"((?:%s)/[\w./-]+|\w+\.(?:py|sv|npz|log))" % "|".join(TOPS))
+PATH = re.compile(rf"((?:{'|'.join(TOPS)})/[\w./-]+|\w+\.(?:py|sv|npz|log))")
 MODULE = re.compile(r"((?:kvattic|kvattic_hdl|kvattic_sim)(?:\.\w+)+)(?:\(.*)?")
 FILES = {path.name for top in TOPS for path in (ROOT / top).rglob("*.*") if "__pycache__" not in path.parts}
 MADE = {"source.py", "rows.csv"}
@@ -130,7 +130,8 @@ def test_files_that_are_named_exist(page):
     for code in re.findall(r"`([^`\n]+)`", FENCE.sub("", page.read_text())):
         if found := PATH.fullmatch(code.partition("::")[0]):
             path = found[1]
-            assert path in MADE or (path in FILES if "/" not in path else (ROOT / path).exists()), f"{name(page)}: {path}"
+            found_there = (ROOT / path).exists() if "/" in path else path in FILES | MADE
+            assert found_there, f"{name(page)}: {path}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -160,3 +161,18 @@ def resolves(dotted: str) -> bool:
 def test_what_does_not_exist_is_found():
     assert resolves("kvattic.Config") and resolves("kvattic.spec.nand.PARTS") and not resolves("kvattic.nothing")
     assert words("$ PRESET=tiny make sim  # a comment") == ["make", "sim"]
+
+
+def test_every_exception_has_its_section():
+    from kvattic import errors
+
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    for class_name in (name for name, thing in vars(errors).items() if isinstance(thing, type)):
+        assert class_name == "KvatticError" or f"\n## {class_name}\n" in text, class_name
+
+
+def test_the_trial_has_twenty_kinds_of_change():
+    _, _, trial = (ROOT / "docs" / "contributing.md").read_text().partition("## A reader's trial")
+    rows = [line for line in trial.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 20
+    assert len(set(rows)) == len(rows)
