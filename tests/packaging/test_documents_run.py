@@ -10,7 +10,11 @@ All ```python blocks of a page run one after the other in one namespace, as a re
 runs like a block, for what the page takes for granted; and `<!-- not run: why -->` right before a block leaves it out.
 """
 
+import builtins
+import importlib
 import importlib.util
+import inspect
+import pkgutil
 import re
 import shlex
 from collections.abc import Iterator
@@ -20,6 +24,8 @@ import numpy as np
 import pytest
 
 import kvattic
+import kvattic_hdl
+import kvattic_sim
 from kvattic import cli
 from kvattic_sim.reports.bench import BARS
 
@@ -176,3 +182,40 @@ def test_the_trial_has_twenty_kinds_of_change():
     rows = [line for line in trial.splitlines() if line.startswith("| ")][1:]
     assert len(rows) >= 20
     assert len(set(rows)) == len(rows)
+
+
+def classes() -> dict[str, list[type]]:
+    """All classes of the packages by their names."""
+    found: dict[str, list[type]] = {}
+    for package in (kvattic, kvattic_hdl, kvattic_sim):
+        for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if info.name.endswith((".__main__", ".train", ".cocotb_channels", ".cocotb_jobs", ".cocotb_server")):
+                continue
+            for class_name, thing in vars(importlib.import_module(info.name)).items():
+                if isinstance(thing, type) and thing not in found.setdefault(class_name, []):
+                    found[class_name].append(thing)
+    return found
+
+
+def has(thing: type, member: str) -> bool:
+    """Whether a class has a member; of a component's ports, whether its docstring names one."""
+    named = re.findall(r"\w+", inspect.getdoc(thing) or "")
+    return hasattr(thing, member) or member in getattr(thing, "__annotations__", {}) or member in named or (
+        f"self.{member} " in inspect.getsource(thing))
+
+
+OTHERS = {"AnnAttention", "Config(ecc_t=...)"}
+"""Classes of other projects."""
+
+
+def test_classes_and_members_that_are_named_exist():
+    known = classes()
+    missing = set()
+    for page in PAGES:
+        for code in re.findall(r"`([^`\n]+)`", FENCE.sub("", page.read_text())):
+            if found := re.fullmatch(r"([A-Z][a-z]+(?:[A-Z][a-z]+)*)(?:\.([a-z]\w*))?(?:\(.*|\[.*)?", code):
+                things = known.get(found[1], [])
+                if not hasattr(builtins, found[1]) and found[1] not in OTHERS and not (things and (found[2] is None or any(
+                        has(thing, found[2]) for thing in things))):
+                    missing.add(f"{name(page)}: {code}")
+    assert missing == set()
