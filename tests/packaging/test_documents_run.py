@@ -214,8 +214,10 @@ def test_classes_and_members_that_are_named_exist():
     for page in PAGES:
         for code in re.findall(r"`([^`\n]+)`", FENCE.sub("", page.read_text())):
             if found := re.fullmatch(r"([A-Z][a-z]+(?:[A-Z][a-z]+)*)(?:\.([a-z]\w*))?(?:\(.*|\[.*)?", code):
-                things = known.get(found[1], [])
-                if not hasattr(builtins, found[1]) and found[1] not in OTHERS and not (things and (found[2] is None or any(
-                        has(thing, found[2]) for thing in things))):
+                class_name, member = found[1], found[2]
+                if hasattr(builtins, class_name) or class_name in OTHERS:
+                    continue
+                things = known.get(class_name, [])
+                if not (any(has(thing, member) for thing in things) if member else things):
                     missing.add(f"{name(page)}: {code}")
     assert missing == set()
