@@ -26,25 +26,25 @@ help:  ## list the targets
 setup: $(VENV)/.stamp-dev  ## install everything for development into .venv
 
 sim: $(VENV)/.stamp-sim  ## run the drive's RTL against the NumPy reference and report
-	@$(RUN) kvattic_sim.main $(SIM_ARGS)
+	@$(RUN) kvattic_sim.reports.drive $(SIM_ARGS)
 
 waves: $(VENV)/.stamp-sim  ## the same, with waveforms under build/
-	@$(RUN) kvattic_sim.main $(SIM_ARGS) --waves
+	@$(RUN) kvattic_sim.reports.drive $(SIM_ARGS) --waves
 
 trace: $(VENV)/.stamp-sim  ## a timeline of every channel and die, as a Perfetto trace and a picture under build/
-	@$(RUN) kvattic_sim.main $(SIM_ARGS) --trace
+	@$(RUN) kvattic_sim.reports.drive $(SIM_ARGS) --trace
 
 verilog: $(VENV)/.stamp-sim  ## write the Verilog to build/
 	@$(RUN) kvattic_hdl $(if $(PRESET),--preset $(PRESET))
 
 bench: $(VENV)/.stamp-sim  ## run the benchmarks
-	@$(RUN) kvattic_sim.bench --simulator $(SIM) $(BENCH)
+	@$(RUN) kvattic_sim.reports.bench --simulator $(SIM) $(BENCH)
 
 synth: $(VENV)/.stamp-synth  ## synthesise, and place and route for ECP5
-	@$(RUN) kvattic_sim.synth $(if $(PRESET),--preset $(PRESET))
+	@$(RUN) kvattic_sim.reports.synth $(if $(PRESET),--preset $(PRESET))
 
 docs: $(VENV)/.stamp-sim  ## regenerate docs/commands.md and include/kvattic.h
-	@$(RUN) kvattic_sim.docs
+	@$(RUN) kvattic_sim.reports.reference
 
 lint: $(VENV)/.stamp-dev  ## check the style
 	@$(RUN) ruff check

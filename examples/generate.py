@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvattic
-from kvattic.huggingface import DriveCache, config_for
+from kvattic.integrations.transformers import DriveCache, config_for
 
 model = LlamaForCausalLM(LlamaConfig(
     vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,

@@ -4,9 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from kvattic.config import PRESETS, Config, preset
-from kvattic.terminal import Telling, run_command
-from kvattic_hdl.netlist import TOP, generate
+from kvattic.spec.config import PRESETS, Config, preset
+from kvattic.support.terminal import Telling, run_command
+from kvattic_hdl.verilog.netlist import TOP, generate
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -4,14 +4,14 @@ from amaranth.hdl import Module
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out, connect, flipped
 
-from kvattic.config import Config
-from kvattic.registers import ADDRESS_BITS
-from kvattic_hdl.axi import AXI_READ, AXI_WRITE, axi_lite
-from kvattic_hdl.dram_reader import dram_signature
+from kvattic.spec.config import Config
+from kvattic.spec.registers import ADDRESS_BITS
 from kvattic_hdl.engine import Engine
 from kvattic_hdl.flash.channel import FlashChannel
 from kvattic_hdl.flash.phy import phy_signature
-from kvattic_hdl.shared import shared
+from kvattic_hdl.lib.axi import AXI_READ, AXI_WRITE, axi_lite
+from kvattic_hdl.storage.dram_reader import dram_signature
+from kvattic_hdl.verilog.shared import shared
 
 
 class Drive(wiring.Component):

@@ -5,24 +5,24 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.wiring import In, Out, connect, flipped
 
-from kvattic.config import Config
-from kvattic.registers import ADDRESS_BITS, QUEUES
-from kvattic_hdl.admin import Admin
-from kvattic_hdl.axi import AXI_READ, AXI_WRITE, axi_lite
-from kvattic_hdl.codeword_merge import CodewordMerge
-from kvattic_hdl.control import Control
-from kvattic_hdl.dram_reader import DramReader, dram_signature
-from kvattic_hdl.finisher import Finisher
-from kvattic_hdl.interfaces import EPOCH_BITS, Shapes
-from kvattic_hdl.lane import Lane
-from kvattic_hdl.loader import Loader
-from kvattic_hdl.maximum import Maximum
-from kvattic_hdl.operations import Operations
-from kvattic_hdl.owners import Owners
-from kvattic_hdl.queues import Queues
-from kvattic_hdl.selection import Selection
-from kvattic_hdl.shared import shared
-from kvattic_hdl.watchdog import Watchdog
+from kvattic.spec.config import Config
+from kvattic.spec.registers import ADDRESS_BITS, QUEUES
+from kvattic_hdl.frontend.loader import Loader
+from kvattic_hdl.lane.lane import Lane
+from kvattic_hdl.lib.axi import AXI_READ, AXI_WRITE, axi_lite
+from kvattic_hdl.lib.interfaces import EPOCH_BITS, Shapes
+from kvattic_hdl.nvme.admin import Admin
+from kvattic_hdl.nvme.control import Control
+from kvattic_hdl.nvme.owners import Owners
+from kvattic_hdl.nvme.queues import Queues
+from kvattic_hdl.reduce.finisher import Finisher
+from kvattic_hdl.reduce.maximum import Maximum
+from kvattic_hdl.reduce.watchdog import Watchdog
+from kvattic_hdl.sparse.topk import Selection
+from kvattic_hdl.storage.dram_reader import DramReader, dram_signature
+from kvattic_hdl.storage.merge import CodewordMerge
+from kvattic_hdl.storage.operations import Operations
+from kvattic_hdl.verilog.shared import shared
 
 
 class Engine(wiring.Component):
@@ -42,7 +42,7 @@ class Engine(wiring.Component):
     Members
     -------
     host : In(axi_lite)
-        Registers (kvattic.registers).
+        Registers (kvattic.spec.registers).
     read, write : Out(AXI4 channels)
         Host memory: commands and queries are read, results and completions written.
     dram : Out(dram_signature)

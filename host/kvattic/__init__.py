@@ -11,12 +11,8 @@
 Needs numpy alone; Amaranth, cocotb and torch are never loaded by this package.
 """
 
-import reprlib
-from typing import Any
-
-from kvattic.commands import Completion, CompletionFlag, Mode, Status
-from kvattic.config import BOARD, GQA, PAPER, PRESETS, TINY, Config, preset
-from kvattic.driver import AttendPlan, AttendResult, Device, FlashOperation, Job, JobResult, Loss, Sequence
+from kvattic.driver.device import AttendPlan, AttendResult, Device, FlashOperation, Job, JobResult, Loss, Sequence
+from kvattic.driver.futures import Future, wait
 from kvattic.errors import (
     CapacityError,
     ConfigError,
@@ -29,10 +25,13 @@ from kvattic.errors import (
     RangeError,
     RequestError,
 )
-from kvattic.formats import Element
-from kvattic.futures import Future, wait
-from kvattic.layout import Block
-from kvattic.transport import Transport
+from kvattic.spec.commands import Completion, CompletionFlag, Mode, Status
+from kvattic.spec.config import BOARD, GQA, PAPER, PRESETS, TINY, Config, preset
+from kvattic.spec.formats import Element
+from kvattic.spec.layout import Block
+from kvattic.support.renamed import keep_old_names
+from kvattic.targets import open
+from kvattic.transport.base import Transport
 
 __version__ = "0.2.0"
 
@@ -75,50 +74,15 @@ __all__ = [
     "wait",
 ]
 
-TARGETS = ("model", "sim:verilator", "sim:icarus", "mmio:PATH")
-DEVICE_OPTIONS = ("timeout_s", "bad_blocks", "spare_blocks", "erase_on_free", "entries")
-
-
-def open(target: str = "model", config: Config | str = PAPER, **options: Any) -> Device:
-    """A device; closing it gives back all that it holds.
-
-    Args:
-        target: `model`, the bit-exact golden device in NumPy; `sim:verilator` or `sim:icarus`, the RTL in a simulator's
-            process; `mmio:/dev/xdma0`, an FPGA behind a PCIe driver's character devices.
-        config: a configuration, or the name of a preset.
-        options: of `Device`, and of the target: `golden_device.GoldenDevice`, `sim_transport.open_simulator`,
-            `mmio_transport.open_mmio`.
-
-    Raises:
-        RequestError: there is no such target.
-        ConfigError: there is no such preset, or it is no configuration.
-        ConfigMismatchError, DeviceTimeoutError, DeviceLostError, CapacityError: see `Device`.
-    """
-    if isinstance(config, str):
-        config = preset(config)
-    if not isinstance(config, Config):
-        raise ConfigError(f"config must be a kvattic.Config, such as Config(channels=4), or a preset's name "
-                          f"({', '.join(PRESETS)}), not {reprlib.repr(config)}; Config(**fields) makes one of a dict, "
-                          "Config.from_json(text) of JSON")
-    own = {name: options.pop(name) for name in DEVICE_OPTIONS if name in options}
-    kind, _, which = target.partition(":") if isinstance(target, str) else (target, "", "")
-    transport: Transport
-    if target == "model":
-        from kvattic.golden_device import GoldenDevice
-
-        transport = GoldenDevice(config, **options)
-    elif kind == "sim" and which in ("verilator", "icarus"):
-        from kvattic.sim_transport import open_simulator
-
-        transport = open_simulator(which, config, **options)
-    elif kind == "mmio" and which:
-        from kvattic.mmio_transport import open_mmio
-
-        transport = open_mmio(which, config, **options)
-    else:
-        raise RequestError(f"there is no target {target!r}; targets are {', '.join(TARGETS)}")
-    try:
-        return Device(transport, **own, owns_transport=True)
-    except BaseException:
-        transport.close()
-        raise
+keep_old_names("kvattic", {
+    **{name: f"spec.{name}"
+       for name in ("commands", "config", "ecc", "elements", "formats", "layout", "nand", "registers")},
+    "futures": "driver.futures",
+    "golden_device": "golden.device",
+    "huggingface": "integrations.transformers",
+    "mmio_transport": "transport.mmio",
+    "prefill": "driver.prefill",
+    "sequence": "driver.sequence",
+    "sim_transport": "transport.simulator",
+    "sparse": "golden.sparse",
+})

@@ -16,15 +16,26 @@ from typing import Any, Generic, NamedTuple, ParamSpec, Self, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvattic import layout
-from kvattic.commands import Mode
-from kvattic.config import PAPER, Config
-from kvattic.driver import Device
-from kvattic.elements import as_array
+from kvattic.driver.device import Device
+from kvattic.driver.futures import Future, wait
+from kvattic.driver.jobs import (
+    AttendPlan,
+    AttendResult,
+    Bits,
+    Integers,
+    Job,
+    JobResult,
+    Part,
+    check_positive,
+    end_block,
+)
+from kvattic.driver.sequence import Masks, Sequence, make_masks
 from kvattic.errors import CapacityError, ConfigMismatchError, DeviceTimeoutError, KvatticError, RequestError
-from kvattic.futures import Future, wait
-from kvattic.jobs import AttendPlan, AttendResult, Bits, Integers, Job, JobResult, Part, check_positive, end_block
-from kvattic.sequence import Sequence, _Masks, _masks
+from kvattic.spec import layout
+from kvattic.spec.commands import Mode
+from kvattic.spec.config import PAPER, Config
+from kvattic.spec.elements import as_array
+from kvattic.targets import open as open_device
 
 __all__ = ["ArrayFuture", "ArrayPlan", "ArraySequence", "DriveArray", "open_array"]
 
@@ -162,11 +173,11 @@ class ArraySequence:
 
     Split by `context`, the stripes of tokens go round the drives, beginning with another one for each layer and
     sequence.  Each drive attends its own tokens, with the masks of the whole; the parts are merged as a single drive's
-    are when a job's tokens do not fit its score buffers (`golden.merge`): the formula is exact, each part is rounded to
-    fp32 once, and weights are rounded relative to a part's own maximum.  So an output differs by at most 1.5e-6 of the
-    largest |v| from one drive's, and typically by 1e-7 of itself; it has its bits if one drive has all tokens that are
-    attended.  Parts are merged in the order of their tokens, never of the answers.  The sparse modes choose from all
-    tokens, which no drive has: they need the split by heads.
+    are when a job's tokens do not fit its score buffers (`kvattic.merge`): the formula is exact, each part is rounded
+    to fp32 once, and weights are rounded relative to a part's own maximum.  So an output differs by at most 1.5e-6 of
+    the largest |v| from one drive's, and typically by 1e-7 of itself; it has its bits if one drive has all tokens
+    that are attended.  Parts are merged in the order of their tokens, never of the answers.  The sparse modes choose
+    from all tokens, which no drive has: they need the split by heads.
 
     If a write fails on some of the drives only, they hold different numbers of tokens: then every use of that layer but
     `free` raises a RequestError that says so.
@@ -430,7 +441,7 @@ class ArraySequence:
         first = ranks[0][1].sequence
         pattern = first.plan(query, layer=layer, scale=scale, **selection)
         q_heads, n_queries, _ = pattern.shape
-        whole = _masks(length, n_queries, **masks)
+        whole = make_masks(length, n_queries, **masks)
         mapped = [(share, self._map(rank, whole, length)) for rank, share in ranks]
         group = q_heads // self.kv_heads
         jobs: list[tuple[int, Job]] = []
@@ -448,7 +459,7 @@ class ArraySequence:
         merged = AttendPlan(sequence=first, shape=pattern.shape, jobs=[job for _, job in jobs], _parts=parts)
         return ArrayPlan(sequence=self, jobs=jobs, _finish=merged.finish)
 
-    def _map(self, rank: int, masks: _Masks, length: int) -> _Masks:
+    def _map(self, rank: int, masks: Masks, length: int) -> Masks:
         """The masks in a drive's own numbers of tokens.
 
         Its tokens are in the order of the whole, so a range of those is a range of its own; of the draft tree, it has
@@ -460,7 +471,7 @@ class ArraySequence:
             if token // self.stripe_tokens % self.device.drives == rank:
                 bit = masks.tree >> (token - masks.tree_token) & 1
                 tree |= bit << (int(self._count(rank, token)) - tree_token)
-        return _Masks(self._count(rank, masks.start), self._count(rank, masks.end), tree, tree_token)
+        return Masks(self._count(rank, masks.start), self._count(rank, masks.end), tree, tree_token)
 
 
 class DriveArray:
@@ -651,12 +662,10 @@ def open_array(targets: Iterable[str], config: Config | str = PAPER, **options: 
         RequestError: there is no target, or no such one.
         ConfigError: there is no such preset.
     """
-    import kvattic
-
     devices: list[Device] = []
     try:
         for drive, target in enumerate(targets):
-            devices.append(_on(drive, kvattic.open, target, config, **options))
+            devices.append(_on(drive, open_device, target, config, **options))
         return DriveArray(devices)
     except BaseException:
         for device in devices:
@@ -668,10 +677,10 @@ def open_array(targets: Iterable[str], config: Config | str = PAPER, **options: 
 # Helpers.
 
 
-def _rows(masks: _Masks, group: int, rows: slice) -> _Masks:
+def _rows(masks: Masks, group: int, rows: slice) -> Masks:
     """The masks of a job's rows, which are `group` for each query."""
     start, end, tree = (np.repeat(column, group)[rows] for column in (masks.start, masks.end, masks.tree))
-    return _Masks(start, end, tree, masks.tree_token)
+    return Masks(start, end, tree, masks.tree_token)
 
 
 def _named(error: BaseException, drive: int) -> BaseException:

@@ -1,7 +1,7 @@
 """The command line, `kvattic`: see docs/cli.md.
 
 `info` and `selftest` need NumPy alone; what needs more is imported inside of its command, and says which extra of the
-package is missing.  `kvattic.terminal` has the exit codes.
+package is missing.  `kvattic.support.terminal` has the exit codes.
 """
 
 import argparse
@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import kvattic
-from kvattic import PRESETS, Config, Device, KvatticError, Mode, commands, preset, registers, selftest, terminal
+from kvattic import PRESETS, Config, Device, KvatticError, Mode, preset, selftest
 from kvattic.errors import ConfigError, RequestError
+from kvattic.spec import commands, registers
+from kvattic.support import terminal
 
 __all__ = ["main"]
 
@@ -302,7 +304,7 @@ def _reports_aside(options: argparse.Namespace) -> Iterator[None]:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    bench = _need("kvattic_sim.bench")
+    bench = _need("kvattic_sim.reports.bench")
     code = 0
     with _reports_aside(options):
         try:
@@ -310,13 +312,13 @@ def _bench(options: argparse.Namespace) -> int:
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
     if options.json and code != 2:
-        figures = _need("kvattic_sim.figures").load()
+        figures = _need("kvattic_sim.reports.figures").load()
         _print_json({key: value for key, value in figures.items() if key.startswith(options.prefix)})
     return code
 
 
 def _trace(options: argparse.Namespace) -> int:
-    job = _need("kvattic_sim.main")
+    job = _need("kvattic_sim.reports.drive")
     with _reports_aside(options):
         job.main(["--trace", "--simulator", options.simulator, "--preset", options.preset, "--mode", options.mode])
     if options.json:
@@ -326,7 +328,7 @@ def _trace(options: argparse.Namespace) -> int:
 
 def _verilog(options: argparse.Namespace) -> int:
     name, config = _config(options)
-    netlist = _need("kvattic_hdl.netlist")
+    netlist = _need("kvattic_hdl.verilog.netlist")
     with _telling().phase(f"generating Verilog of {name}"):
         path = netlist.generate(config, options.output / f"kvattic_{name}.v")
     if options.json:
@@ -345,7 +347,7 @@ def _pair(text: str) -> tuple[int, int]:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    sweep = _need("kvattic_sim.sweep")
+    sweep = _need("kvattic_sim.reports.sweep")
     if options.dask is not None:
         _need("distributed")
     name, base = _config(options)

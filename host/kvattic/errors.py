@@ -33,7 +33,7 @@ class DeviceStatusError(KvatticError):
     """A command ended with a status other than OK.
 
     Attributes:
-        completion: the device's completion entry (`kvattic.commands.Completion`).
+        completion: the device's completion entry (`kvattic.spec.commands.Completion`).
     """
 
     def __init__(self, message: str, completion: object) -> None:

@@ -11,11 +11,11 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from kvattic import layout
-from kvattic.config import Config
-from kvattic.driver import AttendResult, Device
-from kvattic.elements import from_bits, to_bits
+from kvattic.driver.device import AttendResult, Device
 from kvattic.errors import DeviceLostError, KvatticError
+from kvattic.spec import layout
+from kvattic.spec.config import Config
+from kvattic.spec.elements import from_bits, to_bits
 
 __all__ = ["CASES", "TOLERANCE", "Check", "reference", "run", "sparse_reference"]
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvattic.elements import to_bits
-from kvattic.formats import Element
+from kvattic.spec.elements import to_bits
+from kvattic.spec.formats import Element
 
 __all__ = [
     "Sparse",

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvattic import AttendResult, Config, Device, Sequence
-from kvattic.elements import to_bits
-from kvattic.registers import StatusBit
+from kvattic.spec.elements import to_bits
+from kvattic.spec.registers import StatusBit
 from kvattic_sim.data import load_minilm
-from kvattic_sim.jobs import report
-from kvattic_sim.rtl_transport import RtlTransport
+from kvattic_sim.rtl.jobs import report
+from kvattic_sim.rtl.transport import RtlTransport
 
 STALLS = ("starved", "barrier", "weights", "scores", "idle")
 """Why a lane had no beat in a cycle (registers and completions of these names)."""

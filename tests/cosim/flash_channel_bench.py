@@ -10,9 +10,9 @@ import numpy as np
 from cocotb.clock import Clock
 from cocotb.triggers import FallingEdge
 
-from kvattic.commands import Kind, MediaCause, Opcode, Status
-from kvattic.config import TINY
-from kvattic_hdl.interfaces import Shapes, operation_code
+from kvattic.spec.commands import Kind, MediaCause, Opcode, Status
+from kvattic.spec.config import TINY
+from kvattic_hdl.lib.interfaces import Shapes, operation_code
 
 CONFIG = TINY
 PAGES, FRAMES, QUEUE = 8, 8, 6

@@ -15,10 +15,10 @@ import cocotb
 from cocotb.clock import Clock
 from cocotb.triggers import FallingEdge, Timer
 
-from kvattic.config import TINY
-from kvattic.nand import TINY_PART
-from kvattic_sim.nand_files import read_log, read_pages, read_trace, write_pages
-from kvattic_sim.nand_twin import FRACTION, NandChannel, NandFaults, write_configuration
+from kvattic.spec.config import TINY
+from kvattic.spec.nand import TINY_PART
+from kvattic_sim.nand.files import read_log, read_pages, read_trace, write_pages
+from kvattic_sim.nand.twin import FRACTION, NandChannel, NandFaults, write_configuration
 
 _QUICK = replace(TINY_PART, t_r=1_500.0, t_prog=4_000.0, t_bers=6_000.0, t_rst=3_000.0, t_feat=500.0, endurance=20)
 CONFIGS = {

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from kvattic.config import TINY
-from kvattic_sim import build
-from kvattic_sim.build import (
+from kvattic.spec.config import TINY
+from kvattic_sim.rtl.testbench import build_testbench
+from kvattic_sim.simulators import build
+from kvattic_sim.simulators.build import (
     CACHE,
     Model,
     SimulationFailed,
@@ -32,7 +33,6 @@ from kvattic_sim.build import (
     start_model,
     verilator_environment,
 )
-from kvattic_sim.testbench import build_testbench
 
 COUNTER = """
 module counter #(parameter STEP = 1) (input clk, output reg [71:0] count);
@@ -213,7 +213,7 @@ def test_simulator_dies_with_its_parent(root: Path, model: Model) -> None:
     script = textwrap.dedent(f"""
         import os, time
         from pathlib import Path
-        from kvattic_sim.build import Model, Simulator, start_model
+        from kvattic_sim.simulators.build import Model, Simulator, start_model
         model = Model(simulator=Simulator({str(model.simulator)!r}), toplevel="counter",
                       directory=Path({str(model.directory)!r}))
         simulation = start_model(model, test_module="counter_tests", testcase="never_ends",
@@ -298,13 +298,13 @@ def test_waves_are_recorded_on_demand(root: Path, model: Model) -> None:
 
 def test_missing_icarus_says_what_to_install(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(root))
-    monkeypatch.setattr("kvattic_sim.build._tool_version", _uncached_tool_version())
+    monkeypatch.setattr("kvattic_sim.simulators.build._tool_version", _uncached_tool_version())
     with pytest.raises(SimulatorError, match="apt-get install iverilog"):
         compile_counter(root, Simulator.ICARUS)
 
 
 def _uncached_tool_version() -> Callable[[Simulator], str]:
-    from kvattic_sim import build
+    from kvattic_sim.simulators import build
 
     function: Callable[[Simulator], str] = build._tool_version.__wrapped__
     return function
@@ -407,7 +407,7 @@ wait
 BUILDER = """
 import signal, sys
 from pathlib import Path
-from kvattic_sim.build import prepare_runtime
+from kvattic_sim.simulators.build import prepare_runtime
 signal.signal(signal.SIGINT, signal.default_int_handler)    # ignored where tests run in the background
 prepare_runtime(build_root=Path(sys.argv[1]))
 """

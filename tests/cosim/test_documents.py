@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from kvattic_sim import documents
-from kvattic_sim.benches.engine import Lab, single_channel
+from kvattic_sim.reports import documents
+from kvattic_sim.reports.benches.engine import Lab, single_channel
 
 ROOT = Path(__file__).parents[2]
 

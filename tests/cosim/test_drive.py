@@ -1,33 +1,29 @@
 """The whole drive, NAND to completion: equal bits through timing, ECC and retries, and an answer for every fault.
 
-The functions without `test_` run inside of a simulator process (see kvattic_sim.jobs), most of them on the golden
+The functions without `test_` run inside of a simulator process (see kvattic_sim.rtl.jobs), most of them on the golden
 device too.  Whatever else a test looks at: the NAND models report every violation of the part's rules, which fails
 the run.
 """
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.cosim.test_engine import CASES, attend_case, differences, normal, observed
 
-from kvattic.commands import MediaCause, Opcode, Status
-from kvattic.config import TINY
-from kvattic.driver import Device, FlashOperation
+from kvattic.driver.device import Device, FlashOperation
 from kvattic.errors import DeviceStatusError, DeviceTimeoutError
-from kvattic.golden_device import GoldenDevice
-from kvattic.layout import page_place
-from kvattic.registers import StatusBit
-from kvattic_sim.benches import bad_blocks
-from kvattic_sim.build import icarus_available
-from kvattic_sim.jobs import run_in_simulation
-from kvattic_sim.nand_twin import NandFaults
-from kvattic_sim.rtl_transport import NandSettings
+from kvattic.golden.device import GoldenDevice
+from kvattic.spec.commands import MediaCause, Opcode, Status
+from kvattic.spec.config import TINY
+from kvattic.spec.layout import page_place
+from kvattic.spec.registers import StatusBit
+from kvattic_sim.nand.twin import NandFaults
+from kvattic_sim.reports.benches import bad_blocks
+from kvattic_sim.rtl.jobs import run_in_simulation
+from kvattic_sim.rtl.transport import NandSettings
+from kvattic_sim.simulators.build import icarus_available
 from kvattic_sim.workloads import live, lives, measured
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_engine import CASES, attend_case, differences, normal, observed
 
 MEMORY = 1 << 20
 PAGE = TINY.tokens_per_page

@@ -1,19 +1,23 @@
 """The engine's RTL behind the unmodified driver, against the golden device: equal bits, whatever the order.
 
-The functions without `test_` run inside of a simulator process (see kvattic_sim.jobs), and most of them on the golden
-device too.
+The functions without `test_` run inside of a simulator process (see kvattic_sim.rtl.jobs), and most of them on the
+golden device too.
 """
 
-import sys
 from dataclasses import fields, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.host.golden.queue_host import DOMAIN, Host
 
-from kvattic.commands import (
+from kvattic.driver.device import Device
+from kvattic.driver.dispatcher import ADMIN
+from kvattic.driver.jobs import FlashOperation
+from kvattic.errors import DeviceStatusError
+from kvattic.golden.device import GoldenDevice
+from kvattic.spec.commands import (
     COMMAND,
     DATA_COMMAND,
     FLASH_COMMAND,
@@ -27,23 +31,15 @@ from kvattic.commands import (
     query_row_bytes,
     result_row_bytes,
 )
-from kvattic.config import TINY, Config
-from kvattic.dispatcher import ADMIN
-from kvattic.driver import Device
-from kvattic.elements import to_bits
-from kvattic.errors import DeviceStatusError
-from kvattic.formats import Element
-from kvattic.golden_device import GoldenDevice
-from kvattic.jobs import FlashOperation
-from kvattic.layout import pack_entries
-from kvattic.nand import TINY_PART
-from kvattic.registers import COUNTERS, StatusBit
-from kvattic_sim.build import icarus_available
-from kvattic_sim.jobs import run_in_simulation
-from kvattic_sim.rtl_transport import AxiStalls, Fault, FaultKind, FlashSettings, Stall
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "host"))
-from queue_host import DOMAIN, Host
+from kvattic.spec.config import TINY, Config
+from kvattic.spec.elements import to_bits
+from kvattic.spec.formats import Element
+from kvattic.spec.layout import pack_entries
+from kvattic.spec.nand import TINY_PART
+from kvattic.spec.registers import COUNTERS, StatusBit
+from kvattic_sim.rtl.jobs import run_in_simulation
+from kvattic_sim.rtl.transport import AxiStalls, Fault, FaultKind, FlashSettings, Stall
+from kvattic_sim.simulators.build import icarus_available
 
 PAGE = TINY.tokens_per_page
 MEMORY = 1 << 20
@@ -880,7 +876,7 @@ def test_errors_reach_the_caller() -> None:
 
 
 def chatty(device: Device) -> None:
-    from kvattic_sim.jobs import report
+    from kvattic_sim.rtl.jobs import report
 
     for i in range(3):
         report(f"line {i}")

@@ -1,17 +1,14 @@
 """The ideal flash twin alone, on each simulator; what is checked stands in flash_channel_bench.py."""
 
-import sys
 from importlib import resources
 from pathlib import Path
 
 import pytest
+from tests.cosim.flash_channel_bench import BEATS, FRAMES, PAGES, QUEUE, WORDS
 
-from kvattic.config import TINY
-from kvattic_sim.build import Simulator, compile_model, icarus_available, run_model
-from kvattic_sim.testbench import ideal_parameters
-
-sys.path.insert(0, str(Path(__file__).parent))
-from flash_channel_bench import BEATS, FRAMES, PAGES, QUEUE, WORDS
+from kvattic.spec.config import TINY
+from kvattic_sim.rtl.testbench import ideal_parameters
+from kvattic_sim.simulators.build import Simulator, compile_model, icarus_available, run_model
 
 
 @pytest.mark.parametrize("simulator", list(Simulator))

@@ -1,6 +1,6 @@
 """A slice of the language model on the RTL: its bytes decoded in each mode, the same bits as on the golden device.
 
-`decoded` runs inside of a simulator process (see kvattic_sim.jobs), and on the golden device too.
+`decoded` runs inside of a simulator process (see kvattic_sim.rtl.jobs), and on the golden device too.
 """
 
 from fractions import Fraction
@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from kvattic import Config, Device
-from kvattic.golden_device import GoldenDevice
-from kvattic.nand import TINY_PART
-from kvattic_sim.jobs import run_in_simulation
+from kvattic.golden.device import GoldenDevice
+from kvattic.spec.nand import TINY_PART
 from kvattic_sim.lm import evaluate
 from kvattic_sim.lm.model import load, load_held_out
-from kvattic_sim.rtl_transport import FlashSettings
+from kvattic_sim.rtl.jobs import run_in_simulation
+from kvattic_sim.rtl.transport import FlashSettings
 
 CONFIG = Config(channels=4, rows=2, head_dim=64, part=TINY_PART.resized(4096, blocks=64), dies=2, dram_beat_bytes=32,
                 score_depth=512, jobs_in_flight=8)

@@ -1,18 +1,15 @@
 """The NAND model against its twin, on each simulator; what is compared stands in nand_channel_bench.py."""
 
 import re
-import sys
 from importlib import resources
 from pathlib import Path
 
 import pytest
+from tests.cosim.nand_channel_bench import CONFIGS, FRAMES
 
-from kvattic_sim.build import Simulator, compile_model, icarus_available, run_model
-from kvattic_sim.nand_files import nand_parameters
-from kvattic_sim.nand_twin import Fault, Violation
-
-sys.path.insert(0, str(Path(__file__).parent))
-from nand_channel_bench import CONFIGS, FRAMES
+from kvattic_sim.nand.files import nand_parameters
+from kvattic_sim.nand.twin import Fault, Violation
+from kvattic_sim.simulators.build import Simulator, compile_model, icarus_available, run_model
 
 
 def run(simulator: Simulator, name: str, run_dir: Path, cycles: int, **env: str) -> None:

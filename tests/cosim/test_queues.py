@@ -1,18 +1,20 @@
 """Queues filled by hand, without a driver: random commands, attacks, orders, resets; the RTL against the golden device.
 
-The functions without `test_` run inside of a simulator process (see kvattic_sim.jobs), and most of them on the golden
-device too.
+The functions without `test_` run inside of a simulator process (see kvattic_sim.rtl.jobs), and most of them on the
+golden device too.
 """
 
 import random
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.cosim.test_engine import OwnQueues, check_counters, differences, ended, normal
 
-from kvattic.commands import (
+from kvattic.driver.device import Device
+from kvattic.errors import DeviceTimeoutError
+from kvattic.golden.device import GoldenDevice
+from kvattic.spec.commands import (
     ADMIN_OPCODES,
     COMMAND,
     DATA_COMMAND,
@@ -34,16 +36,10 @@ from kvattic.commands import (
     fp32_block_bytes,
     query_row_bytes,
 )
-from kvattic.config import TINY
-from kvattic.driver import Device
-from kvattic.errors import DeviceTimeoutError
-from kvattic.golden_device import GoldenDevice
-from kvattic.registers import MAX_REGIONS, Control, StatusBit
-from kvattic_sim.jobs import run_in_simulation
-from kvattic_sim.rtl_transport import AxiStalls, FlashSettings, NandSettings, Stall
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_engine import OwnQueues, check_counters, differences, ended, normal
+from kvattic.spec.config import TINY
+from kvattic.spec.registers import MAX_REGIONS, Control, StatusBit
+from kvattic_sim.rtl.jobs import run_in_simulation
+from kvattic_sim.rtl.transport import AxiStalls, FlashSettings, NandSettings, Stall
 
 DOMAIN, OTHER = 1, 2
 REGION_BITS = 4

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from kvattic.commands import DATA_COMMAND, Completion, Opcode, Status
-from kvattic.config import TINY, Config
 from kvattic.errors import DeviceLostError, DeviceTimeoutError, RequestError
-from kvattic.registers import StatusBit
-from kvattic.sim_transport import open_simulator
-from kvattic_sim.build import icarus_available
+from kvattic.spec.commands import DATA_COMMAND, Completion, Opcode, Status
+from kvattic.spec.config import TINY, Config
+from kvattic.spec.registers import StatusBit
+from kvattic.transport.simulator import open_simulator
+from kvattic_sim.simulators.build import icarus_available
 
 MEMORY = 1 << 16
 SECONDS = 300
@@ -149,8 +149,8 @@ def test_a_simulator_that_is_stuck_is_noticed(verilated):
 
 HOST = """
 import sys
-from kvattic.config import TINY
-from kvattic.sim_transport import open_simulator
+from kvattic.spec.config import TINY
+from kvattic.transport.simulator import open_simulator
 transport = open_simulator("verilator", TINY, memory_bytes=65536)
 pid = transport._process._process.pid
 print(pid, open(f"/proc/{pid}/task/{pid}/children").read(), transport._process.directory, flush=True)

@@ -1,32 +1,14 @@
 """Sparse attention on the RTL, against the golden device: equal bits in any order, and an answer for every fault.
 
-The functions without `test_` run inside of a simulator process (see kvattic_sim.jobs), and most of them on the golden
-device too.
+The functions without `test_` run inside of a simulator process (see kvattic_sim.rtl.jobs), and most of them on the
+golden device too.
 """
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-from kvattic.commands import COMMAND, LINE_BYTES, Mode, Opcode, Status, fp32_block_bytes, query_row_bytes
-from kvattic.config import TINY, Config
-from kvattic.driver import Device
-from kvattic.errors import DeviceStatusError
-from kvattic.formats import Element
-from kvattic.golden_device import GoldenDevice
-from kvattic.layout import pack_entries, pack_sketches
-from kvattic.nand import TINY_PART
-from kvattic.registers import StatusBit
-from kvattic_sim.jobs import run_in_simulation
-from kvattic_sim.nand_twin import NandFaults
-from kvattic_sim.rtl_transport import AxiStalls, Fault, FaultKind, FlashSettings, NandSettings, Stall
-from kvattic_sim.workloads import How, live, lives
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_engine import (
+from tests.cosim.test_engine import (
     BLOCKS,
     DOMAIN,
     NAN,
@@ -41,6 +23,20 @@ from test_engine import (
     run_by_hand,
     simulate,
 )
+
+from kvattic.driver.device import Device
+from kvattic.errors import DeviceStatusError
+from kvattic.golden.device import GoldenDevice
+from kvattic.spec.commands import COMMAND, LINE_BYTES, Mode, Opcode, Status, fp32_block_bytes, query_row_bytes
+from kvattic.spec.config import TINY, Config
+from kvattic.spec.formats import Element
+from kvattic.spec.layout import pack_entries, pack_sketches
+from kvattic.spec.nand import TINY_PART
+from kvattic.spec.registers import StatusBit
+from kvattic_sim.nand.twin import NandFaults
+from kvattic_sim.rtl.jobs import run_in_simulation
+from kvattic_sim.rtl.transport import AxiStalls, Fault, FaultKind, FlashSettings, NandSettings, Stall
+from kvattic_sim.workloads import How, live, lives
 
 GROUP = TINY.group_tokens
 UNIT = TINY.tokens_per_codeword

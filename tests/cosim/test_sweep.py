@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kvattic import TINY, cli
-from kvattic_sim import sweep
+from kvattic_sim.reports import sweep
 
 HEADS, TOKENS, TOO_MANY = 4, 256, 4096
 

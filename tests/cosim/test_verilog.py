@@ -12,13 +12,14 @@ from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
-from kvattic.config import TINY
-from kvattic_hdl import PhyShapes, netlist
-from kvattic_hdl.shared import Netlist, ports
-from kvattic_hdl.text import named, verilog_of, waking
-from kvattic_sim.build import icarus_available, verilator_environment
-from kvattic_sim.nand_files import nand_parameters
-from kvattic_sim.testbench import rtl_verilog
+from kvattic.spec.config import TINY
+from kvattic_hdl import PhyShapes
+from kvattic_hdl.verilog import netlist
+from kvattic_hdl.verilog.shared import Netlist, ports
+from kvattic_hdl.verilog.text import named, verilog_of, waking
+from kvattic_sim.nand.files import nand_parameters
+from kvattic_sim.rtl.testbench import rtl_verilog
+from kvattic_sim.simulators.build import icarus_available, verilator_environment
 
 ROOT = Path(__file__).parents[2]
 NAND = ROOT / "sim" / "kvattic_sim" / "verilog" / "nand_channel.sv"

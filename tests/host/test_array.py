@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvattic.array import ArrayFuture, DriveArray, open_array
-from kvattic.config import TINY
-from kvattic.driver import Device
-from kvattic.elements import from_bits, to_bits
+from kvattic.driver.device import Device
+from kvattic.driver.jobs import AttendResult
 from kvattic.errors import (
     CapacityError,
     ConfigError,
@@ -23,8 +22,9 @@ from kvattic.errors import (
     KvatticError,
     RequestError,
 )
-from kvattic.golden_device import GoldenDevice
-from kvattic.jobs import AttendResult
+from kvattic.golden.device import GoldenDevice
+from kvattic.spec.config import TINY
+from kvattic.spec.elements import from_bits, to_bits
 
 STRIPE = TINY.tokens_per_page
 SHORT = replace(TINY, sparse=False, score_depth=16)     # 32 tokens for a job, so that sequences are split

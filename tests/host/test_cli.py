@@ -292,7 +292,7 @@ def test_a_device_that_is_gone_ends_the_selftest(capsys, monkeypatch):
 
 
 def test_verilog_is_written(capsys, tmp_path, monkeypatch):
-    netlist = pytest.importorskip("kvattic_hdl.netlist")
+    netlist = pytest.importorskip("kvattic_hdl.verilog.netlist")
     # The real text takes a while, and has its own tests.
     monkeypatch.setattr(netlist, "verilog_text", lambda config, top: f"module {top}(); // {config.channels}\n")
     found = parsed(capsys, "verilog", "--preset", "tiny", "-o", str(tmp_path))
@@ -302,7 +302,7 @@ def test_verilog_is_written(capsys, tmp_path, monkeypatch):
 
 
 def test_bench_hands_its_arguments_on(capsys, monkeypatch):
-    bench = pytest.importorskip("kvattic_sim.bench")
+    bench = pytest.importorskip("kvattic_sim.reports.bench")
     given: list[Any] = []
 
     def run(arguments: Any) -> None:
@@ -319,7 +319,7 @@ def test_bench_hands_its_arguments_on(capsys, monkeypatch):
 
 
 def test_trace_hands_its_arguments_on(capsys, monkeypatch):
-    job = pytest.importorskip("kvattic_sim.main")
+    job = pytest.importorskip("kvattic_sim.reports.drive")
     given: list[Any] = []
     monkeypatch.setattr(job, "main", given.append)
     assert "trace" in parsed(capsys, "trace", "--mode", "sparf", "--preset", "gqa")
@@ -327,8 +327,8 @@ def test_trace_hands_its_arguments_on(capsys, monkeypatch):
 
 
 def test_an_error_of_the_simulator_is_two(capsys, monkeypatch):
-    job = pytest.importorskip("kvattic_sim.main")
-    from kvattic_sim.build import SimulatorError
+    job = pytest.importorskip("kvattic_sim.reports.drive")
+    from kvattic_sim.simulators.build import SimulatorError
 
     def fail(arguments: Any) -> None:
         raise SimulatorError("no compiler")
@@ -364,7 +364,7 @@ def slow(point: Any, follow: Any) -> dict[str, float | bool]:
 @pytest.fixture
 def swept(monkeypatch):
     """A sweep without simulations."""
-    sweep = pytest.importorskip("kvattic_sim.sweep")
+    sweep = pytest.importorskip("kvattic_sim.reports.sweep")
     run = sweep.run
     monkeypatch.setattr(sweep, "run", lambda points, **options: run(points, **{**options, "work": quick}))
     return sweep
@@ -496,7 +496,7 @@ def all_gone(pids: list[int]) -> bool:
 
 
 def test_a_sweep_that_is_left_ends_its_processes(tmp_path, monkeypatch):
-    sweep = pytest.importorskip("kvattic_sim.sweep")
+    sweep = pytest.importorskip("kvattic_sim.reports.sweep")
     monkeypatch.setenv("KVATTIC_TEST_PIDS", str(tmp_path / "pids"))
     points = sweep.grid(TINY, {"channels": [1, 2, 4]}, [(1, 1)])
     with closing(sweep.run(points, jobs=3, work=slow)) as rows:
@@ -523,7 +523,7 @@ if __name__ == "__main__":
 
 
 def test_ctrl_c_ends_all_and_keeps_what_is_done(tmp_path):
-    pytest.importorskip("kvattic_sim.sweep")
+    pytest.importorskip("kvattic_sim.reports.sweep")
     script, file = tmp_path / "script.py", tmp_path / "rows.json"
     script.write_text(CTRL_C)
     process = subprocess.Popen(

@@ -1,6 +1,7 @@
-"""The import rule: host needs numpy alone, hdl and sim keep to each other's public names."""
+"""The import rule: arrows go one way, host needs numpy alone, hdl and sim keep to each other's public names."""
 
 import ast
+import graphlib
 import os
 import subprocess
 import sys
@@ -11,29 +12,63 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+LAYERS = (
+    ("errors",),
+    ("support", "spec"),
+    ("merge", "placement", "transport"),
+    ("golden", "driver"),
+    ("targets",),
+    ("array", "selftest"),
+    ("integrations", "cli"),
+    ("__main__",),
+)
+"""Rooms of `kvattic`, from the bottom up: each imports from itself and from lower rows only."""
+HEAVY = {"amaranth", "cocotb", "torch", "transformers", "kvattic_hdl", "kvattic_sim"}
+"""What `kvattic` never loads by itself."""
+
+
 def imports(source: str) -> list[tuple[str, str | None]]:
-    """(module, name or None) of every import statement, at any depth of the source."""
+    """(module, name or None) of every import statement, at any depth of the source; relative ones begin with a dot."""
     found: list[tuple[str, str | None]] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found += [(alias.name, None) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found += [(node.module or "", alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [("." * node.level + (node.module or ""), alias.name) for alias in node.names]
     return found
 
 
-def breaks(source: str, package: str) -> list[str]:
-    """Imports of a package's source that the rule forbids."""
+def row(room: str) -> int:
+    """The layer of a room of `kvattic`; that of the package itself, whose names are for those above, is the highest."""
+    return next((number for number, rooms in enumerate(LAYERS) if room in rooms), len(LAYERS))
+
+
+def breaks_inside(room: str, module: str, name: str | None) -> bool:
+    """Whether a room of `kvattic` may not import a module of `kvattic`."""
+    if room == "__init__":
+        return False
+    parts = [*module.split(".")[1:], *([name] if module == "kvattic" and row(name or "") < len(LAYERS) else [])]
+    if not parts:  # from kvattic import ...: the package's public names are not for its insides, but for those on top
+        return room not in ("cli", "__main__")
+    return parts[0] != room and row(parts[0]) >= row(room)
+
+
+def breaks(source: str, package: str, room: str = "") -> list[str]:
+    """Imports of a package's source that the rule forbids; `room`: which one of `kvattic` the source is in."""
     bad = []
     for module, name in imports(source):
         top = module.partition(".")[0]
+        ours = top in ("kvattic", "kvattic_hdl", "kvattic_sim")
+        forbidden = module.startswith(".") or (ours and (name or "").startswith("_"))
         if package == "kvattic":
-            forbidden = top in {"kvattic_hdl", "kvattic_sim", "amaranth", "cocotb", "torch", "transformers"}
+            optional = {"torch", "transformers"} if room == "integrations" else set()
+            forbidden |= top in HEAVY - optional
+            forbidden |= top == "kvattic" and breaks_inside(room, module, name)
         elif package == "kvattic_hdl":
-            forbidden = top == "kvattic_sim"
+            lower = module.split(".")[1:2] in (["spec"], ["support"])
+            forbidden |= top == "kvattic_sim" or (top == "kvattic" and not lower)
         else:
-            inside = module != "kvattic_hdl" or (name or "").startswith("_")
-            forbidden = top == "kvattic_hdl" and inside
+            forbidden |= top == "kvattic_hdl" and module != "kvattic_hdl"
         if forbidden:
             bad.append(module if name is None else f"{module}.{name}")
     return bad
@@ -46,30 +81,55 @@ FILES = [
 ]
 
 
+def dependencies(package: str, folder: str) -> dict[str, set[str]]:
+    """For each module of a package, those of the same package that it imports at its top."""
+    root = ROOT / folder / package
+    names = {".".join((package, *path.relative_to(root).with_suffix("").parts)): path for path in root.rglob("*.py")}
+    found = {}
+    for module, path in names.items():
+        top = ast.Module([node for node in ast.parse(path.read_text()).body
+                          if isinstance(node, (ast.Import, ast.ImportFrom))], [])
+        wanted = {(m if name is None else f"{m}.{name}") for m, name in imports(ast.unparse(top))}
+        wanted |= {m for m, _ in imports(ast.unparse(top))}
+        found[module] = {name for name in wanted if name in names and name != module}
+    return found
+
+
 @pytest.mark.parametrize(("path", "package"), FILES)
 def test_sources_keep_the_import_rule(path, package):
-    found = breaks(path.read_text(), package)
-    if path.name == "huggingface.py" and package == "kvattic":
-        # The one module that is there for them; nothing else may import it at its top.
-        found = [name for name in found if name.partition(".")[0] not in ("torch", "transformers")]
-    assert found == []
+    room = path.relative_to(ROOT / path.relative_to(ROOT).parts[0] / package).parts[0].removesuffix(".py")
+    assert breaks(path.read_text(), package, room) == []
+
+
+@pytest.mark.parametrize(("package", "folder"), [("kvattic", "host"), ("kvattic_hdl", "hdl"), ("kvattic_sim", "sim")])
+def test_no_circle_of_imports(package, folder):
+    graphlib.TopologicalSorter(dependencies(package, folder)).prepare()  # raises CycleError, which names the circle
 
 
 @pytest.mark.parametrize(
-    ("package", "source", "bad"),
+    ("package", "room", "source", "bad"),
     [
-        ("kvattic", "def f():\n    import amaranth.hdl", ["amaranth.hdl"]),
-        ("kvattic", "from kvattic_hdl import Engine", ["kvattic_hdl.Engine"]),
-        ("kvattic", "import numpy\nfrom kvattic.config import Config", []),
-        ("kvattic_hdl", "from kvattic_sim.oracle import attend", ["kvattic_sim.oracle.attend"]),
-        ("kvattic_hdl", "from kvattic.config import Config\nfrom .lane import Lane", []),
-        ("kvattic_sim", "from kvattic_hdl.lane import Lane", ["kvattic_hdl.lane.Lane"]),
-        ("kvattic_sim", "from kvattic_hdl import _hidden", ["kvattic_hdl._hidden"]),
-        ("kvattic_sim", "import kvattic_hdl\nfrom kvattic_hdl import Engine", []),
+        ("kvattic", "driver", "def f():\n    import amaranth.hdl", ["amaranth.hdl"]),
+        ("kvattic", "cli", "from kvattic_hdl import Engine", ["kvattic_hdl.Engine"]),
+        ("kvattic", "driver", "import numpy\nfrom kvattic.spec.config import Config", []),
+        ("kvattic", "driver", "from kvattic.driver.rings import Ring", []),
+        ("kvattic", "driver", "from .rings import Ring", [".rings.Ring"]),
+        ("kvattic", "driver", "from kvattic import Config", ["kvattic.Config"]),
+        ("kvattic", "driver", "from kvattic.golden.dense import attend", ["kvattic.golden.dense.attend"]),
+        ("kvattic", "spec", "from kvattic.driver.jobs import Job", ["kvattic.driver.jobs.Job"]),
+        ("kvattic", "array", "from kvattic.driver.device import _hidden", ["kvattic.driver.device._hidden"]),
+        ("kvattic", "driver", "import torch", ["torch"]),
+        ("kvattic", "integrations", "import torch", []),
+        ("kvattic_hdl", "", "from kvattic_sim.oracle import attend", ["kvattic_sim.oracle.attend"]),
+        ("kvattic_hdl", "", "from kvattic.driver.jobs import Job", ["kvattic.driver.jobs.Job"]),
+        ("kvattic_hdl", "", "from kvattic.spec.config import Config\nfrom kvattic_hdl.lane.lane import Lane", []),
+        ("kvattic_sim", "", "from kvattic_hdl.lane.lane import Lane", ["kvattic_hdl.lane.lane.Lane"]),
+        ("kvattic_sim", "", "from kvattic_hdl import _hidden", ["kvattic_hdl._hidden"]),
+        ("kvattic_sim", "", "import kvattic_hdl\nfrom kvattic_hdl import Engine", []),
     ],
 )
-def test_the_rule_itself(package, source, bad):
-    assert breaks(source, package) == bad
+def test_the_rule_itself(package, room, source, bad):
+    assert breaks(source, package, room) == bad
 
 
 def test_importing_kvattic_loads_numpy_alone():

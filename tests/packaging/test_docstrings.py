@@ -11,8 +11,8 @@ from amaranth.lib import wiring
 
 import kvattic
 import kvattic_hdl
-from kvattic.commands import Kind
-from kvattic.config import TINY
+from kvattic.spec.commands import Kind
+from kvattic.spec.config import TINY
 
 ARGUMENTS: dict[str, Any] = {
     "config": TINY,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from kvattic import commands, registers
-from kvattic.commands import Field, Record
-from kvattic_sim import docs
+from kvattic.spec import commands, registers
+from kvattic.spec.commands import Field, Record
+from kvattic_sim.reports import reference as docs
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -4,13 +4,13 @@ from amaranth.hdl import Module
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out, connect, flipped
 
-from kvattic.config import Config
+from kvattic.spec.config import Config
 from kvattic_hdl.flash.controller import Controller
 from kvattic_hdl.flash.decoder import Decoder
 from kvattic_hdl.flash.encoder import Encoder
 from kvattic_hdl.flash.phy import phy_signature
-from kvattic_hdl.interfaces import EPOCH_BITS, Shapes
-from kvattic_hdl.stream_buffer import StreamBuffer
+from kvattic_hdl.lib.interfaces import EPOCH_BITS, Shapes
+from kvattic_hdl.lib.stream_buffer import StreamBuffer
 
 
 class FlashChannel(wiring.Component):

@@ -9,15 +9,15 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out, connect, flipped
 from amaranth.utils import ceil_log2
 
-from kvattic.commands import Kind, MediaCause, Opcode, Status
-from kvattic.config import Config
-from kvattic.nand import MARK_ZEROS
-from kvattic_hdl.arithmetic import times
+from kvattic.spec.commands import Kind, MediaCause, Opcode, Status
+from kvattic.spec.config import Config
+from kvattic.spec.nand import MARK_ZEROS
 from kvattic_hdl.flash.die_clocks import DieClocks
 from kvattic_hdl.flash.phy import phy_signature
 from kvattic_hdl.flash.runs import RunQueues, RunShapes
 from kvattic_hdl.flash.sequencers import Addresses, Commander, Mover, Transfer
-from kvattic_hdl.interfaces import EPOCH_BITS, OPCODE_BITS, PAGE_BITS, operation_code
+from kvattic_hdl.lib.arithmetic import times
+from kvattic_hdl.lib.interfaces import EPOCH_BITS, OPCODE_BITS, PAGE_BITS, operation_code
 
 RETRY_FEATURE = 0x89
 """Address of the feature that chooses a read-retry level."""

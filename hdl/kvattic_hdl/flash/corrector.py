@@ -8,10 +8,9 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import bits_for
 
-from kvattic.config import CRC_BITS, Config
-from kvattic.ecc import code
-
-from .division import divided, ones, product, squared, times, times_power
+from kvattic.spec.config import CRC_BITS, Config
+from kvattic.spec.ecc import code
+from kvattic_hdl.flash.division import divided, ones, product, squared, times, times_power
 
 SYNDROME_BITS = 8
 """Bits of the remainder that all syndromes take in one cycle."""

@@ -7,14 +7,13 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import bits_for, ceil_log2
 
-from kvattic.commands import MediaCause
-from kvattic.config import CRC_BITS, Config
-from kvattic.ecc import Division, code
-
-from .corrector import Corrector, CorrectorShapes
-from .division import divided, ones
-from .encoder import seeded
-from .interfaces import CAUSE_BITS, FlashShapes
+from kvattic.spec.commands import MediaCause
+from kvattic.spec.config import CRC_BITS, Config
+from kvattic.spec.ecc import Division, code
+from kvattic_hdl.flash.corrector import Corrector, CorrectorShapes
+from kvattic_hdl.flash.division import divided, ones
+from kvattic_hdl.flash.encoder import seeded
+from kvattic_hdl.flash.interfaces import CAUSE_BITS, FlashShapes
 
 _BEATS_AHEAD = 4
 """Beats that wait behind the memory, so that its read port may be used for a correction meanwhile."""

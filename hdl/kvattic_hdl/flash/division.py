@@ -1,4 +1,4 @@
-"""Linear maps over GF(2): products with constant matrices, steps of a `kvattic.ecc.Division`, products in a field.
+"""Linear maps over GF(2): products with constant matrices, steps of a `kvattic.spec.ecc.Division`, products in a field.
 
 A product with a constant matrix is a sum of small tables, one for four bits of the vector.  Synthesis makes the same
 XOR trees of them as of masked parities; a compiled simulation reads a table in one step, which is what its speed needs.
@@ -11,7 +11,7 @@ from operator import xor
 from amaranth.hdl import Cat, Module, Signal, Value
 from amaranth.lib.memory import Memory
 
-from kvattic.ecc import Division, Field
+from kvattic.spec.ecc import Division, Field
 
 TABLE_BITS = 4
 WORD_BITS = 64

@@ -4,15 +4,14 @@ from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from kvattic.config import CRC_BITS, Config
-from kvattic.ecc import code
-
-from .division import divided
-from .interfaces import FlashShapes
+from kvattic.spec.config import CRC_BITS, Config
+from kvattic.spec.ecc import code
+from kvattic_hdl.flash.division import divided
+from kvattic_hdl.flash.interfaces import FlashShapes
 
 
 def seeded(page: Value, codeword: Value) -> Value:
-    """What the check value of a codeword begins with (`kvattic.ecc.seed`)."""
+    """What the check value of a codeword begins with (`kvattic.spec.ecc.seed`)."""
     return ~(page ^ Cat(Const(0, CRC_BITS - len(codeword)), codeword[::-1]))[:CRC_BITS]
 
 

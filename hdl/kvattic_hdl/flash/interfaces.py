@@ -4,8 +4,8 @@ from amaranth.hdl import unsigned
 from amaranth.lib import data
 from amaranth.utils import bits_for, ceil_log2
 
-from kvattic.config import Config
-from kvattic_hdl.interfaces import PAGE_BITS, Shapes
+from kvattic.spec.config import Config
+from kvattic_hdl.lib.interfaces import PAGE_BITS, Shapes
 
 CAUSE_BITS = 2
 """Bits of a `commands.MediaCause`; 0: none."""

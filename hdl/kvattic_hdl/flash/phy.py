@@ -10,7 +10,7 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import bits_for, ceil_log2
 
-from kvattic.config import Config
+from kvattic.spec.config import Config
 
 
 class PhyShapes:

@@ -6,9 +6,9 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import bits_for, ceil_log2
 
-from kvattic.config import Config
+from kvattic.spec.config import Config
 from kvattic_hdl.flash.interfaces import FlashShapes
-from kvattic_hdl.interfaces import PAGE_BITS
+from kvattic_hdl.lib.interfaces import PAGE_BITS
 
 TICK_BITS, GATHER_TICKS = 6, 3
 """How long a die waits for requests of its other planes: so many ticks of 2**TICK_BITS cycles, or one less.

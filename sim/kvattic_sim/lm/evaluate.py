@@ -27,9 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 import kvattic
-from kvattic.config import Config
-from kvattic.driver import Device
-from kvattic_sim import figures
+from kvattic.driver.device import Device
+from kvattic.spec.config import Config
 from kvattic_sim.data import load_minilm
 from kvattic_sim.lm.methods import (
     CODEWORD_BYTES,
@@ -49,6 +48,7 @@ from kvattic_sim.lm.methods import (
     share_of,
 )
 from kvattic_sim.lm.model import Decoder, Halves, Layer, Memory, Shape, bits_per_byte, load, load_held_out
+from kvattic_sim.reports import figures
 
 __all__ = [
     "BEST",

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from kvattic_sim import figures, oracle
+from kvattic_sim import oracle
 from kvattic_sim.lm.smollm2 import Captured, capture
+from kvattic_sim.reports import figures
 
 __all__ = ["KEYS", "SHARES", "WAYS", "Step", "Way", "errors", "main", "measure", "quest", "steps"]
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvattic_sim.build import default_build_root
+from kvattic_sim.simulators.build import default_build_root
 
 __all__ = ["Captured", "WeightsError", "capture", "english", "weights"]
 

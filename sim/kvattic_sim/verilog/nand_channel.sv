@@ -1,7 +1,7 @@
 // Behavioural model of one channel's NAND dies and PHY, at the PHY interface (hdl/kvattic_hdl/flash/phy.py).
 //
-// What it does and checks is in docs/nand.md; kvattic_sim/nand_twin.py does the same in the same cycle, and
-// kvattic_sim/nand_files.py gives the parameters and writes and reads the files.  All files are in the working directory:
+// What it does and checks is in docs/nand.md; kvattic_sim/nand/twin.py does the same in the same cycle, and
+// kvattic_sim/nand/files.py gives the parameters and writes and reads the files.  All files are in the working directory:
 //
 //   nand<CHANNEL>.cfg    read when `configure` changes: times, faults, trace on or off; a line is a key and its values
 //   nand<CHANNEL>.bin    read when `load` changes: records of 32 bits page number (die, plane, block, page without

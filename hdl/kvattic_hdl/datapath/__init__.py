@@ -1,0 +1,1 @@
+"""Arithmetic of a lane: products, scores, weights."""

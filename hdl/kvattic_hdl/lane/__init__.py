@@ -1,0 +1,1 @@
+"""A lane: attention over the codewords of one flash channel."""

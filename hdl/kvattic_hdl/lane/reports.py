@@ -1,0 +1,129 @@
+"""What a lane has to say about each job: its first offender, and what was clipped or came twice."""
+
+from amaranth.hdl import Array, Cat, Module, Mux, Signal
+from amaranth.lib import data, wiring
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import ceil_log2
+
+from kvattic.spec.config import Config
+from kvattic_hdl.lib.interfaces import FAULT_BITS, FAULTS, TOKEN_BITS, Shapes
+
+
+class Reports(wiring.Component):
+    """Keeps the lowest token of each fault for each slot, and the slot's flags; none of it depends on the order.
+
+    Takes a beat each cycle; a beat can be read in a report three cycles later.  Reset clears the flags.
+
+    Parameters
+    ----------
+    config : Config
+
+    Members
+    -------
+    start : In(jobs_in_flight)
+        Strobes: a new job in this slot; forgets what was reported of the last one.
+    valid : In(1)
+        Strobe: there is a beat.
+    slot : In(slot), token : In(24)
+        Its job; its token, or the one of its first element if it is of a channel.
+    end_token : In(24)
+        From this token of the job on nothing is a fault.
+    value, sketch, channel : In(1)
+        It is of V; of the first pass; of a channel in the channel layout, with a token for each element.
+    error : In(1)
+        It cannot be read.  Then it has no NaN: its data are zeros.
+    special : In(elements_per_beat)
+        Its elements that are NaN or infinity.
+    score_overflow, value_overflow, duplicate : In(jobs_in_flight)
+        Strobes for a slot.
+    report_slot : In(slot), report : Out(report), two cycles later
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.shapes = shapes = Shapes(config)
+        slots = config.jobs_in_flight
+        super().__init__({
+            "start": In(slots),
+            "valid": In(1),
+            "slot": In(shapes.slot),
+            "token": In(TOKEN_BITS),
+            "end_token": In(TOKEN_BITS),
+            "value": In(1),
+            "sketch": In(1),
+            "channel": In(1),
+            "error": In(1),
+            "special": In(config.elements_per_beat),
+            "score_overflow": In(slots),
+            "value_overflow": In(slots),
+            "duplicate": In(slots),
+            "report_slot": In(shapes.slot),
+            "report": Out(shapes.report),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        config, shapes = self.config, self.shapes
+        slots = config.jobs_in_flight
+        numbers = {name: number for number, name in enumerate(FAULTS)}
+
+        unreadable = Mux(self.value, numbers["unreadable_value"], numbers["unreadable_key"])
+        token = self.token
+        if config.sparse:
+            unreadable = Mux(self.sketch, numbers["unreadable_sketch"], unreadable)
+            which = Signal(ceil_log2(config.elements_per_beat))
+            for e in reversed(range(config.elements_per_beat)):
+                with m.If(self.special[e]):
+                    m.d.comb += which.eq(e)
+            token = Signal(TOKEN_BITS + 1)
+            m.d.comb += token.eq(self.token + Mux(self.channel & ~self.error, which, 0))
+        fault_1, token_1, slot_1 = Signal(range(len(FAULTS))), Signal(TOKEN_BITS), Signal(shapes.slot)
+        happened_1, inside_1 = Signal(), Signal()
+        m.d.sync += [
+            happened_1.eq((self.special.any() | self.error) & self.valid),
+            inside_1.eq(token < self.end_token),
+            fault_1.eq(Mux(self.error, unreadable, Mux(self.value, numbers["nan_value"], numbers["nan_key"]))),
+            slot_1.eq(self.slot),
+            token_1.eq(token),
+        ]
+        m.submodules.offenders = offenders = Memory(
+            shape=TOKEN_BITS, depth=slots << len(fault_1), init=[], attrs={"ram_style": "distributed"})
+        lowest = offenders.read_port(domain="comb")
+        lower = offenders.write_port(domain="sync")
+        flags_shape = data.StructLayout({
+            "faults": len(FAULTS), "score_overflow": 1, "value_overflow": 1, "duplicate": 1})
+        flags = [Signal(flags_shape, name=f"flags_{s}") for s in range(slots)]
+        seen_1 = Array(kept.faults for kept in flags)[slot_1].bit_select(fault_1, 1)
+        m.d.comb += [
+            lowest.addr.eq(Cat(fault_1, slot_1)),
+            lower.addr.eq(Cat(fault_1, slot_1)),
+            lower.data.eq(token_1),
+            lower.en.eq(happened_1 & inside_1 & (~seen_1 | (token_1 < lowest.data))),
+        ]
+        for s, kept in enumerate(flags):
+            with m.If(lower.en & (slot_1 == s)):
+                m.d.sync += kept.faults.bit_select(fault_1, 1).eq(1)
+            for name in ("score_overflow", "value_overflow", "duplicate"):
+                with m.If(getattr(self, name)[s]):
+                    m.d.sync += kept[name].eq(1)
+            with m.If(self.start[s]):
+                m.d.sync += kept.as_value().eq(0)
+
+        report_slot = Signal(shapes.slot)
+        reported_flags = Signal(flags_shape)
+        fault = Signal(FAULT_BITS, init=len(FAULTS))
+        reported = offenders.read_port(domain="comb")
+        m.d.comb += reported_flags.eq(Array(kept.as_value() for kept in flags)[report_slot])
+        for number in reversed(range(len(FAULTS))):
+            with m.If(reported_flags.faults[number]):
+                m.d.comb += fault.eq(number)
+        m.d.comb += reported.addr.eq(Cat(fault[: len(fault_1)], report_slot))
+        m.d.sync += [
+            report_slot.eq(self.report_slot),
+            self.report.fault.eq(fault),
+            self.report.token.eq(reported.data),
+        ]
+        m.d.sync += [self.report[name].eq(reported_flags[name])
+                     for name in ("score_overflow", "value_overflow", "duplicate")]
+        return m

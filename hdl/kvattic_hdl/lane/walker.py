@@ -1,0 +1,383 @@
+"""The walkers: turn a job into the codeword requests of one lane, without host or firmware work."""
+
+from amaranth.hdl import Cat, Module, Mux, Signal
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import bits_for, ceil_log2
+
+from kvattic.spec.commands import Kind, Mode
+from kvattic.spec.config import Config
+from kvattic_hdl.lib.interfaces import TOKEN_BITS, Shapes
+
+
+class Walker(wiring.Component):
+    """Requests the codewords of one kind (K or V) of each job, in slot order: stripe by stripe of the lane's list.
+
+    One request a cycle (every other cycle where a stripe is a single codeword); four cycles between jobs.  A job ends
+    with the list, in the job's last stripe before the first codeword whose tokens are all beyond `end_token`, or at
+    once when it failed.  Of a sparse job only codewords with a selected token are requested; each place then takes two
+    cycles, or as long as it takes to look it up.  Reset forgets everything.
+
+    Parameters
+    ----------
+    config : Config
+    kind : commands.Kind
+
+    Members
+    -------
+    enable : In(jobs_in_flight)
+        Strobes: the job of the slot may be walked.  Its list is complete.
+    expect : In(jobs_in_flight)
+        The jobs of these slots are there, but may not be walked yet: do not go on to a later one.
+    slot : Out(slot)
+        The job in work, or the next one.  `job`, `skip`, `ring_base` must hold its parameters in the same cycle.
+    job : In(walk)
+    skip : In(1)
+        It is a sparse one.
+    ring_base : In(ring)
+    look : Out(1), look_ring : Out(ring), look_granted : In(1)
+        Does the codeword at this place of the ring have a selected token?
+    wanted : In(1)
+        It does; one cycle after `look` was granted.
+    stripe_address : Out
+        Cat(number in the list, slot) of a stripe.
+    stripe : In(Shapes.stripe)
+        That stripe, one cycle later.
+    failed : In(1)
+        The job in work is being abandoned.
+    ready_to_ask : Out(1)
+        `requests` is valid, or would be if `room` were given.
+    room : In(1)
+        A request may be made.
+    follow : Out(1)
+        The next codeword of the page may follow the one just requested: nothing else should come in between, so that
+        the controller reads them as one run.
+    requests : Out(stream of request)
+    begin : Out(1)
+        Strobe: the job of `slot` begins.
+    end : Out(1)
+        Strobe: all requests of the job of `slot` are made.
+    """
+
+    def __init__(self, config: Config, kind: int) -> None:
+        self.config = config
+        self.kind = kind
+        self.shapes = shapes = Shapes(config)
+        super().__init__({
+            "enable": In(config.jobs_in_flight),
+            "expect": In(config.jobs_in_flight),
+            "slot": Out(shapes.slot),
+            "job": In(shapes.walk),
+            "skip": In(1),
+            "ring_base": In(shapes.ring),
+            "look": Out(1),
+            "look_ring": Out(shapes.ring),
+            "look_granted": In(1),
+            "wanted": In(1),
+            "stripe_address": Out(shapes.list_bits + shapes.slot.width),
+            "stripe": In(shapes.stripe),
+            "failed": In(1),
+            "ready_to_ask": Out(1),
+            "room": In(1),
+            "follow": Out(1),
+            "requests": Out(stream.Signature(shapes.request)),
+            "begin": Out(1),
+            "end": Out(1),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        config, shapes = self.config, self.shapes
+        page_bits = ceil_log2(config.codewords_per_page)
+        enabled = Signal(config.jobs_in_flight)
+        running = Signal()
+        request = Signal(shapes.request)
+        tag = request.tag
+        m.d.comb += self.requests.payload.eq(request)
+
+        # The next stripe of the list stands ready while one is walked.
+        left = Signal(shapes.walk["stripes"].shape)
+        index = Signal(shapes.list_bits)
+        settled = Signal()
+        within, final = Signal(), Signal()   # `request` is of a stripe; of the job's last one
+        tail = Signal()
+        token = Signal(TOKEN_BITS + 1)       # first one of the codeword, in the job's last stripe
+        token_end = Signal(TOKEN_BITS)
+        mask = Signal(shapes.list_bits)      # the bits of a page's number in its stripe
+        more, fetch, fired, page_end, stripe_end = Signal(), Signal(), Signal(), Signal(), Signal()
+        here = Signal()      # the next place is worth a request
+        advance = Signal()   # on to the next place
+        m.d.comb += [
+            self.begin.eq(~running & enabled.bit_select(self.slot, 1)),
+            more.eq(~final | (token < token_end)),
+            self.ready_to_ask.eq(running & within & more & here & ~self.failed),
+            self.requests.valid.eq(self.ready_to_ask & self.room),
+            self.end.eq(running & (self.failed | Mux(within, ~more, left == 0))),
+            fired.eq(self.requests.valid & self.requests.ready),
+            page_end.eq(request.codeword == config.codewords_per_page - 1),
+            # A stripe begins at a multiple of its size, so a place tells where in its stripe it is.
+            stripe_end.eq(page_end & (((tag.place >> page_bits) & mask) == mask)),
+            fetch.eq(running & (left != 0) & settled & (~within | (advance & stripe_end))),
+            self.stripe_address.eq(Cat(index, self.slot)),
+        ]
+        m.d.sync += settled.eq(1)
+        if config.sparse:
+            skip, looking, looked = Signal(), Signal(), Signal()
+            ring_base = Signal(shapes.ring)
+            m.d.comb += [
+                self.look.eq(running & within & more & skip & ~looking & ~looked & ~self.failed),
+                self.look_ring.eq(ring_base + tag.place),
+                here.eq(~skip | looked),
+                advance.eq(fired | (looking & ~self.wanted)),
+            ]
+            m.d.sync += looking.eq(self.look & self.look_granted)
+            with m.If(looking & self.wanted):
+                m.d.sync += looked.eq(1)
+            with m.If(fired):
+                m.d.sync += [looked.eq(0), self.follow.eq(skip & ~page_end)]
+            with m.Elif(advance | self.end):
+                m.d.sync += self.follow.eq(0)
+            with m.If(self.begin):
+                m.d.sync += [skip.eq(self.skip), looked.eq(0), ring_base.eq(self.ring_base)]
+        else:
+            m.d.comb += [here.eq(1), advance.eq(fired)]
+        with m.If(advance):
+            m.d.sync += [
+                tag.place.eq(tag.place + 1),
+                request.codeword.eq(Mux(page_end, 0, request.codeword + 1)),
+                request.page.eq(request.page + page_end),
+                token.eq(token + Mux(final, config.tokens_per_codeword, 0)),
+                within.eq(~stripe_end),
+            ]
+        with m.If(fetch):
+            m.d.sync += [
+                request.page.eq(self.stripe.page),
+                request.dram.eq(self.stripe.dram),
+                within.eq(1),
+                final.eq((left == 1) & tail),
+                left.eq(left - 1),
+                index.eq(index + 1),
+                settled.eq(0),
+            ]
+        with m.If(self.begin):
+            m.d.sync += [
+                running.eq(1),
+                within.eq(0),
+                final.eq(0),
+                left.eq(self.job.stripes),
+                tail.eq(self.job.tail),
+                token.eq(self.job.last_token),
+                token_end.eq(self.job.end_token),
+                mask.eq((1 << self.job.stripe_bits) - 1),
+                request.codeword.eq(0),
+                tag.place.eq(0),
+                tag.kind.eq(self.kind),
+                tag.slot.eq(self.slot),
+                tag.epoch.eq(self.job.epoch),
+            ]
+        with m.If(self.end):
+            m.d.sync += [running.eq(0), enabled.bit_select(self.slot, 1).eq(0), index.eq(0)]
+        # On to the next slot; also past one whose job never came to the lanes, before it has another one.
+        nothing = ~running & ~(enabled | self.expect).bit_select(self.slot, 1)
+        with m.If(self.end | (nothing & (enabled | self.expect).any())):
+            m.d.sync += [self.slot.eq(Mux(self.slot == config.jobs_in_flight - 1, 0, self.slot + 1)), settled.eq(0)]
+        for s in range(config.jobs_in_flight):
+            with m.If(self.enable[s]):
+                m.d.sync += enabled[s].eq(1)
+        return m
+
+
+class FirstWalker(wiring.Component):
+    """Requests what the first pass of each sparse job reads, in slot order; waits for dense jobs to take their places.
+
+    Of each stripe of the lane's list, which opens a group: the chosen channels, or all centroids; of one that is
+    attended whole (the tail) K, up to `end_token`, or nothing if centroids are what counts.  Takes all of the job's
+    places of the score ring when it begins.  At most one request in three cycles.  A job ends with the list, or at once
+    when it failed.  Reset forgets everything.
+
+    Parameters
+    ----------
+    config : Config
+
+    Members
+    -------
+    enable : In(jobs_in_flight)
+        Strobes: the job of the slot has come; its lists are complete.
+    slot : Out(slot)
+        The job in work, or the next one.  `job` must hold its parameters in the same cycle.
+    job : In(`first_walk`)
+    keys_walked : In(1)
+        The job of `slot` is dense and has taken all of its places in the ring, so that it can be passed.
+    fits : In(1)
+        The ring has room for all stripes of the job of `slot`.
+    failed : In(1)
+        The job of `slot` is being abandoned.
+    stripe_address : Out
+        Cat(number in the list, slot) of a stripe.
+    stripe : In(`first_stripe`)
+        That stripe, one cycle later.
+    chosen_address : Out
+        Cat(number among the chosen, slot) of a chosen channel.
+    chosen : In(channel of q)
+        That channel, one cycle later.
+    requests : Out(stream of request)
+    follow : Out(1)
+        As in `Walker`, of centroids and of K.
+    begin : Out(1)
+        Strobe: the job of `slot` begins, and takes `fits`'s places of the ring.
+    end : Out(1)
+        Strobe: all requests of the (sparse) job of `slot` are made.
+    room : In(1)
+        A group may be opened.
+    open, close : Out(1)
+        Strobes: a group begins, of the stripe with first place `place` (in the job), first token `token`, which is read
+        in channels if `channels`; all of it is asked for.
+    place, token, channels : Out
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.shapes = shapes = Shapes(config)
+        self.first_walk = data.StructLayout(
+            {name: field.shape for name, field in shapes.walk if name != "stripe_bits"}
+            | {name: shapes.start[name].shape for name in ("mode", "channels", "unit_bits")})
+        # whole: it is attended whole, as one in DRAM always is, and page is the first one of its K.
+        self.first_stripe = data.StructLayout({
+            "page": shapes.request["page"].shape, "codeword": shapes.request["codeword"].shape, "dram": 1,
+            "whole": 1, "token": TOKEN_BITS})
+        self.channel_bits = ceil_log2(config.head_dim)
+        super().__init__({
+            "enable": In(config.jobs_in_flight),
+            "slot": Out(shapes.slot),
+            "job": In(self.first_walk),
+            "keys_walked": In(1),
+            "fits": In(1),
+            "failed": In(1),
+            "stripe_address": Out(shapes.list_bits + shapes.slot.width),
+            "stripe": In(self.first_stripe),
+            "chosen_address": Out(self.channel_bits + shapes.slot.width),
+            "chosen": In(self.channel_bits),
+            "requests": Out(stream.Signature(shapes.request)),
+            "follow": Out(1),
+            "begin": Out(1),
+            "end": Out(1),
+            "room": In(1),
+            "open": Out(1),
+            "close": Out(1),
+            "place": Out(shapes.place),
+            "token": Out(TOKEN_BITS),
+            "channels": Out(1),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        config, shapes = self.config, self.shapes
+        codeword_bits = ceil_log2(config.codewords_per_page)
+        enabled = Signal(config.jobs_in_flight)
+        request = Signal(shapes.request)
+        left = Signal(shapes.walk["stripes"].shape)
+        index = Signal(shapes.list_bits)
+
+        # Of the stripe in work: where its codewords begin, how many there are, the next one's number.
+        stripe = self.stripe
+        first = Signal(len(request.page) + codeword_bits)
+        channels, bounded = Signal(), Signal()
+        limit, number = Signal(bits_for(config.group_codewords)), Signal(bits_for(config.group_codewords))
+        token = Signal(TOKEN_BITS + 1)   # of the next codeword, if the job's last stripe is a tail
+        more, go_on = Signal(), Signal()
+        centroids = Signal()
+        position = first + Mux(channels, self.chosen, number)
+        m.d.comb += [
+            centroids.eq(self.job.mode == Mode.CENTROID),
+            more.eq((number != limit) & (~bounded | (token < self.job.end_token))),
+            self.stripe_address.eq(Cat(index, self.slot)),
+            self.chosen_address.eq(Cat(number[: self.channel_bits], self.slot)),
+            self.token.eq(stripe.token),
+            self.channels.eq(~stripe.whole & ~centroids),
+            self.requests.payload.eq(request),
+        ]
+
+        def end() -> None:
+            m.d.comb += self.end.eq(1)
+            go_on_to_next()
+
+        def go_on_to_next() -> None:
+            m.d.comb += go_on.eq(1)
+            m.next = "idle"
+
+        def close() -> None:
+            m.d.comb += self.close.eq(1)
+            m.d.sync += self.follow.eq(0)
+            m.d.sync += [
+                left.eq(left - 1), index.eq(index + 1), self.place.eq(self.place + config.group_codewords)]
+            m.next = "next"
+
+        with m.FSM(name="state"):
+            with m.State("idle"):
+                m.d.sync += [index.eq(0), left.eq(self.job.stripes), self.place.eq(0)]
+                with m.If(~enabled.bit_select(self.slot, 1)):
+                    m.d.comb += go_on.eq(enabled.any())   # also past a slot whose job never came to the lanes
+                with m.Elif(self.job.mode == Mode.DENSE):
+                    m.d.comb += go_on.eq(self.keys_walked)
+                with m.Elif(self.failed):
+                    end()
+                with m.Elif(self.fits):
+                    m.d.comb += self.begin.eq(1)
+                    m.next = "next"
+            with m.State("next"):   # the stripe comes
+                m.next = "stripe"
+            with m.State("stripe"):
+                with m.If(self.failed | (left == 0)):
+                    end()
+                with m.Elif(self.room):
+                    m.d.comb += self.open.eq(1)
+                    m.d.sync += [
+                        first.eq(Cat(stripe.codeword[:codeword_bits], stripe.page)),
+                        channels.eq(self.channels),
+                        request.dram.eq(stripe.dram),
+                        number.eq(0),
+                        bounded.eq(stripe.whole & (left == 1) & self.job.tail),
+                        token.eq(self.job.last_token),
+                        limit.eq(config.group_codewords),
+                    ]
+                    with m.If(self.channels):
+                        m.d.sync += limit.eq(self.job.channels)
+                    with m.Elif(centroids):
+                        units = config.group_codewords // config.tokens_per_codeword
+                        m.d.sync += limit.eq(Mux(stripe.whole, 0, units >> self.job.unit_bits))
+                    m.next = "choose"
+            with m.State("choose"):   # the channel comes
+                with m.If(more & ~self.failed):
+                    m.next = "form"
+                with m.Else():
+                    close()
+            with m.State("form"):
+                m.d.sync += [
+                    request.page.eq(position >> codeword_bits),
+                    request.codeword.eq(position[:codeword_bits]),
+                    request.tag.place.eq(self.place + Mux(channels, self.chosen, number)),
+                    request.tag.kind.eq(Mux(channels, Kind.CHANNEL, Kind.SKETCH)),
+                    request.tag.slot.eq(self.slot),
+                    request.tag.epoch.eq(self.job.epoch),
+                ]
+                m.next = "ask"
+            with m.State("ask"):
+                m.d.comb += self.requests.valid.eq(~self.failed)
+                with m.If(self.failed):
+                    close()
+                with m.Elif(self.requests.ready):
+                    m.d.sync += [
+                        number.eq(number + 1), token.eq(token + config.tokens_per_codeword),
+                        self.follow.eq(~channels & ~request.dram
+                                       & (request.codeword != config.codewords_per_page - 1)),
+                    ]
+                    m.next = "choose"
+        with m.If(go_on):
+            m.d.sync += [
+                enabled.bit_select(self.slot, 1).eq(0),
+                self.slot.eq(Mux(self.slot == config.jobs_in_flight - 1, 0, self.slot + 1)),
+            ]
+        for s in range(config.jobs_in_flight):
+            with m.If(self.enable[s]):
+                m.d.sync += enabled[s].eq(1)
+        return m

@@ -1,0 +1,1 @@
+"""What several blocks use: shapes and signatures, AXI, arithmetic."""

@@ -1,0 +1,71 @@
+"""Small combinational pieces: element decode, adders with carry-in, constant multiples, one bit of many."""
+
+from dataclasses import dataclass
+
+from amaranth.hdl import C, Cat, Mux, Value, ValueLike
+
+from kvattic.spec.formats import SIGNIFICAND_BITS, ElementFormat
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """An element as (-1)**sign * significand * 2**(exponent - format.offset).
+
+    Attributes
+    ----------
+    sign : Value, 1 bit
+    significand : Value, 11 bits
+        Zero for NaN and infinity.
+    exponent : Value
+        The exponent field; 1 for subnormals.
+    special : Value, 1 bit
+        NaN or infinity.
+    """
+
+    sign: Value
+    significand: Value
+    exponent: Value
+    special: Value
+
+
+def decode(bits: ValueLike, element: ElementFormat) -> Decoded:
+    """Take the 16 bits of an element apart, exactly (docs/numerics.md, section 1)."""
+    bits = Value.cast(bits)
+    fraction = bits[: element.fraction_bits]
+    field = bits[element.fraction_bits : element.fraction_bits + element.exponent_bits]
+    normal = field.any()
+    special = field.all()
+    significand = Cat(fraction, normal) << (SIGNIFICAND_BITS - 1 - element.fraction_bits)
+    return Decoded(
+        sign=bits[-1],
+        significand=Mux(special, 0, significand[:SIGNIFICAND_BITS]),
+        exponent=Cat(field[0] | ~normal, field[1:]),
+        special=special,
+    )
+
+
+def add_carry(a: ValueLike, b: ValueLike, carry: ValueLike) -> Value:
+    """A + b + carry as one adder: the carry enters below the least bit."""
+    a, b = Value.cast(a), Value.cast(b)
+    wide_a = Cat(C(1, 1), a)
+    wide_b = Cat(carry, b)
+    if a.shape().signed:
+        wide_a = wide_a.as_signed()
+    if b.shape().signed:
+        wide_b = wide_b.as_signed()
+    return (wide_a + wide_b) >> 1
+
+
+def times(value: ValueLike, factor: int) -> Value:
+    """Value * factor by shifts and adds (factor is a small constant)."""
+    value = Value.cast(value)
+    terms = [value << bit for bit in range(factor.bit_length()) if factor >> bit & 1]
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def strobe(valid: ValueLike, number: ValueLike) -> Value:
+    """The bit of this number, if it is valid; not `valid << number`, which is unknown while the number is."""
+    return Mux(valid, 1 << Value.cast(number), 0)

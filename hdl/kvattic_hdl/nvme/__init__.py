@@ -1,0 +1,1 @@
+"""The host's side of the drive: registers, queues, admin commands, owners."""

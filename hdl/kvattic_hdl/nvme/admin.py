@@ -1,0 +1,261 @@
+"""Executes the commands that are neither jobs nor flash commands: IDENTIFY, COUNTERS, queues and grants."""
+
+from amaranth.hdl import Module, Mux, Signal
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import bits_for, ceil_log2
+
+from kvattic.spec.commands import DOMAINS, IDENTIFY_BYTES, LINE_BYTES, Grant, Opcode, Status, lines
+from kvattic.spec.config import Config
+from kvattic.spec.registers import COUNTERS, MAX_ENTRIES, MAX_REGIONS, QUEUES
+from kvattic_hdl.lib.interfaces import GRANT, QUEUE_BITS, Shapes
+from kvattic_hdl.lib.records import WORD_BYTES
+from kvattic_hdl.nvme.queues import CREATE, REMOVE
+
+SETTLE_CYCLES = 4
+"""From `create` or `remove` to the look at `present` and `under_way`."""
+COUNTER_BYTES = 8
+"""Of each counter in the block of COUNTERS."""
+INVALID_ADDRESS_RESULT = 1
+"""`where` of INVALID_ADDRESS: the result's."""
+
+
+class Admin(wiring.Component):
+    """Checks and executes commands one after the other.
+
+    The loader has checked what all commands have in common, up to INVALID_FIELD.  The first that applies is reported.
+    IDENTIFY, COUNTERS: INVALID_ADDRESS.  CREATE_QUEUE: INVALID_QUEUE (queue, entries, submission, completion).
+    DELETE_QUEUE: INVALID_QUEUE (no such queue), QUEUE_BUSY; of a queue that this status was reported for it can be
+    repeated.  GRANT: INVALID_GRANT (kind, first or count, domain); it ends when all is granted.
+
+    Latency: a command is taken two cycles after it is offered.  Its outcome follows in the next cycle; of CREATE_QUEUE
+    and DELETE_QUEUE five cycles after `create` or `remove`; of GRANT after all zones or regions are written.
+    Throughput: one command at a time.
+    Reset: nothing under way, no queue that DELETE_QUEUE could be repeated for.  A grant that `Owners` has taken goes
+    on.
+
+    Parameters
+    ----------
+    config : Config
+        The configuration.
+
+    Raises
+    ------
+    ValueError
+        The configuration's text is too long for IDENTIFY.
+
+    Members
+    -------
+    commands : In(stream of Shapes.admin_command)
+        From the loader.
+    outcomes : Out(stream of Shapes.ended)
+        For the finisher.
+    create : Out(queues.CREATE)
+        Strobe, one cycle after the CREATE_QUEUE was taken.
+    remove : Out(queues.REMOVE)
+        Strobe, one cycle after the DELETE_QUEUE was taken.
+    present, under_way : In(QUEUES)
+        The queue is there; commands of it have been fetched, or will be although it is removed, and have no
+        acknowledged completion.  Right at the latest three cycles after `create` or `remove`.
+    grant : Out(stream of interfaces.GRANT)
+        To `Owners`, which is done with it when it is ready again.
+    block_index : In(range(IDENTIFY_BYTES // 8))
+        Number of a word of the block that belongs to the last outcome taken.
+    block_data : Out(64)
+        One cycle later: that word.  A counter is that of the cycle before.
+    counters : In(ArrayLayout(64, len(COUNTERS)))
+        `registers.COUNTERS`, in that order.
+    """
+
+    commands: stream.Interface
+    outcomes: stream.Interface
+    create: data.View
+    remove: data.View
+    present: Signal
+    under_way: Signal
+    grant: stream.Interface
+    block_index: Signal
+    block_data: Signal
+    counters: data.View
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._shapes = shapes = Shapes(config)
+        text = config.to_json().encode()
+        if len(text) > IDENTIFY_BYTES:
+            raise ValueError(f"config.to_json() must be at most {IDENTIFY_BYTES} bytes, which IDENTIFY writes, not "
+                             f"{len(text)}: give the part a shorter name")
+        text = text.ljust(IDENTIFY_BYTES, b"\0")
+        self._words = [int.from_bytes(text[i : i + WORD_BYTES], "little") for i in range(0, len(text), WORD_BYTES)]
+        super().__init__({
+            "commands": In(stream.Signature(shapes.admin_command)),
+            "outcomes": Out(stream.Signature(shapes.ended)),
+            "create": Out(CREATE),
+            "remove": Out(REMOVE),
+            "present": In(QUEUES),
+            "under_way": In(QUEUES),
+            "grant": Out(stream.Signature(GRANT)),
+            "block_index": In(range(len(self._words))),
+            "block_data": Out(WORD_BYTES * 8),
+            "counters": In(data.ArrayLayout(COUNTER_BYTES * 8, len(COUNTERS))),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        config = self._config
+        command, ended = self.commands.payload, self.outcomes.payload
+        queue = command.number[:QUEUE_BITS]
+
+        # ---- Blocks. ----
+
+        m.submodules.identify = identify = Memory(shape=WORD_BYTES * 8, depth=len(self._words), init=self._words)
+        read = identify.read_port()
+        counting = Signal()   # the block is that of COUNTERS
+        counter, counting_1 = Signal(COUNTER_BYTES * 8), Signal()
+        number = self.block_index[: bits_for(len(COUNTERS) - 1)]
+        m.d.sync += [counter.eq(0), counting_1.eq(counting)]
+        with m.Switch(number):
+            for i in range(len(COUNTERS)):
+                with m.Case(i):
+                    m.d.sync += counter.eq(self.counters[i])
+        m.d.comb += [
+            read.addr.eq(self.block_index),
+            self.block_data.eq(Mux(counting_1, counter, read.data)),
+        ]
+
+        # ---- Checks: right two cycles after a command is offered. ----
+
+        deleted = Signal(QUEUES)   # DELETE_QUEUE reported QUEUE_BUSY
+        no_queue, there, bad_entries, bad_submission, bad_completion = (
+            Signal(name=name) for name in ("no_queue", "there", "bad_entries", "bad_submission", "bad_completion"))
+        known = Signal()
+        bad_kind, bad_range, bad_domain, beyond = (
+            Signal(name=name) for name in ("bad_kind", "bad_range", "bad_domain", "beyond"))
+        end = Signal(len(command.first) + 1)
+        entries_bits = Signal.like(self.create.entries_bits)
+        sizes = range(1, ceil_log2(MAX_ENTRIES) + 1)
+        offset_bits = ceil_log2(LINE_BYTES)
+        to_queues = command.number == Grant.QUEUES
+        m.d.sync += [
+            no_queue.eq((command.number == 0) | (command.number >= QUEUES)),
+            there.eq((self.present | self.under_way).bit_select(queue, 1)),
+            known.eq((self.present | deleted).bit_select(queue, 1)),
+            bad_entries.eq(1),
+            bad_submission.eq(command.submission[:offset_bits].any()),
+            bad_completion.eq(command.completion[:offset_bits].any()),
+            end.eq(command.first + command.count),
+            beyond.eq(end > Mux(command.number == Grant.ZONES, config.part.blocks, MAX_REGIONS)),
+            bad_kind.eq(command.number > max(Grant)),
+            bad_range.eq(Mux(to_queues, command.count.any() | command.first[QUEUES:].any(), ~command.count.any())),
+            bad_domain.eq((command.domain >= DOMAINS) | (to_queues & ~command.domain.any())),
+        ]
+        for bits in sizes:
+            with m.If(command.entries == 1 << bits):
+                m.d.sync += [bad_entries.eq(0), entries_bits.eq(bits)]
+
+        # ---- One command after the other. ----
+
+        m.d.comb += [
+            self.grant.payload.kind.eq(command.number),
+            self.grant.payload.first.eq(command.first),
+            self.grant.payload.count.eq(command.count),
+            self.grant.payload.domain.eq(command.domain),
+        ]
+        m.d.sync += [self.create.valid.eq(0), self.remove.valid.eq(0)]
+        settle = Signal(range(SETTLE_CYCLES))
+        removing = Signal()
+
+        def refuse(status: Status, where: int) -> None:
+            m.d.sync += [ended.status.eq(status), ended.where.eq(where)]
+
+        def block(size: int, *, counters: bool) -> None:
+            with m.If(command.bad_address):
+                refuse(Status.INVALID_ADDRESS, INVALID_ADDRESS_RESULT)
+            with m.Else():
+                m.d.sync += ended.lines.eq(lines(size))
+            m.d.sync += of_counters.eq(counters)
+
+        of_counters = Signal()   # the outcome is that of COUNTERS
+        with m.FSM(name="state"):
+            with m.State("idle"):
+                m.d.sync += [
+                    ended.queue.eq(command.queue),
+                    ended.identifier.eq(command.identifier),
+                    ended.status.eq(Status.OK),
+                    ended.where.eq(0),
+                    ended.lines.eq(0),
+                    ended.result.eq(command.submission),
+                    settle.eq(0),
+                ]
+                with m.If(self.commands.valid):
+                    m.next = "check"
+            with m.State("check"):
+                m.next = "judge"
+            with m.State("judge"):
+                m.d.comb += self.commands.ready.eq(1)
+                m.d.sync += [
+                    self.create.queue.eq(queue),
+                    self.create.entries_bits.eq(entries_bits),
+                    self.create.submission.eq(command.submission[offset_bits:]),
+                    self.create.completion.eq(command.completion[offset_bits:]),
+                    self.remove.queue.eq(queue),
+                ]
+                m.next = "end"
+                with m.Switch(command.opcode):
+                    with m.Case(Opcode.IDENTIFY):
+                        block(IDENTIFY_BYTES, counters=False)
+                    with m.Case(Opcode.COUNTERS):
+                        block(len(COUNTERS) * COUNTER_BYTES, counters=True)
+                    with m.Case(Opcode.CREATE_QUEUE):
+                        with m.If(no_queue | there):
+                            refuse(Status.INVALID_QUEUE, 0)
+                        with m.Elif(bad_entries):
+                            refuse(Status.INVALID_QUEUE, 1)
+                        with m.Elif(bad_submission):
+                            refuse(Status.INVALID_QUEUE, 2)
+                        with m.Elif(bad_completion):
+                            refuse(Status.INVALID_QUEUE, 3)
+                        with m.Else():
+                            m.d.sync += [
+                                self.create.valid.eq(1), removing.eq(0), deleted.bit_select(queue, 1).eq(0)]
+                            m.next = "settle"
+                    with m.Case(Opcode.DELETE_QUEUE):
+                        with m.If(no_queue | ~known):
+                            refuse(Status.INVALID_QUEUE, 0)
+                        with m.Else():
+                            m.d.sync += [self.remove.valid.eq(1), removing.eq(1)]
+                            m.next = "settle"
+                    with m.Case(Opcode.GRANT):
+                        with m.If(bad_kind):
+                            refuse(Status.INVALID_GRANT, 0)
+                        with m.Elif(bad_range | (beyond & ~to_queues)):
+                            refuse(Status.INVALID_GRANT, 1)
+                        with m.Elif(bad_domain):
+                            refuse(Status.INVALID_GRANT, 2)
+                        with m.Else():
+                            # It waits here for an older one that went on over a reset.
+                            m.d.comb += [self.grant.valid.eq(1), self.commands.ready.eq(self.grant.ready)]
+                            m.next = "judge"
+                            with m.If(self.grant.ready):
+                                m.next = "grant"
+                    with m.Default():   # does not happen: the loader ends it
+                        m.d.sync += [ended.status.eq(Status.INVALID_OPCODE), ended.where.eq(command.opcode)]
+            with m.State("settle"):
+                m.d.sync += settle.eq(settle + 1)
+                with m.If(settle == SETTLE_CYCLES - 1):
+                    m.next = "end"
+                    with m.If(removing):
+                        busy = self.under_way.bit_select(self.remove.queue, 1)
+                        m.d.sync += deleted.bit_select(self.remove.queue, 1).eq(busy)
+                        with m.If(busy):
+                            refuse(Status.QUEUE_BUSY, 0)
+            with m.State("grant"):
+                with m.If(self.grant.ready):
+                    m.next = "end"
+            with m.State("end"):
+                m.d.comb += self.outcomes.valid.eq(1)
+                with m.If(self.outcomes.ready):
+                    m.d.sync += counting.eq(of_counters)
+                    m.next = "idle"
+        return m

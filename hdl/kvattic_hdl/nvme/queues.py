@@ -1,0 +1,331 @@
+"""Rings, doorbells, turns and interrupts of the queues."""
+
+from amaranth.hdl import Array, Cat, Const, Elaboratable, Module, Mux, Signal, Value, unsigned
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
+
+from kvattic.spec.registers import MAX_ENTRIES, QUEUES
+from kvattic_hdl.lib.axi import LINE_ADDRESS_BITS
+
+QUEUE_BITS = (QUEUES - 1).bit_length()
+ENTRY_BITS = (MAX_ENTRIES - 1).bit_length()
+"""Bits of an entry's number."""
+AFTER_BITS = 16
+"""Bits of INTERRUPT_AFTER."""
+ERROR_BITS = 16
+"""Bits of a refused doorbell's value that are kept."""
+
+DOORBELL = data.StructLayout({"valid": 1, "completion": 1, "queue": QUEUE_BITS, "value": 32})
+"""A doorbell was written: COMPLETION_HEAD if `completion`, else SUBMISSION_TAIL."""
+CREATE = data.StructLayout(
+    {
+        "valid": 1,
+        "queue": QUEUE_BITS,
+        "entries_bits": ENTRY_BITS.bit_length(),  # log2 of a ring's entries, 1 to 12
+        "submission": LINE_ADDRESS_BITS,
+        "completion": LINE_ADDRESS_BITS,
+    }
+)
+"""A queue is created, with these rings; bases are numbers of lines."""
+REMOVE = data.StructLayout({"valid": 1, "queue": QUEUE_BITS})
+"""A queue is removed."""
+FETCH = data.StructLayout({"queue": QUEUE_BITS, "line": LINE_ADDRESS_BITS})
+"""Where the next command stands."""
+
+
+class Queues(wiring.Component):
+    """Keeps the queues' rings: checks doorbells, says which line to fetch next and where to post.
+
+    Latency: a doorbell shows in `busy` three cycles later, in `fetch` six; `refused` comes two cycles after it.
+    `present` follows `create` and `remove` at once.  `interrupts` falls three cycles after the doorbell that takes the
+    last completion, and rises two after the `posted` that leaves nothing under way; it sees about ten cycles late that
+    INTERRUPT_AFTER are reached no more, and at most 40 late whatever comes.
+    Throughput: a doorbell every two cycles; a line every four.
+    Ordering: queues take turns, one line each.  A doorbell in a later cycle than `create` meets the new queue.
+    Reset: no queue is there; nothing is under way.
+
+    A command is under way from the cycle in which its line is offered on `fetch` until `posted`; it counts as fetched,
+    for `post_head` too, when the line is taken.  A line that is offered stays, whatever becomes of its queue.
+
+    Each number of a ring has one writer: tail and `taken` belong to the doorbells, the head to `fetch`, the place of
+    the next completion to `post`, the end of the unread ones to `posted`.  So nothing is lost when they meet.  `busy`
+    and `interrupts` follow from numbers of one cycle and show no state that never was.
+
+    Members
+    -------
+    doorbell : In(DOORBELL)
+        Strobe: a doorbell; not in two successive cycles.
+    refused : Out(1)
+        Strobe: a doorbell was refused and changed nothing.
+    refused_doorbell : Out(32)
+        Which one, as DOORBELL_ERROR has it; valid in the cycle of `refused`.
+    create : In(CREATE)
+        Strobe: the queue is there, empty; it may have been there before.  If its commands are under way it is only
+        removed: their completions belong to the old ring.
+    remove : In(REMOVE)
+        Strobe: nothing is fetched from the queue any more, its doorbells are refused, it wants no interrupt.  Commands
+        that are under way still post to its ring.  Not in the same cycle as `create`.
+    present : Out(QUEUES)
+        The queue is there.
+    under_way : Out(QUEUES)
+        The queue has commands under way; never low too early.
+    hold : In(QUEUES)
+        Offer no line of these; one that is offered stays.
+    fetch : Out(stream of FETCH)
+        The next command's line.  After a transfer there is a pause of at least three cycles, so that `hold` can follow.
+    post_queue : In(3)
+        The queue to post to.
+    post_line, post_phase, post_head : Out
+        Line and phase bit of its next completion, and the fetch head that it tells: two cycles after the later of a
+        change of `post_queue` and `post`.
+    post : In(1)
+        Strobe: a completion of `post_queue`, which has been stable for two cycles, takes that entry.  Not again before
+        `posted`.
+    posted, posted_queue : In
+        Strobe: that completion is in host memory.  The host may have found it there, and taken it, since `post`.
+    interrupt_after : In(16)
+        The register INTERRUPT_AFTER.
+    interrupts : Out(QUEUES)
+        The queue wants an interrupt: it has completions that are not taken, `interrupt_after` of them or nothing under
+        way and nothing to fetch.
+    busy : Out(1)
+        A command can be fetched (held or not) or is under way.
+    """
+
+    doorbell: data.View
+    refused: Signal
+    refused_doorbell: Signal
+    create: data.View
+    remove: data.View
+    present: Signal
+    under_way: Signal
+    hold: Signal
+    fetch: stream.Interface
+    post_queue: Signal
+    post_line: Signal
+    post_phase: Signal
+    post_head: Signal
+    post: Signal
+    posted: Signal
+    posted_queue: Signal
+    interrupt_after: Signal
+    interrupts: Signal
+    busy: Signal
+
+    def __init__(self) -> None:
+        super().__init__(
+            {
+                "doorbell": In(DOORBELL),
+                "refused": Out(1),
+                "refused_doorbell": Out(32),
+                "create": In(CREATE),
+                "remove": In(REMOVE),
+                "present": Out(QUEUES),
+                "under_way": Out(QUEUES),
+                "hold": In(QUEUES),
+                "fetch": Out(stream.Signature(FETCH)),
+                "post_queue": In(QUEUE_BITS),
+                "post_line": Out(LINE_ADDRESS_BITS),
+                "post_phase": Out(1, init=1),
+                "post_head": Out(ENTRY_BITS),
+                "post": In(1),
+                "posted": In(1),
+                "posted_queue": In(QUEUE_BITS),
+                "interrupt_after": In(AFTER_BITS),
+                "interrupts": Out(QUEUES),
+                "busy": Out(1),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Elaboratable:
+        m = Module()
+
+        def numbers(name: str) -> Array:
+            return Array(Signal(ENTRY_BITS, name=f"{name}_{q}") for q in range(QUEUES))
+
+        tail, head = numbers("tail"), numbers("head")
+        place = numbers("place")  # of the next completion
+        phase = Array(Signal(init=1, name=f"phase_{q}") for q in range(QUEUES))
+        written = numbers("written")  # completions in host memory, up to this one
+        taken = numbers("taken")
+        limit = numbers("limit")  # taken - 1: a head there means that the completion ring may be full
+
+        # What `create` says and nothing else changes: small memories, one read port for each use.
+        def memory(name: str, bits: int) -> Memory:
+            m.submodules[name] = made = Memory(shape=unsigned(bits), depth=QUEUES, init=[])
+            port = made.write_port()
+            m.d.comb += [port.addr.eq(self.create.queue), port.data.eq(self.create[name]), port.en.eq(new.any())]
+            return made
+
+        def at(memory: Memory, queue: Value) -> Value:
+            port = memory.read_port(domain="comb")
+            m.d.comb += port.addr.eq(queue)
+            return port.data
+
+        def mask(bits: Value) -> Value:
+            """Entries of a ring, less one."""
+            return Cat(bits > i for i in range(ENTRY_BITS))
+
+        new, gone = Signal(QUEUES), Signal(QUEUES)
+        m.d.comb += [
+            new.eq(Cat(self.create.valid & (self.create.queue == q) & ~self.under_way[q] for q in range(QUEUES))),
+            gone.eq(
+                Cat(
+                    self.create.valid & (self.create.queue == q) | self.remove.valid & (self.remove.queue == q)
+                    for q in range(QUEUES)
+                )
+            ),
+        ]
+        m.d.sync += self.present.eq(self.present & ~gone | new)
+        entries_bits = memory("entries_bits", ENTRY_BITS.bit_length())
+        submission = memory("submission", LINE_ADDRESS_BITS)
+        completion = memory("completion", LINE_ADDRESS_BITS)
+
+        # What follows from the numbers, one cycle later, of the same cycle for all.
+        fetchable, unread, reached = Signal(QUEUES), Signal(QUEUES), Signal(QUEUES)
+        for q in range(QUEUES):
+            m.d.sync += [
+                fetchable[q].eq(self.present[q] & (tail[q] != head[q]) & (head[q] != limit[q]) & ~gone[q]),
+                # The host may have taken the one that is being written already.
+                unread[q].eq(
+                    self.present[q] & (written[q] != taken[q]) & (place[q] != taken[q]) & ~gone[q]
+                ),
+            ]
+        m.d.comb += [
+            self.busy.eq((fetchable | self.under_way).any()),
+            self.interrupts.eq(unread & (reached | ~(fetchable | self.under_way))),
+        ]
+
+        # Doorbells, in two steps: distances, then the decision.  What fetches and completions change between the two
+        # cannot make a legal doorbell illegal.  The host may find a completion in its memory before we hear that it is
+        # there.  Where no doorbell comes, the same subtraction counts a queue's unread completions.
+        bell, scan = self.doorbell, Signal(QUEUE_BITS)
+        side, queue = Signal(), Signal(QUEUE_BITS)
+        m.d.comb += [side.eq(bell.completion | ~bell.valid), queue.eq(Mux(bell.valid, bell.queue, scan))]
+        start = Mux(side, taken[queue], head[queue])
+        end = Mux(bell.valid, Mux(side, place[queue], tail[queue]), written[queue])
+        bell_mask = mask(at(entries_bits, queue))
+        ringing, counting, legal, late = (Signal(name=name) for name in ("ringing", "counting", "legal", "late"))
+        rung = Signal(DOORBELL)
+        asked, there, before = Signal(ENTRY_BITS), Signal(ENTRY_BITS), Signal(ENTRY_BITS)
+        m.d.sync += [
+            ringing.eq(bell.valid),
+            counting.eq(~bell.valid),
+            rung.eq(bell),
+            rung.queue.eq(queue),
+            legal.eq(
+                self.present.bit_select(queue, 1)
+                & ~(bell.value[:ENTRY_BITS] & ~bell_mask).any()
+                & ~bell.value[ENTRY_BITS:].any()
+            ),
+            late.eq(gone.bit_select(queue, 1)),  # it was the old ring's, and must not get into the new one
+            asked.eq((bell.value[:ENTRY_BITS] - start) & bell_mask),
+            there.eq((end - start) & bell_mask),
+            before.eq((bell.value[:ENTRY_BITS] - 1) & bell_mask),
+        ]
+        good = Signal()
+        m.d.comb += good.eq(legal & (Mux(rung.completion, there, asked) >= Mux(rung.completion, asked, there)))
+        accepted = Signal(QUEUES)
+        m.d.comb += accepted.eq((ringing & good & ~late) << rung.queue)
+        for q in range(QUEUES):
+            with m.If(accepted[q] & ~rung.completion):
+                m.d.sync += tail[q].eq(rung.value)
+            with m.If(accepted[q] & rung.completion):
+                m.d.sync += [taken[q].eq(rung.value), limit[q].eq(before)]
+        m.d.sync += [
+            self.refused.eq(ringing & ~good),
+            self.refused_doorbell.eq(
+                Cat(rung.value[:ERROR_BITS], rung.completion, Const(0, 24 - ERROR_BITS - 1), rung.queue)
+            ),
+        ]
+        with m.If(counting):
+            m.d.sync += reached.bit_select(rung.queue, 1).eq(there >= self.interrupt_after)
+        # In turn; first where a completion has been written.
+        turn, in_turn = Signal(QUEUE_BITS), Signal()
+        next_turn = Signal(QUEUE_BITS)
+        m.d.comb += next_turn.eq(turn + (in_turn & ~bell.valid))
+        m.d.sync += turn.eq(next_turn)
+        with m.If(self.posted):
+            m.d.sync += [scan.eq(self.posted_queue), in_turn.eq(0)]
+        with m.Elif(~bell.valid):
+            m.d.sync += [scan.eq(next_turn), in_turn.eq(1)]
+
+        # Fetching.
+        fetch = self.fetch
+        line, next_head = Signal(LINE_ADDRESS_BITS), Signal(ENTRY_BITS)
+        above = Signal(QUEUES)  # the queues behind the one whose turn was last
+        offer, offered = Signal(QUEUES), Signal(QUEUES)
+        wanted = Signal(QUEUES)
+        m.d.comb += wanted.eq(fetchable & ~self.hold)
+        chosen = fetch.payload.queue
+        with m.FSM(name="fetch_state"):
+            with m.State("choose"):
+                for only in (wanted, wanted & above):
+                    for q in reversed(range(QUEUES)):
+                        with m.If(only[q]):
+                            m.d.sync += chosen.eq(q)
+                with m.If(wanted.any()):
+                    m.next = "read"
+            with m.State("read"):
+                m.d.sync += [line.eq(at(submission, chosen)), next_head.eq(head[chosen])]
+                m.next = "offer"
+            with m.State("offer"):
+                # The choice may be out of date.
+                m.next = "choose"
+                with m.If((wanted & ~gone).bit_select(chosen, 1)):
+                    m.d.comb += offer.eq(1 << chosen)
+                    m.d.sync += [
+                        fetch.valid.eq(1),
+                        fetch.payload.line.eq(line + next_head),
+                        next_head.eq((next_head + 1) & mask(at(entries_bits, chosen))),
+                        offered.eq(offer),
+                        above.eq(Cat(Const(0, 1), (chosen < q for q in range(1, QUEUES)))),
+                    ]
+                    m.next = "take"
+            with m.State("take"):
+                with m.If(fetch.ready):
+                    m.d.sync += [fetch.valid.eq(0), offered.eq(0)]
+                    for q in range(QUEUES):
+                        with m.If(offered[q]):
+                            m.d.sync += head[q].eq(next_head)
+                    m.next = "choose"
+
+        # Completions.
+        post_base, post_place = Signal(LINE_ADDRESS_BITS), Signal(ENTRY_BITS)
+        post_phase, post_head = Signal(), Signal(ENTRY_BITS)
+        post_mask = mask(at(entries_bits, self.post_queue))
+        next_place = Signal(ENTRY_BITS)
+        m.d.comb += next_place.eq((post_place + 1) & post_mask)
+        m.d.sync += [
+            post_base.eq(at(completion, self.post_queue)),
+            post_place.eq(place[self.post_queue]),
+            post_phase.eq(phase[self.post_queue]),
+            post_head.eq(head[self.post_queue]),
+            self.post_line.eq(post_base + post_place),
+            self.post_phase.eq(post_phase),
+            self.post_head.eq(post_head),
+        ]
+        next_written = (written[self.posted_queue] + 1) & mask(at(entries_bits, self.posted_queue))
+        for q in range(QUEUES):
+            with m.If(self.post & (self.post_queue == q)):
+                m.d.sync += [place[q].eq(next_place), phase[q].eq(post_phase ^ ~next_place.any())]
+            with m.If(self.posted & (self.posted_queue == q)):
+                m.d.sync += written[q].eq(next_written)
+
+        # A line that is being offered counts at once: `create` must not come between.  Where the host takes a
+        # completion before we hear that it is there, as many commands as the ring has entries may be under way.
+        writing = Signal(QUEUES)
+        for q in range(QUEUES):
+            with m.If(self.post & (self.post_queue == q)):
+                m.d.sync += writing[q].eq(1)
+            with m.Elif(self.posted & (self.posted_queue == q)):
+                m.d.sync += writing[q].eq(0)
+            m.d.sync += self.under_way[q].eq((head[q] != written[q]) | writing[q] | offered[q] | offer[q])
+
+        # Last: a new queue is empty.
+        for q in range(QUEUES):
+            with m.If(new[q]):
+                m.d.sync += [number[q].eq(0) for number in (tail, head, place, written, taken)]
+                m.d.sync += [phase[q].eq(1), limit[q].eq(mask(self.create.entries_bits))]
+        return m

@@ -1,0 +1,240 @@
+"""The registers behind AXI4-Lite, built from the table in `kvattic.spec.registers`."""
+
+from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, Signal, Value
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+
+from kvattic.spec.config import Config
+from kvattic.spec.registers import (
+    ADDRESS_BITS,
+    DOORBELL_PAGE,
+    DOORBELLS,
+    QUEUES,
+    REGISTER_MAP,
+    REGISTERS,
+    Access,
+    Register,
+)
+from kvattic_hdl.lib.axi import OKAY, SLVERR, axi_lite
+from kvattic_hdl.nvme.queues import DOORBELL, QUEUE_BITS
+
+WORD_BITS = 32
+PAGE_WORDS = DOORBELL_PAGE * 8 // WORD_BITS
+"""Words from one queue's doorbells to the next one's; the registers have the page before them."""
+assert DOORBELLS == DOORBELL_PAGE
+PAGE_REGISTERS = tuple(r for r in REGISTERS if r.address < DOORBELLS)
+"""All but the doorbells."""
+INDEX_BITS = max(r.address // 4 + r.width // WORD_BITS - 1 for r in PAGE_REGISTERS).bit_length()
+"""Bits of the number of a word of `PAGE_REGISTERS`."""
+CONSTANTS = ("ID", "VERSION", "CONFIG_HASH")
+"""Registers whose value never changes: the bank knows them itself."""
+
+READ_LAYOUT = data.StructLayout(
+    {
+        r.name.lower(): r.width
+        for r in REGISTERS
+        if r.access in (Access.RO, Access.W1C) and r.name not in CONSTANTS
+    }
+)
+"""Values that come from outside."""
+VALUE_LAYOUT = data.StructLayout(
+    {r.name.lower(): r.width for r in REGISTERS if r.access is Access.RW}
+)
+"""Registers that the bank stores."""
+WRITE_LAYOUT = data.StructLayout(
+    {r.name.lower(): 1 for r in PAGE_REGISTERS if r.access in (Access.WO, Access.W1C)}
+)
+"""Registers whose writing is an event; the doorbells are another."""
+
+
+class _Place:
+    """The word that an address names: `register` if `index` is one of `PAGE_REGISTERS`, or a doorbell, or nothing."""
+
+    def __init__(self, word: Value) -> None:
+        page, in_page = word[PAGE_WORDS.bit_length() - 1 :], word[: PAGE_WORDS.bit_length() - 1]
+        self.index = in_page[:INDEX_BITS]
+        self.register = ~page.any() & ~in_page[INDEX_BITS:].any()
+        self.doorbell = page.any() & (page <= QUEUES) & ~in_page[:-1].any()   # the page's halves begin with them
+        self.completion = in_page[-1]
+        self.queue = (page - 1)[:QUEUE_BITS]
+
+
+def at(register: Register) -> int:
+    """Its word among those of `PAGE_REGISTERS`, below a one: Cat(_Place.index, _Place.register)."""
+    return register.address // 4 | 1 << INDEX_BITS
+
+
+class RegisterBank(wiring.Component):
+    """AXI4-Lite subordinate for the table of registers.
+
+    Latency: reads answer two cycles after ARVALID; writes one cycle after both AW and W were taken.
+    Throughput: one read and one write under way at a time, each independent of the other; AW and W
+    may come in either order.
+    Ordering: as on AXI4-Lite; none between reads and writes.
+    Reset: all registers take their reset values.  `clear` does the same to the registers but leaves
+    the bus's handshakes alone.
+
+    Unmapped words are answered with SLVERR and change nothing; writes to read-only registers with
+    OKAY.  Reading the low half of a 64-bit read-only register keeps its high half for the next read
+    of a high half, so low-then-high is one consistent value.
+
+    Parameters
+    ----------
+    config : Config
+        Its hash is CONFIG_HASH.
+
+    Members
+    -------
+    bus : In(axi_lite(ADDRESS_BITS))
+        The bus.
+    clear : In(1)
+        Gives all stored registers their reset values.
+    read : In(READ_LAYOUT)
+        What the read-only and write-one-to-clear registers read as.
+    value : Out(VALUE_LAYOUT)
+        The read-write registers.
+    write : Out(WRITE_LAYOUT)
+        One-cycle strobe for each write-only and write-one-to-clear register but the doorbells.
+    data : Out(32)
+        What is being written while a bit of `write` is high; bytes without WSTRB are zero.
+    doorbell : Out(DOORBELL)
+        A doorbell is written, for one cycle and not in the next; its value is `data`.
+
+    Raises
+    ------
+    TypeError
+        `config` is not a Config.
+    """
+
+    bus: wiring.PureInterface
+    clear: Signal
+    read: data.View
+    value: data.View
+    write: data.View
+    doorbell: data.View
+    data: Signal
+
+    def __init__(self, config: Config) -> None:
+        if not isinstance(config, Config):
+            raise TypeError(f"config must be a Config, not {config!r}")
+        self._config = config
+        super().__init__(
+            {
+                "bus": In(axi_lite(ADDRESS_BITS)),
+                "clear": In(1),
+                "read": In(READ_LAYOUT),
+                "value": Out(
+                    VALUE_LAYOUT,
+                    init={r.name.lower(): r.reset for r in REGISTERS if r.access is Access.RW},
+                ),
+                "write": Out(WRITE_LAYOUT),
+                "data": Out(WORD_BITS),
+                "doorbell": Out(DOORBELL),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Elaboratable:
+        m = Module()
+        self._elaborate_read(m)
+        self._elaborate_write(m)
+        return m
+
+    def _content(self, name: str) -> Value:
+        """What the register reads as."""
+        if name == "CONFIG_HASH":
+            return Const(self._config.hash, WORD_BITS)
+        if name in CONSTANTS:
+            return Const(REGISTER_MAP[name].reset, WORD_BITS)
+        register = REGISTER_MAP[name]
+        match register.access:
+            case Access.RW:
+                return Value.cast(self.value[name.lower()])
+            case Access.WO:
+                return Const(0, register.width)
+            case _:
+                return Value.cast(self.read[name.lower()])
+
+    def _elaborate_read(self, m: Module) -> None:
+        bus = self.bus
+        word = Signal(ADDRESS_BITS - 2)
+        place = _Place(word)
+        pending = Signal()
+        held_high = Signal(WORD_BITS)
+        m.d.comb += bus.arready.eq(~pending & ~bus.rvalid)
+        with m.If(bus.arvalid & bus.arready):
+            m.d.sync += [word.eq(bus.araddr[2:]), pending.eq(1)]
+        with m.If(pending):
+            m.d.sync += [pending.eq(0), bus.rvalid.eq(1), bus.rresp.eq(SLVERR), bus.rdata.eq(0)]
+            with m.Switch(Cat(place.index, place.register)):
+                for register in PAGE_REGISTERS:
+                    content = self._content(register.name)
+                    low, high = content[:WORD_BITS], content[WORD_BITS:]
+                    kept = register.width > WORD_BITS and register.access is Access.RO
+                    with m.Case(at(register)):
+                        m.d.sync += [bus.rdata.eq(low), bus.rresp.eq(OKAY)]
+                        if kept:
+                            m.d.sync += held_high.eq(high)
+                    if register.width > WORD_BITS:
+                        with m.Case(at(register) + 1):
+                            m.d.sync += [
+                                bus.rdata.eq(held_high if kept else high),
+                                bus.rresp.eq(OKAY),
+                            ]
+            with m.If(place.doorbell):
+                m.d.sync += bus.rresp.eq(OKAY)
+        with m.If(bus.rvalid & bus.rready):
+            m.d.sync += bus.rvalid.eq(0)
+
+    def _elaborate_write(self, m: Module) -> None:
+        bus = self.bus
+        word = Signal(ADDRESS_BITS - 2)
+        place = _Place(word)
+        wdata = Signal(WORD_BITS)
+        wstrb = Signal(WORD_BITS // 8)
+        address_held, data_held, act = Signal(), Signal(), Signal()
+        mask = Cat(bit.replicate(8) for bit in wstrb)
+        m.d.comb += [
+            bus.awready.eq(~address_held),
+            bus.wready.eq(~data_held),
+            act.eq(address_held & data_held & (~bus.bvalid | bus.bready)),
+            self.data.eq(wdata & mask),
+            # A write without any byte is no write.
+            self.doorbell.valid.eq(act & place.doorbell & wstrb.any()),
+            self.doorbell.completion.eq(place.completion),
+            self.doorbell.queue.eq(place.queue),
+            self.doorbell.value.eq(self.data),
+        ]
+        with m.If(bus.awvalid & bus.awready):
+            m.d.sync += [word.eq(bus.awaddr[2:]), address_held.eq(1)]
+        with m.If(bus.wvalid & bus.wready):
+            m.d.sync += [wdata.eq(bus.wdata), wstrb.eq(bus.wstrb), data_held.eq(1)]
+        with m.If(bus.bready):
+            m.d.sync += bus.bvalid.eq(0)
+        with m.If(act):
+            m.d.sync += [
+                address_held.eq(0),
+                data_held.eq(0),
+                bus.bvalid.eq(1),
+                bus.bresp.eq(Mux(place.doorbell, OKAY, SLVERR)),
+            ]
+            with m.Switch(Cat(place.index, place.register)):
+                for register in PAGE_REGISTERS:
+                    name = register.name.lower()
+                    for half in range(register.width // WORD_BITS):
+                        with m.Case(at(register) + half):
+                            m.d.sync += bus.bresp.eq(OKAY)
+                            match register.access:
+                                case Access.RW:
+                                    stored = Value.cast(self.value[name])[half * WORD_BITS :][
+                                        :WORD_BITS
+                                    ]
+                                    m.d.sync += stored.eq((wdata & mask) | (stored & ~mask))
+                                case Access.WO | Access.W1C:
+                                    m.d.comb += self.write[name].eq(wstrb.any())
+                                case Access.RO:
+                                    pass
+        # Last, so that it wins over a write of the same cycle.
+        with m.If(self.clear):
+            for register in PAGE_REGISTERS:
+                if register.access is Access.RW:
+                    m.d.sync += self.value[register.name.lower()].eq(register.reset)

@@ -1,0 +1,1 @@
+"""From the lanes' sums to a result in host memory."""

@@ -1,0 +1,156 @@
+"""The last step of SparF: a quotient and the mean of V, each by its share, rounded once to fp32."""
+
+from functools import partial
+
+from amaranth.hdl import Cat, Const, Module, Mux, Shape, Signal, Value, signed, unsigned
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import bits_for
+
+from kvattic.spec.formats import ALPHA_FRACTION
+from kvattic_hdl.lib.divider import FP32_FRACTION_BITS
+from kvattic_hdl.lib.pipeline import later as pipeline_later
+from kvattic_hdl.lib.pipeline import shift_up, tag_later
+
+ONE = 1 << ALPHA_FRACTION
+SIGNIFICAND = FP32_FRACTION_BITS + 1
+PRODUCT = SIGNIFICAND + ALPHA_FRACTION
+"""Bits of a significand times a share, and of the sum of two of them: the shares add up to one."""
+BELOW = 25
+"""Places kept below the product of the larger exponent.
+
+The other product, shifted right by at most that many places, stays exact.  Shifted further it is less than 2**22, and
+the larger exponent's is 2**23 or more: the sum is above 2**22, its tie lies two places below the product's lowest bit,
+and all below that matters only as zero or not.
+"""
+WINDOW = PRODUCT + BELOW
+DSP = 17
+"""Bits of a factor that a DSP slice multiplies by 24 bits."""
+
+
+class Blend(wiring.Component):
+    """``alpha * quotient + (1 - alpha) * mean``: the exact sum, rounded once to the nearest fp32, ties to even.
+
+    Latency: `LATENCY` cycles, always.  Throughput: one result a cycle.  Order is kept.  There is no backpressure.
+    Reset empties the pipeline.  Subnormal operands count as zero, of either sign; a result that is zero or, rounded,
+    below 2**-126 in magnitude is +0.  With alpha = 1 the result is the quotient, whatever the mean.  Operands are
+    finite.
+
+    Parameters
+    ----------
+    tag : Shape
+        Shape of what accompanies a result.
+
+    Members
+    -------
+    i : In(stream.Signature(StructLayout, always_ready=True))
+        `quotient` and `mean` (bits of an fp32), `alpha` (0 to 2**24, which is 1) and `tag`.
+    o : Out(stream.Signature(StructLayout, always_ready=True))
+        `result` (bits of an fp32) and the `tag` of its operands.
+    """
+
+    LATENCY = 14
+
+    i: stream.Interface
+    o: stream.Interface
+
+    def __init__(self, tag: Shape | data.Layout) -> None:
+        self.tag = tag
+        super().__init__({
+            "i": In(stream.Signature(
+                data.StructLayout({"quotient": 32, "mean": 32, "alpha": unsigned(ALPHA_FRACTION + 1), "tag": tag}),
+                always_ready=True)),
+            "o": Out(stream.Signature(data.StructLayout({"result": 32, "tag": tag}), always_ready=True)),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        given = self.i.payload
+
+        # Only `valid` has a reset.
+        valid = Signal(self.LATENCY)
+        m.d.sync += valid.eq(Cat(self.i.valid, valid))
+        tag = tag_later(m, given.tag, self.tag, self.LATENCY)
+        later = partial(pipeline_later, m)
+
+        # 1: shares and fields.  The exponent of a product that is zero is zero, so that it is not the larger one.
+        signs, products, exponents = [], [], []
+        rest = (ONE - given.alpha)[: ALPHA_FRACTION + 1]
+        for name, bits, share, none in (
+            ("quotient", given.quotient, given.alpha, given.alpha == 0),
+            ("mean", given.mean, rest, given.alpha[-1]),
+        ):
+            field = bits[FP32_FRACTION_BITS:31]
+            nothing = none | (field == 0)
+            exponents.append(later(Mux(nothing, 0, field), f"{name}_exponent"))
+            significand = later(Mux(nothing, 0, Cat(bits[:FP32_FRACTION_BITS], Const(1, 1))), f"{name}_significand")
+            factor = later(share, f"{name}_share")
+            # 2: multiply; 3: add.
+            low = later(significand * factor[:DSP], f"{name}_low")
+            high = later(significand * factor[DSP:], f"{name}_high")
+            products.append(later((low + (high << DSP))[:PRODUCT], f"{name}_product"))
+            signs.append(later(bits[31], f"{name}_sign", 3))
+
+        # 2: by how many places the exponents differ; 3: which is the larger, and how far the other goes to the right.
+        difference = later(Cat(*exponents[0], Const(0, 1)).as_signed() - Cat(*exponents[1], Const(0, 1)).as_signed(),
+                           "difference")
+        swap = difference[-1]
+        magnitude = Mux(swap, -difference, difference)[:8]
+        # From 64 places on it matters no more by how many.
+        places = later(Mux(magnitude[6:].any(), 63, magnitude[:6]), "places", 2)
+        larger = [later(exponent, f"exponent{i}") for i, exponent in enumerate(exponents)]
+        exponent = later(Mux(swap, larger[1], larger[0]), "exponent", 11)
+        swapped = later(swap, "swapped")
+
+        # 4: in order.
+        top = later(Mux(swapped, products[1], products[0]), "top", 4)
+        bottom = later(Mux(swapped, products[0], products[1]), "bottom")
+        top_sign = later(Mux(swapped, signs[1], signs[0]), "top_sign", 5)
+        opposite = later(signs[0] ^ signs[1], "opposite", 4)
+
+        # 5, 6, 7: the smaller one goes right by 16s, by 4s, by 1s; what falls out sticks to the lowest bit.
+        def shift_down(value: Value, count: Value, unit: int, name: str) -> Value:
+            result = Signal(WINDOW, name=f"{name}_result")
+            with m.Switch(count):
+                for number in range(1 << len(count)):
+                    shift = min(number * unit, WINDOW)
+                    with m.Case(number):
+                        m.d.comb += result.eq(value >> shift)
+                        if shift:
+                            m.d.comb += result[0].eq(value[: shift + 1].any())
+            return later(result, name)
+
+        by_16s = shift_down(Cat(Const(0, BELOW), bottom), places[4:], 16, "down_16s")
+        by_4s = shift_down(by_16s, later(places[2:4], "places_4s"), 4, "down_4s")
+        aligned = shift_down(by_4s, later(places[:2], "places_1s", 2), 1, "down_1s")
+
+        # 8: the sum, which may be below zero: the larger exponent need not have the larger product; 9: its magnitude.
+        total = Signal(signed(WINDOW + 1), reset_less=True)
+        flipped = Cat(aligned, Const(0, 1)) ^ opposite.replicate(WINDOW + 1)
+        upright = Cat(Const(0, BELOW), top, Const(0, 1))
+        m.d.sync += total.eq((Cat(opposite, upright) + Cat(opposite, flipped))[1 : WINDOW + 2])
+        below = total[-1]
+        sum_magnitude = later(Mux(below, -total, total)[:WINDOW], "sum_magnitude")
+        sign = later(top_sign ^ below, "sign", 5)
+
+        # 10 to 13: without leading zeros.
+        zeros, normal = shift_up(m, sum_magnitude, "sum")
+        zeros = later(zeros, "zeros")
+
+        # 14: round, to even.  A carry out of the fraction makes it zero and raises the exponent, as it should; only
+        # then is it seen whether the number is below the normal ones.
+        width = max(bits_for(255), len(zeros)) + 2
+        biased = Signal(signed(width))
+        m.d.comb += biased.eq(exponent - zeros)
+        lowest = WINDOW - SIGNIFICAND
+        up = normal[lowest - 1] & (normal[: lowest - 1].any() | normal[lowest])
+        rounded = (Cat(normal[lowest:-1], biased) + up)[: FP32_FRACTION_BITS + width]
+        result = Signal(32, reset_less=True)
+        number = rounded[FP32_FRACTION_BITS:].as_signed()
+        m.d.sync += result.eq(Mux(normal[-1] & (number > 0), Cat(rounded[:31], sign), 0))
+        m.d.comb += [
+            self.o.valid.eq(valid[-1]),
+            self.o.payload.result.eq(result),
+            self.o.payload.tag.eq(tag),
+        ]
+        return m

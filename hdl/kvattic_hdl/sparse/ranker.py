@@ -1,0 +1,447 @@
+"""Chooses the channels of a sparse job's first pass by |q|, and makes the scales that go with them."""
+
+from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, ResetInserter, Signal, signed
+from amaranth.lib import data, enum, stream, wiring
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import bits_for, ceil_log2
+
+from kvattic.spec.config import ELEMENT_BYTES, Config
+from kvattic.spec.formats import MAGNITUDE_BITS, MAGNITUDE_FRACTION, RATIO_FRACTION, SCALE_BITS, SIGNIFICAND_BITS
+from kvattic_hdl.lib.arithmetic import decode
+from kvattic_hdl.lib.interfaces import K_OFFSET_BITS, Shapes
+from kvattic_hdl.lib.records import WORD_BYTES
+
+WORD_ELEMENTS = WORD_BYTES // ELEMENT_BYTES
+DIGIT = 4
+"""Bits of a channel's magnitude that one pass over all channels decides."""
+CHANNEL_BITS = 8
+"""Bits of a channel's number, and of its index among the chosen ones, in `Shapes.load`."""
+
+
+class RowScale(wiring.Component):
+    """A row's scale of the first pass: the job's scale times sqrt(whole / part).
+
+    x = (whole << 48) // part, y = isqrt(x), product = scale * y, of which the first 24 bits are the new significand and
+    the length says the exponent.  All three run digit by digit at the same time, from the top: the division gives a bit
+    of x each cycle, the root takes them in pairs, the product is doubled for each bit of y.  A part of zero leaves the
+    scale as it is.
+
+    Latency: ``bits + 48`` (`bits` made even) + 4 cycles, and one for each zero at the top of the product, at most 24:
+    from 100 to 124 cycles for 48 bits; one cycle if `part` is zero.  One row at a time, no backpressure at the output.
+    Reset: nothing in work.
+
+    Parameters
+    ----------
+    bits : int
+        Width of the sums.
+
+    Members
+    -------
+    i : In(stream of part, whole)
+        Sum of the chosen channels' magnitudes, and of all channels'; part <= whole.
+    scale, k_offset : In(24), In(signed(10))
+        The job's, as in `Shapes.start`; stable while at work.
+    valid : Out(1)
+        Strobe: these are the row's:
+    scale_o, k_offset_o : Out
+    """
+
+    i: stream.Interface
+    scale: Signal
+    k_offset: Signal
+    valid: Signal
+    scale_o: Signal
+    k_offset_o: Signal
+
+    def __init__(self, bits: int) -> None:
+        self._bits = bits + bits % 2   # x comes in pairs of bits
+        super().__init__({
+            "i": In(stream.Signature(data.StructLayout({"part": bits, "whole": bits}))),
+            "scale": In(SCALE_BITS),
+            "k_offset": In(signed(K_OFFSET_BITS)),
+            "valid": Out(1),
+            "scale_o": Out(SCALE_BITS),
+            "k_offset_o": Out(signed(K_OFFSET_BITS)),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        bits = self._bits
+        steps = bits + 2 * RATIO_FRACTION
+        root_bits = steps // 2
+        part, whole, rest = (Signal(bits, name=name) for name in ("part", "whole", "rest"))
+        pair = Signal(2)
+        count = Signal(range(steps + 1))
+        dividing = count.any()
+
+        # Division: a bit each cycle; behind the last bit of `whole` come zeros.
+        shifted = Cat(whole[-1], rest)
+        difference = Signal(bits + 2)
+        m.d.comb += difference.eq(shifted - part)
+        below = difference[-1]
+        pair_valid = Signal()
+        m.d.sync += pair_valid.eq(dividing & count[0])
+        with m.If(dividing):
+            m.d.sync += [
+                count.eq(count - 1),
+                rest.eq(Mux(below, shifted, difference)),
+                whole.eq(whole << 1),
+                pair.eq(Cat(~below, pair)),
+            ]
+
+        # Root: what remains is never above twice the root.
+        root = Signal(root_bits)
+        root_rest = Signal(root_bits + 1)
+        widened = Cat(pair, root_rest)
+        root_difference = Signal(root_bits + 4)
+        m.d.comb += root_difference.eq(widened - Cat(Const(1, 2), root))
+        root_below = root_difference[-1]
+        root_valid = Signal()
+        m.d.sync += root_valid.eq(pair_valid)
+        with m.If(pair_valid):
+            m.d.sync += [
+                root_rest.eq(Mux(root_below, widened, root_difference)),
+                root.eq(Cat(~root_below, root)),
+            ]
+
+        # Product, and its length.
+        product = Signal(root_bits + SCALE_BITS)
+        k_offset = Signal(signed(K_OFFSET_BITS))
+        with m.If(root_valid):
+            m.d.sync += product.eq((product << 1) + Mux(root[0], self.scale, 0))
+        m.d.comb += [self.scale_o.eq(product[-SCALE_BITS:]), self.k_offset_o.eq(k_offset)]
+
+        with m.FSM(name="state"):
+            with m.State("idle"):
+                given = self.i.payload
+                m.d.comb += self.i.ready.eq(1)
+                m.d.sync += [
+                    part.eq(given.part), whole.eq(given.whole), rest.eq(0), root.eq(0), root_rest.eq(0), product.eq(0),
+                    k_offset.eq(self.k_offset + (len(product) - SCALE_BITS - RATIO_FRACTION)),
+                ]
+                with m.If(self.i.valid):
+                    with m.If(given.part.any()):
+                        m.d.sync += count.eq(steps)
+                        m.next = "divide"
+                    with m.Else():
+                        m.d.sync += [product.eq(self.scale << root_bits), k_offset.eq(self.k_offset)]
+                        m.next = "normalise"
+            with m.State("divide"):
+                with m.If(~(dividing | pair_valid | root_valid)):
+                    m.next = "normalise"
+            with m.State("normalise"):
+                m.d.comb += self.valid.eq(product[-1])
+                m.d.sync += [product.eq(product << 1), k_offset.eq(k_offset - 1)]
+                with m.If(product[-1]):
+                    m.next = "idle"
+        return m
+
+
+class _Op(enum.Enum, shape=2, view_class=None):
+    """What a pass over the channels is for."""
+
+    SCAN = 0    # sum over the rows, and see which digits are zero in all channels
+    COUNT = 1   # histogram of a digit
+    SUM = 2     # one row's sums over the chosen channels and over all
+
+
+class Ranker(wiring.Component):
+    """The channels of the largest |q|, summed over the rows, and each row's scale for scores of these channels alone.
+
+    A channel's magnitude is |q| with 24 fractional bits, truncated, and clipped at 2**40 - 1; it is summed over the
+    rows.  The `channels` largest sums are chosen, equal ones from the lowest channel on.  A row's scale: `RowScale`.
+
+    Passes over the channels, one element a cycle: one for each row to sum them, while the query still comes; then
+    digits of 4 bits from the top, each a pass and a look at up to 16 bins, until just `channels` are at or above what
+    is decided (digits that are zero in all channels left cost a cycle); then, once `go` is high, one for each row,
+    whose sums go to its scale while the next row is passed.
+
+    Latency: from the last word of q to the last digit at most ``rows * head_dim + 7 + n * (head_dim + 23)`` cycles, n
+    being 10 digits for one row and 11 for up to 16; normally n is 3 or 4.  From `go` to `done` at most
+    ``rows * (head_dim + 8) + 130``.  In all for head_dim 128 and one row: 1,920 cycles at most, 650 to 1,000 normally.
+    For eight rows some 2,400.
+    Reset: as `clear`.
+
+    Parameters
+    ----------
+    config : Config
+        The configuration.
+
+    Members
+    -------
+    clear : In(1)
+        Forget everything: another query comes.
+    valid, word : In(1), In(64)
+        A word of q; they come in order, as many as `rows` have.
+    rows, channels : In
+        Rows of the job; channels to choose, 1 to head_dim.  Stable from the first word on.
+    scale, k_offset : In(24), In(signed(10))
+        The job's, as in `Shapes.start`; likewise.
+    go : In(1)
+        The results may come.
+    chosen_valid, chosen, chosen_index : Out(1), Out(8), Out(8)
+        A chosen channel and its index, ascending; never in a cycle with `scale_valid`.
+    scale_valid, scale_row, approximate : Out(1), Out(Shapes.row), Out(Shapes.approximate)
+        A row's scale; rows in order.
+    done : Out(1)
+        Everything was given; one cycle after the last scale, until `clear`.
+    """
+
+    clear: Signal
+    valid: Signal
+    word: Signal
+    rows: Signal
+    channels: Signal
+    scale: Signal
+    k_offset: Signal
+    go: Signal
+    chosen_valid: Signal
+    chosen: Signal
+    chosen_index: Signal
+    scale_valid: Signal
+    scale_row: Signal
+    approximate: data.View
+    done: Signal
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        shapes = Shapes(config)
+        super().__init__({
+            "clear": In(1),
+            "valid": In(1),
+            "word": In(WORD_BYTES * 8),
+            "rows": In(bits_for(config.rows)),
+            "channels": In(bits_for(config.head_dim)),
+            "scale": In(SCALE_BITS),
+            "k_offset": In(signed(K_OFFSET_BITS)),
+            "go": In(1),
+            "chosen_valid": Out(1),
+            "chosen": Out(CHANNEL_BITS),
+            "chosen_index": Out(CHANNEL_BITS),
+            "scale_valid": Out(1),
+            "scale_row": Out(shapes.row),
+            "approximate": Out(shapes.approximate),
+            "done": Out(1),
+        })
+
+    def elaborate(self, platform: object) -> Elaboratable:
+        m = Module()
+        config = self._config
+        head_dim, several = config.head_dim, config.rows > 1
+        element_bits = ceil_log2(WORD_ELEMENTS)
+
+        # The query.
+        words = config.rows * head_dim // WORD_ELEMENTS
+        m.submodules.query = query = Memory(
+            shape=WORD_BYTES * 8, depth=words, init=[], attrs={"ram_style": "distributed"} if words <= 64 else {})
+        query_write, query_read = query.write_port(), query.read_port()
+        written = Signal(range(query.depth + 1))
+        address = Signal.like(written)
+        m.d.comb += [
+            query_write.addr.eq(written), query_write.data.eq(self.word), query_write.en.eq(self.valid),
+            query_read.addr.eq(address),
+        ]
+        with m.If(self.valid):
+            m.d.sync += written.eq(written + 1)
+
+        # Channels go one after the other through the stages below.
+        op = Signal(_Op)
+        row = Signal(range(config.rows))
+        last_row = row == (self.rows - 1)[: len(row)]
+        channel = Signal(range(head_dim))
+        last_channel = channel == head_dim - 1
+        issue = Signal()
+        stages = Signal(5)
+        numbers = [channel]
+        for stage in range(1, 6):
+            number = Signal.like(channel, name=f"channel{stage}")
+            m.d.sync += number.eq(numbers[-1])
+            numbers.append(number)
+        m.d.sync += stages.eq(Cat(issue, stages))
+        at = [issue, *stages]   # a channel is at this stage
+        with m.If(issue):
+            m.d.sync += channel.eq(channel + 1)
+            with m.If(last_channel):
+                m.d.sync += channel.eq(0)
+            with m.If(channel[:element_bits].all()):
+                m.d.sync += address.eq(address + 1)
+
+        # 1: the element.  Its magnitude is significand << places >> low.
+        form = config.element.encoding
+        least = form.offset - MAGNITUDE_FRACTION   # exponent of an element whose significand is the magnitude
+        low = SIGNIFICAND_BITS if least > 1 else 0
+        element = decode(query_read.data.word_select(numbers[1][:element_bits], ELEMENT_BYTES * 8), form)
+        places_max = MAGNITUDE_BITS - SIGNIFICAND_BITS + low
+        places = Signal(range(places_max + 1))
+        significand = Signal(SIGNIFICAND_BITS)
+        clipped = Signal()
+        nothing = element.exponent < least - low if least - low > 1 else Const(0, 1)
+        m.d.sync += [
+            places.eq(element.exponent - (least - low)),
+            significand.eq(Mux(nothing, 0, element.significand)),
+            clipped.eq(element.exponent > least - low + places_max
+                       if form.exponent_max > least - low + places_max else Const(0, 1)),
+        ]
+        # A special's significand is zero, and so must be what is clipped.
+        clip = clipped & significand.any()
+
+        # 2: the magnitude.
+        magnitude = Signal(MAGNITUDE_BITS)
+        m.d.sync += magnitude.eq(((significand << places) >> low)[:MAGNITUDE_BITS] | clip.replicate(MAGNITUDE_BITS))
+
+        # 3: its sum over the rows: of those scanned so far, then of all.
+        key_bits = bits_for(config.rows * ((1 << MAGNITUDE_BITS) - 1))
+        digits = -(-key_bits // DIGIT)
+        total = Signal(key_bits)
+        if several:
+            m.submodules.totals = totals = Memory(shape=key_bits, depth=head_dim, init=[])
+            totals_write, totals_read = totals.write_port(), totals.read_port()
+            first2, first3 = Signal(), Signal()   # of the first row
+            first1 = Signal()
+            m.d.sync += [first1.eq(row == 0), first2.eq(first1), first3.eq(first2)]
+            m.d.comb += [
+                totals_read.addr.eq(numbers[2]),
+                total.eq(Mux((op == _Op.SCAN) & first3, 0, totals_read.data) + Mux(op == _Op.SCAN, magnitude, 0)),
+                totals_write.addr.eq(numbers[3]),
+                totals_write.data.eq(total),
+                totals_write.en.eq(at[3] & (op == _Op.SCAN)),
+            ]
+        else:
+            m.d.comb += total.eq(magnitude)
+        key = Signal(digits * DIGIT)
+        magnitude4, magnitude5 = Signal(MAGNITUDE_BITS), Signal(MAGNITUDE_BITS)
+        m.d.sync += [key.eq(total), magnitude4.eq(magnitude), magnitude5.eq(magnitude4)]
+
+        # 4: against the digits that are decided, the bits in `mask` of `prefix`.
+        prefix, mask = Signal(digits * DIGIT), Signal(digits * DIGIT)
+        level = Signal(range(digits), init=digits - 1)   # the digit that comes next
+        key5 = Signal.like(key)
+        digit = Signal(DIGIT)
+        equal, above = Signal(), Signal()
+        m.d.sync += [
+            key5.eq(key),
+            digit.eq(key.word_select(level, DIGIT)),
+            equal.eq(~((key ^ prefix) & mask).any()),
+            above.eq((key & mask) > prefix),
+        ]
+
+        # 5: SCAN, COUNT: bits that are set in any key that is not decided.  COUNT: histogram of its digit.
+        live = Signal.like(key)
+        with m.If(at[5] & equal):
+            m.d.sync += live.eq(live | key5)
+        m.submodules.bins = bins = Memory(
+            shape=bits_for(head_dim), depth=1 << DIGIT, init=[], attrs={"ram_style": "distributed"})
+        bin_read, bin_write = bins.read_port(domain="comb"), bins.write_port()
+        used = Signal(1 << DIGIT)   # the others are zero
+        bin_number = Signal(DIGIT)
+        looking = Signal()
+        members = Signal(bits_for(head_dim))
+        m.d.comb += [
+            bin_read.addr.eq(Mux(looking, bin_number, digit)),
+            members.eq(Mux(used.bit_select(bin_read.addr, 1), bin_read.data, 0)),
+            bin_write.addr.eq(bin_read.addr),
+            bin_write.data.eq(members + 1),
+            bin_write.en.eq(at[5] & equal & (op == _Op.COUNT)),
+        ]
+        with m.If(bin_write.en):
+            m.d.sync += used.bit_select(bin_read.addr, 1).eq(1)
+
+        # 5: SUM: above the threshold, or equal to it and among the first ones.
+        needed = Signal(bits_for(head_dim))   # of those that equal the prefix so far
+        left = Signal.like(needed)
+        sums_bits = MAGNITUDE_BITS + ceil_log2(head_dim)
+        part, whole = Signal(sums_bits), Signal(sums_bits)
+        chosen = Signal()
+        m.d.comb += chosen.eq(above | (equal & left.any()))
+        m.d.sync += [
+            self.chosen_valid.eq(0),
+            self.chosen.eq(numbers[5]),
+            self.chosen_index.eq(self.chosen_index + self.chosen_valid),
+        ]
+        with m.If(at[5] & (op == _Op.SUM)):
+            m.d.sync += [
+                left.eq(left - (equal & left.any())),
+                part.eq(part + Mux(chosen, magnitude5, 0)),
+                whole.eq(whole + magnitude5),
+                self.chosen_valid.eq(chosen & (row == 0)),
+            ]
+
+        m.submodules.row_scale = row_scale = RowScale(sums_bits)
+        m.d.comb += [
+            row_scale.i.payload.part.eq(part),
+            row_scale.i.payload.whole.eq(whole),
+            row_scale.scale.eq(self.scale),
+            row_scale.k_offset.eq(self.k_offset),
+            self.scale_valid.eq(row_scale.valid),
+            self.approximate.scale.eq(row_scale.scale_o),
+            self.approximate.k_offset.eq(row_scale.k_offset_o),
+        ]
+
+        def decide(value) -> None:
+            """Digit `level` of the threshold."""
+            m.d.sync += [
+                prefix.word_select(level, DIGIT).eq(value),
+                mask.word_select(level, DIGIT).eq((1 << DIGIT) - 1),
+                level.eq(level - 1),
+            ]
+
+        def begin_row() -> None:
+            m.d.sync += [left.eq(needed), part.eq(0), whole.eq(0)]
+            m.next = "pass"
+
+        with m.FSM(name="state"):
+            with m.State("pass"):
+                m.d.comb += issue.eq((op != _Op.SCAN) | (address != written))
+                with m.If(op == _Op.SCAN):
+                    m.d.sync += needed.eq(self.channels)
+                with m.If(issue & last_channel):
+                    with m.If((op == _Op.SCAN) & ~last_row):
+                        m.d.sync += row.eq(row + 1)
+                    with m.Else():
+                        m.next = "drain"
+            with m.State("drain"):
+                with m.If(~stages.any()):
+                    m.d.sync += bin_number.eq((1 << DIGIT) - 1)
+                    with m.Switch(op):
+                        with m.Case(_Op.SCAN):
+                            m.next = "level"
+                        with m.Case(_Op.COUNT):
+                            m.next = "bins"
+                        with m.Default():
+                            m.next = "divide"
+            with m.State("level"):
+                m.d.sync += [address.eq(0), row.eq(0), used.eq(0)]
+                with m.If(live.word_select(level, DIGIT).any()):
+                    m.d.sync += [live.eq(0), op.eq(_Op.COUNT)]
+                    m.next = "pass"
+                with m.Else():
+                    decide(0)
+                    with m.If(level == 0):
+                        m.next = "ready"
+            with m.State("bins"):
+                m.d.comb += looking.eq(1)
+                with m.If(members < needed):
+                    m.d.sync += [needed.eq(needed - members), bin_number.eq(bin_number - 1)]
+                with m.Else():
+                    decide(bin_number)
+                    m.next = "level"
+                    with m.If((members == needed) | (level == 0)):
+                        m.next = "ready"
+            with m.State("ready"):
+                m.d.sync += [op.eq(_Op.SUM), address.eq(0), row.eq(0)]
+                with m.If(self.go):
+                    begin_row()
+            with m.State("divide"):
+                m.d.comb += row_scale.i.valid.eq(1)
+                with m.If(row_scale.i.ready):
+                    m.d.sync += [self.scale_row.eq(row), row.eq(row + 1)]
+                    begin_row()
+                    with m.If(last_row):
+                        m.next = "last"
+            with m.State("last"):
+                with m.If(row_scale.valid):
+                    m.next = "done"
+            with m.State("done"):
+                m.d.comb += self.done.eq(1)
+        return ResetInserter(self.clear)(m)

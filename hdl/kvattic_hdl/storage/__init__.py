@@ -1,0 +1,1 @@
+"""Reads from device DRAM, and page writes and erases."""

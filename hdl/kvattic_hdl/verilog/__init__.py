@@ -1,0 +1,1 @@
+"""Verilog text of the RTL, as all tools take it."""

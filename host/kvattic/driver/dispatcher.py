@@ -1,0 +1,616 @@
+"""`Dispatcher`: owns the transport, its queues and the host memory, and knows what is under way.
+
+Host memory has the rings of all queues first, then the *arena*, from which blocks are taken for the queries, tables and
+results of the commands under way.  Commands that find no room wait in a backlog, in order.  docs/host.md explains it.
+"""
+
+import struct
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import count
+from threading import RLock
+from typing import Any, Generic, TypeAlias, TypeVar
+
+from kvattic.driver.futures import Future
+from kvattic.driver.rings import QueuePair
+from kvattic.errors import (
+    CapacityError,
+    DeviceLostError,
+    DeviceStatusError,
+    DeviceTimeoutError,
+    ForkedError,
+    KvatticError,
+    RequestError,
+)
+from kvattic.placement.allocator import DramAllocator
+from kvattic.spec.commands import (
+    COMPLETION,
+    IDENTIFY_BYTES,
+    LINE_BYTES,
+    QUEUE_COMMAND,
+    Completion,
+    CompletionFlag,
+    Opcode,
+    Status,
+    lines,
+    unpack_state,
+)
+from kvattic.spec.registers import MAX_ENTRIES, Control, StatusBit
+from kvattic.support import forks
+from kvattic.transport.base import Transport
+
+__all__ = ["ADMIN", "ATTEND", "FLASH", "Command", "Dispatcher", "Steps", "Task"]
+
+T = TypeVar("T")
+
+ADMIN, ATTEND, FLASH = range(3)
+"""The queues: 0 admin, 1 ATTEND and COUNTERS, 2 PROGRAM and ERASE."""
+ADMIN_ENTRIES = 256
+UNKNOWN = 0xFFFF
+"""Identifier of a completion whose command could not be read."""
+FALSE_ALARMS = 16
+"""How often in a row the interrupt line may be up without any completion: a wake-up of before may come late."""
+_COMPLETION = struct.Struct("<IIHHHHQQIIIII12x")
+assert list(COMPLETION.unpack(bytes(LINE_BYTES))) == [
+    "where", "flags", "head", "queue", "identifier", "state", "cycle", "beats", "starved", "barrier", "weights",
+    "scores", "idle"] and _COMPLETION.size == COMPLETION.size
+
+Steps: TypeAlias = Generator[Iterable[Future[Any]], None, T]
+"""Work of many steps: yields the futures for which it waits; whether they failed, it asks them itself."""
+
+
+@dataclass(slots=True, eq=False)
+class Command(Generic[T]):
+    """A command on its way.
+
+    Attributes:
+        queue: number of the queue.
+        line: what the device fetches, but for the identifier.
+        finish: turns completion and result block into the future's value; what it raises is the future's error.
+        size: bytes of the block of host memory that it needs.
+        fill: called with `line` and the address of the block when it is about to be submitted: writes the addresses
+            into the one, and returns what the other begins with.
+        result: (offset in the block, bytes) of what the device writes.
+        future: its answer.
+    """
+
+    queue: int
+    line: bytearray
+    finish: Callable[[Completion, bytes], T]
+    future: Future[T]
+    size: int = 0
+    fill: Callable[[bytearray, int], bytes] | None = None
+    result: tuple[int, int] = (0, 0)
+    _serial: int = field(default=0, init=False)
+    _block: int | None = field(default=None, init=False)   # first line in the arena
+
+
+class Task(Future[T]):
+    """Work of many steps; its future is what it returns or raises."""
+
+    def __init__(self, driver: "Dispatcher", steps: Steps[T]) -> None:
+        super().__init__(driver)
+        self._steps = steps
+        self._missing = 0
+        self._dispatcher = driver
+
+    def _step(self) -> None:
+        """Go on until it waits for something."""
+        if self._finished:
+            return
+        dispatcher = self._dispatcher
+        dispatcher._stepping += 1
+        try:
+            while True:
+                waiting = [future for future in next(self._steps) if not future._finished]
+                if waiting:
+                    break
+        except StopIteration as end:
+            self._finish(end.value)
+            return
+        except BaseException as error:
+            self._fail(error)
+            if isinstance(error, DeviceLostError):
+                dispatcher._break(error)
+            if not isinstance(error, Exception):
+                raise
+            return
+        finally:
+            dispatcher._stepping -= 1
+        self._missing = len(waiting)
+        for future in waiting:
+            future._subscribe(self._one_less)
+
+    def _one_less(self) -> None:
+        self._missing -= 1
+        if self._missing == 0:
+            self._step()
+
+
+class Dispatcher:
+    """Submits commands and takes their completions.
+
+    Whatever goes wrong with the device itself (it does not answer, or nonsense, or it is gone) fails everything that is
+    under way, and every further call until `reset`.
+
+    Args:
+        transport: the way to the device.
+        timeout_s: patience without any completion, in seconds of wall-clock time.
+        entries: of the rings of queues 1 and 2, a power of two; less if the host memory is small.
+
+    Attributes:
+        transport, timeout_s: the same.
+        lock: held by whoever uses anything of the device.
+        arena_bytes: host memory that a single command can have, at most.
+
+    Raises:
+        RequestError: entries is no power of two from 2 to MAX_ENTRIES.
+        CapacityError: the host memory does not even hold the smallest rings.
+    """
+
+    def __init__(self, transport: Transport, *, timeout_s: float, entries: int) -> None:
+        if not isinstance(entries, int) or not 2 <= entries <= MAX_ENTRIES or entries & (entries - 1):
+            raise RequestError(f"entries must be a power of two from 2 to {MAX_ENTRIES:,}, not {entries!r}")
+        self.transport = transport
+        self.timeout_s = timeout_s
+        self.lock = RLock()
+        self._sizes = [min(entries, ADMIN_ENTRIES), entries, entries]
+        memory = transport.memory_bytes // LINE_BYTES
+        while 2 * sum(self._sizes) > memory // 4 and max(self._sizes) > 2:
+            largest = max(self._sizes)
+            self._sizes = [min(size, largest // 2) for size in self._sizes]
+        least = 2 * sum(self._sizes) + lines(IDENTIFY_BYTES)
+        if memory < least:
+            raise CapacityError(f"the library needs at least {least * LINE_BYTES:,} bytes of host memory, there are "
+                                f"{transport.memory_bytes:,}")
+        self._base = 2 * sum(self._sizes)
+        self._lines = memory - self._base
+        self.arena_bytes = self._lines * LINE_BYTES
+        self._queues: list[QueuePair] = []
+        self._backlog: list[deque[Command[Any]]] = [deque() for _ in self._sizes]
+        self._in_flight: dict[int, Command[Any]] = {}   # by identifier, oldest first
+        self._lost: list[list[Completion]] = [[] for _ in self._sizes]  # of commands that could not be read
+        self._retiring: deque[tuple[int, Callable[[], object]]] = deque()
+        self._retired: deque[Callable[[], object]] = deque()
+        self._ready: deque[Callable[[], object]] = deque()
+        self._serials = count(1)
+        self._identifier = 0
+        self._serial = 0
+        self._stepping = 0
+        self._quiet = 0
+        self._threshold = 1
+        self._stale_status = False  # MEDIA_ERROR or BUS_ERROR may be set in STATUS: cleared when the next work begins
+        self._waited = 0.0      # seconds spent waiting since the last completion
+        self._alarms = 0        # wake-ups since then
+        self._broken: KvatticError | None = None
+        self._arena = DramAllocator(self._lines)
+        forks.watch(self)
+
+    def forked_in_use(self) -> None:
+        """See `forks.Locked`: this child's copy may be half changed."""
+        self._broken = ForkedError("the device was in use by another thread when this process was forked: open another "
+                                   "device here")
+
+    # Life.
+
+    def reset(self, ready: Callable[[], None]) -> None:
+        """Abort whatever is under way, and set the queues up again.
+
+        Args:
+            ready: waits until the device is ready.
+
+        Raises:
+            DeviceLostError, DeviceTimeoutError, DeviceStatusError: the device does not come back.
+        """
+        with self.lock:
+            self._break(DeviceStatusError("the device was reset before the command ended", None))
+            self._broken = None
+            try:
+                self.transport.write_register("CONTROL", Control.RESET)
+                ready()
+                self._set_up()
+            except KvatticError as error:
+                self._broken = self._broken or error
+                raise
+
+    def _set_up(self) -> None:
+        transport, at = self.transport, 0
+        self._queues = []
+        for number, entries in enumerate(self._sizes):
+            self._queues.append(QueuePair(transport, number, entries, at * LINE_BYTES, (at + entries) * LINE_BYTES))
+            at += 2 * entries
+        self._arena = DramAllocator(self._lines)
+        self._threshold = 1
+        self._stale_status = False
+        self._waited, self._alarms = 0.0, 0
+        base, limit = self._base * LINE_BYTES, (self._base + self._lines) * LINE_BYTES
+        admin = self._queues[ADMIN]
+        for name, value in (("ADMIN_SUBMISSION", admin.submission), ("ADMIN_COMPLETION", admin.completion),
+                            ("ADMIN_BASE", base), ("ADMIN_LIMIT", limit), ("ADMIN_ENTRIES", admin.entries),
+                            ("INTERRUPT_AFTER", self._threshold), ("INTERRUPT_MASK", (1 << len(self._sizes)) - 1)):
+            transport.write_register(name, value)
+        created = [self.command(ADMIN, QUEUE_COMMAND.pack(
+            opcode=Opcode.CREATE_QUEUE, queue=queue.number, entries=queue.entries, submission=queue.submission,
+            completion=queue.completion, base=base, limit=limit), lambda completion, _: completion)
+            for queue in self._queues[1:]]
+        self.submit(created)
+        for command in created:
+            completion = self.finish(command.future)
+            if completion.status is not Status.OK:
+                raise DeviceStatusError(f"the device did not create a queue: {completion.status.name}, where "
+                                        f"{completion.where}", completion)
+
+    def abandon(self, error: KvatticError) -> None:
+        """Fail everything that is under way, and all further calls."""
+        with self.lock:
+            self._break(error)
+
+    def check(self) -> None:
+        """Whether the device can be used.
+
+        Raises:
+            DeviceTimeoutError, DeviceStatusError, DeviceLostError: what was wrong with it.
+        """
+        if self._broken is not None:
+            raise _again(self._broken)
+
+    # Submitting.
+
+    def command(self, queue: int, line: bytes, finish: Callable[[Completion, bytes], T], size: int = 0,
+                fill: Callable[[bytearray, int], bytes] | None = None, result: tuple[int, int] = (0, 0)) -> Command[T]:
+        """A command with its future; see `Command`."""
+        return Command(queue, bytearray(line), finish, Future(self), size, fill, result)
+
+    def submit(self, commands: Iterable[Command[Any]]) -> None:
+        """Put commands into their queues, or into the backlog.
+
+        Raises:
+            CapacityError: one needs a larger block than there is; none was submitted.
+            DeviceTimeoutError, DeviceStatusError, DeviceLostError: see `check`.
+        """
+        with self.lock:
+            self.check()
+            commands = list(commands)
+            for command in commands:
+                if command.size > self.arena_bytes:
+                    raise CapacityError(f"a command needs {command.size:,} bytes of host memory, there are "
+                                        f"{self.arena_bytes:,}")
+            for command in commands:
+                self._backlog[command.queue].append(command)
+            try:
+                self._pump()
+            except KvatticError as error:
+                self._break(error)
+                raise
+
+    def start(self, steps: Steps[T]) -> Task[T]:
+        """Begin work of many steps; its first one is done before this returns."""
+        with self.lock:
+            task = Task(self, steps)
+            task._step()
+            return task
+
+    def _pump(self) -> None:
+        """Move what finds room from the backlogs into the rings, and ring."""
+        if self._stale_status and not self._in_flight and any(self._backlog):
+            self._stale_status = False
+            self.transport.write_register("STATUS", StatusBit.MEDIA_ERROR | StatusBit.BUS_ERROR)
+        for queue, backlog, lost in zip(self._queues, self._backlog, self._lost, strict=True):
+            # After a command that could not be read nothing more is sent, so that it is known in the end which it was.
+            while backlog and queue.room and not lost:
+                if not self._push(queue, backlog[0]):
+                    break
+                backlog.popleft()
+            queue.ring()
+
+    def _push(self, queue: QueuePair, command: Command[Any]) -> bool:
+        """Whether there was room for its block."""
+        if command.size:
+            try:
+                command._block = self._arena.allocate(lines(command.size))
+            except CapacityError:
+                return False
+        if command.fill is not None:
+            address = 0 if command._block is None else (self._base + command._block) * LINE_BYTES
+            try:
+                image = command.fill(command.line, address)
+            except (RequestError, OverflowError) as error:
+                self._give_back(command)
+                command.future._fail(error)
+                return True
+            if image:
+                self.transport.write_memory(address, image)
+        while self._identifier in self._in_flight or self._identifier == UNKNOWN:
+            self._identifier = (self._identifier + 1) & 0xFFFF
+        command.line[2:4] = self._identifier.to_bytes(2, "little")
+        command._serial = self._serial = next(self._serials)
+        self._in_flight[self._identifier] = command
+        self._identifier = (self._identifier + 1) & 0xFFFF
+        queue.push(bytes(command.line))
+        return True
+
+    def _give_back(self, command: Command[Any]) -> None:
+        if command._block is not None:
+            self._arena.free(command._block)
+            command._block = None
+
+    # Completions.
+
+    @property
+    def in_flight(self) -> int:
+        """Commands that the device has."""
+        return len(self._in_flight)
+
+    @property
+    def working(self) -> bool:
+        """Whether anything was submitted and did not end."""
+        return bool(self._in_flight) or any(self._backlog)
+
+    @property
+    def waiting(self) -> int:
+        """Commands in the backlog."""
+        return sum(map(len, self._backlog))
+
+    def poll(self) -> int:
+        """Take the completions that are there, without waiting.
+
+        Returns:
+            How many there were.
+
+        Raises:
+            DeviceLostError: the device is gone.
+        """
+        with self.lock:
+            if isinstance(self._broken, ForkedError):
+                raise _again(self._broken)
+            taken = self._reap() if self._in_flight else 0
+            self._run_ready()
+            return taken
+
+    def _reap(self) -> int:
+        taken = 0
+        try:
+            for queue in self._queues:
+                if queue.outstanding:
+                    for entry in queue.reap():
+                        self._take(queue, entry)
+                        taken += 1
+                    self._settle_lost(queue)
+            self._pump()
+        except KvatticError as error:
+            self._break(error)
+            raise
+        if taken:
+            self._waited, self._alarms = 0.0, 0
+        self._retire()
+        return taken
+
+    def _take(self, queue: QueuePair, entry: bytes) -> None:
+        try:
+            completion = unpack_completion(entry)
+        except ValueError:
+            raise DeviceStatusError(f"queue {queue.number}: a completion makes no sense: {entry.hex()}", None) from None
+        if completion.queue != queue.number:
+            raise DeviceStatusError(f"queue {queue.number}: a completion of queue {completion.queue} is in its ring, "
+                                    f"for command {completion.identifier}", completion)
+        if completion.identifier == UNKNOWN:
+            self._lost[queue.number].append(completion)
+        else:
+            command = self._in_flight.get(completion.identifier)
+            if command is None or command.queue != queue.number:
+                raise DeviceStatusError(
+                    f"queue {queue.number}: a completion is for command {completion.identifier}, which is not under "
+                    "way there", completion)
+            self._end(completion.identifier, completion)
+
+    def _settle_lost(self, queue: QueuePair) -> None:
+        """When all others have answered, those that are left are the commands that could not be read."""
+        lost = self._lost[queue.number]
+        if lost and queue.outstanding == 0:
+            left = [i for i, command in self._in_flight.items() if command.queue == queue.number]
+            for identifier, unread in zip(left, lost, strict=True):
+                self._end(identifier, unread)
+            lost.clear()
+
+    def _end(self, identifier: int, completion: Completion) -> None:
+        command = self._in_flight.pop(identifier)
+        offset, size = command.result
+        data = b""
+        if size and completion.status is Status.OK and command._block is not None:
+            data = self.transport.read_memory((self._base + command._block) * LINE_BYTES + offset, size)
+        self._give_back(command)
+        if completion.status in (Status.BUS_ERROR, Status.UNREADABLE_KEY, Status.UNREADABLE_VALUE,
+                                 Status.UNREADABLE_SKETCH):
+            self._stale_status = True
+        try:
+            command.future._finish(command.finish(completion, data))
+        except KvatticError as error:
+            command.future._fail(error)
+
+    # Afterwards.
+
+    def defer(self, action: Callable[[], object]) -> None:
+        """Call something when the completions at hand are taken."""
+        self._ready.append(action)
+
+    def _run_ready(self) -> None:
+        # Steps that wait themselves (erasing inside the allocator) do not let others in.
+        while (self._retired or self._ready) and not self._stepping and not self._quiet:
+            (self._retired or self._ready).popleft()()
+
+    def retire(self, action: Callable[[], object]) -> None:
+        """Call something as soon as all commands that are in flight now have ended."""
+        if self._in_flight:
+            self._retiring.append((self._serial, action))
+        else:
+            self._retired.append(action)
+
+    @property
+    def retiring(self) -> bool:
+        """Whether anything waits for commands in flight to end."""
+        return bool(self._retiring or self._retired)
+
+    def barrier(self) -> Future[None]:
+        """Done when all commands that are in flight now have ended."""
+        future: Future[None] = Future(self)
+        self.retire(lambda: future._finish(None))
+        return future
+
+    def _retire(self) -> None:
+        oldest = next(iter(self._in_flight.values()))._serial if self._in_flight else None
+        while self._retiring and (oldest is None or self._retiring[0][0] < oldest):
+            self._retired.append(self._retiring.popleft()[1])
+
+    # Waiting.
+
+    def finish(self, future: Future[T], timeout_s: float | None = None) -> T:
+        """The result of a command's future; meanwhile no task goes on.
+
+        Raises:
+            DeviceTimeoutError: no completion came in `timeout_s`, the device's patience if None.
+        """
+        with self.lock:
+            self._quiet += 1
+            try:
+                self.drive(lambda: future._finished, patience_s=timeout_s)
+            finally:
+                self._quiet -= 1
+            return future.result()
+
+    def drive(self, until: Callable[[], bool], timeout_s: float | None = None,
+              patience_s: float | None = None) -> None:
+        """Take completions until something is the case.
+
+        Args:
+            until: what.
+            timeout_s: patience with all of it, afterwards everything goes on.
+            patience_s: patience without any completion, the device's if None: afterwards the device counts as broken.
+
+        Raises:
+            DeviceTimeoutError: patience is at its end.
+            DeviceStatusError, DeviceLostError: the device does not work.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        patience = self.timeout_s if patience_s is None else patience_s
+        while True:
+            with self.lock:
+                if self._turn(until, patience, deadline):
+                    return
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise DeviceTimeoutError(f"not done within {timeout_s:g} s; {self.in_flight} commands are under "
+                                             f"way, {self.waiting} wait")
+            time.sleep(0)   # another thread's turn
+
+    def advance(self, until: Callable[[], bool], slice_s: float) -> None:
+        """Take completions; wait for some for a while if there are none."""
+        with self.lock:
+            self._turn(until, self.timeout_s, time.monotonic() + slice_s)
+
+    def _turn(self, until: Callable[[], bool], patience_s: float, deadline: float | None) -> bool:
+        """Take completions, wait once if there are none; whether it is the case now."""
+        if isinstance(self._broken, ForkedError):
+            raise _again(self._broken)
+        self._run_ready()
+        if until():
+            return True
+        if not self._in_flight:
+            self._pump()
+        if not self._in_flight:
+            if self._broken is not None:
+                raise _again(self._broken)
+            raise KvatticError("this waits for something that nothing under way will bring about")
+        if not self._reap():
+            begin = time.monotonic()
+            rest = max(patience_s - self._waited, 0.0)
+            if deadline is not None:
+                rest = min(rest, max(deadline - begin, 0.0))
+            self._wait(rest, begin, patience_s, deadline)
+            if not self._reap():
+                self._waited += time.monotonic() - begin
+        self._run_ready()
+        return until()
+
+    def _wait(self, rest: float, begin: float, patience_s: float, deadline: float | None) -> None:
+        """Wait for the interrupt line until the caller's deadline, or the end of patience with the device."""
+        # Half of what is under way, so that the device never runs dry; a queue with nothing under way wakes at once.
+        threshold = max(1, min(max(queue.outstanding for queue in self._queues) // 2, 0xFFFF))
+        try:
+            if threshold != self._threshold:
+                self.transport.write_register("INTERRUPT_AFTER", threshold)
+                self._threshold = threshold
+            self.transport.wait(rest)
+            self._alarms += 1
+        except DeviceTimeoutError as error:
+            now = time.monotonic()
+            if deadline is not None and now >= deadline and self._waited + now - begin < patience_s:
+                return
+            if any(queue.peek() for queue in self._queues):
+                return      # it works, but fewer completions came than the line waits for
+            self._broke(DeviceTimeoutError(f"{error} ({self.in_flight} commands are under way, {self.waiting} "
+                                           f"wait{self._diagnosis()}); call Device.reset()"))
+        except DeviceLostError as error:
+            self._broke(error)
+        if self._alarms > FALSE_ALARMS and not any(queue.peek() for queue in self._queues):
+            self._broke(DeviceStatusError(
+                f"the device raises its interrupt, but none of the {self.in_flight} commands under way has a "
+                f"completion{self._diagnosis()}", None))
+
+    def _diagnosis(self) -> str:
+        """What the device says of itself, when it does not answer."""
+        with suppress(KvatticError):
+            status = StatusBit(self.transport.read_register("STATUS"))
+            text = f"; STATUS is {status!r}"
+            if status & StatusBit.INVALID_DOORBELL:
+                text += f", DOORBELL_ERROR {self.transport.read_register('DOORBELL_ERROR'):#010x}"
+            return text
+        return ""
+
+    # Failure.
+
+    def _broke(self, error: KvatticError) -> None:
+        self._break(error)
+        raise error
+
+    def _break(self, error: KvatticError) -> None:
+        """The device is not to be trusted: everything under way fails."""
+        if self._broken is None:
+            self._broken = error
+        failed = [*self._in_flight.values(), *(command for backlog in self._backlog for command in backlog)]
+        self._in_flight.clear()
+        for backlog, lost in zip(self._backlog, self._lost, strict=True):
+            backlog.clear()
+            lost.clear()
+        for queue in self._queues:
+            queue.outstanding = 0
+            queue._pushed.clear()
+        for command in failed:
+            command._block = None
+            command.future._fail(_again(error))
+        self._retire()
+        while (self._retired or self._ready) and not self._stepping and not self._quiet:
+            with suppress(KvatticError):
+                (self._retired or self._ready).popleft()()
+
+
+def unpack_completion(entry: bytes) -> Completion:
+    """Decode 64 bytes; as `Completion.unpack`, but faster.
+
+    Raises:
+        ValueError: there is no such status.
+    """
+    (where, flags, head, queue, identifier, state, cycle, beats, starved, barrier, weights, scores,
+     idle) = _COMPLETION.unpack(entry)
+    return Completion(
+        status=unpack_state(state), queue=queue, head=head, identifier=identifier, flags=CompletionFlag(flags),
+        where=where, cycle=cycle, beats=beats, starved=starved, barrier=barrier, weights=weights, scores=scores,
+        idle=idle)
+
+
+def _again(error: KvatticError) -> KvatticError:
+    """The same error once more, for another who must know of it."""
+    if isinstance(error, DeviceStatusError):
+        return DeviceStatusError(str(error), error.completion)
+    return type(error)(str(error))

@@ -1,0 +1,1 @@
+"""The golden model: the drive in NumPy, bit-exact."""

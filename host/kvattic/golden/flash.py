@@ -1,0 +1,172 @@
+"""The golden device's flash: blocks, pages, the map from zones to blocks, and what goes wrong."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvattic.golden.queues import RejectedError
+from kvattic.spec import layout
+from kvattic.spec.commands import MediaCause, Opcode, Status
+from kvattic.spec.config import Config
+from kvattic.spec.layout import Block, PagePlace
+
+__all__ = ["Flash", "FlashFaults", "PowerCutError"]
+
+
+class PowerCutError(Exception):
+    """The supply is gone."""
+
+
+class _Page(NamedTuple):
+    """What was programmed: the data, None if they are garbage, and the page number that they were written under."""
+
+    image: NDArray[np.uint8] | None
+    number: int
+
+
+class _Block:
+    """A block that is not erased: pages by their number in it, and the one that may be programmed next."""
+
+    __slots__ = ("next", "pages")
+
+    def __init__(self) -> None:
+        self.next = 0
+        self.pages: dict[int, _Page] = {}
+
+
+@dataclass(slots=True)
+class FlashFaults:
+    """What goes wrong in the golden device's flash; change it at any time.
+
+    Attributes:
+        bad: blocks with the factory's mark: PROBE finds it, PROGRAM and ERASE fail.
+        mark_pages: pages of a bad block that have the mark; None: all in which the part's maker may put it.
+        worn: blocks whose PROGRAM and ERASE fail from now on; what they hold can be read.
+        program_fails: single pages that fail to program, (block, page of the block).
+        dead: (channel, die) of dies that stay busy: DIE_TIMEOUT, and nothing on them can be read.
+        unreadable: codewords with too many bit errors, (block, page of the block, codeword).
+        power_cut: the supply fails in the middle of the flash command after so many more; None: it does not.  The
+            device then does nothing until `GoldenDevice.power_up`.
+    """
+
+    bad: set[Block] = field(default_factory=set)
+    mark_pages: set[int] | None = None
+    worn: set[Block] = field(default_factory=set)
+    program_fails: set[tuple[Block, int]] = field(default_factory=set)
+    dead: set[tuple[int, int]] = field(default_factory=set)
+    unreadable: set[tuple[Block, int, int]] = field(default_factory=set)
+    power_cut: int | None = None
+
+
+class Flash:
+    """All flash of a drive.  It obeys the rules of NAND: the pages of a block are programmed in order and each once.
+
+    Args:
+        config: geometry.
+        faults: what goes wrong.
+
+    Attributes:
+        blocks: those that are not erased.
+        map: (channel, zone, die, plane) to block, where their numbers are not the same.
+    """
+
+    def __init__(self, config: Config, faults: FlashFaults) -> None:
+        self._config = config
+        self._faults = faults
+        self.blocks: dict[Block, _Block] = {}
+        self.map: dict[tuple[int, int, int, int], int] = {}
+
+    def block(self, channel: int, place: PagePlace) -> Block:
+        """The block that a place lies in."""
+        zone = place.zone
+        block = self.map.get((channel, zone, place.die, place.plane), zone) if self.map else zone
+        return Block(channel, place.die, place.plane, block)
+
+    def is_place(self, channel: int, number: int) -> bool:
+        """Whether there is such a page."""
+        config, place = self._config, layout.page_place(number, self._config)
+        return channel < config.channels and place.zone < config.part.blocks and place.page < config.part.pages
+
+    def read_page(self, channel: int, number: int,
+                  codewords: NDArray[np.int64]) -> tuple[NDArray[np.uint8], list[int], MediaCause]:
+        """Codewords of a flash page, zeros where they cannot be read; which of them cannot, and why."""
+        faults, size = self._faults, self._config.codeword_bytes
+        place = layout.page_place(number, self._config)
+        block = self.block(channel, place)
+        written = self.blocks.get(block)
+        page = None if written is None else written.pages.get(place.page)
+        cause = MediaCause.UNCORRECTABLE
+        if (channel, place.die) in faults.dead:
+            page, cause = None, MediaCause.DIE_TIMEOUT
+        elif page is None:
+            cause = MediaCause.ERASED
+        if page is None or page.image is None or page.number != number:
+            return np.zeros((len(codewords), size), np.uint8), list(range(len(codewords))), cause
+        found: NDArray[np.uint8] = page.image.reshape(-1, size)[codewords]
+        gone: list[int] = []
+        if faults.unreadable:
+            gone = [i for i, each in enumerate(codewords.tolist()) if (block, place.page, each) in faults.unreadable]
+            found[gone] = 0
+        return found, gone, cause
+
+    def operate(self, opcode: Opcode, channel: int, number: int, image: NDArray[np.uint8] | None) -> None:
+        """PROGRAM, ERASE or PROBE of a place that there is; RejectedError says how the part ends it.
+
+        Args:
+            opcode: which of them.
+            channel: of the page.
+            number: of the page.
+            image: PROGRAM: the data; None: they cannot be read.
+
+        Raises:
+            RejectedError: it failed.
+            PowerCutError: the supply failed meanwhile.
+        """
+        faults, place = self._faults, layout.page_place(number, self._config)
+        block, where = self.block(channel, place), channel << 24 | number
+        cut = False
+        if faults.power_cut is not None:
+            cut, faults.power_cut = faults.power_cut == 0, faults.power_cut - 1 if faults.power_cut else None
+        if (channel, place.die) in faults.dead:
+            raise RejectedError(Status.DIE_TIMEOUT, where)
+        if opcode is Opcode.PROGRAM:
+            self._program(block, place.page, number, image, where, cut)
+        elif opcode is Opcode.ERASE:
+            if block in faults.bad or block in faults.worn:
+                raise RejectedError(Status.ERASE_FAILED, where)
+            if cut:
+                for page in range(self._config.part.pages):
+                    self.blocks.setdefault(block, _Block()).pages[page] = _Page(None, number)
+                raise PowerCutError
+            self.blocks.pop(block, None)
+        elif block in faults.bad:
+            marked = self._config.part.marked_pages if faults.mark_pages is None else faults.mark_pages
+            if place.page in marked:
+                raise RejectedError(Status.BAD_BLOCK, where)
+        if cut:
+            raise PowerCutError
+
+    def _program(self, block: Block, page: int, number: int, image: NDArray[np.uint8] | None, where: int,
+                 cut: bool) -> None:
+        faults, found = self._faults, self.blocks.setdefault(block, _Block())
+        if page != found.next:
+            raise RejectedError(Status.PROGRAM_FAILED, where)
+        found.next += 1
+        failed = bool({block} & (faults.bad | faults.worn)) or (block, page) in faults.program_fails
+        found.pages[page] = _Page(None if failed or cut else image, number)
+        if cut:
+            raise PowerCutError
+        if failed:
+            raise RejectedError(Status.PROGRAM_FAILED, where)
+        if image is None:
+            raise RejectedError(Status.BUS_ERROR, where)
+
+    def written(self) -> Iterator[tuple[Block, int, NDArray[np.uint8]]]:
+        """All that a thief with a soldering iron would find: (block, page of the block, data) of each page."""
+        for block, found in sorted(self.blocks.items()):
+            for page, content in sorted(found.pages.items()):
+                if content.image is not None:
+                    yield block, page, content.image

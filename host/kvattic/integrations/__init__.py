@@ -1,0 +1,1 @@
+"""Other libraries' models with their KV cache in the drive."""

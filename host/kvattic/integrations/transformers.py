@@ -1,0 +1,808 @@
+"""Hugging Face transformers with K and V in the drive: `DriveCache` and the attention backend `kvattic`.
+
+    model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="kvattic")
+    with kvattic.open("model", config_for(model)) as device, DriveCache(device, model.config) as cache:
+        model.generate(**inputs, cache=cache)
+
+Importing this module registers the backend; it needs torch and transformers (the extra `transformers`).  What is
+computed where: docs/transformers.md.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from inspect import signature
+from threading import local
+from types import TracebackType
+from typing import Any, NamedTuple, NoReturn, ParamSpec, Self, TypeVar
+from weakref import ref
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.utils import output_capturing
+
+from kvattic.array import SPLITS, ArrayPlan, ArraySequence, DriveArray
+from kvattic.driver.device import Device
+from kvattic.driver.jobs import MAX_SINKS, AttendPlan, AttendResult, Integers, check_integer, check_positive, end_block
+from kvattic.driver.sequence import MAX_UNITS, Sequence
+from kvattic.errors import ConfigError, KvatticError, RangeError, RequestError
+from kvattic.spec.commands import Mode
+from kvattic.spec.config import ELEMENT_BYTES, HEAD_DIMS, MAX_ROWS, PAPER, Config, preset
+from kvattic.spec.elements import from_bits, to_bits
+from kvattic.spec.formats import Element
+from kvattic.spec.layout import unit_bits
+
+__all__ = ["NAME", "DriveCache", "DriveLayer", "config_for", "round_to_storage"]
+
+NAME = "kvattic"
+"""What `attn_implementation` is set to."""
+
+HELD_TOKENS = 64
+"""Newest tokens of a row that stay in device DRAM, unless a `DriveCache` is told otherwise."""
+
+SINKS = 16
+"""First tokens of a row that sparse modes attend in any case, unless a `DriveCache` is told otherwise."""
+
+LAYERS_IN_FLIGHT = 2
+"""Layers of a prompt that are written while the next one is computed, at most."""
+
+Flags = NDArray[np.bool_]
+E = TypeVar("E", bound=BaseException)
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_STORAGE = {Element.FP16: torch.float16, Element.BF16: torch.bfloat16}
+_MARK = "_kvattic_layer"
+_CHANGES = ("softcap", "s_aux", "position_bias", "sinks")
+"""Arguments of an attention function that change its result in ways that the drive does not know."""
+_OWN_OPTIONS = {"self", "kv_heads", "capacity_tokens", "layers", "sparse", "centroids", "sinks", "window"}
+"""Arguments of `create_sequence` that a `DriveCache` sets itself."""
+_WIDTHS = ("head_dim", "v_head_dim", "qk_head_dim", "swa_head_dim", "swa_v_head_dim", "global_head_dim")
+"""Names that configurations have for what a head of K or V has of elements."""
+
+_last = local()
+"""In `layer`, a weak reference to the `DriveLayer` that took K and V last, of each thread."""
+
+
+def _not_traced(function: Callable[P, T]) -> Callable[P, T]:
+    """What torch.compile shall not look into: it calls it as it stands, between two graphs."""
+    called: Callable[P, T] = torch.compiler.disable(function)
+    return called
+
+
+def config_for(model: Any, base: Config | str = PAPER, *, queries: int = 1, **changes: Any) -> Config:
+    """A drive's configuration that a model's attention fits.
+
+    The head dimension is the smallest of the drive's that holds the model's K and V, the query rows those of a KV head
+    (16 at most), the storage format bf16 for a model in bfloat16 and else fp16; the sparse modes are left out where the
+    head dimension forbids them.
+
+    Args:
+        model: a transformers model, or its configuration.
+        base: everything else: a configuration, or the name of a preset.
+        queries: tokens whose query rows share a pass over K and V; with a draft model, one more than it drafts at once.
+        changes: fields of `Config`, which come last.
+
+    Raises:
+        ConfigError: no drive has such heads, or a field is not supported.
+    """
+    text = getattr(model, "config", model).get_text_config(decoder=True)
+    heads, dim, kv_heads = _heads(text)
+    if heads % kv_heads:
+        raise ConfigError(f"the model's {heads} query heads are no multiple of its {kv_heads} KV heads")
+    base = preset(base) if isinstance(base, str) else base
+    wanted: dict[str, Any] = {"head_dim": next((size for size in HEAD_DIMS if size >= dim), None),
+                              "rows": min(heads // kv_heads * queries, MAX_ROWS)} | changes
+    if wanted["head_dim"] is None:
+        raise ConfigError(f"the model's head_dim is {dim}, the drive's is at most {HEAD_DIMS[-1]}")
+    codeword = changes.get("codeword_bytes", base.codeword_bytes)
+    if wanted["head_dim"] in HEAD_DIMS and wanted["head_dim"] * ELEMENT_BYTES > codeword:
+        raise ConfigError(
+            f"the model's head_dim is {dim}, for which a drive needs {wanted['head_dim']} (there are "
+            f"{', '.join(map(str, HEAD_DIMS))}): a token has {wanted['head_dim'] * ELEMENT_BYTES} bytes then, but this "
+            f"base has codewords of {codeword}; take another base, such as 'paper'")
+    dtype = getattr(model, "dtype", None) or getattr(text, "dtype", None)
+    wanted = {"element": Element.BF16 if dtype == torch.bfloat16 else Element.FP16} | wanted
+    try:
+        return replace(base, **wanted)
+    except ConfigError:
+        if "sparse" in changes or not base.sparse:
+            raise
+        return replace(base, **wanted, sparse=False)
+
+
+def _heads(config: Any) -> tuple[int, int, int]:
+    """Query heads, the elements of a head of K or V, whichever has more in any layer, KV heads.
+
+    Raises:
+        ConfigError: the layers differ in their heads.
+    """
+    layers = getattr(config, "per_layer_config", None)  # of models whose layers differ
+    each = [config] if layers is None else [layers[number] for number in range(config.num_hidden_layers)]
+    found = {(heads := int(one.num_attention_heads), int(getattr(one, "num_key_value_heads", None) or heads))
+             for one in each}
+    if len(found) > 1:
+        raise ConfigError("a model whose layers differ in their heads is not supported, this one has layers with "
+                          f"{' and '.join(f'{heads} query and {kv} KV heads' for heads, kv in sorted(found))}")
+    [(heads, kv_heads)] = found
+    return heads, max(_width(one, heads) for one in each), kv_heads
+
+
+def _width(config: Any, heads: int) -> int:
+    """Elements of a head of K or V of a layer, whichever has more."""
+    dims = [int(dim) for name in _WIDTHS if (dim := getattr(config, name, None))]
+    if not getattr(config, "head_dim", None):
+        dims.append(config.hidden_size // heads)
+    return max(dims)
+
+
+def round_to_storage(values: torch.Tensor, element: Element) -> torch.Tensor:
+    """Numbers as the drive holds them, in their own type: rounded once to nearest, ties to even."""
+    if values.dtype == torch.float64:   # which torch would round to float32 first
+        exact = from_bits(to_bits(values.detach().cpu().numpy(), element), element)
+        return torch.from_numpy(exact).to(values.device, values.dtype)
+    return values.to(_STORAGE[element]).to(values.dtype)
+
+
+def _array(values: torch.Tensor, dim: int) -> NDArray[np.float32]:
+    """(heads, tokens, dim) for the drive, whose head_dim may be larger: the rest is zero."""
+    array: NDArray[np.float32] = values.detach().to("cpu", torch.float32).numpy()
+    missing = dim - array.shape[-1]
+    return np.pad(array, ((0, 0), (0, 0), (0, missing))) if missing else array
+
+
+class _Rows(NamedTuple):
+    """What a mask says of a batch's rows.
+
+    Members:
+        new: int, (tokens,), of each row: which of the new positions are tokens, not padding.
+        kept: bool, (positions,), of each row: which positions are tokens, the new ones included.
+        start: int, (tokens,), of each row: the first stored token that each new one attends; None: the very first.
+        end: likewise: one past the last one; None: the new token itself.
+    """
+
+    new: list[NDArray[np.intp]]
+    kept: list[Flags]
+    start: list[Integers | None]
+    end: list[Integers | None]
+
+
+def _read_mask(mask: torch.Tensor | None, before: list[Flags], count: int) -> _Rows:
+    """Tokens of a batch's rows, and what they attend.
+
+    Args:
+        mask: (rows, 1, count, positions), bool, or floats that are 0 where it attends; None: causal, all are tokens.
+        before: of each row, which earlier positions are tokens.
+        count: new positions.
+
+    Raises:
+        RequestError: a token attends other tokens than a range of those that are stored.
+    """
+    past = len(before[0])
+    if mask is None:
+        every = np.arange(count)
+        return _Rows([every] * len(before), [np.concatenate([kept, np.ones(count, np.bool_)]) for kept in before],
+                     [None] * len(before), [None] * len(before))
+    if mask.shape[1] != 1 or tuple(mask.shape[2:]) != (count, past + count) or mask.shape[0] not in (1, len(before)):
+        raise RequestError(f"the attention mask must be of shape ({len(before)}, 1, {count}, {past + count}), the same "
+                           f"for all heads, not {tuple(mask.shape)}")
+    flags = (mask if mask.dtype == torch.bool else mask == 0).detach().to("cpu")[:, 0]
+    rows = _Rows([], [], [], [])
+    for row, kept in enumerate(before):
+        flag: Flags = flags[row if len(flags) > 1 else 0].numpy()
+        # A token attends itself, padding is attended by nobody.
+        own = np.diagonal(flag, past).copy()
+        new, kept = np.flatnonzero(own), np.concatenate([kept, own])
+        rows.new.append(new)
+        rows.kept.append(kept)
+        # The first tokens are attended by the model itself, with any mask.
+        start, end = _bounds(flag[new], kept, new + past, row) if past else (None, None)
+        rows.start.append(start)
+        rows.end.append(end)
+    return rows
+
+
+def _bounds(attended: Flags, kept: Flags, places: NDArray[np.intp],
+            row: int) -> tuple[Integers | None, Integers | None]:
+    """The range of stored tokens that each of the new ones attends, see `_Rows`.
+
+    Args:
+        attended: bool, (tokens, positions).
+        kept: bool, (positions,), which positions are stored tokens.
+        places: positions of the new tokens.
+        row: of the batch.
+    """
+    if attended[:, ~kept].any():
+        token, place = np.argwhere(attended & ~kept)[0]
+        raise RequestError(f"row {row} of the batch: the attention mask lets position {places[token]} attend position "
+                           f"{place}, which was padding when it came and is not stored")
+    attended = attended[:, kept]
+    tokens = attended.shape[1]
+    start = attended.argmax(axis=1)
+    end = start + attended.sum(axis=1)
+    number = np.arange(tokens)
+    if (wrong := (attended != ((number >= start[:, None]) & (number < end[:, None]))).any(axis=1)).any():
+        raise RequestError(f"row {row} of the batch: the drive attends a range of tokens without gaps, such as a "
+                           f"window of the last ones; the attention mask of position {places[wrong.argmax()]} asks "
+                           "for something else")
+    causal = (end == np.arange(tokens - len(attended), tokens) + 1).all()
+    return start if start.any() else None, None if causal else end
+
+
+class DriveLayer(CacheLayerMixin):
+    """One layer of a `DriveCache`: as transformers see it.
+
+    A position is a column of the batch; padding takes positions, but is not stored.
+
+    Attributes:
+        number: of the layer.
+        batch_size: rows of the batch; there is no such attribute before the first ones came.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False  # of the mask: the drive holds all tokens, whatever the window
+
+    def __init__(self, cache: "DriveCache", number: int) -> None:
+        super().__init__()
+        self.number = number
+        self._cache = cache
+        self._kept: list[Flags] = []
+        self._given: torch.Tensor | None = None
+        self._writes: list[Any] = []
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Take zones of flash for the rows of this batch."""
+        del value_states
+        rows, heads = key_states.shape[:2]
+        self._cache._start(rows, heads)
+        self.batch_size = rows
+        self._kept = [np.zeros(0, np.bool_)] * rows
+        self.is_initialized = True
+
+    @_not_traced
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any,
+               **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take K and V of new positions, which the attention backend will then store.
+
+        Returns:
+            These K and V only, as the drive will hold them.
+
+        Raises:
+            RequestError: the drive cannot hold such K and V, the batch changed, the last K and V were not attended by
+                the backend, or an earlier step failed.
+        """
+        cache = self._cache
+        cache._check_step(self, key_states.shape[2])
+        most = cache.device.config.head_dim
+        for name, states in (("K", key_states), ("V", value_states)):
+            if states.shape[-1] > most:
+                raise RequestError(f"layer {self.number}: {name} has {states.shape[-1]} elements a head, the drive's "
+                                   f"head_dim is {most}; it must be as large or larger: open it with config_for(model)")
+        if key_states.shape[:3] != value_states.shape[:3]:
+            raise RequestError(f"layer {self.number}: K and V must have the same heads and tokens, not "
+                               f"{tuple(key_states.shape)} and {tuple(value_states.shape)}: a model that stores "
+                               "something else in their place is not supported")
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if len(key_states) != self.batch_size:
+            raise RequestError(f"this DriveCache holds a batch of {self.batch_size}, not of {len(key_states)}; "
+                               "reset() it, or use another one")
+        if key_states.shape[1] != (heads := cache.sequences[0].kv_heads):
+            raise RequestError(f"layer {self.number} has {key_states.shape[1]} KV heads, the layers before it {heads}: "
+                               "a model whose layers differ in that is not supported")
+        element = cache.device.config.element
+        keys, values = (round_to_storage(states, element) for states in (key_states, value_states))
+        setattr(keys, _MARK, self)
+        self._given = keys
+        _last.layer = ref(self)
+        return keys, values
+
+    def attend(self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+               mask: torch.Tensor | None, scaling: float | None) -> torch.Tensor:
+        """Store the K and V that `update` returned, and attend them and all earlier ones.
+
+        Args:
+            module: the model's attention layer.
+            query: (rows, q_heads, positions, head_dim).
+            key: what `update` returned.
+            value: likewise.
+            mask: see `_read_mask`.
+            scaling: of the scores; None: head_dim**-0.5.
+
+        Returns:
+            (rows, positions, q_heads, elements of a head of V).
+
+        Raises:
+            RequestError: a mask or a number that the drive cannot take.
+            RangeError: a result beyond what the drive computes exactly; it names the layer and the row of the batch.
+        """
+        given = self._given
+        if given is None or given is not key:
+            raise RequestError(f"layer {self.number}: K are not those that the DriveCache returned last")
+        try:
+            return self._attend(module, query, key, value, mask, scaling)
+        except BaseException as error:
+            self._cache._fail(error)
+            raise
+
+    def _attend(self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                mask: torch.Tensor | None, scaling: float | None) -> torch.Tensor:
+        cache, past, config = self._cache, self._length, self._cache.device.config
+        rows = cache._rows(mask, self._kept, key.shape[2])
+        cache._check_rows(rows)
+        # Errors of those that are done are raised by the next call of their sequence.
+        self._writes = [write for write in self._writes if not write.done()]
+        if past == 0:
+            cache._write_next(self)
+        for row, sequence in enumerate(cache.sequences):
+            if len(new := rows.new[row]):
+                keys, values = (_array(states[row], config.head_dim)[:, new] for states in (key, value))
+                self._writes.append(sequence.append_async(keys, values, layer=self.number))
+        self._kept, self._given = rows.kept, None
+        query = round_to_storage(query, config.element)
+        if past == 0:
+            # All K and V are at hand: the model attends them and goes on to the next layer while the drive writes.
+            local: torch.Tensor = sdpa_attention_forward(module, query, key, value, mask, dropout=0.0,
+                                                         scaling=scaling)[0]
+            cache.device.poll()
+            return local
+        # The tokens are in device DRAM and can be attended while full stripes move to flash.  A sparse mode attends all
+        # that is in DRAM, which must not depend on how far that is.
+        if cache._mode is not Mode.DENSE:
+            self.wait()
+        busy = [row for row, new in enumerate(rows.new) if len(new)]
+        plans: list[Any] = [
+            cache._plan(cache.sequences[row], self.number, _array(query[row], config.head_dim)[:, rows.new[row]],
+                        rows.start[row], rows.end[row],
+                        query.shape[-1]**-0.5 if scaling is None else float(scaling)) for row in busy]
+        width = value.shape[-1]
+        output = np.zeros((len(query), query.shape[2], query.shape[1], width), np.float32)
+        for row, result in zip(busy, self._run(plans, busy), strict=True):
+            output[row, rows.new[row]] = result.output[..., :width].swapaxes(0, 1)
+        return torch.from_numpy(output).to(query.device, query.dtype)
+
+    def _run(self, plans: list[Any], rows: list[int]) -> list[AttendResult]:
+        """Attend all rows at once; results out of range are errors that name theirs."""
+        device = self._cache.device
+        try:
+            return device.attend_many(plans)
+        except RangeError as error:
+            for row, plan in zip(rows, plans, strict=True):
+                try:
+                    device.attend_many([plan])  # alone, to know which of them it was
+                except RangeError as alone:
+                    raise RangeError(f"layer {self.number}, row {row} of the batch: {alone}") from error
+            raise
+
+    def wait(self) -> None:
+        """Wait for what is being written.
+
+        Raises:
+            CapacityError, DeviceStatusError: see `Sequence.append`.
+        """
+        writes, self._writes = self._writes, []
+        for write in writes:
+            write.result()
+
+    @property
+    def _length(self) -> int:
+        return len(self._kept[0]) if self._kept else 0
+
+    @_not_traced
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Positions that a mask must have for so many new ones, and the first one's number, 0."""
+        return self._length + query_length, 0
+
+    @_not_traced
+    def get_seq_length(self) -> int:
+        """Positions so far."""
+        return self._length
+
+    def get_max_length(self) -> int:
+        """Tokens that each row can hold."""
+        return self._cache.capacity_tokens
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last positions.
+
+        Args:
+            tokens_to_remove: minus their number, as transformers want it.
+
+        Raises:
+            RequestError: a positive number, or some of these tokens are in flash.
+        """
+        if tokens_to_remove > 0:
+            raise RequestError(f"crop takes minus the number of positions to remove, not {tokens_to_remove}")
+        left = max(self._length + tokens_to_remove, 0)
+        self._cache._read.clear()
+        self.wait()
+        if left < self._length:
+            kept = [row[:left] for row in self._kept]
+            self._check_crop([int(row.sum()) for row in kept])
+            for sequence, row in zip(self._cache.sequences, kept, strict=True):
+                assert isinstance(sequence, Sequence)
+                sequence.truncate(int(row.sum()), layer=self.number)
+            self._kept = kept
+
+    def _check_crop(self, left: list[int]) -> None:
+        """Before anything is removed of any row: whether all that is to go can."""
+        for row, (sequence, tokens) in enumerate(zip(self._cache.sequences, left, strict=True)):
+            if not isinstance(sequence, Sequence):
+                raise RequestError("tokens can be removed from a single drive only, not from several")
+            length, flushed = sequence.length(self.number), sequence.flushed(self.number)
+            if tokens < min(length, flushed):
+                raise RequestError(
+                    f"layer {self.number}, row {row} of the batch: {length - tokens} tokens were to be removed, but "
+                    f"only the newest {length - flushed} can be: others are in flash, where nothing can be removed; "
+                    f"make a DriveCache with more held_tokens than {sequence.held_tokens}")
+
+    def reset(self) -> None:
+        """See `DriveCache.reset`, which is of all layers."""
+        self._kept, self._given, self._writes, self.is_initialized = [], None, [], False
+        self.__dict__.pop("batch_size", None)
+
+    def reorder_cache(self, beam_idx: Any) -> NoReturn:
+        """Refused: rows of the batch are sequences in flash, which are not copied."""
+        raise RequestError("K and V in the drive cannot be copied from one row of the batch to another: no beam search")
+
+    def batch_repeat_interleave(self, repeats: int) -> NoReturn:
+        """Refused, see `reorder_cache`."""
+        self.reorder_cache(repeats)
+
+    def batch_select_indices(self, indices: Any) -> NoReturn:
+        """Refused, see `reorder_cache`."""
+        self.reorder_cache(indices)
+
+    def offload(self) -> None:
+        """Nothing: K and V are not in this machine."""
+
+    def prefetch(self) -> None:
+        """Nothing, see `offload`."""
+
+
+class DriveCache(Cache):
+    """K and V of a batch in the drive: what a model gets as `cache`, with attn_implementation="kvattic".
+
+    Usable as a context manager, which gives the flash back at the end; so does `Device.close`.  Each row of the batch
+    is a `Sequence` of its own, made when the first tokens come.
+
+    Args:
+        device: the drive, or several as one; its head_dim must be the model's or larger (`config_for`).
+        config: the model's configuration.
+        capacity_tokens: tokens that each row can hold, prompt and answer; the model's most positions if None.
+        held_tokens: the newest tokens of each row, which stay in device DRAM, where `crop` and rejected drafts can
+            remove them: as many as are drafted at once, at least.  64 if None, and 0 on several drives, which cannot.
+        mode: what a decode step attends: `commands.Mode` or its name in lower case; prompts are attended densely.
+        channels: see `Sequence.attend`, as the following.
+        units: no more are attended than there are.
+        local: likewise.
+        sinks: sparse modes: the first stored tokens of each row (padding is not stored), which are attended in any case
+            and count among `units`.  If None, 16, or as many as `units` and `local` leave room for.
+        unit: of the mode centroid, too; a codeword's tokens if None.
+        options: of the sequences, see `create_sequence` of `Device` and `DriveArray`: isolated, split.
+
+    Attributes:
+        device: the drive.
+        capacity_tokens: tokens that each row can hold.
+        sequences: one for each row of the batch; none before the first tokens.
+
+    Raises:
+        TypeError: there is no such option.
+        RequestError: a wrong mode or number, or K and V do not fit the drive.
+        ConfigError: a sparse mode, and the drive is without sparse attention.
+    """
+
+    def __init__(self, device: Device | DriveArray, config: Any, *, capacity_tokens: int | None = None,
+                 held_tokens: int | None = None, mode: Mode | str = Mode.DENSE, channels: int | None = None,
+                 units: int | None = None, local: int = 0, sinks: int | None = None, unit: int | None = None,
+                 **options: Any) -> None:
+        text = config.get_text_config(decoder=True)
+        several = isinstance(device, DriveArray)
+        _check_options(options, several)
+        names = {one.name.lower(): one for one in Mode}
+        found = names.get(mode) if isinstance(mode, str) else mode
+        if not isinstance(found, Mode):
+            raise RequestError(f"mode must be one of {', '.join(names)}, not {mode!r}")
+        unit = _check_mode(device.config, found, channels, units, local, sinks, unit)
+        if found is not Mode.DENSE and options.get("split") == "context":
+            raise RequestError(f"mode {found.name.lower()} chooses from all tokens, which no drive has if sequences "
+                               "are split by context: take split='heads', or mode='dense'")
+        capacity = int(text.max_position_embeddings) if capacity_tokens is None else capacity_tokens
+        check_positive("capacity_tokens", capacity)
+        held = (0 if several else HELD_TOKENS) if held_tokens is None else held_tokens
+        if isinstance(held, bool) or not isinstance(held, int) or held < 0:
+            raise RequestError(f"held_tokens must be an int, 0 or more, not {held!r}")
+        if held and several:
+            raise RequestError("held_tokens: tokens can be removed from a single drive only, not from several")
+        kept_sinks = 0
+        if found is not Mode.DENSE:
+            kept_sinks = _sinks(units or 1, max(local - held, 0), sinks, unit or 1)
+        dim = _heads(text)[1]
+        if dim > device.config.head_dim:
+            raise RequestError(f"the model's head_dim is {dim}, the drive's {device.config.head_dim}; it must be as "
+                               "large or larger: open it with config_for(model)")
+        super().__init__(layers=[DriveLayer(self, number) for number in range(int(text.num_hidden_layers))])
+        self.device = device
+        self.capacity_tokens = capacity
+        self.sequences: list[Sequence | ArraySequence] = []
+        self._mode, self._channels, self._units, self._local, self._unit = found, channels, units, local, unit
+        self._held_tokens, self._sinks = held, kept_sinks
+        self._text = text
+        self._failed = ""   # an error, from which its layers hold different tokens
+        self._options = options
+        self._writing: deque[DriveLayer] = deque()
+        # What masks say, by their identity: the layers of a step share them.
+        self._read: dict[tuple[int, int, int], tuple[torch.Tensor | None, _Rows]] = {}
+
+    # Life.
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        end_block(self.reset, error)
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        raise RequestError("K and V in the drive cannot be copied: make another DriveCache")
+
+    def _start(self, rows: int, kv_heads: int) -> None:
+        """Sequences for a batch, when its first layer comes."""
+        if self.sequences:
+            return
+        sparse, centroid = self._mode in (Mode.SPARF, Mode.FETCHED), self._mode is Mode.CENTROID
+        options = self._options
+        if self._mode is not Mode.DENSE:
+            options = options | {"sinks": self._sinks, "window": _longest_window(self._text) if sparse else None}
+        try:
+            for _ in range(rows):
+                self.sequences.append(self.device.create_sequence(
+                    kv_heads, capacity_tokens=self.capacity_tokens, layers=len(self.layers), sparse=sparse,
+                    centroids=self._unit if centroid else None, **options))
+        except BaseException:
+            self.reset()
+            raise
+        for sequence in self.sequences:
+            if isinstance(sequence, Sequence):
+                sequence.held_tokens = self._held_tokens
+
+    def reset(self) -> None:
+        """Forget everything and give the flash back; the next batch may have another size.
+
+        Raises:
+            DeviceStatusError: see `Sequence.free`.
+        """
+        sequences, self.sequences = self.sequences, []
+        self._read.clear()
+        self._writing.clear()
+        self._failed = ""
+        for layer in self.layers:
+            with suppress(KvatticError):    # K and V that could not be written are forgotten like the others
+                layer.wait()
+            layer.reset()
+        for sequence in sequences:
+            sequence.free()
+
+    def wait(self) -> None:
+        """Wait until all K and V are written, and report what failed.
+
+        Raises:
+            CapacityError, DeviceStatusError: see `Sequence.append`.
+        """
+        for layer in self.layers:
+            layer.wait()
+
+    def activate_past_recording(self) -> None:
+        """Called before drafts are verified: nothing, as the newest tokens stay in device DRAM anyway.
+
+        Raises:
+            RequestError: several drives, from which rejected drafts cannot be removed.
+        """
+        if isinstance(self.device, DriveArray):
+            raise RequestError("drafts can be removed from a single drive only, not from several")
+
+    def _fail(self, error: E) -> E:
+        """A step ends with an error; what its layers hold does not fit together from now on."""
+        self._failed = f"{type(error).__name__}: {error}"
+        for layer in self.layers:
+            if isinstance(layer, DriveLayer):
+                layer._given = None
+        return error
+
+    def _check_step(self, layer: DriveLayer, count: int) -> None:
+        """Whether a layer's new K and V follow what all layers hold."""
+        if self._failed:
+            raise RequestError("an earlier step of this DriveCache failed, and its layers hold different tokens now: "
+                               "reset() it and begin again with the whole text, or use another one; the error was: "
+                               f"{self._failed}")
+        for other in self.layers:
+            if isinstance(other, DriveLayer) and other._given is not None:
+                raise RequestError(f"layer {other.number}: the K and V that this DriveCache returned last were not "
+                                   f"attended by the backend {NAME!r}: {self._why_not()}; reset() the DriveCache "
+                                   "afterwards")
+        before = self.layers[layer.number - 1] if layer.number else layer
+        if before is not layer and before._length and before._length != layer._length + count:
+            raise RequestError(f"layer {layer.number} holds {layer._length} positions and gets {count} more, but layer "
+                               f"{before.number} holds {before._length}: an earlier step was interrupted; reset() the "
+                               "DriveCache and begin again with the whole text")
+
+    def _why_not(self) -> str:
+        """Why K and V may not have come to the backend."""
+        found = getattr(self._text, "_attn_implementation", NAME)
+        classes = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self._text), ())
+        kinds = classes if isinstance(classes, tuple) else (classes,)
+        if kinds and not any(kind._can_set_attn_implementation() for kind in kinds):
+            return (f"{kinds[0].__name__} computes attention by itself, without transformers' attention interface, and "
+                    "is not supported")
+        if found != NAME:
+            return f"the model's attention is {found!r}, call model.set_attn_implementation({NAME!r})"
+        return "the model computes attention by itself and is not supported, or a step was interrupted"
+
+    def _write_next(self, layer: DriveLayer) -> None:
+        """Another layer's first tokens are about to be written: not too many at a time, for they hold their memory."""
+        while len(self._writing) >= LAYERS_IN_FLIGHT:
+            self._writing.popleft().wait()
+        self._writing.append(layer)
+
+    # Attention.
+
+    def _rows(self, mask: torch.Tensor | None, before: list[Flags], count: int) -> _Rows:
+        key = (id(mask), len(before[0]), count)
+        if key not in self._read:
+            if any(past != len(before[0]) for _, past, _ in self._read):
+                self._read.clear()
+            # The mask is kept, so that its id is not another one's.
+            self._read[key] = (mask, _read_mask(mask, before, count))
+        return self._read[key][1]
+
+    def _check_rows(self, rows: _Rows) -> None:
+        """Whether a sparse mode can serve a step's masks."""
+        if self._mode is not Mode.DENSE:
+            for row, end in enumerate(rows.end):
+                if end is not None:
+                    raise RequestError(f"row {row} of the batch: a token attends later ones, which mode "
+                                       f"{self._mode.name.lower()} does not; use mode='dense'")
+
+    def _plan(self, sequence: Sequence | ArraySequence, layer: int, query: NDArray[np.float32],
+              start: Integers | None, end: Integers | None, scale: float) -> AttendPlan | ArrayPlan:
+        """Attention of a row's newest tokens; all that the drive computes goes through here."""
+        causal = end is None
+        if self._mode is Mode.DENSE:
+            return sequence.plan(query, layer=layer, scale=scale, causal=causal, start=start, end=end)
+        assert self._units is not None
+        # No more units than the query with most of them has.
+        size, count = self._unit or 1, query.shape[1]
+        stop = sequence.length(layer) - count + 1 + np.arange(count)
+        first = np.zeros(count, np.int64) if start is None else start - start % sequence.stripe_tokens
+        units = min(self._units, int((-((first - stop) // size)).max()))
+        return sequence.plan(query, layer=layer, scale=scale, causal=causal, start=start, mode=self._mode,
+                             channels=self._channels, units=units, local=min(self._local, units * size),
+                             unit=self._unit)
+
+
+def _check_options(options: dict[str, Any], several: bool) -> None:
+    """What `DriveCache` hands on to `create_sequence`.
+
+    Raises:
+        TypeError: it has no such argument, or it is not for the user.
+        RequestError: a value that it does not take.
+    """
+    known = [name for name in signature(Device.create_sequence).parameters if name not in _OWN_OPTIONS]
+    known += ["split"] * several
+    for name, value in options.items():
+        if name == "split" and not several:
+            raise TypeError("DriveCache got the option 'split', which is for several drives only (DriveArray)")
+        if name not in known:
+            raise TypeError(f"DriveCache has no option {name!r}; those of its sequences are {', '.join(known)}")
+        if name == "isolated" and not isinstance(value, bool):
+            raise RequestError(f"isolated must be a bool, not {value!r}")
+        if name == "split" and value not in SPLITS:
+            raise RequestError(f"split must be one of {', '.join(SPLITS)}, not {value!r}")
+
+
+def _check_mode(config: Config, mode: Mode, channels: int | None, units: int | None, local: int,
+                sinks: int | None, unit: int | None) -> int | None:
+    """Whether a mode and its numbers go together; the tokens of a unit, None where it has none of its own."""
+    name = mode.name.lower()
+    if mode is Mode.DENSE:
+        if (channels, units, local, sinks, unit) != (None, None, 0, None, None):
+            raise RequestError("mode dense attends all tokens: channels, units, local, sinks and unit must not be "
+                               "given")
+        return None
+    if not config.sparse:
+        raise ConfigError(f"mode {name}: the drive is without sparse attention (Config.sparse)")
+    if units is None:
+        raise RequestError(f"mode {name} needs units (the paper's k)")
+    check_integer("units (the paper's k)", units, 1, MAX_UNITS)
+    if mode is not Mode.CENTROID:
+        check_integer("channels (the paper's r)", channels, 1, config.head_dim)
+    elif channels is not None:
+        raise RequestError(f"mode {name} has no channels: it must not be given")
+    if mode is Mode.SPARF:
+        if unit is not None:
+            raise RequestError(f"mode {name} has no unit: it must not be given")
+    else:
+        unit = config.tokens_per_codeword if unit is None else unit
+        unit_bits(unit, config)
+    check_integer("local", local, 0, units * (unit or 1))
+    return unit
+
+
+def _sinks(units: int, local: int, sinks: int | None, unit: int) -> int:
+    """Sinks that are asked for; if nobody said how many, as many as there is room for.
+
+    Args:
+        units: that a step attends.
+        local: newest tokens that are attended in any case and not held, and so lie in some of the units.
+        sinks: as given.
+        unit: tokens of a unit.
+
+    Raises:
+        RequestError: not a number of tokens, or sinks and local need more units than there are.
+    """
+    newest = -(-(local - 1) // unit) + 1 if local else 0     # wherever the last of them begins
+    if sinks is None:
+        return max(min(SINKS, (units - newest) * unit), 0)
+    check_integer("sinks", sinks, 0, MAX_SINKS)
+    if (needed := -(-sinks // unit) + newest) > units:
+        raise RequestError(f"units (the paper's k) must be at least {needed} for {sinks} sinks and the newest {local} "
+                           f"tokens that are not held, in units of {unit}, not {units}")
+    return sinks
+
+
+def _longest_window(config: Any) -> int | None:
+    """Tokens of the longest range that a layer attends which does not begin with the first token."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and all(kind == "full_attention" for kind in kinds):
+        return None
+    sizes = [size for name in ("sliding_window", "attention_chunk_size") if (size := getattr(config, name, None))]
+    return max(sizes, default=None)
+
+
+@_not_traced
+def _attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+               attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0,
+               **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """The backend: what transformers call as the attention of a layer."""
+    layer = getattr(key, _MARK, None)
+    if not isinstance(layer, DriveLayer):
+        pending = getattr(_last, "layer", lambda: None)()
+        if pending is not None and pending._given is not None:
+            raise pending._cache._fail(RequestError(
+                f"layer {pending.number}: the model changes K after the DriveCache returned them, before it attends "
+                "them: such models are not supported"))
+        raise RequestError(f"attn_implementation={NAME!r} attends K and V that a DriveCache returned, but there was "
+                           "none: give the model, or generate(), cache=DriveCache(device, model.config)")
+    if changes := [name for name in _CHANGES if kwargs.get(name) is not None]:
+        raise layer._cache._fail(RequestError(
+            f"the drive's attention has no {', '.join(changes)}, which this model needs"))
+    if kwargs.get("output_attentions") or "attentions" in (output_capturing._active_collector.get() or ()):
+        raise layer._cache._fail(RequestError(
+            "output_attentions: the drive does not give attention weights; leave it out, or use "
+            "attn_implementation='eager' without a DriveCache"))
+    if dropout or (torch.is_grad_enabled() and query.requires_grad):
+        raise layer._cache._fail(RequestError(
+            "the drive's attention has no gradient and no dropout: call model.eval(), and the model inside "
+            "torch.no_grad()"))
+    return layer.attend(module, query, key, value, attention_mask, scaling), None
+
+
+def _mask(*, q_offset: int = 0, allow_is_causal_skip: bool = True, **kwargs: Any) -> torch.Tensor | None:
+    """The masks that belong to it: bool; None for a prompt that is attended causally without padding."""
+    if "allow_is_bidirectional_skip" in kwargs:
+        raise RequestError("the drive attends causally: a model whose tokens attend later ones is not supported")
+    # Behind the prompt, the mask is how the backend learns of padding and windows.
+    skip = allow_is_causal_skip and q_offset == 0
+    mask: torch.Tensor | None = sdpa_mask(q_offset=q_offset, allow_is_causal_skip=skip, **kwargs)
+    return mask
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)

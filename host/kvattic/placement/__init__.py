@@ -1,0 +1,1 @@
+"""Where K and V lie: zones of flash, and ranges of device DRAM."""

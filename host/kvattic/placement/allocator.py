@@ -1,0 +1,872 @@
+"""Places in flash and in device DRAM.
+
+Flash is handed out in *zones*: one block on every (channel, die, plane), all erased together.  Pages of a zone are
+taken in order and never written twice; when all sequences that have pages in it are gone, it is erased, whole.  So
+nothing is ever copied.  docs/placement.md explains the policy.
+
+Zones, and regions of device DRAM, belong to *domains*, which the device checks.  Domain 1 is everybody's: it has
+whatever no other domain needs.  An isolated sequence has a domain of its own.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvattic.errors import CapacityError, RequestError
+from kvattic.spec.commands import DOMAINS
+from kvattic.spec.config import Config
+from kvattic.spec.layout import Block, PagePlace, page_number, page_place
+
+__all__ = ["COMMON_DOMAIN", "Allocation", "DomainDram", "DramAllocator", "Remap", "Wear", "ZoneAllocator"]
+
+COMMON_DOMAIN = 1
+"""The domain of all sequences that are not isolated."""
+NOBODY = 0
+"""Owner of what no command may reach, or whose owner nobody knows."""
+
+Erase: TypeAlias = Callable[[Sequence[tuple[int, int]]], Sequence[bool]]
+"""Erases the blocks that (channel, page) lie in; whether each could be."""
+Grant: TypeAlias = Callable[[Sequence[int], int], None]
+"""Gives zones to a domain."""
+
+
+class Remap(NamedTuple):
+    """An entry of the device's map that must change.
+
+    Members:
+        channel: flash channel.
+        page: a page number of the zone, die and plane.
+        block: the block that they shall use.
+    """
+
+    channel: int
+    page: int
+    block: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wear:
+    """Erases of the blocks in use.
+
+    Attributes:
+        minimum: of the least worn block.
+        maximum: of the most worn block.
+        mean: of all.
+    """
+
+    minimum: int
+    maximum: int
+    mean: float
+
+    @property
+    def spread(self) -> int:
+        """Most minus fewest erases."""
+        return self.maximum - self.minimum
+
+
+@dataclass(slots=True, eq=False)
+class _Zone:
+    """A zone that is not clean.
+
+    A *row* is one page of each of its blocks on one channel.  A *column* is as many consecutive blocks of the row as a
+    run of pages lies in.  The lists go round from the least worn die on, so that the first dies do not wear out first.
+
+    Attributes:
+        number: of the zone.
+        domain: its owner.
+        run: consecutive page numbers of each thing that is placed here.
+        start: column that is used first.
+        fill: for each channel and column, runs that were taken.
+        limit: runs of a column.
+        broken: (channel, block of the row) whose program failed.
+        users: who has pages here.
+    """
+
+    number: int
+    domain: int
+    run: int
+    start: int
+    fill: list[list[int]]
+    limit: int
+    broken: set[tuple[int, int]] = field(default_factory=set)
+    users: set["Allocation"] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class _Stream:
+    """Zones that are filled one after the other, and how far each channel has come."""
+
+    zones: list[_Zone]
+    at: list[int]
+
+    def remove(self, zone: _Zone) -> None:
+        """Forget a zone."""
+        if zone in self.zones:
+            index = self.zones.index(zone)
+            del self.zones[index]
+            self.at = [at - (at > index) for at in self.at]
+
+
+@dataclass(slots=True, eq=False)
+class Allocation:
+    """What one sequence has in flash; made by `ZoneAllocator.create`.
+
+    Attributes:
+        domain: whose zones it fills.
+        run: consecutive page numbers of each thing that it places.
+        quota: zones that it fills alone.
+        shared: for each channel, runs that are still to come into zones that it shares; negative if there were more.
+    """
+
+    domain: int
+    run: int
+    quota: int
+    shared: list[int]
+    _own: _Stream
+    _uses: set[int] = field(default_factory=set)
+
+
+class ZoneAllocator:
+    """Hands out pages of zones; keeps bad blocks, wear and write amplification.
+
+    A sequence has zones of its own as far as it will fill them; the rest of it goes into zones that are shared with
+    others of its domain whose runs are as long.  The least worn free zone is taken.  A zone without users is erased: at
+    once with `erase_on_free`, otherwise before its next use.
+
+    A block of a zone that is bad is replaced by a spare block of the same channel, die and plane; where there is none
+    left, the zone has a hole there, which is passed over.
+
+    All zones belong to domain 1 at first (`send_owners` says so to the device).  A zone changes its owner when another
+    domain takes it, and only erased.  Where a block with data of a domain could not be erased and not be replaced
+    either, the zone never becomes another domain's: domain 1 uses it on, that of any other domain is nobody's for ever.
+
+    Args:
+        config: geometry.
+        erase: erases blocks of the device.
+        remap: changes the device's map.
+        grant: gives zones to a domain, on the device.
+        bad_blocks: blocks that must not be used.
+        spare_blocks: blocks of each plane that are kept as spares; 2 percent of them, but at least one, if None.
+        erase_on_free: see above.
+
+    Attributes:
+        zones: how many there are.
+        pages_programmed: pages that were programmed, successfully or not (see `account`).
+        pages_written: pages of the sequences' data among them.
+
+    Raises:
+        RequestError: a bad block or the number of spare blocks is none that the geometry has.
+    """
+
+    def __init__(self, config: Config, *, erase: Erase | None = None,
+                 remap: Callable[[Sequence[Remap]], None] | None = None, grant: Grant | None = None,
+                 bad_blocks: Iterable[Block] = (), spare_blocks: int | None = None,
+                 erase_on_free: bool = True) -> None:
+        self.config = config
+        part = config.part
+        spares = max(1, -(-part.blocks // 50)) if spare_blocks is None else spare_blocks
+        if not isinstance(spares, int) or not 0 <= spares < part.blocks:
+            raise RequestError(f"spare_blocks must be 0 to {part.blocks - 1}, not {spares!r}")
+        self.zones = part.blocks - spares
+        self.erase_on_free = erase_on_free
+        self.pages_programmed = 0
+        self.pages_written = 0
+        self._erase: Erase = erase or (lambda places: [True] * len(places))
+        self._remap = remap or (lambda remaps: None)
+        self._grant: Grant = grant or (lambda zones, domain: None)
+        self._row = part.planes * config.dies
+        self._bad = {Block(*block) for block in bad_blocks}
+        for block in self._bad:
+            limits = (config.channels, config.dies, part.planes, part.blocks)
+            if not all(0 <= value < limit for value, limit in zip(block, limits, strict=True)):
+                raise RequestError(f"there is no block {block}: the drive has {config.channels} channels, "
+                                   f"{config.dies} dies, {part.planes} planes and {part.blocks} blocks")
+        channels, row = config.channels, self._row
+        # (zone, channel, block of the row): physical block, -1 where none is left.  Its spares, lowest last.
+        self._map: NDArray[np.int64] = np.broadcast_to(
+            np.arange(self.zones)[:, None, None], (self.zones, channels, row)).copy()
+        self._spares = [[[b for b in range(part.blocks - 1, self.zones - 1, -1)
+                          if Block(c, *self._split(r), b) not in self._bad] for r in range(row)]
+                        for c in range(channels)]
+        self._erases: NDArray[np.int64] = np.zeros((channels, row, part.blocks), np.int64)
+        self._clean = set(range(self.zones))
+        # Of zones that are not clean: which blocks were written, and which are bad, (channel, block of the row) each.
+        self._dirty: dict[int, tuple[list[tuple[int, int]], set[tuple[int, int]]]] = {}
+        self._open: dict[int, _Zone] = {}
+        self._shared: dict[tuple[int, int], _Stream] = {}   # of (domain, run)
+        self._owners = [COMMON_DOMAIN] * self.zones
+        self._marked: set[int] = set()      # data are left in them, in a block that is out of use
+        self._allocations: set[Allocation] = set()
+        self._unsent: list[Remap] = []
+        self._lost: set[tuple[int, int]] = set()   # (channel, die) that do not answer
+        for block in sorted(self._bad):
+            if block.block < self.zones:
+                self._replace(block.block, block.channel, block.die * part.planes + block.plane)
+
+    # Bad blocks.
+
+    def _split(self, place: int) -> tuple[int, int]:
+        return divmod(place, self.config.part.planes)
+
+    def _page(self, zone: int, place: int, page: int = 0) -> int:
+        die, plane = self._split(place)
+        return int(page_number(PagePlace(zone, page, die, plane), self.config))
+
+    def _place(self, page: int) -> tuple[int, int]:
+        """(zone, block of the row) of a page number."""
+        where = page_place(page, self.config)
+        return where.zone, where.die * self.config.part.planes + where.plane
+
+    def block(self, channel: int, page: int) -> Block | None:
+        """The physical block that a page lies in; None where there is none."""
+        zone, place = self._place(page)
+        block = int(self._map[zone, channel, place]) if zone < self.zones else zone
+        return None if block < 0 else Block(channel, *self._split(place), block)
+
+    @property
+    def bad_blocks(self) -> list[Block]:
+        """All blocks that must not be used: the factory's and those that failed since."""
+        return sorted(self._bad)
+
+    @property
+    def holes(self) -> int:
+        """Blocks of zones that are bad and have no spare."""
+        return int((self._map < 0).sum())
+
+    @property
+    def remaps(self) -> list[Remap]:
+        """The device's map, as far as it differs from what it is after power-up."""
+        where = np.argwhere((self._map != np.arange(self.zones)[:, None, None]) & (self._map >= 0)).tolist()
+        return [Remap(c, self._page(z, p), int(self._map[z, c, p])) for z, c, p in where]
+
+    def _replace(self, zone: int, channel: int, place: int) -> None:
+        spares = self._spares[channel][place]
+        if spares:
+            self._map[zone, channel, place] = spares.pop()
+            self._unsent.append(Remap(channel, self._page(zone, place), int(self._map[zone, channel, place])))
+        else:
+            self._map[zone, channel, place] = -1
+
+    def send_remaps(self) -> None:
+        """Tell the device which entries of its map have changed."""
+        if self._unsent:
+            self._remap(self._unsent)
+            self._unsent = []
+
+    def failed(self, channel: int, page: int) -> None:
+        """A page could not be programmed: its block takes nothing more, and is replaced when its zone is erased."""
+        self.abandon(channel, page)
+        zone, place = self._place(page)
+        self._open[zone].broken.add((channel, place))
+
+    def abandon(self, channel: int, page: int) -> None:
+        """Nobody knows whether a page was programmed: its block takes nothing more until its zone is erased."""
+        number, place = self._place(page)
+        zone = self._open[number]
+        fill = zone.fill[channel]
+        fill[(place // self._width(zone.run) - zone.start) % len(fill)] = zone.limit
+
+    def lose_die(self, channel: int, die: int) -> None:
+        """A die does not answer: nothing more is placed there."""
+        self._lost.add((channel, die))
+        planes = self.config.part.planes
+        closed = [zone for zone in range(self.zones) if zone not in self._open]
+        for place in range(die * planes, (die + 1) * planes):
+            self._spares[channel][place] = []
+            self._map[closed, channel, place] = -1
+            for number in self._open:
+                self.abandon(channel, self._page(number, place))
+
+    # Zones.
+
+    def _width(self, run: int) -> int:
+        """Blocks of a column."""
+        return min(run, self._row)
+
+    def _limit(self, run: int) -> int:
+        """Runs of a column."""
+        return self.config.part.pages // max(1, run // self._row)
+
+    def _capacity(self, run: int) -> int:
+        """Runs of a zone on each channel, if no block is missing."""
+        return self._row // self._width(run) * self._limit(run)
+
+    @property
+    def free_zones(self) -> int:
+        """Zones without users."""
+        return self.zones - len(self._open) - len(self._sealed)
+
+    @property
+    def _sealed(self) -> set[int]:
+        """Zones that nobody may use any more: marked, and no domain 1's."""
+        return {zone for zone in self._marked - self._open.keys() if self._owners[zone] != COMMON_DOMAIN}
+
+    def owner(self, zone: int) -> int:
+        """The domain that a zone belongs to; 0 where nobody knows, or nobody may use it."""
+        return self._owners[zone]
+
+    def _give(self, zone: int, domain: int) -> None:
+        if self._owners[zone] != domain:
+            self._owners[zone] = NOBODY     # as far as anybody knows if the device does not answer
+            self._grant([zone], domain)
+            self._owners[zone] = domain
+
+    def send_owners(self) -> None:
+        """Tell the device the owners of all zones, which it forgets with its power."""
+        for domain in sorted(set(self._owners)):
+            self._grant([zone for zone, owner in enumerate(self._owners) if owner == domain], domain)
+
+    def _expel(self, domain: int) -> None:
+        """Nothing of a domain's sequences, if all are gone, is left for those that its number is for now."""
+        if domain == COMMON_DOMAIN or any(allocation.domain == domain for allocation in self._allocations):
+            return
+        mine = [zone for zone in self._dirty if self._owners[zone] == domain]
+        if mine:
+            self._clean_zones(sorted(mine))
+        for zone in sorted(self._sealed):
+            if self._owners[zone] == domain:
+                self._give(zone, NOBODY)
+
+    def _wear_of(self, zone: int) -> tuple[int, int]:
+        erases = self._zone_erases(zone)
+        return int(erases.sum()), zone
+
+    def _zone_erases(self, zone: int) -> NDArray[np.int64]:
+        """Erases of a zone's blocks, (channels, row); 0 where there is none."""
+        blocks = self._map[zone]
+        erases = np.take_along_axis(self._erases, np.maximum(blocks, 0)[:, :, None], axis=2)[:, :, 0]
+        return np.where(blocks < 0, 0, erases)
+
+    def _take_zone(self, run: int, domain: int = COMMON_DOMAIN) -> _Zone:
+        self.send_remaps()
+        while True:
+            # Those that are marked serve domain 1 alone, which leaves the others what they have reserved.
+            free = (self._clean | self._dirty.keys()) - self._marked
+            if domain == COMMON_DOMAIN and (marked := self._marked - self._open.keys() - self._sealed):
+                free = marked if len(free) <= self._wanted_by()[0] else free | marked
+            if not free:
+                holes = f"; {self.holes} blocks are bad and have no spare left" if self.holes else ""
+                raise CapacityError(f"the flash is full: all {self.zones} zones are in use{holes}; free a sequence")
+            number = min(free, key=self._wear_of)
+            if number in self._dirty:
+                self._clean_zones([number])
+            if number not in self._marked or self._owners[number] == domain == COMMON_DOMAIN:
+                break
+        self._give(number, domain)
+        width, limit = self._width(run), self._limit(run)
+        columns = self._row // width
+        # Begin at the least worn die; a column may be wider than a die.
+        erases = self._zone_erases(number).sum(axis=0).reshape(self.config.dies, -1).sum(axis=1)
+        start = int(erases.argmin()) * self.config.part.planes // width
+        lost = (self._map[number] < 0).reshape(self.config.channels, columns, width).any(axis=2)
+        fill = [[limit if lost[c, (k + start) % columns] else 0 for k in range(columns)]
+                for c in range(self.config.channels)]
+        self._clean.discard(number)
+        self._open[number] = zone = _Zone(number, domain, run, start, fill, limit)
+        return zone
+
+    def _close(self, zone: _Zone) -> None:
+        """Nobody uses a zone any more."""
+        del self._open[zone.number]
+        for stream in self._shared.values():
+            stream.remove(zone)
+        width = self._width(zone.run)
+        written: list[tuple[int, int]] = []
+        for channel, fill in enumerate(zone.fill):
+            for k, runs in enumerate(fill):
+                first = (k + zone.start) % len(fill) * width
+                if runs and (self._map[zone.number, channel, first : first + width] >= 0).all():
+                    for place in range(first, first + width):
+                        if (channel, self._split(place)[0]) in self._lost:
+                            self._marked.add(zone.number)
+                        else:
+                            written.append((channel, place))
+        for channel, die in self._lost:
+            first = die * self.config.part.planes
+            self._map[zone.number, channel, first : first + self.config.part.planes] = -1
+        if written:
+            self._dirty[zone.number] = (written, zone.broken)
+        else:
+            self._clean.add(zone.number)
+
+    def _clean_zones(self, numbers: Sequence[int]) -> None:
+        """Erase what was written, replace what went bad."""
+        where = [(number, channel, place) for number in numbers for channel, place in self._dirty[number][0]]
+        erased = self._erase([(channel, self._page(number, place)) for number, channel, place in where])
+        for (number, channel, place), good in zip(where, erased, strict=True):
+            block = int(self._map[number, channel, place])
+            if block < 0:
+                self._marked.add(number)
+                continue    # its die was lost meanwhile
+            self._erases[channel, place, block] += 1
+            if not good or (channel, place) in self._dirty[number][1]:
+                self._bad.add(Block(channel, *self._split(place), block))
+                self._replace(number, channel, place)
+                if not good and self._map[number, channel, place] < 0:
+                    self._marked.add(number)
+        for number in numbers:
+            del self._dirty[number]
+        self._clean.update(numbers)
+        self.send_remaps()
+
+    def clean(self) -> None:
+        """Erase all zones without users that are not erased yet."""
+        if self._dirty:
+            self._clean_zones(sorted(self._dirty))
+
+    def distrust(self) -> None:
+        """Take no block for erased: nobody knows what the flash holds.
+
+        Raises:
+            RequestError: a zone has users.
+        """
+        if self._open:
+            raise RequestError(f"{len(self._open)} zones are in use; free all sequences first")
+        self._clean = set()
+        self._dirty = {
+            zone: ([(int(c), int(p)) for c, p in np.argwhere(self._map[zone] >= 0)], set())
+            for zone in range(self.zones)}
+
+    # Sequences.
+
+    def create(self, runs: Sequence[int], run: int = 1, *, domain: int = COMMON_DOMAIN) -> Allocation:
+        """Room for a sequence.
+
+        If another domain than 1 has no allocation yet, what is left of earlier ones that had its number is erased.
+
+        Args:
+            runs: for each channel, how many runs it will place there at most.
+            run: consecutive page numbers of each, a power of two.
+            domain: zones are shared inside of it alone.
+
+        Raises:
+            RequestError: run is no power of two, or no zone has so many pages; or there is no such domain.
+            CapacityError: there are not enough zones that are free and not wanted by others.
+        """
+        _check_domain(domain)
+        if run < 1 or run & (run - 1) or self._limit(run) == 0:
+            raise RequestError(f"a run must be 1, 2, 4, ... pages, and at most {self.config.zone_pages}, not {run}")
+        capacity, most = self._capacity(run), max(runs)
+        quota, rest = divmod(most, capacity)
+        if quota + (rest > 0) > self.zones:
+            raise CapacityError(
+                f"the sequence is longer than the device: it takes {most * run:,} pages of a channel, the device has "
+                f"{self.zones} zones of {capacity * run:,} pages on each channel")
+        self._expel(domain)
+        allocation = Allocation(domain, run, quota, [max(0, r - quota * capacity) for r in runs],
+                                _Stream([], [0] * self.config.channels))
+        before, promised = self._wanted(), self._wanted_by()[0]
+        self._allocations.add(allocation)
+        wanted, unmarked = self._wanted(), len((self._clean | self._dirty.keys()) - self._marked)
+        if wanted > self.free_zones or self._wanted_by()[0] > unmarked:
+            self._allocations.discard(allocation)
+            left, shared = self.free_zones - before, ""
+            if domain != COMMON_DOMAIN and unmarked - promised < left:
+                left = unmarked - promised
+                shared = f", and {self.free_zones - unmarked} serve none but sequences that share zones"
+            raise CapacityError(
+                f"the flash is full: {wanted - before} more zones of {capacity * run:,} pages on each channel are "
+                f"wanted, and of {self.zones} {max(left, 0)} are left: {self.zones - self.free_zones} are in use, and "
+                f"{before} are reserved for tokens that sequences have room for and do not hold yet{shared}; free a "
+                f"sequence or ask for fewer tokens")
+        return allocation
+
+    def _wanted(self) -> int:
+        """Zones that are reserved and not open yet."""
+        return sum(self._wanted_by())
+
+    def _wanted_by(self) -> tuple[int, int]:
+        """The same for all other domains than 1 together, and for domain 1."""
+        wanted = [0, 0]
+        shared: dict[tuple[int, int], NDArray[np.int64]] = {}
+        for allocation in self._allocations:
+            wanted[allocation.domain == COMMON_DOMAIN] += max(0, allocation.quota - len(allocation._own.zones))
+            runs = shared.setdefault((allocation.domain, allocation.run), np.zeros(self.config.channels, np.int64))
+            runs += np.maximum(allocation.shared, 0)
+        for (domain, run), runs in shared.items():
+            if (domain, run) in self._shared:
+                stream = self._shared[domain, run]
+                for channel, at in enumerate(stream.at):
+                    runs[channel] -= sum(
+                        zone.limit * len(zone.fill[channel]) - sum(zone.fill[channel]) for zone in stream.zones[at:])
+            wanted[domain == COMMON_DOMAIN] += max(0, -(-int(runs.max()) // self._capacity(run)))
+        return wanted[0], wanted[1]
+
+    def take(self, allocation: Allocation, channel: int, *, die: int | None = None) -> int:
+        """Page number of the next run on a channel.
+
+        Without a die, runs follow each other through the page numbers of a zone.
+
+        Args:
+            allocation: whose.
+            channel: where.
+            die: where it shall lie (begin) if there is room.
+
+        Raises:
+            CapacityError: the flash is full.
+        """
+        run, width = allocation.run, self._width(allocation.run)
+        stream = allocation._own
+        while True:
+            at = stream.at[channel]
+            if stream is allocation._own and at == allocation.quota:
+                stream = self._shared.setdefault((allocation.domain, run), _Stream([], [0] * self.config.channels))
+                at = stream.at[channel]
+            if at == len(stream.zones):
+                stream.zones.append(self._take_zone(run, allocation.domain))
+            zone = stream.zones[at]
+            fill = zone.fill[channel]
+            k = fill.index(min(fill))
+            if die is not None:
+                planes = self.config.part.planes
+                first = (die * planes // width - zone.start) % len(fill)
+                here = fill[first : first + max(1, planes // width)]
+                if min(here) < zone.limit:
+                    k = first + here.index(min(here))
+            if fill[k] < zone.limit:
+                break
+            stream.at[channel] += 1
+        page = self._page(zone.number, (k + zone.start) % len(fill) * width, fill[k] * max(1, run // self._row))
+        fill[k] += 1
+        zone.users.add(allocation)
+        allocation._uses.add(zone.number)
+        if stream is not allocation._own:
+            allocation.shared[channel] -= 1
+        return page
+
+    def give_back(self, allocation: Allocation, channel: int, page: int) -> None:
+        """Undo the last `take` of a channel that was not undone: nothing was programmed there."""
+        number, place = self._place(page)
+        zone = self._open[number]
+        fill = zone.fill[channel]
+        fill[(place // self._width(zone.run) - zone.start) % len(fill)] -= 1
+        for stream in (allocation._own, self._shared.get((zone.domain, zone.run))):
+            if stream is not None and zone in stream.zones:
+                stream.at[channel] = min(stream.at[channel], stream.zones.index(zone))
+                if stream is not allocation._own:
+                    allocation.shared[channel] += 1
+
+    def release(self, *allocations: Allocation) -> None:
+        """A sequence is gone: zones that nobody uses any more are erased, now or later (`erase_on_free`).
+
+        Args:
+            allocations: what it has.
+
+        Raises:
+            RequestError: one of them was released already, or is another device's.
+        """
+        if not self._allocations.issuperset(allocations):
+            raise RequestError("this allocation was released already, or is another device's")
+        for allocation in allocations:
+            self._allocations.discard(allocation)
+            for number in sorted(allocation._uses):
+                zone = self._open[number]
+                zone.users.discard(allocation)
+                if not zone.users:
+                    self._close(zone)
+            # A zone of its own that it opened and has no page in.
+            for zone in allocation._own.zones:
+                if zone.number in self._open and not zone.users:
+                    self._close(zone)
+        if self.erase_on_free:
+            self.clean()
+
+    # Figures.
+
+    def account(self, programmed: int, written: int) -> None:
+        """Count pages that were programmed, and pages of data that got their place."""
+        self.pages_programmed += programmed
+        self.pages_written += written
+
+    @property
+    def write_amplification(self) -> float:
+        """Pages programmed for each page of data; NaN if there was none."""
+        return self.pages_programmed / self.pages_written if self.pages_written else float("nan")
+
+    @property
+    def wear(self) -> Wear:
+        """Erases of all blocks of the zones, as they are mapped now."""
+        there = self._map >= 0
+        erases = np.concatenate([self._zone_erases(zone)[there[zone]] for zone in range(self.zones)])
+        return Wear(minimum=int(erases.min()), maximum=int(erases.max()), mean=float(erases.mean()))
+
+
+class DramAllocator:
+    """Hands out ranges of pages of a memory: first fit over a sorted list of free ranges.
+
+    Args:
+        pages: pages that there are, numbered from 0.
+
+    Raises:
+        RequestError: pages is negative.
+    """
+
+    def __init__(self, pages: int) -> None:
+        if pages < 0:
+            raise RequestError(f"pages must not be negative, as {pages} is")
+        self.pages = pages
+        self._free: list[tuple[int, int]] = [(0, pages)] if pages else []  # (first, count), sorted, never adjacent
+        self._used: dict[int, int] = {}
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that are free, in ranges of any length."""
+        return sum(count for _, count in self._free)
+
+    @property
+    def largest(self) -> int:
+        """Length of the longest free range."""
+        return max((count for _, count in self._free), default=0)
+
+    def allocate(self, count: int) -> int:
+        """First page of a range of `count` pages, the lowest that fits.
+
+        Raises:
+            RequestError: count is not positive.
+            CapacityError: no free range is that long.
+        """
+        if count < 1:
+            raise RequestError(f"a page range must have at least one page, not {count}")
+        for first, length in self._free:
+            if length >= count:
+                self._cut(first, count)
+                self._used[first] = count
+                return first
+        raise _dram_full(count, self.largest, self.free_pages, self.pages)
+
+    def free(self, first: int) -> None:
+        """Give the range that begins at page `first` back.
+
+        Raises:
+            RequestError: no allocated range begins there.
+        """
+        count = self._used.pop(first, None)
+        if count is None:
+            raise RequestError(f"no allocated range begins at page {first}")
+        self._join(first, count)
+
+    def _cut(self, first: int, count: int) -> None:
+        """Take pages, all of them free, off the list."""
+        index = bisect_right(self._free, (first, self.pages)) - 1
+        begin, length = self._free[index]
+        rest = [(begin, first - begin), (first + count, begin + length - first - count)]
+        self._free[index : index + 1] = [(page, pages) for page, pages in rest if pages]
+
+    def _join(self, first: int, count: int) -> None:
+        """Put pages, none of them free, on the list."""
+        index = bisect_left(self._free, (first, 0))
+        if index < len(self._free) and first + count == self._free[index][0]:
+            count += self._free.pop(index)[1]
+        if index > 0 and sum(self._free[index - 1]) == first:
+            index -= 1
+            before = self._free.pop(index)
+            first, count = before[0], before[1] + count
+        self._free.insert(index, (first, count))
+
+    def _has(self, first: int, count: int) -> bool:
+        """Whether pages are all free."""
+        index = bisect_right(self._free, (first, self.pages)) - 1
+        return index >= 0 and sum(self._free[index]) >= first + count
+
+
+class DomainDram:
+    """Hands out ranges of pages of device DRAM to domains.
+
+    The device knows the owner of each *region* of 2**region_bits pages.  Domain 1 has all that the others have not.
+    Another one takes whole regions, as few as will do and the last that are free, when what it has is not enough;
+    as soon as nothing is allocated in a region of its, it goes back.
+
+    Pages are not cleared here: before regions change their owner, either way, `released` is called with their first
+    page and the number of pages, so that the driver can overwrite them with zeros.  If that fails they stay where they
+    are, and the next call tries again.
+
+    All regions belong to domain 1 at first; `send_owners` says so to the device.
+
+    Args:
+        pages: pages that there are, numbered from 0; the last region may be a part of one.
+        region_bits: log2 of the pages of a region.
+        grant: gives regions to a domain, on the device: first region, how many, domain.
+        released: see above.
+
+    Attributes:
+        pages: as given.
+        regions: how many there are.
+
+    Raises:
+        RequestError: pages or region_bits are negative.
+    """
+
+    def __init__(self, pages: int, region_bits: int, grant: Callable[[int, int, int], None] | None = None,
+                 released: Callable[[int, int], None] | None = None) -> None:
+        if region_bits < 0:
+            raise RequestError(f"region_bits must not be negative, as {region_bits} is")
+        self._common = DramAllocator(pages)
+        self.pages = pages
+        self._bits = region_bits
+        self.regions = -(-pages >> region_bits)
+        self._grant = grant or (lambda first, count, domain: None)
+        self._released = released or (lambda first, count: None)
+        # Of those of other domains: whose they are, and their free and allocated pages.
+        self._owners: dict[int, int] = {}
+        self._others: dict[int, DramAllocator] = {}
+        self._unsent: set[int] = set()      # regions whose owner the device may not know
+
+    def owner(self, region: int) -> int:
+        """The domain that a region belongs to."""
+        return self._owners.get(region, COMMON_DOMAIN)
+
+    def send_owners(self) -> None:
+        """Tell the device the owners of all regions, which it forgets with its power."""
+        self._unsent = set(range(self.regions))
+        self._send()
+
+    @property
+    def free_pages(self) -> int:
+        """Pages of domain 1 that are free, in ranges of any length."""
+        return self._common.free_pages
+
+    @property
+    def largest(self) -> int:
+        """Length of the longest range that domain 1 can have."""
+        return self._common.largest
+
+    def largest_for(self, domain: int) -> int:
+        """Length of the longest range that a domain can have."""
+        if domain == COMMON_DOMAIN:
+            return self.largest
+        return max((count for _, count in self._reach(domain)), default=0)
+
+    def allocate(self, count: int, domain: int = COMMON_DOMAIN) -> int:
+        """First page of a range of `count` pages that a domain owns.
+
+        Raises:
+            RequestError: count is not positive, or there is no such domain.
+            CapacityError: no free range is that long.
+        """
+        _check_domain(domain)
+        if count < 1:
+            raise RequestError(f"a page range must have at least one page, not {count}")
+        self._give_back()
+        self._send()
+        if domain == COMMON_DOMAIN:
+            return self._common.allocate(count)
+        mine = self._others.get(domain)
+        if mine is None or mine.largest < count:
+            self._extend(domain, count)
+            mine = self._others[domain]
+        return mine.allocate(count)
+
+    def free(self, first: int) -> None:
+        """Give the range that begins at page `first` back.
+
+        Raises:
+            RequestError: no allocated range begins there.
+        """
+        self._others.get(self.owner(first >> self._bits), self._common).free(first)
+        self._give_back()
+        self._send()
+
+    # Regions.
+
+    def _pages_of(self, region: int) -> tuple[int, int]:
+        """First page of a region, and how many it has."""
+        first = region << self._bits
+        return first, min(1 << self._bits, self.pages - first)
+
+    def _whole(self) -> list[tuple[int, int]]:
+        """The pages of domain 1's regions that are free: ranges, sorted."""
+        found: list[tuple[int, int]] = []
+        for first, count in self._common._free:
+            begin = -(-first >> self._bits) << self._bits
+            end = first + count if first + count == self.pages else first + count >> self._bits << self._bits
+            if end > begin:
+                found.append((begin, end - begin))
+        return found
+
+    def _reach(self, domain: int) -> list[tuple[int, int]]:
+        """What a domain has free, together with the free regions: ranges, sorted, never adjacent."""
+        mine = self._others[domain]._free if domain in self._others else []
+        ranges: list[tuple[int, int]] = []
+        for first, count in sorted([*mine, *self._whole()]):
+            if ranges and sum(ranges[-1]) == first:
+                first, count = ranges[-1][0], ranges.pop()[1] + count
+            ranges.append((first, count))
+        return ranges
+
+    def _begins(self, domain: int, count: int, ranges: list[tuple[int, int]]) -> Iterator[int]:
+        """Where `count` pages may begin, as far as it is worth looking."""
+        size = 1 << self._bits
+        limits = {first: first + length - count for first, length in ranges}
+        firsts = sorted(limits)
+
+        def limit(page: int) -> int:
+            return limits[firsts[bisect_right(firsts, page) - 1]]
+
+        if domain in self._others:
+            yield from (first for first, _ in self._others[domain]._free if first <= limit(first))
+        for first, length in self._whole():
+            # Further down in these regions it is no better.
+            top = min(limit(first), first + length - 1) >> self._bits << self._bits
+            yield from range(top, max(first, top - count - size) - 1, -size)
+
+    def _extend(self, domain: int, count: int) -> None:
+        """Take the fewest regions with which a domain has `count` free pages in a row."""
+        best: tuple[int, int, list[int]] | None = None
+        ranges = self._reach(domain)
+        for begin in self._begins(domain, count, ranges):
+            over = range(begin >> self._bits, (begin + count - 1 >> self._bits) + 1)
+            wanted = [region for region in over if self.owner(region) != domain]
+            if best is None or (len(wanted), -begin) < best[:2]:
+                best = len(wanted), -begin, wanted
+        if best is None:
+            raise _dram_full(count, self.largest_for(domain), sum(length for _, length in ranges), self.pages)
+        for region in best[2]:
+            self._released(*self._pages_of(region))
+        for region in best[2]:
+            first, length = self._pages_of(region)
+            self._common._cut(first, length)
+            self._owners[region] = domain
+            self._unsent.add(region)
+            other = self._others.setdefault(domain, DramAllocator(0))
+            other.pages = self.pages
+            other._join(first, length)
+        self._send()
+
+    def _give_back(self) -> None:
+        """Regions of other domains in which nothing is allocated become domain 1's."""
+        for region, domain in sorted(self._owners.items()):
+            other, (first, count) = self._others[domain], self._pages_of(region)
+            if not other._has(first, count):
+                continue
+            self._released(first, count)
+            other._cut(first, count)
+            del self._owners[region]
+            self._unsent.add(region)
+            if not other._free and not other._used:
+                del self._others[domain]
+            self._common._join(first, count)
+
+    def _send(self) -> None:
+        """Tell the device the owners that it may not know."""
+        while self._unsent:
+            first = last = min(self._unsent)
+            domain = self.owner(first)
+            while last + 1 in self._unsent and self.owner(last + 1) == domain:
+                last += 1
+            self._grant(first, last + 1 - first, domain)
+            self._unsent.difference_update(range(first, last + 1))
+
+
+def _dram_full(count: int, largest: int, free: int, pages: int) -> CapacityError:
+    return CapacityError(
+        f"the device DRAM is full: {count} consecutive pages are wanted, the longest free range has {largest} "
+        f"({free} of {pages} are free); free a sequence, or give the device more DRAM")
+
+
+def _check_domain(domain: int) -> None:
+    if isinstance(domain, bool) or not isinstance(domain, int) or not COMMON_DOMAIN <= domain < DOMAINS:
+        raise RequestError(f"domain must be an int from {COMMON_DOMAIN} to {DOMAINS - 1}, not {domain!r}")

@@ -1,0 +1,1 @@
+"""What the RTL, the golden device and the driver agree on: formats, commands, registers, layout."""

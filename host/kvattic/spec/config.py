@@ -1,0 +1,356 @@
+"""The one configuration that golden model, RTL, driver and reports are built from."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from math import ceil
+from typing import Any, Self
+
+from kvattic.errors import ConfigError
+from kvattic.spec.formats import VALUE_FRACTION, Element
+from kvattic.spec.nand import PSLC, TINY_PART, NandPart, is_power_of_two
+
+HEAD_DIMS = (32, 64, 80, 96, 128, 256)
+BEAT_BYTES = (8, 16, 32)
+MAX_CHANNELS = 32
+MAX_ROWS = 16
+ELEMENT_BYTES = 2
+CRC_BITS = 24
+"""Of the check value that tells a miscorrected or misplaced codeword (kvattic.spec.ecc)."""
+MAX_CLOCK_MHZ = 10_000
+"""No chip is clocked faster: a larger number was meant in Hz or kHz, and every time in cycles would be absurd."""
+PAGE_NUMBER_BITS = 24
+"""Bits of a page number on its channel, and of a page number in device DRAM."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """Geometry of the drive: the engine, the flash behind it, and the KV pages that it reads.
+
+    Attributes:
+        channels: flash channels, and so lanes of the engine (1 to 32).
+        beat_bytes: bytes that a lane takes in one cycle (8, 16 or 32).
+        rows: query rows that share one pass over K and V (1 to 16).
+        head_dim: elements of one token of one head (32, 64, 80, 96, 128 or 256).
+        element: storage format of K, V and q.
+        part: the NAND die; its page is the page.
+        dies: dies of a channel, each a target of its own, a power of two.
+        cache_reads: the controllers read a die's next pages while they move its last ones out of the cache register.
+        ecc_t: bit errors that are corrected in each codeword.
+        dram_beat_bytes: bytes that the device DRAM's port moves in one cycle (a power of two, 8 to 128).
+        codeword_bytes: data bytes of an ECC codeword, the smallest unit that is read.
+        score_depth: tokens that one lane's score buffer holds, over all jobs in flight.
+        jobs_in_flight: jobs that the software pipeline overlaps (2 to 16).
+        sparse: the engine has the sparse modes (`commands.Mode`).
+        groups_in_flight: groups of the channel layout that a lane sums at the same time (2, 4, 8 or 16).
+        clock_mhz: clock that turns cycles into seconds and the part's times into cycles (above 0, at most 10,000).
+
+    Raises:
+        ConfigError: a value is outside of what the engine supports.
+    """
+
+    channels: int = 8
+    beat_bytes: int = 8
+    rows: int = 1
+    head_dim: int = 128
+    element: Element = Element.FP16
+    part: NandPart = PSLC
+    dies: int = 8
+    cache_reads: bool = False
+    ecc_t: int = 8
+    dram_beat_bytes: int = 64
+    codeword_bytes: int = 512
+    score_depth: int = 4096
+    jobs_in_flight: int = 4
+    sparse: bool = True
+    groups_in_flight: int = 4
+    clock_mhz: float = 285.0
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "element", Element(self.element))
+        except ValueError:
+            raise ConfigError(f"element must be one of {[e.value for e in Element]}, not {self.element!r}") from None
+        if not isinstance(self.part, NandPart):
+            raise ConfigError(f"part must be a NandPart, not {self.part!r}")
+        for name in ("cache_reads", "sparse"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be a bool, not {getattr(self, name)!r}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, "int") and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ConfigError(f"{field.name} must be an int, not {value!r}")
+        if not isinstance(self.clock_mhz, (int, float)) or isinstance(self.clock_mhz, bool):
+            raise ConfigError(f"clock_mhz must be a number, not {self.clock_mhz!r}")
+        object.__setattr__(self, "clock_mhz", float(self.clock_mhz))
+        self._check(1 <= self.channels <= MAX_CHANNELS, "channels", f"1 to {MAX_CHANNELS}")
+        self._check(self.beat_bytes in BEAT_BYTES, "beat_bytes", f"one of {BEAT_BYTES}")
+        self._check(1 <= self.rows <= MAX_ROWS, "rows", f"1 to {MAX_ROWS}")
+        self._check(self.head_dim in HEAD_DIMS, "head_dim", f"one of {HEAD_DIMS}")
+        self._check(self.codeword_bytes >= self.token_bytes, "codeword_bytes",
+                    f"at least one token ({self.token_bytes} bytes at head_dim {self.head_dim})")
+        self._check(is_power_of_two(self.codeword_bytes), "codeword_bytes", "a power of two")
+        self._check(self.page_bytes >= self.codeword_bytes, "page_bytes", "at least codeword_bytes")
+        self._check(is_power_of_two(self.dies), "dies", "a power of two")
+        self._check(1 <= self.ecc_t <= 64, "ecc_t", "1 to 64")
+        self._check(is_power_of_two(self.dram_beat_bytes) and 8 <= self.dram_beat_bytes <= 128, "dram_beat_bytes",
+                    "a power of two from 8 to 128")
+        self._check(self.dram_beat_bytes >= self.beat_bytes, "dram_beat_bytes", "at least beat_bytes")
+        self._check(self.codeword_bytes >= self.dram_beat_bytes, "codeword_bytes", "at least dram_beat_bytes")
+        self._check(self.raw_page_bytes <= self.page_bytes + self.part.spare_bytes, "ecc_t",
+                    f"such that {self.codewords_per_page} codewords of {self.raw_codeword_bytes} bytes fit a page of "
+                    f"{self.page_bytes} + {self.part.spare_bytes} bytes")
+        self._check(self.pages_per_channel <= 1 << PAGE_NUMBER_BITS, "dies",
+                    f"such that a channel has at most 2**{PAGE_NUMBER_BITS} pages")
+        self._check(is_power_of_two(self.score_depth), "score_depth", "a power of two")
+        self._check(self.score_depth >= self.codewords_per_page << self.slot_bits_per_codeword, "score_depth",
+                    f"at least one page of tokens ({self.codewords_per_page << self.slot_bits_per_codeword})")
+        self._check(2 <= self.jobs_in_flight <= 16, "jobs_in_flight", "2 to 16")
+        self._check(self.groups_in_flight in (2, 4, 8, 16), "groups_in_flight", "2, 4, 8 or 16")
+        if self.sparse and (reason := self._no_groups):
+            raise ConfigError(f"sparse must be False here: {reason}")
+        self._check(0 < self.clock_mhz <= MAX_CLOCK_MHZ, "clock_mhz", f"above 0 and at most {MAX_CLOCK_MHZ:,}, in MHz")
+        self._check(self.max_tokens < 1 << 24, "score_depth", "such that channels * score_depth is below 2**24")
+
+    def _check(self, good: bool, name: str, what: str) -> None:
+        if not good:
+            raise ConfigError(f"{name} must be {what}, not {getattr(self, name)!r}")
+
+    # Derived geometry of flash.
+
+    @property
+    def page_bytes(self) -> int:
+        """Data bytes of a flash page."""
+        return self.part.page_bytes
+
+    @property
+    def bch_m(self) -> int:
+        """The code's field is GF(2**m): the smallest whose codewords are long enough."""
+        data = self.codeword_bytes * 8 + CRC_BITS
+        m = 5
+        while data + m * self.ecc_t > (1 << m) - 1:
+            m += 1
+        return m
+
+    @property
+    def check_bytes(self) -> int:
+        """Bytes behind a codeword's data: CRC, BCH parity, and zeros up to a whole beat."""
+        bits = CRC_BITS + self.bch_m * self.ecc_t
+        return ceil(bits / 8 / self.beat_bytes) * self.beat_bytes
+
+    @property
+    def raw_codeword_bytes(self) -> int:
+        """Bytes that a codeword takes in flash and on the flash bus."""
+        return self.codeword_bytes + self.check_bytes
+
+    @property
+    def raw_codeword_words(self) -> int:
+        """Words of `beat_bytes` that a codeword takes on the flash side."""
+        return self.raw_codeword_bytes // self.beat_bytes
+
+    @property
+    def raw_page_bytes(self) -> int:
+        """Bytes of a page that hold codewords; codeword i begins at column i * raw_codeword_bytes."""
+        return self.codewords_per_page * self.raw_codeword_bytes
+
+    @property
+    def plane_bits(self) -> int:
+        """Lowest bits of a page number: the plane."""
+        return (self.part.planes - 1).bit_length()
+
+    @property
+    def die_bits(self) -> int:
+        """Next bits: the die."""
+        return (self.dies - 1).bit_length()
+
+    @property
+    def block_page_bits(self) -> int:
+        """Next bits: the page of the block; above them stands the zone."""
+        return (self.part.pages - 1).bit_length()
+
+    @property
+    def zone_page_bits(self) -> int:
+        """Bits of a page number below the zone."""
+        return self.plane_bits + self.die_bits + self.block_page_bits
+
+    @property
+    def zone_pages(self) -> int:
+        """Pages of a zone on each channel."""
+        return self.part.planes * self.dies * self.part.pages
+
+    @property
+    def pages_per_channel(self) -> int:
+        """Page numbers of a channel, those that pad a block to a power of two included."""
+        return self.part.blocks << self.zone_page_bits
+
+    def cycles(self, nanoseconds: float) -> int:
+        """Whole clock cycles that take at least so long."""
+        return ceil(round(nanoseconds * self.clock_mhz / 1000, 6))
+
+    # Derived geometry of the engine.
+
+    @property
+    def elements_per_beat(self) -> int:
+        """Elements that a lane takes in one cycle."""
+        return self.beat_bytes // ELEMENT_BYTES
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token of one head, K or V."""
+        return self.head_dim * ELEMENT_BYTES
+
+    @property
+    def beats_per_token(self) -> int:
+        """Beats that carry one token."""
+        return self.head_dim // self.elements_per_beat
+
+    @property
+    def tokens_per_codeword(self) -> int:
+        """Whole tokens in one codeword; what is left of it is padding and never sent to a lane."""
+        return self.codeword_bytes // self.token_bytes
+
+    @property
+    def beats_per_codeword(self) -> int:
+        """Beats that a codeword puts on its lane."""
+        return self.tokens_per_codeword * self.beats_per_token
+
+    @property
+    def codewords_per_page(self) -> int:
+        """Codewords in one page."""
+        return self.page_bytes // self.codeword_bytes
+
+    @property
+    def tokens_per_page(self) -> int:
+        """Consecutive tokens of one head in one page: a stripe."""
+        return self.codewords_per_page * self.tokens_per_codeword
+
+    @property
+    def slot_bits_per_codeword(self) -> int:
+        """log2 of the score-buffer places kept for one codeword's tokens."""
+        return (self.tokens_per_codeword - 1).bit_length()
+
+    @property
+    def ring_codewords(self) -> int:
+        """Codewords that one lane's score buffer holds."""
+        return self.score_depth >> self.slot_bits_per_codeword
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of one job at most: what the score buffers of all lanes hold."""
+        return self.channels * self.ring_codewords * self.tokens_per_codeword
+
+    # Derived geometry of sparse attention.
+
+    @property
+    def _no_groups(self) -> str:
+        """Why there can be no channel layout; empty if there can."""
+        if self.tokens_per_codeword * self.token_bytes != self.codeword_bytes:
+            return ("codewords of the channel layout have no rest, so those of the token layout must have none; "
+                    f"{self.tokens_per_codeword} tokens of {self.token_bytes} bytes leave some of "
+                    f"{self.codeword_bytes}; choose a power of two for head_dim")
+        tokens, page = self.group_tokens, self.tokens_per_page
+        pages = tokens // page
+        if pages * page != tokens or not is_power_of_two(pages):
+            return (f"a codeword of the channel layout has {tokens} tokens, which must be 1, 2, 4, ... pages of the "
+                    f"token layout, of {page} tokens each, not {tokens / page:g}; choose another page_bytes")
+        if pages * self.codewords_per_page > self.ring_codewords:
+            return (f"a stripe of the channel layout has {pages * self.codewords_per_page} codewords of K, which must "
+                    f"fit a lane's score buffer, {self.ring_codewords} codewords (score_depth {self.score_depth})")
+        return ""
+
+    @property
+    def group_tokens(self) -> int:
+        """Tokens of one channel in a codeword of the channel layout: a stripe of a sparse sequence."""
+        return self.codeword_bytes // ELEMENT_BYTES
+
+    @property
+    def group_pages(self) -> int:
+        """Pages of K (and of V, and of the channel layout) of a group, a power of two."""
+        return self.group_tokens // self.tokens_per_page
+
+    @property
+    def group_codewords(self) -> int:
+        """Codewords of K of a group, a power of two, at least head_dim."""
+        return self.group_pages * self.codewords_per_page
+
+    @property
+    def group_words(self) -> int:
+        """Accumulator words of a group: beats of a codeword of the channel layout."""
+        return self.codeword_bytes // self.beat_bytes
+
+    @property
+    def unit_bits_max(self) -> int:
+        """log2 of the codewords of the largest unit of selection: a page; and its centroids fill whole codewords."""
+        return min(self.codewords_per_page, self.group_codewords // self.tokens_per_codeword).bit_length() - 1
+
+    @property
+    def accumulator_bits(self) -> int:
+        """Width of an output accumulator: no sum of `max_tokens` addends can overflow it (docs/numerics.md)."""
+        # An fp16 addend stays below half of the window; only bf16 values can fill it.
+        addend = self.element.encoding.value_window_bits - (self.element is Element.FP16)
+        return addend + (self.max_tokens - 1).bit_length() + 1
+
+    @property
+    def denominator_bits(self) -> int:
+        """Width of a denominator: `max_tokens` weights of at most 1.0 in the value window."""
+        return VALUE_FRACTION + self.max_tokens.bit_length()
+
+    # Identity.
+
+    def to_json(self) -> str:
+        """This configuration as JSON text with sorted keys."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The configuration that `to_json` wrote.
+
+        Raises:
+            ConfigError: the text is not a JSON object of known fields with supported values.
+        """
+        try:
+            values: Any = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"a configuration must be JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"a configuration must be a JSON object, not {type(values).__name__}")
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"unknown configuration fields {unknown}; known are {sorted(known)}")
+        if isinstance(values.get("part"), dict):
+            try:
+                values["part"] = NandPart(**values["part"])
+            except TypeError as error:
+                raise ConfigError(f"part must have the fields of a NandPart: {error}") from None
+        return cls(**values)
+
+    @property
+    def hash(self) -> int:
+        """32 bits that stand in the ID registers; the driver refuses a device with another value."""
+        text = self.to_json()
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+
+
+TINY = Config(channels=2, rows=2, head_dim=32, part=TINY_PART, dies=2, dram_beat_bytes=16, codeword_bytes=256,
+              score_depth=256)
+"""Fast tests."""
+BOARD = Config(channels=4, jobs_in_flight=8)
+"""A four-channel OpenSSD board (paper v1: 4 flash channels)."""
+PAPER = Config(jobs_in_flight=16, groups_in_flight=8)
+"""The paper's drive: 8 channels, one query row, 285 MHz (HPCA text, section VI)."""
+GQA = Config(rows=8, jobs_in_flight=8)
+"""Groups of eight query rows share each byte of K and V."""
+
+PRESETS = {"tiny": TINY, "board": BOARD, "paper": PAPER, "gqa": GQA}
+
+
+def preset(name: str) -> Config:
+    """The named preset.
+
+    Raises:
+        ConfigError: there is no preset of that name.
+    """
+    try:
+        return PRESETS[name]
+    except KeyError:
+        raise ConfigError(f"there is no preset {name!r}; presets are {', '.join(PRESETS)}") from None

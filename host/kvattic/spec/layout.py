@@ -1,0 +1,523 @@
+"""The layout of K and V, one source for all sides: how a page looks, what a stripe is, how pages are numbered.
+
+Token layout
+    A codeword holds `Config.tokens_per_codeword` whole tokens of one head: token t's head_dim elements, 16 bits each,
+    little-endian, in order.  What is left of the codeword is zero.  A page holds `Config.codewords_per_page`
+    codewords, and so `Config.tokens_per_page` consecutive tokens of one head.  K and V have pages of their own.
+
+Channel layout
+    K again, for sparse attention: a codeword holds one embedding channel of codeword_bytes / 2 consecutive tokens of
+    one head, in order; a page holds codewords_per_page consecutive channels of the same tokens.
+
+Centroids
+    For sparse attention without a second copy of K: a mean key for each unit of some codewords of K, in the token
+    layout, as if it were a token.  The mean keys of a stripe fill whole codewords (`centroid_codewords`), which follow
+    each other; those of several stripes share a page.
+
+Stripe
+    The tokens of a head are cut into stripes: `stripe_pages` pages of K and as many of V, with consecutive page
+    numbers each.  All pages of a stripe lie on one flash channel, or wait in device DRAM, where K and V look the same.
+    A stripe is one page of tokens; for sparse attention, the tokens of a channel-layout codeword, and its
+    channel-layout pages are as many as of K.  Stripes go round the channels (`stripe_channel`).
+
+Page numbers
+    The page number on a channel is, from the low bits on: plane, die, page of the block, zone (`page_number`).
+
+docs/placement.md has the reasons and a picture.
+"""
+
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from kvattic.errors import ConfigError, RequestError
+from kvattic.spec.commands import SKETCH_ENTRY, TABLE_ENTRY, Record, TableFlag
+from kvattic.spec.config import Config
+from kvattic.spec.elements import as_array, from_bits, special, to_bits
+from kvattic.spec.formats import Element
+
+__all__ = [
+    "TOKEN_BITS",
+    "Block",
+    "Entries",
+    "PagePlace",
+    "Sketches",
+    "centroid_codewords",
+    "centroid_pages",
+    "centroid_place",
+    "mark_whole",
+    "mean_keys",
+    "pack_channel_pages",
+    "pack_entries",
+    "pack_pages",
+    "pack_sketches",
+    "page_number",
+    "page_place",
+    "storage_bits",
+    "stripe_channel",
+    "stripe_pages",
+    "token_offset",
+    "unit_bits",
+    "unpack_channel_pages",
+    "unpack_entries",
+    "unpack_pages",
+    "unpack_sketches",
+]
+
+Bits: TypeAlias = NDArray[np.uint16]
+Pages: TypeAlias = NDArray[np.uint8]
+
+
+TOKEN_BITS = 24
+"""Bits of a token number inside the engine: a sequence's tokens are numbered below 2**24."""
+
+
+class PagePlace(NamedTuple):
+    """What a page number on a channel says; all may be arrays.
+
+    Members:
+        zone: zone, which the controller's map turns into a block of each plane.
+        page: page of the block.
+        die: die of the channel.
+        plane: plane of the die.
+    """
+
+    zone: Any
+    page: Any
+    die: Any
+    plane: Any
+
+
+class Block(NamedTuple):
+    """A physical block, the unit that wears out and goes bad.
+
+    Members:
+        channel: flash channel.
+        die: die of the channel.
+        plane: plane of the die.
+        block: block of the plane.
+    """
+
+    channel: int
+    die: int
+    plane: int
+    block: int
+
+    def __str__(self) -> str:
+        return f"channel {self.channel}, die {self.die}, plane {self.plane}, block {self.block}"
+
+
+class Entries(NamedTuple):
+    """Table entries taken apart (`commands.TABLE_ENTRY`), int64 arrays of one shape.
+
+    Members:
+        channel: whose lane attends the stripe.
+        key_page: first page of K.
+        value_page: first page of V.
+        dram: where the pages lie: 1 in device DRAM, 0 in flash.
+        whole: sparse modes: 1: the stripe is attended whole; one in device DRAM is so in any case.
+    """
+
+    channel: NDArray[np.int64]
+    key_page: NDArray[np.int64]
+    value_page: NDArray[np.int64]
+    dram: NDArray[np.int64]
+    whole: NDArray[np.int64]
+
+
+class Sketches(NamedTuple):
+    """Sketch entries taken apart (`commands.SKETCH_ENTRY`), int64 arrays of one shape.
+
+    Members:
+        page: first page of the channel layout, or page of the first centroid codeword.
+        codeword: of that page; 0 for the channel layout.
+        written: 1: they are there.
+    """
+
+    page: NDArray[np.int64]
+    codeword: NDArray[np.int64]
+    written: NDArray[np.int64]
+
+
+# Elements.
+
+
+def storage_bits(values: ArrayLike, element: Element, name: str = "values") -> Bits:
+    """A caller's numbers in the storage format, checked.
+
+    Args:
+        values: float16, float32, float64 or bfloat16 of any shape, arrays or torch's tensors, rounded once to
+            nearest, ties to even; or uint16, which are taken as bit patterns already and not looked at.
+        element: the storage format.
+        name: what error messages call the array.
+
+    Returns:
+        uint16 bit patterns of the same shape, C-contiguous.
+
+    Raises:
+        RequestError: another dtype; or a number that is NaN, infinite or too large for the format.
+    """
+    array = as_array(values)
+    if array.dtype == np.uint16:
+        return np.ascontiguousarray(array, np.uint16)
+    if array.dtype not in (np.float16, np.float32, np.float64):
+        raise RequestError(f"{name} must be float16, bfloat16, float32 or float64, or uint16 bit patterns of "
+                           f"{element.value}, not {array.dtype}")
+    bits = to_bits(array, element)
+    if (bad := special(bits, element)).any():
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise RequestError(f"{name}{list(where)} is {array[where]}: it must be finite and within the range of "
+                           f"{element.value}")
+    return bits
+
+
+# Pages.
+
+
+def pack_pages(bits: Bits, config: Config) -> Pages:
+    """Page images, in the token layout, of consecutive tokens of one head, the first at the start of a page.
+
+    Args:
+        bits: uint16, (tokens, head_dim).
+        config: geometry.
+
+    Returns:
+        uint8, (ceil(tokens / tokens_per_page), page_bytes); the rest of the last page is zero.
+
+    Raises:
+        RequestError: wrong dtype or shape.
+    """
+    _check_tokens(bits, config)
+    pages = -(-len(bits) // config.tokens_per_page)
+    tokens = np.zeros((pages * config.tokens_per_page, config.head_dim), "<u2")
+    tokens[: len(bits)] = bits
+    used = config.tokens_per_codeword * config.token_bytes
+    if used == config.codeword_bytes:
+        return tokens.view(np.uint8).reshape(pages, config.page_bytes)
+    images = np.zeros((pages, config.codewords_per_page, config.codeword_bytes), np.uint8)
+    images[:, :, :used] = tokens.view(np.uint8).reshape(pages, config.codewords_per_page, used)
+    return images.reshape(pages, config.page_bytes)
+
+
+def unpack_pages(images: Pages, config: Config) -> Bits:
+    """The tokens of pages in the token layout: the inverse of `pack_pages`.
+
+    Args:
+        images: uint8, (pages, page_bytes).
+        config: geometry.
+
+    Returns:
+        uint16, (pages * tokens_per_page, head_dim).
+
+    Raises:
+        RequestError: wrong dtype or shape.
+    """
+    _check_pages(images, config)
+    codewords = images.reshape(len(images), config.codewords_per_page, config.codeword_bytes)
+    used = np.ascontiguousarray(codewords[:, :, : config.tokens_per_codeword * config.token_bytes])
+    return used.view("<u2").astype(np.uint16, copy=False).reshape(-1, config.head_dim)
+
+
+def pack_channel_pages(bits: Bits, config: Config) -> Pages:
+    """Page images, in the channel layout, of K of whole stripes of one head.
+
+    Args:
+        bits: uint16, (stripes * codeword_bytes / 2, head_dim).
+        config: geometry.
+
+    Returns:
+        uint8, (stripes * stripe_pages(config, sparse=True), page_bytes).
+
+    Raises:
+        ConfigError: the configuration cannot have the channel layout.
+        RequestError: wrong dtype or shape, or tokens that are not whole stripes.
+    """
+    tokens = stripe_pages(config, sparse=True) * config.tokens_per_page
+    _check_tokens(bits, config)
+    if len(bits) % tokens:
+        raise RequestError(f"the channel layout takes whole stripes of {tokens} tokens, not {len(bits)} tokens")
+    stripes, codewords = len(bits) // tokens, tokens // config.tokens_per_codeword
+    channels = np.zeros((stripes, codewords, tokens), "<u2")
+    channels[:, : config.head_dim] = bits.reshape(stripes, tokens, config.head_dim).swapaxes(1, 2)
+    return channels.view(np.uint8).reshape(-1, config.page_bytes)
+
+
+def unpack_channel_pages(images: Pages, config: Config) -> Bits:
+    """The tokens of pages in the channel layout: the inverse of `pack_channel_pages`.
+
+    Args:
+        images: uint8, (stripes * stripe_pages(config, sparse=True), page_bytes).
+        config: geometry.
+
+    Returns:
+        uint16, (stripes * codeword_bytes / 2, head_dim).
+
+    Raises:
+        ConfigError: the configuration cannot have the channel layout.
+        RequestError: wrong dtype or shape, or pages that are not whole stripes.
+    """
+    pages = stripe_pages(config, sparse=True)
+    _check_pages(images, config)
+    if len(images) % pages:
+        raise RequestError(f"the channel layout has {pages} pages in a stripe: {len(images)} are not whole stripes")
+    tokens = pages * config.tokens_per_page
+    channels = np.ascontiguousarray(images).view("<u2").reshape(-1, pages * config.codewords_per_page, tokens)
+    tokens_first = np.ascontiguousarray(channels[:, : config.head_dim].swapaxes(1, 2))
+    return tokens_first.astype(np.uint16, copy=False).reshape(-1, config.head_dim)
+
+
+def _check_tokens(bits: Bits, config: Config) -> None:
+    if bits.dtype != np.uint16 or bits.ndim != 2 or bits.shape[1] != config.head_dim:
+        raise RequestError(f"tokens must be uint16 (tokens, {config.head_dim}), not {bits.dtype} {bits.shape}")
+
+
+def _check_pages(images: Pages, config: Config) -> None:
+    if images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != config.page_bytes:
+        raise RequestError(f"pages must be uint8 (pages, {config.page_bytes}), not {images.dtype} {images.shape}")
+
+
+# Stripes.
+
+
+def stripe_pages(config: Config, *, sparse: bool) -> int:
+    """Pages of K (and of V, and of the channel layout) in a stripe.
+
+    Args:
+        config: geometry.
+        sparse: with the channel layout, centroids or both.
+
+    Raises:
+        ConfigError: the configuration is without sparse attention.
+    """
+    if not sparse:
+        return 1
+    if not config.sparse:
+        raise ConfigError("this configuration is without sparse attention: sparse must be True in it")
+    return config.group_pages
+
+
+def stripe_channel(stripe: Any, head: Any, config: Config) -> Any:
+    """Channel of a stripe.
+
+    Args:
+        stripe: number of the stripe, or an integer array of them.
+        head: number of the head, or an array; any numbering will do that gives the heads that are read together
+            different ones.
+        config: geometry.
+    """
+    return (stripe + head) % config.channels
+
+
+def token_offset(token: int, config: Config) -> int:
+    """Byte at which a token begins, from the beginning of its stripe's first page on.
+
+    Args:
+        token: counted from the stripe's first one.
+        config: geometry.
+    """
+    codeword, inside = divmod(token, config.tokens_per_codeword)
+    return codeword * config.codeword_bytes + inside * config.token_bytes
+
+
+# Centroids.
+
+
+def unit_bits(unit_tokens: int, config: Config) -> int:
+    """log2 of the codewords of a unit of selection.
+
+    Args:
+        unit_tokens: tokens of a unit.
+        config: geometry, with sparse attention.
+
+    Raises:
+        RequestError: a unit cannot have so many tokens.
+    """
+    least, most = config.tokens_per_codeword, config.tokens_per_codeword << config.unit_bits_max
+    good = isinstance(unit_tokens, int | np.integer) and not isinstance(unit_tokens, bool)
+    if not good or not least <= unit_tokens <= most or unit_tokens & (unit_tokens - 1):
+        raise RequestError(f"a unit must have a power of two of tokens from {least} (a codeword) to {most}, not "
+                           f"{unit_tokens!r}")
+    return int(unit_tokens // least).bit_length() - 1
+
+
+def mean_keys(bits: Bits, unit_tokens: int, config: Config, *, skip: int = 0) -> Bits:
+    """Mean keys of units: the float64 mean of the stored K, rounded once to the storage format.
+
+    Attention sinks are left out: a model's first tokens have keys that are unlike all others.  A unit of nothing else
+    keeps the mean of all of its tokens; it is always selected.
+
+    Args:
+        bits: uint16, (units * unit_tokens, head_dim).
+        unit_tokens: tokens of a unit.
+        config: geometry.
+        skip: tokens at the beginning that are sinks; none if it is negative.
+
+    Returns:
+        uint16, (units, head_dim).
+
+    Raises:
+        RequestError: wrong dtype or shape, or tokens that are not whole units.
+    """
+    _check_tokens(bits, config)
+    if len(bits) % unit_tokens:
+        raise RequestError(f"mean keys take whole units of {unit_tokens} tokens, not {len(bits)} tokens")
+    values = from_bits(bits, config.element).astype(np.float64).reshape(-1, unit_tokens, config.head_dim)
+    with np.errstate(invalid="ignore"):     # infinities of both signs: the mean is NaN, which the device reports
+        total = np.zeros((len(values), config.head_dim))
+        sinks = np.clip(skip - unit_tokens * np.arange(len(values)), 0, unit_tokens) % unit_tokens
+        for token in range(unit_tokens):    # in this order on every machine
+            counted = sinks <= token
+            total[counted] += values[counted, token]
+        return to_bits(total / (unit_tokens - sinks)[:, None], config.element)
+
+
+def centroid_codewords(unit_tokens: int, config: Config) -> int:
+    """Codewords that the mean keys of a stripe fill, a power of two.
+
+    Args:
+        unit_tokens: tokens of a unit.
+        config: geometry, with sparse attention.
+
+    Raises:
+        RequestError: a unit cannot have so many tokens.
+    """
+    return (config.group_codewords >> unit_bits(unit_tokens, config)) // config.tokens_per_codeword
+
+
+def centroid_pages(stripes: Any, unit_tokens: int, config: Config) -> Any:
+    """Pages that the centroids of so many stripes take together.
+
+    Args:
+        stripes: how many, or an integer array.
+        unit_tokens: tokens of a unit.
+        config: geometry, with sparse attention.
+
+    Raises:
+        RequestError: a unit cannot have so many tokens.
+    """
+    return -(-stripes * centroid_codewords(unit_tokens, config) // config.codewords_per_page)
+
+
+def centroid_place(index: int, unit_tokens: int, config: Config) -> tuple[int, int]:
+    """Page, and codeword of it, where the centroids of one of several stripes begin that share pages.
+
+    Args:
+        index: which of them.
+        unit_tokens: tokens of a unit.
+        config: geometry, with sparse attention.
+
+    Raises:
+        RequestError: a unit cannot have so many tokens.
+    """
+    return divmod(index * centroid_codewords(unit_tokens, config), config.codewords_per_page)
+
+
+# Page numbers.
+
+
+def page_number(place: PagePlace, config: Config) -> Any:
+    """The page number of a place; nothing is checked.
+
+    Args:
+        place: integers, or arrays of them.
+        config: geometry.
+    """
+    block_page = place.zone << config.block_page_bits | place.page
+    return (block_page << config.die_bits | place.die) << config.plane_bits | place.plane
+
+
+def page_place(number: Any, config: Config) -> PagePlace:
+    """Where the page of a number lies.
+
+    Args:
+        number: page number on a channel, or an array of them.
+        config: geometry.
+    """
+    die = number >> config.plane_bits
+    page = die >> config.die_bits
+    return PagePlace(page >> config.block_page_bits, page & (1 << config.block_page_bits) - 1,
+                     die & (1 << config.die_bits) - 1, number & (1 << config.plane_bits) - 1)
+
+
+# Table entries.
+
+
+def pack_entries(channel: ArrayLike, key_page: ArrayLike, value_page: ArrayLike, dram: ArrayLike,
+                 whole: ArrayLike = 0) -> NDArray[np.uint64]:
+    """Table entries (`commands.TABLE_ENTRY`), one for each stripe.
+
+    Args:
+        channel: whose lane attends the stripe; integers that fit the field, or arrays of them.
+        key_page: first page of K; likewise.
+        value_page: first page of V; likewise.
+        dram: 1: the pages lie in device DRAM, 0: in flash; likewise.
+        whole: sparse modes: 1: the stripe is attended whole; 0, or an array of both.
+
+    Returns:
+        uint64; little-endian in memory is what the device reads.
+
+    Raises:
+        RequestError: a number does not fit its field.
+    """
+    flags = np.zeros((), np.int64)
+    for name, flag, given in (("dram", TableFlag.DRAM, dram), ("whole", TableFlag.WHOLE, whole)):
+        array = np.asarray(given, np.int64)
+        if ((array < 0) | (array > 1)).any():
+            raise RequestError(f"{name} of a table entry must be 0 or 1, not {array.min()} to {array.max()}")
+        flags = flags + array * int(flag)
+    return _pack(TABLE_ENTRY, channel=channel, key_page=key_page, value_page=value_page, flags=flags)
+
+
+def mark_whole(entries: NDArray[np.uint64], first: int) -> NDArray[np.uint64]:
+    """A copy of table entries in which those from number `first` on are attended whole."""
+    marked = entries.copy()
+    marked[first:] |= np.uint64(TableFlag.WHOLE << 8 * TABLE_ENTRY["flags"].offset)
+    return marked
+
+
+def unpack_entries(entries: NDArray[np.uint64]) -> Entries:
+    """The inverse of `pack_entries`; what is reserved is not looked at."""
+    *places, flags = _unpack(TABLE_ENTRY, ("channel", "key_page", "value_page", "flags"), entries)
+    return Entries(*places, *((flags & flag != 0).astype(np.int64) for flag in (TableFlag.DRAM, TableFlag.WHOLE)))
+
+
+def pack_sketches(page: ArrayLike, codeword: ArrayLike, written: ArrayLike) -> NDArray[np.uint64]:
+    """Sketch entries (`commands.SKETCH_ENTRY`), one for each stripe.
+
+    Args:
+        page: first page of the channel layout, or page of the first centroid codeword; integers that fit the field, or
+            arrays of them.
+        codeword: of that page; likewise.
+        written: 1: they are there; likewise.
+
+    Returns:
+        uint64; little-endian in memory is what the device reads.
+
+    Raises:
+        RequestError: a number does not fit its field.
+    """
+    return _pack(SKETCH_ENTRY, page=page, codeword=codeword, written=written)
+
+
+def unpack_sketches(entries: NDArray[np.uint64]) -> Sketches:
+    """The inverse of `pack_sketches`; what is reserved is not looked at."""
+    return Sketches(*_unpack(SKETCH_ENTRY, Sketches._fields, entries))
+
+
+def _pack(record: Record, **values: ArrayLike) -> NDArray[np.uint64]:
+    """Records of 8 bytes."""
+    result = np.zeros(np.broadcast_shapes(*(np.shape(v) for v in values.values())), np.uint64)
+    kind = {"TableEntry": "table", "SketchEntry": "sketch"}[record.name]
+    for name, given in values.items():
+        field, array = record[name], np.asarray(given)
+        if array.size and not 0 <= array.min() <= array.max() < 1 << 8 * field.size:
+            raise RequestError(f"{name} of a {kind} entry must be 0 to {(1 << 8 * field.size) - 1}, not "
+                               f"{array.min()} to {array.max()}")
+        result |= array.astype(np.uint64) << np.uint64(8 * field.offset)
+    return result
+
+
+def _unpack(record: Record, names: tuple[str, ...], entries: NDArray[np.uint64]) -> list[NDArray[np.int64]]:
+    return [(entries >> np.uint64(8 * field.offset) & np.uint64((1 << 8 * field.size) - 1)).astype(np.int64)
+            for field in (record[name] for name in names)]

@@ -1,0 +1,1 @@
+"""Files, processes and terminals: what the library needs of the operating system."""

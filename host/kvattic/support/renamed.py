@@ -1,0 +1,61 @@
+"""Modules under their names of before version 0.3: they can still be imported, with a deprecation warning.
+
+Each package installs one finder for its old names; the module that comes is the new one itself, so that both names give
+the same classes.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+
+__all__ = ["RenamedModules", "keep_old_names"]
+
+
+class RenamedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds modules under old names.
+
+    Args:
+        names: full new name by full old name, each old one a module or package directly below its package.
+    """
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self._names = dict(names)
+        self._specs: dict[str, importlib.machinery.ModuleSpec | None] = {}
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None = None,
+                  target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
+        """A spec for an old name, or for what lies below one, and None for any other."""
+        return importlib.machinery.ModuleSpec(fullname, self) if self._new_name(fullname) else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        """The module under its new name."""
+        new = self._new_name(spec.name)
+        assert new is not None
+        warnings.warn(f"{spec.name} is now {new}; the old name goes with version 0.4", DeprecationWarning, stacklevel=2)
+        module = importlib.import_module(new)
+        self._specs[new] = module.__spec__
+        return module
+
+    def _new_name(self, name: str) -> str | None:
+        known = ".".join(name.split(".")[:2])
+        return self._names[known] + name[len(known):] if known in self._names else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Only give the module its own spec back, in whose place the import machinery put that of the old name."""
+        module.__spec__ = self._specs[module.__name__]
+
+
+def keep_old_names(package: str, names: Mapping[str, str]) -> None:
+    """Let a package's moved modules be imported as before.
+
+    Args:
+        package: its name.
+        names: new name by old name, both within the package.
+    """
+    finder = RenamedModules({f"{package}.{old}": f"{package}.{new}" for old, new in names.items()})
+    # First: Python's own finder would load what lies below an old name a second time, under that name.
+    sys.meta_path.insert(0, finder)

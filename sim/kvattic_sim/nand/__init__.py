@@ -1,0 +1,1 @@
+"""NAND dies: their files, a behavioural twin in Python, a timeline of what they did."""

@@ -1,0 +1,1 @@
+"""What is printed and kept: the drive's report, sweeps, synthesis, benchmarks, generated documents."""

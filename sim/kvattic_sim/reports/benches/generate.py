@@ -1,0 +1,163 @@
+"""Whether transformers generate the same tokens from K and V in the drive as from their own, rounded alike.
+
+The reference is transformers' `eager` attention in float32, over K and V that `RoundedCache` rounds to the drive's
+storage format, from queries that are rounded likewise, as the drive takes them.  It needs torch and transformers (the
+extra `transformers`); ``python -m kvattic_sim.reports.benches.generate`` prints the figures, ``... 200`` those of
+200 seeds.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.masking_utils import eager_mask
+
+import kvattic
+from kvattic.integrations.transformers import NAME, DriveCache, config_for, round_to_storage
+from kvattic.spec.formats import Element
+from kvattic_sim.lm import huggingface as lm
+from kvattic_sim.lm.model import load_held_out
+
+__all__ = ["ARCHITECTURES", "REFERENCES", "RoundedCache", "build", "generate", "main", "match", "prompts"]
+
+REFERENCES = {element: f"eager_{element.value}_queries" for element in Element}
+"""Names of the reference's attention backends, by storage format."""
+TOKENS = 64
+PROMPT = 30
+
+_SIZES: dict[str, Any] = {"vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+                          "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+# Weights of this size make answers that do not repeat themselves soon.
+_SIZES_ROTARY: dict[str, Any] = _SIZES | {"intermediate_size": 256, "initializer_range": 0.15}
+
+ARCHITECTURES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES_ROTARY, num_key_value_heads=2)),
+    "opt": lambda: OPTForCausalLM(OPTConfig(**_SIZES, ffn_dim=256, word_embed_proj_dim=128, init_std=0.15)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(
+        **_SIZES_ROTARY, num_key_value_heads=2, use_sliding_window=True, sliding_window=24, max_window_layers=1)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SIZES_ROTARY, num_key_value_heads=1, head_dim=32)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**_SIZES_ROTARY, num_key_value_heads=4, sliding_window=40)),
+}
+"""Small models with random weights: grouped-query, multi-head and multi-query attention, windows in none, one or both
+layers."""
+
+
+def _rounded(element: Element) -> Callable[..., Any]:
+    """The model's own eager attention, from rounded queries."""
+
+    def attention(module: Any, query: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+        eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+        return eager(module, round_to_storage(query, element), *arguments, **keywords)
+
+    return attention
+
+
+for _element, _name in REFERENCES.items():
+    AttentionInterface.register(_name, _rounded(_element))
+    AttentionMaskInterface.register(_name, eager_mask)
+
+
+class RoundedCache(DynamicCache):
+    """transformers' own cache, of K and V that are rounded to the drive's storage format."""
+
+    def __init__(self, config: Any, element: Element = Element.FP16) -> None:
+        super().__init__(config=config)
+        self._element = element
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+        """Round them, and go on as usual."""
+        keys, values = (round_to_storage(states, self._element) for states in (key_states, value_states))
+        return super().update(keys, values, *arguments, **keywords)
+
+
+def build(name: str, seed: int = 0) -> Any:
+    """A model: an architecture's with random weights, or `lm`, the project's own."""
+    if name == "lm":
+        return lm.load()
+    torch.manual_seed(seed)
+    return ARCHITECTURES[name]().eval()
+
+
+def prompts(name: str, seed: int = 0) -> torch.Tensor:
+    """A prompt: random tokens, or text that the project's own model has not seen; int64, (1, tokens)."""
+    if name == "lm":
+        windows = load_held_out().windows
+        return torch.from_numpy(windows[seed % len(windows)][None, :150].astype(np.int64))
+    return torch.randint(2, 256, (1, PROMPT), generator=torch.Generator().manual_seed(seed))
+
+
+def generate(model: Any, tokens: torch.Tensor, cache: DriveCache | RoundedCache, *, new: int = TOKENS,
+             mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+    """The greedy continuation, from K and V in the drive or in the reference's cache.
+
+    Args:
+        model: its attention backend is set.
+        tokens: (rows, tokens).
+        cache: what the backend follows from.
+        new: tokens to generate.
+        mask: 0 where there is padding.
+        options: of transformers' `generate`.
+
+    Returns:
+        int64, (rows, new).
+    """
+    model.set_attn_implementation(NAME if isinstance(cache, DriveCache) else REFERENCES[cache._element])
+    mask = torch.ones_like(tokens) if mask is None else mask
+    # All tokens count, also those behind the end of a text.
+    answer = model.generate(tokens, attention_mask=mask, cache=cache, max_new_tokens=new, do_sample=False,
+                            eos_token_id=None, **options)
+    return torch.as_tensor(answer[:, tokens.shape[1] :])
+
+
+def match(seeds: int = 4, new: int = TOKENS) -> dict[str, float]:
+    """Share of the generated tokens that are equal, for each architecture and for the project's own model.
+
+    Args:
+        seeds: models with random weights and prompts, of each architecture; prompts of the project's own.
+        new: tokens of each answer.
+    """
+    shares: dict[str, float] = {}
+    for name in (*ARCHITECTURES, "lm"):
+        equal = []
+        for seed in range(seeds):
+            model, tokens = build(name, seed), prompts(name, seed)
+            expected = generate(model, tokens, RoundedCache(model.config), new=new)
+            with (kvattic.open("model", config_for(model)) as device,
+                  DriveCache(device, model.config, held_tokens=0) as cache):  # as much as can be comes from flash
+                equal.append(generate(model, tokens, cache, new=new) == expected)
+        shares[name] = torch.cat(equal).float().mean().item()
+    return shares
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Print the share of equal tokens of each model.", allow_abbrev=False)
+    parser.add_argument("seeds", nargs="?", type=int, default=4,
+                        help="models and prompts of each architecture (default: %(default)s)")
+    seeds = parser.parse_args(arguments).seeds
+    if seeds < 1:
+        parser.error(f"seeds must be at least 1, not {seeds}")
+    print(json.dumps(match(seeds)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The drive's RTL in a simulator: test bench, transport, jobs, server."""

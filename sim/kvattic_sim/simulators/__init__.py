@@ -1,0 +1,1 @@
+"""Compiles models with Verilator or Icarus, keeps and runs them."""

@@ -1,0 +1,147 @@
+"""The corrector by itself: which bits it finds, what it gives up, and how long it takes."""
+
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from amaranth.sim import Simulator
+
+from kvattic.spec import ecc
+from kvattic.spec.config import PAPER, TINY, Config
+from kvattic.spec.nand import PSLC
+from kvattic_hdl.flash.corrector import Corrector
+
+CONFIGS = {
+    "tiny": TINY,
+    "t1": replace(TINY, ecc_t=1),
+    "t2": replace(TINY, ecc_t=2),
+    "odd_parity": replace(TINY, head_dim=80, sparse=False, codeword_bytes=512, ecc_t=5),
+    "paper": replace(PAPER, part=PSLC.resized(1024)),
+}
+
+
+@dataclass
+class Answer:
+    good: int
+    errors: int
+    bits: list[int]
+    cycles: int
+
+
+def problem(config: Config, bits: list[int], check: int = 0) -> dict[str, int]:
+    """What a decoder sees of these wrong bits; `check` is added to the CRC's difference."""
+    code, size = ecc.code(config), config.codeword_bytes
+    wrong = np.zeros(config.raw_codeword_bytes * 8, np.uint8)
+    wrong[bits] = 1
+    raw = np.packbits(wrong, bitorder="little")
+    remainder = code.parity.remainders(raw[:, None], np.zeros((code.parity.words, 1), np.uint64))
+    state = code.crc.remainders(raw[:size, None], np.zeros((1, 1), np.uint64))
+    received = int.from_bytes(raw[size : size + 3].tobytes(), "little")
+    return {"remainder": sum(int(word) << 64 * i for i, word in enumerate(remainder[:, 0])),
+            "check": int(state[0, 0]) ^ received ^ check}
+
+
+def solve(config: Config, problems: list[dict[str, int]], ready: Any = lambda cycle: True, positions: int = 8,
+          ) -> list[Answer]:
+    dut, answers = Corrector(config, positions), []
+    bits = config.beat_bytes * 8
+
+    async def bench(ctx):
+        ctx.set(dut.o.ready, 1)
+        for values in problems:
+            ctx.set(dut.i.payload, values)
+            ctx.set(dut.i.valid, 1)
+            found, cycle = [], 0
+            while True:
+                now = ready(cycle)
+                ctx.set(dut.patches.ready, now)
+                *_, taken, patch, payload, valid, result = await ctx.tick().sample(
+                    dut.i.ready, dut.patches.valid, dut.patches.payload, dut.o.valid, dut.o.payload)
+                cycle += 1
+                if taken:
+                    ctx.set(dut.i.valid, 0)
+                if patch and now:
+                    found += [payload.index * bits + i for i in range(bits) if payload.mask >> i & 1]
+                if valid:
+                    assert not patch, "a result before its last patch was taken"
+                    break
+                assert cycle < 10 * bits * config.raw_codeword_words
+            answers.append(Answer(result.good, result.errors, found, cycle))
+
+    simulator = Simulator(dut)
+    simulator.add_clock(1e-6)
+    simulator.add_testbench(bench)
+    simulator.run()
+    return answers
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("positions", [8, 4])
+def test_wrong_bits_are_found(name, positions):
+    config, choose = CONFIGS[name], random.Random(f"{name} {positions}")
+    t, n = config.ecc_t, ecc.code(config).code_bits
+    cases = [sorted(choose.sample(range(n), weight)) for weight in (1, t, choose.randint(1, t), t, t + 1)]
+    cases += [[0], [n - 1], list(range(t)), list(range(n - t, n)), [config.codeword_bytes * 8]]
+    answers = solve(config, [problem(config, bits) for bits in cases], positions=positions)
+    token_bits = config.beats_per_codeword * config.beat_bytes * 8
+    for bits, answer in zip(cases, answers, strict=True):
+        assert answer.good == (len(bits) <= t)
+        if answer.good:
+            assert answer.errors == len(bits)
+            assert answer.bits == [bit for bit in bits if bit < token_bits]
+
+
+def test_wrong_bits_whose_first_syndrome_is_zero():
+    # The locator grows by three at once, over what the codeword before left in the memories.
+    config, choose = TINY, random.Random(4)
+    code, field = ecc.code(config), ecc.code(config).field
+    n, bits = code.code_bits, config.raw_codeword_bytes * 8
+    cases: list[list[int]] = []
+    while len(cases) < 8:
+        a, b = choose.sample(range(n), 2)
+        value = int(field.powers[(bits - 1 - a) % field.order] ^ field.powers[(bits - 1 - b) % field.order])
+        c = (bits - 1 - int(field.logarithms[value])) % field.order   # so that their locators add up to 0
+        if c < n:
+            cases += [choose.sample(range(n), config.ecc_t), sorted([a, b, c])]
+    answers = solve(config, [problem(config, case) for case in cases])
+    for case, answer in zip(cases, answers, strict=True):
+        assert (answer.good, answer.errors) == (1, len(case))
+
+
+def test_the_check_value_decides():
+    cases = [([], 1), ([5], 0), ([5], 1 << 23), ([5, 2060], 0), ([5, 2060], 4)]
+    answers = solve(TINY, [problem(TINY, bits, check) for bits, check in cases])
+    assert [answer.good for answer in answers] == [0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("name", ["tiny", "t2"])
+def test_patches_may_be_held_back(name):
+    config, choose = CONFIGS[name], random.Random(3)
+    t, n = config.ecc_t, config.codeword_bytes * 8
+    cases = [sorted(choose.sample(range(n), weight)) for weight in (t, t, t + 1, t + 1, t + 1, t + 1, t + 1)]
+    problems = [problem(config, bits) for bits in cases]
+    at_once = solve(config, problems)
+    late = solve(config, problems, ready=lambda cycle: cycle % 600 == 599)
+    assert [(a.good, a.errors, a.bits) for a in late] == [(a.good, a.errors, a.bits) for a in at_once]
+    assert any(a.bits and not a.good for a in at_once), "no patch before a codeword is given up"
+
+
+def test_a_wrong_bit_in_the_padding_is_no_answer():
+    # Not a single bit of the code is wrong in the sense of the search: the locator points behind it.
+    config = CONFIGS["odd_parity"]
+    n = ecc.code(config).code_bits
+    assert n % 8
+    padding = [[bit] for bit in range(n, config.raw_codeword_bytes * 8)]
+    answers = solve(config, [problem(config, bits) for bits in [[n - 1], *padding[:8]]])
+    assert [answer.good for answer in answers] == [1] + [0] * 8
+
+
+def test_cycles_are_those_of_the_documentation():
+    config = CONFIGS["paper"]
+    cases = [list(range(weight)) for weight in range(1, 9)] + [[ecc.code(config).code_bits - 1]]
+    answers = solve(config, [problem(config, bits) for bits in cases])
+    for e, answer in enumerate(answers[:8], 1):
+        assert answer.cycles == 83 + (21 * e + e * e) // 2   # the search of the first word, 12 cycles, included
+    assert answers[8].cycles == 613

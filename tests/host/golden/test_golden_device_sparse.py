@@ -1,0 +1,627 @@
+"""The golden device in the sparse modes: results, what is read and what is not, and every status."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tests.host.golden.queue_host import DOMAIN, Host
+
+from kvattic.golden import dense, sparse
+from kvattic.golden.device import GoldenDevice
+from kvattic.spec import layout
+from kvattic.spec.commands import (
+    COMMAND,
+    FLASH_COMMAND,
+    ROW,
+    SKETCH_ENTRY,
+    TABLE_ENTRY,
+    TRAILER,
+    Completion,
+    CompletionFlag,
+    Kind,
+    MediaCause,
+    Mode,
+    Opcode,
+    Status,
+    TableFlag,
+    fp32_bits,
+    fp32_block_bytes,
+    query_row_bytes,
+    result_row_bytes,
+)
+from kvattic.spec.config import TINY
+from kvattic.spec.elements import from_bits, to_bits
+from kvattic.spec.formats import Element
+from kvattic.spec.registers import Control, StatusBit
+
+QUERIES, RESULTS, TABLES, LIMIT, RINGS = range(0x3000, 0x8000, 0x1000)
+MEAN_BYTES = fp32_block_bytes(32)
+MODES = pytest.mark.parametrize("mode", [Mode.SPARF, Mode.FETCHED, Mode.CENTROID])
+BLENDED = pytest.mark.parametrize("mode", [Mode.SPARF, Mode.FETCHED])
+GROUP, GROUP_PAGES = TINY.group_tokens, TINY.group_pages
+STRIPES = 4
+END = STRIPES * GROUP - 6
+"""Of four stripes, the last one in DRAM."""
+UNIT_BITS = 1
+UNIT = TINY.tokens_per_codeword << UNIT_BITS
+CENTROID_CODEWORDS = GROUP // UNIT // TINY.tokens_per_codeword
+SCALE = fp32_bits(1.4426950408889634 / 32**0.5)
+ROWS = 2
+
+
+class Bench:
+    """A device with four stripes of random K and V, three of them in flash with channel layout and centroids."""
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(8)
+        self.query = to_bits(rng.standard_normal((ROWS, 32)) * 2, Element.FP16)
+        self.key, self.value = (to_bits(rng.standard_normal((STRIPES * GROUP, 32)), Element.FP16) for _ in range(2))
+        key = from_bits(self.key, Element.FP16).astype(np.float64)
+        self.centroids = to_bits(key.reshape(-1, UNIT, 32).mean(axis=1), Element.FP16)
+        mean = from_bits(self.value, Element.FP16).mean(axis=0)
+        self.mean = np.ascontiguousarray(mean.astype(np.float32)).view(np.uint32)
+        self.device = GoldenDevice(TINY, memory_bytes=1 << 16, dram_bytes=64 * TINY.page_bytes)
+        self.open()
+        self.entries: list[dict[str, int]] = []
+        self.channel_sketches: list[dict[str, int]] = []
+        self.centroid_sketches: list[dict[str, int]] = []
+        self.write()
+        self.device.write_memory(QUERIES, b"".join(
+            ROW.pack(start_token=0, end_token=1 << 20) + q.tobytes() for q in self.query))
+
+    def open(self, limit: int = LIMIT) -> None:
+        """The device's queues."""
+        self.device.write_register("CONTROL", Control.RESET)
+        self.host = Host(self.device, rings=RINGS, entries=32, window=(QUERIES, limit))
+        self.host.open()
+
+    def write(self) -> None:
+        """Stripes 0 and 2 to channel 0, 1 to channel 1, each to a zone of its own; 3 to device DRAM."""
+        pages = [{}, {}]
+        for stripe in range(STRIPES):
+            tokens = slice(stripe * GROUP, (stripe + 1) * GROUP)
+            key, value = (layout.pack_pages(bits[tokens], TINY) for bits in (self.key, self.value))
+            channels = layout.pack_channel_pages(self.key[tokens], TINY)
+            if stripe == 3:
+                self.device.write_dram(16 * TINY.page_bytes, np.concatenate([key, value]).tobytes())
+                self.entries.append({"key_page": 16, "channel": 1, "value_page": 24, "flags": TableFlag.DRAM})
+                self.channel_sketches.append({"written": 0})
+                self.centroid_sketches.append({"written": 0})
+                continue
+            to = pages[stripe % 2]
+            at = stripe // 2 << TINY.zone_page_bits
+            # Centroids begin with codeword 1 + stripe of a page, so that some go on into the next page.
+            images = np.zeros((2, TINY.codewords_per_page, TINY.codeword_bytes), np.uint8)
+            bits = self.centroids[stripe * GROUP // UNIT : (stripe + 1) * GROUP // UNIT]
+            data = bits.view(np.uint8).reshape(CENTROID_CODEWORDS, TINY.codeword_bytes)
+            images.reshape(-1, TINY.codeword_bytes)[1 + stripe : 1 + stripe + CENTROID_CODEWORDS] = data
+            to |= enumerate([*value, *channels, *key, *images.reshape(2, -1)], at)
+            self.entries.append({"key_page": at + 16, "channel": stripe % 2, "value_page": at, "flags": 0})
+            self.channel_sketches.append({"page": at + 8, "codeword": 0, "written": 1})
+            self.centroid_sketches.append({"page": at + 24, "codeword": 1 + stripe, "written": 1})
+        for channel, images in enumerate(pages):
+            for page, image in images.items():
+                self.device.write_dram(0, image.tobytes())
+                line = FLASH_COMMAND.pack(opcode=Opcode.PROGRAM, channel=channel, page=page, domain=DOMAIN)
+                assert self.run(line)[0].status is Status.OK
+
+    def table(self, mode: Mode) -> None:
+        sketches = self.centroid_sketches if mode is Mode.CENTROID else self.channel_sketches
+        pairs = zip(self.entries, sketches, strict=True)
+        mean = self.mean.tobytes() if mode in (Mode.SPARF, Mode.FETCHED) else b""
+        words = [TABLE_ENTRY.pack(**entry) + (SKETCH_ENTRY.pack(**sketch) if mode else b"") for entry, sketch in pairs]
+        self.device.write_memory(TABLES, mean + b"".join(words))
+
+    def fields(self, mode: Mode, /, **changes: int) -> dict[str, int]:
+        units = 40 if mode is Mode.SPARF else 5
+        return {
+            "opcode": Opcode.ATTEND, "mode": mode, "identifier": 9, "rows": ROWS, "stripe_pages": GROUP_PAGES,
+            "stripes": STRIPES, "end_token": END, "domain": DOMAIN, "tree_token": END, "scale": SCALE, "query": QUERIES,
+            "result": RESULTS, "table": TABLES, "channels": 6 if mode in (Mode.SPARF, Mode.FETCHED) else 0,
+            "local": 0 if mode is Mode.DENSE else 7,
+            "units": 0 if mode is Mode.DENSE else units,
+            "unit_bits": UNIT_BITS if mode in (Mode.FETCHED, Mode.CENTROID) else 0} | changes
+
+    def run(self, *commands: bytes) -> list[Completion]:
+        return self.host.run(1, *commands)
+
+    def attend(self, mode: Mode, /, **changes: int) -> Completion:
+        self.table(mode)
+        return self.run(COMMAND.pack(**self.fields(mode, **changes)))[0]
+
+    def result(self) -> tuple[list[list[int]], list[int], list[int]]:
+        """Outputs, maxima and denominators of the result block."""
+        data = self.device.read_memory(RESULTS, ROWS * result_row_bytes(32))
+        rows = [data[r * result_row_bytes(32) : (r + 1) * result_row_bytes(32)] for r in range(ROWS)]
+        trailers = [TRAILER.unpack(row[128:]) for row in rows]
+        signed = [t["maximum"] - (t["maximum"] >> 63 << 64) for t in trailers]
+        outputs = [np.frombuffer(row[:128], "<u4").tolist() for row in rows]
+        return outputs, signed, [t["denominator"] for t in trailers]
+
+    def limits(self, end_token: int = END) -> dict[str, object]:
+        return {"element": Element.FP16, "scale_bits": SCALE, "start": np.zeros(ROWS, int),
+                "end": np.full(ROWS, 1 << 20), "tree": np.zeros(ROWS, int), "tree_token": END, "base_token": 0,
+                "end_token": end_token}
+
+    def golden(self, mode: Mode, **changes: int) -> sparse.SparseTrace:
+        fields = self.fields(mode, **changes)
+        names = ("channels", "units", "local", "unit_bits")
+        return sparse.attend_sparse(
+            self.query, self.key, self.value, mode=mode, group_tokens=GROUP, tail=np.arange(STRIPES) == 3,
+            tokens_per_codeword=TINY.tokens_per_codeword, mean=None if mode is Mode.CENTROID else self.mean,
+            sketch=self.centroids if mode is Mode.CENTROID else None, **{name: fields[name] for name in names},
+            **self.limits(fields["end_token"]))
+
+    def lose(self, kind: Kind, stripe: int, codeword: int) -> tuple[int, int, int]:
+        """Make a codeword of flash unreadable; (channel, page, codeword of the page)."""
+        entry = self.entries[stripe]
+        page, codeword = {
+            Kind.KEY: (entry["key_page"], codeword),
+            Kind.VALUE: (entry["value_page"], codeword),
+            Kind.CHANNEL: (self.channel_sketches[stripe].get("page", 0), codeword),
+            Kind.SKETCH: (self.centroid_sketches[stripe].get("page", 0),
+                          codeword + self.centroid_sketches[stripe].get("codeword", 0)),
+        }[kind]
+        number = page + codeword // TINY.codewords_per_page
+        place = layout.page_place(number, TINY)
+        block = self.device.flash.block(entry["channel"], place)
+        self.device.faults.unreadable.add((block, place.page, codeword % TINY.codewords_per_page))
+        return entry["channel"], number, codeword % TINY.codewords_per_page
+
+    def media(self) -> tuple[int, int, int] | None:
+        """(channel, page, codeword) of the media registers, which are freed."""
+        if not self.device.read_register("STATUS") & StatusBit.MEDIA_ERROR:
+            return None
+        error, cause = (self.device.read_register(name) for name in ("MEDIA_ERROR", "MEDIA_CAUSE"))
+        self.device.write_register("STATUS", StatusBit.MEDIA_ERROR)
+        assert cause >> 16 == MediaCause.UNCORRECTABLE
+        return error >> 24, error & 0xFFFFFF, cause & 0xFFFF
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+# Results.
+
+
+@MODES
+@pytest.mark.parametrize("changes", [
+    {}, {"local": 0}, {"local": 40}, {"units": 1, "local": 0}, {"end_token": 3 * GROUP + 1},
+    {"end_token": 3 * GROUP + 77}])
+def test_results_are_the_golden_models(bench, mode, changes):
+    found = bench.attend(mode, **changes)
+    trace = bench.golden(mode, **changes)
+    assert (found.status, found.identifier, found.where) == (Status.OK, 9, 0)
+    assert found.flags == trace.flags == CompletionFlag(0)
+    assert bench.result() == (trace.output.tolist(), trace.maximum.tolist(), trace.denominator.tolist())
+    assert 0 < trace.first.selected.sum() < trace.first.valid.sum()
+
+
+@MODES
+def test_all_units_are_dense(bench, mode):
+    reference = dense.attend(bench.query, bench.key, bench.value, **bench.limits())
+    units = END if mode is Mode.SPARF else -(-END // UNIT)
+    assert bench.attend(mode, units=units).status is Status.OK
+    want = (reference.output.tolist(), reference.maximum.tolist(), reference.denominator.tolist())
+    assert bench.result() == want
+    # The same stripes, dense: the table has no sketches.
+    assert bench.attend(Mode.DENSE).status is Status.OK
+    assert bench.result() == want
+
+
+def test_dense_and_sparse_jobs_at_once(bench):
+    """Each with a table and results of its own."""
+    commands, tables = [], b""
+    for number, mode in enumerate((Mode.SPARF, Mode.DENSE, Mode.CENTROID, Mode.FETCHED)):
+        bench.table(mode)
+        tables += bench.device.read_memory(TABLES, MEAN_BYTES + 64)
+        result = RESULTS + number * ROWS * result_row_bytes(32)
+        commands.append(COMMAND.pack(**bench.fields(
+            mode, table=TABLES + (MEAN_BYTES + 64) * number, result=result, identifier=number)))
+    bench.device.write_memory(TABLES, tables)
+    assert [(c.status, c.identifier) for c in bench.run(*commands)] == [(Status.OK, n) for n in range(4)]
+    size = ROWS * result_row_bytes(32)
+    for number, mode in ((0, Mode.SPARF), (2, Mode.CENTROID), (3, Mode.FETCHED)):
+        data = bench.device.read_memory(RESULTS + number * size, 128)
+        assert np.frombuffer(data, "<u4").tolist() == bench.golden(mode).output[0].tolist()
+
+
+@MODES
+@pytest.mark.parametrize("end_token", [5, GROUP])
+def test_a_sequence_that_is_all_tail(bench, mode, end_token):
+    bench.entries = [bench.entries[3]]
+    bench.channel_sketches = bench.centroid_sketches = [{"written": 0}]
+    found = bench.attend(mode, stripes=1, end_token=end_token, units=1, local=1, tree_token=end_token)
+    assert found.status is Status.OK
+    tail = slice(3 * GROUP, 4 * GROUP)
+    reference = dense.attend(bench.query, bench.key[tail], bench.value[tail], **bench.limits(end_token))
+    assert bench.result() == (reference.output.tolist(), reference.maximum.tolist(), reference.denominator.tolist())
+    assert not any(bench.device.traffic.flash.values())
+
+
+# What is read.
+
+
+@MODES
+def test_traffic(bench, mode):
+    names = ("CODEWORDS", "FLASH_WORDS", "PAGE_READS", "UNREADABLE", "CYCLES", "BEATS")
+    before = {name: bench.device.read_register(name) for name in names}
+    bench.attend(mode)
+    first = bench.golden(mode).first
+    stripe = first.codewords // TINY.group_codewords
+    flash, dram = int((stripe < 3).sum()), int((stripe == 3).sum())
+    assert dram == 31
+    channels = len(first.channels)
+    traffic = bench.device.traffic
+    assert traffic.flash == {
+        Kind.KEY: flash, Kind.VALUE: flash, Kind.CHANNEL: 3 * channels,
+        Kind.SKETCH: 3 * CENTROID_CODEWORDS if mode is Mode.CENTROID else 0}
+    assert traffic.dram == {
+        Kind.KEY: dram, Kind.VALUE: dram, Kind.CHANNEL: 0, Kind.SKETCH: 0 if mode is Mode.CENTROID else dram}
+    pages = 2 * len({int(c) // TINY.codewords_per_page for c in first.codewords[stripe < 3]})
+    if mode is Mode.CENTROID:
+        pages += 6    # codewords 1 to 4, 2 to 5 and 3 to 6: two pages each
+    else:
+        pages += 3 * len({int(c) // TINY.codewords_per_page for c in first.channels})
+    total = sum(traffic.flash.values())
+    registers = {name: bench.device.read_register(name) - before[name] for name in names}
+    assert registers["CODEWORDS"] == total
+    assert registers["FLASH_WORDS"] == total * TINY.raw_codeword_words
+    assert registers["BEATS"] == (total + sum(traffic.dram.values())) * TINY.beats_per_codeword
+    assert registers["UNREADABLE"] == registers["CYCLES"] == 0
+    assert registers["PAGE_READS"] == traffic.page_reads
+    assert traffic.page_reads == pages
+    # What reads nothing counts nothing, and nothing is forgotten.
+    bench.attend(mode, units=0)
+    assert sum(bench.device.traffic.flash.values()) == total
+    assert bench.device.read_register("CODEWORDS") - before["CODEWORDS"] == total
+
+
+def test_traffic_of_a_dense_job(bench):
+    bench.attend(Mode.DENSE)
+    traffic = bench.device.traffic
+    assert traffic.flash == {Kind.KEY: 96, Kind.VALUE: 96, Kind.CHANNEL: 0, Kind.SKETCH: 0}
+    assert traffic.dram == {Kind.KEY: 31, Kind.VALUE: 31, Kind.CHANNEL: 0, Kind.SKETCH: 0}
+    assert traffic.page_reads == 48
+    # Two jobs: the sum.
+    line = COMMAND.pack(**bench.fields(Mode.DENSE))
+    bench.run(line, line)
+    assert bench.device.traffic.page_reads == 3 * 48
+    assert bench.device.read_register("CODEWORDS") == 3 * 192
+
+
+@MODES
+def test_what_is_not_read_may_be_lost(bench, mode):
+    """Every codeword of flash that the trace does not name, at once; then each kind of what it names."""
+    trace = bench.golden(mode)
+    read = set(trace.first.codewords.tolist())
+    channels = set(trace.first.channels.tolist())
+    for stripe in range(3):
+        for codeword in range(TINY.group_codewords):
+            if stripe * TINY.group_codewords + codeword not in read:
+                bench.lose(Kind.KEY, stripe, codeword)
+                bench.lose(Kind.VALUE, stripe, codeword)
+            if codeword not in channels:
+                bench.lose(Kind.CHANNEL, stripe, codeword)
+        if mode is not Mode.CENTROID:
+            for codeword in range(CENTROID_CODEWORDS):
+                bench.lose(Kind.SKETCH, stripe, codeword)
+    assert bench.attend(mode).status is Status.OK
+    assert bench.result()[0] == trace.output.tolist()
+    assert bench.media() is None
+
+
+@BLENDED
+def test_lost_channels(bench, mode):
+    channels = bench.golden(mode).first.channels.tolist()
+    place = bench.lose(Kind.CHANNEL, 2, channels[4])
+    found = bench.attend(mode)
+    assert (found.status, found.where) == (Status.UNREADABLE_SKETCH, 2 * GROUP)
+    assert bench.media() == place
+    assert bench.device.read_register("UNREADABLE") == 1
+    place = bench.lose(Kind.CHANNEL, 1, channels[5])
+    found = bench.attend(mode)
+    assert (found.status, found.where) == (Status.UNREADABLE_SKETCH, GROUP)
+    assert bench.media() == place
+
+
+@pytest.mark.parametrize("codeword", range(CENTROID_CODEWORDS))
+def test_lost_centroids(bench, codeword):
+    for stripe in (2, 1):
+        place = bench.lose(Kind.SKETCH, stripe, codeword)
+        found = bench.attend(Mode.CENTROID)
+        where = stripe * GROUP + codeword * TINY.tokens_per_codeword * UNIT
+        assert (found.status, found.where) == (Status.UNREADABLE_SKETCH, where)
+        assert bench.media() == place
+
+
+@MODES
+def test_lost_tokens(bench, mode):
+    read = bench.golden(mode).first.codewords
+    codeword = int(read[read < 3 * TINY.group_codewords][-1])
+    place = bench.lose(Kind.VALUE, *divmod(codeword, TINY.group_codewords))
+    found = bench.attend(mode)
+    assert (found.status, found.where) == (Status.UNREADABLE_VALUE, codeword * 4)
+    assert bench.media() == place
+    place = bench.lose(Kind.KEY, *divmod(codeword, TINY.group_codewords))
+    found = bench.attend(mode)
+    assert (found.status, found.where) == (Status.UNREADABLE_KEY, codeword * 4)
+    assert bench.media() == place
+
+
+@MODES
+def test_lost_tail(bench, mode):
+    """The last two pages of K and of V of the tail lie behind the end of DRAM; K is read in the first pass already."""
+    bench.entries[3] = bench.entries[3] | {"value_page": 58}
+    found = bench.attend(mode)
+    assert (found.status, found.where) == (Status.UNREADABLE_VALUE, 3 * GROUP + 6 * TINY.tokens_per_page)
+    bench.entries[3]["key_page"] = 60
+    found = bench.attend(mode)
+    status = Status.UNREADABLE_KEY if mode is Mode.CENTROID else Status.UNREADABLE_SKETCH
+    assert (found.status, found.where) == (status, 3 * GROUP + 4 * TINY.tokens_per_page)
+    assert bench.media() is None    # no flash
+    # Up to the end only.
+    assert bench.attend(mode, end_token=3 * GROUP + 4 * TINY.tokens_per_page).status is Status.OK
+
+
+# Statuses.
+
+
+GOOD_UNITS = -(-END // UNIT)
+
+
+@pytest.mark.parametrize(("mode", "change", "status", "where"), [
+    (Mode.SPARF, {"mode": 4}, Status.INVALID_FIELD, 0),
+    (Mode.SPARF, {"reserved0": 1}, Status.INVALID_FIELD, 0),
+    (Mode.SPARF, {"unit_bits": 1}, Status.INVALID_FIELD, 0),
+    (Mode.CENTROID, {"channels": 1}, Status.INVALID_FIELD, 0),
+    (Mode.SPARF, {"stripe_pages": 4}, Status.INVALID_FIELD, 0),
+    (Mode.FETCHED, {"stripe_pages": 16}, Status.INVALID_FIELD, 0),
+    (Mode.CENTROID, {"stripe_pages": 1}, Status.INVALID_FIELD, 0),
+    (Mode.CENTROID, {"stripe_pages": 0}, Status.INVALID_FIELD, 0),
+    (Mode.DENSE, {"sinks": 1}, Status.INVALID_FIELD, 0),
+    (Mode.DENSE, {"units": 1}, Status.INVALID_FIELD, 0),
+    (Mode.SPARF, {"rows": 3}, Status.INVALID_ROWS, 3),
+    (Mode.SPARF, {"stripes": 3}, Status.INVALID_LENGTH, 0),
+    (Mode.SPARF, {"channels": 0}, Status.INVALID_SELECTION, 0),
+    (Mode.FETCHED, {"channels": 0}, Status.INVALID_SELECTION, 0),
+    (Mode.SPARF, {"channels": 33}, Status.INVALID_SELECTION, 0),
+    (Mode.FETCHED, {"channels": 65535}, Status.INVALID_SELECTION, 0),
+    (Mode.SPARF, {"units": 0}, Status.INVALID_SELECTION, 1),
+    (Mode.FETCHED, {"units": 0}, Status.INVALID_SELECTION, 1),
+    (Mode.CENTROID, {"units": 0}, Status.INVALID_SELECTION, 1),
+    (Mode.SPARF, {"units": END + 1}, Status.INVALID_SELECTION, 1),
+    (Mode.FETCHED, {"units": GOOD_UNITS + 1}, Status.INVALID_SELECTION, 1),
+    (Mode.CENTROID, {"units": 65535}, Status.INVALID_SELECTION, 1),
+    (Mode.SPARF, {"local": 41}, Status.INVALID_SELECTION, 2),
+    (Mode.FETCHED, {"local": 5 * UNIT + 1}, Status.INVALID_SELECTION, 2),
+    (Mode.CENTROID, {"local": 65535}, Status.INVALID_SELECTION, 2),
+    (Mode.FETCHED, {"unit_bits": 3}, Status.INVALID_SELECTION, 3),
+    (Mode.CENTROID, {"unit_bits": 255, "units": 1}, Status.INVALID_SELECTION, 3),
+    (Mode.SPARF, {"table": TABLES + 4}, Status.INVALID_ADDRESS, 2),
+    (Mode.SPARF, {"table": QUERIES - 64}, Status.INVALID_ADDRESS, 2),
+    (Mode.FETCHED, {"table": LIMIT - 64}, Status.INVALID_ADDRESS, 2),
+    (Mode.FETCHED, {"table": LIMIT - MEAN_BYTES}, Status.INVALID_ADDRESS, 2),
+    (Mode.CENTROID, {"table": LIMIT}, Status.INVALID_ADDRESS, 2),
+    (Mode.SPARF, {"table": LIMIT}, Status.INVALID_ADDRESS, 2),
+    (Mode.SPARF, {"scale": 0}, Status.INVALID_SCALE, 0),
+])
+def test_invalid_commands(bench, mode, change, status, where):
+    before = bench.device.read_memory(RESULTS, 512)
+    found = bench.attend(mode, **change)
+    assert (found.status, found.where) == (status, where)
+    assert bench.device.read_memory(RESULTS, 512) == before
+    assert bench.attend(mode).status is Status.OK
+
+
+@pytest.mark.parametrize(("mode", "change"), [
+    (Mode.SPARF, {"channels": 1}),
+    (Mode.SPARF, {"channels": 32}),
+    (Mode.SPARF, {"units": 1, "local": 1}),
+    (Mode.SPARF, {"units": END, "local": END}),
+    (Mode.FETCHED, {"units": GOOD_UNITS, "local": GOOD_UNITS * UNIT}),
+    (Mode.FETCHED, {"unit_bits": 0}),
+    (Mode.FETCHED, {"unit_bits": 2}),
+    (Mode.CENTROID, {"units": 1, "local": UNIT}),
+    (Mode.SPARF, {"table": LIMIT - 64 - MEAN_BYTES}),
+    (Mode.CENTROID, {"table": LIMIT - 64}),
+])
+def test_the_last_valid_values(bench, mode, change):
+    bench.table(mode)
+    if table := change.get("table"):
+        bench.device.write_memory(table, bench.device.read_memory(TABLES, LIMIT - table))
+    assert bench.attend(mode, **change).status is Status.OK
+
+
+def test_a_sketch_entry_counts_in_the_tables_size(bench):
+    """The window has room for four entries of a dense job, and for two of a sparse one."""
+    bench.open(LIMIT - 32)
+    bench.table(Mode.DENSE)
+    bench.device.write_memory(LIMIT - 64, bench.device.read_memory(TABLES, 64))
+    found = bench.attend(Mode.DENSE, table=LIMIT - 64)
+    assert found.status is Status.OK
+    found = bench.attend(Mode.CENTROID, table=LIMIT - 64)
+    assert (found.status, found.where) == (Status.INVALID_ADDRESS, 2)
+    bench.table(Mode.CENTROID)
+    bench.device.write_memory(LIMIT - 64, bench.device.read_memory(TABLES, 64))
+    found = bench.attend(Mode.CENTROID, table=LIMIT - 64, stripes=2, end_token=2 * GROUP)
+    assert found.status is Status.OK
+
+
+def test_the_first_status_is_reported(bench):
+    """Each command has all of the mistakes that follow."""
+    bench.channel_sketches[1]["written"] = 0
+    bench.channel_sketches[2]["written"] = 2
+    bench.device.write_memory(QUERIES + query_row_bytes(32) + 64 + 9 * 2, b"\x01\x7c")
+    good = int(bench.mean[5])
+    bench.mean[5] = 0x7F80_0000
+    mistakes = [
+        ({"reserved0": 1}, Status.INVALID_FIELD, 0), ({"rows": 0}, Status.INVALID_ROWS, 0),
+        ({"stripes": 9}, Status.INVALID_LENGTH, 0), ({"channels": 0}, Status.INVALID_SELECTION, 0),
+        ({"units": 0}, Status.INVALID_SELECTION, 1), ({"local": 41}, Status.INVALID_SELECTION, 2),
+        ({"query": 1}, Status.INVALID_ADDRESS, 0), ({"table": 65}, Status.INVALID_ADDRESS, 2),
+        ({"scale": 0}, Status.INVALID_SCALE, 0),
+        ({}, Status.INVALID_TABLE, 2)]
+    for at, (_, status, where) in enumerate(mistakes):
+        fields: dict[str, int] = {}
+        for change, *_ in reversed(mistakes[at:]):
+            fields |= change
+        found = bench.attend(Mode.SPARF, **fields)
+        assert (found.status, found.where) == (status, where)
+    bench.channel_sketches[2]["written"] = 1
+    found = bench.attend(Mode.SPARF)
+    assert (found.status, found.where) == (Status.NO_SKETCH, 1)
+    bench.channel_sketches[1]["written"] = 1
+    found = bench.attend(Mode.SPARF)
+    assert (found.status, found.where) == (Status.NAN_QUERY, 1 << 16 | 9)
+    assert not any(bench.device.traffic.flash.values())
+    bench.device.write_memory(QUERIES + query_row_bytes(32) + 64 + 9 * 2, b"\x01\x3c")
+    found = bench.attend(Mode.SPARF)
+    assert (found.status, found.where) == (Status.NAN_MEAN, 5)
+    assert not any(bench.device.traffic.flash.values())
+    bench.mean[5] = good
+    assert bench.attend(Mode.SPARF).status is Status.OK
+
+
+def test_bus_errors(bench):
+    bench.open(1 << 20)
+    for field in ("query", "table", "result"):
+        found = bench.attend(Mode.FETCHED, **{field: 1 << 16})
+        assert (found.status, found.where) == (Status.BUS_ERROR, 0)
+        assert bench.device.read_register("STATUS") & StatusBit.BUS_ERROR
+        bench.device.write_register("STATUS", StatusBit.BUS_ERROR)
+    # Before what stands in the table.
+    bench.channel_sketches[0]["reserved"] = 1
+    assert bench.attend(Mode.FETCHED, table=1 << 16).status is Status.BUS_ERROR
+    assert bench.attend(Mode.FETCHED).status is Status.INVALID_TABLE
+
+
+@MODES
+@pytest.mark.parametrize(("change", "status"), [
+    ({"reserved": 1}, Status.INVALID_TABLE), ({"reserved": 1 << 23}, Status.INVALID_TABLE),
+    ({"written": 2}, Status.INVALID_TABLE), ({"written": 3}, Status.INVALID_TABLE),
+    ({"codeword": 4}, Status.INVALID_TABLE), ({"written": 0}, Status.NO_SKETCH)])
+def test_bad_sketch_entries(bench, mode, change, status):
+    for stripe in (2, 0):
+        for sketches in (bench.channel_sketches, bench.centroid_sketches):
+            sketches[stripe] = sketches[stripe] | change
+        found = bench.attend(mode)
+        assert (found.status, found.where) == (status, stripe)
+    # Dense jobs have no sketch entries, and the tail needs no sketch.
+    assert bench.attend(Mode.DENSE).status is Status.OK
+    bench.channel_sketches[3] = {"written": 1, "page": 77}
+    bench.centroid_sketches[3] = {"written": 1, "page": 77, "codeword": 3}
+    for stripe in (0, 2):
+        bench.channel_sketches[stripe] |= {"written": 1, "reserved": 0, "codeword": 0}
+        bench.centroid_sketches[stripe] |= {"written": 1, "reserved": 0, "codeword": 1 + stripe}
+    assert bench.attend(mode).status is Status.OK
+    # The channel layout begins with a page; what is wrong is wrong for the tail, too.
+    bench.channel_sketches[3]["codeword"] = 1
+    bench.centroid_sketches[3]["codeword"] = 4
+    found = bench.attend(mode)
+    assert (found.status, found.where) == (Status.INVALID_TABLE, 3)
+
+
+@MODES
+def test_flags_of_entries(bench, mode):
+    """A stripe that is attended whole needs no sketch; other bits are reserved."""
+    for flags in (4, 0x80, 0xFF):
+        bench.entries[2]["flags"] = flags
+        found = bench.attend(mode)
+        assert (found.status, found.where) == (Status.INVALID_TABLE, 2)
+    bench.entries[2]["flags"] = 0
+    for sketches in (bench.channel_sketches, bench.centroid_sketches):
+        sketches[0] = sketches[0] | {"written": 0}
+        sketches[2] = sketches[2] | {"written": 0}
+    bench.entries[0]["flags"] = TableFlag.WHOLE
+    found = bench.attend(mode)
+    assert (found.status, found.where) == (Status.NO_SKETCH, 2)
+
+
+def test_without_sparse_hardware():
+    device = GoldenDevice(replace(TINY, sparse=False), memory_bytes=1 << 16)
+    bench = Bench.__new__(Bench)
+    bench.device = device
+    bench.open()
+    for mode in (Mode.SPARF, Mode.FETCHED, Mode.CENTROID):
+        assert bench.run(COMMAND.pack(**bench.fields(mode)))[0].status is Status.INVALID_FIELD
+    assert bench.run(COMMAND.pack(**bench.fields(Mode.DENSE, rows=0)))[0].status is Status.INVALID_ROWS
+
+
+# NaN.
+
+
+@MODES
+def test_nan_of_tokens(bench, mode):
+    """A NaN in the token layout counts if its codeword is read, whether or not its token is selected."""
+    plain = Bench().golden(mode).first
+    read = plain.codewords[plain.codewords < 3 * TINY.group_codewords].tolist()
+    unread = next(c for c in range(96) if c not in read)
+    chosen = plain.channels.tolist()
+    other = next(c for c in range(32) if c not in chosen)
+    token = next(t for t in range(4 * read[1], 4 * read[1] + 4))
+    key, value = bench.key, bench.value
+    key[4 * unread, other] = value[4 * unread + 1, 3] = 0x7C00
+    bench = rebuilt(bench)
+    assert bench.attend(mode).status is Status.OK
+    value[token + 1, 31] = 0xFE00
+    bench = rebuilt(bench)
+    found = bench.attend(mode)
+    assert (found.status, found.where) == (Status.NAN_VALUE, token + 1)
+    key[token + 2, other] = 0x7C01
+    bench = rebuilt(bench)
+    found = bench.attend(mode)
+    assert (found.status, found.where) == (Status.NAN_KEY, token + 2)
+
+
+def rebuilt(bench: Bench) -> Bench:
+    """The same K and V in a device of its own; mean keys and mean of V stay what they were."""
+    fresh = Bench()
+    fresh.device = GoldenDevice(TINY, memory_bytes=1 << 16, dram_bytes=64 * TINY.page_bytes)
+    fresh.open()
+    fresh.device.write_memory(QUERIES, bench.device.read_memory(QUERIES, LIMIT - QUERIES))
+    fresh.key, fresh.value, fresh.centroids, fresh.mean = bench.key, bench.value, bench.centroids, bench.mean
+    fresh.entries, fresh.channel_sketches, fresh.centroid_sketches = [], [], []
+    fresh.write()
+    return fresh
+
+
+@BLENDED
+def test_nan_of_the_channel_layout(bench, mode):
+    chosen = bench.golden(mode).first.channels.tolist()
+    other = next(c for c in range(32) if c not in chosen)
+    sketch = bench.key.copy()
+    key, bench.key = bench.key, sketch
+    sketch[200, other] = 0x7C00
+    bench = rebuilt(bench)
+    token_layout = bench.golden(mode).first.read[200]
+    assert bench.attend(mode).status is (Status.NAN_KEY if token_layout else Status.OK)
+    sketch[200] = key[200]
+    sketch[300, chosen[2]] = sketch[170, chosen[0]] = 0xFC00
+    bench = rebuilt(bench)
+    found = bench.attend(mode)
+    assert (found.status, found.where) == (Status.NAN_KEY, 170)
+
+
+def test_nan_of_a_centroid(bench):
+    bench.centroids = bench.centroids.copy()
+    bench.centroids[[40, 17, 50]] = 0x7C00     # 50 is the tail's, and nowhere
+    bench = rebuilt(bench)
+    found = bench.attend(Mode.CENTROID)
+    assert (found.status, found.where) == (Status.NAN_KEY, 17 * UNIT)
+    for mode in (Mode.SPARF, Mode.FETCHED, Mode.DENSE):
+        assert bench.attend(mode).status is Status.OK
+
+
+def test_overflow_of_the_first_pass_is_flagged(bench):
+    channel = int(bench.golden(Mode.SPARF).first.channels[0])
+    bench.query[0, channel] = 0x6400
+    bench.key[5, channel] = 0x7BFF
+    bench = rebuilt(bench)
+    bench.query = np.where(np.arange(32) == channel, 0x6400, 0).astype(np.uint16)[None].repeat(ROWS, axis=0)
+    bench.device.write_memory(QUERIES, b"".join(
+        ROW.pack(start_token=300, end_token=1 << 20) + q.tobytes() for q in bench.query))
+    assert bench.attend(Mode.SPARF).flags == CompletionFlag.SCORE_OVERFLOW
+    assert bench.attend(Mode.DENSE).flags == CompletionFlag(0)   # nobody attends token 5
