@@ -125,9 +125,9 @@ def bench(text: str, reset: str) -> str:
     body.append(f"kvattic_drive drive ({', '.join(f'.{name}({name})' for _, _, name in members)});")
     for channel in range(TINY.channels):
         phy = [name for _, _, name in members if name.startswith(f"phy{channel}_")]
-        signals = [".clk(clk)", ".rst(rst)", ".configure(1'b0)", ".load(1'b0)", ".dump(1'b0)",
+        signals = [".clk(clk)", ".rst(rst)", f".channel({channel})", ".configure(1'b0)", ".load(1'b0)", ".dump(1'b0)",
                    *(f".{name.partition('_')[2]}({name})" for name in phy)]
-        parameters = nand_parameters(TINY, channel=channel, frames=4)
+        parameters = nand_parameters(TINY, frames=4)
         body += [
             f"nand_channel #({', '.join(f'.{k}({v})' for k, v in parameters.items())}) "
             f"nand{channel} ({', '.join(signals)});",

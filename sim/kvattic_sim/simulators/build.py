@@ -612,7 +612,7 @@ def _build_separate(module: str, text: str, *, root: Path, group: Group | None) 
     )
     directory = root / f"{module}-verilator-{digest}"
     stamp = directory / ".finished"
-    with _locked(root / f"{directory.name}.lock"):
+    with locked(root / f"{directory.name}.lock"):
         if not stamp.is_file():
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(parents=True)
@@ -783,8 +783,8 @@ def compile_model(
         public_modules: modules besides the top level whose signals Python may see (Verilator only;
             Icarus shows all).
         separate_modules: modules that are compiled by themselves, once for all their instances and for all models that
-            have them (see `kvattic_sim.simulators.separate`, which says what they must keep to). Not where waves are recorded or
-            delays allowed, nor by Icarus: there the model is compiled as a whole.
+            have them; `kvattic_sim.simulators.separate` says what they must keep to. Not where waves are recorded
+            or delays allowed, nor by Icarus: there the model is compiled as a whole.
         build_root: where to build; :func:`default_build_root` if None.
 
     Raises:

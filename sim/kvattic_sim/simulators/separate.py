@@ -108,7 +108,8 @@ def shell(module: str, ports: Sequence[Port]) -> str:
     outputs = [port for port in ports if port.output]
 
     def arguments(direction: str, of: Sequence[Port]) -> str:
-        return "".join(f",\n    {direction} {port.verilog_type} {port.name}" for port in of)
+        # Names with an end, for a word of C++ may not stand here.
+        return "".join(f",\n    {direction} {port.verilog_type} {port.name}_now" for port in of)
 
     heads = [f"{'output reg' if port.output else 'input'} [{port.width - 1}:0] {port.name}" for port in ports]
     given = "".join(f", {port.name}" for port in inputs)
@@ -172,7 +173,8 @@ def glue(module: str, prefix: str, ports: Sequence[Port], root_header: str) -> s
         "}",
         'extern "C" {',
         f"void* {module}_create() {{",
-        f'  auto* its = new {prefix}{{Verilated::threadContextp(), ("{module}_" + std::to_string(created++)).c_str()}};',
+        f'  const std::string name = "{module}_" + std::to_string(created++);',
+        f"  auto* its = new {prefix}{{Verilated::threadContextp(), name.c_str()}};",
         "  its->eval();",
         "  return its;",
         "}",
