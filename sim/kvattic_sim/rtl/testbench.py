@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from importlib import resources
 from pathlib import Path
+from typing import cast
 
 from amaranth.hdl import Shape
 from amaranth.lib import data
-from amaranth.lib.wiring import Out
+from amaranth.lib.wiring import Member, Out
 
 import kvattic
 import kvattic_hdl
@@ -310,7 +311,8 @@ def _nand_channels(bench: _Bench, config: Config, frames: int) -> None:
         for path, member, value in phy.flatten(phy.create()):
             name, width = "_".join(map(str, path)), Shape.cast(value.shape()).width
             wire = bench.wire(f"phy{c}_{name}", width)
-            ports.append(_Port(name=name, width=width, signal=wire, output=member.flow is not Out))
+            flow = cast(Member, member).flow  # the stubs say that it is a Flow itself
+            ports.append(_Port(name=name, width=width, signal=wire, output=flow is not Out))
         ports += [_Port(name=name, width=32, signal=f"flash_{name}[{32 * c} +: 32]", output=True) for name in outputs]
         _put_twin(bench, c, "nand_channel", nand_parameters(config, frames=frames), ports)
 

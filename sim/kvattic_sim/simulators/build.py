@@ -701,7 +701,8 @@ def _build_verilator(
         )
         objects = _compile_class(steps, "Vtop", flags, [("main", str(main), _OPT_RUNTIME)])
         runtime.result()
-    library = list(dict.fromkeys(name for part in [objects, *parts] for name in part.library))
+    needs = [objects.library, *(part.library for part in parts)]
+    library = list(dict.fromkeys(name for names in needs for name in names))
     runtime_objects = prepare_runtime(waves=waves, timing=timing, build_root=root, _extra=library)
     libs = _cocotb_libs()
     steps.run(
