@@ -119,7 +119,7 @@ enum kvattic_opcode {  /* What a command asks for. */
 
 enum kvattic_mode {  /* How ATTEND chooses the tokens that it attends; docs/sparse.md. */
     KVATTIC_MODE_DENSE = 0,  /* All of them. */
-    KVATTIC_MODE_SPARF = 1,  /* The units tokens of the largest approximate mass, blended with the mean of V (SparF, SparQ). */
+    KVATTIC_MODE_SPARF = 1,  /* The top_units tokens of the largest approximate mass, blended with the mean of V (SparF, SparQ). */
     KVATTIC_MODE_FETCHED = 2,  /* Units of whole codewords of the largest approximate mass, all of whose tokens are attended; blended likewise. */
     KVATTIC_MODE_CENTROID = 3,  /* Units whose mean key scores highest, all of whose tokens are attended; not blended. */
 };
@@ -132,7 +132,7 @@ enum kvattic_status {  /* How a command ended; where of the completion says whic
     KVATTIC_STATUS_INVALID_LENGTH = 4,  /* No token, or stripes are not as many as the tokens take. */
     KVATTIC_STATUS_INVALID_ADDRESS = 5,  /* query, result or table (with the mean of V) not 64-byte aligned or not inside the queue's window; where: 0 query, 1 result, 2 table. IDENTIFY, COUNTERS: result, likewise. */
     KVATTIC_STATUS_INVALID_SCALE = 6,  /* scale is not a positive normal fp32. */
-    KVATTIC_STATUS_NAN_QUERY = 7,  /* where: row * 65536 + channel of the first NaN or infinity in q. */
+    KVATTIC_STATUS_NAN_QUERY = 7,  /* where: row * 65536 + feature of the first NaN or infinity in q. */
     KVATTIC_STATUS_NAN_KEY = 8,  /* where: the lowest token with a NaN or infinity in K. */
     KVATTIC_STATUS_NAN_VALUE = 9,  /* where: the lowest token with a NaN or infinity in V. */
     KVATTIC_STATUS_CODEWORD_TIMEOUT = 10,  /* A codeword never came; where: channel * 65536 + kind * 32768 + codewords still missing there. */
@@ -145,10 +145,10 @@ enum kvattic_status {  /* How a command ended; where of the completion says whic
     KVATTIC_STATUS_ERASE_FAILED = 17,  /* The part reports that a block was not erased; where: channel * 2**24 + page. */
     KVATTIC_STATUS_BAD_BLOCK = 18,  /* PROBE found the factory's mark in the page; where: channel * 2**24 + page. */
     KVATTIC_STATUS_DIE_TIMEOUT = 19,  /* A die stayed busy for longer than its part ever is; where: channel * 2**24 + page. */
-    KVATTIC_STATUS_INVALID_SELECTION = 20,  /* A sparse mode's number is none or too large; where: 0 channels, 1 units (more than the tokens make), 2 local (more than the units hold), 3 unit_bits. */
+    KVATTIC_STATUS_INVALID_SELECTION = 20,  /* A sparse mode's number is none or too large; where: 0 features, 1 top_units (more than the tokens make), 2 local_tokens (more than the units hold), 3 unit_bits. */
     KVATTIC_STATUS_NO_SKETCH = 21,  /* A stripe in flash that is not attended whole was written without what the mode's first pass reads; where: its entry's number. */
-    KVATTIC_STATUS_NAN_MEAN = 22,  /* where: channel of the first NaN or infinity in the mean of V. */
-    KVATTIC_STATUS_UNREADABLE_SKETCH = 23,  /* K in the channel layout, a centroid, or K of the tail cannot be read in the first pass; where: first token of the lowest codeword, or stripe, that cannot. */
+    KVATTIC_STATUS_NAN_MEAN = 22,  /* where: feature of the first NaN or infinity in the mean of V. */
+    KVATTIC_STATUS_UNREADABLE_SKETCH = 23,  /* K in the feature layout, a centroid, or K of the tail cannot be read in the first pass; where: first token of the lowest codeword, or stripe, that cannot. */
     KVATTIC_STATUS_NOT_PERMITTED = 24,  /* where: 0 the opcode is for queue 0 alone; 1 the domain is not given to the queue. */
     KVATTIC_STATUS_NOT_OWNED = 25,  /* A place that is not the domain's, or that is none. where, ATTEND: number of the first such table entry; PROGRAM, ERASE: 0 flash page, 1 page of device DRAM. */
     KVATTIC_STATUS_INVALID_QUEUE = 26,  /* where: 0 queue (1 to QUEUES - 1; CREATE_QUEUE: it is there already), 1 entries, 2 submission, 3 completion. */
@@ -177,13 +177,13 @@ enum kvattic_media_cause {  /* Why a codeword cannot be read. */
 enum kvattic_kind {  /* What a codeword holds. */
     KVATTIC_KIND_KEY = 0,  /* Tokens of K. */
     KVATTIC_KIND_VALUE = 1,  /* Tokens of V. */
-    KVATTIC_KIND_CHANNEL = 2,  /* First pass: one channel of K, in the channel layout. */
+    KVATTIC_KIND_FEATURE = 2,  /* First pass: one feature of K, in the feature layout. */
     KVATTIC_KIND_SKETCH = 3,  /* First pass: centroids; or tokens of K that are in device DRAM and so are scored exactly at once. */
 };
 
 enum kvattic_table_flag {  /* How a stripe is attended. */
     KVATTIC_TABLE_FLAG_DRAM = 0x1,  /* Its pages are pages of device DRAM, at page * config.page_bytes; else of the flash channel. */
-    KVATTIC_TABLE_FLAG_WHOLE = 0x2,  /* Sparse modes: it is attended whole and scored exactly in the first pass, and does not count in units; a stripe in device DRAM is always so. */
+    KVATTIC_TABLE_FLAG_WHOLE = 0x2,  /* Sparse modes: it is attended whole and scored exactly in the first pass, and does not count in top_units; a stripe in device DRAM is always so. */
 };
 
 struct kvattic_command {  /* a submission entry: ATTEND */
@@ -202,10 +202,10 @@ struct kvattic_command {  /* a submission entry: ATTEND */
     uint8_t stripe_pages;  /* pages of K (and of V) in a stripe, a power of two */
     uint32_t scale;  /* fp32 of softmax scale * log2(e) */
     uint16_t stripes;  /* stripes in the table */
-    uint16_t channels;  /* SPARF, FETCHED: channels of q and K in the first pass, the r of SparF; else 0 */
-    uint16_t units;  /* sparse modes: units attended, the k of SparF; what is attended whole comes on top; else 0 */
-    uint16_t local;  /* sparse modes: the newest tokens, attended in any case and counted in units; else 0 */
-    uint16_t sinks;  /* sparse modes: the first tokens of the sequence, numbered from 0, attended in any case and counted in units; else 0 */
+    uint16_t features;  /* SPARF, FETCHED: features (components of q and K) that the first pass reads, the r of SparF; else 0 */
+    uint16_t top_units;  /* sparse modes: units attended, the k of SparF; what is attended whole comes on top; else 0 */
+    uint16_t local_tokens;  /* sparse modes: the newest tokens, attended in any case and counted in top_units; else 0 */
+    uint16_t sinks;  /* sparse modes: the first tokens of the sequence, numbered from 0, attended in any case and counted in top_units; else 0 */
     uint8_t unit_bits;  /* FETCHED, CENTROID: log2 of the codewords of a unit; else 0 */
     uint8_t reserved_at_59[5];  /* zero */
 };
@@ -225,9 +225,9 @@ KVATTIC_ASSERT(kvattic_command_tree_token, offsetof(struct kvattic_command, tree
 KVATTIC_ASSERT(kvattic_command_stripe_pages, offsetof(struct kvattic_command, stripe_pages) == 43);
 KVATTIC_ASSERT(kvattic_command_scale, offsetof(struct kvattic_command, scale) == 44);
 KVATTIC_ASSERT(kvattic_command_stripes, offsetof(struct kvattic_command, stripes) == 48);
-KVATTIC_ASSERT(kvattic_command_channels, offsetof(struct kvattic_command, channels) == 50);
-KVATTIC_ASSERT(kvattic_command_units, offsetof(struct kvattic_command, units) == 52);
-KVATTIC_ASSERT(kvattic_command_local, offsetof(struct kvattic_command, local) == 54);
+KVATTIC_ASSERT(kvattic_command_features, offsetof(struct kvattic_command, features) == 50);
+KVATTIC_ASSERT(kvattic_command_top_units, offsetof(struct kvattic_command, top_units) == 52);
+KVATTIC_ASSERT(kvattic_command_local_tokens, offsetof(struct kvattic_command, local_tokens) == 54);
 KVATTIC_ASSERT(kvattic_command_sinks, offsetof(struct kvattic_command, sinks) == 56);
 KVATTIC_ASSERT(kvattic_command_unit_bits, offsetof(struct kvattic_command, unit_bits) == 58);
 
@@ -242,8 +242,8 @@ KVATTIC_ASSERT(kvattic_command_unit_bits, offsetof(struct kvattic_command, unit_
 /* Follows it in sparse modes: what the first pass reads. */
 #define KVATTIC_SKETCH_ENTRY(page, codeword, written) \
     ((uint64_t)(page) << 0 | (uint64_t)(codeword) << 24 | (uint64_t)(written) << 32)
-/* page: 24 bits: first page of K in the channel layout; or page of the first of the stripe's centroids */
-/* codeword: 8 bits: codeword of that page with which they begin: 0 for the channel layout */
+/* page: 24 bits: first page of K in the feature layout; or page of the first of the stripe's centroids */
+/* codeword: 8 bits: codeword of that page with which they begin: 0 for the feature layout */
 /* written: 8 bits: 1: they are there; 0: they are not, which only a stripe that is attended whole may say */
 
 struct kvattic_flash_command {  /* a submission entry: PROGRAM, ERASE, PROBE, MAP */

@@ -35,6 +35,7 @@ from kvattic.spec import layout
 from kvattic.spec.commands import Mode
 from kvattic.spec.config import PAPER, Config
 from kvattic.spec.elements import as_array
+from kvattic.support.renamed import old_selection_keywords
 from kvattic.targets import open as open_device
 
 __all__ = ["ArrayFuture", "ArrayPlan", "ArraySequence", "DriveArray", "open_array"]
@@ -275,7 +276,7 @@ class ArraySequence:
         """
         self._check_open()
         if self.split != "heads":
-            raise RequestError("the mean of V is kept with K in the channel layout only (split='heads', sparse=True)")
+            raise RequestError("the mean of V is kept with K in the feature layout only (split='heads', sparse=True)")
         return np.concatenate([_on(share.drive, share.sequence.mean_value, layer) for share in self._shares.values()])
 
     # Split by context: the drive of rank r of a layer has the stripes r, r + drives, r + 2 * drives, ...
@@ -363,6 +364,7 @@ class ArraySequence:
 
     # Attention.
 
+    @old_selection_keywords
     def attend(self, query: ArrayLike, *, timeout_s: float | None = None, **options: Any) -> AttendResult:
         """Attention of queries over a layer's tokens; see `Sequence.attend`.
 
@@ -373,11 +375,13 @@ class ArraySequence:
         """
         return self.attend_async(query, **options).result(timeout_s)
 
+    @old_selection_keywords
     def attend_async(self, query: ArrayLike, **options: Any) -> ArrayFuture[AttendResult]:
         """The same, without waiting for the end."""
         plan = self.plan(query, **options)
         return ArrayFuture(self.device._submit([plan]), plan.finish)
 
+    @old_selection_keywords
     def plan(
         self,
         query: ArrayLike,

@@ -123,7 +123,7 @@ TOPICS = 16
 def topical(config: Config, *, kv_heads: int, tokens: int, group: int = 1, seed: int = 0) -> Attention:
     """`decode` with the structure that sparse attention lives on, and that normal random numbers lack.
 
-    Few tokens have nearly all of the weight, they stand in runs, and some channels of q and K are much larger than
+    Few tokens have nearly all of the weight, they stand in runs, and some features of q and K are much larger than
     others.  The tokens come in runs of one topic, of 16 or more tokens, whose keys and values are alike; each KV head's
     queries ask for one topic.  The first token is a sink: every query attends to it, and its V is small.
 
@@ -161,17 +161,18 @@ class How:
 
     Attributes:
         mode: a name of `kvattic.Mode` in small letters.
-        channels: r of SparF; None: an eighth of head_dim.
-        units: k of SparF, or units; None: so many that they hold a sixteenth of the tokens (an eighth for centroids).
-        local: newest tokens that are attended in any case.
-        unit: tokens of a unit; None: a codeword's (16 for centroids, if the configuration allows it).
+        features: r of SparF; None: an eighth of head_dim.
+        top_units: k of SparF, or units; None: so many that they hold a sixteenth of the tokens (an eighth for
+            centroids).
+        local_tokens: newest tokens that are attended in any case.
+        unit_tokens: tokens of a unit; None: a codeword's (16 for centroids, if the configuration allows it).
     """
 
     mode: str = "dense"
-    channels: int | None = None
-    units: int | None = None
-    local: int = 0
-    unit: int | None = None
+    features: int | None = None
+    top_units: int | None = None
+    local_tokens: int = 0
+    unit_tokens: int | None = None
 
     def sequence(self, config: Config) -> dict[str, Any]:
         """Arguments of `Device.create_sequence`."""
@@ -186,17 +187,18 @@ class How:
         unit = 1 if self.mode == "sparf" else self._unit(config)
         share = 8 if self.mode == "centroid" else 16
         arguments: dict[str, Any] = {
-            "mode": self.mode, "units": self.units or max(1, tokens // share // unit), "local": self.local}
+            "mode": self.mode, "top_units": self.top_units or max(1, tokens // share // unit),
+            "local_tokens": self.local_tokens}
         if self.mode != "centroid":
-            arguments["channels"] = self.channels or config.head_dim // 8
+            arguments["features"] = self.features or config.head_dim // 8
         if self.mode != "sparf":
-            arguments["unit"] = unit
+            arguments["unit_tokens"] = unit
         return arguments
 
     def _unit(self, config: Config) -> int:
         least = config.tokens_per_codeword
         most = least << config.unit_bits_max
-        return self.unit or (min(max(16, least), most) if self.mode == "centroid" else least)
+        return self.unit_tokens or (min(max(16, least), most) if self.mode == "centroid" else least)
 
 
 DENSE = How()

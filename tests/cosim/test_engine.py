@@ -461,7 +461,7 @@ def bad_commands(device: Device) -> dict[str, Any]:
         "opcode": {"opcode": 0x80},
         "mode": {"mode": 4},
         "reserved0": {"reserved0": 1 << 7},
-        **{f"dense with {name}": {name: 1} for name in ("channels", "local", "units", "sinks", "unit_bits")},
+        **{f"dense with {name}": {name: 1} for name in ("features", "local_tokens", "top_units", "sinks", "unit_bits")},
         "flags": {"flags": 1},
         "no stripe pages": {"stripe_pages": 0},
         "three stripe pages": {"stripe_pages": 3},

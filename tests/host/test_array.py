@@ -147,8 +147,9 @@ def test_heads_of_the_sparse_modes():
     for sequence in (split, whole):
         sequence.prefill(key, value)
     np.testing.assert_array_equal(split.mean_value(), whole.mean_value())
-    for choice in ({"mode": "sparf", "channels": 8, "units": 20, "local": 3},
-                   {"mode": "fetched", "channels": 8, "units": 10}, {"mode": "centroid", "units": 10, "causal": True}):
+    for choice in ({"mode": "sparf", "features": 8, "top_units": 20, "local_tokens": 3},
+                   {"mode": "fetched", "features": 8, "top_units": 10},
+                   {"mode": "centroid", "top_units": 10, "causal": True}):
         assert_same_bits(split.attend(query, **choice), whole.attend(query, **choice))
 
 
@@ -258,9 +259,9 @@ def test_context_cannot_choose():
     key, value, query = tensors(1, 4, 1, 1)
     sequence.prefill(key, value)
     with pytest.raises(RequestError, match="mode sparf chooses from all tokens, which no drive of a sequence"):
-        sequence.attend(query, mode="sparf", channels=8, units=2)
-    with pytest.raises(RequestError, match="mode dense has no units"):
-        sequence.attend(query, units=3)
+        sequence.attend(query, mode="sparf", features=8, top_units=2)
+    with pytest.raises(RequestError, match="mode dense has no top_units"):
+        sequence.attend(query, top_units=3)
     with pytest.raises(RequestError, match="the mean of V is kept with"):
         sequence.mean_value()
 

@@ -179,7 +179,7 @@ def test_info_reads_a_configuration(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("{", "a configuration must be JSON"), ('{"channels": 99}', "channels must be 1 to 32, not 99"),
+    ("{", "a configuration must be JSON"), ('{"channels": 99}', "features must be 1 to 32, not 99"),
     (b"\xff", "is no text"), (None, "No such file"),
 ])
 def test_a_bad_configuration_is_two(capsys, tmp_path, text, message):

@@ -34,8 +34,7 @@ ARGUMENTS: dict[str, Any] = {
 
 def modules(package: Any) -> list[Any]:
     """All modules of a package."""
-    names = [info.name for info in pkgutil.walk_packages(package.__path__)]
-    return [importlib.import_module(f"{package.__name__}.{name}") for name in names]
+    return [importlib.import_module(info.name) for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
 
 
 def defined(module: Any) -> list[tuple[str, Any]]:

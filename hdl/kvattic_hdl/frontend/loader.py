@@ -88,7 +88,7 @@ class Loader(wiring.Component):
     A command that fails its checks becomes a job without lanes, of mode DENSE; so does one with a
     bad query block, mean or table.  The first that applies is reported: BUS_ERROR of the command
     line, INVALID_OPCODE, NOT_PERMITTED (opcode), INVALID_FIELD; for ATTEND: INVALID_ROWS,
-    INVALID_LENGTH, INVALID_SELECTION (channels, units, local, unit_bits), INVALID_ADDRESS (query,
+    INVALID_LENGTH, INVALID_SELECTION (features, top_units, local_tokens, unit_bits), INVALID_ADDRESS (query,
     result, table), INVALID_SCALE, NOT_PERMITTED (domain), BUS_ERROR of query block, mean or table,
     INVALID_TABLE, NOT_OWNED, NO_SKETCH, NAN_QUERY, NAN_MEAN; for flash commands: INVALID_PLACE,
     NOT_PERMITTED (domain), NOT_OWNED.  `where` is zero for those that commands.Status gives none.
@@ -595,16 +595,16 @@ class Loader(wiring.Component):
         ]
         if config.sparse:
             local_token = Signal(TOKEN_BITS)
-            before = command["end_token"][:TOKEN_BITS] - command["local"]
+            before = command["end_token"][:TOKEN_BITS] - command["local_tokens"]
             m.d.sync += local_token.eq(Mux(before < 0, 0, before))
             m.d.comb += [
                 self.start.mode.eq(command["mode"]),
                 self.start.unit_bits.eq(command["unit_bits"]),
-                self.start.channels.eq(command["channels"]),
+                self.start.features.eq(command["features"]),
                 self.start.local_token.eq(local_token),
                 self.start.sinks.eq(command["sinks"]),
                 self.jobs.payload.mode.eq(Mux(status == Status.OK, command["mode"], 0)),
-                self.jobs.payload.units.eq(command["units"]),
+                self.jobs.payload.units.eq(command["top_units"]),
             ]
         else:
             m.d.comb += self.start.local_token.eq(command["end_token"])
@@ -641,7 +641,7 @@ class Loader(wiring.Component):
                 ranker.valid.eq(check.valid & ranked),
                 ranker.word.eq(word.data),
                 ranker.rows.eq(rows),
-                ranker.channels.eq(command["channels"]),
+                ranker.features.eq(command["features"]),
                 ranker.scale.eq(self.start.scale),
                 ranker.k_offset.eq(k_offset),
             ]

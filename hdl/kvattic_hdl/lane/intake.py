@@ -200,7 +200,7 @@ class Intake(wiring.Component):
                 beyond_1.eq(unit_1[number_bits:].any()),
             ]
             place_1 = Cat(unit_1[:number_bits], tag_1.place[number_bits:])
-            within = Mux(tag_1.kind == Kind.CHANNEL, 0, Mux(centroid_1, unit_1[:number_bits], within))
+            within = Mux(tag_1.kind == Kind.FEATURE, 0, Mux(centroid_1, unit_1[:number_bits], within))
             asked_1 = Mux(of_first_1, self.sparse & (tag_1.place < self.first_asked), tag_1.place < self.asked)
             ride = data.StructLayout({
                 "sparse": 1, "all_came": 1, "centroids": 1, "beyond": 1, "ring": shapes.ring,
@@ -212,7 +212,7 @@ class Intake(wiring.Component):
                 ride_2.centroids.eq(self.centroid),
                 ride_2.beyond.eq(beyond_1),
                 ride_2.ring.eq(self.ring_base + Mux(
-                    tag_1.kind == Kind.CHANNEL, Cat(Const(0, number_bits), tag_1.place[number_bits:]),
+                    tag_1.kind == Kind.FEATURE, Cat(Const(0, number_bits), tag_1.place[number_bits:]),
                     Mux(centroid_1, place_1, tag_1.place))),
                 ride_2.number.eq(self.channel),
                 ride_2.group.eq(self.first_group + (page >> self.stripe_bits)),
@@ -315,7 +315,7 @@ class Intake(wiring.Component):
             m.d.comb += [
                 header.ring.eq(ride_3.ring),
                 header.first.eq(of_first_3),
-                header.channel.eq(tag_3.kind == Kind.CHANNEL),
+                header.channel.eq(tag_3.kind == Kind.FEATURE),
                 header.centroid.eq(of_first_3 & ride_3.centroids),
                 header.number.eq(ride_3.number),
                 header.group.eq(ride_3.group),

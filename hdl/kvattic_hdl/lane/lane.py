@@ -195,7 +195,7 @@ class Lane(wiring.Component):
             "tree_token": TOKEN_BITS,
             "k_offset": shapes.start["k_offset"].shape,
             "scale": shapes.start["scale"].shape,
-        } | ({name: shapes.start[name].shape for name in ("mode", "unit_bits", "channels", "local_token", "sinks")}
+        } | ({name: shapes.start[name].shape for name in ("mode", "unit_bits", "features", "local_token", "sinks")}
              if sparse else {}))
         job = Signal(job_shape)
         started, started_slot = Signal(), Signal(shapes.slot)

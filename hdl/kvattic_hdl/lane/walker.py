@@ -240,7 +240,7 @@ class FirstWalker(wiring.Component):
         self.shapes = shapes = Shapes(config)
         self.first_walk = data.StructLayout(
             {name: field.shape for name, field in shapes.walk if name != "stripe_bits"}
-            | {name: shapes.start[name].shape for name in ("mode", "channels", "unit_bits")})
+            | {name: shapes.start[name].shape for name in ("mode", "features", "unit_bits")})
         # whole: it is attended whole, as one in DRAM always is, and page is the first one of its K.
         self.first_stripe = data.StructLayout({
             "page": shapes.request["page"].shape, "codeword": shapes.request["codeword"].shape, "dram": 1,
@@ -341,7 +341,7 @@ class FirstWalker(wiring.Component):
                         limit.eq(config.group_codewords),
                     ]
                     with m.If(self.channels):
-                        m.d.sync += limit.eq(self.job.channels)
+                        m.d.sync += limit.eq(self.job.features)
                     with m.Elif(centroids):
                         units = config.group_codewords // config.tokens_per_codeword
                         m.d.sync += limit.eq(Mux(stripe.whole, 0, units >> self.job.unit_bits))
@@ -356,7 +356,7 @@ class FirstWalker(wiring.Component):
                     request.page.eq(position >> codeword_bits),
                     request.codeword.eq(position[:codeword_bits]),
                     request.tag.place.eq(self.place + Mux(channels, self.chosen, number)),
-                    request.tag.kind.eq(Mux(channels, Kind.CHANNEL, Kind.SKETCH)),
+                    request.tag.kind.eq(Mux(channels, Kind.FEATURE, Kind.SKETCH)),
                     request.tag.slot.eq(self.slot),
                     request.tag.epoch.eq(self.job.epoch),
                 ]

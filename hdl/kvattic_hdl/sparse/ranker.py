@@ -1,4 +1,4 @@
-"""Chooses the channels of a sparse job's first pass by |q|, and makes the scales that go with them."""
+"""Chooses the features of a sparse job's first pass by |q|, and makes the scales that go with them."""
 
 from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, ResetInserter, Signal, signed
 from amaranth.lib import data, enum, stream, wiring
@@ -14,9 +14,9 @@ from kvattic_hdl.lib.records import WORD_BYTES
 
 WORD_ELEMENTS = WORD_BYTES // ELEMENT_BYTES
 DIGIT = 4
-"""Bits of a channel's magnitude that one pass over all channels decides."""
-CHANNEL_BITS = 8
-"""Bits of a channel's number, and of its index among the chosen ones, in `Shapes.load`."""
+"""Bits of a feature's magnitude that one pass over all features decides."""
+FEATURE_BITS = 8
+"""Bits of a feature's number, and of its index among the chosen ones, in `Shapes.load`."""
 
 
 class RowScale(wiring.Component):
@@ -39,7 +39,7 @@ class RowScale(wiring.Component):
     Members
     -------
     i : In(stream of part, whole)
-        Sum of the chosen channels' magnitudes, and of all channels'; part <= whole.
+        Sum of the chosen features' magnitudes, and of all features'; part <= whole.
     scale, k_offset : In(24), In(signed(10))
         The job's, as in `Shapes.start`; stable while at work.
     valid : Out(1)
@@ -139,22 +139,22 @@ class RowScale(wiring.Component):
 
 
 class _Op(enum.Enum, shape=2, view_class=None):
-    """What a pass over the channels is for."""
+    """What a pass over the features is for."""
 
-    SCAN = 0    # sum over the rows, and see which digits are zero in all channels
+    SCAN = 0    # sum over the rows, and see which digits are zero in all features
     COUNT = 1   # histogram of a digit
-    SUM = 2     # one row's sums over the chosen channels and over all
+    SUM = 2     # one row's sums over the chosen features and over all
 
 
 class Ranker(wiring.Component):
-    """The channels of the largest |q|, summed over the rows, and each row's scale for scores of these channels alone.
+    """The features of the largest |q|, summed over the rows, and each row's scale for scores of these features alone.
 
-    A channel's magnitude is |q| with 24 fractional bits, truncated, and clipped at 2**40 - 1; it is summed over the
-    rows.  The `channels` largest sums are chosen, equal ones from the lowest channel on.  A row's scale: `RowScale`.
+    A feature's magnitude is |q| with 24 fractional bits, truncated, and clipped at 2**40 - 1; it is summed over the
+    rows.  The `features` largest sums are chosen, equal ones from the lowest feature on.  A row's scale: `RowScale`.
 
-    Passes over the channels, one element a cycle: one for each row to sum them, while the query still comes; then
-    digits of 4 bits from the top, each a pass and a look at up to 16 bins, until just `channels` are at or above what
-    is decided (digits that are zero in all channels left cost a cycle); then, once `go` is high, one for each row,
+    Passes over the features, one element a cycle: one for each row to sum them, while the query still comes; then
+    digits of 4 bits from the top, each a pass and a look at up to 16 bins, until just `features` are at or above what
+    is decided (digits that are zero in all features left cost a cycle); then, once `go` is high, one for each row,
     whose sums go to its scale while the next row is passed.
 
     Latency: from the last word of q to the last digit at most ``rows * head_dim + 7 + n * (head_dim + 23)`` cycles, n
@@ -174,14 +174,14 @@ class Ranker(wiring.Component):
         Forget everything: another query comes.
     valid, word : In(1), In(64)
         A word of q; they come in order, as many as `rows` have.
-    rows, channels : In
-        Rows of the job; channels to choose, 1 to head_dim.  Stable from the first word on.
+    rows, features : In
+        Rows of the job; features to choose, 1 to head_dim.  Stable from the first word on.
     scale, k_offset : In(24), In(signed(10))
         The job's, as in `Shapes.start`; likewise.
     go : In(1)
         The results may come.
     chosen_valid, chosen, chosen_index : Out(1), Out(8), Out(8)
-        A chosen channel and its index, ascending; never in a cycle with `scale_valid`.
+        A chosen feature and its index, ascending; never in a cycle with `scale_valid`.
     scale_valid, scale_row, approximate : Out(1), Out(Shapes.row), Out(Shapes.approximate)
         A row's scale; rows in order.
     done : Out(1)
@@ -192,7 +192,7 @@ class Ranker(wiring.Component):
     valid: Signal
     word: Signal
     rows: Signal
-    channels: Signal
+    features: Signal
     scale: Signal
     k_offset: Signal
     go: Signal
@@ -212,13 +212,13 @@ class Ranker(wiring.Component):
             "valid": In(1),
             "word": In(WORD_BYTES * 8),
             "rows": In(bits_for(config.rows)),
-            "channels": In(bits_for(config.head_dim)),
+            "features": In(bits_for(config.head_dim)),
             "scale": In(SCALE_BITS),
             "k_offset": In(signed(K_OFFSET_BITS)),
             "go": In(1),
             "chosen_valid": Out(1),
-            "chosen": Out(CHANNEL_BITS),
-            "chosen_index": Out(CHANNEL_BITS),
+            "chosen": Out(FEATURE_BITS),
+            "chosen_index": Out(FEATURE_BITS),
             "scale_valid": Out(1),
             "scale_row": Out(shapes.row),
             "approximate": Out(shapes.approximate),
@@ -245,26 +245,26 @@ class Ranker(wiring.Component):
         with m.If(self.valid):
             m.d.sync += written.eq(written + 1)
 
-        # Channels go one after the other through the stages below.
+        # Features go one after the other through the stages below.
         op = Signal(_Op)
         row = Signal(range(config.rows))
         last_row = row == (self.rows - 1)[: len(row)]
-        channel = Signal(range(head_dim))
-        last_channel = channel == head_dim - 1
+        feature = Signal(range(head_dim))
+        last_feature = feature == head_dim - 1
         issue = Signal()
         stages = Signal(5)
-        numbers = [channel]
+        numbers = [feature]
         for stage in range(1, 6):
-            number = Signal.like(channel, name=f"channel{stage}")
+            number = Signal.like(feature, name=f"feature{stage}")
             m.d.sync += number.eq(numbers[-1])
             numbers.append(number)
         m.d.sync += stages.eq(Cat(issue, stages))
-        at = [issue, *stages]   # a channel is at this stage
+        at = [issue, *stages]   # a feature is at this stage
         with m.If(issue):
-            m.d.sync += channel.eq(channel + 1)
-            with m.If(last_channel):
-                m.d.sync += channel.eq(0)
-            with m.If(channel[:element_bits].all()):
+            m.d.sync += feature.eq(feature + 1)
+            with m.If(last_feature):
+                m.d.sync += feature.eq(0)
+            with m.If(feature[:element_bits].all()):
                 m.d.sync += address.eq(address + 1)
 
         # 1: the element.  Its magnitude is significand << places >> low.
@@ -394,8 +394,8 @@ class Ranker(wiring.Component):
             with m.State("pass"):
                 m.d.comb += issue.eq((op != _Op.SCAN) | (address != written))
                 with m.If(op == _Op.SCAN):
-                    m.d.sync += needed.eq(self.channels)
-                with m.If(issue & last_channel):
+                    m.d.sync += needed.eq(self.features)
+                with m.If(issue & last_feature):
                     with m.If((op == _Op.SCAN) & ~last_row):
                         m.d.sync += row.eq(row + 1)
                     with m.Else():

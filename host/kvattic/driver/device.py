@@ -568,7 +568,7 @@ class Device:
             kv_heads: KV heads of a layer.
             capacity_tokens: tokens that it can hold at most.
             layers: layers, each with K and V of its own.
-            sparse: write K in the channel layout, too, which the modes sparf and fetched read.
+            sparse: write K in the feature layout, too, which the modes sparf and fetched read.
             centroids: write mean keys of units of so many tokens, too, which the mode centroid reads: a power of two,
                 from a codeword's tokens to a page's (`layout.unit_bits`).
             sinks: the first tokens, on which language models lean whatever they say (attention sinks): sparse modes

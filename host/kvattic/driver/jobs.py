@@ -82,12 +82,12 @@ class Job:
         tree_token: first token of the draft tree, end_token where there is none.
         scale_bits: fp32 bit pattern of softmax scale * log2(e).
         mode: which tokens are attended; the fields below are for the sparse modes.
-        channels: SPARF, FETCHED: channels of the first pass, the paper's r.
-        units: units that are attended beside those of the tail, the paper's k.
-        local: newest tokens that are attended in any case; their units count among `units`.
+        features: SPARF, FETCHED: features that the first pass reads, the paper's r.
+        top_units: units that are attended beside those of the tail, the paper's k.
+        local_tokens: newest tokens that are attended in any case; their units count among `top_units`.
         sinks: first tokens of the sequence that are attended in any case; likewise.
         whole: stripes of the table from this one on are attended whole, wherever they lie, and scored exactly in the
-            first pass; they do not count in `units`.  Those in device DRAM are so in any case.
+            first pass; they do not count in `top_units`.  Those in device DRAM are so in any case.
         unit_bits: FETCHED, CENTROID: log2 of the codewords of a unit.
         mean: SPARF, FETCHED: uint32, (head_dim,), fp32 bit patterns of the mean of V; None if there is none.
         sketch: uint64, an entry for each stripe (`layout.pack_sketches`); read like the table.  None in DENSE.
@@ -106,9 +106,9 @@ class Job:
     tree_token: int
     scale_bits: int
     mode: Mode = Mode.DENSE
-    channels: int = 0
-    units: int = 0
-    local: int = 0
+    features: int = 0
+    top_units: int = 0
+    local_tokens: int = 0
     sinks: int = 0
     whole: int = MAX_STRIPES
     unit_bits: int = 0
@@ -276,7 +276,7 @@ def check_range(job: Job, flags: CompletionFlag) -> None:
     """
     name = job.label or "a job"
     if flags & CompletionFlag.SCORE_OVERFLOW:
-        raise RangeError(f"{name}: a score, or the share of one channel in it, is beyond the drive's range: scale * "
+        raise RangeError(f"{name}: a score, or the share of one feature in it, is beyond the drive's range: scale * "
                          f"log2(e) * q.k must be within {SCORE_MAX >> SCORE_FRACTION:,} either way; make q, K or the "
                          "scale smaller")
     if flags & CompletionFlag.VALUE_OVERFLOW:
@@ -302,7 +302,7 @@ def explain(completion: Completion) -> str:
         ),
         Status.INVALID_SCALE: lambda: "scale is not a positive normal fp32",
         Status.NAN_QUERY: lambda: (
-            f"NaN or infinity in query row {where >> 16}, channel {where & 0xFFFF}"
+            f"NaN or infinity in query row {where >> 16}, feature {where & 0xFFFF}"
         ),
         Status.NAN_KEY: lambda: f"NaN or infinity in K at token {where}",
         Status.NAN_VALUE: lambda: f"NaN or infinity in V at token {where}",
@@ -323,13 +323,13 @@ def explain(completion: Completion) -> str:
         Status.BAD_BLOCK: lambda: "the block has the factory's mark of a bad block",
         Status.DIE_TIMEOUT: lambda: "the die stays busy",
         Status.INVALID_SELECTION: lambda: "the number of " + _name(
-            where, "channels is none or more than head_dim", "units is none or more than the tokens make",
+            where, "features is none or more than head_dim", "units is none or more than the tokens make",
             "local tokens is more than the units hold", "codewords of a unit is more than the device can have"),
         Status.NO_SKETCH: lambda: (
-            f"the stripe of entry {where} was written without what the mode's first pass reads: K in the channel "
+            f"the stripe of entry {where} was written without what the mode's first pass reads: K in the feature "
             "layout, or centroids"
         ),
-        Status.NAN_MEAN: lambda: f"NaN or infinity in the mean of V, channel {where}: V holds one in this channel",
+        Status.NAN_MEAN: lambda: f"NaN or infinity in the mean of V, feature {where}: V holds one in this feature",
         Status.UNREADABLE_SKETCH: lambda: f"what the first pass reads for token {where} on cannot be read",
         Status.NOT_PERMITTED: lambda: _name(
             where, "the opcode is for queue 0 alone", "the domain is not given to the queue"),
@@ -382,7 +382,7 @@ def check_blocks(job: Job) -> None:
     wanted = job.query.shape[1] if job.mode in (Mode.SPARF, Mode.FETCHED) else 0
     given = 0 if job.mean is None else job.mean.size
     if given != wanted:
-        raise RequestError(f"a job of mode {job.mode.name} must have a mean of V of {wanted} channels (SPARF, FETCHED: "
+        raise RequestError(f"a job of mode {job.mode.name} must have a mean of V of {wanted} features (SPARF, FETCHED: "
                            f"head_dim, else none), not {given}")
 
 
@@ -410,7 +410,8 @@ def pack_command(job: Job) -> bytes:
     return COMMAND.pack(
         opcode=Opcode.ATTEND, mode=job.mode, rows=job.rows, stripe_pages=job.stripe_pages, stripes=len(job.table),
         base_token=job.base_token, end_token=job.end_token, domain=job.domain, tree_token=job.tree_token,
-        scale=job.scale_bits, channels=job.channels, units=job.units, local=job.local, sinks=job.sinks,
+        scale=job.scale_bits, features=job.features, top_units=job.top_units, local_tokens=job.local_tokens,
+        sinks=job.sinks,
         unit_bits=job.unit_bits)
 
 

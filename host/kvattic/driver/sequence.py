@@ -31,11 +31,13 @@ from kvattic.errors import CapacityError, RequestError
 from kvattic.spec import layout
 from kvattic.spec.commands import COMMAND, TREE_BITS, Kind, Mode, fp32_bits, is_positive_normal
 from kvattic.spec.elements import as_array
+from kvattic.support.renamed import old_selection_keywords
 from kvattic.transport.base import Progress
 
 __all__ = ["Loss", "Sequence"]
 
-MAX_UNITS = (1 << 8 * COMMAND["units"].size) - 1
+MAX_UNITS = (1 << 8 * COMMAND["top_units"].size) - 1
+MAX_LOCAL_TOKENS = (1 << 8 * COMMAND["local_tokens"].size) - 1
 
 
 class Loss(NamedTuple):
@@ -65,9 +67,9 @@ class _Selection(NamedTuple):
     """What a sparse mode attends; see `Sequence.attend`."""
 
     mode: Mode
-    channels: int
-    units: int
-    local: int
+    features: int
+    top_units: int
+    local_tokens: int
     sinks: int
     unit_tokens: int
     unit_bits: int
@@ -80,7 +82,7 @@ class Sequence(Store):
 
     Tokens that do not fill a stripe yet are in device DRAM, as pages that look as those in flash, and are attended
     there.  A full stripe is programmed from these pages, which are then given back, together with what its sequence has
-    for the sparse modes (*sketches*): K in the channel layout, centroids.  What is in flash (`flushed`) survives a loss
+    for the sparse modes (*sketches*): K in the feature layout, centroids.  What is in flash (`flushed`) survives a loss
     of the drive's power, what is in DRAM does not.
 
     Attributes:
@@ -89,7 +91,7 @@ class Sequence(Store):
         kv_heads: KV heads of a layer.
         layers: layers, each with tokens of its own.
         capacity_tokens: tokens that each layer can hold.
-        sparse: K is written in the channel layout, too.
+        sparse: K is written in the feature layout, too.
         centroids: tokens of the units whose mean keys are written, too; None: there are none.
         stripe_tokens: tokens of a stripe.
         domain: what the device takes for the owner of its flash and DRAM; its own if it is isolated.
@@ -190,12 +192,12 @@ class Sequence(Store):
             float32, (kv_heads, head_dim).
 
         Raises:
-            RequestError: the layer has no tokens, or the sequence is without the channel layout.
+            RequestError: the layer has no tokens, or the sequence is without the feature layout.
         """
         with self.device.lock:
             length = self.length(layer)
             if not self.sparse:
-                raise RequestError("the mean of V is kept with K in the channel layout only (sparse=True)")
+                raise RequestError("the mean of V is kept with K in the feature layout only (sparse=True)")
             if length == 0:
                 raise RequestError(f"layer {layer} has no tokens")
             mean: NDArray[np.float32] = self._means(layer, make_masks(length, 1))[0]
@@ -357,6 +359,7 @@ class Sequence(Store):
 
     # Attention.
 
+    @old_selection_keywords
     def attend(
         self,
         query: ArrayLike,
@@ -369,11 +372,11 @@ class Sequence(Store):
         start: ArrayLike | None = None,
         end: ArrayLike | None = None,
         mode: Mode | str = Mode.DENSE,
-        channels: int | None = None,
-        units: int | None = None,
-        local: int = 0,
+        features: int | None = None,
+        top_units: int | None = None,
+        local_tokens: int = 0,
         sinks: int | None = None,
-        unit: int | None = None,
+        unit_tokens: int | None = None,
         timeout_s: float | None = None,
         progress: Progress | None = None,
     ) -> AttendResult:
@@ -385,21 +388,21 @@ class Sequence(Store):
 
         The sparse modes choose by a first pass over less than K which *units* of tokens are attended exactly:
 
-        - ``sparf`` (SparF, SparQ): the units are single tokens.  `channels` (the paper's r) channels of q and K, those
-          of the largest |q|, give approximate scores; the `units` (k) tokens of the largest approximate softmax are
+        - ``sparf`` (SparF, SparQ): the units are single tokens.  `features` (the paper's r) features of q and K, those
+          of the largest |q|, give approximate scores; the `top_units` (k) tokens of the largest approximate softmax are
           attended; the output is alpha * attention + (1 - alpha) * mean of V, alpha being their share in the
           approximate softmax.  The sequence must have been created with sparse=True.
-        - ``fetched``: the same with a codeword for a unit, or several (`unit`), because that is what is read: all
-          tokens of these codewords are attended and counted in alpha.
+        - ``fetched``: the same with a codeword for a unit, or several (`unit_tokens`), because that is what is read:
+          all tokens of these codewords are attended and counted in alpha.
         - ``centroid``: the units are those whose mean keys were written (create_sequence(centroids=...)); those of
           the largest approximate softmax over mean keys are attended, without a blend.
 
         A query of these modes sees its own past alone: several queries with causal=True give, to the last bit, what
         each gives when its token is the newest (drafts in a chain likewise).  So each query selects for itself, and the
         mean of V is over the tokens that it may attend.  The stripe that is not full at its last token, and the
-        `held_tokens` before it, are its *tail*: attended in any case, and not counted in `units`, whether they lie in
-        device DRAM or not.  The query heads of a KV head share one selection (as in SparQ's form for GQA: |q| and the
-        approximate softmax are summed over them), so they must fit a job of `Config.rows` rows.
+        `held_tokens` before it, are its *tail*: attended in any case, and not counted in `top_units`, whether they lie
+        in device DRAM or not.  The query heads of a KV head share one selection (as in SparQ's form for GQA: |q| and
+        the approximate softmax are summed over them), so they must fit a job of `Config.rows` rows.
 
         Args:
             query: (q_heads, n_queries, head_dim), as key in `prefill`; q_heads a multiple of
@@ -416,14 +419,14 @@ class Sequence(Store):
             end: likewise, one past the last token that each query attends; a query whose end is not behind its start
                 attends nothing.
             mode: `commands.Mode` or its name in lower case.
-            channels: sparf, fetched: the paper's r, 1 to head_dim.
-            units: sparse modes: the paper's k, how many units are attended: at least 1, and no more than there are.  A
-                query that has fewer, because of causal, attends all of its units.
-            local: sparse modes: the newest tokens of each query, which are attended in any case; units with any of
-                them count among `units`, which must be as many.
+            features: sparf, fetched: the paper's r, 1 to head_dim.
+            top_units: sparse modes: the paper's k, how many units are attended: at least 1, and no more than there are.
+                 A query that has fewer, because of causal, attends all of its units.
+            local_tokens: sparse modes: the newest tokens of each query, which are attended in any case; units with any
+                of them count among `top_units`, which must be as many.
             sinks: sparse modes: the first tokens of the sequence, which are attended in any case, too, and count
                 likewise.  If None, those that the sequence was created with.
-            unit: fetched, centroid: tokens of a unit, a power of two from a codeword's to a page's.  If None, a
+            unit_tokens: fetched, centroid: tokens of a unit, a power of two from a codeword's to a page's.  If None, a
                 codeword's in fetched; in centroid those of the stored mean keys, and nothing else will do there.
             timeout_s: how long the device may send no completion; its own patience if None.
             progress: called now and then with (jobs done, jobs in all).
@@ -439,11 +442,12 @@ class Sequence(Store):
         """
         with self.device.lock:
             plan = self.plan(query, layer=layer, scale=scale, causal=causal, window=window, tree=tree,
-                             start=start, end=end, mode=mode, channels=channels, units=units, local=local,
-                             sinks=sinks, unit=unit)
+                             start=start, end=end, mode=mode, features=features, top_units=top_units,
+                             local_tokens=local_tokens, sinks=sinks, unit_tokens=unit_tokens)
             waiting = self.device.submit(plan.jobs, check=False)
         return plan.finish(self.device._results(plan.jobs, waiting, timeout_s=timeout_s, progress=progress))
 
+    @old_selection_keywords
     def attend_async(
         self,
         query: ArrayLike,
@@ -456,11 +460,11 @@ class Sequence(Store):
         start: ArrayLike | None = None,
         end: ArrayLike | None = None,
         mode: Mode | str = Mode.DENSE,
-        channels: int | None = None,
-        units: int | None = None,
-        local: int = 0,
+        features: int | None = None,
+        top_units: int | None = None,
+        local_tokens: int = 0,
         sinks: int | None = None,
-        unit: int | None = None,
+        unit_tokens: int | None = None,
     ) -> Future[AttendResult]:
         """Begin an `attend` call over the tokens that were appended before; arguments and errors are its.
 
@@ -469,10 +473,11 @@ class Sequence(Store):
         """
         with self.device.lock:
             plan = self.plan(query, layer=layer, scale=scale, causal=causal, window=window, tree=tree,
-                             start=start, end=end, mode=mode, channels=channels, units=units, local=local,
-                             sinks=sinks, unit=unit)
+                             start=start, end=end, mode=mode, features=features, top_units=top_units,
+                             local_tokens=local_tokens, sinks=sinks, unit_tokens=unit_tokens)
             return self.device.attend_async(plan)
 
+    @old_selection_keywords
     def plan(
         self,
         query: ArrayLike,
@@ -485,16 +490,17 @@ class Sequence(Store):
         start: ArrayLike | None = None,
         end: ArrayLike | None = None,
         mode: Mode | str = Mode.DENSE,
-        channels: int | None = None,
-        units: int | None = None,
-        local: int = 0,
+        features: int | None = None,
+        top_units: int | None = None,
+        local_tokens: int = 0,
         sinks: int | None = None,
-        unit: int | None = None,
+        unit_tokens: int | None = None,
     ) -> AttendPlan:
         """The jobs of an `attend` call, for `Device.attend_many`; arguments and errors are its."""
         with self.device.lock:
             masks = {"causal": causal, "window": window, "tree": tree, "start": start, "end": end}
-            return self._plan(query, layer, scale, masks, (mode, channels, units, local, sinks, unit))
+            return self._plan(query, layer, scale, masks, (
+                mode, features, top_units, local_tokens, sinks, unit_tokens))
 
     def _plan(self, query: ArrayLike, layer: int, scale: float | None, allowed: dict[str, Any],
               how: tuple[Mode | str, int | None, int | None, int, int | None, int | None]) -> AttendPlan:
@@ -543,7 +549,7 @@ class Sequence(Store):
         means = None
         if selection is not None:
             self._settle_flash(layer, max(part.end.max() for part in cut))
-            if selection.channels:
+            if selection.features:
                 means = self._means(layer, masks).view(np.uint32)
         jobs: list[Job] = []
         parts: list[Part] = []
@@ -653,8 +659,8 @@ class Sequence(Store):
         found = [result.bits.view(np.float32) for result in self.device.run(jobs)]
         return np.concatenate(found).astype(np.float64).reshape(self.kv_heads, last - first, -1)
 
-    def _selection(self, mode: Mode | str, channels: int | None, units: int | None, local: int,
-                   sinks: int | None, unit: int | None) -> _Selection | None:
+    def _selection(self, mode: Mode | str, features: int | None, top_units: int | None, local_tokens: int,
+                   sinks: int | None, unit_tokens: int | None) -> _Selection | None:
         """What is asked for, as far as it can be checked without the tokens; None: dense."""
         config = self.device.config
         names = {one.name.lower(): one for one in Mode}
@@ -663,41 +669,42 @@ class Sequence(Store):
             raise RequestError(f"mode must be one of {', '.join(names)}, not {mode!r}")
         name = found.name.lower()
         uses = {
-            "channels": found in (Mode.SPARF, Mode.FETCHED),
-            "units": found is not Mode.DENSE,
-            "local": found is not Mode.DENSE,
+            "features": found in (Mode.SPARF, Mode.FETCHED),
+            "top_units": found is not Mode.DENSE,
+            "local_tokens": found is not Mode.DENSE,
             "sinks": found is not Mode.DENSE,
-            "unit": found in (Mode.FETCHED, Mode.CENTROID),
+            "unit_tokens": found in (Mode.FETCHED, Mode.CENTROID),
         }
-        given = {"channels": channels is not None, "units": units is not None, "local": local != 0,
-                 "sinks": bool(sinks), "unit": unit is not None}
+        given = {"features": features is not None, "top_units": top_units is not None,
+                 "local_tokens": local_tokens != 0, "sinks": bool(sinks), "unit_tokens": unit_tokens is not None}
         for argument, used in uses.items():
             if given[argument] and not used:
                 raise RequestError(f"mode {name} has no {argument}: it must not be given")
         if found is Mode.DENSE:
             return None
-        if uses["channels"] and not self.sparse:
-            raise RequestError(f"mode {name} reads K in the channel layout, which this sequence was created without: "
+        if uses["features"] and not self.sparse:
+            raise RequestError(f"mode {name} reads K in the feature layout, which this sequence was created without: "
                                "create it with sparse=True")
         if found is Mode.CENTROID and self.centroids is None:
             raise RequestError(f"mode {name} reads mean keys, which this sequence was created without: create it with "
                                "centroids=...")
-        if uses["channels"]:
-            check_integer("channels (the paper's r)", channels, 1, config.head_dim)
-        check_integer("units (the paper's k)", units, 1, MAX_UNITS)
-        unit_tokens = 1
+        if uses["features"]:
+            check_integer("features (the paper's r)", features, 1, config.head_dim)
+        check_integer("top_units (the paper's k)", top_units, 1, MAX_UNITS)
+        size = 1
         if found is Mode.FETCHED:
-            unit_tokens = config.tokens_per_codeword if unit is None else unit
+            size = config.tokens_per_codeword if unit_tokens is None else unit_tokens
         elif self.centroids is not None and found is Mode.CENTROID:
-            unit_tokens = self.centroids
-            if unit not in (None, unit_tokens):
-                raise RequestError(f"unit must be {unit_tokens}, of which the sequence's mean keys are, not {unit!r}")
-        unit_bits = 0 if found is Mode.SPARF else layout.unit_bits(unit_tokens, config)
-        assert units is not None
-        check_integer("local", local, 0, min(units * unit_tokens, (1 << 8 * COMMAND["local"].size) - 1))
+            size = self.centroids
+            if unit_tokens not in (None, size):
+                raise RequestError(f"unit_tokens must be {size}, of which the sequence's mean keys are, not "
+                                   f"{unit_tokens!r}")
+        unit_bits = 0 if found is Mode.SPARF else layout.unit_bits(size, config)
+        assert top_units is not None
+        check_integer("local_tokens", local_tokens, 0, min(top_units * size, MAX_LOCAL_TOKENS))
         sinks = self.sinks if sinks is None else sinks
         check_integer("sinks", sinks, 0, MAX_SINKS)
-        return _Selection(found, channels or 0, int(units), int(local), int(sinks), int(unit_tokens), unit_bits)
+        return _Selection(found, features or 0, int(top_units), int(local_tokens), int(sinks), int(size), unit_bits)
 
     def _check_selection(self, selection: _Selection, ranges: Series[tuple[int, int]]) -> None:
         """Whether the tokens of all jobs fit the score buffers, and make as many units as are asked for."""
@@ -710,21 +717,22 @@ class Sequence(Store):
                     "them, or densely")
         base, stop = max(ranges, key=lambda tokens: tokens[1] - tokens[0])
         most = -(-(stop - base) // size)
-        if selection.units > most:
-            raise RequestError(f"units (the paper's k) must be at most {most:,}, as tokens {base} to {stop - 1} make "
-                               f"no more units of {size}, not {selection.units:,}")
+        if selection.top_units > most:
+            raise RequestError(f"top_units (the paper's k) must be at most {most:,}, as tokens {base} to {stop - 1} "
+                               f"make no more units of {size}, not {selection.top_units:,}")
         for base, stop in ranges:
             # What is attended whole comes on top of the units.
             end = min(stop, self._whole_from(stop))
             first, last = base // size, -(-end // size)
-            newest = range(max(first, max(stop - selection.local, 0) // size), last) if selection.local else range(0)
+            local = selection.local_tokens
+            newest = range(max(first, max(stop - local, 0) // size), last) if local else range(0)
             oldest = range(first, min(-(-selection.sinks // size), last))
             forced = len({*newest, *oldest})
-            if selection.units < forced:
+            if selection.top_units < forced:
                 raise RequestError(
-                    f"units (the paper's k) must be at least {forced}, not {selection.units}: of {stop} tokens the "
-                    f"first {selection.sinks} (sinks) and the newest {selection.local} (local) lie in so many units of "
-                    f"{size}")
+                    f"top_units (the paper's k) must be at least {forced}, not {selection.top_units}: of {stop} tokens "
+                    f"the first {selection.sinks} (sinks) and the newest {local} (local_tokens) lie in so many units "
+                    f"of {size}")
 
     def _sparse_job(self, layer: int, head: int, query: Bits, scale_bits: int, masks: Masks, selection: _Selection,
                     mean: NDArray[np.uint32] | None) -> Job:
@@ -732,14 +740,14 @@ class Sequence(Store):
         state, size = self._layers[layer], self.stripe_tokens
         base, stop = self._range(masks, state.length)
         job = self._job(layer, head, query, scale_bits, masks, base, stop)
-        units = min(selection.units, -(-(stop - base) // selection.unit_tokens))
-        sketch = state.sketches[Kind.SKETCH if selection.mode is Mode.CENTROID else Kind.CHANNEL]
+        top_units = min(selection.top_units, -(-(stop - base) // selection.unit_tokens))
+        sketch = state.sketches[Kind.SKETCH if selection.mode is Mode.CENTROID else Kind.FEATURE]
         return replace(
             job,
             mode=selection.mode,
-            channels=selection.channels,
-            units=units,
-            local=min(selection.local, units * selection.unit_tokens),
+            features=selection.features,
+            top_units=top_units,
+            local_tokens=min(selection.local_tokens, top_units * selection.unit_tokens),
             sinks=selection.sinks,
             whole=max(self._whole_from(stop) - base, 0) // size,
             unit_bits=selection.unit_bits,

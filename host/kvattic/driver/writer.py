@@ -77,7 +77,7 @@ class Layer:
 
     Attributes:
         table: uint64, (kv_heads, stripes), where each stripe lies; jobs look into it.
-        sketches: the same for what the sequence has of the channel layout (Kind.CHANNEL) and of centroids
+        sketches: the same for what the sequence has of the feature layout (Kind.FEATURE) and of centroids
             (Kind.SKETCH); zero where it is not written.
         sums: of V, which the means that sparse modes blend in are made of; None: the sequence has no such modes.
         length: tokens.
@@ -144,11 +144,11 @@ class Store:
         self.sinks = sinks
         self.domain = domain
         self._first_head = first_head
-        self._allocations = allocations     # of K, V and the channel layout; of centroids
+        self._allocations = allocations     # of K, V and the feature layout; of centroids
         self._counters = {"JOBS": 0, "TOKENS": 0, "PAGE_PROGRAMS": 0}    # see Sequence.counters
         self._pages = allocations[0].run
         self.stripe_tokens = self._pages * device.config.tokens_per_page
-        self._sketch_kinds = [Kind.CHANNEL] * sparse + [Kind.SKETCH] * (centroids is not None)
+        self._sketch_kinds = [Kind.FEATURE] * sparse + [Kind.SKETCH] * (centroids is not None)
         self._kinds = [Kind.KEY, Kind.VALUE, *self._sketch_kinds]
         self.held_tokens = 0
         self._freed = False
@@ -400,7 +400,7 @@ class Store:
         Args:
             layer: which layer.
             stripes: consecutive ones, staged.
-            tokens: theirs, if at hand; otherwise DRAM is read for what the channel layout needs.
+            tokens: theirs, if at hand; otherwise DRAM is read for what the feature layout needs.
         """
         if not stripes:
             return
@@ -420,7 +420,7 @@ class Store:
         if not self.sparse:
             yield from self._program(layer, list(self._runs(layer, items, {})))
             return
-        # K in the channel layout passes through DRAM, too, as much at a time as there is room for.
+        # K in the feature layout passes through DRAM, too, as much at a time as there is room for.
         while items:
             room = min(len(items), dram.largest_for(self.domain) // pages)
             now, items = items[: max(room, 1)], items[max(room, 1) :]
@@ -428,7 +428,7 @@ class Store:
             try:
                 sources = {item: base + i * pages for i, item in enumerate(now)}
                 images = np.concatenate([
-                    layout.pack_channel_pages(self._keys(layer, *item, stripes, tokens), self.device.config)
+                    layout.pack_feature_pages(self._keys(layer, *item, stripes, tokens), self.device.config)
                     for item in now])
                 self.device.transport.write_dram(base * self.device.config.page_bytes, images.tobytes())
                 yield from self._program(layer, list(self._runs(layer, now, sources)))
@@ -510,7 +510,7 @@ class Store:
                         continue
                     # Several stripes: one after the other, through planes and then dies.  A single one, as they come
                     # from decoding: on another die than the one before of this head, V far from K.
-                    source = sources[stripe, head] if kind is Kind.CHANNEL else (
+                    source = sources[stripe, head] if kind is Kind.FEATURE else (
                         state.staged[stripe] + (2 * head + kind) * self._pages)
                     die = self._die(layer, stripe, head, kind) if len(stripes) == 1 else None
                     yield _Run(kind, channel, source, self._pages, die, [(stripe, head)])

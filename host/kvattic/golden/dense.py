@@ -121,7 +121,7 @@ class Trace:
             has VALUE_FRACTION fractional bits.
         accumulator_low: int64, (rows, head_dim), the LOW_BITS below.
         output: uint32, (rows, head_dim), fp32 bit patterns.
-        nan_query: row * 65536 + channel of the first NaN or infinity in q, or None.
+        nan_query: row * 65536 + feature of the first NaN or infinity in q, or None.
         nan_key: the lowest token with a NaN or infinity in K, or None.
         nan_value: the lowest token with a NaN or infinity in V, or None.
         flags: SCORE_OVERFLOW and VALUE_OVERFLOW where they happened.
@@ -183,7 +183,7 @@ def decode(bits: Bits, element: Element) -> Decoded:
 
 
 def first_special(bits: Bits, element: Element) -> tuple[int, int] | None:
-    """(row, channel) of the first NaN or infinity in row-major order.
+    """(row, feature) of the first NaN or infinity in row-major order.
 
     Args:
         bits: uint16, (rows, head_dim) or (tokens, head_dim).
@@ -192,8 +192,8 @@ def first_special(bits: Bits, element: Element) -> tuple[int, int] | None:
     found = special(bits, element)
     if not found.any():
         return None
-    row, channel = divmod(int(found.argmax()), bits.shape[1])
-    return row, channel
+    row, feature = divmod(int(found.argmax()), bits.shape[1])
+    return row, feature
 
 
 def split_scale(scale_bits: int) -> tuple[int, int]:
@@ -240,7 +240,7 @@ def _shift(window: Integers, shift: Integers, least: int, low: int, high: int) -
 def score_sums(
     query: Bits, key: Bits, *, element: Element, scale_bits: int
 ) -> tuple[Integers, NDArray[np.bool_]]:
-    """K pass: sum of q[c] * k[c] over all channels, each product truncated into the score window.
+    """K pass: sum of q[c] * k[c] over all features, each product truncated into the score window.
 
     Args:
         query: uint16, (rows, head_dim).

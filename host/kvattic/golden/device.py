@@ -133,10 +133,10 @@ class GoldenDevice:
     A command is checked in this order, and the first that applies is reported: BUS_ERROR of its line, INVALID_OPCODE,
     NOT_PERMITTED (opcode), INVALID_FIELD; then
 
-    - ATTEND: INVALID_ROWS, INVALID_LENGTH, INVALID_SELECTION (channels, units, local, unit_bits), INVALID_ADDRESS
-      (query, result, table), INVALID_SCALE, NOT_PERMITTED (domain), BUS_ERROR of the query block or the table,
-      INVALID_TABLE, NOT_OWNED, NO_SKETCH, NAN_QUERY, NAN_MEAN, UNREADABLE_SKETCH, UNREADABLE_KEY, UNREADABLE_VALUE,
-      NAN_KEY, NAN_VALUE, BUS_ERROR of the result;
+    - ATTEND: INVALID_ROWS, INVALID_LENGTH, INVALID_SELECTION (features, top_units, local_tokens, unit_bits),
+      INVALID_ADDRESS (query, result, table), INVALID_SCALE, NOT_PERMITTED (domain), BUS_ERROR of the query block or the
+      table, INVALID_TABLE, NOT_OWNED, NO_SKETCH, NAN_QUERY, NAN_MEAN, UNREADABLE_SKETCH, UNREADABLE_KEY,
+      UNREADABLE_VALUE, NAN_KEY, NAN_VALUE, BUS_ERROR of the result;
     - PROGRAM, ERASE, PROBE, MAP: INVALID_PLACE, NOT_PERMITTED (domain), NOT_OWNED (flash, device DRAM), BUS_ERROR of a
       DRAM page that there is not, then how the part ends it;
     - IDENTIFY, COUNTERS: INVALID_ADDRESS, BUS_ERROR; the others as `Status` says.
@@ -448,11 +448,11 @@ class GoldenDevice:
         codewords = pages * config.codewords_per_page
         forbidden: list[str] = []
         if mode == Mode.DENSE:
-            forbidden = ["channels", "units", "local", "sinks", "unit_bits"]
+            forbidden = ["features", "top_units", "local_tokens", "sinks", "unit_bits"]
         elif mode > max(Mode) or not config.sparse or pages != config.group_pages:
             raise RejectedError(Status.INVALID_FIELD, 0)
         elif mode == Mode.CENTROID:
-            forbidden = ["channels"]
+            forbidden = ["features"]
         elif mode == Mode.SPARF:
             forbidden = ["unit_bits"]
         if any(command[name] for name in forbidden) or pages == 0 or pages & (pages - 1) or (
@@ -469,9 +469,9 @@ class GoldenDevice:
         if mode != Mode.DENSE:
             unit_tokens = 1 if mode == Mode.SPARF else config.tokens_per_codeword << command["unit_bits"]
             for where, bad in enumerate((
-                blended and not 1 <= command["channels"] <= config.head_dim,
-                not 1 <= command["units"] <= -(-tokens // unit_tokens),
-                command["local"] > command["units"] * unit_tokens,
+                blended and not 1 <= command["features"] <= config.head_dim,
+                not 1 <= command["top_units"] <= -(-tokens // unit_tokens),
+                command["local_tokens"] > command["top_units"] * unit_tokens,
                 command["unit_bits"] > config.unit_bits_max,
             )):
                 if bad:
@@ -542,14 +542,14 @@ class GoldenDevice:
             sketch, gone = self._centroids(command, stripe)
         else:
             of_tail = codewords[tail[codewords // config.group_codewords]]
-            sketch, gone = self._channels(
-                command, stripe, sparse.top_channels(query, command["channels"], config.element))
+            sketch, gone = self._features(
+                command, stripe, sparse.top_features(query, command["features"], config.element))
             key, gone_tail = self._tokens(command, stripe, Kind.SKETCH, of_tail)
             gone = min((token for token in (gone, gone_tail) if token is not None), default=None)
         lost[Status.UNREADABLE_SKETCH] = gone
         first = sparse.first_pass(
-            query, key, sketch=sketch, tail=tail, channels=command["channels"], units=command["units"],
-            local=command["local"], sinks=command["sinks"], **job, **limits, layout=sparse.Layout(
+            query, key, sketch=sketch, tail=tail, features=command["features"], top_units=command["top_units"],
+            local_tokens=command["local_tokens"], sinks=command["sinks"], **job, **limits, layout=sparse.Layout(
                 group_tokens=config.group_tokens, tokens_per_codeword=config.tokens_per_codeword, mode=mode,
                 unit_bits=command["unit_bits"]))
         key, lost[Status.UNREADABLE_KEY] = self._tokens(command, stripe, Kind.KEY, first.codewords)
@@ -568,7 +568,7 @@ class GoldenDevice:
         for channel in range(self.config.channels):
             bad[np.flatnonzero(entries.channel == channel)[places:]] = True
         if mode is not Mode.DENSE:
-            # The channel layout begins with a page.
+            # The feature layout begins with a page.
             codewords = self.config.codewords_per_page if mode is Mode.CENTROID else 1
             bad |= (stripe.sketch.written > 1) | (stripe.sketch.codeword >= codewords)
         if bad.any():
@@ -618,15 +618,15 @@ class GoldenDevice:
                 lost = int(places[gone])
         return found, lost
 
-    def _channels(self, command: dict[str, int], stripe: "_Stripes",
-                  channels: NDArray[np.int64]) -> tuple[NDArray[np.uint16], int | None]:
-        """Some channels of K of the stripes outside of the tail, else zeros; first token of the first stripe lost."""
+    def _features(self, command: dict[str, int], stripe: "_Stripes",
+                  features: NDArray[np.int64]) -> tuple[NDArray[np.uint16], int | None]:
+        """Some features of K of the stripes outside of the tail, else zeros; first token of the first stripe lost."""
         size = self.config.group_tokens
         key = np.zeros((command["stripes"] * size, self.config.head_dim), np.uint16)
         lost: int | None = None
         for number in np.flatnonzero(~stripe.tail).tolist():
-            found, gone = self._sketch(Kind.CHANNEL, stripe, number, channels)
-            key[number * size : (number + 1) * size, channels] = found.view("<u2").T
+            found, gone = self._sketch(Kind.FEATURE, stripe, number, features)
+            key[number * size : (number + 1) * size, features] = found.view("<u2").T
             if gone is not None and lost is None:
                 lost = command["base_token"] + number * size
         return key, lost

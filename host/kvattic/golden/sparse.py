@@ -2,7 +2,7 @@
 
 Integers only; docs/sparse.md says what is computed and docs/numerics.md, section 7, why so.  `attend_sparse` runs a
 whole job; `first_pass` and `second_pass` are its halves, for a device that reads codewords only when it knows which.
-The steps stand alone, too: `magnitudes`, `top_channels`, `approximate_scales`, `channel_sums`, `log2`, `references`,
+The steps stand alone, too: `magnitudes`, `top_features`, `approximate_scales`, `feature_sums`, `log2`, `references`,
 `probabilities`, `masses`, `ranks`, `select`, `alphas`, `blend`.  What is the same as in dense attention stands in
 `kvattic.golden.dense`.
 
@@ -50,7 +50,7 @@ __all__ = [
     "approximate_scales",
     "attend_sparse",
     "blend",
-    "channel_sums",
+    "feature_sums",
     "first_pass",
     "log2",
     "magnitudes",
@@ -60,7 +60,7 @@ __all__ = [
     "references",
     "second_pass",
     "select",
-    "top_channels",
+    "top_features",
 ]
 
 Booleans: TypeAlias = NDArray[np.bool_]
@@ -71,7 +71,7 @@ FORCED = (1 << MASS_BITS) - 1
 """The mass that stands for a unit of sinks or of the local window; real masses saturate one below it."""
 
 
-# Channels and scale of the first pass.
+# Features and scale of the first pass.
 
 
 def magnitudes(query: Bits, element: Element) -> Integers:
@@ -93,8 +93,8 @@ def magnitudes(query: Bits, element: Element) -> Integers:
     return np.minimum(result, (1 << MAGNITUDE_BITS) - 1)
 
 
-def top_channels(query: Bits, r: int, element: Element) -> Integers:
-    """The r channels with the largest sum of magnitudes over the rows; ties go to the lower channel.
+def top_features(query: Bits, r: int, element: Element) -> Integers:
+    """The r features with the largest sum of magnitudes over the rows; ties go to the lower feature.
 
     Args:
         query: uint16, (rows, head_dim).
@@ -102,7 +102,7 @@ def top_channels(query: Bits, r: int, element: Element) -> Integers:
         element: format of query.
 
     Returns:
-        int64, (r,), numbers of channels, ascending.
+        int64, (r,), numbers of features, ascending.
     """
     total = magnitudes(query, element).sum(axis=0)
     # A stable sort keeps equal ones in the order of their numbers.
@@ -111,22 +111,22 @@ def top_channels(query: Bits, r: int, element: Element) -> Integers:
 
 
 def approximate_scales(
-    query: Bits, channels: Integers, element: Element, scale_bits: int
+    query: Bits, features: Integers, element: Element, scale_bits: int
 ) -> tuple[Integers, Integers]:
-    """Each row's scale of the first pass: the command's times sqrt(|q|_1 / |q over the chosen channels|_1).
+    """Each row's scale of the first pass: the command's times sqrt(|q|_1 / |q over the chosen features|_1).
 
     Args:
         query: uint16, (rows, head_dim).
-        channels: int64, (r,), the chosen channels.
+        features: int64, (r,), the chosen features.
         element: format of query.
         scale_bits: the command's scale, an fp32 bit pattern.
 
     Returns:
         (significand, exponent), both int64, (rows,): SCALE_BITS wide with its leading one, and the exponent field with
-        fp32's bias of 127, which may be above 254.  A row whose chosen channels are all zero has the command's scale.
+        fp32's bias of 127, which may be above 254.  A row whose chosen features are all zero has the command's scale.
     """
     size = magnitudes(query, element)
-    part, whole = size[:, channels].sum(axis=1).tolist(), size.sum(axis=1).tolist()
+    part, whole = size[:, features].sum(axis=1).tolist(), size.sum(axis=1).tolist()
     significand, field = dense.split_scale(scale_bits)
     significands, exponents = [], []
     for a, b in zip(part, whole, strict=True):
@@ -137,24 +137,24 @@ def approximate_scales(
     return np.array(significands, np.int64), np.array(exponents, np.int64)
 
 
-def channel_sums(
-    query: Bits, key: Bits, channels: Integers, exponent: Integers, element: Element
+def feature_sums(
+    query: Bits, key: Bits, features: Integers, exponent: Integers, element: Element
 ) -> tuple[Integers, Booleans]:
-    """Channel pass: sum of q[c] * k[c] over the chosen channels, each product truncated into the score window.
+    """Feature pass: sum of q[c] * k[c] over the chosen features, each product truncated into the score window.
 
     `golden.scale_scores(sums, significand[:, None])` makes scores of them.
 
     Args:
         query: uint16, (rows, head_dim).
-        key: uint16, (tokens, head_dim); only the chosen channels are looked at.
-        channels: int64, (r,), the chosen channels.
+        key: uint16, (tokens, head_dim); only the chosen features are looked at.
+        features: int64, (r,), the chosen features.
         exponent: int64, (rows,), from `approximate_scales`.
         element: format of query and key.
 
     Returns:
         (sums int64, clipped bool), both (rows, tokens).
     """
-    return dense.window_sums(query[:, channels], key[:, channels], element=element, exponent=exponent)
+    return dense.window_sums(query[:, features], key[:, features], element=element, exponent=exponent)
 
 
 # Approximate softmax.
@@ -351,7 +351,7 @@ class First:
         base_token: number of the first token.
         end_token: one past the last valid token.
         tail: bool, (stripes,), stripes that are attended whole: those in device DRAM, and those that a command says.
-        channels: int64, (r,), ascending: channels that the first pass reads; empty in CENTROID.
+        features: int64, (r,), ascending: features that the first pass reads; empty in CENTROID.
         scale_significand: int64, (rows,), of the approximate scale; the command's in CENTROID.
         scale_exponent: int64, (rows,), its exponent field.
         score_sums: int64, (rows, scored), SCORE_WINDOW_FRACTION fractional bits.
@@ -377,7 +377,7 @@ class First:
     base_token: int
     end_token: int
     tail: Booleans
-    channels: Integers
+    features: Integers
     scale_significand: Integers
     scale_exponent: Integers
     score_sums: Integers
@@ -427,8 +427,8 @@ class SparseTrace:
             not read score_sums is 0, and score_overflow False.  output is that before the blend, and flags, nan_key and
             nan_value are of this pass alone.
         output: uint32, (rows, head_dim), fp32 bit patterns.
-        nan_query: row * 65536 + channel of the first NaN or infinity in q, or None.
-        nan_mean: channel of the first NaN or infinity in the mean of V, or None.
+        nan_query: row * 65536 + feature of the first NaN or infinity in q, or None.
+        nan_mean: feature of the first NaN or infinity in the mean of V, or None.
         nan_key: the lowest token with a NaN or infinity in what was read of K, in either pass, or None.
         nan_value: the lowest token with a NaN or infinity in what was read of V, or None.
         flags: of both passes.
@@ -481,9 +481,9 @@ def first_pass(
     base_token: int,
     end_token: int,
     tail: Booleans,
-    channels: int,
-    units: int,
-    local: int,
+    features: int,
+    top_units: int,
+    local_tokens: int,
     sinks: int = 0,
 ) -> First:
     """First pass of a sparse job, and the selection.
@@ -492,7 +492,7 @@ def first_pass(
         query: uint16, (rows, head_dim).
         key: uint16, (tokens, head_dim), whole stripes from base_token on.  SPARF and FETCHED look at the tokens of the
             tail only, CENTROID at none.
-        sketch: SPARF, FETCHED: uint16, (tokens, head_dim), K as the channel layout has it, of which the chosen channels
+        sketch: SPARF, FETCHED: uint16, (tokens, head_dim), K as the feature layout has it, of which the chosen features
             of stripes in flash are looked at; `key` if None.  CENTROID: uint16, (units, head_dim), the units' mean
             keys, of which those of stripes in flash are looked at.
         layout: mode and geometry.
@@ -505,9 +505,9 @@ def first_pass(
         base_token: number of the first token given.
         end_token: one past the last valid token.
         tail: bool, (stripes,), stripes that are attended whole: those in device DRAM, and those that a command says.
-        channels: channels of the first pass, 1 to head_dim; 0 in CENTROID.
-        units: units to select, at least 1.
-        local: newest tokens whose units come first.
+        features: how many the first pass reads, 1 to head_dim; 0 in CENTROID.
+        top_units: units to select, at least 1.
+        local_tokens: newest tokens whose units come first.
         sinks: first tokens of the sequence (from token 0 on) whose units come first, too.
 
     Raises:
@@ -517,10 +517,10 @@ def first_pass(
     tokens, head_dim = key.shape
     unit_tokens, flash = layout.unit_tokens, ~tail
     centroids = layout.mode is Mode.CENTROID
-    if units < 1:
-        raise RequestError(f"units must be at least 1, not {units}")
-    if not (channels == 0 if centroids else 1 <= channels <= head_dim):
-        raise RequestError(f"channels must be {0 if centroids else f'1 to {head_dim}'} in this mode, not {channels}")
+    if top_units < 1:
+        raise RequestError(f"top_units must be at least 1, not {top_units}")
+    if not (features == 0 if centroids else 1 <= features <= head_dim):
+        raise RequestError(f"features must be {0 if centroids else f'1 to {head_dim}'} in this mode, not {features}")
     shape = (tokens // unit_tokens if centroids else tokens, head_dim)
     if sketch is None and not centroids:
         sketch = key
@@ -548,12 +548,12 @@ def first_pass(
     else:
         in_flash = np.repeat(flash, layout.group_tokens)
         mask = dense.attended(start, end, tree, tokens=tokens, **limits)
-        chosen = top_channels(query, channels, element)
+        chosen = top_features(query, features, element)
         significand, exponent = approximate_scales(query, chosen, element, scale_bits)
         sketch = sketch[in_flash]
-        sums[:, in_flash], clipped[:, in_flash] = channel_sums(query, sketch, chosen, exponent, element)
+        sums[:, in_flash], clipped[:, in_flash] = feature_sums(query, sketch, chosen, exponent, element)
         scores[:, in_flash], saturated[:, in_flash] = dense.scale_scores(sums[:, in_flash], significand[:, None])
-        # Of the channel layout every token of a codeword counts, also those that no row attends.
+        # Of the feature layout every token of a codeword counts, also those that no row attends.
         overflow = bool(clipped.any())
         nan_key = _first_token(sketch[:, chosen], numbers[in_flash], element, end_token)
         if tail.any():
@@ -570,18 +570,18 @@ def first_pass(
     probability = probabilities(scores, reference)
 
     mass = masses(probability, 1 if centroids else unit_tokens)
-    rank = ranks(mass, base_token=base_token, unit_tokens=unit_tokens, local_token=max(end_token - local, 0),
+    rank = ranks(mass, base_token=base_token, unit_tokens=unit_tokens, local_token=max(end_token - local_tokens, 0),
                  sinks=sinks)
     first = base_token + np.arange(len(mass), dtype=np.int64) * unit_tokens
     valid = np.repeat(flash, layout.group_tokens // unit_tokens) & (first < end_token)
-    selected = select(rank, valid, units)
+    selected = select(rank, valid, top_units)
     taken = np.repeat(selected, unit_tokens) | np.repeat(tail, layout.group_tokens)
     taken[max(end_token - base_token, 0) :] = False
     alpha = np.full(rows, ALPHA_ONE, np.int64)
     if not centroids and (valid & ~selected).any():
         alpha = alphas(probability, taken, denominator)
     return First(
-        layout=layout, base_token=base_token, end_token=end_token, tail=tail, channels=chosen,
+        layout=layout, base_token=base_token, end_token=end_token, tail=tail, features=chosen,
         scale_significand=significand, scale_exponent=exponent, score_sums=sums, clipped=clipped, saturated=saturated,
         attended=mask, scores=scores, maximum=maximum, denominator=denominator, reference=reference,
         probability=probability, mass=mass, rank=rank, valid=valid, selected=selected, taken=taken, alpha=alpha,
@@ -673,9 +673,9 @@ def attend_sparse(
     mode: Mode,
     group_tokens: int,
     tokens_per_codeword: int,
-    channels: int = 0,
-    units: int,
-    local: int = 0,
+    features: int = 0,
+    top_units: int,
+    local_tokens: int = 0,
     sinks: int = 0,
     unit_bits: int = 0,
     mean: NDArray[np.uint32] | None = None,
@@ -699,14 +699,14 @@ def attend_sparse(
         mode: SPARF, FETCHED or CENTROID.
         group_tokens: tokens of a stripe (`Config.group_tokens`).
         tokens_per_codeword: `Config.tokens_per_codeword`.
-        channels: SPARF, FETCHED: channels of the first pass.
-        units: units to select; those of the tail come on top.
-        local: newest tokens whose units come first.
+        features: SPARF, FETCHED: how many the first pass reads.
+        top_units: units to select; those of the tail come on top.
+        local_tokens: newest tokens whose units come first.
         sinks: first tokens of the sequence whose units come first, too.
         unit_bits: FETCHED, CENTROID: log2 of a unit's codewords.
         mean: SPARF, FETCHED: uint32, (head_dim,), fp32 bit patterns of the mean of V.
         sketch: CENTROID: uint16, (units, head_dim), mean keys of all units (anything for those of the tail); in the
-            other modes what the channel layout has, if that is not `key`.
+            other modes what the feature layout has, if that is not `key`.
         tail: bool, (stripes,), stripes that are attended whole: those in device DRAM, and those that a command says.
         element: storage format.
         scale_bits: fp32 bit pattern of softmax scale * log2(e): positive and normal.
@@ -727,7 +727,7 @@ def attend_sparse(
         "tree_token": tree_token}
     first = first_pass(
         query, key, sketch=sketch, layout=layout, base_token=base_token, end_token=end_token, tail=tail,
-        channels=channels, units=units, local=local, sinks=sinks, **job)
+        features=features, top_units=top_units, local_tokens=local_tokens, sinks=sinks, **job)
     return second_pass(first, query, key, value, mean=mean, **job)
 
 

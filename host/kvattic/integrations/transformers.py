@@ -37,6 +37,7 @@ from kvattic.spec.config import ELEMENT_BYTES, HEAD_DIMS, MAX_ROWS, PAPER, Confi
 from kvattic.spec.elements import from_bits, to_bits
 from kvattic.spec.formats import Element
 from kvattic.spec.layout import unit_bits
+from kvattic.support.renamed import old_selection_keywords
 
 __all__ = ["NAME", "DriveCache", "DriveLayer", "config_for", "round_to_storage"]
 
@@ -480,12 +481,12 @@ class DriveCache(Cache):
         held_tokens: the newest tokens of each row, which stay in device DRAM, where `crop` and rejected drafts can
             remove them: as many as are drafted at once, at least.  64 if None, and 0 on several drives, which cannot.
         mode: what a decode step attends: `commands.Mode` or its name in lower case; prompts are attended densely.
-        channels: see `Sequence.attend`, as the following.
-        units: no more are attended than there are.
-        local: likewise.
+        features: see `Sequence.attend`, as the following.
+        top_units: no more are attended than there are.
+        local_tokens: likewise.
         sinks: sparse modes: the first stored tokens of each row (padding is not stored), which are attended in any case
-            and count among `units`.  If None, 16, or as many as `units` and `local` leave room for.
-        unit: of the mode centroid, too; a codeword's tokens if None.
+            and count among `top_units`.  If None, 16, or as many as `top_units` and `local_tokens` leave room for.
+        unit_tokens: of the mode centroid, too; a codeword's tokens if None.
         options: of the sequences, see `create_sequence` of `Device` and `DriveArray`: isolated, split.
 
     Attributes:
@@ -499,10 +500,11 @@ class DriveCache(Cache):
         ConfigError: a sparse mode, and the drive is without sparse attention.
     """
 
+    @old_selection_keywords
     def __init__(self, device: Device | DriveArray, config: Any, *, capacity_tokens: int | None = None,
-                 held_tokens: int | None = None, mode: Mode | str = Mode.DENSE, channels: int | None = None,
-                 units: int | None = None, local: int = 0, sinks: int | None = None, unit: int | None = None,
-                 **options: Any) -> None:
+                 held_tokens: int | None = None, mode: Mode | str = Mode.DENSE, features: int | None = None,
+                 top_units: int | None = None, local_tokens: int = 0, sinks: int | None = None,
+                 unit_tokens: int | None = None, **options: Any) -> None:
         text = config.get_text_config(decoder=True)
         several = isinstance(device, DriveArray)
         _check_options(options, several)
@@ -510,7 +512,7 @@ class DriveCache(Cache):
         found = names.get(mode) if isinstance(mode, str) else mode
         if not isinstance(found, Mode):
             raise RequestError(f"mode must be one of {', '.join(names)}, not {mode!r}")
-        unit = _check_mode(device.config, found, channels, units, local, sinks, unit)
+        unit_tokens = _check_mode(device.config, found, features, top_units, local_tokens, sinks, unit_tokens)
         if found is not Mode.DENSE and options.get("split") == "context":
             raise RequestError(f"mode {found.name.lower()} chooses from all tokens, which no drive has if sequences "
                                "are split by context: take split='heads', or mode='dense'")
@@ -523,7 +525,7 @@ class DriveCache(Cache):
             raise RequestError("held_tokens: tokens can be removed from a single drive only, not from several")
         kept_sinks = 0
         if found is not Mode.DENSE:
-            kept_sinks = _sinks(units or 1, max(local - held, 0), sinks, unit or 1)
+            kept_sinks = _sinks(top_units or 1, max(local_tokens - held, 0), sinks, unit_tokens or 1)
         dim = _heads(text)[1]
         if dim > device.config.head_dim:
             raise RequestError(f"the model's head_dim is {dim}, the drive's {device.config.head_dim}; it must be as "
@@ -532,7 +534,8 @@ class DriveCache(Cache):
         self.device = device
         self.capacity_tokens = capacity
         self.sequences: list[Sequence | ArraySequence] = []
-        self._mode, self._channels, self._units, self._local, self._unit = found, channels, units, local, unit
+        self._mode, self._features, self._top_units = found, features, top_units
+        self._local_tokens, self._unit_tokens = local_tokens, unit_tokens
         self._held_tokens, self._sinks = held, kept_sinks
         self._text = text
         self._failed = ""   # an error, from which its layers hold different tokens
@@ -565,7 +568,7 @@ class DriveCache(Cache):
             for _ in range(rows):
                 self.sequences.append(self.device.create_sequence(
                     kv_heads, capacity_tokens=self.capacity_tokens, layers=len(self.layers), sparse=sparse,
-                    centroids=self._unit if centroid else None, **options))
+                    centroids=self._unit_tokens if centroid else None, **options))
         except BaseException:
             self.reset()
             raise
@@ -676,15 +679,15 @@ class DriveCache(Cache):
         causal = end is None
         if self._mode is Mode.DENSE:
             return sequence.plan(query, layer=layer, scale=scale, causal=causal, start=start, end=end)
-        assert self._units is not None
+        assert self._top_units is not None
         # No more units than the query with most of them has.
-        size, count = self._unit or 1, query.shape[1]
+        size, count = self._unit_tokens or 1, query.shape[1]
         stop = sequence.length(layer) - count + 1 + np.arange(count)
         first = np.zeros(count, np.int64) if start is None else start - start % sequence.stripe_tokens
-        units = min(self._units, int((-((first - stop) // size)).max()))
+        units = min(self._top_units, int((-((first - stop) // size)).max()))
         return sequence.plan(query, layer=layer, scale=scale, causal=causal, start=start, mode=self._mode,
-                             channels=self._channels, units=units, local=min(self._local, units * size),
-                             unit=self._unit)
+                             features=self._features, top_units=units,
+                             local_tokens=min(self._local_tokens, units * size), unit_tokens=self._unit_tokens)
 
 
 def _check_options(options: dict[str, Any], several: bool) -> None:
@@ -707,53 +710,53 @@ def _check_options(options: dict[str, Any], several: bool) -> None:
             raise RequestError(f"split must be one of {', '.join(SPLITS)}, not {value!r}")
 
 
-def _check_mode(config: Config, mode: Mode, channels: int | None, units: int | None, local: int,
-                sinks: int | None, unit: int | None) -> int | None:
+def _check_mode(config: Config, mode: Mode, features: int | None, top_units: int | None, local_tokens: int,
+                sinks: int | None, unit_tokens: int | None) -> int | None:
     """Whether a mode and its numbers go together; the tokens of a unit, None where it has none of its own."""
     name = mode.name.lower()
     if mode is Mode.DENSE:
-        if (channels, units, local, sinks, unit) != (None, None, 0, None, None):
-            raise RequestError("mode dense attends all tokens: channels, units, local, sinks and unit must not be "
-                               "given")
+        if (features, top_units, local_tokens, sinks, unit_tokens) != (None, None, 0, None, None):
+            raise RequestError("mode dense attends all tokens: features, top_units, local_tokens, sinks and "
+                               "unit_tokens must not be given")
         return None
     if not config.sparse:
         raise ConfigError(f"mode {name}: the drive is without sparse attention (Config.sparse)")
-    if units is None:
-        raise RequestError(f"mode {name} needs units (the paper's k)")
-    check_integer("units (the paper's k)", units, 1, MAX_UNITS)
+    if top_units is None:
+        raise RequestError(f"mode {name} needs top_units (the paper's k)")
+    check_integer("top_units (the paper's k)", top_units, 1, MAX_UNITS)
     if mode is not Mode.CENTROID:
-        check_integer("channels (the paper's r)", channels, 1, config.head_dim)
-    elif channels is not None:
-        raise RequestError(f"mode {name} has no channels: it must not be given")
+        check_integer("features (the paper's r)", features, 1, config.head_dim)
+    elif features is not None:
+        raise RequestError(f"mode {name} has no features: it must not be given")
     if mode is Mode.SPARF:
-        if unit is not None:
-            raise RequestError(f"mode {name} has no unit: it must not be given")
+        if unit_tokens is not None:
+            raise RequestError(f"mode {name} has no unit_tokens: it must not be given")
     else:
-        unit = config.tokens_per_codeword if unit is None else unit
-        unit_bits(unit, config)
-    check_integer("local", local, 0, units * (unit or 1))
-    return unit
+        unit_tokens = config.tokens_per_codeword if unit_tokens is None else unit_tokens
+        unit_bits(unit_tokens, config)
+    check_integer("local_tokens", local_tokens, 0, top_units * (unit_tokens or 1))
+    return unit_tokens
 
 
-def _sinks(units: int, local: int, sinks: int | None, unit: int) -> int:
+def _sinks(top_units: int, local_tokens: int, sinks: int | None, unit_tokens: int) -> int:
     """Sinks that are asked for; if nobody said how many, as many as there is room for.
 
     Args:
-        units: that a step attends.
-        local: newest tokens that are attended in any case and not held, and so lie in some of the units.
+        top_units: that a step attends.
+        local_tokens: newest tokens that are attended in any case and not held, and so lie in some of the units.
         sinks: as given.
-        unit: tokens of a unit.
+        unit_tokens: tokens of a unit.
 
     Raises:
-        RequestError: not a number of tokens, or sinks and local need more units than there are.
+        RequestError: not a number of tokens, or sinks and local_tokens need more units than there are.
     """
-    newest = -(-(local - 1) // unit) + 1 if local else 0     # wherever the last of them begins
+    newest = -(-(local_tokens - 1) // unit_tokens) + 1 if local_tokens else 0     # wherever the last of them begins
     if sinks is None:
-        return max(min(SINKS, (units - newest) * unit), 0)
+        return max(min(SINKS, (top_units - newest) * unit_tokens), 0)
     check_integer("sinks", sinks, 0, MAX_SINKS)
-    if (needed := -(-sinks // unit) + newest) > units:
-        raise RequestError(f"units (the paper's k) must be at least {needed} for {sinks} sinks and the newest {local} "
-                           f"tokens that are not held, in units of {unit}, not {units}")
+    if (needed := -(-sinks // unit_tokens) + newest) > top_units:
+        raise RequestError(f"top_units (the paper's k) must be at least {needed} for {sinks} sinks and the newest "
+                           f"{local_tokens} tokens that are not held, in units of {unit_tokens}, not {top_units}")
     return sinks
 
 

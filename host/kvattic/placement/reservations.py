@@ -28,7 +28,7 @@ def reservations(config: Config, heads: range, kv_heads: int, stripes: int, page
         kv_heads: of a layer.
         stripes: full ones of each head.
         pages: of a run of K.
-        kinds: runs of a stripe: K, V, the channel layout.
+        kinds: runs of a stripe: K, V, the feature layout.
         centroids: tokens of a unit.
     """
     rounds, rest = divmod(stripes, config.channels)

@@ -108,7 +108,7 @@ class Mode(IntEnum):
     DENSE = 0
     """All of them."""
     SPARF = 1
-    """The `units` tokens of the largest approximate mass, blended with the mean of V (SparF, SparQ)."""
+    """The `top_units` tokens of the largest approximate mass, blended with the mean of V (SparF, SparQ)."""
     FETCHED = 2
     """Units of whole codewords of the largest approximate mass, all of whose tokens are attended; blended likewise."""
     CENTROID = 3
@@ -136,7 +136,7 @@ class Status(IntEnum):
     INVALID_SCALE = 6
     """scale is not a positive normal fp32."""
     NAN_QUERY = 7
-    """where: row * 65536 + channel of the first NaN or infinity in q."""
+    """where: row * 65536 + feature of the first NaN or infinity in q."""
     NAN_KEY = 8
     """where: the lowest token with a NaN or infinity in K."""
     NAN_VALUE = 9
@@ -164,15 +164,15 @@ class Status(IntEnum):
     DIE_TIMEOUT = 19
     """A die stayed busy for longer than its part ever is; where: channel * 2**24 + page."""
     INVALID_SELECTION = 20
-    """A sparse mode's number is none or too large; where: 0 channels, 1 units (more than the tokens make),
-    2 local (more than the units hold), 3 unit_bits."""
+    """A sparse mode's number is none or too large; where: 0 features, 1 top_units (more than the tokens make),
+    2 local_tokens (more than the units hold), 3 unit_bits."""
     NO_SKETCH = 21
     """A stripe in flash that is not attended whole was written without what the mode's first pass reads; where: its
     entry's number."""
     NAN_MEAN = 22
-    """where: channel of the first NaN or infinity in the mean of V."""
+    """where: feature of the first NaN or infinity in the mean of V."""
     UNREADABLE_SKETCH = 23
-    """K in the channel layout, a centroid, or K of the tail cannot be read in the first pass; where: first token of the
+    """K in the feature layout, a centroid, or K of the tail cannot be read in the first pass; where: first token of the
     lowest codeword, or stripe, that cannot."""
     NOT_PERMITTED = 24
     """where: 0 the opcode is for queue 0 alone; 1 the domain is not given to the queue."""
@@ -201,8 +201,8 @@ class TableFlag(IntFlag):
     DRAM = 1
     """Its pages are pages of device DRAM, at page * config.page_bytes; else of the flash channel."""
     WHOLE = 2
-    """Sparse modes: it is attended whole and scored exactly in the first pass, and does not count in `units`; a stripe
-    in device DRAM is always so."""
+    """Sparse modes: it is attended whole and scored exactly in the first pass, and does not count in `top_units`; a
+    stripe in device DRAM is always so."""
 
 
 class CompletionFlag(IntFlag):
@@ -234,8 +234,8 @@ class Kind(IntEnum):
     """Tokens of K."""
     VALUE = 1
     """Tokens of V."""
-    CHANNEL = 2
-    """First pass: one channel of K, in the channel layout."""
+    FEATURE = 2
+    """First pass: one feature of K, in the feature layout."""
     SKETCH = 3
     """First pass: centroids; or tokens of K that are in device DRAM and so are scored exactly at once."""
 
@@ -272,11 +272,16 @@ COMMAND = _command("Command", (
     Field("stripe_pages", 43, 1, "pages of K (and of V) in a stripe, a power of two"),
     Field("scale", 44, 4, "fp32 of softmax scale * log2(e)"),
     Field("stripes", 48, 2, "stripes in the table"),
-    Field("channels", 50, 2, "SPARF, FETCHED: channels of q and K in the first pass, the r of SparF; else 0"),
-    Field("units", 52, 2, "sparse modes: units attended, the k of SparF; what is attended whole comes on top; else 0"),
-    Field("local", 54, 2, "sparse modes: the newest tokens, attended in any case and counted in `units`; else 0"),
+    Field("features", 50, 2,
+          "SPARF, FETCHED: features (components of q and K) that the first pass reads, the r of SparF; "
+                             "else 0"),
+    Field("top_units", 52, 2,
+          "sparse modes: units attended, the k of SparF; what is attended whole comes on top; else 0"),
+    Field("local_tokens", 54, 2,
+          "sparse modes: the newest tokens, attended in any case and counted in `top_units`; else "
+                                 "0"),
     Field("sinks", 56, 2, "sparse modes: the first tokens of the sequence, numbered from 0, attended in any case and "
-                          "counted in `units`; else 0"),
+                          "counted in `top_units`; else 0"),
     Field("unit_bits", 58, 1, "FETCHED, CENTROID: log2 of the codewords of a unit; else 0"),
 ))
 """ATTEND.  A stripe is stripe_pages * config.tokens_per_page consecutive tokens; in sparse modes config.group_tokens.
@@ -292,8 +297,8 @@ TABLE_ENTRY = Record("TableEntry", 8, (
 """Where a stripe lies; its other pages follow the first ones."""
 
 SKETCH_ENTRY = Record("SketchEntry", 8, (
-    Field("page", 0, 3, "first page of K in the channel layout; or page of the first of the stripe's centroids"),
-    Field("codeword", 3, 1, "codeword of that page with which they begin: 0 for the channel layout"),
+    Field("page", 0, 3, "first page of K in the feature layout; or page of the first of the stripe's centroids"),
+    Field("codeword", 3, 1, "codeword of that page with which they begin: 0 for the feature layout"),
     Field("written", 4, 1, "1: they are there; 0: they are not, which only a stripe that is attended whole may say"),
     Field("reserved", 5, 3, "reserved, zero"),
 ))

@@ -5,7 +5,7 @@ Token layout
     little-endian, in order.  What is left of the codeword is zero.  A page holds `Config.codewords_per_page`
     codewords, and so `Config.tokens_per_page` consecutive tokens of one head.  K and V have pages of their own.
 
-Channel layout
+Feature layout
     K again, for sparse attention: a codeword holds one embedding channel of codeword_bytes / 2 consecutive tokens of
     one head, in order; a page holds codewords_per_page consecutive channels of the same tokens.
 
@@ -17,8 +17,8 @@ Centroids
 Stripe
     The tokens of a head are cut into stripes: `stripe_pages` pages of K and as many of V, with consecutive page
     numbers each.  All pages of a stripe lie on one flash channel, or wait in device DRAM, where K and V look the same.
-    A stripe is one page of tokens; for sparse attention, the tokens of a channel-layout codeword, and its
-    channel-layout pages are as many as of K.  Stripes go round the channels (`stripe_channel`).
+    A stripe is one page of tokens; for sparse attention, the tokens of a feature-layout codeword, and its
+    feature-layout pages are as many as of K.  Stripes go round the channels (`stripe_channel`).
 
 Page numbers
     The page number on a channel is, from the low bits on: plane, die, page of the block, zone (`page_number`).
@@ -48,8 +48,8 @@ __all__ = [
     "centroid_place",
     "mark_whole",
     "mean_keys",
-    "pack_channel_pages",
     "pack_entries",
+    "pack_feature_pages",
     "pack_pages",
     "pack_sketches",
     "page_number",
@@ -59,8 +59,8 @@ __all__ = [
     "stripe_pages",
     "token_offset",
     "unit_bits",
-    "unpack_channel_pages",
     "unpack_entries",
+    "unpack_feature_pages",
     "unpack_pages",
     "unpack_sketches",
 ]
@@ -130,8 +130,8 @@ class Sketches(NamedTuple):
     """Sketch entries taken apart (`commands.SKETCH_ENTRY`), int64 arrays of one shape.
 
     Members:
-        page: first page of the channel layout, or page of the first centroid codeword.
-        codeword: of that page; 0 for the channel layout.
+        page: first page of the feature layout, or page of the first centroid codeword.
+        codeword: of that page; 0 for the feature layout.
         written: 1: they are there.
     """
 
@@ -219,8 +219,8 @@ def unpack_pages(images: Pages, config: Config) -> Bits:
     return used.view("<u2").astype(np.uint16, copy=False).reshape(-1, config.head_dim)
 
 
-def pack_channel_pages(bits: Bits, config: Config) -> Pages:
-    """Page images, in the channel layout, of K of whole stripes of one head.
+def pack_feature_pages(bits: Bits, config: Config) -> Pages:
+    """Page images, in the feature layout, of K of whole stripes of one head.
 
     Args:
         bits: uint16, (stripes * codeword_bytes / 2, head_dim).
@@ -230,21 +230,21 @@ def pack_channel_pages(bits: Bits, config: Config) -> Pages:
         uint8, (stripes * stripe_pages(config, sparse=True), page_bytes).
 
     Raises:
-        ConfigError: the configuration cannot have the channel layout.
+        ConfigError: the configuration cannot have the feature layout.
         RequestError: wrong dtype or shape, or tokens that are not whole stripes.
     """
     tokens = stripe_pages(config, sparse=True) * config.tokens_per_page
     _check_tokens(bits, config)
     if len(bits) % tokens:
-        raise RequestError(f"the channel layout takes whole stripes of {tokens} tokens, not {len(bits)} tokens")
+        raise RequestError(f"the feature layout takes whole stripes of {tokens} tokens, not {len(bits)} tokens")
     stripes, codewords = len(bits) // tokens, tokens // config.tokens_per_codeword
     channels = np.zeros((stripes, codewords, tokens), "<u2")
     channels[:, : config.head_dim] = bits.reshape(stripes, tokens, config.head_dim).swapaxes(1, 2)
     return channels.view(np.uint8).reshape(-1, config.page_bytes)
 
 
-def unpack_channel_pages(images: Pages, config: Config) -> Bits:
-    """The tokens of pages in the channel layout: the inverse of `pack_channel_pages`.
+def unpack_feature_pages(images: Pages, config: Config) -> Bits:
+    """The tokens of pages in the feature layout: the inverse of `pack_feature_pages`.
 
     Args:
         images: uint8, (stripes * stripe_pages(config, sparse=True), page_bytes).
@@ -254,13 +254,13 @@ def unpack_channel_pages(images: Pages, config: Config) -> Bits:
         uint16, (stripes * codeword_bytes / 2, head_dim).
 
     Raises:
-        ConfigError: the configuration cannot have the channel layout.
+        ConfigError: the configuration cannot have the feature layout.
         RequestError: wrong dtype or shape, or pages that are not whole stripes.
     """
     pages = stripe_pages(config, sparse=True)
     _check_pages(images, config)
     if len(images) % pages:
-        raise RequestError(f"the channel layout has {pages} pages in a stripe: {len(images)} are not whole stripes")
+        raise RequestError(f"the feature layout has {pages} pages in a stripe: {len(images)} are not whole stripes")
     tokens = pages * config.tokens_per_page
     channels = np.ascontiguousarray(images).view("<u2").reshape(-1, pages * config.codewords_per_page, tokens)
     tokens_first = np.ascontiguousarray(channels[:, : config.head_dim].swapaxes(1, 2))
@@ -281,11 +281,11 @@ def _check_pages(images: Pages, config: Config) -> None:
 
 
 def stripe_pages(config: Config, *, sparse: bool) -> int:
-    """Pages of K (and of V, and of the channel layout) in a stripe.
+    """Pages of K (and of V, and of the feature layout) in a stripe.
 
     Args:
         config: geometry.
-        sparse: with the channel layout, centroids or both.
+        sparse: with the feature layout, centroids or both.
 
     Raises:
         ConfigError: the configuration is without sparse attention.
@@ -486,7 +486,7 @@ def pack_sketches(page: ArrayLike, codeword: ArrayLike, written: ArrayLike) -> N
     """Sketch entries (`commands.SKETCH_ENTRY`), one for each stripe.
 
     Args:
-        page: first page of the channel layout, or page of the first centroid codeword; integers that fit the field, or
+        page: first page of the feature layout, or page of the first centroid codeword; integers that fit the field, or
             arrays of them.
         codeword: of that page; likewise.
         written: 1: they are there; likewise.

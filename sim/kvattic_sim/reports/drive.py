@@ -278,15 +278,15 @@ def main(arguments: list[str] | None = None) -> None:
                         help="configuration of the sequence's life, or of the trace")
     parser.add_argument("--mode", default="dense", choices=[mode.name.lower() for mode in Mode],
                         help="which tokens are attended (docs/sparse.md)")
-    parser.add_argument("--channels", type=int, help="of the first pass, r (an eighth of head_dim)")
-    parser.add_argument("--units", type=int, help="tokens, or units, attended, k (a sixteenth of the tokens)")
+    parser.add_argument("--features", type=int, help="of the first pass, r (an eighth of head_dim)")
+    parser.add_argument("--top-units", type=int, help="tokens, or units, attended, k (a sixteenth of the tokens)")
     parser.add_argument("--waves", action="store_true", help="record waves of a short run under build/")
     parser.add_argument("--trace", action="store_true", help="only a short decode step, with its timeline under build/")
     options = parser.parse_args(arguments)
     console = make_console()
     signal.signal(signal.SIGINT, _interrupted)
     opt = PRESETS[options.preset]
-    how = How(mode=options.mode, channels=options.channels, units=options.units)
+    how = How(mode=options.mode, features=options.features, top_units=options.top_units)
     suffix = "" if how == DENSE else f", {options.mode}"
     if options.trace:
         trace(console, opt, options.simulator, how)

@@ -107,9 +107,9 @@ def scattered(config: Config, jobs: int, rng: np.random.Generator, *, wanted: in
               periods: int = 16) -> Requests:
     """What a stream of SPARF jobs reads on each channel: single codewords of groups of pages.
 
-    A group is a page on each plane of a die.  Each job has `stripes` of them of K, of V and of the channel layout,
+    A group is a page on each plane of a die.  Each job has `stripes` of them of K, of V and of the feature layout,
     which follow each other through the dies as a prefill places them.  Together come the codewords of one group, in
-    its order; first those of the channel layout of job j + 2, then K of job j + 1, then V of job j.
+    its order; first those of the feature layout of job j + 2, then K of job j + 1, then V of job j.
 
     Args:
         config: channels, dies, part and clock.

@@ -129,7 +129,7 @@ class Job:
             if self.mode in (Mode.SPARF, Mode.FETCHED) and not entry["whole"]:
                 for c in self.chosen:
                     page, column = divmod(sketch + c, per_page)
-                    result[Kind.CHANNEL, place + c] = page % (1 << 24), column, 0, first
+                    result[Kind.FEATURE, place + c] = page % (1 << 24), column, 0, first
             if self.mode == Mode.CENTROID and not entry["whole"]:
                 for j in range(self.stripe_tokens // self.unit_tokens // config.tokens_per_codeword):
                     page, column = divmod(sketch + j, per_page)
@@ -140,14 +140,14 @@ class Job:
 
     def codeword_tokens(self, kind: int, place: int) -> slice:
         first = self.requests[kind, place][3] - self.base_token
-        tokens = self.stripe_tokens if kind == Kind.CHANNEL else self.config.tokens_per_codeword
+        tokens = self.stripe_tokens if kind == Kind.FEATURE else self.config.tokens_per_codeword
         return slice(first, min(first + tokens, self.end_token - self.base_token))
 
     def codeword_elements(self, kind: int, place: int) -> np.ndarray:
         """What the codeword holds, flat."""
         config = self.config
         tokens = self.codeword_tokens(kind, place)
-        if kind == Kind.CHANNEL:
+        if kind == Kind.FEATURE:
             channel = place % config.group_codewords
             known = self.key[tokens, channel]
             return np.concatenate([known, self.beyond[len(known) :, channel]])
@@ -230,7 +230,7 @@ class Job:
             elif self.mode != Mode.CENTROID:
                 key = np.concatenate([self.key[tokens], self.beyond[count:]])[:, self.chosen]
                 for i, c in enumerate(self.chosen):
-                    if (Kind.CHANNEL, place + c) in self.unreadable:
+                    if (Kind.FEATURE, place + c) in self.unreadable:
                         key[:, i] = 0
                 rows = []
                 for r in range(config.rows):
@@ -280,9 +280,9 @@ class Job:
         for (kind, place), (_, _, _, token) in self.requests.items():
             name = "value" if kind == Kind.VALUE else "key"
             if (kind, place) in self.unreadable:
-                faults["unreadable_" + ("sketch" if kind in (Kind.CHANNEL, Kind.SKETCH) else name)].append(token)
+                faults["unreadable_" + ("sketch" if kind in (Kind.FEATURE, Kind.SKETCH) else name)].append(token)
                 continue
-            tokens = self.stripe_tokens if kind == Kind.CHANNEL else self.config.tokens_per_codeword
+            tokens = self.stripe_tokens if kind == Kind.FEATURE else self.config.tokens_per_codeword
             elements = self.codeword_elements(kind, place).reshape(tokens, -1)
             step = self.unit_tokens if (kind, self.mode) == (Kind.SKETCH, Mode.CENTROID) else 1
             faults[f"nan_{name}"] += [token + step * i for i, bits in enumerate(elements) if special(self.config, bits)]
@@ -477,7 +477,7 @@ def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bo
             slot = rnd.randrange(slots)
             tag = {"slot": slot, "epoch": epochs[slot] if rnd.random() < 0.9 else rnd.randrange(16),
                    "kind": rnd.randrange(4), "place": rnd.randrange(config.ring_codewords)}
-        count = config.group_words if config.sparse and tag["kind"] == Kind.CHANNEL else config.beats_per_codeword
+        count = config.group_words if config.sparse and tag["kind"] == Kind.FEATURE else config.beats_per_codeword
         before = verdict(ctx, tag)
         if not before:
             return
@@ -537,7 +537,7 @@ def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bo
             "slot": slot, "epoch": n // slots % 16, "stripe_bits": job.stripe_bits,
             "last_token": job.base_token + (len(job.table) - 1) * job.stripe_tokens,
             "end_token": job.end_token, "tree_token": job.tree_token, "mode": job.mode, "unit_bits": job.unit_bits,
-            "channels": len(job.chosen), "local_token": job.end_token - 1} | scaled(job.scale_bits))
+            "features": len(job.chosen), "local_token": job.end_token - 1} | scaled(job.scale_bits))
         ctx.set(dut.start_valid, 1)
         await ctx.tick()
         ctx.set(dut.start_valid, 0)
@@ -870,7 +870,7 @@ def test_sparse_faults() -> None:
     for n in range(14):
         mode = SPARSE_MODES[n % 3]
         job = make_sparse(config, rng, mode, config.group_tokens + 13, "here", "last" if n % 2 else "none")
-        first = [key for key in job.requests if key[0] in (Kind.CHANNEL, Kind.SKETCH)]
+        first = [key for key in job.requests if key[0] in (Kind.FEATURE, Kind.SKETCH)]
         case = n // 3
         if case == 0 and first:
             job.unreadable = {first[int(i)] for i in rng.permutation(len(first))[:2]}
@@ -903,7 +903,7 @@ def test_lost_in_the_first_pass() -> None:
     for mode in (Mode.SPARF, Mode.FETCHED, Mode.CENTROID):
         tails = "last" if mode == Mode.FETCHED else "none"
         lost = make_sparse(config, rng, mode, 3 * config.group_tokens, "here", tails)
-        first = [key for key in lost.requests if key[0] in (Kind.CHANNEL, Kind.SKETCH)]
+        first = [key for key in lost.requests if key[0] in (Kind.FEATURE, Kind.SKETCH)]
         lost.lost = set(first[1:3]) or set(first)
         jobs += [make_sparse(config, rng, mode, config.group_tokens + 4, "here"), lost,
                  make_sparse(config, rng, Mode.SPARF, 3 * config.group_tokens, "here", "none"),

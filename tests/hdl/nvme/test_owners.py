@@ -259,7 +259,7 @@ def test_the_end_of_device_dram():
     run(scenario)
 
 
-def test_sketches_in_the_channel_layout():
+def test_sketches_in_the_feature_layout():
     async def scenario(bench):
         count = TINY.group_pages
         await bench.grant(Grant.ZONES, 0, 2, 5)

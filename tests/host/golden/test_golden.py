@@ -454,7 +454,7 @@ def test_merge_of_empty_parts_is_zero() -> None:
 
 
 def test_score_sums_fit_their_width() -> None:
-    """All channels clipped at the top of the window, for the largest head_dim."""
+    """All features clipped at the top of the window, for the largest head_dim."""
     bits = np.full((1, 256), LARGEST[Element.FP16], np.uint16)
     sums, overflow = dense.score_sums(bits, bits, element=Element.FP16, scale_bits=fp32_bits(1e30))
     assert overflow.all()

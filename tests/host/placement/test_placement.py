@@ -21,7 +21,7 @@ from kvattic_sim.reports.benches import placement
 
 PAGE = TINY.tokens_per_page
 SPARSE = 128
-"""Tokens of a stripe with the channel layout: eight pages."""
+"""Tokens of a stripe with the feature layout: eight pages."""
 ODD = Config(channels=3, rows=2, head_dim=80, sparse=False, part=TINY_PART, dies=2, codeword_bytes=512, score_depth=256)
 WIDE = replace(TINY, part=TINY_PART.resized(1024, planes=4), dies=4, channels=3)
 QUAD = replace(TINY, part=TINY_PART.resized(4096, pages=6), rows=1, score_depth=1024)   # two pages, of 64 tokens
@@ -170,7 +170,7 @@ def test_prefill_goes_through_little_dram(pages):
         assert device.free_dram_pages == pages - 4
 
 
-# The channel layout.
+# The feature layout.
 
 
 def stored(device, channel, page, count=1):
@@ -198,10 +198,10 @@ def check_sketches(sequence, key, layer=0):
                 channel, page = int(entries.channel[head, stripe]), int(found.page[head, stripe])
                 codeword = int(found.codeword[head, stripe])
                 tokens = key[head, stripe * size : (stripe + 1) * size]
-                if kind is Kind.CHANNEL:
+                if kind is Kind.FEATURE:
                     images = stored(device, channel, page, pages)
                     assert codeword == 0
-                    assert np.array_equal(layout.unpack_channel_pages(images, config), tokens)
+                    assert np.array_equal(layout.unpack_feature_pages(images, config), tokens)
                 else:
                     means = layout.mean_keys(tokens, sequence.centroids, config)
                     first = codeword * config.tokens_per_codeword
@@ -226,13 +226,13 @@ def test_sparse_sequences_have_k_twice(config, pieces):
             at += piece
         assert sequence.flushed() == total // size * size
         bits = sequence.attend(query).bits
-        entries, found = entries_of(sequence), layout.unpack_sketches(sequence._layers[0].sketches[Kind.CHANNEL])
+        entries, found = entries_of(sequence), layout.unpack_sketches(sequence._layers[0].sketches[Kind.FEATURE])
         for head in range(2):
             for stripe in range(total // size):
                 channel = int(entries.channel[head, stripe])
                 here = key[head, stripe * size : (stripe + 1) * size]
                 images = stored(device, channel, int(found.page[head, stripe]), pages)
-                assert np.array_equal(layout.unpack_channel_pages(images, config), here)
+                assert np.array_equal(layout.unpack_feature_pages(images, config), here)
                 images = stored(device, channel, int(entries.key_page[head, stripe]), pages)
                 assert np.array_equal(layout.unpack_pages(images, config), here)
         assert (found.written == (np.arange(found.written.shape[1]) < total // size)).all()
@@ -583,7 +583,7 @@ def test_what_finds_no_room_is_written_later_and_nothing_twice():
         assert len(list(device.transport.written())) == 2
         bits = sequence.attend(query).bits
         assert np.array_equal(bits, expected_bits(TINY, key[:, :-1], value[:, :-1], query))
-        assert np.array_equal(sequence.attend(query, mode="centroid", units=1).bits, bits)      # all is tail
+        assert np.array_equal(sequence.attend(query, mode="centroid", top_units=1).bits, bits)      # all is tail
         for zone in zones:
             device._allocator._close(zone)
         sequence.append(key[:, -1:], value[:, -1:])
