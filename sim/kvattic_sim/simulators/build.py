@@ -63,6 +63,7 @@ __all__ = [
     "cache_errors",
     "compile_model",
     "default_build_root",
+    "generated_files",
     "icarus_available",
     "new_run_dir",
     "prepare_runtime",
@@ -715,6 +716,19 @@ def _build_verilator(
     )
     for name in objects.files:
         (directory / name).unlink()
+    (directory / _PARTS).write_text(json.dumps([str(part.directory) for part in parts]))
+
+
+_PARTS = "parts.json"
+"""File of a model's directory: where the modules are that were compiled by themselves."""
+
+
+def generated_files(model: Model) -> list[Path]:
+    """The C++ that Verilator wrote for a model, and for those of its modules that are compiled by themselves."""
+    listed = model.directory / _PARTS
+    parts = [Path(part) for part in json.loads(listed.read_text())] if listed.is_file() else []
+    folders = (model.directory, *parts)
+    return sorted(path for folder in folders for end in ("cpp", "h") for path in folder.glob(f"*.{end}"))
 
 
 # ---------------------------------------------------------------- Icarus
