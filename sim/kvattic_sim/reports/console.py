@@ -54,19 +54,21 @@ def building(console: Console) -> Iterator[None]:
     """
     order = (progress.GENERATING, progress.VERILATING, progress.COMPILING)
     reached, begun = -1, 0
-    note: Callable[[str], None] = str
+
+    def show(detail: str) -> None:
+        """A function that takes how far the stage is; there is none yet."""
 
     with contextlib.ExitStack() as shown:
         def follow(stage: str, what: str) -> None:
-            nonlocal reached, begun, note
+            nonlocal reached, begun, show
             rank = order.index(stage)
             if rank > reached:
                 shown.close()
-                note = shown.enter_context(phase(console, stage))
+                show = shown.enter_context(phase(console, stage))
                 reached, begun = rank, 0
             if rank == reached:
                 begun += 1
-                note(f"{begun} files begun" if stage == progress.COMPILING else what)
+                show(f"{begun} files begun" if stage == progress.COMPILING else what)
 
         with progress.followed(follow):
             yield

@@ -229,7 +229,9 @@ def full_job(console: Console, simulator: Simulator, size: Size, options: Attent
     with ThreadPoolExecutor(1) as builder:
         model = build(console, MINILM, simulator, waves=waves) if size.heads else None
         later = builder.submit(build_testbench, config, simulator) if size.decode_heads else None
-        for layer in layers if model is not None else ():
+        for layer in layers:
+            if model is None:
+                break
             title = (f"MiniLM layer {layer} on real text: {size.heads} heads, {size.positions} positions, "
                      f"512 tokens{suffix}")
             attention = cut(minilm(layer), heads=size.heads, positions=size.positions)
@@ -345,7 +347,7 @@ def show_heads(console: Console, title: str, config: Config, attention: Attentio
     def add(name: str, used: list[Usage], rows: slice) -> None:
         table.add_row(
             name, f"{queries * (rows.stop - rows.start):,}", tokens, *cells(config, Usage.sum(used)),
-            f"{root_mean_square(errors[rows, 0]):.2e}", f"{np.nanmax(errors[rows, 1]):.1e}", verdict(equal[rows].all()))
+            f"{root_mean_square(errors[rows, 0]):.2e}", f"{np.nanmax(errors[rows, 1]):.1e}", verdict(bool(equal[rows].all())))
 
     table.add_row("write", "", tokens, *cells(config, found.written), "", "", "")
     table.add_section()
