@@ -14,7 +14,7 @@ RUN     = $(PY) -m
 SIM_ARGS = --simulator $(SIM) $(if $(MODE),--mode $(MODE)) $(if $(PRESET),--preset $(PRESET)) $(if $(FULL),--full)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sim waves trace verilog bench synth docs lint types test check clean
+.PHONY: help setup sim waves trace verilog bench synth docs site lint types test check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,10 @@ synth: $(VENV)/.stamp-synth  ## synthesise, and place and route for ECP5
 docs: $(VENV)/.stamp-sim  ## regenerate docs/commands.md and include/kvattic.h
 	@$(RUN) kvattic_sim.reports.reference
 
+site: $(VENV)/.stamp-docs  ## build the documentation as a web site in build/site
+	@NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
+
 lint: $(VENV)/.stamp-dev  ## check the style
 	@$(RUN) ruff check
 
@@ -63,9 +67,9 @@ clean:  ## remove what was built, also in KVATTIC_CACHE, but not .venv
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@if [ -n "$$KVATTIC_CACHE" ] && [ -f "$$KVATTIC_CACHE/sim/CACHEDIR.TAG" ]; then rm -rf "$$KVATTIC_CACHE/sim"; fi
 
-# A stamp stands for an installed extra. dev contains sim and figures; so a development set-up serves them as it is.
+# A stamp stands for an installed extra. dev contains sim, figures and docs, so a development set-up serves them as it is.
 $(VENV)/.stamp-%: pyproject.toml
-	@if [ '$*' != synth ] && [ $(VENV)/.stamp-dev -nt pyproject.toml ]; then exit 0; fi; \
+	@case '$*' in sim|figures|docs) if [ $(VENV)/.stamp-dev -nt pyproject.toml ]; then exit 0; fi;; esac; \
 	echo "installing kvattic[$*] into $(VENV)"; \
 	test -x $(PY) || $(PYTHON) -m venv $(VENV) || exit 1; \
 	$(RUN) pip install -qq --disable-pip-version-check -e '.[$*]' || exit 1; \

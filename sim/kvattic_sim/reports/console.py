@@ -55,10 +55,9 @@ def building(console: Console) -> Iterator[None]:
     order = (progress.GENERATING, progress.VERILATING, progress.COMPILING)
     reached, begun = -1, 0
 
-    def show(detail: str) -> None:
-        """A function that takes how far the stage is; there is none yet."""
-
     with contextlib.ExitStack() as shown:
+        show = shown.enter_context(phase(console, "building the drive"))
+
         def follow(stage: str, what: str) -> None:
             nonlocal reached, begun, show
             rank = order.index(stage)

@@ -54,14 +54,15 @@ from kvattic_sim.workloads import (
 
 __all__ = ["MINILM", "SMALL", "full_job", "main", "run_life", "small_job"]
 
-SMALL = replace(TINY, part=replace(TINY.part, blocks=32))
-"""The default drive: two channels of two fast dies, with room for a MiniLM layer twice. It is compiled in a minute."""
+SMALL = replace(TINY, part=replace(TINY.part, blocks=32, t_r=1_000, t_prog=3_000))
+"""The default drive: two channels of two dies, with room for a MiniLM layer twice. It is compiled in a minute, and its
+dies are faster than any real ones, so that few cycles are simulated in which nothing happens."""
 MINILM = Config(channels=4, rows=8, head_dim=32, part=part("lowlatency"), dies=4)
 """MiniLM's geometry in the full job: eight queries share a pass; 4 KiB pages, so that 512 tokens use all channels, and
 a short tR, for each pass reads the same few pages again."""
 NAND = NandSettings(bit_error_rate=1e-5)
 """Dies as they are: some bits of every few pages are wrong."""
-APPENDED = 3
+APPENDED = 2
 """Tokens that are appended, one at a time."""
 SECOND_TOKENS = 128
 """Tokens of the next sequence in the small job."""
@@ -401,7 +402,7 @@ def _size(options: argparse.Namespace, full: bool) -> Size:
         default = Size(heads=12, positions=512 if options.mode in (None, "dense") else 64, sparse_positions=0,
                        decode_heads=8)
     else:
-        default = Size(heads=12, positions=16, sparse_positions=4, decode_heads=0)
+        default = Size(heads=12, positions=4, sparse_positions=2, decode_heads=0)
     asked = {name: value for name in ("heads", "positions", "decode_heads")
              if (value := getattr(options, name)) is not None}
     return replace(default, **asked)

@@ -69,7 +69,7 @@ def attend(arguments: dict[str, Any]) -> sparse.SparseTrace:
     return sparse.attend_sparse(**arguments)
 
 
-def dense(arguments: dict[str, Any], **changes: Any) -> dense.Trace:
+def dense_trace(arguments: dict[str, Any], **changes: Any) -> dense.Trace:
     names = ("query", "key", "value", "element", "scale_bits", "start", "end", "tree", "tree_token", "base_token",
              "end_token")
     return dense.attend(**({name: arguments[name] for name in names} | changes))
@@ -77,7 +77,7 @@ def dense(arguments: dict[str, Any], **changes: Any) -> dense.Trace:
 
 def assert_dense(trace: sparse.SparseTrace, arguments: dict[str, Any]) -> None:
     """The job's result is that of dense attention, to the last bit."""
-    want = dense(arguments)
+    want = dense_trace(arguments)
     for name in ("output", "maximum", "denominator"):
         np.testing.assert_array_equal(getattr(trace, name), getattr(want, name), name)
     assert (trace.first.alpha == ALPHA_ONE).all()
@@ -228,7 +228,7 @@ def test_approximate_scale_may_leave_fp32() -> None:
 
 
 @ELEMENTS
-def test_feature_sums_of_all_channels_are_the_scores(element: Element) -> None:
+def test_feature_sums_of_all_features_are_the_scores(element: Element) -> None:
     arguments = job(Mode.SPARF, rows=2, element=element)
     query, key, scale = arguments["query"], arguments["key"], arguments["scale_bits"]
     every = np.arange(query.shape[1])
@@ -390,7 +390,7 @@ def test_all_units_give_dense_bits(mode: Mode, element: Element) -> None:
     valid = int(attend(arguments).first.valid.sum())
     assert_dense(attend(arguments | {"top_units": valid}), arguments)
     less = attend(arguments | {"top_units": valid - 1})
-    assert (less.output != dense(arguments).output).any()
+    assert (less.output != dense_trace(arguments).output).any()
     assert (less.first.alpha < ALPHA_ONE).any() == (mode is not Mode.CENTROID)
 
 
@@ -417,7 +417,7 @@ def test_tail_is_attended_and_counts_in_alpha(mode: Mode) -> None:
     of_tail = first.probability[:, 128:256].sum(axis=1)
     assert (first.alpha >= (of_tail >> 16) - 1).all()
     # Its scores are the exact ones.
-    np.testing.assert_array_equal(first.scores[:, 128:256], dense(arguments).scores[:, 128:256])
+    np.testing.assert_array_equal(first.scores[:, 128:256], dense_trace(arguments).scores[:, 128:256])
 
 
 @BLENDED

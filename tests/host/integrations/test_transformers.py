@@ -961,7 +961,7 @@ def test_transformers_own_questions(drive):
 
 
 def test_the_example_runs():
-    example = Path(__file__).parents[2] / "examples" / "generate.py"
+    example = Path(__file__).parents[3] / "examples" / "generate.py"
     done = subprocess.run([sys.executable, str(example)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "tokens in the drive: 60" in done.stdout

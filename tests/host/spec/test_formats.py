@@ -185,7 +185,7 @@ def test_element_formats(element: Element, offset: int, exponent_max: int) -> No
 
 def test_every_constant_is_documented() -> None:
     """Each public constant stands in docs/numerics.md: the page cannot fall behind in silence."""
-    page = (Path(__file__).parents[2] / "docs" / "numerics.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "numerics.md").read_text()
     constants = [name for name in dir(formats) if name.isupper() and not name.startswith("_")]
     missing = [name for name in constants if f"`{name}`" not in page]
     assert not missing

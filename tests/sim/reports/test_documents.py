@@ -13,7 +13,7 @@ from kvattic_sim.reports.bench import BARS
 from kvattic_sim.reports.benches import placement
 from kvattic_sim.reports.documents import Stated, stale, stated
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 README, MEASUREMENTS, CONTROLLER = (ROOT / path for path in documents.DOCUMENTS)
 
 
