@@ -186,7 +186,8 @@ def show_life(console: Console, title: str, config: Config, life: Life, steps: l
 
 def root_mean_square(errors: NDArray[np.float64]) -> float:
     """Of the heads' relative errors; NaN, of a head without a comparison, counts for nothing."""
-    return float(np.sqrt(np.nanmean(np.square(errors))))
+    known = errors[np.isfinite(errors)]
+    return float(np.sqrt(np.square(known).mean())) if known.size else float("nan")
 
 
 def small_job(console: Console, simulator: Simulator, size: Size, sparse: AttentionOptions | None, *,
@@ -348,7 +349,8 @@ def show_heads(console: Console, title: str, config: Config, attention: Attentio
     def add(name: str, used: list[Usage], rows: slice) -> None:
         table.add_row(
             name, f"{queries * (rows.stop - rows.start):,}", tokens, *cells(config, Usage.sum(used)),
-            f"{root_mean_square(errors[rows, 0]):.2e}", f"{np.nanmax(errors[rows, 1]):.1e}", verdict(bool(equal[rows].all())))
+            f"{root_mean_square(errors[rows, 0]):.2e}", f"{np.fmax.reduce(errors[rows, 1]):.1e}",
+            verdict(bool(equal[rows].all())))
 
     table.add_row("write", "", tokens, *cells(config, found.written), "", "", "")
     table.add_section()

@@ -75,7 +75,7 @@ def cpu_seconds(target: str, version: str, progress: Callable[[str], None] = lam
         for command in (["clone", "-q", str(_checkout()), str(clone)], ["-C", str(clone), "checkout", "-q", version]):
             done = subprocess.run(["git", *command], capture_output=True, text=True, check=False)
             if done.returncode:
-                raise UnavailableError(f"git {command[0]} of {version}: {done.stderr.strip()}")
+                raise UnavailableError(f"cannot check {version} out: {done.stderr.strip()}")
         process = subprocess.Popen(["make", target], cwd=clone, env=environment, stdin=subprocess.DEVNULL,
                                    stdout=output, stderr=subprocess.STDOUT, process_group=group.number)
         while True:
