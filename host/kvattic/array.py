@@ -43,8 +43,8 @@ SPLITS = ("heads", "context")
 class ArrayFuture(Generic[T]):
     """The answer of several drives; the same calls as `Future`.
 
-    It is done when all drives are, be it with errors.  Their first error is the answer then, and says which drive's it
-    is; what others report is in its notes.
+    It is done when all drives are done or have failed.  The first error is then the answer, and names its drive; what
+    the others report is in its notes.
     """
 
     def __init__(self, parts: Iterable[tuple[int, Future[Any]]], join: Callable[[list[Any]], T]) -> None:
@@ -67,7 +67,7 @@ class ArrayFuture(Generic[T]):
         """What went wrong, None if nothing did; waits as `result` does.
 
         Raises:
-            DeviceTimeoutError: it did not come in time.
+            DeviceTimeoutError: the answer did not come in time.
         """
         _settle(self.futures, timeout_s)
         found = [_named(error, drive) for drive, future in self._parts if (error := future.exception())]
@@ -79,14 +79,14 @@ class ArrayFuture(Generic[T]):
         return found[0]
 
     def result(self, timeout_s: float | None = None) -> T:
-        """The answer; waits for it.
+        """Wait for the answer and return it.
 
         Args:
-            timeout_s: patience, in seconds of wall-clock time; afterwards the future is still good.  If None, as long
-                as the drives answer anything within their own patience.
+            timeout_s: seconds of wall-clock time to wait; the future can be waited for again afterwards.  If None, as
+                long as the drives answer anything within their own timeouts.
 
         Raises:
-            DeviceTimeoutError: it did not come in time.
+            DeviceTimeoutError: the answer did not come in time.
             BaseException: what went wrong.
         """
         if error := self.exception(timeout_s):
@@ -210,10 +210,10 @@ class ArraySequence:
         end_block(self.free, error)
 
     def free(self) -> None:
-        """Give flash and DRAM back, on all drives.  Freeing twice is no error, any other use afterwards is.
+        """Give flash and DRAM back, on all drives.  Freeing twice is allowed, any other use afterwards is an error.
 
         Raises:
-            KvatticError: what the first drive reports that reports anything; all that can be is free nevertheless.
+            KvatticError: the first error of a drive; all that can be freed is free all the same.
         """
         if not self._freed:
             self.forget()
@@ -484,7 +484,7 @@ class DriveArray:
         config: of each of them.
 
     Raises:
-        RequestError: there is none, or the same one twice.
+        RequestError: there are no devices, or one is there twice.
         ConfigMismatchError: they differ.
     """
 
@@ -518,10 +518,10 @@ class DriveArray:
         end_block(self.close, error)
 
     def close(self) -> None:
-        """Free all sequences and close all devices.  Closing twice is no error.
+        """Free all sequences and close all devices.  Closing twice is allowed.
 
         Raises:
-            KvatticError: what the first drive reports that reports anything; the others are closed nevertheless.
+            KvatticError: the first error of a drive; the others are closed all the same.
         """
         for sequence in self._sequences:
             sequence.forget()
@@ -554,12 +554,12 @@ class DriveArray:
             capacity_tokens: tokens that it can hold at most.
             layers: layers, each with K and V of its own.
             split: heads: each drive has as many KV heads as the others, or one more, and if there are fewer heads than
-                drives, some have none.  context: each drive has every so many'th stripe of tokens.
+                drives, some have none.  context: the stripes of tokens go round the drives.
             options: see `Device.create_sequence`.
 
         Raises:
-            RequestError: there is no such split, a number is not positive, or context with what the sparse modes read.
-            CapacityError: a drive has no room.
+            RequestError: the split does not exist, a number is not positive, or context with what the sparse modes
+            read. CapacityError: a drive has no room.
         """
         for name, value in (("kv_heads", kv_heads), ("capacity_tokens", capacity_tokens), ("layers", layers)):
             check_positive(name, value)
@@ -615,7 +615,7 @@ class DriveArray:
 
         Args:
             plans: from `ArraySequence.plan`.
-            timeout_s: patience with all of it.
+            timeout_s: seconds that all of it may take.
 
         Raises:
             RequestError: a plan's sequence was freed or belongs to another array.
@@ -664,8 +664,8 @@ def open_array(targets: Iterable[str], config: Config | str = PAPER, **options: 
         options: see `kvattic.open`.
 
     Raises:
-        RequestError: there is no target, or no such one.
-        ConfigError: there is no such preset.
+        RequestError: no target is given, or one does not exist.
+        ConfigError: the preset does not exist.
     """
     devices: list[Device] = []
     try:

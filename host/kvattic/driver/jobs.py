@@ -60,7 +60,7 @@ class FlashOperation(NamedTuple):
         channel: flash channel.
         page: page number on the channel.
         argument: PROGRAM: page of device DRAM; MAP: block; otherwise 0.
-        domain: PROGRAM, ERASE: owner of the places; ERASE: 0 if nobody shall ask for it.
+        domain: PROGRAM, ERASE: owner of the places; ERASE: 0 skips the check.
     """
 
     opcode: Opcode
@@ -88,10 +88,10 @@ class Job:
         mode: which tokens are attended; the fields below are for the sparse modes.
         features: SPARF, FETCHED: features that the first pass reads, the paper's r.
         top_units: units that are attended beside those of the tail, the paper's k.
-        local_tokens: newest tokens that are attended in any case; their units count among `top_units`.
-        sinks: first tokens of the sequence that are attended in any case; likewise.
+        local_tokens: newest tokens that are always attended; their units count among `top_units`.
+        sinks: first tokens of the sequence that are always attended; likewise.
         whole: stripes of the table from this one on are attended whole, wherever they lie, and scored exactly in the
-            first pass; they do not count in `top_units`.  Those in device DRAM are so in any case.
+            first pass; they do not count in `top_units`.  Those in device DRAM always are.
         unit_bits: FETCHED, CENTROID: log2 of the codewords of a unit.
         mean: SPARF, FETCHED: uint32, (head_dim,), fp32 bit patterns of the mean of V; None if there is none.
         sketch: uint64, an entry for each stripe (`layout.pack_sketches`); read like the table.  None in DENSE.

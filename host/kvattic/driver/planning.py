@@ -70,7 +70,7 @@ class AttendOptions:
             codeword's in fetched; in centroid those of the stored mean keys, and no other number is possible there.
 
     Raises:
-        RequestError: there is no such mode, or an option is given that the mode does not use.
+        RequestError: the mode does not exist, or an option is given that it does not use.
     """
 
     scale: float | None = None
@@ -223,7 +223,7 @@ class Selection(NamedTuple):
 
 
 def select(options: AttendOptions, shape: SequenceShape) -> Selection | None:
-    """What a call on a sequence selects, checked as far as it can be without the tokens; None in dense mode.
+    """What a call on a sequence selects, with all checks that need no tokens; None in dense mode.
 
     Raises:
         RequestError: the sequence was created without what the mode reads, or a number is out of range.
@@ -359,7 +359,7 @@ class Planner:
 
     @property
     def _most_tokens(self) -> int:
-        """Tokens of a job: a lane's score buffer holds so many stripes, and they go round the lanes."""
+        """Tokens that a job can have: the score buffers of all lanes together hold that many."""
         config = self._config
         places = config.ring_codewords // (self._shape.pages * config.codewords_per_page)
         return min(config.channels * places, MAX_STRIPES) * self._shape.stripe_tokens

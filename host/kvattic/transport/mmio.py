@@ -244,7 +244,7 @@ class MmioTransport:
 
     def _file(self, use: Use) -> CardFile:
         if self._closed:
-            raise RequestError("the way to the card is closed")
+            raise RequestError("the card is closed")
         if self._lost:
             raise DeviceLostError(self._lost)
         return self._files[use]
@@ -279,7 +279,7 @@ class MmioTransport:
         """See `Transport`.
 
         Raises:
-            RequestError: there is no such register.
+            RequestError: the register does not exist.
             DeviceLostError: the card is gone.
         """
         self._check_owner()
@@ -297,7 +297,7 @@ class MmioTransport:
         """See `Transport`.
 
         Raises:
-            RequestError: there is no such register, or the value does not fit it.
+            RequestError: the register does not exist, or the value does not fit it.
             DeviceLostError: the card is gone.
         """
         register = find_register(name, value)

@@ -62,7 +62,7 @@ class Kind(IntEnum):
     STARTED = 3
     """Server: the simulator runs; path of its log, UTF-8."""
     ENDED = 4
-    """Server: there is no simulator, or no longer; why, UTF-8."""
+    """Server: the simulator could not be started, or has ended; why, UTF-8."""
     MEMORY = 5
     """Host, once: u64 size of host memory; the file comes along as ancillary data."""
     READY = 6
@@ -101,7 +101,7 @@ FAILURES: dict[Failure, type[KvatticError]] = {
 
 
 class ProtocolError(Exception):
-    """What came over the socket is no message."""
+    """What came over the socket is not a message."""
 
 
 class Message(NamedTuple):
@@ -163,11 +163,11 @@ class Connection:
             number: of the request that it is, or answers.
             payload: `MAX_PAYLOAD` bytes, at most.
             cycles: see `HEADER`.
-            timeout_s: patience with an other side that takes nothing; None: for ever.
+            timeout_s: seconds that the other side may take nothing; None: any time.
             files: descriptors that go along, with a message without a predecessor that waits.
 
         Raises:
-            OSError: the connection is gone.
+            OSError: the connection is lost.
             TimeoutError: nothing was taken in that time.
         """
         message = HEADER.pack(MAGIC, kind, 0, number, len(payload), cycles) + payload
@@ -186,8 +186,8 @@ class Connection:
 
         Raises:
             TimeoutError: nothing came in that time.
-            ProtocolError: what came is no message.
-            OSError: the connection is gone.
+            ProtocolError: what came is not a message.
+            OSError: the connection is lost.
         """
         while (message := self._take()) is None:
             if not self._has(timeout_s):
@@ -209,7 +209,7 @@ class Connection:
         """The first message of a connection, with its files.
 
         Raises:
-            ProtocolError: it is none, or it has another number of files.
+            ProtocolError: it is not a message, or has another number of files.
         """
         select.select([self.socket], [], [])
         part, files, _, _ = socket.recv_fds(self.socket, HEADER.size, count)
@@ -262,7 +262,7 @@ def connect(directory: Path, role: Role) -> Connection:
         role: who connects.
 
     Raises:
-        OSError: nobody is there.
+        OSError: the host is not there.
     """
     stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     stream.connect(os.fsencode(directory / SOCKET))

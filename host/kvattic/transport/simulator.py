@@ -6,10 +6,10 @@ starts `kvattic_sim.rtl.server`, which builds the model unless it is in the buil
 shared with the simulator; registers, device DRAM and the interrupt go over a Unix socket.  Simulated time stands still
 between two calls, so a run repeats exactly; it passes in register accesses and in `wait`.
 
-A forked child of the host's process gets a `ForkedError` from every call, and closing its copy harms nobody.
+A forked child of the host's process gets a `ForkedError` from every call; closing its copy is harmless.
 
-Nothing stays behind, whoever ends first: shared memory has no name, the server watches its connection to this process
-and kills the simulator and removes its files when it ends, and the simulator dies with the server.
+Nothing is left behind, whichever side ends first: shared memory has no name, the server watches its connection to this
+process and kills the simulator and removes its files when it ends, and the simulator dies with the server.
 
 The messages are in protocol.py.
 """
@@ -164,7 +164,7 @@ def _tail(path: Path | None, lines: int = 15) -> str:
 
 
 def _shared_memory(size: int) -> int:
-    """A file without a name, as a descriptor: nobody has to remove it."""
+    """A file without a name, as a descriptor: it need not be removed."""
     if hasattr(os, "memfd_create"):
         file = os.memfd_create("kvattic host memory")
     else:
@@ -192,7 +192,7 @@ class SimTransport:
         cycles: cycles simulated when the simulator last said something.
         heartbeat: if set, called some times a second while `wait` waits, with the cycles since the start; it must not
             call the transport.
-        silence_s: a simulator that says nothing for so long while it has something to do is lost.
+        silence_s: seconds without a message after which a busy simulator counts as lost.
     """
 
     def __init__(self, config: Config, *, memory_bytes: int, request: dict[str, Any], silence_s: float,
@@ -335,7 +335,7 @@ class SimTransport:
             known: that is the cause; otherwise the server may know more.
         """
         if self._closed:
-            return DeviceLostError("the way to the simulated drive was closed meanwhile")
+            return DeviceLostError("the simulated drive was closed during the call")
         said = "" if known else self._obituary(what)
         self._disconnect()
         self._lost = f"the simulated drive is lost: {said or what + _tail(self._log)}"
@@ -360,7 +360,7 @@ class SimTransport:
     def _check(self) -> None:
         self._owner.check("the simulated drive")
         if self._closed:
-            raise RequestError("the way to the simulated drive is closed")
+            raise RequestError("the simulated drive is closed")
         if self._lost:
             raise DeviceLostError(self._lost)
 
@@ -409,7 +409,7 @@ class SimTransport:
         """See `Transport`.
 
         Raises:
-            RequestError: there is no such register.
+            RequestError: the register does not exist.
             DeviceLostError: the simulator is gone.
         """
         address = find_register(name).address
@@ -420,7 +420,7 @@ class SimTransport:
         """See `Transport`.
 
         Raises:
-            RequestError: there is no such register, or the value does not fit it.
+            RequestError: the register does not exist, or the value does not fit it.
             DeviceLostError: the simulator is gone.
         """
         address = find_register(name, value).address
@@ -544,18 +544,17 @@ def open_simulator(
             is always in time.
         bit_error_rate: raw bit errors of each read of a die, over bits read.
         seed: of the bit errors.
-        timeout_cycles: patience of `wait` in cycles, besides the caller's in seconds.
+        timeout_cycles: cycles after which `wait` gives up, besides the caller's seconds.
         waves: record waves to `run_dir`; slow.
         run_dir: where the simulator runs, a directory that stays; a temporary one by default.
-        start_timeout_s: patience with build and start.
-        silence_s: a simulator that says nothing for so long while it has something to do is lost; it says something
-            four times a second.
+        start_timeout_s: seconds that build and start may take.
+        silence_s: seconds without a message after which a busy simulator counts as lost; it sends four a second.
         on_progress: called with a line about every second until the drive is ready.
 
     Raises:
-        RequestError: there is no such simulator or kind of flash, a size is not positive, waves would be lost,
-            kvattic_sim is not installed, or there is no directory to meet the simulator's process in.
-        CapacityError: this machine has no such host memory.
+        RequestError: the simulator or the kind of flash does not exist, a size is not positive, waves would be lost,
+            kvattic_sim is not installed, or no directory can hold the socket to the simulator's process.
+        CapacityError: this machine does not have that much memory.
         DeviceLostError: the build failed, or the simulator did not start.
     """
     if simulator not in SIMULATORS:
