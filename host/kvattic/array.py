@@ -55,11 +55,11 @@ class ArrayFuture(Generic[T]):
 
     @property
     def futures(self) -> list[Future[Any]]:
-        """Those of the drives, such as `kvattic.wait` takes."""
+        """The futures of the drives, for `kvattic.wait`."""
         return [future for _, future in self._parts]
 
     def done(self) -> bool:
-        """Whether all drives are; takes completions without waiting for them."""
+        """Whether all drives are done; takes completions without waiting for them."""
         done = [future.done() for _, future in self._parts]     # every drive is asked
         return all(done)
 
@@ -97,7 +97,7 @@ class ArrayFuture(Generic[T]):
             return self._joined[0]
 
     def add_done_callback(self, callback: "Callable[[ArrayFuture[T]], object]") -> None:
-        """Call back with the future when it is done, soon if it is already; see `Future.add_done_callback`."""
+        """Call `callback` with the future when it is done; see `Future.add_done_callback`."""
         missing, lock = len(self._parts), Lock()
 
         def one_less(_: Future[Any]) -> None:
@@ -124,7 +124,7 @@ class ArrayFuture(Generic[T]):
 
 
 class _Share(NamedTuple):
-    """What a drive has of a sequence.
+    """A drive's share of a sequence.
 
     Members:
         drive: its number.
@@ -286,18 +286,18 @@ class ArraySequence:
     # Split by context: the drive of rank r of a layer has the stripes r, r + drives, r + 2 * drives, ...
 
     def _drive(self, layer: int, rank: int) -> int:
-        """A drive for each rank: another first one for each layer and sequence, so that all have as much to write."""
+        """The drive of a rank: each layer and sequence begins with another one, so that all have as much to write."""
         return (rank + self.number + layer) % self.device.drives
 
     def _count(self, rank: Any, tokens: Any) -> Any:
-        """How many of the first `tokens` tokens a rank has; also, the number there of the first one from there on."""
+        """How many of the first `tokens` tokens a rank has: the number there of its first token after these."""
         stripes, inside = np.divmod(tokens, self.stripe_tokens)
         drives = self.device.drives
         return ((stripes - rank + drives - 1) // drives * self.stripe_tokens
                 + np.where(stripes % drives == rank, inside, 0))
 
     def _token(self, rank: int, local: int) -> int:
-        """The token that has a number on its drive."""
+        """The token with a number on its drive."""
         stripe, inside = divmod(local, self.stripe_tokens)
         return (stripe * self.device.drives + rank) * self.stripe_tokens + inside
 
@@ -348,7 +348,7 @@ class ArraySequence:
         return ArrayFuture(parts, lambda _: None)
 
     def _pieces(self, layer: int, length: int, total: int) -> Iterable[tuple[_Share, slice, slice | Integers]]:
-        """Which of `total` new tokens of which heads go where."""
+        """Where each of `total` new tokens goes: (share, heads, tokens)."""
         if self.split == "heads":
             for share in self._shares.values():
                 yield share, share.heads, slice(None)
@@ -505,7 +505,7 @@ class DriveArray:
 
     @property
     def drives(self) -> int:
-        """How many there are."""
+        """The number of drives."""
         return len(self.devices)
 
     # Life.
@@ -694,7 +694,7 @@ def _named(error: BaseException, drive: int) -> BaseException:
 
 
 def _on(drive: int, action: Callable[P, T], /, *arguments: P.args, **options: P.kwargs) -> T:
-    """Do something; an error of it names the drive."""
+    """Call `action`; its error names the drive."""
     try:
         return action(*arguments, **options)
     except KvatticError as error:
@@ -702,7 +702,7 @@ def _on(drive: int, action: Callable[P, T], /, *arguments: P.args, **options: P.
 
 
 def _all_of(actions: Iterable[tuple[int, Callable[[], None]]]) -> None:
-    """Do all, then raise the first error."""
+    """Call all actions, then raise the first error."""
     first: BaseException | None = None
     for drive, action in actions:
         try:
@@ -714,7 +714,7 @@ def _all_of(actions: Iterable[tuple[int, Callable[[], None]]]) -> None:
 
 
 def _begin(sequence: Sequence, key: Bits, value: Bits, layer: int) -> Future[None]:
-    """Append; what is refused at once is the future's error, too."""
+    """Append; an error that is raised at once becomes the future's."""
     try:
         return sequence.append_async(key, value, layer=layer)
     except KvatticError as error:
@@ -724,28 +724,28 @@ def _begin(sequence: Sequence, key: Bits, value: Bits, layer: int) -> Future[Non
 
 
 class _NoDriver:
-    """Of a future that is done from the beginning; see `futures.Driver`."""
+    """The `futures.Driver` of a future that is done from the start."""
 
     def __init__(self) -> None:
         self.lock = RLock()
 
     def drive(self, until: Callable[[], bool], timeout_s: float | None = None) -> None:
-        """Nothing is under way."""
+        """Return: nothing is under way."""
 
     def advance(self, until: Callable[[], bool], slice_s: float) -> None:
-        """Nothing is under way."""
+        """Return: nothing is under way."""
 
     def defer(self, action: Callable[[], object]) -> None:
-        """At once."""
+        """Call `action` at once."""
         action()
 
     def poll(self) -> int:
-        """There is nothing."""
+        """Return 0: there are no completions."""
         return 0
 
 
 def _settle(futures: Iterable[Future[Any]], timeout_s: float | None) -> None:
-    """Wait until all are done, all drives at once; errors are the futures'.
+    """Wait until all futures are done, on all drives at once; their errors stay in them.
 
     Raises:
         DeviceTimeoutError: they were not done in time.

@@ -1,4 +1,4 @@
-"""What crosses to the device: flash commands and jobs, and the bytes that they are."""
+"""What goes to the device: flash commands and jobs, and their bytes."""
 
 from collections.abc import Sequence as Series
 from dataclasses import dataclass
@@ -139,7 +139,7 @@ def _mean_bytes(job: Job) -> int:
 
 
 def check_blocks(job: Job) -> None:
-    """Whether a job's table, sketch and mean fit together, before it is submitted.
+    """Check before submission that a job's table, sketch and mean fit together.
 
     Raises:
         RequestError: mean or sketch is not what the mode needs.
@@ -183,7 +183,7 @@ def pack_command(job: Job) -> bytes:
 
 
 def fill_command(job: Job, dim: int, line: bytearray, address: int) -> bytes:
-    """Put the addresses of a job's blocks into its command; the blocks that the device reads, as they are now.
+    """Put the addresses of a job's blocks into its command; returns the blocks that the device reads, as of now.
 
     Args:
         job: with its table.

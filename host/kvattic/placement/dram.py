@@ -57,7 +57,7 @@ class DomainDram:
         return self._owners.get(region, COMMON_DOMAIN)
 
     def send_owners(self) -> None:
-        """Tell the device the owners of all regions, which it forgets with its power."""
+        """Tell the device, which forgets them without power, the owners of all regions."""
         self._unsent = set(range(self.regions))
         self._send()
 
@@ -188,7 +188,7 @@ class DomainDram:
             self._common.join(first, count)
 
     def _send(self) -> None:
-        """Tell the device the owners that it may not know."""
+        """Tell the device the owners that it may not know yet."""
         while self._unsent:
             first = last = min(self._unsent)
             domain = self.owner(first)

@@ -1,4 +1,4 @@
-"""Zones of flash: who has which pages, which blocks are bad, how worn they are.
+"""Zones of flash: the owners of pages, bad blocks, wear.
 
 A *zone* is one block on every (channel, die, plane), all erased together.  Pages of a zone are taken in order and never
 written twice; when all sequences that have pages in it are gone, it is erased as a whole.  So nothing is ever copied.
@@ -252,20 +252,20 @@ class ZoneAllocator:
             self._unsent = []
 
     def failed(self, channel: int, page: int) -> None:
-        """A page could not be programmed: its block takes nothing more, and is replaced when its zone is erased."""
+        """Note that a page could not be programmed: its block takes no more, and is replaced at its zone's erase."""
         self.abandon(channel, page)
         zone, place = self._place(page)
         self._open[zone].broken.add((channel, place))
 
     def abandon(self, channel: int, page: int) -> None:
-        """It is unknown whether a page was programmed: its block takes nothing more until its zone is erased."""
+        """Note that a page may or may not be programmed: its block takes nothing more until its zone is erased."""
         number, place = self._place(page)
         zone = self._open[number]
         fill = zone.fill[channel]
         fill[(place // self._width(zone.run) - zone.start) % len(fill)] = zone.limit
 
     def lose_die(self, channel: int, die: int) -> None:
-        """A die does not answer: nothing more is placed there."""
+        """Note that a die does not answer: nothing more is placed there."""
         self._lost.add((channel, die))
         planes = self.config.part.planes
         closed = [zone for zone in range(self.zones) if zone not in self._open]
@@ -310,7 +310,7 @@ class ZoneAllocator:
             self._owners[zone] = domain
 
     def send_owners(self) -> None:
-        """Tell the device the owners of all zones, which it forgets with its power."""
+        """Tell the device, which forgets them without power, the owners of all zones."""
         for domain in sorted(set(self._owners)):
             self._grant([zone for zone, owner in enumerate(self._owners) if owner == domain], domain)
 
@@ -330,7 +330,7 @@ class ZoneAllocator:
         return int(erases.sum()), zone
 
     def _zone_erases(self, zone: int) -> NDArray[np.int64]:
-        """Erases of a zone's blocks, (channels, row); 0 where there is none."""
+        """Erases of a zone's blocks, (channels, row); 0 at holes."""
         blocks = self._map[zone]
         erases = np.take_along_axis(self._erases, np.maximum(blocks, 0)[:, :, None], axis=2)[:, :, 0]
         return np.where(blocks < 0, 0, erases)
@@ -388,7 +388,7 @@ class ZoneAllocator:
             self._clean.add(zone.number)
 
     def _clean_zones(self, numbers: Sequence[int]) -> None:
-        """Erase what was written, replace what went bad."""
+        """Erase the written blocks of zones, and replace those that went bad."""
         where = [(number, channel, place) for number in numbers for channel, place in self._dirty[number][0]]
         erased = self._erase([(channel, self._page(number, place)) for number, channel, place in where])
         for (number, channel, place), good in zip(where, erased, strict=True):
@@ -474,7 +474,7 @@ class ZoneAllocator:
         return sum(self._wanted_by())
 
     def _wanted_by(self) -> tuple[int, int]:
-        """The same for all other domains than 1 together, and for domain 1."""
+        """The zones of `_wanted`, for all domains but 1 together, and for domain 1."""
         wanted = [0, 0]
         shared: dict[tuple[int, int], NDArray[np.int64]] = {}
         for allocation in self._allocations:

@@ -46,14 +46,14 @@ SOCKET, REQUEST = "socket", "request.json"
 
 
 class Role(IntEnum):
-    """Who says HELLO."""
+    """The sender of HELLO."""
 
     SERVER = 1
     SIMULATOR = 2
 
 
 class Kind(IntEnum):
-    """What a message is, and its payload."""
+    """Kinds of messages, with their payloads."""
 
     HELLO = 1
     """First message of either connection: u16 role, u16 `PROTOCOL`."""
@@ -89,7 +89,7 @@ class Kind(IntEnum):
 
 
 class Failure(IntEnum):
-    """Which exception FAILED stands for."""
+    """The exceptions that FAILED stands for."""
 
     REQUEST = 1
     TIMEOUT = 2
@@ -145,7 +145,7 @@ class Connection:
         self._received = bytearray()
 
     def drop(self) -> None:
-        """Give this process's descriptor back; the other side sees no end where another process has one, too."""
+        """Close this process's descriptor only: the other side sees no end while another process has one."""
         self.socket.close()
 
     def close(self) -> None:
@@ -240,12 +240,12 @@ class Connection:
 
     @property
     def pending(self) -> bool:
-        """Whether `receive` would return at once: there is something, or the end."""
+        """Whether `receive` would return at once, with a message or at the end."""
         return len(self._received) >= HEADER.size or self._has(0)
 
     @property
     def ended(self) -> bool:
-        """Whether the other side is gone and nothing of it is left."""
+        """Whether the other side is gone and all its messages were taken."""
         try:
             return not self._received and self.socket.recv(1, socket.MSG_PEEK) == b""
         except BlockingIOError:
