@@ -69,13 +69,13 @@ class Division:
         self._taps = _reversed(polynomial & ~(1 << self.degree), self.degree)
 
     def shift(self, state: int, bits: int = 1) -> int:
-        """The state after so many zeros."""
+        """The state after a number of zeros."""
         for _ in range(bits):
             state = state >> 1 ^ (self._taps if state & 1 else 0)
         return state
 
     def unshift(self, state: int, bits: int = 1) -> int:
-        """The state before so many zeros (the polynomial's constant term is 1)."""
+        """The state before a number of zeros (the polynomial's constant term is 1)."""
         top = self.degree - 1
         for _ in range(bits):
             state = (state ^ self._taps) << 1 | 1 if state >> top else state << 1

@@ -25,8 +25,8 @@ from kvattic.spec.formats import Element
 from kvattic.spec.nand import PSLC, TINY_PART, NandPart, is_power_of_two
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"channels": 0}, "features must be 1 to 32, not 0"),
-    ({"channels": 33}, "features must be 1 to 32, not 33"),
+    ({"channels": 0}, "channels must be 1 to 32, not 0"),
+    ({"channels": 33}, "channels must be 1 to 32, not 33"),
     ({"beat_bytes": 4}, "beat_bytes must be one of"),
     ({"beat_bytes": 64}, "beat_bytes must be one of"),
     ({"rows": 0}, "rows must be 1 to 16, not 0"),

@@ -25,7 +25,7 @@ class FakeDrive(GoldenDevice):
 
     def __init__(self, mode: str, memory: mmap.mmap, connection: Connection) -> None:
         super().__init__(TINY, memory_bytes=len(memory), dram_bytes=DRAM_BYTES)
-        self._memory = memory
+        self.memory.data = memory
         self.mode = mode
         self.connection = connection
         self.cycles = 0
