@@ -51,8 +51,7 @@ class Admin:
         """Run a data command; the block that it writes."""
 
         def fill(line: bytearray, address: int) -> bytes:
-            field = DATA_COMMAND["result"]
-            line[field.offset : field.offset + field.size] = address.to_bytes(field.size, "little")
+            DATA_COMMAND.put(line, result=address)
             return b""
 
         command = self._dispatcher.command(

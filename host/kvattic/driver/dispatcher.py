@@ -53,6 +53,7 @@ UNKNOWN = 0xFFFF
 """Identifier of a completion whose command could not be read."""
 FALSE_ALARMS = 16
 """How often in a row the interrupt line may be up without a completion: an earlier wake-up may come late."""
+_IDENTIFIER = QUEUE_COMMAND["identifier"].place    # in every command
 _COMPLETION = struct.Struct("<IIHHHHQQIIIII12x")
 assert list(COMPLETION.unpack(bytes(LINE_BYTES))) == [
     "where", "flags", "head", "queue", "identifier", "state", "cycle", "beats", "starved", "barrier", "weights",
@@ -325,7 +326,7 @@ class Dispatcher:
                 self.transport.write_memory(address, image)
         while self._identifier in self._in_flight or self._identifier == UNKNOWN:
             self._identifier = (self._identifier + 1) & 0xFFFF
-        command.line[2:4] = self._identifier.to_bytes(2, "little")
+        command.line[_IDENTIFIER] = self._identifier.to_bytes(2, "little")
         command.serial = self._serial = next(self._serials)
         self._in_flight[self._identifier] = command
         self._identifier = (self._identifier + 1) & 0xFFFF

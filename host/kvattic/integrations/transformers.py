@@ -578,7 +578,7 @@ class DriveCache(Cache):
         """Sequences for a batch, when its first layer comes."""
         if self.sequences:
             return
-        sparse, centroid = self.mode in (Mode.SPARF, Mode.FETCHED), self.mode is Mode.CENTROID
+        sparse, centroid = self.mode.blended, self.mode is Mode.CENTROID
         options = self._options
         if self.mode is not Mode.DENSE:
             options = options | {"sinks": self._sinks, "window": _longest_window(self._text) if sparse else None}
