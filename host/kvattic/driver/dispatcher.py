@@ -550,22 +550,30 @@ class Dispatcher:
         self._run_ready()
         if until():
             return True
+        self._ensure_in_flight()
+        if not self._reap():
+            self._wait_and_reap(patience_s, deadline)
+        self._run_ready()
+        return until()
+
+    def _ensure_in_flight(self) -> None:
+        """Submit what waits; raise if no completion can ever come."""
         if not self._in_flight:
             self._pump()
         if not self._in_flight:
             if self._broken is not None:
                 raise _again(self._broken)
             raise KvatticError("deadlock: no command in flight can complete this wait")
+
+    def _wait_and_reap(self, patience_s: float, deadline: float | None) -> None:
+        """Wait for completions once, take them, and count the time if there are none."""
+        begin = time.monotonic()
+        rest = max(patience_s - self._waited, 0.0)
+        if deadline is not None:
+            rest = min(rest, max(deadline - begin, 0.0))
+        self._wait(rest, begin, patience_s, deadline)
         if not self._reap():
-            begin = time.monotonic()
-            rest = max(patience_s - self._waited, 0.0)
-            if deadline is not None:
-                rest = min(rest, max(deadline - begin, 0.0))
-            self._wait(rest, begin, patience_s, deadline)
-            if not self._reap():
-                self._waited += time.monotonic() - begin
-        self._run_ready()
-        return until()
+            self._waited += time.monotonic() - begin
 
     def _wait(self, rest: float, begin: float, patience_s: float, deadline: float | None) -> None:
         """Wait for the interrupt line until the caller's deadline, or the end of patience with the device."""
