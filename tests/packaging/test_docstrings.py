@@ -35,7 +35,8 @@ ARGUMENTS: dict[str, Any] = {
 
 def modules(package: Any) -> list[Any]:
     """All modules of a package."""
-    return [importlib.import_module(info.name) for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+    found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    return [importlib.import_module(info.name) for info in found]
 
 
 def defined(module: Any) -> list[tuple[str, Any]]:

@@ -70,7 +70,7 @@ class Admin:
         """Give queues, zones or regions to a domain, while all tasks are paused: allocators call this midway.
 
         Raises:
-            DeviceStatusError: there is no such thing, or no such domain.
+            DeviceStatusError: the thing or the domain does not exist.
         """
         command = self._dispatcher.command(
             ADMIN, GRANT_COMMAND.pack(opcode=Opcode.GRANT, kind=kind, first=first, count=number, domain=domain),

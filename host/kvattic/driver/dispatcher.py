@@ -26,7 +26,6 @@ from kvattic.errors import (
 )
 from kvattic.placement.ranges import RangeAllocator
 from kvattic.spec.commands import (
-    COMMAND,
     IDENTIFY_BYTES,
     LINE_BYTES,
     QUEUE_COMMAND,
@@ -50,6 +49,7 @@ UNKNOWN = 0xFFFF
 """Identifier of a completion whose command could not be read."""
 FALSE_ALARMS = 16
 """How often in a row the interrupt line may be up without a completion: an earlier wake-up may come late."""
+_IDENTIFIER = QUEUE_COMMAND["identifier"].place    # in every command
 
 Steps: TypeAlias = Generator[Iterable[Future[Any]], None, T]
 """Work of many steps: yields the futures that it waits for, and checks itself whether they failed."""
@@ -318,7 +318,7 @@ class Dispatcher:
                 self.transport.write_memory(address, image)
         while self._identifier in self._in_flight or self._identifier == UNKNOWN:
             self._identifier = (self._identifier + 1) & 0xFFFF
-        COMMAND.put(command.line, identifier=self._identifier)     # where every command has it
+        command.line[_IDENTIFIER] = self._identifier.to_bytes(2, "little")
         command.serial = self._serial = next(self._serials)
         self._in_flight[self._identifier] = command
         self._identifier = (self._identifier + 1) & 0xFFFF
@@ -542,22 +542,30 @@ class Dispatcher:
         self._run_ready()
         if until():
             return True
+        self._ensure_in_flight()
+        if not self._reap():
+            self._wait_and_reap(patience_s, deadline)
+        self._run_ready()
+        return until()
+
+    def _ensure_in_flight(self) -> None:
+        """Submit what waits; raise if no completion can ever come."""
         if not self._in_flight:
             self._pump()
         if not self._in_flight:
             if self._broken is not None:
                 raise _again(self._broken)
             raise KvatticError("deadlock: no command in flight can complete this wait")
+
+    def _wait_and_reap(self, patience_s: float, deadline: float | None) -> None:
+        """Wait for completions once, take them, and count the time if there are none."""
+        begin = time.monotonic()
+        rest = max(patience_s - self._waited, 0.0)
+        if deadline is not None:
+            rest = min(rest, max(deadline - begin, 0.0))
+        self._wait(rest, begin, patience_s, deadline)
         if not self._reap():
-            begin = time.monotonic()
-            rest = max(patience_s - self._waited, 0.0)
-            if deadline is not None:
-                rest = min(rest, max(deadline - begin, 0.0))
-            self._wait(rest, begin, patience_s, deadline)
-            if not self._reap():
-                self._waited += time.monotonic() - begin
-        self._run_ready()
-        return until()
+            self._waited += time.monotonic() - begin
 
     def _wait(self, rest: float, begin: float, patience_s: float, deadline: float | None) -> None:
         """Wait for the interrupt line until the caller's deadline, or the end of patience with the device."""

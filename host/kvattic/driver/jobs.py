@@ -1,4 +1,4 @@
-"""What crosses to the device: flash commands and jobs, and the bytes that they are."""
+"""What goes to the device: flash commands and jobs, and their bytes."""
 
 from collections.abc import Sequence as Series
 from dataclasses import dataclass
@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from kvattic.errors import RequestError
 from kvattic.placement.domains import COMMON_DOMAIN
-from kvattic.spec import blocks, layout
+from kvattic.spec import layout
+from kvattic.spec.blocks import Queries, pack_queries, pack_table, put_column
 from kvattic.spec.commands import (
     COMMAND,
     FLASH_COMMAND,
@@ -37,7 +38,6 @@ __all__ = [
     "job_bytes",
     "pack_command",
     "pack_operations",
-    "pack_table",
     "table_bytes",
 ]
 
@@ -56,7 +56,7 @@ class FlashOperation(NamedTuple):
         channel: flash channel.
         page: page number on the channel.
         argument: PROGRAM: page of device DRAM; MAP: block; otherwise 0.
-        domain: PROGRAM, ERASE: owner of the places; ERASE: 0 if nobody shall ask for it.
+        domain: PROGRAM, ERASE: owner of the places; ERASE: 0 skips the check.
     """
 
     opcode: Opcode
@@ -84,10 +84,10 @@ class Job:
         mode: which tokens are attended; the fields below are for the sparse modes.
         features: SPARF, FETCHED: features that the first pass reads, the paper's r.
         top_units: units that are attended beside those of the tail, the paper's k.
-        local_tokens: newest tokens that are attended in any case; their units count among `top_units`.
-        sinks: first tokens of the sequence that are attended in any case; likewise.
+        local_tokens: newest tokens that are always attended; their units count among `top_units`.
+        sinks: first tokens of the sequence that are always attended; likewise.
         whole: stripes of the table from this one on are attended whole, wherever they lie, and scored exactly in the
-            first pass; they do not count in `top_units`.  Those in device DRAM are so in any case.
+            first pass; they do not count in `top_units`.  Those in device DRAM always are.
         unit_bits: FETCHED, CENTROID: log2 of the codewords of a unit.
         mean: SPARF, FETCHED: uint32, (head_dim,), fp32 bit patterns of the mean of V; None if there is none.
         sketch: uint64, an entry for each stripe (`layout.pack_sketches`); read like the table.  None in DENSE.
@@ -135,7 +135,7 @@ def _mean_bytes(job: Job) -> int:
 
 
 def check_blocks(job: Job) -> None:
-    """Whether a job's table, sketch and mean fit together, before it is submitted.
+    """Check before submission that a job's table, sketch and mean fit together.
 
     Raises:
         RequestError: mean or sketch is not what the mode needs.
@@ -148,15 +148,6 @@ def check_blocks(job: Job) -> None:
     if given != wanted:
         raise RequestError(f"a job of mode {job.mode.name} must have a mean of V of {wanted} features (SPARF, FETCHED: "
                            f"head_dim, else none), not {given}")
-
-
-def pack_table(job: Job) -> bytes:
-    """The job's table as the device reads it, padded to whole lines, behind the mean of V if there is one.
-
-    What the job attends whole is marked here, for the same stripe may be ranked in another job.
-    """
-    entries = job.table if job.sketch is None else layout.mark_whole(job.table, job.whole)
-    return blocks.pack_table(entries, job.sketch, None if job.mean is None else np.ravel(job.mean))
 
 
 def job_bytes(job: Job, dim: int) -> int:
@@ -178,7 +169,7 @@ def pack_command(job: Job) -> bytes:
 
 
 def fill_command(job: Job, dim: int, line: bytearray, address: int) -> bytes:
-    """Put the addresses of a job's blocks into its command; the blocks that the device reads, as they are now.
+    """Put the addresses of a job's blocks into its command; returns the blocks that the device reads, as of now.
 
     Args:
         job: with its table.
@@ -188,8 +179,10 @@ def fill_command(job: Job, dim: int, line: bytearray, address: int) -> bytes:
     """
     table = address + job.rows * query_row_bytes(dim)
     COMMAND.put(line, query=address, table=table, result=table + table_bytes(job))
-    queries = blocks.Queries(job.query, *(np.asarray(rows) for rows in (job.start, job.end, job.tree)))
-    return blocks.pack_queries(queries) + pack_table(job)
+    # What the job attends whole is marked here, for the same stripe may be ranked in another job.
+    entries = job.table if job.sketch is None else layout.mark_whole(job.table, job.whole)
+    queries = pack_queries(Queries(job.query, job.start, job.end, job.tree))
+    return queries + pack_table(entries, job.sketch, job.mean)
 
 
 def pack_operations(operations: Series[FlashOperation]) -> list[bytes]:
@@ -211,5 +204,5 @@ def pack_operations(operations: Series[FlashOperation]) -> list[bytes]:
     numbers[np.isin(numbers[:, 0], (Opcode.PROBE, Opcode.MAP)), -1] = 0     # in which no domain is asked
     block = np.zeros((len(operations), LINE_BYTES), np.uint8)
     for field, column in zip(fields, numbers.T, strict=True):
-        blocks.put_column(block, field, column)
+        put_column(block, field, column)
     return [line.tobytes() for line in block]

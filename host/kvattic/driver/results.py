@@ -185,6 +185,5 @@ def unpack_result(data: bytes, rows: int, dim: int, completion: Completion) -> J
         dim: head_dim.
         completion: decoded.
     """
-    results = unpack_results(data, rows, dim)
-    return JobResult(
-        bits=results.output, maximum=results.maximum, denominator=results.denominator, completion=completion)
+    found = unpack_results(data, rows, dim)
+    return JobResult(bits=found.output, maximum=found.maximum, denominator=found.denominator, completion=completion)
