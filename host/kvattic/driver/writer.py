@@ -1,7 +1,7 @@
 """`TokenWriter`: K and V of one sequence, on their way from the host through device DRAM to flash.
 
 Writing is work of many steps (`dispatcher.Steps`): tokens are put into DRAM, full stripes are programmed from there,
-and their DRAM comes back when nobody reads it any more.  The appends of a layer are flushed in order, one after the
+and their DRAM comes back when no command reads it any more.  The appends of a layer are flushed in order, one after the
 other.
 """
 
@@ -152,7 +152,7 @@ class TokenWriter:
         try:
             yield from self._write_all(append, before)
         finally:
-            append.at = append.tokens.shape[2]   # nobody waits for the rest of them
+            append.at = append.tokens.shape[2]   # the rest of them will not come
             self.layers[append.layer].appends.remove(append)
 
     def _write_all(self, append: Append, before: Append | None) -> Steps[None]:
@@ -207,7 +207,7 @@ class TokenWriter:
 
     def _move_pieces(self, append: Append, before: Append | None, begin: int,
                      pieces: Series[tuple[Series[int], Bits | None]]) -> Steps[None]:
-        """Flush what was staged, when the append before is done; and what that one left, if it failed."""
+        """Flush what was staged once the append before is done, and what that one left behind if it failed."""
         if before is not None:
             yield from self._after(append, before)
             last = begin + append.tokens.shape[2] - self.held_tokens
@@ -218,7 +218,7 @@ class TokenWriter:
         self._check_wanted(append)
 
     def _after(self, append: Append, before: Append) -> Steps[None]:
-        """Let the append before come to its end."""
+        """Wait for the end of the append before."""
         if before.future is not None:
             yield [before.future]
         self._check_wanted(append)
@@ -232,7 +232,7 @@ class TokenWriter:
         return sorted(s for s in self.layers[layer].staged if (s + 1) * self.shape.stripe_tokens <= length)
 
     def finish_writes(self) -> None:
-        """Let what is under way come to its end, and begin no more of it."""
+        """Wait for the end of what is under way, and begin no more of it."""
         appends = [append for state in self.layers for append in state.appends]
         for append in appends:
             append.cancelled = True
@@ -246,7 +246,7 @@ class TokenWriter:
             self._media.dispatcher.drive(lambda: not any(append.left for append in appends))
 
     def raise_unretrieved(self) -> None:
-        """Raise the error of an append whose future nobody asked for it."""
+        """Raise the error of an append that was not retrieved from its future."""
         for future in self._background:
             if future.finished and (error := future.take_unretrieved_error()) is not None:
                 raise error
@@ -254,8 +254,8 @@ class TokenWriter:
     # Room in DRAM.
 
     def _check_dram(self, total: int, inside: int) -> Steps[None]:
-        """Whether DRAM has room for what an append of so many tokens needs at least; waits if it may have soon."""
-        needed = [] if inside else [2 * self.shape.kv_heads * self.shape.pages]
+        """Check that DRAM has room for what an append of `total` tokens needs at least; may wait for some."""
+        needed = [] if inside else [self.shape.stripe_dram_pages]
         if self.shape.sketch_kinds and inside + total >= self.shape.stripe_tokens:
             needed.append(self._passing(-(-self.shape.kv_heads // self.shape.config.channels)))
         if self.shape.domain != COMMON_DOMAIN:
@@ -275,10 +275,10 @@ class TokenWriter:
         if self.layers[layer].length % self.shape.stripe_tokens:
             return True
         passing = self._passing(-(-self.shape.kv_heads // self.shape.config.channels))
-        return self._media.dram.largest_for(self.shape.domain) >= 2 * self.shape.kv_heads * self.shape.pages + passing
+        return self._media.dram.largest_for(self.shape.domain) >= self.shape.stripe_dram_pages + passing
 
     def _passing(self, heads: int) -> int:
-        """Pages of DRAM that sketches of a stripe pass through, centroids of so many heads at once."""
+        """Pages of DRAM that the sketches of a stripe pass through, with centroids of `heads` heads at once."""
         pages = self.shape.pages if self.shape.sparse else 0
         if self.shape.centroids is not None:
             pages = max(pages, int(layout.centroid_pages(heads, self.shape.centroids, self.shape.config)))

@@ -613,7 +613,7 @@ class Wrapped(GoldenDevice):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("ID", 0xFFFFFFFF, "no kvattic device: ID is 0xffffffff, not 0x5441564b"),
+        ("ID", 0xFFFFFFFF, "not a kvattic device: ID is 0xffffffff, not 0x5441564b"),
         ("VERSION", 0x0001_0003, r"version 1.3, this library needs 4\.x"),
         ("CONFIG_HASH", 1, "another configuration: CONFIG_HASH is 0x00000001"),
     ],
