@@ -22,6 +22,7 @@ ARGUMENTS: dict[str, Any] = {
     "bits": 48,
     "numerator_bits": TINY.accumulator_bits,
     "denominator_bits": TINY.denominator_bits,
+    "shape": 8,
     "sources": 2,
     "tag": 4,
     "blocks": 4,

@@ -4,7 +4,6 @@ Host memory has the rings of all queues first, then the *arena*, from which bloc
 results of the commands under way.  Commands that find no room wait in a backlog, in order.  docs/host.md explains it.
 """
 
-import struct
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -27,16 +26,13 @@ from kvattic.errors import (
 )
 from kvattic.placement.ranges import RangeAllocator
 from kvattic.spec.commands import (
-    COMPLETION,
     IDENTIFY_BYTES,
     LINE_BYTES,
     QUEUE_COMMAND,
     Completion,
-    CompletionFlag,
     Opcode,
     Status,
     lines,
-    unpack_state,
 )
 from kvattic.spec.registers import MAX_ENTRIES, Control, StatusBit
 from kvattic.support import forks
@@ -54,10 +50,6 @@ UNKNOWN = 0xFFFF
 FALSE_ALARMS = 16
 """How often in a row the interrupt line may be up without a completion: an earlier wake-up may come late."""
 _IDENTIFIER = QUEUE_COMMAND["identifier"].place    # in every command
-_COMPLETION = struct.Struct("<IIHHHHQQIIIII12x")
-assert list(COMPLETION.unpack(bytes(LINE_BYTES))) == [
-    "where", "flags", "head", "queue", "identifier", "state", "cycle", "beats", "starved", "barrier", "weights",
-    "scores", "idle"] and _COMPLETION.size == COMPLETION.size
 
 Steps: TypeAlias = Generator[Iterable[Future[Any]], None, T]
 """Work of many steps: yields the futures that it waits for, and checks itself whether they failed."""
@@ -391,7 +383,7 @@ class Dispatcher:
 
     def _take(self, queue: QueuePair, entry: bytes) -> None:
         try:
-            completion = unpack_completion(entry)
+            completion = Completion.unpack(entry)
         except ValueError:
             raise DeviceStatusError(f"queue {queue.number}: a completion cannot be decoded: {entry.hex()}",
                                     None) from None
@@ -634,20 +626,6 @@ class Dispatcher:
         while self._may_run_action:
             with suppress(KvatticError):
                 (self._retired or self._ready).popleft()()
-
-
-def unpack_completion(entry: bytes) -> Completion:
-    """Decode 64 bytes; as `Completion.unpack`, but faster.
-
-    Raises:
-        ValueError: there is no such status.
-    """
-    (where, flags, head, queue, identifier, state, cycle, beats, starved, barrier, weights, scores,
-     idle) = _COMPLETION.unpack(entry)
-    return Completion(
-        status=unpack_state(state), queue=queue, head=head, identifier=identifier, flags=CompletionFlag(flags),
-        where=where, cycle=cycle, beats=beats, starved=starved, barrier=barrier, weights=weights, scores=scores,
-        idle=idle)
 
 
 def _again(error: KvatticError) -> KvatticError:
