@@ -377,7 +377,7 @@ class ArraySequence:
             query: (q_heads, n_queries, head_dim).
             layer: which layer.
             timeout_s: seconds that all of it may take.
-            options: see `planning.AttendOptions`.
+            options: see `AttendOptions`.
         """
         return self.attend_async(query, layer=layer, **options).result(timeout_s)
 

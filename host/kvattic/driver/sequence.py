@@ -377,7 +377,7 @@ class Sequence:
             layer: which layer.
             timeout_s: how long the device may send no completion; its own timeout if None.
             progress: called now and then with (jobs done, jobs in all).
-            options: scale, masks (causal, window, tree, start, end) and mode; see `planning.AttendOptions`.
+            options: scale, masks (causal, window, tree, start, end) and mode; see `AttendOptions`.
 
         Raises:
             RequestError: a wrong shape, dtype or number, an empty layer, a freed sequence, one that was created without

@@ -156,7 +156,7 @@ class TokenWriter:
             self.layers[append.layer].appends.remove(append)
 
     def _write_all(self, append: Append, before: Append | None) -> Steps[None]:
-        layer, tokens, total = append.layer, append.tokens, append.tokens.shape[2]
+        layer, total = append.layer, append.tokens.shape[2]
         state = self.layers[layer]
         if before is not None and (before.left or not append.ahead):
             yield from self._after(append, before)
@@ -172,38 +172,46 @@ class TokenWriter:
                 yield from self._flush(layer, unflushed)
             elif unflushed:
                 pieces.append((unflushed, None))    # held until now: nothing failed, so the new tokens come first
-        while True:
-            try:
-                yield from self._check_dram(total, begin % self.shape.stripe_tokens)
-                break
-            except CapacityError:
-                if before is None:
-                    raise
-                yield from self._after(append, before)
-                before = None
+        try:
+            yield from self._check_dram(total, begin % self.shape.stripe_tokens)
+        except CapacityError:
+            if before is None:
+                raise
+            yield from self._after(append, before)
+            before = None
+            yield from self._check_dram(total, begin % self.shape.stripe_tokens)
         while append.left:
             if pieces and not (append.ahead and self._fits(layer)):
                 yield from self._move_pieces(append, before, begin, pieces)
                 before, pieces = None, []
-            inside = state.length % self.shape.stripe_tokens
-            if inside or append.left < self.shape.stripe_tokens:
-                piece = tokens[:, :, append.at : append.at + self.shape.stripe_tokens - inside]
-                yield from self._write_tail(layer, piece)
-                stripe = state.length // self.shape.stripe_tokens
-                stripes = range(stripe, stripe + (inside + piece.shape[2]) // self.shape.stripe_tokens)
-            else:
-                whole = append.left // self.shape.stripe_tokens
-                room = min(self._media.dram.largest_for(self.shape.domain), CHUNK_BYTES // self.shape.config.page_bytes)
-                fitting = room // (self.shape.kv_heads * (2 * self.shape.pages + self._passing(1)))
-                piece = tokens[:, :, append.at : append.at + max(min(whole, fitting), 1) * self.shape.stripe_tokens]
-                stripes = yield from self._stage(layer, piece)
-            self._count(layer, piece[:, Kind.VALUE])
-            append.at += piece.shape[2]
+            stripes, piece = yield from self._put_piece(append)
             ready = range(stripes.start, max(stripes.start, min(stripes.stop, last // self.shape.stripe_tokens)))
             if ready:
-                pieces.append((ready, piece if inside == 0 else None))
+                pieces.append((ready, piece))
         if pieces:
             yield from self._move_pieces(append, before, begin, pieces)
+
+    def _put_piece(self, append: Append) -> Steps[tuple[range, Bits | None]]:
+        """Put the next tokens into DRAM: what ends the last stripe, or whole stripes, or what begins one.
+
+        Returns:
+            The stripes that they fill, and the tokens, if they begin with these stripes.
+        """
+        layer, size = append.layer, self.shape.stripe_tokens
+        length = self.layers[layer].length
+        inside = length % size
+        if inside or append.left < size:
+            piece = append.tokens[:, :, append.at : append.at + size - inside]
+            yield from self._write_tail(layer, piece)
+            stripes = range(length // size, length // size + (inside + piece.shape[2]) // size)
+        else:
+            room = min(self._media.dram.largest_for(self.shape.domain), CHUNK_BYTES // self.shape.config.page_bytes)
+            fitting = room // (self.shape.kv_heads * (2 * self.shape.pages + self._passing(1)))
+            piece = append.tokens[:, :, append.at : append.at + max(min(append.left // size, fitting), 1) * size]
+            stripes = yield from self._stage(layer, piece)
+        self._count(layer, piece[:, Kind.VALUE])
+        append.at += piece.shape[2]
+        return stripes, piece if inside == 0 else None
 
     def _move_pieces(self, append: Append, before: Append | None, begin: int,
                      pieces: Series[tuple[Series[int], Bits | None]]) -> Steps[None]:
