@@ -10,14 +10,14 @@ from kvattic.spec.commands import SKETCH_ENTRY, TABLE_ENTRY, Kind, Mode
 from kvattic.spec.config import Config
 from kvattic.spec.formats import (
     DIGIT_BITS,
+    QUERY_SHIFT,
     SCORE_SUM_BITS,
     SCORE_WINDOW_BITS,
     SIGNIFICAND_BITS,
-    VALUE_FRACTION,
     WEIGHT_BITS,
     WEIGHT_EXPONENT_BITS,
 )
-from kvattic_hdl.datapath.cell import ADDEND_STAGE, READ_STAGE, SUM_STAGE, Cell, accumulator_words, group_base, headroom
+from kvattic_hdl.datapath.cell import ADDEND_STAGE, READ_STAGE, SUM_STAGE, Cell, accumulator_words, group_base
 from kvattic_hdl.datapath.score import ScoreUnit, score_interval, scored_token
 from kvattic_hdl.datapath.weights import WeightUnit
 from kvattic_hdl.lane.first_pass import ChosenChannels, FirstPass
@@ -672,10 +672,8 @@ class Lane(wiring.Component):
         scale_port = kept("k_offsets", "k_offset")
         m.d.comb += scale_port.addr.eq(pipe[1].where.slot)
         bases_2 = [Signal(signed(SHIFT_BITS), name=f"base_2_{r}") for r in range(rows if sparse else 1)]
-        # K: the window's top is `headroom` above an unshifted product; q's significand stands WEIGHT_BITS - 11 high,
-        # and -exponent = ~exponent + 1.  V: the weight is significand * 2**-(exponent + WEIGHT_BITS - 1).
-        key_base = headroom(config) + (WEIGHT_BITS - SIGNIFICAND_BITS) + 1
-        value_base = headroom(config) - (VALUE_FRACTION - (WEIGHT_BITS - 1) - element.offset)
+        # K: -exponent = ~exponent + 1.
+        key_base = element.score_shift + 1
         for r, base_2 in enumerate(bases_2):
             k_offset = scale_port.data.k_offset
             if sparse:
@@ -691,7 +689,7 @@ class Lane(wiring.Component):
                     write.en.eq(self.load_valid & self.load.scale & (self.load.row == r)),
                 ]
                 k_offset = Mux(pipe[1].channel, port.data, k_offset)
-            m.d.sync += base_2.eq(Mux(pipe[1].key, key_base - k_offset, value_base))
+            m.d.sync += base_2.eq(Mux(pipe[1].key, key_base - k_offset, element.value_shift))
         special_2 = Signal(elements)
         cells = []
         for r in range(rows):
@@ -714,7 +712,7 @@ class Lane(wiring.Component):
                 shift_3 = Signal(signed(SHIFT_BITS), name=f"shift_{r}_{e}")
                 with m.If(pipe[1].key):
                     m.d.sync += [
-                        significand_a.eq(a.significand << (WEIGHT_BITS - SIGNIFICAND_BITS)),
+                        significand_a.eq(a.significand << QUERY_SHIFT),
                         sign.eq(a.sign ^ b.sign),
                         exponent_a.eq(~Cat(a.exponent, Const(0, 1)).as_signed()),
                     ]

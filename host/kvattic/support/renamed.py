@@ -93,6 +93,7 @@ def renamed_keywords(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]
     return decorate
 
 
-old_selection_keywords = renamed_keywords(channels="features", units="top_units", local="local_tokens",
-                                          unit="unit_tokens")
-"""For what takes the options of a sparse mode: `Sequence.attend` and its kind."""
+def old_selection_keywords(function: Callable[P, T]) -> Callable[P, T]:
+    """Let `Sequence.attend` and its kind take the options of a sparse mode by their old names, too."""
+    renamed = renamed_keywords(channels="features", units="top_units", local="local_tokens", unit="unit_tokens")
+    return renamed(function)

@@ -46,6 +46,7 @@ from kvattic_hdl import (
     phy_signature,
 )
 from kvattic_sim.nand.files import nand_parameters
+from kvattic_sim.simulators import progress
 from kvattic_sim.simulators.build import Model, Simulator, cache_errors, compile_model, default_build_root, locked
 
 __all__ = [
@@ -433,6 +434,7 @@ def rtl_verilog(config: Config, top: str, *, build_root: Path | None = None) -> 
     if not path.is_file():
         with cache_errors(root.parent), locked(root / f"{path.parent.name}.lock"):
             if not path.is_file():
+                progress.tell(progress.GENERATING, top)
                 generate(config, path, top)
     return path
 

@@ -47,7 +47,7 @@ from typing import Self
 import platformdirs
 
 from kvattic.support.files import named, write_whole
-from kvattic_sim.simulators import separate
+from kvattic_sim.simulators import progress, separate
 
 __all__ = [
     "CACHE",
@@ -387,6 +387,9 @@ class _Steps:
         self.group.end()
 
     def run(self, command: Sequence[str]) -> None:
+        verilates = Path(command[0]).name == "verilator_bin"
+        if verilates or not self.directory.name.startswith("runtime-"):  # the library is compiled meanwhile
+            progress.tell(progress.VERILATING if verilates else progress.COMPILING, Path(command[-1]).name)
         with _COMMANDS:
             done = subprocess.run(
                 command,
