@@ -113,15 +113,46 @@ class Owners(wiring.Component):
             "page_owned": Out(1),
             "dram_owned": Out(1),
         })
+        self._granted = Signal(GRANT, name="granted")
+        self._busy = Signal(name="busy")
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        config, shapes = self._config, self._shapes
-        zone_bits = config.zone_page_bits
+        self._take_grant(m)
+        allowed = self._owners(
+            m, "allowed", Grant.QUEUES, DOMAINS, self._granted.domain, self._granted.first[:QUEUES]).read_port()
+        m.d.comb += allowed.addr.eq(self.domain)
+        m.d.sync += self.queues.eq(allowed.data)
 
-        # ---- A grant: one zone or region a cycle. ----
+        # What is the same for all words of a table.
+        large, nobody = Signal(), Signal()
+        m.d.sync += [large.eq(self.stripe_bits > self.region_bits), nobody.eq(self.domain == 0)]
+        steps, more, first, last = self._find_runs(m)
+        zone_owned, zone_fits, dram_owned = {}, {}, {}
+        for name in first:
+            first_page, dram_first, dram_last = first[name], first[name], last[name]
+            if name == "key":
+                # The single pages of flash and DRAM go the same way.
+                word = steps[0].valid
+                first_page = Mux(word, first_page, self.page)
+                dram_first, dram_last = Mux(word, dram_first, self.dram_page), Mux(word, dram_last, self.dram_page)
+            zone_owned[name], zone_fits[name] = self._ask_zones(m, name, first_page, first[name], more, nobody)
+            dram_owned[name] = self._ask_regions(m, name, dram_first, dram_last, nobody)
+        m.d.comb += [self.page_owned.eq(zone_owned["key"]), self.dram_owned.eq(dram_owned["key"])]
 
-        granted, busy = Signal(GRANT), Signal()
+        # Step 5: the judgement.
+        judged = steps[-1]
+        bad = {name: judged.flash & ~(zone_owned[name] & zone_fits[name])
+               | judged.dram & (large | ~dram_owned[name]) for name in first}
+        with m.If(judged.valid & (bad["key"] | judged.value & bad["value"]) & ~self.found):
+            m.d.sync += [self.found.eq(1), self.where.eq(judged.number)]
+        with m.If(self.clear):
+            m.d.sync += self.found.eq(0)
+        return m
+
+    def _take_grant(self, m: Module) -> None:
+        """A grant: one zone or region a cycle."""
+        granted, busy = self._granted, self._busy
         m.d.comb += self.grant.ready.eq(~busy)
         with m.If(self.grant.valid & ~busy):
             m.d.sync += [granted.eq(self.grant.payload), busy.eq(1)]
@@ -132,56 +163,37 @@ class Owners(wiring.Component):
                 busy.eq((granted.kind != Grant.QUEUES) & granted.count[1:].any()),
             ]
 
-        def memory(name: str, kind: Grant, depth: int, address: Value, value: Value,
-                   enable: ValueLike = 1) -> Memory:
-            """A copy of owners: a block RAM has one port to write and one to read."""
-            m.submodules[name] = copy = Memory(shape=len(value), depth=depth, init=[])
-            write = copy.write_port()
-            m.d.comb += [
-                write.addr.eq(address),
-                write.data.eq(value),
-                write.en.eq(busy & (granted.kind == kind) & enable),
-            ]
-            return copy
-
-        allowed = memory("allowed", Grant.QUEUES, DOMAINS, granted.domain, granted.first[:QUEUES]).read_port()
-        m.d.comb += allowed.addr.eq(self.domain)
-        m.d.sync += self.queues.eq(allowed.data)
-
-        # ---- Step 1: the last page of each run. ----
-
-        # What is the same for all words of a table.
-        stripe_more = Signal(max(1, shapes.list_bits))   # pages of a stripe, less one
-        large, nobody = Signal(), Signal()
-        m.d.sync += [
-            stripe_more.eq((1 << self.stripe_bits) - 1),
-            large.eq(self.stripe_bits > self.region_bits),
-            nobody.eq(self.domain == 0),
+    def _owners(self, m: Module, name: str, kind: Grant, depth: int, address: Value, value: Value,
+                enable: ValueLike = 1) -> Memory:
+        """A copy of owners: a block RAM has one port to write and one to read."""
+        m.submodules[name] = copy = Memory(shape=len(value), depth=depth, init=[])
+        write = copy.write_port()
+        m.d.comb += [
+            write.addr.eq(address),
+            write.data.eq(value),
+            write.en.eq(self._busy & (self._granted.kind == kind) & enable),
         ]
+        return copy
+
+    def _find_runs(self, m: Module) -> tuple[list[data.View], Signal, dict[str, Signal], dict[str, Signal]]:
+        """Step 1: the first and the last page of each run.
+
+        Returns:
+            (what a word is about at steps 1 to 4, pages of its run less one, first page and last page by name).
+        """
+        stripe_more = Signal(max(1, self._shapes.list_bits))   # pages of a stripe, less one
+        m.d.sync += stripe_more.eq((1 << self.stripe_bits) - 1)
         stripe = table_entry(self.entry)
         pages = {"key": stripe["key_page"], "value": stripe["value_page"]}
-        more_widths = [len(stripe_more)]
-        sketch_more = Const(0, 1)
-        is_sketch = Const(0, 1)
-        flash = ~stripe["dram"]
-        if config.sparse:
-            entry = fields(SKETCH_ENTRY, self.entry)
-            pages["key"] = Mux(self.sketch, entry["page"], stripe["key_page"])
-            dram = Signal()
-            codewords = Signal(range(config.group_codewords))   # of a sketch, less one
-            units = config.group_codewords // config.tokens_per_codeword
+        more_bits, sketch_more, is_sketch, flash = len(stripe_more), Const(0, 1), Const(0, 1), ~stripe["dram"]
+        if self._config.sparse:
             is_sketch = self.sketch
-            with m.If(self.entry_valid & ~self.sketch):
-                m.d.sync += dram.eq(stripe["dram"])
-            m.d.sync += codewords.eq(
-                Mux(self.mode == Mode.CENTROID, (units >> self.unit_bits) - 1, config.group_codewords - 1))
-            # The whole codeword field counts: it is below codewords_per_page if `SketchCheck` lets it pass.
-            sketch_more = (entry["codeword"] + codewords) >> ceil_log2(config.codewords_per_page)
-            more_widths.append(max(1, len(sketch_more)))
-            flash = Mux(self.sketch, entry["written"][0] & ~dram, flash)
+            sketch_page, sketch_more, flash = self._find_sketch(m, stripe)
+            pages["key"] = Mux(self.sketch, sketch_page, stripe["key_page"])
+            more_bits = max(more_bits, len(sketch_more))
         about = data.StructLayout({"valid": 1, "number": 16, "flash": 1, "dram": 1, "value": 1})
         steps = [Signal(about, name=f"about_{i}") for i in range(1, 5)]
-        more = Signal(max(more_widths))
+        more = Signal(more_bits)
         first = {name: Signal(PAGE_BITS, name=f"{name}_first") for name in pages}
         last = {name: Signal(PAGE_BITS + 1, name=f"{name}_last") for name in pages}
         m.d.sync += [
@@ -197,69 +209,71 @@ class Owners(wiring.Component):
         ]
         with m.If(self.clear):
             m.d.sync += [step.valid.eq(0) for step in steps]
+        return steps, more, first, last
 
-        # ---- Steps 2, 3, 4: where the owners are kept; they; whether they are the domain. ----
+    def _find_sketch(self, m: Module, stripe: dict[str, Value]) -> tuple[Value, Value, Value]:
+        """A sketch: (its first page, the pages of its run less one, whether the word is about flash)."""
+        config = self._config
+        entry = fields(SKETCH_ENTRY, self.entry)
+        dram = Signal()
+        codewords = Signal(range(config.group_codewords))   # of a sketch, less one
+        units = config.group_codewords // config.tokens_per_codeword
+        with m.If(self.entry_valid & ~self.sketch):
+            m.d.sync += dram.eq(stripe["dram"])
+        m.d.sync += codewords.eq(
+            Mux(self.mode == Mode.CENTROID, (units >> self.unit_bits) - 1, config.group_codewords - 1))
+        # The whole codeword field counts: it is below codewords_per_page if `SketchCheck` lets it pass.
+        more = (entry["codeword"] + codewords) >> ceil_log2(config.codewords_per_page)
+        return entry["page"], more, Mux(self.sketch, entry["written"][0] & ~dram, ~stripe["dram"])
 
-        # The single pages of flash and DRAM go the same way, from step 2 on.
-        zone_owned, dram_owned, zone_fits = {}, {}, {}
-        for name in pages:
-            first_page, dram_first, dram_last = first[name], first[name], last[name]
-            if name == "key":
-                word = steps[0].valid
-                first_page = Mux(word, first_page, self.page)
-                dram_first, dram_last = Mux(word, dram_first, self.dram_page), Mux(word, dram_last, self.dram_page)
+    def _ask_zones(self, m: Module, name: str, page: Value, run: Signal, more: Signal,
+                   nobody: Signal) -> tuple[Signal, Signal]:
+        """Steps 2, 3, 4 of flash: (the page's zone is the domain's, the run does not leave its zone)."""
+        zone_bits, blocks = self._config.zone_page_bits, self._config.part.blocks
+        block_bits = ceil_log2(blocks)
+        zones = self._owners(
+            m, f"{name}_zones", Grant.ZONES, blocks, self._granted.first[:block_bits], self._granted.domain).read_port()
+        zone = Signal(block_bits, name=f"{name}_zone")
+        there = [Signal(name=f"{name}_zone_there_{i}") for i in (2, 3)]
+        fits = [Signal(name=f"{name}_fits_{i}") for i in (2, 3, 4)]
+        owned = Signal(name=f"{name}_zone_owned")
+        m.d.comb += zones.addr.eq(zone)
+        m.d.sync += [
+            zone.eq(page >> zone_bits),
+            there[0].eq((page >> zone_bits) < blocks),
+            fits[0].eq(((run[:zone_bits] + more) >> zone_bits) == 0),
+            there[1].eq(there[0]),
+            *(after.eq(before) for before, after in pairwise(fits)),
+            owned.eq(there[1] & (zones.data == self.domain) & ~nobody),
+        ]
+        return owned, fits[-1]
 
-            zones = memory(f"{name}_zones", Grant.ZONES, config.part.blocks,
-                           granted.first[: ceil_log2(config.part.blocks)], granted.domain).read_port()
-            zone = Signal(ceil_log2(config.part.blocks), name=f"{name}_zone")
-            zone_there = [Signal(name=f"{name}_zone_there_{i}") for i in (2, 3)]
-            fits = [Signal(name=f"{name}_fits_{i}") for i in (2, 3, 4)]
-            owned = zone_owned[name] = Signal(name=f"{name}_zone_owned")
-            zone_fits[name] = fits[-1]
-            m.d.comb += zones.addr.eq(zone)
+    def _ask_regions(self, m: Module, name: str, first: Value, last: Value, nobody: Signal) -> Value:
+        """Steps 2, 3, 4 of DRAM: the regions of both pages are the domain's."""
+        # The two regions of a run are the same or neighbours, so that they never lie in the same bank.
+        region_bits = ceil_log2(MAX_REGIONS)
+        low, high = first >> self.region_bits, last >> self.region_bits
+        there = [Signal(name=f"{name}_region_there_{i}") for i in (2, 3)]
+        m.d.sync += [
+            there[0].eq(~last[PAGE_BITS:].any() & ~high[region_bits:].any()),
+            there[1].eq(there[0]),
+        ]
+        banks = []
+        for bank in range(2):
+            of_bank = f"{name}_regions_{bank}"
+            position = self._granted.first[1:region_bits]
+            regions = self._owners(
+                m, of_bank, Grant.REGIONS, MAX_REGIONS // 2, position, self._granted.domain,
+                self._granted.first[0] == bank).read_port()
+            region = Signal(len(position), name=f"{of_bank}_address")
+            asked = [Signal(name=f"{of_bank}_asked_{i}") for i in (2, 3)]
+            good = Signal(name=f"{of_bank}_good")
+            m.d.comb += regions.addr.eq(region)
             m.d.sync += [
-                zone.eq(first_page >> zone_bits),
-                zone_there[0].eq((first_page >> zone_bits) < config.part.blocks),
-                fits[0].eq(((first[name][:zone_bits] + more) >> zone_bits) == 0),
-                zone_there[1].eq(zone_there[0]),
-                *(after.eq(before) for before, after in pairwise(fits)),
-                owned.eq(zone_there[1] & (zones.data == self.domain) & ~nobody),
+                region.eq(Mux(high[0] == bank, high[1:], low[1:])),
+                asked[0].eq((high[0] == bank) | (low[0] == bank)),
+                asked[1].eq(asked[0]),
+                good.eq(there[1] & (~asked[1] | ((regions.data == self.domain) & ~nobody))),
             ]
-
-            # The two regions of a run are the same or neighbours, so that they never lie in the same bank.
-            low, high = dram_first >> self.region_bits, dram_last >> self.region_bits
-            there = [Signal(name=f"{name}_region_there_{i}") for i in (2, 3)]
-            m.d.sync += [
-                there[0].eq(~dram_last[PAGE_BITS :].any() & ~high[ceil_log2(MAX_REGIONS) :].any()),
-                there[1].eq(there[0]),
-            ]
-            banks = []
-            for bank in range(2):
-                of_bank = f"{name}_regions_{bank}"
-                position = granted.first[1 : ceil_log2(MAX_REGIONS)]
-                regions = memory(of_bank, Grant.REGIONS, MAX_REGIONS // 2, position, granted.domain,
-                                 granted.first[0] == bank).read_port()
-                region = Signal(len(position), name=f"{of_bank}_address")
-                asked = [Signal(name=f"{of_bank}_asked_{i}") for i in (2, 3)]
-                good = Signal(name=f"{of_bank}_good")
-                m.d.comb += regions.addr.eq(region)
-                m.d.sync += [
-                    region.eq(Mux(high[0] == bank, high[1:], low[1:])),
-                    asked[0].eq((high[0] == bank) | (low[0] == bank)),
-                    asked[1].eq(asked[0]),
-                    good.eq(there[1] & (~asked[1] | ((regions.data == self.domain) & ~nobody))),
-                ]
-                banks.append(good)
-            dram_owned[name] = banks[0] & banks[1]
-        m.d.comb += [self.page_owned.eq(zone_owned["key"]), self.dram_owned.eq(dram_owned["key"])]
-
-        # ---- Step 5: the judgement. ----
-
-        judged = steps[-1]
-        bad = {name: judged.flash & ~(zone_owned[name] & zone_fits[name])
-               | judged.dram & (large | ~dram_owned[name]) for name in pages}
-        with m.If(judged.valid & (bad["key"] | judged.value & bad["value"]) & ~self.found):
-            m.d.sync += [self.found.eq(1), self.where.eq(judged.number)]
-        with m.If(self.clear):
-            m.d.sync += self.found.eq(0)
-        return m
+            banks.append(good)
+        return banks[0] & banks[1]
