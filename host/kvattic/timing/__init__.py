@@ -1,0 +1,1 @@
+"""Predicts the cycles of the drive without its RTL."""

@@ -1,0 +1,181 @@
+"""The drive as the timing model sees it: jobs in order through loader, lanes, selection, maximum and finisher."""
+
+from collections.abc import Iterable
+from heapq import heappop, heappush
+from typing import Any
+
+from kvattic.spec.commands import Mode
+from kvattic.spec.config import Config
+from kvattic.timing.channel import NEVER, Channel
+from kvattic.timing.times import Times, times_of
+from kvattic.timing.work import FIRST, KEY, VALUE, Job, LaneWork
+
+
+class JobState:
+    """A job that is under way; times are `NEVER` until they are known."""
+
+    __slots__ = (
+        "asked", "completed", "end", "fetched", "first_asked", "first_beat", "first_done", "first_end", "groups_left",
+        "lanes", "lanes_left", "last_beat", "left", "loaded", "number", "opened", "rows", "selected", "sparse", "taken",
+        "values_done", "work")
+
+    def __init__(self, number: int, job: Job, channels: int) -> None:
+        self.number = number
+        self.work = job
+        self.rows = job.rows
+        self.lanes: list[LaneWork] = job.lanes
+        self.sparse = job.mode is not Mode.DENSE
+        self.fetched = self.loaded = self.selected = self.opened = self.completed = NEVER
+        self.first_beat, self.last_beat = NEVER, 0.0
+        self.end = [0.0, 0.0, 0.0]
+        self.lanes_left = [channels] * 3
+        self.taken = [False] * channels
+        self.first_asked = [False] * channels
+        self.first_end = [0.0] * channels
+        self.first_done = [False] * channels
+        self.groups_left = [len(lane.first) for lane in job.lanes]
+        self.asked = [[False] * channels, [False] * channels]
+        self.left = [[0] * channels, [sum(g.codewords for g in lane.keys) for lane in job.lanes],
+                     [sum(g.codewords for g in lane.values) for lane in job.lanes]]
+        self.values_done = [False] * channels
+
+
+class Drive:
+    """Runs jobs through the drive's stages.
+
+    Args:
+        config: of the drive.
+        jobs: in the order in which they are submitted.
+    """
+
+    def __init__(self, config: Config, jobs: Iterable[Job]) -> None:
+        self.config = config
+        self.t: Times = times_of(config)
+        self.waiting = iter(jobs)
+        self.jobs: list[JobState] = []
+        self.channels = [Channel(i, self.t, self.jobs, self) for i in range(config.channels)]
+        self.events: list[tuple[float, int, int, int]] = []
+        self.sequence = 0
+        self.now = 0.0
+        self.loader_free = self.selector_free = self.maximum_free = self.finisher_free = self.writer_free = 0.0
+        self.dram_free = 0.0
+        self.at = [0, 0, 0]      # next job of selection, maximum, finisher
+        self.freed: list[float] = []
+
+    def post(self, at: float, channel: int, what: int) -> None:
+        """An event of a channel: 0 wakes it, 1 also frees a group."""
+        self.sequence += 1
+        heappush(self.events, (at, self.sequence, channel, what))
+
+    def post_all(self, at: float) -> None:
+        """Wake all channels."""
+        for channel in range(self.config.channels):
+            self.post(at, channel, 0)
+
+    def run(self) -> None:
+        """Run until nothing is left to do."""
+        for _ in range(self.config.jobs_in_flight):
+            self._load(0.0)
+        events, channels = self.events, self.channels
+        while events:
+            now, _, number, what = heappop(events)
+            channel = channels[number]
+            if what == 1:
+                channel.group_freed()
+            elif what == 2:
+                if channel.next != now:
+                    continue
+                channel.next = NEVER
+            self.now = now
+            again = max(channel.wake(now), now)
+            if again < channel.next:
+                channel.next = again
+                self.post(again, number, 2)
+        if any(job.completed == NEVER for job in self.jobs):
+            raise AssertionError("the timing model stands still")
+
+    def _load(self, now: float) -> None:
+        """A slot is free: load the next job."""
+        work = next(self.waiting, None)
+        if work is None:
+            return
+        job = JobState(len(self.jobs), work, self.config.channels)
+        t = self.t
+        job.fetched = max(self.loader_free, now, work.submitted) + t.fetch
+        job.loaded = job.fetched + t.load + work.words
+        self.loader_free = job.loaded - t.fetch     # the next command is requested behind the table
+        if not job.sparse:
+            job.selected = job.loaded
+            job.first_done = [True] * self.config.channels
+            job.lanes_left[FIRST] = 0
+        self.jobs.append(job)
+        self.post_all(job.loaded)
+
+    def lane_done(self, job: JobState, kind: int, at: float) -> None:
+        """A lane has ended a pass of a job."""
+        job.end[kind] = max(job.end[kind], at)
+        job.lanes_left[kind] -= 1
+        if job.lanes_left[kind]:
+            return
+        if kind == FIRST:
+            self._select()
+        elif kind == KEY:
+            self._maximum()
+        else:
+            self._finish()
+
+    def _select(self) -> None:
+        jobs, t = self.jobs, self.t
+        while self.at[FIRST] < len(jobs) and jobs[self.at[FIRST]].lanes_left[FIRST] == 0:
+            job = jobs[self.at[FIRST]]
+            self.at[FIRST] += 1
+            if job.sparse:
+                begin = max(self.selector_free, job.end[FIRST])
+                job.selected = self.selector_free = begin + selection(job, t)
+                self.selector_free += t.alpha * job.rows
+                self.post_all(job.selected)
+
+    def _maximum(self) -> None:
+        jobs, t = self.jobs, self.t
+        while self.at[KEY] < len(jobs) and jobs[self.at[KEY]].lanes_left[KEY] == 0:
+            job = jobs[self.at[KEY]]
+            self.at[KEY] += 1
+            rows = job.rows
+            job.opened = max(self.maximum_free, job.end[KEY]) + rows * (self.config.channels + 1) + t.maximum
+            self.maximum_free = job.opened
+            self.post_all(job.opened)
+
+    def _finish(self) -> None:
+        jobs, t = self.jobs, self.t
+        while (self.at[VALUE] < len(jobs) and jobs[self.at[VALUE]].lanes_left[VALUE] == 0
+               and jobs[self.at[VALUE]].opened < NEVER):
+            job = jobs[self.at[VALUE]]
+            self.at[VALUE] += 1
+            begin = max(self.finisher_free, job.end[VALUE], job.opened)
+            freed = begin + t.gather_row * job.rows + t.drain_row * job.rows + t.drain
+            self.finisher_free = freed
+            self.writer_free = max(self.writer_free, freed) + t.write_row * job.rows
+            job.completed = self.writer_free + t.complete
+            self._load(freed)
+            self.post_all(freed)
+
+    def dram_read(self, at: float, codewords: int) -> float:
+        """Read codewords of the tail; when the last one is there."""
+        self.dram_free = max(self.dram_free, at) + codewords * self.t.dram_codeword
+        return self.dram_free + self.t.dram_latency
+
+
+def selection(job: JobState, t: Times) -> float:
+    """Cycles of a job's selection (hdl: Selector, Selection)."""
+    lanes, rows, centroid = job.lanes, job.rows, job.work.mode is Mode.CENTROID
+    scores = max(lane.units if centroid else lane.tokens for lane in lanes)
+    units = max(lane.units for lane in lanes)
+    marked = max(lane.places if centroid else lane.tokens for lane in lanes)
+    sweeps = 24 + 27 + 2 * scores * rows + 2 * (11 + units) + 16 + marked
+    return sweeps + t.select + t.select_row * rows
+
+
+def statistics(drive: Drive) -> dict[str, Any]:
+    """Counters of a drive that has run."""
+    return {name: sum(getattr(c, name) for c in drive.channels)
+            for name in ("codewords", "commands", "page_reads", "page_programs", "erases", "die_busy")}
