@@ -85,6 +85,7 @@ class Channel:
         self.data_end = 0.0
         self.move: list[Any] | None = None       # die, time of the first codeword, codewords, entry
         self.last_die = -1
+        self.planned = -1                        # the die of the codeword that comes next
         self.next = NEVER
         self.stamp = 0
         # The lane.
@@ -94,7 +95,8 @@ class Channel:
         self.walk_group = [0, 0, 0]
         self.clock = [0.0, 0.0, 0.0]
         self.pending: list[tuple[float, JobState, int, Group] | None] = [None, None, None]
-        self.blocked = -1
+        self.blocked = -1                        # walker that waits for room in a queue
+        self.room = False
         self.give_back = 0                       # next job to give its places back
         self.open_groups = 0
         self.harvest_free = 0.0
@@ -198,14 +200,20 @@ class Channel:
     def _walked(self, now: float) -> None:
         """Put what walkers have found into the queues."""
         pending = self.pending
+        if self.blocked >= 0:       # a full queue holds up all requests behind
+            found = pending[self.blocked]
+            assert found is not None
+            if not self.room or not self._push(found, now):
+                return
+            pending[self.blocked] = None
+            self.blocked = -1
         for kind in (FIRST, KEY, VALUE):
             found = pending[kind]
             if found is None or found[0] > now:
                 continue
             if not self._push(found, now):
-                self.blocked = kind
-                continue
-            self.blocked = -1
+                self.blocked, self.room = kind, False
+                return
             pending[kind] = None
 
     def _push(self, found: "tuple[float, JobState, int, Group]", now: float) -> bool:
@@ -343,7 +351,7 @@ class Channel:
             if self.command_end > now:
                 again = min(again, self.command_end)
             elif move is not None and not separate:
-                self._cut(move, now)
+                self._cut(move, now, 1)
             else:
                 self._command(command, now)
                 again = min(again, self.command_end)
@@ -356,10 +364,10 @@ class Channel:
 
     def _walk_time(self) -> float:
         again = NEVER
-        for kind in (FIRST, KEY, VALUE):
-            found = self.pending[kind]
-            if found is not None and self.blocked != kind and found[0] < again:
-                again = found[0]
+        if self.blocked < 0:
+            for found in self.pending:
+                if found is not None and found[0] < again:
+                    again = found[0]
         return again
 
     def _data(self, now: float) -> float:
@@ -371,15 +379,25 @@ class Channel:
             return self._write(now)
         best = -1
         again = NEVER
-        for die in self.order:
-            if self.aimed[die] and self._unparked(die):
-                if self.free[die] <= now:
-                    best = die
-                    break
-                again = min(again, self.free[die])
+        planned = self.planned
+        if move is None and planned >= 0 and self.phase[planned] == LOADED and self.aimed[planned]:
+            best = planned
+        else:
+            # What is moved next is chosen when the codeword before begins.
+            before = now - t.codeword if move is None and self.data_end > now - 1 else now
+            for die in self.order[:]:
+                if self.aimed[die] and self._unparked(die):
+                    if self.free[die] <= before:
+                        best = die
+                        break
+                    if self.free[die] <= now:
+                        if best < 0:
+                            best = die
+                    else:
+                        again = min(again, self.free[die])
         if move is not None:
             if best >= 0 and best != move[0] and self.order.index(best) < self.order.index(move[0]):
-                self._cut(move, now)
+                self._cut(move, now, 2)     # the next codeword is planned already
             return min(again, self.data_end) if self.data_end > now else now
         if best < 0:
             return again
@@ -388,6 +406,7 @@ class Channel:
         if self.last_die != best or self.data_end < now - 1e-6:
             begin += t.preamble
         self.last_die = best
+        self.planned = -1
         limit = self.lane_free - t.buffers * t.beats
         if limit > begin:
             return min(again, limit)
@@ -395,10 +414,10 @@ class Channel:
         self.data_end = begin + entry.left * t.codeword
         return min(again, self.data_end)
 
-    def _cut(self, move: list[Any], now: float) -> None:
-        """End what is moved at the next codeword's border."""
+    def _cut(self, move: list[Any], now: float, ahead: int) -> None:
+        """End what is moved at the next codeword's border, or the next but one."""
         word = self.t.codeword
-        n = max(1, int((now - move[1]) / word - 1e-9) + 1)
+        n = max(0, int((now - move[1]) / word - 1e-9)) + ahead
         if n < move[2]:
             move[2] = n
             self.data_end = move[1] + n * word
@@ -413,9 +432,10 @@ class Channel:
         self._arrived(entry.job, entry.kind, n, entry.group, max(end, self.lane_free - t.beats))
         entry.left -= n
         if entry.left:
+            self.planned = die
             return
         self.queued[unit] -= 1
-        self.blocked = -1
+        self.room = True
         entry.run += 1
         if entry.run < len(entry.runs):
             entry.left = entry.runs[entry.run]

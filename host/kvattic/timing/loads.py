@@ -69,7 +69,7 @@ def scores(rng: np.random.Generator, tokens: int, run: int) -> NDArray[np.float6
 
 def attend(config: Config, heads: int, tokens: int, *, mode: Mode = Mode.DENSE, rows: int | None = None,
            features: int = 0, top_units: int = 0, unit_tokens: int = 0, run: int = 1, sketches: Sequence[str] = (),
-           first_head: int = 0, seed: int = 0) -> Iterator[Job]:
+           first_head: int = 0, seed: int = 0, choose=None) -> Iterator[Job]:
     """One attend over heads that were prefilled, job by job."""
     rng = np.random.default_rng(seed)
     rows = config.rows if rows is None else rows
@@ -89,8 +89,7 @@ def attend(config: Config, heads: int, tokens: int, *, mode: Mode = Mode.DENSE, 
             for stripe in range(stripes):
                 centroids[(stripe + head + first_head) % channels].append((head, stripe))
         for channel, items in enumerate(centroids):
-            count = -(-len(items) * per // cpp)
-            base = place.take(channel, -(-count // pages) * pages)
+            base = config.zone_pages     # a zone of their own
             for i, item in enumerate(items):
                 page, codeword = divmod(i * per, cpp)
                 sketch_at[item] = base + page, codeword
@@ -106,7 +105,10 @@ def attend(config: Config, heads: int, tokens: int, *, mode: Mode = Mode.DENSE, 
         lanes = [LaneWork() for _ in range(channels)]
         chosen: list[int] = []
         marked: NDArray[np.bool_] | None = None
-        if mode is not Mode.DENSE:
+        if choose is not None and mode is not Mode.DENSE:
+            marked, chosen = choose(head)
+            marked = np.resize(marked, stripes * size).reshape(stripes, pages, cpp, tpc).any(axis=3)
+        elif mode is not Mode.DENSE:
             if mode is Mode.SPARF:
                 marked = np.zeros(stripes * size, bool)
                 marked[np.argsort(-scores(rng, tokens, run), kind="stable")[:top_units]] = True
