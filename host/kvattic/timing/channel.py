@@ -5,15 +5,16 @@ few events and a page of which single codewords are wanted one for each.
 """
 
 from collections import deque
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from kvattic.timing.times import Times
 from kvattic.timing.work import FIRST, KEY, VALUE, Group
 
 if TYPE_CHECKING:
-    from kvattic.timing.drive import JobState
+    from kvattic.timing.drive import JobState, OperationState
 
-IDLE, READING, ARRAY, LOADED, WRITE, WRITING, WRITTEN, MORE, WORKING, STATUS = range(10)
+IDLE, READING, ARRAY, LOADED, WRITE, WRITTEN, MORE, WORKING, STATUS = range(9)
 """Phases of a die; those from WRITE on are of operations."""
 NEVER = float("inf")
 
@@ -102,10 +103,12 @@ class Channel:
         self.harvest_free = 0.0
         self.first_groups: deque[tuple[JobState, list[int]]] = deque()
         # Operations.
-        self.operations: deque[tuple[int, int, int, int, float]] = deque()
-        self.op_info: list[list[Any]] = [[] for _ in range(dies)]
-        self.words_at = 0.0
-        self.writer = -1
+        self.operations: deque[OperationState] = deque()
+        self.done: list[list[OperationState]] = [[] for _ in range(dies)]    # those that a die works on
+        self.operating: list[int] = []           # dies
+        self.turned = [False] * dies             # the last was an operation: reads first
+        self.writer = -1                         # the die whose page is sent
+        self.words = times.page_codewords        # codewords of it that are left
         # Counters.
         self.codewords = 0
         self.commands = 0
@@ -113,8 +116,6 @@ class Channel:
         self.page_programs = 0
         self.erases = 0
         self.die_busy = 0.0
-        self.first_beat = NEVER
-        self.last_beat = 0.0
 
     # Walkers.
 
@@ -241,7 +242,7 @@ class Channel:
             if not self.waiting[die] & bit:
                 self.waiting[die] |= bit
                 self.growing[die] = now + t.gather
-                if self.phase[die] == IDLE and die not in self.active:
+                if die not in self.active:
                     self.active.append(die)
             self.queues[unit].append(Entry(job, kind, row, runs, self.stamp, left))
             queued[unit] += len(runs)
@@ -254,9 +255,6 @@ class Channel:
 
     def _arrived(self, job: "JobState", kind: int, codewords: int, group: list[int] | None, at: float) -> None:
         """Codewords of a pass have left the bus (or DRAM) for the lane."""
-        if self.first_beat == NEVER:
-            self.first_beat = at
-        self.last_beat = max(self.last_beat, at)
         if job.first_beat == NEVER:
             job.first_beat = at
         job.last_beat = max(job.last_beat, at)
@@ -327,7 +325,7 @@ class Channel:
                 elif free[die] < again:
                     again = free[die]
             if p == IDLE:
-                if waiting[die] and not self._operation_waits(die):
+                if waiting[die] and not self._claimed(die):
                     begin = free[die] if waiting[die] == self.full else max(free[die], self.growing[die])
                     if begin <= now:
                         self._plan(die, False)
@@ -341,7 +339,7 @@ class Channel:
                             command = die
                 elif free[die] < again:
                     again = free[die]
-        if self.operations or self.writer >= 0 or self.op_dies():
+        if self.operations or self.operating:
             operation, at = self._next_operation(now)
             if operation >= 0 and command < 0:
                 command = operation
@@ -375,7 +373,7 @@ class Channel:
         t, move = self.t, self.move
         if not t.separate and self.command_end > now and move is None:
             return self.command_end
-        if self.writer >= 0:
+        if self.writer >= 0 and move is None and self.phase[self.writer] == WRITE and self.free[self.writer] <= now:
             return self._write(now)
         best = -1
         again = NEVER
@@ -396,7 +394,7 @@ class Channel:
                     else:
                         again = min(again, self.free[die])
         if move is not None:
-            if best >= 0 and best != move[0] and self.order.index(best) < self.order.index(move[0]):
+            if best >= 0 and move[3] is not None and best != move[0] and self.order.index(best) < self.order.index(move[0]):
                 self._cut(move, now, 2)     # the next codeword is planned already
             return min(again, self.data_end) if self.data_end > now else now
         if best < 0:
@@ -424,11 +422,17 @@ class Channel:
 
     def _finish_move(self, move: list[Any]) -> None:
         die, begin, n, entry = move
+        if entry is None:
+            self._finish_write(move)
+            return
         t = self.t
         end = self.data_end
         self.codewords += n
         self.lane_free = max(self.lane_free, begin + t.codeword) + n * t.beats
         unit = die * self.planes + self.plane[die]
+        first = begin + t.codeword + t.beats
+        if first < entry.job.first_beat:
+            entry.job.first_beat = first
         self._arrived(entry.job, entry.kind, n, entry.group, max(end, self.lane_free - t.beats))
         entry.left -= n
         if entry.left:
@@ -520,6 +524,7 @@ class Channel:
         self.batch[die] = mates
         self.loaded[die] = sum(1 << plane for plane in mates)
         self.phase[die] = READING
+        self.turned[die] = False
         self.free[die] = now + self.t.planning
 
     def _command(self, die: int, now: float) -> None:
@@ -552,22 +557,121 @@ class Channel:
             self.aimed[die] = self.near[die] = True
             self.free[die] = end + t.ccs
         else:
-            self._operate(die, now)
+            cycles = self._operate(die, now)
+            self.commands += cycles
+            self.command_end = now + cycles * t.cycle
 
     # Operations.
 
-    def op_dies(self) -> bool:
-        """Whether a die works on an operation."""
-        return any(p >= WRITE for p in self.phase)
+    def operate(self, operation: "OperationState") -> None:
+        """An operation comes behind those that wait; `wake` is due at its `arrived`."""
+        self.operations.append(operation)
 
-    def _operation_waits(self, die: int) -> bool:
+    def _joins(self, die: int, operation: "OperationState") -> bool:
+        """Whether the next operation, or behind one of another die the next but one, goes on in another plane."""
+        for other in islice(self.operations, 2):
+            if other.arrived > self.drive.now:
+                return False
+            if other.die == die:
+                return (other.program == operation.program and not self.loaded[die] >> other.plane & 1
+                        and (not other.program or other.row & self.t.page_mask == operation.row & self.t.page_mask))
         return False
 
-    def _next_operation(self, now: float) -> tuple[int, float]:
-        return -1, NEVER
+    def _claimed(self, die: int) -> bool:
+        """The next operation waits for this die."""
+        if not self.operations or self.writer >= 0:
+            return False
+        operation = self.operations[0]
+        return operation.die == die and operation.arrived <= self.drive.now and not (
+            self.turned[die] and self.waiting[die])
 
-    def _operate(self, die: int, now: float) -> None:
-        raise AssertionError
+    def _next_operation(self, now: float) -> tuple[int, float]:
+        """A die that may be given the next command of an operation; else when to look again."""
+        again = NEVER
+        if self.operations and self.writer < 0:
+            operation = self.operations[0]
+            die = operation.die
+            if operation.arrived > now:
+                again = operation.arrived
+            elif self.phase[die] in (IDLE, MORE):
+                if self.free[die] > now:
+                    again = self.free[die]
+                elif self.phase[die] == MORE or not (self.turned[die] and self.waiting[die]):
+                    return die, again
+        for die in self.operating:
+            phase, free = self.phase[die], self.free[die]
+            if phase in (WRITTEN, WORKING, STATUS):
+                if free <= now:
+                    return die, again
+                again = min(again, free)
+            elif phase == WRITE and free > now:
+                again = min(again, free)
+        return -1, again
+
+    def _operate(self, die: int, now: float) -> int:
+        """Play the next command of an operation; its cycles."""
+        t, phase = self.t, self.phase[die]
+        if phase in (IDLE, MORE):
+            operation = self.operations.popleft()
+            if phase == IDLE:
+                self.loaded[die] = 0
+                self.done[die] = []
+                self.operating.append(die)
+                self.turned[die] = True
+            self.loaded[die] |= 1 << operation.plane
+            self.done[die].append(operation)
+            cycles = 6 if operation.program else 5
+            end = now + cycles * t.cycle
+            if operation.program:
+                self.phase[die] = WRITE
+                self.free[die] = end + t.adl
+                self.writer = die
+                self.page_programs += 1
+            else:
+                self.erases += 1
+                self._busy(die, operation, end, t.t_bers)
+        elif phase == WRITTEN:
+            cycles, end = 1, now + t.cycle
+            self.writer = -1
+            self._busy(die, self.done[die][-1], end, t.t_prog)
+        else:
+            cycles = 4 if len(self.done[die]) > 1 else 1
+            end = now + cycles * t.cycle
+            first = next(i for i, o in enumerate(self.done[die]) if o.ended == NEVER)
+            self.drive.operation_ended(self.done[die][first], end + t.status)
+            self.free[die] = end + t.status
+            self.phase[die] = STATUS
+            if first == len(self.done[die]) - 1:
+                self.phase[die] = IDLE
+                self.operating.remove(die)
+        return cycles
+
+    def _busy(self, die: int, operation: "OperationState", end: float, time: float) -> None:
+        """The die's array works, or waits for another plane."""
+        t = self.t
+        if self._joins(die, operation):
+            self.phase[die] = MORE
+            self.free[die] = end + t.between_planes
+            self.die_busy += t.dbsy
+        else:
+            self.phase[die] = WORKING
+            self.free[die] = end + t.array - t.t_r + time
+            self.die_busy += time
 
     def _write(self, now: float) -> float:
-        raise AssertionError
+        """Move a page's codewords into a die."""
+        t, die = self.t, self.writer
+        begin = now if self.last_die == die and self.data_end >= now - 1e-6 else now + t.preamble
+        self.last_die = die
+        self.move = [die, begin, self.words, None]
+        self.data_end = begin + self.words * t.codeword
+        return self.data_end
+
+    def _finish_write(self, move: list[Any]) -> None:
+        die, n = move[0], move[2]
+        self.codewords += n
+        self.words -= n
+        if self.words == 0:
+            self.words = self.t.page_codewords
+            self.phase[die] = WRITTEN
+            self.free[die] = self.data_end + self.t.decision

@@ -6,9 +6,10 @@ from typing import Any
 
 from kvattic.spec.commands import Mode
 from kvattic.spec.config import Config
+from kvattic.spec.layout import page_place
 from kvattic.timing.channel import NEVER, Channel
 from kvattic.timing.times import Times, times_of
-from kvattic.timing.work import FIRST, KEY, VALUE, Job, LaneWork
+from kvattic.timing.work import FIRST, KEY, VALUE, Job, LaneWork, Operation
 
 
 class JobState:
@@ -40,6 +41,17 @@ class JobState:
         self.values_done = [False] * channels
 
 
+class OperationState:
+    """A PROGRAM or ERASE that is under way."""
+
+    __slots__ = ("arrived", "channel", "die", "ended", "plane", "program", "row")
+
+    def __init__(self, channel: int, program: bool, die: int, plane: int, row: int, arrived: float) -> None:
+        self.channel, self.program, self.die, self.plane, self.row = channel, program, die, plane, row
+        self.arrived = arrived
+        self.ended = NEVER
+
+
 class Drive:
     """Runs jobs through the drive's stages.
 
@@ -48,7 +60,7 @@ class Drive:
         jobs: in the order in which they are submitted.
     """
 
-    def __init__(self, config: Config, jobs: Iterable[Job]) -> None:
+    def __init__(self, config: Config, jobs: Iterable[Job], operations: Iterable[Operation] = ()) -> None:
         self.config = config
         self.t: Times = times_of(config)
         self.waiting = iter(jobs)
@@ -60,7 +72,14 @@ class Drive:
         self.loader_free = self.selector_free = self.maximum_free = self.finisher_free = self.writer_free = 0.0
         self.dram_free = 0.0
         self.at = [0, 0, 0]      # next job of selection, maximum, finisher
-        self.freed: list[float] = []
+        self.operations: list[OperationState] = []
+        for operation in operations:
+            self.loader_free = max(self.loader_free, operation.submitted) + self.t.operation
+            place = page_place(operation.page, config)
+            state = OperationState(operation.channel, operation.program, place.die, place.plane,
+                                   place.zone << config.block_page_bits | place.page, self.loader_free)
+            self.operations.append(state)
+            self.channels[operation.channel].operate(state)
 
     def post(self, at: float, channel: int, what: int) -> None:
         """An event of a channel: 0 wakes it, 1 also frees a group."""
@@ -74,8 +93,10 @@ class Drive:
 
     def run(self) -> None:
         """Run until nothing is left to do."""
+        self.loader_free = 0.0      # commands of other queues are fetched in turn
         for _ in range(self.config.jobs_in_flight):
             self._load(0.0)
+        self.post_all(0.0)
         events, channels = self.events, self.channels
         while events:
             now, _, number, what = heappop(events)
@@ -91,7 +112,7 @@ class Drive:
             if again < channel.next:
                 channel.next = again
                 self.post(again, number, 2)
-        if any(job.completed == NEVER for job in self.jobs):
+        if any(job.completed == NEVER for job in self.jobs) or any(o.ended == NEVER for o in self.operations):
             raise AssertionError("the timing model stands still")
 
     def _load(self, now: float) -> None:
@@ -158,6 +179,10 @@ class Drive:
             job.completed = self.writer_free + t.complete
             self._load(freed)
             self.post_all(freed)
+
+    def operation_ended(self, operation: OperationState, at: float) -> None:
+        """An operation's outcome is known; its completion is written."""
+        operation.ended = at + self.t.complete
 
     def dram_read(self, at: float, codewords: int) -> float:
         """Read codewords of the tail; when the last one is there."""

@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 from kvattic.spec.commands import Mode
 from kvattic.spec.config import Config
-from kvattic.timing.work import Group, Job, LaneWork
+from kvattic.spec.layout import PagePlace, page_number, page_place
+from kvattic.timing.work import Group, Job, LaneWork, Operation
 
 
 def runs_of(wanted: Sequence[int]) -> tuple[int, ...]:
@@ -48,17 +49,37 @@ def groups_of(pages: list[tuple[int, tuple[int, ...], float]], config: Config) -
 
 
 class Placement:
-    """Pages of a zone in their order, channel by channel."""
+    """Hands out page numbers as the driver's zones do (kvattic.placement.zones): planes, then dies, then pages.
 
-    def __init__(self, config: Config) -> None:
-        self.next = [0] * config.channels
+    Args:
+        config: geometry.
+        pages: of a run, which stay together.
+        zone: first zone.
+    """
+
+    def __init__(self, config: Config, pages: int, zone: int = 0) -> None:
+        row = config.dies * config.part.planes
         self.config = config
+        self.width = min(pages, row)
+        self.high = max(1, pages // row)
+        self.limit = config.part.pages // self.high
+        self.columns = row // self.width
+        self.zone = zone
+        self.fill = [[0] * self.columns for _ in range(config.channels)]
 
-    def take(self, channel: int, pages: int) -> int:
-        """First of so many page numbers."""
-        first = self.next[channel]
-        self.next[channel] += pages
-        return first
+    def take(self, channel: int, die: int | None = None) -> int:
+        """First page number of the next run, on a die if it is given."""
+        config, fill = self.config, self.fill[channel]
+        column = fill.index(min(fill))
+        if die is not None:
+            planes = config.part.planes
+            first = die * planes // self.width
+            here = fill[first : first + max(1, planes // self.width)]
+            column = first + here.index(min(here))
+        zone, page = divmod(fill[column], self.limit)
+        fill[column] += 1
+        place = PagePlace(self.zone + zone, page * self.high, *divmod(column * self.width, config.part.planes))
+        return int(page_number(place, config))
 
 
 def scores(rng: np.random.Generator, tokens: int, run: int) -> NDArray[np.float64]:
@@ -77,7 +98,7 @@ def attend(config: Config, heads: int, tokens: int, *, mode: Mode = Mode.DENSE, 
     cpp, tpc = config.codewords_per_page, config.tokens_per_codeword
     size = pages * config.tokens_per_page
     stripes = -(-tokens // size)
-    place = Placement(config)
+    place = Placement(config, pages, 1 if "centroid" in sketches else 0)
     channels = config.channels
     centroids: list[list[tuple[int, int]]] = [[] for _ in range(channels)]     # (head, stripe)
     table: dict[tuple[int, int, str], tuple[int, int]] = {}
@@ -89,7 +110,7 @@ def attend(config: Config, heads: int, tokens: int, *, mode: Mode = Mode.DENSE, 
             for stripe in range(stripes):
                 centroids[(stripe + head + first_head) % channels].append((head, stripe))
         for channel, items in enumerate(centroids):
-            base = config.zone_pages     # a zone of their own
+            base = 0     # a zone of their own
             for i, item in enumerate(items):
                 page, codeword = divmod(i * per, cpp)
                 sketch_at[item] = base + page, codeword
@@ -100,7 +121,11 @@ def attend(config: Config, heads: int, tokens: int, *, mode: Mode = Mode.DENSE, 
         for channel, here in enumerate(mine):
             for kind in kinds:
                 for stripe in here:
-                    table[head, stripe, kind] = channel, place.take(channel, pages)
+                    die = None
+                    if len(here) == 1:
+                        number = (first_head + head) // channels + stripe // channels
+                        die = (number + kinds.index(kind) * config.dies // len(kinds)) % config.dies
+                    table[head, stripe, kind] = channel, place.take(channel, die)
     for head in range(heads):
         lanes = [LaneWork() for _ in range(channels)]
         chosen: list[int] = []
@@ -157,3 +182,34 @@ def attend(config: Config, heads: int, tokens: int, *, mode: Mode = Mode.DENSE, 
         if mode in (Mode.SPARF, Mode.FETCHED):
             words += config.head_dim / 2
         yield Job(rows, mode, lanes, words)
+
+
+def prefill(config: Config, heads: int, tokens: int, *, sketches: Sequence[str] = ()) -> list[Operation]:
+    """The PROGRAM commands of a prefill of one layer, in the order in which the driver submits them."""
+    pages = config.group_pages if sketches else 1
+    size = pages * config.tokens_per_page
+    place = Placement(config, pages)
+    kinds = 2 + ("feature" in sketches)
+    found: list[list[int]] = [[] for _ in range(config.channels)]
+    for head in range(heads):
+        mine: list[int] = [0] * config.channels
+        for stripe in range(tokens // size):
+            mine[(stripe + head) % config.channels] += 1
+        for channel, here in enumerate(mine):
+            for kind in range(kinds):
+                for _ in range(here):
+                    die = (head // config.channels + kind * config.dies // kinds) % config.dies if here == 1 else None
+                    first = place.take(channel, die)
+                    found[channel] += range(first, first + pages)
+    return in_turn(config, found, True)
+
+
+def in_turn(config: Config, pages: list[list[int]], program: bool) -> list[Operation]:
+    """Operations round the channels, and on each by page number, two dies plane by plane in turn."""
+    def order(page: int) -> tuple[int, ...]:
+        place = page_place(page, config)
+        return place.zone, place.page, place.die >> 1, place.plane, place.die & 1
+
+    queues = [sorted(numbers, key=order) for numbers in pages]
+    return [Operation(channel, queue[i], program) for i in range(max(map(len, queues)))
+            for channel, queue in enumerate(queues) if i < len(queue)]

@@ -55,6 +55,12 @@ class Times:
     complete: float
     dram_codeword: float
     dram_latency: float
+    page_codewords: int
+    adl: float
+    t_prog: float
+    t_bers: float
+    status: float
+    operation: float
 
 
 def times_of(config: Config) -> Times:
@@ -77,4 +83,7 @@ def times_of(config: Config) -> Times:
         fetch=30, load=40, maximum=6, select=131, select_row=126, alpha=config.channels + 5,
         gather_row=config.channels + 5, drain_row=config.head_dim, drain=55 if config.sparse else 40,
         write_row=config.head_dim / 2, complete=40,
-        dram_codeword=max(2, config.codeword_bytes / config.dram_beat_bytes), dram_latency=60)
+        dram_codeword=max(2, config.codeword_bytes / config.dram_beat_bytes), dram_latency=60,
+        page_codewords=config.codewords_per_page, adl=cycles(part.t_adl + part.t_cad) + DECISION,
+        t_prog=cycles(part.t_prog), t_bers=cycles(part.t_bers), status=cycles(part.t_whr + part.t_pre) + 2 * DECISION,
+        operation=60)

@@ -63,3 +63,20 @@ class Job:
     lanes: list[LaneWork]
     words: float = 0.0
     submitted: float = 0.0
+
+
+@dataclass(slots=True)
+class Operation:
+    """A PROGRAM or an ERASE.
+
+    Attributes:
+        channel: of the page.
+        page: page number on the channel; of an ERASE any page of the block.
+        program: PROGRAM; else ERASE.
+        submitted: cycle in which its command can be fetched.
+    """
+
+    channel: int
+    page: int
+    program: bool = True
+    submitted: float = 0.0
