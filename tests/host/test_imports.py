@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = (
     ("errors",),
     ("support", "spec"),
-    ("merge", "placement", "transport"),
+    ("merge", "placement", "timing", "transport"),
     ("golden", "driver"),
     ("targets",),
     ("array", "selftest"),

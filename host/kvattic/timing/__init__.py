@@ -1,1 +1,18 @@
-"""Predicts the cycles of the drive without its RTL."""
+"""Predicts the cycles of the drive without its RTL: an event model of channels, dies and jobs (docs/timing.md)."""
+
+from kvattic.timing.estimate import Estimate, JobTimes, estimate, seconds
+from kvattic.timing.loads import Layer, in_turn
+from kvattic.timing.work import Job, Operation, Stripe, attend_job
+
+__all__ = [
+    "Estimate",
+    "Job",
+    "JobTimes",
+    "Layer",
+    "Operation",
+    "Stripe",
+    "attend_job",
+    "estimate",
+    "in_turn",
+    "seconds",
+]

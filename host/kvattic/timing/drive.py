@@ -2,54 +2,14 @@
 
 from collections.abc import Iterable
 from heapq import heappop, heappush
-from typing import Any
 
 from kvattic.spec.commands import Mode
 from kvattic.spec.config import Config
 from kvattic.spec.layout import page_place
-from kvattic.timing.channel import NEVER, Channel
+from kvattic.timing.channel import Channel
+from kvattic.timing.states import NEVER, JobState, OperationState
 from kvattic.timing.times import Times, times_of
-from kvattic.timing.work import FIRST, KEY, VALUE, Job, LaneWork, Operation
-
-
-class JobState:
-    """A job that is under way; times are `NEVER` until they are known."""
-
-    __slots__ = (
-        "asked", "completed", "end", "fetched", "first_asked", "first_beat", "first_done", "first_end", "groups_left",
-        "lanes", "lanes_left", "last_beat", "left", "loaded", "number", "opened", "rows", "selected", "sparse", "taken",
-        "values_done", "work")
-
-    def __init__(self, number: int, job: Job, channels: int) -> None:
-        self.number = number
-        self.work = job
-        self.rows = job.rows
-        self.lanes: list[LaneWork] = job.lanes
-        self.sparse = job.mode is not Mode.DENSE
-        self.fetched = self.loaded = self.selected = self.opened = self.completed = NEVER
-        self.first_beat, self.last_beat = NEVER, 0.0
-        self.end = [0.0, 0.0, 0.0]
-        self.lanes_left = [channels] * 3
-        self.taken = [False] * channels
-        self.first_asked = [False] * channels
-        self.first_end = [0.0] * channels
-        self.first_done = [False] * channels
-        self.groups_left = [len(lane.first) for lane in job.lanes]
-        self.asked = [[False] * channels, [False] * channels]
-        self.left = [[0] * channels, [sum(g.codewords for g in lane.keys) for lane in job.lanes],
-                     [sum(g.codewords for g in lane.values) for lane in job.lanes]]
-        self.values_done = [False] * channels
-
-
-class OperationState:
-    """A PROGRAM or ERASE that is under way."""
-
-    __slots__ = ("arrived", "channel", "die", "ended", "plane", "program", "row")
-
-    def __init__(self, channel: int, program: bool, die: int, plane: int, row: int, arrived: float) -> None:
-        self.channel, self.program, self.die, self.plane, self.row = channel, program, die, plane, row
-        self.arrived = arrived
-        self.ended = NEVER
+from kvattic.timing.work import FIRST, KEY, VALUE, Job, Operation
 
 
 class Drive:
@@ -102,7 +62,7 @@ class Drive:
             now, _, number, what = heappop(events)
             channel = channels[number]
             if what == 1:
-                channel.group_freed()
+                channel.lane.group_freed()
             elif what == 2:
                 if channel.next != now:
                     continue
@@ -198,9 +158,3 @@ def selection(job: JobState, t: Times) -> float:
     marked = max(lane.places if centroid else lane.tokens for lane in lanes)
     sweeps = 24 + 27 + 2 * scores * rows + 2 * (11 + units) + 16 + marked
     return sweeps + t.select + t.select_row * rows
-
-
-def statistics(drive: Drive) -> dict[str, Any]:
-    """Counters of a drive that has run."""
-    return {name: sum(getattr(c, name) for c in drive.channels)
-            for name in ("codewords", "commands", "page_reads", "page_programs", "erases", "die_busy")}

@@ -1,215 +1,197 @@
-"""Jobs from statistics: how many heads and tokens, and what is selected, placed as a prefill places it."""
+"""Work from statistics: how many heads and tokens, what is selected; placed as a prefill of the driver places it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvattic.errors import RequestError
 from kvattic.spec.commands import Mode
 from kvattic.spec.config import Config
-from kvattic.spec.layout import PagePlace, page_number, page_place
-from kvattic.timing.work import Group, Job, LaneWork, Operation
+from kvattic.spec.layout import PagePlace, centroid_codewords, page_number, page_place, stripe_channel, stripe_pages
+from kvattic.timing.work import Job, Operation, Stripe, attend_job
+
+Choice: TypeAlias = tuple[NDArray[np.bool_], Sequence[int]]
+"""What a head's queries choose: for each token whether it is selected; the features, ascending."""
 
 
-def runs_of(wanted: Sequence[int]) -> tuple[int, ...]:
-    """Lengths of the runs of consecutive numbers in an ascending list."""
-    runs: list[int] = []
-    last = -2
-    for number in wanted:
-        if number == last + 1:
-            runs[-1] += 1
-        else:
-            runs.append(1)
-        last = number
-    return tuple(runs)
+class _Placement:
+    """Hands out page numbers as the driver's zones do (kvattic.placement.zones): planes, then dies, then pages."""
 
-
-def groups_of(pages: list[tuple[int, tuple[int, ...], float]], config: Config) -> list[Group]:
-    """Put pages that are asked for one after the other together by die.
-
-    Args:
-        pages: page number, runs, cycles of the walker.
-        config: geometry.
-    """
-    groups: list[Group] = []
-    unit_bits, plane_bits = config.plane_bits + config.die_bits, config.plane_bits
-    die, seen = -1, 0
-    for page, runs, walk in pages:
-        unit = page & (1 << unit_bits) - 1
-        bit = 1 << (unit & (1 << plane_bits) - 1)
-        if unit >> plane_bits != die or seen & bit:
-            groups.append(Group([], 0, 0.0))
-            die, seen = unit >> plane_bits, 0
-        seen |= bit
-        group = groups[-1]
-        group.pages.append((unit, page >> unit_bits, runs))
-        group.codewords += sum(runs)
-        group.walk += walk
-    return groups
-
-
-class Placement:
-    """Hands out page numbers as the driver's zones do (kvattic.placement.zones): planes, then dies, then pages.
-
-    Args:
-        config: geometry.
-        pages: of a run, which stay together.
-        zone: first zone.
-    """
-
-    def __init__(self, config: Config, pages: int, zone: int = 0) -> None:
+    def __init__(self, config: Config, pages: int, zone: int) -> None:
         row = config.dies * config.part.planes
-        self.config = config
-        self.width = min(pages, row)
-        self.high = max(1, pages // row)
-        self.limit = config.part.pages // self.high
-        self.columns = row // self.width
-        self.zone = zone
-        self.fill = [[0] * self.columns for _ in range(config.channels)]
+        self._config = config
+        self._width = min(pages, row)
+        self._high = max(1, pages // row)
+        self._limit = config.part.pages // self._high
+        self._zone = zone
+        self._fill = [[0] * (row // self._width) for _ in range(config.channels)]
 
-    def take(self, channel: int, die: int | None = None) -> int:
+    def take(self, channel: int, die: int | None) -> int:
         """First page number of the next run, on a die if it is given."""
-        config, fill = self.config, self.fill[channel]
+        config, fill = self._config, self._fill[channel]
+        planes = config.part.planes
         column = fill.index(min(fill))
         if die is not None:
-            planes = config.part.planes
-            first = die * planes // self.width
-            here = fill[first : first + max(1, planes // self.width)]
+            first = die * planes // self._width
+            here = fill[first : first + max(1, planes // self._width)]
             column = first + here.index(min(here))
-        zone, page = divmod(fill[column], self.limit)
+        zone, page = divmod(fill[column], self._limit)
         fill[column] += 1
-        place = PagePlace(self.zone + zone, page * self.high, *divmod(column * self.width, config.part.planes))
+        place = PagePlace(self._zone + zone, page * self._high, *divmod(column * self._width, planes))
         return int(page_number(place, config))
 
 
-def scores(rng: np.random.Generator, tokens: int, run: int) -> NDArray[np.float64]:
-    """Random scores; those of a run of tokens are alike (correlation 0.99)."""
-    base = rng.standard_normal(-(-tokens // run)).repeat(run)[:tokens]
-    return base if run == 1 else np.sqrt(0.99) * base + 0.1 * rng.standard_normal(tokens)
+class Layer:
+    """Where a prefill puts one layer of a sequence, or of several that are written one after the other.
 
+    Args:
+        config: of the drive.
+        heads: KV heads, of all sequences.
+        tokens: of each.
+        features: K is written in the feature layout, too.
+        centroids: tokens of a unit whose mean keys are written; 0: none are.
 
-def attend(config: Config, heads: int, tokens: int, *, mode: Mode = Mode.DENSE, rows: int | None = None,
-           features: int = 0, top_units: int = 0, unit_tokens: int = 0, run: int = 1, sketches: Sequence[str] = (),
-           first_head: int = 0, seed: int = 0, choose=None) -> Iterator[Job]:
-    """One attend over heads that were prefilled, job by job."""
-    rng = np.random.default_rng(seed)
-    rows = config.rows if rows is None else rows
-    pages = config.group_pages if sketches else 1
-    cpp, tpc = config.codewords_per_page, config.tokens_per_codeword
-    size = pages * config.tokens_per_page
-    stripes = -(-tokens // size)
-    place = Placement(config, pages, 1 if "centroid" in sketches else 0)
-    channels = config.channels
-    centroids: list[list[tuple[int, int]]] = [[] for _ in range(channels)]     # (head, stripe)
-    table: dict[tuple[int, int, str], tuple[int, int]] = {}
-    kinds = ["key", "value"] + (["feature"] if "feature" in sketches else [])
-    sketch_at: dict[tuple[int, int], tuple[int, int]] = {}
-    if "centroid" in sketches:
-        per = (config.group_codewords // (unit_tokens // tpc)) // tpc
+    Raises:
+        RequestError: there are no heads or tokens, or sketches and the last stripe is not full.
+    """
+
+    def __init__(self, config: Config, heads: int, tokens: int, *, features: bool = False, centroids: int = 0) -> None:
+        for name, value in (("heads", heads), ("tokens", tokens)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise RequestError(f"{name} must be a positive int, not {value!r}")
+        sparse = features or bool(centroids)
+        self.config, self.heads, self.tokens, self.centroids = config, heads, tokens, centroids
+        self.features = features
+        self.pages = stripe_pages(config, sparse=sparse)
+        self.size = self.pages * config.tokens_per_page
+        if sparse and tokens % self.size:
+            raise RequestError(f"tokens must be whole stripes of {self.size} in a sequence with sketches, not {tokens}")
+        self.stripes = -(-tokens // self.size)
+        # Centroids have zones of their own, which are taken first.
+        placement = _Placement(config, self.pages, 1 if centroids else 0)
+        self._sketch: dict[tuple[int, int], tuple[int, int]] = {}
+        self._pages: dict[tuple[int, int], list[int]] = {}
+        self.runs: list[list[int]] = [[] for _ in range(config.channels)]
+        """Page numbers of each channel, all of them."""
+        if centroids:
+            self._place_centroids()
+        kinds = 2 + features
         for head in range(heads):
-            for stripe in range(stripes):
-                centroids[(stripe + head + first_head) % channels].append((head, stripe))
-        for channel, items in enumerate(centroids):
-            base = 0     # a zone of their own
-            for i, item in enumerate(items):
-                page, codeword = divmod(i * per, cpp)
-                sketch_at[item] = base + page, codeword
-    for head in range(heads):
-        mine: list[list[int]] = [[] for _ in range(channels)]
-        for stripe in range(stripes):
-            mine[(stripe + head + first_head) % channels].append(stripe)
-        for channel, here in enumerate(mine):
-            for kind in kinds:
-                for stripe in here:
-                    die = None
-                    if len(here) == 1:
-                        number = (first_head + head) // channels + stripe // channels
-                        die = (number + kinds.index(kind) * config.dies // len(kinds)) % config.dies
-                    table[head, stripe, kind] = channel, place.take(channel, die)
-    for head in range(heads):
-        lanes = [LaneWork() for _ in range(channels)]
-        chosen: list[int] = []
-        marked: NDArray[np.bool_] | None = None
-        if choose is not None and mode is not Mode.DENSE:
-            marked, chosen = choose(head)
-            marked = np.resize(marked, stripes * size).reshape(stripes, pages, cpp, tpc).any(axis=3)
-        elif mode is not Mode.DENSE:
-            if mode is Mode.SPARF:
-                marked = np.zeros(stripes * size, bool)
-                marked[np.argsort(-scores(rng, tokens, run), kind="stable")[:top_units]] = True
-            else:
-                units = scores(rng, tokens, run).reshape(-1, unit_tokens).sum(axis=1)
-                marked = np.zeros((len(units), unit_tokens), bool)
-                marked[np.argsort(-units, kind="stable")[:top_units]] = True
-            marked = np.resize(marked, stripes * size).reshape(stripes, pages, cpp, tpc).any(axis=3)
-            chosen = sorted(rng.choice(config.head_dim, features, replace=False).tolist())
-        passes: list[list[list[tuple[int, tuple[int, ...], float]]]] = [[[], []] for _ in range(channels)]
-        for stripe in range(stripes):
-            channel, key = table[head, stripe, "key"]
-            value = table[head, stripe, "value"][1]
-            lane = lanes[channel]
-            here = min(size, tokens - stripe * size)
-            lane.tokens += here
-            lane.places += -(-here // tpc) if marked is None else config.group_codewords
-            if marked is None:
-                for page in range(pages):
-                    left = -(-(here - page * config.tokens_per_page) // tpc)
-                    if left > 0:
-                        runs = (min(left, cpp),)
-                        passes[channel][0].append((key + page, runs, runs[0] + 2.0))
-                        passes[channel][1].append((value + page, runs, runs[0] + 2.0))
-                continue
-            for page in range(pages):
-                runs = runs_of(np.flatnonzero(marked[stripe, page]).tolist())
-                passes[channel][0].append((key + page, runs, 2.0 * cpp))
-                passes[channel][1].append((value + page, runs, 2.0 * cpp))
-            if mode is Mode.CENTROID:
-                page, codeword = sketch_at[head, stripe]
-                lane.units += size // unit_tokens
-                group = groups_of([(page, (per,), 3.0 * per)], config)
-            else:
-                lane.units += size // (unit_tokens or 1)
-                feature = table[head, stripe, "feature"][1]
-                of_page = [[f % cpp for f in chosen if f // cpp == page] for page in range(pages)]
-                group = groups_of([(feature + page, runs_of(f), 3.0 * len(f)) for page, f in enumerate(of_page)],
-                                  config)
-                group[0].tokens = size
-            assert len(group) == 1
-            lane.first += group
-        for lane, (keys, values) in zip(lanes, passes, strict=True):
-            lane.keys, lane.values = groups_of(keys, config), groups_of(values, config)
-        words = rows * config.head_dim * 2 / 8 + stripes * (1 + (mode is not Mode.DENSE))
-        if mode in (Mode.SPARF, Mode.FETCHED):
-            words += config.head_dim / 2
-        yield Job(rows, mode, lanes, words)
+            for channel, stripes in enumerate(self._of_channels(head)):
+                for kind in range(kinds):
+                    for stripe in stripes:
+                        # A single stripe is put on a die far from its head's others (docs/placement.md).
+                        number = head // config.channels + stripe // config.channels
+                        die = (number + kind * config.dies // kinds) % config.dies if len(stripes) == 1 else None
+                        first = placement.take(channel, die)
+                        self._pages.setdefault((head, stripe), []).append(first)
+                        self.runs[channel] += range(first, first + self.pages)
+
+    def _of_channels(self, head: int) -> list[list[int]]:
+        """A head's stripes on each channel."""
+        found: list[list[int]] = [[] for _ in range(self.config.channels)]
+        for stripe in range(self.stripes):
+            found[stripe_channel(stripe, head, self.config)].append(stripe)
+        return found
+
+    def _place_centroids(self) -> None:
+        """A head's stripes beside each other, several heads in a page."""
+        config = self.config
+        each = centroid_codewords(self.centroids, config)
+        used = [0] * config.channels
+        for head in range(self.heads):
+            for channel, stripes in enumerate(self._of_channels(head)):
+                for stripe in stripes:
+                    self._sketch[head, stripe] = divmod(used[channel] * each, config.codewords_per_page)
+                    used[channel] += 1
+        for channel, count in enumerate(used):
+            self.runs[channel] += range(-(-count * each // config.codewords_per_page))
+
+    def table(self, head: int) -> list[Stripe]:
+        """A head's stripes."""
+        found = []
+        for stripe in range(self.stripes):
+            key, value, *feature = self._pages[head, stripe]
+            page, codeword = self._sketch.get((head, stripe), (feature[0] if feature else 0, 0))
+            tokens = min(self.size, self.tokens - stripe * self.size)
+            found.append(Stripe(stripe_channel(stripe, head, self.config), key, value, tokens, False, False, page,
+                                codeword))
+        return found
+
+    def prefill(self) -> list[Operation]:
+        """The PROGRAM commands that write it, in the order in which the driver submits them."""
+        config = self.config
+        full = self.tokens // self.size
+        pages = self.runs
+        if full < self.stripes:     # the last stripe waits in DRAM
+            late = {(stripe_channel(full, head, config), page + i) for head in range(self.heads)
+                    for page in self._pages[head, full] for i in range(self.pages)}
+            pages = [[page for page in numbers if (channel, page) not in late] for channel, numbers in enumerate(pages)]
+        return in_turn(config, pages, program=True)
+
+    def attend(self, *, mode: Mode = Mode.DENSE, rows: int | None = None, features: int = 0, top_units: int = 0,
+               unit_tokens: int = 0, run: int = 1, seed: int = 0,
+               choose: Callable[[int], Choice] | None = None) -> Iterator[Job]:
+        """The jobs of one attend over all heads.
+
+        Args:
+            mode: of the commands.
+            rows: query rows of each; those of the configuration if None.
+            features: SPARF and FETCHED: features that the first pass reads, chosen at random.
+            top_units: units that are selected.
+            unit_tokens: tokens of a unit; 0: 1 in SPARF, a codeword's in FETCHED, `centroids` in CENTROID.
+            run: important tokens come in runs of so many (their scores' correlation is 0.99); 1: at random.
+            seed: of the random choice.
+            choose: what a head's queries choose, instead of a random choice.
+
+        Raises:
+            RequestError: there are not so many features or units, or the sketches are missing.
+        """
+        config = self.config
+        sparse = mode is not Mode.DENSE
+        unit = unit_tokens or {Mode.SPARF: 1, Mode.CENTROID: self.centroids}.get(mode, config.tokens_per_codeword)
+        if sparse and choose is None:
+            if mode is Mode.CENTROID and unit != self.centroids:
+                raise RequestError(f"unit_tokens must be those of the centroids, {self.centroids}, not {unit}")
+            if mode is not Mode.CENTROID and not (self.features and 1 <= features <= config.head_dim):
+                raise RequestError(f"features must be 1 to {config.head_dim} of a layer with features, not {features}")
+            if self.tokens % unit or not 1 <= top_units <= self.tokens // unit:
+                raise RequestError(f"top_units must be 1 to {self.tokens // unit}, not {top_units}")
+        rng = np.random.default_rng(seed)
+        for head in range(self.heads):
+            marked = None
+            chosen: Sequence[int] = ()
+            if sparse:
+                tokens, chosen = (
+                    choose(head) if choose is not None else self._choose(rng, features, top_units, unit, run))
+                marked = np.any(tokens.reshape(self.stripes, -1, config.tokens_per_codeword), axis=2)
+            yield attend_job(config, self.table(head), rows=rows, mode=mode, marked=marked, features=chosen,
+                             unit_tokens=unit, stripe_pages=self.pages)
+
+    def _choose(self, rng: np.random.Generator, features: int, top_units: int, unit: int, run: int) -> Choice:
+        scores = rng.standard_normal(-(-self.tokens // run)).repeat(run)[: self.tokens]
+        if run > 1:
+            scores = np.sqrt(0.99) * scores + 0.1 * rng.standard_normal(self.tokens)
+        units = scores.reshape(-1, unit).sum(axis=1)
+        marked = np.zeros(len(units), np.bool_)
+        marked[np.argsort(-units, kind="stable")[:top_units]] = True
+        return marked.repeat(unit), sorted(rng.choice(self.config.head_dim, features, replace=False).tolist())
 
 
-def prefill(config: Config, heads: int, tokens: int, *, sketches: Sequence[str] = ()) -> list[Operation]:
-    """The PROGRAM commands of a prefill of one layer, in the order in which the driver submits them."""
-    pages = config.group_pages if sketches else 1
-    size = pages * config.tokens_per_page
-    place = Placement(config, pages)
-    kinds = 2 + ("feature" in sketches)
-    found: list[list[int]] = [[] for _ in range(config.channels)]
-    for head in range(heads):
-        mine: list[int] = [0] * config.channels
-        for stripe in range(tokens // size):
-            mine[(stripe + head) % config.channels] += 1
-        for channel, here in enumerate(mine):
-            for kind in range(kinds):
-                for _ in range(here):
-                    die = (head // config.channels + kind * config.dies // kinds) % config.dies if here == 1 else None
-                    first = place.take(channel, die)
-                    found[channel] += range(first, first + pages)
-    return in_turn(config, found, True)
+def in_turn(config: Config, pages: Sequence[Sequence[int]], *, program: bool) -> list[Operation]:
+    """Operations in the driver's order: round the channels, on each by page number, two dies plane by plane in turn.
 
-
-def in_turn(config: Config, pages: list[list[int]], program: bool) -> list[Operation]:
-    """Operations round the channels, and on each by page number, two dies plane by plane in turn."""
+    Args:
+        config: geometry.
+        pages: page numbers of each channel; of an ERASE one of each block.
+        program: PROGRAM; else ERASE.
+    """
     def order(page: int) -> tuple[int, ...]:
         place = page_place(page, config)
         return place.zone, place.page, place.die >> 1, place.plane, place.die & 1
 
     queues = [sorted(numbers, key=order) for numbers in pages]
-    return [Operation(channel, queue[i], program) for i in range(max(map(len, queues)))
+    return [Operation(channel, queue[i], program) for i in range(max(map(len, queues), default=0))
             for channel, queue in enumerate(queues) if i < len(queue)]

@@ -11,8 +11,8 @@ DEPTH = 16
 BUFFERS = 8
 """Codewords that may wait for the lane before the bus stands (hdl: Decoder)."""
 DECISION, SEND, SHOW, PLAN = 20, 17, 25, 30
-"""Cycles of the controller's machine: from the end of a run to its die's next command; between the commands of two planes;
-from ready to the first burst; of planning a read, without its two looks at each plane."""
+"""Cycles of the controller's machine: from the end of a run to its die's next command; between the commands of two
+planes; from ready to the first burst; of planning a read, without its two looks at each plane."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,8 @@ def times_of(config: Config) -> Times:
         between_planes=cycles(part.t_wb + part.t_dbsy + part.t_rr) + SEND,
         array=cycles(part.t_wb + part.t_r + part.t_rr) + SHOW,
         ccs=cycles(part.t_ccs), decision=DECISION, planning=PLAN + 2 * part.planes, gather=GATHER,
-        arrival=config.beats_per_codeword + 30, harvest=20, token=3 if config.rows == 1 and config.beats_per_token >= 3 else config.rows,
+        arrival=config.beats_per_codeword + 30, harvest=20,
+        token=3 if config.rows == 1 and config.beats_per_token >= 3 else config.rows,
         fetch=30, load=40, maximum=6, select=131, select_row=126, alpha=config.channels + 5,
         gather_row=config.channels + 5, drain_row=config.head_dim, drain=55 if config.sparse else 40,
         write_row=config.head_dim / 2, complete=40,

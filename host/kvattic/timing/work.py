@@ -1,11 +1,35 @@
-"""What a job reads, pass by pass and page by page."""
+"""What the drive is given to do: jobs with the pages that they read, and operations on pages and blocks."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from kvattic.errors import RequestError
 from kvattic.spec.commands import Mode
+from kvattic.spec.config import Config
 
 FIRST, KEY, VALUE = range(3)
 """Passes: features, centroids or K of the tail; K; V."""
+FIRST_WALK, SKIP_WALK = 3, 2
+"""Cycles of a walker: for a codeword of the first pass; for each place, wanted or not, of a sparse job's K and V (hdl:
+FirstWalker, Walker).  A dense job's takes one for a codeword and two between pages."""
+
+
+class Page(NamedTuple):
+    """A page that is read.
+
+    Members:
+        unit: plane and die, the low bits of a page number.
+        row: page of the block, and zone.
+        runs: codewords of each run of consecutive ones that are wanted; () if none are.
+    """
+
+    unit: int
+    row: int
+    runs: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -13,16 +37,16 @@ class Group:
     """Pages of one die that a walker asks for one after the other.
 
     Attributes:
-        pages: (plane and die, page of the block and zone, lengths of the runs of consecutive codewords) of each.
+        pages: at most one of each plane.
         codewords: all of them, those in DRAM included.
         walk: cycles that the walker takes.
         tokens: of a group of the first pass, those whose scores are worked out from sums of features.
         dram: codewords that lie in device DRAM.
     """
 
-    pages: list[tuple[int, int, tuple[int, ...]]]
-    codewords: int
-    walk: float
+    pages: list[Page] = field(default_factory=list)
+    codewords: int = 0
+    walk: float = 0.0
     tokens: int = 0
     dram: int = 0
 
@@ -33,7 +57,7 @@ class LaneWork:
 
     Attributes:
         tokens: that the lane scores.
-        places: of the score ring.
+        places: of the score ring that it takes.
         units: that the lane's selection looks at.
         first, keys, values: groups of the passes.
     """
@@ -48,13 +72,13 @@ class LaneWork:
 
 @dataclass(slots=True)
 class Job:
-    """A job of the engine: one KV head's rows over its stripes.
+    """An ATTEND command: one KV head's rows over its stripes; `attend_job` makes it.
 
     Attributes:
         rows: query rows.
         mode: of the command.
         lanes: what it reads, channel by channel.
-        words: cycles in which its query block and table come.
+        words: cycles in which its query block, table and mean come.
         submitted: cycle in which its command can be fetched.
     """
 
@@ -80,3 +104,163 @@ class Operation:
     page: int
     program: bool = True
     submitted: float = 0.0
+
+
+class Stripe(NamedTuple):
+    """A stripe of a job, as its table has it.
+
+    Members:
+        channel: whose lane attends it.
+        key_page, value_page: first page of K, and of V.
+        tokens: of it that the job attends, from its first one on.
+        dram: it lies in device DRAM.
+        whole: sparse modes: it is attended whole, as one in DRAM always is.
+        sketch_page, sketch_codeword: first page of its features; or page and codeword of its first centroids.
+    """
+
+    channel: int
+    key_page: int
+    value_page: int
+    tokens: int
+    dram: bool = False
+    whole: bool = False
+    sketch_page: int = 0
+    sketch_codeword: int = 0
+
+
+def runs_of(wanted: Iterable[int]) -> tuple[int, ...]:
+    """Lengths of the runs of consecutive numbers in an ascending list."""
+    runs: list[int] = []
+    last = -2
+    for number in wanted:
+        if number == last + 1:
+            runs[-1] += 1
+        else:
+            runs.append(1)
+        last = number
+    return tuple(runs)
+
+
+class _Walk:
+    """Pages in a walker's order, put together by die."""
+
+    def __init__(self, config: Config) -> None:
+        self.groups: list[Group] = []
+        self._unit_bits, self._plane_bits = config.plane_bits + config.die_bits, config.plane_bits
+        self._die, self._seen = -1, 0
+
+    def add(self, page: int, runs: tuple[int, ...], walk: float) -> Group:
+        unit = page & (1 << self._unit_bits) - 1
+        die, bit = unit >> self._plane_bits, 1 << (unit & (1 << self._plane_bits) - 1)
+        if die != self._die or self._seen & bit:
+            self.groups.append(Group())
+            self._die, self._seen = die, 0
+        self._seen |= bit
+        group = self.groups[-1]
+        group.pages.append(Page(unit, page >> self._unit_bits, runs))
+        group.codewords += sum(runs)
+        group.walk += walk
+        return group
+
+    def add_dram(self, codewords: int, walk: float) -> None:
+        self.groups.append(Group(codewords=codewords, dram=codewords, walk=walk))
+        self._die = -1
+
+
+def attend_job(config: Config, stripes: Sequence[Stripe], *, rows: int | None = None, mode: Mode = Mode.DENSE,
+               marked: NDArray[np.bool_] | None = None, features: Sequence[int] = (), unit_tokens: int = 0,
+               stripe_pages: int = 1, submitted: float = 0.0) -> Job:
+    """What an ATTEND command reads.
+
+    Args:
+        config: of the drive.
+        stripes: of the job, in the order of its table.
+        rows: query rows; those of the configuration if None.
+        mode: of the command.
+        marked: sparse modes: (stripes, codewords of a stripe), which codewords of K and V are wanted; whole stripes
+            are wanted whole, whatever it says.
+        features: SPARF and FETCHED: the chosen features, ascending.
+        unit_tokens: tokens of a unit of selection; 0: 1 in SPARF, else a codeword's.
+        stripe_pages: pages of K of a stripe.
+        submitted: cycle in which the command can be fetched.
+
+    Raises:
+        RequestError: rows, channels, `marked` or the size of a unit are not those of such a job.
+    """
+    rows = config.rows if rows is None else rows
+    sparse = mode is not Mode.DENSE
+    per_page, per_codeword = config.codewords_per_page, config.tokens_per_codeword
+    codewords = stripe_pages * per_page
+    unit = unit_tokens or (1 if mode is Mode.SPARF else per_codeword)
+    if not 1 <= rows <= config.rows:
+        raise RequestError(f"rows must be 1 to {config.rows}, not {rows!r}")
+    if sparse and not config.sparse:
+        raise RequestError("this configuration has no sparse modes")
+    if sparse and (marked is None or marked.shape != (len(stripes), codewords)):
+        shape = None if marked is None else marked.shape
+        raise RequestError(f"marked must have the shape ({len(stripes)}, {codewords}), not {shape}")
+    if bad := [s.channel for s in stripes if not 0 <= s.channel < config.channels]:
+        raise RequestError(f"channel must be 0 to {config.channels - 1}, not {bad[0]}")
+    lanes = [LaneWork() for _ in range(config.channels)]
+    walks = [(_Walk(config), _Walk(config)) for _ in range(config.channels)]
+    for number, stripe in enumerate(stripes):
+        lane = lanes[stripe.channel]
+        used = -(-stripe.tokens // per_codeword)
+        whole = stripe.dram or stripe.whole
+        lane.tokens += stripe.tokens
+        lane.places += codewords if sparse else used
+        if sparse:
+            lane.first += _first_pass(config, stripe, mode, whole, used, features, stripe_pages, unit)
+            lane.units += 0 if whole else -(-stripe.tokens // unit)
+        for walk, first in zip(walks[stripe.channel], (stripe.key_page, stripe.value_page), strict=True):
+            if stripe.dram:
+                walk.add_dram(used, float(used))
+                continue
+            for page in range(stripe_pages):
+                left = min(used - page * per_page, per_page)
+                if left <= 0:
+                    break
+                if not sparse:
+                    walk.add(first + page, (left,), left + 2.0)
+                elif whole:
+                    walk.add(first + page, (left,), float(SKIP_WALK * per_page))
+                else:
+                    assert marked is not None
+                    here = marked[number, page * per_page : page * per_page + left]
+                    walk.add(first + page, runs_of(np.flatnonzero(here).tolist()), float(SKIP_WALK * per_page))
+    for lane, (keys, values) in zip(lanes, walks, strict=True):
+        lane.keys, lane.values = keys.groups, values.groups
+    # Words of 8 bytes: q; table and sketches; two fp32 of the mean.
+    words = rows * config.head_dim / 4 + len(stripes) * (1 + sparse)
+    words += config.head_dim / 2 if mode in (Mode.SPARF, Mode.FETCHED) else 0
+    return Job(rows, mode, lanes, words, submitted)
+
+
+def _first_pass(config: Config, stripe: Stripe, mode: Mode, whole: bool, used: int, features: Sequence[int],
+                stripe_pages: int, unit: int) -> list[Group]:
+    """What the first pass reads of a stripe: one group."""
+    per_page = config.codewords_per_page
+    pages: list[tuple[int, tuple[int, ...]]] = []
+    if whole:
+        if mode is Mode.CENTROID:
+            return []
+        if stripe.dram:
+            return [Group(codewords=used, dram=used, walk=float(FIRST_WALK * used))]
+        for page in range(-(-used // per_page)):
+            pages.append((stripe.key_page + page, (min(used - page * per_page, per_page),)))
+    elif mode is Mode.CENTROID:
+        count = max(1, config.group_codewords * config.tokens_per_codeword // unit // config.tokens_per_codeword)
+        page, codeword = stripe.sketch_page, stripe.sketch_codeword
+        while count:
+            here = min(count, per_page - codeword)
+            pages.append((page, (here,)))
+            page, codeword, count = page + 1, 0, count - here
+    else:
+        pages = [(stripe.sketch_page + page, runs_of(f % per_page for f in features if f // per_page == page))
+                 for page in range(stripe_pages)]
+    walk = _Walk(config)
+    for page, runs in pages:
+        walk.add(page, runs, float(FIRST_WALK * sum(runs)))
+    if not whole and mode is not Mode.CENTROID:
+        walk.groups[-1].tokens = config.group_tokens
+    return walk.groups
