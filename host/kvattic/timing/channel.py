@@ -25,6 +25,8 @@ class Move:
     begin: float
     codewords: int
     entry: Entry | None
+    goes_on: bool = False
+    """It was cut for a command; the codeword behind it is planned already."""
 
 
 class Channel:
@@ -154,6 +156,9 @@ class Channel:
         planned = self.planned
         if move is None and planned >= 0 and self.phase[planned] == LOADED and self.aimed[planned]:
             best = planned
+            for die in self.order:
+                if self.aimed[die] and now < self.free[die] < again:
+                    again = self.free[die]
         else:
             # What is moved next is chosen when the codeword before begins.
             before = now - t.codeword if move is None and self.data_end > now - 1 else now
@@ -192,7 +197,7 @@ class Channel:
         word = self.t.codeword
         n = max(0, int((now - move.begin) / word - 1e-9)) + ahead
         if n < move.codewords:
-            move.codewords = n
+            move.codewords, move.goes_on = n, ahead == 1
             self.data_end = move.begin + n * word
 
     def _finish_move(self, move: Move) -> None:
@@ -211,7 +216,8 @@ class Channel:
         self.lane.arrived(entry.job, entry.kind, n, entry.group, max(end, self.lane.free - t.beats))
         entry.left -= n
         if entry.left:
-            self.planned = die
+            if move.goes_on:
+                self.planned = die
             return
         self.queued[unit] -= 1
         self.lane.room = True
