@@ -137,9 +137,8 @@ class Channel:
             else:
                 self._command(command, now)
                 again = min(again, self.command_end)
-                if separate:
-                    return self.wake(now) if self.command_end <= now else min(again, self._data(now))
-                return min(again, lane.next_walk())
+                if not separate:
+                    return min(again, lane.next_walk())
         elif self.command_end > now:
             again = min(again, self.command_end)
         return min(again, self._data(now), lane.next_walk())
