@@ -107,6 +107,8 @@ class Channel:
                 if free[die] <= now:
                     phase[die] = p = LOADED
                     self.order.append(die)
+                    self._unparked(die)
+                    p = phase[die]
                 elif free[die] < again:
                     again = free[die]
             if p == IDLE and waiting[die] and not self._claimed(die):
@@ -279,7 +281,9 @@ class Channel:
                         self.loaded[die] = 0
                         self._plan(die, True)
                         return False
-            return False
+            break
+        if self.loaded[die] & self.loaded[die] - 1:
+            self.aimed[die] = self.near[die] = False    # it turns from plane to plane meanwhile
         return False
 
     def _plan(self, die: int, ungated: bool) -> None:

@@ -83,7 +83,10 @@ class Drive:
         job = JobState(len(self.jobs), work, self.config.channels)
         t = self.t
         job.fetched = max(self.loader_free, now, work.submitted) + t.fetch
-        job.loaded = job.fetched + t.load + work.words
+        words = work.words
+        if work.mode in (Mode.SPARF, Mode.FETCHED):     # features are chosen beside the fetch of table and mean
+            words = max(words, t.rank + t.rank_row * work.rows)
+        job.loaded = job.fetched + t.load + words
         self.loader_free = job.loaded - t.fetch     # the next command is requested behind the table
         if not job.sparse:
             job.selected = job.loaded

@@ -1,23 +1,64 @@
-"""What the timing model counts in: a configuration's times in clock cycles."""
+"""What the timing model counts in: a configuration's times in clock cycles, each with its source (docs/timing.md)."""
 
 from dataclasses import dataclass
 
 from kvattic.spec.config import Config
 
-GATHER = 160
-"""Cycles that a die waits for requests of its other planes: 128 to 192 (hdl: RunQueues.growing)."""
+# Of the RTL, not fitted: parameters of its blocks, and cycles of their state machines as their sources count them.
 DEPTH = 16
-"""Runs of a plane's queue (hdl: RunQueues)."""
-BUFFERS = 8
-"""Codewords that may wait for the lane before the bus stands (hdl: Decoder)."""
+"""Runs of a plane's queue (RunQueues)."""
+GATHER = 160
+"""Cycles that a die waits for requests of its other planes: 128 to 192, the middle of it (RunQueues.growing)."""
 DECISION, SEND, SHOW, PLAN = 20, 17, 25, 30
 """Cycles of the controller's machine: from the end of a run to its die's next command; between the commands of two
-planes; from ready to the first burst; of planning a read, without its two looks at each plane."""
+planes; from ready to the first burst; of planning a read, without its two looks at each plane (Controller)."""
+STAGES = 30
+"""Cycles of a codeword from the end of its last word on the bus to the first of its beats, and from its last beat to
+the score or sum (Decoder, Arrivals, the lane's pipeline)."""
+OPERATION = 60
+"""Cycles in which a flash command is fetched and checked (Loader)."""
+
+# Fitted: rounded so that few recorded points agree, and of little weight.
+FETCH, LOAD = 30, 40
+"""Cycles until a command's line has come; of checks, and until a block's first word comes.  Fitted to jobs alone."""
+SELECT, SELECT_ROW = 131, 126
+"""Cycles of a selection beside its sweeps, and for each row: maxima, logarithm, counts.  Fitted to the two latencies of
+SPARF in TopK's docstring, with one row and with eight."""
+HARVEST = 20
+"""Cycles of a group of the first pass beside those of its tokens."""
+COMPLETE = 40
+"""Cycles from the last result line to the completion.  Fitted to jobs alone."""
+DRAM_LATENCY = 60
+"""Cycles from a request of the tail to its words, of which the simulated memory takes 30."""
+BUFFERS = 8
+"""Codewords that the lane may be behind before the bus stands.  Matters only where a lane is slower than its bus."""
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Times in cycles, and counts, of a configuration; made by `times_of`."""
+    """Times in cycles, and counts, of a configuration; `times_of` makes it.
+
+    Attributes:
+        dies, planes: of a channel; of a die.
+        page_mask: bits of a row that are the page of the block.
+        separate: commands have pins of their own.
+        depth, groups, ring, buffers: runs of a queue; groups in flight; codewords of the score ring; see `BUFFERS`.
+        beats, codeword: of a codeword on its lane; on the bus.
+        preamble, cycle: of a burst; of a command cycle.
+        dbsy, t_r, t_prog, t_bers: what the array is busy for.
+        between_planes, array: from a read's command to the next plane's; to the first burst.
+        ccs, adl, status: from a command to data out, data in, and of a status byte.
+        decision, planning, gather: see `DECISION`, `PLAN` and `GATHER`.
+        arrival: from a codeword's last word on the bus to its scores or sums.
+        harvest, token: of a group of the first pass, and of each of its tokens.
+        fetch, load: see `FETCH`.
+        rank, rank_row: of the choice of features, and for each row.
+        select, select_row, alpha: of a selection; alpha of a row.
+        maximum, gather_row, drain_row, drain, write_row, complete: of the stages behind the lanes.
+        dram_codeword, dram_latency: of a codeword of the tail.
+        page_codewords: of a page.
+        operation: see `OPERATION`.
+    """
 
     dies: int
     planes: int
@@ -33,9 +74,13 @@ class Times:
     cycle: float
     dbsy: float
     t_r: float
+    t_prog: float
+    t_bers: float
     between_planes: float
     array: float
     ccs: float
+    adl: float
+    status: float
     decision: float
     planning: float
     gather: float
@@ -44,10 +89,12 @@ class Times:
     token: float
     fetch: float
     load: float
-    maximum: float
+    rank: float
+    rank_row: float
     select: float
     select_row: float
     alpha: float
+    maximum: float
     gather_row: float
     drain_row: float
     drain: float
@@ -56,10 +103,6 @@ class Times:
     dram_codeword: float
     dram_latency: float
     page_codewords: int
-    adl: float
-    t_prog: float
-    t_bers: float
-    status: float
     operation: float
 
 
@@ -70,21 +113,24 @@ def times_of(config: Config) -> Times:
     def cycles(nanoseconds: float) -> float:
         return nanoseconds * config.clock_mhz / 1000
 
-    codeword = max(config.raw_codeword_bytes / part.bus_mts * config.clock_mhz, config.raw_codeword_words)
+    # A token takes its beats, or the score unit's cycles if these are more.
+    token = 3 if config.rows == 1 and config.beats_per_token >= 3 else config.rows
+    beats = config.tokens_per_codeword * max(config.beats_per_token, token)
     return Times(
         dies=config.dies, planes=part.planes, page_mask=(1 << config.block_page_bits) - 1,
         separate=part.separate_command_bus, depth=DEPTH, groups=config.groups_in_flight, ring=config.ring_codewords,
-        buffers=BUFFERS, beats=config.beats_per_codeword, codeword=codeword, preamble=cycles(part.t_pre),
-        cycle=cycles(part.t_cad), dbsy=cycles(part.t_dbsy), t_r=cycles(part.t_r),
+        buffers=BUFFERS, beats=beats,
+        codeword=max(config.raw_codeword_bytes / part.bus_mts * config.clock_mhz, config.raw_codeword_words),
+        preamble=cycles(part.t_pre), cycle=cycles(part.t_cad), dbsy=cycles(part.t_dbsy), t_r=cycles(part.t_r),
+        t_prog=cycles(part.t_prog), t_bers=cycles(part.t_bers),
         between_planes=cycles(part.t_wb + part.t_dbsy + part.t_rr) + SEND,
-        array=cycles(part.t_wb + part.t_r + part.t_rr) + SHOW,
-        ccs=cycles(part.t_ccs), decision=DECISION, planning=PLAN + 2 * part.planes, gather=GATHER,
-        arrival=config.beats_per_codeword + 30, harvest=20,
-        token=3 if config.rows == 1 and config.beats_per_token >= 3 else config.rows,
-        fetch=30, load=40, maximum=6, select=131, select_row=126, alpha=config.channels + 5,
-        gather_row=config.channels + 5, drain_row=config.head_dim, drain=55 if config.sparse else 40,
-        write_row=config.head_dim / 2, complete=40,
-        dram_codeword=max(2, config.codeword_bytes / config.dram_beat_bytes), dram_latency=60,
-        page_codewords=config.codewords_per_page, adl=cycles(part.t_adl + part.t_cad) + DECISION,
-        t_prog=cycles(part.t_prog), t_bers=cycles(part.t_bers), status=cycles(part.t_whr + part.t_pre) + 2 * DECISION,
-        operation=60)
+        array=cycles(part.t_wb + part.t_r + part.t_rr) + SHOW, ccs=cycles(part.t_ccs),
+        adl=cycles(part.t_adl + part.t_cad) + DECISION, status=cycles(part.t_whr + part.t_pre) + 2 * DECISION,
+        decision=DECISION, planning=PLAN + 2 * part.planes, gather=GATHER, arrival=config.beats_per_codeword + STAGES,
+        harvest=HARVEST, token=token, fetch=FETCH, load=LOAD,
+        # Ranker: 3 or 4 digits normally.
+        rank=3.5 * (config.head_dim + 23) + 137, rank_row=2 * config.head_dim + 8,
+        select=SELECT, select_row=SELECT_ROW, alpha=config.channels + 5, maximum=6, gather_row=config.channels + 5,
+        drain_row=config.head_dim, drain=55 if config.sparse else 40, write_row=config.head_dim / 2, complete=COMPLETE,
+        dram_codeword=max(2, config.codeword_bytes / config.dram_beat_bytes), dram_latency=DRAM_LATENCY,
+        page_codewords=config.codewords_per_page, operation=OPERATION)

@@ -133,4 +133,5 @@ POINTS = [
 if __name__ == "__main__":
     for point in POINTS:
         model = point.model()
-        print(f"| {point.name} | {point.recorded:,.5g} | {model:,.5g} | {model / point.recorded - 1:+.1%} |", flush=True)
+        figures = " | ".join(f"{x:,.0f}" if x > 10 else f"{x:.4f}" for x in (point.recorded, model))
+        print(f"| {point.name} | {figures} | {model / point.recorded - 1:+.1%} |", flush=True)

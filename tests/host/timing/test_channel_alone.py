@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import pytest
+from tests.host.timing.source import bus_use, dense, scattered
 
 from kvattic.spec.config import PAPER
 from kvattic.spec.nand import part
-from tests.host.timing.source import bus_use, dense, scattered
 
 SHARED = replace(PAPER, channels=1)
 SEPARATE = replace(SHARED, part=replace(PAPER.part, name="pslc, separate command bus", separate_command_bus=True))

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tests.host.timing.recorded import POINTS
 
 from kvattic.errors import ConfigError, RequestError
 from kvattic.spec.commands import Mode
 from kvattic.spec.config import BOARD, GQA, PAPER, TINY
 from kvattic.spec.nand import PARTS
 from kvattic.timing import Job, Layer, Operation, Stripe, attend_job, estimate, in_turn, seconds
-from tests.host.timing.recorded import POINTS
 
 
 @pytest.mark.parametrize("point", [pytest.param(p, id=p.name) for p in POINTS if p.quick])
@@ -31,7 +31,8 @@ def sparse(config, mode=Mode.SPARF, heads=8, tokens=2048, **how):
 # Limits.
 
 
-@pytest.mark.parametrize("config", [PAPER, BOARD, GQA, replace(PAPER, channels=1)], ids=("paper", "board", "gqa", "one"))
+@pytest.mark.parametrize("config", [PAPER, BOARD, GQA, replace(PAPER, channels=1)],
+                         ids=("paper", "board", "gqa", "one"))
 def test_no_bus_moves_more_than_it_can(config):
     found = dense(config)
     codewords = sum(found.codewords.values())
