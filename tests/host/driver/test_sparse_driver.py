@@ -409,7 +409,7 @@ def one_by_one(device, key, value, query, first, numbers, options, **limits):
     ids=["all", "window", "bf16, held", "held, window"])
 def test_several_positions_get_the_bits_of_one_at_a_time(config, mode, numbers, limits):
     """A chunk over the end of a stripe: in one call the stripe is in flash, one at a time it was not yet."""
-    first, last = 248, 272
+    first, last = 248, 264
     key, value, query = tensors(config, 1, last, 2, last, seed=5)
     value[0, last - 4 :] = to_bits(np.full((4, 32), 1e4), config.element)    # later tokens that would show in any mean
     options = {"sparse": True, "centroids": 8, "sinks": 5}
@@ -418,7 +418,7 @@ def test_several_positions_get_the_bits_of_one_at_a_time(config, mode, numbers, 
         want = one_by_one(device, key, value, query, first, numbers, options, **limits)
         limits = dict(limits)
         held = limits.pop("held", 0)
-        for pieces in ([24], [6, 18]):
+        for pieces in ([16], [6, 10]):
             with device.create_sequence(1, capacity_tokens=512, **options) as sequence:
                 sequence.held_tokens = held
                 sequence.prefill(key[:, :first], value[:, :first])
