@@ -36,7 +36,7 @@ from kvattic.spec.registers import StatusBit
 from kvattic_sim.nand.twin import NandFaults
 from kvattic_sim.rtl.jobs import run_in_simulation
 from kvattic_sim.rtl.transport import AxiStalls, Fault, FaultKind, FlashSettings, NandSettings, Stall
-from kvattic_sim.workloads import How, live, lives
+from kvattic_sim.workloads import AttentionOptions, live, random_life
 
 GROUP = TINY.group_tokens
 UNIT = TINY.tokens_per_codeword
@@ -212,9 +212,9 @@ def test_reset_in_the_middle_of_work() -> None:
 @pytest.mark.parametrize("mode", ["sparf", "fetched", "centroid"])
 def test_a_life(mode: str) -> None:
     """Prefill, decode steps from the tail, a stripe that fills up, freeing and another sequence, behind NAND."""
-    how = How(mode=mode, features=4, top_units=5)
+    options = AttentionOptions(mode=mode, features=4, top_units=5)
     # The third token fills a stripe.
-    life = lives(TINY, kv_heads=3, tokens=3 * GROUP - 2, group=2, appended=4, how=how)
+    life = random_life(TINY, kv_heads=3, tokens=3 * GROUP - 2, group=2, appended=4, options=options)
 
     def run(device: Device) -> list[Any]:
         return whole_life(device, life)
