@@ -4,7 +4,6 @@ README.md is the site's first page.  Files outside docs/ that a page links to (s
 pages under source/, so that no link of the site leads out of it.
 """
 
-import os
 import posixpath
 import re
 from pathlib import Path
@@ -64,7 +63,8 @@ def on_files(files: Any, config: Any) -> Any:
     from mkdocs.structure.files import File
 
     found: set[Path] = set()
-    files.append(File.generated(config, "index.md", content=relocate((ROOT / "README.md").read_text(), "README.md", found)))
+    first = relocate((ROOT / "README.md").read_text(), "README.md", found)
+    files.append(File.generated(config, "index.md", content=first))
     for file in files.documentation_pages():
         if file.src_uri != "index.md":
             relocate(Path(file.abs_src_path).read_text(), f"docs/{file.src_uri}", found)
@@ -77,6 +77,6 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Links, for each page but those that were made above."""
     uri = page.file.src_uri
-    if uri == "index.md" or uri.startswith("source" + os.sep) or uri.startswith("source/"):
+    if uri == "index.md" or uri.startswith("source/"):
         return markdown
     return relocate(markdown, f"docs/{uri}", set())

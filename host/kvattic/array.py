@@ -11,30 +11,24 @@ from dataclasses import dataclass
 from itertools import count
 from threading import Lock, RLock
 from types import TracebackType
-from typing import Any, Generic, NamedTuple, ParamSpec, Self, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, Self, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kvattic.driver.checks import check_positive
 from kvattic.driver.device import Device
 from kvattic.driver.futures import Future, wait
-from kvattic.driver.jobs import (
-    AttendPlan,
-    AttendResult,
-    Bits,
-    Integers,
-    Job,
-    JobResult,
-    Part,
-    check_positive,
-    end_block,
-)
-from kvattic.driver.sequence import Masks, Sequence, make_masks
+from kvattic.driver.jobs import Job
+from kvattic.driver.planning import AttendKeywords, AttendOptions, Masks
+from kvattic.driver.results import AttendPlan, AttendResult, JobResult, Part
+from kvattic.driver.sequence import Sequence
 from kvattic.errors import CapacityError, ConfigMismatchError, DeviceTimeoutError, KvatticError, RequestError
 from kvattic.spec import layout
 from kvattic.spec.commands import Mode
 from kvattic.spec.config import PAPER, Config
-from kvattic.spec.elements import as_array
+from kvattic.spec.elements import Bits, Integers, as_array
+from kvattic.support.closing import end_block
 from kvattic.support.renamed import old_selection_keywords
 from kvattic.targets import open as open_device
 
@@ -150,11 +144,12 @@ class ArrayPlan:
     Attributes:
         sequence: whose tokens are attended.
         jobs: (drive, command) of all.
+        join: makes the answer of the jobs' results.
     """
 
     sequence: "ArraySequence"
     jobs: list[tuple[int, Job]]
-    _finish: Callable[[list[JobResult]], AttendResult]
+    join: Callable[[list[JobResult]], AttendResult]
 
     def finish(self, results: list[JobResult]) -> AttendResult:
         """Put the jobs' results together.
@@ -162,7 +157,7 @@ class ArrayPlan:
         Args:
             results: of `jobs`, in their order.
         """
-        return self._finish(results)
+        return self.join(results)
 
 
 class ArraySequence:
@@ -221,11 +216,20 @@ class ArraySequence:
             KvatticError: what the first drive reports that reports anything; all that can be is free nevertheless.
         """
         if not self._freed:
-            self._freed = True
-            self.device._sequences.discard(self)
+            self.forget()
+            self.device.forget(self)
             _all_of((share.drive, share.sequence.free) for share in self._shares.values())
 
-    def _check_open(self) -> None:
+    def forget(self) -> None:
+        """For `DriveArray.close`: count as freed, because the devices free their parts."""
+        self._freed = True
+
+    def check_open(self) -> None:
+        """Refuse to go on if the sequence was freed.
+
+        Raises:
+            RequestError: it was.
+        """
         if self._freed:
             raise RequestError("the sequence was freed; create another one")
 
@@ -237,7 +241,7 @@ class ArraySequence:
         Raises:
             RequestError: there is no such layer, the sequence was freed, or a write failed on some drives only.
         """
-        self._check_open()
+        self.check_open()
         lengths = {drive: _on(drive, share.sequence.length, layer) for drive, share in self._shares.items()}
         if self.split == "heads":
             total, good = min(lengths.values()), len(set(lengths.values())) == 1
@@ -274,7 +278,7 @@ class ArraySequence:
         Raises:
             RequestError: see there; and the sequence is split by context.
         """
-        self._check_open()
+        self.check_open()
         if self.split != "heads":
             raise RequestError("the mean of V is kept with K in the feature layout only (split='heads', sparse=True)")
         return np.concatenate([_on(share.drive, share.sequence.mean_value, layer) for share in self._shares.values()])
@@ -365,55 +369,44 @@ class ArraySequence:
     # Attention.
 
     @old_selection_keywords
-    def attend(self, query: ArrayLike, *, timeout_s: float | None = None, **options: Any) -> AttendResult:
+    def attend(self, query: ArrayLike, *, layer: int = 0, timeout_s: float | None = None,
+               **options: Unpack[AttendKeywords]) -> AttendResult:
         """Attention of queries over a layer's tokens; see `Sequence.attend`.
 
         Args:
             query: (q_heads, n_queries, head_dim).
-            timeout_s: patience with all of it.
-            options: those of `plan`.
+            layer: which layer.
+            timeout_s: seconds that all of it may take.
+            options: see `planning.AttendOptions`.
         """
-        return self.attend_async(query, **options).result(timeout_s)
+        return self.attend_async(query, layer=layer, **options).result(timeout_s)
 
     @old_selection_keywords
-    def attend_async(self, query: ArrayLike, **options: Any) -> ArrayFuture[AttendResult]:
+    def attend_async(self, query: ArrayLike, *, layer: int = 0,
+                     **options: Unpack[AttendKeywords]) -> ArrayFuture[AttendResult]:
         """The same, without waiting for the end."""
-        plan = self.plan(query, **options)
-        return ArrayFuture(self.device._submit([plan]), plan.finish)
+        plan = self.plan(query, layer=layer, **options)
+        return ArrayFuture(self.device.submit([plan]), plan.finish)
 
     @old_selection_keywords
-    def plan(
-        self,
-        query: ArrayLike,
-        *,
-        layer: int = 0,
-        scale: float | None = None,
-        causal: bool = False,
-        window: int | None = None,
-        tree: ArrayLike | None = None,
-        start: ArrayLike | None = None,
-        end: ArrayLike | None = None,
-        mode: Mode | str = Mode.DENSE,
-        **selection: Any,
-    ) -> ArrayPlan:
+    def plan(self, query: ArrayLike, *, layer: int = 0, **options: Unpack[AttendKeywords]) -> ArrayPlan:
         """The jobs of an `attend` call, for `DriveArray.attend_many`; arguments and errors are those of `Sequence`.
 
         Raises:
             RequestError: see there; and a sparse mode of a sequence that is split by context.
         """
-        length = self.length(layer)
-        masks = {"causal": causal, "window": window, "tree": tree, "start": start, "end": end}
+        length, asked = self.length(layer), AttendOptions(**options)
         if self.split == "heads":
-            return self._head_plan(query, {"layer": layer, "scale": scale, **masks, "mode": mode, **selection})
-        if mode not in (Mode.DENSE, "dense"):
-            raise RequestError(f"mode {mode.name.lower() if isinstance(mode, Mode) else mode} chooses from all tokens, "
+            return self._head_plan(query, layer, asked)
+        if asked.mode is not Mode.DENSE:
+            raise RequestError(f"mode {asked.mode_name} chooses from all tokens, "
                                "which no drive of a sequence that is split by context has; create it with "
                                "split='heads', or attend densely")
         if length == 0:
             raise RequestError(f"layer {layer} has no tokens: prefill it before attending")
-        return self._context_plan(query, layer, length, scale, masks, selection)
+        return self._context_plan(query, layer, length, asked)
 
-    def _head_plan(self, query: ArrayLike, options: dict[str, Any]) -> ArrayPlan:
+    def _head_plan(self, query: ArrayLike, layer: int, options: AttendOptions) -> ArrayPlan:
         array = as_array(query)
         if array.ndim != 3 or 0 in array.shape:
             raise RequestError(f"query must be (q_heads, n_queries, head_dim) = (at least {self.kv_heads}, at least 1, "
@@ -422,8 +415,9 @@ class ArraySequence:
             raise RequestError(f"q_heads must be a multiple of the sequence's {self.kv_heads} KV heads, not "
                                f"{array.shape[0]}")
         group = array.shape[0] // self.kv_heads
-        plans = [(share.drive, share.sequence.plan(
-            array[share.heads.start * group : share.heads.stop * group], **options)) for share in self._shares.values()]
+        plans = [(share.drive, share.sequence.plan_with(
+            array[share.heads.start * group : share.heads.stop * group], options, layer=layer))
+            for share in self._shares.values()]
 
         def finish(results: list[JobResult]) -> AttendResult:
             waiting = iter(results)
@@ -435,33 +429,32 @@ class ArraySequence:
                 completions=[completion for one in each for completion in one.completions])
 
         return ArrayPlan(sequence=self, jobs=[(drive, job) for drive, plan in plans for job in plan.jobs],
-                         _finish=finish)
+                         join=finish)
 
-    def _context_plan(self, query: ArrayLike, layer: int, length: int, scale: float | None, masks: dict[str, Any],
-                      selection: dict[str, Any]) -> ArrayPlan:
+    def _context_plan(self, query: ArrayLike, layer: int, length: int, options: AttendOptions) -> ArrayPlan:
         ranks = [(rank, self._shares[self._drive(layer, rank)]) for rank in range(self.device.drives)
                  if self._count(rank, length)]
         # The rows of each job, and whatever can be wrong with them.
         first = ranks[0][1].sequence
-        pattern = first.plan(query, layer=layer, scale=scale, **selection)
+        pattern = first.plan_with(query, AttendOptions(scale=options.scale), layer=layer)
         q_heads, n_queries, _ = pattern.shape
-        whole = make_masks(length, n_queries, **masks)
+        whole = options.masks(length, n_queries)
         mapped = [(share, self._map(rank, whole, length)) for rank, share in ranks]
         group = q_heads // self.kv_heads
         jobs: list[tuple[int, Job]] = []
         parts: list[Part] = []
-        for part in pattern._parts:
+        for part in pattern.parts:
             like = pattern.jobs[part.jobs.start]
             before = len(jobs)
-            rows = [(share, _rows(local, group, part.rows)) for share, local in mapped]
+            rows = [(share, local.of_rows(group).cut(part.rows)) for share, local in mapped]
             # Drives without any token of these rows have nothing to do; one must say so where none has any.
             busy = [one for one in rows if (one[1].end > one[1].start).any()] or rows[:1]
             for share, local in busy:
-                jobs += [(share.drive, job) for job in share.sequence._jobs(
+                jobs += [(share.drive, job) for job in share.sequence.dense_jobs(
                     layer, part.kv_head, like.query, like.scale_bits, local)]
             parts.append(Part(part.kv_head, part.rows, range(before, len(jobs))))
-        merged = AttendPlan(sequence=first, shape=pattern.shape, jobs=[job for _, job in jobs], _parts=parts)
-        return ArrayPlan(sequence=self, jobs=jobs, _finish=merged.finish)
+        merged = AttendPlan(sequence=first, shape=pattern.shape, jobs=[job for _, job in jobs], parts=parts)
+        return ArrayPlan(sequence=self, jobs=jobs, join=merged.finish)
 
     def _map(self, rank: int, masks: Masks, length: int) -> Masks:
         """The masks in a drive's own numbers of tokens.
@@ -531,12 +524,16 @@ class DriveArray:
             KvatticError: what the first drive reports that reports anything; the others are closed nevertheless.
         """
         for sequence in self._sequences:
-            sequence._freed = True      # the devices free their parts
+            sequence.forget()
         self._sequences.clear()
         _all_of((drive, device.close) for drive, device in enumerate(self.devices))
 
+    def forget(self, sequence: ArraySequence) -> None:
+        """For `ArraySequence.free`: the sequence is not the array's any more."""
+        self._sequences.discard(sequence)
+
     def poll(self) -> int:
-        """Take the completions that are there, of all drives, without waiting.
+        """Take the completions that have come, of all drives, without waiting.
 
         Returns:
             How many there were.
@@ -635,12 +632,16 @@ class DriveArray:
             waiting = iter(results)
             return [plan.finish([next(waiting) for _ in plan.jobs]) for plan in plans]
 
-        return ArrayFuture(self._submit(plans), finish)
+        return ArrayFuture(self.submit(plans), finish)
 
-    def _submit(self, plans: Series[ArrayPlan]) -> list[tuple[int, Future[JobResult]]]:
-        """(drive, future) of each job of all plans."""
+    def submit(self, plans: Series[ArrayPlan]) -> list[tuple[int, Future[JobResult]]]:
+        """Begin the jobs of several plans; (drive, future) of each job.
+
+        Raises:
+            RequestError: a plan's sequence was freed or belongs to another array.
+        """
         for plan in plans:
-            plan.sequence._check_open()
+            plan.sequence.check_open()
             if plan.sequence.device is not self:
                 raise RequestError("a plan belongs to a sequence of another array")
         jobs = [one for plan in plans for one in plan.jobs]
@@ -681,12 +682,6 @@ def open_array(targets: Iterable[str], config: Config | str = PAPER, **options: 
 # Helpers.
 
 
-def _rows(masks: Masks, group: int, rows: slice) -> Masks:
-    """The masks of a job's rows, which are `group` for each query."""
-    start, end, tree = (np.repeat(column, group)[rows] for column in (masks.start, masks.end, masks.tree))
-    return Masks(start, end, tree, masks.tree_token)
-
-
 def _named(error: BaseException, drive: int) -> BaseException:
     """The same error, with the drive in its message."""
     if not isinstance(error, KvatticError):
@@ -724,7 +719,7 @@ def _begin(sequence: Sequence, key: Bits, value: Bits, layer: int) -> Future[Non
         return sequence.append_async(key, value, layer=layer)
     except KvatticError as error:
         failed: Future[None] = Future(_NoDriver())
-        failed._fail(error)
+        failed.set_exception(error)
         return failed
 
 

@@ -21,8 +21,8 @@ def open(target: str = "model", config: Config | str = PAPER, **options: Any) ->
         target: `model`, the bit-exact golden device in NumPy; `sim:verilator` or `sim:icarus`, the RTL in a simulator's
             process; `mmio:/dev/xdma0`, an FPGA behind a PCIe driver's character devices.
         config: a configuration, or the name of a preset.
-        options: of `Device`, and of the target: `golden_device.GoldenDevice`, `sim_transport.open_simulator`,
-            `mmio_transport.open_mmio`.
+        options: of `Device`, and of the target: `golden.device.GoldenDevice`,
+            `transport.simulator.open_simulator`, `transport.mmio.open_mmio`.
 
     Raises:
         RequestError: there is no such target.

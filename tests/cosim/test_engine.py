@@ -154,9 +154,9 @@ class OwnQueues(Host):
 
 def admin(device: Device, line: bytes) -> Completion:
     """Run a command in the driver's queue 0."""
-    command = device._dispatcher.command(ADMIN, line, lambda completion, _: completion)
-    device._dispatcher.submit([command])
-    return device._dispatcher.finish(command.future)
+    command = device.dispatcher.command(ADMIN, line, lambda completion, _: completion)
+    device.dispatcher.submit([command])
+    return device.dispatcher.finish(command.future)
 
 
 def numbered(lines: Any) -> list[bytes]:
@@ -670,7 +670,7 @@ def doorbells(device: Device) -> dict[str, Any]:
                 busy.append(transport.read_register("STATUS") & StatusBit.BUSY)
                 if busy[0]:    # most of them are not fetched
                     assert ring(name, value - 1) == (refused, 1 << 24 | value - 1)
-                for other in (device._dispatcher._queues[1].entries, 0xFFFF_FFFF):
+                for other in (device.dispatcher._queues[1].entries, 0xFFFF_FFFF):
                     found[f"tail {other}"] = ring(name, other)
                 found["no such queue"] = ring("SUBMISSION_TAIL_5", 1)
                 found["nothing of it to take"] = ring("COMPLETION_HEAD_5", 0)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvattic.array import ArrayFuture, DriveArray, open_array
 from kvattic.driver.device import Device
-from kvattic.driver.jobs import AttendResult
+from kvattic.driver.results import AttendResult
 from kvattic.errors import (
     CapacityError,
     ConfigError,
@@ -368,12 +368,12 @@ def test_bad_calls(split):
 def test_no_room_on_one_drive_takes_none_on_the_others():
     # The second drive is full.
     array = array_of(2)
-    free = [device.free_zones - device._allocator._wanted() for device in array.devices]
+    free = [device.free_zones - device.media.allocator._wanted() for device in array.devices]
     zone = TINY.zone_pages * STRIPE * TINY.channels // 2
     array.devices[1].create_sequence(1, capacity_tokens=free[1] * zone)
     with pytest.raises(CapacityError, match=r"^drive 1: a sequence of 1 layers, 1 KV heads and .* has no room"):
         array.create_sequence(2, capacity_tokens=2 * zone)
-    assert array.devices[0].free_zones - array.devices[0]._allocator._wanted() == free[0]
+    assert array.devices[0].free_zones - array.devices[0].media.allocator._wanted() == free[0]
     array.create_sequence(1, capacity_tokens=zone)
 
 
@@ -435,7 +435,7 @@ def test_tokens_that_are_the_first_ones_count():
     key, value, query = tensors(1, 4 * STRIPE, 1, 1)
     sequence = array.create_sequence(1, capacity_tokens=200, split="context")
     sequence.prefill(key[:, : 2 * STRIPE - 3], value[:, : 2 * STRIPE - 3])
-    dram = array.devices[2]._dram
+    dram = array.devices[2].media.dram
     pages = dram.allocate(dram.largest)
     with pytest.raises(CapacityError, match=r"^drive 2: the device DRAM is full"):
         sequence.append(key[:, 2 * STRIPE - 3 : 2 * STRIPE + 5], value[:, 2 * STRIPE - 3 : 2 * STRIPE + 5])

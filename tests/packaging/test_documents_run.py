@@ -1,7 +1,7 @@
 """What README and the pages show can be done: their Python runs, and what they name exists.
 
-All ```python blocks of a page run one after the other in one namespace, as a reader would type them, with `numpy` as `np`
-and `kvattic` imported.  Two comments in a page help, which no reader sees:
+All ```python blocks of a page run one after the other in one namespace, as a reader would type them, with `numpy` as
+`np` and `kvattic` imported.  Two comments in a page help, which no reader sees:
 
     <!-- run:
     key, value = rng.standard_normal((2, 2, 100, 32))
@@ -10,7 +10,11 @@ and `kvattic` imported.  Two comments in a page help, which no reader sees:
 runs like a block, for what the page takes for granted; and `<!-- not run: why -->` right before a block leaves it out.
 """
 
+import builtins
+import importlib
 import importlib.util
+import inspect
+import pkgutil
 import re
 import shlex
 from collections.abc import Iterator
@@ -20,6 +24,8 @@ import numpy as np
 import pytest
 
 import kvattic
+import kvattic_hdl
+import kvattic_sim
 from kvattic import cli
 from kvattic_sim.reports.bench import BARS
 
@@ -118,7 +124,7 @@ def test_commands_of_the_command_line_exist(page, capsys):
 
 
 TOPS = ("docs", "examples", "hdl", "host", "include", "sim", "tests")
-PATH = re.compile(r"((?:%s)/[\w./-]+|\w+\.(?:py|sv|npz|log))" % "|".join(TOPS))
+PATH = re.compile(rf"((?:{'|'.join(TOPS)})/[\w./-]+|\w+\.(?:py|sv|npz|log))")
 MODULE = re.compile(r"((?:kvattic|kvattic_hdl|kvattic_sim)(?:\.\w+)+)(?:\(.*)?")
 FILES = {path.name for top in TOPS for path in (ROOT / top).rglob("*.*") if "__pycache__" not in path.parts}
 MADE = {"source.py", "rows.csv"}
@@ -130,7 +136,8 @@ def test_files_that_are_named_exist(page):
     for code in re.findall(r"`([^`\n]+)`", FENCE.sub("", page.read_text())):
         if found := PATH.fullmatch(code.partition("::")[0]):
             path = found[1]
-            assert path in MADE or (path in FILES if "/" not in path else (ROOT / path).exists()), f"{name(page)}: {path}"
+            found_there = (ROOT / path).exists() if "/" in path else path in FILES | MADE
+            assert found_there, f"{name(page)}: {path}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -160,3 +167,57 @@ def resolves(dotted: str) -> bool:
 def test_what_does_not_exist_is_found():
     assert resolves("kvattic.Config") and resolves("kvattic.spec.nand.PARTS") and not resolves("kvattic.nothing")
     assert words("$ PRESET=tiny make sim  # a comment") == ["make", "sim"]
+
+
+def test_every_exception_has_its_section():
+    from kvattic import errors
+
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    for class_name in (name for name, thing in vars(errors).items() if isinstance(thing, type)):
+        assert class_name == "KvatticError" or f"\n## {class_name}\n" in text, class_name
+
+
+def test_the_trial_has_twenty_kinds_of_change():
+    _, _, trial = (ROOT / "docs" / "contributing.md").read_text().partition("## A reader's trial")
+    rows = [line for line in trial.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 20
+    assert len(set(rows)) == len(rows)
+
+
+def classes() -> dict[str, list[type]]:
+    """All classes of the packages by their names."""
+    found: dict[str, list[type]] = {}
+    for package in (kvattic, kvattic_hdl, kvattic_sim):
+        for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if info.name.endswith((".__main__", ".train", ".cocotb_channels", ".cocotb_jobs", ".cocotb_server")):
+                continue
+            for class_name, thing in vars(importlib.import_module(info.name)).items():
+                if isinstance(thing, type) and thing not in found.setdefault(class_name, []):
+                    found[class_name].append(thing)
+    return found
+
+
+def has(thing: type, member: str) -> bool:
+    """Whether a class has a member; of a component's ports, whether its docstring names one."""
+    named = re.findall(r"\w+", inspect.getdoc(thing) or "")
+    return hasattr(thing, member) or member in getattr(thing, "__annotations__", {}) or member in named or (
+        f"self.{member} " in inspect.getsource(thing))
+
+
+OTHERS = {"AnnAttention", "Config(ecc_t=...)"}
+"""Classes of other projects."""
+
+
+def test_classes_and_members_that_are_named_exist():
+    known = classes()
+    missing = set()
+    for page in PAGES:
+        for code in re.findall(r"`([^`\n]+)`", FENCE.sub("", page.read_text())):
+            if found := re.fullmatch(r"([A-Z][a-z]+(?:[A-Z][a-z]+)*)(?:\.([a-z]\w*))?(?:\(.*|\[.*)?", code):
+                class_name, member = found[1], found[2]
+                if hasattr(builtins, class_name) or class_name in OTHERS:
+                    continue
+                things = known.get(class_name, [])
+                if not (any(has(thing, member) for thing in things) if member else things):
+                    missing.add(f"{name(page)}: {code}")
+    assert missing == set()

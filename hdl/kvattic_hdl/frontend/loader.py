@@ -28,7 +28,6 @@ from kvattic.spec.commands import (
     result_row_bytes,
 )
 from kvattic.spec.config import ELEMENT_BYTES, Config
-from kvattic.spec.formats import SCORE_WINDOW_FRACTION
 from kvattic.spec.registers import COUNTERS, QUEUES
 from kvattic_hdl.frontend.checks import (
     HALF,
@@ -66,7 +65,7 @@ BLOCKS = ("query", "result", "table")
 OUTSTANDING = 16
 """Lines that are asked for and have not come, at most: covers a latency of about 128 cycles."""
 WORD_ELEMENTS = WORD_BYTES // ELEMENT_BYTES
-FP32_BITS, FP32_FRACTION, FP32_EXPONENT, FP32_BIAS = 32, 23, 8, 127
+FP32_BITS, FP32_FRACTION, FP32_EXPONENT = 32, 23, 8
 
 
 class Loader(wiring.Component):
@@ -366,12 +365,7 @@ class Loader(wiring.Component):
                 | (last_page + config.tokens_per_page < end_page)
             ),
             bad_scale.eq(scale[-1] | ~scale_exponent.any() | scale_exponent.all()),
-            k_offset.eq(
-                scale_exponent
-                - FP32_BIAS
-                + SCORE_WINDOW_FRACTION
-                - 2 * config.element.encoding.offset
-            ),
+            k_offset.eq(scale_exponent + config.element.encoding.score_offset),
         ]
 
         # Flash commands, and those that change or write what the drive knows of itself.

@@ -10,14 +10,14 @@ from kvattic.spec.commands import SKETCH_ENTRY, TABLE_ENTRY, Kind, Mode
 from kvattic.spec.config import Config
 from kvattic.spec.formats import (
     DIGIT_BITS,
+    QUERY_SHIFT,
     SCORE_SUM_BITS,
     SCORE_WINDOW_BITS,
     SIGNIFICAND_BITS,
-    VALUE_FRACTION,
     WEIGHT_BITS,
     WEIGHT_EXPONENT_BITS,
 )
-from kvattic_hdl.datapath.cell import ADDEND_STAGE, READ_STAGE, SUM_STAGE, Cell, accumulator_words, group_base, headroom
+from kvattic_hdl.datapath.cell import ADDEND_STAGE, READ_STAGE, SUM_STAGE, Cell, accumulator_words, group_base
 from kvattic_hdl.datapath.score import ScoreUnit, score_interval, scored_token
 from kvattic_hdl.datapath.weights import WeightUnit
 from kvattic_hdl.lane.first_pass import ChosenChannels, FirstPass
@@ -36,6 +36,7 @@ from kvattic_hdl.lib.interfaces import (
     Shapes,
 )
 from kvattic_hdl.lib.records import fields, table_entry
+from kvattic_hdl.lib.stream_buffer import StreamBuffer
 from kvattic_hdl.sparse.lane_topk import Selector
 from kvattic_hdl.verilog.shared import shared
 
@@ -253,6 +254,11 @@ class Lane(wiring.Component):
 
         m.submodules.ring = ring = ScoreRing(config)
 
+        # Whether the engine takes a request is known a cycle late: no path goes through a lane within a cycle.
+        m.submodules.request_buffer = request_buffer = StreamBuffer(shapes.request)
+        asked = request_buffer.i
+        connect(m, request_buffer.o, flipped(self.requests))
+
         # K runs one job ahead of V: K0 K1 V0 K2 V1 ...; where K can't go on, V does.
         ahead = Signal(range(slots + 1))
         m.d.sync += ahead.eq(ahead + key_walker.end - value_walker.end)
@@ -265,11 +271,11 @@ class Lane(wiring.Component):
             # A sparse job's V is asked for when it may come: until then it would hold dies that others could use, and
             # what lies between two of its reads is another job's.
             value_walker.room.eq(~value_walker.skip | self.value_open.bit_select(value_walker.slot, 1)),
-            self.requests.valid.eq(first_turn | (~first_holds & Mux(
+            asked.valid.eq(first_turn | (~first_holds & Mux(
                 key_turn, key_walker.requests.valid, value_walker.requests.valid))),
-            self.requests.payload.eq(Mux(key_turn, key_walker.requests.payload, value_walker.requests.payload)),
-            key_walker.requests.ready.eq(self.requests.ready & key_turn & ~first_turn & ~first_holds),
-            value_walker.requests.ready.eq(self.requests.ready & ~key_turn & ~first_turn & ~first_holds),
+            asked.payload.eq(Mux(key_turn, key_walker.requests.payload, value_walker.requests.payload)),
+            key_walker.requests.ready.eq(asked.ready & key_turn & ~first_turn & ~first_holds),
+            value_walker.requests.ready.eq(asked.ready & ~key_turn & ~first_turn & ~first_holds),
             key_fired.eq(key_walker.requests.valid & key_walker.requests.ready),
             value_fired.eq(value_walker.requests.valid & value_walker.requests.ready),
         ]
@@ -310,11 +316,11 @@ class Lane(wiring.Component):
                     first_walker.requests.valid & ~key_walker.follow & ~value_walker.follow
                     & (first_holds | ~(key_walker.requests.valid | value_walker.requests.valid)
                        | Mux(first_walker.requests.payload.dram, dram_turn, first_ahead == 0))),
-                first_walker.requests.ready.eq(self.requests.ready & first_turn),
-                first_fired.eq(first_turn & self.requests.ready),
+                first_walker.requests.ready.eq(asked.ready & first_turn),
+                first_fired.eq(first_turn & asked.ready),
             ]
             with m.If(first_turn):
-                m.d.comb += self.requests.payload.eq(first_walker.requests.payload)
+                m.d.comb += asked.payload.eq(first_walker.requests.payload)
 
             # Its lists: where a stripe's sketch lies (or K, of one that is attended whole), and the chosen channels.
             sketch = fields(SKETCH_ENTRY, self.load.data[: SKETCH_ENTRY.size * 8])
@@ -666,10 +672,8 @@ class Lane(wiring.Component):
         scale_port = kept("k_offsets", "k_offset")
         m.d.comb += scale_port.addr.eq(pipe[1].where.slot)
         bases_2 = [Signal(signed(SHIFT_BITS), name=f"base_2_{r}") for r in range(rows if sparse else 1)]
-        # K: the window's top is `headroom` above an unshifted product; q's significand stands WEIGHT_BITS - 11 high,
-        # and -exponent = ~exponent + 1.  V: the weight is significand * 2**-(exponent + WEIGHT_BITS - 1).
-        key_base = headroom(config) + (WEIGHT_BITS - SIGNIFICAND_BITS) + 1
-        value_base = headroom(config) - (VALUE_FRACTION - (WEIGHT_BITS - 1) - element.offset)
+        # K: -exponent = ~exponent + 1.
+        key_base = element.score_shift + 1
         for r, base_2 in enumerate(bases_2):
             k_offset = scale_port.data.k_offset
             if sparse:
@@ -685,7 +689,7 @@ class Lane(wiring.Component):
                     write.en.eq(self.load_valid & self.load.scale & (self.load.row == r)),
                 ]
                 k_offset = Mux(pipe[1].channel, port.data, k_offset)
-            m.d.sync += base_2.eq(Mux(pipe[1].key, key_base - k_offset, value_base))
+            m.d.sync += base_2.eq(Mux(pipe[1].key, key_base - k_offset, element.value_shift))
         special_2 = Signal(elements)
         cells = []
         for r in range(rows):
@@ -708,7 +712,7 @@ class Lane(wiring.Component):
                 shift_3 = Signal(signed(SHIFT_BITS), name=f"shift_{r}_{e}")
                 with m.If(pipe[1].key):
                     m.d.sync += [
-                        significand_a.eq(a.significand << (WEIGHT_BITS - SIGNIFICAND_BITS)),
+                        significand_a.eq(a.significand << QUERY_SHIFT),
                         sign.eq(a.sign ^ b.sign),
                         exponent_a.eq(~Cat(a.exponent, Const(0, 1)).as_signed()),
                     ]

@@ -28,15 +28,18 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import output_capturing
 
 from kvattic.array import SPLITS, ArrayPlan, ArraySequence, DriveArray
+from kvattic.driver.checks import as_member, check_integer, check_positive
 from kvattic.driver.device import Device
-from kvattic.driver.jobs import MAX_SINKS, AttendPlan, AttendResult, Integers, check_integer, check_positive, end_block
-from kvattic.driver.sequence import MAX_UNITS, Sequence
+from kvattic.driver.jobs import MAX_SINKS, MAX_UNITS
+from kvattic.driver.results import AttendPlan, AttendResult
+from kvattic.driver.sequence import Sequence
 from kvattic.errors import ConfigError, KvatticError, RangeError, RequestError
 from kvattic.spec.commands import Mode
 from kvattic.spec.config import ELEMENT_BYTES, HEAD_DIMS, MAX_ROWS, PAPER, Config, preset
-from kvattic.spec.elements import from_bits, to_bits
+from kvattic.spec.elements import Integers, from_bits, to_bits
 from kvattic.spec.formats import Element
 from kvattic.spec.layout import unit_bits
+from kvattic.support.closing import end_block
 from kvattic.support.renamed import old_selection_keywords
 
 __all__ = ["NAME", "DriveCache", "DriveLayer", "config_for", "round_to_storage"]
@@ -66,6 +69,9 @@ _OWN_OPTIONS = {"self", "kv_heads", "capacity_tokens", "layers", "sparse", "cent
 """Arguments of `create_sequence` that a `DriveCache` sets itself."""
 _WIDTHS = ("head_dim", "v_head_dim", "qk_head_dim", "swa_head_dim", "swa_v_head_dim", "global_head_dim")
 """Names that configurations have for what a head of K or V has of elements."""
+
+_CAN_SET_ATTENTION, _COLLECTOR = "_can_set_attn_implementation", "_active_collector"
+"""What transformers has no public names for: whether a model's attention can be exchanged, and what it shall return."""
 
 _last = local()
 """In `layer`, a weak reference to the `DriveLayer` that took K and V last, of each thread."""
@@ -262,7 +268,7 @@ class DriveLayer(CacheLayerMixin):
         """Take zones of flash for the rows of this batch."""
         del value_states
         rows, heads = key_states.shape[:2]
-        self._cache._start(rows, heads)
+        self._cache.start(rows, heads)
         self.batch_size = rows
         self._kept = [np.zeros(0, np.bool_)] * rows
         self.is_initialized = True
@@ -280,7 +286,7 @@ class DriveLayer(CacheLayerMixin):
                 the backend, or an earlier step failed.
         """
         cache = self._cache
-        cache._check_step(self, key_states.shape[2])
+        cache.check_step(self, key_states.shape[2])
         most = cache.device.config.head_dim
         for name, states in (("K", key_states), ("V", value_states)):
             if states.shape[-1] > most:
@@ -330,18 +336,18 @@ class DriveLayer(CacheLayerMixin):
         try:
             return self._attend(module, query, key, value, mask, scaling)
         except BaseException as error:
-            self._cache._fail(error)
+            self._cache.fail(error)
             raise
 
     def _attend(self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                 mask: torch.Tensor | None, scaling: float | None) -> torch.Tensor:
         cache, past, config = self._cache, self._length, self._cache.device.config
-        rows = cache._rows(mask, self._kept, key.shape[2])
-        cache._check_rows(rows)
+        rows = cache.rows(mask, self._kept, key.shape[2])
+        cache.check_rows(rows)
         # Errors of those that are done are raised by the next call of their sequence.
         self._writes = [write for write in self._writes if not write.done()]
         if past == 0:
-            cache._write_next(self)
+            cache.write_next(self)
         for row, sequence in enumerate(cache.sequences):
             if len(new := rows.new[row]):
                 keys, values = (_array(states[row], config.head_dim)[:, new] for states in (key, value))
@@ -356,11 +362,11 @@ class DriveLayer(CacheLayerMixin):
             return local
         # The tokens are in device DRAM and can be attended while full stripes move to flash.  A sparse mode attends all
         # that is in DRAM, which must not depend on how far that is.
-        if cache._mode is not Mode.DENSE:
+        if cache.mode is not Mode.DENSE:
             self.wait()
         busy = [row for row, new in enumerate(rows.new) if len(new)]
         plans: list[Any] = [
-            cache._plan(cache.sequences[row], self.number, _array(query[row], config.head_dim)[:, rows.new[row]],
+            cache.plan_row(cache.sequences[row], self.number, _array(query[row], config.head_dim)[:, rows.new[row]],
                         rows.start[row], rows.end[row],
                         query.shape[-1]**-0.5 if scaling is None else float(scaling)) for row in busy]
         width = value.shape[-1]
@@ -393,6 +399,19 @@ class DriveLayer(CacheLayerMixin):
             write.result()
 
     @property
+    def unattended(self) -> bool:
+        """Whether K and V that `update` returned have not come to `attend` yet."""
+        return self._given is not None
+
+    def drop(self) -> None:
+        """Forget K and V that `update` returned."""
+        self._given = None
+
+    def fail(self, error: E) -> E:
+        """See `DriveCache.fail`."""
+        return self._cache.fail(error)
+
+    @property
     def _length(self) -> int:
         return len(self._kept[0]) if self._kept else 0
 
@@ -422,7 +441,7 @@ class DriveLayer(CacheLayerMixin):
         if tokens_to_remove > 0:
             raise RequestError(f"crop takes minus the number of positions to remove, not {tokens_to_remove}")
         left = max(self._length + tokens_to_remove, 0)
-        self._cache._read.clear()
+        self._cache.forget_masks()
         self.wait()
         if left < self._length:
             kept = [row[:left] for row in self._kept]
@@ -493,6 +512,7 @@ class DriveCache(Cache):
         device: the drive.
         capacity_tokens: tokens that each row can hold.
         sequences: one for each row of the batch; none before the first tokens.
+        mode: what a decode step attends.
 
     Raises:
         TypeError: there is no such option.
@@ -508,10 +528,7 @@ class DriveCache(Cache):
         text = config.get_text_config(decoder=True)
         several = isinstance(device, DriveArray)
         _check_options(options, several)
-        names = {one.name.lower(): one for one in Mode}
-        found = names.get(mode) if isinstance(mode, str) else mode
-        if not isinstance(found, Mode):
-            raise RequestError(f"mode must be one of {', '.join(names)}, not {mode!r}")
+        found = as_member("mode", mode, Mode)
         unit_tokens = _check_mode(device.config, found, features, top_units, local_tokens, sinks, unit_tokens)
         if found is not Mode.DENSE and options.get("split") == "context":
             raise RequestError(f"mode {found.name.lower()} chooses from all tokens, which no drive has if sequences "
@@ -534,7 +551,8 @@ class DriveCache(Cache):
         self.device = device
         self.capacity_tokens = capacity
         self.sequences: list[Sequence | ArraySequence] = []
-        self._mode, self._features, self._top_units = found, features, top_units
+        self.mode: Mode = found
+        self._features, self._top_units = features, top_units
         self._local_tokens, self._unit_tokens = local_tokens, unit_tokens
         self._held_tokens, self._sinks = held, kept_sinks
         self._text = text
@@ -556,13 +574,13 @@ class DriveCache(Cache):
     def __deepcopy__(self, memo: Any) -> NoReturn:
         raise RequestError("K and V in the drive cannot be copied: make another DriveCache")
 
-    def _start(self, rows: int, kv_heads: int) -> None:
+    def start(self, rows: int, kv_heads: int) -> None:
         """Sequences for a batch, when its first layer comes."""
         if self.sequences:
             return
-        sparse, centroid = self._mode in (Mode.SPARF, Mode.FETCHED), self._mode is Mode.CENTROID
+        sparse, centroid = self.mode in (Mode.SPARF, Mode.FETCHED), self.mode is Mode.CENTROID
         options = self._options
-        if self._mode is not Mode.DENSE:
+        if self.mode is not Mode.DENSE:
             options = options | {"sinks": self._sinks, "window": _longest_window(self._text) if sparse else None}
         try:
             for _ in range(rows):
@@ -593,6 +611,10 @@ class DriveCache(Cache):
         for sequence in sequences:
             sequence.free()
 
+    def forget_masks(self) -> None:
+        """Forget what masks of earlier steps say."""
+        self._read.clear()
+
     def wait(self) -> None:
         """Wait until all K and V are written, and report what failed.
 
@@ -611,29 +633,34 @@ class DriveCache(Cache):
         if isinstance(self.device, DriveArray):
             raise RequestError("drafts can be removed from a single drive only, not from several")
 
-    def _fail(self, error: E) -> E:
+    def fail(self, error: E) -> E:
         """A step ends with an error; what its layers hold does not fit together from now on."""
         self._failed = f"{type(error).__name__}: {error}"
         for layer in self.layers:
             if isinstance(layer, DriveLayer):
-                layer._given = None
+                layer.drop()
         return error
 
-    def _check_step(self, layer: DriveLayer, count: int) -> None:
-        """Whether a layer's new K and V follow what all layers hold."""
+    def check_step(self, layer: DriveLayer, count: int) -> None:
+        """Check that a layer's new K and V follow what all layers hold.
+
+        Raises:
+            RequestError: they do not, or an earlier step failed.
+        """
         if self._failed:
             raise RequestError("an earlier step of this DriveCache failed, and its layers hold different tokens now: "
                                "reset() it and begin again with the whole text, or use another one; the error was: "
                                f"{self._failed}")
         for other in self.layers:
-            if isinstance(other, DriveLayer) and other._given is not None:
+            if isinstance(other, DriveLayer) and other.unattended:
                 raise RequestError(f"layer {other.number}: the K and V that this DriveCache returned last were not "
                                    f"attended by the backend {NAME!r}: {self._why_not()}; reset() the DriveCache "
                                    "afterwards")
         before = self.layers[layer.number - 1] if layer.number else layer
-        if before is not layer and before._length and before._length != layer._length + count:
-            raise RequestError(f"layer {layer.number} holds {layer._length} positions and gets {count} more, but layer "
-                               f"{before.number} holds {before._length}: an earlier step was interrupted; reset() the "
+        length, wanted = layer.get_seq_length(), before.get_seq_length()
+        if before is not layer and wanted and wanted != length + count:
+            raise RequestError(f"layer {layer.number} holds {length} positions and gets {count} more, but layer "
+                               f"{before.number} holds {wanted}: an earlier step was interrupted; reset() the "
                                "DriveCache and begin again with the whole text")
 
     def _why_not(self) -> str:
@@ -641,14 +668,14 @@ class DriveCache(Cache):
         found = getattr(self._text, "_attn_implementation", NAME)
         classes = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self._text), ())
         kinds = classes if isinstance(classes, tuple) else (classes,)
-        if kinds and not any(kind._can_set_attn_implementation() for kind in kinds):
+        if kinds and not any(getattr(kind, _CAN_SET_ATTENTION)() for kind in kinds):
             return (f"{kinds[0].__name__} computes attention by itself, without transformers' attention interface, and "
                     "is not supported")
         if found != NAME:
             return f"the model's attention is {found!r}, call model.set_attn_implementation({NAME!r})"
         return "the model computes attention by itself and is not supported, or a step was interrupted"
 
-    def _write_next(self, layer: DriveLayer) -> None:
+    def write_next(self, layer: DriveLayer) -> None:
         """Another layer's first tokens are about to be written: not too many at a time, for they hold their memory."""
         while len(self._writing) >= LAYERS_IN_FLIGHT:
             self._writing.popleft().wait()
@@ -656,7 +683,8 @@ class DriveCache(Cache):
 
     # Attention.
 
-    def _rows(self, mask: torch.Tensor | None, before: list[Flags], count: int) -> _Rows:
+    def rows(self, mask: torch.Tensor | None, before: list[Flags], count: int) -> _Rows:
+        """What a step's mask says, read once for all layers; arguments as of `_read_mask`."""
         key = (id(mask), len(before[0]), count)
         if key not in self._read:
             if any(past != len(before[0]) for _, past, _ in self._read):
@@ -665,19 +693,23 @@ class DriveCache(Cache):
             self._read[key] = (mask, _read_mask(mask, before, count))
         return self._read[key][1]
 
-    def _check_rows(self, rows: _Rows) -> None:
-        """Whether a sparse mode can serve a step's masks."""
-        if self._mode is not Mode.DENSE:
+    def check_rows(self, rows: _Rows) -> None:
+        """Check that a sparse mode can serve a step's masks.
+
+        Raises:
+            RequestError: a token attends later ones.
+        """
+        if self.mode is not Mode.DENSE:
             for row, end in enumerate(rows.end):
                 if end is not None:
                     raise RequestError(f"row {row} of the batch: a token attends later ones, which mode "
-                                       f"{self._mode.name.lower()} does not; use mode='dense'")
+                                       f"{self.mode.name.lower()} does not; use mode='dense'")
 
-    def _plan(self, sequence: Sequence | ArraySequence, layer: int, query: NDArray[np.float32],
+    def plan_row(self, sequence: Sequence | ArraySequence, layer: int, query: NDArray[np.float32],
               start: Integers | None, end: Integers | None, scale: float) -> AttendPlan | ArrayPlan:
         """Attention of a row's newest tokens; all that the drive computes goes through here."""
         causal = end is None
-        if self._mode is Mode.DENSE:
+        if self.mode is Mode.DENSE:
             return sequence.plan(query, layer=layer, scale=scale, causal=causal, start=start, end=end)
         assert self._top_units is not None
         # No more units than the query with most of them has.
@@ -685,7 +717,7 @@ class DriveCache(Cache):
         stop = sequence.length(layer) - count + 1 + np.arange(count)
         first = np.zeros(count, np.int64) if start is None else start - start % sequence.stripe_tokens
         units = min(self._top_units, int((-((first - stop) // size)).max()))
-        return sequence.plan(query, layer=layer, scale=scale, causal=causal, start=start, mode=self._mode,
+        return sequence.plan(query, layer=layer, scale=scale, causal=causal, start=start, mode=self.mode,
                              features=self._features, top_units=units,
                              local_tokens=min(self._local_tokens, units * size), unit_tokens=self._unit_tokens)
 
@@ -777,21 +809,21 @@ def _attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch
     layer = getattr(key, _MARK, None)
     if not isinstance(layer, DriveLayer):
         pending = getattr(_last, "layer", lambda: None)()
-        if pending is not None and pending._given is not None:
-            raise pending._cache._fail(RequestError(
+        if pending is not None and pending.unattended:
+            raise pending.fail(RequestError(
                 f"layer {pending.number}: the model changes K after the DriveCache returned them, before it attends "
                 "them: such models are not supported"))
         raise RequestError(f"attn_implementation={NAME!r} attends K and V that a DriveCache returned, but there was "
                            "none: give the model, or generate(), cache=DriveCache(device, model.config)")
     if changes := [name for name in _CHANGES if kwargs.get(name) is not None]:
-        raise layer._cache._fail(RequestError(
+        raise layer.fail(RequestError(
             f"the drive's attention has no {', '.join(changes)}, which this model needs"))
-    if kwargs.get("output_attentions") or "attentions" in (output_capturing._active_collector.get() or ()):
-        raise layer._cache._fail(RequestError(
+    if kwargs.get("output_attentions") or "attentions" in (getattr(output_capturing, _COLLECTOR).get() or ()):
+        raise layer.fail(RequestError(
             "output_attentions: the drive does not give attention weights; leave it out, or use "
             "attn_implementation='eager' without a DriveCache"))
     if dropout or (torch.is_grad_enabled() and query.requires_grad):
-        raise layer._cache._fail(RequestError(
+        raise layer.fail(RequestError(
             "the drive's attention has no gradient and no dropout: call model.eval(), and the model inside "
             "torch.no_grad()"))
     return layer.attend(module, query, key, value, attention_mask, scaling), None

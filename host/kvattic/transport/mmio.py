@@ -42,8 +42,9 @@ from typing import Protocol, Self, TypeAlias
 
 from kvattic.errors import DeviceLostError, DeviceTimeoutError, RequestError
 from kvattic.spec.config import Config
-from kvattic.spec.registers import ADDRESS_BITS, REGISTER_MAP, Register
+from kvattic.spec.registers import ADDRESS_BITS, REGISTER_MAP
 from kvattic.support.forks import Owner
+from kvattic.transport.base import check_range, find_register
 
 __all__ = ["CardFile", "MmioTransport", "Opener", "Use", "open_mmio"]
 
@@ -282,7 +283,7 @@ class MmioTransport:
             DeviceLostError: the card is gone.
         """
         self._check_owner()
-        register = _register(name)
+        register = find_register(name)
         value = 0
         with self._lock:
             for offset in range(0, register.width // 8, 4):
@@ -299,9 +300,7 @@ class MmioTransport:
             RequestError: there is no such register, or the value does not fit it.
             DeviceLostError: the card is gone.
         """
-        register = _register(name)
-        if not 0 <= value < 1 << register.width:
-            raise RequestError(f"{name} has {register.width} bits: {value:#x} does not fit")
+        register = find_register(name, value)
         self._check_owner()
         with self._lock:
             for offset in range(0, register.width // 8, 4):
@@ -346,7 +345,7 @@ class MmioTransport:
             RequestError: outside of the host memory.
             DeviceLostError: the card is gone.
         """
-        _check_range("host memory", self.memory_bytes, address, size)
+        check_range("host memory", self.memory_bytes, address, size)
         return self._read(self._memory_base + address, size)
 
     def write_memory(self, address: int, data: bytes) -> None:
@@ -356,7 +355,7 @@ class MmioTransport:
             RequestError: outside of the host memory.
             DeviceLostError: the card is gone.
         """
-        _check_range("host memory", self.memory_bytes, address, len(data))
+        check_range("host memory", self.memory_bytes, address, len(data))
         self._write(self._memory_base + address, data)
 
     def read_dram(self, address: int, size: int) -> bytes:
@@ -366,7 +365,7 @@ class MmioTransport:
             RequestError: outside of device DRAM.
             DeviceLostError: the card is gone.
         """
-        _check_range("device DRAM", self.dram_bytes, address, size)
+        check_range("device DRAM", self.dram_bytes, address, size)
         return self._read(self._dram_base + address, size)
 
     def write_dram(self, address: int, data: bytes) -> None:
@@ -376,7 +375,7 @@ class MmioTransport:
             RequestError: outside of device DRAM.
             DeviceLostError: the card is gone.
         """
-        _check_range("device DRAM", self.dram_bytes, address, len(data))
+        check_range("device DRAM", self.dram_bytes, address, len(data))
         self._write(self._dram_base + address, data)
 
     # The interrupt.
@@ -411,18 +410,6 @@ class MmioTransport:
                         raise self._failed(Use.EVENTS, 0, "it ended")
         except OSError as error:
             raise self._failed(Use.EVENTS, 0, error.strerror or error) from None
-
-
-def _register(name: str) -> Register:
-    try:
-        return REGISTER_MAP[name]
-    except KeyError:
-        raise RequestError(f"there is no register {name!r}; registers are {', '.join(REGISTER_MAP)}") from None
-
-
-def _check_range(name: str, total: int, address: int, size: int) -> None:
-    if address < 0 or size < 0 or address + size > total:
-        raise RequestError(f"{name} is 0 to {total:#x}: {size} bytes at {address:#x} are not in it")
 
 
 def open_mmio(

@@ -24,7 +24,18 @@ from kvattic.support.terminal import Telling
 from kvattic_sim.lm import evaluate, real
 from kvattic_sim.lm.smollm2 import WeightsError
 from kvattic_sim.reports import figures
-from kvattic_sim.reports.benches import accuracy, bad_blocks, causal, engine, flash, host, house, placement, sparse
+from kvattic_sim.reports.benches import (
+    accuracy,
+    bad_blocks,
+    causal,
+    engine,
+    flash,
+    host,
+    house,
+    models,
+    placement,
+    sparse,
+)
 from kvattic_sim.reports.benches.engine import Bench, Lab, UnavailableError, WrongResultError
 from kvattic_sim.reports.console import make_console
 from kvattic_sim.rtl.jobs import JobError
@@ -66,7 +77,8 @@ _STYLES = {Verdict.MET: "green", Verdict.SHORT: "bold red", Verdict.REPORTED: "d
 DATA_SETS = ("minilm", "fa3_2k", "fa3_32k")
 
 BARS: dict[str, Bar | None] = {
-    **{key: None for bench in (*engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *sparse.BENCHES, *host.BENCHES)
+    **{key: None for bench in (*engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *sparse.BENCHES, *host.BENCHES,
+                                       *models.BENCHES)
        for key in bench.keys},
     **dict.fromkeys(placement.KEYS),
     "engine.dense.utilization.paper": Bar(">=", (0.97,)),
@@ -106,6 +118,9 @@ BARS: dict[str, Bar | None] = {
     "golden.ratio_to_numpy": Bar("<=", (20,), goal=True),
     "golden.ratio_to_numpy_converted": None,
     "golden.seconds": None,
+    "house.model.cpp_mb": Bar("<=", (20,)),
+    "house.model.text_mb": Bar("<=", (3,)),
+    "sim.cycles_per_second.ratio": Bar(">=", (1.5,)),
     "sim.speed_ratio": Bar(">=", (10,)),
     "sim.cycles_per_second.paper": Bar(">=", (20_000,), goal=True),
     **dict.fromkeys(house.KEYS),
@@ -168,7 +183,7 @@ def benches() -> tuple[Bench, ...]:
     reality = Bench(keys=real.KEYS, measure=_real)
     return (placing, *engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *causal.BENCHES, *sparse.BENCHES,
             quality, reality,
-            *host.BENCHES, *house.BENCHES,
+            *host.BENCHES, *house.BENCHES, *models.BENCHES,
             *(alone(prefix, function) for prefix, function in accuracy.BENCHES.items()))
 
 

@@ -158,7 +158,8 @@ def _verilog(config: Config, frames: int, channel_ports: Iterable[str]) -> str:
             "page_words__valid": "1'b0", "page_words__payload": f"{shapes.page_word.size}'d0",
             "outcomes__ready": "1'b1",
         }
-        nand = {"clk": "clk", "rst": "reset", "configure": "configure", "load": "load", "dump": "1'b0"}
+        nand = {"clk": "clk", "rst": "reset", "channel": f"32'd{c}", "configure": "configure",
+                "load": "load", "dump": "1'b0"}
         nand |= {n: f"{n}[{32 * c} +: 32]" for n in ("violations", "load_errors", "words_moved")}
         for path, _, value in phy_signature(config).flatten(phy_signature(config).create()):
             wire = f"phy{c}_" + "_".join(map(str, path))
@@ -166,7 +167,7 @@ def _verilog(config: Config, frames: int, channel_ports: Iterable[str]) -> str:
             signals["phy__" + "__".join(map(str, path))] = wire
             nand["_".join(map(str, path))] = wire
         body.append(f"{CHANNEL} channel{c} (" + ", ".join(f".{k}({v})" for k, v in signals.items()) + ");")
-        parameters = nand_parameters(config, channel=c, frames=frames)
+        parameters = nand_parameters(config, frames=frames)
         body.append(f"nand_channel #({', '.join(f'.{k}({v})' for k, v in parameters.items())}) nand{c} ("
                     + ", ".join(f".{k}({v})" for k, v in nand.items()) + ");")
     fields = {"PLACE_AT": shapes.request["tag"].offset + shapes.tag["place"].offset, "PLACE_BITS": shapes.place.width,

@@ -12,7 +12,7 @@ from amaranth.sim import Simulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvattic.golden import sparse
+from kvattic.golden import first_pass
 from kvattic.spec.commands import (
     COMMAND,
     DATA_COMMAND,
@@ -538,9 +538,9 @@ def check_lanes(config, command, block, table, loads, slot):
     assert sketches == [int.from_bytes(SKETCH_ENTRY.pack(**entry), "little") for entry in table.sketches or ()]
     if has_mean(command):
         query = np.array([row[3] for row in block], np.uint16)
-        best = sparse.top_features(query, command["features"], config.element)
+        best = first_pass.top_features(query, command["features"], config.element)
         assert chosen == best.tolist()
-        significands, exponents = sparse.approximate_scales(query, best, config.element, command["scale"])
+        significands, exponents = first_pass.approximate_scales(query, best, config.element, command["scale"])
         mask = (1 << K_OFFSET_BITS) - 1
         assert scales == {
             row: significand | (k_offset(config, exponent) & mask) << SCALE_BITS

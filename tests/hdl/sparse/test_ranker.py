@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from amaranth.sim import Simulator
 
-from kvattic.golden import sparse
+from kvattic.golden import first_pass
 from kvattic.spec.config import TINY, Config
 from kvattic_hdl.sparse.ranker import Ranker, RowScale
 
@@ -146,16 +146,16 @@ def query(rng, config, rows, spread="near"):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_golden_model(name):
-    """The integers below are those of `kvattic.golden.sparse`."""
+    """The integers below are those of `kvattic.golden.first_pass`."""
     config = CONFIGS[name]
     rng = random.Random(name)
     for spread in ("near", "all", "low", "high"):
         q, count = query(rng, config, config.rows, spread), rng.randint(1, config.head_dim)
         bits = np.array(q, np.uint16)
-        features = sparse.top_features(bits, count, config.element)
+        features = first_pass.top_features(bits, count, config.element)
         chosen, scales = expected(config, q, count, ONE | 0x1234, 130)
         assert features.tolist() == chosen
-        significand, exponent = sparse.approximate_scales(bits, features, config.element, 130 << 23 | 0x1234)
+        significand, exponent = first_pass.approximate_scales(bits, features, config.element, 130 << 23 | 0x1234)
         assert list(zip(significand.tolist(), exponent.tolist(), strict=True)) == scales
 
 

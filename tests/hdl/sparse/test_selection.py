@@ -9,7 +9,7 @@ from amaranth.lib.wiring import Component
 from amaranth.sim import Simulator
 from tests.hdl.sparse.selection_bench import Lane, expect, make_job
 
-from kvattic.golden.sparse import ALPHA_ONE
+from kvattic.golden.first_pass import ALPHA_ONE
 from kvattic.spec.commands import Mode
 from kvattic.spec.config import PAPER, TINY
 from kvattic.spec.formats import SCORE_MASKED, SCORE_MAX, SCORE_MIN

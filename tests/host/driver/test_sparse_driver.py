@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import kvattic
 from kvattic import Mode
 from kvattic.driver.device import Device
-from kvattic.driver.jobs import explain
+from kvattic.driver.diagnosis import explain, where_unreadable
 from kvattic.errors import CapacityError, DeviceStatusError, DeviceTimeoutError, RequestError
 from kvattic.golden import sparse
 from kvattic.golden.device import FlashFaults, GoldenDevice
@@ -624,7 +624,7 @@ def test_what_the_first_pass_cannot_read_is_named(mode):
         else:
             codeword, token = codeword + 1, 128 + 4 * 8
             page, codeword = page + codeword // 4, codeword % 4
-        block, place = device._allocator.block(channel, page), page_place(page, TINY)
+        block, place = device.media.allocator.block(channel, page), page_place(page, TINY)
         device.transport.faults.unreadable.add((block, place.page, codeword))
         with pytest.raises(DeviceStatusError) as error:
             sequence.attend(query, layer=1, mode=mode, **numbers)
@@ -637,7 +637,7 @@ def test_what_the_first_pass_cannot_read_is_named(mode):
         jobs[0].sketch[0] = layout.pack_sketches(6 << 5, 0, 1)
         results = device.run(jobs, check=False)
         assert [r.completion.status for r in results] == [Status.UNREADABLE_SKETCH, Status.OK, Status.UNREADABLE_SKETCH]
-        text = device._unreadable(jobs[2], results[2].completion)
+        text = where_unreadable(jobs[2], results[2].completion, device.media)
         assert re.search(r", codeword \d \(not the first of the batch, which is page number 192 of channel 0\)$", text)
 
 
@@ -649,8 +649,8 @@ def test_a_tail_that_cannot_be_read_is_named():
         jobs = sequence.plan(query, mode="sparf", features=4, top_units=4).jobs
         completion = replace(device.run(jobs)[0].completion, status=Status.UNREADABLE_SKETCH, where=24)
         first = int(layout.unpack_entries(jobs[0].table).key_page[0])
-        assert device._unreadable(jobs[0], completion) == f": device DRAM, page {first + 1}, codeword 2"
+        assert where_unreadable(jobs[0], completion, device.media) == f": device DRAM, page {first + 1}, codeword 2"
         # What there is not, is nobody's.
-        sequence._layers[0].table[0, 0] = layout.pack_entries(0, 1 << 23, 0, 1)
+        sequence._writer.layers[0].table[0, 0] = layout.pack_entries(0, 1 << 23, 0, 1)
         with pytest.raises(DeviceStatusError, match="NOT_OWNED: what entry 0 of the table names is not the domain's"):
             sequence.attend(query, mode="sparf", features=4, top_units=4)

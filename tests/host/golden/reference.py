@@ -210,7 +210,7 @@ def attend(
 
 
 class SparseReference(NamedTuple):
-    """The intermediates of `kvattic.golden.sparse.First` and of its second pass, as nested lists of Python integers."""
+    """The intermediates of `first_pass.FirstPass` and of the second pass, as nested lists of Python integers."""
 
     features: list[int]
     scale_significand: list[int]

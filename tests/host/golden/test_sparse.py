@@ -15,8 +15,8 @@ from tests.host.golden import reference
 from tests.host.golden.test_golden import ELEMENTS, INFINITY, LARGEST, LOG2E, Bits, element_bits
 
 from kvattic.errors import RequestError
-from kvattic.golden import dense, sparse
-from kvattic.golden.sparse import ALPHA_ONE, FORCED
+from kvattic.golden import dense, first_pass, sparse
+from kvattic.golden.first_pass import ALPHA_ONE, FORCED
 from kvattic.spec import formats
 from kvattic.spec.commands import CompletionFlag, Mode, fp32_bits
 from kvattic.spec.config import PAPER
@@ -176,7 +176,7 @@ def test_agrees_with_the_reference_on_ordinary_data(mode: Mode, element: Element
 @ELEMENTS
 def test_magnitudes_of_every_pattern(element: Element) -> None:
     bits = np.arange(1 << 16, dtype=np.uint16)[None]
-    got = sparse.magnitudes(bits, element)[0]
+    got = first_pass.magnitudes(bits, element)[0]
     assert got.tolist() == [reference.magnitude(reference.number(int(b), element)) for b in bits[0]]
     assert got.max() == (1 << formats.MAGNITUDE_BITS) - 1 if element is Element.BF16 else got.max() == 65504 << 24
     if element is Element.FP16:    # exact
@@ -188,14 +188,14 @@ def test_top_features_are_those_of_all_rows_and_ties_go_to_the_lower() -> None:
     query = to_bits(np.array([[1.0, -3.0, 2.0, 0.0, -2.0, 1.0], [1.0, 0.0, 0.0, 2.0, 0.0, -1.0]]), Element.FP16)
     # Sums: 2, 3, 2, 2, 2, 2.
     for r, want in enumerate(([1], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]), 1):
-        assert sparse.top_features(query, r, Element.FP16).tolist() == want
+        assert first_pass.top_features(query, r, Element.FP16).tolist() == want
 
 
 def test_approximate_scale_by_hand() -> None:
     """A quarter of |q| in the chosen feature: the scale is twice as large; nothing in it: as it was."""
     query = to_bits(np.array([[1.0, -1.5, 1.5], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [2.0, 0.0, 0.0]]), Element.FP16)
     scale = 0x3FC00001
-    significand, exponent = sparse.approximate_scales(query, np.array([0]), Element.FP16, scale)
+    significand, exponent = first_pass.approximate_scales(query, np.array([0]), Element.FP16, scale)
     assert significand.tolist() == [0xC00001] * 4
     assert exponent.tolist() == [128, 127, 127, 127]
 
@@ -204,9 +204,9 @@ def test_approximate_scale_by_hand() -> None:
 def test_approximate_scale_is_within_two_steps(element: Element) -> None:
     """Root and product are truncated to 24 bits each: relative error below 2**-22, never above the exact value."""
     query = to_bits(np.random.default_rng(3).standard_normal((64, 128)) * 5, element)
-    features = sparse.top_features(query, 16, element)
+    features = first_pass.top_features(query, 16, element)
     scale_bits = fp32_bits(LOG2E / 128**0.5)
-    significand, exponent = sparse.approximate_scales(query, features, element, scale_bits)
+    significand, exponent = first_pass.approximate_scales(query, features, element, scale_bits)
     values = np.abs(from_bits(query, element).astype(np.float64))
     scale = float(np.array([scale_bits], np.uint32).view(np.float32)[0])
     want = scale * np.sqrt(values.sum(axis=1) / values[:, features].sum(axis=1))
@@ -219,11 +219,11 @@ def test_approximate_scale_is_within_two_steps(element: Element) -> None:
 def test_approximate_scale_may_leave_fp32() -> None:
     """The least and the largest ratio; what counts is the window's offset, which takes any exponent."""
     query = np.array([[1, *[LARGEST[Element.FP16]] * 255]], np.uint16)
-    significand, exponent = sparse.approximate_scales(query, np.array([0]), Element.FP16, 0x7F7FFFFF)
+    significand, exponent = first_pass.approximate_scales(query, np.array([0]), Element.FP16, 0x7F7FFFFF)
     exact = Fraction(0xFFFFFF, 1 << 23) * math.isqrt((255 * 65504 * (1 << 24) + 1) << 48) / (1 << 24)
     assert exponent[0] > 254
     assert significand[0] == int(exact / 2 ** (int(exponent[0]) - 254) * (1 << 23))
-    sums, clipped = sparse.feature_sums(query, query, np.array([0, 1]), exponent, Element.FP16)
+    sums, clipped = first_pass.feature_sums(query, query, np.array([0, 1]), exponent, Element.FP16)
     assert clipped.all() and sums.max() < 1 << 50
 
 
@@ -232,9 +232,9 @@ def test_feature_sums_of_all_features_are_the_scores(element: Element) -> None:
     arguments = job(Mode.SPARF, rows=2, element=element)
     query, key, scale = arguments["query"], arguments["key"], arguments["scale_bits"]
     every = np.arange(query.shape[1])
-    significand, exponent = sparse.approximate_scales(query, every, element, scale)
+    significand, exponent = first_pass.approximate_scales(query, every, element, scale)
     assert (exponent == scale >> 23).all()
-    sums, clipped = sparse.feature_sums(query, key, every, exponent, element)
+    sums, clipped = first_pass.feature_sums(query, key, every, exponent, element)
     want, overflow = dense.score_sums(query, key, element=element, scale_bits=scale)
     np.testing.assert_array_equal(sums, want)
     np.testing.assert_array_equal(clipped, overflow)
@@ -246,7 +246,7 @@ def test_feature_sums_use_each_rows_own_scale() -> None:
     arguments = job(Mode.SPARF, rows=3)
     query, key = arguments["query"], arguments["key"]
     features, exponent = np.array([1, 4, 9]), np.array([120, 127, 131])
-    sums, clipped = sparse.feature_sums(query, key, features, exponent, Element.FP16)
+    sums, clipped = first_pass.feature_sums(query, key, features, exponent, Element.FP16)
     for r in range(3):
         one, over = dense.score_sums(query[r : r + 1, features], key[:, features], element=Element.FP16,
                                       scale_bits=int(exponent[r]) << 23)
@@ -256,7 +256,7 @@ def test_feature_sums_use_each_rows_own_scale() -> None:
 
 @given(st.integers(1, (1 << 64) - 1))
 def test_log2_is_the_truncated_logarithm(denominator: int) -> None:
-    got = sparse.log2(denominator)
+    got = first_pass.log2(denominator)
     assert got == reference.log2(denominator)
     # Python's own logarithm is good to 1e-14 here.
     exact = math.log2(denominator) - VALUE_FRACTION
@@ -266,13 +266,13 @@ def test_log2_is_the_truncated_logarithm(denominator: int) -> None:
 
 @pytest.mark.parametrize("power", range(64))
 def test_log2_of_powers_is_exact(power: int) -> None:
-    assert sparse.log2(1 << power) == (power - VALUE_FRACTION) << SCORE_FRACTION
+    assert first_pass.log2(1 << power) == (power - VALUE_FRACTION) << SCORE_FRACTION
 
 
 def test_references() -> None:
     one = 1 << VALUE_FRACTION
     maximum = np.array([5 << SCORE_FRACTION, SCORE_MAX - 1, SCORE_MASKED])
-    got = sparse.references(maximum, np.array([4 * one, one * 2, 0]))
+    got = first_pass.references(maximum, np.array([4 * one, one * 2, 0]))
     assert got.tolist() == [7 << SCORE_FRACTION, SCORE_MAX, 0]
 
 
@@ -282,9 +282,9 @@ def test_probabilities_sum_to_one() -> None:
     scores = rng.integers(-8 << SCORE_FRACTION, 8 << SCORE_FRACTION, (5, 1000))
     scores[:, ::7] = SCORE_MASKED
     maximum = scores.max(axis=1)
-    against = sparse.references(maximum, dense.denominators(*dense.weights(scores, maximum)))
+    against = first_pass.references(maximum, dense.denominators(*dense.weights(scores, maximum)))
     assert (against >= maximum).all()
-    p = sparse.probabilities(scores, against)
+    p = first_pass.probabilities(scores, against)
     assert not p[:, ::7].any()
     np.testing.assert_allclose(p.sum(axis=1) / 2.0**VALUE_FRACTION, 1, atol=3e-7)
 
@@ -292,19 +292,19 @@ def test_probabilities_sum_to_one() -> None:
 def test_masses_and_ranks() -> None:
     one = 1 << VALUE_FRACTION
     p = np.array([[one, 0, 1 << 10, 1 << 9, 0, 0, 64 * one, 0], [one // 2, 0, 0, 1 << 9, 0, 0, 0, 0]])
-    mass = sparse.masses(p, 2)
+    mass = first_pass.masses(p, 2)
     assert mass.tolist() == [3 << 29, 2, 0, FORCED - 1]
-    assert sparse.masses(p[:, :4], 1).tolist() == [3 << 29, 0, 1, 1]
-    rank = sparse.ranks(mass, base_token=16, unit_tokens=2, local_token=1 << 24, sinks=0)
+    assert first_pass.masses(p[:, :4], 1).tolist() == [3 << 29, 0, 1, 1]
+    rank = first_pass.ranks(mass, base_token=16, unit_tokens=2, local_token=1 << 24, sinks=0)
     low = (1 << 24) - 1
     assert rank.tolist() == [(m << 24) + low - first for m, first in zip(mass.tolist(), (16, 18, 20, 22), strict=True)]
     assert int(rank.max()).bit_length() <= formats.MASS_BITS + TOKEN_BITS
     # Tokens from 21 on are local: units 2 and 3 touch them.
-    rank = sparse.ranks(mass, base_token=16, unit_tokens=2, local_token=21, sinks=0)
+    rank = first_pass.ranks(mass, base_token=16, unit_tokens=2, local_token=21, sinks=0)
     assert (rank >> 24).tolist() == [3 << 29, 2, FORCED, FORCED]
     # A unit that is not full is local, too, where its rest lies behind the end.
-    assert sparse.ranks(mass, base_token=16, unit_tokens=2, local_token=23, sinks=0)[3] >> 24 == FORCED
-    assert sparse.ranks(mass, base_token=16, unit_tokens=2, local_token=24, sinks=0)[3] >> 24 == FORCED - 1
+    assert first_pass.ranks(mass, base_token=16, unit_tokens=2, local_token=23, sinks=0)[3] >> 24 == FORCED
+    assert first_pass.ranks(mass, base_token=16, unit_tokens=2, local_token=24, sinks=0)[3] >> 24 == FORCED - 1
 
 
 @given(st.data())
@@ -313,8 +313,8 @@ def test_select_takes_the_largest(data: st.DataObject) -> None:
     mass = np.array(data.draw(st.lists(st.sampled_from([0, 1, 2, FORCED - 1]), min_size=n, max_size=n)))
     valid = data.draw(hnp.arrays(np.bool_, n))
     k = data.draw(st.integers(1, n + 3))
-    rank = sparse.ranks(mass, base_token=0, unit_tokens=4, local_token=4 * n, sinks=0)
-    chosen = sparse.select(rank, valid, k)
+    rank = first_pass.ranks(mass, base_token=0, unit_tokens=4, local_token=4 * n, sinks=0)
+    chosen = first_pass.select(rank, valid, k)
     best = sorted(np.flatnonzero(valid).tolist(), key=lambda u: (-mass[u], u))[:k]
     assert np.flatnonzero(chosen).tolist() == sorted(best)
     # The same digit by digit, as hardware does it: from the top, the counts of a digit's values say where the k-th is.
@@ -344,7 +344,7 @@ def test_alphas() -> None:
     p = np.array([[one // 4, one // 2, (1 << 15) - 1], [one // 4, one // 2, 1 << 15], [one, one, one], [0, 0, 0]])
     taken, denominator = np.array([True, False, True]), np.array([one, one, one, 0])
     quarter = ALPHA_ONE // 4
-    assert sparse.alphas(p, taken, denominator).tolist() == [quarter, quarter + 1, ALPHA_ONE, ALPHA_ONE]
+    assert first_pass.alphas(p, taken, denominator).tolist() == [quarter, quarter + 1, ALPHA_ONE, ALPHA_ONE]
 
 
 FINITE = st.one_of(
@@ -492,17 +492,17 @@ def test_the_result_does_not_depend_on_the_order(mode: Mode) -> None:
         assert maximum.tolist() == want.maximum.tolist()
         total = sum(dense.denominators(*dense.weights(s, maximum)) for s in scores)
         assert total.tolist() == want.denominator.tolist()
-        against = sparse.references(maximum, total)
-        p = [sparse.probabilities(s, against) for s in scores]
-        mass = np.concatenate([sparse.masses(each, 1 if mode is Mode.CENTROID else size) for each in p])
+        against = first_pass.references(maximum, total)
+        p = [first_pass.probabilities(s, against) for s in scores]
+        mass = np.concatenate([first_pass.masses(each, 1 if mode is Mode.CENTROID else size) for each in p])
         place = np.concatenate([places for _, places in parts])
         assert mass.tolist() == want.mass[place].tolist()
         chosen = np.zeros(len(mass), np.bool_)
-        chosen[place] = sparse.select(want.rank[place], want.valid[place], arguments["top_units"])
+        chosen[place] = first_pass.select(want.rank[place], want.valid[place], arguments["top_units"])
         assert chosen.tolist() == want.selected.tolist()
         if mode is not Mode.CENTROID:
             share = sum(each[:, want.taken[places]].sum(axis=1) for each, (places, _) in zip(p, parts, strict=True))
-            alpha = sparse.alphas(share[:, None], np.array([True]), total)
+            alpha = first_pass.alphas(share[:, None], np.array([True]), total)
             assert alpha.tolist() == want.alpha.tolist()
 
 
@@ -815,7 +815,7 @@ def test_widths_hang_together() -> None:
     """A rank fits int64 with its digits padded, the masses of 16 rows fit, and so does the largest fp16 of q."""
     bits = formats.MASS_BITS + TOKEN_BITS
     assert bits + -bits % formats.DIGIT_BITS < 64
-    assert sparse.ranks(np.array([FORCED]), base_token=0, unit_tokens=1, local_token=9, sinks=0)[0] == (1 << 60) - 1
+    assert first_pass.ranks(np.array([FORCED]), base_token=0, unit_tokens=1, local_token=9, sinks=0)[0] == (1 << 60) - 1
     assert 1 << formats.MASS_FRACTION < FORCED >> 5
     assert formats.MAGNITUDE_BITS - formats.MAGNITUDE_FRACTION == 16    # above fp16's largest, 65,504
     assert formats.LOG_BITS * 2 <= 64

@@ -519,7 +519,7 @@ def test_the_first_tokens_are_attended_by_the_model_while_the_drive_writes(drive
         update = DriveLayer.update
 
         def watched(self, *arguments, **keywords):
-            writing.append(sum(not write._finished for layer in cache.layers for write in layer._writes))
+            writing.append(sum(not write.finished for layer in cache.layers for write in layer._writes))
             return update(self, *arguments, **keywords)
 
         attend_many = device.attend_many
@@ -874,7 +874,7 @@ def test_layers_that_do_not_fit(drive):
             cache.layers[0].update(torch.zeros(key), torch.zeros(value))
     assert not cache.sequences
     cache = DriveCache(cache.device, small(layers=2).config, capacity_tokens=100)
-    cache._start(1, 2)
+    cache.start(1, 2)
     with pytest.raises(RequestError, match="layer 1 has 4 KV heads, the layers before it 2"):
         cache.layers[1].update(*torch.zeros(2, 1, 4, 3, 32))
 

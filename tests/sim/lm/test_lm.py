@@ -211,7 +211,7 @@ def test_the_oracle_says_the_same(method, length):
         # Oracle and methods have no use for that of the last unit, which is in the tail.
         arguments |= {"centroids": np.concatenate([means, np.zeros((-(-length // unit) - len(means), HEAD_DIM))])}
     else:
-        arguments |= {"features": 8, "mean": value.mean(axis=0), "local": round(units / 4) * unit}
+        arguments |= {"features": 8, "mean": value.mean(axis=0), "local_tokens": round(units / 4) * unit}
     right = getattr(oracle, method.name)(query[-1], key, value, HEAD_DIM**-0.5, **arguments)
     assert np.array_equal(np.broadcast_to(outcome.attended[0], right.attended.shape), right.attended)
     assert np.abs(outcome.alpha[0] - right.alpha).max() < 1e-12
@@ -391,7 +391,7 @@ def test_wrong_arguments():
         Dense().decode(query[:, :, :32], key, value, 299)
     with pytest.raises(ValueError, match="lengths must be one for each position"):
         Dense().attend(query, key, value, np.full(300, 301))
-    with pytest.raises(ValueError, match="unit must be whole codewords of 4 tokens that divide 256, not 6"):
+    with pytest.raises(ValueError, match="unit_tokens must be whole codewords of 4 tokens that divide 256, not 6"):
         Centroid(share=0.1, unit_tokens=6).decode(query, key, value, 299)
     with pytest.raises(ValueError, match="method must be one of"):
         evaluate.method_at("dense", Fraction(1, 2), HEAD_DIM)
@@ -426,7 +426,7 @@ def test_a_setting_keeps_the_bytes(name, ratio):
 
 
 def test_a_setting_that_leaves_nothing_for_tokens():
-    message = r"at 1/16 of the bytes, setting .*unit=16.* must leave some for tokens of quest"
+    message = r"at 1/16 of the bytes, setting .*unit_tokens=16.* must leave some for tokens of quest"
     with pytest.raises(ValueError, match=message):
         evaluate.method_at("quest", Fraction(1, 16), HEAD_DIM, evaluate.Setting(unit_tokens=16))
     with pytest.raises(ValueError, match="must leave some"):
