@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from kvattic import PAPER
+from kvattic_sim.compare import equal_bits
 from kvattic_sim.reports.benches import speed_probe
 from kvattic_sim.reports.benches.engine import Bench, Figures, Lab, UnavailableError, WrongResultError
-from kvattic_sim.reports.drive import equal_bits
 from kvattic_sim.rtl.testbench import build_testbench
 from kvattic_sim.simulators.build import Model, Simulator, SimulatorError, default_build_root, generated_files
 from kvattic_sim.workloads import decode
