@@ -47,7 +47,7 @@ class Usage:
 
     @classmethod
     def sum(cls, parts: Iterable["Usage"]) -> "Usage":
-        """All of them together."""
+        """Their sum."""
         parts = list(parts)
         return cls(cycles=sum(u.cycles for u in parts), window=sum(u.window for u in parts),
                    beats=sum(u.beats for u in parts), stalls={n: sum(u.stalls[n] for u in parts) for n in STALLS},
@@ -148,7 +148,7 @@ def topical(config: Config, *, kv_heads: int, tokens: int, group: int = 1, seed:
     key = around(centres[heads[:, None], topic], 0.4)
     value = around(meanings[heads[:, None], topic], 0.7)
     asked = centres[heads, rng.integers(centres.shape[1], size=kv_heads)]
-    # The scores of the topic's tokens stand so many nats above the others', whose own spread is about one.
+    # The topic's tokens score `NATS` above the others, whose own spread is about one.
     query = around(np.repeat(asked[:, None], group, axis=1), 0.3) * (NATS / np.sqrt(dim))
     key[:, 0] = asked
     value[:, 0] *= 0.1
@@ -163,8 +163,7 @@ class AttentionOptions:
     Attributes:
         mode: a name of `kvattic.Mode` in small letters.
         features: r of SparF; None: an eighth of head_dim.
-        top_units: k of SparF, or units; None: so many that they hold a sixteenth of the tokens (an eighth for
-            centroids).
+        top_units: k of SparF, or units; None: as many as hold a sixteenth of the tokens (an eighth for centroids).
         local_tokens: newest tokens that are attended in any case.
         unit_tokens: tokens of a unit; None: a codeword's (16 for centroids, if the configuration allows it).
     """
@@ -182,7 +181,7 @@ class AttentionOptions:
         return {"sparse": True} if self.mode != "dense" else {}
 
     def attend_arguments(self, config: Config, tokens: int) -> dict[str, Any]:
-        """Arguments of `Sequence.attend` and `Sequence.plan` for so many tokens."""
+        """Arguments of `Sequence.attend` and `Sequence.plan` for a sequence of `tokens` tokens."""
         if self.mode == "dense":
             return {}
         unit = 1 if self.mode == "sparf" else self._unit(config)
@@ -256,7 +255,7 @@ def measured(device: Device, work: Callable[[], Result]) -> tuple[Result, Usage]
 def attend(
     device: Device, attention: Attention, heads_per_batch: int, label: str, options: AttentionOptions = DENSE
 ) -> tuple[AttendResult, Usage, list[Usage]]:
-    """Prefill and attend; K and V stay, for erasing them takes device time that nobody looks at.
+    """Prefill and attend; K and V stay: erasing them would cost simulated time and show nothing.
 
     Args:
         device: where.
@@ -298,7 +297,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Life:
-    """Inputs of a sequence's life: what is there first, what is appended token by token, and who comes after it.
+    """Inputs of a sequence's life: its prefill, the tokens appended one by one, and the sequence that follows it.
 
     Attributes:
         first: prefill and query.
