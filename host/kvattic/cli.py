@@ -318,7 +318,7 @@ def _trace(options: argparse.Namespace) -> int:
                                           "kvattic_sim.workloads"))
     with _telling().phase("trace") as note:
         done = trace.trace(preset(options.preset), build.Simulator(options.simulator),
-                           workloads.AttentionOptions(mode=options.mode), progress=lambda line: _moving(line, note))
+                           workloads.ModeSettings(mode=options.mode), progress=lambda line: _moving(line, note))
         _moving("", note)
     if options.json:
         _print_json({"trace": str(done.path), "picture": str(done.picture)})

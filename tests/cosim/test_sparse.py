@@ -4,6 +4,7 @@ The functions without `test_` run inside of a simulator process (see kvattic_sim
 golden device too.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ from kvattic.spec.registers import StatusBit
 from kvattic_sim.nand.twin import NandFaults
 from kvattic_sim.rtl.jobs import run_in_simulation
 from kvattic_sim.rtl.transport import AxiStalls, Fault, FaultKind, FlashSettings, NandSettings, Stall
-from kvattic_sim.workloads import AttentionOptions, live, random_life
+from kvattic_sim.workloads import ModeSettings, live, random_life
 
 GROUP = TINY.group_tokens
 UNIT = TINY.tokens_per_codeword
@@ -173,10 +174,12 @@ def orders(device: Device, seeds: list[int]) -> tuple[list[Any], int]:
     return found, len(cycles)
 
 
-def test_order_changes_no_bit() -> None:
-    found, cycles = simulate(TINY, orders, seeds=list(range(40)))
+@pytest.mark.campaign
+def test_order_changes_no_bit(campaign: Callable[[int, int], int]) -> None:
+    count = campaign(40, 8)
+    found, cycles = simulate(TINY, orders, seeds=list(range(count)))
     assert len(found) == 1, differences(found[1], found[0])
-    assert cycles > 20, "the orders were hardly different"
+    assert cycles > count // 2, "the orders were hardly different"
     assert not differences(found[0], model(TINY, attend_case, case=TWO))
 
 
@@ -212,7 +215,7 @@ def test_reset_in_the_middle_of_work() -> None:
 @pytest.mark.parametrize("mode", ["sparf", "fetched", "centroid"])
 def test_a_life(mode: str) -> None:
     """Prefill, decode steps from the tail, a stripe that fills up, freeing and another sequence, behind NAND."""
-    options = AttentionOptions(mode=mode, features=4, top_units=5)
+    options = ModeSettings(mode=mode, features=4, top_units=5)
     # The third token fills a stripe.
     life = random_life(TINY, kv_heads=3, tokens=3 * GROUP - 2, group=2, appended=4, options=options)
 

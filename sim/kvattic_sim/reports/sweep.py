@@ -31,7 +31,7 @@ from kvattic.support.files import whole, write_whole
 from kvattic_sim.rtl.jobs import JobError, report, run_on_model
 from kvattic_sim.rtl.transport import NandSettings, RtlTransport
 from kvattic_sim.simulators.build import SimulationFailed, Simulator, SimulatorError
-from kvattic_sim.workloads import Attention, AttentionOptions, Usage, measured, topical
+from kvattic_sim.workloads import Attention, ModeSettings, Usage, measured, topical
 
 __all__ = ["FIGURES", "ClusterError", "Point", "Row", "grid", "measure", "parse_axis", "plot", "run", "run_on_dask",
            "save"]
@@ -207,7 +207,7 @@ def grid(base: Config, axes: Mapping[str, Sequence[Any]], workloads: Sequence[tu
 # One point.
 
 
-def workload(device: Device, attention: Attention, options: AttentionOptions) -> tuple[AttendResult, Usage, Usage]:
+def workload(device: Device, attention: Attention, options: ModeSettings) -> tuple[AttendResult, Usage, Usage]:
     """Write K and V, and attend once: the result, what writing took, what attention took.
 
     This is the part that runs inside of the simulator.
@@ -240,7 +240,7 @@ def measure(point: Point, follow: Follow = lambda what, done, total: None) -> Fi
     from kvattic_sim.compare import equal_bits, oracle_errors
     from kvattic_sim.rtl.testbench import build_testbench
 
-    config, options = point.config, AttentionOptions(mode=point.mode)
+    config, options = point.config, ModeSettings(mode=point.mode)
     follow("building", 0, None)
     model = build_testbench(config, point.simulator)
     attention = topical(config, kv_heads=point.heads, tokens=point.tokens, group=config.rows)
