@@ -14,7 +14,7 @@ RUN     = $(PY) -m
 SIM_ARGS = --simulator $(SIM) $(if $(MODE),--mode $(MODE)) $(if $(PRESET),--preset $(PRESET)) $(if $(FULL),--full)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sim waves trace verilog bench synth docs site lint types test check clean
+.PHONY: help setup sim waves trace verilog bench synth docs site lint types test campaign check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,7 +59,10 @@ types: $(VENV)/.stamp-dev  ## check the types
 	@$(RUN) mypy
 
 test: lint types  ## lint, types and all tests
-	@$(RUN) pytest -n 2 tests
+	@$(RUN) pytest -n 2 --dist loadgroup tests
+
+campaign: $(VENV)/.stamp-dev  ## run the long random campaigns whole; make test runs a slice of each
+	@$(RUN) pytest -n 2 --dist loadgroup --campaign -m campaign tests
 
 check: test  ## what continuous integration runs
 
@@ -72,5 +75,5 @@ $(VENV)/.stamp-%: pyproject.toml
 	@case '$*' in sim|figures|docs) if [ $(VENV)/.stamp-dev -nt pyproject.toml ]; then exit 0; fi;; esac; \
 	echo "installing kvattic[$*] into $(VENV)"; \
 	test -x $(PY) || $(PYTHON) -m venv $(VENV) || exit 1; \
-	$(RUN) pip install -qq --disable-pip-version-check -e '.[$*]' || exit 1; \
+	$(RUN) pip install -qq --no-compile --disable-pip-version-check -e '.[$*]' || exit 1; \
 	touch $@

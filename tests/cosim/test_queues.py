@@ -5,6 +5,7 @@ golden device too.
 """
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -514,9 +515,13 @@ def check_rounds(found: list[dict[str, Any]], expected: list[dict[str, Any]], se
     return statuses
 
 
-@pytest.mark.parametrize(("seed", "count", "stalls"), [(1, 10_000, False), (2, 1500, True)])
-def test_random_commands(seed: int, count: int, stalls: bool) -> None:
+@pytest.mark.campaign
+@pytest.mark.parametrize(("seed", "counts", "stalls"), [(1, (10_000, 1_500), False), (2, (1_500, 500), True)])
+def test_random_commands(
+    seed: int, counts: tuple[int, int], stalls: bool, campaign: Callable[[int, int], int]
+) -> None:
     """Each gets one completion, that of the golden device; nothing hangs, nothing else is written."""
+    count = campaign(*counts)
     found = simulate(random_commands, seed=seed, count=count, stalls=stalls)
     statuses = check_rounds(found, model(random_commands, seed=seed, count=count), seed)
     never = {Status.CODEWORD_TIMEOUT, Status.ERASE_FAILED, Status.BAD_BLOCK, Status.DIE_TIMEOUT, Status.QUEUE_BUSY}

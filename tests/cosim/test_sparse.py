@@ -4,6 +4,7 @@ The functions without `test_` run inside of a simulator process (see kvattic_sim
 golden device too.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -173,10 +174,12 @@ def orders(device: Device, seeds: list[int]) -> tuple[list[Any], int]:
     return found, len(cycles)
 
 
-def test_order_changes_no_bit() -> None:
-    found, cycles = simulate(TINY, orders, seeds=list(range(40)))
+@pytest.mark.campaign
+def test_order_changes_no_bit(campaign: Callable[[int, int], int]) -> None:
+    count = campaign(40, 8)
+    found, cycles = simulate(TINY, orders, seeds=list(range(count)))
     assert len(found) == 1, differences(found[1], found[0])
-    assert cycles > 20, "the orders were hardly different"
+    assert cycles > count // 2, "the orders were hardly different"
     assert not differences(found[0], model(TINY, attend_case, case=TWO))
 
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
-from amaranth.hdl import ResetInserter, Signal
-from amaranth.sim import Simulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.hdl.compiled import resettable, simulation
 
 from kvattic.golden import first_pass
 from kvattic.spec.commands import (
@@ -132,11 +131,10 @@ def run(
 
     Before them the first batch is begun, and stopped and reset after so many cycles, for each of the `cuts`.
     """
-    dut = Loader(config)
+    dut, sim = simulation(resettable, Loader, config)
+    reset = dut.test_reset
     shapes = Shapes(config)
     rng = random.Random(seed)
-    reset = Signal()
-    sim = Simulator(ResetInserter(reset)(dut))
     sim.add_clock(1e-6)
     cycle = [0]
 
@@ -767,6 +765,7 @@ def test_time_of_a_job(latency):
     assert max(periods) <= latency + 8 + 40 + 32 + 9 + 15, periods
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_slots_run_out():
     config = replace(BOARD, jobs_in_flight=4)
     rng = random.Random(2)
@@ -1352,6 +1351,7 @@ def test_each_queue_has_its_window():
     assert [Status(j["status"]) for _, _, j in host.jobs] == expected
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_domains():
     """A queue may name a domain or not; a table's entries and the pages of flash commands are the domain's or not."""
     config, rng = TINY, random.Random(6)
@@ -1509,9 +1509,10 @@ def test_any_stalls(rng, latency, stall, job_stall, hold, name):
     check_good(config, host, jobs)
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_window():
     """The check in halves against plain arithmetic, at and round every boundary."""
-    dut = Window(3)
+    dut, sim = simulation(Window, 3)
     rng = random.Random(3)
     top = 1 << 64
 
@@ -1549,7 +1550,6 @@ def test_window():
                 for which, (address, size) in enumerate(zip(addresses, sizes, strict=True))
             )
 
-    sim = Simulator(dut)
     sim.add_clock(1e-6)
     sim.add_testbench(bench)
     sim.run()

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import pytest
 from amaranth.hdl import Module
-from amaranth.sim import Simulator
+from tests.hdl.compiled import simulation
 
 import kvattic_hdl.lane.lane
 import kvattic_hdl.lane.scrubber
@@ -65,6 +65,18 @@ class StandIn(Selector):
 
     def elaborate(self, platform: object) -> Module:
         return Module()
+
+
+def new_lane(config: Config, selector: type[Selector]) -> tuple:
+    """A lane; its selector is what is patched in, and a stand-in's ports are the lane's as `test_selector`."""
+    assert kvattic_hdl.lane.lane.Selector is selector
+    lane = Lane(config)
+
+    def stand_ins() -> list:
+        lane.test_selector = StandIn.made[-1] if StandIn.made else None
+        return StandIn.made[-1:]
+
+    return lane, lane, stand_ins
 
 
 @dataclass
@@ -390,9 +402,8 @@ def driven_selector(monkeypatch):
 def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bool, rogues: float = 0,
              stand_in: bool = True) -> tuple[list, set]:
     """`rogues`: share of codewords with a wrong tag, all of which must be dropped."""
-    dut = Lane(config)
+    dut, sim = simulation(new_lane, config, kvattic_hdl.lane.lane.Selector)
     element = config.element.encoding
-    sim = Simulator(dut)
     sim.add_clock(1e-6)
     rnd = random.Random(seed)
     slots = config.jobs_in_flight
@@ -559,7 +570,7 @@ def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bo
     async def selection(ctx):
         """What the selector and the central selection do, for each sparse job in order."""
         nonlocal selected_jobs
-        selector = StandIn.made[-1] if config.sparse and stand_in else None
+        selector = dut.test_selector if config.sparse and stand_in else None
         for n, job in enumerate(jobs):
             slot = n % slots
             while started <= n:
@@ -841,6 +852,7 @@ def test_sparse(name: str, gap: float, shuffle: bool) -> None:
     run_lane(config, sparse_jobs(config, np.random.default_rng(len(name))), seed=1, gap=gap, shuffle=shuffle)
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_own_selector(monkeypatch) -> None:
     """The selector that the lane comes with finds the first pass's scores, and what it marks is read."""
     monkeypatch.setattr(kvattic_hdl.lane.lane, "Selector", Selector)

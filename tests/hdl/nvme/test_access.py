@@ -4,7 +4,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from amaranth.sim import Simulator
+from tests.hdl.compiled import simulation
 
 from kvattic.spec.commands import DOMAINS, Grant, Mode
 from kvattic.spec.config import PAPER, TINY
@@ -132,12 +132,11 @@ class Bench:
 
 
 def run(scenario, config=TINY, seed=1):
-    dut = Owners(config)
+    dut, sim = simulation(Owners, config)
 
     async def testbench(ctx):
         await scenario(Bench(ctx, dut, config, random.Random(seed)))
 
-    sim = Simulator(dut)
     sim.add_clock(1e-6)
     sim.add_testbench(testbench)
     sim.run()
