@@ -43,8 +43,8 @@ SPLITS = ("heads", "context")
 class ArrayFuture(Generic[T]):
     """The answer of several drives; the same calls as `Future`.
 
-    It is done when all drives are, be it with errors.  Their first error is the answer then, and says which drive's it
-    is; what others report is in its notes.
+    It is done when all drives are done or have failed.  The first error is then the answer, and names its drive; what
+    the others report is in its notes.
     """
 
     def __init__(self, parts: Iterable[tuple[int, Future[Any]]], join: Callable[[list[Any]], T]) -> None:
@@ -55,11 +55,11 @@ class ArrayFuture(Generic[T]):
 
     @property
     def futures(self) -> list[Future[Any]]:
-        """Those of the drives, such as `kvattic.wait` takes."""
+        """The futures of the drives, for `kvattic.wait`."""
         return [future for _, future in self._parts]
 
     def done(self) -> bool:
-        """Whether all drives are; takes completions without waiting for them."""
+        """Whether all drives are done; takes completions without waiting for them."""
         done = [future.done() for _, future in self._parts]     # every drive is asked
         return all(done)
 
@@ -67,7 +67,7 @@ class ArrayFuture(Generic[T]):
         """What went wrong, None if nothing did; waits as `result` does.
 
         Raises:
-            DeviceTimeoutError: it did not come in time.
+            DeviceTimeoutError: the answer did not come in time.
         """
         _settle(self.futures, timeout_s)
         found = [_named(error, drive) for drive, future in self._parts if (error := future.exception())]
@@ -79,14 +79,14 @@ class ArrayFuture(Generic[T]):
         return found[0]
 
     def result(self, timeout_s: float | None = None) -> T:
-        """The answer; waits for it.
+        """Wait for the answer and return it.
 
         Args:
-            timeout_s: patience, in seconds of wall-clock time; afterwards the future is still good.  If None, as long
-                as the drives answer anything within their own patience.
+            timeout_s: seconds of wall-clock time to wait; the future can be waited for again afterwards.  If None, as
+                long as the drives answer anything within their own timeouts.
 
         Raises:
-            DeviceTimeoutError: it did not come in time.
+            DeviceTimeoutError: the answer did not come in time.
             BaseException: what went wrong.
         """
         if error := self.exception(timeout_s):
@@ -97,7 +97,7 @@ class ArrayFuture(Generic[T]):
             return self._joined[0]
 
     def add_done_callback(self, callback: "Callable[[ArrayFuture[T]], object]") -> None:
-        """Call back with the future when it is done, soon if it is already; see `Future.add_done_callback`."""
+        """Call `callback` with the future when it is done; see `Future.add_done_callback`."""
         missing, lock = len(self._parts), Lock()
 
         def one_less(_: Future[Any]) -> None:
@@ -124,7 +124,7 @@ class ArrayFuture(Generic[T]):
 
 
 class _Share(NamedTuple):
-    """What a drive has of a sequence.
+    """A drive's share of a sequence.
 
     Members:
         drive: its number.
@@ -210,10 +210,10 @@ class ArraySequence:
         end_block(self.free, error)
 
     def free(self) -> None:
-        """Give flash and DRAM back, on all drives.  Freeing twice is no error, any other use afterwards is.
+        """Give flash and DRAM back, on all drives.  Freeing twice is allowed, any other use afterwards is an error.
 
         Raises:
-            KvatticError: what the first drive reports that reports anything; all that can be is free nevertheless.
+            KvatticError: the first error of a drive; all that can be freed is free all the same.
         """
         if not self._freed:
             self.forget()
@@ -286,18 +286,18 @@ class ArraySequence:
     # Split by context: the drive of rank r of a layer has the stripes r, r + drives, r + 2 * drives, ...
 
     def _drive(self, layer: int, rank: int) -> int:
-        """A drive for each rank: another first one for each layer and sequence, so that all have as much to write."""
+        """The drive of a rank: each layer and sequence begins with another one, so that all have as much to write."""
         return (rank + self.number + layer) % self.device.drives
 
     def _count(self, rank: Any, tokens: Any) -> Any:
-        """How many of the first `tokens` tokens a rank has; also, the number there of the first one from there on."""
+        """How many of the first `tokens` tokens a rank has: the number there of its first token after these."""
         stripes, inside = np.divmod(tokens, self.stripe_tokens)
         drives = self.device.drives
         return ((stripes - rank + drives - 1) // drives * self.stripe_tokens
                 + np.where(stripes % drives == rank, inside, 0))
 
     def _token(self, rank: int, local: int) -> int:
-        """The token that has a number on its drive."""
+        """The token with a number on its drive."""
         stripe, inside = divmod(local, self.stripe_tokens)
         return (stripe * self.device.drives + rank) * self.stripe_tokens + inside
 
@@ -348,7 +348,7 @@ class ArraySequence:
         return ArrayFuture(parts, lambda _: None)
 
     def _pieces(self, layer: int, length: int, total: int) -> Iterable[tuple[_Share, slice, slice | Integers]]:
-        """Which of `total` new tokens of which heads go where."""
+        """Where each of `total` new tokens goes: (share, heads, tokens)."""
         if self.split == "heads":
             for share in self._shares.values():
                 yield share, share.heads, slice(None)
@@ -377,7 +377,7 @@ class ArraySequence:
             query: (q_heads, n_queries, head_dim).
             layer: which layer.
             timeout_s: seconds that all of it may take.
-            options: see `planning.AttendOptions`.
+            options: see `AttendOptions`.
         """
         return self.attend_async(query, layer=layer, **options).result(timeout_s)
 
@@ -484,7 +484,7 @@ class DriveArray:
         config: of each of them.
 
     Raises:
-        RequestError: there is none, or the same one twice.
+        RequestError: there are no devices, or one is there twice.
         ConfigMismatchError: they differ.
     """
 
@@ -505,7 +505,7 @@ class DriveArray:
 
     @property
     def drives(self) -> int:
-        """How many there are."""
+        """The number of drives."""
         return len(self.devices)
 
     # Life.
@@ -518,10 +518,10 @@ class DriveArray:
         end_block(self.close, error)
 
     def close(self) -> None:
-        """Free all sequences and close all devices.  Closing twice is no error.
+        """Free all sequences and close all devices.  Closing twice is allowed.
 
         Raises:
-            KvatticError: what the first drive reports that reports anything; the others are closed nevertheless.
+            KvatticError: the first error of a drive; the others are closed all the same.
         """
         for sequence in self._sequences:
             sequence.forget()
@@ -554,12 +554,12 @@ class DriveArray:
             capacity_tokens: tokens that it can hold at most.
             layers: layers, each with K and V of its own.
             split: heads: each drive has as many KV heads as the others, or one more, and if there are fewer heads than
-                drives, some have none.  context: each drive has every so many'th stripe of tokens.
+                drives, some have none.  context: the stripes of tokens go round the drives.
             options: see `Device.create_sequence`.
 
         Raises:
-            RequestError: there is no such split, a number is not positive, or context with what the sparse modes read.
-            CapacityError: a drive has no room.
+            RequestError: the split does not exist, a number is not positive, or context with what the sparse modes
+            read. CapacityError: a drive has no room.
         """
         for name, value in (("kv_heads", kv_heads), ("capacity_tokens", capacity_tokens), ("layers", layers)):
             check_positive(name, value)
@@ -615,7 +615,7 @@ class DriveArray:
 
         Args:
             plans: from `ArraySequence.plan`.
-            timeout_s: patience with all of it.
+            timeout_s: seconds that all of it may take.
 
         Raises:
             RequestError: a plan's sequence was freed or belongs to another array.
@@ -664,8 +664,8 @@ def open_array(targets: Iterable[str], config: Config | str = PAPER, **options: 
         options: see `kvattic.open`.
 
     Raises:
-        RequestError: there is no target, or no such one.
-        ConfigError: there is no such preset.
+        RequestError: no target is given, or one does not exist.
+        ConfigError: the preset does not exist.
     """
     devices: list[Device] = []
     try:
@@ -694,7 +694,7 @@ def _named(error: BaseException, drive: int) -> BaseException:
 
 
 def _on(drive: int, action: Callable[P, T], /, *arguments: P.args, **options: P.kwargs) -> T:
-    """Do something; an error of it names the drive."""
+    """Call `action`; its error names the drive."""
     try:
         return action(*arguments, **options)
     except KvatticError as error:
@@ -702,7 +702,7 @@ def _on(drive: int, action: Callable[P, T], /, *arguments: P.args, **options: P.
 
 
 def _all_of(actions: Iterable[tuple[int, Callable[[], None]]]) -> None:
-    """Do all, then raise the first error."""
+    """Call all actions, then raise the first error."""
     first: BaseException | None = None
     for drive, action in actions:
         try:
@@ -714,7 +714,7 @@ def _all_of(actions: Iterable[tuple[int, Callable[[], None]]]) -> None:
 
 
 def _begin(sequence: Sequence, key: Bits, value: Bits, layer: int) -> Future[None]:
-    """Append; what is refused at once is the future's error, too."""
+    """Append; an error that is raised at once becomes the future's."""
     try:
         return sequence.append_async(key, value, layer=layer)
     except KvatticError as error:
@@ -724,28 +724,28 @@ def _begin(sequence: Sequence, key: Bits, value: Bits, layer: int) -> Future[Non
 
 
 class _NoDriver:
-    """Of a future that is done from the beginning; see `futures.Driver`."""
+    """The `futures.Driver` of a future that is done from the start."""
 
     def __init__(self) -> None:
         self.lock = RLock()
 
     def drive(self, until: Callable[[], bool], timeout_s: float | None = None) -> None:
-        """Nothing is under way."""
+        """Return: nothing is under way."""
 
     def advance(self, until: Callable[[], bool], slice_s: float) -> None:
-        """Nothing is under way."""
+        """Return: nothing is under way."""
 
     def defer(self, action: Callable[[], object]) -> None:
-        """At once."""
+        """Call `action` at once."""
         action()
 
     def poll(self) -> int:
-        """There is nothing."""
+        """Return 0: there are no completions."""
         return 0
 
 
 def _settle(futures: Iterable[Future[Any]], timeout_s: float | None) -> None:
-    """Wait until all are done, all drives at once; errors are the futures'.
+    """Wait until all futures are done, on all drives at once; their errors stay in them.
 
     Raises:
         DeviceTimeoutError: they were not done in time.

@@ -37,8 +37,8 @@ class Check:
 
     Attributes:
         name: what was done.
-        equal: all bits are the golden device's; None: not compared, or there is no result.
-        error: relative RMS against float64 attention; None: there is no result.
+        equal: all bits are those of the golden device; None: not compared, or no result.
+        error: relative RMS against float64 attention; None: no result.
         message: why there is no result.
     """
 
@@ -85,7 +85,7 @@ def sparse_reference(
         mode: sparf, fetched or centroid.
         unit_tokens: tokens of a unit.
         top_units: units that are attended beside the tail.
-        local_tokens: newest tokens that are attended in any case.
+        local_tokens: newest tokens that are always attended.
         flushed: tokens in flash, whole units; the others are the tail.
         features: sparf, fetched: how many the first pass reads.
     """

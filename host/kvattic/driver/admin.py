@@ -51,8 +51,7 @@ class Admin:
         """Run a data command; the block that it writes."""
 
         def fill(line: bytearray, address: int) -> bytes:
-            field = DATA_COMMAND["result"]
-            line[field.offset : field.offset + field.size] = address.to_bytes(field.size, "little")
+            DATA_COMMAND.put(line, result=address)
             return b""
 
         command = self._dispatcher.command(
@@ -71,7 +70,7 @@ class Admin:
         """Give queues, zones or regions to a domain, while all tasks are paused: allocators call this midway.
 
         Raises:
-            DeviceStatusError: there is no such thing, or no such domain.
+            DeviceStatusError: the thing or the domain does not exist.
         """
         command = self._dispatcher.command(
             ADMIN, GRANT_COMMAND.pack(opcode=Opcode.GRANT, kind=kind, first=first, count=number, domain=domain),

@@ -63,29 +63,35 @@ class Device:
     """A device over any transport: hands out its flash and DRAM to sequences and runs their attention.
 
     Usable as a context manager.  Its methods, and those of its sequences and futures, may be called from any thread;
-    they hold one lock, but for moments between two waits for the device.
+    they hold one lock, except for moments between two waits for the device.
 
-    The library takes the flash for erased, as it comes from the factory; a drive that was used before must be
-    `format`ted.  The tables that say where K and V lie are in this object alone.
+    The library assumes that the flash is erased, as it comes from the factory; a drive that was used before must be
+    `format`ted.  Only this object has the tables that say where K and V lie.
 
-    After a DeviceTimeoutError or a completion that makes no sense, nobody knows what the device does: all that is under
-    way fails, and so does every call until `reset` (or `recover`).
+    After a DeviceTimeoutError or an invalid completion the state of the device is unknown: everything under way fails,
+    and so does every call until `reset` (or `recover`).
 
     Args:
         transport: the way to the device.
-        timeout_s: patience with the device: how long it may send no completion, in seconds of wall-clock time.
+        timeout_s: seconds of wall-clock time that the device may send no completion.
         bad_blocks: blocks that must not be used, such as an earlier `scan_bad_blocks` found.
         spare_blocks: see `ZoneAllocator`.
         erase_on_free: erase flash as soon as no sequence uses it; otherwise before it is used again.
-        entries: of the rings of the queues, a power of two, less if the host memory is small: at most entries - 1
-            commands are under way in each.
-        owns_transport: `close` closes the transport, too.
+        entries: entries of each ring, a power of two; fewer if the host memory is small.  At most entries - 1 commands
+            are under way in each queue.
+        owns_transport: `close` also closes the transport.
+
+    Attributes:
+        transport: the way to the device.
+        config: of the device.
+        dispatcher: the queues and the commands under way; for this library.
+        media: the flash and the DRAM below the sequences; for this library.
 
     Raises:
-        ConfigMismatchError: no kvattic device, another major version, or built from another
+        ConfigMismatchError: it is not a kvattic device, has another major version, or was built from another
             configuration.
         DeviceTimeoutError: the device does not become ready, or does not answer.
-        RequestError: a bad block is none of the device's, or entries is no legal number.
+        RequestError: a bad block does not exist, or entries is not a power of two in range.
         CapacityError: the host memory is too small for the rings.
     """
 
@@ -100,7 +106,7 @@ class Device:
         self._next_head = 0
         if (magic := transport.read_register("ID")) != ID_MAGIC:
             raise ConfigMismatchError(
-                f"this is no kvattic device: ID is {magic:#010x}, not {ID_MAGIC:#010x}"
+                f"this is not a kvattic device: ID is {magic:#010x}, not {ID_MAGIC:#010x}"
             )
         if (version := transport.read_register("VERSION")) >> 16 != VERSION >> 16:
             raise ConfigMismatchError(
@@ -138,21 +144,21 @@ class Device:
 
     @property
     def timeout_s(self) -> float:
-        """Patience with the device."""
+        """Seconds that the device may send no completion."""
         return self.dispatcher.timeout_s
 
     @property
     def lock(self) -> RLock:
-        """Held by whoever uses the device."""
+        """Held while the device is used."""
         return self.dispatcher.lock
 
     def close(self) -> None:
-        """Free all sequences and refuse all further calls.  Closing twice is no error.
+        """Free all sequences and refuse all further calls.  Closing twice is allowed.
 
         Waits for what is under way.
 
         Raises:
-            DeviceStatusError: a die does not answer; the device is closed nevertheless.
+            DeviceStatusError: a die does not answer; the device is closed all the same.
         """
         with self.lock:
             if self._closed:
@@ -171,12 +177,12 @@ class Device:
                 self.dispatcher.abandon(RequestError("the device was closed before this was done"))
                 if self._owns_transport:
                     self.transport.close()
-            # What a forked child cannot free is its parent's.
+            # What a forked child cannot free belongs to its parent.
             if errors and not isinstance(errors[0], ForkedError):
                 raise errors[0]
 
     def reset(self) -> None:
-        """Abort whatever the device does and wait until it is ready again.  Flash and DRAM keep what they hold.
+        """Abort everything under way and wait until the device is ready again.  Flash and DRAM keep their contents.
 
         Futures of what was under way fail.
 
@@ -188,7 +194,7 @@ class Device:
             self._restart()
 
     def _restart(self) -> None:
-        """Reset, queues, owners."""
+        """Reset the device, and set up its queues and owners."""
         self.dispatcher.reset(lambda: self._wait_ready(self.timeout_s))
         self.media.send_owners()
         for domain in sorted({COMMON_DOMAIN, *(sequence.domain for sequence in self._sequences)}):
@@ -214,7 +220,7 @@ class Device:
     # Waiting.
 
     def poll(self) -> int:
-        """Take the completions that are there, and go on with what waits for them; waits for nothing itself.
+        """Take the completions that have come, and go on with what waits for them; does not wait itself.
 
         Returns:
             How many there were.
@@ -227,44 +233,44 @@ class Device:
             return self.dispatcher.poll()
 
     def wait(self, waiting: Iterable[Future[Any]], timeout_s: float | None = None) -> None:
-        """Wait until futures of this device are done, be it with errors.
+        """Wait until futures of this device are done, or have failed.
 
         Args:
-            waiting: for what to wait.
-            timeout_s: patience with all of it, in seconds of wall-clock time; the device's if None.
+            waiting: the futures.
+            timeout_s: seconds of wall-clock time for all of them; the device's timeout if None.
 
         Raises:
-            RequestError: something is no future of this device.
+            RequestError: an item is not a future of this device.
             DeviceTimeoutError: one was not done in time.
         """
         waiting = list(waiting)
         for future in waiting:
             if not isinstance(future, Future) or future.driver is not self.dispatcher:
-                raise RequestError(f"this is no future of this device: {future!r}")
+                raise RequestError(f"this is not a future of this device: {future!r}")
         futures.wait(waiting, timeout_s)
 
     @property
     def in_flight(self) -> int:
-        """Commands that the device has and did not complete, as far as the host knows."""
+        """Commands that were submitted and have not completed, as far as the host knows."""
         return self.dispatcher.in_flight
 
-    # What the device says of itself.
+    # Identity and counters.
 
     def identify(self) -> Config:
         """The configuration that the device was built from.
 
         Raises:
-            ConfigMismatchError: it makes no sense to this library.
+            ConfigMismatchError: the reply cannot be parsed.
             DeviceStatusError: the device reports an error.
         """
         self.check_open()
         return self._admin.identify()
 
     def counters(self) -> dict[str, int]:
-        """The counters (`registers.COUNTERS`) by their names, read by a command among the others.
+        """The counters (`registers.COUNTERS`) by name, read by a command in the same queue as the jobs.
 
-        They count from power-up or the last `reset` on, and reading does not change them: what something took is the
-        difference of before and after.  `Sequence.counters` has what was done for one sequence.
+        They count from power-up or the last `reset` on, and reading does not change them: to measure something, take
+        the difference.  `Sequence.counters` counts what was done for one sequence.
 
         Raises:
             DeviceStatusError: the device reports an error.
@@ -309,9 +315,9 @@ class Device:
         return self.media.allocator.write_amplification
 
     def scan_bad_blocks(self) -> list[Block]:
-        """Look for the factory's marks in all blocks, where their part has them, and use none that has one.
+        """Find the blocks that the factory marked as bad, and use none of them.
 
-        A mark is gone once its block was written; so scan a new drive, and keep the list.
+        A mark is lost once its block is written; so scan a new drive, and keep the list.
 
         Returns:
             The blocks with a mark.
@@ -325,7 +331,7 @@ class Device:
             return self.media.scan_marks()
 
     def find_marks(self) -> set[Block]:
-        """Look for the factory's marks as `scan_bad_blocks` does, and change nothing.
+        """Find the blocks that the factory marked as bad, without changing anything.
 
         Raises:
             RequestError: something was written already.
@@ -341,7 +347,7 @@ class Device:
             raise RequestError("the factory's marks of bad blocks can be read only before anything is written")
 
     def format(self) -> None:
-        """Erase all of the flash, because nobody knows what it holds.
+        """Erase all of the flash, for a drive that was used before.
 
         Raises:
             RequestError: a sequence is not freed.
@@ -352,7 +358,7 @@ class Device:
             self.media.format()
 
     def recover(self) -> list[Loss]:
-        """Go on after the drive has lost its power: what was in flash is there, what was in its DRAM is not.
+        """Go on after the drive has lost its power: flash has kept its contents, its DRAM has not.
 
         Tokens that were not `Sequence.flushed` are removed from their sequences.
 
@@ -373,13 +379,13 @@ class Device:
                 timeout_s: float | None = None) -> list[Completion]:
         """Run flash commands, as many at a time as the queue takes.
 
-        This is the layer below the sequences: what it does to their flash they do not know of.
+        This is the layer below the sequences: they do not learn what it does to their flash.
 
         Args:
             operations: the commands; those of one channel begin in their order, if they are of one queue (PROGRAM and
                 ERASE; or PROBE, MAP and ERASE of domain 0).
-            check: raise on the first status other than OK; otherwise the caller looks at the completions.
-            timeout_s: how long the device may send no completion; its own patience if None.
+            check: raise on the first status other than OK; otherwise the caller checks the completions.
+            timeout_s: seconds that the device may send no completion; its own timeout if None.
 
         Returns:
             The completions, in the order of the operations.
@@ -414,16 +420,16 @@ class Device:
             kv_heads: KV heads of a layer.
             capacity_tokens: tokens that it can hold at most.
             layers: layers, each with K and V of its own.
-            sparse: write K in the feature layout, too, which the modes sparf and fetched read.
-            centroids: write mean keys of units of so many tokens, too, which the mode centroid reads: a power of two,
-                from a codeword's tokens to a page's (`layout.unit_bits`).
-            sinks: the first tokens, on which language models lean whatever they say (attention sinks): sparse modes
-                attend them always, and mean keys leave them out.
-            window: the longest sliding window that sparf and fetched will be asked for: the host keeps V of so many of
-                the newest tokens, to know the mean of V over a window.  A longer one is right, too, but slow: what is
-                missing is read back from the device token by token.
-            isolated: the sequence has a domain of its own: the device refuses commands of all others that name its
-                flash or DRAM.  Zones of flash are then not shared with other sequences.
+            sparse: also write K in the feature layout, which the modes sparf and fetched read.
+            centroids: also write mean keys, which the mode centroid reads, each of this number of tokens: a power of
+                two, from a codeword's tokens to a page's (`layout.unit_bits`).
+            sinks: the number of first tokens that sparse modes always attend and mean keys leave out: language models
+                give them much weight whatever they are (attention sinks).
+            window: the longest sliding window that sparf and fetched will be asked for: the host keeps V of this number
+                of newest tokens, to know the mean of V over a window.  A longer window works, too, but is slow: missing
+                values are read back from the device token by token.
+            isolated: give the sequence a domain of its own: the device refuses commands of all others that name its
+                flash or DRAM.  It then shares no zone of flash with other sequences.
 
         Raises:
             RequestError: a number is not positive, or centroids out of range.
@@ -518,7 +524,7 @@ class Device:
 
         Args:
             plans: from `Sequence.plan`.
-            timeout_s: how long the device may send no completion; its own patience if None.
+            timeout_s: seconds that the device may send no completion; its own timeout if None.
             progress: called now and then with (jobs done, jobs in all).
 
         Raises:
@@ -571,7 +577,7 @@ class Device:
             jobs: the commands, in order.
             check: raise on the first status other than OK; otherwise the caller looks at the
                 completions.
-            timeout_s: how long the device may send no completion; its own patience if None.
+            timeout_s: seconds that the device may send no completion; its own timeout if None.
             progress: called now and then with (jobs done, jobs in all).
 
         Returns:
@@ -580,8 +586,7 @@ class Device:
         Raises:
             CapacityError: one job alone does not fit the host memory.
             RequestError: a number of a job does not fit the command.
-            DeviceStatusError: a job ended with a status other than OK, or the device sends completions that make no
-                sense.
+            DeviceStatusError: a job ended with a status other than OK, or the device sends invalid completions.
             DeviceTimeoutError: the device did not answer.
         """
         return self.collect(jobs, self.submit(jobs, check=False), check=check, timeout_s=timeout_s, progress=progress)
@@ -598,7 +603,7 @@ class Device:
         return results
 
     def submit(self, jobs: Series[Job], *, check: bool = True) -> list[Future[JobResult]]:
-        """Begin jobs; what finds no room yet waits on the host.
+        """Begin jobs; those that find no room yet wait on the host.
 
         Args:
             jobs: the commands, in order.

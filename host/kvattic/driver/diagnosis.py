@@ -22,7 +22,7 @@ Words: TypeAlias = Callable[[int], str]
 
 
 def _one_of(*names: str, before: str = "") -> Words:
-    """The name with the number `where`."""
+    """Words that pick a name by its number, `where`."""
     return lambda where: before + names[min(where, len(names) - 1)]
 
 

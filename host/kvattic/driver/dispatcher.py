@@ -4,7 +4,6 @@ Host memory has the rings of all queues first, then the *arena*, from which bloc
 results of the commands under way.  Commands that find no room wait in a backlog, in order.  docs/host.md explains it.
 """
 
-import struct
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -27,16 +26,13 @@ from kvattic.errors import (
 )
 from kvattic.placement.ranges import RangeAllocator
 from kvattic.spec.commands import (
-    COMPLETION,
     IDENTIFY_BYTES,
     LINE_BYTES,
     QUEUE_COMMAND,
     Completion,
-    CompletionFlag,
     Opcode,
     Status,
     lines,
-    unpack_state,
 )
 from kvattic.spec.registers import MAX_ENTRIES, Control, StatusBit
 from kvattic.support import forks
@@ -53,10 +49,7 @@ UNKNOWN = 0xFFFF
 """Identifier of a completion whose command could not be read."""
 FALSE_ALARMS = 16
 """How often in a row the interrupt line may be up without a completion: an earlier wake-up may come late."""
-_COMPLETION = struct.Struct("<IIHHHHQQIIIII12x")
-assert list(COMPLETION.unpack(bytes(LINE_BYTES))) == [
-    "where", "flags", "head", "queue", "identifier", "state", "cycle", "beats", "starved", "barrier", "weights",
-    "scores", "idle"] and _COMPLETION.size == COMPLETION.size
+_IDENTIFIER = QUEUE_COMMAND["identifier"].place    # in every command
 
 Steps: TypeAlias = Generator[Iterable[Future[Any]], None, T]
 """Work of many steps: yields the futures that it waits for, and checks itself whether they failed."""
@@ -325,7 +318,7 @@ class Dispatcher:
                 self.transport.write_memory(address, image)
         while self._identifier in self._in_flight or self._identifier == UNKNOWN:
             self._identifier = (self._identifier + 1) & 0xFFFF
-        command.line[2:4] = self._identifier.to_bytes(2, "little")
+        command.line[_IDENTIFIER] = self._identifier.to_bytes(2, "little")
         command.serial = self._serial = next(self._serials)
         self._in_flight[self._identifier] = command
         self._identifier = (self._identifier + 1) & 0xFFFF
@@ -390,7 +383,7 @@ class Dispatcher:
 
     def _take(self, queue: QueuePair, entry: bytes) -> None:
         try:
-            completion = unpack_completion(entry)
+            completion = Completion.unpack(entry)
         except ValueError:
             raise DeviceStatusError(f"queue {queue.number}: a completion cannot be decoded: {entry.hex()}",
                                     None) from None
@@ -549,22 +542,30 @@ class Dispatcher:
         self._run_ready()
         if until():
             return True
+        self._ensure_in_flight()
+        if not self._reap():
+            self._wait_and_reap(patience_s, deadline)
+        self._run_ready()
+        return until()
+
+    def _ensure_in_flight(self) -> None:
+        """Submit what waits; raise if no completion can ever come."""
         if not self._in_flight:
             self._pump()
         if not self._in_flight:
             if self._broken is not None:
                 raise _again(self._broken)
             raise KvatticError("deadlock: no command in flight can complete this wait")
+
+    def _wait_and_reap(self, patience_s: float, deadline: float | None) -> None:
+        """Wait for completions once, take them, and count the time if there are none."""
+        begin = time.monotonic()
+        rest = max(patience_s - self._waited, 0.0)
+        if deadline is not None:
+            rest = min(rest, max(deadline - begin, 0.0))
+        self._wait(rest, begin, patience_s, deadline)
         if not self._reap():
-            begin = time.monotonic()
-            rest = max(patience_s - self._waited, 0.0)
-            if deadline is not None:
-                rest = min(rest, max(deadline - begin, 0.0))
-            self._wait(rest, begin, patience_s, deadline)
-            if not self._reap():
-                self._waited += time.monotonic() - begin
-        self._run_ready()
-        return until()
+            self._waited += time.monotonic() - begin
 
     def _wait(self, rest: float, begin: float, patience_s: float, deadline: float | None) -> None:
         """Wait for the interrupt line until the caller's deadline, or the end of patience with the device."""
@@ -625,20 +626,6 @@ class Dispatcher:
         while self._may_run_action:
             with suppress(KvatticError):
                 (self._retired or self._ready).popleft()()
-
-
-def unpack_completion(entry: bytes) -> Completion:
-    """Decode 64 bytes; as `Completion.unpack`, but faster.
-
-    Raises:
-        ValueError: there is no such status.
-    """
-    (where, flags, head, queue, identifier, state, cycle, beats, starved, barrier, weights, scores,
-     idle) = _COMPLETION.unpack(entry)
-    return Completion(
-        status=unpack_state(state), queue=queue, head=head, identifier=identifier, flags=CompletionFlag(flags),
-        where=where, cycle=cycle, beats=beats, starved=starved, barrier=barrier, weights=weights, scores=scores,
-        idle=idle)
 
 
 def _again(error: KvatticError) -> KvatticError:

@@ -26,7 +26,7 @@ class Driver(Protocol):
 
     @property
     def lock(self) -> RLock:
-        """Held by whoever changes anything."""
+        """Held while anything changes."""
         ...
 
     def drive(self, until: Callable[[], bool], timeout_s: float | None = None) -> None:

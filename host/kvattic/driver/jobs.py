@@ -1,4 +1,4 @@
-"""What crosses to the device: flash commands and jobs, and the bytes that they are."""
+"""What goes to the device: flash commands and jobs, and their bytes."""
 
 from collections.abc import Sequence as Series
 from dataclasses import dataclass
@@ -10,14 +10,13 @@ from numpy.typing import NDArray
 from kvattic.errors import RequestError
 from kvattic.placement.domains import COMMON_DOMAIN
 from kvattic.spec import layout
+from kvattic.spec.blocks import Queries, pack_queries, pack_table, put_column
 from kvattic.spec.commands import (
     COMMAND,
     FLASH_COMMAND,
     LINE_BYTES,
-    ROW,
     SKETCH_ENTRY,
     TABLE_ENTRY,
-    Field,
     Mode,
     Opcode,
     fp32_block_bytes,
@@ -25,7 +24,6 @@ from kvattic.spec.commands import (
     query_row_bytes,
     result_row_bytes,
 )
-from kvattic.spec.config import ELEMENT_BYTES
 from kvattic.spec.elements import Bits
 
 __all__ = [
@@ -40,8 +38,6 @@ __all__ = [
     "job_bytes",
     "pack_command",
     "pack_operations",
-    "pack_query",
-    "pack_table",
     "table_bytes",
 ]
 
@@ -60,7 +56,7 @@ class FlashOperation(NamedTuple):
         channel: flash channel.
         page: page number on the channel.
         argument: PROGRAM: page of device DRAM; MAP: block; otherwise 0.
-        domain: PROGRAM, ERASE: owner of the places; ERASE: 0 if nobody shall ask for it.
+        domain: PROGRAM, ERASE: owner of the places; ERASE: 0 skips the check.
     """
 
     opcode: Opcode
@@ -88,10 +84,10 @@ class Job:
         mode: which tokens are attended; the fields below are for the sparse modes.
         features: SPARF, FETCHED: features that the first pass reads, the paper's r.
         top_units: units that are attended beside those of the tail, the paper's k.
-        local_tokens: newest tokens that are attended in any case; their units count among `top_units`.
-        sinks: first tokens of the sequence that are attended in any case; likewise.
+        local_tokens: newest tokens that are always attended; their units count among `top_units`.
+        sinks: first tokens of the sequence that are always attended; likewise.
         whole: stripes of the table from this one on are attended whole, wherever they lie, and scored exactly in the
-            first pass; they do not count in `top_units`.  Those in device DRAM are so in any case.
+            first pass; they do not count in `top_units`.  Those in device DRAM always are.
         unit_bits: FETCHED, CENTROID: log2 of the codewords of a unit.
         mean: SPARF, FETCHED: uint32, (head_dim,), fp32 bit patterns of the mean of V; None if there is none.
         sketch: uint64, an entry for each stripe (`layout.pack_sketches`); read like the table.  None in DENSE.
@@ -139,7 +135,7 @@ def _mean_bytes(job: Job) -> int:
 
 
 def check_blocks(job: Job) -> None:
-    """Whether a job's table, sketch and mean fit together, before it is submitted.
+    """Check before submission that a job's table, sketch and mean fit together.
 
     Raises:
         RequestError: mean or sketch is not what the mode needs.
@@ -147,21 +143,11 @@ def check_blocks(job: Job) -> None:
     if job.sketch is not None and len(job.sketch) != len(job.table):
         raise RequestError(f"a job's sketch must have an entry for each of the {len(job.table)} stripes, not "
                            f"{len(job.sketch)}")
-    wanted = job.query.shape[1] if job.mode in (Mode.SPARF, Mode.FETCHED) else 0
+    wanted = job.query.shape[1] if job.mode.blended else 0
     given = 0 if job.mean is None else job.mean.size
     if given != wanted:
         raise RequestError(f"a job of mode {job.mode.name} must have a mean of V of {wanted} features (SPARF, FETCHED: "
                            f"head_dim, else none), not {given}")
-
-
-def pack_table(job: Job) -> bytes:
-    """The job's table as the device reads it, padded to whole lines, behind the mean of V if there is one.
-
-    What the job attends whole is marked here, for the same stripe may be ranked in another job.
-    """
-    columns = [job.table] if job.sketch is None else [layout.mark_whole(job.table, job.whole), job.sketch]
-    mean = b"" if job.mean is None else np.asarray(job.mean).astype("<u4").tobytes().ljust(_mean_bytes(job), b"\0")
-    return (mean + np.stack(columns, axis=1).astype("<u8").tobytes()).ljust(table_bytes(job), b"\0")
 
 
 def job_bytes(job: Job, dim: int) -> int:
@@ -183,7 +169,7 @@ def pack_command(job: Job) -> bytes:
 
 
 def fill_command(job: Job, dim: int, line: bytearray, address: int) -> bytes:
-    """Put the addresses of a job's blocks into its command; the blocks that the device reads, as they are now.
+    """Put the addresses of a job's blocks into its command; returns the blocks that the device reads, as of now.
 
     Args:
         job: with its table.
@@ -191,12 +177,12 @@ def fill_command(job: Job, dim: int, line: bytearray, address: int) -> bytes:
         line: the command.
         address: of the blocks, one after the other.
     """
-    for name, size in (("query", job.rows * query_row_bytes(dim)), ("table", table_bytes(job)),
-                       ("result", job.rows * result_row_bytes(dim))):
-        field = COMMAND[name]
-        line[field.offset : field.offset + field.size] = address.to_bytes(field.size, "little")
-        address += size
-    return pack_query(job) + pack_table(job)
+    table = address + job.rows * query_row_bytes(dim)
+    COMMAND.put(line, query=address, table=table, result=table + table_bytes(job))
+    # What the job attends whole is marked here, for the same stripe may be ranked in another job.
+    entries = job.table if job.sketch is None else layout.mark_whole(job.table, job.whole)
+    queries = pack_queries(Queries(job.query, job.start, job.end, job.tree))
+    return queries + pack_table(entries, job.sketch, job.mean)
 
 
 def pack_operations(operations: Series[FlashOperation]) -> list[bytes]:
@@ -218,24 +204,5 @@ def pack_operations(operations: Series[FlashOperation]) -> list[bytes]:
     numbers[np.isin(numbers[:, 0], (Opcode.PROBE, Opcode.MAP)), -1] = 0     # in which no domain is asked
     block = np.zeros((len(operations), LINE_BYTES), np.uint8)
     for field, column in zip(fields, numbers.T, strict=True):
-        put_field(block, field, column)
+        put_column(block, field, column)
     return [line.tobytes() for line in block]
-
-
-def put_field(block: NDArray[np.uint8], field: Field, values: NDArray[Any]) -> None:
-    """Write an unsigned field into each row of a block of records."""
-    column = np.ascontiguousarray(values).astype("<u8")
-    block[:, field.offset : field.offset + field.size] = column[:, None].view(np.uint8)[:, : field.size]
-
-
-def pack_query(job: Job) -> bytes:
-    """The query block: for each row its `ROW` record and q, padded to whole lines."""
-    rows, dim = job.query.shape
-    block = np.zeros((rows, query_row_bytes(dim)), np.uint8)
-    put_field(block, ROW["start_token"], job.start)
-    put_field(block, ROW["end_token"], job.end)
-    put_field(block, ROW["tree"], job.tree)
-    block[:, ROW.size : ROW.size + dim * ELEMENT_BYTES] = np.ascontiguousarray(
-        job.query, "<u2"
-    ).view(np.uint8)
-    return block.tobytes()

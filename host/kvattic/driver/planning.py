@@ -70,7 +70,7 @@ class AttendOptions:
             codeword's in fetched; in centroid those of the stored mean keys, and no other number is possible there.
 
     Raises:
-        RequestError: there is no such mode, or an option is given that the mode does not use.
+        RequestError: the mode does not exist, or an option is given that it does not use.
     """
 
     scale: float | None = None
@@ -91,7 +91,7 @@ class AttendOptions:
         object.__setattr__(self, "mode", mode)
         sparse = mode is not Mode.DENSE
         for name, given, used in (
-                ("features", self.features is not None, mode in (Mode.SPARF, Mode.FETCHED)),
+                ("features", self.features is not None, mode.blended),
                 ("top_units", self.top_units is not None, sparse), ("local_tokens", self.local_tokens != 0, sparse),
                 ("sinks", bool(self.sinks), sparse),
                 ("unit_tokens", self.unit_tokens is not None, mode in (Mode.FETCHED, Mode.CENTROID))):
@@ -223,7 +223,7 @@ class Selection(NamedTuple):
 
 
 def select(options: AttendOptions, shape: SequenceShape) -> Selection | None:
-    """What a call on a sequence selects, checked as far as it can be without the tokens; None in dense mode.
+    """What a call on a sequence selects, with all checks that need no tokens; None in dense mode.
 
     Raises:
         RequestError: the sequence was created without what the mode reads, or a number is out of range.
@@ -232,14 +232,14 @@ def select(options: AttendOptions, shape: SequenceShape) -> Selection | None:
     assert isinstance(mode, Mode)
     if mode is Mode.DENSE:
         return None
-    name, ranked = mode.name.lower(), mode in (Mode.SPARF, Mode.FETCHED)
-    if ranked and not shape.sparse:
+    name = mode.name.lower()
+    if mode.blended and not shape.sparse:
         raise RequestError(f"mode {name} reads K in the feature layout, which this sequence was created without: "
                            "create it with sparse=True")
     if mode is Mode.CENTROID and shape.centroids is None:
         raise RequestError(f"mode {name} reads mean keys, which this sequence was created without: create it with "
                            "centroids=...")
-    if ranked:
+    if mode.blended:
         check_integer("features (the paper's r)", options.features, 1, config.head_dim)
     check_integer("top_units (the paper's k)", options.top_units, 1, MAX_UNITS)
     size = unit_tokens(mode, options.unit_tokens, shape.centroids, config)
@@ -359,7 +359,7 @@ class Planner:
 
     @property
     def _most_tokens(self) -> int:
-        """Tokens of a job: a lane's score buffer holds so many stripes, and they go round the lanes."""
+        """Tokens that a job can have: the score buffers of all lanes together hold that many."""
         config = self._config
         places = config.ring_codewords // (self._shape.pages * config.codewords_per_page)
         return min(config.channels * places, MAX_STRIPES) * self._shape.stripe_tokens

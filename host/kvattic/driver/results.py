@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence as Series
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from kvattic.driver.jobs import Job
 from kvattic.errors import RangeError
 from kvattic.merge import Partial, merge
-from kvattic.spec.commands import LINE_BYTES, TRAILER, Completion, CompletionFlag, lines, result_row_bytes
+from kvattic.spec.blocks import unpack_results
+from kvattic.spec.commands import Completion, CompletionFlag
 from kvattic.spec.elements import Integers
 from kvattic.spec.formats import SCORE_FRACTION, SCORE_MAX, VALUE_FRACTION
 
@@ -184,16 +185,5 @@ def unpack_result(data: bytes, rows: int, dim: int, completion: Completion) -> J
         dim: head_dim.
         completion: decoded.
     """
-    block = np.frombuffer(data, np.uint8).reshape(rows, result_row_bytes(dim))
-
-    def field(offset: int, dtype: str, count: int = 1) -> NDArray[Any]:
-        size = count * np.dtype(dtype).itemsize
-        return np.ascontiguousarray(block[:, offset : offset + size]).view(dtype)
-
-    trailer = lines(dim * 4) * LINE_BYTES
-    return JobResult(
-        bits=field(0, "<u4", dim).astype(np.uint32),
-        maximum=field(trailer + TRAILER["maximum"].offset, "<i8")[:, 0].astype(np.int64),
-        denominator=field(trailer + TRAILER["denominator"].offset, "<u8")[:, 0].astype(np.uint64),
-        completion=completion,
-    )
+    found = unpack_results(data, rows, dim)
+    return JobResult(bits=found.output, maximum=found.maximum, denominator=found.denominator, completion=completion)

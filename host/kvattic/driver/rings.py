@@ -44,7 +44,7 @@ class QueuePair:
         self._transport.write_memory(self.completion, bytes(self.entries * LINE_BYTES))
 
     def abandon(self) -> None:
-        """Forget the commands that were pushed: nobody waits for them any more."""
+        """Forget the commands that were pushed."""
         self.outstanding = 0
         self._pushed.clear()
 

@@ -58,13 +58,13 @@ class Sequence:
         kv_heads: KV heads of a layer.
         layers: layers, each with tokens of its own.
         capacity_tokens: tokens that each layer can hold.
-        sparse: K is written in the feature layout, too.
-        centroids: tokens of the units whose mean keys are written, too; None: there are none.
+        sparse: K is also written in the feature layout.
+        centroids: tokens of the units whose mean keys are also written; None: there are none.
         stripe_tokens: tokens of a stripe.
         sinks: first tokens that sparse modes always attend.
         domain: owner of its flash and DRAM, as the device knows it; no other sequence has it if this one is isolated.
-        held_tokens: the newest tokens of each layer, which stay in device DRAM, where `truncate` can remove them; to be
-            set before they are appended.
+        held_tokens: how many of the newest tokens of each layer stay in device DRAM, where `truncate` can remove them;
+            set it before they are appended.
     """
 
     def __init__(self, device: "Device", shape: SequenceShape, allocations: Series[Allocation]) -> None:
@@ -106,12 +106,12 @@ class Sequence:
         end_block(self.free, error)
 
     def free(self) -> None:
-        """Give flash and DRAM back.  Freeing twice is no error, any other use afterwards is.
+        """Give flash and DRAM back.  Freeing twice is allowed, any other use afterwards is an error.
 
         Flash that no other sequence uses is erased (see `Device`).
 
         Raises:
-            DeviceStatusError: a die does not answer; the sequence is free nevertheless.
+            DeviceStatusError: a die does not answer; the sequence is free all the same.
         """
         with self.device.lock:
             if self._freed:
@@ -186,9 +186,9 @@ class Sequence:
             return mean
 
     def counters(self) -> dict[str, int]:
-        """What was done for this sequence so far, by name; also when it was freed.
+        """Counts of what was done for this sequence, by name; also after it was freed.
 
-        They are what the host knows of it; `Device.counters` has what the drive counts, of all sequences together.
+        The host counts them; `Device.counters` has what the drive counts, for all sequences together.
 
         JOBS: jobs whose results were put together, each of the query rows of a KV head over a range of tokens.
         TOKENS: tokens that were written, of all layers; again if they were truncated and written anew.
@@ -261,13 +261,13 @@ class Sequence:
     def append_async(self, key: ArrayLike, value: ArrayLike, *, layer: int = 0) -> Future[None]:
         """Begin to write the next tokens of a layer.
 
-        When this returns they are in device DRAM, as far as there is room, and can be attended; full stripes are on
-        their way to flash.  Whatever uses the layer afterwards (`append`, `attend`, `length`) comes after these tokens,
-        and waits until all of them are in DRAM, but not for flash.
+        When this returns, the tokens that found room are in device DRAM and can be attended; full stripes are on their
+        way to flash.  Later uses of the layer (`append`, `attend`, `length`) come after these tokens, and wait until
+        all of them are in DRAM, but not for flash.
 
         Returns:
             Done when the tokens are written, and the stripes that they fill are in flash.  Its errors are those of
-            `append`, but for those below; if nobody asks it for an error, the next call of this sequence raises it.
+            `append`, except those below; an error that is not retrieved is raised by the next call of this sequence.
 
         Raises:
             RequestError: an array has a wrong shape, dtype or number in it.
@@ -367,8 +367,8 @@ class Sequence:
         A query of these modes sees its own past alone: several queries with causal=True give, to the last bit, what
         each gives when its token is the newest (drafts in a chain likewise).  So each query selects for itself, and the
         mean of V is over the tokens that it may attend.  The stripe that is not full at its last token, and the
-        `held_tokens` before it, are its *tail*: attended in any case, and not counted in `top_units`, whether they lie
-        in device DRAM or not.  The query heads of a KV head share one selection (as in SparQ's form for GQA: |q| and
+        `held_tokens` before it, are its *tail*: always attended, and not counted in `top_units`, whether they lie in
+        device DRAM or not.  The query heads of a KV head share one selection (as in SparQ's form for GQA: |q| and
         the approximate softmax are summed over them), so they must fit a job of `Config.rows` rows.
 
         Args:
@@ -377,7 +377,7 @@ class Sequence:
             layer: which layer.
             timeout_s: how long the device may send no completion; its own timeout if None.
             progress: called now and then with (jobs done, jobs in all).
-            options: scale, masks (causal, window, tree, start, end) and mode; see `planning.AttendOptions`.
+            options: scale, masks (causal, window, tree, start, end) and mode; see `AttendOptions`.
 
         Raises:
             RequestError: a wrong shape, dtype or number, an empty layer, a freed sequence, one that was created without

@@ -25,7 +25,7 @@ class SequenceShape:
         sparse: K is also written in the feature layout.
         centroids: tokens of the units whose mean keys are also written; None: there are none.
         sinks: first tokens that sparse modes always attend.
-        window: newest tokens whose V the host keeps; None: there is no such number.
+        window: newest tokens whose V the host keeps; None: none.
         domain: owner of its flash and DRAM.
     """
 

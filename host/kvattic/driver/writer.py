@@ -1,7 +1,7 @@
 """`TokenWriter`: K and V of one sequence, on their way from the host through device DRAM to flash.
 
 Writing is work of many steps (`dispatcher.Steps`): tokens are put into DRAM, full stripes are programmed from there,
-and their DRAM comes back when nobody reads it any more.  The appends of a layer are flushed in order, one after the
+and their DRAM comes back when no command reads it any more.  The appends of a layer are flushed in order, one after the
 other.
 """
 
@@ -152,11 +152,11 @@ class TokenWriter:
         try:
             yield from self._write_all(append, before)
         finally:
-            append.at = append.tokens.shape[2]   # nobody waits for the rest of them
+            append.at = append.tokens.shape[2]   # the rest of them will not come
             self.layers[append.layer].appends.remove(append)
 
     def _write_all(self, append: Append, before: Append | None) -> Steps[None]:
-        layer, tokens, total = append.layer, append.tokens, append.tokens.shape[2]
+        layer, total = append.layer, append.tokens.shape[2]
         state = self.layers[layer]
         if before is not None and (before.left or not append.ahead):
             yield from self._after(append, before)
@@ -172,42 +172,50 @@ class TokenWriter:
                 yield from self._flush(layer, unflushed)
             elif unflushed:
                 pieces.append((unflushed, None))    # held until now: nothing failed, so the new tokens come first
-        while True:
-            try:
-                yield from self._check_dram(total, begin % self.shape.stripe_tokens)
-                break
-            except CapacityError:
-                if before is None:
-                    raise
-                yield from self._after(append, before)
-                before = None
+        try:
+            yield from self._check_dram(total, begin % self.shape.stripe_tokens)
+        except CapacityError:
+            if before is None:
+                raise
+            yield from self._after(append, before)
+            before = None
+            yield from self._check_dram(total, begin % self.shape.stripe_tokens)
         while append.left:
             if pieces and not (append.ahead and self._fits(layer)):
                 yield from self._move_pieces(append, before, begin, pieces)
                 before, pieces = None, []
-            inside = state.length % self.shape.stripe_tokens
-            if inside or append.left < self.shape.stripe_tokens:
-                piece = tokens[:, :, append.at : append.at + self.shape.stripe_tokens - inside]
-                yield from self._write_tail(layer, piece)
-                stripe = state.length // self.shape.stripe_tokens
-                stripes = range(stripe, stripe + (inside + piece.shape[2]) // self.shape.stripe_tokens)
-            else:
-                whole = append.left // self.shape.stripe_tokens
-                room = min(self._media.dram.largest_for(self.shape.domain), CHUNK_BYTES // self.shape.config.page_bytes)
-                fitting = room // (self.shape.kv_heads * (2 * self.shape.pages + self._passing(1)))
-                piece = tokens[:, :, append.at : append.at + max(min(whole, fitting), 1) * self.shape.stripe_tokens]
-                stripes = yield from self._stage(layer, piece)
-            self._count(layer, piece[:, Kind.VALUE])
-            append.at += piece.shape[2]
+            stripes, piece = yield from self._put_piece(append)
             ready = range(stripes.start, max(stripes.start, min(stripes.stop, last // self.shape.stripe_tokens)))
             if ready:
-                pieces.append((ready, piece if inside == 0 else None))
+                pieces.append((ready, piece))
         if pieces:
             yield from self._move_pieces(append, before, begin, pieces)
 
+    def _put_piece(self, append: Append) -> Steps[tuple[range, Bits | None]]:
+        """Put the next tokens into DRAM: what ends the last stripe, or whole stripes, or what begins one.
+
+        Returns:
+            The stripes that they fill, and the tokens, if they begin with these stripes.
+        """
+        layer, size = append.layer, self.shape.stripe_tokens
+        length = self.layers[layer].length
+        inside = length % size
+        if inside or append.left < size:
+            piece = append.tokens[:, :, append.at : append.at + size - inside]
+            yield from self._write_tail(layer, piece)
+            stripes = range(length // size, length // size + (inside + piece.shape[2]) // size)
+        else:
+            room = min(self._media.dram.largest_for(self.shape.domain), CHUNK_BYTES // self.shape.config.page_bytes)
+            fitting = room // (self.shape.kv_heads * (2 * self.shape.pages + self._passing(1)))
+            piece = append.tokens[:, :, append.at : append.at + max(min(append.left // size, fitting), 1) * size]
+            stripes = yield from self._stage(layer, piece)
+        self._count(layer, piece[:, Kind.VALUE])
+        append.at += piece.shape[2]
+        return stripes, piece if inside == 0 else None
+
     def _move_pieces(self, append: Append, before: Append | None, begin: int,
                      pieces: Series[tuple[Series[int], Bits | None]]) -> Steps[None]:
-        """Flush what was staged, when the append before is done; and what that one left, if it failed."""
+        """Flush what was staged once the append before is done, and what that one left behind if it failed."""
         if before is not None:
             yield from self._after(append, before)
             last = begin + append.tokens.shape[2] - self.held_tokens
@@ -218,7 +226,7 @@ class TokenWriter:
         self._check_wanted(append)
 
     def _after(self, append: Append, before: Append) -> Steps[None]:
-        """Let the append before come to its end."""
+        """Wait for the end of the append before."""
         if before.future is not None:
             yield [before.future]
         self._check_wanted(append)
@@ -232,7 +240,7 @@ class TokenWriter:
         return sorted(s for s in self.layers[layer].staged if (s + 1) * self.shape.stripe_tokens <= length)
 
     def finish_writes(self) -> None:
-        """Let what is under way come to its end, and begin no more of it."""
+        """Wait for the end of what is under way, and begin no more of it."""
         appends = [append for state in self.layers for append in state.appends]
         for append in appends:
             append.cancelled = True
@@ -246,7 +254,7 @@ class TokenWriter:
             self._media.dispatcher.drive(lambda: not any(append.left for append in appends))
 
     def raise_unretrieved(self) -> None:
-        """Raise the error of an append whose future nobody asked for it."""
+        """Raise the error of an append that was not retrieved from its future."""
         for future in self._background:
             if future.finished and (error := future.take_unretrieved_error()) is not None:
                 raise error
@@ -254,8 +262,8 @@ class TokenWriter:
     # Room in DRAM.
 
     def _check_dram(self, total: int, inside: int) -> Steps[None]:
-        """Whether DRAM has room for what an append of so many tokens needs at least; waits if it may have soon."""
-        needed = [] if inside else [2 * self.shape.kv_heads * self.shape.pages]
+        """Check that DRAM has room for what an append of `total` tokens needs at least; may wait for some."""
+        needed = [] if inside else [self.shape.stripe_dram_pages]
         if self.shape.sketch_kinds and inside + total >= self.shape.stripe_tokens:
             needed.append(self._passing(-(-self.shape.kv_heads // self.shape.config.channels)))
         if self.shape.domain != COMMON_DOMAIN:
@@ -275,10 +283,10 @@ class TokenWriter:
         if self.layers[layer].length % self.shape.stripe_tokens:
             return True
         passing = self._passing(-(-self.shape.kv_heads // self.shape.config.channels))
-        return self._media.dram.largest_for(self.shape.domain) >= 2 * self.shape.kv_heads * self.shape.pages + passing
+        return self._media.dram.largest_for(self.shape.domain) >= self.shape.stripe_dram_pages + passing
 
     def _passing(self, heads: int) -> int:
-        """Pages of DRAM that sketches of a stripe pass through, centroids of so many heads at once."""
+        """Pages of DRAM that the sketches of a stripe pass through, with centroids of `heads` heads at once."""
         pages = self.shape.pages if self.shape.sparse else 0
         if self.shape.centroids is not None:
             pages = max(pages, int(layout.centroid_pages(heads, self.shape.centroids, self.shape.config)))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from kvattic.errors import DeviceTimeoutError, RequestError
 from kvattic.golden.attention import Attention
 from kvattic.golden.flash import Flash, FlashFaults, PowerCutError
-from kvattic.golden.memory import HostMemory, check_range
+from kvattic.golden.memory import HostMemory
 from kvattic.golden.operations import Operations
 from kvattic.golden.owners import Owners
 from kvattic.golden.queues import Queue, Queues
@@ -34,7 +34,8 @@ from kvattic.spec.commands import (
 from kvattic.spec.config import Config
 from kvattic.spec.elements import Bytes
 from kvattic.spec.layout import Block
-from kvattic.spec.registers import COUNTERS, QUEUES, REGISTER_MAP, Access, Control, Register, StatusBit
+from kvattic.spec.registers import COUNTERS, QUEUES, Access, Control, StatusBit
+from kvattic.transport.base import check_range, find_register
 
 __all__ = ["FlashFaults", "GoldenDevice", "Traffic"]
 
@@ -171,7 +172,7 @@ class GoldenDevice:
             RequestError: there is no such register.
         """
         self._advance()
-        if _register(name).access is Access.WO or not self._powered:
+        if find_register(name).access is Access.WO or not self._powered:
             return 0
         if name == "INTERRUPTS":
             return self._interrupts
@@ -183,9 +184,7 @@ class GoldenDevice:
         Raises:
             RequestError: there is no such register, or the value does not fit it.
         """
-        register = _register(name)
-        if not 0 <= value < 1 << register.width:
-            raise RequestError(f"{name} has {register.width} bits: {value:#x} does not fit")
+        register = find_register(name, value)
         if not self._powered:
             return
         if name == "CONTROL" and value & Control.RESET:
@@ -394,10 +393,3 @@ def _served_by(line: bytes | None) -> Hashable:
 
 def _bits(mask: int) -> list[int]:
     return [bit for bit in range(mask.bit_length()) if mask >> bit & 1]
-
-
-def _register(name: str) -> Register:
-    try:
-        return REGISTER_MAP[name]
-    except KeyError:
-        raise RequestError(f"there is no register {name!r}; registers are {', '.join(REGISTER_MAP)}") from None

@@ -2,13 +2,13 @@
 
 from collections.abc import MutableSequence
 
-from kvattic.errors import RequestError
 from kvattic.golden.registers import Registers
 from kvattic.golden.rejected import RejectedError
 from kvattic.spec.commands import Status
 from kvattic.spec.registers import StatusBit
+from kvattic.transport.base import check_range
 
-__all__ = ["HostMemory", "check_range"]
+__all__ = ["HostMemory"]
 
 
 class HostMemory:
@@ -68,13 +68,3 @@ class HostMemory:
             return False
         self.data[address : address + len(data)] = data
         return True
-
-
-def check_range(name: str, total: int, address: int, size: int) -> None:
-    """Refuse a range of bytes that is not inside a memory.
-
-    Raises:
-        RequestError: names the memory.
-    """
-    if address < 0 or size < 0 or address + size > total:
-        raise RequestError(f"{name} is 0 to {total:#x}: {size} bytes at {address:#x} are not in it")

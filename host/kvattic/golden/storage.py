@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvattic.golden.flash import Flash
-from kvattic.golden.memory import check_range
 from kvattic.golden.registers import Registers
 from kvattic.spec.commands import Kind
 from kvattic.spec.config import PAGE_NUMBER_BITS, Config
 from kvattic.spec.elements import Bytes, Integers
 from kvattic.spec.registers import StatusBit
+from kvattic.transport.base import check_range
 
 __all__ = ["Storage", "Traffic"]
 

@@ -78,7 +78,7 @@ _last = local()
 
 
 def _not_traced(function: Callable[P, T]) -> Callable[P, T]:
-    """What torch.compile shall not look into: it calls it as it stands, between two graphs."""
+    """Exclude a function from torch.compile, which then calls it as it is, between two graphs."""
     called: Callable[P, T] = torch.compiler.disable(function)
     return called
 
@@ -481,10 +481,10 @@ class DriveLayer(CacheLayerMixin):
         self.reorder_cache(indices)
 
     def offload(self) -> None:
-        """Nothing: K and V are not in this machine."""
+        """Do nothing: K and V are not in this machine."""
 
     def prefetch(self) -> None:
-        """Nothing, see `offload`."""
+        """Do nothing, see `offload`."""
 
 
 class DriveCache(Cache):
@@ -503,7 +503,7 @@ class DriveCache(Cache):
         features: see `Sequence.attend`, as the following.
         top_units: no more are attended than there are.
         local_tokens: likewise.
-        sinks: sparse modes: the first stored tokens of each row (padding is not stored), which are attended in any case
+        sinks: sparse modes: the first stored tokens of each row (padding is not stored), which are always attended
             and count among `top_units`.  If None, 16, or as many as `top_units` and `local_tokens` leave room for.
         unit_tokens: of the mode centroid, too; a codeword's tokens if None.
         options: of the sequences, see `create_sequence` of `Device` and `DriveArray`: isolated, split.
@@ -578,7 +578,7 @@ class DriveCache(Cache):
         """Sequences for a batch, when its first layer comes."""
         if self.sequences:
             return
-        sparse, centroid = self.mode in (Mode.SPARF, Mode.FETCHED), self.mode is Mode.CENTROID
+        sparse, centroid = self.mode.blended, self.mode is Mode.CENTROID
         options = self._options
         if self.mode is not Mode.DENSE:
             options = options | {"sinks": self._sinks, "window": _longest_window(self._text) if sparse else None}
@@ -625,7 +625,7 @@ class DriveCache(Cache):
             layer.wait()
 
     def activate_past_recording(self) -> None:
-        """Called before drafts are verified: nothing, as the newest tokens stay in device DRAM anyway.
+        """Do nothing before drafts are verified, because the newest tokens stay in device DRAM anyway.
 
         Raises:
             RequestError: several drives, from which rejected drafts cannot be removed.
@@ -634,7 +634,7 @@ class DriveCache(Cache):
             raise RequestError("drafts can be removed from a single drive only, not from several")
 
     def fail(self, error: E) -> E:
-        """A step ends with an error; what its layers hold does not fit together from now on."""
+        """Note that a step failed, so that the layers hold different tokens from now on; returns the error."""
         self._failed = f"{type(error).__name__}: {error}"
         for layer in self.layers:
             if isinstance(layer, DriveLayer):
@@ -676,7 +676,7 @@ class DriveCache(Cache):
         return "the model computes attention by itself and is not supported, or a step was interrupted"
 
     def write_next(self, layer: DriveLayer) -> None:
-        """Another layer's first tokens are about to be written: not too many at a time, for they hold their memory."""
+        """Make room for writing another layer's first tokens: each layer that is being written holds its memory."""
         while len(self._writing) >= LAYERS_IN_FLIGHT:
             self._writing.popleft().wait()
         self._writing.append(layer)
@@ -723,7 +723,7 @@ class DriveCache(Cache):
 
 
 def _check_options(options: dict[str, Any], several: bool) -> None:
-    """What `DriveCache` hands on to `create_sequence`.
+    """Check the options that `DriveCache` hands on to `create_sequence`.
 
     Raises:
         TypeError: it has no such argument, or it is not for the user.
@@ -744,7 +744,7 @@ def _check_options(options: dict[str, Any], several: bool) -> None:
 
 def _check_mode(config: Config, mode: Mode, features: int | None, top_units: int | None, local_tokens: int,
                 sinks: int | None, unit_tokens: int | None) -> int | None:
-    """Whether a mode and its numbers go together; the tokens of a unit, None where it has none of its own."""
+    """Check that a mode and its numbers go together; the tokens of a unit, None if the mode has no units."""
     name = mode.name.lower()
     if mode is Mode.DENSE:
         if (features, top_units, local_tokens, sinks, unit_tokens) != (None, None, 0, None, None):
@@ -771,11 +771,11 @@ def _check_mode(config: Config, mode: Mode, features: int | None, top_units: int
 
 
 def _sinks(top_units: int, local_tokens: int, sinks: int | None, unit_tokens: int) -> int:
-    """Sinks that are asked for; if nobody said how many, as many as there is room for.
+    """The number of sinks: as asked for, otherwise as many as there is room for.
 
     Args:
         top_units: that a step attends.
-        local_tokens: newest tokens that are attended in any case and not held, and so lie in some of the units.
+        local_tokens: newest tokens that are always attended and not held, and so lie in some of the units.
         sinks: as given.
         unit_tokens: tokens of a unit.
 

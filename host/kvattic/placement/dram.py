@@ -13,9 +13,9 @@ __all__ = ["DomainDram"]
 class DomainDram:
     """Hands out ranges of pages of device DRAM to domains.
 
-    The device knows the owner of each *region* of 2**region_bits pages.  Domain 1 has all that the others have not.
-    Another one takes whole regions, as few as will do and the last that are free, when what it has is not enough;
-    as soon as nothing is allocated in a region of its, it goes back.
+    The device knows the owner of each *region* of 2**region_bits pages.  Domain 1 has what the others do not have.
+    Another domain takes whole regions when what it has is not enough: as few as possible, and the last free ones.  As
+    soon as nothing is allocated in one of its regions, the region goes back.
 
     Pages are not cleared here: before regions change their owner, either way, `released` is called with their first
     page and the number of pages, so that the driver can overwrite them with zeros.  If that fails they stay where they
@@ -24,7 +24,7 @@ class DomainDram:
     All regions belong to domain 1 at first; `send_owners` says so to the device.
 
     Args:
-        pages: pages that there are, numbered from 0; the last region may be a part of one.
+        pages: number of pages, which are numbered from 0; the last region may be shorter.
         region_bits: log2 of the pages of a region.
         grant: gives regions to a domain, on the device: first region, how many, domain.
         released: see above.
@@ -57,7 +57,7 @@ class DomainDram:
         return self._owners.get(region, COMMON_DOMAIN)
 
     def send_owners(self) -> None:
-        """Tell the device the owners of all regions, which it forgets with its power."""
+        """Tell the device, which forgets them without power, the owners of all regions."""
         self._unsent = set(range(self.regions))
         self._send()
 
@@ -81,7 +81,7 @@ class DomainDram:
         """First page of a range of `count` pages that a domain owns.
 
         Raises:
-            RequestError: count is not positive, or there is no such domain.
+            RequestError: count is not positive, or the domain does not exist.
             CapacityError: no free range is that long.
         """
         check_domain(domain)
@@ -135,7 +135,7 @@ class DomainDram:
         return ranges
 
     def _begins(self, domain: int, count: int, ranges: list[tuple[int, int]]) -> Iterator[int]:
-        """Where `count` pages may begin, as far as it is worth looking."""
+        """Places where `count` pages may begin, as many as are worth a look."""
         size = 1 << self._bits
         limits = {first: first + length - count for first, length in ranges}
         firsts = sorted(limits)
@@ -188,7 +188,7 @@ class DomainDram:
             self._common.join(first, count)
 
     def _send(self) -> None:
-        """Tell the device the owners that it may not know."""
+        """Tell the device the owners that it may not know yet."""
         while self._unsent:
             first = last = min(self._unsent)
             domain = self.owner(first)

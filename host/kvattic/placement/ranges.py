@@ -11,7 +11,7 @@ class RangeAllocator:
     """Hands out ranges of pages of a memory: first fit over a sorted list of free ranges.
 
     Args:
-        pages: pages that there are, numbered from 0.
+        pages: number of pages, which are numbered from 0.
 
     Raises:
         RequestError: pages is negative.
@@ -72,14 +72,14 @@ class RangeAllocator:
         self.join(first, count)
 
     def cut(self, first: int, count: int) -> None:
-        """Take pages, all of them free, off the list."""
+        """Take pages, all of which must be free, off the list."""
         index = bisect_right(self._free, (first, self.pages)) - 1
         begin, length = self._free[index]
         rest = [(begin, first - begin), (first + count, begin + length - first - count)]
         self._free[index : index + 1] = [(page, pages) for page, pages in rest if pages]
 
     def join(self, first: int, count: int) -> None:
-        """Put pages, none of them free, on the list."""
+        """Put pages, none of which may be free, on the list."""
         index = bisect_left(self._free, (first, 0))
         if index < len(self._free) and first + count == self._free[index][0]:
             count += self._free.pop(index)[1]

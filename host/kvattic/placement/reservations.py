@@ -1,4 +1,4 @@
-"""What a sequence takes of the flash, and in how many regions the device DRAM is handed out: arithmetic."""
+"""How much flash a sequence takes, and how large the regions of device DRAM are: arithmetic."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Zones of flash: who has which pages, which blocks are bad, how worn they are.
+"""Zones of flash: the owners of pages, bad blocks, wear.
 
 A *zone* is one block on every (channel, die, plane), all erased together.  Pages of a zone are taken in order and never
 written twice; when all sequences that have pages in it are gone, it is erased as a whole.  So nothing is ever copied.
@@ -31,7 +31,7 @@ class Remap(NamedTuple):
     Members:
         channel: flash channel.
         page: a page number of the zone, die and plane.
-        block: the block that they shall use.
+        block: the block to be used there.
     """
 
     channel: int
@@ -126,16 +126,17 @@ class Allocation:
 class ZoneAllocator:
     """Hands out pages of zones; keeps bad blocks, wear and write amplification.
 
-    A sequence has zones of its own as far as it will fill them; the rest of it goes into zones that are shared with
-    others of its domain whose runs are as long.  The least worn free zone is taken.  A zone without users is erased: at
-    once with `erase_on_free`, otherwise before its next use.
+    A sequence has zones of its own for what fills them; the rest of it goes into zones that it shares with others of
+    its domain whose runs are as long.  The least worn free zone is taken.  A zone without users is erased: at once with
+    `erase_on_free`, otherwise before its next use.
 
-    A block of a zone that is bad is replaced by a spare block of the same channel, die and plane; where there is none
-    left, the zone has a hole there, which is passed over.
+    A bad block of a zone is replaced by a spare block of the same channel, die and plane; where no spare is left, the
+    zone has a hole there, which is skipped.
 
     All zones belong to domain 1 at first (`send_owners` says so to the device).  A zone changes its owner when another
-    domain takes it, and only erased.  Where a block with data of a domain could not be erased and not be replaced
-    either, the zone never becomes another domain's: domain 1 uses it on, that of any other domain is nobody's for ever.
+    domain takes it, and only when it is erased.  Where a block with data of a domain can be neither erased nor
+    replaced, the zone never passes to another domain: domain 1 goes on using it, and that of any other domain is never
+    used again.
 
     Args:
         config: geometry.
@@ -143,16 +144,16 @@ class ZoneAllocator:
         remap: changes the device's map.
         grant: gives zones to a domain, on the device.
         bad_blocks: blocks that must not be used.
-        spare_blocks: blocks of each plane that are kept as spares; 2 percent of them, but at least one, if None.
+        spare_blocks: blocks of each plane that are kept as spares; if None, 2 percent of them and at least one.
         erase_on_free: see above.
 
     Attributes:
-        zones: how many there are.
+        zones: their number.
         pages_programmed: pages that were programmed, successfully or not (see `account`).
         pages_written: pages of the sequences' data among them.
 
     Raises:
-        RequestError: a bad block or the number of spare blocks is none that the geometry has.
+        RequestError: a bad block or the number of spare blocks does not exist in this geometry.
     """
 
     def __init__(self, config: Config, *, erase: Erase | None = None,
@@ -215,7 +216,7 @@ class ZoneAllocator:
         return where.zone, where.die * self.config.part.planes + where.plane
 
     def block(self, channel: int, page: int) -> Block | None:
-        """The physical block that a page lies in; None where there is none."""
+        """The physical block that a page lies in; None at a hole."""
         zone, place = self._place(page)
         block = int(self._map[zone, channel, place]) if zone < self.zones else zone
         return None if block < 0 else Block(channel, *self._split(place), block)
@@ -232,7 +233,7 @@ class ZoneAllocator:
 
     @property
     def remaps(self) -> list[Remap]:
-        """The device's map, as far as it differs from what it is after power-up."""
+        """The entries of the device's map that differ from those after power-up."""
         where = np.argwhere((self._map != np.arange(self.zones)[:, None, None]) & (self._map >= 0)).tolist()
         return [Remap(c, self._page(z, p), int(self._map[z, c, p])) for z, c, p in where]
 
@@ -251,20 +252,20 @@ class ZoneAllocator:
             self._unsent = []
 
     def failed(self, channel: int, page: int) -> None:
-        """A page could not be programmed: its block takes nothing more, and is replaced when its zone is erased."""
+        """Note that a page could not be programmed: its block takes no more, and is replaced at its zone's erase."""
         self.abandon(channel, page)
         zone, place = self._place(page)
         self._open[zone].broken.add((channel, place))
 
     def abandon(self, channel: int, page: int) -> None:
-        """Nobody knows whether a page was programmed: its block takes nothing more until its zone is erased."""
+        """Note that a page may or may not be programmed: its block takes nothing more until its zone is erased."""
         number, place = self._place(page)
         zone = self._open[number]
         fill = zone.fill[channel]
         fill[(place // self._width(zone.run) - zone.start) % len(fill)] = zone.limit
 
     def lose_die(self, channel: int, die: int) -> None:
-        """A die does not answer: nothing more is placed there."""
+        """Note that a die does not answer: nothing more is placed there."""
         self._lost.add((channel, die))
         planes = self.config.part.planes
         closed = [zone for zone in range(self.zones) if zone not in self._open]
@@ -295,26 +296,26 @@ class ZoneAllocator:
 
     @property
     def _sealed(self) -> set[int]:
-        """Zones that nobody may use any more: marked, and no domain 1's."""
+        """Zones that are never used again: marked, and not domain 1's."""
         return {zone for zone in self._marked - self._open.keys() if self._owners[zone] != COMMON_DOMAIN}
 
     def owner(self, zone: int) -> int:
-        """The domain that a zone belongs to; 0 where nobody knows, or nobody may use it."""
+        """The domain that a zone belongs to; 0 if it is unknown, or the zone is never used again."""
         return self._owners[zone]
 
     def _give(self, zone: int, domain: int) -> None:
         if self._owners[zone] != domain:
-            self._owners[zone] = NOBODY     # as far as anybody knows if the device does not answer
+            self._owners[zone] = NOBODY     # unknown if the device does not answer
             self._grant([zone], domain)
             self._owners[zone] = domain
 
     def send_owners(self) -> None:
-        """Tell the device the owners of all zones, which it forgets with its power."""
+        """Tell the device, which forgets them without power, the owners of all zones."""
         for domain in sorted(set(self._owners)):
             self._grant([zone for zone, owner in enumerate(self._owners) if owner == domain], domain)
 
     def _expel(self, domain: int) -> None:
-        """Nothing of a domain's sequences, if all are gone, is left for those that its number is for now."""
+        """Remove what is left of a domain's sequences, if all are gone, before its number is used again."""
         if domain == COMMON_DOMAIN or any(allocation.domain == domain for allocation in self._allocations):
             return
         mine = [zone for zone in self._dirty if self._owners[zone] == domain]
@@ -329,7 +330,7 @@ class ZoneAllocator:
         return int(erases.sum()), zone
 
     def _zone_erases(self, zone: int) -> NDArray[np.int64]:
-        """Erases of a zone's blocks, (channels, row); 0 where there is none."""
+        """Erases of a zone's blocks, (channels, row); 0 at holes."""
         blocks = self._map[zone]
         erases = np.take_along_axis(self._erases, np.maximum(blocks, 0)[:, :, None], axis=2)[:, :, 0]
         return np.where(blocks < 0, 0, erases)
@@ -363,7 +364,7 @@ class ZoneAllocator:
         return zone
 
     def _close(self, zone: Zone) -> None:
-        """Nobody uses a zone any more."""
+        """Take back a zone without users."""
         del self._open[zone.number]
         for stream in self._shared.values():
             stream.remove(zone)
@@ -387,14 +388,14 @@ class ZoneAllocator:
             self._clean.add(zone.number)
 
     def _clean_zones(self, numbers: Sequence[int]) -> None:
-        """Erase what was written, replace what went bad."""
+        """Erase the written blocks of zones, and replace those that went bad."""
         where = [(number, channel, place) for number in numbers for channel, place in self._dirty[number][0]]
         erased = self._erase([(channel, self._page(number, place)) for number, channel, place in where])
         for (number, channel, place), good in zip(where, erased, strict=True):
             block = int(self._map[number, channel, place])
             if block < 0:
                 self._marked.add(number)
-                continue    # its die was lost meanwhile
+                continue    # its die was lost during the erase
             self._erases[channel, place, block] += 1
             if not good or (channel, place) in self._dirty[number][1]:
                 self._bad.add(Block(channel, *self._split(place), block))
@@ -412,7 +413,7 @@ class ZoneAllocator:
             self._clean_zones(sorted(self._dirty))
 
     def distrust(self) -> None:
-        """Take no block for erased: nobody knows what the flash holds.
+        """Count no block as erased, because what the flash holds is unknown.
 
         Raises:
             RequestError: a zone has users.
@@ -427,18 +428,18 @@ class ZoneAllocator:
     # Sequences.
 
     def create(self, runs: Sequence[int], run: int = 1, *, domain: int = COMMON_DOMAIN) -> Allocation:
-        """Room for a sequence.
+        """Reserve room for a sequence.
 
         If another domain than 1 has no allocation yet, what is left of earlier ones that had its number is erased.
 
         Args:
-            runs: for each channel, how many runs it will place there at most.
+            runs: for each channel, how many runs it may place there.
             run: consecutive page numbers of each, a power of two.
-            domain: zones are shared inside of it alone.
+            domain: zones are shared only within it.
 
         Raises:
-            RequestError: run is no power of two, or no zone has so many pages; or there is no such domain.
-            CapacityError: there are not enough zones that are free and not wanted by others.
+            RequestError: run is not a power of two or longer than a zone, or the domain does not exist.
+            CapacityError: not enough zones are free and not reserved for others.
         """
         check_domain(domain)
         if run < 1 or run & (run - 1) or self._limit(run) == 0:
@@ -473,7 +474,7 @@ class ZoneAllocator:
         return sum(self._wanted_by())
 
     def _wanted_by(self) -> tuple[int, int]:
-        """The same for all other domains than 1 together, and for domain 1."""
+        """The zones of `_wanted`, for all domains but 1 together, and for domain 1."""
         wanted = [0, 0]
         shared: dict[tuple[int, int], NDArray[np.int64]] = {}
         for allocation in self._allocations:
@@ -497,7 +498,7 @@ class ZoneAllocator:
         Args:
             allocation: whose.
             channel: where.
-            die: where it shall lie (begin) if there is room.
+            die: where it should begin, if there is room.
 
         Raises:
             CapacityError: the flash is full.
@@ -544,16 +545,16 @@ class ZoneAllocator:
                     allocation.shared[channel] += 1
 
     def release(self, *allocations: Allocation) -> None:
-        """A sequence is gone: zones that nobody uses any more are erased, now or later (`erase_on_free`).
+        """Give back what a sequence has: zones without users are erased, now or later (`erase_on_free`).
 
         Args:
-            allocations: what it has.
+            allocations: of the sequence.
 
         Raises:
-            RequestError: one of them was released already, or is another device's.
+            RequestError: one of them was released already, or belongs to another device.
         """
         if not self._allocations.issuperset(allocations):
-            raise RequestError("this allocation was released already, or is another device's")
+            raise RequestError("this allocation was released already, or belongs to another device")
         for allocation in allocations:
             self._allocations.discard(allocation)
             for number in sorted(allocation.uses):

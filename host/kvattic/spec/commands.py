@@ -460,6 +460,10 @@ COMPLETION = Record("Completion", LINE_BYTES, (
 """beats + starved + barrier + weights + scores + idle = channels * cycle (modulo 2**32)."""
 
 
+_COMPLETION = struct.Struct("".join(("<", *({2: "H", 4: "I", 8: "Q"}[f.size] for f in COMPLETION.fields), "12x")))
+"""The same for `struct`, which is faster: the fields follow each other without a gap."""
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """A decoded completion entry (see `COMPLETION`)."""
@@ -485,9 +489,12 @@ class Completion:
         Raises:
             ValueError: there is no such status.
         """
-        values = COMPLETION.unpack(data)
-        status, flags = unpack_state(values.pop("state")), CompletionFlag(values.pop("flags"))
-        return cls(status=status, flags=flags, **values)
+        (where, flags, head, queue, identifier, state, cycle, beats, starved, barrier, weights, scores,
+         idle) = _COMPLETION.unpack(data)
+        return cls(
+            status=unpack_state(state), queue=queue, head=head, identifier=identifier, flags=CompletionFlag(flags),
+            where=where, cycle=cycle, beats=beats, starved=starved, barrier=barrier, weights=weights, scores=scores,
+            idle=idle)
 
 
 def pack_state(status: int, phase: int) -> int:

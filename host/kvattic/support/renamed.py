@@ -1,4 +1,4 @@
-"""Names of before version 0.3, of modules and of keywords: they still work, with a deprecation warning.
+"""Names that modules and keywords had before version 0.3: they still work, with a deprecation warning.
 
 Each package installs one finder for its modules' old names; the module that comes is the new one itself, so that both
 names give the same classes.

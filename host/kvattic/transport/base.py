@@ -1,4 +1,4 @@
-"""How the driver reaches a device: the same calls for the golden device and the RTL."""
+"""How the driver reaches a device: the same calls for the golden device, the RTL and a card."""
 
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
@@ -79,7 +79,7 @@ class Transport(Protocol):
         wake-up cannot be lost.
 
         Args:
-            timeout_s: patience in seconds of wall-clock time.
+            timeout_s: seconds of wall-clock time to wait.
 
         Raises:
             DeviceTimeoutError: the line was not raised in that time.
@@ -88,7 +88,7 @@ class Transport(Protocol):
         ...
 
     def close(self) -> None:
-        """Give back whatever the way to the device holds: files, memory, a simulator's process.  Twice is no error."""
+        """Give back what the transport holds: files, memory, a simulator's process.  Closing twice is allowed."""
         ...
 
 
@@ -100,7 +100,7 @@ def find_register(name: str, value: int = 0) -> Register:
         value: what is to be written there.
 
     Raises:
-        RequestError: there is no such register, or the value does not fit it.
+        RequestError: the register does not exist, or the value does not fit it.
     """
     register = REGISTER_MAP.get(name)
     if register is None:

@@ -52,11 +52,11 @@ PAGE = 4096
 BOUNCE_BYTES = 1 << 20
 """Of one transfer, at most."""
 ALL_ONES = 0xFFFF_FFFF
-"""What a read gives of a card that is not there any more."""
+"""What reads return when the card has left the bus."""
 LOOK_S = 0.5
-"""Sleeping for an interrupt, the registers are looked at so often nevertheless: a card may go."""
+"""Seconds between two looks at the registers while sleeping for an interrupt: the card may go."""
 POLL_S = 50e-6, 2e-3
-"""Without interrupts, time between two looks: first and longest."""
+"""Without interrupts, seconds between two looks: the first and the longest."""
 
 
 class Use(StrEnum):
@@ -80,7 +80,7 @@ class CardFile(Protocol):
         ...
 
     def poll(self, timeout_s: float) -> bool:
-        """Whether there is something to read, in that time."""
+        """Wait until there is something to read; whether there is."""
         ...
 
     def close(self) -> None:
@@ -244,7 +244,7 @@ class MmioTransport:
 
     def _file(self, use: Use) -> CardFile:
         if self._closed:
-            raise RequestError("the way to the card is closed")
+            raise RequestError("the card is closed")
         if self._lost:
             raise DeviceLostError(self._lost)
         return self._files[use]
@@ -279,7 +279,7 @@ class MmioTransport:
         """See `Transport`.
 
         Raises:
-            RequestError: there is no such register.
+            RequestError: the register does not exist.
             DeviceLostError: the card is gone.
         """
         self._check_owner()
@@ -297,7 +297,7 @@ class MmioTransport:
         """See `Transport`.
 
         Raises:
-            RequestError: there is no such register, or the value does not fit it.
+            RequestError: the register does not exist, or the value does not fit it.
             DeviceLostError: the card is gone.
         """
         register = find_register(name, value)
@@ -402,7 +402,7 @@ class MmioTransport:
                 pause = min(pause * 2, POLL_S[1])
 
     def _sleep(self, seconds: float) -> None:
-        """Until the driver has seen an interrupt, which it then forgets."""
+        """Sleep until the card's driver has seen an interrupt, and clear it there."""
         try:
             if self._file(Use.EVENTS).poll(seconds):
                 with self._lock:        # the file may have been closed meanwhile
@@ -428,7 +428,7 @@ def open_mmio(
     map_registers: bool = False,
     opener: Opener | None = None,
 ) -> MmioTransport:
-    """The way to a card.
+    """Open a card.
 
     Args:
         path: what the names of the card's files begin with, such as /dev/xdma0.

@@ -46,14 +46,14 @@ SOCKET, REQUEST = "socket", "request.json"
 
 
 class Role(IntEnum):
-    """Who says HELLO."""
+    """The sender of HELLO."""
 
     SERVER = 1
     SIMULATOR = 2
 
 
 class Kind(IntEnum):
-    """What a message is, and its payload."""
+    """Kinds of messages, with their payloads."""
 
     HELLO = 1
     """First message of either connection: u16 role, u16 `PROTOCOL`."""
@@ -62,7 +62,7 @@ class Kind(IntEnum):
     STARTED = 3
     """Server: the simulator runs; path of its log, UTF-8."""
     ENDED = 4
-    """Server: there is no simulator, or no longer; why, UTF-8."""
+    """Server: the simulator could not be started, or has ended; why, UTF-8."""
     MEMORY = 5
     """Host, once: u64 size of host memory; the file comes along as ancillary data."""
     READY = 6
@@ -89,7 +89,7 @@ class Kind(IntEnum):
 
 
 class Failure(IntEnum):
-    """Which exception FAILED stands for."""
+    """The exceptions that FAILED stands for."""
 
     REQUEST = 1
     TIMEOUT = 2
@@ -101,7 +101,7 @@ FAILURES: dict[Failure, type[KvatticError]] = {
 
 
 class ProtocolError(Exception):
-    """What came over the socket is no message."""
+    """What came over the socket is not a message."""
 
 
 class Message(NamedTuple):
@@ -145,7 +145,7 @@ class Connection:
         self._received = bytearray()
 
     def drop(self) -> None:
-        """Give this process's descriptor back; the other side sees no end where another process has one, too."""
+        """Close this process's descriptor only: the other side sees no end while another process has one."""
         self.socket.close()
 
     def close(self) -> None:
@@ -163,11 +163,11 @@ class Connection:
             number: of the request that it is, or answers.
             payload: `MAX_PAYLOAD` bytes, at most.
             cycles: see `HEADER`.
-            timeout_s: patience with an other side that takes nothing; None: for ever.
+            timeout_s: seconds that the other side may take nothing; None: any time.
             files: descriptors that go along, with a message without a predecessor that waits.
 
         Raises:
-            OSError: the connection is gone.
+            OSError: the connection is lost.
             TimeoutError: nothing was taken in that time.
         """
         message = HEADER.pack(MAGIC, kind, 0, number, len(payload), cycles) + payload
@@ -186,8 +186,8 @@ class Connection:
 
         Raises:
             TimeoutError: nothing came in that time.
-            ProtocolError: what came is no message.
-            OSError: the connection is gone.
+            ProtocolError: what came is not a message.
+            OSError: the connection is lost.
         """
         while (message := self._take()) is None:
             if not self._has(timeout_s):
@@ -209,7 +209,7 @@ class Connection:
         """The first message of a connection, with its files.
 
         Raises:
-            ProtocolError: it is none, or it has another number of files.
+            ProtocolError: it is not a message, or has another number of files.
         """
         select.select([self.socket], [], [])
         part, files, _, _ = socket.recv_fds(self.socket, HEADER.size, count)
@@ -240,12 +240,12 @@ class Connection:
 
     @property
     def pending(self) -> bool:
-        """Whether `receive` would return at once: there is something, or the end."""
+        """Whether `receive` would return at once, with a message or at the end."""
         return len(self._received) >= HEADER.size or self._has(0)
 
     @property
     def ended(self) -> bool:
-        """Whether the other side is gone and nothing of it is left."""
+        """Whether the other side is gone and all its messages were taken."""
         try:
             return not self._received and self.socket.recv(1, socket.MSG_PEEK) == b""
         except BlockingIOError:
@@ -262,7 +262,7 @@ def connect(directory: Path, role: Role) -> Connection:
         role: who connects.
 
     Raises:
-        OSError: nobody is there.
+        OSError: the host is not there.
     """
     stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     stream.connect(os.fsencode(directory / SOCKET))

@@ -6,10 +6,10 @@ starts `kvattic_sim.rtl.server`, which builds the model unless it is in the buil
 shared with the simulator; registers, device DRAM and the interrupt go over a Unix socket.  Simulated time stands still
 between two calls, so a run repeats exactly; it passes in register accesses and in `wait`.
 
-A forked child of the host's process gets a `ForkedError` from every call, and closing its copy harms nobody.
+A forked child of the host's process gets a `ForkedError` from every call; closing its copy is harmless.
 
-Nothing stays behind, whoever ends first: shared memory has no name, the server watches its connection to this process
-and kills the simulator and removes its files when it ends, and the simulator dies with the server.
+Nothing is left behind, whichever side ends first: shared memory has no name, the server watches its connection to this
+process and kills the simulator and removes its files when it ends, and the simulator dies with the server.
 
 The messages are in protocol.py.
 """
@@ -57,17 +57,17 @@ __all__ = ["SIMULATORS", "SimTransport", "open_simulator"]
 
 SIMULATORS = ("verilator", "icarus")
 SHORT_PLACES = ("/tmp", "/var/tmp", "/dev/shm")
-"""Where the directory goes if the temporary directory is not fit for it."""
+"""Where the directory goes if the temporary directory is unsuitable."""
 END_S = 8.0
-"""How long server and simulator may take to end by themselves."""
-OBITUARY_S = 20.0
-"""How long the server may take to tell why the simulator ended."""
+"""Seconds that server and simulator have to end by themselves."""
+END_REASON_S = 20.0
+"""Seconds that the server has to tell why the simulator ended."""
 
 Progress: TypeAlias = Callable[[str], None]
 
 
 def _server_command(directory: Path) -> list[str]:
-    """How the server is started; -P keeps the current directory off its path."""
+    """The command that starts the server; -P keeps the current directory off its path."""
     if importlib.util.find_spec("kvattic_sim") is None:
         raise RequestError("the simulators need the package kvattic_sim, which is not installed: "
                            "pip install 'kvattic[sim]'")
@@ -75,19 +75,19 @@ def _server_command(directory: Path) -> list[str]:
 
 
 def _places() -> list[str]:
-    """Where the directory may be, best first."""
+    """Places for the directory, the best one first."""
     named = [tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR", ""), *SHORT_PLACES]
     return [place for place in dict.fromkeys(named) if place]
 
 
-def _meeting_point(request: dict[str, Any]) -> tuple[Path, socket.socket]:
+def _open_directory(request: dict[str, Any]) -> tuple[Path, socket.socket]:
     """A new directory with a socket and the request in it.
 
-    A socket's path may have some hundred bytes (not characters), and not every file system has sockets, or room: what
-    does not work in one place is tried in the next.
+    A socket's path may have about a hundred bytes (not characters), and not every file system has sockets, or room: so
+    several places are tried in turn.
 
     Raises:
-        RequestError: it works nowhere.
+        RequestError: no place is suitable.
     """
     failures = []
     for place in _places():
@@ -111,11 +111,11 @@ def _meeting_point(request: dict[str, Any]) -> tuple[Path, socket.socket]:
 
 
 class _Process:
-    """The server, the directory that it shares with us, and the way to its end."""
+    """The server and the directory that it shares with us."""
 
     def __init__(self, request: dict[str, Any]) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self.directory, self.listener = _meeting_point(request)
+        self.directory, self.listener = _open_directory(request)
         self.log = self.directory / "server.log"
         try:
             path = os.pathsep.join(each or os.getcwd() for each in sys.path)
@@ -134,7 +134,7 @@ class _Process:
 
     @property
     def status(self) -> str:
-        """How it ended, if it just did."""
+        """How it ended; waits a moment for the end."""
         try:
             code = 0 if self._process is None else self._process.wait(END_S)
         except subprocess.TimeoutExpired:
@@ -142,7 +142,7 @@ class _Process:
         return f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
 
     def end(self, patience_s: float) -> None:
-        """Wait for the end, or make it, and remove the files."""
+        """Wait for its end, kill it after `patience_s` seconds, and remove the files."""
         self.listener.close()
         if self._process is not None:
             try:
@@ -155,7 +155,7 @@ class _Process:
 
 
 def _tail(path: Path | None, lines: int = 15) -> str:
-    """A log's end, for a message."""
+    """The last lines of a log, for a message."""
     try:
         text = path.read_text(errors="replace").rstrip() if path else ""
     except OSError:
@@ -164,7 +164,7 @@ def _tail(path: Path | None, lines: int = 15) -> str:
 
 
 def _shared_memory(size: int) -> int:
-    """A file without a name, as a descriptor: nobody has to remove it."""
+    """A file without a name, as a descriptor: it need not be removed."""
     if hasattr(os, "memfd_create"):
         file = os.memfd_create("kvattic host memory")
     else:
@@ -192,7 +192,7 @@ class SimTransport:
         cycles: cycles simulated when the simulator last said something.
         heartbeat: if set, called some times a second while `wait` waits, with the cycles since the start; it must not
             call the transport.
-        silence_s: a simulator that says nothing for so long while it has something to do is lost.
+        silence_s: seconds without a message after which a busy simulator counts as lost.
     """
 
     def __init__(self, config: Config, *, memory_bytes: int, request: dict[str, Any], silence_s: float,
@@ -238,7 +238,7 @@ class SimTransport:
     # Life.
 
     def _start(self, memory: int, timeout_s: float, progress: Progress) -> None:
-        """Meet the server, then the simulator."""
+        """Accept the connections of the server and of the simulator."""
         begin = told = time.monotonic()
         listener = self._process.listener
         simulator: Connection | None = None
@@ -263,10 +263,10 @@ class SimTransport:
                     simulator.send(Kind.MEMORY, payload=struct.pack("<Q", self.memory_bytes), files=[memory],
                                    timeout_s=self.silence_s)
             if self._server is not None and self._server.pending:
-                self._obey(self._server.receive(self.silence_s), progress)
+                self._note_server(self._server.receive(self.silence_s), progress)
             if simulator is not None and simulator.pending:
                 message = simulator.receive(self.silence_s)
-                if message is None:     # the server tells why
+                if message is None:     # the server will say why
                     simulator.close()
                     simulator = None
                 elif message.kind is Kind.READY:
@@ -285,8 +285,8 @@ class SimTransport:
                                 f"{PROTOCOL} is needed")
         return Role(role)
 
-    def _obey(self, message: Message | None, progress: Progress) -> None:
-        """What the server says before the simulator is ready."""
+    def _note_server(self, message: Message | None, progress: Progress) -> None:
+        """Take a message of the server before the simulator is ready."""
         if message is None:
             raise self._failure(f"the simulation server {self._process.status}")
         if message.kind is Kind.ENDED:
@@ -297,7 +297,7 @@ class SimTransport:
             progress(message.text)
 
     def _failure(self, what: str) -> DeviceLostError:
-        """The exception for a start that failed."""
+        """The error for a failed start."""
         return DeviceLostError(f"the simulated drive did not start: {what}"
                                f"{_tail(self._log) or _tail(self._process.log)}")
 
@@ -328,27 +328,27 @@ class SimTransport:
         self.close()
 
     def _lose(self, what: str, *, known: bool = False) -> DeviceLostError:
-        """The simulator is gone, or its answers cannot be trusted; the exception that says so.
+        """Give the simulator up: it is gone, or its answers cannot be trusted; the error to raise.
 
         Args:
-            what: what was seen.
-            known: that is the cause; otherwise the server may know more.
+            what: what happened.
+            known: this is the cause; otherwise the server is asked for it.
         """
         if self._closed:
-            return DeviceLostError("the way to the simulated drive was closed meanwhile")
-        said = "" if known else self._obituary(what)
+            return DeviceLostError("the simulated drive was closed during the call")
+        said = "" if known else self._end_reason(what)
         self._disconnect()
         self._lost = f"the simulated drive is lost: {said or what + _tail(self._log)}"
         self._process.end(END_S if said or known else 0)
         return DeviceLostError(self._lost)
 
-    def _obituary(self, what: str) -> str:
-        """What the server knows about the simulator's end, or what is known about the server's; nothing: it lives."""
+    def _end_reason(self, what: str) -> str:
+        """Why the simulator ended, from the server, or how the server ended; empty if the simulator still runs."""
         assert self._server is not None
         if self._simulator is not None and not self._simulator.ended:
             return ""
         with contextlib.suppress(OSError, TimeoutError, ProtocolError):
-            while (message := self._server.receive(OBITUARY_S)) is not None:
+            while (message := self._server.receive(END_REASON_S)) is not None:
                 if message.kind is Kind.ENDED:
                     return message.text
         if self._server.ended:
@@ -360,12 +360,12 @@ class SimTransport:
     def _check(self) -> None:
         self._owner.check("the simulated drive")
         if self._closed:
-            raise RequestError("the way to the simulated drive is closed")
+            raise RequestError("the simulated drive is closed")
         if self._lost:
             raise DeviceLostError(self._lost)
 
     def _call(self, kind: Kind, payload: bytes, answer: Kind) -> Message:
-        """One request, one answer."""
+        """Send a request and wait for its answer."""
         self._owner.check("the simulated drive")    # before the lock, which a thread may have held that is not here
         with self._lock:
             self._check()
@@ -409,7 +409,7 @@ class SimTransport:
         """See `Transport`.
 
         Raises:
-            RequestError: there is no such register.
+            RequestError: the register does not exist.
             DeviceLostError: the simulator is gone.
         """
         address = find_register(name).address
@@ -420,7 +420,7 @@ class SimTransport:
         """See `Transport`.
 
         Raises:
-            RequestError: there is no such register, or the value does not fit it.
+            RequestError: the register does not exist, or the value does not fit it.
             DeviceLostError: the simulator is gone.
         """
         address = find_register(name, value).address
@@ -449,7 +449,7 @@ class SimTransport:
         self._memory[address : address + len(data)] = bytes(data)
 
     def _check_alive(self) -> None:
-        """Host memory is here and always answers; a caller that polls it should hear of the end nevertheless."""
+        """Notice the simulator's end for a caller that only polls host memory, which always answers."""
         self._check()
         assert self._simulator is not None
         if self._simulator.ended and self._lock.acquire(blocking=False):
@@ -544,18 +544,17 @@ def open_simulator(
             is always in time.
         bit_error_rate: raw bit errors of each read of a die, over bits read.
         seed: of the bit errors.
-        timeout_cycles: patience of `wait` in cycles, besides the caller's in seconds.
+        timeout_cycles: cycles after which `wait` gives up, besides the caller's seconds.
         waves: record waves to `run_dir`; slow.
         run_dir: where the simulator runs, a directory that stays; a temporary one by default.
-        start_timeout_s: patience with build and start.
-        silence_s: a simulator that says nothing for so long while it has something to do is lost; it says something
-            four times a second.
+        start_timeout_s: seconds that build and start may take.
+        silence_s: seconds without a message after which a busy simulator counts as lost; it sends four a second.
         on_progress: called with a line about every second until the drive is ready.
 
     Raises:
-        RequestError: there is no such simulator or kind of flash, a size is not positive, waves would be lost,
-            kvattic_sim is not installed, or there is no directory to meet the simulator's process in.
-        CapacityError: this machine has no such host memory.
+        RequestError: the simulator or the kind of flash does not exist, a size is not positive, waves would be lost,
+            kvattic_sim is not installed, or no directory can hold the socket to the simulator's process.
+        CapacityError: this machine does not have that much memory.
         DeviceLostError: the build failed, or the simulator did not start.
     """
     if simulator not in SIMULATORS:

@@ -621,10 +621,13 @@ def _build_separate(module: str, text: str, *, root: Path, group: Group | None) 
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(parents=True)
             source, prefix = directory / f"{module}.sv", f"V{module}"
-            source.write_text(text)
+            try:
+                ports = separate.ports_of(separate.modules_of([text])[module])
+            except ValueError as error:
+                raise SimulatorError(f"module {module}: {error}") from None
+            source.write_text(text + separate.wrapper(module, ports))
             with _Steps(directory, verilator_environment(), group) as steps:
-                _verilate(steps, prefix, module, source.name)
-                ports = separate.ports_of((directory / f"{prefix}.h").read_text())
+                _verilate(steps, prefix, separate.wrapper_name(module), source.name)
                 state = (directory / f"{prefix}___024root.h").read_text()
                 (directory / "glue.cpp").write_text(separate.glue(module, prefix, ports, state))
                 objects = _compile_class(steps, prefix, flags, [("glue", "glue.cpp", _OPT_FAST)])

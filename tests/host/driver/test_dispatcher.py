@@ -248,9 +248,9 @@ def test_wait_takes_futures_of_its_device():
     with Device(GoldenDevice(TINY)) as device, Device(SlowDevice()) as other:
         mine = device.submit(jobs_of(sequence_of(device), 3))
         others = other.submit(jobs_of(sequence_of(other), 3))
-        with pytest.raises(RequestError, match="no future of this device"):
+        with pytest.raises(RequestError, match="not a future of this device"):
             device.wait(others)
-        with pytest.raises(RequestError, match="no future of this device: 5"):
+        with pytest.raises(RequestError, match="not a future of this device: 5"):
             device.wait([5])
         with pytest.raises(RequestError, match="wait takes futures, not 5"):
             kvattic.wait([5])

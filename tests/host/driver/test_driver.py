@@ -613,7 +613,7 @@ class Wrapped(GoldenDevice):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("ID", 0xFFFFFFFF, "no kvattic device: ID is 0xffffffff, not 0x5441564b"),
+        ("ID", 0xFFFFFFFF, "not a kvattic device: ID is 0xffffffff, not 0x5441564b"),
         ("VERSION", 0x0001_0003, r"version 1.3, this library needs 4\.x"),
         ("CONFIG_HASH", 1, "another configuration: CONFIG_HASH is 0x00000001"),
     ],
@@ -646,8 +646,8 @@ def test_another_identity():
             super().__init__(TINY)
             self.said = said
 
-        def _write_block(self, command, queue, data):
-            super()._write_block(command, queue, self.said.encode().ljust(2048, b"\0"))
+        def _write_block(self, command, queue):
+            self.memory.dma_write(command.result, self.said.encode().ljust(2048, b"\0"))
 
     with pytest.raises(ConfigMismatchError, match=r"another configuration: it is .*bf16"):
         Device(Other(BF16.to_json()))

@@ -652,5 +652,5 @@ def test_a_tail_that_cannot_be_read_is_named():
         assert where_unreadable(jobs[0], completion, device.media) == f": device DRAM, page {first + 1}, codeword 2"
         # What there is not, is nobody's.
         sequence._writer.layers[0].table[0, 0] = layout.pack_entries(0, 1 << 23, 0, 1)
-        with pytest.raises(DeviceStatusError, match="NOT_OWNED: what entry 0 of the table names is not the domain's"):
+        with pytest.raises(DeviceStatusError, match="NOT_OWNED: what entry 0 of the table names belongs to another"):
             sequence.attend(query, mode="sparf", features=4, top_units=4)

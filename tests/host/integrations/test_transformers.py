@@ -455,6 +455,13 @@ def test_the_first_tokens_are_attended_in_any_case(drive, options, sinks):
     assert {how.get("window") for how in asked} == {40 if options["mode"] in ("sparf", "fetched") else None}
 
 
+def test_old_keywords_of_the_cache_warn(drive):
+    model = small()
+    with pytest.warns(DeprecationWarning, match="units is now top_units"):
+        cache = DriveCache(drive(model), model.config, mode="centroid", units=4)
+    assert cache.mode is Mode.CENTROID
+
+
 def test_sinks_are_attended_in_a_long_row(drive):
     model, (tokens, mask) = small(), padded([60, 41], width=60)
     device = drive(model)

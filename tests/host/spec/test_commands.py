@@ -130,6 +130,11 @@ def test_completions_are_unpacked():
     for status in Status:
         found = Completion.unpack(COMPLETION.pack(state=pack_state(status, 1), where=5, identifier=7, cycle=1 << 40))
         assert (found.status, found.where, found.identifier, found.cycle) == (status, 5, 7, 1 << 40)
+    values = {f.name: number + 1 << 8 * (f.size - 1) for number, f in enumerate(COMPLETION.fields)}
+    values |= {"state": pack_state(Status.NAN_KEY, 0), "flags": 3}
+    found = Completion.unpack(COMPLETION.pack(**values))
+    assert (found.status, found.flags) == (Status.NAN_KEY, 3)
+    assert all(getattr(found, name) == value for name, value in values.items() if name not in ("state", "flags"))
 
 
 def test_doorbells_are_at_nvmes_stride():

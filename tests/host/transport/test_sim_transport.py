@@ -255,7 +255,7 @@ def test_close_while_another_thread_waits(start):
     assert waits.wait(PATIENCE_S)
     transport.close()
     thread.join()
-    assert caught == ["the way to the simulated drive was closed meanwhile"]
+    assert caught == ["the simulated drive was closed during the call"]
 
 
 @pytest.mark.parametrize("call", [

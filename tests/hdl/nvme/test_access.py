@@ -11,7 +11,7 @@ from kvattic.spec.config import PAPER, TINY
 from kvattic.spec.layout import centroid_codewords, pack_entries, pack_sketches
 from kvattic.spec.registers import MAX_REGIONS, QUEUES
 from kvattic_hdl.lib.interfaces import Shapes
-from kvattic_hdl.nvme.owners import Owners
+from kvattic_hdl.nvme.access import Owners
 
 FOUND_CYCLES, QUEUES_CYCLES, PAGE_CYCLES = 5, 2, 3
 ODD = replace(TINY, part=replace(TINY.part, blocks=6))
