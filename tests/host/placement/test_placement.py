@@ -759,7 +759,7 @@ def test_dram_that_there_is_not_is_nobodys():
         sequence = device.create_sequence(1, capacity_tokens=20)
         sequence.append(*tokens_of(TINY, 1, 10))
         sequence._writer.layers[0].table[0, 0] = layout.pack_entries(0, 1 << 23, 0, 1)
-        with pytest.raises(DeviceStatusError, match="NOT_OWNED: what entry 0 of the table .* another domain"):
+        with pytest.raises(DeviceStatusError, match=r"NOT_OWNED: what entry 0 of the table .* another domain"):
             sequence.attend(query_of(TINY, 1))
 
 
