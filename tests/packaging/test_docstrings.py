@@ -28,14 +28,15 @@ ARGUMENTS: dict[str, Any] = {
     "exponent_bits": 5,
     "elements": 4,
     "rows": 2,
+    "sources": 2,
 }
 """What constructors are given, by the name of the parameter."""
 
 
 def modules(package: Any) -> list[Any]:
     """All modules of a package."""
-    names = [info.name for info in pkgutil.walk_packages(package.__path__)]
-    return [importlib.import_module(f"{package.__name__}.{name}") for name in names]
+    names = [info.name for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+    return [importlib.import_module(name) for name in names]
 
 
 def defined(module: Any) -> list[tuple[str, Any]]:

@@ -177,7 +177,7 @@ class ScoreUnit(wiring.Component):
     stored_slot : Out(slot)
     stored_harvest, stored_sketch : Out(1), stored_group : Out
         As in its `where`.
-    fresh_valid : In(1), fresh_slot : In(slot)
+    forget_valid : In(1), forget_slot : In(slot)
         Strobe: forget the slot's maxima.
     first_slot, first_row : In, first_maximum : Out(score), two cycles later
         A second read port of the maxima.
@@ -212,8 +212,8 @@ class ScoreUnit(wiring.Component):
             "stored_harvest": Out(1),
             "stored_sketch": Out(1),
             "stored_group": Out((config.groups_in_flight - 1).bit_length()),
-            "fresh_valid": In(1),
-            "fresh_slot": In(shapes.slot),
+            "forget_valid": In(1),
+            "forget_slot": In(shapes.slot),
             "first_slot": In(shapes.slot),
             "first_row": In(shapes.row),
             "first_maximum": Out(shapes.score),
@@ -389,8 +389,8 @@ class ScoreUnit(wiring.Component):
                 self.first_maximum.eq(
                     Mux(fresh.bit_select(first_address, 1), Const(SCORE_MASKED, shapes.score), first.data)),
             ]
-            with m.If(self.fresh_valid):
-                m.d.sync += fresh.word_select(self.fresh_slot, 1 << shapes.row.width).eq(-1)
+            with m.If(self.forget_valid):
+                m.d.sync += fresh.word_select(self.forget_slot, 1 << shapes.row.width).eq(-1)
         address = Signal(range(shapes.row_words))
         m.d.comb += seen.addr.eq(address)
         m.d.sync += [

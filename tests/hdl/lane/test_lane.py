@@ -12,7 +12,7 @@ import pytest
 from amaranth.hdl import Module
 from amaranth.sim import Simulator
 
-import kvattic_hdl.lane.lane
+import kvattic_hdl.lane.back_end
 import kvattic_hdl.lane.scrubber
 from kvattic.golden import dense
 from kvattic.spec.commands import SKETCH_ENTRY, TABLE_ENTRY, CompletionFlag, Kind, Mode
@@ -382,7 +382,7 @@ def codeword_beats(config: Config, elements: np.ndarray) -> list[int]:
 @pytest.fixture(autouse=True)
 def driven_selector(monkeypatch):
     """Lanes with a selector that the test drives; abandoned jobs settle sooner."""
-    monkeypatch.setattr(kvattic_hdl.lane.lane, "Selector", StandIn)
+    monkeypatch.setattr(kvattic_hdl.lane.back_end, "Selector", StandIn)
     monkeypatch.setattr(kvattic_hdl.lane.scrubber, "SETTLE_CYCLES", 300)
     monkeypatch.setattr(StandIn, "made", [], raising=False)
 
@@ -843,7 +843,7 @@ def test_sparse(name: str, gap: float, shuffle: bool) -> None:
 
 def test_own_selector(monkeypatch) -> None:
     """The selector that the lane comes with finds the first pass's scores, and what it marks is read."""
-    monkeypatch.setattr(kvattic_hdl.lane.lane, "Selector", Selector)
+    monkeypatch.setattr(kvattic_hdl.lane.back_end, "Selector", Selector)
     config = SPARSE["rows2"]
     rng = np.random.default_rng(7)
     jobs = [make_sparse(config, rng, mode, tokens, "here", "last", density=1) for mode, tokens in (
