@@ -61,14 +61,13 @@ class Turns(wiring.Component):
         ahead = Signal(range(slots + 1))   # jobs by which K is ahead of V
         m.d.sync += ahead.eq(ahead + self.key_end - self.value_end)
         key_turn, first_turn = Signal(), Signal()
-        others_turn = ~first_turn & ~self.first_follow
         m.d.comb += [
             key_turn.eq(self.key_follow | (self.key.valid & ~self.value_follow & ((ahead <= 1) | ~self.value.valid))),
             requests.valid.eq(
                 first_turn | (~self.first_follow & Mux(key_turn, self.key.valid, self.value.valid))),
             requests.payload.eq(Mux(key_turn, self.key.payload, self.value.payload)),
-            self.key.ready.eq(requests.ready & key_turn & others_turn),
-            self.value.ready.eq(requests.ready & ~key_turn & others_turn),
+            self.key.ready.eq(requests.ready & key_turn & ~first_turn & ~self.first_follow),
+            self.value.ready.eq(requests.ready & ~key_turn & ~first_turn & ~self.first_follow),
             self.key_asked.eq(self.key.valid & self.key.ready),
             self.value_asked.eq(self.value.valid & self.value.ready),
         ]
