@@ -29,6 +29,8 @@ ARGUMENTS: dict[str, Any] = {
     "elements": 4,
     "rows": 2,
     "sources": 2,
+    "buffers": 8,
+    "positions": 8,
 }
 """What constructors are given, by the name of the parameter."""
 
