@@ -1,5 +1,7 @@
 """The walker of the first pass: turns a sparse job into the requests of what its mode reads first."""
 
+from typing import Any
+
 from amaranth.hdl import Cat, Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
@@ -81,6 +83,15 @@ class FirstWalker(wiring.Component):
         self.config = config
         self.shapes = shapes = Shapes(config)
         self.channel_bits = ceil_log2(config.head_dim)
+        self.request: Any = Signal(shapes.request)
+        self.left = Signal(shapes.walk["stripes"].shape)   # stripes that are still to be read
+        self.index = Signal(shapes.list_bits)              # of the stripe in work
+        # Where its codewords begin, how many there are, the next one's number; by channel, or ended by `end_token`.
+        self.first = Signal(len(self.request.page) + ceil_log2(config.codewords_per_page))
+        self.limit, self.number = Signal(bits_for(config.group_codewords)), Signal(bits_for(config.group_codewords))
+        self.by_channel, self.bounded = Signal(), Signal()
+        self.next_token = Signal(TOKEN_BITS + 1)   # of the next codeword, if the job's last stripe is a tail
+        self.more, self.go_on, self.centroids = Signal(), Signal(), Signal()
         super().__init__({
             "enable": In(config.jobs_in_flight),
             "slot": Out(shapes.slot),
@@ -106,108 +117,14 @@ class FirstWalker(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        config, shapes = self.config, self.shapes
-        codeword_bits = ceil_log2(config.codewords_per_page)
+        config = self.config
         enabled = Signal(config.jobs_in_flight)
-        request = Signal(shapes.request)
-        left = Signal(shapes.walk["stripes"].shape)
-        index = Signal(shapes.list_bits)
-
-        # Of the stripe in work: where its codewords begin, how many there are, the next one's number.
-        stripe = self.stripe
-        first = Signal(len(request.page) + codeword_bits)
-        channels, bounded = Signal(), Signal()
-        limit, number = Signal(bits_for(config.group_codewords)), Signal(bits_for(config.group_codewords))
-        token = Signal(TOKEN_BITS + 1)   # of the next codeword, if the job's last stripe is a tail
-        more, go_on = Signal(), Signal()
-        centroids = Signal()
-        position = first + Mux(channels, self.chosen, number)
-        m.d.comb += [
-            centroids.eq(self.job.mode == Mode.CENTROID),
-            more.eq((number != limit) & (~bounded | (token < self.job.end_token))),
-            self.stripe_address.eq(Cat(index, self.slot)),
-            self.chosen_address.eq(Cat(number[: self.channel_bits], self.slot)),
-            self.token.eq(stripe.token),
-            self.channels.eq(~stripe.whole & ~centroids),
-            self.requests.payload.eq(request),
-        ]
-
-        def end() -> None:
-            m.d.comb += self.end.eq(1)
-            go_on_to_next()
-
-        def go_on_to_next() -> None:
-            m.d.comb += go_on.eq(1)
-            m.next = "idle"
-
-        def close() -> None:
-            m.d.comb += self.close.eq(1)
-            m.d.sync += self.follow.eq(0)
-            m.d.sync += [
-                left.eq(left - 1), index.eq(index + 1), self.place.eq(self.place + config.group_codewords)]
-            m.next = "next"
-
+        self._describe(m)
         with m.FSM(name="state"):
-            with m.State("idle"):
-                m.d.sync += [index.eq(0), left.eq(self.job.stripes), self.place.eq(0)]
-                with m.If(~enabled.bit_select(self.slot, 1)):
-                    m.d.comb += go_on.eq(enabled.any())   # also past a slot whose job never came to the lanes
-                with m.Elif(self.job.mode == Mode.DENSE):
-                    m.d.comb += go_on.eq(self.keys_walked)
-                with m.Elif(self.failed):
-                    end()
-                with m.Elif(self.fits):
-                    m.d.comb += self.begin.eq(1)
-                    m.next = "next"
-            with m.State("next"):   # the stripe comes
-                m.next = "stripe"
-            with m.State("stripe"):
-                with m.If(self.failed | (left == 0)):
-                    end()
-                with m.Elif(self.room):
-                    m.d.comb += self.open.eq(1)
-                    m.d.sync += [
-                        first.eq(Cat(stripe.codeword[:codeword_bits], stripe.page)),
-                        channels.eq(self.channels),
-                        request.dram.eq(stripe.dram),
-                        number.eq(0),
-                        bounded.eq(stripe.whole & (left == 1) & self.job.tail),
-                        token.eq(self.job.last_token),
-                        limit.eq(config.group_codewords),
-                    ]
-                    with m.If(self.channels):
-                        m.d.sync += limit.eq(self.job.channels)
-                    with m.Elif(centroids):
-                        units = config.group_codewords // config.tokens_per_codeword
-                        m.d.sync += limit.eq(Mux(stripe.whole, 0, units >> self.job.unit_bits))
-                    m.next = "choose"
-            with m.State("choose"):   # the channel comes
-                with m.If(more & ~self.failed):
-                    m.next = "form"
-                with m.Else():
-                    close()
-            with m.State("form"):
-                m.d.sync += [
-                    request.page.eq(position >> codeword_bits),
-                    request.codeword.eq(position[:codeword_bits]),
-                    request.tag.place.eq(self.place + Mux(channels, self.chosen, number)),
-                    request.tag.kind.eq(Mux(channels, Kind.CHANNEL, Kind.SKETCH)),
-                    request.tag.slot.eq(self.slot),
-                    request.tag.epoch.eq(self.job.epoch),
-                ]
-                m.next = "ask"
-            with m.State("ask"):
-                m.d.comb += self.requests.valid.eq(~self.failed)
-                with m.If(self.failed):
-                    close()
-                with m.Elif(self.requests.ready):
-                    m.d.sync += [
-                        number.eq(number + 1), token.eq(token + config.tokens_per_codeword),
-                        self.follow.eq(~channels & ~request.dram
-                                       & (request.codeword != config.codewords_per_page - 1)),
-                    ]
-                    m.next = "choose"
-        with m.If(go_on):
+            self._begin_job(m, enabled)
+            self._open_stripe(m)
+            self._ask(m)
+        with m.If(self.go_on):
             m.d.sync += [
                 enabled.bit_select(self.slot, 1).eq(0),
                 self.slot.eq(Mux(self.slot == config.jobs_in_flight - 1, 0, self.slot + 1)),
@@ -216,3 +133,97 @@ class FirstWalker(wiring.Component):
             with m.If(self.enable[s]):
                 m.d.sync += enabled[s].eq(1)
         return m
+
+    def _describe(self, m: Module) -> None:
+        """The stripe in work, and what is asked for."""
+        m.d.comb += [
+            self.centroids.eq(self.job.mode == Mode.CENTROID),
+            self.more.eq((self.number != self.limit) & (~self.bounded | (self.next_token < self.job.end_token))),
+            self.stripe_address.eq(Cat(self.index, self.slot)),
+            self.chosen_address.eq(Cat(self.number[: self.channel_bits], self.slot)),
+            self.token.eq(self.stripe.token),
+            self.channels.eq(~self.stripe.whole & ~self.centroids),
+            self.requests.payload.eq(self.request),
+        ]
+
+    def _end_job(self, m: Module) -> None:
+        m.d.comb += [self.end.eq(1), self.go_on.eq(1)]
+        m.next = "idle"
+
+    def _close_stripe(self, m: Module) -> None:
+        m.d.comb += self.close.eq(1)
+        m.d.sync += [
+            self.follow.eq(0), self.left.eq(self.left - 1), self.index.eq(self.index + 1),
+            self.place.eq(self.place + self.config.group_codewords)]
+        m.next = "next"
+
+    def _begin_job(self, m: Module, enabled: Signal) -> None:
+        with m.State("idle"):
+            m.d.sync += [self.index.eq(0), self.left.eq(self.job.stripes), self.place.eq(0)]
+            with m.If(~enabled.bit_select(self.slot, 1)):
+                m.d.comb += self.go_on.eq(enabled.any())   # also past a slot whose job never came to the lanes
+            with m.Elif(self.job.mode == Mode.DENSE):
+                m.d.comb += self.go_on.eq(self.keys_walked)
+            with m.Elif(self.failed):
+                self._end_job(m)
+            with m.Elif(self.fits):
+                m.d.comb += self.begin.eq(1)
+                m.next = "next"
+
+    def _open_stripe(self, m: Module) -> None:
+        config, stripe = self.config, self.stripe
+        codeword_bits = ceil_log2(config.codewords_per_page)
+        with m.State("next"):   # the stripe comes
+            m.next = "stripe"
+        with m.State("stripe"):
+            with m.If(self.failed | (self.left == 0)):
+                self._end_job(m)
+            with m.Elif(self.room):
+                m.d.comb += self.open.eq(1)
+                m.d.sync += [
+                    self.first.eq(Cat(stripe.codeword[:codeword_bits], stripe.page)),
+                    self.by_channel.eq(self.channels),
+                    self.request.dram.eq(stripe.dram),
+                    self.number.eq(0),
+                    self.bounded.eq(stripe.whole & (self.left == 1) & self.job.tail),
+                    self.next_token.eq(self.job.last_token),
+                    self.limit.eq(config.group_codewords),
+                ]
+                with m.If(self.channels):
+                    m.d.sync += self.limit.eq(self.job.channels)
+                with m.Elif(self.centroids):
+                    units = config.group_codewords // config.tokens_per_codeword
+                    m.d.sync += self.limit.eq(Mux(stripe.whole, 0, units >> self.job.unit_bits))
+                m.next = "choose"
+
+    def _ask(self, m: Module) -> None:
+        """Ask for the stripe's codewords one by one."""
+        config, request, number = self.config, self.request, self.number
+        codeword_bits = ceil_log2(config.codewords_per_page)
+        position = self.first + Mux(self.by_channel, self.chosen, number)
+        with m.State("choose"):   # the channel comes
+            with m.If(self.more & ~self.failed):
+                m.next = "form"
+            with m.Else():
+                self._close_stripe(m)
+        with m.State("form"):
+            m.d.sync += [
+                request.page.eq(position >> codeword_bits),
+                request.codeword.eq(position[:codeword_bits]),
+                request.tag.place.eq(self.place + Mux(self.by_channel, self.chosen, number)),
+                request.tag.kind.eq(Mux(self.by_channel, Kind.CHANNEL, Kind.SKETCH)),
+                request.tag.slot.eq(self.slot),
+                request.tag.epoch.eq(self.job.epoch),
+            ]
+            m.next = "ask"
+        with m.State("ask"):
+            m.d.comb += self.requests.valid.eq(~self.failed)
+            with m.If(self.failed):
+                self._close_stripe(m)
+            with m.Elif(self.requests.ready):
+                m.d.sync += [
+                    number.eq(number + 1), self.next_token.eq(self.next_token + config.tokens_per_codeword),
+                    self.follow.eq(~self.by_channel & ~request.dram
+                                   & (request.codeword != config.codewords_per_page - 1)),
+                ]
+                m.next = "choose"
