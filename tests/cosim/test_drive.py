@@ -87,8 +87,8 @@ def counted(device: Device) -> dict[str, dict[str, int]]:
     query = normal(TINY, 3, 4, 1)
     sequence.attend(query)
     look("dense")
-    for mode, how in (("sparf", {"channels": 5}), ("fetched", {"channels": 5}), ("centroid", {})):
-        sequence.attend(query, mode=mode, units=6, **how)
+    for mode, how in (("sparf", {"features": 5}), ("fetched", {"features": 5}), ("centroid", {})):
+        sequence.attend(query, mode=mode, top_units=6, **how)
         look(mode)
     grown["sequence"] = sequence.counters()
     sequence.free()

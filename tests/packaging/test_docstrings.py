@@ -22,6 +22,7 @@ ARGUMENTS: dict[str, Any] = {
     "bits": 48,
     "numerator_bits": TINY.accumulator_bits,
     "denominator_bits": TINY.denominator_bits,
+    "shape": 8,
     "tag": 4,
     "blocks": 4,
     "fraction_bits": 10,
@@ -37,8 +38,8 @@ ARGUMENTS: dict[str, Any] = {
 
 def modules(package: Any) -> list[Any]:
     """All modules of a package."""
-    names = [info.name for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
-    return [importlib.import_module(name) for name in names]
+    found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    return [importlib.import_module(info.name) for info in found]
 
 
 def defined(module: Any) -> list[tuple[str, Any]]:

@@ -28,16 +28,6 @@ SUM_STAGE = 7
 assert SUM_STAGE + 1 - READ_STAGE == ACCUMULATE_CYCLES
 
 
-def headroom(config: Config) -> int:
-    """Places that an unshifted product stands above the value window's least bit."""
-    return config.element.encoding.value_window_bits - PRODUCT_BITS
-
-
-def key_clip(config: Config) -> int:
-    """Smallest right shift in a K pass: a product above the score window is clipped to its top."""
-    return config.element.encoding.value_window_bits - SCORE_WINDOW_BITS
-
-
 def group_base(config: Config) -> int:
     """Accumulator words of V, which stand before those of the groups."""
     return config.jobs_in_flight << Shapes(config).drain_address.width
@@ -70,7 +60,7 @@ class Cell(wiring.Component):
         k's or v's.
     sign : In(1), stage 2
     shift : In(signed), stage 3
-        Right shift from the window's top; below `key_clip` (K) or 0 (V) it is clipped.
+        Right shift from the window's top; below `score_shift_min` (K) or 0 (V) it is clipped.
     into_score : In(1), stage 3
         The product goes into the score window: a beat of K, or of a channel of K.
     addend : Out(SCORE_WINDOW_BITS), stage 6
@@ -98,8 +88,8 @@ class Cell(wiring.Component):
         self.sparse = config.sparse
         self.depth = accumulator_words(config)
         self.window_bits = config.element.encoding.value_window_bits
-        self.headroom = headroom(config)
-        self.key_clip = key_clip(config)
+        self.headroom = config.element.encoding.product_shift
+        self.key_clip = config.element.encoding.score_shift_min
         address = ceil_log2(self.depth)
         super().__init__({
             "a_significand": In(WEIGHT_BITS),

@@ -11,20 +11,15 @@ from kvattic.spec.commands import TREE_BITS
 from kvattic.spec.config import Config
 from kvattic.spec.formats import (
     SCALE_BITS,
+    SCALE_CHUNK_BITS,
     SCALED_SUM_BITS,
-    SCORE_FRACTION,
     SCORE_MASKED,
     SCORE_MAX,
     SCORE_MIN,
+    SCORE_ROUND_SHIFT,
     SCORE_SUM_BITS,
-    SCORE_WINDOW_FRACTION,
 )
 from kvattic_hdl.lib.interfaces import TOKEN_BITS, Shapes
-
-CHUNK_BITS = 17
-"""The sum is multiplied in three chunks, each of which fits one DSP slice beside the scale's 24 bits."""
-DROPPED_BITS = SCALE_BITS - 1 + SCORE_WINDOW_FRACTION - SCORE_FRACTION
-"""Places that the scaled sum has below a score's least bit."""
 
 
 def score_interval(config: Config) -> int:
@@ -52,7 +47,7 @@ def scored_token(shapes: Shapes) -> data.StructLayout:
 
 
 class Scaler(wiring.Component):
-    """Multiplies a sum by the scale and rounds once: floor((sum * scale + half) / 2**DROPPED_BITS).
+    """Multiplies a sum by the scale and rounds once: floor((sum * scale + half) / 2**SCORE_ROUND_SHIFT).
 
     Latency 5 cycles from the first; a new sum every `interval` cycles.
 
@@ -92,16 +87,17 @@ class Scaler(wiring.Component):
         above = self.sum[SCALED_SUM_BITS - 1 :]
         m.d.comb += kept.eq(Mux(above.any() & ~above.all(), Cat((~self.sum[-1]).replicate(SCALED_SUM_BITS - 1),
                                                                self.sum[-1]), self.sum))
-        chunks = [kept[:CHUNK_BITS], kept[CHUNK_BITS : 2 * CHUNK_BITS], kept[2 * CHUNK_BITS :].as_signed()]
-        half = C(1 << (DROPPED_BITS - 1), DROPPED_BITS)
-        product_bits = CHUNK_BITS + 1 + SCALE_BITS + 1
+        middle_end = 2 * SCALE_CHUNK_BITS
+        chunks = [kept[:SCALE_CHUNK_BITS], kept[SCALE_CHUNK_BITS:middle_end], kept[middle_end:].as_signed()]
+        half = C(1 << (SCORE_ROUND_SHIFT - 1), SCORE_ROUND_SHIFT)
+        product_bits = SCALE_CHUNK_BITS + 1 + SCALE_BITS + 1
         valid = Signal(self.LATENCY)
         m.d.sync += valid.eq(Cat(self.valid, valid[:-1]))
         m.d.comb += self.done.eq(valid[-1])
 
         if self._interval == 3:
             # The chunk of phase 0 enters with valid, those of phases 1 and 2 in the two cycles after it.
-            chunk = Signal(signed(CHUNK_BITS + 1))
+            chunk = Signal(signed(SCALE_CHUNK_BITS + 1))
             scale = Signal(SCALE_BITS)
             product = Signal(signed(product_bits))
             total = Signal(signed(SCORE_SUM_BITS + 1))
@@ -115,14 +111,14 @@ class Scaler(wiring.Component):
             with m.If(valid[1]):
                 m.d.sync += total.eq(product + half)
             with m.Elif(valid[2]):
-                m.d.sync += total.eq(product + (total >> CHUNK_BITS))
+                m.d.sync += total.eq(product + (total >> SCALE_CHUNK_BITS))
             with m.Elif(valid[3]):
-                m.d.sync += total.eq((product << (2 * CHUNK_BITS - DROPPED_BITS))
-                                     + (total >> (DROPPED_BITS - CHUNK_BITS)))
+                m.d.sync += total.eq((product << (2 * SCALE_CHUNK_BITS - SCORE_ROUND_SHIFT))
+                                     + (total >> (SCORE_ROUND_SHIFT - SCALE_CHUNK_BITS)))
             m.d.comb += self.result.eq(total)
         else:
             scale = Signal(SCALE_BITS)
-            parts = [Signal(signed(CHUNK_BITS + 1), name=f"part_{i}") for i in range(3)]
+            parts = [Signal(signed(SCALE_CHUNK_BITS + 1), name=f"part_{i}") for i in range(3)]
             products = [Signal(signed(product_bits), name=f"product_{i}") for i in range(3)]
             low = Signal(signed(product_bits + 1))
             middle, high_3, high_4 = (Signal(signed(product_bits), name=n) for n in ("middle", "high_3", "high_4"))
@@ -134,10 +130,10 @@ class Scaler(wiring.Component):
                 low.eq(products[0] + half),
                 middle.eq(products[1]),
                 high_3.eq(products[2]),
-                mixed.eq(middle + (low >> CHUNK_BITS)),
+                mixed.eq(middle + (low >> SCALE_CHUNK_BITS)),
                 high_4.eq(high_3),
-                self.result.eq((high_4 << (2 * CHUNK_BITS - DROPPED_BITS))
-                               + (mixed >> (DROPPED_BITS - CHUNK_BITS))),
+                self.result.eq((high_4 << (2 * SCALE_CHUNK_BITS - SCORE_ROUND_SHIFT))
+                               + (mixed >> (SCORE_ROUND_SHIFT - SCALE_CHUNK_BITS))),
             ]
         return m
 

@@ -28,7 +28,6 @@ from kvattic.spec.commands import (
     result_row_bytes,
 )
 from kvattic.spec.config import ELEMENT_BYTES, Config
-from kvattic.spec.formats import SCORE_WINDOW_FRACTION
 from kvattic.spec.registers import COUNTERS, QUEUES
 from kvattic_hdl.frontend.checks import (
     HALF,
@@ -66,7 +65,7 @@ BLOCKS = ("query", "result", "table")
 OUTSTANDING = 16
 """Lines that are asked for and have not come, at most: covers a latency of about 128 cycles."""
 WORD_ELEMENTS = WORD_BYTES // ELEMENT_BYTES
-FP32_BITS, FP32_FRACTION, FP32_EXPONENT, FP32_BIAS = 32, 23, 8, 127
+FP32_BITS, FP32_FRACTION, FP32_EXPONENT = 32, 23, 8
 
 
 class Loader(wiring.Component):
@@ -88,7 +87,7 @@ class Loader(wiring.Component):
     A command that fails its checks becomes a job without lanes, of mode DENSE; so does one with a
     bad query block, mean or table.  The first that applies is reported: BUS_ERROR of the command
     line, INVALID_OPCODE, NOT_PERMITTED (opcode), INVALID_FIELD; for ATTEND: INVALID_ROWS,
-    INVALID_LENGTH, INVALID_SELECTION (channels, units, local, unit_bits), INVALID_ADDRESS (query,
+    INVALID_LENGTH, INVALID_SELECTION (features, top_units, local_tokens, unit_bits), INVALID_ADDRESS (query,
     result, table), INVALID_SCALE, NOT_PERMITTED (domain), BUS_ERROR of query block, mean or table,
     INVALID_TABLE, NOT_OWNED, NO_SKETCH, NAN_QUERY, NAN_MEAN; for flash commands: INVALID_PLACE,
     NOT_PERMITTED (domain), NOT_OWNED.  `where` is zero for those that commands.Status gives none.
@@ -366,12 +365,7 @@ class Loader(wiring.Component):
                 | (last_page + config.tokens_per_page < end_page)
             ),
             bad_scale.eq(scale[-1] | ~scale_exponent.any() | scale_exponent.all()),
-            k_offset.eq(
-                scale_exponent
-                - FP32_BIAS
-                + SCORE_WINDOW_FRACTION
-                - 2 * config.element.encoding.offset
-            ),
+            k_offset.eq(scale_exponent + config.element.encoding.score_offset),
         ]
 
         # Flash commands, and those that change or write what the drive knows of itself.
@@ -595,16 +589,16 @@ class Loader(wiring.Component):
         ]
         if config.sparse:
             local_token = Signal(TOKEN_BITS)
-            before = command["end_token"][:TOKEN_BITS] - command["local"]
+            before = command["end_token"][:TOKEN_BITS] - command["local_tokens"]
             m.d.sync += local_token.eq(Mux(before < 0, 0, before))
             m.d.comb += [
                 self.start.mode.eq(command["mode"]),
                 self.start.unit_bits.eq(command["unit_bits"]),
-                self.start.channels.eq(command["channels"]),
+                self.start.features.eq(command["features"]),
                 self.start.local_token.eq(local_token),
                 self.start.sinks.eq(command["sinks"]),
                 self.jobs.payload.mode.eq(Mux(status == Status.OK, command["mode"], 0)),
-                self.jobs.payload.units.eq(command["units"]),
+                self.jobs.payload.units.eq(command["top_units"]),
             ]
         else:
             m.d.comb += self.start.local_token.eq(command["end_token"])
@@ -641,7 +635,7 @@ class Loader(wiring.Component):
                 ranker.valid.eq(check.valid & ranked),
                 ranker.word.eq(word.data),
                 ranker.rows.eq(rows),
-                ranker.channels.eq(command["channels"]),
+                ranker.features.eq(command["features"]),
                 ranker.scale.eq(self.start.scale),
                 ranker.k_offset.eq(k_offset),
             ]

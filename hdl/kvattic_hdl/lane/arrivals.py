@@ -29,7 +29,7 @@ def headers_buffered(config: Config) -> int:
 def header_shape(config: Config) -> data.StructLayout:
     """A codeword that was let through.
 
-    slot; ring (its place in the score ring), token (its first token's number): of a CHANNEL those of its stripe, of
+    slot; ring (its place in the score ring), token (its first token's number): of a FEATURE those of its stripe, of
     centroids those of their first unit; into_score: all but V; error.  Sparse configurations only: first (it is of the
     first pass), channel, centroid, number (of the codeword in its stripe), group (its buffer), marks (selected tokens),
     unit_bits.
@@ -215,7 +215,7 @@ class Arrivals(wiring.Component):
     stripe_whole : In(1), with it
         That stripe is a tail.
     channel : Out
-        Number of the codeword in its stripe, which is the channel of a CHANNEL.
+        Number of the codeword in its stripe, which is the channel of a FEATURE.
     chosen : In(1), one cycle later
         That channel is one of those that `slot`'s job reads.
     mark_read : Out(1), mark_ring : Out(ring)
@@ -368,7 +368,7 @@ class Arrivals(wiring.Component):
         if config.sparse:
             of_unit = self._unit(tag)[: len(self.channel)]
             centroid = (tag.kind == Kind.SKETCH) & self.centroid
-            within = Mux(tag.kind == Kind.CHANNEL, 0, Mux(centroid, of_unit, within))
+            within = Mux(tag.kind == Kind.FEATURE, 0, Mux(centroid, of_unit, within))
             asked = Mux(tag.kind[1], self.sparse & (tag.place < self.first_asked), tag.place < self.asked)
         m.d.comb += [
             self.slot.eq(tag.slot),
@@ -390,7 +390,7 @@ class Arrivals(wiring.Component):
         unit = self._unit(tag)
         of_stripe = tag.place[number_bits:]
         centroid = (tag.kind == Kind.SKETCH) & self.centroid
-        place = Mux(tag.kind == Kind.CHANNEL, Cat(Const(0, number_bits), of_stripe),
+        place = Mux(tag.kind == Kind.FEATURE, Cat(Const(0, number_bits), of_stripe),
                     Mux(centroid, Cat(unit[:number_bits], of_stripe), tag.place))
         m.d.comb += self.channel.eq(tag.place)
         m.d.sync += [
@@ -478,7 +478,7 @@ class Arrivals(wiring.Component):
             m.d.comb += [
                 header.ring.eq(known.header_ring),
                 header.first.eq(first_pass),
-                header.channel.eq(tag.kind == Kind.CHANNEL),
+                header.channel.eq(tag.kind == Kind.FEATURE),
                 header.centroid.eq(first_pass & known.centroids),
                 header.number.eq(known.number),
                 header.group.eq(known.group),

@@ -30,7 +30,7 @@ class Faults(wiring.Component):
     end_token : In(24)
         From this token of the job on nothing is a fault.
     value, sketch, channel : In(1)
-        It is of V; of the first pass; of a channel in the channel layout, with a token for each element.
+        It is of V; of the first pass; of a channel in the feature layout, with a token for each element.
     error : In(1)
         It cannot be read.  Then it has no NaN: its data are zeros.
     special : In(elements_per_beat)

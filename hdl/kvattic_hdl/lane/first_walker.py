@@ -13,11 +13,11 @@ from kvattic_hdl.lib.interfaces import TOKEN_BITS, Shapes
 
 
 def first_walk_shape(config: Config) -> data.StructLayout:
-    """A job as `FirstWalker` needs it: `Shapes.walk` without stripe_bits, and mode, channels, unit_bits."""
+    """A job as `FirstWalker` needs it: `Shapes.walk` without stripe_bits, and mode, features, unit_bits."""
     shapes = Shapes(config)
     return data.StructLayout(
         {name: field.shape for name, field in shapes.walk if name != "stripe_bits"}
-        | {name: shapes.start[name].shape for name in ("mode", "channels", "unit_bits")})
+        | {name: shapes.start[name].shape for name in ("mode", "features", "unit_bits")})
 
 
 def first_stripe_shape(config: Config) -> data.StructLayout:
@@ -190,7 +190,7 @@ class FirstWalker(wiring.Component):
                     self.limit.eq(config.group_codewords),
                 ]
                 with m.If(self.channels):
-                    m.d.sync += self.limit.eq(self.job.channels)
+                    m.d.sync += self.limit.eq(self.job.features)
                 with m.Elif(self.centroids):
                     units = config.group_codewords // config.tokens_per_codeword
                     m.d.sync += self.limit.eq(Mux(stripe.whole, 0, units >> self.job.unit_bits))
@@ -211,7 +211,7 @@ class FirstWalker(wiring.Component):
                 request.page.eq(position >> codeword_bits),
                 request.codeword.eq(position[:codeword_bits]),
                 request.tag.place.eq(self.place + Mux(self.by_channel, self.chosen, number)),
-                request.tag.kind.eq(Mux(self.by_channel, Kind.CHANNEL, Kind.SKETCH)),
+                request.tag.kind.eq(Mux(self.by_channel, Kind.FEATURE, Kind.SKETCH)),
                 request.tag.slot.eq(self.slot),
                 request.tag.epoch.eq(self.job.epoch),
             ]

@@ -17,7 +17,7 @@ def job_shape(config: Config) -> data.StructLayout:
     """All that a lane keeps of a job: what its walkers need, and fields of `Shapes.start`."""
     shapes = Shapes(config)
     names = ("tree_token", "k_offset", "scale", *(
-        ("mode", "unit_bits", "channels", "local_token", "sinks") if config.sparse else ()))
+        ("mode", "unit_bits", "features", "local_token", "sinks") if config.sparse else ()))
     return data.StructLayout(
         {name: field.shape for name, field in shapes.walk} | {name: shapes.start[name].shape for name in names})
 

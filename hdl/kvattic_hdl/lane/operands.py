@@ -7,12 +7,11 @@ from amaranth.lib.wiring import In, Out
 
 from kvattic.spec.config import Config
 from kvattic.spec.formats import (
+    QUERY_SHIFT,
     SIGNIFICAND_BITS,
-    VALUE_FRACTION,
     WEIGHT_BITS,
     WEIGHT_EXPONENT_BITS,
 )
-from kvattic_hdl.datapath.cell import headroom
 from kvattic_hdl.lib.arithmetic import decode
 from kvattic_hdl.lib.interfaces import SHIFT_BITS, Shapes
 
@@ -109,10 +108,9 @@ class ShiftBases(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         config, shapes = self.config, self.shapes
-        # K: the window's top is `headroom` above an unshifted product; q's significand stands WEIGHT_BITS - 11 high,
-        # and -exponent = ~exponent + 1.  V: the weight is significand * 2**-(exponent + WEIGHT_BITS - 1).
-        key_base = headroom(config) + (WEIGHT_BITS - SIGNIFICAND_BITS) + 1
-        value_base = headroom(config) - (VALUE_FRACTION - (WEIGHT_BITS - 1) - config.element.encoding.offset)
+        element = config.element.encoding
+        # K: -exponent = ~exponent + 1.
+        key_base = element.score_shift + 1
         for r, base in enumerate(self.base):
             k_offset = self.k_offset
             if config.sparse:
@@ -129,7 +127,7 @@ class ShiftBases(wiring.Component):
                     write.en.eq(self.load_valid & self.load.scale & (self.load.row == r)),
                 ]
                 k_offset = Mux(self.channel, read.data, k_offset)
-            m.d.sync += base.eq(Mux(self.into_score, key_base - k_offset, value_base))
+            m.d.sync += base.eq(Mux(self.into_score, key_base - k_offset, element.value_shift))
         return m
 
 
@@ -215,7 +213,7 @@ class Operands(wiring.Component):
                     signed(max(element.exponent_bits, WEIGHT_EXPONENT_BITS) + 1), name=f"exponent_a_{r}_{e}")
                 with m.If(self.into_score):
                     m.d.sync += [
-                        significand_a.eq(a.significand << (WEIGHT_BITS - SIGNIFICAND_BITS)),
+                        significand_a.eq(a.significand << QUERY_SHIFT),
                         sign.eq(a.sign ^ b.sign),
                         exponent_a.eq(~Cat(a.exponent, Const(0, 1)).as_signed()),
                     ]

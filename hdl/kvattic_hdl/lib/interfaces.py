@@ -6,7 +6,7 @@ A lane keeps a *list* of its stripes for each slot, in the order of their tokens
 partial, so a place tells the stripe.
 
 Sparse modes have a *first pass*, which scores all tokens (or units) of a job approximately, and a *selection*; see
-docs/sparse.md.  A *group* is the 256 tokens (`Config.group_tokens`) of a codeword of the channel layout: one stripe.
+docs/sparse.md.  A *group* is the 256 tokens (`Config.group_tokens`) of a codeword of the feature layout: one stripe.
 """
 
 from amaranth.hdl import Shape, signed, unsigned
@@ -211,7 +211,7 @@ class Shapes:
             "epoch": EPOCH_BITS,
             "mode": MODE_BITS,                   # `commands.Mode`
             "unit_bits": unsigned(bits_for(config.codewords_per_page.bit_length())),
-            "channels": unsigned(bits_for(config.head_dim)),   # how many are chosen
+            "features": unsigned(bits_for(config.head_dim)),   # how many are chosen
             "local_token": TOKEN_BITS,           # first token of the local window; end_token where there is none
             "sinks": COMMAND["sinks"].size * 8,  # tokens below this one are attended in any case
             "stripe_bits": self.stripe_bits,
@@ -284,7 +284,7 @@ class Shapes:
             "queue": QUEUE_BITS,
             "identifier": 16,
             "mode": MODE_BITS,
-            "units": COMMAND["units"].size * 8,
+            "units": COMMAND["top_units"].size * 8,
             "rows": unsigned(bits_for(config.rows)),
             "result": 64,
             "status": STATUS_BITS,

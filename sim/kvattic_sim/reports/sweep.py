@@ -31,7 +31,7 @@ from kvattic.support.files import whole, write_whole
 from kvattic_sim.rtl.jobs import JobError, report, run_on_model
 from kvattic_sim.rtl.transport import NandSettings, RtlTransport
 from kvattic_sim.simulators.build import SimulationFailed, Simulator, SimulatorError
-from kvattic_sim.workloads import Attention, How, Usage, measured, topical
+from kvattic_sim.workloads import Attention, AttentionOptions, Usage, measured, topical
 
 __all__ = ["FIGURES", "ClusterError", "Point", "Row", "grid", "measure", "parse_axis", "plot", "run", "run_on_dask",
            "save"]
@@ -60,7 +60,7 @@ FIGURES = {
 
 Figures: TypeAlias = dict[str, float | bool]
 Follow: TypeAlias = Callable[[str, int, int | None], None]
-"""Called with what is being done, how much of it is done, and of how much, if that is known."""
+"""Called with what is being done, options much of it is done, and of options much, if that is known."""
 Progress: TypeAlias = Callable[[int, str, int, int | None], None]
 """The same, with a point's number before it."""
 Work: TypeAlias = Callable[["Point", Follow], Figures]
@@ -207,7 +207,7 @@ def grid(base: Config, axes: Mapping[str, Sequence[Any]], workloads: Sequence[tu
 # One point.
 
 
-def workload(device: Device, attention: Attention, how: How) -> tuple[AttendResult, Usage, Usage]:
+def workload(device: Device, attention: Attention, options: AttentionOptions) -> tuple[AttendResult, Usage, Usage]:
     """Write K and V, and attend once: the result, what writing took, what attention took.
 
     This is the part that runs inside of the simulator.
@@ -215,11 +215,12 @@ def workload(device: Device, attention: Attention, how: How) -> tuple[AttendResu
     if isinstance(device.transport, RtlTransport):
         device.transport.heartbeat = lambda cycle: report(f"cycles|{cycle}")
     kv_heads, tokens, _ = attention.key.shape
-    sequence = device.create_sequence(kv_heads, capacity_tokens=tokens, **how.sequence(device.config))
+    sequence = device.create_sequence(kv_heads, capacity_tokens=tokens, **options.sequence_arguments(device.config))
     report("step|writing")
     _, written = measured(device, lambda: sequence.prefill(attention.key, attention.value))
     report("step|attending")
-    result, used = measured(device, lambda: sequence.attend(attention.query, **how.attend(device.config, tokens)))
+    arguments = options.attend_arguments(device.config, tokens)
+    result, used = measured(device, lambda: sequence.attend(attention.query, **arguments))
     return result, written, used
 
 
@@ -236,10 +237,10 @@ def measure(point: Point, follow: Follow = lambda what, done, total: None) -> Fi
         SimulatorError, SimulationFailed, JobError: see `kvattic_sim.rtl.jobs`.
     """
     # Only the process that builds and checks needs these.
-    from kvattic_sim.reports.drive import equal_bits, oracle_errors
+    from kvattic_sim.compare import equal_bits, oracle_errors
     from kvattic_sim.rtl.testbench import build_testbench
 
-    config, how = point.config, How(mode=point.mode)
+    config, options = point.config, AttentionOptions(mode=point.mode)
     follow("building", 0, None)
     model = build_testbench(config, point.simulator)
     attention = topical(config, kv_heads=point.heads, tokens=point.tokens, group=config.rows)
@@ -252,7 +253,7 @@ def measure(point: Point, follow: Follow = lambda what, done, total: None) -> Fi
         follow(step, int(rest) if kind == "cycles" else 0, None)
 
     result, written, used = run_on_model(
-        model, config, workload, {"attention": attention, "how": how},
+        model, config, workload, {"attention": attention, "options": options},
         flash=NandSettings(bit_error_rate=point.bit_error_rate), progress=heed).result
     slots = config.channels * used.cycles or 1
     figures: Figures = {
@@ -271,7 +272,7 @@ def measure(point: Point, follow: Follow = lambda what, done, total: None) -> Fi
         follow("checking", 0, None)
         errors = oracle_errors(attention, result, config)[:, 0]
         figures["rel_rms"] = float((errors**2).mean() ** 0.5)
-        figures["equal_bits"] = bool(equal_bits(attention, result, config, how).all())
+        figures["equal_bits"] = bool(equal_bits(attention, result, config, options).all())
     figures["seconds"] = used.seconds
     return figures
 
@@ -346,7 +347,7 @@ def run(points: Sequence[Point], *, jobs: int | None = None, work: Work = measur
 
     Args:
         points: what to run.
-        jobs: how many at a time; one for each processor if None.
+        jobs: options many at a time; one for each processor if None.
         work: what to do at each: a function of a module.
         progress: called with a point's number, and what is being done there.
 

@@ -27,7 +27,7 @@ from kvattic.errors import DeviceTimeoutError, RequestError
 from kvattic.spec.config import Config
 from kvattic.spec.registers import REGISTERS
 from kvattic.transport.base import Transport
-from kvattic.transport.simulator import (
+from kvattic.transport.protocol import (
     MAX_PAYLOAD,
     REQUEST,
     Connection,

@@ -32,6 +32,7 @@ from kvattic.errors import DeviceTimeoutError, RequestError
 from kvattic.spec.config import Config
 from kvattic.spec.registers import REGISTER_MAP, StatusBit
 from kvattic.support.files import named
+from kvattic.transport.base import find_register
 from kvattic_sim.nand.files import read_log
 from kvattic_sim.nand.twin import NandFaults, write_configuration
 
@@ -461,7 +462,7 @@ class RtlTransport:
         Raises:
             RequestError: there is no such register.
         """
-        _check_register(name)
+        find_register(name)
         return self._block(self._read, name)
 
     def write_register(self, name: str, value: int) -> None:
@@ -470,9 +471,7 @@ class RtlTransport:
         Raises:
             RequestError: there is no such register, or the value does not fit it.
         """
-        width = _check_register(name)
-        if not 0 <= value < 1 << width:
-            raise RequestError(f"{name} has {width} bits: {value:#x} does not fit")
+        find_register(name, value)
         if name.startswith("SUBMISSION_TAIL"):
             self.settle()
         self._block(self._write, name, int(value))
@@ -576,15 +575,6 @@ class RtlTransport:
     def set_stalls(self, stalls: AxiStalls) -> None:
         """Change the stalls of the AXI channels."""
         self._block(self._set_stalls, stalls)
-
-
-def _check_register(name: str) -> int:
-    try:
-        return REGISTER_MAP[name].width
-    except KeyError:
-        raise RequestError(
-            f"there is no register {name!r}; registers are {', '.join(REGISTER_MAP)}"
-        ) from None
 
 
 @contextlib.asynccontextmanager

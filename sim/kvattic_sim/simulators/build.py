@@ -47,6 +47,7 @@ from typing import Self
 import platformdirs
 
 from kvattic.support.files import named, write_whole
+from kvattic_sim.simulators import progress, separate
 
 __all__ = [
     "CACHE",
@@ -62,6 +63,7 @@ __all__ = [
     "cache_errors",
     "compile_model",
     "default_build_root",
+    "generated_files",
     "icarus_available",
     "new_run_dir",
     "prepare_runtime",
@@ -349,6 +351,14 @@ class Group:
         self.end()
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_COMMANDS = threading.BoundedSemaphore(_cores())
+"""Tools at work at the same time, in all builds of this process."""
+
+
 class _Steps:
     """Runs commands of one build, side by side where they may, and keeps a log of them.
 
@@ -377,18 +387,22 @@ class _Steps:
         self.group.end()
 
     def run(self, command: Sequence[str]) -> None:
-        done = subprocess.run(
-            command,
-            cwd=self.directory,
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            check=False,
-            process_group=self.group.number,
-        )
+        verilates = Path(command[0]).name == "verilator_bin"
+        if verilates or not self.directory.name.startswith("runtime-"):  # the library is compiled meanwhile
+            progress.tell(progress.VERILATING if verilates else progress.COMPILING, Path(command[-1]).name)
+        with _COMMANDS:
+            done = subprocess.run(
+                command,
+                cwd=self.directory,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                check=False,
+                process_group=self.group.number,
+            )
         with self._lock, named(self.log), self.log.open("a") as log:
             log.write(f"$ {' '.join(command)}\n{done.stdout}")
         if done.returncode:
@@ -497,10 +511,6 @@ def prepare_runtime(
     return directory
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _class_lists(makefile: Path) -> dict[str, list[str]]:
     """Read the lists of generated C++ files from Verilator's ``Vtop_classes.mk``."""
     pattern = re.compile(r"^(VM_[A-Z_]+) \+= ((?:.*\\\n)*.*)", re.MULTILINE)
@@ -510,12 +520,161 @@ def _class_lists(makefile: Path) -> dict[str, list[str]]:
     }
 
 
+def _verilate(steps: _Steps, prefix: str, toplevel: str, *arguments: str) -> None:
+    """Turn Verilog into the C++ of a class, in the build's directory."""
+    steps.run(
+        [
+            str(_verilator_root() / "bin" / "verilator_bin"),
+            *("-cc", "--prefix", prefix, "-Mdir", ".", "--top-module", toplevel),
+            *_VERILATE_FLAGS,
+            *arguments,
+        ]
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Objects:
+    """What the C++ of a class was compiled to: object files, and the parts of the run-time library it needs."""
+
+    files: tuple[str, ...]
+    library: tuple[str, ...]
+
+
+def _compile_class(
+    steps: _Steps, prefix: str, flags: Sequence[str], others: Sequence[tuple[str, str, str]]
+) -> _Objects:
+    """Compile the C++ of a class.
+
+    Args:
+        steps: the build.
+        prefix: of the class's files.
+        flags: of the compiler.
+        others: further sources: name of the object, source, level of optimisation.
+    """
+    directory, compiler = steps.directory, _compiler()
+    lists = _class_lists(directory / f"{prefix}_classes.mk")
+    fast = lists.get("VM_CLASSES_FAST", []) + lists.get("VM_SUPPORT_FAST", [])
+    slow = lists.get("VM_CLASSES_SLOW", []) + lists.get("VM_SUPPORT_SLOW", [])
+    fast.sort(key=lambda name: -(directory / f"{name}.cpp").stat().st_size)
+    (directory / "slow.cpp").write_text("".join(f'#include "{name}.cpp"\n' for name in slow))
+
+    def compile_one(name: str, source: str, *options: str) -> None:
+        steps.run([compiler, *options, *flags, "-c", source, "-o", f"{name}.o"])
+
+    header = f"{prefix}__pch.h"
+    with ThreadPoolExecutor(_cores()) as pool, _ended_on_error(steps):
+        jobs = [
+            pool.submit(
+                steps.run,
+                [compiler, _OPT_FAST, *flags, "-x", "c++-header", header, "-o", f"{header}.gch"],
+            ),
+            pool.submit(compile_one, "slow", "slow.cpp", _OPT_SLOW),
+            *(pool.submit(compile_one, name, source, level) for name, source, level in others),
+        ]
+        _wait(jobs[:1])
+        for name in fast:
+            jobs.append(
+                pool.submit(compile_one, name, f"{name}.cpp", _OPT_FAST, "-include", header)
+            )
+        _wait(jobs)
+    (directory / f"{header}.gch").unlink()
+    return _Objects(
+        files=tuple(f"{name}.o" for name in ["slow", *(other for other, _, _ in others), *fast]),
+        library=tuple(lists.get("VM_GLOBAL_FAST", []) + lists.get("VM_GLOBAL_SLOW", [])),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Separate:
+    """A module that was compiled by itself: the shell that stands for it, its objects, what it needs of the library."""
+
+    directory: Path
+    shell: str
+    library: tuple[str, ...]
+
+    @property
+    def archive(self) -> Path:
+        return self.directory / "objects.a"
+
+
+def _build_separate(module: str, text: str, *, root: Path, group: Group | None) -> _Separate:
+    """Compile a module by itself, or return what the same text gave before.
+
+    Args:
+        module: its name.
+        text: it and all that it needs.
+        root: where to build.
+        group: what the commands run in.
+    """
+    flags = _cxx_flags(waves=False, timing=False)
+    digest = _digest(
+        module,
+        hashlib.sha256(text.encode()).hexdigest(),
+        _tool_version(Simulator.VERILATOR),
+        [_VERILATE_FLAGS, _OPT_FAST, _OPT_SLOW, flags],
+        hashlib.sha256(Path(separate.__file__).read_bytes()).hexdigest(),
+    )
+    directory = root / f"{module}-verilator-{digest}"
+    stamp = directory / ".finished"
+    with locked(root / f"{directory.name}.lock"):
+        if not stamp.is_file():
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True)
+            source, prefix = directory / f"{module}.sv", f"V{module}"
+            try:
+                ports = separate.ports_of(separate.modules_of([text])[module])
+            except ValueError as error:
+                raise SimulatorError(f"module {module}: {error}") from None
+            source.write_text(text + separate.wrapper(module, ports))
+            with _Steps(directory, verilator_environment(), group) as steps:
+                _verilate(steps, prefix, separate.wrapper_name(module), source.name)
+                state = (directory / f"{prefix}___024root.h").read_text()
+                (directory / "glue.cpp").write_text(separate.glue(module, prefix, ports, state))
+                objects = _compile_class(steps, prefix, flags, [("glue", "glue.cpp", _OPT_FAST)])
+                steps.run(["ar", "rcs", "objects.a", *objects.files])
+            for name in objects.files:
+                (directory / name).unlink()
+            (directory / "shell.sv").write_text(separate.shell(module, ports))
+            (directory / "library.json").write_text(json.dumps(objects.library))
+            stamp.touch()
+    return _Separate(
+        directory=directory,
+        shell=(directory / "shell.sv").read_text(),
+        library=tuple(json.loads((directory / "library.json").read_text())),
+    )
+
+
+def _build_separates(
+    steps: _Steps, sources: Sequence[Path], toplevel: str, names: Sequence[str], *, root: Path
+) -> tuple[list[Path], list[_Separate]]:
+    """Compile modules by themselves; the rest of the sources, with shells in their place, becomes one source."""
+    texts = [(steps.directory / source).read_text() for source in sources]
+    modules = separate.modules_of(texts)
+    if missing := set(names) - modules.keys():
+        raise SimulatorError(f"the sources have no module {', '.join(sorted(missing))}")
+    parts = {name: separate.needed(modules, [name]) for name in names}
+
+    def build(name: str) -> _Separate:
+        text = "".join(modules[part] for part in parts[name])
+        return _build_separate(name, text, root=root, group=steps.group)
+
+    with ThreadPoolExecutor(len(names)) as pool, _ended_on_error(steps):
+        found = list(pool.map(build, names))
+    rest = set(separate.needed(modules, [toplevel], names))
+    whole = Path("rest.sv")
+    (steps.directory / whole).write_text(
+        "".join([*(module.shell for module in found), *(modules[name] for name in modules if name in rest)])
+    )
+    return [whole], found
+
+
 def _build_verilator(
     steps: _Steps,
     sources: Sequence[Path],
     toplevel: str,
     parameters: Mapping[str, int],
     public_modules: Sequence[str],
+    separate_modules: Sequence[str],
     *,
     waves: bool,
     timing: bool,
@@ -527,77 +686,55 @@ def _build_verilator(
     control.write_text("\n".join(["`verilator_config", *lines, ""]))
     flags = _cxx_flags(waves=waves, timing=timing)
     compiler, main = _compiler(), _cocotb_main()
+    parts: list[_Separate] = []
 
-    with (
-        ThreadPoolExecutor(1) as background,
-        ThreadPoolExecutor(_cores()) as pool,
-        _ended_on_error(steps),
-    ):
+    with ThreadPoolExecutor(1) as background, _ended_on_error(steps):
         runtime = background.submit(
             prepare_runtime, waves=waves, timing=timing, build_root=root, _group=steps.group
         )
-        steps.run(
-            [
-                str(_verilator_root() / "bin" / "verilator_bin"),
-                *(
-                    "-cc",
-                    "--exe",
-                    "--vpi",
-                    "--prefix",
-                    "Vtop",
-                    "-Mdir",
-                    ".",
-                    "--top-module",
-                    toplevel,
-                ),
-                *_VERILATE_FLAGS,
-                *(["--timing"] if timing else []),
-                *(["--trace-vcd"] if waves else []),
-                *(f"-G{name}={value}" for name, value in parameters.items()),
-                control.name,
-                str(main),
-                *(str(source) for source in sources),
-            ]
+        if separate_modules:
+            sources, parts = _build_separates(steps, sources, toplevel, separate_modules, root=root)
+        _verilate(
+            steps,
+            "Vtop",
+            toplevel,
+            *("--exe", "--vpi"),
+            *(["--timing"] if timing else []),
+            *(["--trace-vcd"] if waves else []),
+            *(f"-G{name}={value}" for name, value in parameters.items()),
+            control.name,
+            str(main),
+            *(str(source) for source in sources),
         )
-        lists = _class_lists(directory / "Vtop_classes.mk")
-        fast = lists.get("VM_CLASSES_FAST", []) + lists.get("VM_SUPPORT_FAST", [])
-        slow = lists.get("VM_CLASSES_SLOW", []) + lists.get("VM_SUPPORT_SLOW", [])
-        fast.sort(key=lambda name: -(directory / f"{name}.cpp").stat().st_size)
-        (directory / "slow.cpp").write_text("".join(f'#include "{name}.cpp"\n' for name in slow))
-
-        def compile_one(name: str, source: str, *options: str) -> None:
-            steps.run([compiler, *options, *flags, "-c", source, "-o", f"{name}.o"])
-
-        header = "Vtop__pch.h"
-        jobs = [
-            pool.submit(
-                steps.run,
-                [compiler, _OPT_FAST, *flags, "-x", "c++-header", header, "-o", f"{header}.gch"],
-            ),
-            pool.submit(compile_one, "slow", "slow.cpp", _OPT_SLOW),
-            pool.submit(compile_one, "main", str(main), _OPT_RUNTIME),
-        ]
-        _wait(jobs[:1])
-        for name in fast:
-            jobs.append(
-                pool.submit(compile_one, name, f"{name}.cpp", _OPT_FAST, "-include", header)
-            )
-        _wait([*jobs])
+        objects = _compile_class(steps, "Vtop", flags, [("main", str(main), _OPT_RUNTIME)])
         runtime.result()
-    library = lists.get("VM_GLOBAL_FAST", []) + lists.get("VM_GLOBAL_SLOW", [])
-    objects = prepare_runtime(waves=waves, timing=timing, build_root=root, _extra=library)
+    needs = [objects.library, *(part.library for part in parts)]
+    library = list(dict.fromkeys(name for names in needs for name in names))
+    runtime_objects = prepare_runtime(waves=waves, timing=timing, build_root=root, _extra=library)
     libs = _cocotb_libs()
     steps.run(
         [
-            *(compiler, "-o", "simulation", "main.o", "slow.o"),
-            *(f"{name}.o" for name in fast),
-            *(str(objects / f"{name}.o") for name in library),
+            *(compiler, "-o", "simulation", *objects.files),
+            *(str(part.archive) for part in parts),
+            *(str(runtime_objects / f"{name}.o") for name in library),
             *(f"-Wl,-rpath,{libs}", f"-L{libs}", "-lcocotbvpi_verilator", "-pthread"),
         ]
     )
-    for pattern in ("*.o", "*.gch"):
-        for intermediate in directory.glob(pattern):
-            intermediate.unlink()
+    for name in objects.files:
+        (directory / name).unlink()
+    (directory / _PARTS).write_text(json.dumps([str(part.directory) for part in parts]))
+
+
+_PARTS = "parts.json"
+"""File of a model's directory: where the modules are that were compiled by themselves."""
+
+
+def generated_files(model: Model) -> list[Path]:
+    """The C++ that Verilator wrote for a model, and for those of its modules that are compiled by themselves."""
+    listed = model.directory / _PARTS
+    parts = [Path(part) for part in json.loads(listed.read_text())] if listed.is_file() else []
+    folders = (model.directory, *parts)
+    return sorted(path for folder in folders for end in ("cpp", "h") for path in folder.glob(f"*.{end}"))
 
 
 # ---------------------------------------------------------------- Icarus
@@ -646,6 +783,7 @@ def compile_model(
     waves: bool = False,
     timing: bool = False,
     public_modules: Sequence[str] = (),
+    separate_modules: Sequence[str] = (),
     build_root: Path | None = None,
 ) -> Model:
     """Compile Verilog for one simulator, or return the model that the same content gave before.
@@ -665,6 +803,9 @@ def compile_model(
             (Verilator only; Icarus always allows them).
         public_modules: modules besides the top level whose signals Python may see (Verilator only;
             Icarus shows all).
+        separate_modules: modules that are compiled by themselves, once for all their instances and for all models that
+            have them; `kvattic_sim.simulators.separate` says what they must keep to. Not where waves are recorded
+            or delays allowed, nor by Icarus: there the model is compiled as a whole.
         build_root: where to build; :func:`default_build_root` if None.
 
     Raises:
@@ -686,6 +827,8 @@ def compile_model(
         raise SimulatorError("there are no sources to compile")
 
     verilator = simulator is Simulator.VERILATOR
+    if waves or timing or not verilator:
+        separate_modules = ()
     digest = _digest(
         [(name, hashlib.sha256(data).hexdigest()) for name, data in contents.items()],
         toplevel,
@@ -696,6 +839,7 @@ def compile_model(
         waves,
         [
             [timing, sorted(public_modules), _VERILATE_FLAGS, _OPT_FAST, _OPT_SLOW],
+            [separate_modules, hashlib.sha256(Path(separate.__file__).read_bytes()).hexdigest()],
             [_cxx_flags(waves=waves, timing=timing), str(_cocotb_libs())],
         ]
         if verilator
@@ -730,6 +874,7 @@ def compile_model(
                     toplevel,
                     parameters,
                     public_modules,
+                    separate_modules,
                     waves=waves,
                     timing=timing,
                     root=root,

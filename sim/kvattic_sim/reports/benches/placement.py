@@ -1,6 +1,6 @@
 """Write amplification and wear of the host's placement: a thousand sequences that come, grow and go.
 
-Dense ones; and in a geometry with larger pages also some with K in the channel layout, with centroids, or both.
+Dense ones; and in a geometry with larger pages also some with K in the feature layout, with centroids, or both.
 
 The host library runs over the golden device, which takes no program out of order and no page twice.
 """
