@@ -32,6 +32,7 @@ ARGUMENTS: dict[str, Any] = {
     "sources": 2,
     "buffers": 8,
     "positions": 8,
+    "patience": 32,
 }
 """What constructors are given, by the name of the parameter."""
 
