@@ -153,6 +153,7 @@ def test_at_power_up_nobody_owns_anything():
     run(scenario)
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_queues_of_a_domain():
     async def scenario(bench):
         await bench.grant(Grant.QUEUES, 0b1000_0010, 0, 1)

@@ -212,6 +212,7 @@ def test_edges(mode):
     simulate(config, 2, bench)
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_mass_saturates():
     """Masses of more than their format holds, which a reference at its own limit may bring about."""
     config = replace(FIVE_ROWS, rows=16)
