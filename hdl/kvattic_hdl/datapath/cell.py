@@ -61,7 +61,7 @@ class Cell(wiring.Component):
     sign : In(1), stage 2
     shift : In(signed), stage 3
         Right shift from the window's top; below `score_shift_min` (K) or 0 (V) it is clipped.
-    key : In(1), stage 3
+    into_score : In(1), stage 3
         The product goes into the score window: a beat of K, or of a channel of K.
     addend : Out(SCORE_WINDOW_BITS), stage 6
         Magnitude of a K product.
@@ -96,7 +96,7 @@ class Cell(wiring.Component):
             "b_significand": In(SIGNIFICAND_BITS),
             "sign": In(1),
             "shift": In(signed(SHIFT_BITS)),
-            "key": In(1),
+            "into_score": In(1),
             "addend": Out(SCORE_WINDOW_BITS),
             "negative": Out(1),
             "overflow": Out(1),
@@ -132,7 +132,7 @@ class Cell(wiring.Component):
             gone_4.eq(0),
             shift_4.eq(self.shift[:6]),
         ]
-        with m.If(self.key & (self.shift < self.key_clip)):
+        with m.If(self.into_score & (self.shift < self.key_clip)):
             m.d.sync += [shift_4.eq(self.key_clip), clipped_4.eq(1)]
         with m.Elif(self.shift < 0):
             m.d.sync += [shift_4.eq(0), clipped_4.eq(1)]

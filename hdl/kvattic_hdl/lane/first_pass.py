@@ -19,6 +19,16 @@ def group_shape(config: Config) -> data.StructLayout:
     return data.StructLayout({"slot": shapes.slot, "ring": shapes.ring, "token": TOKEN_BITS, "channels": 1})
 
 
+def harvest_shape(config: Config) -> data.StructLayout:
+    """A token of a group that is harvested: where, buffer, word and element (see `FirstPass.harvest`)."""
+    return data.StructLayout({
+        "where": Shapes(config).lane_token,
+        "buffer": (config.groups_in_flight - 1).bit_length(),
+        "word": (config.group_words - 1).bit_length(),
+        "element": (config.elements_per_beat - 1).bit_length(),
+    })
+
+
 class FirstPass(wiring.Component):
     """Keeps `groups_in_flight` groups, each in a buffer of its own, which take turns; they end in their order.
 
@@ -57,14 +67,8 @@ class FirstPass(wiring.Component):
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.shapes = shapes = Shapes(config)
+        self.shapes = Shapes(config)
         self._group = (config.groups_in_flight - 1).bit_length()
-        self.token = data.StructLayout({
-            "where": shapes.lane_token,
-            "buffer": self._group,
-            "word": (config.group_words - 1).bit_length(),
-            "element": (config.elements_per_beat - 1).bit_length(),
-        })
         super().__init__({
             "room": Out(1),
             "next": Out(self._group),
@@ -76,7 +80,7 @@ class FirstPass(wiring.Component):
             "channel_group": In(self._group),
             "sketch_stored": In(1),
             "sketch_group": In(self._group),
-            "harvest": Out(stream.Signature(self.token)),
+            "harvest": Out(stream.Signature(harvest_shape(config))),
             "harvested": In(1),
             "given_up": In(config.jobs_in_flight),
             "remains": Out(config.jobs_in_flight),
@@ -166,6 +170,64 @@ class FirstPass(wiring.Component):
                 with m.If(self.harvested):
                     m.d.comb += end.eq(1)
                     m.next = "collect"
+        return m
+
+
+class FirstPlaces(wiring.Component):
+    """What was asked for of each slot's first pass, and which of the ring's places and buffers it has.
+
+    Parameters
+    ----------
+    config : Config
+
+    Members
+    -------
+    slot : In(slot), begin : In(1), asked : In(1), place : In(place)
+        Strobes: the slot's first walk begins; the codeword with this place is asked for.
+    next_ring : In(ring), next_group : In(group)
+        The next free place, and the next group's buffer: the walk's first ones if it begins now.
+    base : Out(ring)
+        The first place of the walk that began last.
+    asked_slot : In(slot)
+    asked_places : Out, first_group : Out(group)
+        The last place asked for in that slot's first pass, + 1; the buffer of its first group.  In the same cycle.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.shapes = shapes = Shapes(config)
+        self._group = (config.groups_in_flight - 1).bit_length()
+        super().__init__({
+            "slot": In(shapes.slot),
+            "begin": In(1),
+            "asked": In(1),
+            "place": In(shapes.place),
+            "next_ring": In(shapes.ring),
+            "next_group": In(self._group),
+            "base": Out(shapes.ring),
+            "asked_slot": In(shapes.slot),
+            "asked_places": Out(shapes.place.width + 1),
+            "first_group": Out(self._group),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        m.submodules.places = places = Memory(
+            shape=data.StructLayout({"asked": self.shapes.place.width + 1, "group": self._group}),
+            depth=self.config.jobs_in_flight, init=[], attrs={"ram_style": "distributed"})
+        write, read = places.write_port(domain="sync"), places.read_port(domain="comb")
+        group = Signal(self._group)
+        m.d.comb += [
+            write.en.eq(self.begin | self.asked),
+            write.addr.eq(self.slot),
+            write.data.asked.eq(Mux(self.begin, 0, self.place + 1)),
+            write.data.group.eq(Mux(self.begin, self.next_group, group)),
+            read.addr.eq(self.asked_slot),
+            self.asked_places.eq(read.data.asked),
+            self.first_group.eq(read.data.group),
+        ]
+        with m.If(self.begin):
+            m.d.sync += [group.eq(self.next_group), self.base.eq(self.next_ring)]
         return m
 
 

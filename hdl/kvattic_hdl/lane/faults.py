@@ -10,7 +10,7 @@ from kvattic.spec.config import Config
 from kvattic_hdl.lib.interfaces import FAULT_BITS, FAULTS, TOKEN_BITS, Shapes
 
 
-class Reports(wiring.Component):
+class Faults(wiring.Component):
     """Keeps the lowest token of each fault for each slot, and the slot's flags; none of it depends on the order.
 
     Takes a beat each cycle; a beat can be read in a report three cycles later.  Reset clears the flags.
