@@ -341,7 +341,7 @@ class ScoreUnit(wiring.Component):
         self.address_bits = (shapes.score_words - 1).bit_length()
         self.scaler = Scaler(self.interval)
         self.attendance = Attendance(config)
-        self.maxima = RunningMaxima(config)
+        self.running_maxima = RunningMaxima(config)
         self.token: Any = Signal(scored_token(shapes))   # the token in work
         self.row = Signal(shapes.row)
         self.row_overflows = Signal(config.rows)         # of this row and those behind it
@@ -383,7 +383,7 @@ class ScoreUnit(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        for name in ("scaler", "attendance", "maxima"):
+        for name in ("scaler", "attendance", "running_maxima"):
             m.submodules[name] = getattr(self, name)
         self._scale(m, *self._take(m))
         self._attend(m)
@@ -470,7 +470,7 @@ class ScoreUnit(wiring.Component):
 
     def _finish(self, m: Module, arriving: tuple[Any, Signal]) -> None:
         """Saturate, mask, and raise the row's maximum."""
-        scaler, maxima, (stage_5, attended_5) = self.scaler, self.maxima, arriving
+        scaler, maxima, (stage_5, attended_5) = self.scaler, self.running_maxima, arriving
         stage: Any = Signal(self.stage)
         score = Signal(self.shapes.score)
         done, clipped, used = Signal(), Signal(), Signal()

@@ -416,7 +416,7 @@ class Arrivals(wiring.Component):
     def _judge(self, m: Module, stage_3: Any, known_2: Any, known: Any, token: Signal,
                dropped: Signal) -> None:
         """Stages 2 and 3: has it come before?  The verdict holds for the whole codeword."""
-        m.submodules.bits = bits = self.bits
+        m.submodules.arrival_bits = bits = self.bits
         tag = stage_3.tag
         key = tag.kind == Kind.KEY
         first_pass = tag.kind[1] if self.config.sparse else Const(0)

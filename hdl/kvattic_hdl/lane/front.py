@@ -132,7 +132,7 @@ class Front(wiring.Component):
     def _issue(self, m: Module, stage_0: Any) -> None:
         """Take beats out of their buffer; stage 0."""
         m.submodules.buffer = buffer = self.buffer
-        m.submodules.issue = issue = self.issue
+        m.submodules.issue_stage = issue = self.issue
         back_end = self.back_end
         connect(m, flipped(back_end.headers), buffer.headers_i)
         connect(m, flipped(back_end.beats), buffer.beats_i)
