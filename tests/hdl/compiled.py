@@ -41,7 +41,8 @@ from amaranth.lib import data, wiring
 from amaranth.sim._pyeval import eval_value
 
 from kvattic_hdl.verilog.text import waking
-from kvattic_sim.simulators.build import default_build_root, locked, verilator_environment
+from kvattic_sim.simulators.cache import default_build_root, locked
+from kvattic_sim.simulators.verilator import verilator_environment
 
 use_amaranth = False
 """Make simulations with Amaranth's own simulator; set by the fixture `each_simulator`."""
