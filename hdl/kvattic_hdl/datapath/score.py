@@ -416,7 +416,7 @@ class ScoreUnit(wiring.Component):
         return sums[0], begin
 
     def _scale(self, m: Module, sum_: Signal, begin: Signal) -> None:
-        """Scale each sum: by the job's scale, or after the channel pass by the row's."""
+        """Scale each sum: by the job's scale, or after the feature pass by the row's."""
         shapes, token, scaler = self.shapes, self.token, self.scaler
         m.d.comb += [
             self.scale_slot.eq(token.slot),

@@ -348,13 +348,13 @@ class LoadJob(wiring.Component):
             (table_check.found, Status.INVALID_TABLE, table_check.where),
             (self.not_owned, Status.NOT_OWNED, self.not_owned_where),
             (check.found, Status.NAN_QUERY,
-             Cat(check.channel, Const(0, 16 - len(check.channel)), check.row_found)),
+             Cat(check.feature, Const(0, 16 - len(check.feature)), check.row_found)),
         ]
         if not config.sparse:
             return faults, None
         sketch_check, mean_check, ranker = self._check_first_pass(m, check, table_check)
         faults.insert(3, (sketch_check.found, Status.NO_SKETCH, sketch_check.where))
-        faults.append((mean_check.found, Status.NAN_MEAN, mean_check.channel))
+        faults.append((mean_check.found, Status.NAN_MEAN, mean_check.feature))
         return faults, ranker
 
     def _check_first_pass(self, m: Module, check: NanCheck,

@@ -31,13 +31,13 @@ def header_shape(config: Config) -> data.StructLayout:
 
     slot; ring (its place in the score ring), token (its first token's number): of a FEATURE those of its stripe, of
     centroids those of their first unit; into_score: all but V; error.  Sparse configurations only: first (it is of the
-    first pass), channel, centroid, number (of the codeword in its stripe), group (its buffer), marks (selected tokens),
+    first pass), feature, centroid, number (of the codeword in its stripe), group (its buffer), marks (selected tokens),
     unit_bits.
     """
     shapes = Shapes(config)
     header = {"ring": shapes.ring, "slot": shapes.slot, "into_score": 1, "token": TOKEN_BITS, "error": 1}
     if config.sparse:
-        header |= {"first": 1, "channel": 1, "centroid": 1, "number": ceil_log2(config.group_codewords),
+        header |= {"first": 1, "feature": 1, "centroid": 1, "number": ceil_log2(config.group_codewords),
                    "group": (config.groups_in_flight - 1).bit_length(), "marks": config.tokens_per_codeword,
                    "unit_bits": shapes.start["unit_bits"].shape}
     return data.StructLayout(header)
@@ -214,10 +214,10 @@ class Arrivals(wiring.Component):
         That stripe's first token, one cycle later.
     stripe_whole : In(1), with it
         That stripe is a tail.
-    channel : Out
-        Number of the codeword in its stripe, which is the channel of a FEATURE.
+    feature : Out
+        Number of the codeword in its stripe, which is the feature of a FEATURE.
     chosen : In(1), one cycle later
-        That channel is one of those that `slot`'s job reads.
+        That feature is one of those that `slot`'s job reads.
     mark_read : Out(1), mark_ring : Out(ring)
         Asks which tokens of this place are selected.
     marks : In(tokens_per_codeword), one cycle later
@@ -276,7 +276,7 @@ class Arrivals(wiring.Component):
             "stripe_address": Out(shapes.list_bits + shapes.slot.width),
             "stripe_token": In(TOKEN_BITS),
             "stripe_whole": In(1),
-            "channel": Out(number),
+            "feature": Out(number),
             "chosen": In(1),
             "mark_read": Out(1),
             "mark_ring": Out(shapes.ring),
@@ -351,8 +351,8 @@ class Arrivals(wiring.Component):
 
     def _unit(self, tag: Any) -> Value:
         """Number in the stripe of the first K codeword of a centroid's unit: the centroid's scores are kept there."""
-        number_bits = len(self.channel)
-        unit = Value.cast(times(self.channel, self.config.tokens_per_codeword) << self.unit_bits)
+        number_bits = len(self.feature)
+        unit = Value.cast(times(self.feature, self.config.tokens_per_codeword) << self.unit_bits)
         return unit[: number_bits + self.config.slot_bits_per_codeword + self.config.unit_bits_max]
 
     def _look_up(self, m: Module, tag: Any, known_2: Any, token_2: Signal) -> None:
@@ -366,7 +366,7 @@ class Arrivals(wiring.Component):
         within = Value.cast(Cat(codeword, page_of_stripe))   # number of the first K codeword in the stripe
         asked = (tag.place < self.asked) & ~tag.kind[1]
         if config.sparse:
-            of_unit = self._unit(tag)[: len(self.channel)]
+            of_unit = self._unit(tag)[: len(self.feature)]
             centroid = (tag.kind == Kind.SKETCH) & self.centroid
             within = Mux(tag.kind == Kind.FEATURE, 0, Mux(centroid, of_unit, within))
             asked = Mux(tag.kind[1], self.sparse & (tag.place < self.first_asked), tag.place < self.asked)
@@ -385,21 +385,21 @@ class Arrivals(wiring.Component):
 
     def _look_up_first_pass(self, m: Module, tag: Any, known_2: Any) -> None:
         """Stage 1, too: what only codewords of a first pass need."""
-        number_bits = len(self.channel)
+        number_bits = len(self.feature)
         page, _ = self._parts(tag)
         unit = self._unit(tag)
         of_stripe = tag.place[number_bits:]
         centroid = (tag.kind == Kind.SKETCH) & self.centroid
         place = Mux(tag.kind == Kind.FEATURE, Cat(Const(0, number_bits), of_stripe),
                     Mux(centroid, Cat(unit[:number_bits], of_stripe), tag.place))
-        m.d.comb += self.channel.eq(tag.place)
+        m.d.comb += self.feature.eq(tag.place)
         m.d.sync += [
             known_2.sparse.eq(self.sparse),
             known_2.all_came.eq(self.first_done),
             known_2.centroids.eq(self.centroid),
             known_2.beyond.eq(unit[number_bits:].any()),
             known_2.header_ring.eq(self.ring_base + place),
-            known_2.number.eq(self.channel),
+            known_2.number.eq(self.feature),
             known_2.group.eq(self.first_group + (page >> self.stripe_bits)),
             known_2.unit_bits.eq(self.unit_bits),
         ]
@@ -408,9 +408,9 @@ class Arrivals(wiring.Component):
         """Stage 2: whether a codeword that was asked for may come now."""
         welcome = (tag.kind == Kind.KEY) | known.open
         if self.config.sparse:
-            channel = self.chosen & ~self.stripe_whole & ~known.centroids
+            feature = self.chosen & ~self.stripe_whole & ~known.centroids
             sketch = Mux(known.centroids, ~self.stripe_whole & ~known.beyond, self.stripe_whole)
-            welcome = Mux(tag.kind[1], Mux(tag.kind[0], sketch, channel), welcome)
+            welcome = Mux(tag.kind[1], Mux(tag.kind[0], sketch, feature), welcome)
         return welcome
 
     def _judge(self, m: Module, stage_3: Any, known_2: Any, known: Any, token: Signal,
@@ -478,7 +478,7 @@ class Arrivals(wiring.Component):
             m.d.comb += [
                 header.ring.eq(known.header_ring),
                 header.first.eq(first_pass),
-                header.channel.eq(tag.kind == Kind.FEATURE),
+                header.feature.eq(tag.kind == Kind.FEATURE),
                 header.centroid.eq(first_pass & known.centroids),
                 header.number.eq(known.number),
                 header.group.eq(known.group),

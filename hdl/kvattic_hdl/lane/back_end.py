@@ -15,7 +15,7 @@ from kvattic_hdl.datapath.score import ScoreUnit
 from kvattic_hdl.datapath.weights import WeightUnit
 from kvattic_hdl.lane.arrivals import Arrivals, headers_buffered
 from kvattic_hdl.lane.faults import Faults
-from kvattic_hdl.lane.first_pass import ChosenChannels, FirstPass, FirstPlaces
+from kvattic_hdl.lane.first_pass import ChosenFeatures, FirstPass, FirstPlaces
 from kvattic_hdl.lane.first_walker import FirstWalker
 from kvattic_hdl.lane.front import front_link
 from kvattic_hdl.lane.jobs import Jobs, StripeLists
@@ -126,7 +126,7 @@ class TokenBackEnd(wiring.Component):
             self.first_walker = FirstWalker(config)
             self.first_pass = FirstPass(config)
             self.first_places = FirstPlaces(config)
-            self.chosen = ChosenChannels(config)
+            self.chosen = ChosenFeatures(config)
             self.marks = Marks(config)
             self.selector = Selector(config)
             self.blocks += ["first_walker", "first_pass", "first_places", "chosen", "marks", "selector"]
@@ -228,7 +228,7 @@ class TokenBackEnd(wiring.Component):
             lists.first.address.eq(walker.stripe_address),
             walker.stripe.eq(lists.first.stripe),
             self.chosen.address.eq(walker.chosen_address),
-            walker.chosen.eq(self.chosen.channel),
+            walker.chosen.eq(self.chosen.feature),
             turns.first_follow.eq(walker.follow),
             turns.first_end.eq(walker.end),
             ring.first_places.eq(jobs.first.job.stripes << ceil_log2(self.config.group_codewords)),
@@ -271,7 +271,7 @@ class TokenBackEnd(wiring.Component):
                 arrivals.unit_bits.eq(job.unit_bits),
                 arrivals.stripe_whole.eq(stripe.stripe.whole),
                 self.chosen.asked_slot.eq(slot),
-                self.chosen.asked_channel.eq(arrivals.channel),
+                self.chosen.asked_feature.eq(arrivals.feature),
                 arrivals.chosen.eq(self.chosen.chosen),
             ]
 
@@ -311,10 +311,10 @@ class TokenBackEnd(wiring.Component):
             first_pass.group.slot.eq(walker.slot),
             first_pass.group.ring.eq(places.base + walker.place),
             first_pass.group.token.eq(walker.token),
-            first_pass.group.channels.eq(walker.channels),
+            first_pass.group.features.eq(walker.features),
             first_pass.given_up.eq(self.scrubber.settled),
-            first_pass.channel_stored.eq(self.front.channel_stored),
-            first_pass.channel_group.eq(self.front.stored_group),
+            first_pass.feature_stored.eq(self.front.feature_stored),
+            first_pass.feature_group.eq(self.front.stored_group),
             first_pass.sketch_stored.eq(self.score_unit.stored_last & self.score_unit.stored_sketch),
             first_pass.sketch_group.eq(self.score_unit.stored_group),
             first_pass.harvested.eq(self.score_unit.stored_last & self.score_unit.stored_harvest),
@@ -352,8 +352,8 @@ class TokenBackEnd(wiring.Component):
             walks.append((outstanding.first, self.first_walker, self.turns.first_asked))
             m.d.comb += [
                 outstanding.remains.eq(self.first_pass.remains),
-                outstanding.channel_stored.valid.eq(front.channel_stored),
-                outstanding.channel_stored.slot.eq(front.stored_slot),
+                outstanding.feature_stored.valid.eq(front.feature_stored),
+                outstanding.feature_stored.slot.eq(front.stored_slot),
             ]
         for walk, walker, asked in walks:
             m.d.comb += [
@@ -474,7 +474,7 @@ class TokenBackEnd(wiring.Component):
             faults.special.eq(front.special),
             faults.score_overflow.eq(
                 strobe(score_unit.overflow, score_unit.stored_slot)
-                | strobe(front.channel_clipped, front.clipped_slot)),
+                | strobe(front.feature_clipped, front.clipped_slot)),
             faults.value_overflow.eq(strobe(front.value_clipped, front.clipped_slot)),
             faults.duplicate.eq(strobe(arrivals.duplicate, arrivals.offender.slot)),
             faults.report_slot.eq(self.report_slot),
@@ -482,8 +482,8 @@ class TokenBackEnd(wiring.Component):
         ]
         if self.config.sparse:
             m.d.comb += [
-                faults.channel.eq(checked.channel),
-                faults.sketch.eq(checked.channel | checked.where.sketch),
+                faults.feature.eq(checked.feature),
+                faults.sketch.eq(checked.feature | checked.where.sketch),
             ]
 
     def _tell_events(self, m: Module) -> None:

@@ -34,7 +34,7 @@ def first_stripe_shape(config: Config) -> data.StructLayout:
 class FirstWalker(wiring.Component):
     """Requests what the first pass of each sparse job reads, in slot order; waits for dense jobs to take their places.
 
-    Of each stripe of the lane's list, which opens a group: the chosen channels, or all centroids; of one that is
+    Of each stripe of the lane's list, which opens a group: the chosen features, or all centroids; of one that is
     attended whole (the tail) K, up to `end_token`, or nothing if centroids are what counts.  Takes all of the job's
     places of the score ring when it begins.  At most one request in three cycles.  A job ends with the list, or at once
     when it failed.  Reset forgets everything.
@@ -61,9 +61,9 @@ class FirstWalker(wiring.Component):
     stripe : In(`first_stripe_shape`)
         That stripe, one cycle later.
     chosen_address : Out
-        Cat(number among the chosen, slot) of a chosen channel.
-    chosen : In(channel of q)
-        That channel, one cycle later.
+        Cat(number among the chosen, slot) of a chosen feature.
+    chosen : In(feature of q)
+        That feature, one cycle later.
     requests : Out(stream of request)
     follow : Out(1)
         As in `Walker`, of centroids and of K.
@@ -75,21 +75,21 @@ class FirstWalker(wiring.Component):
         A group may be opened.
     open, close : Out(1)
         Strobes: a group begins, of the stripe with first place `place` (in the job), first token `token`, which is read
-        in channels if `channels`; all of it is asked for.
-    place, token, channels : Out
+        in features if `features`; all of it is asked for.
+    place, token, features : Out
     """
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.shapes = shapes = Shapes(config)
-        self.channel_bits = ceil_log2(config.head_dim)
+        self.feature_bits = ceil_log2(config.head_dim)
         self.request: Any = Signal(shapes.request)
         self.left = Signal(shapes.walk["stripes"].shape)   # stripes that are still to be read
         self.index = Signal(shapes.list_bits)              # of the stripe in work
-        # Where its codewords begin, how many there are, the next one's number; by channel, or ended by `end_token`.
+        # Where its codewords begin, how many there are, the next one's number; by feature, or ended by `end_token`.
         self.first = Signal(len(self.request.page) + ceil_log2(config.codewords_per_page))
         self.limit, self.number = Signal(bits_for(config.group_codewords)), Signal(bits_for(config.group_codewords))
-        self.by_channel, self.bounded = Signal(), Signal()
+        self.by_feature, self.bounded = Signal(), Signal()
         self.next_token = Signal(TOKEN_BITS + 1)   # of the next codeword, if the job's last stripe is a tail
         self.more, self.go_on, self.centroids = Signal(), Signal(), Signal()
         super().__init__({
@@ -101,8 +101,8 @@ class FirstWalker(wiring.Component):
             "failed": In(1),
             "stripe_address": Out(shapes.list_bits + shapes.slot.width),
             "stripe": In(first_stripe_shape(config)),
-            "chosen_address": Out(self.channel_bits + shapes.slot.width),
-            "chosen": In(self.channel_bits),
+            "chosen_address": Out(self.feature_bits + shapes.slot.width),
+            "chosen": In(self.feature_bits),
             "requests": Out(stream.Signature(shapes.request)),
             "follow": Out(1),
             "begin": Out(1),
@@ -112,7 +112,7 @@ class FirstWalker(wiring.Component):
             "close": Out(1),
             "place": Out(shapes.place),
             "token": Out(TOKEN_BITS),
-            "channels": Out(1),
+            "features": Out(1),
         })
 
     def elaborate(self, platform: object) -> Module:
@@ -140,9 +140,9 @@ class FirstWalker(wiring.Component):
             self.centroids.eq(self.job.mode == Mode.CENTROID),
             self.more.eq((self.number != self.limit) & (~self.bounded | (self.next_token < self.job.end_token))),
             self.stripe_address.eq(Cat(self.index, self.slot)),
-            self.chosen_address.eq(Cat(self.number[: self.channel_bits], self.slot)),
+            self.chosen_address.eq(Cat(self.number[: self.feature_bits], self.slot)),
             self.token.eq(self.stripe.token),
-            self.channels.eq(~self.stripe.whole & ~self.centroids),
+            self.features.eq(~self.stripe.whole & ~self.centroids),
             self.requests.payload.eq(self.request),
         ]
 
@@ -182,14 +182,14 @@ class FirstWalker(wiring.Component):
                 m.d.comb += self.open.eq(1)
                 m.d.sync += [
                     self.first.eq(Cat(stripe.codeword[:codeword_bits], stripe.page)),
-                    self.by_channel.eq(self.channels),
+                    self.by_feature.eq(self.features),
                     self.request.dram.eq(stripe.dram),
                     self.number.eq(0),
                     self.bounded.eq(stripe.whole & (self.left == 1) & self.job.tail),
                     self.next_token.eq(self.job.last_token),
                     self.limit.eq(config.group_codewords),
                 ]
-                with m.If(self.channels):
+                with m.If(self.features):
                     m.d.sync += self.limit.eq(self.job.features)
                 with m.Elif(self.centroids):
                     units = config.group_codewords // config.tokens_per_codeword
@@ -200,8 +200,8 @@ class FirstWalker(wiring.Component):
         """Ask for the stripe's codewords one by one."""
         config, request, number = self.config, self.request, self.number
         codeword_bits = ceil_log2(config.codewords_per_page)
-        position = self.first + Mux(self.by_channel, self.chosen, number)
-        with m.State("choose"):   # the channel comes
+        position = self.first + Mux(self.by_feature, self.chosen, number)
+        with m.State("choose"):   # the feature comes
             with m.If(self.more & ~self.failed):
                 m.next = "form"
             with m.Else():
@@ -210,8 +210,8 @@ class FirstWalker(wiring.Component):
             m.d.sync += [
                 request.page.eq(position >> codeword_bits),
                 request.codeword.eq(position[:codeword_bits]),
-                request.tag.place.eq(self.place + Mux(self.by_channel, self.chosen, number)),
-                request.tag.kind.eq(Mux(self.by_channel, Kind.FEATURE, Kind.SKETCH)),
+                request.tag.place.eq(self.place + Mux(self.by_feature, self.chosen, number)),
+                request.tag.kind.eq(Mux(self.by_feature, Kind.FEATURE, Kind.SKETCH)),
                 request.tag.slot.eq(self.slot),
                 request.tag.epoch.eq(self.job.epoch),
             ]
@@ -223,7 +223,7 @@ class FirstWalker(wiring.Component):
             with m.Elif(self.requests.ready):
                 m.d.sync += [
                     number.eq(number + 1), self.next_token.eq(self.next_token + config.tokens_per_codeword),
-                    self.follow.eq(~self.by_channel & ~request.dram
+                    self.follow.eq(~self.by_feature & ~request.dram
                                    & (request.codeword != config.codewords_per_page - 1)),
                 ]
                 m.next = "choose"

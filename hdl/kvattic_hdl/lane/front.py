@@ -30,17 +30,17 @@ def front_link(config: Config) -> wiring.Signature:
     weights : In(stream of weight)
         Of the V codewords' tokens, row by row.
     harvest : In(stream of `first_pass.harvest_shape`)
-        Tokens of the channel pass whose sums are to be scored.
+        Tokens of the feature pass whose sums are to be scored.
     job_slot : Out(slot), k_offset : In
         The `Shapes.start` field of that slot's job, in the same cycle.
     waits_weight, waits_score, starves : Out(1)
         Why no beat is issued (see `Issue`).
     checked : Out(`stage_shape`), special : Out(elements_per_beat), stage 2
         A beat, and its elements that are NaN or infinity.
-    value_clipped, channel_clipped : Out(1), clipped_slot : Out(slot), stage 7
-        Strobes: a product of a beat of V, or of the channel pass, was clipped.
-    value_stored, channel_stored : Out(1), stored_slot : Out(slot), stored_group : Out, stage 7
-        Strobes: the last beat of a codeword of V, or of the channel pass (of this group), is accumulated.
+    value_clipped, feature_clipped : Out(1), clipped_slot : Out(slot), stage 7
+        Strobes: a product of a beat of V, or of the feature pass, was clipped.
+    value_stored, feature_stored : Out(1), stored_slot : Out(slot), stored_group : Out, stage 7
+        Strobes: the last beat of a codeword of V, or of the feature pass (of this group), is accumulated.
     scored : Out(`stage_shape`), sums : Out(by row), clipped : Out(by row)
         A token of K, of a sketch or of a harvest, if `last` or `harvest`: its sums; a product of them was clipped.
     ready : Out(1)
@@ -62,10 +62,10 @@ def front_link(config: Config) -> wiring.Signature:
         "checked": Out(stage),
         "special": Out(config.elements_per_beat),
         "value_clipped": Out(1),
-        "channel_clipped": Out(1),
+        "feature_clipped": Out(1),
         "clipped_slot": Out(shapes.slot),
         "value_stored": Out(1),
-        "channel_stored": Out(1),
+        "feature_stored": Out(1),
         "stored_slot": Out(shapes.slot),
         "stored_group": Out((config.groups_in_flight - 1).bit_length()),
         "scored": Out(stage),
@@ -167,7 +167,7 @@ class Front(wiring.Component):
             self.back_end.special.eq(operands.special),
         ]
         if self.config.sparse:
-            m.d.comb += [operands.channel.eq(at_1.channel), operands.element.eq(at_1.element)]
+            m.d.comb += [operands.feature.eq(at_1.feature), operands.element.eq(at_1.element)]
         for r, row in enumerate(cells):
             for e, cell in enumerate(row):
                 m.d.comb += [
@@ -179,7 +179,7 @@ class Front(wiring.Component):
                 ]
 
     def _accumulate(self, m: Module, stages: list[Any], cells: list[list[Cell]]) -> None:
-        """Add V, and codewords of the channel pass, to the cells' accumulators, and drain these; stages 4 to 7."""
+        """Add V, and codewords of the feature pass, to the cells' accumulators, and drain these; stages 4 to 7."""
         m.submodules.accumulator_ports = ports = self.accumulator_ports
         drained, partial = self.chain_i.payload, self.chain_o.payload
         m.d.comb += [
@@ -239,11 +239,11 @@ class Front(wiring.Component):
         ]
         m.d.sync += [
             self.back_end.value_clipped.eq(at_6.accumulate & ~at_6.into_score & any_clip),
-            self.back_end.channel_clipped.eq(at_6.accumulate & at_6.into_score & any_clip),
+            self.back_end.feature_clipped.eq(at_6.accumulate & at_6.into_score & any_clip),
             self.back_end.clipped_slot.eq(at_6.where.slot),
         ]
         if self.config.sparse:
             m.d.comb += [
-                self.back_end.channel_stored.eq(at_7.accumulate & at_7.channel & at_7.where.last),
+                self.back_end.feature_stored.eq(at_7.accumulate & at_7.feature & at_7.where.last),
                 self.back_end.stored_group.eq(at_7.where.group),
             ]

@@ -19,14 +19,14 @@ def stage_shape(config: Config) -> data.StructLayout:
 
     valid: a beat.  into_score: its products go into the score window.  error: it cannot be read.  first, last: of its
     token.  accumulate: its products are added to word `address` of the accumulators.  where: the beat's token.  Sparse
-    configurations only: channel: a beat of the channel pass.  harvest: a token of a harvest, whose sums are element
-    `element` of word `address`.  clear: it is the word's last one.  element: otherwise that of q, for `channel`.
+    configurations only: feature: a beat of the feature pass.  harvest: a token of a harvest, whose sums are element
+    `element` of word `address`.  clear: it is the word's last one.  element: otherwise that of q, for `feature`.
     """
     members = {
         "valid": 1, "into_score": 1, "error": 1, "first": 1, "last": 1, "accumulate": 1,
         "address": ceil_log2(accumulator_words(config)), "where": scored_token(Shapes(config))}
     if config.sparse:
-        members |= {"channel": 1, "harvest": 1, "clear": 1, "element": ceil_log2(config.elements_per_beat)}
+        members |= {"feature": 1, "harvest": 1, "clear": 1, "element": ceil_log2(config.elements_per_beat)}
     return data.StructLayout(members)
 
 
@@ -97,7 +97,7 @@ class Spacing(wiring.Component):
     scores : In(1)
         It completes a token that is to be scored.
     group_begin : In(1)
-        It is the first of a codeword of the channel pass.
+        It is the first of a codeword of the feature pass.
     issue : In(1)
         It is issued.
     waits : Out(1)
@@ -212,17 +212,17 @@ class Issue(wiring.Component):
         first, last = Signal(), Signal()
         waits_weight = Signal()
         issue = self.beat_ready
-        channel = header.channel if config.sparse else Const(0)
+        feature = header.feature if config.sparse else Const(0)
         m.d.comb += [
             there.eq(self.headers.valid & self.beat_valid),
             first.eq(self.beat_index == 0),
-            last.eq(~channel & (self.beat_index == config.beats_per_token - 1)),
+            last.eq(~feature & (self.beat_index == config.beats_per_token - 1)),
             waits_weight.eq(~header.into_score & first & ~gathered.full),
             gathered.use.eq(issue & ~header.into_score & first),
             self.current_weights.eq(gathered.current),
             spacing.there.eq(there),
             spacing.scores.eq(header.into_score & last),
-            spacing.group_begin.eq(channel & (self.word_index == 0)),
+            spacing.group_begin.eq(feature & (self.word_index == 0)),
             spacing.issue.eq(issue),
             spacing.harvest_valid.eq(self.harvest.valid),
             self.harvest.ready.eq(spacing.harvest_ready),
@@ -232,7 +232,7 @@ class Issue(wiring.Component):
             self.waits_score.eq((there & spacing.waits) | harvest),
             self.starves.eq(~there & ~harvest),
         ]
-        self._count(m, last, channel)
+        self._count(m, last, feature)
         self._describe_beat(m, first, last)
         if config.sparse:
             self._describe_first_pass(m)
@@ -240,22 +240,22 @@ class Issue(wiring.Component):
                 self._describe_harvest(m)
         return m
 
-    def _count(self, m: Module, last: Signal, channel: Value) -> None:
-        """Count the beats and tokens of a codeword, or the words of one of the channel pass."""
+    def _count(self, m: Module, last: Signal, feature: Value) -> None:
+        """Count the beats and tokens of a codeword, or the words of one of the feature pass."""
         config, issue, word = self.config, self.beat_ready, self.word_index
         beat_index, token_index = self.beat_index, self.token_index
         last_token = token_index == config.tokens_per_codeword - 1
         m.d.comb += self.headers.ready.eq(issue & last & last_token)
-        with m.If(issue & ~channel):
+        with m.If(issue & ~feature):
             m.d.sync += beat_index.eq(beat_index + 1)
             with m.If(last):
                 m.d.sync += [beat_index.eq(0), token_index.eq(token_index + 1)]
                 with m.If(last_token):
                     m.d.sync += token_index.eq(0)
         if config.sparse:
-            with m.If(channel & (word == config.group_words - 1)):
+            with m.If(feature & (word == config.group_words - 1)):
                 m.d.comb += self.headers.ready.eq(issue)
-            with m.If(issue & channel):
+            with m.If(issue & feature):
                 m.d.sync += word.eq(word + 1)
 
     def _describe_beat(self, m: Module, first: Signal, last: Signal) -> None:
@@ -270,7 +270,7 @@ class Issue(wiring.Component):
             stage.error.eq(header.error),
             stage.first.eq(first),
             stage.last.eq(last),
-            stage.accumulate.eq(issue & (~header.into_score | (header.channel if config.sparse else 0))),
+            stage.accumulate.eq(issue & (~header.into_score | (header.feature if config.sparse else 0))),
             stage.address.eq(Cat(drain_address, header.slot)),
             stage.where.slot.eq(header.slot),
             stage.where.ring.eq(header.ring),
@@ -283,11 +283,11 @@ class Issue(wiring.Component):
                 m.d.sync += copy.eq(Mux(copy == shapes.copies - 1, 0, copy + 1))
 
     def _describe_first_pass(self, m: Module) -> None:
-        """What differs where a beat is of the first pass: of a centroid, or of the channel pass."""
+        """What differs where a beat is of the first pass: of a centroid, or of the feature pass."""
         config, stage, header, word = self.config, self.stage, self.headers.payload, self.word_index
         element_bits = ceil_log2(config.elements_per_beat)
         m.d.comb += [
-            stage.channel.eq(header.channel),
+            stage.feature.eq(header.feature),
             stage.harvest.eq(0),
             stage.element.eq(header.number),
             stage.where.selected.eq(header.marks.bit_select(self.token_index, 1)),
@@ -303,7 +303,7 @@ class Issue(wiring.Component):
                 stage.where.token.eq(
                     header.token + (times(self.token_index, config.tokens_per_codeword) << header.unit_bits)),
             ]
-        with m.If(header.channel):
+        with m.If(header.feature):
             m.d.comb += [
                 self.query_beat.eq(header.number[element_bits:]),
                 stage.address.eq(group_base(config) + Cat(word, header.group)),

@@ -36,7 +36,7 @@ class Lane(wiring.Component):
     load_valid, load : In
         Row records, q, and then the table's entries, before `start`; until then they do nothing that the next row
         record of the slot would not undo.  Of a sparse job each entry is followed by its sketch's; row scales and
-        chosen channels come behind the row records.
+        chosen features come behind the row records.
     start_valid, start : In
         A job begins, a cycle or more after its last `load`; its slot must be free.
     live : In(jobs_in_flight)

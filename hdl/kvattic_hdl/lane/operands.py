@@ -32,7 +32,7 @@ class Queries(wiring.Component):
         Beats of q.
     slot : In(slot), beat : In
         What is read.
-    channel : In(1), element : In, one cycle later
+    feature : In(1), element : In, one cycle later
         The beat's element `element` is wanted in place of each of its elements.
     query : Out(rows of beats), one cycle after `slot`
     """
@@ -45,7 +45,7 @@ class Queries(wiring.Component):
             "load": In(shapes.load),
             "slot": In(shapes.slot),
             "beat": In(shapes.beat_index),
-            "channel": In(1),
+            "feature": In(1),
             "element": In(max(1, (config.elements_per_beat - 1).bit_length())),
             "query": Out(config.beat_bytes * 8).array(config.rows),
         })
@@ -68,7 +68,7 @@ class Queries(wiring.Component):
             ]
             if config.sparse:
                 element = read.data.word_select(self.element, ELEMENT_BITS)
-                with m.If(self.channel):
+                with m.If(self.feature):
                     m.d.comb += self.query[r].eq(element.replicate(config.elements_per_beat))
         return m
 
@@ -84,7 +84,7 @@ class ShiftBases(wiring.Component):
     -------
     load_valid, load : In
         Row scales.
-    slot : In(slot), into_score, channel : In(1)
+    slot : In(slot), into_score, feature : In(1)
         Of the beat in stage 1.
     k_offset : In
         The `Shapes.start` field of `slot`'s job.
@@ -100,7 +100,7 @@ class ShiftBases(wiring.Component):
             "load": In(shapes.load),
             "slot": In(shapes.slot),
             "into_score": In(1),
-            "channel": In(1),
+            "feature": In(1),
             "k_offset": In(shapes.start["k_offset"].shape),
             "base": Out(signed(SHIFT_BITS)).array(config.rows if config.sparse else 1),
         })
@@ -114,7 +114,7 @@ class ShiftBases(wiring.Component):
         for r, base in enumerate(self.base):
             k_offset = self.k_offset
             if config.sparse:
-                # In the channel pass each row has a scale of its own.
+                # In the feature pass each row has a scale of its own.
                 memory = Memory(shape=k_offset.shape(), depth=config.jobs_in_flight, init=[],
                                 attrs={"ram_style": "distributed"})
                 m.submodules[f"row_offsets_{r}"] = memory
@@ -126,7 +126,7 @@ class ShiftBases(wiring.Component):
                     write.data.eq(approximate.k_offset),
                     write.en.eq(self.load_valid & self.load.scale & (self.load.row == r)),
                 ]
-                k_offset = Mux(self.channel, read.data, k_offset)
+                k_offset = Mux(self.feature, read.data, k_offset)
             m.d.sync += base.eq(Mux(self.into_score, key_base - k_offset, element.value_shift))
         return m
 
@@ -147,7 +147,7 @@ class Operands(wiring.Component):
     beat : In(beat_bytes * 8 bits), stage 0
     query_beat : In, query_slot : In(slot), stage 0
         The beat of q that goes with it.
-    slot : In(slot), into_score, channel : In(1), element : In, stage 1
+    slot : In(slot), into_score, feature : In(1), element : In, stage 1
         Of `issue.stage_shape`.
     weights : In(array of weight, by row), stage 1
     k_offset : In, stage 1
@@ -171,7 +171,7 @@ class Operands(wiring.Component):
             "query_slot": In(shapes.slot),
             "slot": In(shapes.slot),
             "into_score": In(1),
-            "channel": In(1),
+            "feature": In(1),
             "element": In(max(1, (elements - 1).bit_length())),
             "weights": In(data.ArrayLayout(shapes.weight, rows)),
             "k_offset": In(shapes.start["k_offset"].shape),
@@ -198,7 +198,7 @@ class Operands(wiring.Component):
         ]
         for block in (queries, bases):
             m.d.comb += [
-                block.load_valid.eq(self.load_valid), block.load.eq(self.load), block.channel.eq(self.channel)]
+                block.load_valid.eq(self.load_valid), block.load.eq(self.load), block.feature.eq(self.feature)]
         beat_1 = Signal(config.beat_bytes * 8)
         m.d.sync += beat_1.eq(self.beat)
         for e in range(elements):

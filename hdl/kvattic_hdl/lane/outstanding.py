@@ -40,7 +40,7 @@ class Outstanding(wiring.Component):
     remains : In(jobs_in_flight)
         Groups of its first pass have not ended.
     key, value, first : In(`walk_events`)
-    key_stored, value_stored, channel_stored : In(`stored_event`)
+    key_stored, value_stored, feature_stored : In(`stored_event`)
     active : Out(jobs_in_flight)
         A walk of the slot's job has begun.
     keys_begun, keys_walked, values_walked : Out(jobs_in_flight)
@@ -66,7 +66,7 @@ class Outstanding(wiring.Component):
         } | {
             name: In(walk_events(config)) for name in ("key", "value", "first")
         } | {
-            name: In(stored_event(config)) for name in ("key_stored", "value_stored", "channel_stored")
+            name: In(stored_event(config)) for name in ("key_stored", "value_stored", "feature_stored")
         } | {
             name: Out(slots) for name in (
                 "active", "keys_begun", "keys_walked", "values_walked", "keys_done", "values_done", "first_done",
@@ -106,17 +106,17 @@ class Outstanding(wiring.Component):
 
     def _count(self, m: Module, s: int) -> None:
         keys_left, values_left = self.keys_left[s], self.values_left[s]
-        key_up, key_down, channel_down = (Signal(name=f"{name}_{s}") for name in ("key_up", "key_down", "channel_down"))
+        key_up, key_down, feature_down = (Signal(name=f"{name}_{s}") for name in ("key_up", "key_down", "feature_down"))
         value_up, value_down = Signal(name=f"value_up_{s}"), Signal(name=f"value_down_{s}")
         m.d.comb += [
             key_up.eq((self.key.asked & (self.key.slot == s)) | (self.first.asked & (self.first.slot == s))),
             key_down.eq(self.key_stored.valid & (self.key_stored.slot == s)),
-            channel_down.eq(self.channel_stored.valid & (self.channel_stored.slot == s)),
+            feature_down.eq(self.feature_stored.valid & (self.feature_stored.slot == s)),
             value_up.eq(self.value.asked & (self.value.slot == s)),
             value_down.eq(self.value_stored.valid & (self.value_stored.slot == s)),
         ]
         if self.config.sparse:
-            m.d.sync += keys_left.eq(keys_left + key_up - (key_down + channel_down))
+            m.d.sync += keys_left.eq(keys_left + key_up - (key_down + feature_down))
         else:
             with m.If(key_up != key_down):
                 m.d.sync += keys_left.eq(keys_left + Mux(key_up, 1, -1))

@@ -80,8 +80,8 @@ class Shapes:
     slot, row, place, channel : Shape
         Unsigned numbers of a job slot, query row, codeword on its lane, channel.
     tag : StructLayout
-        Names a codeword: slot, epoch, kind (`commands.Kind`), place.  The place of a CHANNEL is its stripe's first one
-        and the number of the channel; that of a centroid its stripe's first place and its number in the stripe's
+        Names a codeword: slot, epoch, kind (`commands.Kind`), place.  The place of a FEATURE is its stripe's first one
+        and the number of the feature; that of a centroid its stripe's first place and its number in the stripe's
         centroid codewords.
     request : StructLayout
         A codeword wanted: tag, page, codeword (number inside of its page), dram (1: of device DRAM, 0: of the channel).
@@ -203,7 +203,7 @@ class Shapes:
             "query": 1,          # data holds elements [beat] of q of this row
             "record": 1,         # start, end, tree hold the row's mask
             "scale": 1,          # data holds this row's scale of the first pass, an `approximate`
-            "chosen": 1,         # data holds Cat(number of a channel of the first pass (8 bits), its index (8 bits))
+            "chosen": 1,         # data holds Cat(number of a feature of the first pass (8 bits), its index (8 bits))
             "stripe": 1,         # data holds a `commands.TABLE_ENTRY`, start the stripe's first token
             "sketch": 1,         # data holds the `commands.SKETCH_ENTRY` of the stripe loaded last
             "last": 1,           # the stripe is the job's last one
