@@ -12,7 +12,7 @@ from kvattic.spec.registers import ADDRESS_BITS, QUEUES
 from kvattic_hdl.frontend.loader import Loader
 from kvattic_hdl.lane.lane import Lane
 from kvattic_hdl.lib.axi import AXI_READ, AXI_WRITE, axi_lite
-from kvattic_hdl.lib.interfaces import EPOCH_BITS, Shapes
+from kvattic_hdl.lib.shapes import EPOCH_BITS, Shapes
 from kvattic_hdl.nvme.access import Owners
 from kvattic_hdl.nvme.admin import Admin
 from kvattic_hdl.nvme.control import Control
@@ -20,7 +20,7 @@ from kvattic_hdl.nvme.queues import Queues
 from kvattic_hdl.reduce.finisher import Finisher
 from kvattic_hdl.reduce.maximum import Maximum
 from kvattic_hdl.reduce.watchdog import Watchdog
-from kvattic_hdl.sparse.topk import Selection
+from kvattic_hdl.sparse.topk import TopK
 from kvattic_hdl.storage.dram_reader import DramReader, dram_signature
 from kvattic_hdl.storage.merge import CodewordMerge
 from kvattic_hdl.storage.operations import Operations
@@ -41,7 +41,7 @@ class _Parts:
     owners: Owners
     operations: Operations
     dram_reader: DramReader
-    selection: Selection | None
+    selection: TopK | None
     lanes: list[Lane] = field(default_factory=list)
 
 
@@ -143,7 +143,7 @@ class Engine(wiring.Component):
             control=control, loader=Loader(config), maximum=Maximum(config), finisher=Finisher(config),
             watchdog=Watchdog(config), queues=Queues(), admin=Admin(config), owners=Owners(config),
             operations=Operations(config), dram_reader=DramReader(config),
-            selection=Selection(config) if config.sparse else None)
+            selection=TopK(config) if config.sparse else None)
         reset = ResetInserter(control.reset)
         for name in ("loader", "maximum", "finisher", "watchdog", "queues", "admin"):
             m.submodules[name] = reset(getattr(parts, name))

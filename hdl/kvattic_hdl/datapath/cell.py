@@ -15,7 +15,7 @@ from kvattic.spec.formats import (
     WEIGHT_BITS,
 )
 from kvattic_hdl.lib.arithmetic import add_carry
-from kvattic_hdl.lib.interfaces import ACCUMULATE_CYCLES, SHIFT_BITS, Shapes
+from kvattic_hdl.lib.shapes import ACCUMULATE_CYCLES, SHIFT_BITS, Shapes
 
 PRODUCT_STAGE = 4
 """Operands are registered in stage 2, the product in stages 3 and 4 (a DSP slice's M and P registers)."""

@@ -19,7 +19,7 @@ from kvattic.spec.formats import (
     SCORE_ROUND_SHIFT,
     SCORE_SUM_BITS,
 )
-from kvattic_hdl.lib.interfaces import TOKEN_BITS, Shapes
+from kvattic_hdl.lib.shapes import TOKEN_BITS, Shapes
 
 
 def score_interval(config: Config) -> int:

@@ -11,7 +11,7 @@ from amaranth.lib.wiring import In, Out
 from kvattic.spec.config import Config
 from kvattic.spec.formats import SCORE_BITS, SCORE_MASKED
 from kvattic_hdl.lib.exponential import Exponential, in_window
-from kvattic_hdl.lib.interfaces import Shapes
+from kvattic_hdl.lib.shapes import Shapes
 
 
 def row_shape(config: Config) -> data.StructLayout:

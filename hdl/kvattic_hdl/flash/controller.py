@@ -22,7 +22,7 @@ from kvattic_hdl.flash.retry_queue import RetryQueue
 from kvattic_hdl.flash.runs import RunQueues, RunShapes
 from kvattic_hdl.flash.sequencers import Commander, Mover
 from kvattic_hdl.flash.visits import visit_state
-from kvattic_hdl.lib.interfaces import EPOCH_BITS
+from kvattic_hdl.lib.shapes import EPOCH_BITS
 
 
 class Controller(wiring.Component):

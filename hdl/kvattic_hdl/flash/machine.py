@@ -20,7 +20,7 @@ from kvattic_hdl.flash.operation_queue import OperationQueue, ProgramWords
 from kvattic_hdl.flash.retry_queue import RetryQueue
 from kvattic_hdl.flash.runs import RunQueues, RunShapes
 from kvattic_hdl.flash.sequencers import Addresses, Commander, Mover
-from kvattic_hdl.lib.interfaces import OPCODE_BITS, PAGE_BITS, operation_code
+from kvattic_hdl.lib.shapes import OPCODE_BITS, PAGE_BITS, operation_code
 
 ROW_ADDRESS_BITS = 24
 """Bits of a row address: page of the block, plane, block."""

@@ -6,7 +6,7 @@ from kvattic.spec.commands import Opcode, Status
 from kvattic.spec.nand import MARK_ZEROS
 from kvattic_hdl.flash.machine import DieMachine, Phase, Push
 from kvattic_hdl.flash.sequencers import Transfer
-from kvattic_hdl.lib.interfaces import operation_code
+from kvattic_hdl.lib.shapes import operation_code
 
 STATUS_FAIL = 0
 """Bit of a status byte: the operation failed."""

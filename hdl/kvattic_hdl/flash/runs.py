@@ -10,7 +10,7 @@ from amaranth.utils import bits_for, ceil_log2
 
 from kvattic.spec.config import Config
 from kvattic_hdl.flash.interfaces import FlashShapes
-from kvattic_hdl.lib.interfaces import PAGE_BITS
+from kvattic_hdl.lib.shapes import PAGE_BITS
 
 TICK_BITS, GATHER_TICKS = 6, 3
 """How long a die waits for requests of its other planes: so many ticks of 2**TICK_BITS cycles, or one less.

@@ -2,7 +2,7 @@
 
 from kvattic.spec.commands import Opcode
 from kvattic_hdl.flash.machine import DieMachine, Phase, Push
-from kvattic_hdl.lib.interfaces import operation_code
+from kvattic_hdl.lib.shapes import operation_code
 
 
 def visit_state(machine: DieMachine) -> None:

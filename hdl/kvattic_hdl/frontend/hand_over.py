@@ -8,7 +8,7 @@ from kvattic.spec.commands import COMMAND, DIRECTION_BITS, FLASH_COMMAND, GRANT_
 from kvattic.spec.config import Config
 from kvattic.spec.registers import QUEUES
 from kvattic_hdl.frontend.fetch import command_fields
-from kvattic_hdl.lib.interfaces import OPCODE_BITS, Shapes
+from kvattic_hdl.lib.shapes import OPCODE_BITS, Shapes
 
 WINDOW = data.StructLayout({"base": 64, "limit": 64})
 """In which a queue's commands' blocks must lie."""

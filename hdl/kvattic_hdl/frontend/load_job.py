@@ -12,8 +12,8 @@ from kvattic_hdl.frontend.checks import NanCheck, SketchCheck, TableCheck
 from kvattic_hdl.frontend.fetch import all_stripes, command_fields, row_lines
 from kvattic_hdl.frontend.validate import FP32_EXPONENT, FP32_FRACTION, JUDGEMENT
 from kvattic_hdl.lib.axi import LINE_WORD, LINE_WORDS
-from kvattic_hdl.lib.interfaces import K_OFFSET_BITS, TOKEN_BITS, Shapes
 from kvattic_hdl.lib.records import WORD_BYTES, field_of_word, word_of
+from kvattic_hdl.lib.shapes import K_OFFSET_BITS, TOKEN_BITS, Shapes
 from kvattic_hdl.sparse.ranker import Ranker
 
 OWNER_CYCLES = 5

@@ -13,7 +13,7 @@ from kvattic_hdl.frontend.hand_over import HandOver
 from kvattic_hdl.frontend.load_job import LoadJob
 from kvattic_hdl.frontend.validate import FP32_FRACTION, Validate
 from kvattic_hdl.lib.axi import AXI_READ, LINE_ADDRESS_BITS
-from kvattic_hdl.lib.interfaces import EPOCH_BITS, PAGE_BITS, TOKEN_BITS, Shapes
+from kvattic_hdl.lib.shapes import EPOCH_BITS, PAGE_BITS, TOKEN_BITS, Shapes
 from kvattic_hdl.nvme.queues import FETCH
 
 

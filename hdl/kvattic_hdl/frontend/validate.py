@@ -34,7 +34,7 @@ from kvattic_hdl.frontend.fetch import (
 )
 from kvattic_hdl.frontend.hand_over import WINDOW
 from kvattic_hdl.lib.arithmetic import times
-from kvattic_hdl.lib.interfaces import K_OFFSET_BITS, TOKEN_BITS, Shapes
+from kvattic_hdl.lib.shapes import K_OFFSET_BITS, TOKEN_BITS, Shapes
 
 FLASH_OPCODES = (Opcode.PROGRAM, Opcode.ERASE, Opcode.PROBE, Opcode.MAP)
 DATA_OPCODES = (Opcode.IDENTIFY, Opcode.COUNTERS)

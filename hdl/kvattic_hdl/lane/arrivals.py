@@ -13,7 +13,7 @@ from kvattic.spec.commands import Kind
 from kvattic.spec.config import Config
 from kvattic_hdl.lib.arithmetic import times
 from kvattic_hdl.lib.exponential import Exponential
-from kvattic_hdl.lib.interfaces import EPOCH_BITS, TOKEN_BITS, Shapes
+from kvattic_hdl.lib.shapes import EPOCH_BITS, TOKEN_BITS, Shapes
 
 
 def beats_buffered(config: Config) -> int:

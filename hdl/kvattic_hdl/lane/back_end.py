@@ -26,9 +26,9 @@ from kvattic_hdl.lane.scrubber import Scrubber
 from kvattic_hdl.lane.turns import Turns
 from kvattic_hdl.lane.walker import Walker
 from kvattic_hdl.lib.arithmetic import strobe
-from kvattic_hdl.lib.interfaces import MISSING_BITS, Shapes
+from kvattic_hdl.lib.shapes import MISSING_BITS, Shapes
 from kvattic_hdl.lib.stream_buffer import StreamBuffer
-from kvattic_hdl.sparse.lane_topk import Selector
+from kvattic_hdl.sparse.lane_topk import LaneTopK
 
 
 def back_end_ports(config: Config) -> dict[str, wiring.Member]:
@@ -128,7 +128,7 @@ class TokenBackEnd(wiring.Component):
             self.first_places = FirstPlaces(config)
             self.chosen = ChosenFeatures(config)
             self.marks = Marks(config)
-            self.selector = Selector(config)
+            self.selector = LaneTopK(config)
             self.blocks += ["first_walker", "first_pass", "first_places", "chosen", "marks", "selector"]
         self.unselected = Signal(config.jobs_in_flight)   # sparse jobs whose K pass waits for the selection
         super().__init__(back_end_ports(config) | {"front": In(front_link(config))})

@@ -7,7 +7,7 @@ from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
 
 from kvattic.spec.config import Config
-from kvattic_hdl.lib.interfaces import FAULT_BITS, FAULTS, TOKEN_BITS, Shapes
+from kvattic_hdl.lib.shapes import FAULT_BITS, FAULTS, TOKEN_BITS, Shapes
 
 
 class Faults(wiring.Component):

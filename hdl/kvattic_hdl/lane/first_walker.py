@@ -9,7 +9,7 @@ from amaranth.utils import bits_for, ceil_log2
 
 from kvattic.spec.commands import Kind, Mode
 from kvattic.spec.config import Config
-from kvattic_hdl.lib.interfaces import TOKEN_BITS, Shapes
+from kvattic_hdl.lib.shapes import TOKEN_BITS, Shapes
 
 
 def first_walk_shape(config: Config) -> data.StructLayout:

@@ -14,7 +14,7 @@ from kvattic_hdl.lane.first_pass import harvest_shape
 from kvattic_hdl.lane.issue import Issue, stage_shape
 from kvattic_hdl.lane.operands import Operands
 from kvattic_hdl.lane.sums import AccumulatorPorts, RowSum
-from kvattic_hdl.lib.interfaces import Shapes
+from kvattic_hdl.lib.shapes import Shapes
 from kvattic_hdl.verilog.shared import shared
 
 

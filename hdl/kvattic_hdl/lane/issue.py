@@ -11,7 +11,7 @@ from kvattic_hdl.datapath.score import score_interval, scored_token
 from kvattic_hdl.lane.arrivals import header_shape
 from kvattic_hdl.lane.first_pass import harvest_shape
 from kvattic_hdl.lib.arithmetic import times
-from kvattic_hdl.lib.interfaces import ACCUMULATE_CYCLES, Shapes
+from kvattic_hdl.lib.shapes import ACCUMULATE_CYCLES, Shapes
 
 
 def stage_shape(config: Config) -> data.StructLayout:

@@ -9,8 +9,8 @@ from kvattic.spec.commands import SKETCH_ENTRY, TABLE_ENTRY, Mode
 from kvattic.spec.config import Config
 from kvattic_hdl.lane.first_walker import first_stripe_shape, first_walk_shape
 from kvattic_hdl.lib.arithmetic import strobe
-from kvattic_hdl.lib.interfaces import TOKEN_BITS, Shapes
 from kvattic_hdl.lib.records import fields, table_entry
+from kvattic_hdl.lib.shapes import TOKEN_BITS, Shapes
 
 
 def job_shape(config: Config) -> data.StructLayout:

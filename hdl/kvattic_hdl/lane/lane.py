@@ -7,7 +7,7 @@ from amaranth.lib.wiring import In, Out, connect, flipped
 from kvattic.spec.config import Config
 from kvattic_hdl.lane.back_end import TokenBackEnd, back_end_ports
 from kvattic_hdl.lane.front import Front
-from kvattic_hdl.lib.interfaces import Shapes
+from kvattic_hdl.lib.shapes import Shapes
 
 
 class Lane(wiring.Component):

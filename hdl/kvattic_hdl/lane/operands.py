@@ -13,7 +13,7 @@ from kvattic.spec.formats import (
     WEIGHT_EXPONENT_BITS,
 )
 from kvattic_hdl.lib.arithmetic import decode
-from kvattic_hdl.lib.interfaces import SHIFT_BITS, Shapes
+from kvattic_hdl.lib.shapes import SHIFT_BITS, Shapes
 
 ELEMENT_BITS = 16
 """Bits of an element of q, k or v."""

@@ -5,7 +5,7 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from kvattic.spec.config import Config
-from kvattic_hdl.lib.interfaces import MISSING_BITS, Shapes
+from kvattic_hdl.lib.shapes import MISSING_BITS, Shapes
 
 
 def walk_events(config: Config) -> wiring.Signature:

@@ -10,7 +10,7 @@ from kvattic.spec.formats import SCORE_SUM_BITS, SCORE_WINDOW_BITS
 from kvattic_hdl.datapath.cell import accumulator_words
 from kvattic_hdl.lane.issue import stage_shape
 from kvattic_hdl.lib.arithmetic import add_carry
-from kvattic_hdl.lib.interfaces import Shapes
+from kvattic_hdl.lib.shapes import Shapes
 
 
 class AccumulatorPorts(wiring.Component):

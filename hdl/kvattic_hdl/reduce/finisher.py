@@ -12,7 +12,7 @@ from kvattic.spec.config import Config
 from kvattic.spec.formats import ALPHA_FRACTION
 from kvattic.spec.registers import MAX_ENTRIES, QUEUES
 from kvattic_hdl.lib.axi import AXI_WRITE, DATA_BITS, LINE_ADDRESS_BITS
-from kvattic_hdl.lib.interfaces import FAULTS, Shapes
+from kvattic_hdl.lib.shapes import FAULTS, Shapes
 from kvattic_hdl.nvme.counters import SNAPSHOT
 from kvattic_hdl.reduce.blend import MeanBlend
 from kvattic_hdl.reduce.drain import Drain
