@@ -67,9 +67,10 @@ class Host:
     memory: float = parameter(96e9, "B", Kind.PUBLISHED, "paper, section 6.1")
     memory_bandwidth: float = parameter(187.7e9, "B/s", Kind.PUBLISHED, "Xeon 5320: 8 channels of DDR4-2933")
     memory_share: float = parameter(0.75, "", Kind.USUAL, "share of the bandwidth that attention on CPU cores reaches")
-    offload_rate: float = parameter(6.3e9, "B/s", Kind.FITTED, "DeepSpeed's path from DRAM, from +4.6 % (paper, figure 14)")
-    sequence_layer_s: float = parameter(270e-6, "s", Kind.FITTED, "host and framework for each sequence and layer, from "
-                                        "the KV shares 80.7 and 76.4 % (paper, figure 18)")
+    offload_rate: float = parameter(6.3e9, "B/s", Kind.FITTED, "DeepSpeed's path from DRAM, from +4.6 % (paper, figure "
+                                    "14)")
+    sequence_layer_s: float = parameter(270e-6, "s", Kind.FITTED, "host and framework for each sequence and layer, "
+                                        "from the KV shares 80.7 and 76.4 % (paper, figure 18)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +80,8 @@ class StorageDrive:
     kv_rate: float = parameter(7.66e9, "B/s", Kind.PUBLISHED, "paper, table III: decode reads")
     sparse_share: float = parameter(0.527, "", Kind.PUBLISHED, "paper, table III: bytes read over those of K and V")
     sparse_ratio: float = parameter(1 / 8, "", Kind.PUBLISHED, "paper, section 6: compression ratio")
-    flops: float = parameter(45e9, "FLOP/s", Kind.FITTED, "arithmetic that reads do not hide, from the KV shares 80.7 and "
-                             "76.4 % (paper, figure 18)")
+    flops: float = parameter(45e9, "FLOP/s", Kind.FITTED, "arithmetic that reads do not hide, from the KV shares 80.7 "
+                             "and 76.4 % (paper, figure 18)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -106,8 +106,8 @@ def gpu_seconds(model: Transformer, batch: int, gpu: Gpu) -> float:
 def _check_weights(model: Transformer, machine: Machine) -> None:
     room = machine.gpu.memory * machine.gpu.count
     if model.weight_bytes > room:
-        raise CapacityError(f"the weights of {model.name} take {model.weight_bytes / 1e9:.1f} GB, {machine.gpu.count} x "
-                            f"{machine.gpu.name} has {room / 1e9:.0f} GB: take more GPUs, or fewer bits a weight")
+        raise CapacityError(f"the weights of {model.name} take {model.weight_bytes / 1e9:.1f} GB, "
+                            f"{machine.gpu.count} x {machine.gpu.name} has {room / 1e9:.0f} GB: take more GPUs, or fewer bits a weight")
 
 
 def _common(model: Transformer, load: Load, machine: Machine) -> dict[str, float]:
@@ -132,7 +132,8 @@ def deepspeed(model: Transformer, load: Load, machine: Machine) -> Step:
         CapacityError: K and V do not fit there.
     """
     _fits_dram(model, load, machine)
-    return Step(load=load, parts={"kv": load.kv_bytes(model) / machine.host.offload_rate, **_common(model, load, machine)})
+    read = load.kv_bytes(model) / machine.host.offload_rate
+    return Step(load=load, parts={"kv": read, **_common(model, load, machine)})
 
 
 def in_storage(model: Transformer, load: Load, machine: Machine, *, drives: int = 1, sparse: bool = False) -> Step:
@@ -153,7 +154,9 @@ def kvattic_drive(model: Transformer, load: Load, machine: Machine, drive: Drive
     """This project's drives in the same place.
 
     Args:
-        model, load, machine: as everywhere.
+        model: what is decoded with.
+        load: what is decoded.
+        machine: GPU and host.
         drive: how long attention takes.
         mode: `dense`, `sparf`, `fetched` or `centroid`.
         drives: the KV heads are split over them; the fullest one counts.
@@ -215,8 +218,8 @@ def gpu_alone(model: Transformer, load: Load, machine: Machine) -> Step:
     one = load.kv_capacity(model) / load.batch
     batch = min(load.batch, int(room / one))
     if batch < 1:
-        raise CapacityError(f"K and V of one sequence of {load.prompt + load.new} tokens take {one / 1e9:.1f} GB, beside the "
-                            f"weights of {model.name} {gpu.count} x {gpu.name} has {room / 1e9:.1f} GB")
+        raise CapacityError(f"K and V of one sequence of {load.prompt + load.new} tokens take {one / 1e9:.1f} GB, beside "
+                            f"the weights of {model.name} {gpu.count} x {gpu.name} has {room / 1e9:.1f} GB")
     wave = Load(batch=batch, prompt=load.prompt, new=load.new)
     return Step(load=wave, parts={"kv": wave.kv_bytes(model) / (gpu.bandwidth * gpu.bandwidth_share),
                                   "gpu": gpu_seconds(model, batch, gpu)})
@@ -237,5 +240,5 @@ def _check_drives(drives: int) -> None:
 def _fits_dram(model: Transformer, load: Load, machine: Machine, copies: float = 1.0) -> None:
     size = copies * load.kv_capacity(model)
     if size > machine.host.memory:
-        raise CapacityError(f"K and V of {load.batch} sequences of {load.prompt + load.new} tokens of {model.name} take "
-                            f"{size / 1e9:.0f} GB, the host has {machine.host.memory / 1e9:.0f} GB")
+        raise CapacityError(f"K and V of {load.batch} sequences of {load.prompt + load.new} tokens of {model.name} "
+                            f"take {size / 1e9:.0f} GB, the host has {machine.host.memory / 1e9:.0f} GB")

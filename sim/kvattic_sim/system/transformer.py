@@ -81,7 +81,7 @@ class Transformer:
             "hidden": hidden,
             "intermediate": get("intermediate_size", "ffn_dim", "n_inner", default=4 * hidden),
             "vocabulary": get("vocab_size"),
-            "gated": get("hidden_act", "activation_function", "hidden_activation", default="gelu") in ("silu", "swiglu"),
+            "gated": get("hidden_act", "activation_function", "hidden_activation", default="gelu") == "silu",
         }
         return cls(**{**fields, **changes})
 
