@@ -75,8 +75,8 @@ def _kv_share(machine: Machine, drives: int, *, sparse: bool) -> float:
     return step.share("kv")
 
 
-_FLEXGEN_30B = ("FlexGen at batch 8 would need 1.55 GB/s in place of the fitted 1.13: the paper's FlexGen is faster on the "
-                "larger model, and nothing in the text says why")
+_FLEXGEN_30B = ("FlexGen at batch 8 would need 1.55 GB/s in place of the fitted 1.13: the paper's FlexGen is faster on "
+                "the larger model, and nothing in the text says why")
 
 CLAIMS = (
     Claim("dense over FlexGen, batch 64", "figure 14", 6.85, lambda m: _opt(m, 64) / _flexgen(m, 64), fitted=True),

@@ -107,7 +107,8 @@ def _check_weights(model: Transformer, machine: Machine) -> None:
     room = machine.gpu.memory * machine.gpu.count
     if model.weight_bytes > room:
         raise CapacityError(f"the weights of {model.name} take {model.weight_bytes / 1e9:.1f} GB, "
-                            f"{machine.gpu.count} x {machine.gpu.name} has {room / 1e9:.0f} GB: take more GPUs, or fewer bits a weight")
+                            f"{machine.gpu.count} x {machine.gpu.name} has {room / 1e9:.0f} GB: "
+                            "take more GPUs, or fewer bits a weight")
 
 
 def _common(model: Transformer, load: Load, machine: Machine) -> dict[str, float]:
@@ -218,8 +219,8 @@ def gpu_alone(model: Transformer, load: Load, machine: Machine) -> Step:
     one = load.kv_capacity(model) / load.batch
     batch = min(load.batch, int(room / one))
     if batch < 1:
-        raise CapacityError(f"K and V of one sequence of {load.prompt + load.new} tokens take {one / 1e9:.1f} GB, beside "
-                            f"the weights of {model.name} {gpu.count} x {gpu.name} has {room / 1e9:.1f} GB")
+        raise CapacityError(f"K and V of one sequence of {load.prompt + load.new} tokens take {one / 1e9:.1f} GB, "
+                            f"beside the weights of {model.name} {gpu.count} x {gpu.name} has {room / 1e9:.1f} GB")
     wave = Load(batch=batch, prompt=load.prompt, new=load.new)
     return Step(load=wave, parts={"kv": wave.kv_bytes(model) / (gpu.bandwidth * gpu.bandwidth_share),
                                   "gpu": gpu_seconds(model, batch, gpu)})
