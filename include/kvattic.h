@@ -105,21 +105,21 @@ enum kvattic_status_bit {  /* Bits of STATUS; all but BUSY and READY are cleared
 };
 
 enum kvattic_opcode {  /* What a command asks for. */
-    KVATTIC_OPCODE_COUNTERS = 0xc2,  /* Write registers.COUNTERS, 8 bytes each, padded to whole lines (DATA_COMMAND). Each is right at the moment at which it is read; while the drive works, they are not of one cycle. */
+    KVATTIC_OPCODE_COUNTERS = 0xc2,  /* Write registers.COUNTERS, 8 bytes each, padded to whole lines (DATA_COMMAND). Each is exact when it is read; while the drive works, they are read in different cycles. */
     KVATTIC_OPCODE_ATTEND = 0xc3,  /* Attention of one job: the query rows that read one KV head (COMMAND). */
     KVATTIC_OPCODE_PROGRAM = 0xc4,  /* Write a page of device DRAM into a flash page (FLASH_COMMAND); pages of a block in order, each once. */
     KVATTIC_OPCODE_ERASE = 0xc8,  /* Erase the block that a flash page lies in (FLASH_COMMAND); in queue 0, whoever owns it. */
     KVATTIC_OPCODE_IDENTIFY = 0xe2,  /* Write Config.to_json(), as UTF-8 padded with zeros to IDENTIFY_BYTES (DATA_COMMAND). */
     KVATTIC_OPCODE_CREATE_QUEUE = 0xe4,  /* Create a pair of queues, empty (QUEUE_COMMAND). */
-    KVATTIC_OPCODE_DELETE_QUEUE = 0xe8,  /* Remove one (QUEUE_COMMAND); commands that are not fetched yet are forgotten. */
+    KVATTIC_OPCODE_DELETE_QUEUE = 0xe8,  /* Delete a pair of queues (QUEUE_COMMAND); commands that are not fetched yet are dropped. */
     KVATTIC_OPCODE_GRANT = 0xec,  /* Give zones or regions of device DRAM to a domain, or a domain to queues (GRANT_COMMAND). */
     KVATTIC_OPCODE_PROBE = 0xf0,  /* Look for the factory's mark of a bad block in a flash page (FLASH_COMMAND): one of NandPart.marked_pages. */
-    KVATTIC_OPCODE_MAP = 0xf4,  /* Let a zone use another block on the die and plane of a flash page (FLASH_COMMAND). */
+    KVATTIC_OPCODE_MAP = 0xf4,  /* Map a zone to another block on the die and plane of a flash page (FLASH_COMMAND). */
 };
 
 enum kvattic_mode {  /* How ATTEND chooses the tokens that it attends; docs/sparse.md. */
     KVATTIC_MODE_DENSE = 0,  /* All of them. */
-    KVATTIC_MODE_SPARF = 1,  /* The units tokens of the largest approximate mass, blended with the mean of V (SparF, SparQ). */
+    KVATTIC_MODE_SPARF = 1,  /* The top_units tokens of the largest approximate mass, blended with the mean of V (SparF, SparQ). */
     KVATTIC_MODE_FETCHED = 2,  /* Units of whole codewords of the largest approximate mass, all of whose tokens are attended; blended likewise. */
     KVATTIC_MODE_CENTROID = 3,  /* Units whose mean key scores highest, all of whose tokens are attended; not blended. */
 };
@@ -127,32 +127,32 @@ enum kvattic_mode {  /* How ATTEND chooses the tokens that it attends; docs/spar
 enum kvattic_status {  /* How a command ended; where of the completion says which place. NVMe's status code, of type STATUS_TYPE. */
     KVATTIC_STATUS_OK = 0,  /* The results are written. */
     KVATTIC_STATUS_INVALID_OPCODE = 1,  /* where: the opcode. */
-    KVATTIC_STATUS_INVALID_FIELD = 2,  /* A reserved byte is not zero, there is no such mode (or none but DENSE in this configuration), a field is not zero that mode or opcode has no use for, or stripe_pages is no power of two, too large, or not what a sparse mode needs. */
+    KVATTIC_STATUS_INVALID_FIELD = 2,  /* A reserved byte, or a field that mode or opcode does not use, is not zero; the mode does not exist (or is sparse and the configuration is not); or stripe_pages is not a power of two, too large, or not what a sparse mode needs. */
     KVATTIC_STATUS_INVALID_ROWS = 3,  /* where: the number of rows. */
-    KVATTIC_STATUS_INVALID_LENGTH = 4,  /* No token, or stripes are not as many as the tokens take. */
+    KVATTIC_STATUS_INVALID_LENGTH = 4,  /* No tokens, or stripes is not the number of stripes that the tokens take. */
     KVATTIC_STATUS_INVALID_ADDRESS = 5,  /* query, result or table (with the mean of V) not 64-byte aligned or not inside the queue's window; where: 0 query, 1 result, 2 table. IDENTIFY, COUNTERS: result, likewise. */
     KVATTIC_STATUS_INVALID_SCALE = 6,  /* scale is not a positive normal fp32. */
-    KVATTIC_STATUS_NAN_QUERY = 7,  /* where: row * 65536 + channel of the first NaN or infinity in q. */
+    KVATTIC_STATUS_NAN_QUERY = 7,  /* where: row * 65536 + feature of the first NaN or infinity in q. */
     KVATTIC_STATUS_NAN_KEY = 8,  /* where: the lowest token with a NaN or infinity in K. */
     KVATTIC_STATUS_NAN_VALUE = 9,  /* where: the lowest token with a NaN or infinity in V. */
     KVATTIC_STATUS_CODEWORD_TIMEOUT = 10,  /* A codeword never came; where: channel * 65536 + kind * 32768 + codewords still missing there. */
     KVATTIC_STATUS_BUS_ERROR = 11,  /* The host memory answered a read of the command or query, or a write of the result, with an error; where: 0. When it is the command that could not be read, its identifier is not known: it is 0xFFFF. */
-    KVATTIC_STATUS_INVALID_TABLE = 12,  /* A table entry names no channel, has a reserved bit set (in DENSE also whole), or is one too many for its channel's score buffer; where: the entry's number. */
-    KVATTIC_STATUS_INVALID_PLACE = 13,  /* A flash command names no channel, page or block of it; where: 0. */
+    KVATTIC_STATUS_INVALID_TABLE = 12,  /* A table entry names a channel that does not exist, has a reserved bit set (in DENSE also whole), or exceeds its channel's score buffer; where: the entry's number. */
+    KVATTIC_STATUS_INVALID_PLACE = 13,  /* A flash command names a channel, page or block that does not exist; where: 0. */
     KVATTIC_STATUS_UNREADABLE_KEY = 14,  /* K cannot be read (see the register MEDIA_ERROR); where: first token of the lowest codeword that cannot. */
     KVATTIC_STATUS_UNREADABLE_VALUE = 15,  /* The same for V. */
     KVATTIC_STATUS_PROGRAM_FAILED = 16,  /* The part reports that a page was not programmed; where: channel * 2**24 + page. */
     KVATTIC_STATUS_ERASE_FAILED = 17,  /* The part reports that a block was not erased; where: channel * 2**24 + page. */
     KVATTIC_STATUS_BAD_BLOCK = 18,  /* PROBE found the factory's mark in the page; where: channel * 2**24 + page. */
     KVATTIC_STATUS_DIE_TIMEOUT = 19,  /* A die stayed busy for longer than its part ever is; where: channel * 2**24 + page. */
-    KVATTIC_STATUS_INVALID_SELECTION = 20,  /* A sparse mode's number is none or too large; where: 0 channels, 1 units (more than the tokens make), 2 local (more than the units hold), 3 unit_bits. */
-    KVATTIC_STATUS_NO_SKETCH = 21,  /* A stripe in flash that is not attended whole was written without what the mode's first pass reads; where: its entry's number. */
-    KVATTIC_STATUS_NAN_MEAN = 22,  /* where: channel of the first NaN or infinity in the mean of V. */
-    KVATTIC_STATUS_UNREADABLE_SKETCH = 23,  /* K in the channel layout, a centroid, or K of the tail cannot be read in the first pass; where: first token of the lowest codeword, or stripe, that cannot. */
-    KVATTIC_STATUS_NOT_PERMITTED = 24,  /* where: 0 the opcode is for queue 0 alone; 1 the domain is not given to the queue. */
-    KVATTIC_STATUS_NOT_OWNED = 25,  /* A place that is not the domain's, or that is none. where, ATTEND: number of the first such table entry; PROGRAM, ERASE: 0 flash page, 1 page of device DRAM. */
-    KVATTIC_STATUS_INVALID_QUEUE = 26,  /* where: 0 queue (1 to QUEUES - 1; CREATE_QUEUE: it is there already), 1 entries, 2 submission, 3 completion. */
-    KVATTIC_STATUS_QUEUE_BUSY = 27,  /* DELETE_QUEUE while commands of it are under way: nothing more is fetched; delete it again later. where: 0. */
+    KVATTIC_STATUS_INVALID_SELECTION = 20,  /* A field of a sparse mode is out of range; where: 0 features, 1 top_units (zero, or more than the tokens make), 2 local_tokens (more than the units hold), 3 unit_bits. */
+    KVATTIC_STATUS_NO_SKETCH = 21,  /* A stripe in flash that is not attended whole lacks what the mode's first pass reads; where: number of its entry. */
+    KVATTIC_STATUS_NAN_MEAN = 22,  /* where: feature of the first NaN or infinity in the mean of V. */
+    KVATTIC_STATUS_UNREADABLE_SKETCH = 23,  /* K in the feature layout, a centroid, or K of the tail cannot be read in the first pass; where: first token of the lowest codeword, or stripe, that cannot. */
+    KVATTIC_STATUS_NOT_PERMITTED = 24,  /* where: 0 the opcode is for queue 0 alone; 1 the domain is not granted to the queue. */
+    KVATTIC_STATUS_NOT_OWNED = 25,  /* A place that is not the domain's, or does not exist. where, ATTEND: number of the first such table entry; PROGRAM, ERASE: 0 flash page, 1 page of device DRAM. */
+    KVATTIC_STATUS_INVALID_QUEUE = 26,  /* where: 0 queue (1 to QUEUES - 1; CREATE_QUEUE: it exists), 1 entries, 2 submission, 3 completion. */
+    KVATTIC_STATUS_QUEUE_BUSY = 27,  /* DELETE_QUEUE while its commands are in flight: nothing more is fetched; delete it again later. where: 0. */
     KVATTIC_STATUS_INVALID_GRANT = 28,  /* where: 0 kind, 1 first or count, 2 domain (1 to DOMAINS - 1). */
 };
 
@@ -177,13 +177,13 @@ enum kvattic_media_cause {  /* Why a codeword cannot be read. */
 enum kvattic_kind {  /* What a codeword holds. */
     KVATTIC_KIND_KEY = 0,  /* Tokens of K. */
     KVATTIC_KIND_VALUE = 1,  /* Tokens of V. */
-    KVATTIC_KIND_CHANNEL = 2,  /* First pass: one channel of K, in the channel layout. */
+    KVATTIC_KIND_FEATURE = 2,  /* First pass: one feature of K, in the feature layout. */
     KVATTIC_KIND_SKETCH = 3,  /* First pass: centroids; or tokens of K that are in device DRAM and so are scored exactly at once. */
 };
 
 enum kvattic_table_flag {  /* How a stripe is attended. */
     KVATTIC_TABLE_FLAG_DRAM = 0x1,  /* Its pages are pages of device DRAM, at page * config.page_bytes; else of the flash channel. */
-    KVATTIC_TABLE_FLAG_WHOLE = 0x2,  /* Sparse modes: it is attended whole and scored exactly in the first pass, and does not count in units; a stripe in device DRAM is always so. */
+    KVATTIC_TABLE_FLAG_WHOLE = 0x2,  /* Sparse modes: it is attended whole and scored exactly in the first pass, and does not count in top_units; a stripe in device DRAM is always so. */
 };
 
 struct kvattic_command {  /* a submission entry: ATTEND */
@@ -202,10 +202,10 @@ struct kvattic_command {  /* a submission entry: ATTEND */
     uint8_t stripe_pages;  /* pages of K (and of V) in a stripe, a power of two */
     uint32_t scale;  /* fp32 of softmax scale * log2(e) */
     uint16_t stripes;  /* stripes in the table */
-    uint16_t channels;  /* SPARF, FETCHED: channels of q and K in the first pass, the r of SparF; else 0 */
-    uint16_t units;  /* sparse modes: units attended, the k of SparF; what is attended whole comes on top; else 0 */
-    uint16_t local;  /* sparse modes: the newest tokens, attended in any case and counted in units; else 0 */
-    uint16_t sinks;  /* sparse modes: the first tokens of the sequence, numbered from 0, attended in any case and counted in units; else 0 */
+    uint16_t features;  /* SPARF, FETCHED: features (components of q and K) that the first pass reads, the r of SparF; else 0 */
+    uint16_t top_units;  /* sparse modes: units attended, the k of SparF; what is attended whole comes on top; else 0 */
+    uint16_t local_tokens;  /* sparse modes: the newest tokens, attended in any case and counted in top_units; else 0 */
+    uint16_t sinks;  /* sparse modes: the first tokens of the sequence, numbered from 0, attended in any case and counted in top_units; else 0 */
     uint8_t unit_bits;  /* FETCHED, CENTROID: log2 of the codewords of a unit; else 0 */
     uint8_t reserved_at_59[5];  /* zero */
 };
@@ -225,9 +225,9 @@ KVATTIC_ASSERT(kvattic_command_tree_token, offsetof(struct kvattic_command, tree
 KVATTIC_ASSERT(kvattic_command_stripe_pages, offsetof(struct kvattic_command, stripe_pages) == 43);
 KVATTIC_ASSERT(kvattic_command_scale, offsetof(struct kvattic_command, scale) == 44);
 KVATTIC_ASSERT(kvattic_command_stripes, offsetof(struct kvattic_command, stripes) == 48);
-KVATTIC_ASSERT(kvattic_command_channels, offsetof(struct kvattic_command, channels) == 50);
-KVATTIC_ASSERT(kvattic_command_units, offsetof(struct kvattic_command, units) == 52);
-KVATTIC_ASSERT(kvattic_command_local, offsetof(struct kvattic_command, local) == 54);
+KVATTIC_ASSERT(kvattic_command_features, offsetof(struct kvattic_command, features) == 50);
+KVATTIC_ASSERT(kvattic_command_top_units, offsetof(struct kvattic_command, top_units) == 52);
+KVATTIC_ASSERT(kvattic_command_local_tokens, offsetof(struct kvattic_command, local_tokens) == 54);
 KVATTIC_ASSERT(kvattic_command_sinks, offsetof(struct kvattic_command, sinks) == 56);
 KVATTIC_ASSERT(kvattic_command_unit_bits, offsetof(struct kvattic_command, unit_bits) == 58);
 
@@ -242,9 +242,9 @@ KVATTIC_ASSERT(kvattic_command_unit_bits, offsetof(struct kvattic_command, unit_
 /* Follows it in sparse modes: what the first pass reads. */
 #define KVATTIC_SKETCH_ENTRY(page, codeword, written) \
     ((uint64_t)(page) << 0 | (uint64_t)(codeword) << 24 | (uint64_t)(written) << 32)
-/* page: 24 bits: first page of K in the channel layout; or page of the first of the stripe's centroids */
-/* codeword: 8 bits: codeword of that page with which they begin: 0 for the channel layout */
-/* written: 8 bits: 1: they are there; 0: they are not, which only a stripe that is attended whole may say */
+/* page: 24 bits: first page of K in the feature layout; or page of the first of the stripe's centroids */
+/* codeword: 8 bits: codeword of that page with which they begin: 0 for the feature layout */
+/* written: 8 bits: 1: the sketch was written; 0: it was not, which only a stripe attended whole may say */
 
 struct kvattic_flash_command {  /* a submission entry: PROGRAM, ERASE, PROBE, MAP */
     uint8_t opcode;  /* Opcode */
@@ -270,7 +270,7 @@ struct kvattic_data_command {  /* a submission entry: IDENTIFY, COUNTERS */
     uint8_t opcode;  /* Opcode */
     uint8_t flags;  /* reserved, zero */
     uint16_t identifier;  /* copied into the completion */
-    uint32_t domain;  /* not looked at: whoever may use the queue may ask */
+    uint32_t domain;  /* ignored: whoever may use the queue may ask */
     uint8_t reserved_at_8[16];  /* zero */
     uint64_t result;  /* address of what is written */
     uint8_t reserved_at_32[32];  /* zero */

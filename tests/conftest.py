@@ -1,7 +1,10 @@
 """Settings that all tests share."""
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # The same examples in each run, so that a failure on one machine is a failure on all.
@@ -17,3 +20,26 @@ settings.register_profile(
     "search", parent=settings.get_profile("ci"), derandomize=False, max_examples=1000
 )
 settings.load_profile(os.environ.get("KVATTIC_HYPOTHESIS", "ci"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--campaign", action="store_true",
+                     help="run campaigns whole (make campaign); without it, a slice of each")
+
+
+@pytest.fixture
+def campaign(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """The size of a campaign: ``campaign(10_000, 1_500)`` is all by `make campaign`, and a slice in `make test`.
+
+    Mark the test with ``campaign``, so that `make campaign` finds it.
+    """
+    whole = request.config.getoption("campaign")
+    return lambda everything, some: everything if whole else some
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a file that compiles models go to one worker, as most of them share their models."""
+    compiling = [Path(__file__).parent / name for name in ("hdl", "cosim")]
+    for item in items:
+        if set(item.path.parents).intersection(compiling) and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))

@@ -13,6 +13,7 @@ Needs numpy alone; Amaranth, cocotb and torch are never loaded by this package.
 
 from kvattic.driver.device import AttendPlan, AttendResult, Device, FlashOperation, Job, JobResult, Loss, Sequence
 from kvattic.driver.futures import Future, wait
+from kvattic.driver.planning import AttendOptions
 from kvattic.errors import (
     CapacityError,
     ConfigError,
@@ -41,6 +42,7 @@ __all__ = [
     "PAPER",
     "PRESETS",
     "TINY",
+    "AttendOptions",
     "AttendPlan",
     "AttendResult",
     "Block",

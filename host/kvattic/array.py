@@ -11,30 +11,25 @@ from dataclasses import dataclass
 from itertools import count
 from threading import Lock, RLock
 from types import TracebackType
-from typing import Any, Generic, NamedTuple, ParamSpec, Self, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, Self, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kvattic.driver.checks import check_positive
 from kvattic.driver.device import Device
 from kvattic.driver.futures import Future, wait
-from kvattic.driver.jobs import (
-    AttendPlan,
-    AttendResult,
-    Bits,
-    Integers,
-    Job,
-    JobResult,
-    Part,
-    check_positive,
-    end_block,
-)
-from kvattic.driver.sequence import Masks, Sequence, make_masks
+from kvattic.driver.jobs import Job
+from kvattic.driver.planning import AttendKeywords, AttendOptions, Masks
+from kvattic.driver.results import AttendPlan, AttendResult, JobResult, Part
+from kvattic.driver.sequence import Sequence
 from kvattic.errors import CapacityError, ConfigMismatchError, DeviceTimeoutError, KvatticError, RequestError
 from kvattic.spec import layout
 from kvattic.spec.commands import Mode
 from kvattic.spec.config import PAPER, Config
-from kvattic.spec.elements import as_array
+from kvattic.spec.elements import Bits, Integers, as_array
+from kvattic.support.closing import end_block
+from kvattic.support.renamed import old_selection_keywords
 from kvattic.targets import open as open_device
 
 __all__ = ["ArrayFuture", "ArrayPlan", "ArraySequence", "DriveArray", "open_array"]
@@ -48,8 +43,8 @@ SPLITS = ("heads", "context")
 class ArrayFuture(Generic[T]):
     """The answer of several drives; the same calls as `Future`.
 
-    It is done when all drives are, be it with errors.  Their first error is the answer then, and says which drive's it
-    is; what others report is in its notes.
+    It is done when all drives are done or have failed.  The first error is then the answer, and names its drive; what
+    the others report is in its notes.
     """
 
     def __init__(self, parts: Iterable[tuple[int, Future[Any]]], join: Callable[[list[Any]], T]) -> None:
@@ -60,11 +55,11 @@ class ArrayFuture(Generic[T]):
 
     @property
     def futures(self) -> list[Future[Any]]:
-        """Those of the drives, such as `kvattic.wait` takes."""
+        """The futures of the drives, for `kvattic.wait`."""
         return [future for _, future in self._parts]
 
     def done(self) -> bool:
-        """Whether all drives are; takes completions without waiting for them."""
+        """Whether all drives are done; takes completions without waiting for them."""
         done = [future.done() for _, future in self._parts]     # every drive is asked
         return all(done)
 
@@ -72,7 +67,7 @@ class ArrayFuture(Generic[T]):
         """What went wrong, None if nothing did; waits as `result` does.
 
         Raises:
-            DeviceTimeoutError: it did not come in time.
+            DeviceTimeoutError: the answer did not come in time.
         """
         _settle(self.futures, timeout_s)
         found = [_named(error, drive) for drive, future in self._parts if (error := future.exception())]
@@ -84,14 +79,14 @@ class ArrayFuture(Generic[T]):
         return found[0]
 
     def result(self, timeout_s: float | None = None) -> T:
-        """The answer; waits for it.
+        """Wait for the answer and return it.
 
         Args:
-            timeout_s: patience, in seconds of wall-clock time; afterwards the future is still good.  If None, as long
-                as the drives answer anything within their own patience.
+            timeout_s: seconds of wall-clock time to wait; the future can be waited for again afterwards.  If None, as
+                long as the drives answer anything within their own timeouts.
 
         Raises:
-            DeviceTimeoutError: it did not come in time.
+            DeviceTimeoutError: the answer did not come in time.
             BaseException: what went wrong.
         """
         if error := self.exception(timeout_s):
@@ -102,7 +97,7 @@ class ArrayFuture(Generic[T]):
             return self._joined[0]
 
     def add_done_callback(self, callback: "Callable[[ArrayFuture[T]], object]") -> None:
-        """Call back with the future when it is done, soon if it is already; see `Future.add_done_callback`."""
+        """Call `callback` with the future when it is done; see `Future.add_done_callback`."""
         missing, lock = len(self._parts), Lock()
 
         def one_less(_: Future[Any]) -> None:
@@ -129,7 +124,7 @@ class ArrayFuture(Generic[T]):
 
 
 class _Share(NamedTuple):
-    """What a drive has of a sequence.
+    """A drive's share of a sequence.
 
     Members:
         drive: its number.
@@ -149,11 +144,12 @@ class ArrayPlan:
     Attributes:
         sequence: whose tokens are attended.
         jobs: (drive, command) of all.
+        join: makes the answer of the jobs' results.
     """
 
     sequence: "ArraySequence"
     jobs: list[tuple[int, Job]]
-    _finish: Callable[[list[JobResult]], AttendResult]
+    join: Callable[[list[JobResult]], AttendResult]
 
     def finish(self, results: list[JobResult]) -> AttendResult:
         """Put the jobs' results together.
@@ -161,7 +157,7 @@ class ArrayPlan:
         Args:
             results: of `jobs`, in their order.
         """
-        return self._finish(results)
+        return self.join(results)
 
 
 class ArraySequence:
@@ -214,17 +210,26 @@ class ArraySequence:
         end_block(self.free, error)
 
     def free(self) -> None:
-        """Give flash and DRAM back, on all drives.  Freeing twice is no error, any other use afterwards is.
+        """Give flash and DRAM back, on all drives.  Freeing twice is allowed, any other use afterwards is an error.
 
         Raises:
-            KvatticError: what the first drive reports that reports anything; all that can be is free nevertheless.
+            KvatticError: the first error of a drive; all that can be freed is free all the same.
         """
         if not self._freed:
-            self._freed = True
-            self.device._sequences.discard(self)
+            self.forget()
+            self.device.forget(self)
             _all_of((share.drive, share.sequence.free) for share in self._shares.values())
 
-    def _check_open(self) -> None:
+    def forget(self) -> None:
+        """For `DriveArray.close`: count as freed, because the devices free their parts."""
+        self._freed = True
+
+    def check_open(self) -> None:
+        """Refuse to go on if the sequence was freed.
+
+        Raises:
+            RequestError: it was.
+        """
         if self._freed:
             raise RequestError("the sequence was freed; create another one")
 
@@ -236,7 +241,7 @@ class ArraySequence:
         Raises:
             RequestError: there is no such layer, the sequence was freed, or a write failed on some drives only.
         """
-        self._check_open()
+        self.check_open()
         lengths = {drive: _on(drive, share.sequence.length, layer) for drive, share in self._shares.items()}
         if self.split == "heads":
             total, good = min(lengths.values()), len(set(lengths.values())) == 1
@@ -273,26 +278,26 @@ class ArraySequence:
         Raises:
             RequestError: see there; and the sequence is split by context.
         """
-        self._check_open()
+        self.check_open()
         if self.split != "heads":
-            raise RequestError("the mean of V is kept with K in the channel layout only (split='heads', sparse=True)")
+            raise RequestError("the mean of V is kept with K in the feature layout only (split='heads', sparse=True)")
         return np.concatenate([_on(share.drive, share.sequence.mean_value, layer) for share in self._shares.values()])
 
     # Split by context: the drive of rank r of a layer has the stripes r, r + drives, r + 2 * drives, ...
 
     def _drive(self, layer: int, rank: int) -> int:
-        """A drive for each rank: another first one for each layer and sequence, so that all have as much to write."""
+        """The drive of a rank: each layer and sequence begins with another one, so that all have as much to write."""
         return (rank + self.number + layer) % self.device.drives
 
     def _count(self, rank: Any, tokens: Any) -> Any:
-        """How many of the first `tokens` tokens a rank has; also, the number there of the first one from there on."""
+        """How many of the first `tokens` tokens a rank has: the number there of its first token after these."""
         stripes, inside = np.divmod(tokens, self.stripe_tokens)
         drives = self.device.drives
         return ((stripes - rank + drives - 1) // drives * self.stripe_tokens
                 + np.where(stripes % drives == rank, inside, 0))
 
     def _token(self, rank: int, local: int) -> int:
-        """The token that has a number on its drive."""
+        """The token with a number on its drive."""
         stripe, inside = divmod(local, self.stripe_tokens)
         return (stripe * self.device.drives + rank) * self.stripe_tokens + inside
 
@@ -343,7 +348,7 @@ class ArraySequence:
         return ArrayFuture(parts, lambda _: None)
 
     def _pieces(self, layer: int, length: int, total: int) -> Iterable[tuple[_Share, slice, slice | Integers]]:
-        """Which of `total` new tokens of which heads go where."""
+        """Where each of `total` new tokens goes: (share, heads, tokens)."""
         if self.split == "heads":
             for share in self._shares.values():
                 yield share, share.heads, slice(None)
@@ -363,53 +368,45 @@ class ArraySequence:
 
     # Attention.
 
-    def attend(self, query: ArrayLike, *, timeout_s: float | None = None, **options: Any) -> AttendResult:
+    @old_selection_keywords
+    def attend(self, query: ArrayLike, *, layer: int = 0, timeout_s: float | None = None,
+               **options: Unpack[AttendKeywords]) -> AttendResult:
         """Attention of queries over a layer's tokens; see `Sequence.attend`.
 
         Args:
             query: (q_heads, n_queries, head_dim).
-            timeout_s: patience with all of it.
-            options: those of `plan`.
+            layer: which layer.
+            timeout_s: seconds that all of it may take.
+            options: see `AttendOptions`.
         """
-        return self.attend_async(query, **options).result(timeout_s)
+        return self.attend_async(query, layer=layer, **options).result(timeout_s)
 
-    def attend_async(self, query: ArrayLike, **options: Any) -> ArrayFuture[AttendResult]:
+    @old_selection_keywords
+    def attend_async(self, query: ArrayLike, *, layer: int = 0,
+                     **options: Unpack[AttendKeywords]) -> ArrayFuture[AttendResult]:
         """The same, without waiting for the end."""
-        plan = self.plan(query, **options)
-        return ArrayFuture(self.device._submit([plan]), plan.finish)
+        plan = self.plan(query, layer=layer, **options)
+        return ArrayFuture(self.device.submit([plan]), plan.finish)
 
-    def plan(
-        self,
-        query: ArrayLike,
-        *,
-        layer: int = 0,
-        scale: float | None = None,
-        causal: bool = False,
-        window: int | None = None,
-        tree: ArrayLike | None = None,
-        start: ArrayLike | None = None,
-        end: ArrayLike | None = None,
-        mode: Mode | str = Mode.DENSE,
-        **selection: Any,
-    ) -> ArrayPlan:
+    @old_selection_keywords
+    def plan(self, query: ArrayLike, *, layer: int = 0, **options: Unpack[AttendKeywords]) -> ArrayPlan:
         """The jobs of an `attend` call, for `DriveArray.attend_many`; arguments and errors are those of `Sequence`.
 
         Raises:
             RequestError: see there; and a sparse mode of a sequence that is split by context.
         """
-        length = self.length(layer)
-        masks = {"causal": causal, "window": window, "tree": tree, "start": start, "end": end}
+        length, asked = self.length(layer), AttendOptions(**options)
         if self.split == "heads":
-            return self._head_plan(query, {"layer": layer, "scale": scale, **masks, "mode": mode, **selection})
-        if mode not in (Mode.DENSE, "dense"):
-            raise RequestError(f"mode {mode.name.lower() if isinstance(mode, Mode) else mode} chooses from all tokens, "
+            return self._head_plan(query, layer, asked)
+        if asked.mode is not Mode.DENSE:
+            raise RequestError(f"mode {asked.mode_name} chooses from all tokens, "
                                "which no drive of a sequence that is split by context has; create it with "
                                "split='heads', or attend densely")
         if length == 0:
             raise RequestError(f"layer {layer} has no tokens: prefill it before attending")
-        return self._context_plan(query, layer, length, scale, masks, selection)
+        return self._context_plan(query, layer, length, asked)
 
-    def _head_plan(self, query: ArrayLike, options: dict[str, Any]) -> ArrayPlan:
+    def _head_plan(self, query: ArrayLike, layer: int, options: AttendOptions) -> ArrayPlan:
         array = as_array(query)
         if array.ndim != 3 or 0 in array.shape:
             raise RequestError(f"query must be (q_heads, n_queries, head_dim) = (at least {self.kv_heads}, at least 1, "
@@ -418,8 +415,9 @@ class ArraySequence:
             raise RequestError(f"q_heads must be a multiple of the sequence's {self.kv_heads} KV heads, not "
                                f"{array.shape[0]}")
         group = array.shape[0] // self.kv_heads
-        plans = [(share.drive, share.sequence.plan(
-            array[share.heads.start * group : share.heads.stop * group], **options)) for share in self._shares.values()]
+        plans = [(share.drive, share.sequence.plan_with(
+            array[share.heads.start * group : share.heads.stop * group], options, layer=layer))
+            for share in self._shares.values()]
 
         def finish(results: list[JobResult]) -> AttendResult:
             waiting = iter(results)
@@ -431,33 +429,32 @@ class ArraySequence:
                 completions=[completion for one in each for completion in one.completions])
 
         return ArrayPlan(sequence=self, jobs=[(drive, job) for drive, plan in plans for job in plan.jobs],
-                         _finish=finish)
+                         join=finish)
 
-    def _context_plan(self, query: ArrayLike, layer: int, length: int, scale: float | None, masks: dict[str, Any],
-                      selection: dict[str, Any]) -> ArrayPlan:
+    def _context_plan(self, query: ArrayLike, layer: int, length: int, options: AttendOptions) -> ArrayPlan:
         ranks = [(rank, self._shares[self._drive(layer, rank)]) for rank in range(self.device.drives)
                  if self._count(rank, length)]
         # The rows of each job, and whatever can be wrong with them.
         first = ranks[0][1].sequence
-        pattern = first.plan(query, layer=layer, scale=scale, **selection)
+        pattern = first.plan_with(query, AttendOptions(scale=options.scale), layer=layer)
         q_heads, n_queries, _ = pattern.shape
-        whole = make_masks(length, n_queries, **masks)
+        whole = options.masks(length, n_queries)
         mapped = [(share, self._map(rank, whole, length)) for rank, share in ranks]
         group = q_heads // self.kv_heads
         jobs: list[tuple[int, Job]] = []
         parts: list[Part] = []
-        for part in pattern._parts:
+        for part in pattern.parts:
             like = pattern.jobs[part.jobs.start]
             before = len(jobs)
-            rows = [(share, _rows(local, group, part.rows)) for share, local in mapped]
+            rows = [(share, local.of_rows(group).cut(part.rows)) for share, local in mapped]
             # Drives without any token of these rows have nothing to do; one must say so where none has any.
             busy = [one for one in rows if (one[1].end > one[1].start).any()] or rows[:1]
             for share, local in busy:
-                jobs += [(share.drive, job) for job in share.sequence._jobs(
+                jobs += [(share.drive, job) for job in share.sequence.dense_jobs(
                     layer, part.kv_head, like.query, like.scale_bits, local)]
             parts.append(Part(part.kv_head, part.rows, range(before, len(jobs))))
-        merged = AttendPlan(sequence=first, shape=pattern.shape, jobs=[job for _, job in jobs], _parts=parts)
-        return ArrayPlan(sequence=self, jobs=jobs, _finish=merged.finish)
+        merged = AttendPlan(sequence=first, shape=pattern.shape, jobs=[job for _, job in jobs], parts=parts)
+        return ArrayPlan(sequence=self, jobs=jobs, join=merged.finish)
 
     def _map(self, rank: int, masks: Masks, length: int) -> Masks:
         """The masks in a drive's own numbers of tokens.
@@ -487,7 +484,7 @@ class DriveArray:
         config: of each of them.
 
     Raises:
-        RequestError: there is none, or the same one twice.
+        RequestError: there are no devices, or one is there twice.
         ConfigMismatchError: they differ.
     """
 
@@ -508,7 +505,7 @@ class DriveArray:
 
     @property
     def drives(self) -> int:
-        """How many there are."""
+        """The number of drives."""
         return len(self.devices)
 
     # Life.
@@ -521,18 +518,22 @@ class DriveArray:
         end_block(self.close, error)
 
     def close(self) -> None:
-        """Free all sequences and close all devices.  Closing twice is no error.
+        """Free all sequences and close all devices.  Closing twice is allowed.
 
         Raises:
-            KvatticError: what the first drive reports that reports anything; the others are closed nevertheless.
+            KvatticError: the first error of a drive; the others are closed all the same.
         """
         for sequence in self._sequences:
-            sequence._freed = True      # the devices free their parts
+            sequence.forget()
         self._sequences.clear()
         _all_of((drive, device.close) for drive, device in enumerate(self.devices))
 
+    def forget(self, sequence: ArraySequence) -> None:
+        """For `ArraySequence.free`: the sequence is not the array's any more."""
+        self._sequences.discard(sequence)
+
     def poll(self) -> int:
-        """Take the completions that are there, of all drives, without waiting.
+        """Take the completions that have come, of all drives, without waiting.
 
         Returns:
             How many there were.
@@ -553,12 +554,12 @@ class DriveArray:
             capacity_tokens: tokens that it can hold at most.
             layers: layers, each with K and V of its own.
             split: heads: each drive has as many KV heads as the others, or one more, and if there are fewer heads than
-                drives, some have none.  context: each drive has every so many'th stripe of tokens.
+                drives, some have none.  context: the stripes of tokens go round the drives.
             options: see `Device.create_sequence`.
 
         Raises:
-            RequestError: there is no such split, a number is not positive, or context with what the sparse modes read.
-            CapacityError: a drive has no room.
+            RequestError: the split does not exist, a number is not positive, or context with what the sparse modes
+            read. CapacityError: a drive has no room.
         """
         for name, value in (("kv_heads", kv_heads), ("capacity_tokens", capacity_tokens), ("layers", layers)):
             check_positive(name, value)
@@ -614,7 +615,7 @@ class DriveArray:
 
         Args:
             plans: from `ArraySequence.plan`.
-            timeout_s: patience with all of it.
+            timeout_s: seconds that all of it may take.
 
         Raises:
             RequestError: a plan's sequence was freed or belongs to another array.
@@ -631,12 +632,16 @@ class DriveArray:
             waiting = iter(results)
             return [plan.finish([next(waiting) for _ in plan.jobs]) for plan in plans]
 
-        return ArrayFuture(self._submit(plans), finish)
+        return ArrayFuture(self.submit(plans), finish)
 
-    def _submit(self, plans: Series[ArrayPlan]) -> list[tuple[int, Future[JobResult]]]:
-        """(drive, future) of each job of all plans."""
+    def submit(self, plans: Series[ArrayPlan]) -> list[tuple[int, Future[JobResult]]]:
+        """Begin the jobs of several plans; (drive, future) of each job.
+
+        Raises:
+            RequestError: a plan's sequence was freed or belongs to another array.
+        """
         for plan in plans:
-            plan.sequence._check_open()
+            plan.sequence.check_open()
             if plan.sequence.device is not self:
                 raise RequestError("a plan belongs to a sequence of another array")
         jobs = [one for plan in plans for one in plan.jobs]
@@ -659,8 +664,8 @@ def open_array(targets: Iterable[str], config: Config | str = PAPER, **options: 
         options: see `kvattic.open`.
 
     Raises:
-        RequestError: there is no target, or no such one.
-        ConfigError: there is no such preset.
+        RequestError: no target is given, or one does not exist.
+        ConfigError: the preset does not exist.
     """
     devices: list[Device] = []
     try:
@@ -677,12 +682,6 @@ def open_array(targets: Iterable[str], config: Config | str = PAPER, **options: 
 # Helpers.
 
 
-def _rows(masks: Masks, group: int, rows: slice) -> Masks:
-    """The masks of a job's rows, which are `group` for each query."""
-    start, end, tree = (np.repeat(column, group)[rows] for column in (masks.start, masks.end, masks.tree))
-    return Masks(start, end, tree, masks.tree_token)
-
-
 def _named(error: BaseException, drive: int) -> BaseException:
     """The same error, with the drive in its message."""
     if not isinstance(error, KvatticError):
@@ -695,7 +694,7 @@ def _named(error: BaseException, drive: int) -> BaseException:
 
 
 def _on(drive: int, action: Callable[P, T], /, *arguments: P.args, **options: P.kwargs) -> T:
-    """Do something; an error of it names the drive."""
+    """Call `action`; its error names the drive."""
     try:
         return action(*arguments, **options)
     except KvatticError as error:
@@ -703,7 +702,7 @@ def _on(drive: int, action: Callable[P, T], /, *arguments: P.args, **options: P.
 
 
 def _all_of(actions: Iterable[tuple[int, Callable[[], None]]]) -> None:
-    """Do all, then raise the first error."""
+    """Call all actions, then raise the first error."""
     first: BaseException | None = None
     for drive, action in actions:
         try:
@@ -715,38 +714,38 @@ def _all_of(actions: Iterable[tuple[int, Callable[[], None]]]) -> None:
 
 
 def _begin(sequence: Sequence, key: Bits, value: Bits, layer: int) -> Future[None]:
-    """Append; what is refused at once is the future's error, too."""
+    """Append; an error that is raised at once becomes the future's."""
     try:
         return sequence.append_async(key, value, layer=layer)
     except KvatticError as error:
         failed: Future[None] = Future(_NoDriver())
-        failed._fail(error)
+        failed.set_exception(error)
         return failed
 
 
 class _NoDriver:
-    """Of a future that is done from the beginning; see `futures.Driver`."""
+    """The `futures.Driver` of a future that is done from the start."""
 
     def __init__(self) -> None:
         self.lock = RLock()
 
     def drive(self, until: Callable[[], bool], timeout_s: float | None = None) -> None:
-        """Nothing is under way."""
+        """Return: nothing is under way."""
 
     def advance(self, until: Callable[[], bool], slice_s: float) -> None:
-        """Nothing is under way."""
+        """Return: nothing is under way."""
 
     def defer(self, action: Callable[[], object]) -> None:
-        """At once."""
+        """Call `action` at once."""
         action()
 
     def poll(self) -> int:
-        """There is nothing."""
+        """Return 0: there are no completions."""
         return 0
 
 
 def _settle(futures: Iterable[Future[Any]], timeout_s: float | None) -> None:
-    """Wait until all are done, all drives at once; errors are the futures'.
+    """Wait until all futures are done, on all drives at once; their errors stay in them.
 
     Raises:
         DeviceTimeoutError: they were not done in time.

@@ -26,7 +26,7 @@ class ConfigMismatchError(KvatticError):
 
 
 class DeviceTimeoutError(KvatticError):
-    """The device did not answer within the driver's patience."""
+    """The device did not answer in time."""
 
 
 class DeviceStatusError(KvatticError):

@@ -35,7 +35,7 @@ def merge(partials: Sequence[Partial]) -> Partial:
         partials: at least one, all of the same shapes.
 
     Raises:
-        RequestError: there is no partial.
+        RequestError: the list is empty.
     """
     if not partials:
         raise RequestError("merge needs at least one partial result")

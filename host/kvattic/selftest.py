@@ -37,8 +37,8 @@ class Check:
 
     Attributes:
         name: what was done.
-        equal: all bits are the golden device's; None: not compared, or there is no result.
-        error: relative RMS against float64 attention; None: there is no result.
+        equal: all bits are those of the golden device; None: not compared, or no result.
+        error: relative RMS against float64 attention; None: no result.
         message: why there is no result.
     """
 
@@ -72,8 +72,8 @@ def reference(query: Floats, key: Floats, value: Floats, mask: NDArray[np.bool_]
 
 
 def sparse_reference(
-    query: Floats, key: Floats, value: Floats, *, config: Config, mode: str, unit: int, units: int, local: int,
-    flushed: int, channels: int = 0,
+    query: Floats, key: Floats, value: Floats, *, config: Config, mode: str, unit_tokens: int, top_units: int,
+    local_tokens: int, flushed: int, features: int = 0,
 ) -> Floats:
     """What a sparse mode gives, in float64; see `Sequence.attend`.
 
@@ -83,11 +83,11 @@ def sparse_reference(
         value: (kv_heads, tokens, head_dim).
         config: geometry, for the mean keys.
         mode: sparf, fetched or centroid.
-        unit: tokens of a unit.
-        units: units that are attended beside the tail.
-        local: newest tokens that are attended in any case.
+        unit_tokens: tokens of a unit.
+        top_units: units that are attended beside the tail.
+        local_tokens: newest tokens that are always attended.
         flushed: tokens in flash, whole units; the others are the tail.
-        channels: sparf, fetched: channels of the first pass.
+        features: sparf, fetched: how many the first pass reads.
     """
     group, tokens, scale = len(query) // len(key), key.shape[1], query.shape[2] ** -0.5
     output = np.empty_like(query)
@@ -96,22 +96,23 @@ def sparse_reference(
         q, k, v = query[rows, 0], key[head], value[head]
         exact = q @ k.T * scale
         if mode == "centroid":
-            means = from_bits(layout.mean_keys(to_bits(k[:flushed].astype(np.float32), config.element), unit, config),
+            means = from_bits(layout.mean_keys(to_bits(k[:flushed].astype(np.float32), config.element), unit_tokens,
+                                               config),
                               config.element)
             probability = _softmax(q @ means.T * scale)
             mass = probability.sum(axis=0)
         else:
             size = np.abs(q)
-            chosen = np.sort(np.argsort(-size.sum(axis=0), kind="stable")[:channels])
+            chosen = np.sort(np.argsort(-size.sum(axis=0), kind="stable")[:features])
             scales = scale * np.sqrt(size.sum(axis=1) / size[:, chosen].sum(axis=1))
             scores = q[:, chosen] @ k[:, chosen].T * scales[:, None]
             scores[:, flushed:] = exact[:, flushed:]
             probability = _softmax(scores)
-            mass = probability[:, :flushed].sum(axis=0).reshape(-1, unit).sum(axis=1)
-        newest = (np.arange(len(mass)) + 1) * unit > tokens - local
+            mass = probability[:, :flushed].sum(axis=0).reshape(-1, unit_tokens).sum(axis=1)
+        newest = (np.arange(len(mass)) + 1) * unit_tokens > tokens - local_tokens
         taken = np.zeros(tokens, np.bool_)
-        for number in np.argsort(-np.where(newest, np.inf, mass), kind="stable")[:units]:
-            taken[number * unit : (number + 1) * unit] = True
+        for number in np.argsort(-np.where(newest, np.inf, mass), kind="stable")[:top_units]:
+            taken[number * unit_tokens : (number + 1) * unit_tokens] = True
         taken[flushed:] = True
         output[rows, 0] = _softmax(np.where(taken, exact, -np.inf)) @ v
         if mode != "centroid" and not taken.all():
@@ -223,12 +224,12 @@ def _sparse(device: Device, numbers: _Numbers) -> Iterator[Found]:
             flushed, query = sequence.flushed(), numbers.query()
             whole = flushed // size
             for count, name in ((max(whole // 4, 1), "a quarter"), (whole, "all")):
-                arguments: dict[str, Any] = {"mode": mode, "units": count, "local": min(4, count * size)}
+                arguments: dict[str, Any] = {"mode": mode, "top_units": count, "local_tokens": min(4, count * size)}
                 if mode != "centroid":
-                    arguments["channels"] = config.head_dim // 4
+                    arguments["features"] = config.head_dim // 4
                 # All that is in flash and all of the tail: that is dense attention.
                 exact = reference(query, *stored) if name == "all" else sparse_reference(
-                    query, *stored, config=config, unit=size, flushed=flushed, **arguments)
+                    query, *stored, config=config, unit_tokens=size, flushed=flushed, **arguments)
                 yield f"{mode}, {name}", sequence.attend(query, **arguments), exact
 
 

@@ -1,4 +1,4 @@
-"""`open`: a device by the name of what it runs on."""
+"""`open`: a device, by the name of the target that it runs on."""
 
 import reprlib
 from typing import Any
@@ -15,18 +15,18 @@ DEVICE_OPTIONS = ("timeout_s", "bad_blocks", "spare_blocks", "erase_on_free", "e
 
 
 def open(target: str = "model", config: Config | str = PAPER, **options: Any) -> Device:
-    """A device; closing it gives back all that it holds.
+    """Open a device; closing it gives back all that it holds.
 
     Args:
         target: `model`, the bit-exact golden device in NumPy; `sim:verilator` or `sim:icarus`, the RTL in a simulator's
             process; `mmio:/dev/xdma0`, an FPGA behind a PCIe driver's character devices.
         config: a configuration, or the name of a preset.
-        options: of `Device`, and of the target: `golden_device.GoldenDevice`, `sim_transport.open_simulator`,
-            `mmio_transport.open_mmio`.
+        options: of `Device`, and of the target: `golden.device.GoldenDevice`,
+            `transport.simulator.open_simulator`, `transport.mmio.open_mmio`.
 
     Raises:
-        RequestError: there is no such target.
-        ConfigError: there is no such preset, or it is no configuration.
+        RequestError: the target does not exist.
+        ConfigError: the preset does not exist, or config is not a configuration.
         ConfigMismatchError, DeviceTimeoutError, DeviceLostError, CapacityError: see `Device`.
     """
     if isinstance(config, str):

@@ -147,7 +147,7 @@ class Sparse:
     """Sparse attention with what it chose.
 
     Attributes:
-        channels: (r,), ascending: channels of the first pass; none in `centroid`.
+        features: (r,), ascending: features that the first pass reads; none in `centroid`.
         scale: float64, (rows,), each row's scale of the first pass.
         probability: float64, (rows, tokens), approximate softmax; in `centroid` (rows, units).
         mass: float64, (units,), its sum over the rows and the unit's tokens.
@@ -159,7 +159,7 @@ class Sparse:
         output: float64, (rows, head_dim), blended with the mean.
     """
 
-    channels: NDArray[np.int64]
+    features: NDArray[np.int64]
     scale: NDArray[np.float64]
     probability: NDArray[np.float64]
     mass: NDArray[np.float64]
@@ -177,10 +177,10 @@ def sparf(
     v: NDArray[Any],
     scale: float,
     *,
-    channels: int,
-    units: int,
+    features: int,
+    top_units: int,
     mean: NDArray[Any] | None = None,
-    local: int = 0,
+    local_tokens: int = 0,
     sinks: int = 0,
     mask: NDArray[np.bool_] | None = None,
     tail: NDArray[np.bool_] | None = None,
@@ -192,15 +192,16 @@ def sparf(
         k: floats, (tokens, head_dim).
         v: floats, (tokens, head_dim).
         scale: softmax scale, usually head_dim**-0.5.
-        channels: channels of the first pass.
-        units: tokens to select; those of the tail come on top.
+        features: how many the first pass reads.
+        top_units: tokens to select; those of the tail come on top.
         mean: floats, (head_dim,) or (rows, head_dim), the mean of V that is blended in; None: of what each row attends.
-        local: the newest tokens, which are selected first.
+        local_tokens: the newest tokens, which are selected first.
         sinks: the first tokens, which are selected first, too.
         mask: bool, (rows, tokens), what each row attends; all of it if None.
         tail: bool, (tokens,), tokens that are scored exactly and always attended; none if None.
     """
-    return fetched(q, k, v, scale, channels=channels, units=units, unit_tokens=1, mean=mean, local=local, sinks=sinks,
+    return fetched(q, k, v, scale, features=features, top_units=top_units, unit_tokens=1, mean=mean,
+                   local_tokens=local_tokens, sinks=sinks,
                    mask=mask, tail=tail)
 
 
@@ -210,11 +211,11 @@ def fetched(
     v: NDArray[Any],
     scale: float,
     *,
-    channels: int,
-    units: int,
+    features: int,
+    top_units: int,
     unit_tokens: int,
     mean: NDArray[Any] | None = None,
-    local: int = 0,
+    local_tokens: int = 0,
     sinks: int = 0,
     mask: NDArray[np.bool_] | None = None,
     tail: NDArray[np.bool_] | None = None,
@@ -226,11 +227,11 @@ def fetched(
         k: floats, (tokens, head_dim).
         v: floats, (tokens, head_dim).
         scale: softmax scale.
-        channels: channels of the first pass.
-        units: units to select.
+        features: how many the first pass reads.
+        top_units: units to select.
         unit_tokens: tokens of a unit; the last one may have fewer.
         mean: as in `sparf`.
-        local: the newest tokens: units that touch them come first.
+        local_tokens: the newest tokens: units that touch them come first.
         sinks: the first tokens: units that hold one of them come first, too.
         mask: bool, (rows, tokens).
         tail: bool, (tokens,), whole units.
@@ -239,14 +240,14 @@ def fetched(
     seen, late = _everything(len(q), len(k), mask, tail)
     means = _mean(v, seen) if mean is None else np.broadcast_to(np.asarray(mean, np.float64), q.shape)
     size = np.abs(q).sum(axis=0)
-    chosen = np.array(sorted(sorted(range(len(size)), key=lambda c: (-size[c], c))[:channels]))
+    chosen = np.array(sorted(sorted(range(len(size)), key=lambda c: (-size[c], c))[:features]))
     part, whole = np.abs(q[:, chosen]).sum(axis=1), np.abs(q).sum(axis=1)
     ratio = np.divide(whole, part, out=np.ones_like(whole), where=part > 0)
     scales = scale * np.sqrt(ratio)
     scores = np.where(late, q @ k.T * scale, q[:, chosen] @ k[:, chosen].T * scales[:, None])
     probability = _probabilities(scores, seen)
     units_seen = _units(probability, unit_tokens)
-    forced, selected = _choose(units_seen, unit_tokens, units, local, sinks, late)
+    forced, selected = _choose(units_seen, unit_tokens, top_units, local_tokens, sinks, late)
     taken = np.repeat(selected, unit_tokens)[: len(k)] | late
     share = (probability * taken).sum(axis=1)
     # What attends nothing has no share in anything, and is zero.
@@ -254,7 +255,7 @@ def fetched(
     alpha = np.where(everything | ~seen.any(axis=1), 1.0, share)
     exact = attention(q, k, v, scale, seen & taken)
     return Sparse(
-        channels=chosen, scale=scales, probability=probability, mass=units_seen, forced=forced, selected=selected,
+        features=chosen, scale=scales, probability=probability, mass=units_seen, forced=forced, selected=selected,
         attended=seen & taken, alpha=alpha, exact=exact, output=alpha[:, None] * exact + (1 - alpha[:, None]) * means)
 
 
@@ -265,9 +266,9 @@ def centroid(
     scale: float,
     *,
     centroids: NDArray[Any],
-    units: int,
+    top_units: int,
     unit_tokens: int,
-    local: int = 0,
+    local_tokens: int = 0,
     sinks: int = 0,
     mask: NDArray[np.bool_] | None = None,
     tail: NDArray[np.bool_] | None = None,
@@ -280,9 +281,9 @@ def centroid(
         v: floats, (tokens, head_dim).
         scale: softmax scale.
         centroids: floats, (units, head_dim), mean keys; see `mean_keys`.
-        units: units to select.
+        top_units: units to select.
         unit_tokens: tokens of a unit; the last one may have fewer.
-        local: the newest tokens: units that touch them come first.
+        local_tokens: the newest tokens: units that touch them come first.
         sinks: the first tokens: units that hold one of them come first, too.
         mask: bool, (rows, tokens); a row scores the mean keys of units of which it attends any token.
         tail: bool, (tokens,), whole units, which are always attended and have no score.
@@ -292,11 +293,11 @@ def centroid(
     visible = _units(seen & ~late, unit_tokens, rows=True) > 0
     probability = _probabilities(q @ centroids.T * scale, visible)
     mass = probability.sum(axis=0)
-    forced, selected = _choose(mass, unit_tokens, units, local, sinks, late)
+    forced, selected = _choose(mass, unit_tokens, top_units, local_tokens, sinks, late)
     taken = np.repeat(selected, unit_tokens)[: len(k)] | late
     exact = attention(q, k, v, scale, seen & taken)
     return Sparse(
-        channels=np.zeros(0, np.int64), scale=np.full(len(q), scale), probability=probability, mass=mass, forced=forced,
+        features=np.zeros(0, np.int64), scale=np.full(len(q), scale), probability=probability, mass=mass, forced=forced,
         selected=selected, attended=seen & taken, alpha=np.ones(len(q)), exact=exact, output=exact)
 
 
@@ -354,20 +355,21 @@ def _units(values: NDArray[Any], unit_tokens: int, *, rows: bool = False) -> NDA
 
 
 def _choose(
-    mass: NDArray[np.float64], unit_tokens: int, units: int, local: int, sinks: int, late: NDArray[np.bool_]
+    mass: NDArray[np.float64], unit_tokens: int, top_units: int, local_tokens: int, sinks: int, late: NDArray[np.bool_]
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """(forced, selected): the units of the largest mass, the lower one of equals, forced ones before all others."""
     begin = np.arange(len(mass)) * unit_tokens
-    forced = (begin < sinks) | (begin + unit_tokens > len(late) - local)
+    forced = (begin < sinks) | (begin + unit_tokens > len(late) - local_tokens)
     candidates = [u for u in range(len(mass)) if not late[u * unit_tokens]]
-    best = sorted(candidates, key=lambda u: (not forced[u], 0.0 if forced[u] else -mass[u], u))[:units]
+    best = sorted(candidates, key=lambda u: (not forced[u], 0.0 if forced[u] else -mass[u], u))[:top_units]
     selected = np.zeros(len(mass), np.bool_)
     selected[best] = True
     return forced, selected
 
 
 def sparq(
-    q: NDArray[Any], keys: NDArray[Any], values: NDArray[Any], mean: NDArray[Any], *, r: int, k: int, local: int = 0
+    q: NDArray[Any], keys: NDArray[Any], values: NDArray[Any], mean: NDArray[Any], *, r: int, k: int,
+    local_tokens: int = 0
 ) -> NDArray[np.float64]:
     """SparQ Attention, Algorithm 1 of arXiv 2312.04985, for a group of queries that share a KV head.
 
@@ -381,7 +383,7 @@ def sparq(
         mean: floats, (d_h,), the running mean of V.
         r: components of q.
         k: tokens.
-        local: the paper's l: tokens of the local window, which are among the k.
+        local_tokens: the paper's l: tokens of the local window, which are among the k.
 
     Returns:
         float64, (group, d_h).
@@ -393,7 +395,7 @@ def sparq(
     logits = np.einsum("gc,sc->gs", q[:, i1], keys[:, i1]) / tau[:, None]
     s_hat = np.exp(logits - logits.max(axis=1, keepdims=True))
     s_hat /= s_hat.sum(axis=1, keepdims=True)
-    m = np.where(np.arange(1, tokens + 1) > tokens - local, 1.0, 0.0)
+    m = np.where(np.arange(1, tokens + 1) > tokens - local_tokens, 1.0, 0.0)
     i2 = np.argpartition((s_hat + m).sum(axis=0), -k)[-k:]
     alpha = s_hat[:, i2].sum(axis=1, keepdims=True)
     logits = np.einsum("gc,sc->gs", q, keys[i2]) / np.sqrt(d_h)

@@ -47,7 +47,7 @@ class Usage:
 
     @classmethod
     def sum(cls, parts: Iterable["Usage"]) -> "Usage":
-        """All of them together."""
+        """Their sum."""
         parts = list(parts)
         return cls(cycles=sum(u.cycles for u in parts), window=sum(u.window for u in parts),
                    beats=sum(u.beats for u in parts), stalls={n: sum(u.stalls[n] for u in parts) for n in STALLS},
@@ -115,15 +115,16 @@ def clustered(config: Config, *, kv_heads: int, tokens: int, run: int, group: in
 
 
 NATS = 9.0
-"""Of `topical`: by how much the scores of the topic that is asked for stand out."""
+"""Of `topical`: by options much the scores of the topic that is asked for stand out."""
 TOPICS = 16
-"""Of `topical`: a topic is a sixteenth of the tokens, as many as the sparse modes attend by default (`How.units`)."""
+"""Of `topical`: a topic is a sixteenth of the tokens, as many as the sparse modes attend by default
+(`ModeSettings.top_units`)."""
 
 
 def topical(config: Config, *, kv_heads: int, tokens: int, group: int = 1, seed: int = 0) -> Attention:
     """`decode` with the structure that sparse attention lives on, and that normal random numbers lack.
 
-    Few tokens have nearly all of the weight, they stand in runs, and some channels of q and K are much larger than
+    Few tokens have nearly all of the weight, they stand in runs, and some features of q and K are much larger than
     others.  The tokens come in runs of one topic, of 16 or more tokens, whose keys and values are alike; each KV head's
     queries ask for one topic.  The first token is a sink: every query attends to it, and its V is small.
 
@@ -147,7 +148,7 @@ def topical(config: Config, *, kv_heads: int, tokens: int, group: int = 1, seed:
     key = around(centres[heads[:, None], topic], 0.4)
     value = around(meanings[heads[:, None], topic], 0.7)
     asked = centres[heads, rng.integers(centres.shape[1], size=kv_heads)]
-    # The scores of the topic's tokens stand so many nats above the others', whose own spread is about one.
+    # The topic's tokens score `NATS` above the others, whose own spread is about one.
     query = around(np.repeat(asked[:, None], group, axis=1), 0.3) * (NATS / np.sqrt(dim))
     key[:, 0] = asked
     value[:, 0] *= 0.1
@@ -156,50 +157,51 @@ def topical(config: Config, *, kv_heads: int, tokens: int, group: int = 1, seed:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class How:
-    """How tokens are chosen: arguments of `Sequence.attend`, and what a sequence needs for it.
+class ModeSettings:
+    """A mode and its settings: arguments of `Sequence.attend`, with defaults that depend on the configuration.
 
     Attributes:
         mode: a name of `kvattic.Mode` in small letters.
-        channels: r of SparF; None: an eighth of head_dim.
-        units: k of SparF, or units; None: so many that they hold a sixteenth of the tokens (an eighth for centroids).
-        local: newest tokens that are attended in any case.
-        unit: tokens of a unit; None: a codeword's (16 for centroids, if the configuration allows it).
+        features: r of SparF; None: an eighth of head_dim.
+        top_units: k of SparF, or units; None: as many as hold a sixteenth of the tokens (an eighth for centroids).
+        local_tokens: newest tokens that are attended in any case.
+        unit_tokens: tokens of a unit; None: a codeword's (16 for centroids, if the configuration allows it).
     """
 
     mode: str = "dense"
-    channels: int | None = None
-    units: int | None = None
-    local: int = 0
-    unit: int | None = None
+    features: int | None = None
+    top_units: int | None = None
+    local_tokens: int = 0
+    unit_tokens: int | None = None
 
-    def sequence(self, config: Config) -> dict[str, Any]:
+    def sequence_arguments(self, config: Config) -> dict[str, Any]:
         """Arguments of `Device.create_sequence`."""
         if self.mode == "centroid":
             return {"centroids": self._unit(config)}
         return {"sparse": True} if self.mode != "dense" else {}
 
-    def attend(self, config: Config, tokens: int) -> dict[str, Any]:
-        """Arguments of `Sequence.attend` and `Sequence.plan` for so many tokens."""
+    def attend_arguments(self, config: Config, tokens: int) -> dict[str, Any]:
+        """Arguments of `Sequence.attend` and `Sequence.plan` for a sequence of `tokens` tokens."""
         if self.mode == "dense":
             return {}
         unit = 1 if self.mode == "sparf" else self._unit(config)
         share = 8 if self.mode == "centroid" else 16
         arguments: dict[str, Any] = {
-            "mode": self.mode, "units": self.units or max(1, tokens // share // unit), "local": self.local}
+            "mode": self.mode, "top_units": self.top_units or max(1, tokens // share // unit),
+            "local_tokens": self.local_tokens}
         if self.mode != "centroid":
-            arguments["channels"] = self.channels or config.head_dim // 8
+            arguments["features"] = self.features or config.head_dim // 8
         if self.mode != "sparf":
-            arguments["unit"] = unit
+            arguments["unit_tokens"] = unit
         return arguments
 
     def _unit(self, config: Config) -> int:
         least = config.tokens_per_codeword
         most = least << config.unit_bits_max
-        return self.unit or (min(max(16, least), most) if self.mode == "centroid" else least)
+        return self.unit_tokens or (min(max(16, least), most) if self.mode == "centroid" else least)
 
 
-DENSE = How()
+DENSE = ModeSettings()
 
 
 class Meter:
@@ -251,24 +253,24 @@ def measured(device: Device, work: Callable[[], Result]) -> tuple[Result, Usage]
 
 
 def attend(
-    device: Device, attention: Attention, heads_per_batch: int, label: str, how: How = DENSE
+    device: Device, attention: Attention, heads_per_batch: int, label: str, options: ModeSettings = DENSE
 ) -> tuple[AttendResult, Usage, list[Usage]]:
-    """Prefill and attend; K and V stay, for erasing them takes device time that nobody looks at.
+    """Prefill and attend; K and V stay: erasing them would cost simulated time and show nothing.
 
     Args:
         device: where.
         attention: the inputs.
         heads_per_batch: KV heads whose jobs are submitted at once.
         label: for the lines of progress.
-        how: which tokens.
+        options: which tokens.
 
     Returns:
         The result, the usage of writing K and V, and that of each batch of attention.
     """
     kv_heads, tokens, _ = attention.key.shape
-    sequence = device.create_sequence(kv_heads, capacity_tokens=tokens, **how.sequence(device.config))
+    sequence = device.create_sequence(kv_heads, capacity_tokens=tokens, **options.sequence_arguments(device.config))
     _, written = measured(device, lambda: sequence.prefill(attention.key, attention.value))
-    plan = sequence.plan(attention.query, **how.attend(device.config, tokens))
+    plan = sequence.plan(attention.query, **options.attend_arguments(device.config, tokens))
     batch = len(plan.jobs) // kv_heads * heads_per_batch
     results, usage = [], []
     for first in range(0, len(plan.jobs), batch):
@@ -281,20 +283,57 @@ def attend(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """Queries, and which tokens they attend.
+
+    Attributes:
+        query: uint16, (q_heads, positions, head_dim).
+        options: which tokens.
+    """
+
+    query: NDArray[np.uint16]
+    options: ModeSettings
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Life:
-    """Inputs of a sequence's life: what is there first, what is appended token by token, and who comes after it.
+    """Inputs of a sequence's life: its prefill, the tokens appended one by one, and the sequence that follows it.
 
     Attributes:
         first: prefill and query.
         tokens: key and value of each appended token, and the query that follows it.
         second: prefill and query of the next sequence in the same flash.
-        how: which tokens are attended.
+        options: which tokens are attended.
+        questions: what is asked of the first sequence besides, before tokens are appended.
     """
 
     first: Attention
     tokens: list[Attention]
     second: Attention
-    how: How = DENSE
+    options: ModeSettings = DENSE
+    questions: tuple[Question, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        """Steps that `live` makes of it."""
+        return 5 + len(self.questions) + len(self.tokens)
+
+    def attended(self) -> list[tuple[Attention, ModeSettings]]:
+        """What each step with a result attends, in order: its query, and K and V of the sequence by then."""
+        first = self.first
+        found = [(first, self.options), *((replace(first, query=q.query), q.options) for q in self.questions)]
+        key, value = first.key, first.value
+        for token in self.tokens:
+            key, value = np.concatenate([key, token.key], axis=1), np.concatenate([value, token.value], axis=1)
+            found.append((Attention(query=token.query, key=key, value=value), self.options))
+        return [*found, (self.second, self.options)]
+
+    def sequence_arguments(self, config: Config) -> dict[str, Any]:
+        """Arguments of `Device.create_sequence` that serve all questions."""
+        needs = self.options.sequence_arguments(config)
+        for question in self.questions:
+            needs |= question.options.sequence_arguments(config)
+        return needs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -312,40 +351,97 @@ class Step:
     result: AttendResult | None = None
 
 
-def lives(config: Config, *, kv_heads: int, tokens: int, group: int, appended: int, how: How = DENSE) -> Life:
-    """A decode's geometry with normal random numbers."""
+def random_life(config: Config, *, kv_heads: int, tokens: int, group: int, appended: int,
+                options: ModeSettings = DENSE) -> Life:
+    """A decode's geometry with normal random numbers.
+
+    Args:
+        config: what attends.
+        kv_heads: KV heads.
+        tokens: of the prefill.
+        group: query heads of each KV head.
+        appended: tokens that are appended, one at a time.
+        options: which tokens are attended.
+    """
     return Life(
-        how=how,
+        options=options,
         first=decode(config, kv_heads=kv_heads, tokens=tokens, group=group),
         tokens=[decode(config, kv_heads=kv_heads, tokens=1, group=group, seed=10 + i) for i in range(appended)],
         second=decode(config, kv_heads=kv_heads, tokens=tokens // 4, group=group, seed=1))
 
 
-def decode_token(sequence: Sequence, token: Attention, how: How = DENSE) -> AttendResult:
+def minilm_life(*, heads: int, positions: int, sparse_positions: int, appended: int, second_tokens: int,
+                sparse: ModeSettings | None) -> Life:
+    """A life of real numbers: a MiniLM layer on real text, its last tokens one at a time, then another layer.
+
+    Args:
+        heads: of the layer's 12, the first ones.
+        positions: of the text that ask, evenly spread, dense.
+        sparse_positions: likewise, sparse.
+        appended: last tokens of the text, which are appended after the prefill.
+        second_tokens: tokens of the next sequence.
+        sparse: which tokens the sparse ones attend; None: nothing is attended so.
+    """
+    data = load_minilm()
+    layer, other = (cut(minilm(layer), heads=heads) for layer in data.layers[:2])
+    tokens = layer.key.shape[1] - appended
+
+    def spread(count: int) -> NDArray[np.uint16]:
+        return layer.query[:, np.linspace(0, tokens - 1, count).astype(int)]
+
+    return Life(
+        first=Attention(query=spread(positions), key=layer.key[:, :tokens], value=layer.value[:, :tokens]),
+        questions=() if sparse is None else (Question(query=spread(sparse_positions), options=sparse),),
+        tokens=[Attention(query=layer.query[:, [at]], key=layer.key[:, [at]], value=layer.value[:, [at]])
+                for at in range(tokens, tokens + appended)],
+        second=Attention(query=other.query[:, [second_tokens - 1]], key=other.key[:, :second_tokens],
+                         value=other.value[:, :second_tokens]))
+
+
+def cut(attention: Attention, *, heads: int, positions: int | None = None) -> Attention:
+    """The first heads of an attention without groups, and the first positions of its queries."""
+    return Attention(query=attention.query[:heads, :positions], key=attention.key[:heads],
+                     value=attention.value[:heads])
+
+
+def decode_token(sequence: Sequence, token: Attention, options: ModeSettings = DENSE) -> AttendResult:
     """Append a token and attend."""
     sequence.append(token.key, token.value)
-    return sequence.attend(token.query, **how.attend(sequence.device.config, sequence.length()))
+    return sequence.attend(token.query, **options.attend_arguments(sequence.device.config, sequence.length()))
 
 
 def live(device: Device, life: Life) -> list[Step]:
-    """Prefill, attend, append and attend, free, and the same flash for another sequence."""
+    """Prefill, attend, append and attend, free, and the same flash for another sequence.
+
+    It reports each step as ``step|number|steps|name``, and on the RTL ``cycles|number`` now and then.
+    """
     steps: list[Step] = []
+    if isinstance(device.transport, RtlTransport):
+        device.transport.heartbeat = lambda cycle: report(f"cycles|{cycle}")
 
     def step(name: str, work: Callable[[], AttendResult | None]) -> None:
-        report(f"step|{name}")
+        report(f"step|{len(steps) + 1}|{life.steps}|{name}")
         result, usage = measured(device, work)
         steps.append(Step(name=name, usage=usage, result=result))
 
-    config, how = device.config, life.how
+    config, options = device.config, life.options
     kv_heads, tokens, _ = life.first.key.shape
-    first = device.create_sequence(kv_heads, capacity_tokens=tokens + len(life.tokens), **how.sequence(config))
+    needs = life.sequence_arguments(config)
+    first = device.create_sequence(kv_heads, capacity_tokens=tokens + len(life.tokens), **needs)
     step("prefill", lambda: first.prefill(life.first.key, life.first.value))
-    step("attend", lambda: first.attend(life.first.query, **how.attend(config, tokens)))
+    step(_attend_name(options), lambda: first.attend(life.first.query, **options.attend_arguments(config, tokens)))
+    for question in life.questions:
+        arguments = question.options.attend_arguments(config, tokens)
+        step(_attend_name(question.options), partial(first.attend, question.query, **arguments))
     for number, token in enumerate(life.tokens, 1):
-        step(f"token {tokens + number:,}", partial(decode_token, first, token, how))
+        step(f"token {tokens + number:,}", partial(decode_token, first, token, options))
     step("free", first.free)
     tokens = life.second.key.shape[1]
-    second = device.create_sequence(kv_heads, capacity_tokens=tokens, **how.sequence(config))
+    second = device.create_sequence(kv_heads, capacity_tokens=tokens, **options.sequence_arguments(config))
     step("prefill another", lambda: second.prefill(life.second.key, life.second.value))
-    step("attend", lambda: second.attend(life.second.query, **how.attend(config, tokens)))
+    step(_attend_name(options), lambda: second.attend(life.second.query, **options.attend_arguments(config, tokens)))
     return steps
+
+
+def _attend_name(options: ModeSettings) -> str:
+    return "attend" if options.mode == "dense" else f"attend, {options.mode}"

@@ -63,6 +63,7 @@ class Bench:
         for handle in dut:
             if handle._name in INPUTS:
                 handle.value = 0
+        dut.channel.value = 0
         dut.rst.value = 1
         Clock(dut.clk, 2, "ns", impl="gpi").start()
         await self.wait(3)

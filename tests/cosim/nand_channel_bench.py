@@ -324,6 +324,7 @@ class Bench:
         here = Path()
         write_pages(here, CONFIG, pages)
         write_configuration(here / "nand0.cfg", CONFIG, faults=self.faults, seed=self.seed, trace=True)
+        self.dut.channel.value = 0
         for name in self.inputs:
             self.drive(name, 0)
         self.drive("configure", 1)

@@ -16,9 +16,10 @@ import pytest
 
 from kvattic.spec.config import TINY
 from kvattic_sim.rtl.testbench import build_testbench
-from kvattic_sim.simulators import build
+from kvattic_sim.simulators import cache
 from kvattic_sim.simulators.build import (
     CACHE,
+    Group,
     Model,
     SimulationFailed,
     SimulationTimeout,
@@ -161,6 +162,123 @@ def test_other_content_is_another_model(root: Path, model: Model) -> None:
     )
 
 
+BORDERS = """
+module inner (input clk, input rst, input go, input [39:0] reference, input [99:0] wide, output reg [99:0] sum,
+              output reg [39:0] last, output reg seen, output reg [7:0] steps);
+  initial begin sum = 7; last = 0; seen = 0; steps = 3; end
+  wire [99:0] next;
+  adder add (.a(sum), .b(wide + {60'd0, reference}), .y(next));
+  always @(posedge clk)
+    if (rst) begin sum <= 7; last <= 0; seen <= 0; steps <= 3; end
+    else if (go) begin sum <= next; last <= reference; seen <= 1; steps <= steps + 1; end
+endmodule
+module adder (input [99:0] a, input [99:0] b, output [99:0] y);
+  assign y = a + b;
+endmodule
+module outer (input clk, input rst, input go, input [39:0] reference, output [99:0] sum, output [39:0] last,
+              output seen, output [7:0] steps, output [7:0] after);
+  wire [99:0] between;
+  wire go_on;
+  inner first (.clk(clk), .rst(rst), .go(go), .reference(reference), .wide({60'd1, reference}), .sum(between),
+               .last(), .seen(go_on), .steps(after));
+  inner second (.clk(clk), .rst(rst), .go(go_on), .reference(reference), .wide(between), .sum(sum), .last(last),
+                .seen(seen), .steps(steps));
+endmodule
+"""
+
+BORDER_TESTS = """
+import random
+import cocotb
+from cocotb.clock import Clock
+from cocotb.triggers import FallingEdge
+
+@cocotb.test()
+async def shows(dut):
+    rng = random.Random(1)
+    dut.rst.value, dut.go.value, dut.reference.value = 1, 0, 0
+    Clock(dut.clk, 2, "ns", impl="gpi").start(start_high=False)
+    first, second = {"sum": 7, "last": 0, "seen": 0, "steps": 3}, {"sum": 7, "last": 0, "seen": 0, "steps": 3}
+    def step(state, rst, go, reference, wide):
+        if rst:
+            return {"sum": 7, "last": 0, "seen": 0, "steps": 3}
+        if not go:
+            return state
+        return {"sum": (state["sum"] + wide + reference) % 2**100, "last": reference, "seen": 1,
+                "steps": (state["steps"] + 1) % 256}
+    for cycle in range(400):
+        await FallingEdge(dut.clk)
+        assert {name: int(getattr(dut, name).value) for name in second} == second, cycle
+        assert int(dut.after.value) == first["steps"]
+        rst, go, reference = rng.random() < 0.05, rng.random() < 0.6, rng.getrandbits(40)
+        dut.rst.value, dut.go.value, dut.reference.value = rst, go, reference
+        second = step(second, rst, first["seen"], reference, first["sum"])
+        first = step(first, rst, go, reference, 2**40 + reference)
+"""
+
+
+@pytest.fixture(scope="module")
+def borders(root: Path) -> Callable[..., Model]:
+    """Compiles two instances of a module between two tops' ports."""
+    (root / "borders.sv").write_text(BORDERS)
+    (root / "borders_tests.py").write_text(BORDER_TESTS)
+
+    def build(source: Path = root / "borders.sv", **options: object) -> Model:
+        simulator = options.pop("simulator", Simulator.VERILATOR)
+        return compile_model([source], "outer", simulator, build_root=root / "sim", **options)
+
+    return build
+
+
+def run_borders(root: Path, model: Model) -> None:
+    run_model(model, test_module="borders_tests", python_path=[root], timeout_s=1200)
+
+
+def archives(root: Path) -> list[Path]:
+    return sorted((root / "sim").glob("inner-verilator-*/objects.a"))
+
+
+def test_a_separate_module_shows_what_it_shows_in_the_whole(root: Path, borders: Callable[..., Model]) -> None:
+    whole, parted = borders(), borders(separate_modules=["inner"])
+    assert whole.directory != parted.directory
+    run_borders(root, whole)
+    run_borders(root, parted)
+    assert len(archives(root)) == 1
+    assert "inner_step" in (parted.directory / "rest.sv").read_text()
+    assert "module adder" not in (parted.directory / "rest.sv").read_text()
+
+
+def test_a_separate_module_is_compiled_once_for_all_models(root: Path, borders: Callable[..., Model]) -> None:
+    borders(separate_modules=["inner"])
+    (found,) = archives(root)
+    before = found.stat()
+    other = root / "others.sv"
+    other.write_text(BORDERS.replace("60'd1, reference", "60'd2, reference"))
+    model = borders(other, separate_modules=["inner"])
+    assert not model.cached
+    assert archives(root) == [found]
+    assert found.stat() == before
+    with pytest.raises(SimulationFailed):
+        run_borders(root, model)
+
+    other.write_text(BORDERS.replace("steps + 1", "steps + 2"))
+    with pytest.raises(SimulationFailed):
+        run_borders(root, borders(other, separate_modules=["inner"]))
+    assert len(archives(root)) == 2
+
+
+def test_models_with_waves_and_those_of_icarus_are_one_piece(root: Path, borders: Callable[..., Model]) -> None:
+    assert borders(separate_modules=["inner"], waves=True).directory == borders(waves=True).directory
+    if icarus_available():
+        model = borders(simulator=Simulator.ICARUS, separate_modules=["inner"])
+        assert model.directory == borders(simulator=Simulator.ICARUS).directory
+        run_borders(root, model)
+
+
+def test_a_separate_module_must_be_there(borders: Callable[..., Model]) -> None:
+    with pytest.raises(SimulatorError, match="no module nothing"):
+        borders(separate_modules=["inner", "nothing"])
+
+
 def test_failing_test_is_reported(root: Path, model: Model) -> None:
     with pytest.raises(SimulationFailed, match="the counter is not at 12345") as failure:
         run_model(
@@ -298,15 +416,15 @@ def test_waves_are_recorded_on_demand(root: Path, model: Model) -> None:
 
 def test_missing_icarus_says_what_to_install(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(root))
-    monkeypatch.setattr("kvattic_sim.simulators.build._tool_version", _uncached_tool_version())
+    monkeypatch.setattr("kvattic_sim.simulators.models.tool_version", _uncached_tool_version())
     with pytest.raises(SimulatorError, match="apt-get install iverilog"):
         compile_counter(root, Simulator.ICARUS)
 
 
 def _uncached_tool_version() -> Callable[[Simulator], str]:
-    from kvattic_sim.simulators import build
+    from kvattic_sim.simulators.verilator import tool_version
 
-    function: Callable[[Simulator], str] = build._tool_version.__wrapped__
+    function: Callable[[Simulator], str] = tool_version.__wrapped__
     return function
 
 
@@ -332,7 +450,7 @@ def test_verilator_environment() -> None:
 def test_a_checkout_keeps_its_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(CACHE, raising=False)
     monkeypatch.chdir(tmp_path)
-    tree = Path(build.__file__).resolve().parents[2]
+    tree = Path(cache.__file__).resolve().parents[3]
     assert default_build_root() == tree / "build" / "sim"
 
 
@@ -350,16 +468,16 @@ def test_an_installed_package_has_a_cache_of_the_user(
 ) -> None:
     monkeypatch.delenv(CACHE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
-    monkeypatch.setattr(build, "__file__", str(tmp_path / "site-packages" / "kvattic_sim" / "build.py"))
+    monkeypatch.setattr(cache, "__file__", str(tmp_path / "site-packages" / "kvattic_sim" / "simulators" / "cache.py"))
     for place in ("a", "b"):
         (tmp_path / place).mkdir()
         monkeypatch.chdir(tmp_path / place)
         assert default_build_root() == tmp_path / "caches" / "kvattic" / "sim"
     # A source tree that cannot be written is as good as installed.
     (tmp_path / "pyproject.toml").write_text("")
-    monkeypatch.setattr(build, "__file__", str(tmp_path / "sim" / "kvattic_sim" / "build.py"))
+    monkeypatch.setattr(cache, "__file__", str(tmp_path / "sim" / "kvattic_sim" / "simulators" / "cache.py"))
     assert default_build_root() == tmp_path / "build" / "sim"
-    monkeypatch.setattr(build.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(cache.os, "access", lambda path, mode: False)
     assert default_build_root() == tmp_path / "caches" / "kvattic" / "sim"
 
 
@@ -439,7 +557,7 @@ def test_compilers_end_with_the_process_that_began_them(tmp_path: Path, how: sig
 
 def test_a_forked_child_leaves_groups_and_simulations_alone(root: Path, model: Model) -> None:
     with (
-        build.Group() as group,
+        Group() as group,
         start_model(model, test_module="counter_tests", testcase="never_ends", python_path=[root]) as simulation,
     ):
         member = subprocess.Popen(["sleep", "600"], process_group=group.number)

@@ -13,5 +13,6 @@ def test_cycles_are_as_stated():
     found = [figure for path in documents.DOCUMENTS for figure in documents.stated(ROOT / path)
              if figure.key in measured]
     pages = {figure.place.rpartition(":")[0] for figure in found}
-    assert pages == {str(ROOT / path) for path in documents.DOCUMENTS[:2]}
+    assert pages == {str(ROOT / "docs" / "measurements.md")}
+    assert len(found) >= 2  # the summary and the section
     assert documents.stale(found, measured) == []

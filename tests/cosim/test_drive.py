@@ -23,7 +23,7 @@ from kvattic_sim.reports.benches import bad_blocks
 from kvattic_sim.rtl.jobs import run_in_simulation
 from kvattic_sim.rtl.transport import NandSettings
 from kvattic_sim.simulators.build import icarus_available
-from kvattic_sim.workloads import live, lives, measured
+from kvattic_sim.workloads import live, measured, random_life
 
 MEMORY = 1 << 20
 PAGE = TINY.tokens_per_page
@@ -57,7 +57,7 @@ def test_equals_golden_device(simulator: str) -> None:
 
 
 def whole_life(device: Device) -> list[Any]:
-    life = lives(TINY, kv_heads=3, tokens=5 * PAGE - 2, group=2, appended=4)   # the third token fills a stripe
+    life = random_life(TINY, kv_heads=3, tokens=5 * PAGE - 2, group=2, appended=4)   # the third token fills a stripe
     return [(step.name, observed(step.result)) for step in live(device, life) if step.result is not None]
 
 
@@ -87,8 +87,8 @@ def counted(device: Device) -> dict[str, dict[str, int]]:
     query = normal(TINY, 3, 4, 1)
     sequence.attend(query)
     look("dense")
-    for mode, how in (("sparf", {"channels": 5}), ("fetched", {"channels": 5}), ("centroid", {})):
-        sequence.attend(query, mode=mode, units=6, **how)
+    for mode, how in (("sparf", {"features": 5}), ("fetched", {"features": 5}), ("centroid", {})):
+        sequence.attend(query, mode=mode, top_units=6, **how)
         look(mode)
     grown["sequence"] = sequence.counters()
     sequence.free()

@@ -1,6 +1,7 @@
 """The NAND model against its twin, on each simulator; what is compared stands in nand_channel_bench.py."""
 
 import re
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
@@ -26,17 +27,23 @@ def run(simulator: Simulator, name: str, run_dir: Path, cycles: int, **env: str)
     assert len(results.tests) == 1
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("simulator", list(Simulator))
-def test_same_as_twin(simulator: Simulator, name: str, tmp_path: Path) -> None:
+def test_same_as_twin(
+    simulator: Simulator, name: str, tmp_path: Path, campaign: Callable[[int, int], int]
+) -> None:
     """With mistakes and faults of all kinds."""
-    run(simulator, name, tmp_path, 120_000 if simulator is Simulator.VERILATOR else 40_000)
+    cycles = campaign(120_000, 40_000) if simulator is Simulator.VERILATOR else campaign(40_000, 10_000)
+    run(simulator, name, tmp_path, cycles)
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("name", CONFIGS)
-def test_legal_sequences(name: str, tmp_path: Path) -> None:
+def test_legal_sequences(name: str, tmp_path: Path, campaign: Callable[[int, int], int]) -> None:
     """A controller that does everything right is told so."""
-    run(Simulator.VERILATOR, name, tmp_path, 120_000, NAND_ERRORS="0", NAND_FAULTS="none", NAND_SEED="7")
+    run(Simulator.VERILATOR, name, tmp_path, campaign(120_000, 40_000), NAND_ERRORS="0", NAND_FAULTS="none",
+        NAND_SEED="7")
 
 
 def test_numbers_and_texts() -> None:

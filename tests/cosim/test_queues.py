@@ -5,6 +5,7 @@ golden device too.
 """
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -165,7 +166,7 @@ def model(function: Any, **arguments: Any) -> Any:
 
 
 def attend(mode: Mode = Mode.DENSE, **fields: int) -> bytes:
-    sparse = {} if mode is Mode.DENSE else {"stripe_pages": TINY.group_pages, "units": 1}
+    sparse = {} if mode is Mode.DENSE else {"stripe_pages": TINY.group_pages, "top_units": 1}
     return COMMAND.pack(**{
         "opcode": Opcode.ATTEND, "mode": mode, "rows": 1, "stripe_pages": 1, "stripes": 1, "end_token": 16,
         "domain": DOMAIN, "scale": fp32_bits(1.0), "query": QUERIES, "result": RESULTS, "table": TABLES, **sparse,
@@ -237,7 +238,8 @@ class Anything:
         tokens = 16 if mode is Mode.DENSE else TINY.group_tokens
         kind = rng.randrange(6) if not dram else rng.choice((0, 1))
         fields = {} if mode is Mode.DENSE else {
-            "units": self.mostly(rng.choice((1, 2, 5, 9)), 0, 500), "local": self.mostly(rng.choice((0, 0, 1)), 40),
+            "top_units": self.mostly(rng.choice((1, 2, 5, 9)), 0, 500),
+            "local_tokens": self.mostly(rng.choice((0, 0, 1)), 40),
             "unit_bits": self.mostly(rng.choice((0, 0, 1)), 5) if mode is not Mode.SPARF else 0}
         return attend(
             mode, rows=self.mostly(rng.choice((1, 2)), 0, 3), stripes=self.mostly(stripes, 9),
@@ -246,7 +248,7 @@ class Anything:
             result=self.address(RESULTS + self.slot * 0x200, write=True),
             table=self.address(
                 TABLES + (2 * kind + (mode is not Mode.DENSE)) * PLACE_BYTES + (not blended) * MEAN_BYTES),
-            channels=blended * self.mostly(rng.choice((1, 3, 32)), 33), scale=fp32_bits(self.mostly(1, 0)),
+            features=blended * self.mostly(rng.choice((1, 3, 32)), 33), scale=fp32_bits(self.mostly(1, 0)),
             tree_token=rng.choice((0, 1 << 20)), **fields)
 
     def flash(self, valid: bool) -> bytes:
@@ -513,9 +515,14 @@ def check_rounds(found: list[dict[str, Any]], expected: list[dict[str, Any]], se
     return statuses
 
 
-@pytest.mark.parametrize(("seed", "count", "stalls"), [(1, 10_000, False), (2, 1500, True)])
-def test_random_commands(seed: int, count: int, stalls: bool) -> None:
+@pytest.mark.campaign
+@pytest.mark.parametrize(("seed", "counts", "stalls"), [(1, (10_000, 1_500), False), (2, (1_500, 500), True)],
+                         ids=["at once", "stalls"])
+def test_random_commands(
+    seed: int, counts: tuple[int, int], stalls: bool, campaign: Callable[[int, int], int]
+) -> None:
     """Each gets one completion, that of the golden device; nothing hangs, nothing else is written."""
+    count = campaign(*counts)
     found = simulate(random_commands, seed=seed, count=count, stalls=stalls)
     statuses = check_rounds(found, model(random_commands, seed=seed, count=count), seed)
     never = {Status.CODEWORD_TIMEOUT, Status.ERASE_FAILED, Status.BAD_BLOCK, Status.DIE_TIMEOUT, Status.QUEUE_BUSY}
@@ -534,7 +541,7 @@ def between_refused(device: Device) -> list[list[list[int]]]:
     host.device.write_memory(TABLES, mean_of_values(random.Random(1)) + stripe(16, 0))
     host.device.write_memory(TABLES + PLACE_BYTES, stripe(0, 1) * 2)
     refused = attend(rows=0)
-    flash_job = {"rows": 2, "end_token": 124, "channels": 32, "units": 1}
+    flash_job = {"rows": 2, "end_token": 124, "features": 32, "top_units": 1}
     slow = attend(Mode.FETCHED, **flash_job)
     wide = attend(Mode.CENTROID, stripes=2, end_token=250, table=TABLES + PLACE_BYTES, result=RESULTS + 0x400)
     after = attend(Mode.SPARF, **flash_job, result=RESULTS + 0x800)

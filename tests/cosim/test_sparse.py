@@ -4,6 +4,7 @@ The functions without `test_` run inside of a simulator process (see kvattic_sim
 golden device too.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,23 +37,23 @@ from kvattic.spec.registers import StatusBit
 from kvattic_sim.nand.twin import NandFaults
 from kvattic_sim.rtl.jobs import run_in_simulation
 from kvattic_sim.rtl.transport import AxiStalls, Fault, FaultKind, FlashSettings, NandSettings, Stall
-from kvattic_sim.workloads import How, live, lives
+from kvattic_sim.workloads import ModeSettings, live, random_life
 
 GROUP = TINY.group_tokens
 UNIT = TINY.tokens_per_codeword
 TREE = [[True, False, True, False], [True, True, False, True], [False, False, False, True]]
 
 
-def sparf(r: int, k: int, local: int = 0) -> dict[str, Any]:
-    return {"mode": "sparf", "channels": r, "units": k, "local": local}
+def sparf(r: int, k: int, local_tokens: int = 0) -> dict[str, Any]:
+    return {"mode": "sparf", "features": r, "top_units": k, "local_tokens": local_tokens}
 
 
-def fetched(r: int, k: int, local: int = 0, unit: int = UNIT) -> dict[str, Any]:
-    return {"mode": "fetched", "channels": r, "units": k, "local": local, "unit": unit}
+def fetched(r: int, k: int, local_tokens: int = 0, unit_tokens: int = UNIT) -> dict[str, Any]:
+    return {"mode": "fetched", "features": r, "top_units": k, "local_tokens": local_tokens, "unit_tokens": unit_tokens}
 
 
-def centroid(k: int, local: int = 0, unit: int = UNIT) -> dict[str, Any]:
-    return {"mode": "centroid", "units": k, "local": local, "unit": unit}
+def centroid(k: int, local_tokens: int = 0, unit_tokens: int = UNIT) -> dict[str, Any]:
+    return {"mode": "centroid", "top_units": k, "local_tokens": local_tokens, "unit_tokens": unit_tokens}
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -62,13 +63,13 @@ CASES: dict[str, dict[str, Any]] = {
     "sparf, one channel, one token": {"kv_heads": 1, "q_heads": 2, "tokens": [2 * GROUP], "how": sparf(1, 1)},
     "sparf, all channels": {"kv_heads": 2, "q_heads": 2, "tokens": [2 * GROUP + 1], "how": sparf(TINY.head_dim, 9)},
     "sparf, all tokens": {"kv_heads": 1, "q_heads": 2, "tokens": [2 * GROUP + 5], "how": sparf(4, 2 * GROUP + 5)},
-    "sparf, local": {"kv_heads": 2, "q_heads": 2, "tokens": [3 * GROUP + 3], "how": sparf(4, 40, local=30)},
+    "sparf, local": {"kv_heads": 2, "q_heads": 2, "tokens": [3 * GROUP + 3], "how": sparf(4, 40, local_tokens=30)},
     "fetched": {"kv_heads": 3, "q_heads": 3, "tokens": [4 * GROUP], "how": fetched(4, 8)},
     "fetched, large units": {"kv_heads": 2, "q_heads": 4, "tokens": [3 * GROUP + 9],
-                             "how": fetched(6, 5, local=20, unit=UNIT << TINY.unit_bits_max)},
+                             "how": fetched(6, 5, local_tokens=20, unit_tokens=UNIT << TINY.unit_bits_max)},
     "centroid": {"kv_heads": 3, "q_heads": 3, "tokens": [4 * GROUP], "how": centroid(8)},
     "centroid, pages": {"kv_heads": 2, "q_heads": 4, "tokens": [3 * GROUP + 9],
-                        "how": centroid(5, local=20, unit=UNIT << TINY.unit_bits_max)},
+                        "how": centroid(5, local_tokens=20, unit_tokens=UNIT << TINY.unit_bits_max)},
     "only a tail": {"kv_heads": 1, "q_heads": 2, "tokens": [GROUP - 1], "how": sparf(4, 3)},
     "only a tail, centroids": {"kv_heads": 1, "q_heads": 2, "tokens": [GROUP - 1], "how": centroid(3)},
     "one token": {"kv_heads": 1, "q_heads": 1, "tokens": [1], "how": fetched(2, 1)},
@@ -78,7 +79,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gqa": {"kv_heads": 2, "q_heads": 4, "tokens": [3 * GROUP], "how": sparf(4, 24)},
     "sinks": {"kv_heads": 2, "q_heads": 4, "tokens": [4 * GROUP], "how": sparf(4, 40) | {"sinks": 17}},
     "sinks and local": {"kv_heads": 2, "q_heads": 2, "tokens": [3 * GROUP + 5],
-                        "how": fetched(4, 30, local=40) | {"sinks": 9}},
+                        "how": fetched(4, 30, local_tokens=40) | {"sinks": 9}},
     "sinks of a stripe": {"kv_heads": 1, "q_heads": 1, "tokens": [3 * GROUP],
                           "how": sparf(4, 200) | {"sinks": GROUP + 1}},
     "sinks, centroids": {"kv_heads": 2, "q_heads": 4, "tokens": [4 * GROUP], "how": centroid(8) | {"sinks": 6}},
@@ -106,7 +107,7 @@ def attend_case(device: Device, case: dict[str, Any], seed: int = 0) -> list[dic
     masks = {name: case[name] for name in ("causal", "window", "scale") if name in case}
     if "tree" in case:
         masks["tree"] = np.array(case["tree"])
-    needs = {"centroids": how["unit"]} if how["mode"] == "centroid" else {"sparse": True}
+    needs = {"centroids": how["unit_tokens"]} if how["mode"] == "centroid" else {"sparse": True}
     needs |= {"sinks": how["sinks"]} if "sinks" in how else {}
     with device.create_sequence(kv_heads, capacity_tokens=sum(case["tokens"]), **needs) as sequence:
         for piece, tokens in enumerate(case["tokens"]):
@@ -144,9 +145,9 @@ WIDE = Config(
 def test_another_geometry() -> None:
     group = WIDE.group_tokens
     cases = {
-        "sparf": {"kv_heads": 2, "q_heads": 4, "tokens": [4 * group + 9], "how": sparf(7, 33, local=5)},
-        "fetched": {"kv_heads": 2, "q_heads": 6, "tokens": [4 * group], "how": fetched(5, 9, unit=4)},
-        "centroid": {"kv_heads": 2, "q_heads": 4, "tokens": [4 * group + 1], "how": centroid(9, unit=8)},
+        "sparf": {"kv_heads": 2, "q_heads": 4, "tokens": [4 * group + 9], "how": sparf(7, 33, local_tokens=5)},
+        "fetched": {"kv_heads": 2, "q_heads": 6, "tokens": [4 * group], "how": fetched(5, 9, unit_tokens=4)},
+        "centroid": {"kv_heads": 2, "q_heads": 4, "tokens": [4 * group + 1], "how": centroid(9, unit_tokens=8)},
     }
     found = simulate(WIDE, attend_cases, flash=SHUFFLED, cases=cases)
     assert not differences(found, model(WIDE, attend_cases, cases=cases))
@@ -173,10 +174,12 @@ def orders(device: Device, seeds: list[int]) -> tuple[list[Any], int]:
     return found, len(cycles)
 
 
-def test_order_changes_no_bit() -> None:
-    found, cycles = simulate(TINY, orders, seeds=list(range(40)))
+@pytest.mark.campaign
+def test_order_changes_no_bit(campaign: Callable[[int, int], int]) -> None:
+    count = campaign(40, 8)
+    found, cycles = simulate(TINY, orders, seeds=list(range(count)))
     assert len(found) == 1, differences(found[1], found[0])
-    assert cycles > 20, "the orders were hardly different"
+    assert cycles > count // 2, "the orders were hardly different"
     assert not differences(found[0], model(TINY, attend_case, case=TWO))
 
 
@@ -212,9 +215,9 @@ def test_reset_in_the_middle_of_work() -> None:
 @pytest.mark.parametrize("mode", ["sparf", "fetched", "centroid"])
 def test_a_life(mode: str) -> None:
     """Prefill, decode steps from the tail, a stripe that fills up, freeing and another sequence, behind NAND."""
-    how = How(mode=mode, channels=4, units=5)
+    options = ModeSettings(mode=mode, features=4, top_units=5)
     # The third token fills a stripe.
-    life = lives(TINY, kv_heads=3, tokens=3 * GROUP - 2, group=2, appended=4, how=how)
+    life = random_life(TINY, kv_heads=3, tokens=3 * GROUP - 2, group=2, appended=4, options=options)
 
     def run(device: Device) -> list[Any]:
         return whole_life(device, life)
@@ -350,11 +353,11 @@ def bad_commands(device: Device) -> dict[str, Any]:
     good = {
         "opcode": Opcode.ATTEND, "mode": Mode.SPARF, "domain": DOMAIN, "rows": 1, "stripe_pages": config.group_pages,
         "stripes": 3, "base_token": 0, "end_token": tokens, "tree_token": tokens, "scale": sparse_job.scale_bits,
-        "query": at, "result": at + 0x2000, "table": at + 0x4000, "channels": 4, "local": 0, "units": 20,
+        "query": at, "result": at + 0x2000, "table": at + 0x4000, "features": 4, "local_tokens": 0, "top_units": 20,
         "unit_bits": 0,
     }
     by_fetched = {"mode": Mode.FETCHED}
-    by_centroid = {"mode": Mode.CENTROID, "table": at + 0x4E00, "channels": 0, "units": 9}
+    by_centroid = {"mode": Mode.CENTROID, "table": at + 0x4E00, "features": 0, "top_units": 9}
     units = -(-tokens // UNIT)
     mistakes: dict[str, dict[str, int]] = {
         "good fetched": by_fetched,
@@ -363,18 +366,18 @@ def bad_commands(device: Device) -> dict[str, Any]:
         "reserved": {"reserved0": 1},
         "small stripes": {"stripe_pages": config.group_pages // 2},
         "sparf with units": {"unit_bits": 1},
-        "centroid with channels": by_centroid | {"channels": 4},
-        "r of zero": {"channels": 0},
-        "r above": {"channels": config.head_dim + 1},
-        "k of zero": {"units": 0},
-        "k above the length": {"units": tokens + 1},
-        "k of all": {"units": tokens},
-        "fetched: k above": by_fetched | {"units": units + 1},
-        "fetched: k of all": by_fetched | {"units": units},
-        "centroid: k above": by_centroid | {"units": units + 1},
-        "local above k": {"local": 21},
-        "fetched: local above": by_fetched | {"units": 2, "local": 2 * UNIT + 1},
-        "unit above": by_fetched | {"units": 3, "unit_bits": config.unit_bits_max + 1},
+        "centroid with channels": by_centroid | {"features": 4},
+        "r of zero": {"features": 0},
+        "r above": {"features": config.head_dim + 1},
+        "k of zero": {"top_units": 0},
+        "k above the length": {"top_units": tokens + 1},
+        "k of all": {"top_units": tokens},
+        "fetched: k above": by_fetched | {"top_units": units + 1},
+        "fetched: k of all": by_fetched | {"top_units": units},
+        "centroid: k above": by_centroid | {"top_units": units + 1},
+        "local above k": {"local_tokens": 21},
+        "fetched: local above": by_fetched | {"top_units": 2, "local_tokens": 2 * UNIT + 1},
+        "unit above": by_fetched | {"top_units": 3, "unit_bits": config.unit_bits_max + 1},
         "table unaligned": {"table": at + 0x4008},
         "mean above": {"table": WINDOW[1] - 64},
         "table above": {"table": WINDOW[1] - fp32_block_bytes(config.head_dim)},
@@ -387,10 +390,10 @@ def bad_commands(device: Device) -> dict[str, Any]:
         "channel": {"table": at + 0x4400},
         "nan in q": {"query": at + 0x1000},
         "nan in the mean": {"table": at + 0x4C00},
-        "all wrong": {"mode": 4, "rows": 0, "channels": 0, "units": 0, "table": 1},
-        "nearly all wrong": {"channels": 0, "units": 0, "table": at + 0x4201},
+        "all wrong": {"mode": 4, "rows": 0, "features": 0, "top_units": 0, "table": 1},
+        "nearly all wrong": {"features": 0, "top_units": 0, "table": at + 0x4201},
         "numbers of dense": {"mode": Mode.DENSE},
-        "sinks of dense": {"mode": Mode.DENSE, "channels": 0, "units": 0, "sinks": 1},
+        "sinks of dense": {"mode": Mode.DENSE, "features": 0, "top_units": 0, "sinks": 1},
     }
     found: dict[str, Any] = {}
     for name, mistake in mistakes.items():

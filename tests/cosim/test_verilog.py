@@ -16,7 +16,7 @@ from kvattic.spec.config import TINY
 from kvattic_hdl import PhyShapes
 from kvattic_hdl.verilog import netlist
 from kvattic_hdl.verilog.shared import Netlist, ports
-from kvattic_hdl.verilog.text import named, verilog_of, waking
+from kvattic_hdl.verilog.text import clocked_resets, looped_contents, named, verilog_of, waking
 from kvattic_sim.nand.files import nand_parameters
 from kvattic_sim.rtl.testbench import rtl_verilog
 from kvattic_sim.simulators.build import icarus_available, verilator_environment
@@ -47,7 +47,7 @@ def test_no_wire_is_empty_and_none_has_a_number_for_a_name(text):
 
 
 def test_registers_and_their_next_values_say_where_they_come_from(text):
-    assert re.search(r'\(\* src = "kvattic_hdl/ranker\.py:\d+" \*\)\n +reg \[', text)
+    assert re.search(r'\(\* src = "kvattic_hdl/sparse/ranker\.py:\d+" \*\)\n +reg \[', text)
     assert re.search(r'\(\* src = "kvattic_hdl/flash/\w+\.py:\d+" \*\)\n +reg ', text)
     assert re.search(r"^ +reg (\[\S+ )?level_next;$", text, re.MULTILINE)
     assert re.search(r"^ +wire (\[\S+ )?ranker_\d+_add(_\d+)?;$", text, re.MULTILINE)
@@ -125,9 +125,9 @@ def bench(text: str, reset: str) -> str:
     body.append(f"kvattic_drive drive ({', '.join(f'.{name}({name})' for _, _, name in members)});")
     for channel in range(TINY.channels):
         phy = [name for _, _, name in members if name.startswith(f"phy{channel}_")]
-        signals = [".clk(clk)", ".rst(rst)", ".configure(1'b0)", ".load(1'b0)", ".dump(1'b0)",
+        signals = [".clk(clk)", ".rst(rst)", f".channel({channel})", ".configure(1'b0)", ".load(1'b0)", ".dump(1'b0)",
                    *(f".{name.partition('_')[2]}({name})" for name in phy)]
-        parameters = nand_parameters(TINY, channel=channel, frames=4)
+        parameters = nand_parameters(TINY, frames=4)
         body += [
             f"nand_channel #({', '.join(f'.{k}({v})' for k, v in parameters.items())}) "
             f"nand{channel} ({', '.join(signals)});",
@@ -250,6 +250,63 @@ def test_a_wire_without_bits_that_is_used_is_an_error():
     broken = "module \\top\n  wire width 0 \\gone\n\n  wire width 1 \\here\n\nconnect \\here \\gone\nend\n"
     with pytest.raises(ValueError, match=r"module top uses \\gone, which has no bits"):
         named(broken)
+
+
+RESET = """module a(clk, rst, x);
+  always @(posedge clk)
+    x <= x_next;
+  always @(posedge clk)
+    \\y$1  <= \\y$1_next ;
+  always @(posedge clk)
+    z <= w;
+  always @* begin
+    x_next = x;
+    if (go) begin
+      x_next = 4'h3;
+    end
+    if (rst) begin
+      x_next = 4'h1;
+    end
+  end
+  always @* begin
+    \\y$1_next  = 1'h1;
+    if (rst) begin
+      \\y$1_next  = 1'h0;
+    end
+  end
+  always @* begin
+    w = u;
+    if (rst) begin
+      v = 2'h0;
+    end
+  end
+endmodule
+"""
+
+
+def test_resets_stand_in_the_clocked_blocks():
+    found = clocked_resets(RESET)
+    assert "    if (rst) x <= 4'h1;\n    else x <= x_next;\n" in found
+    assert "    if (rst) \\y$1  <= 1'h0;\n    else \\y$1  <= \\y$1_next ;\n" in found
+    assert "    z <= w;\n" in found, "it has no reset"
+    assert found.count("if (rst) begin") == 1, "that of v, which is no register's next value"
+    assert "    if (go) begin\n      x_next = 4'h3;\n    end\n  end\n" in found
+
+
+def test_no_next_value_depends_on_the_reset(text):
+    assert "if (rst) begin" not in text
+    assert text.count("    if (rst) ") > 1000
+
+
+def test_equal_contents_of_a_memory_are_a_loop():
+    lines = [f"    memory[{n}] = 8'h07;\n" for n in range(5)]
+    found = looped_contents("  initial begin\n" + "".join(lines) + "  end\n")
+    assert found == ("  initial begin : fill_memory\n    integer fill_memory_at;\n"
+                     "    for (fill_memory_at = 0; fill_memory_at < 5; fill_memory_at = fill_memory_at + 1)\n"
+                     "      memory[fill_memory_at] = 8'h07;\n  end\n")
+    lines[3] = "    memory[3] = 8'h08;\n"
+    other = "  initial begin\n" + "".join(lines) + "  end\n"
+    assert looped_contents(other) == other
 
 
 def test_a_signal_may_be_called_wake():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvattic.array import ArrayFuture, DriveArray, open_array
 from kvattic.driver.device import Device
-from kvattic.driver.jobs import AttendResult
+from kvattic.driver.results import AttendResult
 from kvattic.errors import (
     CapacityError,
     ConfigError,
@@ -147,8 +147,9 @@ def test_heads_of_the_sparse_modes():
     for sequence in (split, whole):
         sequence.prefill(key, value)
     np.testing.assert_array_equal(split.mean_value(), whole.mean_value())
-    for choice in ({"mode": "sparf", "channels": 8, "units": 20, "local": 3},
-                   {"mode": "fetched", "channels": 8, "units": 10}, {"mode": "centroid", "units": 10, "causal": True}):
+    for choice in ({"mode": "sparf", "features": 8, "top_units": 20, "local_tokens": 3},
+                   {"mode": "fetched", "features": 8, "top_units": 10},
+                   {"mode": "centroid", "top_units": 10, "causal": True}):
         assert_same_bits(split.attend(query, **choice), whole.attend(query, **choice))
 
 
@@ -258,9 +259,9 @@ def test_context_cannot_choose():
     key, value, query = tensors(1, 4, 1, 1)
     sequence.prefill(key, value)
     with pytest.raises(RequestError, match="mode sparf chooses from all tokens, which no drive of a sequence"):
-        sequence.attend(query, mode="sparf", channels=8, units=2)
-    with pytest.raises(RequestError, match="mode dense has no units"):
-        sequence.attend(query, units=3)
+        sequence.attend(query, mode="sparf", features=8, top_units=2)
+    with pytest.raises(RequestError, match="mode dense has no top_units"):
+        sequence.attend(query, top_units=3)
     with pytest.raises(RequestError, match="the mean of V is kept with"):
         sequence.mean_value()
 
@@ -367,12 +368,12 @@ def test_bad_calls(split):
 def test_no_room_on_one_drive_takes_none_on_the_others():
     # The second drive is full.
     array = array_of(2)
-    free = [device.free_zones - device._allocator._wanted() for device in array.devices]
+    free = [device.free_zones - device.media.allocator._wanted() for device in array.devices]
     zone = TINY.zone_pages * STRIPE * TINY.channels // 2
     array.devices[1].create_sequence(1, capacity_tokens=free[1] * zone)
     with pytest.raises(CapacityError, match=r"^drive 1: a sequence of 1 layers, 1 KV heads and .* has no room"):
         array.create_sequence(2, capacity_tokens=2 * zone)
-    assert array.devices[0].free_zones - array.devices[0]._allocator._wanted() == free[0]
+    assert array.devices[0].free_zones - array.devices[0].media.allocator._wanted() == free[0]
     array.create_sequence(1, capacity_tokens=zone)
 
 
@@ -434,7 +435,7 @@ def test_tokens_that_are_the_first_ones_count():
     key, value, query = tensors(1, 4 * STRIPE, 1, 1)
     sequence = array.create_sequence(1, capacity_tokens=200, split="context")
     sequence.prefill(key[:, : 2 * STRIPE - 3], value[:, : 2 * STRIPE - 3])
-    dram = array.devices[2]._dram
+    dram = array.devices[2].media.dram
     pages = dram.allocate(dram.largest)
     with pytest.raises(CapacityError, match=r"^drive 2: the device DRAM is full"):
         sequence.append(key[:, 2 * STRIPE - 3 : 2 * STRIPE + 5], value[:, 2 * STRIPE - 3 : 2 * STRIPE + 5])

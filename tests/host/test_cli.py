@@ -191,7 +191,7 @@ def test_a_bad_configuration_is_two(capsys, tmp_path, text, message):
     assert message in err
 
 
-def test_a_target_that_there_is_not_is_two(capsys):
+def test_missing_target_exits_2(capsys):
     code, out, err = call(capsys, "info", "nothing")
     assert (code, out) == (2, "")
     assert err.startswith("kvattic: ")
@@ -301,40 +301,58 @@ def test_verilog_is_written(capsys, tmp_path, monkeypatch):
     assert Path(found["verilog"]).parent == tmp_path
 
 
-def test_bench_hands_its_arguments_on(capsys, monkeypatch):
+def test_bench_measures_what_is_asked_for(capsys, monkeypatch):
     bench = pytest.importorskip("kvattic_sim.reports.bench")
     given: list[Any] = []
 
-    def run(arguments: Any) -> None:
-        given.append(arguments)
-        print("a table")
-        raise SystemExit(1)
+    def report(prefix: str, simulator: Any, console: Any) -> Any:
+        given.append((prefix, simulator))
+        console.print("a table")
+        return bench.Report(figures={"engine.a": 1.5, "flash.b": float("nan")}, good=False)
 
-    monkeypatch.setattr(bench, "main", run)
-    monkeypatch.setattr(bench.figures, "load", lambda: {"engine.a": 1.5, "flash.b": float("nan")})
+    monkeypatch.setattr(bench, "report", report)
     code, out, _ = call(capsys, "bench", "engine", "--simulator", "icarus")
-    assert (code, out, given[0]) == (1, "a table\n", ["--simulator", "icarus", "engine"])
+    assert (code, out, given[0]) == (1, "a table\n", ("engine", "icarus"))
     code, out, err = call(capsys, "bench", "--json")
     assert (code, json.loads(out), err) == (1, {"engine.a": 1.5, "flash.b": None}, "a table\n")
+    assert given[1] == ("", "verilator")
 
 
-def test_trace_hands_its_arguments_on(capsys, monkeypatch):
-    job = pytest.importorskip("kvattic_sim.reports.drive")
+def test_bench_refuses_an_unknown_prefix(capsys):
+    pytest.importorskip("kvattic_sim.reports.bench")
+    code, out, err = call(capsys, "bench", "nonsense")
+    assert (code, out) == (2, "")
+    assert "no figure's key begins with 'nonsense'" in err
+
+
+def test_trace_draws_what_is_asked_for(capsys, monkeypatch):
+    reports = pytest.importorskip("kvattic_sim.reports.trace")
     given: list[Any] = []
-    monkeypatch.setattr(job, "main", given.append)
-    assert "trace" in parsed(capsys, "trace", "--mode", "sparf", "--preset", "gqa")
-    assert given == [["--trace", "--simulator", "verilator", "--preset", "gqa", "--mode", "sparf"]]
+
+    def trace(config: Any, simulator: Any, options: Any, *, progress: Any) -> Any:
+        given.append((config, simulator, options.mode))
+        progress("drawing")
+        return reports.Trace(3, Path("a.json"), Path("a.png"))
+
+    monkeypatch.setattr(reports, "trace", trace)
+    assert parsed(capsys, "trace", "--mode", "sparf", "--preset", "gqa") == {"trace": "a.json", "picture": "a.png"}
+    assert given == [(kvattic.GQA, "verilator", "sparf")]
+    code, out, err = call(capsys, "trace")
+    assert (code, out) == (0, "3 events: a.json (open it in https://ui.perfetto.dev), a.png\n")
+    assert err == "trace ...\n"
 
 
 def test_an_error_of_the_simulator_is_two(capsys, monkeypatch):
-    job = pytest.importorskip("kvattic_sim.reports.drive")
+    reports = pytest.importorskip("kvattic_sim.reports.trace")
     from kvattic_sim.simulators.build import SimulatorError
 
-    def fail(arguments: Any) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
         raise SimulatorError("no compiler")
 
-    monkeypatch.setattr(job, "main", fail)
-    assert call(capsys, "trace") == (2, "", "kvattic: no compiler\n")
+    monkeypatch.setattr(reports, "trace", fail)
+    code, out, err = call(capsys, "trace")
+    assert (code, out) == (2, "")
+    assert err == "trace ...\nkvattic: no compiler\n"
 
 
 # ---------------------------------------------------------------- sweep, with something quick in place of simulations
@@ -552,7 +570,7 @@ def test_a_sweep_needs_distributed_for_a_cluster(capsys, monkeypatch, swept):
     assert "pip install 'kvattic[cluster]'" in err
 
 
-def test_a_cluster_that_there_is_not_is_two(capsys, swept, monkeypatch):
+def test_missing_cluster_exits_2(capsys, swept, monkeypatch):
     pytest.importorskip("distributed")
     run = swept.run_on_dask
     monkeypatch.setattr(swept, "run_on_dask", lambda *a, **b: run(*a, **b, timeout_s=0.5))

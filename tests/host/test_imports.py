@@ -38,6 +38,18 @@ def imports(source: str) -> list[tuple[str, str | None]]:
     return found
 
 
+TUPLE_METHODS = {"_asdict", "_fields", "_field_defaults", "_make", "_replace"}
+"""What a NamedTuple makes public under names that begin with an underscore."""
+
+
+def private_uses(source: str) -> list[str]:
+    """`x._name` where x is neither self nor cls: what another object keeps to itself."""
+    return [ast.unparse(node) for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__")
+            and node.attr not in TUPLE_METHODS
+            and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))]
+
+
 def row(room: str) -> int:
     """The layer of a room of `kvattic`; that of the package itself, whose names are for those above, is the highest."""
     return next((number for number, rooms in enumerate(LAYERS) if room in rooms), len(LAYERS))
@@ -99,6 +111,19 @@ def dependencies(package: str, folder: str) -> dict[str, set[str]]:
 def test_sources_keep_the_import_rule(path, package):
     room = path.relative_to(ROOT / path.relative_to(ROOT).parts[0] / package).parts[0].removesuffix(".py")
     assert breaks(path.read_text(), package, room) == []
+
+
+@pytest.mark.parametrize("path", [file.values[0] for file in FILES if file.values[1] == "kvattic"],
+                         ids=lambda path: str(path.relative_to(ROOT)))
+def test_objects_keep_their_private_names(path):
+    assert private_uses(path.read_text()) == []
+
+
+def test_private_uses_are_found():
+    source = "self._a + cls._b + x._replace(y=1) + x.__dict__"
+    assert private_uses(source) == []
+    assert private_uses(source + " + device._dispatcher._arena\nfuture._finish(None)") == [
+        "device._dispatcher._arena", "future._finish", "device._dispatcher"]
 
 
 @pytest.mark.parametrize(("package", "folder"), [("kvattic", "host"), ("kvattic_hdl", "hdl"), ("kvattic_sim", "sim")])

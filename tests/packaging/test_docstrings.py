@@ -22,20 +22,25 @@ ARGUMENTS: dict[str, Any] = {
     "bits": 48,
     "numerator_bits": TINY.accumulator_bits,
     "denominator_bits": TINY.denominator_bits,
+    "shape": 8,
     "tag": 4,
     "blocks": 4,
     "fraction_bits": 10,
     "exponent_bits": 5,
     "elements": 4,
     "rows": 2,
+    "sources": 2,
+    "buffers": 8,
+    "positions": 8,
+    "patience": 32,
 }
 """What constructors are given, by the name of the parameter."""
 
 
 def modules(package: Any) -> list[Any]:
     """All modules of a package."""
-    names = [info.name for info in pkgutil.walk_packages(package.__path__)]
-    return [importlib.import_module(f"{package.__name__}.{name}") for name in names]
+    found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    return [importlib.import_module(info.name) for info in found]
 
 
 def defined(module: Any) -> list[tuple[str, Any]]:

@@ -10,6 +10,7 @@ from kvattic_hdl.flash.decoder import Decoder
 from kvattic_hdl.flash.encoder import Encoder
 from kvattic_hdl.flash.phy import phy_signature
 from kvattic_hdl.lib.interfaces import EPOCH_BITS, Shapes
+from kvattic_hdl.lib.stream_buffer import StreamBuffer
 
 
 class FlashChannel(wiring.Component):
@@ -57,10 +58,15 @@ class FlashChannel(wiring.Component):
         m.submodules.controller = controller = Controller(self.config)
         m.submodules.encoder = encoder = Encoder(self.config)
         m.submodules.decoder = decoder = Decoder(self.config)
-        connect(m, flipped(self.requests), controller.requests)
+        # No path goes through a channel within a cycle: from a request to `ready`, from the PHY to the page words.
+        m.submodules.request_buffer = requests = StreamBuffer(self.shapes.request)
+        m.submodules.word_buffer = words = StreamBuffer(self.shapes.page_word)
+        connect(m, flipped(self.requests), requests.i)
+        connect(m, requests.o, controller.requests)
         connect(m, flipped(self.operations), controller.operations)
         connect(m, controller.outcomes, flipped(self.outcomes))
-        connect(m, flipped(self.page_words), encoder.i)
+        connect(m, flipped(self.page_words), words.i)
+        connect(m, words.o, encoder.i)
         connect(m, encoder.o, controller.words)
         connect(m, controller.headers, decoder.header)
         connect(m, decoder.retry, controller.retries)

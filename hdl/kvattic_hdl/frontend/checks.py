@@ -15,7 +15,7 @@ HALF = 32
 """Bits of an address that are added or compared in one cycle."""
 SIZE_BITS = 20
 """Bits of a block's size."""
-SPARSE_FIELDS = ("channels", "units", "local", "sinks", "unit_bits")
+SPARSE_FIELDS = ("features", "top_units", "local_tokens", "sinks", "unit_bits")
 """Numbers of a command that DENSE has no use for."""
 
 
@@ -145,7 +145,7 @@ class NanCheck(wiring.Component):
         Its row, and its number in the row.
     clear : In(1)
         Forget what was found.
-    found, row_found, channel : Out
+    found, row_found, feature : Out
         Two cycles later: there was one; where.
     """
 
@@ -156,7 +156,7 @@ class NanCheck(wiring.Component):
     clear: Signal
     found: Signal
     row_found: Signal
-    channel: Signal
+    feature: Signal
 
     def __init__(self, *, bits: int, fraction_bits: int, exponent_bits: int, elements: int, rows: int) -> None:
         self._bits = bits
@@ -170,7 +170,7 @@ class NanCheck(wiring.Component):
             "clear": In(1),
             "found": Out(1),
             "row_found": Out(bits_for(rows)),
-            "channel": Out(range(elements)),
+            "feature": Out(range(elements)),
         })
 
     def elaborate(self, platform: object) -> Module:
@@ -186,7 +186,7 @@ class NanCheck(wiring.Component):
             m.d.sync += [self.found.eq(1), self.row_found.eq(row)]
             for i in reversed(range(count)):
                 with m.If(special[i]):
-                    m.d.sync += self.channel.eq(Cat(Const(i, bits_for(count - 1)), index))
+                    m.d.sync += self.feature.eq(Cat(Const(i, bits_for(count - 1)), index))
         with m.If(self.clear):
             m.d.sync += self.found.eq(0)
         return m
@@ -290,7 +290,7 @@ class SketchCheck(wiring.Component):
     Members
     -------
     ranked : In(1)
-        They are of the channel layout, not of centroids.
+        They are of the feature layout, not of centroids.
     stripe, sketch : In(1)
         A stripe's `commands.TABLE_ENTRY` is given; its `commands.SKETCH_ENTRY`.
     entry : In(64)
@@ -360,27 +360,27 @@ class ModeCheck(wiring.Component):
 
     Members
     -------
-    mode, stripe_pages, channels, units, local, sinks, unit_bits : In
+    mode, stripe_pages, features, top_units, local_tokens, sinks, unit_bits : In
         The command's fields.
     length : In(24)
         Its tokens.
     sparse : Out(1)
         The mode is none but DENSE.
     ranked : Out(1)
-        It is SPARF or FETCHED: there are chosen channels and a mean of V.
+        It is SPARF or FETCHED: there are chosen features and a mean of V.
     bad_field : Out(1)
         There is no such mode, a field is given that it has no use for, or stripes are not groups.
     bad : Out(1)
         A number is none or too large.
     where : Out(2)
-        The first such one: channels, units, local, unit_bits.
+        The first such one: features, top_units, local_tokens, unit_bits.
     """
 
     mode: Signal
     stripe_pages: Signal
-    channels: Signal
-    units: Signal
-    local: Signal
+    features: Signal
+    top_units: Signal
+    local_tokens: Signal
     sinks: Signal
     unit_bits: Signal
     length: Signal
@@ -416,14 +416,14 @@ class ModeCheck(wiring.Component):
             self.bad_field.eq(
                 ~Cat(of_mode.values()).any()
                 | (of_mode[Mode.DENSE] & Cat(given.values()).any())
-                | (of_mode[Mode.CENTROID] & given["channels"])
+                | (of_mode[Mode.CENTROID] & given["features"])
                 | (of_mode[Mode.SPARF] & given["unit_bits"])
                 | (self.sparse & (self.stripe_pages != config.group_pages))),
         ]
 
         # Units that the tokens make, less one, and whole units before the local window's first token, counted from the
         # end.  There may be up to 2**255 codewords in a unit: one is then enough.
-        last, last_local = Signal(TOKEN_BITS), Signal.like(self.local)
+        last, last_local = Signal(TOKEN_BITS), Signal.like(self.local_tokens)
         last_unit, last_local_unit = Signal.like(last), Signal.like(last_local)
         token_bits = ceil_log2(config.tokens_per_codeword)
 
@@ -434,13 +434,13 @@ class ModeCheck(wiring.Component):
         bad = Signal(4)
         m.d.sync += [
             last.eq(self.length - 1),
-            last_local.eq(self.local - 1),
+            last_local.eq(self.local_tokens - 1),
             last_unit.eq(unit_of(last)),
             last_local_unit.eq(unit_of(last_local)),
             bad.eq(Cat(
-                self.ranked & (~given["channels"] | (self.channels > config.head_dim)),
-                ~given["units"] | (self.units - 1 > last_unit),
-                given["local"] & (last_local_unit >= self.units),
+                self.ranked & (~given["features"] | (self.features > config.head_dim)),
+                ~given["top_units"] | (self.top_units - 1 > last_unit),
+                given["local_tokens"] & (last_local_unit >= self.top_units),
                 self.unit_bits > config.unit_bits_max,
             ) & self.sparse.replicate(4)),
         ]

@@ -7,10 +7,10 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import bits_for
 
+from kvattic.spec.formats import FP32_BIAS
 from kvattic_hdl.lib.pipeline import later as pipeline_later
 from kvattic_hdl.lib.pipeline import shift_up, tag_later
 
-FP32_BIAS = 127
 FP32_FRACTION_BITS = 23
 DIGITS = 26
 """Quotient digits: the first may be zero, 24 are the significand, one is the guard bit."""

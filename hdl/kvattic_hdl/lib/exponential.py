@@ -14,8 +14,10 @@ from kvattic.spec.formats import (
     SCORE_BITS,
     SCORE_FRACTION,
     VALUE_FRACTION,
+    WEIGHT_ALIGNMENT,
     WEIGHT_BITS,
     WEIGHT_EXPONENT_BITS,
+    WEIGHT_ROUND_SHIFT,
     exp_table,
 )
 
@@ -89,9 +91,8 @@ class Exponential(wiring.Component):
         ]
 
         # Stage 7: round to the significand; the last step below 2.0 must not reach it.
-        dropped = EXP_FRACTION - (WEIGHT_BITS - 1)
         rounded = Signal(WEIGHT_BITS + 1)
-        m.d.comb += rounded.eq((power + (1 << (dropped - 1))) >> dropped)
+        m.d.comb += rounded.eq((power + (1 << (WEIGHT_ROUND_SHIFT - 1))) >> WEIGHT_ROUND_SHIFT)
         m.d.sync += [
             self.significand.eq(Mux(rounded[-1], (1 << WEIGHT_BITS) - 1, rounded)),
             self.exponent.eq(exponents[-1]),
@@ -103,7 +104,7 @@ class Exponential(wiring.Component):
 
 def in_window(m: Module, exponential: Exponential) -> Signal:
     """The weight as a multiple of 2**-VALUE_FRACTION, truncated, two cycles later."""
-    aligned = exponential.significand << (VALUE_FRACTION - WEIGHT_BITS + 1)
+    aligned = exponential.significand << WEIGHT_ALIGNMENT
     coarse, fixed = (Signal(VALUE_FRACTION + 1, name=n) for n in ("coarse", "fixed"))
     fine = Signal(2)
     m.d.sync += [

@@ -1,6 +1,6 @@
 """Executes the commands that are neither jobs nor flash commands: IDENTIFY, COUNTERS, queues and grants."""
 
-from amaranth.hdl import Module, Mux, Signal
+from amaranth.hdl import Module, Mux, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -100,83 +100,21 @@ class Admin(wiring.Component):
             "block_data": Out(WORD_BYTES * 8),
             "counters": In(data.ArrayLayout(COUNTER_BYTES * 8, len(COUNTERS))),
         })
+        self._deleted = Signal(QUEUES, name="deleted")   # DELETE_QUEUE reported QUEUE_BUSY
+        self._judging = Signal(name="judging")
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        config = self._config
         command, ended = self.commands.payload, self.outcomes.payload
-        queue = command.number[:QUEUE_BITS]
-
-        # ---- Blocks. ----
-
-        m.submodules.identify = identify = Memory(shape=WORD_BYTES * 8, depth=len(self._words), init=self._words)
-        read = identify.read_port()
-        counting = Signal()   # the block is that of COUNTERS
-        counter, counting_1 = Signal(COUNTER_BYTES * 8), Signal()
-        number = self.block_index[: bits_for(len(COUNTERS) - 1)]
-        m.d.sync += [counter.eq(0), counting_1.eq(counting)]
-        with m.Switch(number):
-            for i in range(len(COUNTERS)):
-                with m.Case(i):
-                    m.d.sync += counter.eq(self.counters[i])
-        m.d.comb += [
-            read.addr.eq(self.block_index),
-            self.block_data.eq(Mux(counting_1, counter, read.data)),
-        ]
-
-        # ---- Checks: right two cycles after a command is offered. ----
-
-        deleted = Signal(QUEUES)   # DELETE_QUEUE reported QUEUE_BUSY
-        no_queue, there, bad_entries, bad_submission, bad_completion = (
-            Signal(name=name) for name in ("no_queue", "there", "bad_entries", "bad_submission", "bad_completion"))
-        known = Signal()
-        bad_kind, bad_range, bad_domain, beyond = (
-            Signal(name=name) for name in ("bad_kind", "bad_range", "bad_domain", "beyond"))
-        end = Signal(len(command.first) + 1)
-        entries_bits = Signal.like(self.create.entries_bits)
-        sizes = range(1, ceil_log2(MAX_ENTRIES) + 1)
-        offset_bits = ceil_log2(LINE_BYTES)
-        to_queues = command.number == Grant.QUEUES
-        m.d.sync += [
-            no_queue.eq((command.number == 0) | (command.number >= QUEUES)),
-            there.eq((self.present | self.under_way).bit_select(queue, 1)),
-            known.eq((self.present | deleted).bit_select(queue, 1)),
-            bad_entries.eq(1),
-            bad_submission.eq(command.submission[:offset_bits].any()),
-            bad_completion.eq(command.completion[:offset_bits].any()),
-            end.eq(command.first + command.count),
-            beyond.eq(end > Mux(command.number == Grant.ZONES, config.part.blocks, MAX_REGIONS)),
-            bad_kind.eq(command.number > max(Grant)),
-            bad_range.eq(Mux(to_queues, command.count.any() | command.first[QUEUES:].any(), ~command.count.any())),
-            bad_domain.eq((command.domain >= DOMAINS) | (to_queues & ~command.domain.any())),
-        ]
-        for bits in sizes:
-            with m.If(command.entries == 1 << bits):
-                m.d.sync += [bad_entries.eq(0), entries_bits.eq(bits)]
-
-        # ---- One command after the other. ----
-
-        m.d.comb += [
-            self.grant.payload.kind.eq(command.number),
-            self.grant.payload.first.eq(command.first),
-            self.grant.payload.count.eq(command.count),
-            self.grant.payload.domain.eq(command.domain),
-        ]
-        m.d.sync += [self.create.valid.eq(0), self.remove.valid.eq(0)]
+        of_counters = Signal()   # the outcome is that of COUNTERS
+        counting = Signal()      # the block is that of COUNTERS
         settle = Signal(range(SETTLE_CYCLES))
         removing = Signal()
+        self._read_block(m, counting)
+        queue_checks = self._check_queue(m)
+        grant_checks = self._check_grant(m)
+        m.d.sync += [self.create.valid.eq(0), self.remove.valid.eq(0)]
 
-        def refuse(status: Status, where: int) -> None:
-            m.d.sync += [ended.status.eq(status), ended.where.eq(where)]
-
-        def block(size: int, *, counters: bool) -> None:
-            with m.If(command.bad_address):
-                refuse(Status.INVALID_ADDRESS, INVALID_ADDRESS_RESULT)
-            with m.Else():
-                m.d.sync += ended.lines.eq(lines(size))
-            m.d.sync += of_counters.eq(counters)
-
-        of_counters = Signal()   # the outcome is that of COUNTERS
         with m.FSM(name="state"):
             with m.State("idle"):
                 m.d.sync += [
@@ -193,52 +131,21 @@ class Admin(wiring.Component):
             with m.State("check"):
                 m.next = "judge"
             with m.State("judge"):
-                m.d.comb += self.commands.ready.eq(1)
-                m.d.sync += [
-                    self.create.queue.eq(queue),
-                    self.create.entries_bits.eq(entries_bits),
-                    self.create.submission.eq(command.submission[offset_bits:]),
-                    self.create.completion.eq(command.completion[offset_bits:]),
-                    self.remove.queue.eq(queue),
-                ]
+                m.d.comb += [self._judging.eq(1), self.commands.ready.eq(1)]
                 m.next = "end"
                 with m.Switch(command.opcode):
-                    with m.Case(Opcode.IDENTIFY):
-                        block(IDENTIFY_BYTES, counters=False)
-                    with m.Case(Opcode.COUNTERS):
-                        block(len(COUNTERS) * COUNTER_BYTES, counters=True)
-                    with m.Case(Opcode.CREATE_QUEUE):
-                        with m.If(no_queue | there):
-                            refuse(Status.INVALID_QUEUE, 0)
-                        with m.Elif(bad_entries):
-                            refuse(Status.INVALID_QUEUE, 1)
-                        with m.Elif(bad_submission):
-                            refuse(Status.INVALID_QUEUE, 2)
-                        with m.Elif(bad_completion):
-                            refuse(Status.INVALID_QUEUE, 3)
-                        with m.Else():
-                            m.d.sync += [
-                                self.create.valid.eq(1), removing.eq(0), deleted.bit_select(queue, 1).eq(0)]
-                            m.next = "settle"
-                    with m.Case(Opcode.DELETE_QUEUE):
-                        with m.If(no_queue | ~known):
-                            refuse(Status.INVALID_QUEUE, 0)
-                        with m.Else():
-                            m.d.sync += [self.remove.valid.eq(1), removing.eq(1)]
-                            m.next = "settle"
+                    for opcode, size in ((Opcode.IDENTIFY, IDENTIFY_BYTES),
+                                         (Opcode.COUNTERS, len(COUNTERS) * COUNTER_BYTES)):
+                        with m.Case(opcode):
+                            m.d.sync += of_counters.eq(opcode == Opcode.COUNTERS)
+                            with m.If(command.bad_address):
+                                self._refuse(m, Status.INVALID_ADDRESS, INVALID_ADDRESS_RESULT)
+                            with m.Else():
+                                m.d.sync += ended.lines.eq(lines(size))
+                    with m.Case(Opcode.CREATE_QUEUE, Opcode.DELETE_QUEUE):
+                        self._change_queue(m, queue_checks, removing)
                     with m.Case(Opcode.GRANT):
-                        with m.If(bad_kind):
-                            refuse(Status.INVALID_GRANT, 0)
-                        with m.Elif(bad_range | (beyond & ~to_queues)):
-                            refuse(Status.INVALID_GRANT, 1)
-                        with m.Elif(bad_domain):
-                            refuse(Status.INVALID_GRANT, 2)
-                        with m.Else():
-                            # It waits here for an older one that went on over a reset.
-                            m.d.comb += [self.grant.valid.eq(1), self.commands.ready.eq(self.grant.ready)]
-                            m.next = "judge"
-                            with m.If(self.grant.ready):
-                                m.next = "grant"
+                        self._give_grant(m, grant_checks)
                     with m.Default():   # does not happen: the loader ends it
                         m.d.sync += [ended.status.eq(Status.INVALID_OPCODE), ended.where.eq(command.opcode)]
             with m.State("settle"):
@@ -247,9 +154,9 @@ class Admin(wiring.Component):
                     m.next = "end"
                     with m.If(removing):
                         busy = self.under_way.bit_select(self.remove.queue, 1)
-                        m.d.sync += deleted.bit_select(self.remove.queue, 1).eq(busy)
+                        m.d.sync += self._deleted.bit_select(self.remove.queue, 1).eq(busy)
                         with m.If(busy):
-                            refuse(Status.QUEUE_BUSY, 0)
+                            self._refuse(m, Status.QUEUE_BUSY, 0)
             with m.State("grant"):
                 with m.If(self.grant.ready):
                     m.next = "end"
@@ -259,3 +166,114 @@ class Admin(wiring.Component):
                     m.d.sync += counting.eq(of_counters)
                     m.next = "idle"
         return m
+
+    def _refuse(self, m: Module, status: Status, where: int) -> None:
+        """The command ends so."""
+        m.d.sync += [self.outcomes.payload.status.eq(status), self.outcomes.payload.where.eq(where)]
+
+    def _read_block(self, m: Module, counting: Signal) -> None:
+        """Words of the blocks."""
+        m.submodules.identify = identify = Memory(shape=WORD_BYTES * 8, depth=len(self._words), init=self._words)
+        read = identify.read_port()
+        counter, counting_1 = Signal(COUNTER_BYTES * 8), Signal()
+        number = self.block_index[: bits_for(len(COUNTERS) - 1)]
+        m.d.sync += [counter.eq(0), counting_1.eq(counting)]
+        with m.Switch(number):
+            for i in range(len(COUNTERS)):
+                with m.Case(i):
+                    m.d.sync += counter.eq(self.counters[i])
+        m.d.comb += [
+            read.addr.eq(self.block_index),
+            self.block_data.eq(Mux(counting_1, counter, read.data)),
+        ]
+
+    # ---- checks: right two cycles after a command is offered
+
+    def _check_queue(self, m: Module) -> dict[str, Signal]:
+        """CREATE_QUEUE, DELETE_QUEUE: what is wrong, by name, and whether the queue is there or known."""
+        command = self.commands.payload
+        queue = command.number[:QUEUE_BITS]
+        offset_bits = ceil_log2(LINE_BYTES)
+        found = {name: Signal(name=name) for name in (
+            "no_queue", "there", "known", "bad_entries", "bad_submission", "bad_completion")}
+        entries_bits = Signal.like(self.create.entries_bits)
+        m.d.sync += [
+            found["no_queue"].eq((command.number == 0) | (command.number >= QUEUES)),
+            found["there"].eq((self.present | self.under_way).bit_select(queue, 1)),
+            found["known"].eq((self.present | self._deleted).bit_select(queue, 1)),
+            found["bad_entries"].eq(1),
+            found["bad_submission"].eq(command.submission[:offset_bits].any()),
+            found["bad_completion"].eq(command.completion[:offset_bits].any()),
+        ]
+        for bits in range(1, ceil_log2(MAX_ENTRIES) + 1):
+            with m.If(command.entries == 1 << bits):
+                m.d.sync += [found["bad_entries"].eq(0), entries_bits.eq(bits)]
+        with m.If(self._judging):
+            m.d.sync += [
+                self.create.queue.eq(queue),
+                self.create.entries_bits.eq(entries_bits),
+                self.create.submission.eq(command.submission[offset_bits:]),
+                self.create.completion.eq(command.completion[offset_bits:]),
+                self.remove.queue.eq(queue),
+            ]
+        return found
+
+    def _check_grant(self, m: Module) -> tuple[Signal, Value, Signal]:
+        """GRANT: (bad kind, bad range, bad domain)."""
+        command = self.commands.payload
+        to_queues = command.number == Grant.QUEUES
+        bad_kind, bad_range, bad_domain, beyond = (
+            Signal(name=name) for name in ("bad_kind", "bad_range", "bad_domain", "beyond"))
+        end = Signal(len(command.first) + 1)
+        m.d.comb += [
+            self.grant.payload.kind.eq(command.number),
+            self.grant.payload.first.eq(command.first),
+            self.grant.payload.count.eq(command.count),
+            self.grant.payload.domain.eq(command.domain),
+        ]
+        m.d.sync += [
+            end.eq(command.first + command.count),
+            beyond.eq(end > Mux(command.number == Grant.ZONES, self._config.part.blocks, MAX_REGIONS)),
+            bad_kind.eq(command.number > max(Grant)),
+            bad_range.eq(Mux(to_queues, command.count.any() | command.first[QUEUES:].any(), ~command.count.any())),
+            bad_domain.eq((command.domain >= DOMAINS) | (to_queues & ~command.domain.any())),
+        ]
+        return bad_kind, bad_range | (beyond & ~to_queues), bad_domain
+
+    # ---- parts of the state "judge"
+
+    def _change_queue(self, m: Module, found: dict[str, Signal], removing: Signal) -> None:
+        """CREATE_QUEUE, DELETE_QUEUE."""
+        command = self.commands.payload
+        delete = command.opcode == Opcode.DELETE_QUEUE
+        with m.If(found["no_queue"] | Mux(delete, ~found["known"], found["there"])):
+            self._refuse(m, Status.INVALID_QUEUE, 0)
+        with m.Elif(delete):
+            m.d.sync += [self.remove.valid.eq(1), removing.eq(1)]
+            m.next = "settle"
+        with m.Elif(found["bad_entries"]):
+            self._refuse(m, Status.INVALID_QUEUE, 1)
+        with m.Elif(found["bad_submission"]):
+            self._refuse(m, Status.INVALID_QUEUE, 2)
+        with m.Elif(found["bad_completion"]):
+            self._refuse(m, Status.INVALID_QUEUE, 3)
+        with m.Else():
+            queue = command.number[:QUEUE_BITS]
+            m.d.sync += [self.create.valid.eq(1), removing.eq(0), self._deleted.bit_select(queue, 1).eq(0)]
+            m.next = "settle"
+
+    def _give_grant(self, m: Module, found: tuple[Signal, Value, Signal]) -> None:
+        """GRANT."""
+        bad_kind, bad_range, bad_domain = found
+        with m.If(bad_kind):
+            self._refuse(m, Status.INVALID_GRANT, 0)
+        with m.Elif(bad_range):
+            self._refuse(m, Status.INVALID_GRANT, 1)
+        with m.Elif(bad_domain):
+            self._refuse(m, Status.INVALID_GRANT, 2)
+        with m.Else():
+            # It waits here for an older one that went on over a reset.
+            m.d.comb += [self.grant.valid.eq(1), self.commands.ready.eq(self.grant.ready)]
+            m.next = "judge"
+            with m.If(self.grant.ready):
+                m.next = "grant"

@@ -34,6 +34,18 @@ FETCH = data.StructLayout({"queue": QUEUE_BITS, "line": LINE_ADDRESS_BITS})
 """Where the next command stands."""
 
 
+def _at(m: Module, memory: Memory, queue: Value) -> Value:
+    """What the memory holds of a queue."""
+    port = memory.read_port(domain="comb")
+    m.d.comb += port.addr.eq(queue)
+    return port.data
+
+
+def _mask(bits: Value) -> Value:
+    """Entries of a ring, less one."""
+    return Cat(bits > i for i in range(ENTRY_BITS))
+
+
 class Queues(wiring.Component):
     """Keeps the queues' rings: checks doorbells, says which line to fetch next and where to post.
 
@@ -138,74 +150,85 @@ class Queues(wiring.Component):
             }
         )
 
-    def elaborate(self, platform: object) -> Elaboratable:
-        m = Module()
-
         def numbers(name: str) -> Array:
             return Array(Signal(ENTRY_BITS, name=f"{name}_{q}") for q in range(QUEUES))
 
-        tail, head = numbers("tail"), numbers("head")
-        place = numbers("place")  # of the next completion
-        phase = Array(Signal(init=1, name=f"phase_{q}") for q in range(QUEUES))
-        written = numbers("written")  # completions in host memory, up to this one
-        taken = numbers("taken")
-        limit = numbers("limit")  # taken - 1: a head there means that the completion ring may be full
+        self._tail, self._head = numbers("tail"), numbers("head")
+        self._place = numbers("place")  # of the next completion
+        self._phase = Array(Signal(init=1, name=f"phase_{q}") for q in range(QUEUES))
+        self._written = numbers("written")  # completions in host memory, up to this one
+        self._taken = numbers("taken")
+        self._limit = numbers("limit")  # taken - 1: a head there means that the completion ring may be full
+        self._new, self._gone = Signal(QUEUES, name="new"), Signal(QUEUES, name="gone")
+        self._fetchable = Signal(QUEUES, name="fetchable")
 
-        # What `create` says and nothing else changes: small memories, one read port for each use.
-        def memory(name: str, bits: int) -> Memory:
-            m.submodules[name] = made = Memory(shape=unsigned(bits), depth=QUEUES, init=[])
-            port = made.write_port()
-            m.d.comb += [port.addr.eq(self.create.queue), port.data.eq(self.create[name]), port.en.eq(new.any())]
-            return made
-
-        def at(memory: Memory, queue: Value) -> Value:
-            port = memory.read_port(domain="comb")
-            m.d.comb += port.addr.eq(queue)
-            return port.data
-
-        def mask(bits: Value) -> Value:
-            """Entries of a ring, less one."""
-            return Cat(bits > i for i in range(ENTRY_BITS))
-
-        new, gone = Signal(QUEUES), Signal(QUEUES)
-        m.d.comb += [
-            new.eq(Cat(self.create.valid & (self.create.queue == q) & ~self.under_way[q] for q in range(QUEUES))),
-            gone.eq(
-                Cat(
-                    self.create.valid & (self.create.queue == q) | self.remove.valid & (self.remove.queue == q)
-                    for q in range(QUEUES)
-                )
-            ),
-        ]
-        m.d.sync += self.present.eq(self.present & ~gone | new)
-        entries_bits = memory("entries_bits", ENTRY_BITS.bit_length())
-        submission = memory("submission", LINE_ADDRESS_BITS)
-        completion = memory("completion", LINE_ADDRESS_BITS)
-
-        # What follows from the numbers, one cycle later, of the same cycle for all.
-        fetchable, unread, reached = Signal(QUEUES), Signal(QUEUES), Signal(QUEUES)
+    def elaborate(self, platform: object) -> Elaboratable:
+        m = Module()
+        new, gone = self._new, self._gone
         for q in range(QUEUES):
+            created = self.create.valid & (self.create.queue == q)
+            m.d.comb += [
+                new[q].eq(created & ~self.under_way[q]),
+                gone[q].eq(created | self.remove.valid & (self.remove.queue == q)),
+            ]
+        m.d.sync += self.present.eq(self.present & ~gone | new)
+        # What `create` says and nothing else changes: small memories, one read port for each use.
+        entries_bits = self._keep(m, "entries_bits", ENTRY_BITS.bit_length())
+        submission = self._keep(m, "submission", LINE_ADDRESS_BITS)
+        completion = self._keep(m, "completion", LINE_ADDRESS_BITS)
+        reached = self._ring(m, entries_bits)
+        self._follow(m, reached)
+        offer, offered = self._fetch(m, entries_bits, submission)
+        writing = self._post(m, entries_bits, completion)
+        for q in range(QUEUES):
+            # A line that is being offered counts at once: `create` must not come between.  Where the host takes a
+            # completion before we hear that it is there, as many commands as the ring has entries may be under way.
+            m.d.sync += self.under_way[q].eq(
+                (self._head[q] != self._written[q]) | writing[q] | offered[q] | offer[q])
+            # Last: a new queue is empty.
+            numbers = self._tail, self._head, self._place, self._written, self._taken
+            with m.If(new[q]):
+                m.d.sync += [number[q].eq(0) for number in numbers]
+                m.d.sync += [self._phase[q].eq(1), self._limit[q].eq(_mask(self.create.entries_bits))]
+        return m
+
+    def _keep(self, m: Module, name: str, bits: int) -> Memory:
+        """A member of `create`, by queue."""
+        m.submodules[name] = memory = Memory(shape=unsigned(bits), depth=QUEUES, init=[])
+        port = memory.write_port()
+        m.d.comb += [port.addr.eq(self.create.queue), port.data.eq(self.create[name]), port.en.eq(self._new.any())]
+        return memory
+
+    def _follow(self, m: Module, reached: Signal) -> None:
+        """What follows from the numbers, one cycle later, of the same cycle for all."""
+        unread = Signal(QUEUES)
+        for q in range(QUEUES):
+            there = self.present[q] & ~self._gone[q]
             m.d.sync += [
-                fetchable[q].eq(self.present[q] & (tail[q] != head[q]) & (head[q] != limit[q]) & ~gone[q]),
+                self._fetchable[q].eq(
+                    there & (self._tail[q] != self._head[q]) & (self._head[q] != self._limit[q])),
                 # The host may have taken the one that is being written already.
-                unread[q].eq(
-                    self.present[q] & (written[q] != taken[q]) & (place[q] != taken[q]) & ~gone[q]
-                ),
+                unread[q].eq(there & (self._written[q] != self._taken[q]) & (self._place[q] != self._taken[q])),
             ]
         m.d.comb += [
-            self.busy.eq((fetchable | self.under_way).any()),
-            self.interrupts.eq(unread & (reached | ~(fetchable | self.under_way))),
+            self.busy.eq((self._fetchable | self.under_way).any()),
+            self.interrupts.eq(unread & (reached | ~(self._fetchable | self.under_way))),
         ]
 
-        # Doorbells, in two steps: distances, then the decision.  What fetches and completions change between the two
-        # cannot make a legal doorbell illegal.  The host may find a completion in its memory before we hear that it is
-        # there.  Where no doorbell comes, the same subtraction counts a queue's unread completions.
+    def _ring(self, m: Module, entries_bits: Memory) -> Signal:
+        """Doorbells, in two steps: distances, then the decision; queues with enough unread completions.
+
+        What fetches and completions change between the two cannot make a legal doorbell illegal.  The host may find a
+        completion in its memory before we hear that it is there.  Where no doorbell comes, the same subtraction counts
+        a queue's unread completions.
+        """
+        tail, head, taken = self._tail, self._head, self._taken
         bell, scan = self.doorbell, Signal(QUEUE_BITS)
         side, queue = Signal(), Signal(QUEUE_BITS)
         m.d.comb += [side.eq(bell.completion | ~bell.valid), queue.eq(Mux(bell.valid, bell.queue, scan))]
         start = Mux(side, taken[queue], head[queue])
-        end = Mux(bell.valid, Mux(side, place[queue], tail[queue]), written[queue])
-        bell_mask = mask(at(entries_bits, queue))
+        end = Mux(bell.valid, Mux(side, self._place[queue], tail[queue]), self._written[queue])
+        bell_mask = _mask(_at(m, entries_bits, queue))
         ringing, counting, legal, late = (Signal(name=name) for name in ("ringing", "counting", "legal", "late"))
         rung = Signal(DOORBELL)
         asked, there, before = Signal(ENTRY_BITS), Signal(ENTRY_BITS), Signal(ENTRY_BITS)
@@ -219,7 +242,7 @@ class Queues(wiring.Component):
                 & ~(bell.value[:ENTRY_BITS] & ~bell_mask).any()
                 & ~bell.value[ENTRY_BITS:].any()
             ),
-            late.eq(gone.bit_select(queue, 1)),  # it was the old ring's, and must not get into the new one
+            late.eq(self._gone.bit_select(queue, 1)),  # it was the old ring's, and must not get into the new one
             asked.eq((bell.value[:ENTRY_BITS] - start) & bell_mask),
             there.eq((end - start) & bell_mask),
             before.eq((bell.value[:ENTRY_BITS] - 1) & bell_mask),
@@ -232,32 +255,39 @@ class Queues(wiring.Component):
             with m.If(accepted[q] & ~rung.completion):
                 m.d.sync += tail[q].eq(rung.value)
             with m.If(accepted[q] & rung.completion):
-                m.d.sync += [taken[q].eq(rung.value), limit[q].eq(before)]
+                m.d.sync += [taken[q].eq(rung.value), self._limit[q].eq(before)]
         m.d.sync += [
             self.refused.eq(ringing & ~good),
             self.refused_doorbell.eq(
                 Cat(rung.value[:ERROR_BITS], rung.completion, Const(0, 24 - ERROR_BITS - 1), rung.queue)
             ),
         ]
+        reached = Signal(QUEUES)
         with m.If(counting):
             m.d.sync += reached.bit_select(rung.queue, 1).eq(there >= self.interrupt_after)
-        # In turn; first where a completion has been written.
+        self._scan(m, scan)
+        return reached
+
+    def _scan(self, m: Module, scan: Signal) -> None:
+        """The queue whose completions are counted: in turn; first where a completion has been written."""
         turn, in_turn = Signal(QUEUE_BITS), Signal()
         next_turn = Signal(QUEUE_BITS)
-        m.d.comb += next_turn.eq(turn + (in_turn & ~bell.valid))
+        m.d.comb += next_turn.eq(turn + (in_turn & ~self.doorbell.valid))
         m.d.sync += turn.eq(next_turn)
         with m.If(self.posted):
             m.d.sync += [scan.eq(self.posted_queue), in_turn.eq(0)]
-        with m.Elif(~bell.valid):
+        with m.Elif(~self.doorbell.valid):
             m.d.sync += [scan.eq(next_turn), in_turn.eq(1)]
 
-        # Fetching.
+    def _fetch(self, m: Module, entries_bits: Memory, submission: Memory) -> tuple[Signal, Signal]:
+        """Offers the next command's line: (the queue whose line is being chosen, whose is offered)."""
+        head, gone = self._head, self._gone
         fetch = self.fetch
         line, next_head = Signal(LINE_ADDRESS_BITS), Signal(ENTRY_BITS)
         above = Signal(QUEUES)  # the queues behind the one whose turn was last
         offer, offered = Signal(QUEUES), Signal(QUEUES)
         wanted = Signal(QUEUES)
-        m.d.comb += wanted.eq(fetchable & ~self.hold)
+        m.d.comb += wanted.eq(self._fetchable & ~self.hold)
         chosen = fetch.payload.queue
         with m.FSM(name="fetch_state"):
             with m.State("choose"):
@@ -268,7 +298,7 @@ class Queues(wiring.Component):
                 with m.If(wanted.any()):
                     m.next = "read"
             with m.State("read"):
-                m.d.sync += [line.eq(at(submission, chosen)), next_head.eq(head[chosen])]
+                m.d.sync += [line.eq(_at(m, submission, chosen)), next_head.eq(head[chosen])]
                 m.next = "offer"
             with m.State("offer"):
                 # The choice may be out of date.
@@ -278,7 +308,7 @@ class Queues(wiring.Component):
                     m.d.sync += [
                         fetch.valid.eq(1),
                         fetch.payload.line.eq(line + next_head),
-                        next_head.eq((next_head + 1) & mask(at(entries_bits, chosen))),
+                        next_head.eq((next_head + 1) & _mask(_at(m, entries_bits, chosen))),
                         offered.eq(offer),
                         above.eq(Cat(Const(0, 1), (chosen < q for q in range(1, QUEUES)))),
                     ]
@@ -290,42 +320,32 @@ class Queues(wiring.Component):
                         with m.If(offered[q]):
                             m.d.sync += head[q].eq(next_head)
                     m.next = "choose"
+        return offer, offered
 
-        # Completions.
+    def _post(self, m: Module, entries_bits: Memory, completion: Memory) -> Signal:
+        """Places of completions; queues whose completion is being written."""
+        place, phase, written = self._place, self._phase, self._written
         post_base, post_place = Signal(LINE_ADDRESS_BITS), Signal(ENTRY_BITS)
         post_phase, post_head = Signal(), Signal(ENTRY_BITS)
-        post_mask = mask(at(entries_bits, self.post_queue))
+        post_mask = _mask(_at(m, entries_bits, self.post_queue))
         next_place = Signal(ENTRY_BITS)
         m.d.comb += next_place.eq((post_place + 1) & post_mask)
         m.d.sync += [
-            post_base.eq(at(completion, self.post_queue)),
+            post_base.eq(_at(m, completion, self.post_queue)),
             post_place.eq(place[self.post_queue]),
             post_phase.eq(phase[self.post_queue]),
-            post_head.eq(head[self.post_queue]),
+            post_head.eq(self._head[self.post_queue]),
             self.post_line.eq(post_base + post_place),
             self.post_phase.eq(post_phase),
             self.post_head.eq(post_head),
         ]
-        next_written = (written[self.posted_queue] + 1) & mask(at(entries_bits, self.posted_queue))
-        for q in range(QUEUES):
-            with m.If(self.post & (self.post_queue == q)):
-                m.d.sync += [place[q].eq(next_place), phase[q].eq(post_phase ^ ~next_place.any())]
-            with m.If(self.posted & (self.posted_queue == q)):
-                m.d.sync += written[q].eq(next_written)
-
-        # A line that is being offered counts at once: `create` must not come between.  Where the host takes a
-        # completion before we hear that it is there, as many commands as the ring has entries may be under way.
         writing = Signal(QUEUES)
+        next_written = (written[self.posted_queue] + 1) & _mask(_at(m, entries_bits, self.posted_queue))
         for q in range(QUEUES):
             with m.If(self.post & (self.post_queue == q)):
-                m.d.sync += writing[q].eq(1)
+                m.d.sync += [place[q].eq(next_place), phase[q].eq(post_phase ^ ~next_place.any()), writing[q].eq(1)]
             with m.Elif(self.posted & (self.posted_queue == q)):
                 m.d.sync += writing[q].eq(0)
-            m.d.sync += self.under_way[q].eq((head[q] != written[q]) | writing[q] | offered[q] | offer[q])
-
-        # Last: a new queue is empty.
-        for q in range(QUEUES):
-            with m.If(new[q]):
-                m.d.sync += [number[q].eq(0) for number in (tail, head, place, written, taken)]
-                m.d.sync += [phase[q].eq(1), limit[q].eq(mask(self.create.entries_bits))]
-        return m
+            with m.If(self.posted & (self.posted_queue == q)):
+                m.d.sync += written[q].eq(next_written)
+        return writing

@@ -4,13 +4,17 @@ from functools import partial
 
 from amaranth.hdl import Cat, Const, Module, Mux, Shape, Signal, Value, signed, unsigned
 from amaranth.lib import data, stream, wiring
+from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
-from amaranth.utils import bits_for
+from amaranth.utils import bits_for, ceil_log2
 
+from kvattic.spec.config import Config
 from kvattic.spec.formats import ALPHA_FRACTION
 from kvattic_hdl.lib.divider import FP32_FRACTION_BITS
+from kvattic_hdl.lib.interfaces import Shapes
 from kvattic_hdl.lib.pipeline import later as pipeline_later
 from kvattic_hdl.lib.pipeline import shift_up, tag_later
+from kvattic_hdl.reduce.drain import quotient_layout, result_place
 
 ONE = 1 << ALPHA_FRACTION
 SIGNIFICAND = FP32_FRACTION_BITS + 1
@@ -152,5 +156,98 @@ class Blend(wiring.Component):
             self.o.valid.eq(valid[-1]),
             self.o.payload.result.eq(result),
             self.o.payload.tag.eq(tag),
+        ]
+        return m
+
+
+class MeanBlend(wiring.Component):
+    """Keeps jobs' means of V and a job's alphas, and blends each quotient with those that belong to it.
+
+    Latency: ``1 + Blend.LATENCY`` cycles, always.  Throughput: one result a cycle.  Order is kept.  There is no
+    backpressure.  Reset empties the pipeline; the mean and the alphas stay.
+
+    Parameters
+    ----------
+    config : Config
+        One with `sparse`.
+
+    Members
+    -------
+    slot : In(Shapes.slot)
+        Slot of the job whose quotients come.
+    mean_valid, mean : In(1), In(Shapes.mean)
+        A pair of the mean of V, kept for its slot.
+    keep_alpha, alpha_row, alpha : In(1), In(Shapes.row), In(Shapes.alpha)
+        While high, the row's alpha is kept.
+    i : In(stream.Signature(quotient_layout, always_ready=True))
+        The quotients of one job.
+    last_mean : Out(1)
+        Strobe: the last element's mean is being read.
+    o : Out(stream.Signature(quotient_layout, always_ready=True))
+        The results.
+    """
+
+    slot: Signal
+    mean_valid: Signal
+    mean: data.View
+    keep_alpha: Signal
+    alpha_row: Signal
+    alpha: Signal
+    i: stream.Interface
+    last_mean: Signal
+    o: stream.Interface
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._shapes = shapes = Shapes(config)
+        super().__init__({
+            "slot": In(shapes.slot),
+            "mean_valid": In(1),
+            "mean": In(shapes.mean),
+            "keep_alpha": In(1),
+            "alpha_row": In(shapes.row),
+            "alpha": In(shapes.alpha),
+            "i": In(stream.Signature(quotient_layout(config), always_ready=True)),
+            "last_mean": Out(1),
+            "o": Out(stream.Signature(quotient_layout(config), always_ready=True)),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        config, shapes = self._config, self._shapes
+        place = result_place(config)
+        row_bits, pair_bits = ceil_log2(config.rows), ceil_log2(config.head_dim // 2)
+        m.submodules.means = means = Memory(shape=64, depth=config.jobs_in_flight << pair_bits, init=[])
+        m.submodules.alphas = alphas = Memory(shape=shapes.alpha, depth=1 << row_bits, init=[])
+        means_write, means_read = means.write_port(), means.read_port()
+        alphas_write, alphas_read = alphas.write_port(), alphas.read_port()
+        given = self.i.payload
+        quotient = Signal(32, reset_less=True)
+        quotient_place = Signal(place, reset_less=True)
+        quotient_valid = Signal()
+        m.d.sync += [
+            quotient.eq(given.result),
+            quotient_place.eq(given.place),
+            quotient_valid.eq(self.i.valid),
+        ]
+        m.submodules.blend = blend = Blend(place)
+        m.d.comb += [
+            means_write.addr.eq(Cat(self.mean.index[:pair_bits], self.mean.slot)),
+            means_write.data.eq(self.mean.data),
+            means_write.en.eq(self.mean_valid),
+            means_read.addr.eq(Cat(given.place.element[1:], self.slot)),
+            self.last_mean.eq(self.i.valid & given.place.last),
+            alphas_write.addr.eq(self.alpha_row),
+            alphas_write.data.eq(self.alpha),
+            alphas_write.en.eq(self.keep_alpha),
+            alphas_read.addr.eq(given.place.row),
+            blend.i.valid.eq(quotient_valid),
+            blend.i.payload.quotient.eq(quotient),
+            blend.i.payload.mean.eq(means_read.data.word_select(quotient_place.element[0], 32)),
+            blend.i.payload.alpha.eq(alphas_read.data),
+            blend.i.payload.tag.eq(quotient_place),
+            self.o.valid.eq(blend.o.valid),
+            self.o.payload.result.eq(blend.o.payload.result),
+            self.o.payload.place.eq(blend.o.payload.tag),
         ]
         return m

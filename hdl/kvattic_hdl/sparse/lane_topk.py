@@ -1,6 +1,8 @@
 """A lane's part in the selection: sweeps through the scores of a job's first pass for sums, masses and marks."""
 
-from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, signed
+from itertools import pairwise
+
+from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, Value, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.memory import Memory
@@ -19,6 +21,12 @@ from kvattic.spec.formats import (
 )
 from kvattic_hdl.lib.exponential import Exponential, in_window
 from kvattic_hdl.lib.interfaces import LENGTH_FORCED, MODE_BITS, RANK_BITS, TOKEN_BITS, Shapes, Sweep
+from kvattic_hdl.sparse.groups import GroupWalk, position_bits
+
+DEPTH = 16
+"""Tokens that wait for their scores."""
+LATENCY = 3 + Exponential.LATENCY
+"""From the grant of a score's address to p as a float."""
 
 
 class Selector(wiring.Component):
@@ -124,146 +132,99 @@ class Selector(wiring.Component):
             "count": Out(shapes.unit_count),
             "unmarked": Out(1),
         })
+        self._sweep = Signal(shapes.sweep, name="sweep")
+        self._centroid, self._marking, self._massing = (
+            Signal(name=name) for name in ("centroid", "marking", "massing"))
+        # A score on its way to p, from the cycle after its address was granted on.
+        score = data.StructLayout({
+            "row": shapes.row, "position": position_bits(config), "first": 1, "last": 1, "forced": 1})
+        self._entered = Signal(name="entered")
+        self._scores = [Signal(score, name=f"score_{i}", reset_less=True) for i in range(1, LATENCY + 4)]
+        self._p = Signal(VALUE_FRACTION + 1, name="p")
+        self._before_valid, self._now_valid = Signal(name="before_valid"), Signal(name="now_valid")
+        self._mass_2 = Signal(MASS_BITS, name="mass_2", reset_less=True)  # of the step's unit
+        # A unit's mass that is ready.
+        self._mass_valid, self._mass = Signal(name="mass_valid"), Signal(MASS_BITS, name="mass")
+        self._mass_position = Signal(position_bits(config), name="mass_position")
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        config, shapes = self.config, self.shapes
-        tokens, index_bits = config.tokens_per_codeword, config.slot_bits_per_codeword
-        group_tokens = config.group_tokens
-        group_bits = ceil_log2(group_tokens)
-        position_bits = ceil_log2(config.ring_codewords * tokens)
+        m.submodules.walk = walk = GroupWalk(self.config)
+        marking, massing, centroid = self._marking, self._massing, self._centroid
+        step_2, step_3 = (Signal(walk.step.shape(), name=f"step_{i}", reset_less=True) for i in (2, 3))
+        valid_2, valid_3 = (Signal(name=f"step_valid_{i}") for i in (2, 3))
+        m.d.sync += [valid_2.eq(walk.valid), valid_3.eq(valid_2), step_2.eq(walk.step), step_3.eq(step_2)]
+        self._begin(m, walk)
+        self._read_masses(m, walk)
+        selected, matches, digit = self._rank(m, walk)
+        taken = Signal(name="taken_3")
+        m.d.comb += taken.eq(step_3.inside & (step_3.whole | selected))
+        self._mark(m, valid_3, step_3, taken)
 
-        # ------------------------------------------------ walk: one step a token, a unit or a codeword
+        push = Signal()
+        m.d.comb += push.eq(valid_3 & Mux(marking, taken & ~centroid, self._sweep.op != Sweep.DIGIT))
+        room = self._queue(m, walk, push, step_3, valid_3)
+        valids = self._weigh(m)
+        self._sum_rows(m)
+        mass_valid, length = self._sum_masses(m)
+        counted = valid_3 & matches & (self._sweep.op == Sweep.DIGIT)
+        count_valids = self._count(m, mass_valid | counted, Mux(massing, length, digit))
 
-        # The job's parameters do not change during its sweep.
-        sweep = Signal(shapes.sweep)
-        centroid, marking, by_unit, massing = Signal(), Signal(), Signal(), Signal()
-        unit_mask = Signal(group_bits)            # tokens of a unit - 1
-        step = Signal(group_bits + 1)             # tokens of a step
-        unit_mask_now = Mux(self.mode == Mode.SPARF, 0, ((tokens << self.unit_bits) - 1))
+        under_way = Cat(walk.running, room != DEPTH, valids, mass_valid, count_valids, self.mark_valid)
+        with m.If(self.sweep_valid):
+            m.d.sync += self.done.eq(0)
+        with m.Elif(~under_way.any()):
+            m.d.sync += self.done.eq(1)
+        return m
+
+    def _begin(self, m: Module, walk: GroupWalk) -> None:
+        """Takes a sweep and sets the walk up; the job's parameters do not change during its sweep."""
+        sweep, tokens = self._sweep, self.config.tokens_per_codeword
         m.d.comb += [
             self.slot.eq(sweep.slot),
-            centroid.eq(self.mode == Mode.CENTROID),
-            marking.eq(sweep.op == Sweep.MARK),
-            massing.eq(sweep.op == Sweep.MASS),
-            by_unit.eq((sweep.op == Sweep.DIGIT) | (centroid & ~marking)),
+            self._centroid.eq(self.mode == Mode.CENTROID),
+            self._marking.eq(sweep.op == Sweep.MARK),
+            self._massing.eq(sweep.op == Sweep.MASS),
+            walk.by_unit.eq((sweep.op == Sweep.DIGIT) | (self._centroid & ~self._marking)),
+            walk.begin.eq(self.sweep_valid),
+            walk.all_tokens.eq(self._marking),
+            walk.skip_whole.eq(walk.by_unit | self._massing),
+            self.stripe_address.eq(walk.stripe_address),
         ]
+        for name in ("slot", "end_token", "local_token", "sinks", "stripes", "ring_base", "stripe_token",
+                     "stripe_whole"):
+            m.d.comb += getattr(walk, name).eq(getattr(self, name))
+        unit_mask = Signal(len(walk.unit_mask))
+        step_tokens = Signal(len(walk.step_tokens))
         m.d.sync += [
-            unit_mask.eq(unit_mask_now),
-            step.eq(Mux(by_unit, unit_mask + 1, Mux(centroid, tokens, 1))),
+            unit_mask.eq(Mux(self.mode == Mode.SPARF, 0, (tokens << self.unit_bits) - 1)),
+            step_tokens.eq(Mux(walk.by_unit, unit_mask + 1, Mux(self._centroid, tokens, 1))),
         ]
-
-        # The next stripe stands ready: its address, its entry, the entry kept, its token's distance to the ends.
-        index = Signal(shapes.list_bits)
-        settled = Signal(3)
-        stripe_token, stripe_whole = Signal(TOKEN_BITS), Signal()
-        to_end, to_local, to_sinks = (
-            Signal(signed(TOKEN_BITS + 1), name=f"to_{name}") for name in ("end", "local", "sinks"))
-        m.d.comb += self.stripe_address.eq(Cat(index, self.slot))
-        m.d.sync += [
-            settled.eq(Cat(Const(1, 1), settled)),
-            stripe_token.eq(self.stripe_token),
-            stripe_whole.eq(self.stripe_whole),
-            to_end.eq(self.end_token - stripe_token),
-            to_local.eq(self.local_token - stripe_token),
-            to_sinks.eq(self.sinks - stripe_token),
-        ]
-
-        def clamped(distance):
-            """Tokens of the stripe below a limit that is so far from its first."""
-            inside = Mux(distance[group_bits:-1].any(), group_tokens, distance[:group_bits])
-            return Mux(distance[-1], 0, inside)
-
-        running, begin = Signal(), Signal()
-        left = Signal.like(self.stripes)
-        within = Signal()
-        base, whole = Signal(TOKEN_BITS), Signal()
-        number = Signal(shapes.list_bits)
-        offset, after = Signal(group_bits), Signal(group_bits + 2)   # token inside of the stripe, and the next one
-        # Tokens before the end, before the local window, and that are sinks.
-        limit, local_limit, sink_limit = (
-            Signal(group_bits + 1, name=name) for name in ("limit", "local_limit", "sink_limit"))
-        depth = 16
-        room = Signal(range(depth + 1), init=depth)
-        go, last_step, fetch, useful = Signal(), Signal(), Signal(), Signal()
-        m.d.comb += [
-            go.eq(within & (room != 0)),
-            after.eq(offset + step),
-            last_step.eq(after >= Mux(marking, group_tokens, limit)),
-            fetch.eq(running & ~begin & (left != 0) & settled[-1] & (~within | (go & last_step))),
-            useful.eq(marking | ((to_end > 0) & ~(stripe_whole & (by_unit | massing)))),
-        ]
-        with m.If(go):
-            m.d.sync += [offset.eq(after), within.eq(~last_step)]
-        with m.If(fetch):
-            m.d.sync += [
-                base.eq(stripe_token),
-                whole.eq(stripe_whole),
-                limit.eq(clamped(to_end)),
-                local_limit.eq(clamped(to_local)),
-                sink_limit.eq(clamped(to_sinks)),
-                number.eq(index),
-                offset.eq(0),
-                within.eq(useful),
-                left.eq(left - 1),
-                index.eq(index + 1),
-                settled.eq(0),
-            ]
-        with m.If(begin):
-            m.d.sync += left.eq(self.stripes)
-        with m.Elif(~within & (left == 0)):
-            m.d.sync += running.eq(0)
-        m.d.sync += begin.eq(self.sweep_valid)
+        m.d.comb += [walk.unit_mask.eq(unit_mask), walk.step_tokens.eq(step_tokens)]
         with m.If(self.sweep_valid):
-            m.d.sync += [sweep.eq(self.sweep), running.eq(1), index.eq(0), settled.eq(0)]
+            m.d.sync += sweep.eq(self.sweep)
 
-        # ------------------------------------------------ a step: what is known of its unit
-
-        unit_offset = offset & ~unit_mask
-        position = Cat(offset, number)[:position_bits]
-        unit_position = Cat(unit_offset, number)[:position_bits]
-        step_shape = data.StructLayout({
-            "index": index_bits,
-            "ring": shapes.ring,
-            "position": position_bits,   # of the unit's first token, in the lane's list
-            "first": 1,                  # the unit's first step
-            "last": 1,                   # its last one
-            "forced": 1,                 # of sinks, or reaches into the local window
-            "whole": 1,
-            "inside": 1,                 # before the end
-        })
-        step_1, step_2, step_3 = (Signal(step_shape, name=f"step_{i}", reset_less=True) for i in (1, 2, 3))
-        valid_1, valid_2, valid_3 = (Signal(name=f"step_valid_{i}") for i in (1, 2, 3))
-        token_1, token_2 = (Signal(TOKEN_BITS, name=f"unit_token_{i}", reset_less=True) for i in (1, 2))
-        m.d.sync += [
-            valid_1.eq(go),
-            valid_2.eq(valid_1),
-            valid_3.eq(valid_2),
-            step_1.index.eq(offset[:index_bits]),
-            step_1.ring.eq(self.ring_base + position[index_bits:]),
-            step_1.position.eq(unit_position),
-            step_1.first.eq(by_unit | ((offset & unit_mask) == 0)),
-            step_1.last.eq(by_unit | ((offset & unit_mask) == unit_mask) | last_step),
-            step_1.forced.eq(((offset | unit_mask) >= local_limit) | (unit_offset < sink_limit)),
-            step_1.whole.eq(whole),
-            step_1.inside.eq(offset < limit),
-            token_1.eq(base + unit_offset),
-            step_2.eq(step_1),
-            step_3.eq(step_2),
-            token_2.eq(token_1),
-        ]
-
-        # Masses, at the place of their unit's first token.
+    def _read_masses(self, m: Module, walk: GroupWalk) -> None:
+        """Masses, at the place of their unit's first token."""
         m.submodules.masses = masses = Memory(
-            shape=MASS_BITS, depth=1 << position_bits, init=[], attrs={"ram_style": "block"})
-        mass_read, mass_write = masses.read_port(domain="sync"), masses.write_port(domain="sync")
-        mass_2 = Signal(MASS_BITS, reset_less=True)
-        m.d.comb += mass_read.addr.eq(unit_position)
-        m.d.sync += mass_2.eq(mass_read.data)
+            shape=MASS_BITS, depth=1 << position_bits(self.config), init=[], attrs={"ram_style": "block"})
+        read, write = masses.read_port(domain="sync"), masses.write_port(domain="sync")
+        m.d.comb += [
+            read.addr.eq(walk.unit_position),
+            write.en.eq(self._mass_valid),
+            write.addr.eq(self._mass_position),
+            write.data.eq(self._mass),
+        ]
+        m.d.sync += self._mass_2.eq(read.data)
 
-        # Its rank against the prefix; and the digit behind it, out of the two aligned ones in which it stands.
-        rank_2 = Cat(~token_2, mass_2)
+    def _rank(self, m: Module, walk: GroupWalk) -> tuple[Signal, Signal, Signal]:
+        """A unit's rank against the prefix: (at least it, begins with it, the digit behind it)."""
+        sweep = self._sweep
+        token_2 = Signal(TOKEN_BITS, name="unit_token_2", reset_less=True)
+        m.d.sync += token_2.eq(walk.unit_token)
+        rank_2 = Cat(~token_2, self._mass_2)
         mask = Signal(RANK_BITS)
+        # The digit comes out of the two aligned ones in which it stands.
         aligned_number, aligned_shift = Signal(range(RANK_BITS // DIGIT_BITS + 1)), Signal(range(DIGIT_BITS + 1))
         padded = Cat(Const(0, 3 * DIGIT_BITS - RANK_BITS % DIGIT_BITS), rank_2)
         aligned = [padded[len(padded) - (i + 2) * DIGIT_BITS : len(padded) - i * DIGIT_BITS]
@@ -278,183 +239,176 @@ class Selector(wiring.Component):
             matches.eq(((rank_2 ^ sweep.prefix) & mask) == 0),
             digit_3.eq(Array(aligned)[aligned_number] >> aligned_shift),
         ]
-        with m.If(~self.sweep_valid & ~begin):
+        with m.If(~self.sweep_valid & ~walk.begun):
             m.d.sync += sweep.prefix.eq(sweep.prefix & mask)    # once would do
+        return selected, matches, digit_3
 
-        # ------------------------------------------------------------------ marks
-
-        taken_3 = Signal()
+    def _mark(self, m: Module, valid: Signal, step: data.View, taken: Signal) -> None:
+        """Collects a codeword's marks and hands them out."""
+        tokens = self.config.tokens_per_codeword
         earlier = Signal(tokens)
-        m.d.comb += taken_3.eq(step_3.inside & (step_3.whole | selected))
         m.d.sync += [
-            self.mark_valid.eq(valid_3 & marking & (centroid | (step_3.index == tokens - 1))),
-            self.mark_ring.eq(step_3.ring),
-            self.mark_bits.eq(Mux(centroid, taken_3.replicate(tokens), Cat(earlier, taken_3)[1:])),
+            self.mark_valid.eq(valid & self._marking & (self._centroid | (step.index == tokens - 1))),
+            self.mark_ring.eq(step.ring),
+            self.mark_bits.eq(Mux(self._centroid, taken.replicate(tokens), Cat(earlier, taken)[1:])),
         ]
-        with m.If(valid_3):
-            m.d.sync += earlier.eq(Cat(earlier, taken_3)[1:])
+        with m.If(valid):
+            m.d.sync += earlier.eq(Cat(earlier, taken)[1:])
         with m.If(self.sweep_valid):
             m.d.sync += self.unmarked.eq(0)
-        with m.Elif(valid_3 & marking & step_3.inside & ~taken_3):
+        with m.Elif(valid & self._marking & step.inside & ~taken):
             m.d.sync += self.unmarked.eq(1)
 
-        # --------------------------------------- tokens whose p is wanted, one row after the other
-
-        push, enter, pop = Signal(), Signal(), Signal()
-        m.submodules.fifo = fifo = SyncFIFOBuffered(width=step_shape.size, depth=depth)
-        m.d.comb += [
-            push.eq(valid_3 & Mux(marking, taken_3 & ~centroid, sweep.op != Sweep.DIGIT)),
-            fifo.w_en.eq(push),
-            fifo.w_data.eq(step_3),
-            fifo.r_en.eq(pop),
-        ]
-        m.d.sync += room.eq(room - go + (valid_3 & ~push) + pop)
-        token = data.View(step_shape, fifo.r_data)
+    def _queue(self, m: Module, walk: GroupWalk, push: Signal, step: data.View, valid: Signal) -> Signal:
+        """Tokens whose p is wanted, one row after the other; the room that is left for more."""
+        shapes = self.shapes
+        enter, pop = Signal(), Signal()
+        m.submodules.fifo = fifo = SyncFIFOBuffered(width=step.shape().size, depth=DEPTH)
+        room = Signal(range(DEPTH + 1), init=DEPTH)
+        token = data.View(step.shape(), fifo.r_data)
         row, last_row = Signal(shapes.row), Signal(shapes.row)
         at_last = Signal()
         m.d.comb += [
+            walk.room.eq(room != 0),
+            fifo.w_en.eq(push),
+            fifo.w_data.eq(step),
+            fifo.r_en.eq(pop),
             self.score_ask.eq(fifo.r_rdy),
             enter.eq(self.score_ask & self.score_grant),
             at_last.eq(row == last_row),
             pop.eq(enter & at_last),
-            self.score_address.eq(Cat(row[: shapes.row.width if config.rows > 1 else 0], token.index, token.ring)),
+            self.score_address.eq(
+                Cat(row[: shapes.row.width if self.config.rows > 1 else 0], token.index, token.ring)),
         ]
         with m.If(enter):
             m.d.sync += row.eq(Mux(at_last, 0, row + 1))
-        m.submodules.references = references = Memory(
-            shape=shapes.score, depth=1 << shapes.row.width, init=[], attrs={"ram_style": "distributed"})
-        reference_read, reference_write = references.read_port(domain="comb"), references.write_port(domain="sync")
-        m.d.comb += [
-            reference_write.addr.eq(self.reference_row),
-            reference_write.data.eq(self.reference),
-            reference_write.en.eq(self.reference_write),
-        ]
         with m.If(self.reference_write):
             m.d.sync += last_row.eq(self.reference_row)
-
-        # Cycle 2: score and reference.  3: their distance.  10: p as a float.  12: fixed point.
-        latency = 3 + Exponential.LATENCY
-        key_shape = data.StructLayout({
-            "row": shapes.row, "position": position_bits, "first": 1, "last": 1, "forced": 1})
-        keys = [Signal(key_shape, name=f"key_{i}", reset_less=True) for i in range(1, latency + 4)]
-        valids = Signal(latency + 3)
         m.d.sync += [
-            valids.eq(Cat(enter, valids)),
-            keys[0].row.eq(row),
-            keys[0].position.eq(token.position),
-            keys[0].first.eq(token.first & (row == 0)),
-            keys[0].last.eq(token.last & at_last),
-            keys[0].forced.eq(token.forced),
+            room.eq(room - walk.go + (valid & ~push) + pop),
+            self._entered.eq(enter),
+            self._scores[0].row.eq(row),
+            self._scores[0].position.eq(token.position),
+            self._scores[0].first.eq(token.first & (row == 0)),
+            self._scores[0].last.eq(token.last & at_last),
+            self._scores[0].forced.eq(token.forced),
         ]
-        m.d.sync += [b.eq(a) for a, b in zip(keys, keys[1:], strict=False)]
+        return room
+
+    def _weigh(self, m: Module) -> Value:
+        """P of the scores that come; the stages at which there is one."""
+        # Cycle 2: score and reference.  3: their distance.  10: p as a float.  12: fixed point.
+        shapes, scores = self.shapes, self._scores
+        later_valids = Signal(LATENCY + 2)
+        valids = Cat(self._entered, later_valids)
+        m.d.sync += [later_valids.eq(valids), *(after.eq(before) for before, after in pairwise(scores))]
+        m.submodules.references = references = Memory(
+            shape=shapes.score, depth=1 << shapes.row.width, init=[], attrs={"ram_style": "distributed"})
+        read, write = references.read_port(domain="comb"), references.write_port(domain="sync")
         m.submodules.exponential = exponential = Exponential()
         reference = Signal(shapes.score)
         distance, is_masked = Signal(signed(SCORE_BITS + 1)), Signal()
-        p = in_window(m, exponential)
         m.d.comb += [
-            reference_read.addr.eq(keys[0].row),
+            write.addr.eq(self.reference_row),
+            write.data.eq(self.reference),
+            write.en.eq(self.reference_write),
+            read.addr.eq(scores[0].row),
             exponential.distance.eq(distance),
             exponential.masked.eq(is_masked),
+            self._p.eq(in_window(m, exponential)),
+            self._before_valid.eq(valids[LATENCY + 1]),
+            self._now_valid.eq(valids[LATENCY + 2]),
         ]
         m.d.sync += [
-            reference.eq(reference_read.data),
+            reference.eq(read.data),
             distance.eq(self.score - reference),
             is_masked.eq(self.score == SCORE_MASKED),
         ]
-        before, now = keys[latency + 1], keys[latency + 2]   # cycles 12 and 13
-        before_valid, now_valid = valids[latency + 1], valids[latency + 2]
+        return valids
 
-        # Each row's sum: read and add in one cycle, write in the next.
+    def _sum_rows(self, m: Module) -> None:
+        """Each row's sum: read and add in one cycle, write in the next."""
+        shapes = self.shapes
+        before, now = self._scores[LATENCY + 1 :]   # cycles 12 and 13
         m.submodules.sums = sums = Memory(
             shape=shapes.denominator, depth=1 << shapes.row.width, init=[], attrs={"ram_style": "distributed"})
         old, seen = sums.read_port(domain="comb"), sums.read_port(domain="comb")
-        sum_write = sums.write_port(domain="sync")
-        sum_fresh = Signal(1 << shapes.row.width)
+        write = sums.write_port(domain="sync")
+        untouched = Signal(1 << shapes.row.width)   # rows whose sum is zero, whatever the memory says
         total = Signal(shapes.denominator)
-        sum_row = Signal(shapes.row)
+        row = Signal(shapes.row)
         # The same row comes in the next cycle if there is but one.
-        again = now_valid & (now.row == before.row)
+        again = self._now_valid & (now.row == before.row)
         m.d.comb += [
             old.addr.eq(before.row),
-            sum_write.addr.eq(now.row),
-            sum_write.data.eq(total),
-            sum_write.en.eq(now_valid),
-            seen.addr.eq(sum_row),
+            write.addr.eq(now.row),
+            write.data.eq(total),
+            write.en.eq(self._now_valid),
+            seen.addr.eq(row),
         ]
         m.d.sync += [
-            total.eq(Mux(again, total, Mux(sum_fresh.bit_select(before.row, 1), 0, old.data)) + p),
-            sum_row.eq(self.sum_row),
-            self.sum.eq(Mux(sum_fresh.bit_select(sum_row, 1), 0, seen.data)),
+            total.eq(Mux(again, total, Mux(untouched.bit_select(before.row, 1), 0, old.data)) + self._p),
+            row.eq(self.sum_row),
+            self.sum.eq(Mux(untouched.bit_select(row, 1), 0, seen.data)),
         ]
-        with m.If(now_valid):
-            m.d.sync += sum_fresh.bit_select(now.row, 1).eq(0)
+        with m.If(self._now_valid):
+            m.d.sync += untouched.bit_select(now.row, 1).eq(0)
         with m.If(self.sweep_valid):
-            m.d.sync += sum_fresh.eq(~0)
+            m.d.sync += untouched.eq(~0)
 
-        # Each unit's mass.
-        most = config.rows * (tokens << config.unit_bits_max)
-        mass_sum = Signal(len(p) + ceil_log2(most))
-        with m.If(before_valid):
-            m.d.sync += mass_sum.eq(Mux(before.first, 0, mass_sum) + p)
-        whole = mass_sum[VALUE_FRACTION - MASS_FRACTION :]
+    def _sum_masses(self, m: Module) -> tuple[Signal, Signal]:
+        """Each unit's mass: (one is there, its length in bits)."""
+        before, now = self._scores[LATENCY + 1 :]
+        most = self.config.rows * (self.config.tokens_per_codeword << self.config.unit_bits_max)
+        total = Signal(len(self._p) + ceil_log2(most))
+        with m.If(self._before_valid):
+            m.d.sync += total.eq(Mux(before.first, 0, total) + self._p)
+        whole = total[VALUE_FRACTION - MASS_FRACTION :]
         top = (1 << MASS_BITS) - 2
-        mass, mass_position, mass_valid = Signal(MASS_BITS), Signal(position_bits), Signal()
-        mass_forced = Signal()
+        forced = Signal()
         m.d.sync += [
-            mass_forced.eq(now.forced),
-            mass_valid.eq(now_valid & now.last & massing),
-            mass.eq(Mux(now.forced, top + 1, Mux(whole > top, top, whole))),
-            mass_position.eq(now.position),
+            forced.eq(now.forced),
+            self._mass_valid.eq(self._now_valid & now.last & self._massing),
+            self._mass.eq(Mux(now.forced, top + 1, Mux(whole > top, top, whole))),
+            self._mass_position.eq(now.position),
         ]
         length = Signal(range(LENGTH_FORCED + 1))
         for i in range(MASS_BITS):
-            with m.If(mass[i]):
+            with m.If(self._mass[i]):
                 m.d.comb += length.eq(i + 1)
-        with m.If(mass_forced):
+        with m.If(forced):
             m.d.comb += length.eq(LENGTH_FORCED)
-        m.d.comb += [
-            mass_write.en.eq(mass_valid),
-            mass_write.addr.eq(mass_position),
-            mass_write.data.eq(mass),
-        ]
+        return self._mass_valid, length
 
-        # -------------------------------------------------------------- histogram
-
+    def _count(self, m: Module, valid: Value, digit: Value) -> Value:
+        """Histogram of lengths or digits; the stages at which there is one."""
         m.submodules.histogram = histogram = Memory(
-            shape=shapes.unit_count, depth=1 << DIGIT_BITS, init=[], attrs={"ram_style": "distributed"})
-        count_old, count_seen = histogram.read_port(domain="comb"), histogram.read_port(domain="comb")
-        count_write = histogram.write_port(domain="sync")
-        count_fresh = Signal(1 << DIGIT_BITS)
+            shape=self.shapes.unit_count, depth=1 << DIGIT_BITS, init=[], attrs={"ram_style": "distributed"})
+        old, seen = histogram.read_port(domain="comb"), histogram.read_port(domain="comb")
+        write = histogram.write_port(domain="sync")
+        untouched = Signal(1 << DIGIT_BITS)   # bins that are zero, whatever the memory says
         bin_1, bin_2, asked = Signal(DIGIT_BITS), Signal(DIGIT_BITS), Signal(DIGIT_BITS)
         bin_valid_1, bin_valid_2 = Signal(), Signal()
-        count = Signal(shapes.unit_count)
+        count = Signal(self.shapes.unit_count)
         m.d.comb += [
-            count_old.addr.eq(bin_1),
-            count_write.addr.eq(bin_2),
-            count_write.data.eq(count),
-            count_write.en.eq(bin_valid_2),
-            count_seen.addr.eq(asked),
+            old.addr.eq(bin_1),
+            write.addr.eq(bin_2),
+            write.data.eq(count),
+            write.en.eq(bin_valid_2),
+            seen.addr.eq(asked),
         ]
-        counted = Mux(count_fresh.bit_select(bin_1, 1), 0, count_old.data)
+        counted = Mux(untouched.bit_select(bin_1, 1), 0, old.data)
         m.d.sync += [
-            bin_valid_1.eq(mass_valid | (valid_3 & matches & (sweep.op == Sweep.DIGIT))),
-            bin_1.eq(Mux(massing, length, digit_3)),
+            bin_valid_1.eq(valid),
+            bin_1.eq(digit),
             bin_valid_2.eq(bin_valid_1),
             bin_2.eq(bin_1),
             count.eq(Mux(bin_valid_2 & (bin_1 == bin_2), count, counted) + 1),
             asked.eq(self.bin),
-            self.count.eq(Mux(count_fresh.bit_select(asked, 1), 0, count_seen.data)),
+            self.count.eq(Mux(untouched.bit_select(asked, 1), 0, seen.data)),
         ]
         with m.If(bin_valid_2):
-            m.d.sync += count_fresh.bit_select(bin_2, 1).eq(0)
+            m.d.sync += untouched.bit_select(bin_2, 1).eq(0)
         with m.If(self.sweep_valid):
-            m.d.sync += count_fresh.eq(~0)
-
-        # ------------------------------------------------------------------ the end
-
-        under_way = Cat(running, room != depth, valids, mass_valid, bin_valid_1, bin_valid_2, self.mark_valid)
-        with m.If(self.sweep_valid):
-            m.d.sync += self.done.eq(0)
-        with m.Elif(~under_way.any()):
-            m.d.sync += self.done.eq(1)
-        return m
+            m.d.sync += untouched.eq(~0)
+        return Cat(bin_valid_1, bin_valid_2)

@@ -1,6 +1,8 @@
-"""Chooses the channels of a sparse job's first pass by |q|, and makes the scales that go with them."""
+"""Chooses the features of a sparse job's first pass by |q|, and makes the scales that go with them."""
 
-from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, ResetInserter, Signal, signed
+from itertools import pairwise
+
+from amaranth.hdl import Cat, Const, Elaboratable, Module, Mux, ResetInserter, Signal, Value, signed
 from amaranth.lib import data, enum, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -8,15 +10,15 @@ from amaranth.utils import bits_for, ceil_log2
 
 from kvattic.spec.config import ELEMENT_BYTES, Config
 from kvattic.spec.formats import MAGNITUDE_BITS, MAGNITUDE_FRACTION, RATIO_FRACTION, SCALE_BITS, SIGNIFICAND_BITS
-from kvattic_hdl.lib.arithmetic import decode
+from kvattic_hdl.lib.arithmetic import Decoded, decode
 from kvattic_hdl.lib.interfaces import K_OFFSET_BITS, Shapes
 from kvattic_hdl.lib.records import WORD_BYTES
 
 WORD_ELEMENTS = WORD_BYTES // ELEMENT_BYTES
 DIGIT = 4
-"""Bits of a channel's magnitude that one pass over all channels decides."""
-CHANNEL_BITS = 8
-"""Bits of a channel's number, and of its index among the chosen ones, in `Shapes.load`."""
+"""Bits of a feature's magnitude that one pass over all features decides."""
+FEATURE_BITS = 8
+"""Bits of a feature's number, and of its index among the chosen ones, in `Shapes.load`."""
 
 
 class RowScale(wiring.Component):
@@ -39,7 +41,7 @@ class RowScale(wiring.Component):
     Members
     -------
     i : In(stream of part, whole)
-        Sum of the chosen channels' magnitudes, and of all channels'; part <= whole.
+        Sum of the chosen features' magnitudes, and of all features'; part <= whole.
     scale, k_offset : In(24), In(signed(10))
         The job's, as in `Shapes.start`; stable while at work.
     valid : Out(1)
@@ -139,22 +141,22 @@ class RowScale(wiring.Component):
 
 
 class _Op(enum.Enum, shape=2, view_class=None):
-    """What a pass over the channels is for."""
+    """What a pass over the features is for."""
 
-    SCAN = 0    # sum over the rows, and see which digits are zero in all channels
+    SCAN = 0    # sum over the rows, and see which digits are zero in all features
     COUNT = 1   # histogram of a digit
-    SUM = 2     # one row's sums over the chosen channels and over all
+    SUM = 2     # one row's sums over the chosen features and over all
 
 
 class Ranker(wiring.Component):
-    """The channels of the largest |q|, summed over the rows, and each row's scale for scores of these channels alone.
+    """The features of the largest |q|, summed over the rows, and each row's scale for scores of these features alone.
 
-    A channel's magnitude is |q| with 24 fractional bits, truncated, and clipped at 2**40 - 1; it is summed over the
-    rows.  The `channels` largest sums are chosen, equal ones from the lowest channel on.  A row's scale: `RowScale`.
+    A feature's magnitude is |q| with 24 fractional bits, truncated, and clipped at 2**40 - 1; it is summed over the
+    rows.  The `features` largest sums are chosen, equal ones from the lowest feature on.  A row's scale: `RowScale`.
 
-    Passes over the channels, one element a cycle: one for each row to sum them, while the query still comes; then
-    digits of 4 bits from the top, each a pass and a look at up to 16 bins, until just `channels` are at or above what
-    is decided (digits that are zero in all channels left cost a cycle); then, once `go` is high, one for each row,
+    Passes over the features, one element a cycle: one for each row to sum them, while the query still comes; then
+    digits of 4 bits from the top, each a pass and a look at up to 16 bins, until just `features` are at or above what
+    is decided (digits that are zero in all features left cost a cycle); then, once `go` is high, one for each row,
     whose sums go to its scale while the next row is passed.
 
     Latency: from the last word of q to the last digit at most ``rows * head_dim + 7 + n * (head_dim + 23)`` cycles, n
@@ -174,14 +176,14 @@ class Ranker(wiring.Component):
         Forget everything: another query comes.
     valid, word : In(1), In(64)
         A word of q; they come in order, as many as `rows` have.
-    rows, channels : In
-        Rows of the job; channels to choose, 1 to head_dim.  Stable from the first word on.
+    rows, features : In
+        Rows of the job; features to choose, 1 to head_dim.  Stable from the first word on.
     scale, k_offset : In(24), In(signed(10))
         The job's, as in `Shapes.start`; likewise.
     go : In(1)
         The results may come.
     chosen_valid, chosen, chosen_index : Out(1), Out(8), Out(8)
-        A chosen channel and its index, ascending; never in a cycle with `scale_valid`.
+        A chosen feature and its index, ascending; never in a cycle with `scale_valid`.
     scale_valid, scale_row, approximate : Out(1), Out(Shapes.row), Out(Shapes.approximate)
         A row's scale; rows in order.
     done : Out(1)
@@ -192,7 +194,7 @@ class Ranker(wiring.Component):
     valid: Signal
     word: Signal
     rows: Signal
-    channels: Signal
+    features: Signal
     scale: Signal
     k_offset: Signal
     go: Signal
@@ -212,66 +214,156 @@ class Ranker(wiring.Component):
             "valid": In(1),
             "word": In(WORD_BYTES * 8),
             "rows": In(bits_for(config.rows)),
-            "channels": In(bits_for(config.head_dim)),
+            "features": In(bits_for(config.head_dim)),
             "scale": In(SCALE_BITS),
             "k_offset": In(signed(K_OFFSET_BITS)),
             "go": In(1),
             "chosen_valid": Out(1),
-            "chosen": Out(CHANNEL_BITS),
-            "chosen_index": Out(CHANNEL_BITS),
+            "chosen": Out(FEATURE_BITS),
+            "chosen_index": Out(FEATURE_BITS),
             "scale_valid": Out(1),
             "scale_row": Out(shapes.row),
             "approximate": Out(shapes.approximate),
             "done": Out(1),
         })
+        self._op = Signal(_Op, name="op")
+        self._row = Signal(range(config.rows), name="row")
+        self._numbers = [Signal(range(config.head_dim), name=f"feature{stage}") for stage in range(6)]
+        self._stages = Signal(5, name="stages")
+        self._issue = Signal(name="issue")
+        self._magnitudes = [Signal(MAGNITUDE_BITS, name=f"magnitude{stage}") for stage in (3, 4, 5)]
+        key_bits = bits_for(config.rows * ((1 << MAGNITUDE_BITS) - 1))
+        self._digits = -(-key_bits // DIGIT)
+        self._total = Signal(key_bits, name="total")
+        self._key = Signal(self._digits * DIGIT, name="key")  # a feature's sum
+        # The digits that are decided: the bits in `mask` of `prefix`.
+        self._prefix, self._mask = (Signal(self._digits * DIGIT, name=name) for name in ("prefix", "mask"))
+        self._level = Signal(range(self._digits), init=self._digits - 1, name="level")   # the digit that comes next
+        self._live = Signal(self._digits * DIGIT, name="live")
+        self._equal, self._above = Signal(name="equal"), Signal(name="above")
+        self._needed = Signal(bits_for(config.head_dim), name="needed")   # of those that equal the prefix so far
+        self._left = Signal(bits_for(config.head_dim), name="left")
+        sums_bits = MAGNITUDE_BITS + ceil_log2(config.head_dim)
+        self._part, self._whole = Signal(sums_bits, name="part"), Signal(sums_bits, name="whole")
 
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()
-        config = self._config
-        head_dim, several = config.head_dim, config.rows > 1
-        element_bits = ceil_log2(WORD_ELEMENTS)
+        last_row = self._row == (self.rows - 1)[: len(self._row)]
+        last_feature = self._numbers[0] == self._config.head_dim - 1
+        element, address, written = self._read_query(m, last_feature)
+        self._measure(m, element)
+        self._sum_rows(m)
+        digit = self._compare(m)
+        used, bin_number, looking, members = self._count(m, digit)
+        self._choose(m)
+        row_scale = self._scale(m)
 
-        # The query.
-        words = config.rows * head_dim // WORD_ELEMENTS
+        with m.FSM(name="state"):
+            with m.State("pass"):
+                m.d.comb += self._issue.eq((self._op != _Op.SCAN) | (address != written))
+                with m.If(self._op == _Op.SCAN):
+                    m.d.sync += self._needed.eq(self.features)
+                with m.If(self._issue & last_feature):
+                    with m.If((self._op == _Op.SCAN) & ~last_row):
+                        m.d.sync += self._row.eq(self._row + 1)
+                    with m.Else():
+                        m.next = "drain"
+            with m.State("drain"):
+                with m.If(~self._stages.any()):
+                    m.d.sync += bin_number.eq((1 << DIGIT) - 1)
+                    with m.Switch(self._op):
+                        with m.Case(_Op.SCAN):
+                            m.next = "level"
+                        with m.Case(_Op.COUNT):
+                            m.next = "bins"
+                        with m.Default():
+                            m.next = "divide"
+            with m.State("level"):
+                m.d.sync += [address.eq(0), self._row.eq(0), used.eq(0)]
+                with m.If(self._live.word_select(self._level, DIGIT).any()):
+                    m.d.sync += [self._live.eq(0), self._op.eq(_Op.COUNT)]
+                    m.next = "pass"
+                with m.Else():
+                    self._decide(m, 0)
+                    with m.If(self._level == 0):
+                        m.next = "ready"
+            with m.State("bins"):
+                m.d.comb += looking.eq(1)
+                with m.If(members < self._needed):
+                    m.d.sync += [self._needed.eq(self._needed - members), bin_number.eq(bin_number - 1)]
+                with m.Else():
+                    self._decide(m, bin_number)
+                    m.next = "level"
+                    with m.If((members == self._needed) | (self._level == 0)):
+                        m.next = "ready"
+            with m.State("ready"):
+                m.d.sync += [self._op.eq(_Op.SUM), address.eq(0), self._row.eq(0)]
+                with m.If(self.go):
+                    self._begin_row(m)
+            with m.State("divide"):
+                m.d.comb += row_scale.i.valid.eq(1)
+                with m.If(row_scale.i.ready):
+                    m.d.sync += [self.scale_row.eq(self._row), self._row.eq(self._row + 1)]
+                    self._begin_row(m)
+                    with m.If(last_row):
+                        m.next = "last"
+            with m.State("last"):
+                with m.If(row_scale.valid):
+                    m.next = "done"
+            with m.State("done"):
+                m.d.comb += self.done.eq(1)
+        return ResetInserter(self.clear)(m)
+
+    # ---- what the states share
+
+    def _decide(self, m: Module, value: Value | int) -> None:
+        """Digit `level` of the threshold."""
+        m.d.sync += [
+            self._prefix.word_select(self._level, DIGIT).eq(value),
+            self._mask.word_select(self._level, DIGIT).eq((1 << DIGIT) - 1),
+            self._level.eq(self._level - 1),
+        ]
+
+    def _begin_row(self, m: Module) -> None:
+        """Goes on with the sums of a row."""
+        m.d.sync += [self._left.eq(self._needed), self._part.eq(0), self._whole.eq(0)]
+        m.next = "pass"
+
+    # ---- the stages that features go through, one after the other
+
+    def _read_query(self, m: Module, last_feature: Value) -> tuple[Decoded, Signal, Signal]:
+        """0, 1: the element; (it, address of the word that is read next, words that are written)."""
+        config, numbers = self._config, self._numbers
+        element_bits = ceil_log2(WORD_ELEMENTS)
+        words = config.rows * config.head_dim // WORD_ELEMENTS
         m.submodules.query = query = Memory(
             shape=WORD_BYTES * 8, depth=words, init=[], attrs={"ram_style": "distributed"} if words <= 64 else {})
-        query_write, query_read = query.write_port(), query.read_port()
+        write, read = query.write_port(), query.read_port()
         written = Signal(range(query.depth + 1))
         address = Signal.like(written)
         m.d.comb += [
-            query_write.addr.eq(written), query_write.data.eq(self.word), query_write.en.eq(self.valid),
-            query_read.addr.eq(address),
+            write.addr.eq(written), write.data.eq(self.word), write.en.eq(self.valid), read.addr.eq(address),
         ]
         with m.If(self.valid):
             m.d.sync += written.eq(written + 1)
-
-        # Channels go one after the other through the stages below.
-        op = Signal(_Op)
-        row = Signal(range(config.rows))
-        last_row = row == (self.rows - 1)[: len(row)]
-        channel = Signal(range(head_dim))
-        last_channel = channel == head_dim - 1
-        issue = Signal()
-        stages = Signal(5)
-        numbers = [channel]
-        for stage in range(1, 6):
-            number = Signal.like(channel, name=f"channel{stage}")
-            m.d.sync += number.eq(numbers[-1])
-            numbers.append(number)
-        m.d.sync += stages.eq(Cat(issue, stages))
-        at = [issue, *stages]   # a channel is at this stage
-        with m.If(issue):
-            m.d.sync += channel.eq(channel + 1)
-            with m.If(last_channel):
-                m.d.sync += channel.eq(0)
-            with m.If(channel[:element_bits].all()):
+        m.d.sync += [
+            self._stages.eq(Cat(self._issue, self._stages)),
+            *(after.eq(before) for before, after in pairwise(numbers)),
+        ]
+        with m.If(self._issue):
+            m.d.sync += numbers[0].eq(numbers[0] + 1)
+            with m.If(last_feature):
+                m.d.sync += numbers[0].eq(0)
+            with m.If(numbers[0][:element_bits].all()):
                 m.d.sync += address.eq(address + 1)
+        word = read.data.word_select(numbers[1][:element_bits], ELEMENT_BYTES * 8)
+        return decode(word, config.element.encoding), address, written
 
-        # 1: the element.  Its magnitude is significand << places >> low.
-        form = config.element.encoding
+    def _measure(self, m: Module, element: Decoded) -> None:
+        """1, 2: the magnitude, which is significand << places >> low."""
+        form = self._config.element.encoding
         least = form.offset - MAGNITUDE_FRACTION   # exponent of an element whose significand is the magnitude
         low = SIGNIFICAND_BITS if least > 1 else 0
-        element = decode(query_read.data.word_select(numbers[1][:element_bits], ELEMENT_BYTES * 8), form)
         places_max = MAGNITUDE_BITS - SIGNIFICAND_BITS + low
         places = Signal(range(places_max + 1))
         significand = Signal(SIGNIFICAND_BITS)
@@ -285,163 +377,96 @@ class Ranker(wiring.Component):
         ]
         # A special's significand is zero, and so must be what is clipped.
         clip = clipped & significand.any()
+        m.d.sync += [
+            self._magnitudes[0].eq(
+                ((significand << places) >> low)[:MAGNITUDE_BITS] | clip.replicate(MAGNITUDE_BITS)),
+            *(after.eq(before) for before, after in pairwise(self._magnitudes)),
+        ]
 
-        # 2: the magnitude.
-        magnitude = Signal(MAGNITUDE_BITS)
-        m.d.sync += magnitude.eq(((significand << places) >> low)[:MAGNITUDE_BITS] | clip.replicate(MAGNITUDE_BITS))
-
-        # 3: its sum over the rows: of those scanned so far, then of all.
-        key_bits = bits_for(config.rows * ((1 << MAGNITUDE_BITS) - 1))
-        digits = -(-key_bits // DIGIT)
-        total = Signal(key_bits)
-        if several:
-            m.submodules.totals = totals = Memory(shape=key_bits, depth=head_dim, init=[])
-            totals_write, totals_read = totals.write_port(), totals.read_port()
-            first2, first3 = Signal(), Signal()   # of the first row
-            first1 = Signal()
-            m.d.sync += [first1.eq(row == 0), first2.eq(first1), first3.eq(first2)]
-            m.d.comb += [
-                totals_read.addr.eq(numbers[2]),
-                total.eq(Mux((op == _Op.SCAN) & first3, 0, totals_read.data) + Mux(op == _Op.SCAN, magnitude, 0)),
-                totals_write.addr.eq(numbers[3]),
-                totals_write.data.eq(total),
-                totals_write.en.eq(at[3] & (op == _Op.SCAN)),
-            ]
-        else:
+    def _sum_rows(self, m: Module) -> None:
+        """3: the magnitude's sum over the rows: of those scanned so far, then of all."""
+        magnitude, total, scan = self._magnitudes[0], self._total, self._op == _Op.SCAN
+        m.d.sync += self._key.eq(total)
+        if self._config.rows == 1:
             m.d.comb += total.eq(magnitude)
-        key = Signal(digits * DIGIT)
-        magnitude4, magnitude5 = Signal(MAGNITUDE_BITS), Signal(MAGNITUDE_BITS)
-        m.d.sync += [key.eq(total), magnitude4.eq(magnitude), magnitude5.eq(magnitude4)]
+            return
+        m.submodules.totals = totals = Memory(shape=len(total), depth=self._config.head_dim, init=[])
+        write, read = totals.write_port(), totals.read_port()
+        firsts = Signal(3)   # of the first row, at stages 1, 2 and 3
+        m.d.sync += firsts.eq(Cat(self._row == 0, firsts))
+        m.d.comb += [
+            read.addr.eq(self._numbers[2]),
+            total.eq(Mux(scan & firsts[2], 0, read.data) + Mux(scan, magnitude, 0)),
+            write.addr.eq(self._numbers[3]),
+            write.data.eq(total),
+            write.en.eq(self._stages[2] & scan),
+        ]
 
-        # 4: against the digits that are decided, the bits in `mask` of `prefix`.
-        prefix, mask = Signal(digits * DIGIT), Signal(digits * DIGIT)
-        level = Signal(range(digits), init=digits - 1)   # the digit that comes next
+    def _compare(self, m: Module) -> Signal:
+        """4: against the digits that are decided; the next digit."""
+        key, mask = self._key, self._mask
         key5 = Signal.like(key)
         digit = Signal(DIGIT)
-        equal, above = Signal(), Signal()
         m.d.sync += [
             key5.eq(key),
-            digit.eq(key.word_select(level, DIGIT)),
-            equal.eq(~((key ^ prefix) & mask).any()),
-            above.eq((key & mask) > prefix),
+            digit.eq(key.word_select(self._level, DIGIT)),
+            self._equal.eq(~((key ^ self._prefix) & mask).any()),
+            self._above.eq((key & mask) > self._prefix),
         ]
+        # 5: bits that are set in any key that is not decided.
+        with m.If(self._stages[4] & self._equal):
+            m.d.sync += self._live.eq(self._live | key5)
+        return digit
 
-        # 5: SCAN, COUNT: bits that are set in any key that is not decided.  COUNT: histogram of its digit.
-        live = Signal.like(key)
-        with m.If(at[5] & equal):
-            m.d.sync += live.eq(live | key5)
+    def _count(self, m: Module, digit: Signal) -> tuple[Signal, Signal, Signal, Signal]:
+        """5, COUNT: histogram of the digit; (bins that are not zero, the bin looked at, while high, its count)."""
+        count_bits = bits_for(self._config.head_dim)
         m.submodules.bins = bins = Memory(
-            shape=bits_for(head_dim), depth=1 << DIGIT, init=[], attrs={"ram_style": "distributed"})
-        bin_read, bin_write = bins.read_port(domain="comb"), bins.write_port()
-        used = Signal(1 << DIGIT)   # the others are zero
+            shape=count_bits, depth=1 << DIGIT, init=[], attrs={"ram_style": "distributed"})
+        read, write = bins.read_port(domain="comb"), bins.write_port()
+        used = Signal(1 << DIGIT)
         bin_number = Signal(DIGIT)
         looking = Signal()
-        members = Signal(bits_for(head_dim))
+        members = Signal(count_bits)
         m.d.comb += [
-            bin_read.addr.eq(Mux(looking, bin_number, digit)),
-            members.eq(Mux(used.bit_select(bin_read.addr, 1), bin_read.data, 0)),
-            bin_write.addr.eq(bin_read.addr),
-            bin_write.data.eq(members + 1),
-            bin_write.en.eq(at[5] & equal & (op == _Op.COUNT)),
+            read.addr.eq(Mux(looking, bin_number, digit)),
+            members.eq(Mux(used.bit_select(read.addr, 1), read.data, 0)),
+            write.addr.eq(read.addr),
+            write.data.eq(members + 1),
+            write.en.eq(self._stages[4] & self._equal & (self._op == _Op.COUNT)),
         ]
-        with m.If(bin_write.en):
-            m.d.sync += used.bit_select(bin_read.addr, 1).eq(1)
+        with m.If(write.en):
+            m.d.sync += used.bit_select(read.addr, 1).eq(1)
+        return used, bin_number, looking, members
 
-        # 5: SUM: above the threshold, or equal to it and among the first ones.
-        needed = Signal(bits_for(head_dim))   # of those that equal the prefix so far
-        left = Signal.like(needed)
-        sums_bits = MAGNITUDE_BITS + ceil_log2(head_dim)
-        part, whole = Signal(sums_bits), Signal(sums_bits)
+    def _choose(self, m: Module) -> None:
+        """5, SUM: above the threshold, or equal to it and among the first ones."""
         chosen = Signal()
-        m.d.comb += chosen.eq(above | (equal & left.any()))
+        equal = self._equal & self._left.any()
+        m.d.comb += chosen.eq(self._above | equal)
         m.d.sync += [
             self.chosen_valid.eq(0),
-            self.chosen.eq(numbers[5]),
+            self.chosen.eq(self._numbers[5]),
             self.chosen_index.eq(self.chosen_index + self.chosen_valid),
         ]
-        with m.If(at[5] & (op == _Op.SUM)):
+        with m.If(self._stages[4] & (self._op == _Op.SUM)):
             m.d.sync += [
-                left.eq(left - (equal & left.any())),
-                part.eq(part + Mux(chosen, magnitude5, 0)),
-                whole.eq(whole + magnitude5),
-                self.chosen_valid.eq(chosen & (row == 0)),
+                self._left.eq(self._left - equal),
+                self._part.eq(self._part + Mux(chosen, self._magnitudes[2], 0)),
+                self._whole.eq(self._whole + self._magnitudes[2]),
+                self.chosen_valid.eq(chosen & (self._row == 0)),
             ]
 
-        m.submodules.row_scale = row_scale = RowScale(sums_bits)
+    def _scale(self, m: Module) -> RowScale:
+        """The scale of a row whose sums are there."""
+        m.submodules.row_scale = row_scale = RowScale(len(self._part))
         m.d.comb += [
-            row_scale.i.payload.part.eq(part),
-            row_scale.i.payload.whole.eq(whole),
+            row_scale.i.payload.part.eq(self._part),
+            row_scale.i.payload.whole.eq(self._whole),
             row_scale.scale.eq(self.scale),
             row_scale.k_offset.eq(self.k_offset),
             self.scale_valid.eq(row_scale.valid),
             self.approximate.scale.eq(row_scale.scale_o),
             self.approximate.k_offset.eq(row_scale.k_offset_o),
         ]
-
-        def decide(value) -> None:
-            """Digit `level` of the threshold."""
-            m.d.sync += [
-                prefix.word_select(level, DIGIT).eq(value),
-                mask.word_select(level, DIGIT).eq((1 << DIGIT) - 1),
-                level.eq(level - 1),
-            ]
-
-        def begin_row() -> None:
-            m.d.sync += [left.eq(needed), part.eq(0), whole.eq(0)]
-            m.next = "pass"
-
-        with m.FSM(name="state"):
-            with m.State("pass"):
-                m.d.comb += issue.eq((op != _Op.SCAN) | (address != written))
-                with m.If(op == _Op.SCAN):
-                    m.d.sync += needed.eq(self.channels)
-                with m.If(issue & last_channel):
-                    with m.If((op == _Op.SCAN) & ~last_row):
-                        m.d.sync += row.eq(row + 1)
-                    with m.Else():
-                        m.next = "drain"
-            with m.State("drain"):
-                with m.If(~stages.any()):
-                    m.d.sync += bin_number.eq((1 << DIGIT) - 1)
-                    with m.Switch(op):
-                        with m.Case(_Op.SCAN):
-                            m.next = "level"
-                        with m.Case(_Op.COUNT):
-                            m.next = "bins"
-                        with m.Default():
-                            m.next = "divide"
-            with m.State("level"):
-                m.d.sync += [address.eq(0), row.eq(0), used.eq(0)]
-                with m.If(live.word_select(level, DIGIT).any()):
-                    m.d.sync += [live.eq(0), op.eq(_Op.COUNT)]
-                    m.next = "pass"
-                with m.Else():
-                    decide(0)
-                    with m.If(level == 0):
-                        m.next = "ready"
-            with m.State("bins"):
-                m.d.comb += looking.eq(1)
-                with m.If(members < needed):
-                    m.d.sync += [needed.eq(needed - members), bin_number.eq(bin_number - 1)]
-                with m.Else():
-                    decide(bin_number)
-                    m.next = "level"
-                    with m.If((members == needed) | (level == 0)):
-                        m.next = "ready"
-            with m.State("ready"):
-                m.d.sync += [op.eq(_Op.SUM), address.eq(0), row.eq(0)]
-                with m.If(self.go):
-                    begin_row()
-            with m.State("divide"):
-                m.d.comb += row_scale.i.valid.eq(1)
-                with m.If(row_scale.i.ready):
-                    m.d.sync += [self.scale_row.eq(row), row.eq(row + 1)]
-                    begin_row()
-                    with m.If(last_row):
-                        m.next = "last"
-            with m.State("last"):
-                with m.If(row_scale.valid):
-                    m.next = "done"
-            with m.State("done"):
-                m.d.comb += self.done.eq(1)
-        return ResetInserter(self.clear)(m)
+        return row_scale

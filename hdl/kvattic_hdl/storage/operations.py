@@ -10,7 +10,7 @@ from kvattic.spec.commands import STATUS_BITS, Opcode, Status
 from kvattic.spec.config import Config
 from kvattic.spec.registers import MAX_ENTRIES, QUEUES
 from kvattic_hdl.lib.interfaces import QUEUE_BITS, Shapes, operation_code
-from kvattic_hdl.storage.dram_reader import fetch_layout
+from kvattic_hdl.storage.page_reader import fetch_layout
 
 OUTSTANDING_BITS = bits_for(QUEUES * MAX_ENTRIES)
 """Bits of the number of operations under way: each has an entry of a completion ring."""

@@ -7,6 +7,8 @@ Amaranth hands RTLIL to Yosys, and Yosys writes Verilog.  Between and behind the
   after the line and the operator that it comes from (``ranker_88_add``).
 - ``src`` attributes stay, with paths from the package on, so that the text does not depend on where it was written.
 - All combinational blocks wake at time zero under Icarus, too (`waking`).
+- A synchronous reset stands in the clocked block, not in the next value (`clocked_resets`).
+- Equal initial contents of a memory are one loop (`looped_contents`).
 """
 
 import functools
@@ -43,6 +45,12 @@ _WOKEN = r"""reg {0};
   // verilator lint_on INITIALDLY"""
 _LONE = re.compile(r"always @\*\n( +[^\n;]+;)\n")
 """A block of one assignment, which Yosys writes without reading that register."""
+_RESET = re.compile(r"^    if \(rst\) begin\n      (?P<next>\S+) +=\s(?P<value>\S+);\n    end\n  end\n", re.MULTILINE)
+"""The end of a block that gives a register's next value."""
+_CLOCKED = re.compile(r"^  always @\(posedge clk\)\n    (?P<state>.+) <= (?P<next>\S+) ?;\n", re.MULTILINE)
+_CONTENTS = re.compile(
+    r"^  initial begin\n    (?P<memory>\S+ ?)\[0\] = (?P<value>\S+);\n"
+    r"(?:    (?P=memory)\[\d+\] = (?P=value);\n)+  end\n", re.MULTILINE)
 _YOSYS = re.compile(r"\\\$auto\$[^:\s]+:\d+:([^$\s]+)\$(\d+) ")
 """A wire that Yosys adds."""
 
@@ -166,6 +174,45 @@ def waking(text: str) -> str:
     return "".join(modules)
 
 
+def _with_clocked_resets(module: str) -> str:
+    values = {found["next"]: found["value"] for found in _RESET.finditer(module)}
+    clocked = {found["next"] for found in _CLOCKED.finditer(module)} & set(values)
+
+    def block(found: re.Match[str]) -> str:
+        return "  end\n" if found["next"] in clocked else found[0]
+
+    def register(found: re.Match[str]) -> str:
+        if found["next"] not in clocked:
+            return found[0]
+        state, following = found["state"], found["next"]
+        end = " " if following.startswith("\\") else ""  # an escaped name ends with a space
+        return (f"  always @(posedge clk)\n    if (rst) {state} <= {values[following]};\n"
+                f"    else {state} <= {following}{end};\n")
+
+    return _CLOCKED.sub(register, _RESET.sub(block, module))
+
+
+def clocked_resets(text: str) -> str:
+    """Verilog whose registers take their reset's value in the clocked block.
+
+    Where a module's `rst` is an input, what gives a next value would else depend on it, and so would all logic between
+    registers: a simulator would evaluate all of it anew for each change of the input.
+    """
+    return "".join(map(_with_clocked_resets, re.split(r"(?m)^(?=module )", text)))
+
+
+def looped_contents(text: str) -> str:
+    """Verilog with one loop where a memory's initial contents are all equal."""
+    def loop(found: re.Match[str]) -> str:
+        memory, words = found["memory"], found[0].count("\n") - 2
+        label = f"fill_{re.sub(r'[^A-Za-z0-9_]', '_', memory.strip())}"
+        return (f"  initial begin : {label}\n    integer {label}_at;\n"
+                f"    for ({label}_at = 0; {label}_at < {words}; {label}_at = {label}_at + 1)\n"
+                f"      {memory}[{label}_at] = {found['value']};\n  end\n")
+
+    return _CONTENTS.sub(loop, text)
+
+
 def _yosys_named(text: str) -> str:
     names = {wire: _unused(f"yosys_{kind.lower()}_{number}", text)
              for wire, kind, number in {(found[0], found[1], found[2]) for found in _YOSYS.finditer(text)}}
@@ -174,4 +221,5 @@ def _yosys_named(text: str) -> str:
 
 def verilog_of(rtlil: str) -> str:
     """The Verilog of Amaranth's RTLIL; what it changes is said above."""
-    return _yosys_named(waking(verilog._convert_rtlil_text(named(rtlil))))
+    text = looped_contents(clocked_resets(verilog._convert_rtlil_text(named(rtlil))))
+    return _yosys_named(waking(text))

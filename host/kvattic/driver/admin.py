@@ -1,9 +1,9 @@
-"""`Admin`: the commands that concern neither K and V nor flash: what the device is and counts, and who owns what."""
+"""`Admin`: commands about the device itself: its configuration, its counters, and the owners of zones and regions."""
 
 from collections.abc import Sequence as Series
 
+from kvattic.driver.diagnosis import explain
 from kvattic.driver.dispatcher import ADMIN, ATTEND, Dispatcher
-from kvattic.driver.jobs import explain
 from kvattic.errors import ConfigError, ConfigMismatchError, DeviceStatusError
 from kvattic.spec.commands import DATA_COMMAND, GRANT_COMMAND, IDENTIFY_BYTES, LINE_BYTES, Grant, Opcode, Status, lines
 from kvattic.spec.config import Config
@@ -29,15 +29,14 @@ class Admin:
         """The configuration that the device was built from.
 
         Raises:
-            ConfigMismatchError: it makes no sense to this library.
+            ConfigMismatchError: the reply cannot be parsed.
             DeviceStatusError: the device reports an error.
         """
         data = self._read_block(ADMIN, Opcode.IDENTIFY, IDENTIFY_BYTES)
         try:
             return Config.from_json(data.rstrip(b"\0").decode())
         except (ConfigError, ValueError, TypeError, KeyError) as error:
-            raise ConfigMismatchError(f"the device says of its configuration what this library does not know: "
-                                      f"{error}") from None
+            raise ConfigMismatchError(f"the device's configuration cannot be parsed: {error}") from None
 
     def counters(self) -> dict[str, int]:
         """The counters (`registers.COUNTERS`) by their names, read by a command among the others.
@@ -49,11 +48,10 @@ class Admin:
         return {register.name: int.from_bytes(data[8 * i : 8 * i + 8], "little") for i, register in enumerate(COUNTERS)}
 
     def _read_block(self, queue: int, opcode: Opcode, size: int) -> bytes:
-        """What a data command writes."""
+        """Run a data command; the block that it writes."""
 
         def fill(line: bytearray, address: int) -> bytes:
-            field = DATA_COMMAND["result"]
-            line[field.offset : field.offset + field.size] = address.to_bytes(field.size, "little")
+            DATA_COMMAND.put(line, result=address)
             return b""
 
         command = self._dispatcher.command(
@@ -65,14 +63,14 @@ class Admin:
         return data
 
     def permit(self, domain: int, permitted: bool) -> None:
-        """Whether commands of all queues may name a domain."""
+        """Permit or forbid all queues to name a domain."""
         self.grant(Grant.QUEUES, ALL_QUEUES if permitted else 0, 0, domain)
 
     def grant(self, kind: Grant, first: int, number: int, domain: int) -> None:
-        """Give something to a domain; no task goes on meanwhile, for allocators are in the middle of something.
+        """Give queues, zones or regions to a domain, while all tasks are paused: allocators call this midway.
 
         Raises:
-            DeviceStatusError: there is no such thing, or no such domain.
+            DeviceStatusError: the thing or the domain does not exist.
         """
         command = self._dispatcher.command(
             ADMIN, GRANT_COMMAND.pack(opcode=Opcode.GRANT, kind=kind, first=first, count=number, domain=domain),

@@ -1,20 +1,19 @@
-"""`Dispatcher`: owns the transport, its queues and the host memory, and knows what is under way.
+"""`Dispatcher`: owns the transport, its queues and the host memory, and tracks the commands under way.
 
 Host memory has the rings of all queues first, then the *arena*, from which blocks are taken for the queries, tables and
 results of the commands under way.  Commands that find no room wait in a backlog, in order.  docs/host.md explains it.
 """
 
-import struct
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from threading import RLock
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from kvattic.driver.futures import Future
+from kvattic.driver.futures import Future, all_done
 from kvattic.driver.rings import QueuePair
 from kvattic.errors import (
     CapacityError,
@@ -25,18 +24,15 @@ from kvattic.errors import (
     KvatticError,
     RequestError,
 )
-from kvattic.placement.allocator import DramAllocator
+from kvattic.placement.ranges import RangeAllocator
 from kvattic.spec.commands import (
-    COMPLETION,
     IDENTIFY_BYTES,
     LINE_BYTES,
     QUEUE_COMMAND,
     Completion,
-    CompletionFlag,
     Opcode,
     Status,
     lines,
-    unpack_state,
 )
 from kvattic.spec.registers import MAX_ENTRIES, Control, StatusBit
 from kvattic.support import forks
@@ -52,29 +48,28 @@ ADMIN_ENTRIES = 256
 UNKNOWN = 0xFFFF
 """Identifier of a completion whose command could not be read."""
 FALSE_ALARMS = 16
-"""How often in a row the interrupt line may be up without any completion: a wake-up of before may come late."""
-_COMPLETION = struct.Struct("<IIHHHHQQIIIII12x")
-assert list(COMPLETION.unpack(bytes(LINE_BYTES))) == [
-    "where", "flags", "head", "queue", "identifier", "state", "cycle", "beats", "starved", "barrier", "weights",
-    "scores", "idle"] and _COMPLETION.size == COMPLETION.size
+"""How often in a row the interrupt line may be up without a completion: an earlier wake-up may come late."""
+_IDENTIFIER = QUEUE_COMMAND["identifier"].place    # in every command
 
 Steps: TypeAlias = Generator[Iterable[Future[Any]], None, T]
-"""Work of many steps: yields the futures for which it waits; whether they failed, it asks them itself."""
+"""Work of many steps: yields the futures that it waits for, and checks itself whether they failed."""
 
 
 @dataclass(slots=True, eq=False)
 class Command(Generic[T]):
-    """A command on its way.
+    """A command under way.
 
     Attributes:
         queue: number of the queue.
-        line: what the device fetches, but for the identifier.
-        finish: turns completion and result block into the future's value; what it raises is the future's error.
+        line: what the device fetches, except for the identifier.
+        finish: makes the future's value of the completion and the result block; what it raises is the future's error.
         size: bytes of the block of host memory that it needs.
-        fill: called with `line` and the address of the block when it is about to be submitted: writes the addresses
-            into the one, and returns what the other begins with.
+        fill: called with `line` and the address of the block just before submission: writes the addresses into the
+            line, and returns the bytes that the block begins with.
         result: (offset in the block, bytes) of what the device writes.
         future: its answer.
+        serial: number in the order of submission; the dispatcher's.
+        block: first line of the block in the arena, None if it has none; the dispatcher's.
     """
 
     queue: int
@@ -84,12 +79,12 @@ class Command(Generic[T]):
     size: int = 0
     fill: Callable[[bytearray, int], bytes] | None = None
     result: tuple[int, int] = (0, 0)
-    _serial: int = field(default=0, init=False)
-    _block: int | None = field(default=None, init=False)   # first line in the arena
+    serial: int = field(default=0, init=False)
+    block: int | None = field(default=None, init=False)
 
 
 class Task(Future[T]):
-    """Work of many steps; its future is what it returns or raises."""
+    """Work of many steps; the future of what it returns or raises."""
 
     def __init__(self, driver: "Dispatcher", steps: Steps[T]) -> None:
         super().__init__(driver)
@@ -97,58 +92,56 @@ class Task(Future[T]):
         self._missing = 0
         self._dispatcher = driver
 
-    def _step(self) -> None:
-        """Go on until it waits for something."""
-        if self._finished:
+    def step(self) -> None:
+        """Run until it waits for a future."""
+        if self.finished:
             return
         dispatcher = self._dispatcher
-        dispatcher._stepping += 1
         try:
-            while True:
-                waiting = [future for future in next(self._steps) if not future._finished]
-                if waiting:
-                    break
+            with dispatcher.no_other_task():
+                while True:
+                    waiting = [future for future in next(self._steps) if not future.finished]
+                    if waiting:
+                        break
         except StopIteration as end:
-            self._finish(end.value)
+            self.set_result(end.value)
             return
         except BaseException as error:
-            self._fail(error)
+            self.set_exception(error)
             if isinstance(error, DeviceLostError):
-                dispatcher._break(error)
+                dispatcher.abandon(error)
             if not isinstance(error, Exception):
                 raise
             return
-        finally:
-            dispatcher._stepping -= 1
         self._missing = len(waiting)
         for future in waiting:
-            future._subscribe(self._one_less)
+            future.subscribe(self._count_down)
 
-    def _one_less(self) -> None:
+    def _count_down(self) -> None:
         self._missing -= 1
         if self._missing == 0:
-            self._step()
+            self.step()
 
 
 class Dispatcher:
     """Submits commands and takes their completions.
 
-    Whatever goes wrong with the device itself (it does not answer, or nonsense, or it is gone) fails everything that is
-    under way, and every further call until `reset`.
+    A failure of the device itself (no answer, an invalid answer, or it is gone) fails everything under way, and every
+    further call until `reset`.
 
     Args:
         transport: the way to the device.
-        timeout_s: patience without any completion, in seconds of wall-clock time.
+        timeout_s: seconds of wall-clock time without any completion after which the device counts as broken.
         entries: of the rings of queues 1 and 2, a power of two; less if the host memory is small.
 
     Attributes:
         transport, timeout_s: the same.
-        lock: held by whoever uses anything of the device.
+        lock: to be held while anything of the device is used.
         arena_bytes: host memory that a single command can have, at most.
 
     Raises:
-        RequestError: entries is no power of two from 2 to MAX_ENTRIES.
-        CapacityError: the host memory does not even hold the smallest rings.
+        RequestError: entries is not a power of two from 2 to MAX_ENTRIES.
+        CapacityError: the host memory does not hold even the smallest rings.
     """
 
     def __init__(self, transport: Transport, *, timeout_s: float, entries: int) -> None:
@@ -179,14 +172,14 @@ class Dispatcher:
         self._serials = count(1)
         self._identifier = 0
         self._serial = 0
-        self._stepping = 0
-        self._quiet = 0
+        self._in_step = 0           # steps of tasks that are running, one inside of the other
+        self._tasks_paused = 0      # calls of `finish`
         self._threshold = 1
         self._stale_status = False  # MEDIA_ERROR or BUS_ERROR may be set in STATUS: cleared when the next work begins
         self._waited = 0.0      # seconds spent waiting since the last completion
         self._alarms = 0        # wake-ups since then
         self._broken: KvatticError | None = None
-        self._arena = DramAllocator(self._lines)
+        self._arena = RangeAllocator(self._lines)
         forks.watch(self)
 
     def forked_in_use(self) -> None:
@@ -222,7 +215,7 @@ class Dispatcher:
         for number, entries in enumerate(self._sizes):
             self._queues.append(QueuePair(transport, number, entries, at * LINE_BYTES, (at + entries) * LINE_BYTES))
             at += 2 * entries
-        self._arena = DramAllocator(self._lines)
+        self._arena = RangeAllocator(self._lines)
         self._threshold = 1
         self._stale_status = False
         self._waited, self._alarms = 0.0, 0
@@ -244,15 +237,15 @@ class Dispatcher:
                                         f"{completion.where}", completion)
 
     def abandon(self, error: KvatticError) -> None:
-        """Fail everything that is under way, and all further calls."""
+        """Fail everything under way, and all further calls until `reset`."""
         with self.lock:
             self._break(error)
 
     def check(self) -> None:
-        """Whether the device can be used.
+        """Refuse to go on if the device cannot be used.
 
         Raises:
-            DeviceTimeoutError, DeviceStatusError, DeviceLostError: what was wrong with it.
+            DeviceTimeoutError, DeviceStatusError, DeviceLostError: what is wrong with it.
         """
         if self._broken is not None:
             raise _again(self._broken)
@@ -287,10 +280,10 @@ class Dispatcher:
                 raise
 
     def start(self, steps: Steps[T]) -> Task[T]:
-        """Begin work of many steps; its first one is done before this returns."""
+        """Begin work of many steps; it has run up to its first wait when this returns."""
         with self.lock:
             task = Task(self, steps)
-            task._step()
+            task.step()
             return task
 
     def _pump(self) -> None:
@@ -299,7 +292,7 @@ class Dispatcher:
             self._stale_status = False
             self.transport.write_register("STATUS", StatusBit.MEDIA_ERROR | StatusBit.BUS_ERROR)
         for queue, backlog, lost in zip(self._queues, self._backlog, self._lost, strict=True):
-            # After a command that could not be read nothing more is sent, so that it is known in the end which it was.
+            # After a command that could not be read nothing more is sent, so that the one left over is known to be it.
             while backlog and queue.room and not lost:
                 if not self._push(queue, backlog[0]):
                     break
@@ -307,35 +300,35 @@ class Dispatcher:
             queue.ring()
 
     def _push(self, queue: QueuePair, command: Command[Any]) -> bool:
-        """Whether there was room for its block."""
+        """Put a command into its ring, unless there is no room for its block; whether it was."""
         if command.size:
             try:
-                command._block = self._arena.allocate(lines(command.size))
+                command.block = self._arena.allocate(lines(command.size))
             except CapacityError:
                 return False
         if command.fill is not None:
-            address = 0 if command._block is None else (self._base + command._block) * LINE_BYTES
+            address = 0 if command.block is None else (self._base + command.block) * LINE_BYTES
             try:
                 image = command.fill(command.line, address)
             except (RequestError, OverflowError) as error:
                 self._give_back(command)
-                command.future._fail(error)
+                command.future.set_exception(error)
                 return True
             if image:
                 self.transport.write_memory(address, image)
         while self._identifier in self._in_flight or self._identifier == UNKNOWN:
             self._identifier = (self._identifier + 1) & 0xFFFF
-        command.line[2:4] = self._identifier.to_bytes(2, "little")
-        command._serial = self._serial = next(self._serials)
+        command.line[_IDENTIFIER] = self._identifier.to_bytes(2, "little")
+        command.serial = self._serial = next(self._serials)
         self._in_flight[self._identifier] = command
         self._identifier = (self._identifier + 1) & 0xFFFF
         queue.push(bytes(command.line))
         return True
 
     def _give_back(self, command: Command[Any]) -> None:
-        if command._block is not None:
-            self._arena.free(command._block)
-            command._block = None
+        if command.block is not None:
+            self._arena.free(command.block)
+            command.block = None
 
     # Completions.
 
@@ -346,7 +339,7 @@ class Dispatcher:
 
     @property
     def working(self) -> bool:
-        """Whether anything was submitted and did not end."""
+        """Whether any submitted command has not ended."""
         return bool(self._in_flight) or any(self._backlog)
 
     @property
@@ -355,7 +348,7 @@ class Dispatcher:
         return sum(map(len, self._backlog))
 
     def poll(self) -> int:
-        """Take the completions that are there, without waiting.
+        """Take the completions that have come, without waiting.
 
         Returns:
             How many there were.
@@ -390,9 +383,10 @@ class Dispatcher:
 
     def _take(self, queue: QueuePair, entry: bytes) -> None:
         try:
-            completion = unpack_completion(entry)
+            completion = Completion.unpack(entry)
         except ValueError:
-            raise DeviceStatusError(f"queue {queue.number}: a completion makes no sense: {entry.hex()}", None) from None
+            raise DeviceStatusError(f"queue {queue.number}: a completion cannot be decoded: {entry.hex()}",
+                                    None) from None
         if completion.queue != queue.number:
             raise DeviceStatusError(f"queue {queue.number}: a completion of queue {completion.queue} is in its ring, "
                                     f"for command {completion.identifier}", completion)
@@ -407,7 +401,7 @@ class Dispatcher:
             self._end(completion.identifier, completion)
 
     def _settle_lost(self, queue: QueuePair) -> None:
-        """When all others have answered, those that are left are the commands that could not be read."""
+        """Commands that are left when all others have answered are those that could not be read."""
         lost = self._lost[queue.number]
         if lost and queue.outstanding == 0:
             left = [i for i, command in self._in_flight.items() if command.queue == queue.number]
@@ -419,30 +413,43 @@ class Dispatcher:
         command = self._in_flight.pop(identifier)
         offset, size = command.result
         data = b""
-        if size and completion.status is Status.OK and command._block is not None:
-            data = self.transport.read_memory((self._base + command._block) * LINE_BYTES + offset, size)
+        if size and completion.status is Status.OK and command.block is not None:
+            data = self.transport.read_memory((self._base + command.block) * LINE_BYTES + offset, size)
         self._give_back(command)
         if completion.status in (Status.BUS_ERROR, Status.UNREADABLE_KEY, Status.UNREADABLE_VALUE,
                                  Status.UNREADABLE_SKETCH):
             self._stale_status = True
         try:
-            command.future._finish(command.finish(completion, data))
+            command.future.set_result(command.finish(completion, data))
         except KvatticError as error:
-            command.future._fail(error)
+            command.future.set_exception(error)
 
     # Afterwards.
 
     def defer(self, action: Callable[[], object]) -> None:
-        """Call something when the completions at hand are taken."""
+        """Call `action` once the completions at hand are taken."""
         self._ready.append(action)
 
+    @contextmanager
+    def no_other_task(self) -> Iterator[None]:
+        """A block in which no deferred action, and so no other task, runs: for the step of a task."""
+        self._in_step += 1
+        try:
+            yield
+        finally:
+            self._in_step -= 1
+
+    @property
+    def _may_run_action(self) -> bool:
+        """Whether an action is due and none of the callers forbids it: an allocator that erases waits midway."""
+        return bool(self._retired or self._ready) and not self._in_step and not self._tasks_paused
+
     def _run_ready(self) -> None:
-        # Steps that wait themselves (erasing inside the allocator) do not let others in.
-        while (self._retired or self._ready) and not self._stepping and not self._quiet:
+        while self._may_run_action:
             (self._retired or self._ready).popleft()()
 
     def retire(self, action: Callable[[], object]) -> None:
-        """Call something as soon as all commands that are in flight now have ended."""
+        """Call `action` as soon as all commands that are in flight now have ended."""
         if self._in_flight:
             self._retiring.append((self._serial, action))
         else:
@@ -450,88 +457,115 @@ class Dispatcher:
 
     @property
     def retiring(self) -> bool:
-        """Whether anything waits for commands in flight to end."""
+        """Whether an action of `retire` is pending."""
         return bool(self._retiring or self._retired)
 
     def barrier(self) -> Future[None]:
         """Done when all commands that are in flight now have ended."""
         future: Future[None] = Future(self)
-        self.retire(lambda: future._finish(None))
+        self.retire(lambda: future.set_result(None))
         return future
 
     def _retire(self) -> None:
-        oldest = next(iter(self._in_flight.values()))._serial if self._in_flight else None
+        oldest = next(iter(self._in_flight.values())).serial if self._in_flight else None
         while self._retiring and (oldest is None or self._retiring[0][0] < oldest):
             self._retired.append(self._retiring.popleft()[1])
 
     # Waiting.
 
     def finish(self, future: Future[T], timeout_s: float | None = None) -> T:
-        """The result of a command's future; meanwhile no task goes on.
+        """Wait for a command's future while all tasks are paused; its result.
 
         Raises:
-            DeviceTimeoutError: no completion came in `timeout_s`, the device's patience if None.
+            DeviceTimeoutError: no completion came in `timeout_s`, the device's timeout if None.
         """
         with self.lock:
-            self._quiet += 1
+            self._tasks_paused += 1
             try:
-                self.drive(lambda: future._finished, patience_s=timeout_s)
+                self.drive(lambda: future.finished, patience_s=timeout_s)
             finally:
-                self._quiet -= 1
+                self._tasks_paused -= 1
             return future.result()
 
     def drive(self, until: Callable[[], bool], timeout_s: float | None = None,
               patience_s: float | None = None) -> None:
-        """Take completions until something is the case.
+        """Take completions until a condition holds.
 
         Args:
-            until: what.
-            timeout_s: patience with all of it, afterwards everything goes on.
-            patience_s: patience without any completion, the device's if None: afterwards the device counts as broken.
+            until: the condition.
+            timeout_s: seconds after which this call gives up; what is under way goes on.
+            patience_s: seconds without any completion after which the device counts as broken; its timeout if None.
 
         Raises:
-            DeviceTimeoutError: patience is at its end.
+            DeviceTimeoutError: one of the two times is over.
             DeviceStatusError, DeviceLostError: the device does not work.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         patience = self.timeout_s if patience_s is None else patience_s
         while True:
             with self.lock:
-                if self._turn(until, patience, deadline):
+                if self._run_once(until, patience, deadline):
                     return
                 if deadline is not None and time.monotonic() >= deadline:
                     raise DeviceTimeoutError(f"not done within {timeout_s:g} s; {self.in_flight} commands are under "
                                              f"way, {self.waiting} wait")
-            time.sleep(0)   # another thread's turn
+            time.sleep(0)   # let another thread have the lock
+
+    def drive_futures(self, futures: Sequence[Future[Any]], patience_s: float | None = None,
+                      progress: Callable[[int, int], object] | None = None) -> None:
+        """Wait until all futures are done, or have failed.
+
+        Args:
+            futures: of this dispatcher.
+            patience_s: as for `drive`.
+            progress: called with the number of finished futures at the front, and of all, when that changes.
+
+        Raises:
+            DeviceTimeoutError, DeviceStatusError, DeviceLostError: see `drive`; not if it has failed all futures.
+        """
+        ready = all_done(futures, progress)
+        try:
+            self.drive(ready, patience_s=patience_s)
+        except KvatticError:
+            if not ready():
+                raise
 
     def advance(self, until: Callable[[], bool], slice_s: float) -> None:
-        """Take completions; wait for some for a while if there are none."""
+        """Take completions; if there are none, wait up to `slice_s` seconds for some."""
         with self.lock:
-            self._turn(until, self.timeout_s, time.monotonic() + slice_s)
+            self._run_once(until, self.timeout_s, time.monotonic() + slice_s)
 
-    def _turn(self, until: Callable[[], bool], patience_s: float, deadline: float | None) -> bool:
-        """Take completions, wait once if there are none; whether it is the case now."""
+    def _run_once(self, until: Callable[[], bool], patience_s: float, deadline: float | None) -> bool:
+        """Take completions, and wait once if there are none; whether the condition holds now."""
         if isinstance(self._broken, ForkedError):
             raise _again(self._broken)
         self._run_ready()
         if until():
             return True
+        self._ensure_in_flight()
+        if not self._reap():
+            self._wait_and_reap(patience_s, deadline)
+        self._run_ready()
+        return until()
+
+    def _ensure_in_flight(self) -> None:
+        """Submit what waits; raise if no completion can ever come."""
         if not self._in_flight:
             self._pump()
         if not self._in_flight:
             if self._broken is not None:
                 raise _again(self._broken)
-            raise KvatticError("this waits for something that nothing under way will bring about")
+            raise KvatticError("deadlock: no command in flight can complete this wait")
+
+    def _wait_and_reap(self, patience_s: float, deadline: float | None) -> None:
+        """Wait for completions once, take them, and count the time if there are none."""
+        begin = time.monotonic()
+        rest = max(patience_s - self._waited, 0.0)
+        if deadline is not None:
+            rest = min(rest, max(deadline - begin, 0.0))
+        self._wait(rest, begin, patience_s, deadline)
         if not self._reap():
-            begin = time.monotonic()
-            rest = max(patience_s - self._waited, 0.0)
-            if deadline is not None:
-                rest = min(rest, max(deadline - begin, 0.0))
-            self._wait(rest, begin, patience_s, deadline)
-            if not self._reap():
-                self._waited += time.monotonic() - begin
-        self._run_ready()
-        return until()
+            self._waited += time.monotonic() - begin
 
     def _wait(self, rest: float, begin: float, patience_s: float, deadline: float | None) -> None:
         """Wait for the interrupt line until the caller's deadline, or the end of patience with the device."""
@@ -559,7 +593,7 @@ class Dispatcher:
                 f"completion{self._diagnosis()}", None))
 
     def _diagnosis(self) -> str:
-        """What the device says of itself, when it does not answer."""
+        """What the registers of a device say that does not answer."""
         with suppress(KvatticError):
             status = StatusBit(self.transport.read_register("STATUS"))
             text = f"; STATUS is {status!r}"
@@ -575,7 +609,7 @@ class Dispatcher:
         raise error
 
     def _break(self, error: KvatticError) -> None:
-        """The device is not to be trusted: everything under way fails."""
+        """Fail everything under way: the device cannot be trusted."""
         if self._broken is None:
             self._broken = error
         failed = [*self._in_flight.values(), *(command for backlog in self._backlog for command in backlog)]
@@ -584,33 +618,18 @@ class Dispatcher:
             backlog.clear()
             lost.clear()
         for queue in self._queues:
-            queue.outstanding = 0
-            queue._pushed.clear()
+            queue.abandon()
         for command in failed:
-            command._block = None
-            command.future._fail(_again(error))
+            command.block = None
+            command.future.set_exception(_again(error))
         self._retire()
-        while (self._retired or self._ready) and not self._stepping and not self._quiet:
+        while self._may_run_action:
             with suppress(KvatticError):
                 (self._retired or self._ready).popleft()()
 
 
-def unpack_completion(entry: bytes) -> Completion:
-    """Decode 64 bytes; as `Completion.unpack`, but faster.
-
-    Raises:
-        ValueError: there is no such status.
-    """
-    (where, flags, head, queue, identifier, state, cycle, beats, starved, barrier, weights, scores,
-     idle) = _COMPLETION.unpack(entry)
-    return Completion(
-        status=unpack_state(state), queue=queue, head=head, identifier=identifier, flags=CompletionFlag(flags),
-        where=where, cycle=cycle, beats=beats, starved=starved, barrier=barrier, weights=weights, scores=scores,
-        idle=idle)
-
-
 def _again(error: KvatticError) -> KvatticError:
-    """The same error once more, for another who must know of it."""
+    """A copy of an error, for another future."""
     if isinstance(error, DeviceStatusError):
         return DeviceStatusError(str(error), error.completion)
     return type(error)(str(error))

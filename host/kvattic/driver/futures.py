@@ -1,4 +1,4 @@
-"""`Future`: the answer to something that the device does meanwhile."""
+"""`Future`: the answer to a command or task that is under way."""
 
 import asyncio
 import time
@@ -16,21 +16,21 @@ T = TypeVar("T")
 Result = TypeVar("Result", covariant=True)
 
 SERVE_S = 0.25
-"""How long one turn of `wait` is, in seconds: Ctrl-C is heard after one."""
+"""Seconds of one turn of `wait`: Ctrl-C takes effect after one."""
 SLICE_S = 0.02
-"""How long one turn of an awaiting asyncio task may hold the device, in seconds."""
+"""Seconds that one turn of an awaiting asyncio task may hold the device."""
 
 
 class Driver(Protocol):
-    """Who makes futures come true (`dispatcher.Dispatcher`)."""
+    """Completes futures (`dispatcher.Dispatcher`)."""
 
     @property
     def lock(self) -> RLock:
-        """Held by whoever changes anything."""
+        """Held while anything changes."""
         ...
 
     def drive(self, until: Callable[[], bool], timeout_s: float | None = None) -> None:
-        """Take completions until something is the case; DeviceTimeoutError if it is not after `timeout_s`."""
+        """Take completions until a condition holds; DeviceTimeoutError if it does not within `timeout_s`."""
         ...
 
     def advance(self, until: Callable[[], bool], slice_s: float) -> None:
@@ -38,16 +38,16 @@ class Driver(Protocol):
         ...
 
     def defer(self, action: Callable[[], object]) -> None:
-        """Call something when the completions at hand are taken."""
+        """Call `action` once the completions at hand are taken."""
         ...
 
     def poll(self) -> int:
-        """Take the completions that are there."""
+        """Take the completions that have come."""
         ...
 
 
 class Future(Generic[T]):
-    """The answer to something that the device does meanwhile.
+    """The answer to a command or task that is under way.
 
     Nothing runs in the background on the host: completions are taken when somebody waits for any future of the device,
     asks one whether it is `done`, or calls `Device.poll`.
@@ -58,28 +58,28 @@ class Future(Generic[T]):
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
         self._finished = False
-        self._seen = False      # somebody knows the error
+        self._retrieved = False     # somebody has seen the error
         self._value: T | None = None
         self._error: BaseException | None = None
         self._callbacks: list[Callable[[], object]] = []
 
     def done(self) -> bool:
-        """Whether it is there, be it an error; takes completions without waiting for them."""
+        """Whether the answer, or an error, is there; takes completions without waiting for them."""
         with self._driver.lock:
             if not self._finished:
-                with suppress(KvatticError):    # which is everybody's, and then this one's, too
+                with suppress(KvatticError):    # an error of the device fails this future, too
                     self._driver.poll()
             return self._finished
 
     def result(self, timeout_s: float | None = None) -> T:
-        """The answer; waits for it.
+        """Wait for the answer and return it.
 
         Args:
-            timeout_s: patience, in seconds of wall-clock time; afterwards the future is still good.  If None, as long
-                as the device answers anything within its own patience.
+            timeout_s: seconds of wall-clock time to wait; the future can be waited for again afterwards.  If None, as
+                long as the device answers anything within its own timeout.
 
         Raises:
-            DeviceTimeoutError: it did not come in time.
+            DeviceTimeoutError: the answer did not come in time.
             BaseException: what went wrong.
         """
         if error := self.exception(timeout_s):
@@ -90,7 +90,7 @@ class Future(Generic[T]):
         """What went wrong, None if nothing did; waits as `result` does.
 
         Raises:
-            DeviceTimeoutError: it did not come in time.
+            DeviceTimeoutError: the answer did not come in time.
         """
         if not self._finished:
             try:
@@ -98,13 +98,13 @@ class Future(Generic[T]):
             except KvatticError:
                 if not self._finished:
                     raise
-        self._seen = True
+        self._retrieved = True
         return self._error
 
     def add_done_callback(self, callback: "Callable[[Future[T]], object]") -> None:
-        """Call back with the future when it is done, soon if it is already.
+        """Call `callback` with the future when it is done; at once if it is already.
 
-        It is called in the thread that takes the completions, which holds the device's lock; what it raises ends that
+        It runs in the thread that takes the completions, which holds the device's lock; what it raises ends that
         thread's call.
         """
         with self._driver.lock:
@@ -122,14 +122,36 @@ class Future(Generic[T]):
             await asyncio.to_thread(self._driver.advance, lambda: self._finished, SLICE_S)
         return self.result()
 
-    # For those who answer; under the driver's lock.
+    # For the driver, under its lock.
 
-    def _finish(self, value: T) -> None:
+    @property
+    def driver(self) -> Driver:
+        """What completes it."""
+        return self._driver
+
+    @property
+    def finished(self) -> bool:
+        """Whether the answer, or an error, is known; unlike `done`, takes no completions."""
+        return self._finished
+
+    @property
+    def value(self) -> T | None:
+        """The answer; None if it is not known, or an error."""
+        return self._value
+
+    @property
+    def error(self) -> BaseException | None:
+        """What went wrong, as far as is known; does not count as retrieved."""
+        return self._error
+
+    def set_result(self, value: T) -> None:
+        """Complete the future; later answers are dropped."""
         if not self._finished:
             self._value = value
             self._end()
 
-    def _fail(self, error: BaseException) -> None:
+    def set_exception(self, error: BaseException) -> None:
+        """Complete the future with an error; later answers are dropped."""
         if not self._finished:
             self._error = error
             self._end()
@@ -140,39 +162,39 @@ class Future(Generic[T]):
         for callback in callbacks:
             self._driver.defer(callback)
 
-    def _subscribe(self, action: Callable[[], object]) -> None:
-        """Call when done; not now."""
+    def subscribe(self, action: Callable[[], object]) -> None:
+        """Call `action` when done, but never during this call."""
         if self._finished:
             self._driver.defer(action)
         else:
             self._callbacks.append(action)
 
-    def _unheard(self) -> BaseException | None:
-        """An error that nobody knows of; now somebody does."""
-        if self._seen or self._error is None:
+    def take_unretrieved_error(self) -> BaseException | None:
+        """The error if nobody has seen it yet; it counts as retrieved then."""
+        if self._retrieved or self._error is None:
             return None
-        self._seen = True
+        self._retrieved = True
         return self._error
 
 
 def wait(futures: Iterable[Future[Any]], timeout_s: float | None = None) -> None:
-    """Wait until futures are done, be it with errors, of any devices, for all of these at once.
+    """Wait until all futures are done, or have failed; they may belong to several devices.
 
-    Not to be called by a future's callback.
+    Do not call it from a future's callback.
 
     Args:
-        futures: for what to wait.
-        timeout_s: patience with each device, in seconds of wall-clock time; its own if None.
+        futures: to wait for.
+        timeout_s: seconds of wall-clock time that each device has; its own timeout if None.
 
     Raises:
-        RequestError: something is no future.
+        RequestError: an item is not a future.
         DeviceTimeoutError: one was not done in time.
     """
     by_driver: dict[int, list[Future[Any]]] = {}
     for future in futures:
         if not isinstance(future, Future):
             raise RequestError(f"wait takes futures, not {future!r}")
-        by_driver.setdefault(id(future._driver), []).append(future)
+        by_driver.setdefault(id(future.driver), []).append(future)
 
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     stop = Event()
@@ -184,9 +206,9 @@ def wait(futures: Iterable[Future[Any]], timeout_s: float | None = None) -> None
             if rest <= 0:
                 raise DeviceTimeoutError(f"not done within {timeout_s:g} s")
             try:
-                group[0]._driver.advance(ready, rest)
+                group[0].driver.advance(ready, rest)
             except KvatticError:
-                # If it was the device, they all know.
+                # An error of the device has failed them all.
                 if not ready():
                     raise
 
@@ -206,18 +228,18 @@ def wait(futures: Iterable[Future[Any]], timeout_s: float | None = None) -> None
 
 def all_done(futures: Sequence[Future[Any]],
              progress: Callable[[int, int], object] | None = None) -> Callable[[], bool]:
-    """A function that says whether all are done; those that were are not asked again.
+    """A function that says whether all futures are done; it does not look at finished ones again.
 
     Args:
-        futures: which.
-        progress: hears how many of the first ones are, and how many there are, when that changes.
+        futures: to look at.
+        progress: called with the number of finished futures at the front, and of all, when that changes.
     """
     done = 0
 
     def ready() -> bool:
         nonlocal done
         before = done
-        while done < len(futures) and futures[done]._finished:
+        while done < len(futures) and futures[done].finished:
             done += 1
         if progress is not None and done > before:
             progress(done, len(futures))

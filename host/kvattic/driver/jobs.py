@@ -1,51 +1,51 @@
-"""What crosses to the device and back: flash commands, jobs, plans and their results; and what a status means."""
+"""What goes to the device: flash commands and jobs, and their bytes."""
 
-import math
-from collections.abc import Callable
 from collections.abc import Sequence as Series
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvattic.errors import KvatticError, RangeError, RequestError
-from kvattic.merge import Partial, merge
-from kvattic.placement.allocator import COMMON_DOMAIN
+from kvattic.errors import RequestError
+from kvattic.placement.domains import COMMON_DOMAIN
 from kvattic.spec import layout
+from kvattic.spec.blocks import Queries, pack_queries, pack_table, put_column
 from kvattic.spec.commands import (
     COMMAND,
     FLASH_COMMAND,
     LINE_BYTES,
-    ROW,
     SKETCH_ENTRY,
     TABLE_ENTRY,
-    TRAILER,
-    Completion,
-    CompletionFlag,
-    Field,
     Mode,
     Opcode,
-    Status,
     fp32_block_bytes,
     lines,
     query_row_bytes,
     result_row_bytes,
 )
-from kvattic.spec.config import ELEMENT_BYTES
-from kvattic.spec.formats import SCORE_FRACTION, SCORE_MAX, VALUE_FRACTION
+from kvattic.spec.elements import Bits
 
-if TYPE_CHECKING:
-    from kvattic.driver.sequence import Sequence
-
-__all__ = ["AttendPlan", "AttendResult", "FlashOperation", "Job", "JobResult", "explain"]
+__all__ = [
+    "MAX_LOCAL_TOKENS",
+    "MAX_SINKS",
+    "MAX_STRIPES",
+    "MAX_UNITS",
+    "FlashOperation",
+    "Job",
+    "check_blocks",
+    "fill_command",
+    "job_bytes",
+    "pack_command",
+    "pack_operations",
+    "table_bytes",
+]
 
 MAX_STRIPES = (1 << 8 * COMMAND["stripes"].size) - 1
+MAX_UNITS = (1 << 8 * COMMAND["top_units"].size) - 1
+MAX_LOCAL_TOKENS = (1 << 8 * COMMAND["local_tokens"].size) - 1
 MAX_SINKS = (1 << 8 * COMMAND["sinks"].size) - 1
-
-Bits: TypeAlias = NDArray[np.uint16]
-Bytes: TypeAlias = NDArray[np.uint8]
-Integers: TypeAlias = NDArray[np.int64]
+"""What the fields of a command hold, at most."""
 
 
 class FlashOperation(NamedTuple):
@@ -56,7 +56,7 @@ class FlashOperation(NamedTuple):
         channel: flash channel.
         page: page number on the channel.
         argument: PROGRAM: page of device DRAM; MAP: block; otherwise 0.
-        domain: PROGRAM, ERASE: owner of the places; ERASE: 0 if nobody shall ask for it.
+        domain: PROGRAM, ERASE: owner of the places; ERASE: 0 skips the check.
     """
 
     opcode: Opcode
@@ -82,12 +82,12 @@ class Job:
         tree_token: first token of the draft tree, end_token where there is none.
         scale_bits: fp32 bit pattern of softmax scale * log2(e).
         mode: which tokens are attended; the fields below are for the sparse modes.
-        channels: SPARF, FETCHED: channels of the first pass, the paper's r.
-        units: units that are attended beside those of the tail, the paper's k.
-        local: newest tokens that are attended in any case; their units count among `units`.
-        sinks: first tokens of the sequence that are attended in any case; likewise.
+        features: SPARF, FETCHED: features that the first pass reads, the paper's r.
+        top_units: units that are attended beside those of the tail, the paper's k.
+        local_tokens: newest tokens that are always attended; their units count among `top_units`.
+        sinks: first tokens of the sequence that are always attended; likewise.
         whole: stripes of the table from this one on are attended whole, wherever they lie, and scored exactly in the
-            first pass; they do not count in `units`.  Those in device DRAM are so in any case.
+            first pass; they do not count in `top_units`.  Those in device DRAM always are.
         unit_bits: FETCHED, CENTROID: log2 of the codewords of a unit.
         mean: SPARF, FETCHED: uint32, (head_dim,), fp32 bit patterns of the mean of V; None if there is none.
         sketch: uint64, an entry for each stripe (`layout.pack_sketches`); read like the table.  None in DENSE.
@@ -106,9 +106,9 @@ class Job:
     tree_token: int
     scale_bits: int
     mode: Mode = Mode.DENSE
-    channels: int = 0
-    units: int = 0
-    local: int = 0
+    features: int = 0
+    top_units: int = 0
+    local_tokens: int = 0
     sinks: int = 0
     whole: int = MAX_STRIPES
     unit_bits: int = 0
@@ -123,242 +123,6 @@ class Job:
         return len(self.query)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class JobResult:
-    """What the device wrote for one job; the arrays mean nothing unless completion.status is OK.
-
-    Attributes:
-        bits: uint32, (rows, head_dim), fp32 bit patterns of the output.
-        maximum: int64, (rows,), largest score, log2 domain, SCORE_FRACTION fractional bits.
-        denominator: uint64, (rows,), sum of the weights, VALUE_FRACTION fractional bits.
-        completion: the completion entry.
-    """
-
-    bits: NDArray[np.uint32]
-    maximum: Integers
-    denominator: NDArray[np.uint64]
-    completion: Completion
-
-    @property
-    def partial(self) -> Partial:
-        """What `kvattic.merge.merge` takes."""
-        return Partial(
-            self.bits.view(np.float32).astype(np.float64),
-            self.maximum,
-            self.denominator.astype(np.float64),
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class AttendResult:
-    """Attention of one call.
-
-    In the sparse modes maximum, denominator and lse are of the tokens that were attended, with their exact scores, so
-    less than those of all tokens.  In sparf and fetched the output is alpha * softmax(...) V over these tokens plus
-    (1 - alpha) * mean of V, alpha being their share in the approximate softmax, which is not reported.  So results over
-    parts of a sequence cannot be merged by lse in these two.
-
-    Attributes:
-        output: float32, (q_heads, n_queries, head_dim); zero where a query attends nothing.
-        maximum: int64, (q_heads, n_queries), largest score, log2 domain, SCORE_FRACTION fractional
-            bits; SCORE_MASKED where a query attends nothing.
-        denominator: uint64, (q_heads, n_queries), sum of 2**(score - maximum), VALUE_FRACTION
-            fractional bits.  The device's own integer when one job served the query; about 1e-7
-            off it where token ranges were merged, as the weights' rounding differs.
-        completions: one for each job, in the order of the jobs: by KV head, then query rows, then
-            token range.
-    """
-
-    output: NDArray[np.float32]
-    maximum: Integers
-    denominator: NDArray[np.uint64]
-    completions: list[Completion]
-
-    @property
-    def bits(self) -> NDArray[np.uint32]:
-        """uint32, (q_heads, n_queries, head_dim), bit patterns of the output."""
-        return self.output.view(np.uint32)
-
-    @property
-    def lse(self) -> NDArray[np.float64]:
-        """float64, (q_heads, n_queries), log(sum of exp(scale * q.k)); -inf for no token."""
-        with np.errstate(divide="ignore"):
-            log2 = self.maximum / (1 << SCORE_FRACTION) + np.log2(self.denominator) - VALUE_FRACTION
-        result: NDArray[np.float64] = log2 * math.log(2)
-        return result
-
-    @property
-    def flags(self) -> CompletionFlag:
-        """Everything that happened in any of the jobs."""
-        flags = CompletionFlag(0)
-        for completion in self.completions:
-            flags |= completion.flags
-        return flags
-
-
-class Part(NamedTuple):
-    """Rows of a plan, and the jobs (one for each token range) that serve them."""
-
-    kv_head: int
-    rows: slice
-    jobs: range
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class AttendPlan:
-    """The jobs of one attention call, not yet run.
-
-    Made by `Sequence.plan`, run by `Device.attend_many`.  It covers the tokens that the sequence had when it was made,
-    wherever they lie when it is run.
-
-    Attributes:
-        sequence: whose tokens are attended.
-        shape: (q_heads, n_queries, head_dim).
-        jobs: all commands.
-    """
-
-    sequence: "Sequence"
-    shape: tuple[int, int, int]
-    jobs: list[Job]
-    _parts: list[Part]
-
-    def finish(self, results: Series[JobResult]) -> AttendResult:
-        """Put the jobs' results together, merging token ranges.
-
-        Args:
-            results: of `jobs`, in their order.
-
-        Raises:
-            RangeError: a score or a value was too large to be computed exactly.
-        """
-        self.sequence._counters["JOBS"] += len(results)
-        for job, result in zip(self.jobs, results, strict=True):
-            check_range(job, result.completion.flags)
-        q_heads, n_queries, head_dim = self.shape
-        kv_heads = self.sequence.kv_heads
-        rows = q_heads // kv_heads * n_queries
-        bits = np.zeros((kv_heads, rows, head_dim), np.uint32)
-        maximum = np.zeros((kv_heads, rows), np.int64)
-        denominator = np.zeros((kv_heads, rows), np.uint64)
-        for part in self._parts:
-            place = (part.kv_head, part.rows)
-            if len(part.jobs) == 1:
-                one = results[part.jobs[0]]
-                bits[place], maximum[place], denominator[place] = (
-                    one.bits,
-                    one.maximum,
-                    one.denominator,
-                )
-            else:
-                whole = merge([results[job].partial for job in part.jobs])
-                bits[place] = whole.output.astype(np.float32).view(np.uint32)
-                maximum[place] = whole.maximum
-                denominator[place] = np.rint(whole.denominator).astype(np.uint64)
-        # Rows are ordered by query, then by head of the group (see Sequence.plan).
-        shape = (kv_heads, n_queries, q_heads // kv_heads)
-        output = bits.reshape(*shape, head_dim).swapaxes(1, 2).reshape(self.shape).view(np.float32)
-        return AttendResult(
-            output=np.ascontiguousarray(output),
-            maximum=maximum.reshape(shape).swapaxes(1, 2).reshape(self.shape[:2]).copy(),
-            denominator=denominator.reshape(shape).swapaxes(1, 2).reshape(self.shape[:2]).copy(),
-            completions=[result.completion for result in results],
-        )
-
-
-# Helpers of the driver.
-
-
-def check_range(job: Job, flags: CompletionFlag) -> None:
-    """Refuse a result that was cut at the top of a window.
-
-    Raises:
-        RangeError: says of which job and window.
-    """
-    name = job.label or "a job"
-    if flags & CompletionFlag.SCORE_OVERFLOW:
-        raise RangeError(f"{name}: a score, or the share of one channel in it, is beyond the drive's range: scale * "
-                         f"log2(e) * q.k must be within {SCORE_MAX >> SCORE_FRACTION:,} either way; make q, K or the "
-                         "scale smaller")
-    if flags & CompletionFlag.VALUE_OVERFLOW:
-        raise RangeError(f"{name}: V is beyond the drive's range, about a million (2**20) in bf16; make it smaller")
-
-
-def explain(completion: Completion) -> str:
-    """What a completion's status means, in words."""
-    status, where = completion.status, completion.where
-    texts: dict[Status, Callable[[], str]] = {
-        Status.OK: lambda: "no error",
-        Status.INVALID_OPCODE: lambda: f"there is no opcode {where:#04x}",
-        Status.INVALID_FIELD: lambda: (
-            "a reserved byte is not zero, the device has no such mode, a field is not zero that the mode has no use "
-            "for, or stripe_pages is no power of two, more than the score buffer holds, or not a group in a sparse mode"
-        ),
-        Status.INVALID_ROWS: lambda: f"{where} query rows are none or more than the device has",
-        Status.INVALID_LENGTH: lambda: (
-            "no token, more tokens than the score buffers hold, or another number of stripes than they take"
-        ),
-        Status.INVALID_ADDRESS: lambda: (
-            f"the {_name(where, 'query block', 'result block', 'table')} is unaligned or out of the buffer window"
-        ),
-        Status.INVALID_SCALE: lambda: "scale is not a positive normal fp32",
-        Status.NAN_QUERY: lambda: (
-            f"NaN or infinity in query row {where >> 16}, channel {where & 0xFFFF}"
-        ),
-        Status.NAN_KEY: lambda: f"NaN or infinity in K at token {where}",
-        Status.NAN_VALUE: lambda: f"NaN or infinity in V at token {where}",
-        Status.CODEWORD_TIMEOUT: lambda: (
-            f"channel {where >> 16} still owes {where & 0x7FFF} codewords of "
-            f"{'V' if where >> 15 & 1 else 'K (or of what the first pass reads)'}"
-        ),
-        Status.BUS_ERROR: lambda: "the host memory or the device DRAM answered with an error",
-        Status.INVALID_TABLE: lambda: (
-            f"entry {where} of the table names no channel, has a reserved bit set, or is one too many for its channel "
-            "(or the sequence was freed)"
-        ),
-        Status.INVALID_PLACE: lambda: "there is no such channel, page or block",
-        Status.UNREADABLE_KEY: lambda: f"K of token {where} on cannot be read",
-        Status.UNREADABLE_VALUE: lambda: f"V of token {where} on cannot be read",
-        Status.PROGRAM_FAILED: lambda: "the page was not programmed",
-        Status.ERASE_FAILED: lambda: "the block was not erased",
-        Status.BAD_BLOCK: lambda: "the block has the factory's mark of a bad block",
-        Status.DIE_TIMEOUT: lambda: "the die stays busy",
-        Status.INVALID_SELECTION: lambda: "the number of " + _name(
-            where, "channels is none or more than head_dim", "units is none or more than the tokens make",
-            "local tokens is more than the units hold", "codewords of a unit is more than the device can have"),
-        Status.NO_SKETCH: lambda: (
-            f"the stripe of entry {where} was written without what the mode's first pass reads: K in the channel "
-            "layout, or centroids"
-        ),
-        Status.NAN_MEAN: lambda: f"NaN or infinity in the mean of V, channel {where}: V holds one in this channel",
-        Status.UNREADABLE_SKETCH: lambda: f"what the first pass reads for token {where} on cannot be read",
-        Status.NOT_PERMITTED: lambda: _name(
-            where, "the opcode is for queue 0 alone", "the domain is not given to the queue"),
-        Status.NOT_OWNED: lambda: (
-            f"what entry {where} of the table names is not the domain's (PROGRAM, ERASE: 0 the flash page, 1 the page "
-            "of device DRAM)"
-        ),
-        Status.INVALID_QUEUE: lambda: "the queue's " + _name(
-            where, "number is none that can be created or deleted", "entries are no power of two in range",
-            "submission ring is unaligned", "completion ring is unaligned"),
-        Status.QUEUE_BUSY: lambda: "commands of the queue are under way; delete it again later",
-        Status.INVALID_GRANT: lambda: "there is no such " + _name(where, "kind", "zone, region or queue", "domain"),
-    }
-    return f"{status.name}: {texts[status]()}"
-
-
-def _name(where: int, *names: str) -> str:
-    return names[min(where, len(names) - 1)]
-
-
-def end_block(action: Callable[[], None], error: BaseException | None) -> None:
-    """Clean up at the end of a with block; an error of that does not hide the one that ended the block."""
-    try:
-        action()
-    except KvatticError:
-        if error is None:
-            raise
-
-
 def table_bytes(job: Job) -> int:
     """Bytes of the job's table with what stands in front of it, in whole lines."""
     entry = TABLE_ENTRY.size if job.sketch is None else TABLE_ENTRY.size + SKETCH_ENTRY.size
@@ -371,7 +135,7 @@ def _mean_bytes(job: Job) -> int:
 
 
 def check_blocks(job: Job) -> None:
-    """Whether a job's table, sketch and mean fit together, before it is submitted.
+    """Check before submission that a job's table, sketch and mean fit together.
 
     Raises:
         RequestError: mean or sketch is not what the mode needs.
@@ -379,21 +143,11 @@ def check_blocks(job: Job) -> None:
     if job.sketch is not None and len(job.sketch) != len(job.table):
         raise RequestError(f"a job's sketch must have an entry for each of the {len(job.table)} stripes, not "
                            f"{len(job.sketch)}")
-    wanted = job.query.shape[1] if job.mode in (Mode.SPARF, Mode.FETCHED) else 0
+    wanted = job.query.shape[1] if job.mode.blended else 0
     given = 0 if job.mean is None else job.mean.size
     if given != wanted:
-        raise RequestError(f"a job of mode {job.mode.name} must have a mean of V of {wanted} channels (SPARF, FETCHED: "
+        raise RequestError(f"a job of mode {job.mode.name} must have a mean of V of {wanted} features (SPARF, FETCHED: "
                            f"head_dim, else none), not {given}")
-
-
-def pack_table(job: Job) -> bytes:
-    """The job's table as the device reads it, padded to whole lines, behind the mean of V if there is one.
-
-    What the job attends whole is marked here, for the same stripe may be ranked in another job.
-    """
-    columns = [job.table] if job.sketch is None else [layout.mark_whole(job.table, job.whole), job.sketch]
-    mean = b"" if job.mean is None else np.asarray(job.mean).astype("<u4").tobytes().ljust(_mean_bytes(job), b"\0")
-    return (mean + np.stack(columns, axis=1).astype("<u8").tobytes()).ljust(table_bytes(job), b"\0")
 
 
 def job_bytes(job: Job, dim: int) -> int:
@@ -410,12 +164,12 @@ def pack_command(job: Job) -> bytes:
     return COMMAND.pack(
         opcode=Opcode.ATTEND, mode=job.mode, rows=job.rows, stripe_pages=job.stripe_pages, stripes=len(job.table),
         base_token=job.base_token, end_token=job.end_token, domain=job.domain, tree_token=job.tree_token,
-        scale=job.scale_bits, channels=job.channels, units=job.units, local=job.local, sinks=job.sinks,
-        unit_bits=job.unit_bits)
+        scale=job.scale_bits, features=job.features, top_units=job.top_units, local_tokens=job.local_tokens,
+        sinks=job.sinks, unit_bits=job.unit_bits)
 
 
 def fill_command(job: Job, dim: int, line: bytearray, address: int) -> bytes:
-    """Put the addresses of a job's blocks into its command; the blocks that the device reads, as they are now.
+    """Put the addresses of a job's blocks into its command; returns the blocks that the device reads, as of now.
 
     Args:
         job: with its table.
@@ -423,12 +177,12 @@ def fill_command(job: Job, dim: int, line: bytearray, address: int) -> bytes:
         line: the command.
         address: of the blocks, one after the other.
     """
-    for name, size in (("query", job.rows * query_row_bytes(dim)), ("table", table_bytes(job)),
-                       ("result", job.rows * result_row_bytes(dim))):
-        field = COMMAND[name]
-        line[field.offset : field.offset + field.size] = address.to_bytes(field.size, "little")
-        address += size
-    return pack_query(job) + pack_table(job)
+    table = address + job.rows * query_row_bytes(dim)
+    COMMAND.put(line, query=address, table=table, result=table + table_bytes(job))
+    # What the job attends whole is marked here, for the same stripe may be ranked in another job.
+    entries = job.table if job.sketch is None else layout.mark_whole(job.table, job.whole)
+    queries = pack_queries(Queries(job.query, job.start, job.end, job.tree))
+    return queries + pack_table(entries, job.sketch, job.mean)
 
 
 def pack_operations(operations: Series[FlashOperation]) -> list[bytes]:
@@ -450,69 +204,5 @@ def pack_operations(operations: Series[FlashOperation]) -> list[bytes]:
     numbers[np.isin(numbers[:, 0], (Opcode.PROBE, Opcode.MAP)), -1] = 0     # in which no domain is asked
     block = np.zeros((len(operations), LINE_BYTES), np.uint8)
     for field, column in zip(fields, numbers.T, strict=True):
-        put_field(block, field, column)
+        put_column(block, field, column)
     return [line.tobytes() for line in block]
-
-
-def check_integer(name: str, value: Any, least: int, most: int) -> None:
-    """Refuse what is not an int in a range.
-
-    Raises:
-        RequestError: names the argument and says what it was.
-    """
-    good = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not good or not least <= value <= most:
-        raise RequestError(f"{name} must be an int from {least:,} to {most:,}, not {value!r}")
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Refuse what is not a positive int.
-
-    Raises:
-        RequestError: names the argument and says what it was.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise RequestError(f"{name} must be a positive int, not {value!r}")
-
-
-def put_field(block: NDArray[np.uint8], field: Field, values: NDArray[Any]) -> None:
-    """Write an unsigned field into each row of a block of records."""
-    column = np.ascontiguousarray(values).astype("<u8")
-    block[:, field.offset : field.offset + field.size] = column[:, None].view(np.uint8)[:, : field.size]
-
-
-def pack_query(job: Job) -> bytes:
-    """The query block: for each row its `ROW` record and q, padded to whole lines."""
-    rows, dim = job.query.shape
-    block = np.zeros((rows, query_row_bytes(dim)), np.uint8)
-    put_field(block, ROW["start_token"], job.start)
-    put_field(block, ROW["end_token"], job.end)
-    put_field(block, ROW["tree"], job.tree)
-    block[:, ROW.size : ROW.size + dim * ELEMENT_BYTES] = np.ascontiguousarray(
-        job.query, "<u2"
-    ).view(np.uint8)
-    return block.tobytes()
-
-
-def unpack_result(data: bytes, rows: int, dim: int, completion: Completion) -> JobResult:
-    """A result block and its completion as arrays.
-
-    Args:
-        data: rows * result_row_bytes(dim) bytes.
-        rows: query rows.
-        dim: head_dim.
-        completion: decoded.
-    """
-    block = np.frombuffer(data, np.uint8).reshape(rows, result_row_bytes(dim))
-
-    def field(offset: int, dtype: str, count: int = 1) -> NDArray[Any]:
-        size = count * np.dtype(dtype).itemsize
-        return np.ascontiguousarray(block[:, offset : offset + size]).view(dtype)
-
-    trailer = lines(dim * 4) * LINE_BYTES
-    return JobResult(
-        bits=field(0, "<u4", dim).astype(np.uint32),
-        maximum=field(trailer + TRAILER["maximum"].offset, "<i8")[:, 0].astype(np.int64),
-        denominator=field(trailer + TRAILER["denominator"].offset, "<u8")[:, 0].astype(np.uint64),
-        completion=completion,
-    )

@@ -1,4 +1,4 @@
-"""`QueuePair`: one submission and one completion ring in host memory, as the host sees them."""
+"""`QueuePair`: one submission and one completion ring in host memory, from the host's side."""
 
 from collections.abc import Iterator
 
@@ -36,12 +36,17 @@ class QueuePair:
         self.clear()
 
     def clear(self) -> None:
-        """Begin anew, as the device does when it creates the pair: no entry of either ring means anything."""
+        """Start over, as the device does when it creates the pair: all entries of both rings are invalid."""
         self.outstanding = 0
         self._tail = self._head = 0
         self._phase = 1
         self._pushed: list[bytes] = []
         self._transport.write_memory(self.completion, bytes(self.entries * LINE_BYTES))
+
+    def abandon(self) -> None:
+        """Forget the commands that were pushed."""
+        self.outstanding = 0
+        self._pushed.clear()
 
     @property
     def room(self) -> int:
@@ -55,7 +60,7 @@ class QueuePair:
         self.outstanding += 1
 
     def ring(self) -> None:
-        """Put what was pushed into the ring, and tell the device: one doorbell for all of it."""
+        """Put the pushed commands into the ring, and tell the device with one doorbell."""
         if not self._pushed:
             return
         lines, self._pushed = self._pushed, []
@@ -67,14 +72,14 @@ class QueuePair:
         self._transport.write_register(f"SUBMISSION_TAIL_{self.number}", self._tail)
 
     def reap(self) -> list[bytes]:
-        """Completion entries that came since the last time, oldest first; the device may use their places again."""
+        """Completion entries that came since the last call, oldest first; the device may then reuse their places."""
         found = list(self._take())
         if found:
             self._transport.write_register(f"COMPLETION_HEAD_{self.number}", self._head)
         return found
 
     def peek(self) -> bool:
-        """Whether a completion came."""
+        """Whether a completion has come."""
         return self.outstanding > 0 and self._transport.read_memory(
             self.completion + self._head * LINE_BYTES, LINE_BYTES)[_STATE] & 1 == self._phase
 

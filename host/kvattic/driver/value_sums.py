@@ -7,12 +7,11 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from kvattic.spec.elements import from_bits
+from kvattic.spec.elements import Bits, from_bits
 from kvattic.spec.formats import Element
 
 __all__ = ["Doubles", "ValueSums"]
 
-Bits: TypeAlias = NDArray[np.uint16]
 Doubles: TypeAlias = NDArray[np.float64]
 
 
@@ -45,7 +44,7 @@ class ValueSums:
         self._recent: deque[tuple[int, Bits]] = deque()     # first token, V; without gaps, up to `length`
 
     def expect(self, tokens: int) -> None:
-        """Begin an append of so many tokens, whose V will be kept until the next one."""
+        """Begin an append of `tokens` tokens, whose V is kept until the next one."""
         self._kept = max(self._window, tokens)
 
     def add(self, values: Bits) -> None:

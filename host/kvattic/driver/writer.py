@@ -1,35 +1,36 @@
-"""`Store`: K and V of one sequence, on their way from the host through device DRAM to flash.
+"""`TokenWriter`: K and V of one sequence, on their way from the host through device DRAM to flash.
 
 Writing is work of many steps (`dispatcher.Steps`): tokens are put into DRAM, full stripes are programmed from there,
-and their DRAM comes back when nobody reads it any more.  The appends of a layer are flushed in order, one after the
+and their DRAM comes back when no command reads it any more.  The appends of a layer are flushed in order, one after the
 other.
 """
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvattic.driver.dispatcher import Dispatcher, Steps
+from kvattic.driver.dispatcher import Steps
 from kvattic.driver.futures import Future
-from kvattic.driver.jobs import Bits, FlashOperation
+from kvattic.driver.media import Flush, Media, PageProgram
+from kvattic.driver.shape import SequenceShape
 from kvattic.driver.value_sums import ValueSums
 from kvattic.errors import CapacityError, KvatticError, RequestError
-from kvattic.placement.allocator import COMMON_DOMAIN, Allocation
+from kvattic.placement.domains import COMMON_DOMAIN
+from kvattic.placement.zones import Allocation
 from kvattic.spec import layout
-from kvattic.spec.commands import Kind, Opcode, Status
+from kvattic.spec.commands import Kind
+from kvattic.spec.elements import Bits
 
-if TYPE_CHECKING:
-    from kvattic.driver.device import Device
-
-__all__ = ["Append", "Flush", "Layer", "Store"]
+__all__ = ["Append", "Layer", "TokenWriter"]
 
 CHUNK_BYTES = 1 << 28
 """Device DRAM that a prefill uses at once, at most: enough to keep all dies busy for long."""
 NO_ENTRY = (1 << 64) - 1
+"""A table entry of a stripe that is not there: no command can use it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -58,26 +59,13 @@ class Append:
         return int(self.tokens.shape[2]) - self.at
 
 
-class Flush:
-    """Stripes on their way to flash; their DRAM comes back when it is done.
-
-    Attributes:
-        done: then.
-        hungry: it waits for DRAM itself.
-    """
-
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        self.done: Future[None] = Future(dispatcher)
-        self.hungry = False
-
-
 @dataclass(slots=True, eq=False, kw_only=True)
 class Layer:
     """K and V of one layer.
 
     Attributes:
         table: uint64, (kv_heads, stripes), where each stripe lies; jobs look into it.
-        sketches: the same for what the sequence has of the channel layout (Kind.CHANNEL) and of centroids
+        sketches: the same for what the sequence has of the feature layout (Kind.FEATURE) and of centroids
             (Kind.SKETCH); zero where it is not written.
         sums: of V, which the means that sparse modes blend in are made of; None: the sequence has no such modes.
         length: tokens.
@@ -116,61 +104,46 @@ class _Run(NamedTuple):
     holds: list[tuple[int, int]]
 
 
-class Store:
-    """What `Sequence` is made of: where K and V of its layers lie, and how they get there."""
+class TokenWriter:
+    """Where K and V of a sequence's layers lie, and how they get there.
 
-    def __init__(
-        self,
-        device: "Device",
-        number: int,
-        kv_heads: int,
-        layers: int,
-        capacity_tokens: int,
-        first_head: int,
-        sparse: bool,
-        centroids: int | None,
-        sinks: int,
-        window: int | None,
-        domain: int,
-        allocations: Series[Allocation],
-    ) -> None:
-        self.device = device
-        self.number = number
-        self.kv_heads = kv_heads
-        self.layers = layers
-        self.capacity_tokens = capacity_tokens
-        self.sparse = sparse
-        self.centroids = centroids
-        self.sinks = sinks
-        self.domain = domain
-        self._first_head = first_head
-        self._allocations = allocations     # of K, V and the channel layout; of centroids
-        self._counters = {"JOBS": 0, "TOKENS": 0, "PAGE_PROGRAMS": 0}    # see Sequence.counters
-        self._pages = allocations[0].run
-        self.stripe_tokens = self._pages * device.config.tokens_per_page
-        self._sketch_kinds = [Kind.CHANNEL] * sparse + [Kind.SKETCH] * (centroids is not None)
-        self._kinds = [Kind.KEY, Kind.VALUE, *self._sketch_kinds]
+    Args:
+        media: the drive's flash and DRAM.
+        shape: of the sequence.
+        allocations: flash of K, V and the feature layout; of centroids, if it has them.
+
+    Attributes:
+        shape, allocations: the same.
+        layers: one for each layer.
+        held_tokens: newest tokens of each layer that stay in DRAM.
+        counters: see `Sequence.counters`.
+    """
+
+    def __init__(self, media: Media, shape: SequenceShape, allocations: Series[Allocation]) -> None:
+        self.shape = shape
+        self.allocations = allocations
+        self.counters = {"JOBS": 0, "TOKENS": 0, "PAGE_PROGRAMS": 0}
         self.held_tokens = 0
-        self._freed = False
-        self._background: list[Future[None]] = []     # appends whose error somebody may have to hear of
-        shape = (kv_heads, -(-capacity_tokens // self.stripe_tokens))
+        self._media = media
+        self._background: list[Future[None]] = []     # appends whose error may have to be raised
+        places = (shape.kv_heads, -(-shape.capacity_tokens // shape.stripe_tokens))
         # Never moved, because jobs refer to them; memory is taken where it is written.
-        self._layers = [Layer(table=np.zeros(shape, np.uint64),
-                               sketches={kind: np.zeros(shape, np.uint64) for kind in self._sketch_kinds},
-                               sums=ValueSums(kv_heads, device.config.head_dim, self.stripe_tokens,
-                                              device.config.element, window or 0) if sparse else None)
-                        for _ in range(layers)]
+        self.layers = [Layer(table=np.zeros(places, np.uint64),
+                             sketches={kind: np.zeros(places, np.uint64) for kind in shape.sketch_kinds},
+                             sums=ValueSums(shape.kv_heads, shape.config.head_dim, shape.stripe_tokens,
+                                            shape.config.element, shape.window or 0) if shape.sparse else None)
+                       for _ in range(shape.layers)]
 
     # Into DRAM.
 
-    def _begin(self, layer: int, tokens: Bits, *, ahead: bool) -> Future[None]:
+    def begin(self, layer: int, tokens: Bits, *, ahead: bool) -> Future[None]:
         """Begin to write the next tokens of a layer."""
-        state = self._layers[layer]
+        state = self.layers[layer]
         append = Append(layer, tokens, ahead)
         before = state.appends[-1] if state.appends else None
         state.appends.append(append)
-        append.future = task = self.device._dispatcher.start(self._write(append, before))
-        self._background = [future for future in self._background if not future._finished or future._error is not None]
+        append.future = task = self._media.dispatcher.start(self._write(append, before))
+        self._background = [future for future in self._background if not future.finished or future.error is not None]
         self._background.append(task)
         return task
 
@@ -179,12 +152,12 @@ class Store:
         try:
             yield from self._write_all(append, before)
         finally:
-            append.at = append.tokens.shape[2]   # nobody waits for the rest of them
-            self._layers[append.layer].appends.remove(append)
+            append.at = append.tokens.shape[2]   # the rest of them will not come
+            self.layers[append.layer].appends.remove(append)
 
     def _write_all(self, append: Append, before: Append | None) -> Steps[None]:
-        layer, tokens, total = append.layer, append.tokens, append.tokens.shape[2]
-        state = self._layers[layer]
+        layer, total = append.layer, append.tokens.shape[2]
+        state = self.layers[layer]
         if before is not None and (before.left or not append.ahead):
             yield from self._after(append, before)
             before = None
@@ -194,58 +167,66 @@ class Store:
         last = begin + total - self.held_tokens     # of what is moved to flash
         pieces: list[tuple[Series[int], Bits | None]] = []   # in DRAM, to be moved
         if before is None:
-            unflushed = self._unflushed(layer, min(begin, last))
+            unflushed = self.unflushed(layer, min(begin, last))
             if not self.held_tokens:
                 yield from self._flush(layer, unflushed)
             elif unflushed:
                 pieces.append((unflushed, None))    # held until now: nothing failed, so the new tokens come first
-        while True:
-            try:
-                yield from self._check_dram(total, begin % self.stripe_tokens)
-                break
-            except CapacityError:
-                if before is None:
-                    raise
-                yield from self._after(append, before)
-                before = None
+        try:
+            yield from self._check_dram(total, begin % self.shape.stripe_tokens)
+        except CapacityError:
+            if before is None:
+                raise
+            yield from self._after(append, before)
+            before = None
+            yield from self._check_dram(total, begin % self.shape.stripe_tokens)
         while append.left:
             if pieces and not (append.ahead and self._fits(layer)):
                 yield from self._move_pieces(append, before, begin, pieces)
                 before, pieces = None, []
-            inside = state.length % self.stripe_tokens
-            if inside or append.left < self.stripe_tokens:
-                piece = tokens[:, :, append.at : append.at + self.stripe_tokens - inside]
-                yield from self._write_tail(layer, piece)
-                stripe = state.length // self.stripe_tokens
-                stripes = range(stripe, stripe + (inside + piece.shape[2]) // self.stripe_tokens)
-            else:
-                whole = append.left // self.stripe_tokens
-                room = min(self.device._dram.largest_for(self.domain), CHUNK_BYTES // self.device.config.page_bytes)
-                fitting = room // (self.kv_heads * (2 * self._pages + self._passing(1)))
-                piece = tokens[:, :, append.at : append.at + max(min(whole, fitting), 1) * self.stripe_tokens]
-                stripes = yield from self._stage(layer, piece)
-            self._count(layer, piece[:, Kind.VALUE])
-            append.at += piece.shape[2]
-            ready = range(stripes.start, max(stripes.start, min(stripes.stop, last // self.stripe_tokens)))
+            stripes, piece = yield from self._put_piece(append)
+            ready = range(stripes.start, max(stripes.start, min(stripes.stop, last // self.shape.stripe_tokens)))
             if ready:
-                pieces.append((ready, piece if inside == 0 else None))
+                pieces.append((ready, piece))
         if pieces:
             yield from self._move_pieces(append, before, begin, pieces)
 
+    def _put_piece(self, append: Append) -> Steps[tuple[range, Bits | None]]:
+        """Put the next tokens into DRAM: what ends the last stripe, or whole stripes, or what begins one.
+
+        Returns:
+            The stripes that they fill, and the tokens, if they begin with these stripes.
+        """
+        layer, size = append.layer, self.shape.stripe_tokens
+        length = self.layers[layer].length
+        inside = length % size
+        if inside or append.left < size:
+            piece = append.tokens[:, :, append.at : append.at + size - inside]
+            yield from self._write_tail(layer, piece)
+            stripes = range(length // size, length // size + (inside + piece.shape[2]) // size)
+        else:
+            room = min(self._media.dram.largest_for(self.shape.domain), CHUNK_BYTES // self.shape.config.page_bytes)
+            fitting = room // (self.shape.kv_heads * (2 * self.shape.pages + self._passing(1)))
+            piece = append.tokens[:, :, append.at : append.at + max(min(append.left // size, fitting), 1) * size]
+            stripes = yield from self._stage(layer, piece)
+        self._count(layer, piece[:, Kind.VALUE])
+        append.at += piece.shape[2]
+        return stripes, piece if inside == 0 else None
+
     def _move_pieces(self, append: Append, before: Append | None, begin: int,
                      pieces: Series[tuple[Series[int], Bits | None]]) -> Steps[None]:
-        """Flush what was staged, when the append before is done; and what that one left, if it failed."""
+        """Flush what was staged once the append before is done, and what that one left behind if it failed."""
         if before is not None:
             yield from self._after(append, before)
             last = begin + append.tokens.shape[2] - self.held_tokens
-            yield from self._flush(append.layer, self._unflushed(append.layer, min(begin, last)))
+            yield from self._flush(append.layer, self.unflushed(append.layer, min(begin, last)))
         for stripes, tokens in pieces:
             self._check_wanted(append)
             yield from self._flush(append.layer, stripes, tokens)
         self._check_wanted(append)
 
     def _after(self, append: Append, before: Append) -> Steps[None]:
-        """Let the append before come to its end."""
+        """Wait for the end of the append before."""
         if before.future is not None:
             yield [before.future]
         self._check_wanted(append)
@@ -254,108 +235,81 @@ class Store:
         if append.cancelled:
             raise RequestError("the sequence was freed before these tokens were written")
 
-    def _unflushed(self, layer: int, length: int) -> list[int]:
+    def unflushed(self, layer: int, length: int) -> list[int]:
         """Full stripes among the first tokens that are still in DRAM, because a flush failed."""
-        return sorted(s for s in self._layers[layer].staged if (s + 1) * self.stripe_tokens <= length)
+        return sorted(s for s in self.layers[layer].staged if (s + 1) * self.shape.stripe_tokens <= length)
 
-    def _finish_writes(self) -> None:
-        """Let what is under way come to its end, and begin no more of it."""
-        appends = [append for state in self._layers for append in state.appends]
+    def finish_writes(self) -> None:
+        """Wait for the end of what is under way, and begin no more of it."""
+        appends = [append for state in self.layers for append in state.appends]
         for append in appends:
             append.cancelled = True
-        dispatcher = self.device._dispatcher
-        dispatcher.drive(lambda: not any(state.appends for state in self._layers) and not dispatcher.working)
+        dispatcher = self._media.dispatcher
+        dispatcher.drive(lambda: not any(state.appends for state in self.layers) and not dispatcher.working)
 
-    def _settle(self, layer: int) -> None:
+    def settle(self, layer: int) -> None:
         """Go on with appends until all their tokens are in DRAM or flash."""
-        appends = self._layers[layer].appends
+        appends = self.layers[layer].appends
         if any(append.left for append in appends):
-            self.device._dispatcher.drive(lambda: not any(append.left for append in appends))
+            self._media.dispatcher.drive(lambda: not any(append.left for append in appends))
 
-    def _raise_background(self) -> None:
-        """An error of an append that nobody asked for."""
+    def raise_unretrieved(self) -> None:
+        """Raise the error of an append that was not retrieved from its future."""
         for future in self._background:
-            if future._finished and (error := future._unheard()) is not None:
+            if future.finished and (error := future.take_unretrieved_error()) is not None:
                 raise error
 
     # Room in DRAM.
 
     def _check_dram(self, total: int, inside: int) -> Steps[None]:
-        """Whether DRAM has room for what an append of so many tokens needs at least; waits if it may have soon."""
-        needed = [] if inside else [2 * self.kv_heads * self._pages]
-        if self._sketch_kinds and inside + total >= self.stripe_tokens:
-            needed.append(self._passing(-(-self.kv_heads // self.device.config.channels)))
-        if self.domain != COMMON_DOMAIN:
+        """Check that DRAM has room for what an append of `total` tokens needs at least; may wait for some."""
+        needed = [] if inside else [self.shape.stripe_dram_pages]
+        if self.shape.sketch_kinds and inside + total >= self.shape.stripe_tokens:
+            needed.append(self._passing(-(-self.shape.kv_heads // self.shape.config.channels)))
+        if self.shape.domain != COMMON_DOMAIN:
             needed = needed and [max(needed)]    # to try would move regions from one owner to another, and back
-            if needed and needed[0] <= self.device._dram.largest_for(self.domain):
+            if needed and needed[0] <= self._media.dram.largest_for(self.shape.domain):
                 return
-        dram, taken = self.device._dram, list[int]()
+        dram, taken = self._media.dram, list[int]()
         try:
             for pages in needed:
-                taken.append((yield from self._allocate(pages)))
+                taken.append((yield from self._media.allocate_dram(pages, self.shape.domain)))
         finally:
             for page in taken:
                 dram.free(page)
 
     def _fits(self, layer: int) -> bool:
         """Whether another stripe can be put into DRAM now, so that what follows still has room."""
-        if self._layers[layer].length % self.stripe_tokens:
+        if self.layers[layer].length % self.shape.stripe_tokens:
             return True
-        passing = self._passing(-(-self.kv_heads // self.device.config.channels))
-        return self.device._dram.largest_for(self.domain) >= 2 * self.kv_heads * self._pages + passing
-
-    def _allocate(self, pages: int, flush: Flush | None = None) -> Steps[int]:
-        """Pages of DRAM; waits for those that come back soon.
-
-        Args:
-            pages: how many.
-            flush: what needs them, if it has others that it gives back.
-
-        Raises:
-            CapacityError: there are none.
-        """
-        device = self.device
-        while True:
-            try:
-                return device._dram.allocate(pages, self.domain)
-            except CapacityError:
-                others = [other for other in device._flushes if other is not flush and not other.hungry]
-                if device._dispatcher.retiring:
-                    yield [device._dispatcher.barrier()]
-                elif others:
-                    if flush is not None:
-                        flush.hungry = True
-                    yield [others[0].done]
-                    if flush is not None:
-                        flush.hungry = False
-                else:
-                    raise
+        passing = self._passing(-(-self.shape.kv_heads // self.shape.config.channels))
+        return self._media.dram.largest_for(self.shape.domain) >= self.shape.stripe_dram_pages + passing
 
     def _passing(self, heads: int) -> int:
-        """Pages of DRAM that sketches of a stripe pass through, centroids of so many heads at once."""
-        pages = self._pages if self.sparse else 0
-        if self.centroids is not None:
-            pages = max(pages, int(layout.centroid_pages(heads, self.centroids, self.device.config)))
+        """Pages of DRAM that the sketches of a stripe pass through, with centroids of `heads` heads at once."""
+        pages = self.shape.pages if self.shape.sparse else 0
+        if self.shape.centroids is not None:
+            pages = max(pages, int(layout.centroid_pages(heads, self.shape.centroids, self.shape.config)))
         return pages
 
     def _count(self, layer: int, values: Bits) -> None:
         """Tokens were written: count them, and sum their V."""
-        state = self._layers[layer]
+        state = self.layers[layer]
         if state.sums is not None:
             state.sums.add(values)
         state.length += values.shape[1]
-        self._counters["TOKENS"] += values.shape[1]
+        self.counters["TOKENS"] += values.shape[1]
 
     def _write_tail(self, layer: int, tokens: Bits) -> Steps[None]:
         """Put tokens into the layer's last stripe in DRAM: whole pages if they are its first, else only their bytes."""
-        config, state = self.device.config, self._layers[layer]
-        stripe, inside = divmod(state.length, self.stripe_tokens)
+        config, state = self.shape.config, self.layers[layer]
+        stripe, inside = divmod(state.length, self.shape.stripe_tokens)
         if inside == 0:
-            padded = np.zeros((self.kv_heads, 2, self.stripe_tokens, config.head_dim), np.uint16)
+            padded = np.zeros((self.shape.kv_heads, 2, self.shape.stripe_tokens, config.head_dim), np.uint16)
             padded[:, :, : tokens.shape[2]] = tokens
             yield from self._stage(layer, padded)
             return
-        write, size = self.device.transport.write_dram, self._pages * config.page_bytes
+        write, size = self._media.transport.write_dram, self.shape.pages * config.page_bytes
         base = state.staged[stripe] * config.page_bytes
         first = layout.token_offset(inside, config)
         last = layout.token_offset(inside + tokens.shape[2] - 1, config) + config.token_bytes
@@ -363,7 +317,7 @@ class Store:
         lead = inside % config.tokens_per_codeword
         padded = np.zeros((lead + tokens.shape[2], config.head_dim), np.uint16)
         begin = layout.token_offset(inside - lead, config)
-        for head in range(self.kv_heads):
+        for head in range(self.shape.kv_heads):
             for kind in (Kind.KEY, Kind.VALUE):
                 padded[lead:] = tokens[head, kind]
                 data = layout.pack_pages(padded, config).ravel()[first - begin : last - begin]
@@ -371,26 +325,23 @@ class Store:
 
     def _stage(self, layer: int, tokens: Bits) -> Steps[range]:
         """Put whole stripes into DRAM; their numbers."""
-        config, state = self.device.config, self._layers[layer]
-        first = state.length // self.stripe_tokens
-        stripes = range(first, first + tokens.shape[2] // self.stripe_tokens)
-        shape = (self.kv_heads, 2, len(stripes), self.stripe_tokens, config.head_dim)
+        config, state = self.shape.config, self.layers[layer]
+        first = state.length // self.shape.stripe_tokens
+        stripes = range(first, first + tokens.shape[2] // self.shape.stripe_tokens)
+        shape = (self.shape.kv_heads, 2, len(stripes), self.shape.stripe_tokens, config.head_dim)
         by_stripe = np.ascontiguousarray(np.moveaxis(tokens.reshape(shape), 2, 0))
         images = layout.pack_pages(by_stripe.reshape(-1, config.head_dim), config)
         images = images.reshape(len(stripes), -1, config.page_bytes)
-        heads = np.arange(self.kv_heads)
-        bases = [(yield from self._allocate(images.shape[1]))]
-        bases += [self.device._dram.allocate(images.shape[1], self.domain) for _ in stripes[1:]]
+        heads = np.arange(self.shape.kv_heads)
+        bases = [(yield from self._media.allocate_dram(images.shape[1], self.shape.domain))]
+        bases += [self._media.dram.allocate(images.shape[1], self.shape.domain) for _ in stripes[1:]]
         for stripe, image, base in zip(stripes, images, bases, strict=True):
-            self.device.transport.write_dram(base * config.page_bytes, image.tobytes())
+            self._media.transport.write_dram(base * config.page_bytes, image.tobytes())
             state.staged[stripe] = base
-            key_pages = base + 2 * heads * self._pages
+            key_pages = base + 2 * heads * self.shape.pages
             state.table[:, stripe] = layout.pack_entries(
-                self._channel(layer, heads, stripe), key_pages, key_pages + self._pages, 1)
+                self.shape.channel(layer, heads, stripe), key_pages, key_pages + self.shape.pages, 1)
         return stripes
-
-    def _channel(self, layer: int, head: Any, stripe: Any) -> Any:
-        return layout.stripe_channel(stripe, self._first_head + layer * self.kv_heads + head, self.device.config)
 
     # Moving to flash.
 
@@ -400,74 +351,70 @@ class Store:
         Args:
             layer: which layer.
             stripes: consecutive ones, staged.
-            tokens: theirs, if at hand; otherwise DRAM is read for what the channel layout needs.
+            tokens: theirs, if at hand; otherwise DRAM is read for what the feature layout needs.
         """
         if not stripes:
             return
-        flush = Flush(self.device._dispatcher)
-        self.device._flushes.append(flush)
-        try:
+        with self._media.flush() as flush:
             yield from self._move(layer, stripes, tokens, flush)
-        finally:
-            self.device._flushes.remove(flush)
-            flush.done._finish(None)
 
-    def _move(self, layer: int, stripes: Series[int], tokens: Bits | None, flush: "Flush") -> Steps[None]:
-        pages, dram = self._pages, self.device._dram
-        if self.centroids is not None:
+    def _move(self, layer: int, stripes: Series[int], tokens: Bits | None, flush: Flush) -> Steps[None]:
+        pages, dram = self.shape.pages, self._media.dram
+        if self.shape.centroids is not None:
             yield from self._write_centroids(layer, stripes, tokens, flush)
-        items = [(stripe, head) for head in range(self.kv_heads) for stripe in stripes]
-        if not self.sparse:
+        items = [(stripe, head) for head in range(self.shape.kv_heads) for stripe in stripes]
+        if not self.shape.sparse:
             yield from self._program(layer, list(self._runs(layer, items, {})))
             return
-        # K in the channel layout passes through DRAM, too, as much at a time as there is room for.
+        # K in the feature layout passes through DRAM, too, as much at a time as there is room for.
         while items:
-            room = min(len(items), dram.largest_for(self.domain) // pages)
+            room = min(len(items), dram.largest_for(self.shape.domain) // pages)
             now, items = items[: max(room, 1)], items[max(room, 1) :]
-            base = yield from self._allocate(len(now) * pages, flush)
+            base = yield from self._media.allocate_dram(len(now) * pages, self.shape.domain, flush)
             try:
                 sources = {item: base + i * pages for i, item in enumerate(now)}
                 images = np.concatenate([
-                    layout.pack_channel_pages(self._keys(layer, *item, stripes, tokens), self.device.config)
+                    layout.pack_feature_pages(self._keys(layer, *item, stripes, tokens), self.shape.config)
                     for item in now])
-                self.device.transport.write_dram(base * self.device.config.page_bytes, images.tobytes())
+                self._media.transport.write_dram(base * self.shape.config.page_bytes, images.tobytes())
                 yield from self._program(layer, list(self._runs(layer, now, sources)))
             finally:
                 dram.free(base)
 
-    def _write_centroids(self, layer: int, stripes: Series[int], tokens: Bits | None, flush: "Flush") -> Steps[None]:
+    def _write_centroids(self, layer: int, stripes: Series[int], tokens: Bits | None, flush: Flush) -> Steps[None]:
         """Program the mean keys of full stripes; all that are written now share the pages of their channel."""
-        assert self.centroids is not None
-        config, state, dram, unit = self.device.config, self._layers[layer], self.device._dram, self.centroids
+        assert self.shape.centroids is not None
+        config, state, dram, unit = self.shape.config, self.layers[layer], self._media.dram, self.shape.centroids
         run_pages = layout.centroid_pages(1, unit, config)
         in_run = run_pages * config.codewords_per_page // layout.centroid_codewords(unit, config)
         # Flash is reserved for each stripe and channel: what these take together is never torn apart.
         groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for stripe in stripes:
-            for head in range(self.kv_heads):
+            for head in range(self.shape.kv_heads):
                 if (stripe, head, Kind.SKETCH) not in state.placed:
-                    groups.setdefault((stripe, int(self._channel(layer, head, stripe))), []).append((stripe, head))
+                    groups.setdefault((stripe, int(self.shape.channel(layer, head, stripe))), []).append((stripe, head))
         waiting = list(groups.items())
         while waiting:
             # As many as DRAM has room for.
             sizes = np.cumsum([layout.centroid_pages(len(items), unit, config) for _, items in waiting])
-            fitting = max(int(np.searchsorted(sizes, dram.largest_for(self.domain), "right")), 1)
+            fitting = max(int(np.searchsorted(sizes, dram.largest_for(self.shape.domain), "right")), 1)
             channels: dict[int, list[tuple[int, int]]] = {}
             for (_, channel), items in waiting[:fitting]:
                 channels.setdefault(channel, []).extend(items)
             waiting = waiting[fitting:]
-            base = source = yield from self._allocate(int(sizes[fitting - 1]), flush)
+            base = source = yield from self._media.allocate_dram(int(sizes[fitting - 1]), self.shape.domain, flush)
             try:
                 runs: list[_Run] = []
                 for channel, items in channels.items():
                     items.sort(key=lambda item: (item[1], item[0]))     # a head's stripes beside each other
                     means = [layout.mean_keys(self._keys(layer, *item, stripes, tokens), unit, config,
-                                              skip=self.sinks - item[0] * self.stripe_tokens) for item in items]
+                                              skip=self.shape.sinks - item[0] * self.shape.stripe_tokens)
+                             for item in items]
                     images = layout.pack_pages(np.concatenate(means), config)
-                    self.device.transport.write_dram(source * config.page_bytes, images.tobytes())
+                    self._media.transport.write_dram(source * config.page_bytes, images.tobytes())
                     single = len({head for _, head in items}) == len(items)
                     for i in range(0, len(items), in_run):
-                        die = self._die(layer, *items[i], Kind.SKETCH) if single else None
+                        die = self.shape.die(layer, *items[i], Kind.SKETCH) if single else None
                         runs.append(_Run(Kind.SKETCH, channel, source, run_pages, die, items[i : i + in_run]))
                         source += run_pages
                 yield from self._program(layer, runs)
@@ -477,32 +424,25 @@ class Store:
     def _keys(self, layer: int, stripe: int, head: int, stripes: Series[int], tokens: Bits | None) -> Bits:
         """K of a full stripe that is staged."""
         if tokens is not None:
-            first = (stripe - stripes[0]) * self.stripe_tokens
-            return tokens[head, Kind.KEY, first : first + self.stripe_tokens]
-        return self._staged(layer, stripe, head, Kind.KEY)
+            first = (stripe - stripes[0]) * self.shape.stripe_tokens
+            return tokens[head, Kind.KEY, first : first + self.shape.stripe_tokens]
+        return self.staged_tokens(layer, stripe, head, Kind.KEY)
 
-    def _staged(self, layer: int, stripe: int, head: int, kind: Kind) -> Bits:
+    def staged_tokens(self, layer: int, stripe: int, head: int, kind: Kind) -> Bits:
         """K or V of a stripe that is staged; behind the layer's last token there may be anything."""
-        config, size = self.device.config, self._pages * self.device.config.page_bytes
-        base = self._layers[layer].staged[stripe] * config.page_bytes + (2 * head + kind) * size
-        data = self.device.transport.read_dram(base, size)
-        return layout.unpack_pages(np.frombuffer(data, np.uint8).reshape(self._pages, -1), config)
-
-    def _die(self, layer: int, stripe: int, head: int, kind: Kind) -> int:
-        """The die for a single stripe: another one than the one before of this head, and far from its other kinds."""
-        config = self.device.config
-        number = (self._first_head + layer * self.kv_heads + head) // config.channels + stripe // config.channels
-        die: int = (number + self._kinds.index(kind) * config.dies // len(self._kinds)) % config.dies
-        return die
+        config, size = self.shape.config, self.shape.pages * self.shape.config.page_bytes
+        base = self.layers[layer].staged[stripe] * config.page_bytes + (2 * head + kind) * size
+        data = self._media.transport.read_dram(base, size)
+        return layout.unpack_pages(np.frombuffer(data, np.uint8).reshape(self.shape.pages, -1), config)
 
     def _runs(self, layer: int, items: Series[tuple[int, int]], sources: dict[tuple[int, int], int]) -> Iterator[_Run]:
         """What must be programmed, but for centroids, in the order in which it takes its places on each channel."""
-        state = self._layers[layer]
+        state = self.layers[layer]
         heads: dict[tuple[int, int], list[int]] = {}
         for stripe, head in items:
-            heads.setdefault((int(self._channel(layer, head, stripe)), head), []).append(stripe)
+            heads.setdefault((int(self.shape.channel(layer, head, stripe)), head), []).append(stripe)
         for (channel, head), stripes in heads.items():
-            for kind in self._kinds:
+            for kind in self.shape.kinds:
                 if kind is Kind.SKETCH:
                     continue
                 for stripe in stripes:
@@ -510,76 +450,44 @@ class Store:
                         continue
                     # Several stripes: one after the other, through planes and then dies.  A single one, as they come
                     # from decoding: on another die than the one before of this head, V far from K.
-                    source = sources[stripe, head] if kind is Kind.CHANNEL else (
-                        state.staged[stripe] + (2 * head + kind) * self._pages)
-                    die = self._die(layer, stripe, head, kind) if len(stripes) == 1 else None
-                    yield _Run(kind, channel, source, self._pages, die, [(stripe, head)])
+                    source = sources[stripe, head] if kind is Kind.FEATURE else (
+                        state.staged[stripe] + (2 * head + kind) * self.shape.pages)
+                    die = self.shape.die(layer, stripe, head, kind) if len(stripes) == 1 else None
+                    yield _Run(kind, channel, source, self.shape.pages, die, [(stripe, head)])
 
     def _program(self, layer: int, runs: list[_Run]) -> Steps[None]:
         """Program pages; what fails is placed elsewhere on its channel."""
-        device, allocator = self.device, self.device._allocator
-        error: BaseException | None = None
-        lost: BaseException | None = None   # a die
-        while runs and error is None:
+        media = self._media
+        lost: BaseException | None = None   # a die that does not answer
+        while runs:
             try:
                 places = self._take(runs)
             except CapacityError:
                 if lost is not None:
                     raise lost from None    # why there is no room
-                device._raise_die_error()
+                media.raise_die_error()
                 raise
-            numbers = [(i, page) for i, run in enumerate(runs) for page in range(run.pages)]
-            order = device._round_robin([runs[i].channel for i, _ in numbers],
-                                        [places[i] + page for i, page in numbers])
-            numbers = [numbers[n] for n in order]
-            waiting: list[Future[Any]] = []
-            try:
-                waiting = device.submit_operations(
-                    [FlashOperation(Opcode.PROGRAM, runs[i].channel, places[i] + page, runs[i].source + page,
-                                    self.domain) for i, page in numbers])
-            except KvatticError as refused:
-                error = refused
-            yield waiting
-            self._counters["PAGE_PROGRAMS"] += sum(
-                future._value is not None and future._value.status in (Status.OK, Status.PROGRAM_FAILED)
-                for future in waiting)
-            good = [error is None] * len(runs)
-            again = [True] * len(runs)
-            for (i, page), future in zip(numbers, waiting, strict=False):
-                completion = future._value
-                if completion is not None and completion.status is Status.OK:
-                    continue
-                good[i] = False
-                channel, number = runs[i].channel, places[i] + page
-                if completion is None:
-                    allocator.abandon(channel, number)
-                    error = error or future.exception()
-                elif completion.status is Status.PROGRAM_FAILED:
-                    allocator.failed(channel, number)
-                elif completion.status is Status.DIE_TIMEOUT:
-                    failure = device._lose_die("PROGRAM", completion)
-                    lost = lost or failure
-                    again[i] = False
-                else:
-                    allocator.abandon(channel, number)
-                    error = error or device._failure("PROGRAM", completion)
-            if not waiting:
-                for i, page in numbers:
-                    allocator.abandon(runs[i].channel, places[i] + page)
-            allocator.account(len(waiting), sum(run.pages for run, there in zip(runs, good, strict=True) if there))
-            for run, place, there in zip(runs, places, good, strict=True):
-                if there:
-                    self._placed(layer, run, place)
-            runs = [run for run, there, retry in zip(runs, good, again, strict=True) if not there and retry]
-        if error is not None:
-            raise error
+            owners = [i for i, run in enumerate(runs) for _ in range(run.pages)]
+            report = yield from media.program(
+                [PageProgram(run.channel, place + page, run.source + page)
+                 for run, place in zip(runs, places, strict=True) for page in range(run.pages)], self.shape.domain)
+            failed, dead = ({owners[page] for page in pages} for pages in (report.failed, report.dead))
+            there = [i for i in range(len(runs)) if i not in failed]
+            self.counters["PAGE_PROGRAMS"] += report.acknowledged
+            media.allocator.account(report.submitted, sum(runs[i].pages for i in there))
+            for i in there:
+                self._placed(layer, runs[i], places[i])
+            lost = lost or report.die_error
+            if report.error is not None:
+                raise report.error
+            runs = [runs[i] for i in sorted(failed - dead)]
         if lost is not None:
             raise lost
-        device._raise_die_error()
+        media.raise_die_error()
 
     def _take(self, runs: Series[_Run]) -> list[int]:
         """First pages for runs: for all of them or none."""
-        allocator, places = self.device._allocator, []
+        allocator, places = self._media.allocator, []
         try:
             for run in runs:
                 places.append(allocator.take(self._allocation_of(run), run.channel, die=run.die))
@@ -590,51 +498,90 @@ class Store:
         return places
 
     def _allocation_of(self, run: _Run) -> Allocation:
-        return self._allocations[run.kind is Kind.SKETCH]
+        return self.allocations[run.kind is Kind.SKETCH]
 
     def _placed(self, layer: int, run: _Run, place: int) -> None:
         """Note that a run is in flash; when all of a stripe is, for its head and for all heads, use that."""
-        state, config = self._layers[layer], self.device.config
+        state, config = self.layers[layer], self.shape.config
         for index, (stripe, head) in enumerate(run.holds):
             page, codeword = 0, 0
-            if run.kind is Kind.SKETCH and self.centroids is not None:
-                page, codeword = layout.centroid_place(index, self.centroids, config)
+            if run.kind is Kind.SKETCH and self.shape.centroids is not None:
+                page, codeword = layout.centroid_place(index, self.shape.centroids, config)
             state.placed[stripe, head, run.kind] = place + page, codeword
-            if not all((stripe, head, kind) in state.placed for kind in self._kinds):
+            if not all((stripe, head, kind) in state.placed for kind in self.shape.kinds):
                 continue
             key_page, value_page = (state.placed[stripe, head, kind][0] for kind in (Kind.KEY, Kind.VALUE))
             state.table[head, stripe] = layout.pack_entries(run.channel, key_page, value_page, 0)
-            for kind in self._sketch_kinds:
+            for kind in self.shape.sketch_kinds:
                 state.sketches[kind][head, stripe] = layout.pack_sketches(*state.placed[stripe, head, kind], 1)
-            keys = [(stripe, head, kind) for head in range(self.kv_heads) for kind in self._kinds]
+            keys = [(stripe, head, kind) for head in range(self.shape.kv_heads) for kind in self.shape.kinds]
             if all(key in state.placed for key in keys):
-                self.device._free_dram(state.staged.pop(stripe))
+                self._media.free_dram_later(state.staged.pop(stripe))
                 for key in keys:
                     del state.placed[key]
 
-    # Out of it.
+    # Giving up tokens.
 
-    def _truncate(self, layer: int, length: int) -> None:
+    def flushed(self, layer: int) -> int:
+        """The first tokens of a layer that are all in flash, as far as is known."""
+        state = self.layers[layer]
+        return min(state.staged) * self.shape.stripe_tokens if state.staged else state.length
+
+    def removable_from(self, layer: int) -> int:
+        """First token that `truncate` can remove: a stripe with anything in flash would be written twice."""
+        placed = self.layers[layer].placed
+        return max([self.flushed(layer), *((stripe + 1) * self.shape.stripe_tokens for stripe, _, _ in placed)])
+
+    def truncate(self, layer: int, length: int) -> None:
         """Forget the last tokens, all of which are in DRAM, when nothing is under way."""
-        state, (stripe, inside) = self._layers[layer], divmod(length, self.stripe_tokens)
+        state, (stripe, inside) = self.layers[layer], divmod(length, self.shape.stripe_tokens)
         if state.sums is not None:
-            values = np.zeros((self.kv_heads, 0, self.device.config.head_dim), np.uint16)
+            values = np.zeros((self.shape.kv_heads, 0, self.shape.config.head_dim), np.uint16)
             if inside:
-                values = np.stack([self._staged(layer, stripe, head, Kind.VALUE) for head in range(self.kv_heads)])
+                values = np.stack([self.staged_tokens(layer, stripe, head, Kind.VALUE)
+                                   for head in range(self.shape.kv_heads)])
             state.sums.truncate(length, values)
-        for gone in [staged for staged in state.staged if staged * self.stripe_tokens >= length]:
-            self.device._dram.free(state.staged.pop(gone))
-        state.table[:, -(-length // self.stripe_tokens) :] = NO_ENTRY
+        for gone in [staged for staged in state.staged if staged * self.shape.stripe_tokens >= length]:
+            self._media.dram.free(state.staged.pop(gone))
+        state.table[:, -(-length // self.shape.stripe_tokens) :] = NO_ENTRY
         state.length = length
 
-    def _give_back_dram(self, layer: Layer) -> None:
+    def release_dram(self) -> None:
+        """Give all DRAM back, at the end of the sequence.
+
+        Raises:
+            KvatticError: what the device reports; the pages are free nevertheless.
+        """
+        for layer in self.layers:
+            layer.table[:] = NO_ENTRY
         errors: list[KvatticError] = []
-        for page in layer.staged.values():
-            try:
-                self.device._dram.free(page)
-            except KvatticError as error:   # of the device, which was to hear of it; the page is free nevertheless
-                errors.append(error)
-        layer.staged.clear()
-        layer.placed.clear()
+        for layer in self.layers:
+            for page in layer.staged.values():
+                try:
+                    self._media.dram.free(page)
+                except KvatticError as error:   # the device, which was to be told, failed; the page is free
+                    errors.append(error)
+            layer.staged.clear()
+            layer.placed.clear()
         if errors:
             raise errors[0]
+
+    def lose_tails(self) -> Iterator[tuple[int, int]]:
+        """Forget what was in DRAM, which has lost its power; (layer, lost tokens) where there were any."""
+        self._background.clear()    # losses say more
+        for number, layer in enumerate(self.layers):
+            self.settle(number)
+            flushed = self.flushed(number)
+            tokens = layer.length - flushed
+            layer.length = flushed
+            if layer.sums is not None:
+                none = np.zeros((self.shape.kv_heads, 0, self.shape.config.head_dim), np.uint16)
+                layer.sums.truncate(layer.length, none)
+            first = layer.length // self.shape.stripe_tokens
+            layer.table[:, first:] = NO_ENTRY
+            for sketches in layer.sketches.values():
+                sketches[:, first:] = 0
+            layer.staged.clear()
+            layer.placed.clear()
+            if tokens:
+                yield number, tokens

@@ -1,15 +1,14 @@
 """Golden model: one job (one KV head, some query rows), bit for bit as the hardware computes it.
 
-Integers only; docs/numerics.md says why each step is as it is.  `attend` runs the whole job.  The
-steps stand alone too, so that tests of the RTL can drive each of them: `decode`, `score_sums`,
-`round_scores`, `attended`, `weights`, `denominators`, `value_sums`, `divide`.
-`kvattic.golden.sparse` has the steps of the sparse modes.
+Integers only; docs/numerics.md explains each step.  `attend` runs the whole job.  The steps stand alone, too, so that
+tests of the RTL can drive each of them: `decode`, `score_sums`, `round_scores`, `attended`, `weights`, `denominators`,
+`value_sums`, `divide`.  `kvattic.golden.first_pass` and `kvattic.golden.sparse` have the sparse modes.
 
 Shapes are named (rows, tokens, head_dim).  Elements are uint16 bit patterns, intermediates int64.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,23 +16,23 @@ from numpy.typing import NDArray
 from kvattic.errors import RequestError
 from kvattic.merge import Partial
 from kvattic.spec.commands import TREE_BITS, CompletionFlag, is_positive_normal
-from kvattic.spec.elements import special
+from kvattic.spec.elements import Bits, Booleans, Integers, special
 from kvattic.spec.formats import (
-    EXP_FRACTION,
     EXP_STEP_BITS,
-    PRODUCT_BITS,
+    FP32_BIAS,
     SCALE_BITS,
+    SCALE_CHUNK_BITS,
     SCALED_SUM_BITS,
     SCORE_FRACTION,
     SCORE_MASKED,
     SCORE_MAX,
     SCORE_MIN,
-    SCORE_WINDOW_BITS,
-    SCORE_WINDOW_FRACTION,
+    SCORE_ROUND_SHIFT,
     SIGNIFICAND_BITS,
-    VALUE_FRACTION,
+    WEIGHT_ALIGNMENT,
     WEIGHT_BITS,
     WEIGHT_EXPONENT_BITS,
+    WEIGHT_ROUND_SHIFT,
     Element,
     exp_table,
 )
@@ -51,10 +50,8 @@ __all__ = [
     "denominators",
     "divide",
     "first_special",
-    "product_shift",
     "round_scores",
     "scale_scores",
-    "score_shift_min",
     "score_sums",
     "split_scale",
     "value_sums",
@@ -62,26 +59,13 @@ __all__ = [
     "window_sums",
 ]
 
-Integers: TypeAlias = NDArray[np.int64]
-Bits: TypeAlias = NDArray[np.uint16]
-
-QUERY_SHIFT = WEIGHT_BITS - SIGNIFICAND_BITS
-"""Left-alignment of q's significand in the multiplier port that a weight uses in the V pass."""
 SHIFT_MAX = 63
 """Largest right shift of the cell; the window is narrower, so this and all beyond give zero."""
-SCORE_ROUND_SHIFT = SCALE_BITS - 1 + SCORE_WINDOW_FRACTION - SCORE_FRACTION
-"""Bits that a score loses when it is rounded."""
-CHUNK_BITS = 17
-"""A score sum meets the scale's significand in chunks of this width."""
-WEIGHT_ROUND_SHIFT = EXP_FRACTION - (WEIGHT_BITS - 1)
-"""Bits that a weight loses when it is rounded."""
-DENOMINATOR_SHIFT = VALUE_FRACTION - (WEIGHT_BITS - 1)
-"""Alignment of a weight of exponent 0 in the denominator."""
 LOW_BITS = 32
 """An accumulator is high * 2**LOW_BITS + low with 0 <= low < 2**LOW_BITS."""
 
 _BLOCK_ELEMENTS = 1 << 15
-"""Elements handled at a time: a few int64 arrays of this size stay in the second-level cache."""
+"""Elements processed at a time: a few int64 arrays of this size fit the second-level cache."""
 
 
 class Decoded(NamedTuple):
@@ -94,7 +78,7 @@ class Decoded(NamedTuple):
         special: whether any element is NaN or infinity.
     """
 
-    negative: NDArray[np.bool_]
+    negative: Booleans
     significand: NDArray[np.uint16]
     exponent: NDArray[np.uint16]
     special: bool
@@ -121,15 +105,15 @@ class Trace:
             has VALUE_FRACTION fractional bits.
         accumulator_low: int64, (rows, head_dim), the LOW_BITS below.
         output: uint32, (rows, head_dim), fp32 bit patterns.
-        nan_query: row * 65536 + channel of the first NaN or infinity in q, or None.
+        nan_query: row * 65536 + feature of the first NaN or infinity in q, or None.
         nan_key: the lowest token with a NaN or infinity in K, or None.
         nan_value: the lowest token with a NaN or infinity in V, or None.
         flags: SCORE_OVERFLOW and VALUE_OVERFLOW where they happened.
     """
 
     score_sums: Integers
-    score_overflow: NDArray[np.bool_]
-    attended: NDArray[np.bool_]
+    score_overflow: Booleans
+    attended: Booleans
     scores: Integers
     maximum: Integers
     weight_significand: Integers
@@ -183,7 +167,7 @@ def decode(bits: Bits, element: Element) -> Decoded:
 
 
 def first_special(bits: Bits, element: Element) -> tuple[int, int] | None:
-    """(row, channel) of the first NaN or infinity in row-major order.
+    """(row, feature) of the first NaN or infinity in row-major order.
 
     Args:
         bits: uint16, (rows, head_dim) or (tokens, head_dim).
@@ -192,8 +176,8 @@ def first_special(bits: Bits, element: Element) -> tuple[int, int] | None:
     found = special(bits, element)
     if not found.any():
         return None
-    row, channel = divmod(int(found.argmax()), bits.shape[1])
-    return row, channel
+    row, feature = divmod(int(found.argmax()), bits.shape[1])
+    return row, feature
 
 
 def split_scale(scale_bits: int) -> tuple[int, int]:
@@ -206,17 +190,7 @@ def split_scale(scale_bits: int) -> tuple[int, int]:
     return hidden | (scale_bits & (hidden - 1)), scale_bits >> (SCALE_BITS - 1)
 
 
-def product_shift(element: Element) -> int:
-    """The cell puts its product at the top of the value window (left by this), then shifts right only."""
-    return element.encoding.value_window_bits - PRODUCT_BITS
-
-
-def score_shift_min(element: Element) -> int:
-    """Smallest right shift of the K pass: a smaller one would not fit the score window."""
-    return element.encoding.value_window_bits - SCORE_WINDOW_BITS
-
-
-def _signs(negative: NDArray[np.bool_]) -> Integers:
+def _signs(negative: Booleans) -> Integers:
     """1 or -1."""
     return 1 - 2 * negative.astype(np.int64)
 
@@ -239,8 +213,8 @@ def _shift(window: Integers, shift: Integers, least: int, low: int, high: int) -
 
 def score_sums(
     query: Bits, key: Bits, *, element: Element, scale_bits: int
-) -> tuple[Integers, NDArray[np.bool_]]:
-    """K pass: sum of q[c] * k[c] over all channels, each product truncated into the score window.
+) -> tuple[Integers, Booleans]:
+    """K pass: sum of q[c] * k[c] over all features, each product truncated into the score window.
 
     Args:
         query: uint16, (rows, head_dim).
@@ -257,8 +231,8 @@ def score_sums(
 
 def window_sums(
     query: Bits, key: Bits, *, element: Element, exponent: int | Integers
-) -> tuple[Integers, NDArray[np.bool_]]:
-    """`score_sums` with the scale's exponent given for itself, and for each row if need be.
+) -> tuple[Integers, Booleans]:
+    """`score_sums` with the exponent of the scale alone, which may differ by row.
 
     Args:
         query: uint16, (rows, head_dim).
@@ -272,12 +246,13 @@ def window_sums(
         window's top.
     """
     rows, tokens, head_dim = query.shape[0], key.shape[0], key.shape[1]
-    offset = np.asarray(exponent)[..., None] - 127 + SCORE_WINDOW_FRACTION - 2 * element.encoding.offset
+    form = element.encoding
+    offset = np.asarray(exponent)[..., None] + form.score_offset
     row = decode(query, element)
     row_sign = _signs(row.negative)
-    top, shift_min = product_shift(element) + QUERY_SHIFT, score_shift_min(element)
-    row_significand = row.significand.astype(np.int64) << top
-    row_shift = top - offset - row.exponent.astype(np.int64)
+    shift_min = form.score_shift_min
+    row_significand = row.significand.astype(np.int64) << form.score_shift
+    row_shift = form.score_shift - offset - row.exponent.astype(np.int64)
     sums = np.zeros((rows, tokens), np.int64)
     overflow = np.zeros((rows, tokens), np.bool_)
     size = _block_tokens(head_dim)
@@ -302,7 +277,7 @@ def window_sums(
     return sums, overflow
 
 
-def round_scores(sums: Integers, scale_bits: int) -> tuple[Integers, NDArray[np.bool_]]:
+def round_scores(sums: Integers, scale_bits: int) -> tuple[Integers, Booleans]:
     """Scale the sums by the scale's significand and round once, half up; saturate.
 
     Args:
@@ -315,8 +290,8 @@ def round_scores(sums: Integers, scale_bits: int) -> tuple[Integers, NDArray[np.
     return scale_scores(sums, split_scale(scale_bits)[0])
 
 
-def scale_scores(sums: Integers, significand: int | Integers) -> tuple[Integers, NDArray[np.bool_]]:
-    """`round_scores` with the scale's significand given for itself, and for each row if need be.
+def scale_scores(sums: Integers, significand: int | Integers) -> tuple[Integers, Booleans]:
+    """`round_scores` with the significand of the scale alone, which may differ by row.
 
     Args:
         sums: int64 of any shape, at most SCORE_SUM_BITS wide.
@@ -329,11 +304,11 @@ def scale_scores(sums: Integers, significand: int | Integers) -> tuple[Integers,
     # The product has 70 bits, so it is taken in three chunks; what falls out at the bottom of a
     # chunk lies below the result's least bit after the half was added: floor of floor is the floor.
     sums = np.clip(sums, -(1 << (SCALED_SUM_BITS - 1)), (1 << (SCALED_SUM_BITS - 1)) - 1)
-    mask = (1 << CHUNK_BITS) - 1
-    carry = ((sums & mask) * significand + (1 << (SCORE_ROUND_SHIFT - 1))) >> CHUNK_BITS
-    carry += ((sums >> CHUNK_BITS) & mask) * significand
-    carry += (sums >> (2 * CHUNK_BITS)) * significand << CHUNK_BITS
-    scores = carry >> (SCORE_ROUND_SHIFT - CHUNK_BITS)
+    mask = (1 << SCALE_CHUNK_BITS) - 1
+    carry = ((sums & mask) * significand + (1 << (SCORE_ROUND_SHIFT - 1))) >> SCALE_CHUNK_BITS
+    carry += ((sums >> SCALE_CHUNK_BITS) & mask) * significand
+    carry += (sums >> (2 * SCALE_CHUNK_BITS)) * significand << SCALE_CHUNK_BITS
+    scores = carry >> (SCORE_ROUND_SHIFT - SCALE_CHUNK_BITS)
     overflow = (scores > SCORE_MAX) | (scores < SCORE_MIN)
     return np.clip(scores, SCORE_MIN, SCORE_MAX), overflow
 
@@ -348,7 +323,7 @@ def attended(
     end_token: int,
     tokens: int,
     unit_tokens: int = 1,
-) -> NDArray[np.bool_]:
+) -> Booleans:
     """Which row attends which token: the window, the valid length and the draft tree.
 
     Or which unit's mean key: its last token is not before the window, its first one inside, and in the tree.
@@ -371,7 +346,7 @@ def attended(
     bit = tree[:, None] >> np.clip(draft, 0, TREE_BITS - 1) & 1
     in_tree = (draft < 0) | ((draft < TREE_BITS) & (bit != 0))
     window = (token | (unit_tokens - 1) >= start[:, None]) & (token < np.minimum(end, end_token)[:, None])
-    result: NDArray[np.bool_] = window & in_tree
+    result: Booleans = window & in_tree
     return result
 
 
@@ -414,7 +389,7 @@ def denominators(significand: Integers, exponent: Integers) -> Integers:
     Returns:
         int64, (rows,).
     """
-    total: Integers = (significand << DENOMINATOR_SHIFT >> exponent).sum(axis=1)
+    total: Integers = (significand << WEIGHT_ALIGNMENT >> exponent).sum(axis=1)
     return total
 
 
@@ -434,11 +409,10 @@ def value_sums(
         overflow tells whether a product was clipped at the window's top.
     """
     rows, (tokens, head_dim) = significand.shape[0], value.shape
-    # Least bit of the product against that of the window, before the element's exponent.
-    offset = VALUE_FRACTION - (WEIGHT_BITS - 1) - element.encoding.offset
-    row_shift = product_shift(element) - offset + exponent
+    form = element.encoding
+    row_shift = form.value_shift + exponent
     # Tokens whose products one int64 can sum.
-    together = 1 << (62 - element.encoding.value_window_bits)
+    together = 1 << (62 - form.value_window_bits)
     high = np.zeros((rows, head_dim), np.int64)
     low = np.zeros((rows, head_dim), np.int64)
     overflow = False
@@ -451,7 +425,7 @@ def value_sums(
             continue
         part = decode(value[place], element)
         sign = _signs(part.negative)
-        part_significand = part.significand.astype(np.int64) << product_shift(element)
+        part_significand = part.significand.astype(np.int64) << form.product_shift
         part_exponent = part.exponent.astype(np.int64)
         least, most = int(part.exponent.min()), int(part.exponent.max())
         window, shift = window_space[: len(sign)], shift_space[: len(sign)]
@@ -494,7 +468,7 @@ def _quotient(numerator: int, denominator: int) -> int:
     dropped = quotient & ((1 << drop) - 1)
     kept += dropped > half or (dropped == half and kept & 1)
     # The top bit of `kept` always adds one to the exponent field; a carry out of it one more.
-    return sign | ((drop - shift + 23 + 127 - 1) << 23) + kept
+    return sign | ((drop - shift + SCALE_BITS - 1 + FP32_BIAS - 1) << (SCALE_BITS - 1)) + kept
 
 
 def divide(high: Integers, low: Integers, denominator: Integers) -> NDArray[np.uint32]:
@@ -520,10 +494,10 @@ def divide(high: Integers, low: Integers, denominator: Integers) -> NDArray[np.u
 
 
 def check_bits(name: str, array: Any) -> Bits:
-    """Bit patterns of two dimensions, as they are.
+    """Refuse what is not a two-dimensional array of bit patterns; otherwise return it unchanged.
 
     Raises:
-        RequestError: another dtype or number of dimensions.
+        RequestError: the dtype or the number of dimensions is wrong.
     """
     if not isinstance(array, np.ndarray) or array.dtype != np.uint16 or array.ndim != 2:
         found = (
@@ -538,7 +512,7 @@ def check_bits(name: str, array: Any) -> Bits:
 def check_job(
     scale_bits: int, base_token: int, end_token: int, tokens: int, rows: int, **per_row: Any
 ) -> tuple[Integers, ...]:
-    """The integers that are given for each row, as int64, if they and the job's numbers fit together.
+    """Check a job's numbers; the integers that are given for each row, as int64.
 
     Args:
         scale_bits: fp32 bit pattern.
@@ -549,7 +523,7 @@ def check_job(
         per_row: integers, (rows,), by name.
 
     Raises:
-        RequestError: they do not.
+        RequestError: they do not fit together.
     """
     if not is_positive_normal(scale_bits):
         raise RequestError(f"scale_bits must be a positive normal fp32, not {scale_bits:#010x}")
@@ -633,9 +607,9 @@ def attend(
 
 
 def attend_masked(
-    query: Bits, key: Bits, value: Bits, mask: NDArray[np.bool_], *, element: Element, scale_bits: int
+    query: Bits, key: Bits, value: Bits, mask: Booleans, *, element: Element, scale_bits: int
 ) -> Trace:
-    """Attention over the tokens that a mask leaves; nothing is checked, and nan_key and nan_value are None.
+    """Attention over the tokens that a mask allows; nothing is checked, and nan_key and nan_value are None.
 
     Args:
         query: uint16, (rows, head_dim).

@@ -1,4 +1,4 @@
-"""The golden device's flash: blocks, pages, the map from zones to blocks, and what goes wrong."""
+"""The golden device's flash: blocks, pages, the map from zones to blocks, and its faults."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvattic.golden.queues import RejectedError
+from kvattic.golden.rejected import RejectedError
 from kvattic.spec import layout
 from kvattic.spec.commands import MediaCause, Opcode, Status
 from kvattic.spec.config import Config
@@ -17,11 +17,11 @@ __all__ = ["Flash", "FlashFaults", "PowerCutError"]
 
 
 class PowerCutError(Exception):
-    """The supply is gone."""
+    """The supply failed."""
 
 
 class _Page(NamedTuple):
-    """What was programmed: the data, None if they are garbage, and the page number that they were written under."""
+    """What was programmed: the data, or None if they are garbage, and the page number that they were written under."""
 
     image: NDArray[np.uint8] | None
     number: int
@@ -39,16 +39,16 @@ class _Block:
 
 @dataclass(slots=True)
 class FlashFaults:
-    """What goes wrong in the golden device's flash; change it at any time.
+    """Faults of the golden device's flash; they may change at any time.
 
     Attributes:
         bad: blocks with the factory's mark: PROBE finds it, PROGRAM and ERASE fail.
-        mark_pages: pages of a bad block that have the mark; None: all in which the part's maker may put it.
+        mark_pages: pages of a bad block that have the mark; None: all in which the part's maker may put one.
         worn: blocks whose PROGRAM and ERASE fail from now on; what they hold can be read.
         program_fails: single pages that fail to program, (block, page of the block).
         dead: (channel, die) of dies that stay busy: DIE_TIMEOUT, and nothing on them can be read.
         unreadable: codewords with too many bit errors, (block, page of the block, codeword).
-        power_cut: the supply fails in the middle of the flash command after so many more; None: it does not.  The
+        power_cut: flash commands after which the supply fails in the middle of the next one; None: it does not.  The
             device then does nothing until `GoldenDevice.power_up`.
     """
 
@@ -62,15 +62,15 @@ class FlashFaults:
 
 
 class Flash:
-    """All flash of a drive.  It obeys the rules of NAND: the pages of a block are programmed in order and each once.
+    """The flash of a drive.  It obeys the rules of NAND: the pages of a block are programmed in order and each once.
 
     Args:
         config: geometry.
-        faults: what goes wrong.
+        faults: its faults.
 
     Attributes:
         blocks: those that are not erased.
-        map: (channel, zone, die, plane) to block, where their numbers are not the same.
+        map: (channel, zone, die, plane) to block, where zone and block have different numbers.
     """
 
     def __init__(self, config: Config, faults: FlashFaults) -> None:
@@ -86,13 +86,22 @@ class Flash:
         return Block(channel, place.die, place.plane, block)
 
     def is_place(self, channel: int, number: int) -> bool:
-        """Whether there is such a page."""
+        """Whether the page exists."""
         config, place = self._config, layout.page_place(number, self._config)
         return channel < config.channels and place.zone < config.part.blocks and place.page < config.part.pages
 
     def read_page(self, channel: int, number: int,
                   codewords: NDArray[np.int64]) -> tuple[NDArray[np.uint8], list[int], MediaCause]:
-        """Codewords of a flash page, zeros where they cannot be read; which of them cannot, and why."""
+        """Read codewords of a flash page.
+
+        Args:
+            channel: of the page.
+            number: of the page.
+            codewords: int64, their numbers in the page.
+
+        Returns:
+            uint8, (codewords, codeword_bytes), zeros where a codeword cannot be read; the indices of those; and why.
+        """
         faults, size = self._faults, self._config.codeword_bytes
         place = layout.page_place(number, self._config)
         block = self.block(channel, place)
@@ -113,7 +122,7 @@ class Flash:
         return found, gone, cause
 
     def operate(self, opcode: Opcode, channel: int, number: int, image: NDArray[np.uint8] | None) -> None:
-        """PROGRAM, ERASE or PROBE of a place that there is; RejectedError says how the part ends it.
+        """PROGRAM, ERASE or PROBE of a page that exists; RejectedError says how the part ends it.
 
         Args:
             opcode: which of them.
@@ -135,17 +144,9 @@ class Flash:
         if opcode is Opcode.PROGRAM:
             self._program(block, place.page, number, image, where, cut)
         elif opcode is Opcode.ERASE:
-            if block in faults.bad or block in faults.worn:
-                raise RejectedError(Status.ERASE_FAILED, where)
-            if cut:
-                for page in range(self._config.part.pages):
-                    self.blocks.setdefault(block, _Block()).pages[page] = _Page(None, number)
-                raise PowerCutError
-            self.blocks.pop(block, None)
-        elif block in faults.bad:
-            marked = self._config.part.marked_pages if faults.mark_pages is None else faults.mark_pages
-            if place.page in marked:
-                raise RejectedError(Status.BAD_BLOCK, where)
+            self._erase(block, number, where, cut)
+        else:
+            self._probe(block, place.page, where)
         if cut:
             raise PowerCutError
 
@@ -164,8 +165,23 @@ class Flash:
         if image is None:
             raise RejectedError(Status.BUS_ERROR, where)
 
+    def _erase(self, block: Block, number: int, where: int, cut: bool) -> None:
+        if block in self._faults.bad or block in self._faults.worn:
+            raise RejectedError(Status.ERASE_FAILED, where)
+        if cut:
+            garbage = self.blocks.setdefault(block, _Block())
+            garbage.pages = {page: _Page(None, number) for page in range(self._config.part.pages)}
+            raise PowerCutError
+        self.blocks.pop(block, None)
+
+    def _probe(self, block: Block, page: int, where: int) -> None:
+        faults = self._faults
+        marked = self._config.part.marked_pages if faults.mark_pages is None else faults.mark_pages
+        if block in faults.bad and page in marked:
+            raise RejectedError(Status.BAD_BLOCK, where)
+
     def written(self) -> Iterator[tuple[Block, int, NDArray[np.uint8]]]:
-        """All that a thief with a soldering iron would find: (block, page of the block, data) of each page."""
+        """What a thief with a soldering iron would find: (block, page of the block, data) of each page."""
         for block, found in sorted(self.blocks.items()):
             for page, content in sorted(found.pages.items()):
                 if content.image is not None:

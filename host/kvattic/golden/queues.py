@@ -1,19 +1,12 @@
-"""The golden device's queues: rings, doorbells, who is fetched next, completions and interrupts, without time."""
+"""The golden device's queues: rings, doorbells, fetching in turn, completions and interrupts, without time."""
 
-import struct
 from dataclasses import dataclass
 
-from kvattic.spec.commands import LINE_BYTES, Status, pack_state
+from kvattic.golden.rejected import RejectedError
+from kvattic.spec.commands import COMPLETION, LINE_BYTES, Opcode, QueueCommand, Status, pack_state
 from kvattic.spec.registers import MAX_ENTRIES, QUEUES
 
-__all__ = ["Queue", "Queues", "RejectedError"]
-
-_COMPLETION = struct.Struct("<IIHHHH48x")
-"""The fields of `COMPLETION` that the golden device fills."""
-
-
-class RejectedError(Exception):
-    """A command that ends with an error; args are (status, where)."""
+__all__ = ["Queue", "Queues"]
 
 
 @dataclass(slots=True, eq=False)
@@ -28,9 +21,9 @@ class Queue:
         base: first address that the blocks of its commands may use.
         limit: one past the last one.
         head: next submission entry to fetch.
-        tail: one past the last submission entry that there is.
-        posts: completions posted, of all rounds.
-        unread: completions posted and not taken.
+        tail: one past the last submission entry.
+        posts: completions posted since the queue was created.
+        unread: completions posted that the host has not taken.
         under_way: commands fetched whose completions are not posted.
     """
 
@@ -53,12 +46,12 @@ class Queue:
 
     @property
     def is_ring(self) -> bool:
-        """Whether rings may have so many entries."""
+        """Whether the number of entries is valid."""
         return 2 <= self.entries <= MAX_ENTRIES and not self.entries & (self.entries - 1)
 
     @property
     def fetchable(self) -> bool:
-        """Whether there is a command and its completion will have room."""
+        """Whether a command waits and its completion will have room."""
         return self.head != self.tail and self.under_way + self.unread < self.entries - 1
 
     def submit(self, tail: int) -> bool:
@@ -78,20 +71,21 @@ class Queue:
         return True
 
     def fetch(self) -> int:
-        """The address of the next command, which is under way from now on."""
+        """Begin the next command; the address of its entry."""
         address = self.submission + self.head * LINE_BYTES
         self.head = (self.head + 1) % self.entries
         self.under_way += 1
         return address
 
     def post(self, identifier: int, status: int, where: int, flags: int) -> tuple[int, bytes]:
-        """The address of a command's completion, and the completion."""
+        """End a command; the address of its completion, and the completion."""
         turn, place = divmod(self.posts, self.entries)
         state = pack_state(status, turn & 1 ^ 1)
         self.posts += 1
         self.unread += 1
         self.under_way -= 1
-        entry = _COMPLETION.pack(where, flags, self.head, self.number, identifier, state)
+        entry = COMPLETION.pack(
+            where=where, flags=flags, head=self.head, queue=self.number, identifier=identifier, state=state)
         return self.completion + place * LINE_BYTES, entry
 
     def wants_interrupt(self, after: int) -> bool:
@@ -99,7 +93,7 @@ class Queue:
         return self.unread >= max(after, 1) or (self.unread > 0 and not self.under_way and not self.fetchable)
 
     def holds(self, address: int, size: int) -> bool:
-        """Whether a block is aligned and inside of the window."""
+        """Whether a block is aligned and inside the queue's window."""
         return not address % LINE_BYTES and self.base <= address and address + size <= self.limit
 
 
@@ -107,8 +101,8 @@ class Queues:
     """All pairs.
 
     Attributes:
-        pairs: those that there are, by number.
-        removed: those that were removed, but whose commands are under way, or were: they can be deleted again.
+        pairs: those that exist, by number.
+        removed: those that were removed with commands in flight; they can be deleted again.
     """
 
     def __init__(self) -> None:
@@ -124,7 +118,7 @@ class Queues:
         return queue.take(value) if completion else queue.submit(value)
 
     def next(self) -> Queue | None:
-        """The queue whose turn it is to be fetched from, if any has something to fetch."""
+        """The queue to fetch from next, in turn; None if no queue has a command that can be fetched."""
         for step in range(QUEUES):
             number = (self._turn + step) % QUEUES
             queue = self.pairs.get(number)
@@ -143,33 +137,44 @@ class Queues:
         return sum(1 << number for number, queue in self.pairs.items() if queue.wants_interrupt(after))
 
     def _taken(self, number: int) -> bool:
-        """Whether there is a queue of that number, or completions of one that was are to come."""
+        """Whether a queue of that number exists, or a removed one still has commands in flight."""
         return number in self.pairs or (number in self.removed and self.removed[number].under_way > 0)
 
     def create_admin(self, queue: Queue) -> None:
-        """ADMIN_ENTRIES: queue 0 in place of the one that there is; while that has commands under way, only removed."""
+        """ADMIN_ENTRIES: replace queue 0; while the old one has commands in flight, only remove it."""
         if (old := self.pairs.pop(0, None)) is not None:
             self.removed[0] = old
         if queue.is_ring and not self._taken(0):
             self.pairs[0] = queue
 
-    def create(self, command: dict[str, int]) -> None:
-        """CREATE_QUEUE."""
-        number = command["queue"]
-        queue = Queue(*(command[name] for name in ("queue", "entries", "submission", "completion", "base", "limit")))
+    def run(self, command: QueueCommand) -> None:
+        """CREATE_QUEUE, DELETE_QUEUE.
+
+        Raises:
+            RejectedError: it does not end OK.
+        """
+        if command.opcode == Opcode.CREATE_QUEUE:
+            self._create(command)
+        elif any((command.entries, command.submission, command.completion, command.base, command.limit)):
+            raise RejectedError(Status.INVALID_FIELD)
+        else:
+            self._delete(command.queue)
+
+    def _create(self, command: QueueCommand) -> None:
+        number = command.queue
+        queue = Queue(number, command.entries, command.submission, command.completion, command.base, command.limit)
         for where, bad in enumerate((
             not 1 <= number < QUEUES or self._taken(number),
             not queue.is_ring,
-            command["submission"] % LINE_BYTES,
-            command["completion"] % LINE_BYTES,
+            command.submission % LINE_BYTES,
+            command.completion % LINE_BYTES,
         )):
             if bad:
                 raise RejectedError(Status.INVALID_QUEUE, where)
         self.removed.pop(number, None)
         self.pairs[number] = queue
 
-    def delete(self, number: int) -> None:
-        """DELETE_QUEUE."""
+    def _delete(self, number: int) -> None:
         queue = (self.pairs.pop(number, None) or self.removed.pop(number, None)) if number else None
         if queue is None:
             raise RejectedError(Status.INVALID_QUEUE, 0)

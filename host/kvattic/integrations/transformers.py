@@ -28,15 +28,19 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import output_capturing
 
 from kvattic.array import SPLITS, ArrayPlan, ArraySequence, DriveArray
+from kvattic.driver.checks import as_member, check_integer, check_positive
 from kvattic.driver.device import Device
-from kvattic.driver.jobs import MAX_SINKS, AttendPlan, AttendResult, Integers, check_integer, check_positive, end_block
-from kvattic.driver.sequence import MAX_UNITS, Sequence
+from kvattic.driver.jobs import MAX_SINKS, MAX_UNITS
+from kvattic.driver.results import AttendPlan, AttendResult
+from kvattic.driver.sequence import Sequence
 from kvattic.errors import ConfigError, KvatticError, RangeError, RequestError
 from kvattic.spec.commands import Mode
 from kvattic.spec.config import ELEMENT_BYTES, HEAD_DIMS, MAX_ROWS, PAPER, Config, preset
-from kvattic.spec.elements import from_bits, to_bits
+from kvattic.spec.elements import Integers, from_bits, to_bits
 from kvattic.spec.formats import Element
 from kvattic.spec.layout import unit_bits
+from kvattic.support.closing import end_block
+from kvattic.support.renamed import old_selection_keywords
 
 __all__ = ["NAME", "DriveCache", "DriveLayer", "config_for", "round_to_storage"]
 
@@ -66,12 +70,15 @@ _OWN_OPTIONS = {"self", "kv_heads", "capacity_tokens", "layers", "sparse", "cent
 _WIDTHS = ("head_dim", "v_head_dim", "qk_head_dim", "swa_head_dim", "swa_v_head_dim", "global_head_dim")
 """Names that configurations have for what a head of K or V has of elements."""
 
+_CAN_SET_ATTENTION, _COLLECTOR = "_can_set_attn_implementation", "_active_collector"
+"""What transformers has no public names for: whether a model's attention can be exchanged, and what it shall return."""
+
 _last = local()
 """In `layer`, a weak reference to the `DriveLayer` that took K and V last, of each thread."""
 
 
 def _not_traced(function: Callable[P, T]) -> Callable[P, T]:
-    """What torch.compile shall not look into: it calls it as it stands, between two graphs."""
+    """Exclude a function from torch.compile, which then calls it as it is, between two graphs."""
     called: Callable[P, T] = torch.compiler.disable(function)
     return called
 
@@ -261,7 +268,7 @@ class DriveLayer(CacheLayerMixin):
         """Take zones of flash for the rows of this batch."""
         del value_states
         rows, heads = key_states.shape[:2]
-        self._cache._start(rows, heads)
+        self._cache.start(rows, heads)
         self.batch_size = rows
         self._kept = [np.zeros(0, np.bool_)] * rows
         self.is_initialized = True
@@ -279,7 +286,7 @@ class DriveLayer(CacheLayerMixin):
                 the backend, or an earlier step failed.
         """
         cache = self._cache
-        cache._check_step(self, key_states.shape[2])
+        cache.check_step(self, key_states.shape[2])
         most = cache.device.config.head_dim
         for name, states in (("K", key_states), ("V", value_states)):
             if states.shape[-1] > most:
@@ -329,18 +336,18 @@ class DriveLayer(CacheLayerMixin):
         try:
             return self._attend(module, query, key, value, mask, scaling)
         except BaseException as error:
-            self._cache._fail(error)
+            self._cache.fail(error)
             raise
 
     def _attend(self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                 mask: torch.Tensor | None, scaling: float | None) -> torch.Tensor:
         cache, past, config = self._cache, self._length, self._cache.device.config
-        rows = cache._rows(mask, self._kept, key.shape[2])
-        cache._check_rows(rows)
+        rows = cache.rows(mask, self._kept, key.shape[2])
+        cache.check_rows(rows)
         # Errors of those that are done are raised by the next call of their sequence.
         self._writes = [write for write in self._writes if not write.done()]
         if past == 0:
-            cache._write_next(self)
+            cache.write_next(self)
         for row, sequence in enumerate(cache.sequences):
             if len(new := rows.new[row]):
                 keys, values = (_array(states[row], config.head_dim)[:, new] for states in (key, value))
@@ -355,11 +362,11 @@ class DriveLayer(CacheLayerMixin):
             return local
         # The tokens are in device DRAM and can be attended while full stripes move to flash.  A sparse mode attends all
         # that is in DRAM, which must not depend on how far that is.
-        if cache._mode is not Mode.DENSE:
+        if cache.mode is not Mode.DENSE:
             self.wait()
         busy = [row for row, new in enumerate(rows.new) if len(new)]
         plans: list[Any] = [
-            cache._plan(cache.sequences[row], self.number, _array(query[row], config.head_dim)[:, rows.new[row]],
+            cache.plan_row(cache.sequences[row], self.number, _array(query[row], config.head_dim)[:, rows.new[row]],
                         rows.start[row], rows.end[row],
                         query.shape[-1]**-0.5 if scaling is None else float(scaling)) for row in busy]
         width = value.shape[-1]
@@ -392,6 +399,19 @@ class DriveLayer(CacheLayerMixin):
             write.result()
 
     @property
+    def unattended(self) -> bool:
+        """Whether K and V that `update` returned have not come to `attend` yet."""
+        return self._given is not None
+
+    def drop(self) -> None:
+        """Forget K and V that `update` returned."""
+        self._given = None
+
+    def fail(self, error: E) -> E:
+        """See `DriveCache.fail`."""
+        return self._cache.fail(error)
+
+    @property
     def _length(self) -> int:
         return len(self._kept[0]) if self._kept else 0
 
@@ -421,7 +441,7 @@ class DriveLayer(CacheLayerMixin):
         if tokens_to_remove > 0:
             raise RequestError(f"crop takes minus the number of positions to remove, not {tokens_to_remove}")
         left = max(self._length + tokens_to_remove, 0)
-        self._cache._read.clear()
+        self._cache.forget_masks()
         self.wait()
         if left < self._length:
             kept = [row[:left] for row in self._kept]
@@ -461,10 +481,10 @@ class DriveLayer(CacheLayerMixin):
         self.reorder_cache(indices)
 
     def offload(self) -> None:
-        """Nothing: K and V are not in this machine."""
+        """Do nothing: K and V are not in this machine."""
 
     def prefetch(self) -> None:
-        """Nothing, see `offload`."""
+        """Do nothing, see `offload`."""
 
 
 class DriveCache(Cache):
@@ -480,18 +500,19 @@ class DriveCache(Cache):
         held_tokens: the newest tokens of each row, which stay in device DRAM, where `crop` and rejected drafts can
             remove them: as many as are drafted at once, at least.  64 if None, and 0 on several drives, which cannot.
         mode: what a decode step attends: `commands.Mode` or its name in lower case; prompts are attended densely.
-        channels: see `Sequence.attend`, as the following.
-        units: no more are attended than there are.
-        local: likewise.
-        sinks: sparse modes: the first stored tokens of each row (padding is not stored), which are attended in any case
-            and count among `units`.  If None, 16, or as many as `units` and `local` leave room for.
-        unit: of the mode centroid, too; a codeword's tokens if None.
+        features: see `Sequence.attend`, as the following.
+        top_units: no more are attended than there are.
+        local_tokens: likewise.
+        sinks: sparse modes: the first stored tokens of each row (padding is not stored), which are always attended
+            and count among `top_units`.  If None, 16, or as many as `top_units` and `local_tokens` leave room for.
+        unit_tokens: of the mode centroid, too; a codeword's tokens if None.
         options: of the sequences, see `create_sequence` of `Device` and `DriveArray`: isolated, split.
 
     Attributes:
         device: the drive.
         capacity_tokens: tokens that each row can hold.
         sequences: one for each row of the batch; none before the first tokens.
+        mode: what a decode step attends.
 
     Raises:
         TypeError: there is no such option.
@@ -499,18 +520,16 @@ class DriveCache(Cache):
         ConfigError: a sparse mode, and the drive is without sparse attention.
     """
 
+    @old_selection_keywords
     def __init__(self, device: Device | DriveArray, config: Any, *, capacity_tokens: int | None = None,
-                 held_tokens: int | None = None, mode: Mode | str = Mode.DENSE, channels: int | None = None,
-                 units: int | None = None, local: int = 0, sinks: int | None = None, unit: int | None = None,
-                 **options: Any) -> None:
+                 held_tokens: int | None = None, mode: Mode | str = Mode.DENSE, features: int | None = None,
+                 top_units: int | None = None, local_tokens: int = 0, sinks: int | None = None,
+                 unit_tokens: int | None = None, **options: Any) -> None:
         text = config.get_text_config(decoder=True)
         several = isinstance(device, DriveArray)
         _check_options(options, several)
-        names = {one.name.lower(): one for one in Mode}
-        found = names.get(mode) if isinstance(mode, str) else mode
-        if not isinstance(found, Mode):
-            raise RequestError(f"mode must be one of {', '.join(names)}, not {mode!r}")
-        unit = _check_mode(device.config, found, channels, units, local, sinks, unit)
+        found = as_member("mode", mode, Mode)
+        unit_tokens = _check_mode(device.config, found, features, top_units, local_tokens, sinks, unit_tokens)
         if found is not Mode.DENSE and options.get("split") == "context":
             raise RequestError(f"mode {found.name.lower()} chooses from all tokens, which no drive has if sequences "
                                "are split by context: take split='heads', or mode='dense'")
@@ -523,7 +542,7 @@ class DriveCache(Cache):
             raise RequestError("held_tokens: tokens can be removed from a single drive only, not from several")
         kept_sinks = 0
         if found is not Mode.DENSE:
-            kept_sinks = _sinks(units or 1, max(local - held, 0), sinks, unit or 1)
+            kept_sinks = _sinks(top_units or 1, max(local_tokens - held, 0), sinks, unit_tokens or 1)
         dim = _heads(text)[1]
         if dim > device.config.head_dim:
             raise RequestError(f"the model's head_dim is {dim}, the drive's {device.config.head_dim}; it must be as "
@@ -532,7 +551,9 @@ class DriveCache(Cache):
         self.device = device
         self.capacity_tokens = capacity
         self.sequences: list[Sequence | ArraySequence] = []
-        self._mode, self._channels, self._units, self._local, self._unit = found, channels, units, local, unit
+        self.mode: Mode = found
+        self._features, self._top_units = features, top_units
+        self._local_tokens, self._unit_tokens = local_tokens, unit_tokens
         self._held_tokens, self._sinks = held, kept_sinks
         self._text = text
         self._failed = ""   # an error, from which its layers hold different tokens
@@ -553,19 +574,19 @@ class DriveCache(Cache):
     def __deepcopy__(self, memo: Any) -> NoReturn:
         raise RequestError("K and V in the drive cannot be copied: make another DriveCache")
 
-    def _start(self, rows: int, kv_heads: int) -> None:
+    def start(self, rows: int, kv_heads: int) -> None:
         """Sequences for a batch, when its first layer comes."""
         if self.sequences:
             return
-        sparse, centroid = self._mode in (Mode.SPARF, Mode.FETCHED), self._mode is Mode.CENTROID
+        sparse, centroid = self.mode.blended, self.mode is Mode.CENTROID
         options = self._options
-        if self._mode is not Mode.DENSE:
+        if self.mode is not Mode.DENSE:
             options = options | {"sinks": self._sinks, "window": _longest_window(self._text) if sparse else None}
         try:
             for _ in range(rows):
                 self.sequences.append(self.device.create_sequence(
                     kv_heads, capacity_tokens=self.capacity_tokens, layers=len(self.layers), sparse=sparse,
-                    centroids=self._unit if centroid else None, **options))
+                    centroids=self._unit_tokens if centroid else None, **options))
         except BaseException:
             self.reset()
             raise
@@ -590,6 +611,10 @@ class DriveCache(Cache):
         for sequence in sequences:
             sequence.free()
 
+    def forget_masks(self) -> None:
+        """Forget what masks of earlier steps say."""
+        self._read.clear()
+
     def wait(self) -> None:
         """Wait until all K and V are written, and report what failed.
 
@@ -600,7 +625,7 @@ class DriveCache(Cache):
             layer.wait()
 
     def activate_past_recording(self) -> None:
-        """Called before drafts are verified: nothing, as the newest tokens stay in device DRAM anyway.
+        """Do nothing before drafts are verified, because the newest tokens stay in device DRAM anyway.
 
         Raises:
             RequestError: several drives, from which rejected drafts cannot be removed.
@@ -608,29 +633,34 @@ class DriveCache(Cache):
         if isinstance(self.device, DriveArray):
             raise RequestError("drafts can be removed from a single drive only, not from several")
 
-    def _fail(self, error: E) -> E:
-        """A step ends with an error; what its layers hold does not fit together from now on."""
+    def fail(self, error: E) -> E:
+        """Note that a step failed, so that the layers hold different tokens from now on; returns the error."""
         self._failed = f"{type(error).__name__}: {error}"
         for layer in self.layers:
             if isinstance(layer, DriveLayer):
-                layer._given = None
+                layer.drop()
         return error
 
-    def _check_step(self, layer: DriveLayer, count: int) -> None:
-        """Whether a layer's new K and V follow what all layers hold."""
+    def check_step(self, layer: DriveLayer, count: int) -> None:
+        """Check that a layer's new K and V follow what all layers hold.
+
+        Raises:
+            RequestError: they do not, or an earlier step failed.
+        """
         if self._failed:
             raise RequestError("an earlier step of this DriveCache failed, and its layers hold different tokens now: "
                                "reset() it and begin again with the whole text, or use another one; the error was: "
                                f"{self._failed}")
         for other in self.layers:
-            if isinstance(other, DriveLayer) and other._given is not None:
+            if isinstance(other, DriveLayer) and other.unattended:
                 raise RequestError(f"layer {other.number}: the K and V that this DriveCache returned last were not "
                                    f"attended by the backend {NAME!r}: {self._why_not()}; reset() the DriveCache "
                                    "afterwards")
         before = self.layers[layer.number - 1] if layer.number else layer
-        if before is not layer and before._length and before._length != layer._length + count:
-            raise RequestError(f"layer {layer.number} holds {layer._length} positions and gets {count} more, but layer "
-                               f"{before.number} holds {before._length}: an earlier step was interrupted; reset() the "
+        length, wanted = layer.get_seq_length(), before.get_seq_length()
+        if before is not layer and wanted and wanted != length + count:
+            raise RequestError(f"layer {layer.number} holds {length} positions and gets {count} more, but layer "
+                               f"{before.number} holds {wanted}: an earlier step was interrupted; reset() the "
                                "DriveCache and begin again with the whole text")
 
     def _why_not(self) -> str:
@@ -638,22 +668,23 @@ class DriveCache(Cache):
         found = getattr(self._text, "_attn_implementation", NAME)
         classes = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self._text), ())
         kinds = classes if isinstance(classes, tuple) else (classes,)
-        if kinds and not any(kind._can_set_attn_implementation() for kind in kinds):
+        if kinds and not any(getattr(kind, _CAN_SET_ATTENTION)() for kind in kinds):
             return (f"{kinds[0].__name__} computes attention by itself, without transformers' attention interface, and "
                     "is not supported")
         if found != NAME:
             return f"the model's attention is {found!r}, call model.set_attn_implementation({NAME!r})"
         return "the model computes attention by itself and is not supported, or a step was interrupted"
 
-    def _write_next(self, layer: DriveLayer) -> None:
-        """Another layer's first tokens are about to be written: not too many at a time, for they hold their memory."""
+    def write_next(self, layer: DriveLayer) -> None:
+        """Make room for writing another layer's first tokens: each layer that is being written holds its memory."""
         while len(self._writing) >= LAYERS_IN_FLIGHT:
             self._writing.popleft().wait()
         self._writing.append(layer)
 
     # Attention.
 
-    def _rows(self, mask: torch.Tensor | None, before: list[Flags], count: int) -> _Rows:
+    def rows(self, mask: torch.Tensor | None, before: list[Flags], count: int) -> _Rows:
+        """What a step's mask says, read once for all layers; arguments as of `_read_mask`."""
         key = (id(mask), len(before[0]), count)
         if key not in self._read:
             if any(past != len(before[0]) for _, past, _ in self._read):
@@ -662,33 +693,37 @@ class DriveCache(Cache):
             self._read[key] = (mask, _read_mask(mask, before, count))
         return self._read[key][1]
 
-    def _check_rows(self, rows: _Rows) -> None:
-        """Whether a sparse mode can serve a step's masks."""
-        if self._mode is not Mode.DENSE:
+    def check_rows(self, rows: _Rows) -> None:
+        """Check that a sparse mode can serve a step's masks.
+
+        Raises:
+            RequestError: a token attends later ones.
+        """
+        if self.mode is not Mode.DENSE:
             for row, end in enumerate(rows.end):
                 if end is not None:
                     raise RequestError(f"row {row} of the batch: a token attends later ones, which mode "
-                                       f"{self._mode.name.lower()} does not; use mode='dense'")
+                                       f"{self.mode.name.lower()} does not; use mode='dense'")
 
-    def _plan(self, sequence: Sequence | ArraySequence, layer: int, query: NDArray[np.float32],
+    def plan_row(self, sequence: Sequence | ArraySequence, layer: int, query: NDArray[np.float32],
               start: Integers | None, end: Integers | None, scale: float) -> AttendPlan | ArrayPlan:
         """Attention of a row's newest tokens; all that the drive computes goes through here."""
         causal = end is None
-        if self._mode is Mode.DENSE:
+        if self.mode is Mode.DENSE:
             return sequence.plan(query, layer=layer, scale=scale, causal=causal, start=start, end=end)
-        assert self._units is not None
+        assert self._top_units is not None
         # No more units than the query with most of them has.
-        size, count = self._unit or 1, query.shape[1]
+        size, count = self._unit_tokens or 1, query.shape[1]
         stop = sequence.length(layer) - count + 1 + np.arange(count)
         first = np.zeros(count, np.int64) if start is None else start - start % sequence.stripe_tokens
-        units = min(self._units, int((-((first - stop) // size)).max()))
-        return sequence.plan(query, layer=layer, scale=scale, causal=causal, start=start, mode=self._mode,
-                             channels=self._channels, units=units, local=min(self._local, units * size),
-                             unit=self._unit)
+        units = min(self._top_units, int((-((first - stop) // size)).max()))
+        return sequence.plan(query, layer=layer, scale=scale, causal=causal, start=start, mode=self.mode,
+                             features=self._features, top_units=units,
+                             local_tokens=min(self._local_tokens, units * size), unit_tokens=self._unit_tokens)
 
 
 def _check_options(options: dict[str, Any], several: bool) -> None:
-    """What `DriveCache` hands on to `create_sequence`.
+    """Check the options that `DriveCache` hands on to `create_sequence`.
 
     Raises:
         TypeError: it has no such argument, or it is not for the user.
@@ -707,53 +742,53 @@ def _check_options(options: dict[str, Any], several: bool) -> None:
             raise RequestError(f"split must be one of {', '.join(SPLITS)}, not {value!r}")
 
 
-def _check_mode(config: Config, mode: Mode, channels: int | None, units: int | None, local: int,
-                sinks: int | None, unit: int | None) -> int | None:
-    """Whether a mode and its numbers go together; the tokens of a unit, None where it has none of its own."""
+def _check_mode(config: Config, mode: Mode, features: int | None, top_units: int | None, local_tokens: int,
+                sinks: int | None, unit_tokens: int | None) -> int | None:
+    """Check that a mode and its numbers go together; the tokens of a unit, None if the mode has no units."""
     name = mode.name.lower()
     if mode is Mode.DENSE:
-        if (channels, units, local, sinks, unit) != (None, None, 0, None, None):
-            raise RequestError("mode dense attends all tokens: channels, units, local, sinks and unit must not be "
-                               "given")
+        if (features, top_units, local_tokens, sinks, unit_tokens) != (None, None, 0, None, None):
+            raise RequestError("mode dense attends all tokens: features, top_units, local_tokens, sinks and "
+                               "unit_tokens must not be given")
         return None
     if not config.sparse:
         raise ConfigError(f"mode {name}: the drive is without sparse attention (Config.sparse)")
-    if units is None:
-        raise RequestError(f"mode {name} needs units (the paper's k)")
-    check_integer("units (the paper's k)", units, 1, MAX_UNITS)
+    if top_units is None:
+        raise RequestError(f"mode {name} needs top_units (the paper's k)")
+    check_integer("top_units (the paper's k)", top_units, 1, MAX_UNITS)
     if mode is not Mode.CENTROID:
-        check_integer("channels (the paper's r)", channels, 1, config.head_dim)
-    elif channels is not None:
-        raise RequestError(f"mode {name} has no channels: it must not be given")
+        check_integer("features (the paper's r)", features, 1, config.head_dim)
+    elif features is not None:
+        raise RequestError(f"mode {name} has no features: it must not be given")
     if mode is Mode.SPARF:
-        if unit is not None:
-            raise RequestError(f"mode {name} has no unit: it must not be given")
+        if unit_tokens is not None:
+            raise RequestError(f"mode {name} has no unit_tokens: it must not be given")
     else:
-        unit = config.tokens_per_codeword if unit is None else unit
-        unit_bits(unit, config)
-    check_integer("local", local, 0, units * (unit or 1))
-    return unit
+        unit_tokens = config.tokens_per_codeword if unit_tokens is None else unit_tokens
+        unit_bits(unit_tokens, config)
+    check_integer("local_tokens", local_tokens, 0, top_units * (unit_tokens or 1))
+    return unit_tokens
 
 
-def _sinks(units: int, local: int, sinks: int | None, unit: int) -> int:
-    """Sinks that are asked for; if nobody said how many, as many as there is room for.
+def _sinks(top_units: int, local_tokens: int, sinks: int | None, unit_tokens: int) -> int:
+    """The number of sinks: as asked for, otherwise as many as there is room for.
 
     Args:
-        units: that a step attends.
-        local: newest tokens that are attended in any case and not held, and so lie in some of the units.
+        top_units: that a step attends.
+        local_tokens: newest tokens that are always attended and not held, and so lie in some of the units.
         sinks: as given.
-        unit: tokens of a unit.
+        unit_tokens: tokens of a unit.
 
     Raises:
-        RequestError: not a number of tokens, or sinks and local need more units than there are.
+        RequestError: not a number of tokens, or sinks and local_tokens need more units than there are.
     """
-    newest = -(-(local - 1) // unit) + 1 if local else 0     # wherever the last of them begins
+    newest = -(-(local_tokens - 1) // unit_tokens) + 1 if local_tokens else 0     # wherever the last of them begins
     if sinks is None:
-        return max(min(SINKS, (units - newest) * unit), 0)
+        return max(min(SINKS, (top_units - newest) * unit_tokens), 0)
     check_integer("sinks", sinks, 0, MAX_SINKS)
-    if (needed := -(-sinks // unit) + newest) > units:
-        raise RequestError(f"units (the paper's k) must be at least {needed} for {sinks} sinks and the newest {local} "
-                           f"tokens that are not held, in units of {unit}, not {units}")
+    if (needed := -(-sinks // unit_tokens) + newest) > top_units:
+        raise RequestError(f"top_units (the paper's k) must be at least {needed} for {sinks} sinks and the newest "
+                           f"{local_tokens} tokens that are not held, in units of {unit_tokens}, not {top_units}")
     return sinks
 
 
@@ -774,21 +809,21 @@ def _attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch
     layer = getattr(key, _MARK, None)
     if not isinstance(layer, DriveLayer):
         pending = getattr(_last, "layer", lambda: None)()
-        if pending is not None and pending._given is not None:
-            raise pending._cache._fail(RequestError(
+        if pending is not None and pending.unattended:
+            raise pending.fail(RequestError(
                 f"layer {pending.number}: the model changes K after the DriveCache returned them, before it attends "
                 "them: such models are not supported"))
         raise RequestError(f"attn_implementation={NAME!r} attends K and V that a DriveCache returned, but there was "
                            "none: give the model, or generate(), cache=DriveCache(device, model.config)")
     if changes := [name for name in _CHANGES if kwargs.get(name) is not None]:
-        raise layer._cache._fail(RequestError(
+        raise layer.fail(RequestError(
             f"the drive's attention has no {', '.join(changes)}, which this model needs"))
-    if kwargs.get("output_attentions") or "attentions" in (output_capturing._active_collector.get() or ()):
-        raise layer._cache._fail(RequestError(
+    if kwargs.get("output_attentions") or "attentions" in (getattr(output_capturing, _COLLECTOR).get() or ()):
+        raise layer.fail(RequestError(
             "output_attentions: the drive does not give attention weights; leave it out, or use "
             "attn_implementation='eager' without a DriveCache"))
     if dropout or (torch.is_grad_enabled() and query.requires_grad):
-        raise layer._cache._fail(RequestError(
+        raise layer.fail(RequestError(
             "the drive's attention has no gradient and no dropout: call model.eval(), and the model inside "
             "torch.no_grad()"))
     return layer.attend(module, query, key, value, attention_mask, scaling), None

@@ -1,4 +1,4 @@
-"""What a sequence takes of the flash, and in how many regions the device DRAM is handed out: arithmetic."""
+"""How much flash a sequence takes, and how large the regions of device DRAM are: arithmetic."""
 
 from collections.abc import Iterator
 
@@ -28,7 +28,7 @@ def reservations(config: Config, heads: range, kv_heads: int, stripes: int, page
         kv_heads: of a layer.
         stripes: full ones of each head.
         pages: of a run of K.
-        kinds: runs of a stripe: K, V, the channel layout.
+        kinds: runs of a stripe: K, V, the feature layout.
         centroids: tokens of a unit.
     """
     rounds, rest = divmod(stripes, config.channels)

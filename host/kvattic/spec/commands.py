@@ -7,15 +7,18 @@ Queues have NVMe's shape: 64-byte submission entries that begin with opcode, fla
 is one), rings with head and tail, doorbells, a phase bit that turns over with each round of the completion ring.  Where
 a submission entry has an address or a number, NVMe has MPTR (bytes 16-23), PRP1 and PRP2 (24-39), or the command dwords
 2, 3 and 10 to 15.  A completion has NVMe's fields in its first 16 bytes, and counters behind them up to a whole line,
-which the device writes in one burst.  docs/queues.md says what is not as in NVMe.
+which the device writes in one burst.  docs/queues.md lists the differences from NVMe.
 """
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from enum import IntEnum, IntFlag
+from typing import Any, Self
 
 LINE_BYTES = 64
 """Unit of the device's AXI4 bursts, and alignment of every address in a command."""
+RESERVED = "reserved, zero"
+"""The meaning of a field that must be zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,11 @@ class Field:
     size: int
     doc: str
 
+    @property
+    def place(self) -> slice:
+        """Its bytes in the record."""
+        return slice(self.offset, self.offset + self.size)
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -37,21 +45,39 @@ class Record:
     fields: tuple[Field, ...]
 
     def pack(self, **values: int) -> bytes:
-        """The record's bytes; fields that are not given are zero."""
-        out = bytearray(self.size)
+        """The record's bytes; fields that are not given are zero.
+
+        Raises:
+            KeyError: the record has no such field.
+            OverflowError: a value does not fit its field.
+        """
+        data = bytearray(self.size)
+        self.put(data, **values)
+        return bytes(data)
+
+    def put(self, data: bytearray, **values: int) -> None:
+        """Write fields into the bytes of a record; the others stay as they are.
+
+        Raises:
+            KeyError: the record has no such field.
+            OverflowError: a value does not fit its field.
+        """
         for name, value in values.items():
-            field = self[name]
-            out[field.offset : field.offset + field.size] = int(value).to_bytes(field.size, "little")
-        return bytes(out)
+            found = self[name]
+            data[found.place] = int(value).to_bytes(found.size, "little")
 
     def unpack(self, data: bytes) -> dict[str, int]:
         """All fields of the record as unsigned integers."""
-        return {f.name: int.from_bytes(data[f.offset : f.offset + f.size], "little") for f in self.fields}
+        return {f.name: int.from_bytes(data[f.place], "little") for f in self.fields}
+
+    def reserved_is_zero(self, data: bytes) -> bool:
+        """Whether every reserved byte is zero."""
+        return not any(any(data[f.place]) for f in self.fields if f.doc == RESERVED)
 
     def __getitem__(self, name: str) -> Field:
-        for field in self.fields:
-            if field.name == name:
-                return field
+        for found in self.fields:
+            if found.name == name:
+                return found
         raise KeyError(f"{self.name} has no field {name!r}")
 
 
@@ -69,26 +95,26 @@ class Opcode(IntEnum):
     ERASE = 0xC8
     """Erase the block that a flash page lies in (`FLASH_COMMAND`); in queue 0, whoever owns it."""
     COUNTERS = 0xC2
-    """Write `registers.COUNTERS`, 8 bytes each, padded to whole lines (`DATA_COMMAND`).  Each is right at the moment at
-    which it is read; while the drive works, they are not of one cycle."""
+    """Write `registers.COUNTERS`, 8 bytes each, padded to whole lines (`DATA_COMMAND`).  Each is exact when it is read;
+    while the drive works, they are read in different cycles."""
     PROBE = 0xF0
     """Look for the factory's mark of a bad block in a flash page (`FLASH_COMMAND`): one of `NandPart.marked_pages`."""
     MAP = 0xF4
-    """Let a zone use another block on the die and plane of a flash page (`FLASH_COMMAND`)."""
+    """Map a zone to another block on the die and plane of a flash page (`FLASH_COMMAND`)."""
     IDENTIFY = 0xE2
     """Write Config.to_json(), as UTF-8 padded with zeros to IDENTIFY_BYTES (`DATA_COMMAND`)."""
     CREATE_QUEUE = 0xE4
     """Create a pair of queues, empty (`QUEUE_COMMAND`)."""
     DELETE_QUEUE = 0xE8
-    """Remove one (`QUEUE_COMMAND`); commands that are not fetched yet are forgotten."""
+    """Delete a pair of queues (`QUEUE_COMMAND`); commands that are not fetched yet are dropped."""
     GRANT = 0xEC
     """Give zones or regions of device DRAM to a domain, or a domain to queues (`GRANT_COMMAND`)."""
 
 
 ADMIN_OPCODES = 0xE0
-"""From this opcode on, for queue 0 alone."""
+"""Opcodes from this one on are for queue 0 alone."""
 DIRECTION_BITS = 2
-"""Low bits of an opcode, which say which way data goes."""
+"""Low bits of an opcode: the direction of the data."""
 
 
 class Grant(IntEnum):
@@ -108,11 +134,16 @@ class Mode(IntEnum):
     DENSE = 0
     """All of them."""
     SPARF = 1
-    """The `units` tokens of the largest approximate mass, blended with the mean of V (SparF, SparQ)."""
+    """The `top_units` tokens of the largest approximate mass, blended with the mean of V (SparF, SparQ)."""
     FETCHED = 2
     """Units of whole codewords of the largest approximate mass, all of whose tokens are attended; blended likewise."""
     CENTROID = 3
     """Units whose mean key scores highest, all of whose tokens are attended; not blended."""
+
+    @property
+    def blended(self) -> bool:
+        """Whether the output is blended with the mean of V, which stands in front of the table then."""
+        return self in (Mode.SPARF, Mode.FETCHED)
 
 
 class Status(IntEnum):
@@ -123,20 +154,19 @@ class Status(IntEnum):
     INVALID_OPCODE = 1
     """where: the opcode."""
     INVALID_FIELD = 2
-    """A reserved byte is not zero, there is no such mode (or none but DENSE in this configuration), a field is not zero
-    that mode or opcode has no use for, or stripe_pages is no power of two, too large, or not what a sparse mode
-    needs."""
+    """A reserved byte, or a field that mode or opcode does not use, is not zero; the mode does not exist (or is sparse
+    and the configuration is not); or stripe_pages is not a power of two, too large, or not what a sparse mode needs."""
     INVALID_ROWS = 3
     """where: the number of rows."""
     INVALID_LENGTH = 4
-    """No token, or `stripes` are not as many as the tokens take."""
+    """No tokens, or `stripes` is not the number of stripes that the tokens take."""
     INVALID_ADDRESS = 5
     """query, result or table (with the mean of V) not 64-byte aligned or not inside the queue's window; where: 0 query,
     1 result, 2 table.  IDENTIFY, COUNTERS: result, likewise."""
     INVALID_SCALE = 6
     """scale is not a positive normal fp32."""
     NAN_QUERY = 7
-    """where: row * 65536 + channel of the first NaN or infinity in q."""
+    """where: row * 65536 + feature of the first NaN or infinity in q."""
     NAN_KEY = 8
     """where: the lowest token with a NaN or infinity in K."""
     NAN_VALUE = 9
@@ -147,10 +177,10 @@ class Status(IntEnum):
     """The host memory answered a read of the command or query, or a write of the result, with an error; where: 0.  When
     it is the command that could not be read, its identifier is not known: it is 0xFFFF."""
     INVALID_TABLE = 12
-    """A table entry names no channel, has a reserved bit set (in DENSE also `whole`), or is one too many for its
+    """A table entry names a channel that does not exist, has a reserved bit set (in DENSE also `whole`), or exceeds its
     channel's score buffer; where: the entry's number."""
     INVALID_PLACE = 13
-    """A flash command names no channel, page or block of it; where: 0."""
+    """A flash command names a channel, page or block that does not exist; where: 0."""
     UNREADABLE_KEY = 14
     """K cannot be read (see the register MEDIA_ERROR); where: first token of the lowest codeword that cannot."""
     UNREADABLE_VALUE = 15
@@ -164,25 +194,25 @@ class Status(IntEnum):
     DIE_TIMEOUT = 19
     """A die stayed busy for longer than its part ever is; where: channel * 2**24 + page."""
     INVALID_SELECTION = 20
-    """A sparse mode's number is none or too large; where: 0 channels, 1 units (more than the tokens make),
-    2 local (more than the units hold), 3 unit_bits."""
+    """A field of a sparse mode is out of range; where: 0 features, 1 top_units (zero, or more than the tokens make),
+    2 local_tokens (more than the units hold), 3 unit_bits."""
     NO_SKETCH = 21
-    """A stripe in flash that is not attended whole was written without what the mode's first pass reads; where: its
-    entry's number."""
+    """A stripe in flash that is not attended whole lacks what the mode's first pass reads; where: number of its
+    entry."""
     NAN_MEAN = 22
-    """where: channel of the first NaN or infinity in the mean of V."""
+    """where: feature of the first NaN or infinity in the mean of V."""
     UNREADABLE_SKETCH = 23
-    """K in the channel layout, a centroid, or K of the tail cannot be read in the first pass; where: first token of the
+    """K in the feature layout, a centroid, or K of the tail cannot be read in the first pass; where: first token of the
     lowest codeword, or stripe, that cannot."""
     NOT_PERMITTED = 24
-    """where: 0 the opcode is for queue 0 alone; 1 the domain is not given to the queue."""
+    """where: 0 the opcode is for queue 0 alone; 1 the domain is not granted to the queue."""
     NOT_OWNED = 25
-    """A place that is not the domain's, or that is none.  where, ATTEND: number of the first such table entry; PROGRAM,
-    ERASE: 0 flash page, 1 page of device DRAM."""
+    """A place that is not the domain's, or does not exist.  where, ATTEND: number of the first such table entry;
+    PROGRAM, ERASE: 0 flash page, 1 page of device DRAM."""
     INVALID_QUEUE = 26
-    """where: 0 queue (1 to QUEUES - 1; CREATE_QUEUE: it is there already), 1 entries, 2 submission, 3 completion."""
+    """where: 0 queue (1 to QUEUES - 1; CREATE_QUEUE: it exists), 1 entries, 2 submission, 3 completion."""
     QUEUE_BUSY = 27
-    """DELETE_QUEUE while commands of it are under way: nothing more is fetched; delete it again later.  where: 0."""
+    """DELETE_QUEUE while its commands are in flight: nothing more is fetched; delete it again later.  where: 0."""
     INVALID_GRANT = 28
     """where: 0 kind, 1 first or count, 2 domain (1 to DOMAINS - 1)."""
 
@@ -191,7 +221,7 @@ STATUS_BITS, STATUS_TYPE_BITS = 8, 3
 STATUS_TYPE = 7
 """NVMe's status code type of every status but OK: vendor specific.  That of OK is 0: generic, and so is its code."""
 DOMAINS = 256
-"""Domains that own zones and regions; 0 stands for nobody."""
+"""Domains that can own zones and regions; 0 stands for nobody."""
 IDENTIFY_BYTES = 2048
 
 
@@ -201,8 +231,8 @@ class TableFlag(IntFlag):
     DRAM = 1
     """Its pages are pages of device DRAM, at page * config.page_bytes; else of the flash channel."""
     WHOLE = 2
-    """Sparse modes: it is attended whole and scored exactly in the first pass, and does not count in `units`; a stripe
-    in device DRAM is always so."""
+    """Sparse modes: it is attended whole and scored exactly in the first pass, and does not count in `top_units`; a
+    stripe in device DRAM is always so."""
 
 
 class CompletionFlag(IntFlag):
@@ -234,54 +264,151 @@ class Kind(IntEnum):
     """Tokens of K."""
     VALUE = 1
     """Tokens of V."""
-    CHANNEL = 2
-    """First pass: one channel of K, in the channel layout."""
+    FEATURE = 2
+    """First pass: one feature of K, in the feature layout."""
     SKETCH = 3
     """First pass: centroids; or tokens of K that are in device DRAM and so are scored exactly at once."""
 
 
-def _command(name: str, fields: tuple[Field, ...]) -> Record:
-    """A command with NVMe's first bytes; what no field covers is reserved, in pieces inside of 8-byte words."""
-    fields = (Field("opcode", 0, 1, "`Opcode`"), Field("flags", 1, 1, "reserved, zero"),
-              Field("identifier", 2, 2, "copied into the completion"), *fields)
+def _at(offset: int, size: int, doc: str) -> Any:
+    """A field of a command: where it lies and what it means."""
+    return field(default=0, metadata={"place": slice(offset, offset + size), "doc": doc})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """A decoded command; those that derive from it name their fields, which are unsigned integers."""
+
+    opcode: int = _at(0, 1, "`Opcode`")
+    flags: int = _at(1, 1, RESERVED)
+    identifier: int = _at(2, 2, "copied into the completion")
+
+    @classmethod
+    def unpack(cls, line: bytes) -> Self:
+        """Decode a submission entry.
+
+        Args:
+            line: LINE_BYTES long.
+        """
+        return cls(**{each.name: int.from_bytes(line[each.metadata["place"]], "little") for each in fields(cls)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttendCommand(Command):
+    """ATTEND: see `COMMAND`."""
+
+    domain: int = _at(4, 4, "owner of all places that the table names (NVMe's NSID)")
+    base_token: int = _at(8, 3, "number of the first stripe's first token")
+    mode: int = _at(11, 1, "`Mode`")
+    end_token: int = _at(12, 3, "one past the last valid token")
+    rows: int = _at(15, 1, "query rows of this job, 1 to config.rows")
+    table: int = _at(
+        16, 8, "address of the table: for each stripe, in order, a `TABLE_ENTRY`, in sparse modes followed by a "
+        "`SKETCH_ENTRY`; in SPARF and FETCHED the mean of V over all tokens stands in front of the entries: head_dim "
+        "fp32, padded to whole lines")
+    query: int = _at(24, 8, "address of the query block")
+    result: int = _at(32, 8, "address of the result block")
+    tree_token: int = _at(40, 3, "first token of the draft tree (end_token where there is none)")
+    stripe_pages: int = _at(43, 1, "pages of K (and of V) in a stripe, a power of two")
+    scale: int = _at(44, 4, "fp32 of softmax scale * log2(e)")
+    stripes: int = _at(48, 2, "stripes in the table")
+    features: int = _at(
+        50, 2, "SPARF, FETCHED: features (components of q and K) that the first pass reads, the r of SparF; else 0")
+    top_units: int = _at(
+        52, 2, "sparse modes: units attended, the k of SparF; what is attended whole comes on top; else 0")
+    local_tokens: int = _at(
+        54, 2, "sparse modes: the newest tokens, attended in any case and counted in `top_units`; else 0")
+    sinks: int = _at(
+        56, 2, "sparse modes: the first tokens of the sequence, numbered from 0, attended in any case and counted in "
+        "`top_units`; else 0")
+    unit_bits: int = _at(58, 1, "FETCHED, CENTROID: log2 of the codewords of a unit; else 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlashCommand(Command):
+    """PROGRAM, ERASE, PROBE or MAP: see `FLASH_COMMAND`."""
+
+    domain: int = _at(4, 4, "PROGRAM, ERASE: owner of the places; ERASE in queue 0, PROBE, MAP: zero")
+    page: int = _at(40, 3, "page on the channel: plane, die, page of the block, zone, from the low bits on")
+    channel: int = _at(43, 1, "flash channel")
+    argument: int = _at(44, 3, "PROGRAM: page of device DRAM; MAP: block of the plane; otherwise zero")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataCommand(Command):
+    """IDENTIFY or COUNTERS: see `DATA_COMMAND`."""
+
+    domain: int = _at(4, 4, "ignored: whoever may use the queue may ask")
+    result: int = _at(24, 8, "address of what is written")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueCommand(Command):
+    """CREATE_QUEUE or DELETE_QUEUE: see `QUEUE_COMMAND`."""
+
+    submission: int = _at(24, 8, "address of the submission ring, 64-byte aligned")
+    completion: int = _at(32, 8, "address of the completion ring, 64-byte aligned")
+    queue: int = _at(40, 1, "number of the pair")
+    entries: int = _at(
+        42, 2, "of each ring: a power of two, 2 to MAX_ENTRIES; DELETE_QUEUE: zero, as all but `queue`")
+    base: int = _at(48, 8, "first address that the blocks of the queue's commands may use")
+    limit: int = _at(56, 8, "one past the last address that they may use")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrantCommand(Command):
+    """GRANT: see `GRANT_COMMAND`."""
+
+    domain: int = _at(4, 4, "to whom; 0, for zones and regions: to nobody")
+    kind: int = _at(40, 1, "`Grant`")
+    first: int = _at(41, 3, "first zone or region; or a bit for each queue")
+    count: int = _at(44, 3, "how many zones or regions")
+
+
+def _record(name: str, command: type[Command]) -> Record:
+    """The layout of a command's line; what no field covers is reserved, in pieces inside of 8-byte words."""
+    named = []
+    for each in fields(command):
+        place = each.metadata["place"]
+        named.append(Field(each.name, place.start, place.stop - place.start, each.metadata["doc"]))
     filled: list[Field] = []
     at = reserved = 0
-    for start, field in [*((field.offset, field) for field in fields), (LINE_BYTES, None)]:
+    for start, found in [*((each.offset, each) for each in named), (LINE_BYTES, None)]:
         while at < start:
             size = min(start, at // 8 * 8 + 8) - at
-            filled.append(Field(f"reserved{reserved}", at, size, "reserved, zero"))
+            filled.append(Field(f"reserved{reserved}", at, size, RESERVED))
             at, reserved = at + size, reserved + 1
-        if field is not None:
-            filled.append(field)
-            at += field.size
+        if found is not None:
+            filled.append(found)
+            at += found.size
     return Record(name, LINE_BYTES, tuple(filled))
 
 
-COMMAND = _command("Command", (
-    Field("domain", 4, 4, "owner of all places that the table names (NVMe's NSID)"),
-    Field("base_token", 8, 3, "number of the first stripe's first token"),
-    Field("mode", 11, 1, "`Mode`"),
-    Field("end_token", 12, 3, "one past the last valid token"),
-    Field("rows", 15, 1, "query rows of this job, 1 to config.rows"),
-    Field("table", 16, 8, "address of the table: for each stripe, in order, a `TABLE_ENTRY`, in sparse modes followed "
-                          "by a `SKETCH_ENTRY`; in SPARF and FETCHED the mean of V over all tokens stands in front of "
-                          "the entries: head_dim fp32, padded to whole lines"),
-    Field("query", 24, 8, "address of the query block"),
-    Field("result", 32, 8, "address of the result block"),
-    Field("tree_token", 40, 3, "first token of the draft tree (end_token where there is none)"),
-    Field("stripe_pages", 43, 1, "pages of K (and of V) in a stripe, a power of two"),
-    Field("scale", 44, 4, "fp32 of softmax scale * log2(e)"),
-    Field("stripes", 48, 2, "stripes in the table"),
-    Field("channels", 50, 2, "SPARF, FETCHED: channels of q and K in the first pass, the r of SparF; else 0"),
-    Field("units", 52, 2, "sparse modes: units attended, the k of SparF; what is attended whole comes on top; else 0"),
-    Field("local", 54, 2, "sparse modes: the newest tokens, attended in any case and counted in `units`; else 0"),
-    Field("sinks", 56, 2, "sparse modes: the first tokens of the sequence, numbered from 0, attended in any case and "
-                          "counted in `units`; else 0"),
-    Field("unit_bits", 58, 1, "FETCHED, CENTROID: log2 of the codewords of a unit; else 0"),
-))
+COMMAND = _record("Command", AttendCommand)
 """ATTEND.  A stripe is stripe_pages * config.tokens_per_page consecutive tokens; in sparse modes config.group_tokens.
 
 A unit of selection is a token in SPARF, 2**unit_bits consecutive codewords of a stripe in FETCHED and CENTROID."""
+
+FLASH_COMMAND = _record("FlashCommand", FlashCommand)
+"""PROGRAM, ERASE, PROBE, MAP.  They complete out of order; those of one channel begin in order."""
+
+DATA_COMMAND = _record("DataCommand", DataCommand)
+"""IDENTIFY, COUNTERS."""
+
+QUEUE_COMMAND = _record("QueueCommand", QueueCommand)
+"""CREATE_QUEUE, DELETE_QUEUE."""
+
+GRANT_COMMAND = _record("GrantCommand", GrantCommand)
+"""GRANT.  Takes effect for the commands that are fetched after its completion."""
+
+COMMANDS: dict[int, tuple[Record, type[Command]]] = {
+    Opcode.ATTEND: (COMMAND, AttendCommand),
+    **dict.fromkeys((Opcode.PROGRAM, Opcode.ERASE, Opcode.PROBE, Opcode.MAP), (FLASH_COMMAND, FlashCommand)),
+    **dict.fromkeys((Opcode.IDENTIFY, Opcode.COUNTERS), (DATA_COMMAND, DataCommand)),
+    **dict.fromkeys((Opcode.CREATE_QUEUE, Opcode.DELETE_QUEUE), (QUEUE_COMMAND, QueueCommand)),
+    Opcode.GRANT: (GRANT_COMMAND, GrantCommand),
+}
+"""Layout and decoded form by opcode."""
 
 TABLE_ENTRY = Record("TableEntry", 8, (
     Field("key_page", 0, 3, "first page of the stripe's K"),
@@ -292,45 +419,12 @@ TABLE_ENTRY = Record("TableEntry", 8, (
 """Where a stripe lies; its other pages follow the first ones."""
 
 SKETCH_ENTRY = Record("SketchEntry", 8, (
-    Field("page", 0, 3, "first page of K in the channel layout; or page of the first of the stripe's centroids"),
-    Field("codeword", 3, 1, "codeword of that page with which they begin: 0 for the channel layout"),
-    Field("written", 4, 1, "1: they are there; 0: they are not, which only a stripe that is attended whole may say"),
-    Field("reserved", 5, 3, "reserved, zero"),
+    Field("page", 0, 3, "first page of K in the feature layout; or page of the first of the stripe's centroids"),
+    Field("codeword", 3, 1, "codeword of that page with which they begin: 0 for the feature layout"),
+    Field("written", 4, 1, "1: the sketch was written; 0: it was not, which only a stripe attended whole may say"),
+    Field("reserved", 5, 3, RESERVED),
 ))
 """What the first pass of a sparse mode reads of a stripe in flash, on its channel; further codewords follow."""
-
-
-FLASH_COMMAND = _command("FlashCommand", (
-    Field("domain", 4, 4, "PROGRAM, ERASE: owner of the places; ERASE in queue 0, PROBE, MAP: zero"),
-    Field("page", 40, 3, "page on the channel: plane, die, page of the block, zone, from the low bits on"),
-    Field("channel", 43, 1, "flash channel"),
-    Field("argument", 44, 3, "PROGRAM: page of device DRAM; MAP: block of the plane; otherwise zero"),
-))
-"""PROGRAM, ERASE, PROBE, MAP.  They complete out of order; those of one channel begin in order."""
-
-DATA_COMMAND = _command("DataCommand", (
-    Field("domain", 4, 4, "not looked at: whoever may use the queue may ask"),
-    Field("result", 24, 8, "address of what is written"),
-))
-"""IDENTIFY, COUNTERS."""
-
-QUEUE_COMMAND = _command("QueueCommand", (
-    Field("submission", 24, 8, "address of the submission ring, 64-byte aligned"),
-    Field("completion", 32, 8, "address of the completion ring, 64-byte aligned"),
-    Field("queue", 40, 1, "number of the pair"),
-    Field("entries", 42, 2, "of each ring: a power of two, 2 to MAX_ENTRIES; DELETE_QUEUE: zero, as all but `queue`"),
-    Field("base", 48, 8, "first address that the blocks of the queue's commands may use"),
-    Field("limit", 56, 8, "one past the last address that they may use"),
-))
-"""CREATE_QUEUE, DELETE_QUEUE."""
-
-GRANT_COMMAND = _command("GrantCommand", (
-    Field("domain", 4, 4, "to whom; 0, for zones and regions: to nobody"),
-    Field("kind", 40, 1, "`Grant`"),
-    Field("first", 41, 3, "first zone or region; or a bit for each queue"),
-    Field("count", 44, 3, "how many zones or regions"),
-))
-"""GRANT.  Takes effect for the commands that are fetched after its completion."""
 
 ROW = Record("Row", LINE_BYTES, (
     Field("start_token", 0, 4, "first token that this row attends"),
@@ -366,6 +460,10 @@ COMPLETION = Record("Completion", LINE_BYTES, (
 """beats + starved + barrier + weights + scores + idle = channels * cycle (modulo 2**32)."""
 
 
+_COMPLETION = struct.Struct("".join(("<", *({2: "H", 4: "I", 8: "Q"}[f.size] for f in COMPLETION.fields), "12x")))
+"""The same for `struct`, which is faster: the fields follow each other without a gap."""
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """A decoded completion entry (see `COMPLETION`)."""
@@ -391,9 +489,12 @@ class Completion:
         Raises:
             ValueError: there is no such status.
         """
-        values = COMPLETION.unpack(data)
-        status, flags = unpack_state(values.pop("state")), CompletionFlag(values.pop("flags"))
-        return cls(status=status, flags=flags, **values)
+        (where, flags, head, queue, identifier, state, cycle, beats, starved, barrier, weights, scores,
+         idle) = _COMPLETION.unpack(data)
+        return cls(
+            status=unpack_state(state), queue=queue, head=head, identifier=identifier, flags=CompletionFlag(flags),
+            where=where, cycle=cycle, beats=beats, starved=starved, barrier=barrier, weights=weights, scores=scores,
+            idle=idle)
 
 
 def pack_state(status: int, phase: int) -> int:
@@ -430,6 +531,12 @@ def query_row_bytes(head_dim: int) -> int:
 def fp32_block_bytes(head_dim: int) -> int:
     """Bytes of head_dim fp32 padded to whole lines: the mean of V in front of a table, or the outputs of a row."""
     return lines(head_dim * 4) * LINE_BYTES
+
+
+def table_bytes(mode: Mode, stripes: int, head_dim: int) -> int:
+    """Bytes of a table, the mean of V in front of it included; the device reads whole lines of it."""
+    entry = TABLE_ENTRY.size if mode is Mode.DENSE else TABLE_ENTRY.size + SKETCH_ENTRY.size
+    return (fp32_block_bytes(head_dim) if mode.blended else 0) + stripes * entry
 
 
 def result_row_bytes(head_dim: int) -> int:

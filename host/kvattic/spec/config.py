@@ -16,9 +16,9 @@ MAX_CHANNELS = 32
 MAX_ROWS = 16
 ELEMENT_BYTES = 2
 CRC_BITS = 24
-"""Of the check value that tells a miscorrected or misplaced codeword (kvattic.spec.ecc)."""
+"""Bits of the check value that detects a miscorrected or misplaced codeword (kvattic.spec.ecc)."""
 MAX_CLOCK_MHZ = 10_000
-"""No chip is clocked faster: a larger number was meant in Hz or kHz, and every time in cycles would be absurd."""
+"""No chip is clocked faster: a larger number was meant in Hz or kHz."""
 PAGE_NUMBER_BITS = 24
 """Bits of a page number on its channel, and of a page number in device DRAM."""
 
@@ -40,13 +40,13 @@ class Config:
         dram_beat_bytes: bytes that the device DRAM's port moves in one cycle (a power of two, 8 to 128).
         codeword_bytes: data bytes of an ECC codeword, the smallest unit that is read.
         score_depth: tokens that one lane's score buffer holds, over all jobs in flight.
-        jobs_in_flight: jobs that the software pipeline overlaps (2 to 16).
+        jobs_in_flight: jobs that the engine overlaps (2 to 16).
         sparse: the engine has the sparse modes (`commands.Mode`).
-        groups_in_flight: groups of the channel layout that a lane sums at the same time (2, 4, 8 or 16).
+        groups_in_flight: groups of the feature layout that a lane sums at the same time (2, 4, 8 or 16).
         clock_mhz: clock that turns cycles into seconds and the part's times into cycles (above 0, at most 10,000).
 
     Raises:
-        ConfigError: a value is outside of what the engine supports.
+        ConfigError: a value is not supported.
     """
 
     channels: int = 8
@@ -243,29 +243,29 @@ class Config:
 
     @property
     def _no_groups(self) -> str:
-        """Why there can be no channel layout; empty if there can."""
+        """Why this geometry cannot have the feature layout; empty if it can."""
         if self.tokens_per_codeword * self.token_bytes != self.codeword_bytes:
-            return ("codewords of the channel layout have no rest, so those of the token layout must have none; "
+            return ("codewords of the feature layout have no rest, so those of the token layout must have none; "
                     f"{self.tokens_per_codeword} tokens of {self.token_bytes} bytes leave some of "
                     f"{self.codeword_bytes}; choose a power of two for head_dim")
         tokens, page = self.group_tokens, self.tokens_per_page
         pages = tokens // page
         if pages * page != tokens or not is_power_of_two(pages):
-            return (f"a codeword of the channel layout has {tokens} tokens, which must be 1, 2, 4, ... pages of the "
+            return (f"a codeword of the feature layout has {tokens} tokens, which must be 1, 2, 4, ... pages of the "
                     f"token layout, of {page} tokens each, not {tokens / page:g}; choose another page_bytes")
         if pages * self.codewords_per_page > self.ring_codewords:
-            return (f"a stripe of the channel layout has {pages * self.codewords_per_page} codewords of K, which must "
+            return (f"a stripe of the feature layout has {pages * self.codewords_per_page} codewords of K, which must "
                     f"fit a lane's score buffer, {self.ring_codewords} codewords (score_depth {self.score_depth})")
         return ""
 
     @property
     def group_tokens(self) -> int:
-        """Tokens of one channel in a codeword of the channel layout: a stripe of a sparse sequence."""
+        """Tokens of a stripe of a sparse sequence: those of one feature in a codeword of the feature layout."""
         return self.codeword_bytes // ELEMENT_BYTES
 
     @property
     def group_pages(self) -> int:
-        """Pages of K (and of V, and of the channel layout) of a group, a power of two."""
+        """Pages of K (and of V, and of the feature layout) of a group, a power of two."""
         return self.group_tokens // self.tokens_per_page
 
     @property
@@ -275,12 +275,12 @@ class Config:
 
     @property
     def group_words(self) -> int:
-        """Accumulator words of a group: beats of a codeword of the channel layout."""
+        """Accumulator words of a group: beats of a codeword of the feature layout."""
         return self.codeword_bytes // self.beat_bytes
 
     @property
     def unit_bits_max(self) -> int:
-        """log2 of the codewords of the largest unit of selection: a page; and its centroids fill whole codewords."""
+        """log2 of the codewords of the largest unit: at most a page, and a stripe's centroids fill whole codewords."""
         return min(self.codewords_per_page, self.group_codewords // self.tokens_per_codeword).bit_length() - 1
 
     @property
@@ -326,7 +326,7 @@ class Config:
 
     @property
     def hash(self) -> int:
-        """32 bits that stand in the ID registers; the driver refuses a device with another value."""
+        """32 bits for the register CONFIG_HASH; the driver refuses a device with another value."""
         text = self.to_json()
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 

@@ -69,13 +69,13 @@ class Division:
         self._taps = _reversed(polynomial & ~(1 << self.degree), self.degree)
 
     def shift(self, state: int, bits: int = 1) -> int:
-        """The state after so many zeros."""
+        """The state after a number of zeros."""
         for _ in range(bits):
             state = state >> 1 ^ (self._taps if state & 1 else 0)
         return state
 
     def unshift(self, state: int, bits: int = 1) -> int:
-        """The state before so many zeros (the polynomial's constant term is 1)."""
+        """The state before a number of zeros (the polynomial's constant term is 1)."""
         top = self.degree - 1
         for _ in range(bits):
             state = (state ^ self._taps) << 1 | 1 if state >> top else state << 1
@@ -218,8 +218,8 @@ class Code:
         self.message_bits = config.codeword_bytes * 8 + CRC_BITS
         self.code_bits = self.message_bits + self.parity.degree
 
-    def _seeds(self, page_numbers: NDArray[np.int64]) -> NDArray[np.uint64]:
-        """Of each codeword of each page, in order."""
+    def seeds(self, page_numbers: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """What the check value of each codeword of each page begins with, in order: uint64, (1, codewords)."""
         indices = np.array([_reversed(i, CRC_BITS) for i in range(self.config.codewords_per_page)], np.int64)
         return (~(page_numbers[:, None] ^ indices) & (1 << CRC_BITS) - 1).astype(np.uint64).reshape(1, -1)
 
@@ -366,7 +366,7 @@ def encode(config: Config, data: Bytes, page_numbers: ArrayLike) -> Bytes:
     """
     numbers = _page_numbers(config, data, config.page_bytes, page_numbers)
     the_code = code(config)
-    codewords, seeds = data.reshape(-1, config.codeword_bytes), the_code._seeds(numbers)
+    codewords, seeds = data.reshape(-1, config.codeword_bytes), the_code.seeds(numbers)
     raw = np.empty((len(codewords), config.raw_codeword_bytes), np.uint8)
     for block in _blocks(len(codewords)):
         raw[block] = the_code.encode(codewords[block], seeds[:, block])
@@ -386,7 +386,7 @@ def decode(config: Config, raw: Bytes, page_numbers: ArrayLike) -> Decoded:
     """
     numbers = _page_numbers(config, raw, config.raw_page_bytes, page_numbers)
     the_code = code(config)
-    codewords, seeds = raw.reshape(-1, config.raw_codeword_bytes), the_code._seeds(numbers)
+    codewords, seeds = raw.reshape(-1, config.raw_codeword_bytes), the_code.seeds(numbers)
     data = np.empty((len(codewords), config.codeword_bytes), np.uint8)
     outcome = np.empty(len(codewords), np.uint8)
     errors = np.empty(len(codewords), np.int64)

@@ -1,6 +1,6 @@
-"""Floats to the 16-bit storage formats and back."""
+"""Floats to the 16-bit storage formats and back, and the array types of bit patterns and integers."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +8,13 @@ from numpy.typing import NDArray
 from kvattic.errors import RequestError
 from kvattic.spec.formats import Element
 
-__all__ = ["as_array", "from_bits", "special", "to_bits"]
+__all__ = ["Bits", "Booleans", "Bytes", "Integers", "as_array", "from_bits", "special", "to_bits"]
+
+Bits: TypeAlias = NDArray[np.uint16]
+"""Elements as bit patterns."""
+Integers: TypeAlias = NDArray[np.int64]
+Booleans: TypeAlias = NDArray[np.bool_]
+Bytes: TypeAlias = NDArray[np.uint8]
 
 
 def as_array(values: Any) -> NDArray[Any]:

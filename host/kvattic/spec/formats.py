@@ -28,6 +28,8 @@ SIGNIFICAND_BITS = 11
 
 SCALE_BITS = 24
 """Bits of the scale's significand: the command carries scale * log2(e) as an fp32."""
+FP32_BIAS = 127
+"""Bias of an fp32's exponent field."""
 
 SCORE_FRACTION = 22
 """Fractional bits of a score (log2 domain)."""
@@ -46,6 +48,10 @@ SCORE_SUM_BITS = 55
 """Bits of the sum over at most 256 channels, sign included."""
 SCALED_SUM_BITS = SCORE_WINDOW_BITS + 1
 """Bits of a sum that is scaled: one that does not fit makes a score beyond the range, whatever the scale."""
+SCALE_CHUNK_BITS = 17
+"""A sum is multiplied by the scale in three chunks of this width, each of which fits one DSP slice."""
+SCORE_ROUND_SHIFT = SCALE_BITS - 1 + SCORE_WINDOW_FRACTION - SCORE_FRACTION
+"""Bits that a scaled sum loses when it is rounded to a score."""
 
 WEIGHT_BITS = 22
 """Bits of a weight's significand: 1.21, 1 for the maximum exactly."""
@@ -54,8 +60,12 @@ WEIGHT_EXPONENT_BITS = 6
 
 VALUE_FRACTION = 40
 """Fractional bits of the value window and of the denominator."""
+WEIGHT_ALIGNMENT = VALUE_FRACTION - (WEIGHT_BITS - 1)
+"""Left shift that aligns the significand of a weight of exponent 0 with the value window and the denominator."""
 PRODUCT_BITS = WEIGHT_BITS + SIGNIFICAND_BITS
-"""Bits of the cell's multiplier output; q's significand is left-aligned in the weight's place."""
+"""Bits of the cell's multiplier output."""
+QUERY_SHIFT = WEIGHT_BITS - SIGNIFICAND_BITS
+"""Left alignment of q's significand in the multiplier port that a weight uses in the V pass."""
 
 # Sparse attention (docs/numerics.md, section 7).
 
@@ -101,6 +111,31 @@ class ElementFormat:
         return self.bias + SIGNIFICAND_BITS - 1
 
     @property
+    def product_shift(self) -> int:
+        """Left shift of the cell's product to the top of the value window, from where it is shifted right only."""
+        return self.value_window_bits - PRODUCT_BITS
+
+    @property
+    def score_shift_min(self) -> int:
+        """Smallest right shift of a product q*k from there: a smaller one would leave the score window."""
+        return self.value_window_bits - SCORE_WINDOW_BITS
+
+    @property
+    def score_offset(self) -> int:
+        """Place of a product q*k's least bit in the score window, where the exponent fields of q, k and scale are 0."""
+        return SCORE_WINDOW_FRACTION - FP32_BIAS - 2 * self.offset
+
+    @property
+    def score_shift(self) -> int:
+        """Right shift that brings a product q*k from there to the place 0; its own place makes the shift smaller."""
+        return self.product_shift + QUERY_SHIFT
+
+    @property
+    def value_shift(self) -> int:
+        """Right shift of a product weight*v from there; the weight's exponent makes it larger, v's field smaller."""
+        return self.product_shift - (WEIGHT_ALIGNMENT - self.offset)
+
+    @property
     def exponent_max(self) -> int:
         """The largest exponent field of a finite number."""
         return (1 << self.exponent_bits) - 2
@@ -131,6 +166,8 @@ EXP_STEP_BITS = SCORE_FRACTION - 6
 """Bits of the position inside a segment."""
 EXP_C0_BITS, EXP_C1_BITS, EXP_C2_BITS = 27, 21, 13
 """Widths of the (all non-negative) coefficients."""
+WEIGHT_ROUND_SHIFT = EXP_FRACTION - (WEIGHT_BITS - 1)
+"""Bits that the polynomial loses when it is rounded to a weight's significand."""
 
 
 @cache

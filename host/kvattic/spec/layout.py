@@ -5,7 +5,7 @@ Token layout
     little-endian, in order.  What is left of the codeword is zero.  A page holds `Config.codewords_per_page`
     codewords, and so `Config.tokens_per_page` consecutive tokens of one head.  K and V have pages of their own.
 
-Channel layout
+Feature layout
     K again, for sparse attention: a codeword holds one embedding channel of codeword_bytes / 2 consecutive tokens of
     one head, in order; a page holds codewords_per_page consecutive channels of the same tokens.
 
@@ -17,8 +17,8 @@ Centroids
 Stripe
     The tokens of a head are cut into stripes: `stripe_pages` pages of K and as many of V, with consecutive page
     numbers each.  All pages of a stripe lie on one flash channel, or wait in device DRAM, where K and V look the same.
-    A stripe is one page of tokens; for sparse attention, the tokens of a channel-layout codeword, and its
-    channel-layout pages are as many as of K.  Stripes go round the channels (`stripe_channel`).
+    A stripe is one page of tokens; for sparse attention, the tokens of a feature-layout codeword, and its
+    feature-layout pages are as many as of K.  Stripes go round the channels (`stripe_channel`).
 
 Page numbers
     The page number on a channel is, from the low bits on: plane, die, page of the block, zone (`page_number`).
@@ -34,7 +34,7 @@ from numpy.typing import ArrayLike, NDArray
 from kvattic.errors import ConfigError, RequestError
 from kvattic.spec.commands import SKETCH_ENTRY, TABLE_ENTRY, Record, TableFlag
 from kvattic.spec.config import Config
-from kvattic.spec.elements import as_array, from_bits, special, to_bits
+from kvattic.spec.elements import Bits, as_array, from_bits, special, to_bits
 from kvattic.spec.formats import Element
 
 __all__ = [
@@ -48,8 +48,8 @@ __all__ = [
     "centroid_place",
     "mark_whole",
     "mean_keys",
-    "pack_channel_pages",
     "pack_entries",
+    "pack_feature_pages",
     "pack_pages",
     "pack_sketches",
     "page_number",
@@ -59,13 +59,12 @@ __all__ = [
     "stripe_pages",
     "token_offset",
     "unit_bits",
-    "unpack_channel_pages",
     "unpack_entries",
+    "unpack_feature_pages",
     "unpack_pages",
     "unpack_sketches",
 ]
 
-Bits: TypeAlias = NDArray[np.uint16]
 Pages: TypeAlias = NDArray[np.uint8]
 
 
@@ -116,7 +115,7 @@ class Entries(NamedTuple):
         key_page: first page of K.
         value_page: first page of V.
         dram: where the pages lie: 1 in device DRAM, 0 in flash.
-        whole: sparse modes: 1: the stripe is attended whole; one in device DRAM is so in any case.
+        whole: sparse modes: 1: the stripe is attended whole, as one in device DRAM always is.
     """
 
     channel: NDArray[np.int64]
@@ -130,9 +129,9 @@ class Sketches(NamedTuple):
     """Sketch entries taken apart (`commands.SKETCH_ENTRY`), int64 arrays of one shape.
 
     Members:
-        page: first page of the channel layout, or page of the first centroid codeword.
-        codeword: of that page; 0 for the channel layout.
-        written: 1: they are there.
+        page: first page of the feature layout, or page of the first centroid codeword.
+        codeword: of that page; 0 for the feature layout.
+        written: 1: the sketch was written.
     """
 
     page: NDArray[np.int64]
@@ -148,7 +147,7 @@ def storage_bits(values: ArrayLike, element: Element, name: str = "values") -> B
 
     Args:
         values: float16, float32, float64 or bfloat16 of any shape, arrays or torch's tensors, rounded once to
-            nearest, ties to even; or uint16, which are taken as bit patterns already and not looked at.
+            nearest, ties to even; or uint16, which are taken as bit patterns and not checked.
         element: the storage format.
         name: what error messages call the array.
 
@@ -219,8 +218,8 @@ def unpack_pages(images: Pages, config: Config) -> Bits:
     return used.view("<u2").astype(np.uint16, copy=False).reshape(-1, config.head_dim)
 
 
-def pack_channel_pages(bits: Bits, config: Config) -> Pages:
-    """Page images, in the channel layout, of K of whole stripes of one head.
+def pack_feature_pages(bits: Bits, config: Config) -> Pages:
+    """Page images, in the feature layout, of K of whole stripes of one head.
 
     Args:
         bits: uint16, (stripes * codeword_bytes / 2, head_dim).
@@ -230,21 +229,21 @@ def pack_channel_pages(bits: Bits, config: Config) -> Pages:
         uint8, (stripes * stripe_pages(config, sparse=True), page_bytes).
 
     Raises:
-        ConfigError: the configuration cannot have the channel layout.
+        ConfigError: the configuration cannot have the feature layout.
         RequestError: wrong dtype or shape, or tokens that are not whole stripes.
     """
     tokens = stripe_pages(config, sparse=True) * config.tokens_per_page
     _check_tokens(bits, config)
     if len(bits) % tokens:
-        raise RequestError(f"the channel layout takes whole stripes of {tokens} tokens, not {len(bits)} tokens")
+        raise RequestError(f"the feature layout takes whole stripes of {tokens} tokens, not {len(bits)} tokens")
     stripes, codewords = len(bits) // tokens, tokens // config.tokens_per_codeword
-    channels = np.zeros((stripes, codewords, tokens), "<u2")
-    channels[:, : config.head_dim] = bits.reshape(stripes, tokens, config.head_dim).swapaxes(1, 2)
-    return channels.view(np.uint8).reshape(-1, config.page_bytes)
+    features = np.zeros((stripes, codewords, tokens), "<u2")
+    features[:, : config.head_dim] = bits.reshape(stripes, tokens, config.head_dim).swapaxes(1, 2)
+    return features.view(np.uint8).reshape(-1, config.page_bytes)
 
 
-def unpack_channel_pages(images: Pages, config: Config) -> Bits:
-    """The tokens of pages in the channel layout: the inverse of `pack_channel_pages`.
+def unpack_feature_pages(images: Pages, config: Config) -> Bits:
+    """The tokens of pages in the feature layout: the inverse of `pack_feature_pages`.
 
     Args:
         images: uint8, (stripes * stripe_pages(config, sparse=True), page_bytes).
@@ -254,16 +253,16 @@ def unpack_channel_pages(images: Pages, config: Config) -> Bits:
         uint16, (stripes * codeword_bytes / 2, head_dim).
 
     Raises:
-        ConfigError: the configuration cannot have the channel layout.
+        ConfigError: the configuration cannot have the feature layout.
         RequestError: wrong dtype or shape, or pages that are not whole stripes.
     """
     pages = stripe_pages(config, sparse=True)
     _check_pages(images, config)
     if len(images) % pages:
-        raise RequestError(f"the channel layout has {pages} pages in a stripe: {len(images)} are not whole stripes")
+        raise RequestError(f"the feature layout has {pages} pages in a stripe: {len(images)} are not whole stripes")
     tokens = pages * config.tokens_per_page
-    channels = np.ascontiguousarray(images).view("<u2").reshape(-1, pages * config.codewords_per_page, tokens)
-    tokens_first = np.ascontiguousarray(channels[:, : config.head_dim].swapaxes(1, 2))
+    features = np.ascontiguousarray(images).view("<u2").reshape(-1, pages * config.codewords_per_page, tokens)
+    tokens_first = np.ascontiguousarray(features[:, : config.head_dim].swapaxes(1, 2))
     return tokens_first.astype(np.uint16, copy=False).reshape(-1, config.head_dim)
 
 
@@ -281,11 +280,11 @@ def _check_pages(images: Pages, config: Config) -> None:
 
 
 def stripe_pages(config: Config, *, sparse: bool) -> int:
-    """Pages of K (and of V, and of the channel layout) in a stripe.
+    """Pages of K (and of V, and of the feature layout) in a stripe.
 
     Args:
         config: geometry.
-        sparse: with the channel layout, centroids or both.
+        sparse: with the feature layout, centroids or both.
 
     Raises:
         ConfigError: the configuration is without sparse attention.
@@ -302,15 +301,14 @@ def stripe_channel(stripe: Any, head: Any, config: Config) -> Any:
 
     Args:
         stripe: number of the stripe, or an integer array of them.
-        head: number of the head, or an array; any numbering will do that gives the heads that are read together
-            different ones.
+        head: number of the head, or an array; any numbering will do in which heads that are read together differ.
         config: geometry.
     """
     return (stripe + head) % config.channels
 
 
 def token_offset(token: int, config: Config) -> int:
-    """Byte at which a token begins, from the beginning of its stripe's first page on.
+    """Byte at which a token begins, counted from the beginning of its stripe's first page.
 
     Args:
         token: counted from the stripe's first one.
@@ -331,7 +329,7 @@ def unit_bits(unit_tokens: int, config: Config) -> int:
         config: geometry, with sparse attention.
 
     Raises:
-        RequestError: a unit cannot have so many tokens.
+        RequestError: unit_tokens is not a valid size of a unit.
     """
     least, most = config.tokens_per_codeword, config.tokens_per_codeword << config.unit_bits_max
     good = isinstance(unit_tokens, int | np.integer) and not isinstance(unit_tokens, bool)
@@ -344,14 +342,14 @@ def unit_bits(unit_tokens: int, config: Config) -> int:
 def mean_keys(bits: Bits, unit_tokens: int, config: Config, *, skip: int = 0) -> Bits:
     """Mean keys of units: the float64 mean of the stored K, rounded once to the storage format.
 
-    Attention sinks are left out: a model's first tokens have keys that are unlike all others.  A unit of nothing else
-    keeps the mean of all of its tokens; it is always selected.
+    Attention sinks are left out: a model's first tokens have keys unlike all others.  A unit that consists of sinks
+    keeps the mean of all its tokens; it is always selected.
 
     Args:
         bits: uint16, (units * unit_tokens, head_dim).
         unit_tokens: tokens of a unit.
         config: geometry.
-        skip: tokens at the beginning that are sinks; none if it is negative.
+        skip: how many tokens at the beginning are sinks; none if it is negative.
 
     Returns:
         uint16, (units, head_dim).
@@ -380,13 +378,13 @@ def centroid_codewords(unit_tokens: int, config: Config) -> int:
         config: geometry, with sparse attention.
 
     Raises:
-        RequestError: a unit cannot have so many tokens.
+        RequestError: unit_tokens is not a valid size of a unit.
     """
     return (config.group_codewords >> unit_bits(unit_tokens, config)) // config.tokens_per_codeword
 
 
 def centroid_pages(stripes: Any, unit_tokens: int, config: Config) -> Any:
-    """Pages that the centroids of so many stripes take together.
+    """Pages that the centroids of some stripes take together.
 
     Args:
         stripes: how many, or an integer array.
@@ -394,21 +392,21 @@ def centroid_pages(stripes: Any, unit_tokens: int, config: Config) -> Any:
         config: geometry, with sparse attention.
 
     Raises:
-        RequestError: a unit cannot have so many tokens.
+        RequestError: unit_tokens is not a valid size of a unit.
     """
     return -(-stripes * centroid_codewords(unit_tokens, config) // config.codewords_per_page)
 
 
 def centroid_place(index: int, unit_tokens: int, config: Config) -> tuple[int, int]:
-    """Page, and codeword of it, where the centroids of one of several stripes begin that share pages.
+    """Page, and codeword of that page, at which the centroids of one of several stripes begin.
 
     Args:
-        index: which of them.
+        index: which of the stripes that share pages.
         unit_tokens: tokens of a unit.
         config: geometry, with sparse attention.
 
     Raises:
-        RequestError: a unit cannot have so many tokens.
+        RequestError: unit_tokens is not a valid size of a unit.
     """
     return divmod(index * centroid_codewords(unit_tokens, config), config.codewords_per_page)
 
@@ -477,7 +475,7 @@ def mark_whole(entries: NDArray[np.uint64], first: int) -> NDArray[np.uint64]:
 
 
 def unpack_entries(entries: NDArray[np.uint64]) -> Entries:
-    """The inverse of `pack_entries`; what is reserved is not looked at."""
+    """The inverse of `pack_entries`; reserved bits are ignored."""
     *places, flags = _unpack(TABLE_ENTRY, ("channel", "key_page", "value_page", "flags"), entries)
     return Entries(*places, *((flags & flag != 0).astype(np.int64) for flag in (TableFlag.DRAM, TableFlag.WHOLE)))
 
@@ -486,10 +484,10 @@ def pack_sketches(page: ArrayLike, codeword: ArrayLike, written: ArrayLike) -> N
     """Sketch entries (`commands.SKETCH_ENTRY`), one for each stripe.
 
     Args:
-        page: first page of the channel layout, or page of the first centroid codeword; integers that fit the field, or
+        page: first page of the feature layout, or page of the first centroid codeword; integers that fit the field, or
             arrays of them.
         codeword: of that page; likewise.
-        written: 1: they are there; likewise.
+        written: 1: the sketch was written; likewise.
 
     Returns:
         uint64; little-endian in memory is what the device reads.
@@ -501,12 +499,12 @@ def pack_sketches(page: ArrayLike, codeword: ArrayLike, written: ArrayLike) -> N
 
 
 def unpack_sketches(entries: NDArray[np.uint64]) -> Sketches:
-    """The inverse of `pack_sketches`; what is reserved is not looked at."""
+    """The inverse of `pack_sketches`; reserved bits are ignored."""
     return Sketches(*_unpack(SKETCH_ENTRY, Sketches._fields, entries))
 
 
 def _pack(record: Record, **values: ArrayLike) -> NDArray[np.uint64]:
-    """Records of 8 bytes."""
+    """Records of 8 bytes, as integers."""
     result = np.zeros(np.broadcast_shapes(*(np.shape(v) for v in values.values())), np.uint64)
     kind = {"TableEntry": "table", "SketchEntry": "sketch"}[record.name]
     for name, given in values.items():

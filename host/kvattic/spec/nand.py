@@ -20,7 +20,7 @@ COLUMN_CYCLES = 2
 ROW_CYCLES = 3
 """Address cycles of a row."""
 MARK_ZEROS = 4
-"""So many zeros among a mark's eight bits make a block bad (FFh: good, 00h: bad; both are read with bit errors)."""
+"""Zeros among a mark's eight bits that make a block bad (FFh: good, 00h: bad; both are read with bit errors)."""
 T_RST_IDLE = 5_000.0
 """Reset of an idle die, at most (ONFI: 5 us)."""
 
@@ -49,9 +49,9 @@ class NandPart:
         t_prog: page register to array.
         t_bers: block erase.
         t_dbsy: busy between the planes of a multi-plane command (ONFI tPLPBSY, tPLRBSY).
-        t_rcbsy: busy of a cache read, until the register before can be read.
-        t_pcbsy: busy of a cache program, where the array was idle.
-        t_wb: last command cycle to busy; no sooner does ready mean done.
+        t_rcbsy: busy time of a cache read, until the page read before can be moved.
+        t_pcbsy: busy time of a cache program whose die's array was idle.
+        t_wb: last command cycle to busy; before it, ready does not mean done.
         t_rr: ready to first data.
         t_ccs: change of column to data.
         t_adl: last address cycle to first data in.
@@ -60,9 +60,9 @@ class NandPart:
         t_pre: preamble and postamble of a data burst.
         t_feat: set or get features.
         t_rst: reset of a busy die, at most.
-        retry_levels: read-retry settings beside the default.
-        endurance: erases that a block stands.
-        cell_bits: bits of a cell.
+        retry_levels: read-retry settings besides the default.
+        endurance: erases that a block survives.
+        cell_bits: bits stored in a cell.
         mark_pages: pages of a block in which the factory may mark it as bad, at least in one of them: 0 the first, 1
             the second, -1 the last.
         mark_byte: the byte of these pages' spare that is 00h then, and FFh in a good block.
@@ -161,7 +161,7 @@ class NandPart:
         return (block << self.row_plane_bits | plane) << self.row_page_bits | page
 
     def place(self, row: int) -> tuple[int, int, int]:
-        """(plane, block, page) of a row address; block and page may lie beyond what the die has."""
+        """(plane, block, page) of a row address; block and page may not exist on the die."""
         above = row >> self.row_page_bits
         return above & self.planes - 1, above >> self.row_plane_bits, row & (1 << self.row_page_bits) - 1
 

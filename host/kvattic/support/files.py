@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and errors that name the file."""
+"""Files that are written completely or not at all, and errors that name the file."""
 
 import contextlib
 import os
@@ -22,13 +22,13 @@ def named(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to; it becomes `path` if the block ends well, and is removed otherwise.
+    """A file beside `path` to write to; it becomes `path` if the block succeeds, and is removed otherwise.
 
-    So nobody ever sees half a file: not a reader meanwhile, and not whoever comes after a full disk.  The name ends as
-    `path` does, for those who tell a format by it.
+    So half a file is never seen, neither by a concurrent reader nor after a full disk.  The file's name ends as `path`
+    does, because some tools tell a format by it.
 
     Args:
-        path: what shall be written; its folder is made.
+        path: the file to be written; its folder is made.
 
     Raises:
         OSError: it cannot be written; names `path`.

@@ -1,10 +1,10 @@
 """What a forked child may do with its parent's devices.
 
-A child has copies of all objects of its parent, but there is one simulator, one card.  If both drove it, each would
-take the other's answers.  So a way to a device that is shared remembers its `Owner`, and refuses everybody else.  A
+A child has copies of all objects of its parent, but there is only one simulator or card.  If both drove it, each would
+take the other's answers.  So a transport to a shared device remembers its `Owner`, and refuses all other processes.  A
 device in NumPy is copied whole, and its copy works.
 
-A lock that another thread of the parent held while it forked would never be released in the child; `watch` mends that.
+A lock that another thread of the parent held during the fork would never be released in the child; `watch` replaces it.
 """
 
 import os
@@ -45,12 +45,12 @@ class Owner:
 
 
 class Locked(Protocol):
-    """What has a lock that its caller may hold while another thread forks."""
+    """An object with a lock that its caller may hold while another thread forks."""
 
     lock: RLock
 
     def forked_in_use(self) -> None:
-        """In the child: another thread was in the middle of something, and is not here."""
+        """In the child: another thread of the parent was using the object."""
         ...
 
 
@@ -58,7 +58,7 @@ _watched: "WeakSet[Locked]" = WeakSet()
 
 
 def watch(one: Locked) -> None:
-    """See to it that its lock can be taken in a forked child."""
+    """Make sure that its lock can be taken in a forked child."""
     _watched.add(one)
 
 

@@ -1,18 +1,23 @@
-"""Modules under their names of before version 0.3: they can still be imported, with a deprecation warning.
+"""Names that modules and keywords had before version 0.3: they still work, with a deprecation warning.
 
-Each package installs one finder for its old names; the module that comes is the new one itself, so that both names give
-the same classes.
+Each package installs one finder for its modules' old names; the module that comes is the new one itself, so that both
+names give the same classes.
 """
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
+from typing import ParamSpec, TypeVar
 
-__all__ = ["RenamedModules", "keep_old_names"]
+__all__ = ["RenamedModules", "keep_old_names", "old_selection_keywords", "renamed_keywords"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class RenamedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -59,3 +64,36 @@ def keep_old_names(package: str, names: Mapping[str, str]) -> None:
     finder = RenamedModules({f"{package}.{old}": f"{package}.{new}" for old, new in names.items()})
     # First: Python's own finder would load what lies below an old name a second time, under that name.
     sys.meta_path.insert(0, finder)
+
+
+def renamed_keywords(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """A function whose keywords got other names: the old ones still work, with a deprecation warning.
+
+    Args:
+        names: new name by old name.
+
+    Raises:
+        TypeError: on a call that gives both names of one keyword.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def call(*arguments: P.args, **keywords: P.kwargs) -> T:
+            for old in [name for name in keywords if name in names]:
+                new = names[old]
+                if new in keywords:
+                    raise TypeError(f"{function.__name__}() got {new} and its old name {old}")
+                warnings.warn(f"{old} is now {new}; the old name goes with version 0.4", DeprecationWarning,
+                              stacklevel=2)
+                keywords[new] = keywords.pop(old)
+            return function(*arguments, **keywords)
+
+        return call
+
+    return decorate
+
+
+def old_selection_keywords(function: Callable[P, T]) -> Callable[P, T]:
+    """Let `Sequence.attend` and its kind take the options of a sparse mode by their old names, too."""
+    renamed = renamed_keywords(channels="features", units="top_units", local="local_tokens", unit="unit_tokens")
+    return renamed(function)

@@ -1,9 +1,9 @@
-"""What every command line of the project shares: its streams, its end, and what it says meanwhile.
+"""What all command lines of the project share: streams, exit codes, and lines of progress.
 
     sys.exit(run_command(main, "kvattic"))
 
-Exit codes: 0 all is well; 1 a check failed; 2 wrong usage, or an error, whose message goes to stderr; 130 Ctrl-C; 141
-who read the output has enough.
+Exit codes: 0 success; 1 a check failed; 2 wrong usage, or an error, whose message goes to stderr; 130 Ctrl-C; 141 the
+reader of the output has closed it.
 """
 
 import contextlib
@@ -99,7 +99,7 @@ def _takes_more(stream: TextIO) -> bool:
 
 
 def _discard(stream: TextIO) -> None:
-    """Let a stream that nobody reads be /dev/null, or Python would complain when it closes it."""
+    """Point a stream whose reader is gone to /dev/null, or Python would complain when it closes it."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -107,10 +107,10 @@ def _discard(stream: TextIO) -> None:
 
 
 class Telling:
-    """Says in plain lines what a long run does, where no terminal shows it.
+    """Prints what a long run does, where no terminal shows it.
 
-    A line when a phase begins, and one at least every half minute while it lasts: whoever reads a log can tell a run
-    that works from one that hangs.
+    A line when a phase begins, and one at least every half minute while it lasts: so a log tells a run that works from
+    one that hangs.
 
     Args:
         quiet: say nothing, for a terminal shows it.
@@ -155,5 +155,5 @@ class Telling:
             thread.join()
 
     def _line(self, line: str) -> None:
-        with contextlib.suppress(OSError, ValueError):      # nobody reads
+        with contextlib.suppress(OSError, ValueError):      # the reader is gone
             print(line, file=self._stream or sys.stderr, flush=True)

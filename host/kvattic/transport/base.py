@@ -1,11 +1,13 @@
-"""How the driver reaches a device: the same calls for the golden device and the RTL."""
+"""How the driver reaches a device: the same calls for the golden device, the RTL and a card."""
 
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
+from kvattic.errors import RequestError
 from kvattic.spec.config import Config
+from kvattic.spec.registers import REGISTER_MAP, Register
 
-__all__ = ["Progress", "Transport"]
+__all__ = ["Progress", "Transport", "check_range", "find_register"]
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called as progress(done, total), both counted in jobs."""
@@ -77,7 +79,7 @@ class Transport(Protocol):
         wake-up cannot be lost.
 
         Args:
-            timeout_s: patience in seconds of wall-clock time.
+            timeout_s: seconds of wall-clock time to wait.
 
         Raises:
             DeviceTimeoutError: the line was not raised in that time.
@@ -86,5 +88,39 @@ class Transport(Protocol):
         ...
 
     def close(self) -> None:
-        """Give back whatever the way to the device holds: files, memory, a simulator's process.  Twice is no error."""
+        """Give back what the transport holds: files, memory, a simulator's process.  Closing twice is allowed."""
         ...
+
+
+def find_register(name: str, value: int = 0) -> Register:
+    """A register by its name.
+
+    Args:
+        name: of the register.
+        value: what is to be written there.
+
+    Raises:
+        RequestError: the register does not exist, or the value does not fit it.
+    """
+    register = REGISTER_MAP.get(name)
+    if register is None:
+        raise RequestError(f"there is no register {name!r}; registers are {', '.join(REGISTER_MAP)}")
+    if not 0 <= value < 1 << register.width:
+        raise RequestError(f"{name} has {register.width} bits: {value:#x} does not fit")
+    return register
+
+
+def check_range(name: str, total: int, address: int, size: int) -> None:
+    """Refuse bytes that are not in a memory.
+
+    Args:
+        name: of the memory.
+        total: its size.
+        address: of the first byte.
+        size: how many.
+
+    Raises:
+        RequestError: some of them are outside.
+    """
+    if address < 0 or size < 0 or address + size > total:
+        raise RequestError(f"{name} is 0 to {total:#x}: {size} bytes at {address:#x} are not in it")

@@ -42,8 +42,9 @@ from typing import Protocol, Self, TypeAlias
 
 from kvattic.errors import DeviceLostError, DeviceTimeoutError, RequestError
 from kvattic.spec.config import Config
-from kvattic.spec.registers import ADDRESS_BITS, REGISTER_MAP, Register
+from kvattic.spec.registers import ADDRESS_BITS, REGISTER_MAP
 from kvattic.support.forks import Owner
+from kvattic.transport.base import check_range, find_register
 
 __all__ = ["CardFile", "MmioTransport", "Opener", "Use", "open_mmio"]
 
@@ -51,11 +52,11 @@ PAGE = 4096
 BOUNCE_BYTES = 1 << 20
 """Of one transfer, at most."""
 ALL_ONES = 0xFFFF_FFFF
-"""What a read gives of a card that is not there any more."""
+"""What reads return when the card has left the bus."""
 LOOK_S = 0.5
-"""Sleeping for an interrupt, the registers are looked at so often nevertheless: a card may go."""
+"""Seconds between two looks at the registers while sleeping for an interrupt: the card may go."""
 POLL_S = 50e-6, 2e-3
-"""Without interrupts, time between two looks: first and longest."""
+"""Without interrupts, seconds between two looks: the first and the longest."""
 
 
 class Use(StrEnum):
@@ -79,7 +80,7 @@ class CardFile(Protocol):
         ...
 
     def poll(self, timeout_s: float) -> bool:
-        """Whether there is something to read, in that time."""
+        """Wait until there is something to read; whether there is."""
         ...
 
     def close(self) -> None:
@@ -243,7 +244,7 @@ class MmioTransport:
 
     def _file(self, use: Use) -> CardFile:
         if self._closed:
-            raise RequestError("the way to the card is closed")
+            raise RequestError("the card is closed")
         if self._lost:
             raise DeviceLostError(self._lost)
         return self._files[use]
@@ -278,11 +279,11 @@ class MmioTransport:
         """See `Transport`.
 
         Raises:
-            RequestError: there is no such register.
+            RequestError: the register does not exist.
             DeviceLostError: the card is gone.
         """
         self._check_owner()
-        register = _register(name)
+        register = find_register(name)
         value = 0
         with self._lock:
             for offset in range(0, register.width // 8, 4):
@@ -296,12 +297,10 @@ class MmioTransport:
         """See `Transport`.
 
         Raises:
-            RequestError: there is no such register, or the value does not fit it.
+            RequestError: the register does not exist, or the value does not fit it.
             DeviceLostError: the card is gone.
         """
-        register = _register(name)
-        if not 0 <= value < 1 << register.width:
-            raise RequestError(f"{name} has {register.width} bits: {value:#x} does not fit")
+        register = find_register(name, value)
         self._check_owner()
         with self._lock:
             for offset in range(0, register.width // 8, 4):
@@ -346,7 +345,7 @@ class MmioTransport:
             RequestError: outside of the host memory.
             DeviceLostError: the card is gone.
         """
-        _check_range("host memory", self.memory_bytes, address, size)
+        check_range("host memory", self.memory_bytes, address, size)
         return self._read(self._memory_base + address, size)
 
     def write_memory(self, address: int, data: bytes) -> None:
@@ -356,7 +355,7 @@ class MmioTransport:
             RequestError: outside of the host memory.
             DeviceLostError: the card is gone.
         """
-        _check_range("host memory", self.memory_bytes, address, len(data))
+        check_range("host memory", self.memory_bytes, address, len(data))
         self._write(self._memory_base + address, data)
 
     def read_dram(self, address: int, size: int) -> bytes:
@@ -366,7 +365,7 @@ class MmioTransport:
             RequestError: outside of device DRAM.
             DeviceLostError: the card is gone.
         """
-        _check_range("device DRAM", self.dram_bytes, address, size)
+        check_range("device DRAM", self.dram_bytes, address, size)
         return self._read(self._dram_base + address, size)
 
     def write_dram(self, address: int, data: bytes) -> None:
@@ -376,7 +375,7 @@ class MmioTransport:
             RequestError: outside of device DRAM.
             DeviceLostError: the card is gone.
         """
-        _check_range("device DRAM", self.dram_bytes, address, len(data))
+        check_range("device DRAM", self.dram_bytes, address, len(data))
         self._write(self._dram_base + address, data)
 
     # The interrupt.
@@ -403,7 +402,7 @@ class MmioTransport:
                 pause = min(pause * 2, POLL_S[1])
 
     def _sleep(self, seconds: float) -> None:
-        """Until the driver has seen an interrupt, which it then forgets."""
+        """Sleep until the card's driver has seen an interrupt, and clear it there."""
         try:
             if self._file(Use.EVENTS).poll(seconds):
                 with self._lock:        # the file may have been closed meanwhile
@@ -411,18 +410,6 @@ class MmioTransport:
                         raise self._failed(Use.EVENTS, 0, "it ended")
         except OSError as error:
             raise self._failed(Use.EVENTS, 0, error.strerror or error) from None
-
-
-def _register(name: str) -> Register:
-    try:
-        return REGISTER_MAP[name]
-    except KeyError:
-        raise RequestError(f"there is no register {name!r}; registers are {', '.join(REGISTER_MAP)}") from None
-
-
-def _check_range(name: str, total: int, address: int, size: int) -> None:
-    if address < 0 or size < 0 or address + size > total:
-        raise RequestError(f"{name} is 0 to {total:#x}: {size} bytes at {address:#x} are not in it")
 
 
 def open_mmio(
@@ -441,7 +428,7 @@ def open_mmio(
     map_registers: bool = False,
     opener: Opener | None = None,
 ) -> MmioTransport:
-    """The way to a card.
+    """Open a card.
 
     Args:
         path: what the names of the card's files begin with, such as /dev/xdma0.

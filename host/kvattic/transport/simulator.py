@@ -6,13 +6,12 @@ starts `kvattic_sim.rtl.server`, which builds the model unless it is in the buil
 shared with the simulator; registers, device DRAM and the interrupt go over a Unix socket.  Simulated time stands still
 between two calls, so a run repeats exactly; it passes in register accesses and in `wait`.
 
-A forked child of the host's process gets a `ForkedError` from every call, and closing its copy harms nobody.
+A forked child of the host's process gets a `ForkedError` from every call; closing its copy is harmless.
 
-Nothing stays behind, whoever ends first: shared memory has no name, the server watches its connection to this process
-and kills the simulator and removes its files when it ends, and the simulator dies with the server.
+Nothing is left behind, whichever side ends first: shared memory has no name, the server watches its connection to this
+process and kills the simulator and removes its files when it ends, and the simulator dies with the server.
 
-Messages are a header, `HEADER`, and a payload of plain structs (`Message`).  The server's side is in
-kvattic_sim.rtl.server and kvattic_sim.rtl.cocotb_server, which import what both sides share from here.
+The messages are in protocol.py.
 """
 
 import contextlib
@@ -31,283 +30,44 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from enum import IntEnum
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
-from kvattic.errors import CapacityError, DeviceLostError, DeviceTimeoutError, KvatticError, RequestError
+from kvattic.errors import CapacityError, DeviceLostError, KvatticError, RequestError
 from kvattic.spec.config import Config
-from kvattic.spec.registers import REGISTER_MAP
 from kvattic.support.files import write_whole
 from kvattic.support.forks import Owner
+from kvattic.transport.base import check_range, find_register
+from kvattic.transport.protocol import (
+    FAILURES,
+    MAX_PAYLOAD,
+    PROTOCOL,
+    REQUEST,
+    SOCKET,
+    Connection,
+    Failure,
+    Kind,
+    Message,
+    ProtocolError,
+    Role,
+)
 
-__all__ = [
-    "HEADER",
-    "MAX_PAYLOAD",
-    "PROTOCOL",
-    "REQUEST",
-    "SIMULATORS",
-    "SOCKET",
-    "Connection",
-    "Failure",
-    "Kind",
-    "Message",
-    "ProtocolError",
-    "Role",
-    "SimTransport",
-    "connect",
-    "open_simulator",
-]
+__all__ = ["SIMULATORS", "SimTransport", "open_simulator"]
 
 SIMULATORS = ("verilator", "icarus")
-PROTOCOL = 1
-"""Version of the messages; the two sides must agree."""
-HEADER = struct.Struct("<4sHHQIQ")
-"""Of a message: b"KVSM", kind, 0, number of the request, bytes of the payload, cycles simulated so far."""
-MAGIC = b"KVSM"
-MAX_PAYLOAD = 1 << 22
-"""Bytes of a payload, at most; what is longer goes in parts."""
-SOCKET, REQUEST = "socket", "request.json"
-"""Files in the directory that host and server share."""
 SHORT_PLACES = ("/tmp", "/var/tmp", "/dev/shm")
-"""Where the directory goes if the temporary directory is not fit for it."""
+"""Where the directory goes if the temporary directory is unsuitable."""
 END_S = 8.0
-"""How long server and simulator may take to end by themselves."""
-OBITUARY_S = 20.0
-"""How long the server may take to tell why the simulator ended."""
+"""Seconds that server and simulator have to end by themselves."""
+END_REASON_S = 20.0
+"""Seconds that the server has to tell why the simulator ended."""
 
 Progress: TypeAlias = Callable[[str], None]
 
 
-class Role(IntEnum):
-    """Who says HELLO."""
-
-    SERVER = 1
-    SIMULATOR = 2
-
-
-class Kind(IntEnum):
-    """What a message is, and its payload."""
-
-    HELLO = 1
-    """First message of either connection: u16 role, u16 `PROTOCOL`."""
-    PROGRESS = 2
-    """Server: a line of text, UTF-8."""
-    STARTED = 3
-    """Server: the simulator runs; path of its log, UTF-8."""
-    ENDED = 4
-    """Server: there is no simulator, or no longer; why, UTF-8."""
-    MEMORY = 5
-    """Host, once: u64 size of host memory; the file comes along as ancillary data."""
-    READY = 6
-    """Simulator, once: the drive is reset; u64 size of device DRAM."""
-    READ_REGISTER = 16
-    """Host: u32 address.  The answer is VALUE."""
-    WRITE_REGISTER = 17
-    """Host: u32 address, u64 value.  The answer is DONE."""
-    READ_DRAM = 18
-    """Host: u64 address, u64 size.  The answer is DATA."""
-    WRITE_DRAM = 19
-    """Host: u64 address, then the bytes.  The answer is DONE."""
-    WAIT = 20
-    """Host: f64 seconds.  The answer is DONE.  Any further request ends it with DONE as well."""
-    DONE = 32
-    VALUE = 33
-    """u64."""
-    DATA = 34
-    """Bytes."""
-    FAILED = 35
-    """u16 `Failure`, then the message, UTF-8."""
-    HEARTBEAT = 36
-    """Simulator: it works on a request.  Nothing."""
-
-
-class Failure(IntEnum):
-    """Which exception FAILED stands for."""
-
-    REQUEST = 1
-    TIMEOUT = 2
-    LOST = 3
-
-
-FAILURES: dict[Failure, type[KvatticError]] = {
-    Failure.REQUEST: RequestError, Failure.TIMEOUT: DeviceTimeoutError, Failure.LOST: DeviceLostError}
-
-
-class ProtocolError(Exception):
-    """What came over the socket is no message."""
-
-
-class Message(NamedTuple):
-    """One message; the answer to a request has its number."""
-
-    kind: Kind
-    number: int
-    payload: bytes
-    cycles: int
-
-    def unpack(self, layout: str) -> tuple[Any, ...]:
-        """The payload as a struct.
-
-        Raises:
-            ProtocolError: it has another size.
-        """
-        if len(self.payload) != struct.calcsize(layout):
-            raise ProtocolError(f"{self.kind.name} has {struct.calcsize(layout)} bytes, not {len(self.payload)}")
-        return struct.unpack(layout, self.payload)
-
-    @property
-    def text(self) -> str:
-        """The payload as text."""
-        return self.payload.decode(errors="replace")
-
-
-class Connection:
-    """Messages over a stream socket.
-
-    A call that is interrupted, by Ctrl-C for instance, loses nothing: what was not sent yet goes first the next time,
-    and what was received stays.
-
-    Attributes:
-        socket: the socket.
-    """
-
-    def __init__(self, stream: socket.socket) -> None:
-        self.socket = stream
-        stream.setblocking(False)
-        self._unsent = memoryview(b"")
-        self._received = bytearray()
-
-    def drop(self) -> None:
-        """Give this process's descriptor back; the other side sees no end where another process has one, too."""
-        self.socket.close()
-
-    def close(self) -> None:
-        """Let the other side see the end; also wakes a thread that waits in `receive`."""
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
-        self.socket.close()
-
-    def send(self, kind: Kind, number: int = 0, payload: bytes = b"", *, cycles: int = 0,
-             timeout_s: float | None = None, files: Sequence[int] = ()) -> None:
-        """Send a message.
-
-        Args:
-            kind: what it is.
-            number: of the request that it is, or answers.
-            payload: `MAX_PAYLOAD` bytes, at most.
-            cycles: see `HEADER`.
-            timeout_s: patience with an other side that takes nothing; None: for ever.
-            files: descriptors that go along, with a message without a predecessor that waits.
-
-        Raises:
-            OSError: the connection is gone.
-            TimeoutError: nothing was taken in that time.
-        """
-        message = HEADER.pack(MAGIC, kind, 0, number, len(payload), cycles) + payload
-        if files:
-            sent = socket.send_fds(self.socket, [message], list(files))
-            message = message[sent:]
-        self._unsent = memoryview(bytes(self._unsent) + message) if self._unsent else memoryview(message)
-        while self._unsent:
-            if not select.select([], [self.socket], [], timeout_s)[1]:
-                raise TimeoutError(f"nothing was taken for {timeout_s:g} s")
-            with contextlib.suppress(BlockingIOError):
-                self._unsent = self._unsent[self.socket.send(self._unsent):]
-
-    def receive(self, timeout_s: float | None = None) -> Message | None:
-        """The next message; None where the connection ends.
-
-        Raises:
-            TimeoutError: nothing came in that time.
-            ProtocolError: what came is no message.
-            OSError: the connection is gone.
-        """
-        while (message := self._take()) is None:
-            if not self._has(timeout_s):
-                raise TimeoutError(f"nothing came for {timeout_s:g} s")
-            try:
-                part = self.socket.recv(1 << 18)
-            except BlockingIOError:
-                continue
-            except ConnectionResetError:
-                part = b""
-            if not part:
-                if self._received:
-                    raise ProtocolError(f"the connection ended inside of a message, after {len(self._received)} bytes")
-                return None
-            self._received += part
-        return message
-
-    def receive_files(self, count: int) -> tuple[Message, list[int]]:
-        """The first message of a connection, with its files.
-
-        Raises:
-            ProtocolError: it is none, or it has another number of files.
-        """
-        select.select([self.socket], [], [])
-        part, files, _, _ = socket.recv_fds(self.socket, HEADER.size, count)
-        self._received += part
-        message = self.receive()
-        if message is None or len(files) != count:
-            raise ProtocolError(f"a message with {count} files must come, not {message} with {len(files)}")
-        return message, files
-
-    def _has(self, timeout_s: float | None) -> bool:
-        # A socket that was closed by another thread has no descriptor.
-        if self.socket.fileno() < 0:
-            raise ConnectionResetError("the connection is closed")
-        return bool(select.select([self.socket], [], [], timeout_s)[0])
-
-    def _take(self) -> Message | None:
-        if len(self._received) < HEADER.size:
-            return None
-        magic, kind, zero, number, size, cycles = HEADER.unpack_from(self._received)
-        if magic != MAGIC or zero or size > MAX_PAYLOAD or kind not in Kind.__members__.values():
-            raise ProtocolError(f"no message begins with {bytes(self._received[: HEADER.size]).hex()}")
-        end = HEADER.size + size
-        if len(self._received) < end:
-            return None
-        payload = bytes(self._received[HEADER.size : end])
-        del self._received[:end]
-        return Message(Kind(kind), number, payload, cycles)
-
-    @property
-    def pending(self) -> bool:
-        """Whether `receive` would return at once: there is something, or the end."""
-        return len(self._received) >= HEADER.size or self._has(0)
-
-    @property
-    def ended(self) -> bool:
-        """Whether the other side is gone and nothing of it is left."""
-        try:
-            return not self._received and self.socket.recv(1, socket.MSG_PEEK) == b""
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-
-
-def connect(directory: Path, role: Role) -> Connection:
-    """The server's or the simulator's connection to the host.
-
-    Args:
-        directory: what host and server share.
-        role: who connects.
-
-    Raises:
-        OSError: nobody is there.
-    """
-    stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    stream.connect(os.fsencode(directory / SOCKET))
-    connection = Connection(stream)
-    connection.send(Kind.HELLO, payload=struct.pack("<HH", role, PROTOCOL))
-    return connection
-
-
 def _server_command(directory: Path) -> list[str]:
-    """How the server is started; -P keeps the current directory off its path."""
+    """The command that starts the server; -P keeps the current directory off its path."""
     if importlib.util.find_spec("kvattic_sim") is None:
         raise RequestError("the simulators need the package kvattic_sim, which is not installed: "
                            "pip install 'kvattic[sim]'")
@@ -315,19 +75,19 @@ def _server_command(directory: Path) -> list[str]:
 
 
 def _places() -> list[str]:
-    """Where the directory may be, best first."""
+    """Places for the directory, the best one first."""
     named = [tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR", ""), *SHORT_PLACES]
     return [place for place in dict.fromkeys(named) if place]
 
 
-def _meeting_point(request: dict[str, Any]) -> tuple[Path, socket.socket]:
+def _open_directory(request: dict[str, Any]) -> tuple[Path, socket.socket]:
     """A new directory with a socket and the request in it.
 
-    A socket's path may have some hundred bytes (not characters), and not every file system has sockets, or room: what
-    does not work in one place is tried in the next.
+    A socket's path may have about a hundred bytes (not characters), and not every file system has sockets, or room: so
+    several places are tried in turn.
 
     Raises:
-        RequestError: it works nowhere.
+        RequestError: no place is suitable.
     """
     failures = []
     for place in _places():
@@ -351,11 +111,11 @@ def _meeting_point(request: dict[str, Any]) -> tuple[Path, socket.socket]:
 
 
 class _Process:
-    """The server, the directory that it shares with us, and the way to its end."""
+    """The server and the directory that it shares with us."""
 
     def __init__(self, request: dict[str, Any]) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self.directory, self.listener = _meeting_point(request)
+        self.directory, self.listener = _open_directory(request)
         self.log = self.directory / "server.log"
         try:
             path = os.pathsep.join(each or os.getcwd() for each in sys.path)
@@ -374,7 +134,7 @@ class _Process:
 
     @property
     def status(self) -> str:
-        """How it ended, if it just did."""
+        """How it ended; waits a moment for the end."""
         try:
             code = 0 if self._process is None else self._process.wait(END_S)
         except subprocess.TimeoutExpired:
@@ -382,7 +142,7 @@ class _Process:
         return f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
 
     def end(self, patience_s: float) -> None:
-        """Wait for the end, or make it, and remove the files."""
+        """Wait for its end, kill it after `patience_s` seconds, and remove the files."""
         self.listener.close()
         if self._process is not None:
             try:
@@ -395,7 +155,7 @@ class _Process:
 
 
 def _tail(path: Path | None, lines: int = 15) -> str:
-    """A log's end, for a message."""
+    """The last lines of a log, for a message."""
     try:
         text = path.read_text(errors="replace").rstrip() if path else ""
     except OSError:
@@ -404,7 +164,7 @@ def _tail(path: Path | None, lines: int = 15) -> str:
 
 
 def _shared_memory(size: int) -> int:
-    """A file without a name, as a descriptor: nobody has to remove it."""
+    """A file without a name, as a descriptor: it need not be removed."""
     if hasattr(os, "memfd_create"):
         file = os.memfd_create("kvattic host memory")
     else:
@@ -432,7 +192,7 @@ class SimTransport:
         cycles: cycles simulated when the simulator last said something.
         heartbeat: if set, called some times a second while `wait` waits, with the cycles since the start; it must not
             call the transport.
-        silence_s: a simulator that says nothing for so long while it has something to do is lost.
+        silence_s: seconds without a message after which a busy simulator counts as lost.
     """
 
     def __init__(self, config: Config, *, memory_bytes: int, request: dict[str, Any], silence_s: float,
@@ -478,7 +238,7 @@ class SimTransport:
     # Life.
 
     def _start(self, memory: int, timeout_s: float, progress: Progress) -> None:
-        """Meet the server, then the simulator."""
+        """Accept the connections of the server and of the simulator."""
         begin = told = time.monotonic()
         listener = self._process.listener
         simulator: Connection | None = None
@@ -503,10 +263,10 @@ class SimTransport:
                     simulator.send(Kind.MEMORY, payload=struct.pack("<Q", self.memory_bytes), files=[memory],
                                    timeout_s=self.silence_s)
             if self._server is not None and self._server.pending:
-                self._obey(self._server.receive(self.silence_s), progress)
+                self._note_server(self._server.receive(self.silence_s), progress)
             if simulator is not None and simulator.pending:
                 message = simulator.receive(self.silence_s)
-                if message is None:     # the server tells why
+                if message is None:     # the server will say why
                     simulator.close()
                     simulator = None
                 elif message.kind is Kind.READY:
@@ -525,8 +285,8 @@ class SimTransport:
                                 f"{PROTOCOL} is needed")
         return Role(role)
 
-    def _obey(self, message: Message | None, progress: Progress) -> None:
-        """What the server says before the simulator is ready."""
+    def _note_server(self, message: Message | None, progress: Progress) -> None:
+        """Take a message of the server before the simulator is ready."""
         if message is None:
             raise self._failure(f"the simulation server {self._process.status}")
         if message.kind is Kind.ENDED:
@@ -537,7 +297,7 @@ class SimTransport:
             progress(message.text)
 
     def _failure(self, what: str) -> DeviceLostError:
-        """The exception for a start that failed."""
+        """The error for a failed start."""
         return DeviceLostError(f"the simulated drive did not start: {what}"
                                f"{_tail(self._log) or _tail(self._process.log)}")
 
@@ -568,27 +328,27 @@ class SimTransport:
         self.close()
 
     def _lose(self, what: str, *, known: bool = False) -> DeviceLostError:
-        """The simulator is gone, or its answers cannot be trusted; the exception that says so.
+        """Give the simulator up: it is gone, or its answers cannot be trusted; the error to raise.
 
         Args:
-            what: what was seen.
-            known: that is the cause; otherwise the server may know more.
+            what: what happened.
+            known: this is the cause; otherwise the server is asked for it.
         """
         if self._closed:
-            return DeviceLostError("the way to the simulated drive was closed meanwhile")
-        said = "" if known else self._obituary(what)
+            return DeviceLostError("the simulated drive was closed during the call")
+        said = "" if known else self._end_reason(what)
         self._disconnect()
         self._lost = f"the simulated drive is lost: {said or what + _tail(self._log)}"
         self._process.end(END_S if said or known else 0)
         return DeviceLostError(self._lost)
 
-    def _obituary(self, what: str) -> str:
-        """What the server knows about the simulator's end, or what is known about the server's; nothing: it lives."""
+    def _end_reason(self, what: str) -> str:
+        """Why the simulator ended, from the server, or how the server ended; empty if the simulator still runs."""
         assert self._server is not None
         if self._simulator is not None and not self._simulator.ended:
             return ""
         with contextlib.suppress(OSError, TimeoutError, ProtocolError):
-            while (message := self._server.receive(OBITUARY_S)) is not None:
+            while (message := self._server.receive(END_REASON_S)) is not None:
                 if message.kind is Kind.ENDED:
                     return message.text
         if self._server.ended:
@@ -600,12 +360,12 @@ class SimTransport:
     def _check(self) -> None:
         self._owner.check("the simulated drive")
         if self._closed:
-            raise RequestError("the way to the simulated drive is closed")
+            raise RequestError("the simulated drive is closed")
         if self._lost:
             raise DeviceLostError(self._lost)
 
     def _call(self, kind: Kind, payload: bytes, answer: Kind) -> Message:
-        """One request, one answer."""
+        """Send a request and wait for its answer."""
         self._owner.check("the simulated drive")    # before the lock, which a thread may have held that is not here
         with self._lock:
             self._check()
@@ -649,10 +409,10 @@ class SimTransport:
         """See `Transport`.
 
         Raises:
-            RequestError: there is no such register.
+            RequestError: the register does not exist.
             DeviceLostError: the simulator is gone.
         """
-        address, _ = _register(name)
+        address = find_register(name).address
         (value,) = self._unpack(self._call(Kind.READ_REGISTER, struct.pack("<I", address), Kind.VALUE), "<Q")
         return int(value)
 
@@ -660,12 +420,10 @@ class SimTransport:
         """See `Transport`.
 
         Raises:
-            RequestError: there is no such register, or the value does not fit it.
+            RequestError: the register does not exist, or the value does not fit it.
             DeviceLostError: the simulator is gone.
         """
-        address, width = _register(name)
-        if not 0 <= value < 1 << width:
-            raise RequestError(f"{name} has {width} bits: {value:#x} does not fit")
+        address = find_register(name, value).address
         self._call(Kind.WRITE_REGISTER, struct.pack("<IQ", address, value), Kind.DONE)
 
     def read_memory(self, address: int, size: int) -> bytes:
@@ -675,7 +433,7 @@ class SimTransport:
             RequestError: outside of the host memory.
             DeviceLostError: the simulator is gone.
         """
-        _check_range("host memory", self.memory_bytes, address, size)
+        check_range("host memory", self.memory_bytes, address, size)
         self._check_alive()
         return self._memory[address : address + size]
 
@@ -686,12 +444,12 @@ class SimTransport:
             RequestError: outside of the host memory.
             DeviceLostError: the simulator is gone.
         """
-        _check_range("host memory", self.memory_bytes, address, len(data))
+        check_range("host memory", self.memory_bytes, address, len(data))
         self._check_alive()
         self._memory[address : address + len(data)] = bytes(data)
 
     def _check_alive(self) -> None:
-        """Host memory is here and always answers; a caller that polls it should hear of the end nevertheless."""
+        """Notice the simulator's end for a caller that only polls host memory, which always answers."""
         self._check()
         assert self._simulator is not None
         if self._simulator.ended and self._lock.acquire(blocking=False):
@@ -709,7 +467,7 @@ class SimTransport:
             RequestError: outside of device DRAM.
             DeviceLostError: the simulator is gone.
         """
-        _check_range("device DRAM", self.dram_bytes, address, size)
+        check_range("device DRAM", self.dram_bytes, address, size)
         found = bytearray()
         for begin, part in _parts(address, size):
             message = self._call(Kind.READ_DRAM, struct.pack("<QQ", begin, part), Kind.DATA)
@@ -725,7 +483,7 @@ class SimTransport:
             RequestError: outside of device DRAM.
             DeviceLostError: the simulator is gone.
         """
-        _check_range("device DRAM", self.dram_bytes, address, len(data))
+        check_range("device DRAM", self.dram_bytes, address, len(data))
         view = memoryview(data)
         for begin, part in _parts(address, len(data)):
             offset = begin - address
@@ -752,20 +510,6 @@ def _parts(address: int, size: int) -> Iterator[tuple[int, int]]:
     most = MAX_PAYLOAD - 8
     for begin in range(address, address + size, most):
         yield begin, min(most, address + size - begin)
-
-
-def _register(name: str) -> tuple[int, int]:
-    """Address and width."""
-    try:
-        register = REGISTER_MAP[name]
-    except KeyError:
-        raise RequestError(f"there is no register {name!r}; registers are {', '.join(REGISTER_MAP)}") from None
-    return register.address, register.width
-
-
-def _check_range(name: str, total: int, address: int, size: int) -> None:
-    if address < 0 or size < 0 or address + size > total:
-        raise RequestError(f"{name} is 0 to {total:#x}: {size} bytes at {address:#x} are not in it")
 
 
 def open_simulator(
@@ -800,18 +544,17 @@ def open_simulator(
             is always in time.
         bit_error_rate: raw bit errors of each read of a die, over bits read.
         seed: of the bit errors.
-        timeout_cycles: patience of `wait` in cycles, besides the caller's in seconds.
+        timeout_cycles: cycles after which `wait` gives up, besides the caller's seconds.
         waves: record waves to `run_dir`; slow.
         run_dir: where the simulator runs, a directory that stays; a temporary one by default.
-        start_timeout_s: patience with build and start.
-        silence_s: a simulator that says nothing for so long while it has something to do is lost; it says something
-            four times a second.
+        start_timeout_s: seconds that build and start may take.
+        silence_s: seconds without a message after which a busy simulator counts as lost; it sends four a second.
         on_progress: called with a line about every second until the drive is ready.
 
     Raises:
-        RequestError: there is no such simulator or kind of flash, a size is not positive, waves would be lost,
-            kvattic_sim is not installed, or there is no directory to meet the simulator's process in.
-        CapacityError: this machine has no such host memory.
+        RequestError: the simulator or the kind of flash does not exist, a size is not positive, waves would be lost,
+            kvattic_sim is not installed, or no directory can hold the socket to the simulator's process.
+        CapacityError: this machine does not have that much memory.
         DeviceLostError: the build failed, or the simulator did not start.
     """
     if simulator not in SIMULATORS:

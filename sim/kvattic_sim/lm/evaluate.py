@@ -91,7 +91,7 @@ TUNE_EVERY = 3
 """Of the windows that are not reported, settings are tried on one in so many."""
 SHORT_TAIL = 32
 """Tokens: of a long context the tail is a small part, of the windows' it is an eighth and more."""
-ERROR_SETTINGS = tuple((channels, share) for channels in (8, 4, 2) for share in (8, 16, 32))
+ERROR_SETTINGS = tuple((features, share) for features in (8, 4, 2) for share in (8, 16, 32))
 """(head_dim / r, tokens / k) for which fetched is compared with SparF; the keys' figures are of `ERROR_KEY`."""
 ERROR_KEY = (8, 16)
 
@@ -101,18 +101,18 @@ class Setting:
     """What a method leaves open at a given number of bytes; each method heeds what concerns it.
 
     Attributes:
-        channels: r over head_dim, relative to the ratio of bytes: with 1, half of the bytes are of channels.
+        features: r over head_dim, relative to the ratio of bytes: with 1, half of the bytes are of features.
         local: share of the selected tokens that goes to the newest.
-        unit: tokens of a unit or page.
+        unit_tokens: tokens of a unit or page.
         rows: how the scores of a group's rows become one.
         heavy: share of H2O's tokens that goes to the heavy hitters.
         sinks: first tokens that are always attended.
         dense_layers: first layers with dense attention, whose bytes count; the other layers have fewer.
     """
 
-    channels: Fraction = Fraction(1)
+    features: Fraction = Fraction(1)
     local: float = 0.25
-    unit: int = 16
+    unit_tokens: int = 16
     rows: str = "softmax"
     heavy: float = 0.5
     sinks: int = 4
@@ -128,9 +128,9 @@ LAYERS, CONTEXT = 5, 1024
 EXCESS = 0.1
 GRIDS: dict[str, tuple[Setting, ...]] = {
     **dict.fromkeys(("sparq", "sparf", "fetched"), tuple(
-        Setting(channels=Fraction(halves, 2)) for halves in (2, 1, 3))),
-    "centroid": tuple(Setting(unit=unit) for unit in (16, 8, 32, 64)),
-    "quest": tuple(Setting(unit=unit, rows=rows, dense_layers=dense)
+        Setting(features=Fraction(halves, 2)) for halves in (2, 1, 3))),
+    "centroid": tuple(Setting(unit_tokens=unit) for unit in (16, 8, 32, 64)),
+    "quest": tuple(Setting(unit_tokens=unit, rows=rows, dense_layers=dense)
                    for dense in (0, 2) for unit in (16, 8, 32) for rows in ("softmax", "sum")),
     "h2o": tuple(Setting(heavy=heavy) for heavy in (0.5, 0.25, 0.75)),
     "sinks": tuple(Setting(sinks=sinks) for sinks in (4, 16)),
@@ -138,28 +138,28 @@ GRIDS: dict[str, tuple[Setting, ...]] = {
 """Settings that `tune` tries; `pages` has those of `sparf`, whose selection it is, and `local` has none. Of Quest the
 paper keeps the first two layers dense."""
 BEST: dict[tuple[str, Fraction], Setting] = {
-    ("sparf", Fraction(1, 16)): Setting(channels=Fraction(3, 2)),
-    ("centroid", Fraction(1, 2)): Setting(unit=8),
-    ("centroid", Fraction(1, 4)): Setting(unit=8),
-    ("centroid", Fraction(1, 8)): Setting(unit=8),
-    ("centroid", Fraction(1, 16)): Setting(unit=32),
-    ("quest", Fraction(1, 2)): Setting(unit=8),
-    ("quest", Fraction(1, 4)): Setting(unit=8),
-    ("quest", Fraction(1, 16)): Setting(unit=32, rows="sum"),
+    ("sparf", Fraction(1, 16)): Setting(features=Fraction(3, 2)),
+    ("centroid", Fraction(1, 2)): Setting(unit_tokens=8),
+    ("centroid", Fraction(1, 4)): Setting(unit_tokens=8),
+    ("centroid", Fraction(1, 8)): Setting(unit_tokens=8),
+    ("centroid", Fraction(1, 16)): Setting(unit_tokens=32),
+    ("quest", Fraction(1, 2)): Setting(unit_tokens=8),
+    ("quest", Fraction(1, 4)): Setting(unit_tokens=8),
+    ("quest", Fraction(1, 16)): Setting(unit_tokens=32, rows="sum"),
     **{("h2o", ratio): Setting(heavy=0.25) for ratio in RATIOS[1:]},
 }
 """Where `tune` found another one than `Setting()` better by 0.0005 bits or more, on windows that are not reported. Of
 H2O, whose figures scatter most, the one that is best over all columns."""
-_HEEDED = {"sparq": ("channels",), "sparf": ("channels",), "fetched": ("channels",), "centroid": ("unit",),
-           "quest": ("unit", "rows", "dense_layers"), "h2o": ("heavy",),
+_HEEDED = {"sparq": ("features",), "sparf": ("features",), "fetched": ("features",), "centroid": ("unit_tokens",),
+           "quest": ("unit_tokens", "rows", "dense_layers"), "h2o": ("heavy",),
            "sinks": ("sinks",)}
 
 
 def describe(name: str, ratio: Fraction, setting: Setting) -> str:
     """What a method heeds of a setting, in words."""
     values = {part: getattr(setting, part) for part in _HEEDED[name]}
-    if "channels" in values:
-        values["channels"] = f"{setting.channels * ratio} d"
+    if "features" in values:
+        values["features"] = f"{setting.features * ratio} d"
     return ", ".join(f"{part} {value}" for part, value in values.items())
 
 
@@ -194,23 +194,25 @@ def method_at(name: str, ratio: Fraction, head_dim: int, setting: Setting | None
             raise ValueError(f"at {ratio} of the bytes, setting ({setting}) must leave some for tokens of {name}")
         return 1.0 if whole else float(left)
 
-    channels = head_dim if whole else max(1, round(setting.channels * ratio * head_dim))
-    blended: dict[str, Any] = {"channels": channels, "local": setting.local}
+    features = head_dim if whole else max(1, round(setting.features * ratio * head_dim))
+    blended: dict[str, Any] = {"features": features, "local": setting.local}
     match name:
         case "dense" if whole:
             return Dense()
         case "sparq":
-            return Sparq(share=rest(Fraction(channels, 2 * head_dim)), **blended)
+            return Sparq(share=rest(Fraction(features, 2 * head_dim)), **blended)
         case "sparf":
-            return Sparf(share=rest(Fraction(channels, 2 * head_dim)), **blended)
+            return Sparf(share=rest(Fraction(features, 2 * head_dim)), **blended)
         case "pages":
-            return PageSparf(share=rest(Fraction(channels, 2 * head_dim)), **blended)
+            return PageSparf(share=rest(Fraction(features, 2 * head_dim)), **blended)
         case "fetched":
-            return Fetched(share=rest(Fraction(channels, 2 * head_dim)), **blended)
+            return Fetched(share=rest(Fraction(features, 2 * head_dim)), **blended)
         case "centroid":
-            return Centroid(share=rest(Fraction(1, 2 * setting.unit)), unit=setting.unit, rows=setting.rows)
+            return Centroid(share=rest(Fraction(1, 2 * setting.unit_tokens)), unit_tokens=setting.unit_tokens,
+                            rows=setting.rows)
         case "quest":
-            return Quest(share=rest(Fraction(1, setting.unit)), unit=setting.unit, rows=setting.rows)
+            return Quest(share=rest(Fraction(1, setting.unit_tokens)), unit_tokens=setting.unit_tokens,
+                         rows=setting.rows)
         case "h2o":
             return HeavyHitters(share=rest(Fraction(0)), heavy=setting.heavy)
         case "local":
@@ -309,7 +311,7 @@ def selection(method: Method, flash: int, head_dim: int) -> dict[str, Any]:
         assert isinstance(method, (Sparf, Fetched, Centroid))
         wanted = share_of(method.share, np.array(flash // unit))
         local = 0 if isinstance(method, Centroid) else unit * int(share_of(method.local, wanted, 0))
-        return {"mode": method.name, "units": int(wanted), "local": local}
+        return {"mode": method.name, "top_units": int(wanted), "local_tokens": local}
 
     if not flash and isinstance(method, (Sparf, Fetched, Centroid)):
         return {}
@@ -319,12 +321,12 @@ def selection(method: Method, flash: int, head_dim: int) -> dict[str, Any]:
         case PageSparf():
             pass
         case Sparf():
-            return {**units(1), "channels": method.channels}
+            return {**units(1), "features": method.features}
         case Fetched():
-            unit = method.unit or codeword
-            return {**units(unit), "channels": method.channels, "unit": unit}
+            unit = method.unit_tokens or codeword
+            return {**units(unit), "features": method.features, "unit_tokens": unit}
         case Centroid():
-            return {**units(method.unit), "unit": method.unit}
+            return {**units(method.unit_tokens), "unit_tokens": method.unit_tokens}
     raise ValueError(f"method must be dense, sparf, fetched or centroid, not {method.name}")
 
 
@@ -344,7 +346,7 @@ class DriveMemory(Memory):
             capacity_tokens=shape.context,
             layers=shape.layers,
             sparse=isinstance(method, (Sparf, Fetched)),
-            centroids=method.unit if isinstance(method, Centroid) else None,
+            centroids=method.unit_tokens if isinstance(method, Centroid) else None,
         )
         """Freed by whoever made the memory."""
 
@@ -484,8 +486,8 @@ def _rounded(method: Method) -> float:
     if not isinstance(method, (Centroid, Quest)):
         return 0.0
     flash = np.arange(CONTEXT // 2, CONTEXT, GROUP)
-    tokens = share_of(method.share, flash // method.unit) * method.unit
-    return float(tokens.sum() / flash.sum()) + method.entries / (2 * method.unit)
+    tokens = share_of(method.share, flash // method.unit_tokens) * method.unit_tokens
+    return float(tokens.sum() / flash.sum()) + method.entries / (2 * method.unit_tokens)
 
 
 def tune(decoder: Decoder, windows: NDArray[np.uint8], report: Callable[[str], None] = lambda line: None,
@@ -584,7 +586,7 @@ class ErrorRatio:
         return self.fetched / self.sparf
 
 
-def error_ratio(heads: Sequence[Head], channels: int, share: float) -> ErrorRatio:
+def error_ratio(heads: Sequence[Head], features: int, share: float) -> ErrorRatio:
     """Compare the output errors of fetched and SparF where both move the same bytes.
 
     Both have the same r. The share of codewords that fetched reads is chosen between two 64ths whose bytes are below
@@ -592,7 +594,7 @@ def error_ratio(heads: Sequence[Head], channels: int, share: float) -> ErrorRati
 
     Args:
         heads: what is attended.
-        channels: r of both.
+        features: r of both.
         share: k of SparF, as a share of the tokens in flash.
     """
     dense, everything = [], 0.0
@@ -600,10 +602,10 @@ def error_ratio(heads: Sequence[Head], channels: int, share: float) -> ErrorRati
         outcome = Dense().attend(head.query, head.key, head.value, head.lengths)
         dense.append(outcome.output)
         everything += float(outcome.flash_bytes.sum())
-    sparf, moved = _error(heads, dense, Sparf(channels=channels, share=share))
+    sparf, moved = _error(heads, dense, Sparf(features=features, share=share))
     # What is not of the first pass is K and V of tokens.
-    low = math.floor((moved / everything - channels / (2 * heads[0].key.shape[1])) * 64)
-    below, above = (_error(heads, dense, Fetched(channels=channels, share=n / 64)) for n in (low, low + 1))
+    low = math.floor((moved / everything - features / (2 * heads[0].key.shape[1])) * 64)
+    below, above = (_error(heads, dense, Fetched(features=features, share=n / 64)) for n in (low, low + 1))
     part = (moved - below[1]) / (above[1] - below[1])
     fetched = math.sqrt((1 - part) * below[0] ** 2 + part * above[0] ** 2)
     return ErrorRatio(sparf, fetched, moved / everything)
@@ -713,8 +715,8 @@ def _errors_table(name: str, results: Mapping[tuple[int, int], ErrorRatio]) -> T
     table = Table(title=f"Output error of fetched and SparF at equal flash bytes, {name}")
     for column in ("r", "k", "bytes / dense", "SparF", "fetched", "ratio"):
         table.add_column(column, justify="right")
-    for (channels, share), result in results.items():
-        table.add_row(f"d/{channels}", f"S/{share}", f"{result.flash_bytes:.3f}", f"{result.sparf:.4f}",
+    for (features, share), result in results.items():
+        table.add_row(f"d/{features}", f"S/{share}", f"{result.flash_bytes:.3f}", f"{result.sparf:.4f}",
                       f"{result.fetched:.4f}", f"{result.ratio:.3f}")
     return table
 
@@ -787,8 +789,8 @@ def measure(windows: int = WINDOWS, plot: Path = PLOT, progress: Callable[[str],
         progress(f"fetched against SparF on {title}")
         head_dim = heads[0].key.shape[1]
         results = {
-            (channels, share): error_ratio(heads, head_dim // channels, 1 / share)
-            for channels, share in ERROR_SETTINGS
+            (features, share): error_ratio(heads, head_dim // features, 1 / share)
+            for features, share in ERROR_SETTINGS
         }
         tables.append(_errors_table(title, results))
         found[f"sparse.fetched.error_ratio.{key}"] = results[ERROR_KEY].ratio

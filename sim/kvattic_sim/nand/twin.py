@@ -3,7 +3,7 @@
 The reference for verilog/nand_channel.sv, and the other side of the PHY interface (`kvattic_hdl.flash.phy`) in unit
 tests.  Both do the same in the same cycle; docs/nand.md says what.  `attach` plays the dies for an Amaranth component.
 
-Times inside are ticks, 2**-20 of a cycle: the bus rate and t_cad are no whole cycles.
+Internal times are ticks, 2**-20 of a cycle: the bus rate and t_cad are not whole cycles.
 """
 
 from __future__ import annotations
@@ -163,13 +163,13 @@ class NandFaults:
         retry_error_rate: the same at a read-retry level that is not the one that `retry` asks for.
         factory_bad: (die, plane, block), marked as bad in all pages in which the part may have its mark; or (die,
             plane, block, page), marked in this page alone.  Programs and erases fail.
-        grown_bad: (die, plane, block, erases): after so many erases its programs and erases fail.
+        grown_bad: (die, plane, block, erases): after that many erases its programs and erases fail.
         program_fails: (die, plane, block, page): programs of this page fail; page None: of all its pages.
         erase_fails: (die, plane, block): erases of this block fail.
         stuck_busy: (die, n): its nth array operation (the first is 1) never ends; a reset does not help.
         retry: (die, plane, block, page, level): can be read at this read-retry level only; block, page None: all.
         stuck_columns: (die, plane, column, mask, value): bits `mask` of this byte of each page are read as in `value`.
-        power_cuts: (cycle, cycles): power fails in this cycle (counted from `configure`) for so many cycles.
+        power_cuts: (cycle, cycles): power fails in this cycle (counted from `configure`) and stays off for `cycles`.
     """
 
     bit_error_rate: float = 0.0
@@ -940,58 +940,72 @@ class NandChannel:
         die.addresses.append(byte)
         if len(die.addresses) < _ADDRESSES[die.command]:
             return None
-        # The last one.
-        command = die.command
-        timing = self.timing
-        if command in (0x00, 0x05, 0x06, 0x60):
+        if die.command in (0x00, 0x05, 0x06, 0x60):
             return None  # wait for the confirmation
-        if command == 0x78:
-            plane, _, _ = self.part.place(int.from_bytes(bytes(die.addresses), "little"))
-            die.out, die.status_plane = _Out.PLANE_STATUS, plane
-            die.data_from, die.data_rule = end + timing.t_whr, Violation.T_WHR
-        elif command in (0x80, 0x81):
-            row = self._row(die.addresses[2:])
-            if row is None or self._column(die.addresses) >= self.part.raw_bytes:
-                return Violation.RANGE
-            die.program_open = True
-            die.program_row = row
-            die.program_plane = self.part.place(row)[0]
-            die.column = self._column(die.addresses)
-            die.registers[die.program_plane][:] = 0xFF
-            die.held[die.program_plane] = None
-            die.data_from, die.data_rule = end + timing.t_adl, Violation.T_ADL
-        elif command == 0x85:
-            if self._column(die.addresses) >= self.part.raw_bytes:
-                return Violation.RANGE
-            die.column = self._column(die.addresses)
-            die.data_from, die.data_rule = end + timing.t_ccs, Violation.T_CCS
-        elif command == 0x90:
-            die.out = die.source = _Out.ID
-            die.out_address, die.column = byte, 0
-            die.data_from, die.data_rule = end + timing.t_whr, Violation.T_WHR
-        elif command == 0xEC:
-            if byte != 0:
-                return Violation.RANGE
-            die.out = die.source = _Out.PARAMETERS
-            die.column = die.data_from = 0
-            self._busy(die, end, end + timing.t_wb + timing.t_r)
-        else:
-            if byte not in FEATURES:
-                return Violation.FEATURE
-            die.out_address = byte
-            if command == 0xEE:
-                die.out = die.source = _Out.FEATURE
-                die.column = die.data_from = 0
-                self._busy(die, end, end + timing.t_wb + timing.t_feat)
-                self._record(die.busy_from, die.busy_until, target, -1, "feature", -1)
-            else:
-                die.out = die.source = _Out.NONE
-                die.feature_open = True
-                die.feature_bytes = []
-                die.data_from, die.data_rule = end + timing.t_adl, Violation.T_ADL
+        if (violation := self._addressed(target, die, byte, end)) is not None:
+            return violation
         die.command = -1
         die.addresses = []
         self._record(die.sequence_start, end, target, -1, "command", -1)
+        return None
+
+    def _addressed(self, target: int, die: _Die, byte: int, end: int) -> Violation | None:
+        """What the last address cycle does, of a sequence that needs no confirmation."""
+        timing = self.timing
+        match die.command:
+            case 0x78:
+                plane, _, _ = self.part.place(int.from_bytes(bytes(die.addresses), "little"))
+                die.out, die.status_plane = _Out.PLANE_STATUS, plane
+                die.data_from, die.data_rule = end + timing.t_whr, Violation.T_WHR
+            case 0x80 | 0x81:
+                return self._open_program(die, end)
+            case 0x85:
+                if self._column(die.addresses) >= self.part.raw_bytes:
+                    return Violation.RANGE
+                die.column = self._column(die.addresses)
+                die.data_from, die.data_rule = end + timing.t_ccs, Violation.T_CCS
+            case 0x90:
+                die.out = die.source = _Out.ID
+                die.out_address, die.column = byte, 0
+                die.data_from, die.data_rule = end + timing.t_whr, Violation.T_WHR
+            case 0xEC:
+                if byte != 0:
+                    return Violation.RANGE
+                die.out = die.source = _Out.PARAMETERS
+                die.column = die.data_from = 0
+                self._busy(die, end, end + timing.t_wb + timing.t_r)
+            case _:
+                return self._open_feature(target, die, byte, end)
+        return None
+
+    def _open_program(self, die: _Die, end: int) -> Violation | None:
+        row = self._row(die.addresses[2:])
+        if row is None or self._column(die.addresses) >= self.part.raw_bytes:
+            return Violation.RANGE
+        die.program_open = True
+        die.program_row = row
+        die.program_plane = self.part.place(row)[0]
+        die.column = self._column(die.addresses)
+        die.registers[die.program_plane][:] = 0xFF
+        die.held[die.program_plane] = None
+        die.data_from, die.data_rule = end + self.timing.t_adl, Violation.T_ADL
+        return None
+
+    def _open_feature(self, target: int, die: _Die, byte: int, end: int) -> Violation | None:
+        """Get or set a feature."""
+        if byte not in FEATURES:
+            return Violation.FEATURE
+        die.out_address = byte
+        if die.command == 0xEE:
+            die.out = die.source = _Out.FEATURE
+            die.column = die.data_from = 0
+            self._busy(die, end, end + self.timing.t_wb + self.timing.t_feat)
+            self._record(die.busy_from, die.busy_until, target, -1, "feature", -1)
+        else:
+            die.out = die.source = _Out.NONE
+            die.feature_open = True
+            die.feature_bytes = []
+            die.data_from, die.data_rule = end + self.timing.t_adl, Violation.T_ADL
         return None
 
     @staticmethod
@@ -1007,49 +1021,22 @@ class NandChannel:
     def _confirm(self, target: int, byte: int, end: int) -> Violation | None:
         """The second command of a sequence, or 31h and 3Fh alone."""
         die = self.dies[target]
-        timing = self.timing
         command, addresses = die.command, die.addresses
-        complete = command != -1 and len(addresses) == _ADDRESSES[command]
         bare = (command == -1 or (command == 0x00 and not addresses)) and not die.program_open and not die.feature_open
-        start = end if bare else die.sequence_start
-        if bare:
-            start = end - timing.t_cad
-        if byte in (0x10, 0x11, 0x15):
-            if command != -1 or not die.program_open:
-                return Violation.NO_CONFIRM
-            kind, row = _Operation.PROGRAM, die.program_row
-            start = end - timing.t_cad
-        elif byte in (0xD0, 0xD1):
-            if command != 0x60 or not complete:
-                return Violation.NO_CONFIRM
-            kind, found = _Operation.ERASE, self._row(addresses)
-            if found is None:
-                return Violation.RANGE
-            row = found
-        elif byte == 0xE0:
-            return self._change_column(target, complete, end)
-        elif byte == 0x3F or (byte == 0x31 and bare):
+        start = end - self.timing.t_cad if bare or byte in (0x10, 0x11, 0x15) else die.sequence_start
+        if byte == 0xE0:
+            return self._change_column(target, command != -1 and len(addresses) == _ADDRESSES[command], end)
+        if byte == 0x3F or (byte == 0x31 and bare):
             if not bare or die.queue is not _Operation.NONE:
                 return Violation.NO_CONFIRM
             return self._cache_read(target, byte == 0x31, start, end)
-        else:  # 30h, 31h with an address, 32h
-            if command != 0x00 or not complete:
-                return Violation.NO_CONFIRM
-            if self._column(addresses) >= self.part.raw_bytes:
-                return Violation.RANGE
-            kind, found = _Operation.READ, self._row(addresses[2:])
-            if found is None:
-                return Violation.RANGE
-            row = found
-
+        confirmed = self._confirmed(die, byte)
+        if isinstance(confirmed, Violation):
+            return confirmed
+        kind, row = confirmed
         plane, block, page = self.part.place(row)
-        if die.queue is not _Operation.NONE:
-            if die.queue is not kind:
-                return Violation.SEQUENCE
-            if plane in die.queued:
-                return Violation.SAME_PLANE
-            if kind is not _Operation.ERASE and self.part.place(next(iter(die.queued.values())))[2] != page:
-                return Violation.OTHER_PAGE
+        if (violation := self._queue_rule(die, kind, plane, page)) is not None:
+            return violation
         if byte == 0x31 and not die.rows:
             return Violation.NO_READ
         die.queued[plane] = row
@@ -1058,26 +1045,61 @@ class NandChannel:
         die.command, die.addresses, die.program_open = -1, [], False
         if byte in (0x11, 0x32, 0xD1):
             die.queue = kind
-            self._busy(die, end, end + timing.t_wb + timing.t_dbsy)
+            self._busy(die, end, end + self.timing.t_wb + self.timing.t_dbsy)
             return None
         rows = dict(sorted(die.queued.items()))
         die.queue, die.queued = _Operation.NONE, {}
         if byte == 0x31:
             self._start_cache_read(target, rows, plane, end)
         elif kind is _Operation.READ:
-            self._count_operation(target, die)
-            begin = end + timing.t_wb
-            die.before, die.array = _Array(), _Array(_Operation.READ, begin, begin + timing.t_r, rows)
-            die.rows, die.last_plane, die.pending = rows, plane, False
-            self._fill_registers(target)
-            die.out = die.source = _Out.REGISTER
-            die.column, die.data_from = column, 0
-            self._run(target, die, end, die.array.end)
+            self._start_read(target, rows, plane, column, end)
         elif kind is _Operation.PROGRAM:
             self._program(target, rows, byte == 0x15, end)
         else:
             self._erase(target, rows, end)
         return None
+
+    def _confirmed(self, die: _Die, byte: int) -> tuple[_Operation, int] | Violation:
+        """The operation of a sequence that is complete, and its row."""
+        complete = die.command != -1 and len(die.addresses) == _ADDRESSES[die.command]
+        if byte in (0x10, 0x11, 0x15):
+            if die.command != -1 or not die.program_open:
+                return Violation.NO_CONFIRM
+            return _Operation.PROGRAM, die.program_row
+        if byte in (0xD0, 0xD1):
+            if die.command != 0x60 or not complete:
+                return Violation.NO_CONFIRM
+            kind, row = _Operation.ERASE, self._row(die.addresses)
+        else:  # 30h, 31h with an address, 32h
+            if die.command != 0x00 or not complete:
+                return Violation.NO_CONFIRM
+            if self._column(die.addresses) >= self.part.raw_bytes:
+                return Violation.RANGE
+            kind, row = _Operation.READ, self._row(die.addresses[2:])
+        return Violation.RANGE if row is None else (kind, row)
+
+    def _queue_rule(self, die: _Die, kind: _Operation, plane: int, page: int) -> Violation | None:
+        """What the planes that wait for a multi-plane operation allow."""
+        if die.queue is _Operation.NONE:
+            return None
+        if die.queue is not kind:
+            return Violation.SEQUENCE
+        if plane in die.queued:
+            return Violation.SAME_PLANE
+        if kind is not _Operation.ERASE and self.part.place(next(iter(die.queued.values())))[2] != page:
+            return Violation.OTHER_PAGE
+        return None
+
+    def _start_read(self, target: int, rows: dict[int, int], plane: int, column: int, end: int) -> None:
+        die = self.dies[target]
+        self._count_operation(target, die)
+        begin = end + self.timing.t_wb
+        die.before, die.array = _Array(), _Array(_Operation.READ, begin, begin + self.timing.t_r, rows)
+        die.rows, die.last_plane, die.pending = rows, plane, False
+        self._fill_registers(target)
+        die.out = die.source = _Out.REGISTER
+        die.column, die.data_from = column, 0
+        self._run(target, die, end, die.array.end)
 
     def _count_operation(self, target: int, die: _Die) -> None:
         die.operations += 1

@@ -1,7 +1,8 @@
 """The benchmarks, `make bench`: measure, compare with the project's bars, keep in build/bench.json.
 
-``python -m kvattic_sim.reports.bench [PREFIX]`` measures only what has keys with that prefix.  Each figure is kept as
-soon as it is known.  A bar that is missed is said, and is no error; a wrong result is one.
+``python -m kvattic_sim.reports.bench [PREFIX]`` measures only what has keys with that prefix; without one, all but
+``house.sim`` and ``house.test``, which take an hour. Each figure is kept as soon as it is known. Missing a bar is
+reported and is not an error; a wrong result is.
 """
 
 import argparse
@@ -17,19 +18,30 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kvattic.errors import KvatticError
+from kvattic.errors import KvatticError, RequestError
 from kvattic.support import terminal
 from kvattic.support.terminal import Telling
 from kvattic_sim.lm import evaluate, real
 from kvattic_sim.lm.smollm2 import WeightsError
 from kvattic_sim.reports import figures
-from kvattic_sim.reports.benches import accuracy, bad_blocks, causal, engine, flash, host, placement, sparse
+from kvattic_sim.reports.benches import (
+    accuracy,
+    bad_blocks,
+    causal,
+    engine,
+    flash,
+    host,
+    house,
+    models,
+    placement,
+    sparse,
+)
 from kvattic_sim.reports.benches.engine import Bench, Lab, UnavailableError, WrongResultError
 from kvattic_sim.reports.console import make_console
 from kvattic_sim.rtl.jobs import JobError
 from kvattic_sim.simulators.build import SimulationFailed, Simulator, SimulatorError
 
-__all__ = ["BARS", "Bar", "Verdict", "benches", "main", "run", "select", "verdict"]
+__all__ = ["BARS", "WIDTH", "Bar", "Report", "Verdict", "benches", "main", "report", "run", "select", "verdict"]
 
 Value = float | bool
 
@@ -41,7 +53,7 @@ class Bar:
     Attributes:
         relation: ``>=`` or ``<=``.
         limits: numbers, or keys of other figures; the figure should stand so to each of them.
-        goal: it is aimed at, not required.
+        goal: aimed at, not required.
     """
 
     relation: str
@@ -55,15 +67,18 @@ class Verdict(StrEnum):
     MET = "met"
     SHORT = "short"
     REPORTED = "reported"
-    """It has no bar, or the other figure that it is compared with is not known."""
+    """There is no bar, or the figure to compare with is not known."""
 
 
+WIDTH = 150
+"""Columns of the console, so that long keys are not cut where the output is a file."""
 _STYLES = {Verdict.MET: "green", Verdict.SHORT: "bold red", Verdict.REPORTED: "dim"}
 
 DATA_SETS = ("minilm", "fa3_2k", "fa3_32k")
 
 BARS: dict[str, Bar | None] = {
-    **{key: None for bench in (*engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *sparse.BENCHES, *host.BENCHES)
+    **{key: None for bench in (*engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *sparse.BENCHES, *host.BENCHES,
+                                       *models.BENCHES)
        for key in bench.keys},
     **dict.fromkeys(placement.KEYS),
     "engine.dense.utilization.paper": Bar(">=", (0.97,)),
@@ -103,8 +118,15 @@ BARS: dict[str, Bar | None] = {
     "golden.ratio_to_numpy": Bar("<=", (20,), goal=True),
     "golden.ratio_to_numpy_converted": None,
     "golden.seconds": None,
+    "house.model.cpp_mb": Bar("<=", (20,)),
+    "house.model.text_mb": Bar("<=", (3,)),
+    "sim.cycles_per_second.ratio": Bar(">=", (1.5,)),
     "sim.speed_ratio": Bar(">=", (10,)),
     "sim.cycles_per_second.paper": Bar(">=", (20_000,), goal=True),
+    **dict.fromkeys(house.KEYS),
+    "house.sim.cpu_ratio": Bar("<=", (0.33,)),
+    "house.test.cpu_ratio": Bar("<=", (0.45,)),
+    "house.largest_body": Bar("<=", (120,), goal=True),
     "synth.engine.lut": Bar("<=", (25_000,), goal=True),
     "synth.engine.lut_packed": None,
     "synth.engine.ff": None,
@@ -138,7 +160,7 @@ def _real(lab: Lab) -> dict[str, float]:
     """The figures of a real model.
 
     Raises:
-        UnavailableError: what runs it, or its weights, are not here.
+        UnavailableError: the packages or the weights are missing.
     """
     try:
         return real.measure(lambda line: lab.progress(line, 0, None))
@@ -149,7 +171,7 @@ def _real(lab: Lab) -> dict[str, float]:
 
 
 def benches() -> tuple[Bench, ...]:
-    """All that can be measured here: placement, engine, flash path, sparse modes, host, accuracy, simulators."""
+    """Everything that can be measured here: placement, engine, flash path, sparse modes, host, accuracy, simulators."""
 
     def alone(prefix: str, function: Callable[[], dict[str, float]]) -> Bench:
         keys = tuple(key for key in BARS if key == prefix or key.startswith(f"{prefix}."))
@@ -161,13 +183,14 @@ def benches() -> tuple[Bench, ...]:
     reality = Bench(keys=real.KEYS, measure=_real)
     return (placing, *engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *causal.BENCHES, *sparse.BENCHES,
             quality, reality,
-            *host.BENCHES,
+            *host.BENCHES, *house.BENCHES, *models.BENCHES,
             *(alone(prefix, function) for prefix, function in accuracy.BENCHES.items()))
 
 
 def select(prefix: str, available: Iterable[Bench]) -> list[Bench]:
-    """Those that can give a figure whose key has the prefix."""
-    return [bench for bench in available if any(key.startswith(prefix) for key in bench.keys)]
+    """Those that can give a figure whose key has the prefix; without one, not those that are measured by name alone."""
+    return [bench for bench in available
+            if any(key.startswith(prefix) for key in bench.keys) and (prefix or not bench.by_name)]
 
 
 def _text(value: Value) -> str:
@@ -235,7 +258,7 @@ def run(selected: Sequence[Bench], simulator: Simulator, console: Console) -> It
 
         note: Callable[[str], None]
         telling = Telling(quiet=console.is_terminal)
-        lab = Lab(simulator=simulator, progress=follow)
+        lab = Lab(simulator=simulator, progress=follow, say=lambda line: console.print(f"  {line}", markup=False))
         for number, bench in enumerate(selected, 1):
             name = f"{bench.keys[0]}{' ...' if len(bench.keys) > 1 else ''}"
             progress.reset(task, description=f"  {name}", total=None)
@@ -259,28 +282,43 @@ def run(selected: Sequence[Bench], simulator: Simulator, console: Console) -> It
                 yield bench, True
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("prefix", nargs="?", default="", metavar="PREFIX", help="such as engine.dense; all by default")
-    parser.add_argument("--simulator", type=Simulator, default=Simulator.VERILATOR, choices=list(Simulator),
-                        help="for the figures in cycles, which are the same in both; sim.* do not heed it")
-    options = parser.parse_args(arguments)
-    console = make_console(150)     # long keys must not be cut where the output is a file
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What came of `report`.
 
-    selected = select(options.prefix, benches())
-    synthesis = [key for key in BARS if key.startswith("synth.") and key.startswith(options.prefix)]
+    Attributes:
+        figures: those that were measured now, and those of the last synthesis, by key.
+        good: no result was wrong, and no bench failed.
+    """
+
+    figures: dict[str, Value]
+    good: bool
+
+
+def report(prefix: str, simulator: Simulator, console: Console) -> Report:
+    """Measure figures, print them beside their bars, and keep them.
+
+    Args:
+        prefix: of the figures' keys; empty for all but those that take very long (`Bench.by_name`).
+        simulator: for the figures in cycles, which are the same in both.
+        console: where to print.
+
+    Raises:
+        RequestError: no figure's key begins with the prefix.
+    """
+    selected = select(prefix, benches())
+    synthesis = [key for key in BARS if key.startswith("synth.") and key.startswith(prefix)]
     if not selected and not synthesis:
-        parser.error(f"no figure's key begins with {options.prefix!r}; the keys are:\n  " + "\n  ".join(BARS))
+        raise RequestError(f"no figure's key begins with {prefix!r}; the keys are:\n  " + "\n  ".join(BARS))
     good = True
     rows: list[str] = []
-    for bench, known in run(selected, options.simulator, console):
+    for bench, known in run(selected, simulator, console):
         good &= known
         rows += bench.keys if known else ()
     recorded = figures.load()
-    there = [key for key in synthesis if key in recorded]
-    if rows or there:
-        show(console, rows + there, recorded)
+    rows += (there := [key for key in synthesis if key in recorded])
+    if rows:
+        show(console, rows, recorded)
     if there:
         console.print("synth.* are of the last `make synth`.", markup=False)
     if len(there) < len(synthesis):
@@ -288,8 +326,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
                       markup=False)
     if selected:
         console.print(f"Kept in {figures.PATH}.", markup=False)
-    if not good:
-        raise SystemExit(1)
+    return Report(figures={key: recorded[key] for key in rows}, good=good)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("prefix", nargs="?", default="", metavar="PREFIX",
+                        help="such as engine.dense; by default all but house.sim and house.test, which take an hour")
+    parser.add_argument("--simulator", type=Simulator, default=Simulator.VERILATOR, choices=list(Simulator),
+                        help="for the figures in cycles, which are the same in both; sim.* do not heed it")
+    options = parser.parse_args(arguments)
+    try:
+        done = report(options.prefix, options.simulator, make_console(WIDTH))
+    except RequestError as error:
+        parser.error(str(error))
+    return 0 if done.good else 1
 
 
 if __name__ == "__main__":

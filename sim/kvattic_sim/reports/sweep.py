@@ -4,8 +4,8 @@
     for row in run(points, jobs=2):
         ...                                 # as they finish
 
-Each point is built and run in a process of its own, or by a worker of a Dask cluster.  What goes wrong at a point is
-that row's `error`; the others go on.  Whatever ends `run`, no process of it is left behind.
+Each point is built and run in a process of its own, or by a worker of a Dask cluster. An error at a point becomes its
+row's `error`; the others go on. However `run` ends, it leaves no process behind.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from kvattic.support.files import whole, write_whole
 from kvattic_sim.rtl.jobs import JobError, report, run_on_model
 from kvattic_sim.rtl.transport import NandSettings, RtlTransport
 from kvattic_sim.simulators.build import SimulationFailed, Simulator, SimulatorError
-from kvattic_sim.workloads import Attention, How, Usage, measured, topical
+from kvattic_sim.workloads import Attention, ModeSettings, Usage, measured, topical
 
 __all__ = ["FIGURES", "ClusterError", "Point", "Row", "grid", "measure", "parse_axis", "plot", "run", "run_on_dask",
            "save"]
@@ -60,7 +60,7 @@ FIGURES = {
 
 Figures: TypeAlias = dict[str, float | bool]
 Follow: TypeAlias = Callable[[str, int, int | None], None]
-"""Called with what is being done, how much of it is done, and of how much, if that is known."""
+"""Called with what is being done, options much of it is done, and of options much, if that is known."""
 Progress: TypeAlias = Callable[[int, str, int, int | None], None]
 """The same, with a point's number before it."""
 Work: TypeAlias = Callable[["Point", Follow], Figures]
@@ -103,7 +103,7 @@ class Point:
         """Its configuration.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: the settings do not fit together.
         """
         ours = {name: value for name, value in self.settings.items() if "." not in name}
         theirs = {name.removeprefix("part."): value for name, value in self.settings.items() if "." in name}
@@ -124,13 +124,13 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """A point and what came of it.
+    """A point and its result.
 
     Attributes:
         number: of the point in its grid.
         point: the point.
         figures: see `FIGURES`; empty if there was an error.
-        error: what went wrong; empty if nothing did.
+        error: the error's message; empty if there was none.
     """
 
     number: int
@@ -153,7 +153,7 @@ def parse_axis(text: str) -> tuple[str, list[Any]]:
         text: a field of `Config` (of `part` by the part's name) or part.FIELD, and values of its type.
 
     Raises:
-        RequestError: there is no such field, or a value is not of its type.
+        RequestError: the field does not exist, or a value is not of its type.
     """
     name, separator, values = text.partition("=")
     owner, key = (NandPart, name.removeprefix("part.")) if name.startswith("part.") else (Config, name)
@@ -190,7 +190,7 @@ def grid(base: Config, axes: Mapping[str, Sequence[Any]], workloads: Sequence[tu
         common: further attributes of every point.
 
     Raises:
-        RequestError: there is no such mode, or a number is not positive.
+        RequestError: the mode does not exist, or a number is not positive.
     """
     known = [mode.name.lower() for mode in Mode]
     for mode in modes:
@@ -207,7 +207,7 @@ def grid(base: Config, axes: Mapping[str, Sequence[Any]], workloads: Sequence[tu
 # One point.
 
 
-def workload(device: Device, attention: Attention, how: How) -> tuple[AttendResult, Usage, Usage]:
+def workload(device: Device, attention: Attention, options: ModeSettings) -> tuple[AttendResult, Usage, Usage]:
     """Write K and V, and attend once: the result, what writing took, what attention took.
 
     This is the part that runs inside of the simulator.
@@ -215,11 +215,12 @@ def workload(device: Device, attention: Attention, how: How) -> tuple[AttendResu
     if isinstance(device.transport, RtlTransport):
         device.transport.heartbeat = lambda cycle: report(f"cycles|{cycle}")
     kv_heads, tokens, _ = attention.key.shape
-    sequence = device.create_sequence(kv_heads, capacity_tokens=tokens, **how.sequence(device.config))
+    sequence = device.create_sequence(kv_heads, capacity_tokens=tokens, **options.sequence_arguments(device.config))
     report("step|writing")
     _, written = measured(device, lambda: sequence.prefill(attention.key, attention.value))
     report("step|attending")
-    result, used = measured(device, lambda: sequence.attend(attention.query, **how.attend(device.config, tokens)))
+    arguments = options.attend_arguments(device.config, tokens)
+    result, used = measured(device, lambda: sequence.attend(attention.query, **arguments))
     return result, written, used
 
 
@@ -231,15 +232,15 @@ def measure(point: Point, follow: Follow = lambda what, done, total: None) -> Fi
         follow: told how far it is, in cycles.
 
     Raises:
-        ConfigError: there is no such configuration.
+        ConfigError: the configuration is invalid.
         KvatticError: it cannot serve the workload.
         SimulatorError, SimulationFailed, JobError: see `kvattic_sim.rtl.jobs`.
     """
-    # Only the process that builds and checks needs these.
-    from kvattic_sim.reports.drive import equal_bits, oracle_errors
+    # Only the process that builds and checks needs this.
+    from kvattic_sim.compare import equal_bits, oracle_errors
     from kvattic_sim.rtl.testbench import build_testbench
 
-    config, how = point.config, How(mode=point.mode)
+    config, options = point.config, ModeSettings(mode=point.mode)
     follow("building", 0, None)
     model = build_testbench(config, point.simulator)
     attention = topical(config, kv_heads=point.heads, tokens=point.tokens, group=config.rows)
@@ -252,7 +253,7 @@ def measure(point: Point, follow: Follow = lambda what, done, total: None) -> Fi
         follow(step, int(rest) if kind == "cycles" else 0, None)
 
     result, written, used = run_on_model(
-        model, config, workload, {"attention": attention, "how": how},
+        model, config, workload, {"attention": attention, "options": options},
         flash=NandSettings(bit_error_rate=point.bit_error_rate), progress=heed).result
     slots = config.channels * used.cycles or 1
     figures: Figures = {
@@ -271,13 +272,13 @@ def measure(point: Point, follow: Follow = lambda what, done, total: None) -> Fi
         follow("checking", 0, None)
         errors = oracle_errors(attention, result, config)[:, 0]
         figures["rel_rms"] = float((errors**2).mean() ** 0.5)
-        figures["equal_bits"] = bool(equal_bits(attention, result, config, how).all())
+        figures["equal_bits"] = bool(equal_bits(attention, result, config, options).all())
     figures["seconds"] = used.seconds
     return figures
 
 
 def _attempt(work: Work, number: int, point: Point, follow: Follow) -> Row:
-    """The point's row, whatever happens."""
+    """The point's row, even if it fails."""
     try:
         return Row(number=number, point=point, figures=work(point, follow))
     except (KvatticError, SimulatorError, SimulationFailed, JobError) as error:
@@ -287,7 +288,7 @@ def _attempt(work: Work, number: int, point: Point, follow: Follow) -> Row:
 
 
 def _impossible(number: int, point: Point) -> Row | None:
-    """A row if there is no such configuration."""
+    """A row if the configuration is invalid."""
     try:
         _ = point.config
     except KvatticError as error:
@@ -299,7 +300,7 @@ def _impossible(number: int, point: Point) -> Row | None:
 
 
 def _child(connection: Connection, work: Work, number: int, point: Point) -> None:
-    """What a process does; its compilers are of its process group, and simulators die with it."""
+    """Run a point in this process; its compilers are in its process group, and simulators die with it."""
     from kvattic_sim.simulators.build import DIE_WITH_PARENT
 
     os.setsid()
@@ -321,7 +322,7 @@ class _Running:
     connection: Connection
 
     def kill(self) -> None:
-        """End it and what it has started."""
+        """End it and everything it has started."""
         assert self.process.pid is not None
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -330,7 +331,7 @@ class _Running:
         self.connection.close()
 
     def receive(self) -> Row | tuple[str, int, int | None]:
-        """What it says next; a row with an error if it has died."""
+        """Its next message; a row with an error if it has died."""
         try:
             message: Row | tuple[str, int, int | None] = self.connection.recv()
         except (EOFError, OSError):
@@ -345,8 +346,8 @@ def run(points: Sequence[Point], *, jobs: int | None = None, work: Work = measur
     """Run points in processes of their own.
 
     Args:
-        points: what to run.
-        jobs: how many at a time; one for each processor if None.
+        points: to run.
+        jobs: options many at a time; one for each processor if None.
         work: what to do at each: a function of a module.
         progress: called with a point's number, and what is being done there.
 
@@ -396,7 +397,7 @@ def run(points: Sequence[Point], *, jobs: int | None = None, work: Work = measur
 # On a Dask cluster.
 
 STOP_S = 2.0
-"""Seconds between two looks of a worker at whether it should stop."""
+"""Seconds after which a worker looks again whether it should stop."""
 
 
 def _distributed() -> Any:
@@ -404,7 +405,7 @@ def _distributed() -> Any:
 
 
 def _on_worker(number: int, point: Point, work: Work, flag: str) -> Row:
-    """What a worker of the cluster does."""
+    """Run a point on a worker of the cluster."""
     event, looked = _distributed().Event(flag), 0.0
 
     def follow(what: str, done: int, total: int | None) -> None:
@@ -421,10 +422,10 @@ def run_on_dask(points: Sequence[Point], address: str, *, work: Work = measure, 
                 progress: Progress | None = None) -> Iterator[Row]:
     """Run points on a Dask cluster, whose workers have this project installed.
 
-    If it is left early, what waits is cancelled, and what runs stops when it reports its progress next.
+    If the caller leaves early, waiting points are cancelled and running ones stop when they next report progress.
 
     Args:
-        points: what to run.
+        points: to run.
         address: of the scheduler, such as tcp://host:8786.
         work: as in `run`.
         timeout_s: patience with the scheduler at the beginning.
@@ -434,7 +435,7 @@ def run_on_dask(points: Sequence[Point], address: str, *, work: Work = measure, 
         The rows as they finish; those without a configuration first.
 
     Raises:
-        ClusterError: there is no scheduler at the address.
+        ClusterError: no scheduler answers at the address.
         ModuleNotFoundError: distributed is not installed (extra `cluster`).
     """
     distributed = _distributed()
@@ -485,13 +486,13 @@ def plot(rows: Iterable[Row], path: Path, *, x: str | None = None, y: str = "cyc
     """Draw one figure over one axis, a line for each combination of the other axes.
 
     Args:
-        rows: what came of the points; those with an error are left out.
+        rows: results of the points; those with an error are left out.
         path: PNG to write.
         x: an axis; if None, the first that has more than one value.
         y: one of `FIGURES`.
 
     Raises:
-        RequestError: there is no such axis or figure, or no row has it.
+        RequestError: the axis or figure does not exist, or no row has it.
     """
     import matplotlib.pyplot as plt
 

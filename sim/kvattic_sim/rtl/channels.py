@@ -1,7 +1,7 @@
 """Flash channels without the engine: a list of codewords is asked for, and the time is taken.
 
 The channels (controller, ECC) and the dies are those of the drive; what asks is verilog/request_source.sv, which keeps
-so many codewords in flight.  All data that come are added up and compared with what the flash holds.
+a given number of codewords in flight. All data that arrive are added up and compared with what the flash holds.
 
     run = read_list(config, requests, in_flight=..., pages=...)
 
@@ -107,9 +107,9 @@ def scattered(config: Config, jobs: int, rng: np.random.Generator, *, wanted: in
               periods: int = 16) -> Requests:
     """What a stream of SPARF jobs reads on each channel: single codewords of groups of pages.
 
-    A group is a page on each plane of a die.  Each job has `stripes` of them of K, of V and of the channel layout,
+    A group is a page on each plane of a die.  Each job has `stripes` of them of K, of V and of the feature layout,
     which follow each other through the dies as a prefill places them.  Together come the codewords of one group, in
-    its order; first those of the channel layout of job j + 2, then K of job j + 1, then V of job j.
+    its order; first those of the feature layout of job j + 2, then K of job j + 1, then V of job j.
 
     Args:
         config: channels, dies, part and clock.
@@ -158,7 +158,8 @@ def _verilog(config: Config, frames: int, channel_ports: Iterable[str]) -> str:
             "page_words__valid": "1'b0", "page_words__payload": f"{shapes.page_word.size}'d0",
             "outcomes__ready": "1'b1",
         }
-        nand = {"clk": "clk", "rst": "reset", "configure": "configure", "load": "load", "dump": "1'b0"}
+        nand = {"clk": "clk", "rst": "reset", "channel": f"32'd{c}", "configure": "configure",
+                "load": "load", "dump": "1'b0"}
         nand |= {n: f"{n}[{32 * c} +: 32]" for n in ("violations", "load_errors", "words_moved")}
         for path, _, value in phy_signature(config).flatten(phy_signature(config).create()):
             wire = f"phy{c}_" + "_".join(map(str, path))
@@ -166,7 +167,7 @@ def _verilog(config: Config, frames: int, channel_ports: Iterable[str]) -> str:
             signals["phy__" + "__".join(map(str, path))] = wire
             nand["_".join(map(str, path))] = wire
         body.append(f"{CHANNEL} channel{c} (" + ", ".join(f".{k}({v})" for k, v in signals.items()) + ");")
-        parameters = nand_parameters(config, channel=c, frames=frames)
+        parameters = nand_parameters(config, frames=frames)
         body.append(f"nand_channel #({', '.join(f'.{k}({v})' for k, v in parameters.items())}) nand{c} ("
                     + ", ".join(f".{k}({v})" for k, v in nand.items()) + ");")
     fields = {"PLACE_AT": shapes.request["tag"].offset + shapes.tag["place"].offset, "PLACE_BITS": shapes.place.width,

@@ -10,7 +10,7 @@ from typing import Any
 import cocotb
 from cocotb.task import bridge
 
-from kvattic.transport.simulator import Kind, ProtocolError, Role, connect
+from kvattic.transport.protocol import Kind, ProtocolError, Role, connect
 from kvattic_sim.rtl.server import DIRECTORY, load_request, serve
 from kvattic_sim.rtl.transport import FlashSettings, NandSettings, RtlTransport, session
 

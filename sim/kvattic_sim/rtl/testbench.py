@@ -18,13 +18,15 @@ import hashlib
 import importlib.metadata
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import StrEnum
 from importlib import resources
 from pathlib import Path
+from typing import cast
 
 from amaranth.hdl import Shape
 from amaranth.lib import data
-from amaranth.lib.wiring import Out
+from amaranth.lib.wiring import Member, Out
 
 import kvattic
 import kvattic_hdl
@@ -44,6 +46,7 @@ from kvattic_hdl import (
     phy_signature,
 )
 from kvattic_sim.nand.files import nand_parameters
+from kvattic_sim.simulators import progress
 from kvattic_sim.simulators.build import Model, Simulator, cache_errors, compile_model, default_build_root, locked
 
 __all__ = [
@@ -59,6 +62,8 @@ __all__ = [
 
 TOP = "kvattic_testbench"
 """Name of the top-level module."""
+TWIN = "kvattic_twin"
+"""Name of the module that is the twin of one channel."""
 FLASH_BYTES = {Simulator.VERILATOR: 1 << 27, Simulator.ICARUS: 1 << 21}
 """Contents that all channels keep together, unless `build_testbench` is told otherwise; Icarus is slow to begin."""
 DRAM_BYTES = {Simulator.VERILATOR: 1 << 24, Simulator.ICARUS: 1 << 20}
@@ -102,6 +107,11 @@ class Flash(StrEnum):
     def twin(self) -> str:
         """The behavioural module on each channel."""
         return "nand_channel" if self is Flash.NAND else "flash_channel"
+
+    @property
+    def separate_modules(self) -> tuple[str, ...]:
+        """Modules that are in the model once for each channel, and compiled once."""
+        return ("kvattic_lane", *(["kvattic_flash_channel"] if self is Flash.NAND else []), TWIN)
 
     @property
     def settings(self) -> dict[str, int]:
@@ -164,13 +174,14 @@ def _verilog(name: str) -> str:
 
 
 class _Bench:
-    """Text of the test bench, as it grows: ports, declarations, connections of the RTL."""
+    """Text of the test bench, as it grows: ports, declarations, connections of the RTL, the twins' module."""
 
     def __init__(self) -> None:
         self.ports: list[str] = []
         self.body: list[str] = []
         self.connections: list[str] = []
         self.registered: list[tuple[str, str]] = []
+        self.twin = ""
 
     def wire(self, name: str, width: int) -> str:
         """Declare a wire that the RTL has as a port of the same name; gives the name."""
@@ -222,9 +233,37 @@ def _dram(bench: _Bench, config: Config, dram_bytes: int) -> None:
     ]
 
 
-def _instance(module: str, name: str, parameters: dict[str, int], signals: list[str]) -> str:
-    return (f"{module} #({', '.join(f'.{k}({v})' for k, v in parameters.items())})\n    "
-            f"{name} ({', '.join(signals)});")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Port:
+    """A port of a twin: its width, its direction, and what stands at it on one channel."""
+
+    name: str
+    width: int
+    signal: str
+    output: bool = False
+
+
+def _put_twin(bench: _Bench, channel: int, twin: str, parameters: dict[str, int], ports: list[_Port]) -> None:
+    """Put a channel's twin into the bench, as an instance of a module that is the same for all channels.
+
+    It has no parameters, so that it can be compiled by itself.
+    """
+    signals = ", ".join(f".{port.name}({port.signal})" for port in ports)
+    bench.body.append(f"{TWIN} twin{channel} ({signals});")
+    heads = ",\n    ".join(f"{'output' if port.output else 'input'} {_range(port.width)} {port.name}" for port in ports)
+    values = ", ".join(f".{name}({value})" for name, value in parameters.items())
+    names = ", ".join(f".{port.name}({port.name})" for port in ports)
+    bench.twin = f"module {TWIN} (\n    {heads}\n);\n  {twin} #({values})\n    model ({names});\nendmodule\n"
+
+
+def _common(channel: int, settings: dict[str, int]) -> list[_Port]:
+    """The ports of both twins."""
+    return [
+        _Port(name="clk", width=1, signal="clk"),
+        _Port(name="rst", width=1, signal="reset"),
+        _Port(name="channel", width=32, signal=f"32'd{channel}"),
+        *(_Port(name=name, width=width, signal=f"flash_{name}") for name, width in settings.items()),
+    ]
 
 
 def _ideal_channels(bench: _Bench, config: Config, frames: int, queue: int) -> None:
@@ -235,42 +274,48 @@ def _ideal_channels(bench: _Bench, config: Config, frames: int, queue: int) -> N
     epoch = bench.wire("flash_epoch", config.jobs_in_flight * EPOCH_BITS)
     events = bench.wire("flash_events", channels * shapes.flash_events.size)
     media = bench.wire("media_errors", channels * shapes.media_error.size)
-    streams = {"request": shapes.request, "codeword": shapes.beat, "operation": shapes.operation,
-               "page_word": shapes.page_word, "outcome": shapes.outcome}
+    streams = {"request": (shapes.request, False), "codeword": (shapes.beat, True),
+               "operation": (shapes.operation, False), "page_word": (shapes.page_word, False),
+               "outcome": (shapes.outcome, True)}
+    error = shapes.media_error.size
     for c in range(channels):
-        signals = [".clk(clk)", ".rst(reset)", f".value_open({value_open})", f".epoch({epoch})"]
-        for stream, shape in streams.items():
+        ports = _common(c, _SETTINGS)
+        ports += [_Port(name="value_open", width=config.jobs_in_flight, signal=value_open),
+                  _Port(name="epoch", width=config.jobs_in_flight * EPOCH_BITS, signal=epoch)]
+        for stream, (shape, given) in streams.items():
             for signal, width in (("valid", 1), ("ready", 1), ("payload", shape.size)):
-                signals.append(f".{stream}_{signal}({bench.wire(f'flash{c}_{stream}_{signal}', width)})")
+                wire = bench.wire(f"flash{c}_{stream}_{signal}", width)
+                ports.append(_Port(
+                    name=f"{stream}_{signal}", width=width, signal=wire, output=given != (signal == "ready")))
         unreadable = shapes.flash_events["unreadable"].offset
         size, rest = shapes.flash_events.size, shapes.flash_events.size - unreadable - 1
         bench.body += [
             f"wire media_valid{c};",
             f"assign {events}[{size * c} +: {size}] = {{{rest}'d0, media_valid{c}, {unreadable}'d0}};",
         ]
-        signals += [f".{name}(flash_{name})" for name in _SETTINGS]
-        signals += [
-            f".fault(flash_fault[{3 * c} +: 3])",
-            f".served(flash_served[{32 * c} +: 32])",
-            f".media_valid(media_valid{c})",
-            f".media_payload({media}[{shapes.media_error.size * c} +: {shapes.media_error.size}])",
+        ports += [
+            _Port(name="fault", width=3, signal=f"flash_fault[{3 * c} +: 3]"),
+            _Port(name="served", width=32, signal=f"flash_served[{32 * c} +: 32]", output=True),
+            _Port(name="media_valid", width=1, signal=f"media_valid{c}", output=True),
+            _Port(name="media_payload", width=error, signal=f"{media}[{error * c} +: {error}]", output=True),
         ]
-        parameters = {"CHANNEL": c} | ideal_parameters(config, frames, queue)
-        bench.body.append(_instance("flash_channel", f"flash{c}", parameters, signals))
+        _put_twin(bench, c, "flash_channel", ideal_parameters(config, frames, queue), ports)
 
 
 def _nand_channels(bench: _Bench, config: Config, frames: int) -> None:
     """Dies on each PHY of the drive."""
     outputs = ("violations", "load_errors", "words_moved")
     bench.ports += [f"output {_range(32 * config.channels)} flash_{name}" for name in outputs]
+    phy = phy_signature(config)
     for c in range(config.channels):
-        signals = [".clk(clk)", ".rst(reset)", *(f".{name}(flash_{name})" for name in _NAND_SETTINGS)]
-        for path, _, value in phy_signature(config).flatten(phy_signature(config).create()):
-            name = "_".join(map(str, path))
-            signals.append(f".{name}({bench.wire(f'phy{c}_{name}', Shape.cast(value.shape()).width)})")
-        signals += [f".{name}(flash_{name}[{32 * c} +: 32])" for name in outputs]
-        parameters = nand_parameters(config, channel=c, frames=frames)
-        bench.body.append(_instance("nand_channel", f"nand{c}", parameters, signals))
+        ports = _common(c, _NAND_SETTINGS)
+        for path, member, value in phy.flatten(phy.create()):
+            name, width = "_".join(map(str, path)), Shape.cast(value.shape()).width
+            wire = bench.wire(f"phy{c}_{name}", width)
+            flow = cast(Member, member).flow  # the stubs say that it is a Flow itself
+            ports.append(_Port(name=name, width=width, signal=wire, output=flow is not Out))
+        ports += [_Port(name=name, width=32, signal=f"flash_{name}[{32 * c} +: 32]", output=True) for name in outputs]
+        _put_twin(bench, c, "nand_channel", nand_parameters(config, frames=frames), ports)
 
 
 def testbench_verilog(
@@ -345,7 +390,7 @@ def testbench_verilog(
     # Python sees the top level's signals only, and what it may see is slow: all the rest lies one level deeper.
     shell = ",\n    ".join(port.replace("output reg", "output") for port in bench.ports)
     names = ", ".join(f".{name}({name})" for name in (port.split()[-1] for port in bench.ports))
-    return (f"module {TOP}_inside (\n    {head}\n);\n\n{text}\n\nendmodule\n\n"
+    return (f"{bench.twin}\nmodule {TOP}_inside (\n    {head}\n);\n\n{text}\n\nendmodule\n\n"
             f"module {TOP} (\n    {shell}\n);\n  {TOP}_inside bench ({names});\nendmodule\n")
 
 
@@ -389,6 +434,7 @@ def rtl_verilog(config: Config, top: str, *, build_root: Path | None = None) -> 
     if not path.is_file():
         with cache_errors(root.parent), locked(root / f"{path.parent.name}.lock"):
             if not path.is_file():
+                progress.tell(progress.GENERATING, top)
                 generate(config, path, top)
     return path
 
@@ -432,4 +478,5 @@ def build_testbench(
             write_whole(bench, text)
     with resources.as_file(resources.files("kvattic_sim") / "verilog") as folder:
         twins = [folder / f"{flash.twin}.sv", folder / "axi_memory.sv"]
-        return compile_model([rtl, bench, *twins], TOP, simulator, waves=waves, build_root=root)
+        return compile_model(
+            [rtl, bench, *twins], TOP, simulator, waves=waves, separate_modules=flash.separate_modules, build_root=root)

@@ -32,6 +32,7 @@ from kvattic.errors import DeviceTimeoutError, RequestError
 from kvattic.spec.config import Config
 from kvattic.spec.registers import REGISTER_MAP, StatusBit
 from kvattic.support.files import named
+from kvattic.transport.base import find_register
 from kvattic_sim.nand.files import read_log
 from kvattic_sim.nand.twin import NandFaults, write_configuration
 
@@ -111,7 +112,7 @@ class FlashSettings:
 
     Attributes:
         latency: cycles from a request until its codeword may be sent.
-        jitter: up to so many random cycles are added to it.
+        jitter: random cycles added to it, at most.
         shuffle: send the codewords that may go in random order instead of the oldest first.
         gap: cycles in which no beat is offered.
         request_stall: cycles in which no request is taken.
@@ -233,7 +234,7 @@ class RtlTransport:
         config: geometry.
         memory_bytes: host memory, from address 0 on; outside of it the bus answers SLVERR.
         dram_bytes: size of device DRAM.
-        timeout_cycles: `wait` gives up after so many cycles, or never.
+        timeout_cycles: `wait` gives up after this many cycles; None: never.
         heartbeat: if set, called from time to time while `wait` waits, with the cycles since the start.
         on_batch: if set, called when a busy period has ended (STATUS.BUSY is low) and its counters can be read: by
             `wait` after the interrupt, before the next submission, and by `settle`.
@@ -264,7 +265,7 @@ class RtlTransport:
         self._dram = _Dram(0, config.dram_beat_bytes)
         self._nand: NandSettings | None = None
         self._rung = False
-        self._lost_power = False    # and nobody has set it up again
+        self._lost_power = False    # and has not been set up again
         self._slice = SLICE_CYCLES[0]
         self._power_off: int | None = None
         self._toggles: dict[str, int] = {}
@@ -461,7 +462,7 @@ class RtlTransport:
         Raises:
             RequestError: there is no such register.
         """
-        _check_register(name)
+        find_register(name)
         return self._block(self._read, name)
 
     def write_register(self, name: str, value: int) -> None:
@@ -470,9 +471,7 @@ class RtlTransport:
         Raises:
             RequestError: there is no such register, or the value does not fit it.
         """
-        width = _check_register(name)
-        if not 0 <= value < 1 << width:
-            raise RequestError(f"{name} has {width} bits: {value:#x} does not fit")
+        find_register(name, value)
         if name.startswith("SUBMISSION_TAIL"):
             self.settle()
         self._block(self._write, name, int(value))
@@ -556,7 +555,7 @@ class RtlTransport:
         return self._counts("served")
 
     def run_cycles(self, count: int) -> None:
-        """Let at least so many cycles pass."""
+        """Let at least `cycles` cycles pass."""
         self._block(self._cycles, count)
 
     def set_flash(self, settings: "FlashSettings | NandSettings") -> None:
@@ -576,15 +575,6 @@ class RtlTransport:
     def set_stalls(self, stalls: AxiStalls) -> None:
         """Change the stalls of the AXI channels."""
         self._block(self._set_stalls, stalls)
-
-
-def _check_register(name: str) -> int:
-    try:
-        return REGISTER_MAP[name].width
-    except KeyError:
-        raise RequestError(
-            f"there is no register {name!r}; registers are {', '.join(REGISTER_MAP)}"
-        ) from None
 
 
 @contextlib.asynccontextmanager

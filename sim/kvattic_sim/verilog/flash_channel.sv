@@ -14,7 +14,6 @@
 // Everything is clocked, internal state is assigned blocking in one process: Verilator and Icarus 11 agree on it.
 
 module flash_channel #(
-    parameter CHANNEL = 0,
     // Fields of a request: the tag and, inside of it, slot, kind and epoch; page; codeword inside of the page.
     parameter REQUEST_BITS = 64,
     parameter TAG_AT = 0,
@@ -72,6 +71,7 @@ module flash_channel #(
 ) (
     input clk,
     input rst,
+    input [31:0] channel,          // its number
 
     input request_valid,
     output reg request_ready,
@@ -194,7 +194,7 @@ module flash_channel #(
     random = step(random);
     if (configure != configured) begin
       configured = configure;
-      random = step(seed ^ ((CHANNEL + 1) * 32'h9E3779B1));
+      random = step(seed ^ ((channel + 1) * 32'h9E3779B1));
       if (random == 0) random = 1;
       served <= 0;
     end

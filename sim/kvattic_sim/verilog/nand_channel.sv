@@ -3,12 +3,12 @@
 // What it does and checks is in docs/nand.md; kvattic_sim/nand/twin.py does the same in the same cycle, and
 // kvattic_sim/nand/files.py gives the parameters and writes and reads the files.  All files are in the working directory:
 //
-//   nand<CHANNEL>.cfg    read when `configure` changes: times, faults, trace on or off; a line is a key and its values
-//   nand<CHANNEL>.bin    read when `load` changes: records of 32 bits page number (die, plane, block, page without
+//   nand<channel>.cfg    read when `configure` changes: times, faults, trace on or off; a line is a key and its values
+//   nand<channel>.bin    read when `load` changes: records of 32 bits page number (die, plane, block, page without
 //                        gaps), 32 bits number of words (both big-endian), the words, last byte of a word first
-//   nand<CHANNEL>.dump   written when `dump` changes: a line for each page kept, its number and its words in hex
-//   nand<CHANNEL>.log    what the controller did wrong, a line each
-//   nand<CHANNEL>.trace  with `trace 1`: start end die plane kind page, in cycles
+//   nand<channel>.dump   written when `dump` changes: a line for each page kept, its number and its words in hex
+//   nand<channel>.log    what the controller did wrong, a line each
+//   nand<channel>.trace  with `trace 1`: start end die plane kind page, in cycles
 //
 // Times are ticks, 2**-20 of a cycle.  Contents live in FRAMES page frames, taken at the first program or load of a page
 // and given back by its erase; what an array operation does to contents is done when it is confirmed, since nothing can
@@ -17,7 +17,6 @@
 // Everything is clocked, internal state is assigned blocking in one process: Verilator and Icarus 11 agree on it.
 
 module nand_channel #(
-    parameter CHANNEL = 0,
     // Fields of the payloads; the target is in the lowest bits of both.
     parameter TARGET_BITS = 3,
     parameter CYCLE_BITS = 12,
@@ -45,6 +44,7 @@ module nand_channel #(
 ) (
     input clk,
     input rst,
+    input [31:0] channel,          // its number
 
     input cycles_valid,
     output reg cycles_ready,
@@ -288,17 +288,17 @@ module nand_channel #(
     begin
       violations = violations + 1;
       if (log_file == 0) begin
-        $sformat(name, "nand%0d.log", CHANNEL);
+        $sformat(name, "nand%0d.log", channel);
         log_file = $fopen(name, "w");
       end
       if (burst) begin
-        $display("channel %0d die %0d cycle %0d: %0s (%0d bytes)", CHANNEL, die, cycle, text(violation), detail);
-        $fdisplay(log_file, "channel %0d die %0d cycle %0d: %0s (%0d bytes)", CHANNEL, die, cycle, text(violation),
+        $display("channel %0d die %0d cycle %0d: %0s (%0d bytes)", channel, die, cycle, text(violation), detail);
+        $fdisplay(log_file, "channel %0d die %0d cycle %0d: %0s (%0d bytes)", channel, die, cycle, text(violation),
             detail);
       end else begin
-        $display("channel %0d die %0d cycle %0d: %0s (byte %hh)", CHANNEL, die, cycle, text(violation),
+        $display("channel %0d die %0d cycle %0d: %0s (byte %hh)", channel, die, cycle, text(violation),
             detail[7:0]);
-        $fdisplay(log_file, "channel %0d die %0d cycle %0d: %0s (byte %hh)", CHANNEL, die, cycle, text(violation),
+        $fdisplay(log_file, "channel %0d die %0d cycle %0d: %0s (byte %hh)", channel, die, cycle, text(violation),
             detail[7:0]);
       end
       $fflush(log_file);
@@ -422,7 +422,7 @@ module nand_channel #(
     else if (free_count == 0) begin
       base = -1;
       load_errors = load_errors + 1;
-      $display("channel %0d cycle %0d: no frame is left for page %0d", CHANNEL, cycle, index);
+      $display("channel %0d cycle %0d: no frame is left for page %0d", channel, cycle, index);
     end else begin
       free_count = free_count - 1;
       frame_of[index] = free_frames[free_count] + 1;
@@ -1265,7 +1265,7 @@ module nand_channel #(
       seed = 0;
       if (tracing) $fflush(trace_file);
       tracing = 0;
-      $sformat(name, "nand%0d.cfg", CHANNEL);
+      $sformat(name, "nand%0d.cfg", channel);
       file = $fopen(name, "r");
       if (file == 0) load_errors = load_errors + 1;
       else begin
@@ -1329,11 +1329,11 @@ module nand_channel #(
         end
         $fclose(file);
       end
-      random = hash((CHANNEL + 1) * 32'h9E3779B1 + seed);
+      random = hash((channel + 1) * 32'h9E3779B1 + seed);
       if (random == 0) random = 1;
       for (i = 0; i < DIES; i = i + 1) operations[i] = 0;
       if (tracing && trace_file == 0) begin
-        $sformat(name, "nand%0d.trace", CHANNEL);
+        $sformat(name, "nand%0d.trace", channel);
         trace_file = $fopen(name, "w");
       end
     end
@@ -1341,7 +1341,7 @@ module nand_channel #(
 
   task read_contents;
     begin
-      $sformat(name, "nand%0d.bin", CHANNEL);
+      $sformat(name, "nand%0d.bin", channel);
       file = $fopen(name, "rb");
       if (file == 0) load_errors = load_errors + 1;
       else begin
@@ -1372,7 +1372,7 @@ module nand_channel #(
   task write_contents;
     begin
       if (trace_file != 0) $fflush(trace_file);
-      $sformat(name, "nand%0d.dump", CHANNEL);
+      $sformat(name, "nand%0d.dump", channel);
       file = $fopen(name, "w");
       for (index = 0; index < TOTAL_PAGES; index = index + 1) if (frame_of[index] != 0) begin
         $fwrite(file, "%0d ", index);

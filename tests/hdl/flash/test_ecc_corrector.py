@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from amaranth.sim import Simulator
+from tests.hdl.compiled import simulation
 
 from kvattic.spec import ecc
 from kvattic.spec.config import PAPER, TINY, Config
@@ -45,7 +45,8 @@ def problem(config: Config, bits: list[int], check: int = 0) -> dict[str, int]:
 
 def solve(config: Config, problems: list[dict[str, int]], ready: Any = lambda cycle: True, positions: int = 8,
           ) -> list[Answer]:
-    dut, answers = Corrector(config, positions), []
+    dut, simulator = simulation(Corrector, config, positions)
+    answers = []
     bits = config.beat_bytes * 8
 
     async def bench(ctx):
@@ -70,7 +71,6 @@ def solve(config: Config, problems: list[dict[str, int]], ready: Any = lambda cy
                 assert cycle < 10 * bits * config.raw_codeword_words
             answers.append(Answer(result.good, result.errors, found, cycle))
 
-    simulator = Simulator(dut)
     simulator.add_clock(1e-6)
     simulator.add_testbench(bench)
     simulator.run()
@@ -110,6 +110,7 @@ def test_wrong_bits_whose_first_syndrome_is_zero():
         assert (answer.good, answer.errors) == (1, len(case))
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_the_check_value_decides():
     cases = [([], 1), ([5], 0), ([5], 1 << 23), ([5, 2060], 0), ([5, 2060], 4)]
     answers = solve(TINY, [problem(TINY, bits, check) for bits, check in cases])

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from amaranth.hdl import ResetInserter, Signal
-from amaranth.sim import Simulator
+from tests.hdl.compiled import resettable, simulation
 
 from kvattic.spec import ecc
 from kvattic.spec.commands import MediaCause
@@ -123,7 +122,7 @@ def run(config: Config, codewords: list[Codeword], gap=None, stall=None, hold=No
     """
     never = PATTERNS["none"](random.Random())
     gap, stall, hold, retry_stall = (pattern or never for pattern in (gap, stall, hold, retry_stall))
-    dut = Decoder(config, **parameters)
+    dut, simulator = simulation(Decoder, config, **parameters)
     seen = Seen()
     cycle = 0
     announced, arrived = 0, 0
@@ -209,7 +208,6 @@ def run(config: Config, codewords: list[Codeword], gap=None, stall=None, hold=No
                 seen.media.append((error.page, error.codeword, error.cause))
 
     limit = 2000 + len(codewords) * (10 * config.raw_codeword_bytes + 200)
-    simulator = Simulator(dut)
     simulator.add_clock(1e-6)
     for testbench in (announce, bus, take):
         simulator.add_testbench(testbench)
@@ -343,6 +341,7 @@ def test_retries_beside_codewords_that_are_given_up_keep_their_place():
     assert len(seen.retries) == 6
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_each_level_is_tried_once():
     config = CONFIGS["t4"]
     maker = Maker(config, 9)
@@ -371,7 +370,8 @@ def test_reset_forgets_everything():
     config = CONFIGS["t4"]
     maker = Maker(config, 11)
     clean, bad = maker.make(), maker.make(errors=4)
-    dut, reset = Decoder(config, buffers=4), Signal()
+    dut, simulator = simulation(resettable, Decoder, config, buffers=4)
+    reset = dut.test_reset
 
     async def send(ctx, codeword, words):
         ctx.set(dut.header.payload, {"page": codeword.page, "codeword": codeword.index})
@@ -404,7 +404,6 @@ def test_reset_forgets_everything():
                 assert got == words_of(clean.data, config)
                 ctx.set(dut.codewords.ready, 0)
 
-    simulator = Simulator(ResetInserter(reset)(dut))
     simulator.add_clock(1e-6)
     simulator.add_testbench(bench)
     simulator.run()

@@ -5,7 +5,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, replace
 
 import pytest
-from amaranth.sim import Simulator
+from tests.hdl.compiled import simulation
 
 from kvattic.spec import config as presets
 from kvattic.spec.commands import Kind, MediaCause, Opcode, Status
@@ -65,7 +65,7 @@ class Bench:
 
     def __init__(self, config, *, faults=None, depth=16, buffers=4, in_flight=10**9, seed=0, drain=None):
         self.config = config
-        self.dut = Controller(config, depth=depth)
+        self.dut, self.simulator = simulation(Controller, config, depth=depth)
         self.nand = NandChannel(config, seed=seed, faults=faults)
         self.rng = random.Random(seed)
         self.requests = deque()
@@ -159,6 +159,9 @@ class Bench:
                 ctx.set(signal, value)
 
         r, o = dut.requests, dut.operations
+        r_valid, o_valid, words_valid, words_payload, retries_valid, headers_ready, outcomes_taken = (
+            r.valid, o.valid, dut.words.valid, dut.words.payload, dut.retries.valid, dut.headers.ready,
+            dut.outcomes.ready)    # looking them up takes as long as a cycle
         samples = (r.ready, o.ready, dut.words.ready, dut.outcomes.valid, dut.outcomes.payload, dut.headers.valid,
                    dut.headers.payload, dut.words_valid, dut.phy.read, dut.retries.ready, dut.phy.cycles.valid,
                    dut.phy.cycles.ready, dut.phy.cycles.payload, dut.phy.bursts.valid, dut.phy.bursts.ready, dut.events)
@@ -227,27 +230,27 @@ class Bench:
                 self.started += 1
                 ctx.set(r.payload, {"tag": requested.tag(), "page": requested.page, "codeword": requested.codeword,
                                     "dram": 0})
-            put(r.valid, requested is not None)
+            put(r_valid, requested is not None)
             if operated is None and self.operations:
                 operated = self.operations.popleft()
                 ctx.set(o.payload, {"opcode": operation_code(operated.opcode), "page": operated.page,
                                     "block": operated.block, "identity": operations})
                 operations += 1
-            put(o.valid, operated is not None)
+            put(o_valid, operated is not None)
             if offered is None and self.words and (not self.word_gap or self.rng.random() >= self.word_gap):
                 offered = self.words.popleft()
-                put(dut.words.payload, offered)
-            put(dut.words.valid, offered is not None)
+                put(words_payload, offered)
+            put(words_valid, offered is not None)
             if retried is None and self.retries:
                 retried = self.retries.popleft()
                 ctx.set(dut.retries.payload, {
                     "tag": retried.request().tag(), "page": retried.page, "codeword": retried.codeword,
                     "level": retried.level + 1})
-            put(dut.retries.valid, retried is not None)
+            put(retries_valid, retried is not None)
             header_ready = int(buffers > 0)
-            put(dut.headers.ready, header_ready)
+            put(headers_ready, header_ready)
             outcomes_ready = int(self.outcomes_ready == 1.0 or self.rng.random() < self.outcomes_ready)
-            put(dut.outcomes.ready, outcomes_ready)
+            put(outcomes_taken, outcomes_ready)
 
     def _arrived(self, header, data, now):
         tag = header.tag
@@ -261,7 +264,7 @@ class Bench:
 
     def run(self, *, outcomes=0, limit=100_000, vcd=None):
         """Until everything that was asked for came; then a little longer."""
-        simulator = Simulator(self.dut)
+        simulator = self.simulator
         simulator.add_clock(1e-6)
         simulator.add_testbench(self._play, background=True)
         simulator.add_process(attach(self.nand, self.dut.phy))
@@ -384,6 +387,7 @@ def test_random_codewords(config):
     bench.check(asked=asked)
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_a_page_in_the_register_is_not_read_again():
     bench = Bench(TINY)
     asked = [Request(5, codeword, place=i) for i, codeword in enumerate((2, 0, 3, 1, 1))]
@@ -576,6 +580,7 @@ def test_programs_and_erases_among_reads(name):
     assert bench.count(0xD1) == len(blocks) - config.dies and bench.count(0xD0) == config.dies
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_failures_name_their_plane():
     """Of a multi-plane operation only the failing planes are reported."""
     faults = NandFaults(program_fails=((0, 1, 0, 0), (1, 0, 0, 0)), erase_fails=((0, 0, 3),))

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
-from amaranth.hdl import ResetInserter, Signal
-from amaranth.sim import Simulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.hdl.compiled import resettable, simulation
 
-from kvattic.golden import sparse
+from kvattic.golden import first_pass
 from kvattic.spec.commands import (
     COMMAND,
     DATA_COMMAND,
@@ -132,11 +131,10 @@ def run(
 
     Before them the first batch is begun, and stopped and reset after so many cycles, for each of the `cuts`.
     """
-    dut = Loader(config)
+    dut, sim = simulation(resettable, Loader, config)
+    reset = dut.test_reset
     shapes = Shapes(config)
     rng = random.Random(seed)
-    reset = Signal()
-    sim = Simulator(ResetInserter(reset)(dut))
     sim.add_clock(1e-6)
     cycle = [0]
 
@@ -417,10 +415,10 @@ def selection(rng, config, mode, length):
     most = -(-length // unit)
     units = rng.choice((1, most, rng.randint(1, most)))
     most = min(units * unit, 0xFFFF)
-    command |= {"units": units, "local": rng.choice((0, most, rng.randint(0, most))),
+    command |= {"top_units": units, "local_tokens": rng.choice((0, most, rng.randint(0, most))),
                 "sinks": rng.choice((0, 0xFFFF, rng.getrandbits(16)))}
     if has_mean(command):
-        command["channels"] = rng.choice((1, config.head_dim, rng.randint(1, config.head_dim)))
+        command["features"] = rng.choice((1, config.head_dim, rng.randint(1, config.head_dim)))
     return command
 
 
@@ -496,8 +494,8 @@ def expected_start(config, command, slot, epoch):
         "scale": 1 << 23 | command["scale"] & (1 << 23) - 1,
         "mode": command.get("mode", 0),
         "unit_bits": command.get("unit_bits", 0),
-        "channels": command.get("channels", 0),
-        "local_token": max(0, command["end_token"] - command.get("local", 0)),
+        "features": command.get("features", 0),
+        "local_token": max(0, command["end_token"] - command.get("local_tokens", 0)),
         "sinks": command.get("sinks", 0),
     }
 
@@ -538,9 +536,9 @@ def check_lanes(config, command, block, table, loads, slot):
     assert sketches == [int.from_bytes(SKETCH_ENTRY.pack(**entry), "little") for entry in table.sketches or ()]
     if has_mean(command):
         query = np.array([row[3] for row in block], np.uint16)
-        best = sparse.top_channels(query, command["channels"], config.element)
+        best = first_pass.top_features(query, command["features"], config.element)
         assert chosen == best.tolist()
-        significands, exponents = sparse.approximate_scales(query, best, config.element, command["scale"])
+        significands, exponents = first_pass.approximate_scales(query, best, config.element, command["scale"])
         mask = (1 << K_OFFSET_BITS) - 1
         assert scales == {
             row: significand | (k_offset(config, exponent) & mask) << SCALE_BITS
@@ -587,7 +585,7 @@ def check_good(config, host, jobs, epochs=1):
             "status": Status.OK,
             "where": 0,
             "mode": command.get("mode", 0),
-            "units": command.get("units", 0),
+            "units": command.get("top_units", 0),
         }
         assert [mean[1:] for mean in host.means if mean[0] == number] == [
             (slot, i // 2, table.mean[i] | table.mean[i + 1] << 32) for i in range(0, len(table.mean), 2)
@@ -700,10 +698,11 @@ def test_time_of_a_sparse_job():
     for number, mode in enumerate([Mode.CENTROID] * 3 + [Mode.SPARF] * 2):
         command, block, _ = good_command(rng, config, number, mode=mode)
         block[0] = (*block[0][:3], [struct.unpack("<H", struct.pack("<e", rng.gauss(0, 1)))[0] for _ in range(128)])
-        command |= {"base_token": 77, "end_token": 77 + 4096, "units": 1, "local": 0, "query": BASE + 0x1000 * number}
+        command |= {"base_token": 77, "end_token": 77 + 4096, "top_units": 1, "local_tokens": 0,
+                    "query": BASE + 0x1000 * number}
         command = fit(config, command)
         if mode == Mode.SPARF:
-            command["channels"] = 16
+            command["features"] = 16
         place(host, number, command, block, some_table(rng, config, command), config)
     run(config, host, [5], latency=60)
     periods = [b - a for a, b in zip(host.when, host.when[1:], strict=False)]
@@ -766,6 +765,7 @@ def test_time_of_a_job(latency):
     assert max(periods) <= latency + 8 + 40 + 32 + 9 + 15, periods
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_slots_run_out():
     config = replace(BOARD, jobs_in_flight=4)
     rng = random.Random(2)
@@ -805,7 +805,7 @@ def bad_commands(config):
         ({"mode": 0x80, "rows": 77}, field_, 0),
         ({"mode": 1} if not config.sparse else {"mode": 255}, field_, 0),
         *(({name: 1 << 8 * COMMAND[name].size - 1}, field_, 0)
-          for name in ("channels", "local", "units", "sinks", "unit_bits")),
+          for name in ("features", "local_tokens", "top_units", "sinks", "unit_bits")),
         ({"sinks": 1, "rows": 0}, field_, 0),
         ({"unit_bits": 1}, field_, 0),
         ({"reserved0": 1}, field_, 0),
@@ -911,33 +911,34 @@ def bad_sparse_commands(config):
     cases = [
         (sparf, {"unit_bits": 1}, field_, 0),
         (sparf, {"unit_bits": 0x80, "rows": 0}, field_, 0),
-        (centroid, {"channels": 0x8000}, field_, 0),
+        (centroid, {"features": 0x8000}, field_, 0),
         (4, {}, field_, 0),
         (0xFE, {}, field_, 0),
         *((mode, {"stripe_pages": other}, field_, 0) for mode in (sparf, fetched, centroid)),
         (fetched, {"stripe_pages": 2 * config.group_pages}, field_, 0),
         (sparf, {"reserved0": 1}, field_, 0),
-        (sparf, {"rows": 0, "channels": 0}, Status.INVALID_ROWS, 0),
-        (sparf, {"end_token": 0, "channels": 0}, Status.INVALID_LENGTH, 0),
-        (fetched, {"stripes": 1, "units": 0}, Status.INVALID_LENGTH, 0),
-        (sparf, {"channels": 0, "units": 0, "local": 0xFFFF, "scale": 0}, selection_, 0),
-        (fetched, {"channels": config.head_dim + 1}, selection_, 0),
-        (sparf, {"channels": 0x8004}, selection_, 0),
-        (centroid, {"units": 0, "local": 0}, selection_, 1),
-        (sparf, {"units": 0, "scale": 0}, selection_, 1),
-        (sparf, {"units": 301}, selection_, 1),
-        (sparf, {"units": 0xFFFF, "local": 0xFFFF}, selection_, 1),
-        (fetched, {"units": -(-300 // codeword) + 1}, selection_, 1),
-        (centroid, {"unit_bits": most, "units": -(-300 // (codeword << most)) + 1, "local": 0xFFFF}, selection_, 1),
-        (centroid, {"unit_bits": 255, "units": 2}, selection_, 1),
-        (centroid, {"unit_bits": 31, "units": 2}, selection_, 1),
-        (sparf, {"local": 6, "scale": 0}, selection_, 2),
-        (sparf, {"local": 0x8000}, selection_, 2),
-        (fetched, {"local": 5 * codeword + 1, "unit_bits": 0, "query": 1}, selection_, 2),
-        (centroid, {"local": (codeword << most) + 1, "unit_bits": most, "units": 1}, selection_, 2),
-        (fetched, {"unit_bits": most + 1, "units": 1, "local": 0, "scale": 0}, selection_, 3),
-        (centroid, {"unit_bits": 20, "units": 1, "local": 0xFFFF}, selection_, 3),
-        (centroid, {"unit_bits": 0x80, "units": 1, "local": 0xFFFF}, selection_, 3),
+        (sparf, {"rows": 0, "features": 0}, Status.INVALID_ROWS, 0),
+        (sparf, {"end_token": 0, "features": 0}, Status.INVALID_LENGTH, 0),
+        (fetched, {"stripes": 1, "top_units": 0}, Status.INVALID_LENGTH, 0),
+        (sparf, {"features": 0, "top_units": 0, "local_tokens": 0xFFFF, "scale": 0}, selection_, 0),
+        (fetched, {"features": config.head_dim + 1}, selection_, 0),
+        (sparf, {"features": 0x8004}, selection_, 0),
+        (centroid, {"top_units": 0, "local_tokens": 0}, selection_, 1),
+        (sparf, {"top_units": 0, "scale": 0}, selection_, 1),
+        (sparf, {"top_units": 301}, selection_, 1),
+        (sparf, {"top_units": 0xFFFF, "local_tokens": 0xFFFF}, selection_, 1),
+        (fetched, {"top_units": -(-300 // codeword) + 1}, selection_, 1),
+        (centroid, {"unit_bits": most, "top_units": -(-300 // (codeword << most)) + 1, "local_tokens": 0xFFFF},
+         selection_, 1),
+        (centroid, {"unit_bits": 255, "top_units": 2}, selection_, 1),
+        (centroid, {"unit_bits": 31, "top_units": 2}, selection_, 1),
+        (sparf, {"local_tokens": 6, "scale": 0}, selection_, 2),
+        (sparf, {"local_tokens": 0x8000}, selection_, 2),
+        (fetched, {"local_tokens": 5 * codeword + 1, "unit_bits": 0, "query": 1}, selection_, 2),
+        (centroid, {"local_tokens": (codeword << most) + 1, "unit_bits": most, "top_units": 1}, selection_, 2),
+        (fetched, {"unit_bits": most + 1, "top_units": 1, "local_tokens": 0, "scale": 0}, selection_, 3),
+        (centroid, {"unit_bits": 20, "top_units": 1, "local_tokens": 0xFFFF}, selection_, 3),
+        (centroid, {"unit_bits": 0x80, "top_units": 1, "local_tokens": 0xFFFF}, selection_, 3),
         (sparf, {"table": BASE + 32}, address, 2),
         (sparf, {"table": BASE - 64, "scale": 0}, address, 2),
         (sparf, {"table": LIMIT - table_bytes - mean_bytes + 64}, address, 2),
@@ -948,12 +949,13 @@ def bad_sparse_commands(config):
         (sparf, {"scale": 0}, Status.INVALID_SCALE, 0),
         (centroid, {"scale": 255 << 23}, Status.INVALID_SCALE, 0),
         # And what is just right.
-        (sparf, {"units": 300, "local": 300, "channels": config.head_dim, "sinks": 0xFFFF,
+        (sparf, {"top_units": 300, "local_tokens": 300, "features": config.head_dim, "sinks": 0xFFFF,
                  "table": LIMIT - table_bytes - mean_bytes}, Status.OK, 0),
-        (fetched, {"units": -(-300 // codeword), "channels": 1}, Status.OK, 0),
-        (centroid, {"units": 300 // codeword, "end_token": 307 - 300 % codeword, "unit_bits": 0}, Status.OK, 0),
-        (centroid, {"unit_bits": most, "units": 1, "local": codeword << most}, Status.OK, 0),
-        (centroid, {"base_token": 0, "end_token": 1, "unit_bits": most, "units": 1, "local": codeword << most},
+        (fetched, {"top_units": -(-300 // codeword), "features": 1}, Status.OK, 0),
+        (centroid, {"top_units": 300 // codeword, "end_token": 307 - 300 % codeword, "unit_bits": 0}, Status.OK, 0),
+        (centroid, {"unit_bits": most, "top_units": 1, "local_tokens": codeword << most}, Status.OK, 0),
+        (centroid,
+         {"base_token": 0, "end_token": 1, "unit_bits": most, "top_units": 1, "local_tokens": codeword << most},
          Status.OK, 0),
         (centroid, {"table": LIMIT - table_bytes}, Status.OK, 0),
     ]
@@ -971,9 +973,9 @@ def test_bad_sparse_commands(name):
     for number, (mode, change, _, _) in enumerate(cases):
         command, _, _ = good_command(rng, config, rows=1)
         command |= {"query": BASE, "result": BASE + 0x8000, "table": TABLES, "stripe_pages": config.group_pages}
-        command |= {"mode": mode, "base_token": 7, "end_token": 307, "units": 5, "local": 5}
+        command |= {"mode": mode, "base_token": 7, "end_token": 307, "top_units": 5, "local_tokens": 5}
         if mode in (Mode.SPARF, Mode.FETCHED):
-            command |= {"channels": 4, "table": TABLES - fp32_block_bytes(config.head_dim)}
+            command |= {"features": 4, "table": TABLES - fp32_block_bytes(config.head_dim)}
         command |= change
         if "stripes" not in change:
             command = fit(config, command)
@@ -1031,10 +1033,10 @@ def test_bad_sketches_and_means(name, stall):
         if number % 8 in (3, 5, 7) or not (mean or query or number % 4):
             mode = Mode.CENTROID
         command, block, _ = good_command(rng, config, number, rows=1, mode=mode)
-        command |= {"base_token": 5, "end_token": 6 + 3 * config.group_tokens, "units": 1, "local": 0,
+        command |= {"base_token": 5, "end_token": 6 + 3 * config.group_tokens, "top_units": 1, "local_tokens": 0,
                     "query": BASE + 0x400 * number}
         if has_mean(command):
-            command["channels"] = rng.randint(1, 32)
+            command["features"] = rng.randint(1, 32)
         command = fit(config, command)
         assert command["stripes"] == 4
         table = some_table(rng, config, command)
@@ -1349,6 +1351,7 @@ def test_each_queue_has_its_window():
     assert [Status(j["status"]) for _, _, j in host.jobs] == expected
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_domains():
     """A queue may name a domain or not; a table's entries and the pages of flash commands are the domain's or not."""
     config, rng = TINY, random.Random(6)
@@ -1506,9 +1509,10 @@ def test_any_stalls(rng, latency, stall, job_stall, hold, name):
     check_good(config, host, jobs)
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_window():
     """The check in halves against plain arithmetic, at and round every boundary."""
-    dut = Window(3)
+    dut, sim = simulation(Window, 3)
     rng = random.Random(3)
     top = 1 << 64
 
@@ -1546,7 +1550,6 @@ def test_window():
                 for which, (address, size) in enumerate(zip(addresses, sizes, strict=True))
             )
 
-    sim = Simulator(dut)
     sim.add_clock(1e-6)
     sim.add_testbench(bench)
     sim.run()

@@ -10,9 +10,9 @@ from functools import cached_property
 import numpy as np
 import pytest
 from amaranth.hdl import Module
-from amaranth.sim import Simulator
+from tests.hdl.compiled import simulation
 
-import kvattic_hdl.lane.lane
+import kvattic_hdl.lane.back_end
 import kvattic_hdl.lane.scrubber
 from kvattic.golden import dense
 from kvattic.spec.commands import SKETCH_ENTRY, TABLE_ENTRY, CompletionFlag, Kind, Mode
@@ -65,6 +65,18 @@ class StandIn(Selector):
 
     def elaborate(self, platform: object) -> Module:
         return Module()
+
+
+def new_lane(config: Config, selector: type[Selector]) -> tuple:
+    """A lane; its selector is what is patched in, and a stand-in's ports are the lane's as `test_selector`."""
+    assert kvattic_hdl.lane.back_end.Selector is selector
+    lane = Lane(config)
+
+    def stand_ins() -> list:
+        lane.test_selector = StandIn.made[-1] if StandIn.made else None
+        return StandIn.made[-1:]
+
+    return lane, lane, stand_ins
 
 
 @dataclass
@@ -129,7 +141,7 @@ class Job:
             if self.mode in (Mode.SPARF, Mode.FETCHED) and not entry["whole"]:
                 for c in self.chosen:
                     page, column = divmod(sketch + c, per_page)
-                    result[Kind.CHANNEL, place + c] = page % (1 << 24), column, 0, first
+                    result[Kind.FEATURE, place + c] = page % (1 << 24), column, 0, first
             if self.mode == Mode.CENTROID and not entry["whole"]:
                 for j in range(self.stripe_tokens // self.unit_tokens // config.tokens_per_codeword):
                     page, column = divmod(sketch + j, per_page)
@@ -140,14 +152,14 @@ class Job:
 
     def codeword_tokens(self, kind: int, place: int) -> slice:
         first = self.requests[kind, place][3] - self.base_token
-        tokens = self.stripe_tokens if kind == Kind.CHANNEL else self.config.tokens_per_codeword
+        tokens = self.stripe_tokens if kind == Kind.FEATURE else self.config.tokens_per_codeword
         return slice(first, min(first + tokens, self.end_token - self.base_token))
 
     def codeword_elements(self, kind: int, place: int) -> np.ndarray:
         """What the codeword holds, flat."""
         config = self.config
         tokens = self.codeword_tokens(kind, place)
-        if kind == Kind.CHANNEL:
+        if kind == Kind.FEATURE:
             channel = place % config.group_codewords
             known = self.key[tokens, channel]
             return np.concatenate([known, self.beyond[len(known) :, channel]])
@@ -230,7 +242,7 @@ class Job:
             elif self.mode != Mode.CENTROID:
                 key = np.concatenate([self.key[tokens], self.beyond[count:]])[:, self.chosen]
                 for i, c in enumerate(self.chosen):
-                    if (Kind.CHANNEL, place + c) in self.unreadable:
+                    if (Kind.FEATURE, place + c) in self.unreadable:
                         key[:, i] = 0
                 rows = []
                 for r in range(config.rows):
@@ -280,9 +292,9 @@ class Job:
         for (kind, place), (_, _, _, token) in self.requests.items():
             name = "value" if kind == Kind.VALUE else "key"
             if (kind, place) in self.unreadable:
-                faults["unreadable_" + ("sketch" if kind in (Kind.CHANNEL, Kind.SKETCH) else name)].append(token)
+                faults["unreadable_" + ("sketch" if kind in (Kind.FEATURE, Kind.SKETCH) else name)].append(token)
                 continue
-            tokens = self.stripe_tokens if kind == Kind.CHANNEL else self.config.tokens_per_codeword
+            tokens = self.stripe_tokens if kind == Kind.FEATURE else self.config.tokens_per_codeword
             elements = self.codeword_elements(kind, place).reshape(tokens, -1)
             step = self.unit_tokens if (kind, self.mode) == (Kind.SKETCH, Mode.CENTROID) else 1
             faults[f"nan_{name}"] += [token + step * i for i, bits in enumerate(elements) if special(self.config, bits)]
@@ -382,7 +394,7 @@ def codeword_beats(config: Config, elements: np.ndarray) -> list[int]:
 @pytest.fixture(autouse=True)
 def driven_selector(monkeypatch):
     """Lanes with a selector that the test drives; abandoned jobs settle sooner."""
-    monkeypatch.setattr(kvattic_hdl.lane.lane, "Selector", StandIn)
+    monkeypatch.setattr(kvattic_hdl.lane.back_end, "Selector", StandIn)
     monkeypatch.setattr(kvattic_hdl.lane.scrubber, "SETTLE_CYCLES", 300)
     monkeypatch.setattr(StandIn, "made", [], raising=False)
 
@@ -390,9 +402,8 @@ def driven_selector(monkeypatch):
 def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bool, rogues: float = 0,
              stand_in: bool = True) -> tuple[list, set]:
     """`rogues`: share of codewords with a wrong tag, all of which must be dropped."""
-    dut = Lane(config)
+    dut, sim = simulation(new_lane, config, kvattic_hdl.lane.back_end.Selector)
     element = config.element.encoding
-    sim = Simulator(dut)
     sim.add_clock(1e-6)
     rnd = random.Random(seed)
     slots = config.jobs_in_flight
@@ -477,7 +488,7 @@ def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bo
             slot = rnd.randrange(slots)
             tag = {"slot": slot, "epoch": epochs[slot] if rnd.random() < 0.9 else rnd.randrange(16),
                    "kind": rnd.randrange(4), "place": rnd.randrange(config.ring_codewords)}
-        count = config.group_words if config.sparse and tag["kind"] == Kind.CHANNEL else config.beats_per_codeword
+        count = config.group_words if config.sparse and tag["kind"] == Kind.FEATURE else config.beats_per_codeword
         before = verdict(ctx, tag)
         if not before:
             return
@@ -537,7 +548,7 @@ def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bo
             "slot": slot, "epoch": n // slots % 16, "stripe_bits": job.stripe_bits,
             "last_token": job.base_token + (len(job.table) - 1) * job.stripe_tokens,
             "end_token": job.end_token, "tree_token": job.tree_token, "mode": job.mode, "unit_bits": job.unit_bits,
-            "channels": len(job.chosen), "local_token": job.end_token - 1} | scaled(job.scale_bits))
+            "features": len(job.chosen), "local_token": job.end_token - 1} | scaled(job.scale_bits))
         ctx.set(dut.start_valid, 1)
         await ctx.tick()
         ctx.set(dut.start_valid, 0)
@@ -559,7 +570,7 @@ def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bo
     async def selection(ctx):
         """What the selector and the central selection do, for each sparse job in order."""
         nonlocal selected_jobs
-        selector = StandIn.made[-1] if config.sparse and stand_in else None
+        selector = dut.test_selector if config.sparse and stand_in else None
         for n, job in enumerate(jobs):
             slot = n % slots
             while started <= n:
@@ -841,9 +852,10 @@ def test_sparse(name: str, gap: float, shuffle: bool) -> None:
     run_lane(config, sparse_jobs(config, np.random.default_rng(len(name))), seed=1, gap=gap, shuffle=shuffle)
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_own_selector(monkeypatch) -> None:
     """The selector that the lane comes with finds the first pass's scores, and what it marks is read."""
-    monkeypatch.setattr(kvattic_hdl.lane.lane, "Selector", Selector)
+    monkeypatch.setattr(kvattic_hdl.lane.back_end, "Selector", Selector)
     config = SPARSE["rows2"]
     rng = np.random.default_rng(7)
     jobs = [make_sparse(config, rng, mode, tokens, "here", "last", density=1) for mode, tokens in (
@@ -870,7 +882,7 @@ def test_sparse_faults() -> None:
     for n in range(14):
         mode = SPARSE_MODES[n % 3]
         job = make_sparse(config, rng, mode, config.group_tokens + 13, "here", "last" if n % 2 else "none")
-        first = [key for key in job.requests if key[0] in (Kind.CHANNEL, Kind.SKETCH)]
+        first = [key for key in job.requests if key[0] in (Kind.FEATURE, Kind.SKETCH)]
         case = n // 3
         if case == 0 and first:
             job.unreadable = {first[int(i)] for i in rng.permutation(len(first))[:2]}
@@ -903,7 +915,7 @@ def test_lost_in_the_first_pass() -> None:
     for mode in (Mode.SPARF, Mode.FETCHED, Mode.CENTROID):
         tails = "last" if mode == Mode.FETCHED else "none"
         lost = make_sparse(config, rng, mode, 3 * config.group_tokens, "here", tails)
-        first = [key for key in lost.requests if key[0] in (Kind.CHANNEL, Kind.SKETCH)]
+        first = [key for key in lost.requests if key[0] in (Kind.FEATURE, Kind.SKETCH)]
         lost.lost = set(first[1:3]) or set(first)
         jobs += [make_sparse(config, rng, mode, config.group_tokens + 4, "here"), lost,
                  make_sparse(config, rng, Mode.SPARF, 3 * config.group_tokens, "here", "none"),

@@ -6,7 +6,7 @@ import random
 import pytest
 from amaranth.sim import Simulator
 
-from kvattic.golden.sparse import log2
+from kvattic.golden.first_pass import log2
 from kvattic.spec.config import Config
 from kvattic.spec.formats import SCORE_FRACTION, VALUE_FRACTION
 from kvattic_hdl.lib.logarithm import Logarithm

@@ -12,8 +12,8 @@ from amaranth.sim import Simulator
 from kvattic.spec.commands import DOMAINS, IDENTIFY_BYTES, LINE_BYTES, Grant, Opcode, Status
 from kvattic.spec.config import GQA, PAPER, TINY, Config
 from kvattic.spec.registers import COUNTERS, MAX_ENTRIES, MAX_REGIONS, QUEUES
+from kvattic_hdl.nvme.access import Owners
 from kvattic_hdl.nvme.admin import SETTLE_CYCLES, Admin
-from kvattic_hdl.nvme.owners import Owners
 
 WORDS = IDENTIFY_BYTES // 8
 COUNTER_LINES = -(-8 * len(COUNTERS) // LINE_BYTES)

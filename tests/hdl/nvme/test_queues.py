@@ -5,7 +5,7 @@ from collections import deque
 from types import SimpleNamespace
 
 import pytest
-from amaranth.sim import Simulator
+from tests.hdl.compiled import simulation
 
 from kvattic.spec.registers import MAX_ENTRIES, QUEUES
 from kvattic_hdl.nvme.queues import Queues
@@ -258,8 +258,7 @@ class Bench:
 
 
 def simulate(bench):
-    dut = Queues()
-    sim = Simulator(dut)
+    dut, sim = simulation(Queues)
     sim.add_clock(1e-6)
 
     async def main(ctx):
@@ -273,6 +272,7 @@ def entry(queue, index):
     return queue, SUBMISSION + (queue << 14) + index
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_rings_wrap_and_phases_turn():
     async def test(b):
         await b.create(3, 4)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 from amaranth.back import rtlil
-from amaranth.sim import Simulator
+from tests.hdl.compiled import simulation
 from tests.hdl.lib.test_axi_write import Bus
 from tests.hdl.lib.test_divider import fp32_quotient
 from tests.hdl.reduce import test_blend
@@ -212,7 +212,7 @@ class World:
         self.post_queues = [0, 0]
         self.block = None
         self.rng, self.stall, self.lane_latency = random.Random(seed), stall, lane_latency
-        self.dut = Finisher(config)
+        self.dut, self.simulator = simulation(Finisher, config)
         jobs = [job for batch in batches for job in batch]
         bad = [
             job.result + (result_row_bytes(config.head_dim) if job.rows > 1 else 64)
@@ -247,7 +247,7 @@ class World:
         ]
 
     def run(self):
-        simulator = Simulator(self.dut)
+        simulator = self.simulator
         simulator.add_clock(1e-9)
         simulator.add_testbench(self.bench)
         simulator.run()
@@ -629,6 +629,7 @@ def test_blended(config, stall):
     World(config, [batch], stall=stall, seed=5, flash=2).run()
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_alpha_of_all_and_of_nothing():
     """Rows of one job with alpha 1, 0 and between: the quotient, the mean, a blend."""
     batch = batch_of(COPIES, ["ok"] * 4, 12, modes=[Mode.SPARF])
@@ -695,7 +696,7 @@ def test_a_flash_command_ends_while_a_job_waits_for_its_lanes():
 @pytest.mark.parametrize("begun", [1, 2, 3, 6, 10])
 def test_outcomes_are_taken_while_it_stops(begun):
     """Whatever it was doing: a reset waits for the flash commands that are under way, and nobody else takes them."""
-    dut = Finisher(TINY)
+    dut, simulator = simulation(Finisher, TINY)
 
     async def bench(ctx):
         ctx.set(dut.outcomes.valid, 1)
@@ -707,7 +708,6 @@ def test_outcomes_are_taken_while_it_stops(begun):
             assert ctx.get(dut.outcomes.ready)
             await ctx.tick()
 
-    simulator = Simulator(dut)
     simulator.add_clock(1e-9)
     simulator.add_testbench(bench)
     simulator.run()
@@ -726,6 +726,7 @@ def test_copies_are_there():
     assert {Shapes(config).copies for config in (TINY, ONE_ROW, ODD)} == {1}
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_jobs_after_a_pause():
     first = batch_of(TINY, ("ok", "empty", "ok"), 4)
     second = batch_of(TINY, ("empty", "ok"), 5, first=3)

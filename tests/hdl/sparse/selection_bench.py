@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvattic.golden import dense, sparse
+from kvattic.golden import dense, first_pass
 from kvattic.spec.commands import Mode
 from kvattic.spec.formats import SCORE_MASKED, SCORE_MAX, SCORE_MIN
 from kvattic_hdl.lib.interfaces import Shapes
@@ -95,18 +95,18 @@ def expect(config, job, reference=None):
     maximum = job.scores.max(axis=1, initial=SCORE_MASKED)
     denominator = dense.denominators(*dense.weights(job.scores, maximum))
     if reference is None:
-        reference = sparse.references(maximum, denominator)
-    probability = sparse.probabilities(job.scores, reference)
-    mass = sparse.masses(probability, unit // job.step(config))
-    rank = sparse.ranks(mass, base_token=job.base_token, unit_tokens=unit, local_token=job.local_token,
+        reference = first_pass.references(maximum, denominator)
+    probability = first_pass.probabilities(job.scores, reference)
+    mass = first_pass.masses(probability, unit // job.step(config))
+    rank = first_pass.ranks(mass, base_token=job.base_token, unit_tokens=unit, local_token=job.local_token,
                         sinks=job.sinks)
     first = job.base_token + np.arange(len(mass)) * unit
     valid = np.repeat(~job.tail, config.group_tokens // unit) & (first < job.end_token)
-    selected = sparse.select(rank, valid, job.units)
+    selected = first_pass.select(rank, valid, job.units)
     taken = marked(config, job, selected)
-    alpha = np.full(len(maximum), sparse.ALPHA_ONE)
+    alpha = np.full(len(maximum), first_pass.ALPHA_ONE)
     if job.mode is not Mode.CENTROID and (valid & ~selected).any():
-        alpha = sparse.alphas(probability, taken, denominator)
+        alpha = first_pass.alphas(probability, taken, denominator)
     return Expected(maximum, denominator, reference, probability, rank, valid, selected, taken, alpha)
 
 

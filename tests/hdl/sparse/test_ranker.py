@@ -1,4 +1,4 @@
-"""Ranker: chosen channels and approximate scales against integer arithmetic."""
+"""Ranker: chosen features and approximate scales against integer arithmetic."""
 
 import math
 import random
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from amaranth.sim import Simulator
 
-from kvattic.golden import sparse
+from kvattic.golden import first_pass
 from kvattic.spec.config import TINY, Config
 from kvattic_hdl.sparse.ranker import Ranker, RowScale
 
@@ -36,7 +36,7 @@ def magnitude(config, bits):
 
 
 def choose(config, q, count):
-    """The chosen channels, ascending."""
+    """The chosen features, ascending."""
     totals = [sum(magnitude(config, row[c]) for row in q) for c in range(config.head_dim)]
     return sorted(sorted(range(config.head_dim), key=lambda c: (-totals[c], c))[:count])
 
@@ -64,7 +64,7 @@ class Job:
     """A query and what came of it."""
 
     q: list
-    channels: int
+    features: int
     scale: int = ONE
     k_offset: int = 0
     go: int = 0             # cycles from the last word to `go`
@@ -86,7 +86,7 @@ def run(config, jobs, *, seed=0):
             ctx.set(dut.clear, 0)
             ctx.set(dut.go, 0)
             ctx.set(dut.rows, len(job.q))
-            ctx.set(dut.channels, job.channels)
+            ctx.set(dut.features, job.features)
             ctx.set(dut.scale, job.scale)
             ctx.set(dut.k_offset, job.k_offset)
             words = struct.unpack(f"<{len(job.q) * config.head_dim // 4}Q",
@@ -123,9 +123,9 @@ def run(config, jobs, *, seed=0):
 def check(config, jobs):
     for number, job in enumerate(jobs):
         if job.abort is None:
-            chosen, scales = expected(config, job.q, job.channels, job.scale, job.k_offset)
-            assert job.chosen == chosen, (number, job.channels)
-            assert job.scales == scales, (number, job.channels)
+            chosen, scales = expected(config, job.q, job.features, job.scale, job.k_offset)
+            assert job.chosen == chosen, (number, job.features)
+            assert job.scales == scales, (number, job.features)
 
 
 def element(rng, config, spread):
@@ -146,16 +146,16 @@ def query(rng, config, rows, spread="near"):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_golden_model(name):
-    """The integers below are those of `kvattic.golden.sparse`."""
+    """The integers below are those of `kvattic.golden.first_pass`."""
     config = CONFIGS[name]
     rng = random.Random(name)
     for spread in ("near", "all", "low", "high"):
         q, count = query(rng, config, config.rows, spread), rng.randint(1, config.head_dim)
         bits = np.array(q, np.uint16)
-        channels = sparse.top_channels(bits, count, config.element)
+        features = first_pass.top_features(bits, count, config.element)
         chosen, scales = expected(config, q, count, ONE | 0x1234, 130)
-        assert channels.tolist() == chosen
-        significand, exponent = sparse.approximate_scales(bits, channels, config.element, 130 << 23 | 0x1234)
+        assert features.tolist() == chosen
+        significand, exponent = first_pass.approximate_scales(bits, features, config.element, 130 << 23 | 0x1234)
         assert list(zip(significand.tolist(), exponent.tolist(), strict=True)) == scales
 
 
@@ -197,7 +197,7 @@ def test_special_queries(name):
         Job([[one + c for c in reversed(range(dim))]] * rows, 4),
     ]
     if rows > 1:
-        # A row all of whose magnitude, or none, is in the chosen channels; the sums of all rows are equal.
+        # A row all of whose magnitude, or none, is in the chosen features; the sums of all rows are equal.
         half = [one] * (dim // 2) + [0] * (dim // 2)
         jobs += [Job([half, half[::-1]], dim // 2), Job([half, [0] * dim], 3), Job([[0] * dim, half[::-1]], dim - 1)]
         # One unit more in the last row decides.
@@ -225,7 +225,7 @@ def test_cycles():
     run(PAPER, normal)
     check(PAPER, normal)
     assert max(job.cycles for job in normal) <= 1000
-    # A channel in each binade, so that many digits are live and the least ones decide.
+    # A feature in each binade, so that many digits are live and the least ones decide.
     slow = Job([[min(c // 4, 29) << 10 | 0x3FF - (c % 4) * 0x55 for c in range(128)]], 127)
     rows = Job([[rng.getrandbits(15) % 0x7C00 >> row for _ in range(128)] for row in range(4)], 127)
     for config, job in ((PAPER, slow), (replace(PAPER, rows=4), rows)):

@@ -7,9 +7,10 @@ import pytest
 from amaranth.hdl import Module
 from amaranth.lib.wiring import Component
 from amaranth.sim import Simulator
+from tests.hdl.compiled import simulation
 from tests.hdl.sparse.selection_bench import Lane, expect, make_job
 
-from kvattic.golden.sparse import ALPHA_ONE
+from kvattic.golden.first_pass import ALPHA_ONE
 from kvattic.spec.commands import Mode
 from kvattic.spec.config import PAPER, TINY
 from kvattic.spec.formats import SCORE_MASKED, SCORE_MAX, SCORE_MIN
@@ -44,12 +45,18 @@ class Lanes(Component):
         return m
 
 
+def lanes(config):
+    """Lanes with their blocks' ports."""
+    dut = Lanes(config)
+    return dut, dut, [dut.selection, dut.selectors]
+
+
 class Bench:
     """Runs jobs through a Selection, one after the other; `latencies`: from the first pass's end to `select_valid`."""
 
     def __init__(self, config, seed, **lane):
         self.config = config
-        self.dut = Lanes(config)
+        self.dut, self.simulator = simulation(lanes, config)
         self.selection = self.dut.selection
         self.rng = np.random.default_rng(seed)
         self.lanes = [Lane(s, config, seed + i, **lane) for i, s in enumerate(self.dut.selectors)]
@@ -58,7 +65,7 @@ class Bench:
         self.cycle = 0
 
     def simulate(self, jobs):
-        sim = Simulator(self.dut)
+        sim = self.simulator
         sim.add_clock(1e-6)
         for lane in self.lanes:
             sim.add_testbench(lane.run, background=True)

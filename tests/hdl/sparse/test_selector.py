@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from amaranth.sim import Simulator
+from tests.hdl.compiled import simulation
 from tests.hdl.sparse.selection_bench import Lane, expect, make_job, marked
 
 from kvattic.spec.commands import Mode
@@ -17,9 +17,8 @@ SPARF, FETCHED, CENTROID = Mode.SPARF, Mode.FETCHED, Mode.CENTROID
 
 
 def simulate(config, seed, bench, **lane):
-    dut = Selector(config)
+    dut, sim = simulation(Selector, config)
     model = Lane(dut, config, seed, **lane)
-    sim = Simulator(dut)
     sim.add_clock(1e-6)
     sim.add_testbench(model.run, background=True)
 
@@ -213,6 +212,7 @@ def test_edges(mode):
     simulate(config, 2, bench)
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_mass_saturates():
     """Masses of more than their format holds, which a reference at its own limit may bring about."""
     config = replace(FIVE_ROWS, rows=16)

@@ -42,10 +42,10 @@ def dense_bits(key, value, query, config=TINY):
 
 
 def idle(device):
-    dispatcher = device._dispatcher
+    dispatcher = device.dispatcher
     assert not dispatcher.working
     assert not dispatcher.retiring
-    assert not device._flushes
+    assert not device.media.flushing
     return dispatcher._arena.free_pages == dispatcher._arena.pages
 
 
@@ -90,11 +90,11 @@ def test_any_mixture_gives_the_bits_of_the_synchronous_calls(steps, sketches, se
                                       dense_bits(key[:, :length], value[:, :length], query, config))
         tails = sum(length % sequence.stripe_tokens > 0 for length in lengths)
         if kind != "isolated":
-            assert device.free_dram_pages == dram_pages - tails * 4 * sequence._pages
+            assert device.free_dram_pages == dram_pages - tails * 4 * sequence._shape.pages
         assert device.write_amplification == 1 or not any(length >= sequence.stripe_tokens for length in lengths)
         sequence.free()
         assert device.free_dram_pages == dram_pages
-        assert device.free_zones == device._allocator.zones
+        assert device.free_zones == device.media.allocator.zones
         assert idle(device)
 
 
@@ -112,7 +112,7 @@ def test_an_append_returns_at_once():
         assert np.array_equal(sequence.attend(query_of(1)).bits, dense_bits(key, value, query_of(1)))
         assert future.result() is None
         assert sequence.flushed() == 32
-        assert device.free_dram_pages == device._dram.pages - 2
+        assert device.free_dram_pages == device.media.dram.pages - 2
         with pytest.raises(RequestError, match="has 40 tokens already"):
             sequence.prefill_async(key, value)
 
@@ -132,7 +132,7 @@ def test_decoding_does_not_wait_for_flash():
         kvattic.wait(futures)
         assert sequence.flushed() == 5 * PAGE
         assert np.array_equal(result.result().bits, dense_bits(key[:, :-1], value[:, :-1], query_of(1)))
-        assert device.free_dram_pages == device._dram.pages
+        assert device.free_dram_pages == device.media.dram.pages
 
 
 def test_the_caller_may_use_its_arrays_again():
@@ -175,7 +175,7 @@ def test_a_prefill_larger_than_dram(sketches):
         sequence = device.create_sequence(2, capacity_tokens=1100, **sketches)
         future = sequence.prefill_async(key, value)
         assert not future.done()
-        assert sequence._layers[0].length < 1000
+        assert sequence._writer.layers[0].length < 1000
         more = sequence.append_async(key[:, :90], value[:, :90])
         with pytest.raises(CapacityError, match="holds 1090, 11 more do not fit"):
             sequence.append_async(key[:, :11], value[:, :11])
@@ -231,7 +231,7 @@ def test_dram_comes_back_when_nobody_reads_it_any_more():
         queues.next = flash_first
         write.result()
         assert sequence.flushed() == PAGE
-        assert not result._finished
+        assert not result.finished
         assert device.free_dram_pages == pages
         assert np.array_equal(result.result().bits, dense_bits(key[:, :-1], value[:, :-1], query_of(1)))
         device.poll()
@@ -266,7 +266,7 @@ def test_an_error_that_nobody_asked_for_reaches_the_next_call():
             sequence = device.create_sequence(2, capacity_tokens=100)
             future = sequence.prefill_async(*tokens_of(2, 50))
             while not future.done():
-                device.wait([device._dispatcher.barrier()])
+                device.wait([device.dispatcher.barrier()])
             with pytest.raises(DeviceStatusError, match="PROGRAM failed: DIE_TIMEOUT"):
                 use(sequence)
             sequence.append(*tokens_of(2, 1))
@@ -364,7 +364,7 @@ def test_freeing_waits_for_what_is_under_way():
         sequence = device.create_sequence(2, capacity_tokens=900)
         key, value = tokens_of(2, 600)
         writes = [sequence.append_async(key[:, at : at + 200], value[:, at : at + 200]) for at in (0, 200, 400)]
-        assert sequence._layers[0].length < 600
+        assert sequence._writer.layers[0].length < 600
         running = other.attend_async(query_of(1))
         sequence.free()
         assert all(future.done() for future in writes)
@@ -373,7 +373,7 @@ def test_freeing_waits_for_what_is_under_way():
         assert running.done()
         assert np.array_equal(running.result().bits, dense_bits(*tokens_of(1, 50), query_of(1)))
         assert device.free_dram_pages == 40 - 2
-        assert device.free_zones == device._allocator.zones - 1
+        assert device.free_zones == device.media.allocator.zones - 1
         assert {block.block for block, _, _ in transport.written()} == {0}
         with pytest.raises(RequestError, match="the sequence was freed"):
             sequence.append_async(key, value)
@@ -600,7 +600,7 @@ def test_a_domain_reaches_nothing_of_another():
                 device.run([replace(stolen, domain=domain)])
         with pytest.raises(DeviceStatusError, match="NOT_PERMITTED: the domain is not given to the queue"):
             device.run([replace(job, domain=4)])
-        entries = layout.unpack_entries(other._layers[0].table)
+        entries = layout.unpack_entries(other._writer.layers[0].table)
         page, channel = int(entries.key_page[0, 0]), int(entries.channel[0, 0])
         tail_page = int(entries.key_page[0, 2])
         for operation in (FlashOperation(Opcode.ERASE, channel, page, domain=2),
@@ -608,7 +608,7 @@ def test_a_domain_reaches_nothing_of_another():
                           FlashOperation(Opcode.PROGRAM, channel, page, tail_page, domain=1),
                           FlashOperation(Opcode.PROGRAM, channel, page, tail_page, domain=2)):
             assert device.operate([operation], check=False)[0].status is Status.NOT_OWNED
-        mine = int(layout.unpack_entries(one._layers[0].table).key_page[0, 0])
+        mine = int(layout.unpack_entries(one._writer.layers[0].table).key_page[0, 0])
         (completion,) = device.operate([FlashOperation(Opcode.PROGRAM, channel, mine, tail_page, domain=2)],
                                        check=False)
         assert (completion.status, completion.where) == (Status.NOT_OWNED, 1)
@@ -634,7 +634,7 @@ def test_isolated_sequences_over_a_loss_of_power():
         sequence.append(key[:, 32:], value[:, 32:])
         assert np.array_equal(sequence.attend(query_of(1)).bits, dense_bits(key, value, query_of(1)))
         sequence.free()
-        assert device.free_dram_pages == device._dram.pages
+        assert device.free_dram_pages == device.media.dram.pages
 
 
 def test_there_are_254_domains_for_isolated_sequences():

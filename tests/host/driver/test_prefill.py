@@ -31,7 +31,7 @@ class Watched:
         self.events.append(f"begin {layer}")
         future = self.sequence.append_async(key, value, layer=layer)
         self.futures.append(future)
-        self.most = max(self.most, sum(not one._finished for one in self.futures))
+        self.most = max(self.most, sum(not one.finished for one in self.futures))
         future.add_done_callback(lambda _: self.events.append(f"end {layer}"))
         return future
 
@@ -86,7 +86,7 @@ def test_so_many_layers_are_written_at_once(in_flight):
     watched = Watched(device.create_sequence(2, capacity_tokens=TOKENS, layers=6), events)
     write_layers(watched, computed(range(5, -1, -1), events), in_flight=in_flight)
     assert 1 <= watched.most <= in_flight
-    assert all(future._finished for future in watched.futures)
+    assert all(future.finished for future in watched.futures)
 
 
 def test_layers_of_an_array():
@@ -159,4 +159,4 @@ def test_a_device_that_is_gone():
         write_layers(watched, computed(range(5), events, look))
     assert caught.value.__notes__[0].startswith("layer ")
     assert "compute 4" not in events
-    assert all(future._finished for future in watched.futures)
+    assert all(future.finished for future in watched.futures)

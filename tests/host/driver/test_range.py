@@ -30,7 +30,7 @@ def write(sequence, large, config=TINY, tokens=3 * STRIPE, value=1.0):
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"mode": "sparf", "channels": 4, "units": 300}, {"mode": "centroid", "units": 40}], ids=str)
+    {}, {"mode": "sparf", "features": 4, "top_units": 300}, {"mode": "centroid", "top_units": 40}], ids=str)
 def test_attend(options):
     """A score of 2**17 is right; one beyond 2**18 is refused, in every way to ask."""
     scale = TINY.head_dim**-0.5 * np.log2(np.e)

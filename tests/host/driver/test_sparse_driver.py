@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import kvattic
 from kvattic import Mode
 from kvattic.driver.device import Device
-from kvattic.driver.jobs import explain
+from kvattic.driver.diagnosis import explain, where_unreadable
 from kvattic.errors import CapacityError, DeviceStatusError, DeviceTimeoutError, RequestError
 from kvattic.golden import sparse
 from kvattic.golden.device import FlashFaults, GoldenDevice
@@ -43,15 +43,16 @@ def mean_of(value, config):
     return (total / value.shape[1]).astype(np.float32).view(np.uint32)
 
 
-def means_of(keys, unit, config, sinks=0):
+def means_of(keys, unit_tokens, config, sinks=0):
     """Mean keys, in float64, of one head; sinks: of the first tokens."""
-    values = from_bits(keys, config.element).astype(np.float64).reshape(-1, unit, config.head_dim)
-    counted = [unit_values[max(sinks - i * unit, 0) if sinks < (i + 1) * unit else 0 :]
+    values = from_bits(keys, config.element).astype(np.float64).reshape(-1, unit_tokens, config.head_dim)
+    counted = [unit_values[max(sinks - i * unit_tokens, 0) if sinks < (i + 1) * unit_tokens else 0 :]
                for i, unit_values in enumerate(values)]
     return to_bits(np.stack([tokens.mean(axis=0) for tokens in counted]), config.element)
 
 
-def expected(config, key, value, query, *, mode, flushed, channels=0, units, local=0, sinks=0, unit=1, start=0,
+def expected(config, key, value, query, *, mode, flushed, features=0, top_units, local_tokens=0, sinks=0, unit_tokens=1,
+             start=0,
              end=None, scale=None):
     """`sparse.attend_sparse` of one job: K and V (tokens, head_dim), query (rows, head_dim), all rows alike."""
     size = config.group_tokens
@@ -64,11 +65,11 @@ def expected(config, key, value, query, *, mode, flushed, channels=0, units, loc
     rows = np.ones(len(query), np.int64)
     arguments = {}
     if mode is Mode.CENTROID:
-        arguments["sketch"] = means_of(key, unit, config, sinks - base)
+        arguments["sketch"] = means_of(key, unit_tokens, config, sinks - base)
     return lambda mean: sparse.attend_sparse(
         query, key, value, mode=mode, group_tokens=size, tokens_per_codeword=config.tokens_per_codeword,
-        channels=channels, units=units, local=local, sinks=sinks,
-        unit_bits=0 if mode is Mode.SPARF else (unit // config.tokens_per_codeword).bit_length() - 1,
+        features=features, top_units=top_units, local_tokens=local_tokens, sinks=sinks,
+        unit_bits=0 if mode is Mode.SPARF else (unit_tokens // config.tokens_per_codeword).bit_length() - 1,
         mean=None if mode is Mode.CENTROID else mean, tail=base + np.arange(stripes) * size >= flushed,
         element=config.element, scale_bits=golden_scale(config) if scale is None else scale, start=rows * start,
         end=rows * end, tree=rows * 0, tree_token=end, base_token=base, end_token=end, **arguments)
@@ -93,9 +94,9 @@ def calls(draw):
     newest, sinks = draw(st.integers(0, tokens)), draw(st.one_of(st.just(0), st.integers(0, tokens)))
     while -(-tokens // unit) - (tokens - newest) // unit + -(-sinks // unit) > units:
         newest, sinks = newest // 2, sinks // 2
-    selection = {"units": units, "local": newest, "sinks": sinks}
+    selection = {"top_units": units, "local_tokens": newest, "sinks": sinks}
     if mode is not Mode.CENTROID:
-        selection["channels"] = draw(st.integers(1, config.head_dim))
+        selection["features"] = draw(st.integers(1, config.head_dim))
     return config, tokens, mode, unit, selection
 
 
@@ -118,14 +119,14 @@ def test_every_mode_equals_the_golden_model(call, pieces, kv_heads, group, seed)
             at += piece
         flushed = tokens // config.group_tokens * config.group_tokens
         assert sequence.flushed() == flushed
-        arguments = {"unit": unit} if mode is Mode.FETCHED else {}
+        arguments = {"unit_tokens": unit} if mode is Mode.FETCHED else {}
         # What the sequence was created with is the default.
         asked = {name: number for name, number in selection.items() if name != "sinks"}
         result = sequence.attend(query, mode=mode.name.lower(), **asked, **arguments)
     mean = mean_of(value, config)
     for head in range(kv_heads):
         rows = slice(head * group, (head + 1) * group)
-        trace = expected(config, key[head], value[head], query[rows, 0], mode=mode, flushed=flushed, unit=unit,
+        trace = expected(config, key[head], value[head], query[rows, 0], mode=mode, flushed=flushed, unit_tokens=unit,
                          **selection)(mean[head])
         assert np.array_equal(result.bits[rows, 0], trace.output)
         assert np.array_equal(result.maximum[rows, 0], trace.exact.maximum)
@@ -141,17 +142,17 @@ def test_layers_sequences_and_modes_in_one_stream():
             for layer in range(layers):
                 key, value, query = tensors(BF16, heads, tokens, heads * 2, seed=10 * seed + layer)
                 sequence.append(key, value, layer=layer)
-                for mode, unit, numbers in ((Mode.DENSE, None, {}), (Mode.SPARF, 1, {"channels": 5, "units": 20}),
-                                            (Mode.FETCHED, 16, {"channels": 32, "units": 3, "local": 3}),
-                                            (Mode.CENTROID, 8, {"units": 4, "local": 9})):
-                    arguments = {"unit": unit} if mode is Mode.FETCHED else {}
+                for mode, unit, numbers in ((Mode.DENSE, None, {}), (Mode.SPARF, 1, {"features": 5, "top_units": 20}),
+                                            (Mode.FETCHED, 16, {"features": 32, "top_units": 3, "local_tokens": 3}),
+                                            (Mode.CENTROID, 8, {"top_units": 4, "local_tokens": 9})):
+                    arguments = {"unit_tokens": unit} if mode is Mode.FETCHED else {}
                     plans.append(sequence.plan(query, layer=layer, mode=mode, **numbers, **arguments))
                     if mode is Mode.DENSE:
                         traces.append(sequence.attend(query, layer=layer).bits)
                         continue
                     mean = mean_of(value, BF16)
                     traces.append(np.concatenate([
-                        expected(BF16, key[h], value[h], query[2 * h : 2 * h + 2, 0], mode=mode, unit=unit,
+                        expected(BF16, key[h], value[h], query[2 * h : 2 * h + 2, 0], mode=mode, unit_tokens=unit,
                                  flushed=tokens // 128 * 128, **numbers)(mean[h]).output for h in range(heads)]))
         results = device.attend_many(plans)
         for result, trace in zip(results, traces, strict=True):
@@ -164,7 +165,7 @@ def test_each_query_selects_for_itself():
     with Device(GoldenDevice(TINY)) as device:
         sequence = device.create_sequence(1, capacity_tokens=400, sparse=True)
         sequence.prefill(key, value)
-        numbers = {"channels": 8, "units": 30, "local": 10}
+        numbers = {"features": 8, "top_units": 30, "local_tokens": 10}
         plan = sequence.plan(query, causal=True, mode="sparf", **numbers)
         assert [(job.rows, job.base_token, job.end_token) for job in plan.jobs] == [
             (2, 0, 398), (2, 0, 399), (2, 0, 400)]
@@ -187,20 +188,21 @@ def test_what_a_job_says():
     with Device(GoldenDevice(TINY)) as device:
         sequence = device.create_sequence(2, capacity_tokens=300, sparse=True, centroids=16)
         sequence.prefill(key, value)
-        job = sequence.plan(query, mode=Mode.SPARF, channels=4, units=9, local=2).jobs[1]
-        assert (job.mode, job.channels, job.units, job.local, job.unit_bits) == (Mode.SPARF, 4, 9, 2, 0)
+        job = sequence.plan(query, mode=Mode.SPARF, features=4, top_units=9, local_tokens=2).jobs[1]
+        assert (job.mode, job.features, job.top_units, job.local_tokens, job.unit_bits) == (Mode.SPARF, 4, 9, 2, 0)
         assert np.array_equal(job.mean, mean_of(value, TINY)[1])
         assert np.array_equal(job.mean, sequence.mean_value().view(np.uint32)[1])
         found = layout.unpack_sketches(job.sketch)
         assert found.written.tolist() == [1, 1, 0]
-        job = sequence.plan(query, mode="fetched", channels=32, units=75).jobs[0]
-        assert (job.mode, job.channels, job.units, job.local, job.unit_bits) == (Mode.FETCHED, 32, 75, 0, 0)
-        assert sequence.plan(query, mode="fetched", channels=32, units=19, unit=np.int64(16)).jobs[0].unit_bits == 2
-        job = sequence.plan(query, mode="centroid", units=19).jobs[0]
-        assert (job.mode, job.channels, job.units, job.unit_bits, job.mean) == (Mode.CENTROID, 0, 19, 2, None)
+        job = sequence.plan(query, mode="fetched", features=32, top_units=75).jobs[0]
+        assert (job.mode, job.features, job.top_units, job.local_tokens, job.unit_bits) == (Mode.FETCHED, 32, 75, 0, 0)
+        assert sequence.plan(query, mode="fetched", features=32, top_units=19,
+                             unit_tokens=np.int64(16)).jobs[0].unit_bits == 2
+        job = sequence.plan(query, mode="centroid", top_units=19).jobs[0]
+        assert (job.mode, job.features, job.top_units, job.unit_bits, job.mean) == (Mode.CENTROID, 0, 19, 2, None)
         assert not np.array_equal(layout.unpack_sketches(job.sketch).page, found.page)
         job = sequence.plan(query).jobs[0]
-        assert (job.mode, job.channels, job.units, job.local, job.unit_bits, job.mean, job.sketch) == (
+        assert (job.mode, job.features, job.top_units, job.local_tokens, job.unit_bits, job.mean, job.sketch) == (
             Mode.DENSE, 0, 0, 0, 0, None, None)
 
 
@@ -210,18 +212,19 @@ def test_all_of_a_sequence_is_the_dense_attention_of_it():
         sequence = device.create_sequence(2, capacity_tokens=300, sparse=True, centroids=4)
         sequence.prefill(key, value)
         dense = sequence.attend(query)
-        for numbers in ({"mode": "sparf", "channels": 1, "units": 300}, {"mode": "centroid", "units": 75, "local": 300},
-                        {"mode": "fetched", "channels": 32, "units": 19, "unit": 16, "local": 300}):
+        for numbers in ({"mode": "sparf", "features": 1, "top_units": 300},
+                        {"mode": "centroid", "top_units": 75, "local_tokens": 300},
+                        {"mode": "fetched", "features": 32, "top_units": 19, "unit_tokens": 16, "local_tokens": 300}):
             result = sequence.attend(query, **numbers)
             assert np.array_equal(result.bits, dense.bits)
             assert np.array_equal(result.lse, dense.lse)
-        result = sequence.attend(query, mode="sparf", channels=8, units=50)
+        result = sequence.attend(query, mode="sparf", features=8, top_units=50)
         assert (result.lse < dense.lse).all()
 
 
 def test_a_plan_follows_its_stripes_into_flash():
     key, value, query = tensors(TINY, 1, 256, 1)
-    numbers = {"mode": "sparf", "channels": 32, "units": 10}
+    numbers = {"mode": "sparf", "features": 32, "top_units": 10}
     with Device(GoldenDevice(TINY)) as device:
         sequence = device.create_sequence(1, capacity_tokens=256, sparse=True)
         sequence.append(key[:, :250], value[:, :250])
@@ -230,7 +233,7 @@ def test_a_plan_follows_its_stripes_into_flash():
         sequence.append(key[:, 250:], value[:, 250:])
         after = device.attend_many([plan])[0].bits
     # Its tail stays what it was, although the stripe lies in flash now.
-    trace = expected(TINY, key[0], value[0], query[:, 0], mode=Mode.SPARF, channels=32, units=10, flushed=128,
+    trace = expected(TINY, key[0], value[0], query[:, 0], mode=Mode.SPARF, features=32, top_units=10, flushed=128,
                      end=250)(mean_of(value[:, :250], TINY)[0])
     assert np.array_equal(before[:, 0], trace.output)
     assert np.array_equal(after, before)
@@ -246,13 +249,13 @@ def test_small_memory_gives_the_same_bits():
         with Device(GoldenDevice(config, memory_bytes=memory)) as device:
             sequence = device.create_sequence(2, capacity_tokens=300, sparse=True)
             sequence.prefill(key, value)
-            found.append(sequence.attend(query, mode="sparf", channels=8, units=40).bits)
+            found.append(sequence.attend(query, mode="sparf", features=8, top_units=40).bits)
             assert np.array_equal(found[-1], found[0])
     with Device(GoldenDevice(config, memory_bytes=rings + size - 1)) as device:
         sequence = device.create_sequence(2, capacity_tokens=300, sparse=True)
         sequence.prefill(key, value)
         with pytest.raises(CapacityError, match=f"job 0 of 2 needs {size:,} bytes of host memory"):
-            sequence.attend(query, mode="sparf", channels=8, units=40)
+            sequence.attend(query, mode="sparf", features=8, top_units=40)
 
 
 # The mean of V.
@@ -278,7 +281,7 @@ def test_the_mean_is_of_all_tokens_in_any_pieces(config):
             whole.mean_value(0)
         dense = device.create_sequence(2, capacity_tokens=10, centroids=4)
         dense.prefill(key[:, :1], value[:, :1])
-        with pytest.raises(RequestError, match=r"channel layout only .sparse=True."):
+        with pytest.raises(RequestError, match=r"feature layout only .sparse=True."):
             dense.mean_value()
 
 
@@ -307,10 +310,11 @@ def test_what_is_lost_is_taken_out_of_the_mean(flushed):
             assert np.array_equal(sequence.mean_value().view(np.uint32), mean_of(value[:, :flushed], TINY))
         sequence.append(key[:, flushed:], value[:, flushed:])
         assert np.array_equal(sequence.mean_value().view(np.uint32), mean_of(value, TINY))
-        for mode, unit, numbers in ((Mode.SPARF, 1, {"channels": 5, "units": 20}), (Mode.CENTROID, 8, {"units": 4})):
+        for mode, unit, numbers in ((Mode.SPARF, 1, {"features": 5, "top_units": 20}),
+                                    (Mode.CENTROID, 8, {"top_units": 4})):
             result = sequence.attend(query, mode=mode, **numbers)
             for head in range(2):
-                trace = expected(TINY, key[head], value[head], query[head], mode=mode, unit=unit, flushed=256,
+                trace = expected(TINY, key[head], value[head], query[head], mode=mode, unit_tokens=unit, flushed=256,
                                  **numbers)(mean_of(value, TINY)[head])
                 assert np.array_equal(result.bits[head], trace.output)
 
@@ -321,35 +325,41 @@ def test_what_is_lost_is_taken_out_of_the_mean(flushed):
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"mode": "sparq"}, "mode must be one of dense, sparf, fetched, centroid, not 'sparq'"),
     ({"mode": 1}, "mode must be one of .*, not 1"),
-    ({"channels": 4}, "mode dense has no channels"),
-    ({"units": 4}, "mode dense has no units"),
-    ({"local": 4}, "mode dense has no local"),
-    ({"unit": 4}, "mode dense has no unit: it must not be given"),
-    ({"mode": "sparf", "channels": 4, "units": 4, "unit": 4}, "mode sparf has no unit"),
-    ({"mode": "centroid", "channels": 4, "units": 4}, "mode centroid has no channels"),
-    ({"mode": "sparf", "channels": 0, "units": 4}, r"channels \(the paper's r\) must be an int from 1 to 32, not 0"),
-    ({"mode": "fetched", "channels": 33, "units": 4}, r"channels \(the paper's r\) must be .* not 33"),
-    ({"mode": "sparf", "units": 4}, r"channels \(the paper's r\) must be .* not None"),
-    ({"mode": "sparf", "channels": 1.0, "units": 4}, r"channels .* not 1\.0"),
-    ({"mode": "sparf", "channels": 4}, r"units \(the paper's k\) must be an int from 1 to 65,535, not None"),
-    ({"mode": "sparf", "channels": 4, "units": 0}, r"units \(the paper's k\) must be .* not 0"),
-    ({"mode": "centroid", "units": True}, r"units \(the paper's k\) must be .* not True"),
-    ({"mode": "sparf", "channels": 4, "units": 301},
-     r"units \(the paper's k\) must be at most 300, as tokens 0 to 299 make no more units of 1, not 301"),
-    ({"mode": "fetched", "channels": 4, "units": 76}, "at most 75, .* 0 to 299 make no more units of 4, not 76"),
-    ({"mode": "centroid", "units": 39}, "at most 38, .* units of 8, not 39"),
-    ({"mode": "sparf", "channels": 4, "units": 73, "window": 44}, "at most 44, as tokens 256 to 299"),
-    ({"mode": "sparf", "channels": 4, "units": 4, "local": -1}, "local must be an int from 0 to 4, not -1"),
-    ({"mode": "sparf", "channels": 4, "units": 4, "local": 5}, "local must be an int from 0 to 4, not 5"),
-    ({"mode": "centroid", "units": 4, "sinks": 33, "local": 13},
-     r"units .* must be at least 5, not 4: of 300 tokens the first 33 .sinks. and the newest 13 .local. lie in so"),
-    ({"mode": "sparf", "channels": 4, "units": 4, "sinks": -1}, "sinks must be an int from 0 to 65,535, not -1"),
+    ({"features": 4}, "mode dense has no features"),
+    ({"top_units": 4}, "mode dense has no top_units"),
+    ({"local_tokens": 4}, "mode dense has no local_tokens"),
+    ({"unit_tokens": 4}, "mode dense has no unit_tokens: it must not be given"),
+    ({"mode": "sparf", "features": 4, "top_units": 4, "unit_tokens": 4}, "mode sparf has no unit_tokens"),
+    ({"mode": "centroid", "features": 4, "top_units": 4}, "mode centroid has no features"),
+    ({"mode": "sparf", "features": 0, "top_units": 4},
+     r"features \(the paper's r\) must be an int from 1 to 32, not 0"),
+    ({"mode": "fetched", "features": 33, "top_units": 4}, r"features \(the paper's r\) must be .* not 33"),
+    ({"mode": "sparf", "top_units": 4}, r"features \(the paper's r\) must be .* not None"),
+    ({"mode": "sparf", "features": 1.0, "top_units": 4}, r"features .* not 1\.0"),
+    ({"mode": "sparf", "features": 4}, r"top_units \(the paper's k\) must be an int from 1 to 65,535, not None"),
+    ({"mode": "sparf", "features": 4, "top_units": 0}, r"top_units \(the paper's k\) must be .* not 0"),
+    ({"mode": "centroid", "top_units": True}, r"top_units \(the paper's k\) must be .* not True"),
+    ({"mode": "sparf", "features": 4, "top_units": 301},
+     r"top_units \(the paper's k\) must be at most 300, as tokens 0 to 299 make no more units of 1, not 301"),
+    ({"mode": "fetched", "features": 4, "top_units": 76}, "at most 75, .* 0 to 299 make no more units of 4, not 76"),
+    ({"mode": "centroid", "top_units": 39}, "at most 38, .* units of 8, not 39"),
+    ({"mode": "sparf", "features": 4, "top_units": 73, "window": 44}, "at most 44, as tokens 256 to 299"),
+    ({"mode": "sparf", "features": 4, "top_units": 4, "local_tokens": -1},
+     "local_tokens must be an int from 0 to 4, not -1"),
+    ({"mode": "sparf", "features": 4, "top_units": 4, "local_tokens": 5},
+     "local_tokens must be an int from 0 to 4, not 5"),
+    ({"mode": "centroid", "top_units": 4, "sinks": 33, "local_tokens": 13},
+     r"units .* must be at least 5, not 4: of 300 tokens the first 33 .sinks. and the newest 13 .local_tokens. lie "
+     "in so"),
+    ({"mode": "sparf", "features": 4, "top_units": 4, "sinks": -1}, "sinks must be an int from 0 to 65,535, not -1"),
     ({"sinks": 4}, "mode dense has no sinks"),
-    ({"mode": "fetched", "channels": 4, "units": 4, "unit": 2}, "power of two of tokens from 4 .* to 16, not 2"),
-    ({"mode": "fetched", "channels": 4, "units": 4, "unit": 32}, "not 32"),
-    ({"mode": "fetched", "channels": 4, "units": 4, "unit": 12}, "not 12"),
-    ({"mode": "fetched", "channels": 4, "units": 4, "unit": 4.0}, r"not 4\.0"),
-    ({"mode": "centroid", "units": 4, "unit": 4}, "unit must be 8, of which the sequence's mean keys are, not 4"),
+    ({"mode": "fetched", "features": 4, "top_units": 4, "unit_tokens": 2},
+     "power of two of tokens from 4 .* to 16, not 2"),
+    ({"mode": "fetched", "features": 4, "top_units": 4, "unit_tokens": 32}, "not 32"),
+    ({"mode": "fetched", "features": 4, "top_units": 4, "unit_tokens": 12}, "not 12"),
+    ({"mode": "fetched", "features": 4, "top_units": 4, "unit_tokens": 4.0}, r"not 4\.0"),
+    ({"mode": "centroid", "top_units": 4, "unit_tokens": 4},
+     "unit_tokens must be 8, of which the sequence's mean keys are, not 4"),
 ])
 def test_bad_requests(arguments, message):
     with Device(GoldenDevice(TINY)) as device:
@@ -357,8 +367,9 @@ def test_bad_requests(arguments, message):
         sequence.prefill(*np.zeros((2, 1, 300, 32), np.uint16))
         with pytest.raises(RequestError, match=message):
             sequence.attend(np.ones((1, 1, 32)), **arguments)
-        sequence.attend(np.ones((1, 1, 32)), mode="centroid", units=3, local=13, unit=8)
-        sequence.attend(np.ones((1, 1, 32)), mode="centroid", units=6, local=48, window=44)     # all of the window
+        sequence.attend(np.ones((1, 1, 32)), mode="centroid", top_units=3, local_tokens=13, unit_tokens=8)
+        sequence.attend(np.ones((1, 1, 32)), mode="centroid", top_units=6, local_tokens=48,
+                        window=44)     # all of the window
 
 
 def test_a_group_larger_than_a_job_is_refused():
@@ -367,16 +378,17 @@ def test_a_group_larger_than_a_job_is_refused():
         sequence = device.create_sequence(1, capacity_tokens=300, sparse=True)
         sequence.prefill(*np.zeros((2, 1, 300, 32), np.uint16))
         with pytest.raises(RequestError, match=r"mode sparf selects once for the 3 query heads .* has 2 rows"):
-            sequence.attend(np.ones((3, 1, 32)), mode="sparf", channels=4, units=4)
-        assert len(sequence.plan(np.ones((2, 9, 32)), mode="sparf", channels=4, units=4).jobs) == 9
+            sequence.attend(np.ones((3, 1, 32)), mode="sparf", features=4, top_units=4)
+        assert len(sequence.plan(np.ones((2, 9, 32)), mode="sparf", features=4, top_units=4).jobs) == 9
         assert sequence.attend(np.ones((3, 1, 32))).output.shape == (3, 1, 32)
 
 
 # Several positions at once.
 
 
-MODES = [("dense", {}), ("sparf", {"channels": 8, "units": 40, "local": 3}),
-         ("fetched", {"channels": 8, "units": 12, "unit": 8}), ("centroid", {"units": 9, "local": 17})]
+MODES = [("dense", {}), ("sparf", {"features": 8, "top_units": 40, "local_tokens": 3}),
+         ("fetched", {"features": 8, "top_units": 12, "unit_tokens": 8}),
+         ("centroid", {"top_units": 9, "local_tokens": 17})]
 
 
 def one_by_one(device, key, value, query, first, numbers, options, **limits):
@@ -397,7 +409,7 @@ def one_by_one(device, key, value, query, first, numbers, options, **limits):
     ids=["all", "window", "bf16, held", "held, window"])
 def test_several_positions_get_the_bits_of_one_at_a_time(config, mode, numbers, limits):
     """A chunk over the end of a stripe: in one call the stripe is in flash, one at a time it was not yet."""
-    first, last = 248, 272
+    first, last = 248, 264
     key, value, query = tensors(config, 1, last, 2, last, seed=5)
     value[0, last - 4 :] = to_bits(np.full((4, 32), 1e4), config.element)    # later tokens that would show in any mean
     options = {"sparse": True, "centroids": 8, "sinks": 5}
@@ -406,7 +418,7 @@ def test_several_positions_get_the_bits_of_one_at_a_time(config, mode, numbers, 
         want = one_by_one(device, key, value, query, first, numbers, options, **limits)
         limits = dict(limits)
         held = limits.pop("held", 0)
-        for pieces in ([24], [6, 18]):
+        for pieces in ([16], [6, 10]):
             with device.create_sequence(1, capacity_tokens=512, **options) as sequence:
                 sequence.held_tokens = held
                 sequence.prefill(key[:, :first], value[:, :first])
@@ -459,7 +471,7 @@ def test_the_mean_is_of_what_a_branch_attends():
     with Device(GoldenDevice(TINY)) as device:
         sequence = device.create_sequence(1, capacity_tokens=140, sparse=True)
         sequence.prefill(key, value)
-        jobs = sequence.plan(query, tree=tree, mode="sparf", channels=4, units=4).jobs
+        jobs = sequence.plan(query, tree=tree, mode="sparf", features=4, top_units=4).jobs
         numbers = from_bits(value[0], TINY.element).astype(np.float64)
         for job, row in zip(jobs, tree, strict=True):
             seen = np.concatenate([np.ones(136, bool), row])
@@ -471,8 +483,8 @@ def test_a_query_with_fewer_units_takes_all():
     with Device(GoldenDevice(TINY)) as device:
         sequence = device.create_sequence(1, capacity_tokens=140, sparse=True)
         sequence.prefill(key, value)
-        jobs = sequence.plan(query, causal=True, mode="fetched", channels=4, units=10, local=33).jobs
-        assert [(job.units, job.local) for job in jobs] == [
+        jobs = sequence.plan(query, causal=True, mode="fetched", features=4, top_units=10, local_tokens=33).jobs
+        assert [(job.top_units, job.local_tokens) for job in jobs] == [
             (min(-(-n // 4), 10), min(4 * -(-n // 4), 33)) for n in range(1, 141)]
         assert [r.completion.status for r in device.run(jobs)] == [Status.OK] * 140
 
@@ -484,10 +496,10 @@ def test_a_query_that_attends_nothing():
         sequence.prefill(key, value)
         tree = np.zeros((2, 20), bool)
         tree[1, 3] = True
-        result = sequence.attend(query, tree=tree, mode="sparf", channels=4, units=4)
+        result = sequence.attend(query, tree=tree, mode="sparf", features=4, top_units=4)
         assert np.isneginf(result.lse[0]).tolist() == [True, False]
         assert np.array_equal(result.output[0, 1], from_bits(value[0, 3], TINY.element))
-        result = sequence.attend(query[:, :1], tree=tree[:1], mode="sparf", channels=4, units=20, local=20)
+        result = sequence.attend(query[:, :1], tree=tree[:1], mode="sparf", features=4, top_units=20, local_tokens=20)
         assert np.isneginf(result.lse).all()
 
 
@@ -498,9 +510,9 @@ def test_more_tokens_than_the_score_buffers_hold():
         query = np.ones((1, 1, 32))
         message = r"mode sparf takes at most 512 tokens, .* \(Config.score_depth\), not 600 \(tokens 0 to 599\)"
         with pytest.raises(RequestError, match=message):
-            sequence.plan(query, mode="sparf", channels=4, units=4)
+            sequence.plan(query, mode="sparf", features=4, top_units=4)
         assert len(sequence.plan(query).jobs) == 2
-        job, = sequence.plan(query, mode="sparf", channels=4, units=4, window=472).jobs
+        job, = sequence.plan(query, mode="sparf", features=4, top_units=4, window=472).jobs
         assert (job.base_token, job.end_token) == (128, 600)
         device.run([job])
 
@@ -516,15 +528,15 @@ def test_sequences_without_what_a_mode_reads():
             sequence.prefill(*np.zeros((2, 1, 300, 32), np.uint16))
         for sequence in (made[0], made[2]):
             for mode in ("sparf", "fetched"):
-                with pytest.raises(RequestError, match=f"mode {mode} reads K in the channel layout.*sparse=True"):
-                    sequence.attend(query, mode=mode, channels=4, units=4)
+                with pytest.raises(RequestError, match=f"mode {mode} reads K in the feature layout.*sparse=True"):
+                    sequence.attend(query, mode=mode, features=4, top_units=4)
         for sequence in made[:2]:
             with pytest.raises(RequestError, match=r"mode centroid reads mean keys.*centroids=\.\.\."):
-                sequence.attend(query, mode="centroid", units=4)
+                sequence.attend(query, mode="centroid", top_units=4)
     with Device(GoldenDevice(odd)) as device, device.create_sequence(1, capacity_tokens=9) as sequence:
         sequence.prefill(*np.zeros((2, 1, 9, 80), np.uint16))
-        with pytest.raises(RequestError, match="mode sparf reads K in the channel layout"):
-            sequence.attend(np.ones((1, 1, 80)), mode="sparf", channels=4, units=4)
+        with pytest.raises(RequestError, match="mode sparf reads K in the feature layout"):
+            sequence.attend(np.ones((1, 1, 80)), mode="sparf", features=4, top_units=4)
 
 
 def test_what_the_device_says_of_raw_jobs():
@@ -532,20 +544,21 @@ def test_what_the_device_says_of_raw_jobs():
     with Device(GoldenDevice(TINY)) as device:
         sequence = device.create_sequence(1, capacity_tokens=300, sparse=True, centroids=8)
         sequence.prefill(key, value)
-        good = sequence.plan(query, mode="fetched", channels=4, units=4).jobs[0]
+        good = sequence.plan(query, mode="fetched", features=4, top_units=4).jobs[0]
         mean = good.mean.copy()
         mean[7] = 0x7FC0_0000
         for change, message in (
-            ({"channels": 0}, "INVALID_SELECTION: the number of channels is none or more than head_dim"),
-            ({"channels": 33}, "INVALID_SELECTION: the number of channels"),
-            ({"units": 76}, "INVALID_SELECTION: the number of units is none or more than the tokens make"),
-            ({"local": 17}, "INVALID_SELECTION: the number of local tokens is more than the units hold"),
+            ({"features": 0}, "INVALID_SELECTION: the number of features is none or more than head_dim"),
+            ({"features": 33}, "INVALID_SELECTION: the number of features"),
+            ({"top_units": 76}, "INVALID_SELECTION: the number of units is none or more than the tokens make"),
+            ({"local_tokens": 17}, "INVALID_SELECTION: the number of local tokens is more than the units hold"),
             ({"unit_bits": 3}, "INVALID_SELECTION: the number of codewords of a unit is more"),
-            ({"mean": mean}, "NAN_MEAN: .* in the mean of V, channel 7"),
+            ({"mean": mean}, "NAN_MEAN: .* in the mean of V, feature 7"),
             ({"sketch": good.sketch & 0xFFFFFFFF}, "NO_SKETCH: the stripe of entry 0 was written without"),
             ({"mode": Mode.SPARF, "unit_bits": 1}, "INVALID_FIELD: .* the device has no such mode"),
             ({"mode": Mode.DENSE, "sketch": None, "mean": None}, "INVALID_FIELD"),
-            ({"mode": Mode.DENSE, "sketch": None, "mean": None, "channels": 0, "units": 0, "local": 0, "unit_bits": 0,
+            ({"mode": Mode.DENSE, "sketch": None, "mean": None, "features": 0, "top_units": 0, "local_tokens": 0,
+              "unit_bits": 0,
               "sinks": 1}, "INVALID_FIELD"),
         ):
             with pytest.raises(DeviceStatusError, match=message):
@@ -553,14 +566,14 @@ def test_what_the_device_says_of_raw_jobs():
         with pytest.raises(RequestError, match="sketch must have an entry for each of the 3 stripes, not 2"):
             device.run([replace(good, sketch=good.sketch[:2])])
         for change, message in (
-            ({"mean": None}, "mode FETCHED must have a mean of V of 32 channels .*, not 0"),
-            ({"mean": mean[:31]}, "mode FETCHED must have a mean of V of 32 channels .*, not 31"),
-            ({"mode": Mode.DENSE}, "mode DENSE must have a mean of V of 0 channels .*, not 32"),
+            ({"mean": None}, "mode FETCHED must have a mean of V of 32 features .*, not 0"),
+            ({"mean": mean[:31]}, "mode FETCHED must have a mean of V of 32 features .*, not 31"),
+            ({"mode": Mode.DENSE}, "mode DENSE must have a mean of V of 0 features .*, not 32"),
         ):
             with pytest.raises(RequestError, match=message):
                 device.run([replace(good, **change)])
         with pytest.raises(RequestError, match="a number of job 0 does not fit its field"):
-            device.run([replace(good, units=1 << 16)])
+            device.run([replace(good, top_units=1 << 16)])
         assert device.run([good])[0].completion.status is Status.OK
 
 
@@ -572,7 +585,7 @@ def test_every_status_is_explained():
 
 
 def test_special_numbers_in_bit_patterns():
-    """A NaN in K is found in the channel layout or in a centroid; one in V in the mean."""
+    """A NaN in K is found in the feature layout or in a centroid; one in V in the mean."""
     key, value, query = tensors(TINY, 1, 300, 1)
     for where, bits in (("key", 0x7E00), ("key", 0xFC00), ("value", 0x7C00)):
         bad = {"key": key.copy(), "value": value.copy()}
@@ -581,13 +594,13 @@ def test_special_numbers_in_bit_patterns():
             sequence = device.create_sequence(1, capacity_tokens=300, sparse=True, centroids=16)
             sequence.prefill(bad["key"], bad["value"])
             if where == "value":
-                with pytest.raises(DeviceStatusError, match=r"NAN_MEAN: .*, channel 5"):
-                    sequence.attend(query, mode="sparf", channels=32, units=1)
+                with pytest.raises(DeviceStatusError, match=r"NAN_MEAN: .*, feature 5"):
+                    sequence.attend(query, mode="sparf", features=32, top_units=1)
                 continue
             with pytest.raises(DeviceStatusError, match="NAN_KEY: NaN or infinity in K at token 77"):
-                sequence.attend(query, mode="sparf", channels=32, units=1)
+                sequence.attend(query, mode="sparf", features=32, top_units=1)
             with pytest.raises(DeviceStatusError, match="NAN_KEY: NaN or infinity in K at token 64"):
-                sequence.attend(query, mode="centroid", units=1)
+                sequence.attend(query, mode="centroid", top_units=1)
 
 
 # What cannot be read.
@@ -596,7 +609,7 @@ def test_special_numbers_in_bit_patterns():
 @pytest.mark.parametrize("mode", ["sparf", "centroid"])
 def test_what_the_first_pass_cannot_read_is_named(mode):
     key, value, query = tensors(TINY, 3, 300, 3)
-    numbers = {"channels": 32, "units": 4} if mode == "sparf" else {"units": 4}
+    numbers = {"features": 32, "top_units": 4} if mode == "sparf" else {"top_units": 4}
     with Device(GoldenDevice(TINY)) as device:
         device.create_sequence(1, capacity_tokens=5)
         sequence = device.create_sequence(3, capacity_tokens=300, layers=2, sparse=True, centroids=8)
@@ -607,11 +620,11 @@ def test_what_the_first_pass_cannot_read_is_named(mode):
         found = layout.unpack_sketches(jobs[2].sketch)
         page, codeword = int(found.page[1]), int(found.codeword[1])
         if mode == "sparf":
-            page, codeword, token = page + 3, 2, 128        # channel 14
+            page, codeword, token = page + 3, 2, 128        # feature 14
         else:
             codeword, token = codeword + 1, 128 + 4 * 8
             page, codeword = page + codeword // 4, codeword % 4
-        block, place = device._allocator.block(channel, page), page_place(page, TINY)
+        block, place = device.media.allocator.block(channel, page), page_place(page, TINY)
         device.transport.faults.unreadable.add((block, place.page, codeword))
         with pytest.raises(DeviceStatusError) as error:
             sequence.attend(query, layer=1, mode=mode, **numbers)
@@ -624,7 +637,7 @@ def test_what_the_first_pass_cannot_read_is_named(mode):
         jobs[0].sketch[0] = layout.pack_sketches(6 << 5, 0, 1)
         results = device.run(jobs, check=False)
         assert [r.completion.status for r in results] == [Status.UNREADABLE_SKETCH, Status.OK, Status.UNREADABLE_SKETCH]
-        text = device._unreadable(jobs[2], results[2].completion)
+        text = where_unreadable(jobs[2], results[2].completion, device.media)
         assert re.search(r", codeword \d \(not the first of the batch, which is page number 192 of channel 0\)$", text)
 
 
@@ -633,11 +646,11 @@ def test_a_tail_that_cannot_be_read_is_named():
     with Device(GoldenDevice(TINY)) as device:
         sequence = device.create_sequence(1, capacity_tokens=40, sparse=True)
         sequence.append(key, value)
-        jobs = sequence.plan(query, mode="sparf", channels=4, units=4).jobs
+        jobs = sequence.plan(query, mode="sparf", features=4, top_units=4).jobs
         completion = replace(device.run(jobs)[0].completion, status=Status.UNREADABLE_SKETCH, where=24)
         first = int(layout.unpack_entries(jobs[0].table).key_page[0])
-        assert device._unreadable(jobs[0], completion) == f": device DRAM, page {first + 1}, codeword 2"
+        assert where_unreadable(jobs[0], completion, device.media) == f": device DRAM, page {first + 1}, codeword 2"
         # What there is not, is nobody's.
-        sequence._layers[0].table[0, 0] = layout.pack_entries(0, 1 << 23, 0, 1)
-        with pytest.raises(DeviceStatusError, match="NOT_OWNED: what entry 0 of the table names is not the domain's"):
-            sequence.attend(query, mode="sparf", channels=4, units=4)
+        sequence._writer.layers[0].table[0, 0] = layout.pack_entries(0, 1 << 23, 0, 1)
+        with pytest.raises(DeviceStatusError, match="NOT_OWNED: what entry 0 of the table names belongs to another"):
+            sequence.attend(query, mode="sparf", features=4, top_units=4)

@@ -9,8 +9,8 @@ from kvattic.errors import RequestError
 DIM, HEADS = 32, 2
 MODES = {
     "dense": ({}, {}),
-    "sparf": ({"sparse": True}, {"mode": "sparf", "channels": 8, "units": 12}),
-    "centroid": ({"centroids": 16}, {"mode": "centroid", "units": 2}),
+    "sparf": ({"sparse": True}, {"mode": "sparf", "features": 8, "top_units": 12}),
+    "centroid": ({"centroids": 16}, {"mode": "centroid", "top_units": 2}),
 }
 
 

@@ -128,7 +128,7 @@ def attend(
     )
     scale_exponent = (scale_bits >> 23) - 127
     scale_significand = 1 << 23 | scale_bits & ((1 << 23) - 1)
-    rows, tokens, channels = len(q), len(k), len(q[0])
+    rows, tokens, head_dim = len(q), len(k), len(q[0])
 
     sums = [[score_sum(q[r], k[t], scale_exponent) for t in range(tokens)] for r in range(rows)]
     # floor(x / 2**29 + 1/2), exactly.
@@ -163,7 +163,7 @@ def attend(
     accumulator, value_overflow = [], False
     for r in range(rows):
         row = []
-        for c in range(channels):
+        for c in range(head_dim):
             total = 0
             for t in range(tokens):
                 significand, n = found[r][t]
@@ -186,7 +186,7 @@ def attend(
                 return base_token + t
         return None
 
-    bad = [r * 65536 + c for r in range(rows) for c in range(channels) if q[r][c].special]
+    bad = [r * 65536 + c for r in range(rows) for c in range(head_dim) if q[r][c].special]
     overflow = any(clipped[r][t] and seen[r][t] for r in range(rows) for t in range(tokens))
     return Reference(
         score_sums=[[s for s, _ in row] for row in sums],
@@ -210,9 +210,9 @@ def attend(
 
 
 class SparseReference(NamedTuple):
-    """The intermediates of `kvattic.golden.sparse.First` and of its second pass, as nested lists of Python integers."""
+    """The intermediates of `first_pass.FirstPass` and of the second pass, as nested lists of Python integers."""
 
-    channels: list[int]
+    features: list[int]
     scale_significand: list[int]
     scale_exponent: list[int]
     score_sums: list[list[int]]
@@ -242,10 +242,10 @@ def magnitude(x: Number) -> int:
     return min(int(abs(value(x)) * (1 << 24)), (1 << 40) - 1)
 
 
-def approximate_scale(sizes: list[int], channels: list[int], scale_bits: int) -> tuple[int, int]:
+def approximate_scale(sizes: list[int], features: list[int], scale_bits: int) -> tuple[int, int]:
     """(significand, exponent field) of scale * sqrt(whole / part), every step truncated."""
     significand, field = 1 << 23 | scale_bits & ((1 << 23) - 1), scale_bits >> 23
-    part, whole = sum(sizes[c] for c in channels), sum(sizes)
+    part, whole = sum(sizes[c] for c in features), sum(sizes)
     if part == 0:
         return significand, field
     root = isqrt((whole << 48) // part)
@@ -295,9 +295,9 @@ def attend_sparse(
     mode: int,
     group_tokens: int,
     tokens_per_codeword: int,
-    channels: int,
-    units: int,
-    local: int,
+    features: int,
+    top_units: int,
+    local_tokens: int,
     sinks: int,
     unit_bits: int,
     mean: NDArray[np.uint32] | None,
@@ -360,7 +360,7 @@ def attend_sparse(
     else:
         sizes = [[magnitude(x) for x in row] for row in q]
         total = [sum(row[c] for row in sizes) for c in range(head_dim)]
-        chosen = sorted(sorted(range(head_dim), key=lambda c: (-total[c], c))[:channels])
+        chosen = sorted(sorted(range(head_dim), key=lambda c: (-total[c], c))[:features])
         scales = [approximate_scale(row, chosen, scale_bits) for row in sizes]
         a = k if sketch is None else [[number(int(x), element) for x in row] for row in sketch]
         found = [[score(q[r], k[t], scale) if late(t) else
@@ -393,13 +393,13 @@ def attend_sparse(
 
     mass = [min(sum(p[r][t] for r in range(rows) for t in members(u)) >> 10, (1 << 36) - 2) for u in range(count)]
     starts = [base_token + u * unit_tokens for u in range(count)]
-    forced = [starts[u] + unit_tokens > max(end_token - local, 0) or starts[u] < sinks for u in range(count)]
+    forced = [starts[u] + unit_tokens > max(end_token - local_tokens, 0) or starts[u] < sinks for u in range(count)]
     rank = [((1 << 36) - 1 if forced[u] else mass[u]) * (1 << 24) + (1 << 24) - 1 - starts[u] for u in range(count)]
     valid = [not late(u * unit_tokens) and starts[u] < end_token for u in range(count)]
-    best = sorted((u for u in range(count) if valid[u]), key=lambda u: -rank[u])[:units]
+    best = sorted((u for u in range(count) if valid[u]), key=lambda u: -rank[u])[:top_units]
     selected = [u in best for u in range(count)]
     taken = [(late(t) or selected[t // unit_tokens]) and base_token + t < end_token for t in range(tokens)]
-    if mode == 3 or sum(valid) <= units:
+    if mode == 3 or sum(valid) <= top_units:
         alpha = [1 << 24] * rows
     else:
         share = [sum(p[r][t] for t in range(tokens) if taken[t]) for r in range(rows)]
@@ -441,7 +441,7 @@ def attend_sparse(
         for i, t in enumerate(read):
             whole[r][t] = exact[r][i]
     return SparseReference(
-        channels=chosen,
+        features=chosen,
         scale_significand=[s for s, _ in scales],
         scale_exponent=[e for _, e in scales],
         score_sums=[[x[0] for x in row] for row in found],

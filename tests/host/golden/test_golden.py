@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from numpy.typing import NDArray
 from tests.host.golden import reference
 
 from kvattic.errors import RequestError
@@ -18,7 +17,7 @@ from kvattic.golden import dense
 from kvattic.merge import merge
 from kvattic.spec.commands import CompletionFlag, fp32_bits
 from kvattic.spec.config import PAPER, TINY, Config
-from kvattic.spec.elements import from_bits, to_bits
+from kvattic.spec.elements import Bits, from_bits, to_bits
 from kvattic.spec.formats import (
     SCORE_FRACTION,
     SCORE_MASKED,
@@ -31,8 +30,6 @@ from kvattic.spec.formats import (
     Element,
 )
 from kvattic_sim.reports.benches import accuracy
-
-Bits = NDArray[np.uint16]
 
 ELEMENTS = pytest.mark.parametrize("element", list(Element))
 LOG2E = 1.4426950408889634
@@ -454,7 +451,7 @@ def test_merge_of_empty_parts_is_zero() -> None:
 
 
 def test_score_sums_fit_their_width() -> None:
-    """All channels clipped at the top of the window, for the largest head_dim."""
+    """All features clipped at the top of the window, for the largest head_dim."""
     bits = np.full((1, 256), LARGEST[Element.FP16], np.uint16)
     sums, overflow = dense.score_sums(bits, bits, element=Element.FP16, scale_bits=fp32_bits(1e30))
     assert overflow.all()

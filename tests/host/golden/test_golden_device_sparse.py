@@ -50,7 +50,7 @@ ROWS = 2
 
 
 class Bench:
-    """A device with four stripes of random K and V, three of them in flash with channel layout and centroids."""
+    """A device with four stripes of random K and V, three of them in flash with feature layout and centroids."""
 
     def __init__(self) -> None:
         rng = np.random.default_rng(8)
@@ -81,7 +81,7 @@ class Bench:
         for stripe in range(STRIPES):
             tokens = slice(stripe * GROUP, (stripe + 1) * GROUP)
             key, value = (layout.pack_pages(bits[tokens], TINY) for bits in (self.key, self.value))
-            channels = layout.pack_channel_pages(self.key[tokens], TINY)
+            features = layout.pack_feature_pages(self.key[tokens], TINY)
             if stripe == 3:
                 self.device.write_dram(16 * TINY.page_bytes, np.concatenate([key, value]).tobytes())
                 self.entries.append({"key_page": 16, "channel": 1, "value_page": 24, "flags": TableFlag.DRAM})
@@ -95,7 +95,7 @@ class Bench:
             bits = self.centroids[stripe * GROUP // UNIT : (stripe + 1) * GROUP // UNIT]
             data = bits.view(np.uint8).reshape(CENTROID_CODEWORDS, TINY.codeword_bytes)
             images.reshape(-1, TINY.codeword_bytes)[1 + stripe : 1 + stripe + CENTROID_CODEWORDS] = data
-            to |= enumerate([*value, *channels, *key, *images.reshape(2, -1)], at)
+            to |= enumerate([*value, *features, *key, *images.reshape(2, -1)], at)
             self.entries.append({"key_page": at + 16, "channel": stripe % 2, "value_page": at, "flags": 0})
             self.channel_sketches.append({"page": at + 8, "codeword": 0, "written": 1})
             self.centroid_sketches.append({"page": at + 24, "codeword": 1 + stripe, "written": 1})
@@ -117,9 +117,9 @@ class Bench:
         return {
             "opcode": Opcode.ATTEND, "mode": mode, "identifier": 9, "rows": ROWS, "stripe_pages": GROUP_PAGES,
             "stripes": STRIPES, "end_token": END, "domain": DOMAIN, "tree_token": END, "scale": SCALE, "query": QUERIES,
-            "result": RESULTS, "table": TABLES, "channels": 6 if mode in (Mode.SPARF, Mode.FETCHED) else 0,
-            "local": 0 if mode is Mode.DENSE else 7,
-            "units": 0 if mode is Mode.DENSE else units,
+            "result": RESULTS, "table": TABLES, "features": 6 if mode in (Mode.SPARF, Mode.FETCHED) else 0,
+            "local_tokens": 0 if mode is Mode.DENSE else 7,
+            "top_units": 0 if mode is Mode.DENSE else units,
             "unit_bits": UNIT_BITS if mode in (Mode.FETCHED, Mode.CENTROID) else 0} | changes
 
     def run(self, *commands: bytes) -> list[Completion]:
@@ -145,7 +145,7 @@ class Bench:
 
     def golden(self, mode: Mode, **changes: int) -> sparse.SparseTrace:
         fields = self.fields(mode, **changes)
-        names = ("channels", "units", "local", "unit_bits")
+        names = ("features", "top_units", "local_tokens", "unit_bits")
         return sparse.attend_sparse(
             self.query, self.key, self.value, mode=mode, group_tokens=GROUP, tail=np.arange(STRIPES) == 3,
             tokens_per_codeword=TINY.tokens_per_codeword, mean=None if mode is Mode.CENTROID else self.mean,
@@ -158,7 +158,7 @@ class Bench:
         page, codeword = {
             Kind.KEY: (entry["key_page"], codeword),
             Kind.VALUE: (entry["value_page"], codeword),
-            Kind.CHANNEL: (self.channel_sketches[stripe].get("page", 0), codeword),
+            Kind.FEATURE: (self.channel_sketches[stripe].get("page", 0), codeword),
             Kind.SKETCH: (self.centroid_sketches[stripe].get("page", 0),
                           codeword + self.centroid_sketches[stripe].get("codeword", 0)),
         }[kind]
@@ -188,7 +188,7 @@ def bench() -> Bench:
 
 @MODES
 @pytest.mark.parametrize("changes", [
-    {}, {"local": 0}, {"local": 40}, {"units": 1, "local": 0}, {"end_token": 3 * GROUP + 1},
+    {}, {"local_tokens": 0}, {"local_tokens": 40}, {"top_units": 1, "local_tokens": 0}, {"end_token": 3 * GROUP + 1},
     {"end_token": 3 * GROUP + 77}])
 def test_results_are_the_golden_models(bench, mode, changes):
     found = bench.attend(mode, **changes)
@@ -203,7 +203,7 @@ def test_results_are_the_golden_models(bench, mode, changes):
 def test_all_units_are_dense(bench, mode):
     reference = dense.attend(bench.query, bench.key, bench.value, **bench.limits())
     units = END if mode is Mode.SPARF else -(-END // UNIT)
-    assert bench.attend(mode, units=units).status is Status.OK
+    assert bench.attend(mode, top_units=units).status is Status.OK
     want = (reference.output.tolist(), reference.maximum.tolist(), reference.denominator.tolist())
     assert bench.result() == want
     # The same stripes, dense: the table has no sketches.
@@ -233,7 +233,7 @@ def test_dense_and_sparse_jobs_at_once(bench):
 def test_a_sequence_that_is_all_tail(bench, mode, end_token):
     bench.entries = [bench.entries[3]]
     bench.channel_sketches = bench.centroid_sketches = [{"written": 0}]
-    found = bench.attend(mode, stripes=1, end_token=end_token, units=1, local=1, tree_token=end_token)
+    found = bench.attend(mode, stripes=1, end_token=end_token, top_units=1, local_tokens=1, tree_token=end_token)
     assert found.status is Status.OK
     tail = slice(3 * GROUP, 4 * GROUP)
     reference = dense.attend(bench.query, bench.key[tail], bench.value[tail], **bench.limits(end_token))
@@ -253,18 +253,18 @@ def test_traffic(bench, mode):
     stripe = first.codewords // TINY.group_codewords
     flash, dram = int((stripe < 3).sum()), int((stripe == 3).sum())
     assert dram == 31
-    channels = len(first.channels)
+    features = len(first.features)
     traffic = bench.device.traffic
     assert traffic.flash == {
-        Kind.KEY: flash, Kind.VALUE: flash, Kind.CHANNEL: 3 * channels,
+        Kind.KEY: flash, Kind.VALUE: flash, Kind.FEATURE: 3 * features,
         Kind.SKETCH: 3 * CENTROID_CODEWORDS if mode is Mode.CENTROID else 0}
     assert traffic.dram == {
-        Kind.KEY: dram, Kind.VALUE: dram, Kind.CHANNEL: 0, Kind.SKETCH: 0 if mode is Mode.CENTROID else dram}
+        Kind.KEY: dram, Kind.VALUE: dram, Kind.FEATURE: 0, Kind.SKETCH: 0 if mode is Mode.CENTROID else dram}
     pages = 2 * len({int(c) // TINY.codewords_per_page for c in first.codewords[stripe < 3]})
     if mode is Mode.CENTROID:
         pages += 6    # codewords 1 to 4, 2 to 5 and 3 to 6: two pages each
     else:
-        pages += 3 * len({int(c) // TINY.codewords_per_page for c in first.channels})
+        pages += 3 * len({int(c) // TINY.codewords_per_page for c in first.features})
     total = sum(traffic.flash.values())
     registers = {name: bench.device.read_register(name) - before[name] for name in names}
     assert registers["CODEWORDS"] == total
@@ -274,7 +274,7 @@ def test_traffic(bench, mode):
     assert registers["PAGE_READS"] == traffic.page_reads
     assert traffic.page_reads == pages
     # What reads nothing counts nothing, and nothing is forgotten.
-    bench.attend(mode, units=0)
+    bench.attend(mode, top_units=0)
     assert sum(bench.device.traffic.flash.values()) == total
     assert bench.device.read_register("CODEWORDS") - before["CODEWORDS"] == total
 
@@ -282,8 +282,8 @@ def test_traffic(bench, mode):
 def test_traffic_of_a_dense_job(bench):
     bench.attend(Mode.DENSE)
     traffic = bench.device.traffic
-    assert traffic.flash == {Kind.KEY: 96, Kind.VALUE: 96, Kind.CHANNEL: 0, Kind.SKETCH: 0}
-    assert traffic.dram == {Kind.KEY: 31, Kind.VALUE: 31, Kind.CHANNEL: 0, Kind.SKETCH: 0}
+    assert traffic.flash == {Kind.KEY: 96, Kind.VALUE: 96, Kind.FEATURE: 0, Kind.SKETCH: 0}
+    assert traffic.dram == {Kind.KEY: 31, Kind.VALUE: 31, Kind.FEATURE: 0, Kind.SKETCH: 0}
     assert traffic.page_reads == 48
     # Two jobs: the sum.
     line = COMMAND.pack(**bench.fields(Mode.DENSE))
@@ -297,14 +297,14 @@ def test_what_is_not_read_may_be_lost(bench, mode):
     """Every codeword of flash that the trace does not name, at once; then each kind of what it names."""
     trace = bench.golden(mode)
     read = set(trace.first.codewords.tolist())
-    channels = set(trace.first.channels.tolist())
+    features = set(trace.first.features.tolist())
     for stripe in range(3):
         for codeword in range(TINY.group_codewords):
             if stripe * TINY.group_codewords + codeword not in read:
                 bench.lose(Kind.KEY, stripe, codeword)
                 bench.lose(Kind.VALUE, stripe, codeword)
-            if codeword not in channels:
-                bench.lose(Kind.CHANNEL, stripe, codeword)
+            if codeword not in features:
+                bench.lose(Kind.FEATURE, stripe, codeword)
         if mode is not Mode.CENTROID:
             for codeword in range(CENTROID_CODEWORDS):
                 bench.lose(Kind.SKETCH, stripe, codeword)
@@ -314,14 +314,14 @@ def test_what_is_not_read_may_be_lost(bench, mode):
 
 
 @BLENDED
-def test_lost_channels(bench, mode):
-    channels = bench.golden(mode).first.channels.tolist()
-    place = bench.lose(Kind.CHANNEL, 2, channels[4])
+def test_lost_features(bench, mode):
+    features = bench.golden(mode).first.features.tolist()
+    place = bench.lose(Kind.FEATURE, 2, features[4])
     found = bench.attend(mode)
     assert (found.status, found.where) == (Status.UNREADABLE_SKETCH, 2 * GROUP)
     assert bench.media() == place
     assert bench.device.read_register("UNREADABLE") == 1
-    place = bench.lose(Kind.CHANNEL, 1, channels[5])
+    place = bench.lose(Kind.FEATURE, 1, features[5])
     found = bench.attend(mode)
     assert (found.status, found.where) == (Status.UNREADABLE_SKETCH, GROUP)
     assert bench.media() == place
@@ -376,30 +376,30 @@ GOOD_UNITS = -(-END // UNIT)
     (Mode.SPARF, {"mode": 4}, Status.INVALID_FIELD, 0),
     (Mode.SPARF, {"reserved0": 1}, Status.INVALID_FIELD, 0),
     (Mode.SPARF, {"unit_bits": 1}, Status.INVALID_FIELD, 0),
-    (Mode.CENTROID, {"channels": 1}, Status.INVALID_FIELD, 0),
+    (Mode.CENTROID, {"features": 1}, Status.INVALID_FIELD, 0),
     (Mode.SPARF, {"stripe_pages": 4}, Status.INVALID_FIELD, 0),
     (Mode.FETCHED, {"stripe_pages": 16}, Status.INVALID_FIELD, 0),
     (Mode.CENTROID, {"stripe_pages": 1}, Status.INVALID_FIELD, 0),
     (Mode.CENTROID, {"stripe_pages": 0}, Status.INVALID_FIELD, 0),
     (Mode.DENSE, {"sinks": 1}, Status.INVALID_FIELD, 0),
-    (Mode.DENSE, {"units": 1}, Status.INVALID_FIELD, 0),
+    (Mode.DENSE, {"top_units": 1}, Status.INVALID_FIELD, 0),
     (Mode.SPARF, {"rows": 3}, Status.INVALID_ROWS, 3),
     (Mode.SPARF, {"stripes": 3}, Status.INVALID_LENGTH, 0),
-    (Mode.SPARF, {"channels": 0}, Status.INVALID_SELECTION, 0),
-    (Mode.FETCHED, {"channels": 0}, Status.INVALID_SELECTION, 0),
-    (Mode.SPARF, {"channels": 33}, Status.INVALID_SELECTION, 0),
-    (Mode.FETCHED, {"channels": 65535}, Status.INVALID_SELECTION, 0),
-    (Mode.SPARF, {"units": 0}, Status.INVALID_SELECTION, 1),
-    (Mode.FETCHED, {"units": 0}, Status.INVALID_SELECTION, 1),
-    (Mode.CENTROID, {"units": 0}, Status.INVALID_SELECTION, 1),
-    (Mode.SPARF, {"units": END + 1}, Status.INVALID_SELECTION, 1),
-    (Mode.FETCHED, {"units": GOOD_UNITS + 1}, Status.INVALID_SELECTION, 1),
-    (Mode.CENTROID, {"units": 65535}, Status.INVALID_SELECTION, 1),
-    (Mode.SPARF, {"local": 41}, Status.INVALID_SELECTION, 2),
-    (Mode.FETCHED, {"local": 5 * UNIT + 1}, Status.INVALID_SELECTION, 2),
-    (Mode.CENTROID, {"local": 65535}, Status.INVALID_SELECTION, 2),
+    (Mode.SPARF, {"features": 0}, Status.INVALID_SELECTION, 0),
+    (Mode.FETCHED, {"features": 0}, Status.INVALID_SELECTION, 0),
+    (Mode.SPARF, {"features": 33}, Status.INVALID_SELECTION, 0),
+    (Mode.FETCHED, {"features": 65535}, Status.INVALID_SELECTION, 0),
+    (Mode.SPARF, {"top_units": 0}, Status.INVALID_SELECTION, 1),
+    (Mode.FETCHED, {"top_units": 0}, Status.INVALID_SELECTION, 1),
+    (Mode.CENTROID, {"top_units": 0}, Status.INVALID_SELECTION, 1),
+    (Mode.SPARF, {"top_units": END + 1}, Status.INVALID_SELECTION, 1),
+    (Mode.FETCHED, {"top_units": GOOD_UNITS + 1}, Status.INVALID_SELECTION, 1),
+    (Mode.CENTROID, {"top_units": 65535}, Status.INVALID_SELECTION, 1),
+    (Mode.SPARF, {"local_tokens": 41}, Status.INVALID_SELECTION, 2),
+    (Mode.FETCHED, {"local_tokens": 5 * UNIT + 1}, Status.INVALID_SELECTION, 2),
+    (Mode.CENTROID, {"local_tokens": 65535}, Status.INVALID_SELECTION, 2),
     (Mode.FETCHED, {"unit_bits": 3}, Status.INVALID_SELECTION, 3),
-    (Mode.CENTROID, {"unit_bits": 255, "units": 1}, Status.INVALID_SELECTION, 3),
+    (Mode.CENTROID, {"unit_bits": 255, "top_units": 1}, Status.INVALID_SELECTION, 3),
     (Mode.SPARF, {"table": TABLES + 4}, Status.INVALID_ADDRESS, 2),
     (Mode.SPARF, {"table": QUERIES - 64}, Status.INVALID_ADDRESS, 2),
     (Mode.FETCHED, {"table": LIMIT - 64}, Status.INVALID_ADDRESS, 2),
@@ -417,14 +417,14 @@ def test_invalid_commands(bench, mode, change, status, where):
 
 
 @pytest.mark.parametrize(("mode", "change"), [
-    (Mode.SPARF, {"channels": 1}),
-    (Mode.SPARF, {"channels": 32}),
-    (Mode.SPARF, {"units": 1, "local": 1}),
-    (Mode.SPARF, {"units": END, "local": END}),
-    (Mode.FETCHED, {"units": GOOD_UNITS, "local": GOOD_UNITS * UNIT}),
+    (Mode.SPARF, {"features": 1}),
+    (Mode.SPARF, {"features": 32}),
+    (Mode.SPARF, {"top_units": 1, "local_tokens": 1}),
+    (Mode.SPARF, {"top_units": END, "local_tokens": END}),
+    (Mode.FETCHED, {"top_units": GOOD_UNITS, "local_tokens": GOOD_UNITS * UNIT}),
     (Mode.FETCHED, {"unit_bits": 0}),
     (Mode.FETCHED, {"unit_bits": 2}),
-    (Mode.CENTROID, {"units": 1, "local": UNIT}),
+    (Mode.CENTROID, {"top_units": 1, "local_tokens": UNIT}),
     (Mode.SPARF, {"table": LIMIT - 64 - MEAN_BYTES}),
     (Mode.CENTROID, {"table": LIMIT - 64}),
 ])
@@ -459,8 +459,8 @@ def test_the_first_status_is_reported(bench):
     bench.mean[5] = 0x7F80_0000
     mistakes = [
         ({"reserved0": 1}, Status.INVALID_FIELD, 0), ({"rows": 0}, Status.INVALID_ROWS, 0),
-        ({"stripes": 9}, Status.INVALID_LENGTH, 0), ({"channels": 0}, Status.INVALID_SELECTION, 0),
-        ({"units": 0}, Status.INVALID_SELECTION, 1), ({"local": 41}, Status.INVALID_SELECTION, 2),
+        ({"stripes": 9}, Status.INVALID_LENGTH, 0), ({"features": 0}, Status.INVALID_SELECTION, 0),
+        ({"top_units": 0}, Status.INVALID_SELECTION, 1), ({"local_tokens": 41}, Status.INVALID_SELECTION, 2),
         ({"query": 1}, Status.INVALID_ADDRESS, 0), ({"table": 65}, Status.INVALID_ADDRESS, 2),
         ({"scale": 0}, Status.INVALID_SCALE, 0),
         ({}, Status.INVALID_TABLE, 2)]
@@ -517,7 +517,7 @@ def test_bad_sketch_entries(bench, mode, change, status):
         bench.channel_sketches[stripe] |= {"written": 1, "reserved": 0, "codeword": 0}
         bench.centroid_sketches[stripe] |= {"written": 1, "reserved": 0, "codeword": 1 + stripe}
     assert bench.attend(mode).status is Status.OK
-    # The channel layout begins with a page; what is wrong is wrong for the tail, too.
+    # The feature layout begins with a page; what is wrong is wrong for the tail, too.
     bench.channel_sketches[3]["codeword"] = 1
     bench.centroid_sketches[3]["codeword"] = 4
     found = bench.attend(mode)
@@ -559,7 +559,7 @@ def test_nan_of_tokens(bench, mode):
     plain = Bench().golden(mode).first
     read = plain.codewords[plain.codewords < 3 * TINY.group_codewords].tolist()
     unread = next(c for c in range(96) if c not in read)
-    chosen = plain.channels.tolist()
+    chosen = plain.features.tolist()
     other = next(c for c in range(32) if c not in chosen)
     token = next(t for t in range(4 * read[1], 4 * read[1] + 4))
     key, value = bench.key, bench.value
@@ -589,8 +589,8 @@ def rebuilt(bench: Bench) -> Bench:
 
 
 @BLENDED
-def test_nan_of_the_channel_layout(bench, mode):
-    chosen = bench.golden(mode).first.channels.tolist()
+def test_nan_of_the_feature_layout(bench, mode):
+    chosen = bench.golden(mode).first.features.tolist()
     other = next(c for c in range(32) if c not in chosen)
     sketch = bench.key.copy()
     key, bench.key = bench.key, sketch
@@ -616,11 +616,11 @@ def test_nan_of_a_centroid(bench):
 
 
 def test_overflow_of_the_first_pass_is_flagged(bench):
-    channel = int(bench.golden(Mode.SPARF).first.channels[0])
-    bench.query[0, channel] = 0x6400
-    bench.key[5, channel] = 0x7BFF
+    feature = int(bench.golden(Mode.SPARF).first.features[0])
+    bench.query[0, feature] = 0x6400
+    bench.key[5, feature] = 0x7BFF
     bench = rebuilt(bench)
-    bench.query = np.where(np.arange(32) == channel, 0x6400, 0).astype(np.uint16)[None].repeat(ROWS, axis=0)
+    bench.query = np.where(np.arange(32) == feature, 0x6400, 0).astype(np.uint16)[None].repeat(ROWS, axis=0)
     bench.device.write_memory(QUERIES, b"".join(
         ROW.pack(start_token=300, end_token=1 << 20) + q.tobytes() for q in bench.query))
     assert bench.attend(Mode.SPARF).flags == CompletionFlag.SCORE_OVERFLOW

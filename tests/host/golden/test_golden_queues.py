@@ -59,7 +59,7 @@ def counters(identifier=0, **fields):
 
 
 def attend(mode=Mode.DENSE, **fields):
-    sparse = {} if mode is Mode.DENSE else {"stripe_pages": TINY.group_pages, "units": 1}
+    sparse = {} if mode is Mode.DENSE else {"stripe_pages": TINY.group_pages, "top_units": 1}
     return COMMAND.pack(**{
         "opcode": Opcode.ATTEND, "mode": mode, "rows": 1, "stripe_pages": 1, "stripes": 1, "end_token": 16,
         "domain": DOMAIN, "scale": fp32_bits(1.0), "query": QUERY, "result": RESULT, "table": TABLE, **sparse,
@@ -653,7 +653,7 @@ def test_sketches_of_others(mode, sketch, bad):
     host = isolated()
     assert TINY.group_pages == 8
     blended = mode is not Mode.CENTROID
-    line = attend(mode, domain=2, channels=blended, stripes=2, end_token=256,
+    line = attend(mode, domain=2, features=blended, stripes=2, end_token=256,
                   unit_bits=int(mode is not Mode.SPARF))
     mean = bytes(fp32_block_bytes(32)) * blended
     good = entry(MINE, MINE + 8) + SKETCH_ENTRY.pack(page=MINE + 16, written=1)
@@ -682,6 +682,8 @@ class Witness(GoldenDevice):
         self.operates = self.flash.operate
         self.flash.read_page = self.read_page
         self.flash.operate = self.operate_page
+        self.dram_pages = self.storage.dram_page
+        self.storage.dram_page = self.read_dram_page
 
     def read_page(self, channel, number, codewords):
         self.touched.add(self.zones[number >> TINY.zone_page_bits])
@@ -691,9 +693,9 @@ class Witness(GoldenDevice):
         self.touched.add(self.zones[number >> TINY.zone_page_bits])
         return self.operates(opcode, channel, number, image)
 
-    def _read_dram_page(self, image, page):
+    def read_dram_page(self, page):
         self.touched.add(self.regions.get(page >> REGION_BITS, DOMAIN))
-        return super()._read_dram_page(image, page)
+        return self.dram_pages(page)
 
 
 def test_no_command_touches_what_is_not_its_domains():
@@ -746,7 +748,7 @@ def test_no_command_touches_what_is_not_its_domains():
             table(host, bytes(fp32_block_bytes(32)) * blended, *words)
             device.write_memory(QUERY, ROW.pack(end_token=1 << 16).ljust(256, b"\0"))
             line = attend(mode, stripe_pages=count, stripes=stripes, end_token=stripes * count * 16, domain=domain,
-                          channels=32 * blended, units=16 * (mode is not Mode.DENSE))
+                          features=32 * blended, top_units=16 * (mode is not Mode.DENSE))
         device.touched.clear()
         (found,) = host.run(1, line)
         if found.status is Status.NOT_OWNED:
@@ -868,7 +870,7 @@ def anything(rng):
         line = attend(
             mode, rows=rng.choice((1, 1, 2, 3)), stripes=stripes, end_token=stripes * tokens - rng.randrange(3),
             domain=domain, result=rng.choice((RESULT, RESULT, address)), table=rng.choice((TABLE, TABLE, address)),
-            channels=blended * 3, sinks=rng.choice((0, 3)) * (mode is not Mode.DENSE))
+            features=blended * 3, sinks=rng.choice((0, 3)) * (mode is not Mode.DENSE))
     elif kind <= 7:
         opcode = rng.choice((Opcode.PROGRAM, Opcode.PROGRAM, Opcode.ERASE, Opcode.PROBE, Opcode.MAP))
         argument = rng.randrange(64) if opcode in (Opcode.PROGRAM, Opcode.MAP) else 0

@@ -15,8 +15,8 @@ from tests.host.golden import reference
 from tests.host.golden.test_golden import ELEMENTS, INFINITY, LARGEST, LOG2E, Bits, element_bits
 
 from kvattic.errors import RequestError
-from kvattic.golden import dense, sparse
-from kvattic.golden.sparse import ALPHA_ONE, FORCED
+from kvattic.golden import dense, first_pass, sparse
+from kvattic.golden.first_pass import ALPHA_ONE, FORCED
 from kvattic.spec import formats
 from kvattic.spec.commands import CompletionFlag, Mode, fp32_bits
 from kvattic.spec.config import PAPER
@@ -44,7 +44,7 @@ def means(key: Bits, unit_tokens: int, element: Element) -> Bits:
 def job(mode: Mode, *, rows: int = 1, stripes: int = 4, head_dim: int = 32, group_tokens: int = 128,
         per_codeword: int = 4, unit_bits: int = 1, element: Element = Element.FP16, seed: int = 0,
         **changes: Any) -> dict[str, Any]:
-    """Arguments of `attend_sparse`: half of the channels, an eighth of the tokens; the last stripe is tail."""
+    """Arguments of `attend_sparse`: half of the features, an eighth of the tokens; the last stripe is tail."""
     rng = np.random.default_rng(seed)
     tokens = stripes * group_tokens
     query = to_bits(rng.standard_normal((rows, head_dim)) * 2, element)
@@ -55,8 +55,8 @@ def job(mode: Mode, *, rows: int = 1, stripes: int = 4, head_dim: int = 32, grou
     tail[-1] = True
     arguments: dict[str, Any] = {
         "query": query, "key": key, "value": value, "mode": mode, "group_tokens": group_tokens,
-        "tokens_per_codeword": per_codeword, "channels": 0 if mode is Mode.CENTROID else head_dim // 2,
-        "units": tokens // 8 // unit_tokens, "local": 0, "sinks": 0, "unit_bits": unit_bits,
+        "tokens_per_codeword": per_codeword, "features": 0 if mode is Mode.CENTROID else head_dim // 2,
+        "top_units": tokens // 8 // unit_tokens, "local_tokens": 0, "sinks": 0, "unit_bits": unit_bits,
         "mean": None if mode is Mode.CENTROID else fp32(from_bits(value, element).astype(np.float64).mean(axis=0)),
         "sketch": means(key, unit_tokens, element) if mode is Mode.CENTROID else None, "tail": tail,
         "element": element, "scale_bits": fp32_bits(LOG2E / head_dim**0.5), "start": np.zeros(rows, np.int64),
@@ -69,7 +69,7 @@ def attend(arguments: dict[str, Any]) -> sparse.SparseTrace:
     return sparse.attend_sparse(**arguments)
 
 
-def dense(arguments: dict[str, Any], **changes: Any) -> dense.Trace:
+def dense_trace(arguments: dict[str, Any], **changes: Any) -> dense.Trace:
     names = ("query", "key", "value", "element", "scale_bits", "start", "end", "tree", "tree_token", "base_token",
              "end_token")
     return dense.attend(**({name: arguments[name] for name in names} | changes))
@@ -77,7 +77,7 @@ def dense(arguments: dict[str, Any], **changes: Any) -> dense.Trace:
 
 def assert_dense(trace: sparse.SparseTrace, arguments: dict[str, Any]) -> None:
     """The job's result is that of dense attention, to the last bit."""
-    want = dense(arguments)
+    want = dense_trace(arguments)
     for name in ("output", "maximum", "denominator"):
         np.testing.assert_array_equal(getattr(trace, name), getattr(want, name), name)
     assert (trace.first.alpha == ALPHA_ONE).all()
@@ -129,9 +129,9 @@ def jobs(draw: st.DrawFn) -> dict[str, Any]:
         "mode": mode,
         "group_tokens": 8,
         "tokens_per_codeword": 2,
-        "channels": draw(st.integers(1, head_dim)) if blended else 0,
-        "units": draw(st.integers(1, tokens // unit_tokens)),
-        "local": draw(st.one_of(st.just(0), st.integers(0, tokens))),
+        "features": draw(st.integers(1, head_dim)) if blended else 0,
+        "top_units": draw(st.integers(1, tokens // unit_tokens)),
+        "local_tokens": draw(st.one_of(st.just(0), st.integers(0, tokens))),
         "sinks": draw(st.one_of(st.just(0), st.integers(0, tokens))),
         "unit_bits": unit_bits,
         "mean": draw(hnp.arrays(np.uint32, head_dim, elements=single)) if blended else None,
@@ -160,7 +160,7 @@ def test_agrees_with_the_reference(arguments: dict[str, Any]) -> None:
 def test_agrees_with_the_reference_on_ordinary_data(mode: Mode, element: Element, rows: int, seed: int) -> None:
     arguments = job(mode, rows=rows, stripes=3, element=element, seed=seed, base_token=640, end_token=640 + 3 * 128 - 5,
                     tree_token=640 + 3 * 128 - 9, tree=np.arange(5, 5 + rows), start=np.arange(rows) * 700,
-                    end=np.full(rows, 2000), local=20)
+                    end=np.full(rows, 2000), local_tokens=20)
     trace = check(arguments)
     first = trace.first
     # The case is worth its name: something is selected, something is not, and neither has everything.
@@ -176,7 +176,7 @@ def test_agrees_with_the_reference_on_ordinary_data(mode: Mode, element: Element
 @ELEMENTS
 def test_magnitudes_of_every_pattern(element: Element) -> None:
     bits = np.arange(1 << 16, dtype=np.uint16)[None]
-    got = sparse.magnitudes(bits, element)[0]
+    got = first_pass.magnitudes(bits, element)[0]
     assert got.tolist() == [reference.magnitude(reference.number(int(b), element)) for b in bits[0]]
     assert got.max() == (1 << formats.MAGNITUDE_BITS) - 1 if element is Element.BF16 else got.max() == 65504 << 24
     if element is Element.FP16:    # exact
@@ -184,18 +184,18 @@ def test_magnitudes_of_every_pattern(element: Element) -> None:
         assert (got[finite] == np.abs(from_bits(bits[:, finite], element)[0]) * 2.0**24).all()
 
 
-def test_top_channels_are_those_of_all_rows_and_ties_go_to_the_lower() -> None:
+def test_top_features_are_those_of_all_rows_and_ties_go_to_the_lower() -> None:
     query = to_bits(np.array([[1.0, -3.0, 2.0, 0.0, -2.0, 1.0], [1.0, 0.0, 0.0, 2.0, 0.0, -1.0]]), Element.FP16)
     # Sums: 2, 3, 2, 2, 2, 2.
     for r, want in enumerate(([1], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]), 1):
-        assert sparse.top_channels(query, r, Element.FP16).tolist() == want
+        assert first_pass.top_features(query, r, Element.FP16).tolist() == want
 
 
 def test_approximate_scale_by_hand() -> None:
-    """A quarter of |q| in the chosen channel: the scale is twice as large; nothing in it: as it was."""
+    """A quarter of |q| in the chosen feature: the scale is twice as large; nothing in it: as it was."""
     query = to_bits(np.array([[1.0, -1.5, 1.5], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [2.0, 0.0, 0.0]]), Element.FP16)
     scale = 0x3FC00001
-    significand, exponent = sparse.approximate_scales(query, np.array([0]), Element.FP16, scale)
+    significand, exponent = first_pass.approximate_scales(query, np.array([0]), Element.FP16, scale)
     assert significand.tolist() == [0xC00001] * 4
     assert exponent.tolist() == [128, 127, 127, 127]
 
@@ -204,12 +204,12 @@ def test_approximate_scale_by_hand() -> None:
 def test_approximate_scale_is_within_two_steps(element: Element) -> None:
     """Root and product are truncated to 24 bits each: relative error below 2**-22, never above the exact value."""
     query = to_bits(np.random.default_rng(3).standard_normal((64, 128)) * 5, element)
-    channels = sparse.top_channels(query, 16, element)
+    features = first_pass.top_features(query, 16, element)
     scale_bits = fp32_bits(LOG2E / 128**0.5)
-    significand, exponent = sparse.approximate_scales(query, channels, element, scale_bits)
+    significand, exponent = first_pass.approximate_scales(query, features, element, scale_bits)
     values = np.abs(from_bits(query, element).astype(np.float64))
     scale = float(np.array([scale_bits], np.uint32).view(np.float32)[0])
-    want = scale * np.sqrt(values.sum(axis=1) / values[:, channels].sum(axis=1))
+    want = scale * np.sqrt(values.sum(axis=1) / values[:, features].sum(axis=1))
     got = significand * 2.0 ** (exponent - 127 - 23)
     assert ((significand >> 23) == 1).all()
     assert (got <= want * (1 + 1e-12)).all()
@@ -219,22 +219,22 @@ def test_approximate_scale_is_within_two_steps(element: Element) -> None:
 def test_approximate_scale_may_leave_fp32() -> None:
     """The least and the largest ratio; what counts is the window's offset, which takes any exponent."""
     query = np.array([[1, *[LARGEST[Element.FP16]] * 255]], np.uint16)
-    significand, exponent = sparse.approximate_scales(query, np.array([0]), Element.FP16, 0x7F7FFFFF)
+    significand, exponent = first_pass.approximate_scales(query, np.array([0]), Element.FP16, 0x7F7FFFFF)
     exact = Fraction(0xFFFFFF, 1 << 23) * math.isqrt((255 * 65504 * (1 << 24) + 1) << 48) / (1 << 24)
     assert exponent[0] > 254
     assert significand[0] == int(exact / 2 ** (int(exponent[0]) - 254) * (1 << 23))
-    sums, clipped = sparse.channel_sums(query, query, np.array([0, 1]), exponent, Element.FP16)
+    sums, clipped = first_pass.feature_sums(query, query, np.array([0, 1]), exponent, Element.FP16)
     assert clipped.all() and sums.max() < 1 << 50
 
 
 @ELEMENTS
-def test_channel_sums_of_all_channels_are_the_scores(element: Element) -> None:
+def test_feature_sums_of_all_features_are_the_scores(element: Element) -> None:
     arguments = job(Mode.SPARF, rows=2, element=element)
     query, key, scale = arguments["query"], arguments["key"], arguments["scale_bits"]
     every = np.arange(query.shape[1])
-    significand, exponent = sparse.approximate_scales(query, every, element, scale)
+    significand, exponent = first_pass.approximate_scales(query, every, element, scale)
     assert (exponent == scale >> 23).all()
-    sums, clipped = sparse.channel_sums(query, key, every, exponent, element)
+    sums, clipped = first_pass.feature_sums(query, key, every, exponent, element)
     want, overflow = dense.score_sums(query, key, element=element, scale_bits=scale)
     np.testing.assert_array_equal(sums, want)
     np.testing.assert_array_equal(clipped, overflow)
@@ -242,13 +242,13 @@ def test_channel_sums_of_all_channels_are_the_scores(element: Element) -> None:
         dense.scale_scores(sums, significand[:, None])[0], dense.round_scores(sums, scale)[0])
 
 
-def test_channel_sums_use_each_rows_own_scale() -> None:
+def test_feature_sums_use_each_rows_own_scale() -> None:
     arguments = job(Mode.SPARF, rows=3)
     query, key = arguments["query"], arguments["key"]
-    channels, exponent = np.array([1, 4, 9]), np.array([120, 127, 131])
-    sums, clipped = sparse.channel_sums(query, key, channels, exponent, Element.FP16)
+    features, exponent = np.array([1, 4, 9]), np.array([120, 127, 131])
+    sums, clipped = first_pass.feature_sums(query, key, features, exponent, Element.FP16)
     for r in range(3):
-        one, over = dense.score_sums(query[r : r + 1, channels], key[:, channels], element=Element.FP16,
+        one, over = dense.score_sums(query[r : r + 1, features], key[:, features], element=Element.FP16,
                                       scale_bits=int(exponent[r]) << 23)
         np.testing.assert_array_equal(sums[r], one[0])
         np.testing.assert_array_equal(clipped[r], over[0])
@@ -256,7 +256,7 @@ def test_channel_sums_use_each_rows_own_scale() -> None:
 
 @given(st.integers(1, (1 << 64) - 1))
 def test_log2_is_the_truncated_logarithm(denominator: int) -> None:
-    got = sparse.log2(denominator)
+    got = first_pass.log2(denominator)
     assert got == reference.log2(denominator)
     # Python's own logarithm is good to 1e-14 here.
     exact = math.log2(denominator) - VALUE_FRACTION
@@ -266,13 +266,13 @@ def test_log2_is_the_truncated_logarithm(denominator: int) -> None:
 
 @pytest.mark.parametrize("power", range(64))
 def test_log2_of_powers_is_exact(power: int) -> None:
-    assert sparse.log2(1 << power) == (power - VALUE_FRACTION) << SCORE_FRACTION
+    assert first_pass.log2(1 << power) == (power - VALUE_FRACTION) << SCORE_FRACTION
 
 
 def test_references() -> None:
     one = 1 << VALUE_FRACTION
     maximum = np.array([5 << SCORE_FRACTION, SCORE_MAX - 1, SCORE_MASKED])
-    got = sparse.references(maximum, np.array([4 * one, one * 2, 0]))
+    got = first_pass.references(maximum, np.array([4 * one, one * 2, 0]))
     assert got.tolist() == [7 << SCORE_FRACTION, SCORE_MAX, 0]
 
 
@@ -282,9 +282,9 @@ def test_probabilities_sum_to_one() -> None:
     scores = rng.integers(-8 << SCORE_FRACTION, 8 << SCORE_FRACTION, (5, 1000))
     scores[:, ::7] = SCORE_MASKED
     maximum = scores.max(axis=1)
-    against = sparse.references(maximum, dense.denominators(*dense.weights(scores, maximum)))
+    against = first_pass.references(maximum, dense.denominators(*dense.weights(scores, maximum)))
     assert (against >= maximum).all()
-    p = sparse.probabilities(scores, against)
+    p = first_pass.probabilities(scores, against)
     assert not p[:, ::7].any()
     np.testing.assert_allclose(p.sum(axis=1) / 2.0**VALUE_FRACTION, 1, atol=3e-7)
 
@@ -292,19 +292,19 @@ def test_probabilities_sum_to_one() -> None:
 def test_masses_and_ranks() -> None:
     one = 1 << VALUE_FRACTION
     p = np.array([[one, 0, 1 << 10, 1 << 9, 0, 0, 64 * one, 0], [one // 2, 0, 0, 1 << 9, 0, 0, 0, 0]])
-    mass = sparse.masses(p, 2)
+    mass = first_pass.masses(p, 2)
     assert mass.tolist() == [3 << 29, 2, 0, FORCED - 1]
-    assert sparse.masses(p[:, :4], 1).tolist() == [3 << 29, 0, 1, 1]
-    rank = sparse.ranks(mass, base_token=16, unit_tokens=2, local_token=1 << 24, sinks=0)
+    assert first_pass.masses(p[:, :4], 1).tolist() == [3 << 29, 0, 1, 1]
+    rank = first_pass.ranks(mass, base_token=16, unit_tokens=2, local_token=1 << 24, sinks=0)
     low = (1 << 24) - 1
     assert rank.tolist() == [(m << 24) + low - first for m, first in zip(mass.tolist(), (16, 18, 20, 22), strict=True)]
     assert int(rank.max()).bit_length() <= formats.MASS_BITS + TOKEN_BITS
     # Tokens from 21 on are local: units 2 and 3 touch them.
-    rank = sparse.ranks(mass, base_token=16, unit_tokens=2, local_token=21, sinks=0)
+    rank = first_pass.ranks(mass, base_token=16, unit_tokens=2, local_token=21, sinks=0)
     assert (rank >> 24).tolist() == [3 << 29, 2, FORCED, FORCED]
     # A unit that is not full is local, too, where its rest lies behind the end.
-    assert sparse.ranks(mass, base_token=16, unit_tokens=2, local_token=23, sinks=0)[3] >> 24 == FORCED
-    assert sparse.ranks(mass, base_token=16, unit_tokens=2, local_token=24, sinks=0)[3] >> 24 == FORCED - 1
+    assert first_pass.ranks(mass, base_token=16, unit_tokens=2, local_token=23, sinks=0)[3] >> 24 == FORCED
+    assert first_pass.ranks(mass, base_token=16, unit_tokens=2, local_token=24, sinks=0)[3] >> 24 == FORCED - 1
 
 
 @given(st.data())
@@ -313,8 +313,8 @@ def test_select_takes_the_largest(data: st.DataObject) -> None:
     mass = np.array(data.draw(st.lists(st.sampled_from([0, 1, 2, FORCED - 1]), min_size=n, max_size=n)))
     valid = data.draw(hnp.arrays(np.bool_, n))
     k = data.draw(st.integers(1, n + 3))
-    rank = sparse.ranks(mass, base_token=0, unit_tokens=4, local_token=4 * n, sinks=0)
-    chosen = sparse.select(rank, valid, k)
+    rank = first_pass.ranks(mass, base_token=0, unit_tokens=4, local_token=4 * n, sinks=0)
+    chosen = first_pass.select(rank, valid, k)
     best = sorted(np.flatnonzero(valid).tolist(), key=lambda u: (-mass[u], u))[:k]
     assert np.flatnonzero(chosen).tolist() == sorted(best)
     # The same digit by digit, as hardware does it: from the top, the counts of a digit's values say where the k-th is.
@@ -344,7 +344,7 @@ def test_alphas() -> None:
     p = np.array([[one // 4, one // 2, (1 << 15) - 1], [one // 4, one // 2, 1 << 15], [one, one, one], [0, 0, 0]])
     taken, denominator = np.array([True, False, True]), np.array([one, one, one, 0])
     quarter = ALPHA_ONE // 4
-    assert sparse.alphas(p, taken, denominator).tolist() == [quarter, quarter + 1, ALPHA_ONE, ALPHA_ONE]
+    assert first_pass.alphas(p, taken, denominator).tolist() == [quarter, quarter + 1, ALPHA_ONE, ALPHA_ONE]
 
 
 FINITE = st.one_of(
@@ -384,13 +384,13 @@ def test_blend_by_hand(alpha: int, quotient: int, mean: int, want: int) -> None:
 @ELEMENTS
 @MODES
 def test_all_units_give_dense_bits(mode: Mode, element: Element) -> None:
-    arguments = job(mode, rows=2, element=element, end_token=500, units=10**6)
+    arguments = job(mode, rows=2, element=element, end_token=500, top_units=10**6)
     assert_dense(attend(arguments), arguments)
     # Just enough is enough; one fewer is not.
     valid = int(attend(arguments).first.valid.sum())
-    assert_dense(attend(arguments | {"units": valid}), arguments)
-    less = attend(arguments | {"units": valid - 1})
-    assert (less.output != dense(arguments).output).any()
+    assert_dense(attend(arguments | {"top_units": valid}), arguments)
+    less = attend(arguments | {"top_units": valid - 1})
+    assert (less.output != dense_trace(arguments).output).any()
     assert (less.first.alpha < ALPHA_ONE).any() == (mode is not Mode.CENTROID)
 
 
@@ -398,7 +398,8 @@ def test_all_units_give_dense_bits(mode: Mode, element: Element) -> None:
 def test_a_sequence_that_is_all_tail_is_dense(mode: Mode) -> None:
     """Shorter than a group, say."""
     for stripes, end_token in ((1, 90), (3, 384)):
-        arguments = job(mode, stripes=stripes, tail=np.ones(stripes, np.bool_), end_token=end_token, units=1, local=1)
+        arguments = job(mode, stripes=stripes, tail=np.ones(stripes, np.bool_), end_token=end_token, top_units=1,
+                        local_tokens=1)
         trace = attend(arguments)
         assert_dense(trace, arguments)
         assert not trace.first.valid.any() and not trace.first.selected.any()
@@ -407,7 +408,7 @@ def test_a_sequence_that_is_all_tail_is_dense(mode: Mode) -> None:
 
 @BLENDED
 def test_tail_is_attended_and_counts_in_alpha(mode: Mode) -> None:
-    arguments = job(mode, rows=2, tail=np.array([False, True, False, False]), units=2)
+    arguments = job(mode, rows=2, tail=np.array([False, True, False, False]), top_units=2)
     trace = attend(arguments)
     first = trace.first
     assert trace.exact.attended[:, 128:256].all()
@@ -416,7 +417,7 @@ def test_tail_is_attended_and_counts_in_alpha(mode: Mode) -> None:
     of_tail = first.probability[:, 128:256].sum(axis=1)
     assert (first.alpha >= (of_tail >> 16) - 1).all()
     # Its scores are the exact ones.
-    np.testing.assert_array_equal(first.scores[:, 128:256], dense(arguments).scores[:, 128:256])
+    np.testing.assert_array_equal(first.scores[:, 128:256], dense_trace(arguments).scores[:, 128:256])
 
 
 @BLENDED
@@ -425,44 +426,44 @@ def test_equal_scores_select_the_lowest_tokens(mode: Mode) -> None:
     arguments["key"] = np.repeat(arguments["key"][:1], 512, axis=0)
     trace = attend(arguments)
     chosen = trace.first.units
-    assert chosen.tolist() == list(range(arguments["units"]))
+    assert chosen.tolist() == list(range(arguments["top_units"]))
     assert trace.first.alpha.tolist() == [ALPHA_ONE // 8]
 
 
 def test_equal_centroids_select_the_lowest_units() -> None:
     arguments = job(Mode.CENTROID)
     arguments["sketch"] = np.repeat(arguments["sketch"][:1], 64, axis=0)
-    assert attend(arguments).first.units.tolist() == list(range(arguments["units"]))
+    assert attend(arguments).first.units.tolist() == list(range(arguments["top_units"]))
 
 
 @MODES
 def test_local_window_comes_first(mode: Mode) -> None:
     """The newest tokens of flash, wherever they stand in the ranking; a window with no room takes the oldest of it."""
-    arguments = job(mode, tail=np.zeros(4, np.bool_), local=13, end_token=507)
+    arguments = job(mode, tail=np.zeros(4, np.bool_), local_tokens=13, end_token=507)
     first = attend(arguments).first
     size = first.layout.unit_tokens
     touched = [u for u in range(len(first.mass)) if (u + 1) * size > 507 - 13 and u * size < 507]
     assert first.selected[touched].all()
-    assert first.selected.sum() == arguments["units"]
-    without = attend(arguments | {"local": 0, "end_token": 504}).first
+    assert first.selected.sum() == arguments["top_units"]
+    without = attend(arguments | {"local_tokens": 0, "end_token": 504}).first
     assert not without.selected[touched].all()
-    few = attend(arguments | {"units": 1}).first
+    few = attend(arguments | {"top_units": 1}).first
     assert few.units.tolist() == touched[:1]
     # A window as long as the sequence, and longer.
     for local in (507, 508, 65535):
-        first = attend(arguments | {"local": local}).first
-        assert first.units.tolist() == list(range(arguments["units"]))
+        first = attend(arguments | {"local_tokens": local}).first
+        assert first.units.tolist() == list(range(arguments["top_units"]))
 
 
 @MODES
 def test_sinks_come_first(mode: Mode) -> None:
     """The first tokens of the sequence, beside the local window; a job that begins behind them has none."""
-    arguments = job(mode, tail=np.zeros(4, np.bool_), sinks=13, local=5)
+    arguments = job(mode, tail=np.zeros(4, np.bool_), sinks=13, local_tokens=5)
     first = attend(arguments).first
     size = first.layout.unit_tokens
     touched = [u for u in range(len(first.mass)) if u * size < 13]
     assert first.selected[touched].all() and first.selected[-1]
-    assert first.selected.sum() == arguments["units"]
+    assert first.selected.sum() == arguments["top_units"]
     without = attend(arguments | {"sinks": 0}).first
     assert not without.selected[touched].all()
     moved = {"base_token": 512, "end_token": 1024, "start": np.full(1, 512), "end": np.full(1, 1024)}
@@ -473,7 +474,7 @@ def test_sinks_come_first(mode: Mode) -> None:
 @MODES
 def test_the_result_does_not_depend_on_the_order(mode: Mode) -> None:
     """Stripes dealt to lanes at random and in any order: what the lanes say together is what golden says."""
-    arguments = job(mode, rows=2, stripes=8, local=9, tail=np.arange(8) == 5, end_token=8 * 128 - 3)
+    arguments = job(mode, rows=2, stripes=8, local_tokens=9, tail=np.arange(8) == 5, end_token=8 * 128 - 3)
     want = attend(arguments).first
     size = want.layout.unit_tokens
     scored = 128 // size if mode is Mode.CENTROID else 128
@@ -491,17 +492,17 @@ def test_the_result_does_not_depend_on_the_order(mode: Mode) -> None:
         assert maximum.tolist() == want.maximum.tolist()
         total = sum(dense.denominators(*dense.weights(s, maximum)) for s in scores)
         assert total.tolist() == want.denominator.tolist()
-        against = sparse.references(maximum, total)
-        p = [sparse.probabilities(s, against) for s in scores]
-        mass = np.concatenate([sparse.masses(each, 1 if mode is Mode.CENTROID else size) for each in p])
+        against = first_pass.references(maximum, total)
+        p = [first_pass.probabilities(s, against) for s in scores]
+        mass = np.concatenate([first_pass.masses(each, 1 if mode is Mode.CENTROID else size) for each in p])
         place = np.concatenate([places for _, places in parts])
         assert mass.tolist() == want.mass[place].tolist()
         chosen = np.zeros(len(mass), np.bool_)
-        chosen[place] = sparse.select(want.rank[place], want.valid[place], arguments["units"])
+        chosen[place] = first_pass.select(want.rank[place], want.valid[place], arguments["top_units"])
         assert chosen.tolist() == want.selected.tolist()
         if mode is not Mode.CENTROID:
             share = sum(each[:, want.taken[places]].sum(axis=1) for each, (places, _) in zip(p, parts, strict=True))
-            alpha = sparse.alphas(share[:, None], np.array([True]), total)
+            alpha = first_pass.alphas(share[:, None], np.array([True]), total)
             assert alpha.tolist() == want.alpha.tolist()
 
 
@@ -528,7 +529,7 @@ def test_order_of_stripes_moves_nothing_but_the_ties(mode: Mode) -> None:
 @MODES
 def test_what_is_not_read_does_not_matter(mode: Mode) -> None:
     """NaN everywhere but in what the trace says is read."""
-    arguments = job(mode, rows=2, units=3, end_token=509)
+    arguments = job(mode, rows=2, top_units=3, end_token=509)
     nan = INFINITY[Element.FP16] | 1
     want = attend(arguments)
     first = want.first
@@ -537,7 +538,7 @@ def test_what_is_not_read_does_not_matter(mode: Mode) -> None:
         sketch = sketch.copy()
         sketch[48:] = nan      # units of the tail
     else:
-        sketch[:, [c for c in range(32) if c not in first.channels]] = nan
+        sketch[:, [c for c in range(32) if c not in first.features]] = nan
         sketch[384:] = nan
     codewords = np.zeros(128, np.bool_)
     codewords[first.codewords] = True
@@ -560,13 +561,13 @@ def test_what_is_not_read_does_not_matter(mode: Mode) -> None:
 @BLENDED
 def test_nan_of_the_first_pass_is_named(mode: Mode) -> None:
     arguments = job(mode, end_token=509)
-    channel = int(attend(arguments).first.channels[3])
+    feature = int(attend(arguments).first.features[3])
     for token, want in ((77, 77), (383, 383), (400, 400), (510, None)):
         sketch, key = arguments["key"].copy(), arguments["key"].copy()
-        (key if token >= 384 else sketch)[token, channel] = 0xFC00
+        (key if token >= 384 else sketch)[token, feature] = 0xFC00
         assert attend(arguments | {"sketch": sketch, "key": key}).nan_key == want
     arguments["sketch"] = arguments["key"].copy()
-    arguments["sketch"][300, channel] = arguments["sketch"][200, channel] = 0x7E00
+    arguments["sketch"][300, feature] = arguments["sketch"][200, feature] = 0x7E00
     assert attend(arguments).nan_key == 200
 
 
@@ -582,21 +583,21 @@ def test_nan_of_a_centroid_is_named_by_its_units_first_token() -> None:
 
 @BLENDED
 def test_overflow_flags_of_the_first_pass(mode: Mode) -> None:
-    """A clipped product of the channel pass counts wherever it is; one of the tail or of K where it is attended."""
+    """A clipped product of the feature pass counts wherever it is; one of the tail or of K where it is attended."""
     arguments = job(mode, start=np.array([200]), end_token=500)
     assert attend(arguments).flags == CompletionFlag(0)
-    channel = int(attend(arguments).first.channels[0])
+    feature = int(attend(arguments).first.features[0])
     big = arguments | {"query": arguments["query"].copy()}
-    big["query"][0, channel] = 0x6400      # 1,024
+    big["query"][0, feature] = 0x6400      # 1,024
     assert attend(big).flags == CompletionFlag(0)
-    assert channel in attend(big).first.channels
+    assert feature in attend(big).first.features
     for token, flagged in ((10, True), (300, True), (499, True), (505, False)):
         key = arguments["key"].copy()
-        key[token, channel] = LARGEST[Element.FP16]
+        key[token, feature] = LARGEST[Element.FP16]
         assert (CompletionFlag.SCORE_OVERFLOW in attend(big | {"key": key}).flags) == flagged, token
     # Of flash, the whole codeword counts, also what lies behind the end.
     key = arguments["key"].copy()
-    key[505, channel] = LARGEST[Element.FP16]
+    key[505, feature] = LARGEST[Element.FP16]
     assert CompletionFlag.SCORE_OVERFLOW in attend(big | {"key": key, "tail": np.zeros(4, np.bool_)}).flags
 
 
@@ -613,7 +614,7 @@ def test_rows_that_attend_nothing() -> None:
 
 def test_a_row_of_which_nothing_is_selected_is_the_mean() -> None:
     """Row 1 attends one token, which row 0 outweighs."""
-    arguments = job(Mode.SPARF, rows=2, tail=np.zeros(4, np.bool_), units=1, start=np.array([0, 300]),
+    arguments = job(Mode.SPARF, rows=2, tail=np.zeros(4, np.bool_), top_units=1, start=np.array([0, 300]),
                     end=np.array([512, 302]))
     arguments["query"][0] = to_bits(np.full(32, 8.0), Element.FP16)
     arguments["key"][5] = to_bits(np.full(32, 8.0), Element.FP16)
@@ -646,12 +647,12 @@ def floats(arguments: dict[str, Any]) -> tuple[NDArray[np.float64], ...]:
 def exact(arguments: dict[str, Any]) -> oracle.Sparse:
     q, k, v, tail = floats(arguments)
     scale, mode = q.shape[1] ** -0.5, arguments["mode"]
-    common: dict[str, Any] = {name: arguments[name] for name in ("units", "local", "sinks")} | {"tail": tail}
+    common: dict[str, Any] = {name: arguments[name] for name in ("top_units", "local_tokens", "sinks")} | {"tail": tail}
     unit_tokens = arguments["tokens_per_codeword"] << arguments["unit_bits"]
     if mode is Mode.CENTROID:
         centroids = from_bits(arguments["sketch"], arguments["element"])
         return oracle.centroid(q, k, v, scale, centroids=centroids, unit_tokens=unit_tokens, **common)
-    common |= {"channels": arguments["channels"], "mean": arguments["mean"].view(np.float32)}
+    common |= {"features": arguments["features"], "mean": arguments["mean"].view(np.float32)}
     if mode is Mode.SPARF:
         return oracle.sparf(q, k, v, scale, **common)
     return oracle.fetched(q, k, v, scale, unit_tokens=unit_tokens, **common)
@@ -660,9 +661,9 @@ def exact(arguments: dict[str, Any]) -> oracle.Sparse:
 def paper_job(mode: Mode, rows: int, element: Element, seed: int, data: str) -> dict[str, Any]:
     """An eighth of the bytes of 4,096 tokens, in the geometry of the paper's drive; the last group is the tail."""
     arguments = job(mode, rows=rows, stripes=16, head_dim=128, group_tokens=PAPER.group_tokens,
-                    per_codeword=PAPER.tokens_per_codeword, unit_bits=2, element=element, seed=seed, channels=0)
+                    per_codeword=PAPER.tokens_per_codeword, unit_bits=2, element=element, seed=seed, features=0)
     if mode is not Mode.CENTROID:
-        arguments["channels"] = 16
+        arguments["features"] = 16
     if data == "fa3":
         rng = np.random.default_rng(seed)
         for name, count in (("query", rows), ("key", 4096), ("value", 4096)):
@@ -671,7 +672,7 @@ def paper_job(mode: Mode, rows: int, element: Element, seed: int, data: str) -> 
             arguments["sketch"] = means(arguments["key"], 8, element)
         else:
             arguments["mean"] = fp32(from_bits(arguments["value"], element).astype(np.float64).mean(axis=0))
-    return arguments | {"local": 16, "sinks": 16 * (seed % 2), "end_token": 4096 - 5}
+    return arguments | {"local_tokens": 16, "sinks": 16 * (seed % 2), "end_token": 4096 - 5}
 
 
 @ELEMENTS
@@ -683,7 +684,7 @@ def test_error_against_float64(mode: Mode, element: Element, data: str, rows: in
     arguments = paper_job(mode, rows, element, seed, data)
     trace, want = attend(arguments), exact(arguments)
     first, units = trace.first, len(want.selected)
-    assert first.channels.tolist() == want.channels.tolist()
+    assert first.features.tolist() == want.features.tolist()
     # The same selection, but for units whose masses differ by less than the masses' own error.
     mass = first.mass[:units] / 2.0**formats.MASS_FRACTION
     assert np.abs(mass - want.mass).max() < 5e-7
@@ -703,12 +704,12 @@ def test_error_on_real_model_data(mode: Mode) -> None:
     """All heads of the MiniLM data, four query rows each, an eighth of the tokens."""
     got, want, ties = [], [], 0
     for query, key, value in accuracy.minilm_heads():
-        arguments = job(mode, rows=4, tail=np.zeros(4, np.bool_), local=8)
+        arguments = job(mode, rows=4, tail=np.zeros(4, np.bool_), local_tokens=8)
         arguments |= {"query": query[300:304], "key": key, "value": value}
         if mode is Mode.CENTROID:
             arguments["sketch"] = means(key, 8, Element.FP16)
         else:
-            arguments |= {"channels": 8, "mean": fp32(from_bits(value, Element.FP16).astype(np.float64).mean(axis=0))}
+            arguments |= {"features": 8, "mean": fp32(from_bits(value, Element.FP16).astype(np.float64).mean(axis=0))}
         trace, oracles = attend(arguments), exact(arguments)
         if trace.first.selected.tolist() != oracles.selected.tolist():
             ties += 1
@@ -727,8 +728,8 @@ def test_sparf_is_sparq(seed: int) -> None:
     q, k, v = (rng.standard_normal((n, d)) * scale for n, scale in ((rows, 3.0), (tokens, 1.0), (tokens, 1.0)))
     r, units, local = d // 8, tokens // 16, seed % 2 * 8
     mean = v.mean(axis=0)
-    want = oracle.sparq(q, k, v, mean, r=r, k=units, local=local)
-    got = oracle.sparf(q, k, v, d**-0.5, channels=r, units=units, local=local, mean=mean)
+    want = oracle.sparq(q, k, v, mean, r=r, k=units, local_tokens=local)
+    got = oracle.sparf(q, k, v, d**-0.5, features=r, top_units=units, local_tokens=local, mean=mean)
     assert got.selected.sum() == units and 0 < got.alpha.min() <= got.alpha.max() < 1
     np.testing.assert_allclose(got.output, want, rtol=0, atol=1e-12)
     assert np.abs(got.output - oracle.attention(q, k, v, d**-0.5)).max() > 1e-3
@@ -740,10 +741,10 @@ def test_oracle_with_all_channels_and_tokens_is_attention() -> None:
     want = oracle.attention(q, k, v, 0.25)
     for got in (
         oracle.sparq(q, k, v, np.ones(16), r=16, k=50),
-        oracle.sparf(q, k, v, 0.25, channels=3, units=50, mean=np.ones(16)).output,
-        oracle.fetched(q, k, v, 0.25, channels=3, units=13, unit_tokens=4, mean=np.ones(16)).output,
-        oracle.centroid(q, k, v, 0.25, centroids=rng.standard_normal((13, 16)), units=13, unit_tokens=4).output,
-        oracle.sparf(q, k, v, 0.25, channels=3, units=1, mean=np.ones(16), tail=np.ones(50, np.bool_)).output,
+        oracle.sparf(q, k, v, 0.25, features=3, top_units=50, mean=np.ones(16)).output,
+        oracle.fetched(q, k, v, 0.25, features=3, top_units=13, unit_tokens=4, mean=np.ones(16)).output,
+        oracle.centroid(q, k, v, 0.25, centroids=rng.standard_normal((13, 16)), top_units=13, unit_tokens=4).output,
+        oracle.sparf(q, k, v, 0.25, features=3, top_units=1, mean=np.ones(16), tail=np.ones(50, np.bool_)).output,
     ):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
 
@@ -759,10 +760,10 @@ def test_oracle_with_all_channels_and_tokens_is_attention() -> None:
     (Mode.SPARF, {"tail": np.zeros(3, np.bool_)}, "tail one bool for each"),
     (Mode.SPARF, {"tail": np.zeros(4, int)}, "tail one bool for each"),
     (Mode.SPARF, {"value": np.zeros((511, 32), np.uint16)}, "value must be"),
-    (Mode.SPARF, {"channels": 0}, "channels must be 1 to 32 in this mode, not 0"),
-    (Mode.SPARF, {"channels": 33}, "channels must be 1 to 32 in this mode, not 33"),
-    (Mode.CENTROID, {"channels": 1}, "channels must be 0 in this mode, not 1"),
-    (Mode.SPARF, {"units": 0}, "units must be at least 1, not 0"),
+    (Mode.SPARF, {"features": 0}, "features must be 1 to 32 in this mode, not 0"),
+    (Mode.SPARF, {"features": 33}, "features must be 1 to 32 in this mode, not 33"),
+    (Mode.CENTROID, {"features": 1}, "features must be 0 in this mode, not 1"),
+    (Mode.SPARF, {"top_units": 0}, "top_units must be at least 1, not 0"),
     (Mode.SPARF, {"unit_bits": 1}, "unit_bits must be 0 in SPARF, not 1"),
     (Mode.FETCHED, {"unit_bits": 6}, "unit_bits must be such that units fill a stripe, not 6"),
     (Mode.FETCHED, {"unit_bits": -1}, "unit_bits must be such that"),
@@ -795,7 +796,7 @@ def test_trace_shapes_and_inputs_untouched(mode: Mode) -> None:
     units = 512 if mode is Mode.SPARF else 64
     scored = 64 if mode is Mode.CENTROID else 512
     shapes = {
-        "tail": (4,), "channels": (arguments["channels"],), "taken": (512,),
+        "tail": (4,), "features": (arguments["features"],), "taken": (512,),
         **dict.fromkeys(("mass", "rank", "valid", "selected"), (units,)),
         **dict.fromkeys(("score_sums", "clipped", "saturated", "attended", "scores", "probability"), (2, scored)),
         **dict.fromkeys(("scale_significand", "scale_exponent", "maximum", "denominator", "reference", "alpha"), (2,)),
@@ -814,7 +815,7 @@ def test_widths_hang_together() -> None:
     """A rank fits int64 with its digits padded, the masses of 16 rows fit, and so does the largest fp16 of q."""
     bits = formats.MASS_BITS + TOKEN_BITS
     assert bits + -bits % formats.DIGIT_BITS < 64
-    assert sparse.ranks(np.array([FORCED]), base_token=0, unit_tokens=1, local_token=9, sinks=0)[0] == (1 << 60) - 1
+    assert first_pass.ranks(np.array([FORCED]), base_token=0, unit_tokens=1, local_token=9, sinks=0)[0] == (1 << 60) - 1
     assert 1 << formats.MASS_FRACTION < FORCED >> 5
     assert formats.MAGNITUDE_BITS - formats.MAGNITUDE_FRACTION == 16    # above fp16's largest, 65,504
     assert formats.LOG_BITS * 2 <= 64

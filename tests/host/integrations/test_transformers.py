@@ -339,7 +339,7 @@ def test_tokens_that_attend_later_ones(drive):
     wide = [round_to_storage(states, Element.FP16).repeat_interleave(2, dim=1) for states in (key, value)]
     expected = torch.nn.functional.scaled_dot_product_attention(round_to_storage(query, Element.FP16), *wide)
     torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-5, atol=1e-6)
-    with DriveCache(device, model.config, capacity_tokens=100, mode="centroid", units=4) as cache, torch.no_grad():
+    with DriveCache(device, model.config, capacity_tokens=100, mode="centroid", top_units=4) as cache, torch.no_grad():
         for part in (slice(0, 5), slice(5, 8)):
             given = cache.layers[0].update(key[:, :, part], value[:, :, part])
             if part.start == 0:
@@ -351,19 +351,20 @@ def test_tokens_that_attend_later_ones(drive):
 # Sparse modes.
 
 
-@pytest.mark.parametrize("options", [{"mode": "sparf", "channels": 32}, {"mode": "fetched", "channels": 32, "unit": 8},
-                                     {"mode": Mode.FETCHED, "channels": 32}, {"mode": "centroid"}])
+@pytest.mark.parametrize("options",
+                         [{"mode": "sparf", "features": 32}, {"mode": "fetched", "features": 32, "unit_tokens": 8},
+                                     {"mode": Mode.FETCHED, "features": 32}, {"mode": "centroid"}])
 def test_sparse_modes_that_attend_everything_are_dense(drive, options):
     model, tokens = small(), prompts("llama")
     expected = generate(model, tokens, RoundedCache(model.config), new=20)
-    with DriveCache(drive(model), model.config, capacity_tokens=100, units=1000, local=500, held_tokens=0,
+    with DriveCache(drive(model), model.config, capacity_tokens=100, top_units=1000, local_tokens=500, held_tokens=0,
                     **options) as cache:
         assert generate(model, tokens, cache, new=20).tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("options", [{"mode": "sparf", "channels": 8, "units": 6, "local": 4},
-                                     {"mode": "fetched", "channels": 8, "units": 2, "local": 4},
-                                     {"mode": "centroid", "units": 2, "local": 4}])
+@pytest.mark.parametrize("options", [{"mode": "sparf", "features": 8, "top_units": 6, "local_tokens": 4},
+                                     {"mode": "fetched", "features": 8, "top_units": 2, "local_tokens": 4},
+                                     {"mode": "centroid", "top_units": 2, "local_tokens": 4}])
 def test_a_sparse_step_is_the_sequences_own(drive, options):
     model = build("qwen2")     # one layer has a window
     tokens, mask = padded([30, 21])
@@ -376,28 +377,31 @@ def test_a_sparse_step_is_the_sequences_own(drive, options):
         for plans, _ in results:
             assert [plan.sequence for plan in plans] == cache.sequences
             assert {job.mode.name.lower() for plan in plans for job in plan.jobs} == {options["mode"]}
-            assert all(job.units <= options["units"] for plan in plans for job in plan.jobs)
+            assert all(job.top_units <= options["top_units"] for plan in plans for job in plan.jobs)
         sizes = [max(int((job.end - job.start).max()) for plan in plans for job in plan.jobs) for plans, _ in results]
         assert max(sizes[0::2]) != max(sizes[1::2]), "the window of one layer"
 
 
 @pytest.mark.parametrize("options, message", [
     ({"mode": "quick"}, "mode must be one of dense, sparf, fetched, centroid, not 'quick'"),
-    ({"units": 4}, "mode dense attends all tokens"),
-    ({"mode": "sparf", "channels": 4}, r"mode sparf needs units \(the paper's k\)"),
-    ({"mode": "fetched", "channels": 4, "units": 2, "unit": 3}, "power of two"),
-    ({"mode": "sparf", "units": 4}, r"channels \(the paper's r\) must be an int from 1 to 32, not None"),
-    ({"mode": "sparf", "units": 4, "channels": 33}, r"channels \(the paper's r\) must be an int from 1 to 32, not 33"),
-    ({"mode": "sparf", "units": 4, "channels": 8, "unit": 8}, "mode sparf has no unit"),
-    ({"mode": "centroid", "units": 4, "channels": 8}, "mode centroid has no channels"),
-    ({"mode": "centroid", "units": 0}, r"units \(the paper's k\) must be an int from 1 to 65,535, not 0"),
-    ({"mode": "centroid", "units": 2, "local": 99}, "local must be an int from 0 to 8, not 99"),
-    ({"local": True}, "mode dense attends all tokens"),
+    ({"top_units": 4}, "mode dense attends all tokens"),
+    ({"mode": "sparf", "features": 4}, r"mode sparf needs top_units \(the paper's k\)"),
+    ({"mode": "fetched", "features": 4, "top_units": 2, "unit_tokens": 3}, "power of two"),
+    ({"mode": "sparf", "top_units": 4}, r"features \(the paper's r\) must be an int from 1 to 32, not None"),
+    ({"mode": "sparf", "top_units": 4, "features": 33},
+     r"features \(the paper's r\) must be an int from 1 to 32, not 33"),
+    ({"mode": "sparf", "top_units": 4, "features": 8, "unit_tokens": 8}, "mode sparf has no unit_tokens"),
+    ({"mode": "centroid", "top_units": 4, "features": 8}, "mode centroid has no features"),
+    ({"mode": "centroid", "top_units": 0}, r"top_units \(the paper's k\) must be an int from 1 to 65,535, not 0"),
+    ({"mode": "centroid", "top_units": 2, "local_tokens": 99}, "local_tokens must be an int from 0 to 8, not 99"),
+    ({"local_tokens": True}, "mode dense attends all tokens"),
     ({"sinks": 4}, "mode dense attends all tokens"),
-    ({"mode": "centroid", "units": 4, "sinks": -1}, "sinks must be an int from 0 to 65,535, not -1"),
-    ({"mode": "centroid", "units": 4, "sinks": 17},
-     r"units \(the paper's k\) must be at least 5 for 17 sinks and the newest 0 tokens that are not held, in units of"),
-    ({"mode": "centroid", "units": 4, "sinks": 8, "local": 6, "held_tokens": 0}, "must be at least 5 for 8 sinks and"),
+    ({"mode": "centroid", "top_units": 4, "sinks": -1}, "sinks must be an int from 0 to 65,535, not -1"),
+    ({"mode": "centroid", "top_units": 4, "sinks": 17},
+     r"top_units \(the paper's k\) must be at least 5 for 17 sinks and the newest 0 tokens that are not held, in units "
+     "of"),
+    ({"mode": "centroid", "top_units": 4, "sinks": 8, "local_tokens": 6, "held_tokens": 0},
+     "must be at least 5 for 8 sinks and"),
     ({"capacity_tokens": 0}, "capacity_tokens must be a positive int, not 0"),
     ({"capacity_tokens": 10.5}, "capacity_tokens must be a positive int, not 10.5"),
     ({"held_tokens": -1}, "held_tokens must be an int, 0 or more, not -1"),
@@ -411,9 +415,9 @@ def test_wrong_modes_and_numbers(drive, options, message):
 
 
 @pytest.mark.parametrize("held", [8, 64])
-@pytest.mark.parametrize("options", [{"mode": "sparf", "channels": 8, "units": 24},
-                                     {"mode": "fetched", "channels": 8, "units": 6},
-                                     {"mode": "centroid", "units": 6}])
+@pytest.mark.parametrize("options", [{"mode": "sparf", "features": 8, "top_units": 24},
+                                     {"mode": "fetched", "features": 8, "top_units": 6},
+                                     {"mode": "centroid", "top_units": 6}])
 def test_drafts_give_the_tokens_of_single_steps_in_sparse_modes(drive, options, held):
     model, tokens = small(layers=2), torch.cat([prompts("llama", seed=1), prompts("llama", seed=2)] * 2, dim=1)
     answers, passes = [], []
@@ -429,14 +433,14 @@ def test_drafts_give_the_tokens_of_single_steps_in_sparse_modes(drive, options, 
 
 @pytest.mark.parametrize("options, sinks", [
     ({"mode": "dense"}, 0),
-    ({"mode": "sparf", "channels": 8, "units": 64}, 16),
-    ({"mode": "sparf", "channels": 8, "units": 64, "sinks": 0}, 0),
-    ({"mode": "sparf", "channels": 8, "units": 64, "sinks": 40}, 40),
-    ({"mode": "sparf", "channels": 8, "units": 10, "local": 4, "held_tokens": 0}, 6),
-    ({"mode": "sparf", "channels": 8, "units": 10, "local": 4, "held_tokens": 4}, 10),
-    ({"mode": "fetched", "channels": 8, "units": 4, "local": 5, "held_tokens": 0}, 8),
-    ({"mode": "centroid", "units": 2, "local": 8, "held_tokens": 0}, 0),
-    ({"mode": "centroid", "units": 8, "unit": 8}, 16),
+    ({"mode": "sparf", "features": 8, "top_units": 64}, 16),
+    ({"mode": "sparf", "features": 8, "top_units": 64, "sinks": 0}, 0),
+    ({"mode": "sparf", "features": 8, "top_units": 64, "sinks": 40}, 40),
+    ({"mode": "sparf", "features": 8, "top_units": 10, "local_tokens": 4, "held_tokens": 0}, 6),
+    ({"mode": "sparf", "features": 8, "top_units": 10, "local_tokens": 4, "held_tokens": 4}, 10),
+    ({"mode": "fetched", "features": 8, "top_units": 4, "local_tokens": 5, "held_tokens": 0}, 8),
+    ({"mode": "centroid", "top_units": 2, "local_tokens": 8, "held_tokens": 0}, 0),
+    ({"mode": "centroid", "top_units": 8, "unit_tokens": 8}, 16),
 ])
 def test_the_first_tokens_are_attended_in_any_case(drive, options, sinks):
     model = build("mistral")    # with a window of 40
@@ -451,10 +455,17 @@ def test_the_first_tokens_are_attended_in_any_case(drive, options, sinks):
     assert {how.get("window") for how in asked} == {40 if options["mode"] in ("sparf", "fetched") else None}
 
 
+def test_old_keywords_of_the_cache_warn(drive):
+    model = small()
+    with pytest.warns(DeprecationWarning, match="units is now top_units"):
+        cache = DriveCache(drive(model), model.config, mode="centroid", units=4)
+    assert cache.mode is Mode.CENTROID
+
+
 def test_sinks_are_attended_in_a_long_row(drive):
     model, (tokens, mask) = small(), padded([60, 41], width=60)
     device = drive(model)
-    with DriveCache(device, model.config, capacity_tokens=100, mode="sparf", channels=4, units=16,
+    with DriveCache(device, model.config, capacity_tokens=100, mode="sparf", features=4, top_units=16,
                     held_tokens=0) as cache:
         results = []
         attend_many = device.attend_many
@@ -473,7 +484,7 @@ def test_windows_that_means_are_wanted_of():
 
 @pytest.mark.parametrize("options, message", [
     ({"capacity": 100}, "no option 'capacity'; those of its sequences are isolated$"),
-    ({"mode": "fetched", "units": 4, "channels": 8, "sparse": True}, "no option 'sparse'"),
+    ({"mode": "fetched", "top_units": 4, "features": 8, "sparse": True}, "no option 'sparse'"),
     ({"layers": 3}, "no option 'layers'"),
     ({"split": "heads"}, "option 'split', which is for several drives only"),
 ])
@@ -489,7 +500,7 @@ def test_options_of_several_drives():
         DriveCache(array, model.config, split="context", isolated=True)
         for options, message in (
                 ({"split": "tokens"}, "split must be one of heads, context, not 'tokens'"),
-                ({"split": "context", "mode": "centroid", "units": 4}, "mode centroid chooses from all tokens"),
+                ({"split": "context", "mode": "centroid", "top_units": 4}, "mode centroid chooses from all tokens"),
                 ({"held_tokens": 8}, "held_tokens: tokens can be removed from a single drive only")):
             with pytest.raises(RequestError, match=message):
                 DriveCache(array, model.config, **options)
@@ -500,7 +511,7 @@ def test_options_of_several_drives():
 def test_sparse_modes_need_a_drive_that_has_them(drive):
     model = small(dim=80)
     with pytest.raises(ConfigError, match="mode centroid: the drive is without sparse attention"):
-        DriveCache(drive(model, "paper"), model.config, mode="centroid", units=4)
+        DriveCache(drive(model, "paper"), model.config, mode="centroid", top_units=4)
 
 
 # What is computed where.
@@ -515,7 +526,7 @@ def test_the_first_tokens_are_attended_by_the_model_while_the_drive_writes(drive
         update = DriveLayer.update
 
         def watched(self, *arguments, **keywords):
-            writing.append(sum(not write._finished for layer in cache.layers for write in layer._writes))
+            writing.append(sum(not write.finished for layer in cache.layers for write in layer._writes))
             return update(self, *arguments, **keywords)
 
         attend_many = device.attend_many
@@ -870,7 +881,7 @@ def test_layers_that_do_not_fit(drive):
             cache.layers[0].update(torch.zeros(key), torch.zeros(value))
     assert not cache.sequences
     cache = DriveCache(cache.device, small(layers=2).config, capacity_tokens=100)
-    cache._start(1, 2)
+    cache.start(1, 2)
     with pytest.raises(RequestError, match="layer 1 has 4 KV heads, the layers before it 2"):
         cache.layers[1].update(*torch.zeros(2, 1, 4, 3, 32))
 
@@ -957,7 +968,7 @@ def test_transformers_own_questions(drive):
 
 
 def test_the_example_runs():
-    example = Path(__file__).parents[2] / "examples" / "generate.py"
+    example = Path(__file__).parents[3] / "examples" / "generate.py"
     done = subprocess.run([sys.executable, str(example)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "tokens in the drive: 60" in done.stdout

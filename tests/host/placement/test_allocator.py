@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvattic.errors import CapacityError, RequestError
-from kvattic.placement.allocator import DomainDram, DramAllocator, Remap, ZoneAllocator
+from kvattic.placement.dram import DomainDram
+from kvattic.placement.ranges import RangeAllocator
+from kvattic.placement.zones import Remap, ZoneAllocator
 from kvattic.spec.config import PAPER, TINY
 from kvattic.spec.layout import Block, PagePlace, page_number, page_place
 from kvattic.spec.nand import TINY_PART
@@ -679,7 +681,7 @@ def test_random_lives_of_domains(steps, at_once, worn):
 
 
 def test_first_fit():
-    allocator = DramAllocator(10)
+    allocator = RangeAllocator(10)
     assert [allocator.allocate(n) for n in (3, 2, 4)] == [0, 3, 5]
     allocator.free(0)
     allocator.free(5)
@@ -689,7 +691,7 @@ def test_first_fit():
 
 
 def test_neighbours_are_joined():
-    allocator = DramAllocator(9)
+    allocator = RangeAllocator(9)
     for _ in range(3):
         allocator.allocate(3)
     for first in (0, 6, 3):
@@ -699,7 +701,7 @@ def test_neighbours_are_joined():
 
 
 def test_full_dram():
-    allocator = DramAllocator(4)
+    allocator = RangeAllocator(4)
     allocator.allocate(1)
     second = allocator.allocate(1)
     allocator.allocate(1)
@@ -707,11 +709,11 @@ def test_full_dram():
     with pytest.raises(CapacityError, match=r"2 consecutive pages .* longest free range has 1 \(2 of 4"):
         allocator.allocate(2)
     with pytest.raises(CapacityError, match=r"has 0 \(0 of 0"):
-        DramAllocator(0).allocate(1)
+        RangeAllocator(0).allocate(1)
 
 
 def test_bad_dram_calls():
-    allocator = DramAllocator(4)
+    allocator = RangeAllocator(4)
     with pytest.raises(RequestError, match="at least one page, not 0"):
         allocator.allocate(0)
     with pytest.raises(RequestError, match="no allocated range begins at page 1"):
@@ -721,14 +723,14 @@ def test_bad_dram_calls():
     with pytest.raises(RequestError, match="no allocated range begins at page 0"):
         allocator.free(first)
     with pytest.raises(RequestError, match="pages must not be negative, as -1 is"):
-        DramAllocator(-1)
+        RangeAllocator(-1)
 
 
 @given(st.lists(st.one_of(st.integers(1, 12), st.integers(-20, -1)), max_size=60))
 def test_equals_a_map_of_pages(steps):
     """A positive step allocates that many pages, a negative one frees one of the ranges held."""
     size = 40
-    allocator, owned = DramAllocator(size), [False] * size
+    allocator, owned = RangeAllocator(size), [False] * size
     held: dict[int, int] = {}
     for step in steps:
         if step > 0:

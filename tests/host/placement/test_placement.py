@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvattic.driver.device import Device, FlashOperation, Loss
+from kvattic.driver.diagnosis import where_unreadable
 from kvattic.errors import CapacityError, ConfigError, DeviceStatusError, DeviceTimeoutError, KvatticError, RequestError
 from kvattic.golden.device import FlashFaults, GoldenDevice
 from kvattic.spec import layout
@@ -21,7 +22,7 @@ from kvattic_sim.reports.benches import placement
 
 PAGE = TINY.tokens_per_page
 SPARSE = 128
-"""Tokens of a stripe with the channel layout: eight pages."""
+"""Tokens of a stripe with the feature layout: eight pages."""
 ODD = Config(channels=3, rows=2, head_dim=80, sparse=False, part=TINY_PART, dies=2, codeword_bytes=512, score_depth=256)
 WIDE = replace(TINY, part=TINY_PART.resized(1024, planes=4), dies=4, channels=3)
 QUAD = replace(TINY, part=TINY_PART.resized(4096, pages=6), rows=1, score_depth=1024)   # two pages, of 64 tokens
@@ -50,7 +51,7 @@ def query_of(config, q_heads, n=1):
 
 
 def entries_of(sequence, layer=0):
-    return layout.unpack_entries(sequence._layers[layer].table)
+    return layout.unpack_entries(sequence._writer.layers[layer].table)
 
 
 def expected_bits(config, key, value, query, **arguments):
@@ -146,7 +147,7 @@ def test_full_dram():
         with pytest.raises(CapacityError, match=r"the device DRAM is full: 4 consecutive pages .* has 1 \(1 of 9 are"):
             third.append(key, value)
         assert third.length() == 0
-        assert not third._layers[0].staged
+        assert not third._writer.layers[0].staged
         # A tail that fills up needs no more DRAM, and gives its pages back for the next one.
         second.append(key[:, 20:33], value[:, 20:33])
         assert (second.length(), second.flushed()) == (33, 32)
@@ -170,12 +171,12 @@ def test_prefill_goes_through_little_dram(pages):
         assert device.free_dram_pages == pages - 4
 
 
-# The channel layout.
+# The feature layout.
 
 
 def stored(device, channel, page, count=1):
     """Images of consecutive pages of flash."""
-    blocks = [device._allocator.block(channel, p) for p in range(page, page + count)]
+    blocks = [device.media.allocator.block(channel, p) for p in range(page, page + count)]
     pages = [device.transport.flash.blocks[b].pages for b in blocks]
     return np.array([found[page_place(page + i, device.config).page].image for i, found in enumerate(pages)])
 
@@ -188,9 +189,9 @@ each_sketch = pytest.mark.parametrize("sketches", SKETCHES, ids=lambda sketches:
 def check_sketches(sequence, key, layer=0):
     """Whether flash holds what the sketch entries say, of all full stripes."""
     device, config, size = sequence.device, sequence.device.config, sequence.stripe_tokens
-    pages, flushed = sequence._pages, sequence.flushed(layer)
+    pages, flushed = sequence._shape.pages, sequence.flushed(layer)
     entries = entries_of(sequence, layer)
-    for kind, table in sequence._layers[layer].sketches.items():
+    for kind, table in sequence._writer.layers[layer].sketches.items():
         found = layout.unpack_sketches(table)
         for head in range(sequence.kv_heads):
             for stripe in range(flushed // size):
@@ -198,10 +199,10 @@ def check_sketches(sequence, key, layer=0):
                 channel, page = int(entries.channel[head, stripe]), int(found.page[head, stripe])
                 codeword = int(found.codeword[head, stripe])
                 tokens = key[head, stripe * size : (stripe + 1) * size]
-                if kind is Kind.CHANNEL:
+                if kind is Kind.FEATURE:
                     images = stored(device, channel, page, pages)
                     assert codeword == 0
-                    assert np.array_equal(layout.unpack_channel_pages(images, config), tokens)
+                    assert np.array_equal(layout.unpack_feature_pages(images, config), tokens)
                 else:
                     means = layout.mean_keys(tokens, sequence.centroids, config)
                     first = codeword * config.tokens_per_codeword
@@ -226,18 +227,18 @@ def test_sparse_sequences_have_k_twice(config, pieces):
             at += piece
         assert sequence.flushed() == total // size * size
         bits = sequence.attend(query).bits
-        entries, found = entries_of(sequence), layout.unpack_sketches(sequence._layers[0].sketches[Kind.CHANNEL])
+        entries, found = entries_of(sequence), layout.unpack_sketches(sequence._writer.layers[0].sketches[Kind.FEATURE])
         for head in range(2):
             for stripe in range(total // size):
                 channel = int(entries.channel[head, stripe])
                 here = key[head, stripe * size : (stripe + 1) * size]
                 images = stored(device, channel, int(found.page[head, stripe]), pages)
-                assert np.array_equal(layout.unpack_channel_pages(images, config), here)
+                assert np.array_equal(layout.unpack_feature_pages(images, config), here)
                 images = stored(device, channel, int(entries.key_page[head, stripe]), pages)
                 assert np.array_equal(layout.unpack_pages(images, config), here)
         assert (found.written == (np.arange(found.written.shape[1]) < total // size)).all()
         assert not found.codeword.any()
-        assert device._allocator.pages_written == 2 * 3 * pages * (total // size)
+        assert device.media.allocator.pages_written == 2 * 3 * pages * (total // size)
         assert device.write_amplification == 1 or total < size
     assert np.array_equal(bits, expected_bits(config, key, value, query))
 
@@ -313,11 +314,11 @@ def test_centroids_are_in_flash_with_their_stripes(config, unit, sparse, pieces,
             at += piece
             check_sketches(sequence, key)
         # It takes no more than was reserved.
-        assert all(min(allocation.shared) >= 0 for allocation in sequence._allocations)
+        assert all(min(allocation.shared) >= 0 for allocation in sequence._writer.allocations)
         assert sequence.flushed() == total // config.group_tokens * config.group_tokens
         bits = sequence.attend(query).bits
         assert device.write_amplification == 1 or total < config.group_tokens
-        assert device.free_dram_pages == device._dram.pages - 2 * heads * sequence._pages * bool(
+        assert device.free_dram_pages == device.media.dram.pages - 2 * heads * sequence._shape.pages * bool(
             total % config.group_tokens)
     assert np.array_equal(bits, expected_bits(config, key, value, query))
 
@@ -339,7 +340,7 @@ def test_stripes_that_are_written_together_share_pages(unit, decoded, at_once):
             assert len(list(device.transport.written())) == 4 * 6 * 2 * 8 + pages
             if unit == 16 and len(pieces) == 1:
                 # Both stripes of a head on a channel lie in one page: it is read once for both.
-                found = layout.unpack_sketches(sequence._layers[0].sketches[Kind.SKETCH])
+                found = layout.unpack_sketches(sequence._writer.layers[0].sketches[Kind.SKETCH])
                 assert np.array_equal(found.page[:, :2], found.page[:, 2:])
                 assert np.array_equal(found.codeword[:, 2:], found.codeword[:, :2] + 2)
 
@@ -353,28 +354,28 @@ def test_what_is_reserved_is_what_decoding_takes(unit, kv_heads, layers):
         device.create_sequence(1, capacity_tokens=1)
         sequence = device.create_sequence(kv_heads, capacity_tokens=7 * SPARSE + 5, layers=layers, sparse=True,
                                           centroids=unit)
-        runs, pages = sequence._allocations
+        runs, pages = sequence._writer.allocations
         assert (runs.run, pages.run) == (8, 2 if unit == 4 else 1)
-        free = device.free_zones - device._allocator._wanted()
+        free = device.free_zones - device.media.allocator._wanted()
         step = np.ones((kv_heads, SPARSE, 32), np.float16)
         for _ in range(7):
             for layer in range(layers):
                 assert max(pages.shared) > 0
                 sequence.append(step, step, layer=layer)
-        for allocation in sequence._allocations:
+        for allocation in sequence._writer.allocations:
             assert allocation.shared == [0, 0, 0]
-            assert len(allocation._own.zones) == allocation.quota
-        assert device.free_zones - device._allocator._wanted() == free
+            assert len(allocation.own.zones) == allocation.quota
+        assert device.free_zones - device.media.allocator._wanted() == free
 
 
 def test_nothing_stays_reserved_when_centroids_find_no_room():
     """K and V take all zones; there is none for centroids."""
     with Device(GoldenDevice(TINY)) as device:
         tokens = 7 * 4 * 2 * SPARSE // 2
-        before = device._allocator._wanted()
+        before = device.media.allocator._wanted()
         with pytest.raises(CapacityError, match="has no room"):
             device.create_sequence(1, capacity_tokens=tokens, centroids=16)
-        assert device._allocator._wanted() == before == 0
+        assert device.media.allocator._wanted() == before == 0
         device.create_sequence(1, capacity_tokens=tokens)
 
 
@@ -419,7 +420,7 @@ def test_prefill_with_sketches_goes_through_little_dram(sketches):
             sequence.prefill(key, value)
             assert sequence.flushed() == 4 * SPARSE
             check_sketches(sequence, key)
-            assert all(min(allocation.shared) >= 0 for allocation in sequence._allocations)
+            assert all(min(allocation.shared) >= 0 for allocation in sequence._writer.allocations)
             assert device.free_dram_pages == pages
 
 
@@ -429,13 +430,13 @@ def test_prefill_with_sketches_goes_through_little_dram(sketches):
 def programs_of(monkeypatch, device):
     """A list that each batch of PROGRAM commands is added to, as (channel, page)."""
     batches = []
-    submit = device.submit_operations
+    submit = device.media.submit
 
     def spy(operations):
         batches.append([(o.channel, o.page) for o in operations if o.opcode is Opcode.PROGRAM])
         return submit(operations)
 
-    monkeypatch.setattr(device, "submit_operations", spy)
+    monkeypatch.setattr(device.media, "submit", spy)
     return batches
 
 
@@ -515,7 +516,7 @@ def test_decoded_centroids_of_a_head_go_round_the_dies(kv_heads, layers):
                 sequence.append(step, step, layer=layer)
         for layer in range(layers):
             entries = entries_of(sequence, layer)
-            found = layout.unpack_sketches(sequence._layers[layer].sketches[Kind.SKETCH])
+            found = layout.unpack_sketches(sequence._writer.layers[layer].sketches[Kind.SKETCH])
             for head in range(kv_heads):
                 for channel in range(2):
                     dies = page_place(found.page[head][entries.channel[head] == channel], config).die
@@ -576,21 +577,21 @@ def test_what_finds_no_room_is_written_later_and_nothing_twice():
     query = query_of(TINY, 2)
     with Device(GoldenDevice(TINY)) as device:
         sequence = device.create_sequence(2, capacity_tokens=SPARSE + 1, sparse=True, centroids=16)
-        zones = [device._allocator._take_zone(8) for _ in range(6)]
+        zones = [device.media.allocator._take_zone(8) for _ in range(6)]
         with pytest.raises(CapacityError, match="the flash is full: all 7 zones are in use"):
             sequence.append(key[:, :-1], value[:, :-1])
         assert (sequence.length(), sequence.flushed()) == (SPARSE, 0)
         assert len(list(device.transport.written())) == 2
         bits = sequence.attend(query).bits
         assert np.array_equal(bits, expected_bits(TINY, key[:, :-1], value[:, :-1], query))
-        assert np.array_equal(sequence.attend(query, mode="centroid", units=1).bits, bits)      # all is tail
+        assert np.array_equal(sequence.attend(query, mode="centroid", top_units=1).bits, bits)      # all is tail
         for zone in zones:
-            device._allocator._close(zone)
+            device.media.allocator._close(zone)
         sequence.append(key[:, -1:], value[:, -1:])
         assert sequence.flushed() == SPARSE
         check_sketches(sequence, key)
         assert len(list(device.transport.written())) == 2 + 2 * 3 * 8
-        assert device.free_dram_pages == device._dram.pages - 32
+        assert device.free_dram_pages == device.media.dram.pages - 32
 
 
 def test_a_page_that_fails_is_placed_elsewhere():
@@ -607,7 +608,7 @@ def test_a_page_that_fails_is_placed_elsewhere():
         sequence.free()
         assert device.bad_blocks == [Block(0, 0, 0, 0), Block(1, 1, 1, 0)]
         # The zone is used again, with spares in their places.
-        for _ in range(2 * device._allocator.zones):
+        for _ in range(2 * device.media.allocator.zones):
             with device.create_sequence(2, capacity_tokens=8 * PAGE) as sequence:
                 sequence.prefill(key, value)
                 assert np.array_equal(sequence.attend(query).bits, expected_bits(TINY, key, value, query))
@@ -659,7 +660,7 @@ def test_what_finds_no_room_leaves_no_gap():
         first = device.create_sequence(2, capacity_tokens=480)
         first.prefill(*np.ones((2, 2, 480, 32), np.float16))        # 60 pages on each
         sequence = device.create_sequence(1, capacity_tokens=32)
-        sequence._layers[0], sequence.capacity_tokens = type(sequence._layers[0])(
+        sequence._writer.layers[0], sequence.capacity_tokens = type(sequence._writer.layers[0])(
             table=np.zeros((1, 7), np.uint64), sketches={}, sums=None), 100   # more than it has reserved
         with pytest.raises(CapacityError, match="all 2 zones are in use"):
             sequence.append(key[:1], value[:1])
@@ -712,7 +713,7 @@ def test_a_die_that_dies_later():
         assert other.attend(query_of(TINY, 1)).output.any()
         with pytest.raises(DeviceStatusError, match=r"ERASE failed: DIE_TIMEOUT: .* channel 1, die 1"):
             sequence.free()
-        assert device.free_zones == device._allocator.zones
+        assert device.free_zones == device.media.allocator.zones
         other.append(*tokens_of(TINY, 1, 9 * PAGE))
         assert other.flushed() == 9 * PAGE
 
@@ -731,7 +732,7 @@ def test_what_cannot_be_read_is_named(sparse, kind):
         entries = entries_of(sequence, 1)
         channel = int(entries.channel[2, token // size])
         page = int((entries.key_page, entries.value_page)[kind][2, token // size]) + token % size // PAGE
-        block, place = device._allocator.block(channel, page), page_place(page, TINY)
+        block, place = device.media.allocator.block(channel, page), page_place(page, TINY)
         device.transport.faults.unreadable.add((block, place.page, 2))
         with pytest.raises(DeviceStatusError) as error:
             sequence.attend(query_of(TINY, 3), layer=1)
@@ -750,15 +751,15 @@ def test_what_cannot_be_read_is_named(sparse, kind):
         results = device.run(jobs, check=False)
         assert results[0].completion.status is Status.UNREADABLE_KEY
         assert re.search(r"codeword 2 \(not the first of the batch, which is page number 192 of channel \d\)$",
-                         device._unreadable(jobs[2], results[2].completion))
+                         where_unreadable(jobs[2], results[2].completion, device.media))
 
 
 def test_dram_that_there_is_not_is_nobodys():
     with Device(GoldenDevice(TINY)) as device:
         sequence = device.create_sequence(1, capacity_tokens=20)
         sequence.append(*tokens_of(TINY, 1, 10))
-        sequence._layers[0].table[0, 0] = layout.pack_entries(0, 1 << 23, 0, 1)
-        with pytest.raises(DeviceStatusError, match="NOT_OWNED: what entry 0 of the table names is not the domain's"):
+        sequence._writer.layers[0].table[0, 0] = layout.pack_entries(0, 1 << 23, 0, 1)
+        with pytest.raises(DeviceStatusError, match=r"NOT_OWNED: what entry 0 of the table .* another domain"):
             sequence.attend(query_of(TINY, 1))
 
 
@@ -948,7 +949,7 @@ def test_a_power_cut_loses_only_what_was_not_acknowledged(after, sketches):
         assert lost[other, 0] == 2
         assert lost[sequence, 0] > 0
         assert all(isinstance(loss, Loss) for loss in losses)
-        assert device.free_dram_pages == device._dram.pages
+        assert device.free_dram_pages == device.media.dram.pages
         query = query_of(TINY, 2)
         if kept:
             assert np.array_equal(sequence.attend(query).bits,

@@ -6,11 +6,13 @@ from kvattic.spec import commands, registers
 from kvattic.spec.commands import (
     ADMIN_OPCODES,
     COMMAND,
+    COMMANDS,
     COMPLETION,
     DATA_COMMAND,
     FLASH_COMMAND,
     GRANT_COMMAND,
     QUEUE_COMMAND,
+    Command,
     Completion,
     Opcode,
     Status,
@@ -66,6 +68,42 @@ def test_opcodes():
         Opcode.ATTEND, Opcode.PROGRAM, Opcode.ERASE, Opcode.COUNTERS}
 
 
+@pytest.mark.parametrize("opcode", Opcode)
+def test_commands_are_decoded(opcode):
+    """Every field comes back under its own name; reserved bytes have none."""
+    record, decoded = COMMANDS[opcode]
+    named = [f for f in record.fields if not f.name.startswith("reserved")]
+    values = {f.name: (1 << 8 * f.size) - 1 - number for number, f in enumerate(named)} | {"flags": 0, "opcode": opcode}
+    line = record.pack(**values)
+    command = decoded.unpack(line)
+    assert {name: getattr(command, name) for name in values} == values
+    assert Command.unpack(line) == Command(opcode=opcode, identifier=values["identifier"])
+    assert record.reserved_is_zero(line)
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.name)
+def test_each_reserved_byte_is_looked_at(record):
+    reserved = {b for f in record.fields if f.name == "flags" or f.name.startswith("reserved")
+                for b in range(f.offset, f.offset + f.size)}
+    for place in range(record.size):
+        line = bytes(place) + b"\x80" + bytes(record.size - place - 1)
+        assert record.reserved_is_zero(line) == (place not in reserved)
+
+
+def test_put_changes_the_named_fields_only():
+    line = bytearray(b"\xff" * 64)
+    COMMAND.put(line, end_token=0x010203, rows=5)
+    assert line == b"\xff" * 12 + bytes((3, 2, 1, 5)) + b"\xff" * 48
+    with pytest.raises(OverflowError):
+        COMMAND.put(line, rows=256)
+    with pytest.raises(OverflowError):
+        COMMAND.put(line, rows=-1)
+    with pytest.raises(KeyError, match="Command has no field 'row'"):
+        COMMAND.put(line, row=1)
+    with pytest.raises(KeyError, match="Command has no field 'row'"):
+        COMMAND.pack(row=1)
+
+
 def test_a_completion_has_nvmes_status_field():
     """DW2: SQHD, SQID; DW3: CID, phase in bit 16, status code in 24:17, its type in 27:25, and no bit above."""
     assert [(COMPLETION[n].offset, COMPLETION[n].size) for n in ("head", "queue", "identifier", "state")] == [
@@ -92,6 +130,11 @@ def test_completions_are_unpacked():
     for status in Status:
         found = Completion.unpack(COMPLETION.pack(state=pack_state(status, 1), where=5, identifier=7, cycle=1 << 40))
         assert (found.status, found.where, found.identifier, found.cycle) == (status, 5, 7, 1 << 40)
+    values = {f.name: number + 1 << 8 * (f.size - 1) for number, f in enumerate(COMPLETION.fields)}
+    values |= {"state": pack_state(Status.NAN_KEY, 0), "flags": 3}
+    found = Completion.unpack(COMPLETION.pack(**values))
+    assert (found.status, found.flags) == (Status.NAN_KEY, 3)
+    assert all(getattr(found, name) == value for name, value in values.items() if name not in ("state", "flags"))
 
 
 def test_doorbells_are_at_nvmes_stride():

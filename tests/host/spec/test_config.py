@@ -86,7 +86,7 @@ NO_GROUPS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("values", "message"), NO_GROUPS)
-def test_geometries_without_a_channel_layout(values: dict[str, Any], message: str) -> None:
+def test_geometries_without_a_feature_layout(values: dict[str, Any], message: str) -> None:
     """They are refused only with the sparse modes."""
     with pytest.raises(ConfigError, match=f"sparse must be False here: .*{message}"):
         Config(**values)

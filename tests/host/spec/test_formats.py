@@ -15,19 +15,24 @@ from kvattic.spec.formats import (
     EXP_SEGMENTS,
     EXP_STEP_BITS,
     PRODUCT_BITS,
+    QUERY_SHIFT,
     SCALE_BITS,
+    SCALE_CHUNK_BITS,
     SCALED_SUM_BITS,
     SCORE_BITS,
     SCORE_FRACTION,
     SCORE_MASKED,
     SCORE_MAX,
     SCORE_MIN,
+    SCORE_ROUND_SHIFT,
     SCORE_SUM_BITS,
     SCORE_WINDOW_BITS,
     SIGNIFICAND_BITS,
     VALUE_FRACTION,
+    WEIGHT_ALIGNMENT,
     WEIGHT_BITS,
     WEIGHT_EXPONENT_BITS,
+    WEIGHT_ROUND_SHIFT,
     Element,
     exp_table,
 )
@@ -121,14 +126,14 @@ def test_masked_is_zero_even_below_a_saturated_score() -> None:
 def test_score_widths(element: Element) -> None:
     assert SCORE_MASKED == -(1 << (SCORE_BITS - 1)) == SCORE_MIN - 1
     assert SCORE_MAX == 1 - SCORE_MASKED - 2
-    top = ((1 << PRODUCT_BITS) - 1) << dense.product_shift(element)
+    top = ((1 << PRODUCT_BITS) - 1) << element.encoding.product_shift
     assert top < 1 << element.encoding.value_window_bits
-    assert top >> dense.score_shift_min(element) < 1 << SCORE_WINDOW_BITS
+    assert top >> element.encoding.score_shift_min < 1 << SCORE_WINDOW_BITS
     assert 256 * ((1 << SCORE_WINDOW_BITS) - 1) < 1 << (SCORE_SUM_BITS - 1)
     # Three chunks take the whole of a sum that can be a score.
-    assert 3 * dense.CHUNK_BITS >= SCALED_SUM_BITS
+    assert 3 * SCALE_CHUNK_BITS >= SCALED_SUM_BITS
     # Every step of the rounding fits int64, the golden model's integer.
-    assert SCALED_SUM_BITS - 2 * dense.CHUNK_BITS + SCALE_BITS + dense.CHUNK_BITS < 63
+    assert SCALED_SUM_BITS - 2 * SCALE_CHUNK_BITS + SCALE_BITS + SCALE_CHUNK_BITS < 63
 
 
 def test_sums_are_cut_only_beyond_the_scores() -> None:
@@ -142,12 +147,15 @@ def test_sums_are_cut_only_beyond_the_scores() -> None:
 
 
 def test_shifts_of_the_formats() -> None:
-    assert [dense.product_shift(element) for element in (Element.FP16, Element.BF16)] == [24, 28]
-    assert dense.QUERY_SHIFT == 11
-    assert [dense.score_shift_min(element) for element in (Element.FP16, Element.BF16)] == [11, 15]
-    assert dense.SCORE_ROUND_SHIFT == 29
-    assert dense.WEIGHT_ROUND_SHIFT == 5
-    assert dense.DENOMINATOR_SHIFT == 19
+    assert [element.encoding.product_shift for element in (Element.FP16, Element.BF16)] == [24, 28]
+    assert QUERY_SHIFT == 11
+    assert [element.encoding.score_shift_min for element in (Element.FP16, Element.BF16)] == [11, 15]
+    assert SCORE_ROUND_SHIFT == 29
+    assert WEIGHT_ROUND_SHIFT == 5
+    assert WEIGHT_ALIGNMENT == 19
+    assert [element.encoding.score_shift for element in (Element.FP16, Element.BF16)] == [35, 39]
+    assert [element.encoding.score_offset for element in (Element.FP16, Element.BF16)] == [-149, -373]
+    assert [element.encoding.value_shift for element in (Element.FP16, Element.BF16)] == [30, 146]
     assert all(element.encoding.value_window_bits <= dense.SHIFT_MAX for element in Element)
     assert PRODUCT_BITS == WEIGHT_BITS + SIGNIFICAND_BITS == 33
 
@@ -155,12 +163,7 @@ def test_shifts_of_the_formats() -> None:
 def test_value_products_of_fp16_never_clip() -> None:
     """No weight and fp16 value needs a left shift, so that fp16 never raises VALUE_OVERFLOW."""
     form = Element.FP16.encoding
-    least = (
-        dense.product_shift(Element.FP16)
-        - (VALUE_FRACTION - (WEIGHT_BITS - 1) - form.offset)
-        - form.exponent_max
-    )
-    assert least >= 0
+    assert form.value_shift - form.exponent_max >= 0
 
 
 def test_fp16_least_bits_of_values_are_kept() -> None:
@@ -185,7 +188,7 @@ def test_element_formats(element: Element, offset: int, exponent_max: int) -> No
 
 def test_every_constant_is_documented() -> None:
     """Each public constant stands in docs/numerics.md: the page cannot fall behind in silence."""
-    page = (Path(__file__).parents[2] / "docs" / "numerics.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "numerics.md").read_text()
     constants = [name for name in dir(formats) if name.isupper() and not name.startswith("_")]
     missing = [name for name in constants if f"`{name}`" not in page]
     assert not missing

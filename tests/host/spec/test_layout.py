@@ -61,7 +61,7 @@ def test_each_channel_lies_where_the_rule_says(config, pages):
     assert layout.stripe_pages(config, sparse=True) == pages
     assert layout.stripe_pages(config, sparse=False) == 1
     tokens = tokens_of(config, 2 * config.codeword_bytes // 2)
-    images = layout.pack_channel_pages(tokens, config)
+    images = layout.pack_feature_pages(tokens, config)
     assert images.shape == (2 * pages, config.page_bytes)
     size = config.codeword_bytes // 2
     for stripe in range(2):
@@ -72,10 +72,10 @@ def test_each_channel_lies_where_the_rule_says(config, pages):
             assert np.array_equal(data.copy().view("<u2"), expected)
     used = config.head_dim * config.codeword_bytes
     assert not images.reshape(2, -1)[:, used:].any()
-    assert np.array_equal(layout.unpack_channel_pages(images, config), tokens)
+    assert np.array_equal(layout.unpack_feature_pages(images, config), tokens)
 
 
-def test_configurations_without_a_channel_layout():
+def test_configurations_without_a_feature_layout():
     with pytest.raises(ConfigError, match="without sparse attention: sparse must be True in it"):
         layout.stripe_pages(Config(head_dim=80, sparse=False), sparse=True)
     with pytest.raises(ConfigError, match="3 tokens of 160 bytes leave some of 512"):
@@ -85,9 +85,9 @@ def test_configurations_without_a_channel_layout():
     with pytest.raises(ConfigError, match=r"32 codewords of K, which must fit .* 16 codewords .score_depth 64"):
         replace(TINY, score_depth=64)
     with pytest.raises(RequestError, match="whole stripes of 128 tokens, not 130 tokens"):
-        layout.pack_channel_pages(tokens_of(TINY, 130), TINY)
+        layout.pack_feature_pages(tokens_of(TINY, 130), TINY)
     with pytest.raises(RequestError, match="8 pages in a stripe: 9 are not whole stripes"):
-        layout.unpack_channel_pages(np.zeros((9, 1024), np.uint8), TINY)
+        layout.unpack_feature_pages(np.zeros((9, 1024), np.uint8), TINY)
 
 
 @given(st.integers(1, 32), st.integers(0, 200), st.integers(0, 500))

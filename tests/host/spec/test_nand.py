@@ -128,7 +128,7 @@ def test_resized() -> None:
 
 def test_documented() -> None:
     """docs/nand.md has the parts as they are."""
-    text = (Path(__file__).parents[2] / "docs" / "nand.md").read_text()
+    text = (Path(__file__).parents[3] / "docs" / "nand.md").read_text()
     names = {0: "first", 1: "second", -1: "last"}
     for p in PARTS.values():
         row = (f"| `{p.name}` | {p.page_bytes} + {p.spare_bytes} | {p.planes} | {p.pages} | {p.cell_bits} | "

@@ -13,7 +13,7 @@ from pathlib import Path
 from kvattic.errors import DeviceTimeoutError
 from kvattic.golden.device import GoldenDevice
 from kvattic.spec.config import TINY
-from kvattic.transport.simulator import MAGIC, PROTOCOL, SOCKET, Connection, Kind, Role, connect
+from kvattic.transport.protocol import MAGIC, PROTOCOL, SOCKET, Connection, Kind, Role, connect
 from kvattic_sim.rtl.server import load_request, serve
 
 DRAM_BYTES = 1 << 23
@@ -25,7 +25,7 @@ class FakeDrive(GoldenDevice):
 
     def __init__(self, mode: str, memory: mmap.mmap, connection: Connection) -> None:
         super().__init__(TINY, memory_bytes=len(memory), dram_bytes=DRAM_BYTES)
-        self._memory = memory
+        self.memory.data = memory
         self.mode = mode
         self.connection = connection
         self.cycles = 0
@@ -88,9 +88,9 @@ def main(mode: str, directory: Path) -> None:
         stream.sendall(b"x" * 64)
         time.sleep(600)
     if mode == "old":
-        import kvattic.transport.simulator
+        import kvattic.transport.protocol
 
-        kvattic.transport.simulator.PROTOCOL = PROTOCOL - 1
+        kvattic.transport.protocol.PROTOCOL = PROTOCOL - 1
     server = connect(directory, Role.SERVER)
     server.send(Kind.PROGRESS, payload=b"building")
     request = load_request(directory)

@@ -148,7 +148,7 @@ def test_close(card):
     assert len(os.listdir("/proc/self/fd")) == count
     for call in (lambda: transport.read_register("ID"), lambda: transport.write_register("CONTROL", 1),
                  lambda: transport.read_memory(0, 0), lambda: transport.write_dram(0, b""), lambda: transport.wait(1)):
-        with pytest.raises(RequestError, match="the way to the card is closed"):
+        with pytest.raises(RequestError, match="the card is closed"):
             call()
 
 
@@ -376,7 +376,7 @@ def test_close_while_another_thread_waits(transport):
     time.sleep(0.1)
     transport.close()
     thread.join()
-    assert caught == ["the way to the card is closed"]
+    assert caught == ["the card is closed"]
 
 
 @pytest.mark.parametrize("locked", [False, True], ids=["", "in use"])

@@ -27,7 +27,7 @@ from kvattic.spec.commands import DATA_COMMAND, Opcode, Status
 from kvattic.spec.config import TINY, Config
 from kvattic.spec.registers import REGISTER_MAP
 from kvattic.transport import simulator as sim_transport
-from kvattic.transport.simulator import (
+from kvattic.transport.protocol import (
     HEADER,
     MAGIC,
     MAX_PAYLOAD,
@@ -36,8 +36,8 @@ from kvattic.transport.simulator import (
     Kind,
     Message,
     ProtocolError,
-    open_simulator,
 )
+from kvattic.transport.simulator import open_simulator
 from kvattic_sim.rtl.server import serve
 
 FAKE = Path(__file__).parent / "fake_server.py"
@@ -255,7 +255,7 @@ def test_close_while_another_thread_waits(start):
     assert waits.wait(PATIENCE_S)
     transport.close()
     thread.join()
-    assert caught == ["the way to the simulated drive was closed meanwhile"]
+    assert caught == ["the simulated drive was closed during the call"]
 
 
 @pytest.mark.parametrize("call", [

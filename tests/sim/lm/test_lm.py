@@ -38,7 +38,7 @@ def text():
 
 
 def random_head(tokens, rows=2, head_dim=HEAD_DIM, seed=0):
-    """(query of all tokens, key, value), float64; some channels and tokens matter more than others."""
+    """(query of all tokens, key, value), float64; some features and tokens matter more than others."""
     rng = np.random.default_rng(seed)
     query = rng.standard_normal((tokens, rows, head_dim)) * rng.gamma(1.0, 2.0, head_dim)
     key = rng.standard_normal((tokens, head_dim)) * rng.gamma(1.0, 1.0, (tokens, 1))
@@ -90,7 +90,7 @@ def test_the_model_is_causal(decoder, text):
     assert np.array_equal(before[:60], after[:60]) and not np.array_equal(before[60], after[60])
 
 
-@pytest.mark.parametrize("method", [Dense(), Sparf(channels=8, share=1 / 16)], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [Dense(), Sparf(features=8, share=1 / 16)], ids=lambda m: m.name)
 def test_decoding_token_after_token_is_the_same(decoder, text, method):
     window = text.windows[3][:267]
     stepwise = evaluate.teacher_forced(decoder, window, evaluate.MethodMemory(method), 262)
@@ -99,7 +99,7 @@ def test_decoding_token_after_token_is_the_same(decoder, text, method):
     assert stepwise == pytest.approx(model.bits_per_byte(logits, window[263:]), abs=0.02)
 
 
-DRIVE = [Dense(), Sparf(channels=8, share=1 / 16), Fetched(channels=8, share=1 / 16), Centroid(share=1 / 8)]
+DRIVE = [Dense(), Sparf(features=8, share=1 / 16), Fetched(features=8, share=1 / 16), Centroid(share=1 / 8)]
 
 
 @pytest.mark.parametrize("method", DRIVE, ids=lambda m: m.name)
@@ -116,15 +116,15 @@ def test_the_golden_device_serves_the_model(decoder, text, method):
 
 def test_what_a_drive_is_told():
     assert evaluate.selection(Dense(), 512, 64) == {}
-    assert evaluate.selection(Sparf(channels=8, share=1 / 16), 512, 64) == {
-        "mode": "sparf", "channels": 8, "units": 32, "local": 8}
-    assert evaluate.selection(Fetched(channels=4, share=1 / 16), 512, 128) == {
-        "mode": "fetched", "channels": 4, "units": 16, "local": 8, "unit": 2}
+    assert evaluate.selection(Sparf(features=8, share=1 / 16), 512, 64) == {
+        "mode": "sparf", "features": 8, "top_units": 32, "local_tokens": 8}
+    assert evaluate.selection(Fetched(features=4, share=1 / 16), 512, 128) == {
+        "mode": "fetched", "features": 4, "top_units": 16, "local_tokens": 8, "unit_tokens": 2}
     assert evaluate.selection(Centroid(share=1 / 16), 512, 64) == {
-        "mode": "centroid", "units": 2, "local": 0, "unit": 16}
+        "mode": "centroid", "top_units": 2, "local_tokens": 0, "unit_tokens": 16}
     assert all(evaluate.selection(method, 0, 64) == {} for method in DRIVE)
     with pytest.raises(ValueError, match="method must be dense, sparf, fetched or centroid, not pages"):
-        evaluate.selection(PageSparf(channels=8, share=1 / 16), 512, 64)
+        evaluate.selection(PageSparf(features=8, share=1 / 16), 512, 64)
     with pytest.raises(ValueError, match="not quest"):
         evaluate.selection(Quest(share=1 / 16), 512, 64)
 
@@ -153,11 +153,11 @@ def test_a_prefix_of_nothing(decoder):
 # The methods.
 
 
-def naive_sparf(query, key, value, channels, wanted, local, flash):
+def naive_sparf(query, key, value, features, wanted, local, flash):
     """One step of SparF, token by token and row by row, for tokens below `flash` in flash."""
     rows, head_dim = query.shape
     order = sorted(range(head_dim), key=lambda c: (-sum(abs(query[row, c]) for row in range(rows)), c))
-    kept = order[:channels]
+    kept = order[:features]
     masses = []
     for row in query:
         scale = np.sqrt(head_dim * sum(abs(row[c]) for c in kept) / sum(abs(row)))
@@ -183,7 +183,7 @@ def naive_sparf(query, key, value, channels, wanted, local, flash):
 @pytest.mark.parametrize("length", [256, 300, 511, 512, 520])
 def test_sparf_is_its_algorithm(length):
     query, key, value = random_head(length)
-    outcome = Sparf(channels=8, share=1 / 16).decode(query, key, value, length - 1)
+    outcome = Sparf(features=8, share=1 / 16).decode(query, key, value, length - 1)
     flash = length // 256 * 256
     output, chosen = naive_sparf(query[-1], key, value, 8, flash // 16, flash // 64, flash)
     assert np.flatnonzero(outcome.attended[0]).tolist() == chosen
@@ -192,18 +192,18 @@ def test_sparf_is_its_algorithm(length):
 
 @pytest.mark.parametrize("length", [256, 300, 530])
 @pytest.mark.parametrize("method", [
-    Sparf(channels=8, share=1 / 16),
-    Fetched(channels=8, share=1 / 16),
-    Fetched(channels=8, share=1 / 8, unit=16),
+    Sparf(features=8, share=1 / 16),
+    Fetched(features=8, share=1 / 16),
+    Fetched(features=8, share=1 / 8, unit_tokens=16),
     Centroid(share=1 / 16),
 ], ids=["sparf", "fetched", "fetched_16", "centroid"])
 def test_the_oracle_says_the_same(method, length):
     query, key, value = random_head(length)
     flash = length // 256 * 256
     outcome = method.decode(query, key, value, length - 1)
-    unit = {"sparf": 1, "fetched": getattr(method, "unit", None) or 4, "centroid": 16}[method.name]
+    unit = {"sparf": 1, "fetched": getattr(method, "unit_tokens", None) or 4, "centroid": 16}[method.name]
     units = round(method.share * flash / unit)
-    arguments = {"tail": np.arange(length) >= flash, "units": units}
+    arguments = {"tail": np.arange(length) >= flash, "top_units": units}
     if method.name != "sparf":
         arguments |= {"unit_tokens": unit}
     if method.name == "centroid":
@@ -211,7 +211,7 @@ def test_the_oracle_says_the_same(method, length):
         # Oracle and methods have no use for that of the last unit, which is in the tail.
         arguments |= {"centroids": np.concatenate([means, np.zeros((-(-length // unit) - len(means), HEAD_DIM))])}
     else:
-        arguments |= {"channels": 8, "mean": value.mean(axis=0), "local": round(units / 4) * unit}
+        arguments |= {"features": 8, "mean": value.mean(axis=0), "local_tokens": round(units / 4) * unit}
     right = getattr(oracle, method.name)(query[-1], key, value, HEAD_DIM**-0.5, **arguments)
     assert np.array_equal(np.broadcast_to(outcome.attended[0], right.attended.shape), right.attended)
     assert np.abs(outcome.alpha[0] - right.alpha).max() < 1e-12
@@ -220,7 +220,7 @@ def test_the_oracle_says_the_same(method, length):
 
 def test_sparq_is_its_algorithm():
     query, key, value = random_head(320)
-    outcome = Sparq(channels=8, share=1 / 16).decode(query, key, value, 319)
+    outcome = Sparq(features=8, share=1 / 16).decode(query, key, value, 319)
     output, chosen = naive_sparf(query[-1], key, value, 8, 20, 5, 320)
     assert np.flatnonzero(outcome.attended[0]).tolist() == chosen
     assert np.abs(outcome.output[0] - output).max() < 1e-12
@@ -229,8 +229,8 @@ def test_sparq_is_its_algorithm():
 
 def test_a_paper_page_is_the_same_selection():
     query, key, value = random_head(600)
-    ours = Sparf(channels=8, share=1 / 16).decode(query, key, value, 500)
-    pages = PageSparf(channels=8, share=1 / 16).decode(query, key, value, 500)
+    ours = Sparf(features=8, share=1 / 16).decode(query, key, value, 500)
+    pages = PageSparf(features=8, share=1 / 16).decode(query, key, value, 500)
     assert np.array_equal(ours.output, pages.output)
     assert (pages.flash_bytes > ours.flash_bytes).all()
 
@@ -276,8 +276,8 @@ def test_nominal_bytes_are_the_ratio(name):
         method = evaluate.method_at(name, ratio, HEAD_DIM)
         outcome = method.decode(query, key, value, 1023)
         dense = 1024 * 2 * HEAD_DIM * 2
-        described = method.channels * 1024 * 2 if name in ("sparq", "sparf", "pages", "fetched") else 0
-        unit = evaluate.setting_of(name, ratio).unit
+        described = method.features * 1024 * 2 if name in ("sparq", "sparf", "pages", "fetched") else 0
+        unit = evaluate.setting_of(name, ratio).unit_tokens
         described += {"centroid": dense // (2 * unit), "quest": dense // unit}.get(name, 0)
         nominal = described + int(outcome.attended.sum()) * 2 * HEAD_DIM * 2
         # Whole pages: at 1/16 of 1,024 tokens Quest has one of 32 for a half, at 1/8 of them three.
@@ -290,7 +290,7 @@ def test_nominal_bytes_are_the_ratio(name):
 
 
 def marked_head(tokens, marked):
-    """A head of one row in which all but the marked tokens score 0, and channel 3 alone counts."""
+    """A head of one row in which all but the marked tokens score 0, and feature 3 alone counts."""
     query = np.zeros((tokens, 1, HEAD_DIM))
     query[..., 3] = 1.0
     key = np.zeros((tokens, HEAD_DIM))
@@ -307,26 +307,26 @@ def marked_head(tokens, marked):
 def test_bytes_of_sparf(marked, token_codewords, token_pages):
     head = marked_head(300, marked)
     share = len(marked) / 256
-    ours = Sparf(channels=1, share=share, local=0.0).decode(*head, 299)
+    ours = Sparf(features=1, share=share, local=0.0).decode(*head, 299)
     assert np.flatnonzero(ours.attended[0, :256]).tolist() == list(marked) and ours.attended[0, 256:].all()
     assert ours.flash_bytes[0] == 512 + 2 * 512 * token_codewords
-    pages = PageSparf(channels=1, share=share, local=0.0).decode(*head, 299)
+    pages = PageSparf(features=1, share=share, local=0.0).decode(*head, 299)
     assert pages.flash_bytes[0] == 4 * 256 * 2 + 2 * 4096 * token_pages
 
 
 def test_bytes_of_channels_grow_with_the_groups():
     query, key, value = marked_head(768, (0,))
     query[..., 7] = 0.5
-    outcome = Sparf(channels=2, share=1 / 768, local=0.0).decode(query, key, value, 255)
+    outcome = Sparf(features=2, share=1 / 768, local=0.0).decode(query, key, value, 255)
     assert outcome.flash_bytes[[0, 255, 256, 512]].tolist() == [(2 * groups + 2) * 512 for groups in (1, 1, 2, 3)]
 
 
 def test_bytes_and_tokens_of_fetched():
     head = marked_head(300, (9, 100))
-    outcome = Fetched(channels=1, share=2 / 64, local=0.0).decode(*head, 299)
+    outcome = Fetched(features=1, share=2 / 64, local=0.0).decode(*head, 299)
     assert np.flatnonzero(outcome.attended[0, :256]).tolist() == [8, 9, 10, 11, 100, 101, 102, 103]
     assert outcome.flash_bytes[0] == 512 + 2 * 512 * 2
-    wide = Fetched(channels=1, share=1 / 16, local=0.0, unit=16).decode(*head, 299)
+    wide = Fetched(features=1, share=1 / 16, local=0.0, unit_tokens=16).decode(*head, 299)
     assert np.flatnonzero(wide.attended[0, :256]).tolist() == list(range(16))
     assert wide.flash_bytes[0] == 512 + 2 * 512 * 4
 
@@ -337,7 +337,7 @@ def test_bytes_and_tokens_of_centroid_and_quest():
         outcome = method.decode(*head, 299)
         assert np.flatnonzero(outcome.attended[0, :256]).tolist() == list(range(96, 112))
         assert outcome.flash_bytes[0] == described + 2 * 512 * 4
-    small = Centroid(share=1 / 64, unit=4).decode(*head, 299)
+    small = Centroid(share=1 / 64, unit_tokens=4).decode(*head, 299)
     assert np.flatnonzero(small.attended[0, :256]).tolist() == [100, 101, 102, 103]
     assert small.flash_bytes[0] == 64 * 128 + 2 * 512
 
@@ -372,27 +372,27 @@ def test_the_largest():
 
 def test_equal_scores_go_to_the_lower_index():
     query, key, value = np.ones((300, 1, HEAD_DIM)), np.zeros((300, HEAD_DIM)), np.ones((300, HEAD_DIM))
-    outcome = Sparf(channels=4, share=1 / 16, local=0.0).decode(query, key, value, 299)
+    outcome = Sparf(features=4, share=1 / 16, local=0.0).decode(query, key, value, 299)
     assert np.flatnonzero(outcome.attended[0, :256]).tolist() == list(range(16))
     assert outcome.alpha[0] == pytest.approx((16 + 44) / 300)
 
 
 def test_a_query_of_zeros():
     _, key, value = random_head(300)
-    outcome = Sparf(channels=4, share=1 / 16).decode(np.zeros((300, 2, HEAD_DIM)), key, value, 299)
+    outcome = Sparf(features=4, share=1 / 16).decode(np.zeros((300, 2, HEAD_DIM)), key, value, 299)
     assert np.isfinite(outcome.output).all()
 
 
 def test_wrong_arguments():
     query, key, value = random_head(300)
-    with pytest.raises(ValueError, match="channels must be from 1 to 64, not 65"):
-        Sparf(channels=65, share=0.1).decode(query, key, value, 299)
+    with pytest.raises(ValueError, match="features must be from 1 to 64, not 65"):
+        Sparf(features=65, share=0.1).decode(query, key, value, 299)
     with pytest.raises(ValueError, match=r"query must be \(positions, rows, head_dim\)"):
         Dense().decode(query[:, :, :32], key, value, 299)
     with pytest.raises(ValueError, match="lengths must be one for each position"):
         Dense().attend(query, key, value, np.full(300, 301))
-    with pytest.raises(ValueError, match="unit must be whole codewords of 4 tokens that divide 256, not 6"):
-        Centroid(share=0.1, unit=6).decode(query, key, value, 299)
+    with pytest.raises(ValueError, match="unit_tokens must be whole codewords of 4 tokens that divide 256, not 6"):
+        Centroid(share=0.1, unit_tokens=6).decode(query, key, value, 299)
     with pytest.raises(ValueError, match="method must be one of"):
         evaluate.method_at("dense", Fraction(1, 2), HEAD_DIM)
 
@@ -417,25 +417,25 @@ def test_a_setting_keeps_the_bytes(name, ratio):
     for setting, method in found.items():
         described = Fraction(0)
         if name in ("centroid", "quest"):
-            described = Fraction(method.entries, 2 * setting.unit)
+            described = Fraction(method.entries, 2 * setting.unit_tokens)
         elif name in ("sparq", "sparf", "fetched"):
-            described = Fraction(method.channels, 2 * HEAD_DIM)
+            described = Fraction(method.features, 2 * HEAD_DIM)
         layer = described + Fraction(method.share).limit_denominator(10_000)
         dense = Fraction(setting.dense_layers, evaluate.LAYERS)
         assert dense + (1 - dense) * layer == ratio, setting
 
 
 def test_a_setting_that_leaves_nothing_for_tokens():
-    message = r"at 1/16 of the bytes, setting .*unit=16.* must leave some for tokens of quest"
+    message = r"at 1/16 of the bytes, setting .*unit_tokens=16.* must leave some for tokens of quest"
     with pytest.raises(ValueError, match=message):
-        evaluate.method_at("quest", Fraction(1, 16), HEAD_DIM, evaluate.Setting(unit=16))
+        evaluate.method_at("quest", Fraction(1, 16), HEAD_DIM, evaluate.Setting(unit_tokens=16))
     with pytest.raises(ValueError, match="must leave some"):
         evaluate.method_at("quest", Fraction(1, 8), HEAD_DIM, evaluate.Setting(dense_layers=1))
 
 
 def test_the_pages_of_the_paper_have_the_setting_of_sparf(monkeypatch):
-    monkeypatch.setitem(evaluate.BEST, ("sparf", Fraction(1, 8)), evaluate.Setting(channels=Fraction(1, 2)))
-    assert evaluate.method_at("pages", Fraction(1, 8), HEAD_DIM).channels == HEAD_DIM // 16
+    monkeypatch.setitem(evaluate.BEST, ("sparf", Fraction(1, 8)), evaluate.Setting(features=Fraction(1, 2)))
+    assert evaluate.method_at("pages", Fraction(1, 8), HEAD_DIM).features == HEAD_DIM // 16
 
 
 def test_the_model_has_as_many_layers_as_settings_suppose(decoder):
@@ -444,11 +444,11 @@ def test_the_model_has_as_many_layers_as_settings_suppose(decoder):
 
 def test_settings_that_round_up_too_far_are_left_out():
     """Of 512 and 768 tokens: 1.75 and 2.6 units of 32, so 2 and 3."""
-    units = {ratio: {setting.unit for setting in evaluate.possible("centroid", ratio, HEAD_DIM)}
+    units = {ratio: {setting.unit_tokens for setting in evaluate.possible("centroid", ratio, HEAD_DIM)}
              for ratio in evaluate.RATIOS[1:]}
     assert units[Fraction(1, 8)] == {8, 16, 64} and units[Fraction(1, 16)] == {16, 32}
     # Quest has at least a page; with bounds, that is more than 1/16 in any case, and least with pages of 32.
-    assert {setting.unit for setting in evaluate.possible("quest", Fraction(1, 16), HEAD_DIM)} == {32}
+    assert {setting.unit_tokens for setting in evaluate.possible("quest", Fraction(1, 16), HEAD_DIM)} == {32}
 
 
 def test_scores_of_a_group_may_be_summed():
@@ -522,5 +522,5 @@ def test_a_picture(tmp_path):
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_group_is_a_codeword_of_one_channel():
+def test_the_group_is_a_codeword_of_one_feature():
     assert methods.GROUP == 256

@@ -175,7 +175,7 @@ def test_quest_page_by_page(rows):
     best = sorted([1, 2, 3], key=lambda page: -weights[:, page].sum())[0]
     attended = np.isin(np.arange(70) // 16, [0, 4, best])
     right = oracle.attention(query, key, value, 32**-0.5, np.broadcast_to(attended, (2, 70)))
-    got = real.quest(query, key, value, units=3, unit_tokens=16, local=3, sinks=1, rows=rows)
+    got = real.quest(query, key, value, top_units=3, unit_tokens=16, local_tokens=3, sinks=1, rows=rows)
     assert np.abs(got - right).max() < 1e-12
 
 

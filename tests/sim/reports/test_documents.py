@@ -4,6 +4,7 @@ The figure that needs the RTL is in tests/cosim/test_documents.py.
 """
 
 import re
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from kvattic_sim.reports.bench import BARS
 from kvattic_sim.reports.benches import placement
 from kvattic_sim.reports.documents import Stated, stale, stated
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 README, MEASUREMENTS, CONTROLLER = (ROOT / path for path in documents.DOCUMENTS)
 
 
@@ -33,7 +34,7 @@ def document(tmp_path):
 
 
 def test_there_are_figures():
-    assert len(stated(README)) >= 20 and len(stated(MEASUREMENTS)) >= 60 and len(stated(CONTROLLER)) >= 20
+    assert len(stated(README)) >= 6 and len(stated(MEASUREMENTS)) >= 90 and len(stated(CONTROLLER)) >= 20
 
 
 @pytest.mark.parametrize("path", [README, MEASUREMENTS, CONTROLLER], ids=lambda path: path.name)
@@ -49,14 +50,13 @@ def test_every_key_of_a_table_has_its_number():
             assert {key for key in re.findall(r"`([a-z]\w*(?:\.\w+)+)`", line) if key in BARS} <= read, line
 
 
-def test_readme_and_measurements_agree():
-    """Two roundings of one figure: each is within half a digit of it."""
-    measured = {figure.key: figure for figure in stated(MEASUREMENTS)}
-    both = [figure for figure in stated(README) if figure.key in measured]
-    assert len(both) >= 20
-    for figure in both:
-        other = measured[figure.key]
-        assert abs(figure.number - other.number) <= (figure.tolerance + other.tolerance) * 1.001, (figure, other)
+def test_documents_agree_with_each_other_and_themselves():
+    """Several roundings of one figure, in README, summary and section: each is within half a digit of the others."""
+    found = [figure for path in (README, MEASUREMENTS, CONTROLLER) for figure in stated(path)]
+    pairs = [(one, other) for one, other in combinations(found, 2) if one.key == other.key]
+    assert len(pairs) >= 30
+    for one, other in pairs:
+        assert abs(one.number - other.number) <= (one.tolerance + other.tolerance) * 1.001, (one, other)
 
 
 def test_placement_is_as_stated():

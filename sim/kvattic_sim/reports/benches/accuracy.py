@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from kvattic.golden import dense
 from kvattic.spec.commands import fp32_bits
-from kvattic.spec.elements import from_bits, to_bits
+from kvattic.spec.elements import Bits, from_bits, to_bits
 from kvattic.spec.formats import VALUE_FRACTION, Element
 from kvattic_sim import oracle
 from kvattic_sim.data import load_minilm
@@ -37,7 +37,6 @@ __all__ = [
     "widths",
 ]
 
-Bits = NDArray[np.uint16]
 Head = tuple[Bits, Bits, Bits]
 
 LENGTHS = tuple(1 << n for n in range(6, 16))

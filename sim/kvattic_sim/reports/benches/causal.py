@@ -20,8 +20,9 @@ __all__ = ["BENCHES", "KEY", "equal"]
 KEY = "sparse.causal.equal"
 
 MODES: dict[str, dict[str, Any]] = {
-    "dense": {}, "sparf": {"channels": 8, "units": 40, "local": 3}, "fetched": {"channels": 8, "units": 12, "unit": 8},
-    "centroid": {"units": 9, "local": 17}}
+    "dense": {}, "sparf": {"features": 8, "top_units": 40, "local_tokens": 3},
+    "fetched": {"features": 8, "top_units": 12, "unit_tokens": 8},
+    "centroid": {"top_units": 9, "local_tokens": 17}}
 FIRST, LAST = 240, 290
 """Positions of the trial: a stripe (128 tokens of `tiny`) ends among them."""
 HELD = 32

@@ -1,4 +1,4 @@
-"""How busy the engine keeps its lanes, how many cycles it takes, and how fast the simulators run it.
+"""ModeSettings busy the engine keeps its lanes, how many cycles it takes, and how fast the simulators run it.
 
 The engine runs alone here, behind ideal flash that has every codeword at hand at the lanes' full rate; what real flash
 makes of it is measured in benches/flash.py.
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from kvattic import GQA, PAPER, AttendResult, Config, Device
-from kvattic_sim.reports.drive import equal_bits
+from kvattic_sim.compare import equal_bits
 from kvattic_sim.rtl.jobs import report, run_on_model
 from kvattic_sim.rtl.testbench import Flash, build_testbench
 from kvattic_sim.rtl.transport import FlashSettings, RtlTransport
@@ -115,10 +115,12 @@ class Lab:
     Attributes:
         simulator: for figures in cycles, which do not depend on it.
         progress: told how far a run is.
+        say: told what is worth a line of its own.
     """
 
     simulator: Simulator = Simulator.VERILATOR
     progress: Progress = lambda what, done, total: None
+    say: Callable[[str], None] = print
     _usage: dict[tuple[Case, Simulator], Usage] = field(default_factory=dict)
 
     def run(self, case: Case, simulator: Simulator | None = None) -> Usage:
@@ -158,10 +160,12 @@ class Bench:
     Attributes:
         keys: of the figures that it returns.
         measure: the function.
+        by_name: it takes so long that it is measured only when a prefix of its keys is asked for.
     """
 
     keys: tuple[str, ...]
     measure: Callable[[Lab], Figures]
+    by_name: bool = False
 
 
 def _utilization(name: str) -> Bench:

@@ -36,7 +36,7 @@ RANDOM_PAGE = replace(PAPER, part=part("mqsim_1000"))
 RANDOM_PAGES, IN_FLIGHT = 4096, 1024
 """Pages read, and reads (of pages, or of codewords) in flight over all channels."""
 COLUMN_SHARE = 16
-"""One codeword of so many is wanted."""
+"""One of this many codewords is wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def dense(lab: Lab) -> Figures:
 
 
 def write_both_layouts(device: Device, case: Case) -> Usage:
-    """Write a sequence with the channel layout, K twice; runs inside of the simulator."""
+    """Write a sequence with the feature layout, K twice; runs inside of the simulator."""
     attention = decode(case.config, kv_heads=case.kv_heads, tokens=case.tokens)
     sequence = device.create_sequence(case.kv_heads, capacity_tokens=case.tokens, sparse=True)
     return measured(device, lambda: sequence.prefill(attention.key, attention.value))[1]

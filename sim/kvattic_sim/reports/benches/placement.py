@@ -1,6 +1,6 @@
 """Write amplification and wear of the host's placement: a thousand sequences that come, grow and go.
 
-Dense ones; and in a geometry with larger pages also some with K in the channel layout, with centroids, or both.
+Dense ones; and in a geometry with larger pages also some with K in the feature layout, with centroids, or both.
 
 The host library runs over the golden device, which takes no program out of order and no page twice.
 """
@@ -63,7 +63,7 @@ class Life:
 
 def live(*, batch: int = BATCH, longest: float = LONGEST, sequences: int = SEQUENCES, seed: int = 0,
          mixed: bool = False) -> Life:
-    """Create, grow and free sequences in random order, until so many have lived and all are gone.
+    """Create, grow and free sequences in random order, until a given number has lived and all are gone.
 
     Each step takes one at random of: a new sequence (twice as likely, if there is room), a piece more for one, an end
     of one.  Lengths are spread evenly over powers of two up to the longest, so most sequences share zones.

@@ -12,11 +12,11 @@ import numpy as np
 
 from kvattic import PAPER, AttendResult, Config, Device
 from kvattic_sim import oracle
+from kvattic_sim.compare import equal_bits
 from kvattic_sim.reports.benches.engine import Bench, Figures, Lab, WrongResultError
-from kvattic_sim.reports.drive import equal_bits
 from kvattic_sim.rtl.jobs import report, run_in_simulation
 from kvattic_sim.rtl.transport import RtlTransport
-from kvattic_sim.workloads import DENSE, Attention, How, Usage, clustered, decode, measured
+from kvattic_sim.workloads import DENSE, Attention, ModeSettings, Usage, clustered, decode, measured
 
 __all__ = ["BENCHES"]
 
@@ -28,9 +28,9 @@ PAGE = 64
 DRAM_BYTES = 1 << 27
 SEPARATE_BUS = replace(PAPER, part=replace(PAPER.part, name="pslc, separate command bus", separate_command_bus=True))
 """The paper's drive with JESD230G's separate command and address bus, nothing else changed."""
-SPARF = How(mode="sparf", channels=PAPER.head_dim // 8, units=TOKENS // 16)
-FETCHED = How(mode="fetched", channels=PAPER.head_dim // 8, units=TOKENS // 32)
-CENTROID = How(mode="centroid", unit=PAGE, units=TOKENS // 8 // PAGE)
+SPARF = ModeSettings(mode="sparf", features=PAPER.head_dim // 8, top_units=TOKENS // 16)
+FETCHED = ModeSettings(mode="fetched", features=PAPER.head_dim // 8, top_units=TOKENS // 32)
+CENTROID = ModeSettings(mode="centroid", unit_tokens=PAGE, top_units=TOKENS // 8 // PAGE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +45,7 @@ class Load:
 
     config: Config
     run: int
-    ways: Mapping[str, How]
+    ways: Mapping[str, ModeSettings]
 
     @property
     def attention(self) -> Attention:
@@ -63,12 +63,12 @@ def on_drive(device: Device, load: Load) -> dict[str, tuple[AttendResult, Usage]
     ways = {"dense": DENSE, **load.ways}
     wanted: dict[str, object] = {}
     for how in ways.values():
-        wanted |= how.sequence(config)
+        wanted |= how.sequence_arguments(config)
     sequence = device.create_sequence(HEADS, capacity_tokens=TOKENS, **wanted)  # type: ignore[arg-type]
     sequence.prefill(attention.key, attention.value)
     found = {}
     for name, how in ways.items():
-        plan = sequence.plan(attention.query, **how.attend(config, TOKENS))
+        plan = sequence.plan(attention.query, **how.attend_arguments(config, TOKENS))
         (result,), usage = measured(device, lambda plan=plan: device.attend_many([plan]))  # type: ignore[misc]
         found[name] = (result, usage)
     return found
@@ -129,8 +129,8 @@ def sparq_equal(lab: Lab) -> Figures:
         for tokens, r, k, local in ((256, 16, 16, 0), (512, 32, 64, 16), (1024, 16, 64, 0)):
             q, key, value = (rng.standard_normal(shape) for shape in ((rows, 128), (tokens, 128), (tokens, 128)))
             mean = value.mean(axis=0)
-            ours = oracle.sparf(q, key, value, 128**-0.5, channels=r, units=k, local=local, mean=mean).output
-            theirs = oracle.sparq(q, key, value, mean, r=r, k=k, local=local)
+            ours = oracle.sparf(q, key, value, 128**-0.5, features=r, top_units=k, local_tokens=local, mean=mean).output
+            theirs = oracle.sparq(q, key, value, mean, r=r, k=k, local_tokens=local)
             worst = max(worst, float(np.abs(ours - theirs).max() / np.abs(theirs).max()))
     return {"sparse.sparq_equal": worst}
 

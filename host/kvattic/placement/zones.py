@@ -1,15 +1,11 @@
-"""Places in flash and in device DRAM.
+"""Zones of flash: the owners of pages, bad blocks, wear.
 
-Flash is handed out in *zones*: one block on every (channel, die, plane), all erased together.  Pages of a zone are
-taken in order and never written twice; when all sequences that have pages in it are gone, it is erased, whole.  So
-nothing is ever copied.  docs/placement.md explains the policy.
-
-Zones, and regions of device DRAM, belong to *domains*, which the device checks.  Domain 1 is everybody's: it has
-whatever no other domain needs.  An isolated sequence has a domain of its own.
+A *zone* is one block on every (channel, die, plane), all erased together.  Pages of a zone are taken in order and never
+written twice; when all sequences that have pages in it are gone, it is erased as a whole.  So nothing is ever copied.
+docs/placement.md explains the policy.
 """
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
@@ -17,16 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvattic.errors import CapacityError, RequestError
-from kvattic.spec.commands import DOMAINS
+from kvattic.placement.domains import COMMON_DOMAIN, NOBODY, check_domain
 from kvattic.spec.config import Config
 from kvattic.spec.layout import Block, PagePlace, page_number, page_place
 
-__all__ = ["COMMON_DOMAIN", "Allocation", "DomainDram", "DramAllocator", "Remap", "Wear", "ZoneAllocator"]
-
-COMMON_DOMAIN = 1
-"""The domain of all sequences that are not isolated."""
-NOBODY = 0
-"""Owner of what no command may reach, or whose owner nobody knows."""
+__all__ = ["Allocation", "Remap", "Wear", "ZoneAllocator"]
 
 Erase: TypeAlias = Callable[[Sequence[tuple[int, int]]], Sequence[bool]]
 """Erases the blocks that (channel, page) lie in; whether each could be."""
@@ -40,7 +31,7 @@ class Remap(NamedTuple):
     Members:
         channel: flash channel.
         page: a page number of the zone, die and plane.
-        block: the block that they shall use.
+        block: the block to be used there.
     """
 
     channel: int
@@ -69,7 +60,7 @@ class Wear:
 
 
 @dataclass(slots=True, eq=False)
-class _Zone:
+class Zone:
     """A zone that is not clean.
 
     A *row* is one page of each of its blocks on one channel.  A *column* is as many consecutive blocks of the row as a
@@ -97,13 +88,13 @@ class _Zone:
 
 
 @dataclass(slots=True)
-class _Stream:
+class Stream:
     """Zones that are filled one after the other, and how far each channel has come."""
 
-    zones: list[_Zone]
+    zones: list[Zone]
     at: list[int]
 
-    def remove(self, zone: _Zone) -> None:
+    def remove(self, zone: Zone) -> None:
         """Forget a zone."""
         if zone in self.zones:
             index = self.zones.index(zone)
@@ -120,29 +111,32 @@ class Allocation:
         run: consecutive page numbers of each thing that it places.
         quota: zones that it fills alone.
         shared: for each channel, runs that are still to come into zones that it shares; negative if there were more.
+        own: the zones that it fills alone.
+        uses: numbers of the zones in which it has pages.
     """
 
     domain: int
     run: int
     quota: int
     shared: list[int]
-    _own: _Stream
-    _uses: set[int] = field(default_factory=set)
+    own: Stream
+    uses: set[int] = field(default_factory=set)
 
 
 class ZoneAllocator:
     """Hands out pages of zones; keeps bad blocks, wear and write amplification.
 
-    A sequence has zones of its own as far as it will fill them; the rest of it goes into zones that are shared with
-    others of its domain whose runs are as long.  The least worn free zone is taken.  A zone without users is erased: at
-    once with `erase_on_free`, otherwise before its next use.
+    A sequence has zones of its own for what fills them; the rest of it goes into zones that it shares with others of
+    its domain whose runs are as long.  The least worn free zone is taken.  A zone without users is erased: at once with
+    `erase_on_free`, otherwise before its next use.
 
-    A block of a zone that is bad is replaced by a spare block of the same channel, die and plane; where there is none
-    left, the zone has a hole there, which is passed over.
+    A bad block of a zone is replaced by a spare block of the same channel, die and plane; where no spare is left, the
+    zone has a hole there, which is skipped.
 
     All zones belong to domain 1 at first (`send_owners` says so to the device).  A zone changes its owner when another
-    domain takes it, and only erased.  Where a block with data of a domain could not be erased and not be replaced
-    either, the zone never becomes another domain's: domain 1 uses it on, that of any other domain is nobody's for ever.
+    domain takes it, and only when it is erased.  Where a block with data of a domain can be neither erased nor
+    replaced, the zone never passes to another domain: domain 1 goes on using it, and that of any other domain is never
+    used again.
 
     Args:
         config: geometry.
@@ -150,16 +144,16 @@ class ZoneAllocator:
         remap: changes the device's map.
         grant: gives zones to a domain, on the device.
         bad_blocks: blocks that must not be used.
-        spare_blocks: blocks of each plane that are kept as spares; 2 percent of them, but at least one, if None.
+        spare_blocks: blocks of each plane that are kept as spares; if None, 2 percent of them and at least one.
         erase_on_free: see above.
 
     Attributes:
-        zones: how many there are.
+        zones: their number.
         pages_programmed: pages that were programmed, successfully or not (see `account`).
         pages_written: pages of the sequences' data among them.
 
     Raises:
-        RequestError: a bad block or the number of spare blocks is none that the geometry has.
+        RequestError: a bad block or the number of spare blocks does not exist in this geometry.
     """
 
     def __init__(self, config: Config, *, erase: Erase | None = None,
@@ -196,8 +190,8 @@ class ZoneAllocator:
         self._clean = set(range(self.zones))
         # Of zones that are not clean: which blocks were written, and which are bad, (channel, block of the row) each.
         self._dirty: dict[int, tuple[list[tuple[int, int]], set[tuple[int, int]]]] = {}
-        self._open: dict[int, _Zone] = {}
-        self._shared: dict[tuple[int, int], _Stream] = {}   # of (domain, run)
+        self._open: dict[int, Zone] = {}
+        self._shared: dict[tuple[int, int], Stream] = {}   # of (domain, run)
         self._owners = [COMMON_DOMAIN] * self.zones
         self._marked: set[int] = set()      # data are left in them, in a block that is out of use
         self._allocations: set[Allocation] = set()
@@ -222,7 +216,7 @@ class ZoneAllocator:
         return where.zone, where.die * self.config.part.planes + where.plane
 
     def block(self, channel: int, page: int) -> Block | None:
-        """The physical block that a page lies in; None where there is none."""
+        """The physical block that a page lies in; None at a hole."""
         zone, place = self._place(page)
         block = int(self._map[zone, channel, place]) if zone < self.zones else zone
         return None if block < 0 else Block(channel, *self._split(place), block)
@@ -239,7 +233,7 @@ class ZoneAllocator:
 
     @property
     def remaps(self) -> list[Remap]:
-        """The device's map, as far as it differs from what it is after power-up."""
+        """The entries of the device's map that differ from those after power-up."""
         where = np.argwhere((self._map != np.arange(self.zones)[:, None, None]) & (self._map >= 0)).tolist()
         return [Remap(c, self._page(z, p), int(self._map[z, c, p])) for z, c, p in where]
 
@@ -258,20 +252,20 @@ class ZoneAllocator:
             self._unsent = []
 
     def failed(self, channel: int, page: int) -> None:
-        """A page could not be programmed: its block takes nothing more, and is replaced when its zone is erased."""
+        """Note that a page could not be programmed: its block takes no more, and is replaced at its zone's erase."""
         self.abandon(channel, page)
         zone, place = self._place(page)
         self._open[zone].broken.add((channel, place))
 
     def abandon(self, channel: int, page: int) -> None:
-        """Nobody knows whether a page was programmed: its block takes nothing more until its zone is erased."""
+        """Note that a page may or may not be programmed: its block takes nothing more until its zone is erased."""
         number, place = self._place(page)
         zone = self._open[number]
         fill = zone.fill[channel]
         fill[(place // self._width(zone.run) - zone.start) % len(fill)] = zone.limit
 
     def lose_die(self, channel: int, die: int) -> None:
-        """A die does not answer: nothing more is placed there."""
+        """Note that a die does not answer: nothing more is placed there."""
         self._lost.add((channel, die))
         planes = self.config.part.planes
         closed = [zone for zone in range(self.zones) if zone not in self._open]
@@ -302,26 +296,26 @@ class ZoneAllocator:
 
     @property
     def _sealed(self) -> set[int]:
-        """Zones that nobody may use any more: marked, and no domain 1's."""
+        """Zones that are never used again: marked, and not domain 1's."""
         return {zone for zone in self._marked - self._open.keys() if self._owners[zone] != COMMON_DOMAIN}
 
     def owner(self, zone: int) -> int:
-        """The domain that a zone belongs to; 0 where nobody knows, or nobody may use it."""
+        """The domain that a zone belongs to; 0 if it is unknown, or the zone is never used again."""
         return self._owners[zone]
 
     def _give(self, zone: int, domain: int) -> None:
         if self._owners[zone] != domain:
-            self._owners[zone] = NOBODY     # as far as anybody knows if the device does not answer
+            self._owners[zone] = NOBODY     # unknown if the device does not answer
             self._grant([zone], domain)
             self._owners[zone] = domain
 
     def send_owners(self) -> None:
-        """Tell the device the owners of all zones, which it forgets with its power."""
+        """Tell the device, which forgets them without power, the owners of all zones."""
         for domain in sorted(set(self._owners)):
             self._grant([zone for zone, owner in enumerate(self._owners) if owner == domain], domain)
 
     def _expel(self, domain: int) -> None:
-        """Nothing of a domain's sequences, if all are gone, is left for those that its number is for now."""
+        """Remove what is left of a domain's sequences, if all are gone, before its number is used again."""
         if domain == COMMON_DOMAIN or any(allocation.domain == domain for allocation in self._allocations):
             return
         mine = [zone for zone in self._dirty if self._owners[zone] == domain]
@@ -336,12 +330,12 @@ class ZoneAllocator:
         return int(erases.sum()), zone
 
     def _zone_erases(self, zone: int) -> NDArray[np.int64]:
-        """Erases of a zone's blocks, (channels, row); 0 where there is none."""
+        """Erases of a zone's blocks, (channels, row); 0 at holes."""
         blocks = self._map[zone]
         erases = np.take_along_axis(self._erases, np.maximum(blocks, 0)[:, :, None], axis=2)[:, :, 0]
         return np.where(blocks < 0, 0, erases)
 
-    def _take_zone(self, run: int, domain: int = COMMON_DOMAIN) -> _Zone:
+    def _take_zone(self, run: int, domain: int = COMMON_DOMAIN) -> Zone:
         self.send_remaps()
         while True:
             # Those that are marked serve domain 1 alone, which leaves the others what they have reserved.
@@ -366,11 +360,11 @@ class ZoneAllocator:
         fill = [[limit if lost[c, (k + start) % columns] else 0 for k in range(columns)]
                 for c in range(self.config.channels)]
         self._clean.discard(number)
-        self._open[number] = zone = _Zone(number, domain, run, start, fill, limit)
+        self._open[number] = zone = Zone(number, domain, run, start, fill, limit)
         return zone
 
-    def _close(self, zone: _Zone) -> None:
-        """Nobody uses a zone any more."""
+    def _close(self, zone: Zone) -> None:
+        """Take back a zone without users."""
         del self._open[zone.number]
         for stream in self._shared.values():
             stream.remove(zone)
@@ -394,14 +388,14 @@ class ZoneAllocator:
             self._clean.add(zone.number)
 
     def _clean_zones(self, numbers: Sequence[int]) -> None:
-        """Erase what was written, replace what went bad."""
+        """Erase the written blocks of zones, and replace those that went bad."""
         where = [(number, channel, place) for number in numbers for channel, place in self._dirty[number][0]]
         erased = self._erase([(channel, self._page(number, place)) for number, channel, place in where])
         for (number, channel, place), good in zip(where, erased, strict=True):
             block = int(self._map[number, channel, place])
             if block < 0:
                 self._marked.add(number)
-                continue    # its die was lost meanwhile
+                continue    # its die was lost during the erase
             self._erases[channel, place, block] += 1
             if not good or (channel, place) in self._dirty[number][1]:
                 self._bad.add(Block(channel, *self._split(place), block))
@@ -419,7 +413,7 @@ class ZoneAllocator:
             self._clean_zones(sorted(self._dirty))
 
     def distrust(self) -> None:
-        """Take no block for erased: nobody knows what the flash holds.
+        """Count no block as erased, because what the flash holds is unknown.
 
         Raises:
             RequestError: a zone has users.
@@ -434,20 +428,20 @@ class ZoneAllocator:
     # Sequences.
 
     def create(self, runs: Sequence[int], run: int = 1, *, domain: int = COMMON_DOMAIN) -> Allocation:
-        """Room for a sequence.
+        """Reserve room for a sequence.
 
         If another domain than 1 has no allocation yet, what is left of earlier ones that had its number is erased.
 
         Args:
-            runs: for each channel, how many runs it will place there at most.
+            runs: for each channel, how many runs it may place there.
             run: consecutive page numbers of each, a power of two.
-            domain: zones are shared inside of it alone.
+            domain: zones are shared only within it.
 
         Raises:
-            RequestError: run is no power of two, or no zone has so many pages; or there is no such domain.
-            CapacityError: there are not enough zones that are free and not wanted by others.
+            RequestError: run is not a power of two or longer than a zone, or the domain does not exist.
+            CapacityError: not enough zones are free and not reserved for others.
         """
-        _check_domain(domain)
+        check_domain(domain)
         if run < 1 or run & (run - 1) or self._limit(run) == 0:
             raise RequestError(f"a run must be 1, 2, 4, ... pages, and at most {self.config.zone_pages}, not {run}")
         capacity, most = self._capacity(run), max(runs)
@@ -458,7 +452,7 @@ class ZoneAllocator:
                 f"{self.zones} zones of {capacity * run:,} pages on each channel")
         self._expel(domain)
         allocation = Allocation(domain, run, quota, [max(0, r - quota * capacity) for r in runs],
-                                _Stream([], [0] * self.config.channels))
+                                Stream([], [0] * self.config.channels))
         before, promised = self._wanted(), self._wanted_by()[0]
         self._allocations.add(allocation)
         wanted, unmarked = self._wanted(), len((self._clean | self._dirty.keys()) - self._marked)
@@ -480,11 +474,11 @@ class ZoneAllocator:
         return sum(self._wanted_by())
 
     def _wanted_by(self) -> tuple[int, int]:
-        """The same for all other domains than 1 together, and for domain 1."""
+        """The zones of `_wanted`, for all domains but 1 together, and for domain 1."""
         wanted = [0, 0]
         shared: dict[tuple[int, int], NDArray[np.int64]] = {}
         for allocation in self._allocations:
-            wanted[allocation.domain == COMMON_DOMAIN] += max(0, allocation.quota - len(allocation._own.zones))
+            wanted[allocation.domain == COMMON_DOMAIN] += max(0, allocation.quota - len(allocation.own.zones))
             runs = shared.setdefault((allocation.domain, allocation.run), np.zeros(self.config.channels, np.int64))
             runs += np.maximum(allocation.shared, 0)
         for (domain, run), runs in shared.items():
@@ -504,17 +498,17 @@ class ZoneAllocator:
         Args:
             allocation: whose.
             channel: where.
-            die: where it shall lie (begin) if there is room.
+            die: where it should begin, if there is room.
 
         Raises:
             CapacityError: the flash is full.
         """
         run, width = allocation.run, self._width(allocation.run)
-        stream = allocation._own
+        stream = allocation.own
         while True:
             at = stream.at[channel]
-            if stream is allocation._own and at == allocation.quota:
-                stream = self._shared.setdefault((allocation.domain, run), _Stream([], [0] * self.config.channels))
+            if stream is allocation.own and at == allocation.quota:
+                stream = self._shared.setdefault((allocation.domain, run), Stream([], [0] * self.config.channels))
                 at = stream.at[channel]
             if at == len(stream.zones):
                 stream.zones.append(self._take_zone(run, allocation.domain))
@@ -533,8 +527,8 @@ class ZoneAllocator:
         page = self._page(zone.number, (k + zone.start) % len(fill) * width, fill[k] * max(1, run // self._row))
         fill[k] += 1
         zone.users.add(allocation)
-        allocation._uses.add(zone.number)
-        if stream is not allocation._own:
+        allocation.uses.add(zone.number)
+        if stream is not allocation.own:
             allocation.shared[channel] -= 1
         return page
 
@@ -544,32 +538,32 @@ class ZoneAllocator:
         zone = self._open[number]
         fill = zone.fill[channel]
         fill[(place // self._width(zone.run) - zone.start) % len(fill)] -= 1
-        for stream in (allocation._own, self._shared.get((zone.domain, zone.run))):
+        for stream in (allocation.own, self._shared.get((zone.domain, zone.run))):
             if stream is not None and zone in stream.zones:
                 stream.at[channel] = min(stream.at[channel], stream.zones.index(zone))
-                if stream is not allocation._own:
+                if stream is not allocation.own:
                     allocation.shared[channel] += 1
 
     def release(self, *allocations: Allocation) -> None:
-        """A sequence is gone: zones that nobody uses any more are erased, now or later (`erase_on_free`).
+        """Give back what a sequence has: zones without users are erased, now or later (`erase_on_free`).
 
         Args:
-            allocations: what it has.
+            allocations: of the sequence.
 
         Raises:
-            RequestError: one of them was released already, or is another device's.
+            RequestError: one of them was released already, or belongs to another device.
         """
         if not self._allocations.issuperset(allocations):
-            raise RequestError("this allocation was released already, or is another device's")
+            raise RequestError("this allocation was released already, or belongs to another device")
         for allocation in allocations:
             self._allocations.discard(allocation)
-            for number in sorted(allocation._uses):
+            for number in sorted(allocation.uses):
                 zone = self._open[number]
                 zone.users.discard(allocation)
                 if not zone.users:
                     self._close(zone)
             # A zone of its own that it opened and has no page in.
-            for zone in allocation._own.zones:
+            for zone in allocation.own.zones:
                 if zone.number in self._open and not zone.users:
                     self._close(zone)
         if self.erase_on_free:
@@ -593,280 +587,3 @@ class ZoneAllocator:
         there = self._map >= 0
         erases = np.concatenate([self._zone_erases(zone)[there[zone]] for zone in range(self.zones)])
         return Wear(minimum=int(erases.min()), maximum=int(erases.max()), mean=float(erases.mean()))
-
-
-class DramAllocator:
-    """Hands out ranges of pages of a memory: first fit over a sorted list of free ranges.
-
-    Args:
-        pages: pages that there are, numbered from 0.
-
-    Raises:
-        RequestError: pages is negative.
-    """
-
-    def __init__(self, pages: int) -> None:
-        if pages < 0:
-            raise RequestError(f"pages must not be negative, as {pages} is")
-        self.pages = pages
-        self._free: list[tuple[int, int]] = [(0, pages)] if pages else []  # (first, count), sorted, never adjacent
-        self._used: dict[int, int] = {}
-
-    @property
-    def free_pages(self) -> int:
-        """Pages that are free, in ranges of any length."""
-        return sum(count for _, count in self._free)
-
-    @property
-    def largest(self) -> int:
-        """Length of the longest free range."""
-        return max((count for _, count in self._free), default=0)
-
-    def allocate(self, count: int) -> int:
-        """First page of a range of `count` pages, the lowest that fits.
-
-        Raises:
-            RequestError: count is not positive.
-            CapacityError: no free range is that long.
-        """
-        if count < 1:
-            raise RequestError(f"a page range must have at least one page, not {count}")
-        for first, length in self._free:
-            if length >= count:
-                self._cut(first, count)
-                self._used[first] = count
-                return first
-        raise _dram_full(count, self.largest, self.free_pages, self.pages)
-
-    def free(self, first: int) -> None:
-        """Give the range that begins at page `first` back.
-
-        Raises:
-            RequestError: no allocated range begins there.
-        """
-        count = self._used.pop(first, None)
-        if count is None:
-            raise RequestError(f"no allocated range begins at page {first}")
-        self._join(first, count)
-
-    def _cut(self, first: int, count: int) -> None:
-        """Take pages, all of them free, off the list."""
-        index = bisect_right(self._free, (first, self.pages)) - 1
-        begin, length = self._free[index]
-        rest = [(begin, first - begin), (first + count, begin + length - first - count)]
-        self._free[index : index + 1] = [(page, pages) for page, pages in rest if pages]
-
-    def _join(self, first: int, count: int) -> None:
-        """Put pages, none of them free, on the list."""
-        index = bisect_left(self._free, (first, 0))
-        if index < len(self._free) and first + count == self._free[index][0]:
-            count += self._free.pop(index)[1]
-        if index > 0 and sum(self._free[index - 1]) == first:
-            index -= 1
-            before = self._free.pop(index)
-            first, count = before[0], before[1] + count
-        self._free.insert(index, (first, count))
-
-    def _has(self, first: int, count: int) -> bool:
-        """Whether pages are all free."""
-        index = bisect_right(self._free, (first, self.pages)) - 1
-        return index >= 0 and sum(self._free[index]) >= first + count
-
-
-class DomainDram:
-    """Hands out ranges of pages of device DRAM to domains.
-
-    The device knows the owner of each *region* of 2**region_bits pages.  Domain 1 has all that the others have not.
-    Another one takes whole regions, as few as will do and the last that are free, when what it has is not enough;
-    as soon as nothing is allocated in a region of its, it goes back.
-
-    Pages are not cleared here: before regions change their owner, either way, `released` is called with their first
-    page and the number of pages, so that the driver can overwrite them with zeros.  If that fails they stay where they
-    are, and the next call tries again.
-
-    All regions belong to domain 1 at first; `send_owners` says so to the device.
-
-    Args:
-        pages: pages that there are, numbered from 0; the last region may be a part of one.
-        region_bits: log2 of the pages of a region.
-        grant: gives regions to a domain, on the device: first region, how many, domain.
-        released: see above.
-
-    Attributes:
-        pages: as given.
-        regions: how many there are.
-
-    Raises:
-        RequestError: pages or region_bits are negative.
-    """
-
-    def __init__(self, pages: int, region_bits: int, grant: Callable[[int, int, int], None] | None = None,
-                 released: Callable[[int, int], None] | None = None) -> None:
-        if region_bits < 0:
-            raise RequestError(f"region_bits must not be negative, as {region_bits} is")
-        self._common = DramAllocator(pages)
-        self.pages = pages
-        self._bits = region_bits
-        self.regions = -(-pages >> region_bits)
-        self._grant = grant or (lambda first, count, domain: None)
-        self._released = released or (lambda first, count: None)
-        # Of those of other domains: whose they are, and their free and allocated pages.
-        self._owners: dict[int, int] = {}
-        self._others: dict[int, DramAllocator] = {}
-        self._unsent: set[int] = set()      # regions whose owner the device may not know
-
-    def owner(self, region: int) -> int:
-        """The domain that a region belongs to."""
-        return self._owners.get(region, COMMON_DOMAIN)
-
-    def send_owners(self) -> None:
-        """Tell the device the owners of all regions, which it forgets with its power."""
-        self._unsent = set(range(self.regions))
-        self._send()
-
-    @property
-    def free_pages(self) -> int:
-        """Pages of domain 1 that are free, in ranges of any length."""
-        return self._common.free_pages
-
-    @property
-    def largest(self) -> int:
-        """Length of the longest range that domain 1 can have."""
-        return self._common.largest
-
-    def largest_for(self, domain: int) -> int:
-        """Length of the longest range that a domain can have."""
-        if domain == COMMON_DOMAIN:
-            return self.largest
-        return max((count for _, count in self._reach(domain)), default=0)
-
-    def allocate(self, count: int, domain: int = COMMON_DOMAIN) -> int:
-        """First page of a range of `count` pages that a domain owns.
-
-        Raises:
-            RequestError: count is not positive, or there is no such domain.
-            CapacityError: no free range is that long.
-        """
-        _check_domain(domain)
-        if count < 1:
-            raise RequestError(f"a page range must have at least one page, not {count}")
-        self._give_back()
-        self._send()
-        if domain == COMMON_DOMAIN:
-            return self._common.allocate(count)
-        mine = self._others.get(domain)
-        if mine is None or mine.largest < count:
-            self._extend(domain, count)
-            mine = self._others[domain]
-        return mine.allocate(count)
-
-    def free(self, first: int) -> None:
-        """Give the range that begins at page `first` back.
-
-        Raises:
-            RequestError: no allocated range begins there.
-        """
-        self._others.get(self.owner(first >> self._bits), self._common).free(first)
-        self._give_back()
-        self._send()
-
-    # Regions.
-
-    def _pages_of(self, region: int) -> tuple[int, int]:
-        """First page of a region, and how many it has."""
-        first = region << self._bits
-        return first, min(1 << self._bits, self.pages - first)
-
-    def _whole(self) -> list[tuple[int, int]]:
-        """The pages of domain 1's regions that are free: ranges, sorted."""
-        found: list[tuple[int, int]] = []
-        for first, count in self._common._free:
-            begin = -(-first >> self._bits) << self._bits
-            end = first + count if first + count == self.pages else first + count >> self._bits << self._bits
-            if end > begin:
-                found.append((begin, end - begin))
-        return found
-
-    def _reach(self, domain: int) -> list[tuple[int, int]]:
-        """What a domain has free, together with the free regions: ranges, sorted, never adjacent."""
-        mine = self._others[domain]._free if domain in self._others else []
-        ranges: list[tuple[int, int]] = []
-        for first, count in sorted([*mine, *self._whole()]):
-            if ranges and sum(ranges[-1]) == first:
-                first, count = ranges[-1][0], ranges.pop()[1] + count
-            ranges.append((first, count))
-        return ranges
-
-    def _begins(self, domain: int, count: int, ranges: list[tuple[int, int]]) -> Iterator[int]:
-        """Where `count` pages may begin, as far as it is worth looking."""
-        size = 1 << self._bits
-        limits = {first: first + length - count for first, length in ranges}
-        firsts = sorted(limits)
-
-        def limit(page: int) -> int:
-            return limits[firsts[bisect_right(firsts, page) - 1]]
-
-        if domain in self._others:
-            yield from (first for first, _ in self._others[domain]._free if first <= limit(first))
-        for first, length in self._whole():
-            # Further down in these regions it is no better.
-            top = min(limit(first), first + length - 1) >> self._bits << self._bits
-            yield from range(top, max(first, top - count - size) - 1, -size)
-
-    def _extend(self, domain: int, count: int) -> None:
-        """Take the fewest regions with which a domain has `count` free pages in a row."""
-        best: tuple[int, int, list[int]] | None = None
-        ranges = self._reach(domain)
-        for begin in self._begins(domain, count, ranges):
-            over = range(begin >> self._bits, (begin + count - 1 >> self._bits) + 1)
-            wanted = [region for region in over if self.owner(region) != domain]
-            if best is None or (len(wanted), -begin) < best[:2]:
-                best = len(wanted), -begin, wanted
-        if best is None:
-            raise _dram_full(count, self.largest_for(domain), sum(length for _, length in ranges), self.pages)
-        for region in best[2]:
-            self._released(*self._pages_of(region))
-        for region in best[2]:
-            first, length = self._pages_of(region)
-            self._common._cut(first, length)
-            self._owners[region] = domain
-            self._unsent.add(region)
-            other = self._others.setdefault(domain, DramAllocator(0))
-            other.pages = self.pages
-            other._join(first, length)
-        self._send()
-
-    def _give_back(self) -> None:
-        """Regions of other domains in which nothing is allocated become domain 1's."""
-        for region, domain in sorted(self._owners.items()):
-            other, (first, count) = self._others[domain], self._pages_of(region)
-            if not other._has(first, count):
-                continue
-            self._released(first, count)
-            other._cut(first, count)
-            del self._owners[region]
-            self._unsent.add(region)
-            if not other._free and not other._used:
-                del self._others[domain]
-            self._common._join(first, count)
-
-    def _send(self) -> None:
-        """Tell the device the owners that it may not know."""
-        while self._unsent:
-            first = last = min(self._unsent)
-            domain = self.owner(first)
-            while last + 1 in self._unsent and self.owner(last + 1) == domain:
-                last += 1
-            self._grant(first, last + 1 - first, domain)
-            self._unsent.difference_update(range(first, last + 1))
-
-
-def _dram_full(count: int, largest: int, free: int, pages: int) -> CapacityError:
-    return CapacityError(
-        f"the device DRAM is full: {count} consecutive pages are wanted, the longest free range has {largest} "
-        f"({free} of {pages} are free); free a sequence, or give the device more DRAM")
-
-
-def _check_domain(domain: int) -> None:
-    if isinstance(domain, bool) or not isinstance(domain, int) or not COMMON_DOMAIN <= domain < DOMAINS:
-        raise RequestError(f"domain must be an int from {COMMON_DOMAIN} to {DOMAINS - 1}, not {domain!r}")

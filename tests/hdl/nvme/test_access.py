@@ -4,14 +4,14 @@ import random
 from dataclasses import replace
 
 import pytest
-from amaranth.sim import Simulator
+from tests.hdl.compiled import simulation
 
 from kvattic.spec.commands import DOMAINS, Grant, Mode
 from kvattic.spec.config import PAPER, TINY
 from kvattic.spec.layout import centroid_codewords, pack_entries, pack_sketches
 from kvattic.spec.registers import MAX_REGIONS, QUEUES
 from kvattic_hdl.lib.interfaces import Shapes
-from kvattic_hdl.nvme.owners import Owners
+from kvattic_hdl.nvme.access import Owners
 
 FOUND_CYCLES, QUEUES_CYCLES, PAGE_CYCLES = 5, 2, 3
 ODD = replace(TINY, part=replace(TINY.part, blocks=6))
@@ -132,12 +132,11 @@ class Bench:
 
 
 def run(scenario, config=TINY, seed=1):
-    dut = Owners(config)
+    dut, sim = simulation(Owners, config)
 
     async def testbench(ctx):
         await scenario(Bench(ctx, dut, config, random.Random(seed)))
 
-    sim = Simulator(dut)
     sim.add_clock(1e-6)
     sim.add_testbench(testbench)
     sim.run()
@@ -154,6 +153,7 @@ def test_at_power_up_nobody_owns_anything():
     run(scenario)
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_queues_of_a_domain():
     async def scenario(bench):
         await bench.grant(Grant.QUEUES, 0b1000_0010, 0, 1)
@@ -259,7 +259,7 @@ def test_the_end_of_device_dram():
     run(scenario)
 
 
-def test_sketches_in_the_channel_layout():
+def test_sketches_in_the_feature_layout():
     async def scenario(bench):
         count = TINY.group_pages
         await bench.grant(Grant.ZONES, 0, 2, 5)

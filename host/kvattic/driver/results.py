@@ -1,0 +1,189 @@
+"""What comes back: results of jobs, plans, and how the results of a plan's jobs become one."""
+
+import math
+from collections.abc import Sequence as Series
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvattic.driver.jobs import Job
+from kvattic.errors import RangeError
+from kvattic.merge import Partial, merge
+from kvattic.spec.blocks import unpack_results
+from kvattic.spec.commands import Completion, CompletionFlag
+from kvattic.spec.elements import Integers
+from kvattic.spec.formats import SCORE_FRACTION, SCORE_MAX, VALUE_FRACTION
+
+if TYPE_CHECKING:
+    from kvattic.driver.sequence import Sequence
+
+__all__ = ["AttendPlan", "AttendResult", "JobResult", "Part", "check_range", "unpack_result"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class JobResult:
+    """What the device wrote for one job; the arrays mean nothing unless completion.status is OK.
+
+    Attributes:
+        bits: uint32, (rows, head_dim), fp32 bit patterns of the output.
+        maximum: int64, (rows,), largest score, log2 domain, SCORE_FRACTION fractional bits.
+        denominator: uint64, (rows,), sum of the weights, VALUE_FRACTION fractional bits.
+        completion: the completion entry.
+    """
+
+    bits: NDArray[np.uint32]
+    maximum: Integers
+    denominator: NDArray[np.uint64]
+    completion: Completion
+
+    @property
+    def partial(self) -> Partial:
+        """What `kvattic.merge.merge` takes."""
+        return Partial(
+            self.bits.view(np.float32).astype(np.float64),
+            self.maximum,
+            self.denominator.astype(np.float64),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AttendResult:
+    """Attention of one call.
+
+    In the sparse modes maximum, denominator and lse are of the tokens that were attended, with their exact scores, so
+    less than those of all tokens.  In sparf and fetched the output is alpha * softmax(...) V over these tokens plus
+    (1 - alpha) * mean of V, where alpha is their share in the approximate softmax, which is not reported.  So results
+    over parts of a sequence cannot be merged by lse in these two.
+
+    Attributes:
+        output: float32, (q_heads, n_queries, head_dim); zero where a query attends nothing.
+        maximum: int64, (q_heads, n_queries), largest score, log2 domain, SCORE_FRACTION fractional
+            bits; SCORE_MASKED where a query attends nothing.
+        denominator: uint64, (q_heads, n_queries), sum of 2**(score - maximum), VALUE_FRACTION
+            fractional bits.  The device's own integer when one job served the query; about 1e-7
+            off it where token ranges were merged, as the weights' rounding differs.
+        completions: one for each job, in the order of the jobs: by KV head, then query rows, then
+            token range.
+    """
+
+    output: NDArray[np.float32]
+    maximum: Integers
+    denominator: NDArray[np.uint64]
+    completions: list[Completion]
+
+    @property
+    def bits(self) -> NDArray[np.uint32]:
+        """uint32, (q_heads, n_queries, head_dim), bit patterns of the output."""
+        return self.output.view(np.uint32)
+
+    @property
+    def lse(self) -> NDArray[np.float64]:
+        """float64, (q_heads, n_queries), log(sum of exp(scale * q.k)); -inf for no token."""
+        with np.errstate(divide="ignore"):
+            log2 = self.maximum / (1 << SCORE_FRACTION) + np.log2(self.denominator) - VALUE_FRACTION
+        result: NDArray[np.float64] = log2 * math.log(2)
+        return result
+
+    @property
+    def flags(self) -> CompletionFlag:
+        """Everything that happened in any of the jobs."""
+        flags = CompletionFlag(0)
+        for completion in self.completions:
+            flags |= completion.flags
+        return flags
+
+
+class Part(NamedTuple):
+    """Rows of a plan, and the jobs (one for each token range) that serve them."""
+
+    kv_head: int
+    rows: slice
+    jobs: range
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AttendPlan:
+    """The jobs of one attention call, not yet run.
+
+    Made by `Sequence.plan`, run by `Device.attend_many`.  It covers the tokens that the sequence had when it was made,
+    wherever they lie when it is run.
+
+    Attributes:
+        sequence: whose tokens are attended.
+        shape: (q_heads, n_queries, head_dim).
+        jobs: all commands.
+        parts: which rows each of the jobs serves.
+    """
+
+    sequence: "Sequence"
+    shape: tuple[int, int, int]
+    jobs: list[Job]
+    parts: list[Part]
+
+    def finish(self, results: Series[JobResult]) -> AttendResult:
+        """Put the jobs' results together, merging token ranges.
+
+        Args:
+            results: of `jobs`, in their order.
+
+        Raises:
+            RangeError: a score or a value was too large to be computed exactly.
+        """
+        self.sequence.count_jobs(len(results))
+        for job, result in zip(self.jobs, results, strict=True):
+            check_range(job, result.completion.flags)
+        q_heads, n_queries, head_dim = self.shape
+        kv_heads = self.sequence.kv_heads
+        rows = q_heads // kv_heads * n_queries
+        bits = np.zeros((kv_heads, rows, head_dim), np.uint32)
+        maximum = np.zeros((kv_heads, rows), np.int64)
+        denominator = np.zeros((kv_heads, rows), np.uint64)
+        for part in self.parts:
+            place = (part.kv_head, part.rows)
+            if len(part.jobs) == 1:
+                one = results[part.jobs[0]]
+                bits[place], maximum[place], denominator[place] = one.bits, one.maximum, one.denominator
+            else:
+                whole = merge([results[job].partial for job in part.jobs])
+                bits[place] = whole.output.astype(np.float32).view(np.uint32)
+                maximum[place] = whole.maximum
+                denominator[place] = np.rint(whole.denominator).astype(np.uint64)
+        # Rows are ordered by query, then by head of the group (see `planning.Planner.plan`).
+        shape = (kv_heads, n_queries, q_heads // kv_heads)
+        output = bits.reshape(*shape, head_dim).swapaxes(1, 2).reshape(self.shape).view(np.float32)
+        return AttendResult(
+            output=np.ascontiguousarray(output),
+            maximum=maximum.reshape(shape).swapaxes(1, 2).reshape(self.shape[:2]).copy(),
+            denominator=denominator.reshape(shape).swapaxes(1, 2).reshape(self.shape[:2]).copy(),
+            completions=[result.completion for result in results],
+        )
+
+
+def check_range(job: Job, flags: CompletionFlag) -> None:
+    """Refuse a result that was clipped at the top of a window.
+
+    Raises:
+        RangeError: names the job and the window.
+    """
+    name = job.label or "a job"
+    if flags & CompletionFlag.SCORE_OVERFLOW:
+        raise RangeError(f"{name}: a score, or the share of one feature in it, is beyond the drive's range: scale * "
+                         f"log2(e) * q.k must be within {SCORE_MAX >> SCORE_FRACTION:,} either way; make q, K or the "
+                         "scale smaller")
+    if flags & CompletionFlag.VALUE_OVERFLOW:
+        raise RangeError(f"{name}: V is beyond the drive's range, about a million (2**20) in bf16; make it smaller")
+
+
+def unpack_result(data: bytes, rows: int, dim: int, completion: Completion) -> JobResult:
+    """A result block and its completion as arrays.
+
+    Args:
+        data: rows * result_row_bytes(dim) bytes.
+        rows: query rows.
+        dim: head_dim.
+        completion: decoded.
+    """
+    found = unpack_results(data, rows, dim)
+    return JobResult(bits=found.output, maximum=found.maximum, denominator=found.denominator, completion=completion)

@@ -1,0 +1,82 @@
+"""`SequenceShape`: what a sequence holds, and on which channels and dies its stripes lie."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from kvattic.spec import layout
+from kvattic.spec.commands import Kind
+from kvattic.spec.config import Config
+
+__all__ = ["SequenceShape"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceShape:
+    """What a sequence was created as; see `Sequence` and `Device.create_sequence`.
+
+    Attributes:
+        config: of the drive.
+        number: of the sequence; messages name it.
+        kv_heads: KV heads of a layer.
+        layers: layers, each with tokens of its own.
+        capacity_tokens: tokens that each layer can hold.
+        first_head: number of its first KV head, counted over all layers and sequences.
+        sparse: K is also written in the feature layout.
+        centroids: tokens of the units whose mean keys are also written; None: there are none.
+        sinks: first tokens that sparse modes always attend.
+        window: newest tokens whose V the host keeps; None: none.
+        domain: owner of its flash and DRAM.
+    """
+
+    config: Config
+    number: int
+    kv_heads: int
+    layers: int
+    capacity_tokens: int
+    first_head: int
+    sparse: bool
+    centroids: int | None
+    sinks: int
+    window: int | None
+    domain: int
+
+    @cached_property
+    def pages(self) -> int:
+        """Pages of K (and of V) in a stripe."""
+        return layout.stripe_pages(self.config, sparse=self.sparse or self.centroids is not None)
+
+    @cached_property
+    def stripe_tokens(self) -> int:
+        """Tokens of a stripe."""
+        return self.pages * self.config.tokens_per_page
+
+    @property
+    def stripe_dram_pages(self) -> int:
+        """Pages of device DRAM that K and V of a stripe of all heads take."""
+        return 2 * self.kv_heads * self.pages
+
+    @cached_property
+    def sketch_kinds(self) -> list[Kind]:
+        """What is written for sparse modes beside K and V."""
+        return [Kind.FEATURE] * self.sparse + [Kind.SKETCH] * (self.centroids is not None)
+
+    @cached_property
+    def kinds(self) -> list[Kind]:
+        """All that is written of a stripe."""
+        return [Kind.KEY, Kind.VALUE, *self.sketch_kinds]
+
+    def channel(self, layer: int, head: Any, stripe: Any) -> Any:
+        """The channel of a stripe; works on arrays."""
+        return layout.stripe_channel(stripe, self.first_head + layer * self.kv_heads + head, self.config)
+
+    def die(self, layer: int, stripe: int, head: int, kind: Kind) -> int:
+        """The die for a single stripe: not the one of the stripe before, and far from the head's other kinds."""
+        config = self.config
+        number = (self.first_head + layer * self.kv_heads + head) // config.channels + stripe // config.channels
+        die: int = (number + self.kinds.index(kind) * config.dies // len(self.kinds)) % config.dies
+        return die
+
+    def whole_from(self, stop: int, held_tokens: int) -> int:
+        """First token of the tail of a query whose last token is before `stop`: a stripe's first."""
+        return max(stop - held_tokens, 0) // self.stripe_tokens * self.stripe_tokens

@@ -1,0 +1,135 @@
+"""The golden device's ATTEND: reads a job's blocks, K and V, runs the golden model and writes the results."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kvattic.golden import dense, sparse
+from kvattic.golden.first_pass import Layout, first_pass, top_features
+from kvattic.golden.memory import HostMemory
+from kvattic.golden.owners import Owners
+from kvattic.golden.queues import Queue
+from kvattic.golden.registers import Registers
+from kvattic.golden.rejected import RejectedError, raise_first
+from kvattic.golden.storage import Storage
+from kvattic.golden.stripes import Found, StripeReader
+from kvattic.golden.validate import check_command, check_mean, check_table
+from kvattic.spec.blocks import Queries, Results, Table, pack_results, unpack_queries, unpack_table
+from kvattic.spec.commands import (
+    LINE_BYTES,
+    AttendCommand,
+    CompletionFlag,
+    Kind,
+    Mode,
+    Status,
+    lines,
+    query_row_bytes,
+    table_bytes,
+)
+from kvattic.spec.config import Config
+from kvattic.spec.elements import Bits, Integers
+
+__all__ = ["Attention"]
+
+
+class _Computed(NamedTuple):
+    """What the golden model says; and, by status, the first token that could not be read, or None."""
+
+    trace: dense.Trace | sparse.SparseTrace
+    lost: tuple[tuple[Status, int | None], ...]
+
+
+class Attention:
+    """Runs ATTENDs.
+
+    Args:
+        config: geometry.
+        registers: of the device.
+        memory: of the host.
+        storage: flash and device DRAM.
+        owners: of what the jobs read.
+    """
+
+    def __init__(self, config: Config, registers: Registers, memory: HostMemory, storage: Storage,
+                 owners: Owners) -> None:
+        self._config = config
+        self._registers = registers
+        self._memory = memory
+        self._storage = storage
+        self._owners = owners
+
+    def run(self, command: AttendCommand, queue: Queue) -> CompletionFlag:
+        """Run one command, and write its results.
+
+        Raises:
+            RejectedError: it does not end OK.
+        """
+        config = self._config
+        check_command(command, queue, config)
+        self._owners.check_permitted(command.domain, queue.number)
+        queries = unpack_queries(
+            self._memory.dma_read(command.query, command.rows * query_row_bytes(config.head_dim)),
+            command.rows, config.head_dim)
+        table = self._read_table(command)
+        check_table(command, table, config, self._owners, self._registers.region_bits)
+        # A query or mean with a NaN reaches no lane, so nothing is read for it.
+        if (nan := dense.first_special(queries.query, config.element)) is not None:
+            raise RejectedError(Status.NAN_QUERY, nan[0] << 16 | nan[1])
+        check_mean(table)
+
+        computed = self._compute(command, queries, table)
+        trace = computed.trace
+        raise_first(*computed.lost, (Status.NAN_KEY, trace.nan_key), (Status.NAN_VALUE, trace.nan_value),
+                    flags=trace.flags)
+        results = Results(trace.output, trace.maximum, trace.denominator)
+        if not self._memory.dma_write(command.result, pack_results(results)):
+            raise RejectedError(Status.BUS_ERROR, flags=trace.flags)
+        return trace.flags
+
+    def _read_table(self, command: AttendCommand) -> Table:
+        mode, head_dim = Mode(command.mode), self._config.head_dim
+        # Its lines are read whole.
+        size = lines(table_bytes(mode, command.stripes, head_dim)) * LINE_BYTES
+        return unpack_table(self._memory.dma_read(command.table, size), mode, command.stripes, head_dim)
+
+    def _compute(self, command: AttendCommand, queries: Queries, table: Table) -> _Computed:
+        """Run the golden model, with zeros for what cannot be read."""
+        reader = StripeReader(self._config, self._storage, command, table)
+        job: dict[str, Any] = {
+            "element": self._config.element, "scale_bits": command.scale, "start": queries.start, "end": queries.end,
+            "tree": queries.tree, "tree_token": command.tree_token}
+        if command.mode != Mode.DENSE:
+            return self._compute_sparse(command, queries.query, table, reader, job)
+        codewords = self._codewords(command)
+        key, value = reader.tokens(Kind.KEY, codewords), reader.tokens(Kind.VALUE, codewords)
+        trace = dense.attend(queries.query, key.bits, value.bits, base_token=command.base_token,
+                             end_token=command.end_token, **job)
+        return _Computed(trace, ((Status.UNREADABLE_KEY, key.lost), (Status.UNREADABLE_VALUE, value.lost)))
+
+    def _compute_sparse(self, command: AttendCommand, query: Bits, table: Table, reader: StripeReader,
+                        job: dict[str, Any]) -> _Computed:
+        config, mode = self._config, Mode(command.mode)
+        if mode is Mode.CENTROID:
+            sketch = reader.centroids()
+            # Not looked at in the first pass.
+            key = Found(np.zeros((command.stripes * config.group_tokens, config.head_dim), np.uint16), None)
+        else:
+            codewords = self._codewords(command)
+            sketch = reader.features(top_features(query, command.features, config.element))
+            key = reader.tokens(Kind.SKETCH, codewords[table.tail[codewords // config.group_codewords]])
+        sketch_lost = min((lost for lost in (sketch.lost, key.lost) if lost is not None), default=None)
+        first = first_pass(
+            query, key.bits, sketch=sketch.bits, tail=table.tail, features=command.features,
+            top_units=command.top_units, local_tokens=command.local_tokens, sinks=command.sinks,
+            base_token=command.base_token, end_token=command.end_token, **job, layout=Layout(
+                group_tokens=config.group_tokens, tokens_per_codeword=config.tokens_per_codeword, mode=mode,
+                unit_bits=command.unit_bits))
+        key, value = reader.tokens(Kind.KEY, first.codewords), reader.tokens(Kind.VALUE, first.codewords)
+        trace = sparse.second_pass(first, query, key.bits, value.bits, mean=table.mean, **job)
+        return _Computed(trace, ((Status.UNREADABLE_SKETCH, sketch_lost), (Status.UNREADABLE_KEY, key.lost),
+                                 (Status.UNREADABLE_VALUE, value.lost)))
+
+    def _codewords(self, command: AttendCommand) -> Integers:
+        """Codewords up to the last token, counted from base_token: those behind it are never read."""
+        tokens = command.end_token - command.base_token
+        return np.arange(-(-tokens // self._config.tokens_per_codeword))

@@ -1,0 +1,140 @@
+"""What the golden device refuses of an ATTEND before it reads K or V, in the order in which it is reported."""
+
+import numpy as np
+
+from kvattic.golden.owners import Owners
+from kvattic.golden.queues import Queue
+from kvattic.golden.rejected import RejectedError
+from kvattic.spec.blocks import Table
+from kvattic.spec.commands import (
+    FP32_SPECIAL,
+    AttendCommand,
+    Mode,
+    Status,
+    is_positive_normal,
+    query_row_bytes,
+    result_row_bytes,
+    table_bytes,
+)
+from kvattic.spec.config import Config
+
+__all__ = ["check_command", "check_mean", "check_table", "unit_tokens"]
+
+_UNUSED: dict[Mode, tuple[str, ...]] = {
+    Mode.DENSE: ("features", "top_units", "local_tokens", "sinks", "unit_bits"),
+    Mode.SPARF: ("unit_bits",),
+    Mode.FETCHED: (),
+    Mode.CENTROID: ("features",),
+}
+"""Fields that a mode has no use for: they must be zero."""
+
+
+def unit_tokens(command: AttendCommand, config: Config) -> int:
+    """Tokens of a unit of selection."""
+    return 1 if command.mode == Mode.SPARF else config.tokens_per_codeword << command.unit_bits
+
+
+def check_command(command: AttendCommand, queue: Queue, config: Config) -> None:
+    """Refuse what the command alone shows to be wrong.
+
+    Raises:
+        RejectedError: the first mistake.
+    """
+    _check_fields(command, config)
+    if not 1 <= command.rows <= config.rows:
+        raise RejectedError(Status.INVALID_ROWS, command.rows)
+    _check_length(command, config)
+    if command.mode != Mode.DENSE:
+        _check_selection(command, config)
+    _check_addresses(command, queue, config)
+    if not is_positive_normal(command.scale):
+        raise RejectedError(Status.INVALID_SCALE)
+
+
+def _check_fields(command: AttendCommand, config: Config) -> None:
+    pages = command.stripe_pages
+    if command.mode > max(Mode):
+        raise RejectedError(Status.INVALID_FIELD)
+    mode = Mode(command.mode)
+    if mode is not Mode.DENSE and (not config.sparse or pages != config.group_pages):
+        raise RejectedError(Status.INVALID_FIELD)
+    if any(getattr(command, name) for name in _UNUSED[mode]):
+        raise RejectedError(Status.INVALID_FIELD)
+    if pages == 0 or pages & (pages - 1) or pages * config.codewords_per_page > config.ring_codewords:
+        raise RejectedError(Status.INVALID_FIELD)
+
+
+def _check_length(command: AttendCommand, config: Config) -> None:
+    tokens, stripes = command.end_token - command.base_token, command.stripes
+    stripe = command.stripe_pages * config.tokens_per_page
+    fitting = (stripes - 1) * stripe < tokens <= stripes * stripe
+    if tokens <= 0 or not fitting or stripes > config.channels * _stripes_per_channel(command, config):
+        raise RejectedError(Status.INVALID_LENGTH)
+
+
+def _stripes_per_channel(command: AttendCommand, config: Config) -> int:
+    """Stripes whose scores a channel's score buffer holds."""
+    return config.ring_codewords // (command.stripe_pages * config.codewords_per_page)
+
+
+def _check_selection(command: AttendCommand, config: Config) -> None:
+    tokens, size = command.end_token - command.base_token, unit_tokens(command, config)
+    for where, bad in enumerate((
+        Mode(command.mode).blended and not 1 <= command.features <= config.head_dim,
+        not 1 <= command.top_units <= -(-tokens // size),
+        command.local_tokens > command.top_units * size,
+        command.unit_bits > config.unit_bits_max,
+    )):
+        if bad:
+            raise RejectedError(Status.INVALID_SELECTION, where)
+
+
+def _check_addresses(command: AttendCommand, queue: Queue, config: Config) -> None:
+    for where, (address, size) in enumerate((
+        (command.query, command.rows * query_row_bytes(config.head_dim)),
+        (command.result, command.rows * result_row_bytes(config.head_dim)),
+        (command.table, table_bytes(Mode(command.mode), command.stripes, config.head_dim)),
+    )):
+        if not queue.holds(address, size):
+            raise RejectedError(Status.INVALID_ADDRESS, where)
+
+
+def check_table(command: AttendCommand, table: Table, config: Config, owners: Owners, region_bits: int) -> None:
+    """Refuse a table with an entry that is malformed, then not the domain's, then without what the first pass reads.
+
+    Malformed is an entry that names no channel or codeword, has a reserved bit set, or is one more than its channel's
+    score buffer holds.
+
+    Raises:
+        RejectedError: names the first such entry.
+    """
+    entries, sketches, mode = table.entries, table.sketches, Mode(command.mode)
+    bad = (entries.channel >= config.channels) | table.reserved
+    places = _stripes_per_channel(command, config)
+    for channel in range(config.channels):
+        bad[np.flatnonzero(entries.channel == channel)[places:]] = True
+    if mode is not Mode.DENSE:
+        # The feature layout begins with a page.
+        codewords = config.codewords_per_page if mode is Mode.CENTROID else 1
+        bad |= (sketches.written > 1) | (sketches.codeword >= codewords)
+    if bad.any():
+        raise RejectedError(Status.INVALID_TABLE, int(bad.argmax()))
+    foreign = owners.first_foreign(command, entries, sketches, region_bits)
+    if foreign is not None:
+        raise RejectedError(Status.NOT_OWNED, foreign)
+    if mode is not Mode.DENSE:
+        missing = ~table.tail & (sketches.written == 0)
+        if missing.any():
+            raise RejectedError(Status.NO_SKETCH, int(missing.argmax()))
+
+
+def check_mean(table: Table) -> None:
+    """Refuse a mean of V with a NaN or infinity.
+
+    Raises:
+        RejectedError: names its feature.
+    """
+    if table.mean is not None:
+        special = (table.mean & FP32_SPECIAL) == FP32_SPECIAL
+        if special.any():
+            raise RejectedError(Status.NAN_MEAN, int(special.argmax()))

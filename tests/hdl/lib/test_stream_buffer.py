@@ -1,0 +1,53 @@
+"""The stream buffer: all payloads in order, one a cycle, and no path through it."""
+
+import random
+
+import pytest
+from amaranth.sim import Simulator
+
+from kvattic_hdl.lib.stream_buffer import StreamBuffer
+
+PAYLOADS = list(range(1, 200))
+
+
+def passed(offer: float, take: float) -> tuple[list[int], int]:
+    """What comes out of a buffer, and in how many cycles; with probabilities that each side is willing in a cycle."""
+    rng = random.Random(f"{offer} {take}")
+    buffer = StreamBuffer(8)
+    found: list[int] = []
+    cycles = 0
+
+    async def bench(ctx) -> None:
+        nonlocal cycles
+        waiting = list(PAYLOADS)
+        while len(found) < len(PAYLOADS) and cycles < 5000:
+            offered = bool(waiting) and (ctx.get(buffer.i.valid) or rng.random() < offer)
+            ctx.set(buffer.i.valid, offered)
+            ctx.set(buffer.i.payload, waiting[0] if offered else 0)
+            ctx.set(buffer.o.ready, rng.random() < take)
+            if offered and ctx.get(buffer.i.ready):
+                waiting.pop(0)
+                accepted = True
+            else:
+                accepted = False
+            if ctx.get(buffer.o.valid & buffer.o.ready):
+                found.append(ctx.get(buffer.o.payload))
+            await ctx.tick()
+            cycles += 1
+            if accepted:
+                ctx.set(buffer.i.valid, 0)
+
+    simulator = Simulator(buffer)
+    simulator.add_clock(1e-6)
+    simulator.add_testbench(bench)
+    simulator.run()
+    return found, cycles
+
+
+@pytest.mark.parametrize(("offer", "take"), [(1, 1), (0.5, 1), (1, 0.5), (0.3, 0.7), (0.8, 0.2)])
+def test_all_payloads_come_out_in_order(offer, take):
+    assert passed(offer, take)[0] == PAYLOADS
+
+
+def test_a_payload_a_cycle_one_cycle_later():
+    assert passed(1, 1)[1] == len(PAYLOADS) + 1
