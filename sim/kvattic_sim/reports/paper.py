@@ -25,7 +25,7 @@ from kvattic_sim.reports.figures import record
 from kvattic_sim.system.paper import Comparison, compare, summary
 from kvattic_sim.system.parameters import PAPER_MACHINE, table
 
-__all__ = ["KEYS", "main", "measure", "report"]
+__all__ = ["KEYS", "main", "measure", "page", "report"]
 
 ROOT = Path("build") / "paper"
 KEYS = ("system.paper.median", "system.paper.max")
@@ -100,6 +100,18 @@ def _plot(path: Path, rows: Sequence[_Row]) -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     write_whole(path, image.getvalue())
+
+
+def page() -> str:
+    """The two tables in Markdown, as docs/system.md has them."""
+    lines = ["| figure | place | paper | model | deviation | |", "| --- | --- | --- | --- | --- | --- |"]
+    for row in map(_Row.of, compare()):
+        lines.append(f"| {row.figure} | {row.place} | {row.paper:.3f} | {row.model:.3f} | {row.deviation:+.1%} | "
+                     f"{'fitted' if row.fitted else row.reason} |")
+    lines += ["", "| parameter | value | unit | kind | source |", "| --- | --- | --- | --- | --- |"]
+    lines += [f"| {name} | {value:.4g} | {unit} | {kind} | {source} |"
+              for name, value, unit, kind, source in table(PAPER_MACHINE)]
+    return "\n".join(lines) + "\n"
 
 
 def measure() -> dict[str, float]:

@@ -3,6 +3,7 @@
 import csv
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,10 @@ def test_every_parameter_has_a_source():
     rows = list(table(PAPER_MACHINE))
     assert len({name for name, *_ in rows}) == len(rows) >= 15
     assert all(source for *_, source in rows)
+
+
+def test_the_page_has_the_tables():
+    assert report.page() in (Path(__file__).parents[3] / "docs" / "system.md").read_text()
 
 
 def test_the_report_is_kept(tmp_path, capsys):
