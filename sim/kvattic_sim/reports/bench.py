@@ -23,7 +23,7 @@ from kvattic.support import terminal
 from kvattic.support.terminal import Telling
 from kvattic_sim.lm import evaluate, real
 from kvattic_sim.lm.smollm2 import WeightsError
-from kvattic_sim.reports import figures
+from kvattic_sim.reports import figures, paper
 from kvattic_sim.reports.benches import (
     accuracy,
     bad_blocks,
@@ -127,6 +127,8 @@ BARS: dict[str, Bar | None] = {
     "house.sim.cpu_ratio": Bar("<=", (0.33,)),
     "house.test.cpu_ratio": Bar("<=", (0.45,)),
     "house.largest_body": Bar("<=", (120,), goal=True),
+    "system.paper.median": Bar("<=", (0.05,)),
+    "system.paper.max": Bar("<=", (0.15,)),
     "synth.engine.lut": Bar("<=", (25_000,), goal=True),
     "synth.engine.lut_packed": None,
     "synth.engine.ff": None,
@@ -181,8 +183,9 @@ def benches() -> tuple[Bench, ...]:
     quality = Bench(keys=evaluate.KEYS, measure=lambda lab: evaluate.measure(
         plot=Path("build") / "lm_quality.png", progress=lambda line: lab.progress(line, 0, None)))
     reality = Bench(keys=real.KEYS, measure=_real)
+    evaluation = Bench(keys=paper.KEYS, measure=lambda lab: paper.measure())
     return (placing, *engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *causal.BENCHES, *sparse.BENCHES,
-            quality, reality,
+            quality, reality, evaluation,
             *host.BENCHES, *house.BENCHES, *models.BENCHES,
             *(alone(prefix, function) for prefix, function in accuracy.BENCHES.items()))
 
