@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LANGUAGES = {".py": "python", ".sv": "systemverilog", ".h": "c", ".json": "json", ".toml": "toml", ".yml": "yaml"}
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)(?=[)#])")
 COMMENT = re.compile(r"^<!-- (?:run:\n.*?^-->|not run: [^\n]*-->)\n", re.MULTILINE | re.DOTALL)
+KEY = re.compile(r" <!-- [\w.]+ -->")
 OPTIONS = "---\nsearch:\n  exclude: true\nhide:\n  - toc\n---\n\n"
 
 
@@ -55,7 +56,7 @@ def relocate(markdown: str, page: str, found: set[Path]) -> str:
             return target   # the strict build names it
         return posixpath.relpath(place, posixpath.dirname(here) or ".")
 
-    return LINK.sub(link, COMMENT.sub("", markdown))
+    return LINK.sub(link, KEY.sub("", COMMENT.sub("", markdown)))
 
 
 def on_files(files: Any, config: Any) -> Any:

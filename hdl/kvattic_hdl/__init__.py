@@ -5,7 +5,7 @@ from kvattic_hdl.engine import Engine
 from kvattic_hdl.flash.channel import FlashChannel
 from kvattic_hdl.flash.phy import PhyShapes, phy_signature
 from kvattic_hdl.lib.axi import AXI_READ, AXI_WRITE, axi_lite
-from kvattic_hdl.lib.interfaces import EPOCH_BITS, OPCODE_BITS, Shapes, operation_code
+from kvattic_hdl.lib.shapes import EPOCH_BITS, OPCODE_BITS, Shapes, operation_code
 from kvattic_hdl.storage.dram_reader import dram_signature
 from kvattic_hdl.verilog.netlist import TOP, TOPS, generate, verilog_text
 from kvattic_hdl.verilog.shared import Netlist, ports

@@ -1,5 +1,7 @@
 """The whole engine: registers, host memory and device DRAM on one side, each flash channel's streams on the other."""
 
+from dataclasses import dataclass, field
+
 from amaranth.hdl import Cat, Module, Mux, ResetInserter, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFOBuffered
@@ -10,7 +12,7 @@ from kvattic.spec.registers import ADDRESS_BITS, QUEUES
 from kvattic_hdl.frontend.loader import Loader
 from kvattic_hdl.lane.lane import Lane
 from kvattic_hdl.lib.axi import AXI_READ, AXI_WRITE, axi_lite
-from kvattic_hdl.lib.interfaces import EPOCH_BITS, Shapes
+from kvattic_hdl.lib.shapes import EPOCH_BITS, Shapes
 from kvattic_hdl.nvme.access import Owners
 from kvattic_hdl.nvme.admin import Admin
 from kvattic_hdl.nvme.control import Control
@@ -18,11 +20,40 @@ from kvattic_hdl.nvme.queues import Queues
 from kvattic_hdl.reduce.finisher import Finisher
 from kvattic_hdl.reduce.maximum import Maximum
 from kvattic_hdl.reduce.watchdog import Watchdog
-from kvattic_hdl.sparse.topk import Selection
+from kvattic_hdl.sparse.topk import TopK
 from kvattic_hdl.storage.dram_reader import DramReader, dram_signature
 from kvattic_hdl.storage.merge import CodewordMerge
 from kvattic_hdl.storage.operations import Operations
 from kvattic_hdl.verilog.shared import shared
+
+
+@dataclass(slots=True, kw_only=True)
+class _Parts:
+    """The engine's blocks; `selection` is None where there are no sparse modes."""
+
+    control: Control
+    loader: Loader
+    maximum: Maximum
+    finisher: Finisher
+    watchdog: Watchdog
+    queues: Queues
+    admin: Admin
+    owners: Owners
+    operations: Operations
+    dram_reader: DramReader
+    selection: TopK | None
+    lanes: list[Lane] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Central:
+    """Signals that all lanes share."""
+
+    load: Signal
+    load_valid: Signal
+    start: Signal
+    start_valid: Signal
+    report_slot: Signal
 
 
 class Engine(wiring.Component):
@@ -89,32 +120,46 @@ class Engine(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        config, shapes = self.config, self.shapes
-        channels = range(config.channels)
+        parts = self._add_parts(m, platform)
+        self._connect_host(m, parts)
+        self._connect_queues(m, parts)
+        self._connect_owners(m, parts)
+        self._connect_commands(m, parts)
+        self._connect_jobs(m, parts)
+        live = self._track_slots(m, parts)
+        central = self._register_central(m, parts)
+        for channel in range(self.config.channels):
+            self._connect_channel(m, parts, channel)
+            self._connect_lane(m, parts, channel, live, central)
+        self._connect_chain(m, parts)
+        self._connect_watchdog(m, parts)
+        return m
 
-        control = Control(config)
-        m.submodules.control = control
+    def _add_parts(self, m: Module, platform: object) -> _Parts:
+        """Add all blocks; a soft reset clears all but Control, Owners, Operations and DramReader."""
+        config = self.config
+        m.submodules.control = control = Control(config)
+        parts = _Parts(
+            control=control, loader=Loader(config), maximum=Maximum(config), finisher=Finisher(config),
+            watchdog=Watchdog(config), queues=Queues(), admin=Admin(config), owners=Owners(config),
+            operations=Operations(config), dram_reader=DramReader(config),
+            selection=TopK(config) if config.sparse else None)
         reset = ResetInserter(control.reset)
-        loader, maximum, finisher = Loader(config), Maximum(config), Finisher(config)
-        watchdog = Watchdog(config)
-        m.submodules.loader = reset(loader)
-        m.submodules.maximum = reset(maximum)
-        m.submodules.finisher = reset(finisher)
-        m.submodules.watchdog = reset(watchdog)
-        queues, admin = Queues(), Admin(config)
-        m.submodules.queues = reset(queues)
-        m.submodules.admin = reset(admin)
-        m.submodules.owners = owners = Owners(config)
-        m.submodules.operations = operations = Operations(config)
-        m.submodules.dram_reader = dram_reader = DramReader(config)
-        lanes = []
-        for channel in channels:
+        for name in ("loader", "maximum", "finisher", "watchdog", "queues", "admin"):
+            m.submodules[name] = reset(getattr(parts, name))
+        for name in ("owners", "operations", "dram_reader"):
+            m.submodules[name] = getattr(parts, name)
+        for channel in range(config.channels):
             lane, submodule = shared(platform, "kvattic_lane", lambda: Lane(config), control.reset)
             m.submodules[f"lane_{channel}"] = submodule
             m.d.comb += lane.channel.eq(channel)
-            lanes.append(lane)
+            parts.lanes.append(lane)
+        return parts
 
-        # Host side.
+    def _connect_host(self, m: Module, parts: _Parts) -> None:
+        """Registers, host memory and the interrupt."""
+        control, loader, finisher, queues, operations = (
+            parts.control, parts.loader, parts.finisher, parts.queues, parts.operations)
         connect(m, flipped(self.host), control.bus)
         connect(m, loader.bus, flipped(self.read))
         connect(m, finisher.axi, flipped(self.write))
@@ -135,7 +180,10 @@ class Engine(wiring.Component):
             finisher.snapshot.eq(control.snapshot),
         ]
 
-        # Queues: doorbells -> queues -> loader, and completions back.
+    def _connect_queues(self, m: Module, parts: _Parts) -> None:
+        """Doorbells to queues, commands to the loader, completions back."""
+        control, loader, finisher, queues, admin = (
+            parts.control, parts.loader, parts.finisher, parts.queues, parts.admin)
         connect(m, queues.fetch, loader.fetch)
         m.d.comb += [
             queues.doorbell.eq(control.doorbell),
@@ -168,7 +216,9 @@ class Engine(wiring.Component):
         with m.If(control.admin_remove):
             m.d.comb += [queues.remove.valid.eq(1), queues.remove.queue.eq(0)]
 
-        # Whose what is.
+    def _connect_owners(self, m: Module, parts: _Parts) -> None:
+        """Whose each place is that a command names."""
+        control, loader, admin, owners = parts.control, parts.loader, parts.admin, parts.owners
         connect(m, admin.grant, owners.grant)
         m.d.comb += [
             owners.region_bits.eq(control.region_bits),
@@ -190,7 +240,10 @@ class Engine(wiring.Component):
             loader.not_owned_where.eq(owners.where),
         ]
 
-        # Admin commands: loader -> admin -> finisher.  Flash commands: loader -> operations -> finisher.
+    def _connect_commands(self, m: Module, parts: _Parts) -> None:
+        """Admin and flash commands from the loader, and how they ended to the finisher."""
+        control, loader, finisher, queues, admin, operations, dram_reader = (
+            parts.control, parts.loader, parts.finisher, parts.queues, parts.admin, parts.operations, parts.dram_reader)
         connect(m, loader.admin, admin.commands)
         connect(m, loader.flash, operations.commands)
         m.d.comb += [
@@ -212,14 +265,17 @@ class Engine(wiring.Component):
             dram_reader.epoch.eq(self.epoch),
         ]
 
-        # Jobs: loader -> (selection ->) maximum -> finisher.
+    def _connect_jobs(self, m: Module, parts: _Parts) -> None:
+        """Jobs on their way: loader, selection in sparse modes, maximum, finisher."""
+        control, loader, maximum, finisher, selection = (
+            parts.control, parts.loader, parts.maximum, parts.finisher, parts.selection)
+        config, reset = self.config, ResetInserter(control.reset)
         steps = [("loaded", loader.jobs, maximum.jobs_i), ("scored", maximum.jobs_o, finisher.jobs)]
         if config.sparse:
-            selection = Selection(config)
             m.submodules.selection = reset(selection)
             steps[:1] = [("loaded", loader.jobs, selection.jobs_i), ("selected", selection.jobs_o, maximum.jobs_i)]
         for name, source, sink in steps:
-            fifo = SyncFIFOBuffered(width=shapes.job.size, depth=config.jobs_in_flight)
+            fifo = SyncFIFOBuffered(width=self.shapes.job.size, depth=config.jobs_in_flight)
             m.submodules[name] = reset(fifo)
             m.d.comb += [
                 fifo.w_data.eq(source.payload),
@@ -230,8 +286,11 @@ class Engine(wiring.Component):
                 fifo.r_en.eq(sink.ready),
             ]
 
-        # Which slots have a job in the lanes, and what the flash side may send.
-        live, epochs = Signal(config.jobs_in_flight), Signal.like(self.epoch)
+    def _track_slots(self, m: Module, parts: _Parts) -> Signal:
+        """Which slots have a job in the lanes, and what the flash side may send."""
+        control, loader, maximum, finisher, watchdog, selection = (
+            parts.control, parts.loader, parts.maximum, parts.finisher, parts.watchdog, parts.selection)
+        live, epochs = Signal(self.config.jobs_in_flight), Signal.like(self.epoch)
         with m.If(finisher.freed):
             m.d.sync += live.bit_select(finisher.freed_slot, 1).eq(0)
         with m.If(loader.start_valid):
@@ -253,7 +312,7 @@ class Engine(wiring.Component):
             finisher.mean_valid.eq(loader.mean_valid),
             finisher.mean.eq(loader.mean),
         ]
-        if config.sparse:
+        if self.config.sparse:
             m.d.comb += [
                 selection.failed.eq(watchdog.failed),
                 selection.alpha_slot.eq(finisher.final_slot),
@@ -263,73 +322,96 @@ class Engine(wiring.Component):
                 watchdog.selection_slot.eq(selection.waiting_slot),
                 watchdog.selected.eq(selection.jobs_o.valid & selection.jobs_o.ready),
             ]
+        return live
 
-        # Lanes: everything central is the same for all of them; registered, for the way is long.
-        load, load_valid = Signal(shapes.load), Signal()
-        start, start_valid = Signal(shapes.start), Signal()
+    def _register_central(self, m: Module, parts: _Parts) -> _Central:
+        """What is the same for all lanes; loads are registered, as the way is long."""
+        loader, finisher, watchdog = parts.loader, parts.finisher, parts.watchdog
+        load, load_valid = Signal(self.shapes.load), Signal()
+        start, start_valid = Signal(self.shapes.start), Signal()
         m.d.sync += [load.eq(loader.load), load_valid.eq(loader.load_valid)]
         m.d.comb += [start.eq(loader.start), start_valid.eq(loader.start_valid)]
-        report_slot = Signal(shapes.slot)
+        report_slot = Signal(self.shapes.slot)
         m.d.comb += report_slot.eq(Mux(watchdog.probing, watchdog.report_slot, finisher.report_slot))
-        for channel, lane in zip(channels, lanes, strict=True):
-            # Codewords of DRAM and of flash: asked for here and there, joined again at the lane's door.
-            m.submodules[f"merge_{channel}"] = merge = CodewordMerge(config)
-            connect(m, dram_reader.codewords[channel], merge.first)
-            connect(m, flipped(self.codewords[channel]), merge.second)
-            connect(m, merge.o, lane.codewords)
-            asked, tail, flash = lane.requests, dram_reader.tails[channel], self.requests[channel]
+        return _Central(load, load_valid, start, start_valid, report_slot)
+
+    def _connect_channel(self, m: Module, parts: _Parts, channel: int) -> None:
+        """Requests and codewords of a lane, in flash and in device DRAM, and its channel's operations."""
+        operations, dram_reader, lanes = parts.operations, parts.dram_reader, parts.lanes
+        config, lane = self.config, lanes[channel]
+        # Codewords of DRAM and of flash: asked for here and there, joined again at the lane's door.
+        m.submodules[f"merge_{channel}"] = merge = CodewordMerge(config)
+        connect(m, dram_reader.codewords[channel], merge.first)
+        connect(m, flipped(self.codewords[channel]), merge.second)
+        connect(m, merge.o, lane.codewords)
+        asked, tail, flash = lane.requests, dram_reader.tails[channel], self.requests[channel]
+        m.d.comb += [
+            tail.payload.eq(asked.payload),
+            flash.payload.eq(asked.payload),
+            tail.valid.eq(asked.valid & asked.payload.dram),
+            flash.valid.eq(asked.valid & ~asked.payload.dram),
+            asked.ready.eq(Mux(asked.payload.dram, tail.ready, flash.ready)),
+        ]
+        connect(m, operations.operations[channel], flipped(self.operations[channel]))
+        connect(m, operations.fetches[channel], dram_reader.fetches[channel])
+        connect(m, dram_reader.page_words[channel], flipped(self.page_words[channel]))
+        connect(m, flipped(self.outcomes[channel]), operations.channel_outcomes[channel])
+
+    def _connect_lane(self, m: Module, parts: _Parts, channel: int, live: Signal, central: _Central) -> None:
+        """A lane and the central blocks."""
+        control, maximum, finisher, watchdog, selection, lanes = (
+            parts.control, parts.maximum, parts.finisher, parts.watchdog, parts.selection, parts.lanes)
+        lane = lanes[channel]
+        m.d.comb += [
+            lane.load_valid.eq(central.load_valid),
+            lane.load.eq(central.load),
+            lane.start_valid.eq(central.start_valid),
+            lane.start.eq(central.start),
+            lane.live.eq(live),
+            lane.value_open.eq(maximum.value_open),
+            lane.failed.eq(watchdog.failed),
+            lane.maximum_slot.eq(maximum.maximum_slot),
+            lane.maximum_row.eq(maximum.maximum_row),
+            lane.maximum_write.eq(maximum.maximum_write),
+            lane.maximum_new.eq(maximum.maximum_new),
+            lane.denominator_slot.eq(finisher.denominator_slot),
+            lane.denominator_row.eq(finisher.denominator_row),
+            lane.report_slot.eq(central.report_slot),
+            watchdog.first_done[channel].eq(lane.first_done),
+            maximum.keys_done[channel].eq(lane.keys_done),
+            maximum.maximum[channel].eq(lane.maximum),
+            finisher.values_done[channel].eq(lane.values_done),
+            finisher.denominators[channel].eq(lane.denominator),
+            finisher.reports[channel].eq(lane.report),
+            watchdog.keys_done[channel].eq(lane.keys_done),
+            watchdog.values_done[channel].eq(lane.values_done),
+            watchdog.missing_key[channel].eq(lane.missing_key),
+            watchdog.missing_value[channel].eq(lane.missing_value),
+            control.events[channel].eq(lane.events),
+            control.bad_tags[channel].eq(lane.offender.as_value()),
+        ]
+        if self.config.sparse:
             m.d.comb += [
-                tail.payload.eq(asked.payload),
-                flash.payload.eq(asked.payload),
-                tail.valid.eq(asked.valid & asked.payload.dram),
-                flash.valid.eq(asked.valid & ~asked.payload.dram),
-                asked.ready.eq(Mux(asked.payload.dram, tail.ready, flash.ready)),
+                *(getattr(lane, name).eq(getattr(selection, name)) for name in (
+                    "first_slot", "first_row", "sweep_valid", "sweep", "reference_write", "reference_row",
+                    "reference", "sum_row", "bin", "select_valid", "select_slot")),
+                *(getattr(selection, name)[channel].eq(getattr(lane, name)) for name in (
+                    "first_done", "first_maximum", "sweep_done", "sum", "count", "unmarked")),
             ]
-            connect(m, operations.operations[channel], flipped(self.operations[channel]))
-            connect(m, operations.fetches[channel], dram_reader.fetches[channel])
-            connect(m, dram_reader.page_words[channel], flipped(self.page_words[channel]))
-            connect(m, flipped(self.outcomes[channel]), operations.channel_outcomes[channel])
-            m.d.comb += [
-                lane.load_valid.eq(load_valid),
-                lane.load.eq(load),
-                lane.start_valid.eq(start_valid),
-                lane.start.eq(start),
-                lane.live.eq(live),
-                lane.value_open.eq(maximum.value_open),
-                lane.failed.eq(watchdog.failed),
-                lane.maximum_slot.eq(maximum.maximum_slot),
-                lane.maximum_row.eq(maximum.maximum_row),
-                lane.maximum_write.eq(maximum.maximum_write),
-                lane.maximum_new.eq(maximum.maximum_new),
-                lane.denominator_slot.eq(finisher.denominator_slot),
-                lane.denominator_row.eq(finisher.denominator_row),
-                lane.report_slot.eq(report_slot),
-                watchdog.first_done[channel].eq(lane.first_done),
-                maximum.keys_done[channel].eq(lane.keys_done),
-                maximum.maximum[channel].eq(lane.maximum),
-                finisher.values_done[channel].eq(lane.values_done),
-                finisher.denominators[channel].eq(lane.denominator),
-                finisher.reports[channel].eq(lane.report),
-                watchdog.keys_done[channel].eq(lane.keys_done),
-                watchdog.values_done[channel].eq(lane.values_done),
-                watchdog.missing_key[channel].eq(lane.missing_key),
-                watchdog.missing_value[channel].eq(lane.missing_value),
-                control.events[channel].eq(lane.events),
-                control.bad_tags[channel].eq(lane.offender.as_value()),
-            ]
-            if config.sparse:
-                m.d.comb += [
-                    *(getattr(lane, name).eq(getattr(selection, name)) for name in (
-                        "first_slot", "first_row", "sweep_valid", "sweep", "reference_write", "reference_row",
-                        "reference", "sum_row", "bin", "select_valid", "select_slot")),
-                    *(getattr(selection, name)[channel].eq(getattr(lane, name)) for name in (
-                        "first_done", "first_maximum", "sweep_done", "sum", "count", "unmarked")),
-                ]
+
+    def _connect_chain(self, m: Module, parts: _Parts) -> None:
+        """Accumulators: from the finisher through all lanes and back."""
+        finisher, lanes = parts.finisher, parts.lanes
         connect(m, finisher.chain_head, lanes[0].chain_i)
         for before, after in zip(lanes, lanes[1:], strict=False):
             connect(m, before.chain_o, after.chain_i)
         connect(m, lanes[-1].chain_o, finisher.chain_tail)
 
+    def _connect_watchdog(self, m: Module, parts: _Parts) -> None:
+        """What counts as progress, and what the watchdog waits for."""
+        control, loader, maximum, finisher, watchdog, lanes = (
+            parts.control, parts.loader, parts.maximum, parts.finisher, parts.watchdog, parts.lanes)
+        channels = range(self.config.channels)
         progress = Signal()
         m.d.sync += progress.eq(
             Cat(lane.events.beat for lane in lanes).any()
@@ -351,4 +433,3 @@ class Engine(wiring.Component):
             watchdog.freed.eq(finisher.freed),
             watchdog.freed_slot.eq(finisher.freed_slot),
         ]
-        return m

@@ -1,7 +1,7 @@
 """The command line, `kvattic`: see docs/cli.md.
 
-`info` and `selftest` need NumPy alone; what needs more is imported inside of its command, and says which extra of the
-package is missing.  `kvattic.support.terminal` has the exit codes.
+`info` and `selftest` need NumPy alone; the other commands import what they need when they run, and say which extra of
+the package is missing.  `kvattic.support.terminal` has the exit codes.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *,
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: no NaN, no infinity."""
+    """A value that JSON can hold, with None for NaN and infinity."""
     if isinstance(value, Mapping):
         return {str(key): _plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
@@ -143,7 +143,7 @@ def _config(options: argparse.Namespace) -> tuple[str, Config]:
 
 
 def _geometry(config: Config) -> dict[str, dict[str, Any]]:
-    """What follows from a configuration, by section."""
+    """Figures derived from a configuration, by section."""
     part = config.part
     pages = config.channels * config.dies * part.planes * part.blocks * part.pages
     lanes = config.channels * config.beat_bytes * config.clock_mhz
@@ -216,7 +216,7 @@ def _telling() -> terminal.Telling:
 
 
 def _moving(text: str, note: Callable[[str], None]) -> None:
-    """Say how far a phase is: on a terminal a line that changes, empty at the end."""
+    """Show how far a phase is: on a terminal a line that changes, empty at the end."""
     note(text)
     if sys.stderr.isatty():
         end = "" if text else "\r"
@@ -295,7 +295,7 @@ def _selftest(options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _reports_aside(options: argparse.Namespace) -> Iterator[None]:
-    """With --json, what others print goes to stderr."""
+    """With --json, send what is printed meanwhile to stderr."""
     if options.json:
         with contextlib.redirect_stdout(sys.stderr):
             yield
@@ -318,7 +318,7 @@ def _trace(options: argparse.Namespace) -> int:
                                           "kvattic_sim.workloads"))
     with _telling().phase("trace") as note:
         done = trace.trace(preset(options.preset), build.Simulator(options.simulator),
-                           workloads.AttentionOptions(mode=options.mode), progress=lambda line: _moving(line, note))
+                           workloads.ModeSettings(mode=options.mode), progress=lambda line: _moving(line, note))
         _moving("", note)
     if options.json:
         _print_json({"trace": str(done.path), "picture": str(done.picture)})
@@ -465,9 +465,9 @@ def _progress(options: argparse.Namespace, points: Sequence[Any]) -> Iterator[tu
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="kvattic", description="A drive that computes attention next to flash: what it is, tests, simulations.")
+        prog="kvattic", description="A drive that computes attention next to flash: facts, tests and simulations.")
     parser.add_argument("--version", action="version", version=f"kvattic {kvattic.__version__}")
-    parser.add_argument("--json", action="store_true", help="print only what programs read, as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(name: str, function: Any, text: str, *, json_flag: bool = True) -> argparse.ArgumentParser:
@@ -476,7 +476,7 @@ def _parser() -> argparse.ArgumentParser:
         if json_flag:
             # Without a default, for that would undo the flag before the command.
             sub.add_argument("--json", action="store_true", default=argparse.SUPPRESS,
-                             help="print only what programs read, as JSON")
+                             help="print JSON and nothing else")
         return sub
 
     def configuration(sub: argparse.ArgumentParser, default: str) -> None:
@@ -485,7 +485,7 @@ def _parser() -> argparse.ArgumentParser:
         group.add_argument("--config", type=Path, metavar="FILE", help="a configuration in JSON, as Config.to_json()")
 
     targets = "model, sim:verilator, sim:icarus, mmio:/dev/..."
-    info = command("info", _info, "what a configuration is, and what a device says of itself")
+    info = command("info", _info, "show what a configuration amounts to, and what a device reports")
     info.add_argument("target", nargs="?", metavar="TARGET", help=f"a device: {targets}")
     configuration(info, "paper")
 
@@ -537,7 +537,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; its exit code.
 
     Args:
-        arguments: what stands behind the program's name; the process's own if None.
+        arguments: those after the program's name; the process's own if None.
     """
     def work() -> int:
         options = _parser().parse_args(arguments)

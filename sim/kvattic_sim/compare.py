@@ -9,7 +9,7 @@ import kvattic
 from kvattic import AttendResult, Config
 from kvattic.spec.elements import from_bits, to_bits
 from kvattic_sim import oracle
-from kvattic_sim.workloads import DENSE, Attention, AttentionOptions
+from kvattic_sim.workloads import DENSE, Attention, ModeSettings
 
 __all__ = ["BOUND", "equal_bits", "exact_attention", "oracle_errors"]
 
@@ -22,7 +22,7 @@ TIE = 1e-6
 
 
 def equal_bits(
-    attention: Attention, result: AttendResult, config: Config, options: AttentionOptions = DENSE
+    attention: Attention, result: AttendResult, config: Config, options: ModeSettings = DENSE
 ) -> NDArray[np.bool_]:
     """Whether the golden device gives the same outputs, maxima and denominators, to the last bit.
 
@@ -47,7 +47,7 @@ def equal_bits(
 
 
 def oracle_errors(
-    attention: Attention, result: AttendResult, config: Config, options: AttentionOptions = DENSE
+    attention: Attention, result: AttendResult, config: Config, options: ModeSettings = DENSE
 ) -> Floats:
     """Relative RMS and largest absolute error of each KV head against float64 attention.
 
@@ -72,7 +72,7 @@ def oracle_errors(
     return errors
 
 
-def exact_attention(attention: Attention, config: Config, options: AttentionOptions) -> Floats:
+def exact_attention(attention: Attention, config: Config, options: ModeSettings) -> Floats:
     """Float64 attention of the inputs, in any mode.
 
     In the sparse modes each position is a job of its own, which selects for the query heads of a KV head together; the
@@ -102,7 +102,7 @@ def exact_attention(attention: Attention, config: Config, options: AttentionOpti
     return output
 
 
-def _sparse(query: Floats, key: Floats, value: Floats, config: Config, options: AttentionOptions) -> Floats:
+def _sparse(query: Floats, key: Floats, value: Floats, config: Config, options: ModeSettings) -> Floats:
     """One job of a sparse mode: (rows, head_dim)."""
     tokens, head_dim = key.shape
     wanted = options.attend_arguments(config, tokens)

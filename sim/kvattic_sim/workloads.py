@@ -47,7 +47,7 @@ class Usage:
 
     @classmethod
     def sum(cls, parts: Iterable["Usage"]) -> "Usage":
-        """All of them together."""
+        """Their sum."""
         parts = list(parts)
         return cls(cycles=sum(u.cycles for u in parts), window=sum(u.window for u in parts),
                    beats=sum(u.beats for u in parts), stalls={n: sum(u.stalls[n] for u in parts) for n in STALLS},
@@ -118,7 +118,7 @@ NATS = 9.0
 """Of `topical`: by options much the scores of the topic that is asked for stand out."""
 TOPICS = 16
 """Of `topical`: a topic is a sixteenth of the tokens, as many as the sparse modes attend by default
-(`AttentionOptions.top_units`)."""
+(`ModeSettings.top_units`)."""
 
 
 def topical(config: Config, *, kv_heads: int, tokens: int, group: int = 1, seed: int = 0) -> Attention:
@@ -148,7 +148,7 @@ def topical(config: Config, *, kv_heads: int, tokens: int, group: int = 1, seed:
     key = around(centres[heads[:, None], topic], 0.4)
     value = around(meanings[heads[:, None], topic], 0.7)
     asked = centres[heads, rng.integers(centres.shape[1], size=kv_heads)]
-    # The scores of the topic's tokens stand so many nats above the others', whose own spread is about one.
+    # The topic's tokens score `NATS` above the others, whose own spread is about one.
     query = around(np.repeat(asked[:, None], group, axis=1), 0.3) * (NATS / np.sqrt(dim))
     key[:, 0] = asked
     value[:, 0] *= 0.1
@@ -157,14 +157,13 @@ def topical(config: Config, *, kv_heads: int, tokens: int, group: int = 1, seed:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionOptions:
-    """How tokens are chosen: arguments of `Sequence.attend`, and what a sequence needs for it.
+class ModeSettings:
+    """A mode and its settings: arguments of `Sequence.attend`, with defaults that depend on the configuration.
 
     Attributes:
         mode: a name of `kvattic.Mode` in small letters.
         features: r of SparF; None: an eighth of head_dim.
-        top_units: k of SparF, or units; None: so many that they hold a sixteenth of the tokens (an eighth for
-            centroids).
+        top_units: k of SparF, or units; None: as many as hold a sixteenth of the tokens (an eighth for centroids).
         local_tokens: newest tokens that are attended in any case.
         unit_tokens: tokens of a unit; None: a codeword's (16 for centroids, if the configuration allows it).
     """
@@ -182,7 +181,7 @@ class AttentionOptions:
         return {"sparse": True} if self.mode != "dense" else {}
 
     def attend_arguments(self, config: Config, tokens: int) -> dict[str, Any]:
-        """Arguments of `Sequence.attend` and `Sequence.plan` for so many tokens."""
+        """Arguments of `Sequence.attend` and `Sequence.plan` for a sequence of `tokens` tokens."""
         if self.mode == "dense":
             return {}
         unit = 1 if self.mode == "sparf" else self._unit(config)
@@ -202,7 +201,7 @@ class AttentionOptions:
         return self.unit_tokens or (min(max(16, least), most) if self.mode == "centroid" else least)
 
 
-DENSE = AttentionOptions()
+DENSE = ModeSettings()
 
 
 class Meter:
@@ -254,9 +253,9 @@ def measured(device: Device, work: Callable[[], Result]) -> tuple[Result, Usage]
 
 
 def attend(
-    device: Device, attention: Attention, heads_per_batch: int, label: str, options: AttentionOptions = DENSE
+    device: Device, attention: Attention, heads_per_batch: int, label: str, options: ModeSettings = DENSE
 ) -> tuple[AttendResult, Usage, list[Usage]]:
-    """Prefill and attend; K and V stay, for erasing them takes device time that nobody looks at.
+    """Prefill and attend; K and V stay: erasing them would cost simulated time and show nothing.
 
     Args:
         device: where.
@@ -293,12 +292,12 @@ class Question:
     """
 
     query: NDArray[np.uint16]
-    options: AttentionOptions
+    options: ModeSettings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Life:
-    """Inputs of a sequence's life: what is there first, what is appended token by token, and who comes after it.
+    """Inputs of a sequence's life: its prefill, the tokens appended one by one, and the sequence that follows it.
 
     Attributes:
         first: prefill and query.
@@ -311,7 +310,7 @@ class Life:
     first: Attention
     tokens: list[Attention]
     second: Attention
-    options: AttentionOptions = DENSE
+    options: ModeSettings = DENSE
     questions: tuple[Question, ...] = ()
 
     @property
@@ -319,7 +318,7 @@ class Life:
         """Steps that `live` makes of it."""
         return 5 + len(self.questions) + len(self.tokens)
 
-    def attended(self) -> list[tuple[Attention, AttentionOptions]]:
+    def attended(self) -> list[tuple[Attention, ModeSettings]]:
         """What each step with a result attends, in order: its query, and K and V of the sequence by then."""
         first = self.first
         found = [(first, self.options), *((replace(first, query=q.query), q.options) for q in self.questions)]
@@ -353,7 +352,7 @@ class Step:
 
 
 def random_life(config: Config, *, kv_heads: int, tokens: int, group: int, appended: int,
-                options: AttentionOptions = DENSE) -> Life:
+                options: ModeSettings = DENSE) -> Life:
     """A decode's geometry with normal random numbers.
 
     Args:
@@ -372,7 +371,7 @@ def random_life(config: Config, *, kv_heads: int, tokens: int, group: int, appen
 
 
 def minilm_life(*, heads: int, positions: int, sparse_positions: int, appended: int, second_tokens: int,
-                sparse: AttentionOptions | None) -> Life:
+                sparse: ModeSettings | None) -> Life:
     """A life of real numbers: a MiniLM layer on real text, its last tokens one at a time, then another layer.
 
     Args:
@@ -405,7 +404,7 @@ def cut(attention: Attention, *, heads: int, positions: int | None = None) -> At
                      value=attention.value[:heads])
 
 
-def decode_token(sequence: Sequence, token: Attention, options: AttentionOptions = DENSE) -> AttendResult:
+def decode_token(sequence: Sequence, token: Attention, options: ModeSettings = DENSE) -> AttendResult:
     """Append a token and attend."""
     sequence.append(token.key, token.value)
     return sequence.attend(token.query, **options.attend_arguments(sequence.device.config, sequence.length()))
@@ -444,5 +443,5 @@ def live(device: Device, life: Life) -> list[Step]:
     return steps
 
 
-def _attend_name(options: AttentionOptions) -> str:
+def _attend_name(options: ModeSettings) -> str:
     return "attend" if options.mode == "dense" else f"attend, {options.mode}"

@@ -12,7 +12,7 @@ from cocotb.triggers import FallingEdge
 
 from kvattic.spec.commands import Kind, MediaCause, Opcode, Status
 from kvattic.spec.config import TINY
-from kvattic_hdl.lib.interfaces import Shapes, operation_code
+from kvattic_hdl.lib.shapes import Shapes, operation_code
 
 CONFIG = TINY
 PAGES, FRAMES, QUEUE = 8, 8, 6

@@ -16,9 +16,10 @@ import pytest
 
 from kvattic.spec.config import TINY
 from kvattic_sim.rtl.testbench import build_testbench
-from kvattic_sim.simulators import build
+from kvattic_sim.simulators import cache
 from kvattic_sim.simulators.build import (
     CACHE,
+    Group,
     Model,
     SimulationFailed,
     SimulationTimeout,
@@ -415,15 +416,15 @@ def test_waves_are_recorded_on_demand(root: Path, model: Model) -> None:
 
 def test_missing_icarus_says_what_to_install(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(root))
-    monkeypatch.setattr("kvattic_sim.simulators.build._tool_version", _uncached_tool_version())
+    monkeypatch.setattr("kvattic_sim.simulators.models.tool_version", _uncached_tool_version())
     with pytest.raises(SimulatorError, match="apt-get install iverilog"):
         compile_counter(root, Simulator.ICARUS)
 
 
 def _uncached_tool_version() -> Callable[[Simulator], str]:
-    from kvattic_sim.simulators import build
+    from kvattic_sim.simulators.verilator import tool_version
 
-    function: Callable[[Simulator], str] = build._tool_version.__wrapped__
+    function: Callable[[Simulator], str] = tool_version.__wrapped__
     return function
 
 
@@ -449,7 +450,7 @@ def test_verilator_environment() -> None:
 def test_a_checkout_keeps_its_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(CACHE, raising=False)
     monkeypatch.chdir(tmp_path)
-    tree = Path(build.__file__).resolve().parents[2]
+    tree = Path(cache.__file__).resolve().parents[3]
     assert default_build_root() == tree / "build" / "sim"
 
 
@@ -467,16 +468,16 @@ def test_an_installed_package_has_a_cache_of_the_user(
 ) -> None:
     monkeypatch.delenv(CACHE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
-    monkeypatch.setattr(build, "__file__", str(tmp_path / "site-packages" / "kvattic_sim" / "build.py"))
+    monkeypatch.setattr(cache, "__file__", str(tmp_path / "site-packages" / "kvattic_sim" / "simulators" / "cache.py"))
     for place in ("a", "b"):
         (tmp_path / place).mkdir()
         monkeypatch.chdir(tmp_path / place)
         assert default_build_root() == tmp_path / "caches" / "kvattic" / "sim"
     # A source tree that cannot be written is as good as installed.
     (tmp_path / "pyproject.toml").write_text("")
-    monkeypatch.setattr(build, "__file__", str(tmp_path / "sim" / "kvattic_sim" / "build.py"))
+    monkeypatch.setattr(cache, "__file__", str(tmp_path / "sim" / "kvattic_sim" / "simulators" / "cache.py"))
     assert default_build_root() == tmp_path / "build" / "sim"
-    monkeypatch.setattr(build.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(cache.os, "access", lambda path, mode: False)
     assert default_build_root() == tmp_path / "caches" / "kvattic" / "sim"
 
 
@@ -556,7 +557,7 @@ def test_compilers_end_with_the_process_that_began_them(tmp_path: Path, how: sig
 
 def test_a_forked_child_leaves_groups_and_simulations_alone(root: Path, model: Model) -> None:
     with (
-        build.Group() as group,
+        Group() as group,
         start_model(model, test_module="counter_tests", testcase="never_ends", python_path=[root]) as simulation,
     ):
         member = subprocess.Popen(["sleep", "600"], process_group=group.number)

@@ -23,7 +23,7 @@ from kvattic_sim.reports.benches import bad_blocks
 from kvattic_sim.rtl.jobs import run_in_simulation
 from kvattic_sim.rtl.transport import NandSettings
 from kvattic_sim.simulators.build import icarus_available
-from kvattic_sim.workloads import live, lives, measured
+from kvattic_sim.workloads import live, measured, random_life
 
 MEMORY = 1 << 20
 PAGE = TINY.tokens_per_page
@@ -57,7 +57,7 @@ def test_equals_golden_device(simulator: str) -> None:
 
 
 def whole_life(device: Device) -> list[Any]:
-    life = lives(TINY, kv_heads=3, tokens=5 * PAGE - 2, group=2, appended=4)   # the third token fills a stripe
+    life = random_life(TINY, kv_heads=3, tokens=5 * PAGE - 2, group=2, appended=4)   # the third token fills a stripe
     return [(step.name, observed(step.result)) for step in live(device, life) if step.result is not None]
 
 

@@ -516,7 +516,8 @@ def check_rounds(found: list[dict[str, Any]], expected: list[dict[str, Any]], se
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize(("seed", "counts", "stalls"), [(1, (10_000, 1_500), False), (2, (1_500, 500), True)])
+@pytest.mark.parametrize(("seed", "counts", "stalls"), [(1, (10_000, 1_500), False), (2, (1_500, 500), True)],
+                         ids=["at once", "stalls"])
 def test_random_commands(
     seed: int, counts: tuple[int, int], stalls: bool, campaign: Callable[[int, int], int]
 ) -> None:

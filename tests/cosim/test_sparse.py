@@ -37,7 +37,7 @@ from kvattic.spec.registers import StatusBit
 from kvattic_sim.nand.twin import NandFaults
 from kvattic_sim.rtl.jobs import run_in_simulation
 from kvattic_sim.rtl.transport import AxiStalls, Fault, FaultKind, FlashSettings, NandSettings, Stall
-from kvattic_sim.workloads import AttentionOptions, live, random_life
+from kvattic_sim.workloads import ModeSettings, live, random_life
 
 GROUP = TINY.group_tokens
 UNIT = TINY.tokens_per_codeword
@@ -215,7 +215,7 @@ def test_reset_in_the_middle_of_work() -> None:
 @pytest.mark.parametrize("mode", ["sparf", "fetched", "centroid"])
 def test_a_life(mode: str) -> None:
     """Prefill, decode steps from the tail, a stripe that fills up, freeing and another sequence, behind NAND."""
-    options = AttentionOptions(mode=mode, features=4, top_units=5)
+    options = ModeSettings(mode=mode, features=4, top_units=5)
     # The third token fills a stripe.
     life = random_life(TINY, kv_heads=3, tokens=3 * GROUP - 2, group=2, appended=4, options=options)
 

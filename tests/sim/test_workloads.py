@@ -8,7 +8,7 @@ pytest.importorskip("amaranth", reason="pip install 'kvattic[sim]'")
 import kvattic
 from kvattic.spec.elements import from_bits
 from kvattic_sim import oracle
-from kvattic_sim.workloads import Attention, AttentionOptions, decode, topical
+from kvattic_sim.workloads import Attention, ModeSettings, decode, topical
 
 HEADS, TOKENS = 2, 512
 CONFIG = kvattic.Config(channels=2, rows=2, head_dim=128, dies=2)
@@ -16,7 +16,7 @@ CONFIG = kvattic.Config(channels=2, rows=2, head_dim=128, dies=2)
 
 def error(attention: Attention, mode: str) -> float:
     """Relative RMS of one mode against float64 attention of all tokens."""
-    how = AttentionOptions(mode=mode)
+    how = ModeSettings(mode=mode)
     with kvattic.open("model", CONFIG) as device, device.create_sequence(
             HEADS, capacity_tokens=TOKENS, **how.sequence_arguments(CONFIG)) as sequence:
         sequence.prefill(attention.key, attention.value)

@@ -15,7 +15,7 @@ from kvattic.spec.formats import (
     WEIGHT_BITS,
 )
 from kvattic_hdl.lib.arithmetic import add_carry
-from kvattic_hdl.lib.interfaces import ACCUMULATE_CYCLES, SHIFT_BITS, Shapes
+from kvattic_hdl.lib.shapes import ACCUMULATE_CYCLES, SHIFT_BITS, Shapes
 
 PRODUCT_STAGE = 4
 """Operands are registered in stage 2, the product in stages 3 and 4 (a DSP slice's M and P registers)."""
@@ -34,7 +34,7 @@ def group_base(config: Config) -> int:
 
 
 def accumulator_words(config: Config) -> int:
-    """Accumulator words of a cell: of V, and of the groups of the channel pass."""
+    """Accumulator words of a cell: of V, and of the groups of the feature pass."""
     return group_base(config) + (config.groups_in_flight * config.group_words if config.sparse else 0)
 
 
@@ -42,7 +42,7 @@ class Cell(wiring.Component):
     """Multiplies two significands, shifts the product into its fixed-point window, and sums it.
 
     In a K pass (q times k) the shifted product leaves through `addend`, for the row's adder tree; in a V pass (weight
-    times v) it is added to the accumulator word that `read_address` named.  The channel pass (one element of q times k
+    times v) it is added to the accumulator word that `read_address` named.  The feature pass (one element of q times k
     of several tokens) does both: a product in the score window, added to a word of a group, behind those of V.  Stage
     numbers count from the issue of a beat (stage 0); the pipeline never stalls, one beat can enter in each cycle.  A
     word may be read again `ACCUMULATE_CYCLES` after it was.  Reset empties the pipeline, not the memory: the lane
@@ -61,8 +61,8 @@ class Cell(wiring.Component):
     sign : In(1), stage 2
     shift : In(signed), stage 3
         Right shift from the window's top; below `score_shift_min` (K) or 0 (V) it is clipped.
-    key : In(1), stage 3
-        The product goes into the score window: a beat of K, or of a channel of K.
+    into_score : In(1), stage 3
+        The product goes into the score window: a beat of K, or of a feature of K.
     addend : Out(SCORE_WINDOW_BITS), stage 6
         Magnitude of a K product.
     negative : Out(1), stage 6
@@ -75,7 +75,7 @@ class Cell(wiring.Component):
     chain_i : In(accumulator), stage 6
     chain_o : Out(accumulator), stage 7 and then held
     accumulate : In(1), stage 6
-        This is a beat of V, or of a channel of K: add the product to the word.
+        This is a beat of V, or of a feature of K: add the product to the word.
     write : In(1), stage 7
     write_address : In, stage 7
         Where the sum (or, after a drain, at the end of a harvest, or in a sweep, zero) is written.
@@ -96,7 +96,7 @@ class Cell(wiring.Component):
             "b_significand": In(SIGNIFICAND_BITS),
             "sign": In(1),
             "shift": In(signed(SHIFT_BITS)),
-            "key": In(1),
+            "into_score": In(1),
             "addend": Out(SCORE_WINDOW_BITS),
             "negative": Out(1),
             "overflow": Out(1),
@@ -132,7 +132,7 @@ class Cell(wiring.Component):
             gone_4.eq(0),
             shift_4.eq(self.shift[:6]),
         ]
-        with m.If(self.key & (self.shift < self.key_clip)):
+        with m.If(self.into_score & (self.shift < self.key_clip)):
             m.d.sync += [shift_4.eq(self.key_clip), clipped_4.eq(1)]
         with m.Elif(self.shift < 0):
             m.d.sync += [shift_4.eq(0), clipped_4.eq(1)]

@@ -1,5 +1,7 @@
 """From a token's dot products to its scores: scale, round, mask, store, and keep the row's maximum."""
 
+from typing import Any
+
 from amaranth.hdl import C, Cat, Const, Module, Mux, Signal, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
@@ -17,7 +19,7 @@ from kvattic.spec.formats import (
     SCORE_ROUND_SHIFT,
     SCORE_SUM_BITS,
 )
-from kvattic_hdl.lib.interfaces import TOKEN_BITS, Shapes
+from kvattic_hdl.lib.shapes import TOKEN_BITS, Shapes
 
 
 def score_interval(config: Config) -> int:
@@ -136,6 +138,154 @@ class Scaler(wiring.Component):
         return m
 
 
+class Attendance(wiring.Component):
+    """Says whether a row attends to a token: start <= token < end, the draft tree's bit, and that it is selected.
+
+    Parameters
+    ----------
+    config : Config
+
+    Members
+    -------
+    load_valid, load : In
+        Row records.
+    token : In(scored_token), row : In(row)
+    tree_token : In(24), unit_bits : In
+        Of the token's job, as of `ScoreUnit`.
+    attended : Out(1), three cycles later
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.shapes = shapes = Shapes(config)
+        super().__init__({
+            "load_valid": In(1),
+            "load": In(shapes.load),
+            "token": In(scored_token(shapes)),
+            "row": In(shapes.row),
+            "tree_token": In(TOKEN_BITS),
+            "unit_bits": In(shapes.start["unit_bits"].shape),
+            "attended": Out(1),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        token = self.token
+        m.submodules.records = records = Memory(
+            shape=data.StructLayout({"start": TOKEN_BITS, "end": TOKEN_BITS, "tree": TREE_BITS}),
+            depth=self.shapes.row_words, init=[], attrs={"ram_style": "distributed"})
+        write, read = records.write_port(domain="sync"), records.read_port(domain="comb")
+        m.d.comb += [
+            write.en.eq(self.load_valid & self.load.record),
+            write.addr.eq(Cat(self.load.row, self.load.slot)),
+            write.data.start.eq(self.load.start),
+            write.data.end.eq(self.load.end),
+            write.data.tree.eq(self.load.tree),
+            read.addr.eq(Cat(self.row, token.slot)),
+        ]
+        record = Signal.like(read.data)
+        token_1, draft = Signal(TOKEN_BITS), Signal(signed(TOKEN_BITS + 1))
+        inside, sibling = Signal(), Signal()
+        newest_1, selected_2 = token_1, 1
+        if self.config.sparse:
+            # A centroid is attended with the last token of its unit, too.  What was not selected is not attended.
+            newest_1, selected_1, selected_2 = Signal(TOKEN_BITS), Signal(), Signal()
+            within_unit = (self.config.tokens_per_codeword << self.unit_bits) - 1
+            m.d.sync += [
+                newest_1.eq(token.token | Mux(token.centroid, within_unit, 0)),
+                selected_1.eq(token.selected),
+                selected_2.eq(selected_1),
+            ]
+        m.d.sync += [
+            record.eq(read.data),
+            token_1.eq(token.token),
+            draft.eq(token.token - self.tree_token),
+            inside.eq((newest_1 >= record.start) & (token_1 < record.end)),
+            sibling.eq((draft < 0) | ((draft < TREE_BITS) & record.tree.bit_select(draft[:5], 1))),
+            self.attended.eq(inside & sibling & selected_2),
+        ]
+        return m
+
+
+class RunningMaxima(wiring.Component):
+    """Keeps the largest score of each row of each slot; SCORE_MASKED until a row's first one.
+
+    Reads and compares in one cycle, writes in the next; the same row comes back after two cycles at the earliest.
+    Row records come before a job's scores, so that reset need not forget.
+
+    Parameters
+    ----------
+    config : Config
+
+    Members
+    -------
+    score_valid : In(1), score : In(score), slot : In(slot), row : In(row)
+        An attended score.
+    load_valid, load : In
+        A row record forgets the row's maximum.
+    forget_valid : In(1), forget_slot : In(slot)
+        Strobe: forget the slot's maxima.
+    first_slot, first_row : In, first_maximum : Out(score), two cycles later
+    maximum_slot, maximum_row : In, maximum : Out(score), two cycles later
+        Two read ports; the first one only if `config.sparse`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.shapes = shapes = Shapes(config)
+        super().__init__({
+            "score_valid": In(1),
+            "score": In(shapes.score),
+            "slot": In(shapes.slot),
+            "row": In(shapes.row),
+            "load_valid": In(1),
+            "load": In(shapes.load),
+            "forget_valid": In(1),
+            "forget_slot": In(shapes.slot),
+            "first_slot": In(shapes.slot),
+            "first_row": In(shapes.row),
+            "first_maximum": Out(shapes.score),
+            "maximum_slot": In(shapes.slot),
+            "maximum_row": In(shapes.row),
+            "maximum": Out(shapes.score),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        shapes = self.shapes
+        m.submodules.maxima = maxima = Memory(
+            shape=shapes.score, depth=shapes.row_words, init=[], attrs={"ram_style": "distributed"})
+        old, update = maxima.read_port(domain="comb"), maxima.write_port(domain="sync")
+        none_yet = Signal(shapes.row_words)
+        here = Cat(self.row, self.slot)
+        raised, raised_address, raised_score = Signal(), Signal(range(shapes.row_words)), Signal(shapes.score)
+        m.d.comb += [
+            old.addr.eq(here), update.addr.eq(raised_address), update.data.eq(raised_score), update.en.eq(raised)]
+        m.d.sync += [
+            raised.eq(self.score_valid & (none_yet.bit_select(here, 1) | (self.score > old.data))),
+            raised_address.eq(here),
+            raised_score.eq(self.score),
+        ]
+        with m.If(raised):
+            m.d.sync += none_yet.bit_select(raised_address, 1).eq(0)
+        with m.If(self.load_valid & self.load.record):
+            m.d.sync += none_yet.bit_select(Cat(self.load.row, self.load.slot), 1).eq(1)
+        readers = [("maximum_address", Cat(self.maximum_row, self.maximum_slot), self.maximum)]
+        if self.config.sparse:
+            readers.append(("first_address", Cat(self.first_row, self.first_slot), self.first_maximum))
+            with m.If(self.forget_valid):
+                m.d.sync += none_yet.word_select(self.forget_slot, 1 << shapes.row.width).eq(-1)
+        for name, wanted, result in readers:
+            read = maxima.read_port(domain="comb")
+            address = Signal(range(shapes.row_words), name=name)
+            m.d.comb += read.addr.eq(address)
+            m.d.sync += [
+                address.eq(wanted),
+                result.eq(Mux(none_yet.bit_select(address, 1), Const(SCORE_MASKED, shapes.score), read.data)),
+            ]
+        return m
+
+
 class ScoreUnit(wiring.Component):
     """Turns the sums of one token (all rows) into scores, one row after the other.
 
@@ -173,7 +323,7 @@ class ScoreUnit(wiring.Component):
     stored_slot : Out(slot)
     stored_harvest, stored_sketch : Out(1), stored_group : Out
         As in its `where`.
-    fresh_valid : In(1), fresh_slot : In(slot)
+    forget_valid : In(1), forget_slot : In(slot)
         Strobe: forget the slot's maxima.
     first_slot, first_row : In, first_maximum : Out(score), two cycles later
         A second read port of the maxima.
@@ -189,6 +339,18 @@ class ScoreUnit(wiring.Component):
         self.shapes = shapes = Shapes(config)
         self.interval = score_interval(config)
         self.address_bits = (shapes.score_words - 1).bit_length()
+        self.scaler = Scaler(self.interval)
+        self.attendance = Attendance(config)
+        self.running_maxima = RunningMaxima(config)
+        self.token: Any = Signal(scored_token(shapes))   # the token in work
+        self.row = Signal(shapes.row)
+        self.row_overflows = Signal(config.rows)         # of this row and those behind it
+        # Everything that arrives with the scaled sum.
+        self.passing = {name: scored_token(shapes)[name].shape for name in ("harvest", "sketch", "group")
+                        if config.sparse}
+        self.stage = data.StructLayout({
+            "address": self.address_bits, "slot": shapes.slot, "row": shapes.row, "last": 1, "overflow": 1}
+            | self.passing)
         super().__init__({
             "valid": In(1),
             "where": In(scored_token(shapes)),
@@ -208,8 +370,8 @@ class ScoreUnit(wiring.Component):
             "stored_harvest": Out(1),
             "stored_sketch": Out(1),
             "stored_group": Out((config.groups_in_flight - 1).bit_length()),
-            "fresh_valid": In(1),
-            "fresh_slot": In(shapes.slot),
+            "forget_valid": In(1),
+            "forget_slot": In(shapes.slot),
             "first_slot": In(shapes.slot),
             "first_row": In(shapes.row),
             "first_maximum": Out(shapes.score),
@@ -221,20 +383,26 @@ class ScoreUnit(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        config, shapes, interval = self.config, self.shapes, self.interval
-        sparse = config.sparse
+        for name in ("scaler", "attendance", "running_maxima"):
+            m.submodules[name] = getattr(self, name)
+        self._scale(m, *self._take(m))
+        self._attend(m)
+        self._finish(m, self._accompany(m))
+        return m
 
-        # The token in work: its sums move down one row at a time.
-        token = Signal(scored_token(shapes))
+    def _take(self, m: Module) -> tuple[Signal, Signal]:
+        """Take a token; its sums move down one row at a time.
+
+        Returns the row's sum, and whether it begins.
+        """
+        config, row = self.config, self.row
         sums = [Signal(signed(SCORE_SUM_BITS), name=f"sum_{r}") for r in range(config.rows)]
-        overflows = Signal(config.rows)
-        row = Signal(shapes.row)
-        phase = Signal(range(interval))
-        working = Signal()
-        begin = Signal()
+        overflows = self.row_overflows
+        phase = Signal(range(self.interval))
+        working, begin = Signal(), Signal()
         m.d.comb += begin.eq(working & (phase == 0))
         with m.If(working):
-            with m.If(phase == interval - 1):
+            with m.If(phase == self.interval - 1):
                 m.d.sync += [phase.eq(0), row.eq(row + 1), overflows.eq(overflows >> 1)]
                 m.d.sync += [low.eq(high) for low, high in zip(sums, sums[1:], strict=False)]
                 with m.If(row == config.rows - 1):
@@ -242,94 +410,75 @@ class ScoreUnit(wiring.Component):
             with m.Else():
                 m.d.sync += phase.eq(phase + 1)
         with m.If(self.valid):
-            m.d.sync += [working.eq(1), row.eq(0), phase.eq(0), token.eq(self.where), overflows.eq(self.overflows)]
+            m.d.sync += [
+                working.eq(1), row.eq(0), phase.eq(0), self.token.eq(self.where), overflows.eq(self.overflows)]
             m.d.sync += [r.eq(self.sums[i]) for i, r in enumerate(sums)]
+        return sums[0], begin
 
-        m.submodules.scaler = scaler = Scaler(interval)
+    def _scale(self, m: Module, sum_: Signal, begin: Signal) -> None:
+        """Scale each sum: by the job's scale, or after the feature pass by the row's."""
+        shapes, token, scaler = self.shapes, self.token, self.scaler
         m.d.comb += [
             self.scale_slot.eq(token.slot),
             scaler.valid.eq(begin),
-            scaler.sum.eq(sums[0]),
+            scaler.sum.eq(sum_),
             scaler.scale.eq(self.scale),
         ]
-        if sparse:
+        if self.config.sparse:
             m.submodules.scales = scales = Memory(
                 shape=SCALE_BITS, depth=shapes.row_words, init=[], attrs={"ram_style": "distributed"})
-            scale_write, scale_read = scales.write_port(domain="sync"), scales.read_port(domain="comb")
+            write, read = scales.write_port(domain="sync"), scales.read_port(domain="comb")
             m.d.comb += [
-                scale_write.en.eq(self.load_valid & self.load.scale),
-                scale_write.addr.eq(Cat(self.load.row, self.load.slot)),
-                scale_write.data.eq(data.View(shapes.approximate, self.load.data[: shapes.approximate.size]).scale),
-                scale_read.addr.eq(Cat(row, token.slot)),
+                write.en.eq(self.load_valid & self.load.scale),
+                write.addr.eq(Cat(self.load.row, self.load.slot)),
+                write.data.eq(data.View(shapes.approximate, self.load.data[: shapes.approximate.size]).scale),
+                read.addr.eq(Cat(self.row, token.slot)),
             ]
             with m.If(token.harvest):
-                m.d.comb += scaler.scale.eq(scale_read.data)
+                m.d.comb += scaler.scale.eq(read.data)
 
-        # Meanwhile the mask: start <= token < end, and the draft tree's bit beyond tree_token.
-        m.submodules.records = records = Memory(
-            shape=data.StructLayout({"start": TOKEN_BITS, "end": TOKEN_BITS, "tree": TREE_BITS}),
-            depth=shapes.row_words, init=[], attrs={"ram_style": "distributed"})
-        write = records.write_port(domain="sync")
-        read = records.read_port(domain="comb")
+    def _attend(self, m: Module) -> None:
+        """Meanwhile the mask."""
+        attendance = self.attendance
         m.d.comb += [
-            write.en.eq(self.load_valid & self.load.record),
-            write.addr.eq(Cat(self.load.row, self.load.slot)),
-            write.data.start.eq(self.load.start),
-            write.data.end.eq(self.load.end),
-            write.data.tree.eq(self.load.tree),
-            read.addr.eq(Cat(row, token.slot)),
-        ]
-        record = Signal.like(read.data)
-        token_1, draft = Signal(TOKEN_BITS), Signal(signed(TOKEN_BITS + 1))
-        inside, sibling = Signal(), Signal()
-        attended = Signal()
-        newest_1, selected_1, selected_2 = token_1, 1, 1
-        if sparse:
-            # A centroid is attended with the last token of its unit, too.  What was not selected is not attended.
-            newest_1, selected_1, selected_2 = Signal(TOKEN_BITS), Signal(), Signal()
-            within_unit = (config.tokens_per_codeword << self.unit_bits) - 1
-            m.d.sync += [
-                newest_1.eq(token.token | Mux(token.centroid, within_unit, 0)),
-                selected_1.eq(token.selected),
-                selected_2.eq(selected_1),
-            ]
-        m.d.sync += [
-            record.eq(read.data),
-            token_1.eq(token.token),
-            draft.eq(token.token - self.tree_token),
-            inside.eq((newest_1 >= record.start) & (token_1 < record.end)),
-            sibling.eq((draft < 0) | ((draft < TREE_BITS) & record.tree.bit_select(draft[:5], 1))),
-            attended.eq(inside & sibling & selected_2),
+            attendance.load_valid.eq(self.load_valid),
+            attendance.load.eq(self.load),
+            attendance.token.eq(self.token),
+            attendance.row.eq(self.row),
+            attendance.tree_token.eq(self.tree_token),
+            attendance.unit_bits.eq(self.unit_bits),
         ]
 
-        # Everything that arrives with the scaled sum.
-        passing = {name: scored_token(shapes)[name].shape for name in ("harvest", "sketch", "group") if sparse}
-        meta_shape = data.StructLayout({
-            "address": self.address_bits, "slot": shapes.slot, "row": shapes.row, "last": 1, "overflow": 1} | passing)
-        metas = [Signal(meta_shape, name=f"meta_{i}") for i in range(Scaler.LATENCY)]
+    def _accompany(self, m: Module) -> tuple[Any, Signal]:
+        """Delay what arrives with the scaled sum, and whether it is attended."""
+        config, token, row = self.config, self.token, self.row
+        stages: list[Any] = [Signal(self.stage, name=f"stage_{i}") for i in range(Scaler.LATENCY)]
         attended_4, attended_5 = Signal(), Signal()
         m.d.sync += [
-            metas[0].address.eq(Cat(row[: shapes.row.width if config.rows > 1 else 0],
-                                    token.index[: config.slot_bits_per_codeword], token.ring)),
-            metas[0].slot.eq(token.slot),
-            metas[0].row.eq(row),
-            metas[0].last.eq(token.last & (row == config.rows - 1)),
-            metas[0].overflow.eq(overflows[0]),
-            attended_4.eq(attended),
+            stages[0].address.eq(Cat(row[: self.shapes.row.width if config.rows > 1 else 0],
+                                     token.index[: config.slot_bits_per_codeword], token.ring)),
+            stages[0].slot.eq(token.slot),
+            stages[0].row.eq(row),
+            stages[0].last.eq(token.last & (row == config.rows - 1)),
+            stages[0].overflow.eq(self.row_overflows[0]),
+            attended_4.eq(self.attendance.attended),
             attended_5.eq(attended_4),
         ]
-        m.d.sync += [metas[0][name].eq(token[name]) for name in passing]
-        m.d.sync += [b.eq(a) for a, b in zip(metas, metas[1:], strict=False)]
+        m.d.sync += [stages[0][name].eq(token[name]) for name in self.passing]
+        m.d.sync += [b.eq(a) for a, b in zip(stages, stages[1:], strict=False)]
+        return stages[-1], attended_5
 
-        # Saturate, mask.
-        meta = Signal(meta_shape)
-        score = Signal(shapes.score)
+    def _finish(self, m: Module, arriving: tuple[Any, Signal]) -> None:
+        """Saturate, mask, and raise the row's maximum."""
+        scaler, maxima, (stage_5, attended_5) = self.scaler, self.running_maxima, arriving
+        stage: Any = Signal(self.stage)
+        score = Signal(self.shapes.score)
         done, clipped, used = Signal(), Signal(), Signal()
         m.d.sync += [
             done.eq(scaler.done),
-            meta.eq(metas[-1]),
+            stage.eq(stage_5),
             score.eq(scaler.result),
-            clipped.eq(metas[-1].overflow),
+            clipped.eq(stage_5.overflow),
             used.eq(attended_5),
         ]
         with m.If(scaler.result > SCORE_MAX):
@@ -340,57 +489,28 @@ class ScoreUnit(wiring.Component):
             m.d.sync += score.eq(SCORE_MASKED)
         m.d.comb += [
             self.score_write.eq(done),
-            self.score_address.eq(meta.address),
+            self.score_address.eq(stage.address),
             self.score.eq(score),
+            maxima.score_valid.eq(done & used),
+            maxima.score.eq(score),
+            maxima.slot.eq(stage.slot),
+            maxima.row.eq(stage.row),
+            maxima.load_valid.eq(self.load_valid),
+            maxima.load.eq(self.load),
         ]
-
-        # The running maximum: read and compare in one cycle, write in the next.  The same row comes back after two
-        # cycles at the earliest.  `fresh` stands for SCORE_MASKED until a row's first score.
-        m.submodules.maxima = maxima = Memory(
-            shape=shapes.score, depth=shapes.row_words, init=[], attrs={"ram_style": "distributed"})
-        old = maxima.read_port(domain="comb")
-        seen = maxima.read_port(domain="comb")
-        update = maxima.write_port(domain="sync")
-        fresh = Signal(shapes.row_words)
-        here = Cat(meta.row, meta.slot)
-        raised, raised_address, raised_score = Signal(), Signal(range(shapes.row_words)), Signal(shapes.score)
-        last, slot, overflow = Signal(), Signal(shapes.slot), Signal()
-        m.d.comb += [old.addr.eq(here), update.addr.eq(raised_address), update.data.eq(raised_score),
-                     update.en.eq(raised)]
+        m.d.comb += [getattr(maxima, name).eq(getattr(self, name)) for name in (
+            "forget_valid", "forget_slot", "first_slot", "first_row", "maximum_slot", "maximum_row")]
+        m.d.comb += [self.maximum.eq(maxima.maximum), self.first_maximum.eq(maxima.first_maximum)]
+        # A cycle behind the maximum, so that `stored_last` follows the last one's write.
+        last, slot, overflow = Signal(), Signal(self.shapes.slot), Signal()
         m.d.sync += [
-            raised.eq(done & used & (fresh.bit_select(here, 1) | (score > old.data))),
-            raised_address.eq(here),
-            raised_score.eq(score),
-            last.eq(done & meta.last),
-            slot.eq(meta.slot),
+            last.eq(done & stage.last),
+            slot.eq(stage.slot),
             overflow.eq(done & used & clipped),
-            # One cycle later than `raised`, so that `stored_last` follows the last maximum's write.
             self.stored_last.eq(last),
             self.stored_slot.eq(slot),
             self.overflow.eq(overflow),
         ]
-        for name in passing:
-            held = Signal(meta_shape[name].shape, name=f"{name}_held")
-            m.d.sync += [held.eq(meta[name]), getattr(self, f"stored_{name}").eq(held)]
-        with m.If(raised):
-            m.d.sync += fresh.bit_select(raised_address, 1).eq(0)
-        with m.If(self.load_valid & self.load.record):
-            m.d.sync += fresh.bit_select(Cat(self.load.row, self.load.slot), 1).eq(1)
-        if sparse:
-            first = maxima.read_port(domain="comb")
-            first_address = Signal(range(shapes.row_words))
-            m.d.comb += first.addr.eq(first_address)
-            m.d.sync += [
-                first_address.eq(Cat(self.first_row, self.first_slot)),
-                self.first_maximum.eq(
-                    Mux(fresh.bit_select(first_address, 1), Const(SCORE_MASKED, shapes.score), first.data)),
-            ]
-            with m.If(self.fresh_valid):
-                m.d.sync += fresh.word_select(self.fresh_slot, 1 << shapes.row.width).eq(-1)
-        address = Signal(range(shapes.row_words))
-        m.d.comb += seen.addr.eq(address)
-        m.d.sync += [
-            address.eq(Cat(self.maximum_row, self.maximum_slot)),
-            self.maximum.eq(Mux(fresh.bit_select(address, 1), Const(SCORE_MASKED, shapes.score), seen.data)),
-        ]
-        return m
+        for name, shape in self.passing.items():
+            held = Signal(shape, name=f"{name}_held")
+            m.d.sync += [held.eq(stage[name]), getattr(self, f"stored_{name}").eq(held)]

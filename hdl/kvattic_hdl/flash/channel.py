@@ -9,7 +9,7 @@ from kvattic_hdl.flash.controller import Controller
 from kvattic_hdl.flash.decoder import Decoder
 from kvattic_hdl.flash.encoder import Encoder
 from kvattic_hdl.flash.phy import phy_signature
-from kvattic_hdl.lib.interfaces import EPOCH_BITS, Shapes
+from kvattic_hdl.lib.shapes import EPOCH_BITS, Shapes
 from kvattic_hdl.lib.stream_buffer import StreamBuffer
 
 

@@ -1,30 +1,19 @@
 """Codewords from the flash bus: checks them, has them corrected, hands their tokens on."""
 
-from amaranth.hdl import Cat, Module, Mux, Signal, unsigned
+from typing import Any
+
+from amaranth.hdl import Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.memory import Memory
-from amaranth.lib.wiring import In, Out
-from amaranth.utils import bits_for, ceil_log2
+from amaranth.lib.wiring import In, Out, connect, flipped
+from amaranth.utils import bits_for
 
 from kvattic.spec.commands import MediaCause
-from kvattic.spec.config import CRC_BITS, Config
-from kvattic.spec.ecc import Division, code
+from kvattic.spec.config import Config
+from kvattic_hdl.flash.codeword_words import Departure, WordChecker, WordMemory, WordShapes
 from kvattic_hdl.flash.corrector import Corrector, CorrectorShapes
-from kvattic_hdl.flash.division import divided, ones
-from kvattic_hdl.flash.encoder import seeded
 from kvattic_hdl.flash.interfaces import CAUSE_BITS, FlashShapes
-
-_BEATS_AHEAD = 4
-"""Beats that wait behind the memory, so that its read port may be used for a correction meanwhile."""
-
-
-def first_state(division: Division, codeword_bits: int, parity_bits: range) -> int:
-    """State from which the division ends at zero for a right raw codeword, whose parity is stored inverted."""
-    state = 0
-    for bit in range(codeword_bits):
-        state = division.shift(state ^ (bit in parity_bits))
-    return division.unshift(state, codeword_bits)
 
 
 class Decoder(wiring.Component):
@@ -93,6 +82,21 @@ class Decoder(wiring.Component):
         self.config = config
         self.buffers = buffers
         self.positions = positions
+        self.inside = inside = WordShapes(config, buffers)
+        self.checker = WordChecker(config, buffers)
+        self.memory = WordMemory(config, buffers)
+        self.departure = Departure(config, buffers)
+        self.corrector = Corrector(config, positions)
+        # Buffers that wait for words, in order; that leave; that wait for the corrector.
+        self.incoming, self.leaving, self.pending = (
+            SyncFIFO(width=width, depth=buffers)
+            for width in (inside.buffer.width, inside.leaving.size, inside.buffer.width))
+        # What becomes of a codeword in this cycle: it ends, with a cause if it cannot be read; or is read again.
+        self.end, self.end_buffer, self.cause = Signal(), Signal(inside.buffer), Signal(CAUSE_BITS)
+        self.again = Signal()                     # the corrector's result is not good, but there is another level
+        self.dropped = Signal()                   # its codeword is read again
+        self.problem_buffer = Signal(inside.buffer)   # whose codeword it works on
+        self.allocated = Signal(inside.buffer)
         shapes = FlashShapes(config)
         super().__init__({
             "header": In(stream.Signature(shapes.header)),
@@ -109,237 +113,166 @@ class Decoder(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        config, code_, shapes = self.config, code(self.config), FlashShapes(self.config)
+        for name in ("checker", "memory", "departure", "corrector", "incoming", "leaving", "pending"):
+            m.submodules[name] = getattr(self, name)
+        take = Signal()
+        m.d.comb += take.eq(self.header.valid & self.header.ready)
+        self._allocate(m, take)
+        ended_place, problem_name = self._remember(m, take)
+        self._keep_words(m)
+        self._decide(m, take)
+        self._correct(m, take, problem_name)
+        self._report(m, ended_place, problem_name)
+        return m
+
+    def _allocate(self, m: Module, take: Signal) -> None:
+        """Give each announced codeword a buffer, until it has left or is to be read again."""
         buffers = self.buffers
-        bits = config.beat_bytes * 8
-        beats = config.beats_per_codeword
-        data_words = config.codeword_bytes // config.beat_bytes
-        raw_words = config.raw_codeword_words
-        buffer = unsigned(ceil_log2(buffers))
-        beat_bits = ceil_log2(beats)
-        header = self.header.payload
-
-        def fifo(name: str, width: int) -> SyncFIFO:
-            m.submodules[name] = queue = SyncFIFO(width=width, depth=buffers)
-            return queue
-
-        # ---- Buffers and what is known of their codewords. ----
-
         free = Signal(buffers, init=-1)
-        allocated = Signal(buffer)
         for i in reversed(range(buffers)):
             with m.If(free[i]):
-                m.d.comb += allocated.eq(i)
-        take = Signal()
-        release, released = Signal(), Signal(buffer)       # its last beat is on its way
-        dropped = Signal()                                 # it is read again
-        problem_buffer = Signal(buffer)                    # whose codeword the corrector works on
-        m.d.sync += free.eq(
-            (free | release.replicate(buffers) & (1 << released)[:buffers]
-             | dropped.replicate(buffers) & (1 << problem_buffer)[:buffers])
-            & ~(take.replicate(buffers) & (1 << allocated)[:buffers]))
+                m.d.comb += self.allocated.eq(i)
 
+        def one(valid: Value, buffer: Value) -> Value:
+            return valid.replicate(buffers) & (1 << buffer)[:buffers]
+
+        release = self.departure.leaving.valid & self.departure.leaving.ready
+        m.d.comb += self.header.ready.eq(free.any() & ~self.checker.ended)
+        m.d.sync += free.eq(
+            (free | one(release, self.departure.leaving.payload.buffer) | one(self.dropped, self.problem_buffer))
+            & ~one(take, self.allocated))
+
+    def _remember(self, m: Module, take: Signal) -> tuple[Any, Any]:
+        """Keep what is known of each buffer's codeword.
+
+        Returns the read ports for the place of one that has ended, and for the name of the corrector's.
+        """
+        shapes, header = self.inside, self.header.payload
         place = data.StructLayout({"page": header.page.shape(), "codeword": shapes.codeword_index})
         name = data.StructLayout({"tag": shapes.tag, "level": shapes.level})
-        m.submodules.places = places = Memory(shape=place, depth=buffers, init=[])
-        m.submodules.names = names = Memory(shape=name, depth=buffers, init=[])
+        m.submodules.places = places = Memory(shape=place, depth=self.buffers, init=[])
+        m.submodules.names = names = Memory(shape=name, depth=self.buffers, init=[])
         for memory, fields in ((places, ("page", "codeword")), (names, ("tag", "level"))):
             port = memory.write_port()
-            m.d.comb += [port.addr.eq(allocated), port.en.eq(take)]
+            m.d.comb += [port.addr.eq(self.allocated), port.en.eq(take)]
             m.d.comb += [port.data[f].eq(header[f]) for f in fields]
         incoming_place, ended_place = (places.read_port(domain="comb") for _ in range(2))
         leaving_name, problem_name = (names.read_port(domain="comb") for _ in range(2))
-
-        m.submodules.words = words = Memory(shape=bits, depth=buffers << beat_bits, init=[])
-        words_write, words_read = words.write_port(), words.read_port()
-
-        # ---- Words that come in. ----
-
-        incoming = fifo("incoming", buffer.width)                # buffers that wait for words, in order
-        word, word_valid = Signal(bits, reset_less=True), Signal()
-        index = Signal(range(raw_words))
-        last, use = Signal(), Signal()
-        ended = Signal()                                   # all words of a codeword were seen
-        ended_buffer = Signal(buffer)
-        others = Signal(bits_for(config.raw_codeword_bytes))   # bytes that are not 0xFF
-        check = Signal(CRC_BITS, reset_less=True)
-        padding = raw_words * bits - code_.code_bits
-        parity_bits = range(code_.message_bits, code_.code_bits)
-        origin = first_state(code_.parity, raw_words * bits, parity_bits)
-        remainder = Signal(code_.parity.degree, init=origin)
-        ended_remainder = Signal.like(remainder, init=0, reset_less=True)
-        m.d.sync += [word.eq(self.words), word_valid.eq(self.words_valid)]
         m.d.comb += [
-            use.eq(word_valid & incoming.r_rdy),
-            last.eq(index == raw_words - 1),
-            incoming.r_en.eq(use & last),
-            incoming_place.addr.eq(incoming.r_data),
+            incoming_place.addr.eq(self.incoming.r_data),
+            self.checker.page.eq(incoming_place.data.page),
+            self.checker.codeword.eq(incoming_place.data.codeword),
+            leaving_name.addr.eq(self.departure.leaving.payload.buffer),
+            self.departure.tag.eq(leaving_name.data.tag),
+            problem_name.addr.eq(self.problem_buffer),
         ]
-        following = Signal(code_.parity.degree)
-        masked = Mux(last, word & ((1 << bits - padding) - 1), word) if padding else word
-        other = Cat(~word.word_select(i, 8).all() for i in range(config.beat_bytes))
-        m.d.comb += following.eq(divided(m, "parity", code_.parity, remainder, masked))
-        m.d.sync += ended.eq(use & last)
-        with m.If(use):
-            m.d.sync += [
-                index.eq(index + 1),
-                remainder.eq(following),
-                others.eq(Mux(index == 0, 0, others) + ones(other)),
+        return ended_place, problem_name
+
+    def _keep_words(self, m: Module) -> None:
+        """Words: from the bus to the memory, patched there, and on their way out."""
+        checker, memory, departure = self.checker, self.memory, self.departure
+        connect(m, self.corrector.patches, memory.patches)
+        connect(m, departure.codewords, flipped(self.codewords))
+        m.d.comb += [
+            checker.words.eq(self.words),
+            checker.words_valid.eq(self.words_valid),
+            checker.buffers.payload.eq(self.incoming.r_data),
+            checker.buffers.valid.eq(self.incoming.r_rdy),
+            self.incoming.r_en.eq(checker.buffers.ready),
+            memory.store.eq(checker.store),
+            memory.store_address.eq(checker.address),
+            memory.word.eq(checker.word),
+            memory.patch_buffer.eq(self.problem_buffer),
+            memory.fetch.eq(departure.fetch),
+            memory.fetch_address.eq(departure.fetch_address),
+            departure.busy.eq(memory.reading),
+            departure.fetched.eq(memory.fetched),
+            departure.leaving.payload.eq(self.leaving.r_data),
+            departure.leaving.valid.eq(self.leaving.r_rdy),
+            self.leaving.r_en.eq(departure.leaving.ready),
+        ]
+
+    def _decide(self, m: Module, take: Signal) -> None:
+        """What becomes of a codeword whose words came, that is announced with a cause, or that the corrector had."""
+        checker, header, result = self.checker, self.header.payload, self.corrector.o.payload
+        with m.If(checker.ended):
+            m.d.comb += [
+                self.end.eq(checker.clean | checker.erased),
+                self.end_buffer.eq(checker.ended_buffer),
+                self.cause.eq(Mux(checker.erased, MediaCause.ERASED, 0)),
             ]
-            with m.If(index < data_words):
-                seed = seeded(incoming_place.data.page, incoming_place.data.codeword)
-                m.d.sync += check.eq(divided(m, "crc", code_.crc, Mux(index == 0, seed, check), word))
-            with m.If(index == data_words):
-                m.d.sync += check.eq(check ^ word[:CRC_BITS])
-            with m.If(last):
-                m.d.sync += [index.eq(0), remainder.eq(origin), ended_remainder.eq(following),
-                             ended_buffer.eq(incoming.r_data)]
-
-        # ---- What becomes of them. ----
-
-        leaving_shape = data.StructLayout({"buffer": buffer, "error": 1})
-        leaving = fifo("leaving", leaving_shape.size)
-        pending = fifo("pending", buffer.width)                  # buffers that wait for the corrector
-        m.submodules.problems = problems = Memory(shape=CorrectorShapes(config).problem, depth=buffers, init=[])
-        problems_write, problems_read = problems.write_port(), problems.read_port(domain="comb")
-        m.submodules.corrector = corrector = Corrector(config, self.positions)
-        result = corrector.o.payload
-
-        clean, erased = Signal(), Signal()
-        refused = Signal()                                 # an announced codeword that cannot be read
-        end, end_buffer, cause = Signal(), Signal(buffer), Signal(CAUSE_BITS)
+        with m.Elif(take & (header.cause != 0)):
+            m.d.comb += [self.end.eq(1), self.end_buffer.eq(self.allocated), self.cause.eq(header.cause)]
+        with m.Else():
+            m.d.comb += [
+                self.end.eq(self.pending.r_en & ~self.again),
+                self.end_buffer.eq(self.problem_buffer),
+                self.cause.eq(Mux(result.good, 0, MediaCause.UNCORRECTABLE)),
+            ]
+        leaving = data.View(self.inside.leaving, self.leaving.w_data)
         m.d.comb += [
-            self.header.ready.eq(free.any() & ~ended),
-            take.eq(self.header.valid & self.header.ready),
-            refused.eq(take & (header.cause != 0)),
-            incoming.w_en.eq(take & (header.cause == 0)),
-            incoming.w_data.eq(allocated),
-            clean.eq(~(ended_remainder.any() | check.any())),
-            erased.eq(others <= config.ecc_t),
-            problems_write.addr.eq(ended_buffer),
-            problems_write.data.remainder.eq(ended_remainder),
-            problems_write.data.check.eq(check),
-            problems_write.en.eq(ended),
-            pending.w_data.eq(ended_buffer),
-            pending.w_en.eq(ended & ~clean & ~erased),
+            self.incoming.w_en.eq(take & (header.cause == 0)),
+            self.incoming.w_data.eq(self.allocated),
+            self.leaving.w_en.eq(self.end),
+            leaving.buffer.eq(self.end_buffer),
+            leaving.error.eq(self.cause != 0),
+            self.pending.w_data.eq(checker.ended_buffer),
+            self.pending.w_en.eq(checker.ended & ~checker.clean & ~checker.erased),
         ]
 
+    def _correct(self, m: Module, take: Signal, problem_name: Any) -> None:
+        """Give the corrector one codeword after the other, and have those that it gives up read again."""
+        corrector, checker, pending = self.corrector, self.checker, self.pending
+        m.submodules.problems = problems = Memory(
+            shape=CorrectorShapes(self.config).problem, depth=self.buffers, init=[])
+        write, read = problems.write_port(), problems.read_port(domain="comb")
         at_corrector = Signal()
-        again = Signal()                                   # result: not good, but there is another level
-        given_up, given_up_buffer, given_up_cause = Signal(), Signal(buffer), Signal(CAUSE_BITS)
+        refused = take & (self.header.payload.cause != 0)
         m.d.comb += [
-            problem_buffer.eq(pending.r_data),
-            problem_name.addr.eq(problem_buffer),
-            problems_read.addr.eq(problem_buffer),
-            corrector.i.payload.eq(problems_read.data),
+            write.addr.eq(checker.ended_buffer),
+            write.data.remainder.eq(checker.remainder),
+            write.data.check.eq(checker.check),
+            write.en.eq(checker.ended),
+            self.problem_buffer.eq(pending.r_data),
+            read.addr.eq(self.problem_buffer),
+            corrector.i.payload.eq(read.data),
             corrector.i.valid.eq(pending.r_rdy & ~at_corrector),
-            again.eq(~result.good & (problem_name.data.level < config.part.retry_levels)),
-            corrector.o.ready.eq(Mux(again, ~self.retry.valid & ~given_up, ~ended & ~refused)),
+            self.again.eq(~corrector.o.payload.good & (problem_name.data.level < self.config.part.retry_levels)),
+            corrector.o.ready.eq(Mux(
+                self.again, ~self.retry.valid & ~self.unreadable, ~checker.ended & ~refused)),
             pending.r_en.eq(corrector.o.valid & corrector.o.ready),
-            dropped.eq(pending.r_en & again),
+            self.dropped.eq(pending.r_en & self.again),
         ]
         with m.If(corrector.i.valid & corrector.i.ready):
             m.d.sync += at_corrector.eq(1)
         with m.If(pending.r_en):
             m.d.sync += at_corrector.eq(0)
 
-        with m.If(ended):
-            m.d.comb += [
-                end.eq(clean | erased),
-                end_buffer.eq(ended_buffer),
-                cause.eq(Mux(erased, MediaCause.ERASED, 0)),
-            ]
-        with m.Elif(refused):
-            m.d.comb += [end.eq(1), end_buffer.eq(allocated), cause.eq(header.cause)]
-        with m.Else():
-            m.d.comb += [
-                end.eq(pending.r_en & ~again),
-                end_buffer.eq(problem_buffer),
-                cause.eq(Mux(result.good, 0, MediaCause.UNCORRECTABLE)),
-            ]
-        m.d.comb += [leaving.w_en.eq(end), leaving.w_data.eq(Cat(end_buffer, cause != 0))]
+    def _report(self, m: Module, ended_place: Any, problem_name: Any) -> None:
+        """Tell what was corrected, what is given up, and what is to be read again."""
+        result, retry = self.corrector.o.payload, self.retry.payload
+        end_buffer, cause = Signal(self.inside.buffer), Signal(CAUSE_BITS)
         m.d.sync += [
-            given_up.eq(end & (cause != 0)),
-            given_up_buffer.eq(end_buffer),
-            given_up_cause.eq(cause),
-            self.codeword.eq(use & last),
-            self.corrected.eq(pending.r_en & result.good),
-            self.bit_errors.eq(Mux(pending.r_en & result.good, result.errors, 0)),
+            self.unreadable.eq(self.end & (self.cause != 0)),
+            end_buffer.eq(self.end_buffer),
+            cause.eq(self.cause),
+            self.codeword.eq(self.checker.last),
+            self.corrected.eq(self.pending.r_en & result.good),
+            self.bit_errors.eq(Mux(self.pending.r_en & result.good, result.errors, 0)),
         ]
         m.d.comb += [
-            ended_place.addr.eq(Mux(given_up, given_up_buffer, problem_buffer)),
-            self.unreadable.eq(given_up),
+            ended_place.addr.eq(Mux(self.unreadable, end_buffer, self.problem_buffer)),
             self.media_error.page.eq(ended_place.data.page),
             self.media_error.codeword.eq(ended_place.data.codeword),
-            self.media_error.cause.eq(given_up_cause),
+            self.media_error.cause.eq(cause),
         ]
         with m.If(self.retry.ready):
             m.d.sync += self.retry.valid.eq(0)
-        with m.If(dropped):
+        with m.If(self.dropped):
             m.d.sync += [
                 self.retry.valid.eq(1),
-                self.retry.payload.tag.eq(problem_name.data.tag),
-                self.retry.payload.page.eq(ended_place.data.page),
-                self.retry.payload.codeword.eq(ended_place.data.codeword),
-                self.retry.payload.level.eq(problem_name.data.level + 1),
+                retry.tag.eq(problem_name.data.tag),
+                retry.page.eq(ended_place.data.page),
+                retry.codeword.eq(ended_place.data.codeword),
+                retry.level.eq(problem_name.data.level + 1),
             ]
-
-        # ---- Ports of the memory of words: a patch takes the read port at once, the write port when it is free. ----
-
-        patch = corrector.patches
-        incoming_data, patching, patched = Signal(), Signal(), Signal()
-        mended = Signal(bits, reset_less=True)
-        fetch = Signal()
-        head = data.View(leaving_shape, leaving.r_data)
-        beat_index = Signal(range(beats))
-        m.d.comb += [
-            incoming_data.eq(use & (index < beats)),
-            words_write.en.eq(incoming_data | patched),
-            words_write.addr.eq(Mux(incoming_data, Cat(index[:beat_bits], incoming.r_data),
-                                    Cat(patch.payload.index[:beat_bits], problem_buffer))),
-            words_write.data.eq(Mux(incoming_data, word, mended)),
-            words_read.addr.eq(Mux(fetch, Cat(beat_index, head.buffer),
-                                   Cat(patch.payload.index[:beat_bits], problem_buffer))),
-            patch.ready.eq(patched & ~incoming_data),
-        ]
-        reading = Signal()
-        m.d.comb += reading.eq(patch.valid & ~patching & ~patched)
-        m.d.sync += patching.eq(reading)
-        with m.If(patching):
-            m.d.sync += [mended.eq(words_read.data ^ patch.payload.mask), patched.eq(1)]
-        with m.Elif(~incoming_data):
-            m.d.sync += patched.eq(0)
-
-        # ---- Beats that leave. ----
-
-        m.submodules.beats = queue = SyncFIFO(width=shapes.beat.size, depth=_BEATS_AHEAD)
-        fetched = Signal()
-        fetched_beat = Signal(data.StructLayout({"tag": shapes.tag, "last": 1, "error": 1}), reset_less=True)
-        beat = Signal(shapes.beat)
-        final = Signal()
-        m.d.comb += [
-            fetch.eq(leaving.r_rdy & ~reading & (queue.level + fetched < _BEATS_AHEAD)),
-            final.eq(beat_index == beats - 1),
-            leaving.r_en.eq(fetch & final),
-            release.eq(fetch & final),
-            released.eq(head.buffer),
-            leaving_name.addr.eq(head.buffer),
-            beat.tag.eq(fetched_beat.tag),
-            beat.data.eq(Mux(fetched_beat.error, 0, words_read.data)),
-            beat.last.eq(fetched_beat.last),
-            beat.error.eq(fetched_beat.error),
-            queue.w_data.eq(beat),
-            queue.w_en.eq(fetched),
-            self.codewords.valid.eq(queue.r_rdy),
-            self.codewords.payload.eq(queue.r_data),
-            queue.r_en.eq(self.codewords.ready),
-        ]
-        m.d.sync += [
-            fetched.eq(fetch),
-            fetched_beat.tag.eq(leaving_name.data.tag),
-            fetched_beat.last.eq(final),
-            fetched_beat.error.eq(head.error),
-        ]
-        with m.If(fetch):
-            m.d.sync += beat_index.eq(Mux(final, 0, beat_index + 1))
-        return m

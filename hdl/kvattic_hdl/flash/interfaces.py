@@ -5,7 +5,7 @@ from amaranth.lib import data
 from amaranth.utils import bits_for, ceil_log2
 
 from kvattic.spec.config import Config
-from kvattic_hdl.lib.interfaces import PAGE_BITS, Shapes
+from kvattic_hdl.lib.shapes import PAGE_BITS, Shapes
 
 CAUSE_BITS = 2
 """Bits of a `commands.MediaCause`; 0: none."""

@@ -1,14 +1,16 @@
 """Requests of a channel on their way to its dies: merged into runs, which wait in a queue for each die and plane."""
 
+from typing import Any
+
 from amaranth.hdl import Cat, Module, Signal, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
-from amaranth.lib.wiring import In, Out
+from amaranth.lib.wiring import In, Out, connect, flipped
 from amaranth.utils import bits_for, ceil_log2
 
 from kvattic.spec.config import Config
 from kvattic_hdl.flash.interfaces import FlashShapes
-from kvattic_hdl.lib.interfaces import PAGE_BITS
+from kvattic_hdl.lib.shapes import PAGE_BITS
 
 TICK_BITS, GATHER_TICKS = 6, 3
 """How long a die waits for requests of its other planes: so many ticks of 2**TICK_BITS cycles, or one less.
@@ -53,13 +55,84 @@ class RunShapes(FlashShapes):
             "stamp": self.stamp})
 
 
+class RunMerger(wiring.Component):
+    """Merges requests into runs.
+
+    A request is merged with the one before when it wants the next codeword of the same page, with the next place and
+    otherwise the same tag.  A run ends when a request does not go on with it, when its page ends, or when none has come
+    for `patience` cycles.  One request a cycle, two cycles more between runs.  Reset forgets the open run.
+
+    Parameters
+    ----------
+    config : Config
+    depth : int
+        As of `RunShapes`.
+    patience : int
+        Cycles that a run waits for a request that goes on with it.
+
+    Members
+    -------
+    enable : In(1)
+        Requests may be taken.
+    requests : In(stream of request)
+    runs : Out(stream of run)
+        Runs that have ended; `again` is not set.
+    unit : Out
+        That of the run.
+    """
+
+    def __init__(self, config: Config, depth: int, patience: int) -> None:
+        self.config = config
+        self.patience = patience
+        self.shapes = shapes = RunShapes(config, depth)
+        super().__init__({
+            "enable": In(1),
+            "requests": In(stream.Signature(shapes.request)),
+            "runs": Out(stream.Signature(shapes.run)),
+            "unit": Out(shapes.unit_bits),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        shapes, last_codeword = self.shapes, self.config.codewords_per_page - 1
+        request = self.requests.payload
+        run = Signal(shapes.run)
+        opened = Signal()
+        next_place = Signal(shapes.place)
+        idle = Signal(range(self.patience + 1))
+        goes_on, close = Signal(), Signal()
+        m.d.comb += [
+            goes_on.eq((request.page == Cat(self.unit, run.row))
+                       & (request.codeword == (run.last + 1)[:run.last.shape().width]) & (run.last != last_codeword)
+                       & (request.tag.place == next_place) & (request.tag.kind == run.tag.kind)
+                       & (request.tag.slot == run.tag.slot) & (request.tag.epoch == run.tag.epoch)),
+            close.eq(opened & ((run.last == last_codeword) | (idle == self.patience)
+                               | (self.requests.valid & ~goes_on))),
+            self.requests.ready.eq(self.enable & (~opened | (goes_on & ~close))),
+            self.runs.valid.eq(close),
+            self.runs.payload.eq(run),
+        ]
+        with m.If(self.requests.valid & self.requests.ready):
+            m.d.sync += [
+                opened.eq(1), idle.eq(0), run.last.eq(request.codeword), next_place.eq(request.tag.place + 1),
+            ]
+            with m.If(~opened):
+                m.d.sync += [
+                    self.unit.eq(request.page), run.row.eq(request.page >> shapes.unit_bits), run.tag.eq(request.tag),
+                    run.codeword.eq(request.codeword),
+                ]
+        with m.Elif(idle != self.patience):
+            m.d.sync += idle.eq(idle + 1)
+        with m.If(self.runs.valid & self.runs.ready):
+            m.d.sync += [opened.eq(0), run.stamp.eq(run.stamp + 1)]
+        return m
+
+
 class RunQueues(wiring.Component):
     """Merges requests into runs and queues these by unit.
 
-    A request is merged with the one before when it wants the next codeword of the same page, with the next place and
-    otherwise the same tag.  A run is queued when a request does not go on with it, when its page ends, or when none has
-    come for `patience` cycles.  One request a cycle, two cycles more between runs; a unit whose queue is full holds up
-    all requests behind.  Reset empties the queues, which takes a cycle for each; `ready` is low meanwhile.
+    A unit whose queue is full holds up all requests behind (see `RunMerger`).  Reset empties the queues, which takes a
+    cycle for each; `ready` is low meanwhile.
 
     Parameters
     ----------
@@ -100,6 +173,7 @@ class RunQueues(wiring.Component):
         self.config = config
         self.patience = patience
         self.shapes = shapes = RunShapes(config, depth)
+        self.merger = RunMerger(config, depth, patience)
         super().__init__({
             "requests": In(stream.Signature(shapes.request)),
             "unit": In(shapes.unit),
@@ -115,62 +189,50 @@ class RunQueues(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        config, shapes = self.config, self.shapes
+        shapes = self.shapes
+        m.submodules.merger = merger = self.merger
+        connect(m, flipped(self.requests), merger.requests)
+        m.d.comb += merger.enable.eq(self.ready)
         pointer = unsigned(ceil_log2(shapes.depth) + 1)
-        index_bits = ceil_log2(shapes.depth)
-        done_bits = bits_for(config.codewords_per_page - 1)
+        done_bits = bits_for(self.config.codewords_per_page - 1)
+        push = Signal()
 
         # Where each queue is written, and where it is read: the number of its first run, codewords of it that are done.
         cursor = data.StructLayout({"first": pointer, "done": done_bits})
         m.submodules.ends = ends = Memory(shape=pointer, depth=shapes.units, init=[])
         m.submodules.cursors = cursors = Memory(shape=cursor, depth=shapes.units, init=[])
-        m.submodules.rows = rows = Memory(shape=shapes.row, depth=shapes.units, init=[])
         m.submodules.runs = runs = Memory(shape=shapes.run, depth=shapes.units * shapes.depth, init=[])
-        end, end_here = ends.read_port(domain="comb"), ends.read_port(domain="comb")
-        end_new = ends.write_port()
-        first, here = cursors.read_port(domain="comb"), cursors.read_port(domain="comb")
-        here_new = cursors.write_port()
-        row_last, row_new = rows.read_port(domain="comb"), rows.write_port()
-        out, into = runs.read_port(), runs.write_port()
+        end_new, cursor_new = ends.write_port(), cursors.write_port()
+        self._write(m, push, ends.read_port(domain="comb"), end_new, cursors.read_port(domain="comb"),
+                    runs.write_port())
+        self._read(m, push, ends.read_port(domain="comb"), cursors.read_port(domain="comb"), cursor_new,
+                   runs.read_port())
+        self._grow(m, push)
 
-        # In front: the open run.
-        request = self.requests.payload
-        opened = Signal()
-        run = Signal(shapes.run)
-        unit = Signal(shapes.unit_bits)
-        next_place = Signal(shapes.place)
-        idle = Signal(range(self.patience + 1))
-        goes_on, close, push, full = Signal(), Signal(), Signal(), Signal()
-        page = Cat(unit, run.row)
-        m.d.comb += [
-            goes_on.eq((request.page == page) & (request.codeword == (run.last + 1)[:run.last.shape().width])
-                       & (run.last != config.codewords_per_page - 1)
-                       & (request.tag.place == next_place) & (request.tag.kind == run.tag.kind)
-                       & (request.tag.slot == run.tag.slot) & (request.tag.epoch == run.tag.epoch)),
-            close.eq(opened & ((run.last == config.codewords_per_page - 1) | (idle == self.patience)
-                               | (self.requests.valid & ~goes_on))),
-            end.addr.eq(unit),
-            first.addr.eq(unit),
-            row_last.addr.eq(unit),
-            full.eq((end.data - first.data.first)[:pointer.width] == shapes.depth),
-            push.eq(close & ~full),
-            self.requests.ready.eq(self.ready & (~opened | (goes_on & ~close))),
-        ]
-        with m.If(self.requests.valid & self.requests.ready):
-            m.d.sync += [
-                opened.eq(1), idle.eq(0), run.last.eq(request.codeword), next_place.eq(request.tag.place + 1),
+        cleared = Signal(shapes.unit_bits + 1)
+        m.d.comb += self.ready.eq(cleared[-1])
+        with m.If(~self.ready):
+            m.d.sync += cleared.eq(cleared + 1)
+            m.d.comb += [
+                end_new.addr.eq(cleared), end_new.data.eq(0), end_new.en.eq(1),
+                cursor_new.addr.eq(cleared), cursor_new.data.eq(0), cursor_new.en.eq(1),
             ]
-            with m.If(~opened):
-                m.d.sync += [
-                    unit.eq(request.page), run.row.eq(request.page >> shapes.unit_bits), run.tag.eq(request.tag),
-                    run.codeword.eq(request.codeword),
-                ]
-        with m.Elif(idle != self.patience):
-            m.d.sync += idle.eq(idle + 1)
-        with m.If(push):
-            m.d.sync += [opened.eq(0), run.stamp.eq(run.stamp + 1)]
+        return m
+
+    def _write(self, m: Module, push: Signal, end: Any, end_new: Any, cursor: Any, into: Any) -> None:
+        """Queue the runs that have ended."""
+        shapes, unit, run = self.shapes, self.merger.unit, self.merger.runs.payload
+        m.submodules.rows = rows = Memory(shape=shapes.row, depth=shapes.units, init=[])
+        row_last, row_new = rows.read_port(domain="comb"), rows.write_port()
+        full = Signal()
         m.d.comb += [
-            into.addr.eq(Cat(end.data[:index_bits], unit)),
+            end.addr.eq(unit),
+            cursor.addr.eq(unit),
+            row_last.addr.eq(unit),
+            full.eq((end.data - cursor.data.first)[: len(end.data)] == shapes.depth),
+            self.merger.runs.ready.eq(~full),
+            push.eq(self.merger.runs.valid & ~full),
+            into.addr.eq(Cat(end.data[: ceil_log2(shapes.depth)], unit)),
             into.data.eq(run),
             into.data.again.eq(row_last.data == run.row),
             into.en.eq(push),
@@ -178,49 +240,44 @@ class RunQueues(wiring.Component):
             row_new.addr.eq(unit), row_new.data.eq(run.row), row_new.en.eq(push),
         ]
 
-        # Behind: the first run, without what is done of it.
-        done, number = Signal(done_bits), Signal(pointer)
+    def _read(self, m: Module, push: Signal, end: Any, cursor: Any, cursor_new: Any, out: Any) -> None:
+        """Show a queue's first run, without what is done of it, or a later one."""
+        shapes = self.shapes
+        done, number = Signal.like(cursor.data.done), Signal.like(cursor.data.first)
+        waiting = (end.data - cursor.data.first)[: len(end.data)]
         m.d.comb += [
-            here.addr.eq(self.unit),
-            end_here.addr.eq(self.unit),
-            number.eq(here.data.first + self.behind),
-            out.addr.eq(Cat(number[:index_bits], self.unit[:shapes.unit_bits])),
+            cursor.addr.eq(self.unit),
+            end.addr.eq(self.unit),
+            number.eq(cursor.data.first + self.behind),
+            out.addr.eq(Cat(number[: ceil_log2(shapes.depth)], self.unit[: shapes.unit_bits])),
             self.run.eq(out.data),
             self.run.codeword.eq(out.data.codeword + done),
             self.run.tag.place.eq(out.data.tag.place + done),
-            here_new.addr.eq(self.unit),
-            here_new.en.eq(self.step),
-            here_new.data.first.eq(here.data.first + self.pop),
+            cursor_new.addr.eq(self.unit),
+            cursor_new.en.eq(self.step),
+            cursor_new.data.first.eq(cursor.data.first + self.pop),
         ]
         with m.If(~self.pop):
-            m.d.comb += here_new.data.done.eq(here.data.done + 1)
+            m.d.comb += cursor_new.data.done.eq(cursor.data.done + 1)
         with m.If(self.behind == 0):
-            m.d.sync += done.eq(here.data.done)
+            m.d.sync += done.eq(cursor.data.done)
         with m.Else():
             m.d.sync += done.eq(0)
-        m.d.sync += self.there.eq((end_here.data - here.data.first)[:pointer.width] > self.behind)
-        with m.If(self.pop & ((end_here.data - here.data.first)[:pointer.width] == 1)):
+        m.d.sync += self.there.eq(waiting > self.behind)
+        with m.If(self.pop & (waiting == 1)):
             m.d.sync += self.waiting.bit_select(self.unit, 1).eq(0)
         with m.If(push):
-            m.d.sync += self.waiting.bit_select(unit, 1).eq(1)
+            m.d.sync += self.waiting.bit_select(self.merger.unit, 1).eq(1)
 
-        # Only what was empty counts, so that a die waits for each of its planes once.
+    def _grow(self, m: Module, push: Signal) -> None:
+        """Note which queues have got their first run lately, so that a die waits for each of its planes once."""
+        unit = self.merger.unit
         tick = Signal(TICK_BITS)
         m.d.sync += tick.eq(tick + 1)
-        for die in range(config.dies):
+        for die in range(self.config.dies):
             age = Signal(range(GATHER_TICKS + 1), name=f"age_{die}")
             m.d.comb += self.growing[die].eq(age != 0)
-            with m.If(push & (unit[config.plane_bits :] == die) & ~self.waiting.bit_select(unit, 1)):
+            with m.If(push & (unit[self.config.plane_bits :] == die) & ~self.waiting.bit_select(unit, 1)):
                 m.d.sync += age.eq(GATHER_TICKS)
             with m.Elif((tick == 0) & (age != 0)):
                 m.d.sync += age.eq(age - 1)
-
-        swept = Signal(shapes.unit_bits + 1)
-        m.d.comb += self.ready.eq(swept[-1])
-        with m.If(~self.ready):
-            m.d.sync += swept.eq(swept + 1)
-            m.d.comb += [
-                end_new.addr.eq(swept), end_new.data.eq(0), end_new.en.eq(1),
-                here_new.addr.eq(swept), here_new.data.eq(0), here_new.en.eq(1),
-            ]
-        return m

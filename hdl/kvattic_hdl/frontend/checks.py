@@ -145,7 +145,7 @@ class NanCheck(wiring.Component):
         Its row, and its number in the row.
     clear : In(1)
         Forget what was found.
-    found, row_found, channel : Out
+    found, row_found, feature : Out
         Two cycles later: there was one; where.
     """
 
@@ -156,7 +156,7 @@ class NanCheck(wiring.Component):
     clear: Signal
     found: Signal
     row_found: Signal
-    channel: Signal
+    feature: Signal
 
     def __init__(self, *, bits: int, fraction_bits: int, exponent_bits: int, elements: int, rows: int) -> None:
         self._bits = bits
@@ -170,7 +170,7 @@ class NanCheck(wiring.Component):
             "clear": In(1),
             "found": Out(1),
             "row_found": Out(bits_for(rows)),
-            "channel": Out(range(elements)),
+            "feature": Out(range(elements)),
         })
 
     def elaborate(self, platform: object) -> Module:
@@ -186,7 +186,7 @@ class NanCheck(wiring.Component):
             m.d.sync += [self.found.eq(1), self.row_found.eq(row)]
             for i in reversed(range(count)):
                 with m.If(special[i]):
-                    m.d.sync += self.channel.eq(Cat(Const(i, bits_for(count - 1)), index))
+                    m.d.sync += self.feature.eq(Cat(Const(i, bits_for(count - 1)), index))
         with m.If(self.clear):
             m.d.sync += self.found.eq(0)
         return m

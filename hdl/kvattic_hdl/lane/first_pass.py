@@ -1,4 +1,4 @@
-"""Bookkeeping of a lane's first pass: its channels, its open groups, what they wait for, when they are harvested."""
+"""Bookkeeping of a lane's first pass: its features, its open groups, what they wait for, when they are harvested."""
 
 from amaranth.hdl import Array, Cat, Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
@@ -7,23 +7,33 @@ from amaranth.lib.wiring import In, Out
 from amaranth.utils import bits_for, ceil_log2
 
 from kvattic.spec.config import Config
-from kvattic_hdl.lib.interfaces import TOKEN_BITS, Shapes
+from kvattic_hdl.lib.shapes import TOKEN_BITS, Shapes
 
 GENERATION_BITS = 4
-"""Tells the chosen channels of two jobs apart that used the same slot."""
+"""Tells the chosen features of two jobs apart that used the same slot."""
 
 
 def group_shape(config: Config) -> data.StructLayout:
-    """What a group is about: slot, ring place of its first codeword, its first token, whether it is of channels."""
+    """What a group is about: slot, ring place of its first codeword, its first token, whether it is of features."""
     shapes = Shapes(config)
-    return data.StructLayout({"slot": shapes.slot, "ring": shapes.ring, "token": TOKEN_BITS, "channels": 1})
+    return data.StructLayout({"slot": shapes.slot, "ring": shapes.ring, "token": TOKEN_BITS, "features": 1})
+
+
+def harvest_shape(config: Config) -> data.StructLayout:
+    """A token of a group that is harvested: where, buffer, word and element (see `FirstPass.harvest`)."""
+    return data.StructLayout({
+        "where": Shapes(config).lane_token,
+        "buffer": (config.groups_in_flight - 1).bit_length(),
+        "word": (config.group_words - 1).bit_length(),
+        "element": (config.elements_per_beat - 1).bit_length(),
+    })
 
 
 class FirstPass(wiring.Component):
     """Keeps `groups_in_flight` groups, each in a buffer of its own, which take turns; they end in their order.
 
     A group collects codewords until it is closed and all that were asked for have come.  Then its tokens are harvested
-    one by one if it is of channels, and it ends when the last one's score is stored; any other ends at once.  A new
+    one by one if it is of features, and it ends when the last one's score is stored; any other ends at once.  A new
     group can be opened two cycles after the last one ended, at the earliest.  Reset forgets all groups.
 
     Parameters
@@ -42,7 +52,7 @@ class FirstPass(wiring.Component):
         Strobe: a codeword was asked for, of the group opened last.
     close : In(1)
         Strobe: nothing more of it is asked for.
-    channel_stored, sketch_stored : In(1), channel_group, sketch_group : In(group)
+    feature_stored, sketch_stored : In(1), feature_group, sketch_group : In(group)
         Strobes: a codeword of this buffer's group is accounted for.  A group has either the ones or the others.
     harvest : Out(stream of token, buffer, word, element)
         The next token of the oldest group: `Shapes.lane_token`, with `last` for the group's last one; its sums are
@@ -57,14 +67,8 @@ class FirstPass(wiring.Component):
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.shapes = shapes = Shapes(config)
+        self.shapes = Shapes(config)
         self._group = (config.groups_in_flight - 1).bit_length()
-        self.token = data.StructLayout({
-            "where": shapes.lane_token,
-            "buffer": self._group,
-            "word": (config.group_words - 1).bit_length(),
-            "element": (config.elements_per_beat - 1).bit_length(),
-        })
         super().__init__({
             "room": Out(1),
             "next": Out(self._group),
@@ -72,11 +76,11 @@ class FirstPass(wiring.Component):
             "group": In(group_shape(config)),
             "asked": In(1),
             "close": In(1),
-            "channel_stored": In(1),
-            "channel_group": In(self._group),
+            "feature_stored": In(1),
+            "feature_group": In(self._group),
             "sketch_stored": In(1),
             "sketch_group": In(self._group),
-            "harvest": Out(stream.Signature(self.token)),
+            "harvest": Out(stream.Signature(harvest_shape(config))),
             "harvested": In(1),
             "given_up": In(config.jobs_in_flight),
             "remains": Out(config.jobs_in_flight),
@@ -107,7 +111,7 @@ class FirstPass(wiring.Component):
             up, down = Signal(name=f"up_{g}"), Signal(name=f"down_{g}")
             m.d.comb += [
                 up.eq(self.asked & (newest == g)),
-                down.eq((self.channel_stored & (self.channel_group == g))
+                down.eq((self.feature_stored & (self.feature_group == g))
                         | (self.sketch_stored & (self.sketch_group == g))),
             ]
             with m.If(up != down):
@@ -148,7 +152,7 @@ class FirstPass(wiring.Component):
             with m.State("collect"):
                 m.d.sync += [count.eq(0), ring.eq(head.data.ring), number.eq(head.data.token)]
                 with m.If(complete):
-                    with m.If(head.data.channels):
+                    with m.If(head.data.features):
                         m.next = "harvest"
                     with m.Else():
                         m.d.comb += end.eq(1)
@@ -169,10 +173,68 @@ class FirstPass(wiring.Component):
         return m
 
 
-class ChosenChannels(wiring.Component):
-    """The channels that each slot's job reads in its first pass, by their number in the list and by themselves.
+class FirstPlaces(wiring.Component):
+    """What was asked for of each slot's first pass, and which of the ring's places and buffers it has.
 
-    A channel is chosen if its mark is of the slot's present generation, so that no list needs to be swept.
+    Parameters
+    ----------
+    config : Config
+
+    Members
+    -------
+    slot : In(slot), begin : In(1), asked : In(1), place : In(place)
+        Strobes: the slot's first walk begins; the codeword with this place is asked for.
+    next_ring : In(ring), next_group : In(group)
+        The next free place, and the next group's buffer: the walk's first ones if it begins now.
+    base : Out(ring)
+        The first place of the walk that began last.
+    asked_slot : In(slot)
+    asked_places : Out, first_group : Out(group)
+        The last place asked for in that slot's first pass, + 1; the buffer of its first group.  In the same cycle.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.shapes = shapes = Shapes(config)
+        self._group = (config.groups_in_flight - 1).bit_length()
+        super().__init__({
+            "slot": In(shapes.slot),
+            "begin": In(1),
+            "asked": In(1),
+            "place": In(shapes.place),
+            "next_ring": In(shapes.ring),
+            "next_group": In(self._group),
+            "base": Out(shapes.ring),
+            "asked_slot": In(shapes.slot),
+            "asked_places": Out(shapes.place.width + 1),
+            "first_group": Out(self._group),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        m.submodules.places = places = Memory(
+            shape=data.StructLayout({"asked": self.shapes.place.width + 1, "group": self._group}),
+            depth=self.config.jobs_in_flight, init=[], attrs={"ram_style": "distributed"})
+        write, read = places.write_port(domain="sync"), places.read_port(domain="comb")
+        group = Signal(self._group)
+        m.d.comb += [
+            write.en.eq(self.begin | self.asked),
+            write.addr.eq(self.slot),
+            write.data.asked.eq(Mux(self.begin, 0, self.place + 1)),
+            write.data.group.eq(Mux(self.begin, self.next_group, group)),
+            read.addr.eq(self.asked_slot),
+            self.asked_places.eq(read.data.asked),
+            self.first_group.eq(read.data.group),
+        ]
+        with m.If(self.begin):
+            m.d.sync += [group.eq(self.next_group), self.base.eq(self.next_ring)]
+        return m
+
+
+class ChosenFeatures(wiring.Component):
+    """The features that each slot's job reads in its first pass, by their number in the list and by themselves.
+
+    A feature is chosen if its mark is of the slot's present generation, so that no list needs to be swept.
 
     Parameters
     ----------
@@ -184,36 +246,36 @@ class ChosenChannels(wiring.Component):
         A slot's list, behind its first row record, which makes it empty.
     address : In
         Cat(number in the list, slot).
-    channel : Out, one cycle later
-    asked_slot : In(slot), asked_channel : In
+    feature : Out, one cycle later
+    asked_slot : In(slot), asked_feature : In
     chosen : Out(1), one cycle later
-        That channel is in that slot's list.
+        That feature is in that slot's list.
     """
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.shapes = shapes = Shapes(config)
-        self.channel_bits = ceil_log2(config.head_dim)
+        self.feature_bits = ceil_log2(config.head_dim)
         super().__init__({
             "load_valid": In(1),
             "load": In(shapes.load),
-            "address": In(self.channel_bits + shapes.slot.width),
-            "channel": Out(self.channel_bits),
+            "address": In(self.feature_bits + shapes.slot.width),
+            "feature": Out(self.feature_bits),
             "asked_slot": In(shapes.slot),
-            "asked_channel": In(ceil_log2(config.group_codewords)),
+            "asked_feature": In(ceil_log2(config.group_codewords)),
             "chosen": Out(1),
         })
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        slots, bits = self.config.jobs_in_flight, self.channel_bits
+        slots, bits = self.config.jobs_in_flight, self.feature_bits
         load = self.load
-        channel, number = load.data[:bits], load.data[8 : 8 + bits]
-        m.submodules.channels = channels = Memory(
+        feature, number = load.data[:bits], load.data[8 : 8 + bits]
+        m.submodules.features = features = Memory(
             shape=bits, depth=slots << bits, init=[], attrs={"ram_style": "block"})
         m.submodules.marks = marks = Memory(
             shape=GENERATION_BITS, depth=slots << bits, init=[], attrs={"ram_style": "block"})
-        write, read = channels.write_port(domain="sync"), channels.read_port(domain="sync")
+        write, read = features.write_port(domain="sync"), features.read_port(domain="sync")
         mark, seen = marks.write_port(domain="sync"), marks.read_port(domain="sync")
         generations = Array(Signal(GENERATION_BITS, name=f"generation_{s}") for s in range(slots))
         generation, exists = Signal(GENERATION_BITS), Signal()
@@ -222,14 +284,14 @@ class ChosenChannels(wiring.Component):
         m.d.comb += [
             write.en.eq(self.load_valid & load.chosen),
             write.addr.eq(Cat(number, load.slot)),
-            write.data.eq(channel),
+            write.data.eq(feature),
             read.addr.eq(self.address),
-            self.channel.eq(read.data),
+            self.feature.eq(read.data),
             mark.en.eq(self.load_valid & load.chosen),
-            mark.addr.eq(Cat(channel, load.slot)),
+            mark.addr.eq(Cat(feature, load.slot)),
             mark.data.eq(generations[load.slot]),
-            seen.addr.eq(Cat(self.asked_channel[:bits], self.asked_slot)),
+            seen.addr.eq(Cat(self.asked_feature[:bits], self.asked_slot)),
             self.chosen.eq((seen.data == generation) & exists),
         ]
-        m.d.sync += [generation.eq(generations[self.asked_slot]), exists.eq(self.asked_channel < self.config.head_dim)]
+        m.d.sync += [generation.eq(generations[self.asked_slot]), exists.eq(self.asked_feature < self.config.head_dim)]
         return m

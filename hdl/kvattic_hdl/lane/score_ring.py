@@ -8,13 +8,13 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from kvattic.spec.config import Config
-from kvattic_hdl.lib.interfaces import Shapes
+from kvattic_hdl.lib.shapes import Shapes
 
 
 class Lookup(IntEnum):
     """Who looks the places of a slot's job up."""
 
-    DOOR = 0
+    ARRIVALS = 0
     """Of a codeword that arrives."""
     FAILED = 1
     """Of a job that is abandoned."""
@@ -25,7 +25,7 @@ class Lookup(IntEnum):
     VALUE = 4
     """Likewise V."""
     SELECTOR = 5
-    """Of a job that is swept."""
+    """Of a job whose units are gone through for the selection."""
 
 
 class ScoreRing(wiring.Component):

@@ -5,14 +5,14 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from kvattic.spec.config import Config
-from kvattic_hdl.lib.interfaces import Shapes
+from kvattic_hdl.lib.shapes import Shapes
 
 SETTLE_CYCLES = 4096
 """Cycles after which no beat of an abandoned job can be left inside of a lane."""
 
 
 class Scrubber(wiring.Component):
-    """Goes through the places of a job, one a cycle where the intake leaves it, and clears their arrival bits.
+    """Goes through the places of a job, one a cycle where `Arrivals` leaves it, and clears their arrival bits.
 
     An abandoned job: waits until nothing of it can be under way in the lane (`SETTLE_CYCLES`), clears its bits, and
     then, when nothing of it is left, reports it abandoned.  A first pass: clears its bits when all of it came; until
@@ -39,7 +39,7 @@ class Scrubber(wiring.Component):
     failed_base, first_base : In(ring), failed_places, first_places : In
         Their places, in the same cycle.
     scrub : Out(1), scrub_first : Out(1), scrub_ring : Out(ring), scrubbed : In(1)
-        The intake's ports.
+        The ports of `Arrivals`.
     settled : Out(jobs_in_flight)
         Nothing of the slot's abandoned job will come any more.
     abandoned : Out(jobs_in_flight)

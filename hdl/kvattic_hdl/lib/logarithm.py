@@ -6,7 +6,7 @@ from amaranth.lib.wiring import In, Out
 
 from kvattic.spec.config import Config
 from kvattic.spec.formats import LOG_BITS, SCORE_FRACTION, VALUE_FRACTION
-from kvattic_hdl.lib.interfaces import Shapes
+from kvattic_hdl.lib.shapes import Shapes
 
 LOGARITHM_BITS = 8 + SCORE_FRACTION
 """Bits of a logarithm of a denominator, sign included."""

@@ -11,8 +11,8 @@ from amaranth.utils import ceil_log2
 from kvattic.spec.commands import DOMAINS, SKETCH_ENTRY, TABLE_ENTRY, Grant, Mode
 from kvattic.spec.config import Config
 from kvattic.spec.registers import MAX_REGIONS, QUEUES
-from kvattic_hdl.lib.interfaces import GRANT, MODE_BITS, PAGE_BITS, Shapes
 from kvattic_hdl.lib.records import fields, table_entry
+from kvattic_hdl.lib.shapes import GRANT, MODE_BITS, PAGE_BITS, Shapes
 
 REGION_BITS_BITS = 4
 """Bits of the register REGION_BITS."""

@@ -9,8 +9,8 @@ from amaranth.utils import bits_for, ceil_log2
 from kvattic.spec.commands import DOMAINS, IDENTIFY_BYTES, LINE_BYTES, Grant, Opcode, Status, lines
 from kvattic.spec.config import Config
 from kvattic.spec.registers import COUNTERS, MAX_ENTRIES, MAX_REGIONS, QUEUES
-from kvattic_hdl.lib.interfaces import GRANT, QUEUE_BITS, Shapes
 from kvattic_hdl.lib.records import WORD_BYTES
+from kvattic_hdl.lib.shapes import GRANT, QUEUE_BITS, Shapes
 from kvattic_hdl.nvme.queues import CREATE, REMOVE
 
 SETTLE_CYCLES = 4

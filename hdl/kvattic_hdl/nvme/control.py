@@ -8,7 +8,7 @@ from kvattic.spec.config import Config
 from kvattic.spec.registers import ADDRESS_BITS, COUNTERS, MAX_ENTRIES, QUEUES, StatusBit
 from kvattic.spec.registers import Control as ControlBit
 from kvattic_hdl.lib.axi import LINE_ADDRESS_BITS, axi_lite
-from kvattic_hdl.lib.interfaces import Shapes
+from kvattic_hdl.lib.shapes import Shapes
 from kvattic_hdl.nvme.counters import FLASH_COUNTERS, SNAPSHOT, STALLS, Counters, FlashCounters
 from kvattic_hdl.nvme.queues import DOORBELL
 from kvattic_hdl.nvme.registers import RegisterBank

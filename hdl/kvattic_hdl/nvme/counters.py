@@ -8,7 +8,7 @@ from amaranth.lib.wiring import In, Out
 
 from kvattic.spec.commands import COMPLETION
 from kvattic.spec.config import Config
-from kvattic_hdl.lib.interfaces import Shapes
+from kvattic_hdl.lib.shapes import Shapes
 
 STALLS = ("starved", "barrier", "weights", "scores", "idle")
 """What a lane does in a cycle without a beat; with the beats they add up to all lane cycles."""

@@ -11,9 +11,9 @@ from amaranth.utils import bits_for, ceil_log2
 from kvattic.spec.config import Config
 from kvattic.spec.formats import ALPHA_FRACTION
 from kvattic_hdl.lib.divider import FP32_FRACTION_BITS
-from kvattic_hdl.lib.interfaces import Shapes
 from kvattic_hdl.lib.pipeline import later as pipeline_later
 from kvattic_hdl.lib.pipeline import shift_up, tag_later
+from kvattic_hdl.lib.shapes import Shapes
 from kvattic_hdl.reduce.drain import quotient_layout, result_place
 
 ONE = 1 << ALPHA_FRACTION

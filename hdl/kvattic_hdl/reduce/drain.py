@@ -8,7 +8,7 @@ from amaranth.utils import ceil_log2
 
 from kvattic.spec.config import Config
 from kvattic_hdl.lib.divider import Divider, normalised
-from kvattic_hdl.lib.interfaces import Shapes
+from kvattic_hdl.lib.shapes import Shapes
 
 
 def result_place(config: Config) -> data.StructLayout:

@@ -3,7 +3,7 @@
 from functools import reduce
 from operator import and_
 
-from amaranth.hdl import Module, Mux, Signal, Value, unsigned
+from amaranth.hdl import Cat, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out, connect, flipped
 
@@ -12,7 +12,7 @@ from kvattic.spec.config import Config
 from kvattic.spec.formats import ALPHA_FRACTION
 from kvattic.spec.registers import MAX_ENTRIES, QUEUES
 from kvattic_hdl.lib.axi import AXI_WRITE, DATA_BITS, LINE_ADDRESS_BITS
-from kvattic_hdl.lib.interfaces import FAULTS, Shapes
+from kvattic_hdl.lib.shapes import FAULTS, Shapes
 from kvattic_hdl.nvme.counters import SNAPSHOT
 from kvattic_hdl.reduce.blend import MeanBlend
 from kvattic_hdl.reduce.drain import Drain
@@ -291,5 +291,6 @@ class Finisher(wiring.Component):
                     for number, name in enumerate(FAULTS):
                         with m.Case(number):
                             m.d.comb += entry.status.eq(Status[name.upper()])
-        for flag in CompletionFlag:
-            m.d.comb += entry.flags[flag.value.bit_length() - 1].eq(job.lanes & report[flag.name.lower()])
+        flags = {flag.value.bit_length() - 1: report[flag.name.lower()] for flag in CompletionFlag}
+        m.d.comb += entry.flags.eq(
+            Cat(job.lanes & flags.get(number, 0) for number in range(max(flags) + 1)))

@@ -9,7 +9,7 @@ from amaranth.utils import ceil_log2
 from kvattic.spec.commands import CompletionFlag
 from kvattic.spec.config import Config
 from kvattic_hdl.lib.divider import Normaliser, normalised
-from kvattic_hdl.lib.interfaces import FAULTS, Shapes
+from kvattic_hdl.lib.shapes import FAULTS, Shapes
 
 LANE_FLAGS = tuple(flag.name.lower() for flag in CompletionFlag)
 """Flags that lanes report."""

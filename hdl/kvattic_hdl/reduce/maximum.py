@@ -4,13 +4,13 @@ from functools import reduce
 from itertools import pairwise
 from operator import and_
 
-from amaranth.hdl import Array, Cat, Elaboratable, Module, Mux, Signal
+from amaranth.hdl import Array, Cat, Elaboratable, Module, Mux, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from kvattic.spec.config import Config
-from kvattic_hdl.lib.interfaces import Shapes
+from kvattic_hdl.lib.shapes import Shapes
 
 
 class Maximum(wiring.Component):
@@ -92,90 +92,25 @@ class Maximum(wiring.Component):
                 "waiting_slot": Out(shapes.slot),
             }
         )
+        self._job = Signal(shapes.job, name="job")
+        self._row, self._last_row = Signal(shapes.row, name="row"), Signal(shapes.row, name="last_row")
 
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()
-        config, shapes = self._config, self._shapes
-        job = Signal(shapes.job)
-        last_row = Signal(shapes.row)
-        row = Signal(shapes.row)
-        lane = Signal(shapes.channel)
-
-        all_done = Signal(config.jobs_in_flight)
-        m.d.sync += all_done.eq(reduce(and_, (self.keys_done[i] for i in range(config.channels))))
-
-        # Few words, read at once: distributed RAM.
+        job, row, last_row = self._job, self._row, self._last_row
+        all_done = Signal(self._config.jobs_in_flight)
+        m.d.sync += all_done.eq(reduce(and_, (self.keys_done[i] for i in range(self._config.channels))))
+        lane, issue, give = Signal(self._shapes.channel), Signal(), Signal()
         m.submodules.finals = finals = Memory(
-            shape=shapes.score, depth=config.jobs_in_flight << shapes.row.width, init=[]
-        )
-        write = finals.write_port()
-        back = finals.read_port(domain="comb")
-        read = finals.read_port(domain="comb")
-        final_address = Signal(len(read.addr))
-        m.d.sync += [
-            final_address.eq(Cat(self.final_row, self.final_slot)),
-            self.final.eq(read.data),
-        ]
-        m.d.comb += read.addr.eq(final_address)
-
-        # The lanes' maxima, one at a time: address, (lanes' two cycles), choose, compare, keep.
-        issue = Signal()
-        step = data.StructLayout(
-            {"valid": 1, "lane": shapes.channel, "row": shapes.row, "final": 1}
-        )
-        stages = [Signal(step, name=f"stage{i}") for i in range(4)]
-        last_lane = config.channels - 1
-        m.d.sync += [
-            stages[0].valid.eq(issue),
-            stages[0].lane.eq(lane),
-            stages[0].row.eq(row),
-            stages[0].final.eq((lane == last_lane) & (row == last_row)),
-        ]
-        m.d.sync += [after.eq(before) for before, after in pairwise(stages)]
-        chosen = Signal(shapes.score)
-        best = Signal(shapes.score)
-        m.d.sync += chosen.eq(Array(self.maximum)[stages[1].lane])
-        compared = stages[2]
-        with m.If((compared.lane == 0) | (chosen > best)):
-            m.d.sync += best.eq(chosen)
-        kept = stages[3]
+            shape=self._shapes.score, depth=self._config.jobs_in_flight << self._shapes.row.width, init=[])
+        kept_last = self._compare(m, finals, issue, lane)
+        give_last = self._give(m, finals, give)
+        self._read_final(m, finals)
         m.d.comb += [
-            write.addr.eq(Cat(kept.row, job.slot)),
-            write.data.eq(best),
-            write.en.eq(kept.valid & (kept.lane == last_lane)),
-        ]
-
-        # Giving back.
-        give = Signal()
-        give_row = Signal(shapes.row)
-        give_last = Signal()
-        m.d.comb += [
-            back.addr.eq(Cat(row, job.slot)),
             self.maximum_slot.eq(job.slot),
-            self.maximum_row.eq(Mux(self.maximum_write, give_row, row)),
             self.waiting_slot.eq(job.slot),
             self.jobs_o.payload.eq(job),
         ]
-        m.d.sync += [
-            self.maximum_write.eq(give),
-            self.maximum_new.eq(back.data),
-            give_row.eq(row),
-            give_last.eq(give & (row == last_row)),
-        ]
-        with m.If(self.freed):
-            m.d.sync += self.value_open.bit_select(self.freed_slot, 1).eq(0)
-        with m.If(give_last):
-            m.d.sync += self.value_open.bit_select(job.slot, 1).eq(1)
-
-        def ask() -> None:
-            """Send for one lane's maximum of one row; after the last one wait for the result."""
-            m.d.comb += issue.eq(1)
-            m.d.sync += lane.eq(lane + 1)
-            with m.If(lane == last_lane):
-                m.d.sync += [lane.eq(0), row.eq(row + 1)]
-                with m.If(row == last_row):
-                    m.d.sync += row.eq(0)
-                    m.next = "drain"
 
         with m.FSM(name="state"):
             with m.State("take"):
@@ -195,11 +130,11 @@ class Maximum(wiring.Component):
                 m.d.comb += self.waiting.eq(1)
                 with m.If(all_done.bit_select(job.slot, 1)):
                     m.next = "read"
-                    ask()
+                    self._ask(m, issue, lane)
             with m.State("read"):
-                ask()
+                self._ask(m, issue, lane)
             with m.State("drain"):
-                with m.If(kept.valid & kept.final):
+                with m.If(kept_last):
                     m.next = "give"
             with m.State("give"):
                 m.d.comb += give.eq(1)
@@ -212,3 +147,71 @@ class Maximum(wiring.Component):
                 with m.If(self.jobs_o.ready & ~give_last):
                     m.next = "take"
         return m
+
+    def _ask(self, m: Module, issue: Signal, lane: Signal) -> None:
+        """Sends for one lane's maximum of one row; after the last one, waits for the result."""
+        m.d.comb += issue.eq(1)
+        m.d.sync += lane.eq(lane + 1)
+        with m.If(lane == self._config.channels - 1):
+            m.d.sync += [lane.eq(0), self._row.eq(self._row + 1)]
+            with m.If(self._row == self._last_row):
+                m.d.sync += self._row.eq(0)
+                m.next = "drain"
+
+    def _read_final(self, m: Module, finals: Memory) -> None:
+        """The port that the finisher reads."""
+        # Few words, read at once: distributed RAM.
+        read = finals.read_port(domain="comb")
+        final_address = Signal(len(read.addr))
+        m.d.comb += read.addr.eq(final_address)
+        m.d.sync += [
+            final_address.eq(Cat(self.final_row, self.final_slot)),
+            self.final.eq(read.data),
+        ]
+
+    def _compare(self, m: Module, finals: Memory, issue: Signal, lane: Signal) -> Value:
+        """The lanes' maxima, one at a time: address, (lanes' two cycles), choose, compare, keep; the last is kept."""
+        shapes, last_lane = self._shapes, self._config.channels - 1
+        write = finals.write_port()
+        step = data.StructLayout({"valid": 1, "lane": shapes.channel, "row": shapes.row, "final": 1})
+        stages = [Signal(step, name=f"stage{i}") for i in range(4)]
+        compared, kept = stages[2:]
+        chosen, best = Signal(shapes.score), Signal(shapes.score)
+        m.d.sync += [
+            stages[0].valid.eq(issue),
+            stages[0].lane.eq(lane),
+            stages[0].row.eq(self._row),
+            stages[0].final.eq((lane == last_lane) & (self._row == self._last_row)),
+            *(after.eq(before) for before, after in pairwise(stages)),
+            chosen.eq(Array(self.maximum)[stages[1].lane]),
+        ]
+        with m.If((compared.lane == 0) | (chosen > best)):
+            m.d.sync += best.eq(chosen)
+        m.d.comb += [
+            write.addr.eq(Cat(kept.row, self._job.slot)),
+            write.data.eq(best),
+            write.en.eq(kept.valid & (kept.lane == last_lane)),
+        ]
+        return kept.valid & kept.final
+
+    def _give(self, m: Module, finals: Memory, give: Signal) -> Signal:
+        """Gives the maximum over all lanes back to them; strobe: that of the last row is given."""
+        row, slot = self._row, self._job.slot
+        back = finals.read_port(domain="comb")
+        give_row = Signal(self._shapes.row)
+        give_last = Signal()
+        m.d.comb += [
+            back.addr.eq(Cat(row, slot)),
+            self.maximum_row.eq(Mux(self.maximum_write, give_row, row)),
+        ]
+        m.d.sync += [
+            self.maximum_write.eq(give),
+            self.maximum_new.eq(back.data),
+            give_row.eq(row),
+            give_last.eq(give & (row == self._last_row)),
+        ]
+        with m.If(self.freed):
+            m.d.sync += self.value_open.bit_select(self.freed_slot, 1).eq(0)
+        with m.If(give_last):
+            m.d.sync += self.value_open.bit_select(slot, 1).eq(1)
+        return give_last

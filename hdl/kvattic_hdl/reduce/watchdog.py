@@ -9,7 +9,7 @@ from amaranth.lib.wiring import In, Out
 
 from kvattic.spec.commands import Kind
 from kvattic.spec.config import Config
-from kvattic_hdl.lib.interfaces import MISSING_BITS, Shapes
+from kvattic_hdl.lib.shapes import MISSING_BITS, Shapes
 
 SLOWNESS_BITS = 4
 """log2 of how much longer the timeout is while a die is busy."""
@@ -23,7 +23,7 @@ class Watchdog(wiring.Component):
     Reset: nothing is failed.
 
     The oldest job is the one that the Finisher waits for; if the Finisher has none, the one that
-    Maximum waits for; if that has none either, the one that Selection waits for.
+    Maximum waits for; if that has none either, the one that TopK waits for.
     While the Finisher works on a job nothing is counted.  A job that gets on
     while its failure is being written down is not failed.  While a die is busy (an erase takes
     milliseconds) the cycles count one in 16, so that a die that is busy for ever hangs nothing.
@@ -47,9 +47,9 @@ class Watchdog(wiring.Component):
     finisher_waiting, finisher_slot : In
         The Finisher waits for the lanes' values_done of this slot.
     selection_waiting, selection_slot : In
-        Selection waits for the lanes' first_done of this slot.
+        TopK waits for the lanes' first_done of this slot.
     selected : In(1)
-        Strobe: Selection handed a job on (transfer on its `jobs_o`).
+        Strobe: TopK handed a job on (transfer on its `jobs_o`).
     handed : In(1)
         Strobe: Maximum handed a job on (transfer on its `jobs_o`).
     freed, freed_slot : In
@@ -134,7 +134,7 @@ class Watchdog(wiring.Component):
         m = Module()
         channels, jobs = self._config.channels, self._config.jobs_in_flight
 
-        # Jobs that Maximum, or Selection, handed on and that are not freed yet.
+        # Jobs that Maximum, or TopK, handed on and that are not freed yet.
         past_maximum, past_selection = Signal(range(jobs + 2)), Signal(range(jobs + 2))
         for past, handed in ((past_maximum, self.handed), (past_selection, self.selected)):
             with m.If(handed & ~self.freed):

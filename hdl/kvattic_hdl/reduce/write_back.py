@@ -13,8 +13,8 @@ from kvattic.spec.config import Config
 from kvattic.spec.registers import MAX_ENTRIES, QUEUES
 from kvattic_hdl.lib.axi import AXI_WRITE, DATA_BITS, LINE_ADDRESS_BITS, LINE_WORDS
 from kvattic_hdl.lib.axi_write import WriteLines
-from kvattic_hdl.lib.interfaces import Shapes
 from kvattic_hdl.lib.records import assemble
+from kvattic_hdl.lib.shapes import Shapes
 from kvattic_hdl.nvme.counters import SNAPSHOT
 from kvattic_hdl.reduce.drain import quotient_layout
 from kvattic_hdl.reduce.gather import trailer_layout

@@ -6,7 +6,7 @@ from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
 
 from kvattic.spec.config import Config
-from kvattic_hdl.lib.interfaces import TOKEN_BITS, Shapes
+from kvattic_hdl.lib.shapes import TOKEN_BITS, Shapes
 
 
 def position_bits(config: Config) -> int:
@@ -61,7 +61,7 @@ class GroupWalk(wiring.Component):
     step_tokens : In
         Tokens of a step.
     slot, end_token, local_token, sinks, stripes, ring_base : In
-        See `Selector`; stable from the cycle after `begin` on.
+        See `LaneTopK`; stable from the cycle after `begin` on.
     stripe_address : Out
         Cat(number in the list, slot) of a stripe.
     stripe_token, stripe_whole : In(24), In(1)

@@ -20,7 +20,7 @@ from kvattic.spec.formats import (
     VALUE_FRACTION,
 )
 from kvattic_hdl.lib.exponential import Exponential, in_window
-from kvattic_hdl.lib.interfaces import LENGTH_FORCED, MODE_BITS, RANK_BITS, TOKEN_BITS, Shapes, Sweep
+from kvattic_hdl.lib.shapes import LENGTH_FORCED, MODE_BITS, RANK_BITS, TOKEN_BITS, Shapes, Sweep
 from kvattic_hdl.sparse.groups import GroupWalk, position_bits
 
 DEPTH = 16
@@ -29,8 +29,8 @@ LATENCY = 3 + Exponential.LATENCY
 """From the grant of a score's address to p as a float."""
 
 
-class Selector(wiring.Component):
-    """Sweeps through the tokens (or units) of a job's stripes in this lane's list, for the central `Selection`.
+class LaneTopK(wiring.Component):
+    """Sweeps through the tokens (or units) of a job's stripes in this lane's list, for the central `TopK`.
 
     From `sweep_valid` to `done`, if every `score_ask` is granted (one that is not costs its cycle):
 

@@ -11,8 +11,8 @@ from amaranth.utils import bits_for, ceil_log2
 from kvattic.spec.config import ELEMENT_BYTES, Config
 from kvattic.spec.formats import MAGNITUDE_BITS, MAGNITUDE_FRACTION, RATIO_FRACTION, SCALE_BITS, SIGNIFICAND_BITS
 from kvattic_hdl.lib.arithmetic import Decoded, decode
-from kvattic_hdl.lib.interfaces import K_OFFSET_BITS, Shapes
 from kvattic_hdl.lib.records import WORD_BYTES
+from kvattic_hdl.lib.shapes import K_OFFSET_BITS, Shapes
 
 WORD_ELEMENTS = WORD_BYTES // ELEMENT_BYTES
 DIGIT = 4

@@ -13,8 +13,8 @@ from amaranth.utils import ceil_log2
 from kvattic.spec.commands import Mode
 from kvattic.spec.config import Config
 from kvattic.spec.formats import ALPHA_FRACTION, DIGIT_BITS, MASS_BITS, SCORE_MAX, VALUE_FRACTION
-from kvattic_hdl.lib.interfaces import LENGTH_FORCED, RANK_BITS, Shapes, Sweep
 from kvattic_hdl.lib.logarithm import Logarithm
+from kvattic_hdl.lib.shapes import LENGTH_FORCED, RANK_BITS, Shapes, Sweep
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class _Search:
     """They."""
 
 
-class Selection(wiring.Component):
-    """Sends the lanes' `Selector`s through the scores of a job's first pass, and decides by what they find.
+class TopK(wiring.Component):
+    """Sends the lanes' `LaneTopK`s through the scores of a job's first pass, and decides by what they find.
 
     The steps of a sparse job (docs/sparse.md): wait for the first pass in all lanes; each row's largest score; SUM,
     each row's denominator, and its log2; MASS, the units' ranks; a radix select from the highest digit down, exact,
@@ -48,7 +48,7 @@ class Selection(wiring.Component):
     first digit is the mass's length in bits, so that the next one begins where the masses in question do: most are far
     below 1, and 6 bits of a fixed place would tell nothing of them.
 
-    Latency from the last `first_done` to `select_valid`, measured, 8 lanes of 512 tokens (sweeps: see `Selector`):
+    Latency from the last `first_done` to `select_valid`, measured, 8 lanes of 512 tokens (sweeps: see `LaneTopK`):
     one row, SPARF, k a sixteenth of the tokens 2,908 cycles (two DIGIT sweeps, which is usual; each more 600); FETCHED
     with units of a codeword 2,379; CENTROID likewise 1,577; eight rows, SPARF 10,959, of which SUM and MASS, a score a
     cycle, are 8,200.  alpha is there channels + 5 cycles a row after `select_valid`.

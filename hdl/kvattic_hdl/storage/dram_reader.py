@@ -8,7 +8,7 @@ from amaranth.utils import ceil_log2
 
 from kvattic.spec.config import Config
 from kvattic_hdl.lib.axi import ADDRESS_BITS, AXI_READ, BURST_INCR, CACHE_NORMAL, OKAY
-from kvattic_hdl.lib.interfaces import EPOCH_BITS, PAGE_BITS, Shapes
+from kvattic_hdl.lib.shapes import EPOCH_BITS, PAGE_BITS, Shapes
 from kvattic_hdl.storage.page_reader import PageReader, fetch_layout
 from kvattic_hdl.storage.tail_reader import TailReader
 

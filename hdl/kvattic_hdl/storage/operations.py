@@ -9,7 +9,7 @@ from amaranth.utils import bits_for
 from kvattic.spec.commands import STATUS_BITS, Opcode, Status
 from kvattic.spec.config import Config
 from kvattic.spec.registers import MAX_ENTRIES, QUEUES
-from kvattic_hdl.lib.interfaces import QUEUE_BITS, Shapes, operation_code
+from kvattic_hdl.lib.shapes import QUEUE_BITS, Shapes, operation_code
 from kvattic_hdl.storage.page_reader import fetch_layout
 
 OUTSTANDING_BITS = bits_for(QUEUES * MAX_ENTRIES)

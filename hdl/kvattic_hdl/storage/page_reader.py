@@ -7,7 +7,7 @@ from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
 
 from kvattic.spec.config import Config
-from kvattic_hdl.lib.interfaces import PAGE_BITS, Shapes
+from kvattic_hdl.lib.shapes import PAGE_BITS, Shapes
 
 PAGE_CODEWORDS = 4
 """Codewords buffered for each channel ahead of its encoder."""

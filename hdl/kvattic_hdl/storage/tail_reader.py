@@ -8,7 +8,7 @@ from amaranth.utils import ceil_log2
 
 from kvattic.spec.commands import Kind
 from kvattic.spec.config import Config
-from kvattic_hdl.lib.interfaces import EPOCH_BITS, Shapes
+from kvattic_hdl.lib.shapes import EPOCH_BITS, Shapes
 
 TAIL_CODEWORDS = 4
 """Tail codewords that are on their way to a lane."""

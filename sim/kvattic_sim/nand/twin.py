@@ -3,7 +3,7 @@
 The reference for verilog/nand_channel.sv, and the other side of the PHY interface (`kvattic_hdl.flash.phy`) in unit
 tests.  Both do the same in the same cycle; docs/nand.md says what.  `attach` plays the dies for an Amaranth component.
 
-Times inside are ticks, 2**-20 of a cycle: the bus rate and t_cad are no whole cycles.
+Internal times are ticks, 2**-20 of a cycle: the bus rate and t_cad are not whole cycles.
 """
 
 from __future__ import annotations
@@ -163,13 +163,13 @@ class NandFaults:
         retry_error_rate: the same at a read-retry level that is not the one that `retry` asks for.
         factory_bad: (die, plane, block), marked as bad in all pages in which the part may have its mark; or (die,
             plane, block, page), marked in this page alone.  Programs and erases fail.
-        grown_bad: (die, plane, block, erases): after so many erases its programs and erases fail.
+        grown_bad: (die, plane, block, erases): after that many erases its programs and erases fail.
         program_fails: (die, plane, block, page): programs of this page fail; page None: of all its pages.
         erase_fails: (die, plane, block): erases of this block fail.
         stuck_busy: (die, n): its nth array operation (the first is 1) never ends; a reset does not help.
         retry: (die, plane, block, page, level): can be read at this read-retry level only; block, page None: all.
         stuck_columns: (die, plane, column, mask, value): bits `mask` of this byte of each page are read as in `value`.
-        power_cuts: (cycle, cycles): power fails in this cycle (counted from `configure`) for so many cycles.
+        power_cuts: (cycle, cycles): power fails in this cycle (counted from `configure`) and stays off for `cycles`.
     """
 
     bit_error_rate: float = 0.0

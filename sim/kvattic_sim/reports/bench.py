@@ -1,8 +1,8 @@
 """The benchmarks, `make bench`: measure, compare with the project's bars, keep in build/bench.json.
 
 ``python -m kvattic_sim.reports.bench [PREFIX]`` measures only what has keys with that prefix; without one, all but
-``house.sim`` and ``house.test``, which take an hour. Each figure is kept as soon as it is known. A bar that is missed
-is said, and is no error; a wrong result is one.
+``house.sim`` and ``house.test``, which take an hour. Each figure is kept as soon as it is known. Missing a bar is
+reported and is not an error; a wrong result is.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from kvattic.support import terminal
 from kvattic.support.terminal import Telling
 from kvattic_sim.lm import evaluate, real
 from kvattic_sim.lm.smollm2 import WeightsError
-from kvattic_sim.reports import figures
+from kvattic_sim.reports import figures, paper
 from kvattic_sim.reports.benches import (
     accuracy,
     bad_blocks,
@@ -53,7 +53,7 @@ class Bar:
     Attributes:
         relation: ``>=`` or ``<=``.
         limits: numbers, or keys of other figures; the figure should stand so to each of them.
-        goal: it is aimed at, not required.
+        goal: aimed at, not required.
     """
 
     relation: str
@@ -67,7 +67,7 @@ class Verdict(StrEnum):
     MET = "met"
     SHORT = "short"
     REPORTED = "reported"
-    """It has no bar, or the other figure that it is compared with is not known."""
+    """There is no bar, or the figure to compare with is not known."""
 
 
 WIDTH = 150
@@ -127,6 +127,8 @@ BARS: dict[str, Bar | None] = {
     "house.sim.cpu_ratio": Bar("<=", (0.33,)),
     "house.test.cpu_ratio": Bar("<=", (0.45,)),
     "house.largest_body": Bar("<=", (120,), goal=True),
+    "system.paper.median": Bar("<=", (0.05,)),
+    "system.paper.max": Bar("<=", (0.15,)),
     "synth.engine.lut": Bar("<=", (25_000,), goal=True),
     "synth.engine.lut_packed": None,
     "synth.engine.ff": None,
@@ -160,7 +162,7 @@ def _real(lab: Lab) -> dict[str, float]:
     """The figures of a real model.
 
     Raises:
-        UnavailableError: what runs it, or its weights, are not here.
+        UnavailableError: the packages or the weights are missing.
     """
     try:
         return real.measure(lambda line: lab.progress(line, 0, None))
@@ -171,7 +173,7 @@ def _real(lab: Lab) -> dict[str, float]:
 
 
 def benches() -> tuple[Bench, ...]:
-    """All that can be measured here: placement, engine, flash path, sparse modes, host, accuracy, simulators."""
+    """Everything that can be measured here: placement, engine, flash path, sparse modes, host, accuracy, simulators."""
 
     def alone(prefix: str, function: Callable[[], dict[str, float]]) -> Bench:
         keys = tuple(key for key in BARS if key == prefix or key.startswith(f"{prefix}."))
@@ -181,8 +183,9 @@ def benches() -> tuple[Bench, ...]:
     quality = Bench(keys=evaluate.KEYS, measure=lambda lab: evaluate.measure(
         plot=Path("build") / "lm_quality.png", progress=lambda line: lab.progress(line, 0, None)))
     reality = Bench(keys=real.KEYS, measure=_real)
+    evaluation = Bench(keys=paper.KEYS, measure=lambda lab: paper.measure())
     return (placing, *engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *causal.BENCHES, *sparse.BENCHES,
-            quality, reality,
+            quality, reality, evaluation,
             *host.BENCHES, *house.BENCHES, *models.BENCHES,
             *(alone(prefix, function) for prefix, function in accuracy.BENCHES.items()))
 

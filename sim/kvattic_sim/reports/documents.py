@@ -71,8 +71,8 @@ def _cells(line: str) -> list[str]:
 
 def _row(header: list[str], cells: list[str], place: str) -> Iterator[Stated]:
     """Figures of a row of a table."""
-    if "measured" in header:
-        values = cells[header.index("measured")].split(";")
+    if column := {"measured", "modelled"} & set(header):
+        values = cells[header.index(column.pop())].split(";")
         for part, value in zip(cells[0].split(";"), values, strict=False):
             if key := re.search(rf"`({KEY})`", part):
                 yield from _first(key[1], value, place)

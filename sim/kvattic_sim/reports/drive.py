@@ -40,8 +40,8 @@ from kvattic_sim.simulators.build import Model, Simulator
 from kvattic_sim.workloads import (
     DENSE,
     Attention,
-    AttentionOptions,
     Life,
+    ModeSettings,
     Step,
     Usage,
     attend,
@@ -190,7 +190,7 @@ def root_mean_square(errors: NDArray[np.float64]) -> float:
     return float(np.sqrt(np.square(known).mean())) if known.size else float("nan")
 
 
-def small_job(console: Console, simulator: Simulator, size: Size, sparse: AttentionOptions | None, *,
+def small_job(console: Console, simulator: Simulator, size: Size, sparse: ModeSettings | None, *,
               waves: bool = False) -> bool:
     """A life of real numbers on the small drive; whether all is right.
 
@@ -212,7 +212,7 @@ def small_job(console: Console, simulator: Simulator, size: Size, sparse: Attent
 # The full job.
 
 
-def full_job(console: Console, simulator: Simulator, size: Size, options: AttentionOptions, *, preset: str,
+def full_job(console: Console, simulator: Simulator, size: Size, options: ModeSettings, *, preset: str,
              layers: Sequence[int], waves: bool = False) -> bool:
     """Every position of MiniLM layers, and a life with OPT-13B's geometry; whether all is right.
 
@@ -282,7 +282,7 @@ class HeadRuns:
 
 
 def run_heads(console: Console, title: str, config: Config, attention: Attention, model: Model,
-              options: AttentionOptions = DENSE) -> bool:
+              options: ModeSettings = DENSE) -> bool:
     """Run one attention on the RTL, head after head, compare and show it; whether all is right.
 
     Args:
@@ -304,7 +304,7 @@ def run_heads(console: Console, title: str, config: Config, attention: Attention
 
 
 def simulate_heads(console: Console, title: str, config: Config, attention: Attention, model: Model,
-                   options: AttentionOptions) -> HeadRuns:
+                   options: ModeSettings) -> HeadRuns:
     """Run the heads of an attention, as many simulators at a time as there are processors."""
     heads = len(attention.key)
     group = len(attention.query) // heads
@@ -421,11 +421,11 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"A slice of the main job: {size.heads} heads, {size.positions} positions "
                       "(--heads, --positions, --decode-heads change it).")
     if full:
-        mode = AttentionOptions(mode=options.mode or "dense", features=options.features, top_units=options.top_units)
+        mode = ModeSettings(mode=options.mode or "dense", features=options.features, top_units=options.top_units)
         good = full_job(console, options.simulator, size, mode, preset=options.preset or "paper",
                         layers=options.layers, waves=options.waves)
     else:
-        sparse = AttentionOptions(mode=options.mode or "sparf", features=options.features, top_units=options.top_units)
+        sparse = ModeSettings(mode=options.mode or "sparf", features=options.features, top_units=options.top_units)
         good = small_job(console, options.simulator, size, None if sparse.mode == "dense" else sparse,
                          waves=options.waves)
     console.print("[bold green]All results are bit-exact.[/]" if good else "[bold red]Some results are wrong.[/]")

@@ -4,8 +4,8 @@
     for row in run(points, jobs=2):
         ...                                 # as they finish
 
-Each point is built and run in a process of its own, or by a worker of a Dask cluster.  What goes wrong at a point is
-that row's `error`; the others go on.  Whatever ends `run`, no process of it is left behind.
+Each point is built and run in a process of its own, or by a worker of a Dask cluster. An error at a point becomes its
+row's `error`; the others go on. However `run` ends, it leaves no process behind.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from kvattic.support.files import whole, write_whole
 from kvattic_sim.rtl.jobs import JobError, report, run_on_model
 from kvattic_sim.rtl.transport import NandSettings, RtlTransport
 from kvattic_sim.simulators.build import SimulationFailed, Simulator, SimulatorError
-from kvattic_sim.workloads import Attention, AttentionOptions, Usage, measured, topical
+from kvattic_sim.workloads import Attention, ModeSettings, Usage, measured, topical
 
 __all__ = ["FIGURES", "ClusterError", "Point", "Row", "grid", "measure", "parse_axis", "plot", "run", "run_on_dask",
            "save"]
@@ -103,7 +103,7 @@ class Point:
         """Its configuration.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: the settings do not fit together.
         """
         ours = {name: value for name, value in self.settings.items() if "." not in name}
         theirs = {name.removeprefix("part."): value for name, value in self.settings.items() if "." in name}
@@ -124,13 +124,13 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """A point and what came of it.
+    """A point and its result.
 
     Attributes:
         number: of the point in its grid.
         point: the point.
         figures: see `FIGURES`; empty if there was an error.
-        error: what went wrong; empty if nothing did.
+        error: the error's message; empty if there was none.
     """
 
     number: int
@@ -153,7 +153,7 @@ def parse_axis(text: str) -> tuple[str, list[Any]]:
         text: a field of `Config` (of `part` by the part's name) or part.FIELD, and values of its type.
 
     Raises:
-        RequestError: there is no such field, or a value is not of its type.
+        RequestError: the field does not exist, or a value is not of its type.
     """
     name, separator, values = text.partition("=")
     owner, key = (NandPart, name.removeprefix("part.")) if name.startswith("part.") else (Config, name)
@@ -190,7 +190,7 @@ def grid(base: Config, axes: Mapping[str, Sequence[Any]], workloads: Sequence[tu
         common: further attributes of every point.
 
     Raises:
-        RequestError: there is no such mode, or a number is not positive.
+        RequestError: the mode does not exist, or a number is not positive.
     """
     known = [mode.name.lower() for mode in Mode]
     for mode in modes:
@@ -207,7 +207,7 @@ def grid(base: Config, axes: Mapping[str, Sequence[Any]], workloads: Sequence[tu
 # One point.
 
 
-def workload(device: Device, attention: Attention, options: AttentionOptions) -> tuple[AttendResult, Usage, Usage]:
+def workload(device: Device, attention: Attention, options: ModeSettings) -> tuple[AttendResult, Usage, Usage]:
     """Write K and V, and attend once: the result, what writing took, what attention took.
 
     This is the part that runs inside of the simulator.
@@ -232,15 +232,15 @@ def measure(point: Point, follow: Follow = lambda what, done, total: None) -> Fi
         follow: told how far it is, in cycles.
 
     Raises:
-        ConfigError: there is no such configuration.
+        ConfigError: the configuration is invalid.
         KvatticError: it cannot serve the workload.
         SimulatorError, SimulationFailed, JobError: see `kvattic_sim.rtl.jobs`.
     """
-    # Only the process that builds and checks needs these.
+    # Only the process that builds and checks needs this.
     from kvattic_sim.compare import equal_bits, oracle_errors
     from kvattic_sim.rtl.testbench import build_testbench
 
-    config, options = point.config, AttentionOptions(mode=point.mode)
+    config, options = point.config, ModeSettings(mode=point.mode)
     follow("building", 0, None)
     model = build_testbench(config, point.simulator)
     attention = topical(config, kv_heads=point.heads, tokens=point.tokens, group=config.rows)
@@ -278,7 +278,7 @@ def measure(point: Point, follow: Follow = lambda what, done, total: None) -> Fi
 
 
 def _attempt(work: Work, number: int, point: Point, follow: Follow) -> Row:
-    """The point's row, whatever happens."""
+    """The point's row, even if it fails."""
     try:
         return Row(number=number, point=point, figures=work(point, follow))
     except (KvatticError, SimulatorError, SimulationFailed, JobError) as error:
@@ -288,7 +288,7 @@ def _attempt(work: Work, number: int, point: Point, follow: Follow) -> Row:
 
 
 def _impossible(number: int, point: Point) -> Row | None:
-    """A row if there is no such configuration."""
+    """A row if the configuration is invalid."""
     try:
         _ = point.config
     except KvatticError as error:
@@ -300,7 +300,7 @@ def _impossible(number: int, point: Point) -> Row | None:
 
 
 def _child(connection: Connection, work: Work, number: int, point: Point) -> None:
-    """What a process does; its compilers are of its process group, and simulators die with it."""
+    """Run a point in this process; its compilers are in its process group, and simulators die with it."""
     from kvattic_sim.simulators.build import DIE_WITH_PARENT
 
     os.setsid()
@@ -322,7 +322,7 @@ class _Running:
     connection: Connection
 
     def kill(self) -> None:
-        """End it and what it has started."""
+        """End it and everything it has started."""
         assert self.process.pid is not None
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -331,7 +331,7 @@ class _Running:
         self.connection.close()
 
     def receive(self) -> Row | tuple[str, int, int | None]:
-        """What it says next; a row with an error if it has died."""
+        """Its next message; a row with an error if it has died."""
         try:
             message: Row | tuple[str, int, int | None] = self.connection.recv()
         except (EOFError, OSError):
@@ -346,7 +346,7 @@ def run(points: Sequence[Point], *, jobs: int | None = None, work: Work = measur
     """Run points in processes of their own.
 
     Args:
-        points: what to run.
+        points: to run.
         jobs: options many at a time; one for each processor if None.
         work: what to do at each: a function of a module.
         progress: called with a point's number, and what is being done there.
@@ -397,7 +397,7 @@ def run(points: Sequence[Point], *, jobs: int | None = None, work: Work = measur
 # On a Dask cluster.
 
 STOP_S = 2.0
-"""Seconds between two looks of a worker at whether it should stop."""
+"""Seconds after which a worker looks again whether it should stop."""
 
 
 def _distributed() -> Any:
@@ -405,7 +405,7 @@ def _distributed() -> Any:
 
 
 def _on_worker(number: int, point: Point, work: Work, flag: str) -> Row:
-    """What a worker of the cluster does."""
+    """Run a point on a worker of the cluster."""
     event, looked = _distributed().Event(flag), 0.0
 
     def follow(what: str, done: int, total: int | None) -> None:
@@ -422,10 +422,10 @@ def run_on_dask(points: Sequence[Point], address: str, *, work: Work = measure, 
                 progress: Progress | None = None) -> Iterator[Row]:
     """Run points on a Dask cluster, whose workers have this project installed.
 
-    If it is left early, what waits is cancelled, and what runs stops when it reports its progress next.
+    If the caller leaves early, waiting points are cancelled and running ones stop when they next report progress.
 
     Args:
-        points: what to run.
+        points: to run.
         address: of the scheduler, such as tcp://host:8786.
         work: as in `run`.
         timeout_s: patience with the scheduler at the beginning.
@@ -435,7 +435,7 @@ def run_on_dask(points: Sequence[Point], address: str, *, work: Work = measure, 
         The rows as they finish; those without a configuration first.
 
     Raises:
-        ClusterError: there is no scheduler at the address.
+        ClusterError: no scheduler answers at the address.
         ModuleNotFoundError: distributed is not installed (extra `cluster`).
     """
     distributed = _distributed()
@@ -486,13 +486,13 @@ def plot(rows: Iterable[Row], path: Path, *, x: str | None = None, y: str = "cyc
     """Draw one figure over one axis, a line for each combination of the other axes.
 
     Args:
-        rows: what came of the points; those with an error are left out.
+        rows: results of the points; those with an error are left out.
         path: PNG to write.
         x: an axis; if None, the first that has more than one value.
         y: one of `FIGURES`.
 
     Raises:
-        RequestError: there is no such axis or figure, or no row has it.
+        RequestError: the axis or figure does not exist, or no row has it.
     """
     import matplotlib.pyplot as plt
 

@@ -10,7 +10,7 @@ from kvattic_sim.rtl.jobs import run_on_model
 from kvattic_sim.rtl.testbench import build_testbench
 from kvattic_sim.rtl.transport import NandSettings
 from kvattic_sim.simulators.build import Simulator
-from kvattic_sim.workloads import DENSE, AttentionOptions, attend, decode
+from kvattic_sim.workloads import DENSE, ModeSettings, attend, decode
 
 __all__ = ["PATH", "Trace", "trace"]
 
@@ -33,7 +33,7 @@ class Trace:
     picture: Path
 
 
-def trace(config: Config, simulator: Simulator, options: AttentionOptions = DENSE, *, path: Path = PATH,
+def trace(config: Config, simulator: Simulator, options: ModeSettings = DENSE, *, path: Path = PATH,
           progress: Callable[[str], None] = lambda line: None) -> Trace:
     """Simulate a decode step of 4 heads and 2,048 tokens, and write what each channel and die did when.
 

@@ -1,7 +1,7 @@
 """Flash channels without the engine: a list of codewords is asked for, and the time is taken.
 
 The channels (controller, ECC) and the dies are those of the drive; what asks is verilog/request_source.sv, which keeps
-so many codewords in flight.  All data that come are added up and compared with what the flash holds.
+a given number of codewords in flight. All data that arrive are added up and compared with what the flash holds.
 
     run = read_list(config, requests, in_flight=..., pages=...)
 

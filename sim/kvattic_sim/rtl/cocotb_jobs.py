@@ -31,7 +31,7 @@ async def run(dut: Any) -> None:
         nonlocal begin
         function = resolve(request)
         begin = time.monotonic()
-        # Not closed: that would free all sequences, and erasing takes simulated time that nobody looks at.
+        # Not closed: that would free all sequences, and erasing costs simulated time and shows nothing.
         return function(Device(transport, timeout_s=request.timeout_s), **request.arguments)
 
     cycles = 0

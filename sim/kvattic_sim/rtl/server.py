@@ -46,7 +46,7 @@ DIRECTORY = "KVATTIC_SIM_DIRECTORY"
 """Environment variable that tells the simulator's Python the directory."""
 POLL_S = 0.2
 GRACE_S = 3.0
-"""How long the simulator may take to end by itself when the host is gone: its waves are whole then."""
+"""How long the simulator may take to end by itself when the host is gone, so that its waves are complete."""
 BEAT_S = 0.25
 
 _NAMES = {register.address: register.name for register in REGISTERS}
@@ -183,7 +183,7 @@ class _Host:
 
     def tell(self, kind: Kind, text: str) -> None:
         try:
-            # Paths may have bytes that are no text.
+            # Paths may contain bytes that are not text.
             self.connection.send(kind, payload=text.encode(errors="surrogateescape")[:MAX_PAYLOAD], timeout_s=10)
         except OSError:
             raise _HostGoneError from None

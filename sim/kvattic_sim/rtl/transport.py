@@ -112,7 +112,7 @@ class FlashSettings:
 
     Attributes:
         latency: cycles from a request until its codeword may be sent.
-        jitter: up to so many random cycles are added to it.
+        jitter: random cycles added to it, at most.
         shuffle: send the codewords that may go in random order instead of the oldest first.
         gap: cycles in which no beat is offered.
         request_stall: cycles in which no request is taken.
@@ -234,7 +234,7 @@ class RtlTransport:
         config: geometry.
         memory_bytes: host memory, from address 0 on; outside of it the bus answers SLVERR.
         dram_bytes: size of device DRAM.
-        timeout_cycles: `wait` gives up after so many cycles, or never.
+        timeout_cycles: `wait` gives up after this many cycles; None: never.
         heartbeat: if set, called from time to time while `wait` waits, with the cycles since the start.
         on_batch: if set, called when a busy period has ended (STATUS.BUSY is low) and its counters can be read: by
             `wait` after the interrupt, before the next submission, and by `settle`.
@@ -265,7 +265,7 @@ class RtlTransport:
         self._dram = _Dram(0, config.dram_beat_bytes)
         self._nand: NandSettings | None = None
         self._rung = False
-        self._lost_power = False    # and nobody has set it up again
+        self._lost_power = False    # and has not been set up again
         self._slice = SLICE_CYCLES[0]
         self._power_off: int | None = None
         self._toggles: dict[str, int] = {}
@@ -555,7 +555,7 @@ class RtlTransport:
         return self._counts("served")
 
     def run_cycles(self, count: int) -> None:
-        """Let at least so many cycles pass."""
+        """Let at least `cycles` cycles pass."""
         self._block(self._cycles, count)
 
     def set_flash(self, settings: "FlashSettings | NandSettings") -> None:

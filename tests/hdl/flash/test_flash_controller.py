@@ -10,7 +10,7 @@ from tests.hdl.compiled import simulation
 from kvattic.spec import config as presets
 from kvattic.spec.commands import Kind, MediaCause, Opcode, Status
 from kvattic_hdl.flash.controller import Controller
-from kvattic_hdl.lib.interfaces import operation_code
+from kvattic_hdl.lib.shapes import operation_code
 from kvattic_sim.nand.twin import NandChannel, NandFaults, attach
 
 

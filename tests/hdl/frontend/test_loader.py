@@ -34,7 +34,7 @@ from kvattic.spec.formats import SCALE_BITS, SCORE_WINDOW_FRACTION, Element
 from kvattic.spec.nand import PSLC, TINY_PART
 from kvattic_hdl.frontend.checks import Window
 from kvattic_hdl.frontend.loader import Loader
-from kvattic_hdl.lib.interfaces import K_OFFSET_BITS, Shapes, operation_code
+from kvattic_hdl.lib.shapes import K_OFFSET_BITS, Shapes, operation_code
 
 BASE, LIMIT = 0x1_FFFF_0000, 0x2_0004_0000  # the window crosses a 32-bit boundary
 TABLES = BASE + 0x20000

@@ -12,7 +12,7 @@ import pytest
 from amaranth.hdl import Module
 from tests.hdl.compiled import simulation
 
-import kvattic_hdl.lane.lane
+import kvattic_hdl.lane.back_end
 import kvattic_hdl.lane.scrubber
 from kvattic.golden import dense
 from kvattic.spec.commands import SKETCH_ENTRY, TABLE_ENTRY, CompletionFlag, Kind, Mode
@@ -21,8 +21,8 @@ from kvattic.spec.elements import to_bits
 from kvattic.spec.formats import SCORE_MASKED, SCORE_WINDOW_FRACTION
 from kvattic.spec.nand import TINY_PART
 from kvattic_hdl.lane.lane import Lane
-from kvattic_hdl.lib.interfaces import FAULTS, Sweep
-from kvattic_hdl.sparse.lane_topk import Selector
+from kvattic_hdl.lib.shapes import FAULTS, Sweep
+from kvattic_hdl.sparse.lane_topk import LaneTopK
 
 CHANNELS, CHANNEL = 3, 1
 SMALL = TINY_PART.resized(512, spare_bytes=256)
@@ -54,7 +54,7 @@ SPARSE = {
 }
 
 
-class StandIn(Selector):
+class StandIn(LaneTopK):
     """The selector's ports, for the test to drive."""
 
     made: list
@@ -67,9 +67,9 @@ class StandIn(Selector):
         return Module()
 
 
-def new_lane(config: Config, selector: type[Selector]) -> tuple:
+def new_lane(config: Config, selector: type[LaneTopK]) -> tuple:
     """A lane; its selector is what is patched in, and a stand-in's ports are the lane's as `test_selector`."""
-    assert kvattic_hdl.lane.lane.Selector is selector
+    assert kvattic_hdl.lane.back_end.LaneTopK is selector
     lane = Lane(config)
 
     def stand_ins() -> list:
@@ -394,7 +394,7 @@ def codeword_beats(config: Config, elements: np.ndarray) -> list[int]:
 @pytest.fixture(autouse=True)
 def driven_selector(monkeypatch):
     """Lanes with a selector that the test drives; abandoned jobs settle sooner."""
-    monkeypatch.setattr(kvattic_hdl.lane.lane, "Selector", StandIn)
+    monkeypatch.setattr(kvattic_hdl.lane.back_end, "LaneTopK", StandIn)
     monkeypatch.setattr(kvattic_hdl.lane.scrubber, "SETTLE_CYCLES", 300)
     monkeypatch.setattr(StandIn, "made", [], raising=False)
 
@@ -402,7 +402,7 @@ def driven_selector(monkeypatch):
 def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bool, rogues: float = 0,
              stand_in: bool = True) -> tuple[list, set]:
     """`rogues`: share of codewords with a wrong tag, all of which must be dropped."""
-    dut, sim = simulation(new_lane, config, kvattic_hdl.lane.lane.Selector)
+    dut, sim = simulation(new_lane, config, kvattic_hdl.lane.back_end.LaneTopK)
     element = config.element.encoding
     sim.add_clock(1e-6)
     rnd = random.Random(seed)
@@ -855,7 +855,7 @@ def test_sparse(name: str, gap: float, shuffle: bool) -> None:
 @pytest.mark.usefixtures("each_simulator")
 def test_own_selector(monkeypatch) -> None:
     """The selector that the lane comes with finds the first pass's scores, and what it marks is read."""
-    monkeypatch.setattr(kvattic_hdl.lane.lane, "Selector", Selector)
+    monkeypatch.setattr(kvattic_hdl.lane.back_end, "LaneTopK", LaneTopK)
     config = SPARSE["rows2"]
     rng = np.random.default_rng(7)
     jobs = [make_sparse(config, rng, mode, tokens, "here", "last", density=1) for mode, tokens in (

@@ -10,7 +10,7 @@ from kvattic.spec.commands import DOMAINS, Grant, Mode
 from kvattic.spec.config import PAPER, TINY
 from kvattic.spec.layout import centroid_codewords, pack_entries, pack_sketches
 from kvattic.spec.registers import MAX_REGIONS, QUEUES
-from kvattic_hdl.lib.interfaces import Shapes
+from kvattic_hdl.lib.shapes import Shapes
 from kvattic_hdl.nvme.access import Owners
 
 FOUND_CYCLES, QUEUES_CYCLES, PAGE_CYCLES = 5, 2, 3
@@ -153,6 +153,7 @@ def test_at_power_up_nobody_owns_anything():
     run(scenario)
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_queues_of_a_domain():
     async def scenario(bench):
         await bench.grant(Grant.QUEUES, 0b1000_0010, 0, 1)

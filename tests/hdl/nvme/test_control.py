@@ -7,7 +7,7 @@ from amaranth.sim import Simulator
 
 from kvattic.spec.config import TINY, Config
 from kvattic.spec.registers import COUNTERS, REGISTER_MAP, StatusBit
-from kvattic_hdl.lib.interfaces import Shapes
+from kvattic_hdl.lib.shapes import Shapes
 from kvattic_hdl.nvme.control import Control
 from kvattic_hdl.nvme.counters import FLASH_COUNTERS, STALLS
 

@@ -272,6 +272,7 @@ def entry(queue, index):
     return queue, SUBMISSION + (queue << 14) + index
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_rings_wrap_and_phases_turn():
     async def test(b):
         await b.create(3, 4)

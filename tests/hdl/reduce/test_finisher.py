@@ -19,7 +19,7 @@ from kvattic.spec.formats import SCORE_MASKED
 from kvattic.spec.nand import TINY_PART
 from kvattic.spec.registers import QUEUES
 from kvattic_hdl.lib.divider import Divider
-from kvattic_hdl.lib.interfaces import FAULTS, Shapes
+from kvattic_hdl.lib.shapes import FAULTS, Shapes
 from kvattic_hdl.reduce.finisher import Finisher
 
 BASE = 0x1_2345_6780_0000 & ~63

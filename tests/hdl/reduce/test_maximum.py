@@ -7,7 +7,7 @@ from amaranth.sim import Simulator
 
 from kvattic.spec.config import Config
 from kvattic.spec.formats import SCORE_MASKED, SCORE_MAX, SCORE_MIN
-from kvattic_hdl.lib.interfaces import Shapes
+from kvattic_hdl.lib.shapes import Shapes
 from kvattic_hdl.reduce.maximum import Maximum
 
 

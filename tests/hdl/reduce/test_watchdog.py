@@ -199,12 +199,12 @@ def test_first_pass():
         ctx.set(dut.timeout, 20)
         ctx.set(dut.first_done, [ALL & ~0b10, ALL, ALL & ~0b10])
         ctx.set(dut.selection_slot, 1)
-        # A job is past Selection: that one is older, and nobody waits for it.
+        # A job is past TopK: that one is older, and nobody waits for it.
         await pulse(ctx, dut.selected)
         ctx.set(dut.selection_waiting, 1)
         await ctx.tick().repeat(60)
         assert not ctx.get(dut.failed)
-        # Maximum waits for it: it fails, not the one that Selection waits for.
+        # Maximum waits for it: it fails, not the one that TopK waits for.
         ctx.set(dut.maximum_slot, 0)
         ctx.set(dut.keys_done, [ALL, ALL & ~1, ALL])
         ctx.set(dut.maximum_waiting, 1)

@@ -8,7 +8,7 @@ from amaranth.sim import Simulator
 from kvattic.spec.commands import Opcode, Status
 from kvattic.spec.config import TINY
 from kvattic.spec.registers import QUEUES
-from kvattic_hdl.lib.interfaces import operation_code
+from kvattic_hdl.lib.shapes import operation_code
 from kvattic_hdl.storage.operations import Operations
 
 COUNT = 40

@@ -55,7 +55,7 @@ def marks(config: Config, random: Random) -> set[tuple[Block, int | None]]:
 
 
 def scan(device: Device, drives: int, bit_error_rate: float, seed: int) -> Judged:
-    """Scan a drive as if it were so many new ones; this is the part that runs inside of the simulator.
+    """Scan a drive as if it were several new ones; this is the part that runs inside of the simulator.
 
     Args:
         device: the drive; nothing may be written.
@@ -82,7 +82,7 @@ def scan(device: Device, drives: int, bit_error_rate: float, seed: int) -> Judge
 
 def judge(drives: int = DRIVES, bit_error_rate: float = BIT_ERROR_RATE, *, seed: int = 1,
           simulator: Simulator = Simulator.VERILATOR, lab: Lab | None = None) -> Judged:
-    """Scan so many new drives.
+    """Scan new drives.
 
     Args:
         drives: how many.

@@ -1,4 +1,4 @@
-"""AttentionOptions busy the engine keeps its lanes, how many cycles it takes, and how fast the simulators run it.
+"""ModeSettings busy the engine keeps its lanes, how many cycles it takes, and how fast the simulators run it.
 
 The engine runs alone here, behind ideal flash that has every codeword at hand at the lanes' full rate; what real flash
 makes of it is measured in benches/flash.py.

@@ -36,7 +36,7 @@ RANDOM_PAGE = replace(PAPER, part=part("mqsim_1000"))
 RANDOM_PAGES, IN_FLIGHT = 4096, 1024
 """Pages read, and reads (of pages, or of codewords) in flight over all channels."""
 COLUMN_SHARE = 16
-"""One codeword of so many is wanted."""
+"""One of this many codewords is wanted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ HEADS = 40
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Commands:
-    """A decode step of which the host keeps so many commands with the drive.
+    """A decode step of which the host keeps a given number of commands with the drive.
 
     Attributes:
         batch: sequences; each KV head of each is a command.
@@ -115,7 +115,7 @@ class Drafts:
     Attributes:
         heads: KV heads.
         tokens: of each, drafts included.
-        drafts: query rows; the configuration has so many.
+        drafts: query rows, as many as the configuration has.
     """
 
     heads: int = 16

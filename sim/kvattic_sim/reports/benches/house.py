@@ -54,17 +54,19 @@ def _checkout() -> Path:
     return ROOT
 
 
-def cpu_seconds(target: str, version: str, progress: Callable[[str], None] = lambda line: None) -> float:
+def cpu_seconds(target: str, version: str, progress: Callable[[str], None] = lambda line: None, *,
+                must_pass: bool = True) -> float:
     """CPU seconds, user and system, that make and all it starts take in a fresh clone; the output goes to `LOGS`.
 
     Args:
         target: of the Makefile.
         version: a commit.
         progress: told the last line of the output, again and again.
+        must_pass: whether a failure is an error, not only said.
 
     Raises:
         UnavailableError: this is no clone, or one without that commit.
-        WrongResultError: make failed.
+        WrongResultError: make failed, but was to pass.
     """
     log = (LOGS / f"{target}-{version}.log").absolute()
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +89,10 @@ def cpu_seconds(target: str, version: str, progress: Callable[[str], None] = lam
             time.sleep(POLL_S)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise WrongResultError(f"make {target} at {version} ended with status {process.returncode}; the log is {log}")
+        failure = f"make {target} at {version} ended with status {process.returncode}; the log is {log}"
+        if must_pass:
+            raise WrongResultError(failure)
+        progress(failure)
     return usage.ru_utime + usage.ru_stime
 
 
@@ -100,8 +105,11 @@ def _ratio(target: str) -> Bench:
                               text=True, check=True).stdout.strip()
 
         def seconds(version: str) -> float:
-            found = cpu_seconds(target, version, lambda line: lab.progress(f"make {target} at {version}: {line}", 0,
-                                                                           None))
+            def progress(line: str) -> None:
+                lab.progress(f"make {target} at {version}: {line}", 0, None)
+
+            # Some of the older version's tests fail on a slow machine, behind which the others run all the same.
+            found = cpu_seconds(target, version, progress, must_pass=version != BEFORE)
             lab.say(f"make {target} at {version}: {found:.0f} CPU seconds")
             return found
 

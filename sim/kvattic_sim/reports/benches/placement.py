@@ -63,7 +63,7 @@ class Life:
 
 def live(*, batch: int = BATCH, longest: float = LONGEST, sequences: int = SEQUENCES, seed: int = 0,
          mixed: bool = False) -> Life:
-    """Create, grow and free sequences in random order, until so many have lived and all are gone.
+    """Create, grow and free sequences in random order, until a given number has lived and all are gone.
 
     Each step takes one at random of: a new sequence (twice as likely, if there is room), a piece more for one, an end
     of one.  Lengths are spread evenly over powers of two up to the longest, so most sequences share zones.

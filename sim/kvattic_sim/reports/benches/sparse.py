@@ -16,7 +16,7 @@ from kvattic_sim.compare import equal_bits
 from kvattic_sim.reports.benches.engine import Bench, Figures, Lab, WrongResultError
 from kvattic_sim.rtl.jobs import report, run_in_simulation
 from kvattic_sim.rtl.transport import RtlTransport
-from kvattic_sim.workloads import DENSE, Attention, AttentionOptions, Usage, clustered, decode, measured
+from kvattic_sim.workloads import DENSE, Attention, ModeSettings, Usage, clustered, decode, measured
 
 __all__ = ["BENCHES"]
 
@@ -28,9 +28,9 @@ PAGE = 64
 DRAM_BYTES = 1 << 27
 SEPARATE_BUS = replace(PAPER, part=replace(PAPER.part, name="pslc, separate command bus", separate_command_bus=True))
 """The paper's drive with JESD230G's separate command and address bus, nothing else changed."""
-SPARF = AttentionOptions(mode="sparf", features=PAPER.head_dim // 8, top_units=TOKENS // 16)
-FETCHED = AttentionOptions(mode="fetched", features=PAPER.head_dim // 8, top_units=TOKENS // 32)
-CENTROID = AttentionOptions(mode="centroid", unit_tokens=PAGE, top_units=TOKENS // 8 // PAGE)
+SPARF = ModeSettings(mode="sparf", features=PAPER.head_dim // 8, top_units=TOKENS // 16)
+FETCHED = ModeSettings(mode="fetched", features=PAPER.head_dim // 8, top_units=TOKENS // 32)
+CENTROID = ModeSettings(mode="centroid", unit_tokens=PAGE, top_units=TOKENS // 8 // PAGE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +45,7 @@ class Load:
 
     config: Config
     run: int
-    ways: Mapping[str, AttentionOptions]
+    ways: Mapping[str, ModeSettings]
 
     @property
     def attention(self) -> Attention:

@@ -1,4 +1,4 @@
-"""Selection around real Selectors: exact top-k, ties, alpha, order of jobs, against the golden model."""
+"""TopK around real LaneTopKs: exact top-k, ties, alpha, order of jobs, against the golden model."""
 
 from dataclasses import replace
 
@@ -8,26 +8,26 @@ from amaranth.hdl import Module
 from amaranth.lib.wiring import Component
 from amaranth.sim import Simulator
 from tests.hdl.compiled import simulation
-from tests.hdl.sparse.selection_bench import Lane, expect, make_job
+from tests.hdl.sparse.topk_bench import Lane, expect, make_job
 
 from kvattic.golden.first_pass import ALPHA_ONE
 from kvattic.spec.commands import Mode
 from kvattic.spec.config import PAPER, TINY
 from kvattic.spec.formats import SCORE_MASKED, SCORE_MAX, SCORE_MIN
-from kvattic_hdl.lib.interfaces import Shapes
-from kvattic_hdl.sparse.lane_topk import Selector
-from kvattic_hdl.sparse.topk import Selection
+from kvattic_hdl.lib.shapes import Shapes
+from kvattic_hdl.sparse.lane_topk import LaneTopK
+from kvattic_hdl.sparse.topk import TopK
 
 SPARF, FETCHED, CENTROID = Mode.SPARF, Mode.FETCHED, Mode.CENTROID
 BROADCAST = ("sweep_valid", "sweep", "reference_write", "reference_row", "reference", "sum_row", "bin")
 
 
 class Lanes(Component):
-    """One Selection and a Selector for each channel."""
+    """One TopK and a LaneTopK for each channel."""
 
     def __init__(self, config):
-        self.selection = Selection(config)
-        self.selectors = [Selector(config) for _ in range(config.channels)]
+        self.selection = TopK(config)
+        self.selectors = [LaneTopK(config) for _ in range(config.channels)]
         super().__init__({})
 
     def elaborate(self, platform):
@@ -52,7 +52,7 @@ def lanes(config):
 
 
 class Bench:
-    """Runs jobs through a Selection, one after the other; `latencies`: from the first pass's end to `select_valid`."""
+    """Runs jobs through a TopK, one after the other; `latencies`: from the first pass's end to `select_valid`."""
 
     def __init__(self, config, seed, **lane):
         self.config = config
@@ -306,7 +306,7 @@ def test_failed_and_without_lanes():
 def test_stale_first_done_is_not_taken():
     """first_done of the slot's last job falls after `start`; the job may come in that very cycle."""
     config = ONE_ROW
-    dut = Selection(config)
+    dut = TopK(config)
 
     async def bench(ctx):
         ctx.set(dut.first_done, [7, 7, 7])

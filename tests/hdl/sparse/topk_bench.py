@@ -1,4 +1,4 @@
-"""A lane as its Selector sees it, and what a selection must come to, for test_selector.py and test_selection.py."""
+"""A lane as its LaneTopK sees it, and what a selection must come to, for test_lane_topk.py and test_topk.py."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import numpy as np
 from kvattic.golden import dense, first_pass
 from kvattic.spec.commands import Mode
 from kvattic.spec.formats import SCORE_MASKED, SCORE_MAX, SCORE_MIN
-from kvattic_hdl.lib.interfaces import Shapes
+from kvattic_hdl.lib.shapes import Shapes
 
 
 @dataclass
@@ -111,7 +111,7 @@ def expect(config, job, reference=None):
 
 
 class Lane:
-    """Score memory, list and parameters around one Selector.
+    """Score memory, list and parameters around one LaneTopK.
 
     Scores of places where nothing was put are random.  `marks`: ring -> bits, of the last MARK sweep.
     """

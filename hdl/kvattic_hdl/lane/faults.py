@@ -7,10 +7,10 @@ from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
 
 from kvattic.spec.config import Config
-from kvattic_hdl.lib.interfaces import FAULT_BITS, FAULTS, TOKEN_BITS, Shapes
+from kvattic_hdl.lib.shapes import FAULT_BITS, FAULTS, TOKEN_BITS, Shapes
 
 
-class Reports(wiring.Component):
+class Faults(wiring.Component):
     """Keeps the lowest token of each fault for each slot, and the slot's flags; none of it depends on the order.
 
     Takes a beat each cycle; a beat can be read in a report three cycles later.  Reset clears the flags.
@@ -26,11 +26,11 @@ class Reports(wiring.Component):
     valid : In(1)
         Strobe: there is a beat.
     slot : In(slot), token : In(24)
-        Its job; its token, or the one of its first element if it is of a channel.
+        Its job; its token, or the one of its first element if it is of a feature.
     end_token : In(24)
         From this token of the job on nothing is a fault.
-    value, sketch, channel : In(1)
-        It is of V; of the first pass; of a channel in the feature layout, with a token for each element.
+    value, sketch, feature : In(1)
+        It is of V; of the first pass; of a feature in the feature layout, with a token for each element.
     error : In(1)
         It cannot be read.  Then it has no NaN: its data are zeros.
     special : In(elements_per_beat)
@@ -52,7 +52,7 @@ class Reports(wiring.Component):
             "end_token": In(TOKEN_BITS),
             "value": In(1),
             "sketch": In(1),
-            "channel": In(1),
+            "feature": In(1),
             "error": In(1),
             "special": In(config.elements_per_beat),
             "score_overflow": In(slots),
@@ -77,7 +77,7 @@ class Reports(wiring.Component):
                 with m.If(self.special[e]):
                     m.d.comb += which.eq(e)
             token = Signal(TOKEN_BITS + 1)
-            m.d.comb += token.eq(self.token + Mux(self.channel & ~self.error, which, 0))
+            m.d.comb += token.eq(self.token + Mux(self.feature & ~self.error, which, 0))
         fault_1, token_1, slot_1 = Signal(range(len(FAULTS))), Signal(TOKEN_BITS), Signal(shapes.slot)
         happened_1, inside_1 = Signal(), Signal()
         m.d.sync += [

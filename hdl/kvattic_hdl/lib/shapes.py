@@ -80,8 +80,8 @@ class Shapes:
     slot, row, place, channel : Shape
         Unsigned numbers of a job slot, query row, codeword on its lane, channel.
     tag : StructLayout
-        Names a codeword: slot, epoch, kind (`commands.Kind`), place.  The place of a CHANNEL is its stripe's first one
-        and the number of the channel; that of a centroid its stripe's first place and its number in the stripe's
+        Names a codeword: slot, epoch, kind (`commands.Kind`), place.  The place of a FEATURE is its stripe's first one
+        and the number of the feature; that of a centroid its stripe's first place and its number in the stripe's
         centroid codewords.
     request : StructLayout
         A codeword wanted: tag, page, codeword (number inside of its page), dram (1: of device DRAM, 0: of the channel).
@@ -154,6 +154,15 @@ class Shapes:
             "dram": 1,
         })
         self.beat = data.StructLayout({"tag": self.tag, "data": beat_bits, "last": 1, "error": 1})
+        self._define_commands(config)
+        self._define_load(config)
+        self._define_lane(config)
+        self._define_selection(config)
+        self._define_jobs(config)
+
+    def _define_commands(self, config: Config) -> None:
+        """Commands on their way to flash and to `Admin`, and how they end."""
+        beat_bits = config.beat_bytes * 8
         self.identity = unsigned(32)    # Cat(queue, of 16 bits, identifier): handed through
         self.operation = data.StructLayout({
             "opcode": OPCODE_BITS, "page": PAGE_BITS, "block": unsigned(max(1, ceil_log2(config.part.blocks))),
@@ -183,6 +192,10 @@ class Shapes:
             "page_programs": unsigned(bits_for(config.part.planes)),
             "block_erases": unsigned(bits_for(config.part.planes)),
         })
+
+    def _define_load(self, config: Config) -> None:
+        """What the loader tells the lanes."""
+        beat_bits = config.beat_bytes * 8
         lane_stripes = config.ring_codewords // config.codewords_per_page
         self.list_bits = ceil_log2(lane_stripes)
         self.stripe_bits = unsigned(bits_for(self.list_bits))
@@ -190,7 +203,7 @@ class Shapes:
             "query": 1,          # data holds elements [beat] of q of this row
             "record": 1,         # start, end, tree hold the row's mask
             "scale": 1,          # data holds this row's scale of the first pass, an `approximate`
-            "chosen": 1,         # data holds Cat(number of a channel of the first pass (8 bits), its index (8 bits))
+            "chosen": 1,         # data holds Cat(number of a feature of the first pass (8 bits), its index (8 bits))
             "stripe": 1,         # data holds a `commands.TABLE_ENTRY`, start the stripe's first token
             "sketch": 1,         # data holds the `commands.SKETCH_ENTRY` of the stripe loaded last
             "last": 1,           # the stripe is the job's last one
@@ -221,6 +234,10 @@ class Shapes:
             "k_offset": signed(K_OFFSET_BITS),   # scale's exponent field - 127 + 28 - 2*offset (docs/numerics.md)
             "scale": SCALE_BITS,                 # scale's significand, leading one included
         })
+
+    def _define_lane(self, config: Config) -> None:
+        """What passes inside a lane, and from it to the finisher."""
+        lane_stripes = config.ring_codewords // config.codewords_per_page
         # Accumulators of one slot: `copies` sets of beats_per_token words, summed when they are drained
         # (see lane.py: copies keep a word's next use behind its last one).
         self.copies = -(-ACCUMULATE_CYCLES // config.beats_per_token)
@@ -265,6 +282,9 @@ class Shapes:
             "significand": WEIGHT_BITS,
             "exponent": WEIGHT_EXPONENT_BITS,
         })
+
+    def _define_selection(self, config: Config) -> None:
+        """What passes between the lanes and the selection."""
         # A lane's part in the selection: what to sweep through the job's units for.
         self.sweep = data.StructLayout({
             "slot": self.slot,
@@ -277,6 +297,9 @@ class Shapes:
         # Words of the mean of V on their way to the finisher.
         self.mean = data.StructLayout({
             "slot": self.slot, "index": unsigned(ceil_log2(config.head_dim // 2)), "data": 64})
+
+    def _define_jobs(self, config: Config) -> None:
+        """Jobs on their way through the engine, and what lanes count of them."""
         # A job as it passes from stage to stage, in order.
         self.job = data.StructLayout({
             "slot": self.slot,

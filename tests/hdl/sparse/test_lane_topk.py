@@ -1,23 +1,23 @@
-"""Selector against the golden model's sums, masses, ranks and marks."""
+"""LaneTopK against the golden model's sums, masses, ranks and marks."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from tests.hdl.compiled import simulation
-from tests.hdl.sparse.selection_bench import Lane, expect, make_job, marked
+from tests.hdl.sparse.topk_bench import Lane, expect, make_job, marked
 
 from kvattic.spec.commands import Mode
 from kvattic.spec.config import PAPER, TINY
 from kvattic.spec.formats import DIGIT_BITS, SCORE_MASKED
-from kvattic_hdl.lib.interfaces import LENGTH_FORCED, RANK_BITS, Sweep
-from kvattic_hdl.sparse.lane_topk import Selector
+from kvattic_hdl.lib.shapes import LENGTH_FORCED, RANK_BITS, Sweep
+from kvattic_hdl.sparse.lane_topk import LaneTopK
 
 SPARF, FETCHED, CENTROID = Mode.SPARF, Mode.FETCHED, Mode.CENTROID
 
 
 def simulate(config, seed, bench, **lane):
-    dut, sim = simulation(Selector, config)
+    dut, sim = simulation(LaneTopK, config)
     model = Lane(dut, config, seed, **lane)
     sim.add_clock(1e-6)
     sim.add_testbench(model.run, background=True)
@@ -212,6 +212,7 @@ def test_edges(mode):
     simulate(config, 2, bench)
 
 
+@pytest.mark.usefixtures("each_simulator")
 def test_mass_saturates():
     """Masses of more than their format holds, which a reference at its own limit may bring about."""
     config = replace(FIVE_ROWS, rows=16)

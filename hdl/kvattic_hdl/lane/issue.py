@@ -1,0 +1,327 @@
+"""The issue stage of a lane's front: which beat, or which token of a harvest, enters the pipeline in this cycle."""
+
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out, connect, flipped
+from amaranth.utils import ceil_log2
+
+from kvattic.spec.config import Config
+from kvattic_hdl.datapath.cell import accumulator_words, group_base
+from kvattic_hdl.datapath.score import score_interval, scored_token
+from kvattic_hdl.lane.arrivals import header_shape
+from kvattic_hdl.lane.first_pass import harvest_shape
+from kvattic_hdl.lib.arithmetic import times
+from kvattic_hdl.lib.shapes import ACCUMULATE_CYCLES, Shapes
+
+
+def stage_shape(config: Config) -> data.StructLayout:
+    """The metadata that accompany a beat, or a token of a harvest, through the pipeline's stages.
+
+    valid: a beat.  into_score: its products go into the score window.  error: it cannot be read.  first, last: of its
+    token.  accumulate: its products are added to word `address` of the accumulators.  where: the beat's token.  Sparse
+    configurations only: feature: a beat of the feature pass.  harvest: a token of a harvest, whose sums are element
+    `element` of word `address`.  clear: it is the word's last one.  element: otherwise that of q, for `feature`.
+    """
+    members = {
+        "valid": 1, "into_score": 1, "error": 1, "first": 1, "last": 1, "accumulate": 1,
+        "address": ceil_log2(accumulator_words(config)), "where": scored_token(Shapes(config))}
+    if config.sparse:
+        members |= {"feature": 1, "harvest": 1, "clear": 1, "element": ceil_log2(config.elements_per_beat)}
+    return data.StructLayout(members)
+
+
+class GatheredWeights(wiring.Component):
+    """Gathers the weights of the next V token, one row a cycle, while the current ones are in use.  Reset drops them.
+
+    Parameters
+    ----------
+    config : Config
+
+    Members
+    -------
+    weights : In(stream of weight)
+        Token by token, row by row.
+    full : Out(1)
+        All rows of the next token are there.
+    use : In(1)
+        Strobe, only while `full`: the next token's first beat is issued.
+    current : Out(array of weight, by row)
+        The weights of the token in use, from the cycle after `use`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.shapes = shapes = Shapes(config)
+        self.token = data.ArrayLayout(shapes.weight, config.rows)
+        super().__init__({
+            "weights": In(stream.Signature(shapes.weight)),
+            "full": Out(1),
+            "use": In(1),
+            "current": Out(self.token),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        rows = self.config.rows
+        gathered = Signal(self.token)
+        gathered_rows = Signal(range(rows + 1))
+        gather = Signal()
+        m.d.comb += [
+            self.full.eq(gathered_rows == rows),
+            self.weights.ready.eq(~self.full | self.use),
+            gather.eq(self.weights.valid & self.weights.ready),
+        ]
+        with m.If(self.use):
+            m.d.sync += [self.current.eq(gathered), gathered_rows.eq(gather)]
+        with m.Else():
+            m.d.sync += gathered_rows.eq(gathered_rows + gather)
+        with m.If(gather):
+            m.d.sync += gathered.as_value().eq(
+                Cat(gathered.as_value(), self.weights.payload.as_value())[self.shapes.weight.size :])
+        return m
+
+
+class Spacing(wiring.Component):
+    """Keeps tokens for the score unit apart, and beats that are added to the same word of a group.
+
+    The score unit takes a token every rows * score_interval cycles; tokens of K and of a harvest take turns.
+
+    Parameters
+    ----------
+    config : Config
+
+    Members
+    -------
+    there : In(1)
+        A beat is there.
+    scores : In(1)
+        It completes a token that is to be scored.
+    group_begin : In(1)
+        It is the first of a codeword of the feature pass.
+    issue : In(1)
+        It is issued.
+    waits : Out(1)
+        It may not be, if it is there.
+    harvest_valid : In(1), harvest_ready : Out(1)
+        A token of a harvest is there; it is taken.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        super().__init__({
+            "there": In(1),
+            "scores": In(1),
+            "group_begin": In(1),
+            "issue": In(1),
+            "waits": Out(1),
+            "harvest_valid": In(1),
+            "harvest_ready": Out(1),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        config = self.config
+        harvest = Signal()
+        spacing = config.rows * score_interval(config)
+        m.d.comb += harvest.eq(self.harvest_valid & self.harvest_ready)
+        if spacing > config.beats_per_token or config.sparse:
+            rest = Signal(range(spacing))
+            m.d.comb += self.waits.eq(self.scores & (rest != 0))
+            with m.If(self.issue & self.scores | harvest):
+                m.d.sync += rest.eq(spacing - 1)
+            with m.Elif(rest != 0):
+                m.d.sync += rest.eq(rest - 1)
+            if config.sparse:
+                beat_turn = Signal()
+                m.d.comb += self.harvest_ready.eq((rest == 0) & ~(self.there & self.scores & beat_turn))
+                with m.If(harvest):
+                    m.d.sync += beat_turn.eq(1)
+                with m.Elif(self.issue & self.scores):
+                    m.d.sync += beat_turn.eq(0)
+        if config.sparse and config.group_words < ACCUMULATE_CYCLES:
+            # The next codeword's beat may not follow so soon on the one that is added to the same word.
+            apart = Signal(range(ACCUMULATE_CYCLES))
+            with m.If(self.group_begin & (apart != 0)):
+                m.d.comb += self.waits.eq(1)
+            with m.If(self.issue & self.group_begin):
+                m.d.sync += apart.eq(ACCUMULATE_CYCLES - 1)
+            with m.Elif(apart != 0):
+                m.d.sync += apart.eq(apart - 1)
+        return m
+
+
+class Issue(wiring.Component):
+    """Takes a beat each cycle, as soon as its token's weights are there and the score unit can take what it completes.
+
+    Tokens of a harvest take the place of beats.  Reset begins with a codeword's first beat.
+
+    Parameters
+    ----------
+    config : Config
+
+    Members
+    -------
+    headers : In(stream of header)
+        One for each codeword, see `arrivals.header_shape`; taken with the codeword's last beat.
+    beat_valid : In(1), beat_ready : Out(1)
+        The codewords' beats.
+    weights : In(stream of weight)
+        Those of the V codewords' tokens.
+    harvest : In(stream of `first_pass.harvest_shape`)
+    stage : Out(`stage_shape`)
+        What enters the pipeline in this cycle: stage 0.
+    query_beat : Out
+        Number of the beat of q that goes with it.
+    current_weights : Out(array of weight, by row)
+        Those of a V beat in stage 1.
+    waits_weight, waits_score, starves : Out(1)
+        Why no beat is issued: its weights are not there; the score unit is not free, or takes a token of a harvest;
+        there is none.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.shapes = shapes = Shapes(config)
+        self.gathered_weights = GatheredWeights(config)
+        self.spacing = Spacing(config)
+        self.beat_index = Signal(shapes.beat_index)
+        self.token_index = Signal(shapes.lane_token["index"].shape)
+        self.word_index = Signal((config.group_words - 1).bit_length())
+        super().__init__({
+            "headers": In(stream.Signature(header_shape(config))),
+            "beat_valid": In(1),
+            "beat_ready": Out(1),
+            "weights": In(stream.Signature(shapes.weight)),
+            "harvest": In(stream.Signature(harvest_shape(config))),
+            "stage": Out(stage_shape(config)),
+            "query_beat": Out(shapes.beat_index),
+            "current_weights": Out(self.gathered_weights.token),
+            "waits_weight": Out(1),
+            "waits_score": Out(1),
+            "starves": Out(1),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        config = self.config
+        m.submodules.gathered_weights = gathered = self.gathered_weights
+        m.submodules.spacing = spacing = self.spacing
+        connect(m, flipped(self.weights), gathered.weights)
+        header = self.headers.payload
+        there, harvest = Signal(), Signal()
+        first, last = Signal(), Signal()
+        waits_weight = Signal()
+        issue = self.beat_ready
+        feature = header.feature if config.sparse else Const(0)
+        m.d.comb += [
+            there.eq(self.headers.valid & self.beat_valid),
+            first.eq(self.beat_index == 0),
+            last.eq(~feature & (self.beat_index == config.beats_per_token - 1)),
+            waits_weight.eq(~header.into_score & first & ~gathered.full),
+            gathered.use.eq(issue & ~header.into_score & first),
+            self.current_weights.eq(gathered.current),
+            spacing.there.eq(there),
+            spacing.scores.eq(header.into_score & last),
+            spacing.group_begin.eq(feature & (self.word_index == 0)),
+            spacing.issue.eq(issue),
+            spacing.harvest_valid.eq(self.harvest.valid),
+            self.harvest.ready.eq(spacing.harvest_ready),
+            harvest.eq(self.harvest.valid & self.harvest.ready),
+            issue.eq(there & ~waits_weight & ~spacing.waits & ~harvest),
+            self.waits_weight.eq(there & waits_weight & ~harvest),
+            self.waits_score.eq((there & spacing.waits) | harvest),
+            self.starves.eq(~there & ~harvest),
+        ]
+        self._count(m, last, feature)
+        self._describe_beat(m, first, last)
+        if config.sparse:
+            self._describe_first_pass(m)
+            with m.If(harvest):
+                self._describe_harvest(m)
+        return m
+
+    def _count(self, m: Module, last: Signal, feature: Value) -> None:
+        """Count the beats and tokens of a codeword, or the words of one of the feature pass."""
+        config, issue, word = self.config, self.beat_ready, self.word_index
+        beat_index, token_index = self.beat_index, self.token_index
+        last_token = token_index == config.tokens_per_codeword - 1
+        m.d.comb += self.headers.ready.eq(issue & last & last_token)
+        with m.If(issue & ~feature):
+            m.d.sync += beat_index.eq(beat_index + 1)
+            with m.If(last):
+                m.d.sync += [beat_index.eq(0), token_index.eq(token_index + 1)]
+                with m.If(last_token):
+                    m.d.sync += token_index.eq(0)
+        if config.sparse:
+            with m.If(feature & (word == config.group_words - 1)):
+                m.d.comb += self.headers.ready.eq(issue)
+            with m.If(issue & feature):
+                m.d.sync += word.eq(word + 1)
+
+    def _describe_beat(self, m: Module, first: Signal, last: Signal) -> None:
+        config, shapes, stage, header = self.config, self.shapes, self.stage, self.headers.payload
+        issue = self.beat_ready
+        copy = Signal(range(max(2, shapes.copies)))
+        drain_address = Cat(self.beat_index[: ceil_log2(config.beats_per_token)], copy)[: shapes.drain_address.width]
+        m.d.comb += [
+            self.query_beat.eq(self.beat_index),
+            stage.valid.eq(issue),
+            stage.into_score.eq(header.into_score),
+            stage.error.eq(header.error),
+            stage.first.eq(first),
+            stage.last.eq(last),
+            stage.accumulate.eq(issue & (~header.into_score | (header.feature if config.sparse else 0))),
+            stage.address.eq(Cat(drain_address, header.slot)),
+            stage.where.slot.eq(header.slot),
+            stage.where.ring.eq(header.ring),
+            stage.where.index.eq(self.token_index),
+            stage.where.token.eq(header.token + self.token_index),
+            stage.where.last.eq(self.token_index == config.tokens_per_codeword - 1),
+        ]
+        if shapes.copies > 1:
+            with m.If(issue & last):
+                m.d.sync += copy.eq(Mux(copy == shapes.copies - 1, 0, copy + 1))
+
+    def _describe_first_pass(self, m: Module) -> None:
+        """What differs where a beat is of the first pass: of a centroid, or of the feature pass."""
+        config, stage, header, word = self.config, self.stage, self.headers.payload, self.word_index
+        element_bits = ceil_log2(config.elements_per_beat)
+        m.d.comb += [
+            stage.feature.eq(header.feature),
+            stage.harvest.eq(0),
+            stage.element.eq(header.number),
+            stage.where.selected.eq(header.marks.bit_select(self.token_index, 1)),
+            stage.where.sketch.eq(header.first),
+            stage.where.centroid.eq(header.centroid),
+            stage.where.group.eq(header.group),
+        ]
+        with m.If(header.centroid):
+            # Units whose scores are kept where the unit begins.
+            m.d.comb += [
+                stage.where.ring.eq(header.ring + (self.token_index << header.unit_bits)),
+                stage.where.index.eq(0),
+                stage.where.token.eq(
+                    header.token + (times(self.token_index, config.tokens_per_codeword) << header.unit_bits)),
+            ]
+        with m.If(header.feature):
+            m.d.comb += [
+                self.query_beat.eq(header.number[element_bits:]),
+                stage.address.eq(group_base(config) + Cat(word, header.group)),
+                stage.where.token.eq(header.token + Cat(Const(0, element_bits), word)),
+                stage.where.last.eq(word == config.group_words - 1),
+            ]
+
+    def _describe_harvest(self, m: Module) -> None:
+        """A token of a harvest takes the beat's place."""
+        config, stage, harvested = self.config, self.stage, self.harvest.payload
+        m.d.comb += [
+            stage.harvest.eq(1),
+            stage.address.eq(group_base(config) + Cat(harvested.word, harvested.buffer)),
+            stage.element.eq(harvested.element),
+            stage.clear.eq(harvested.element.all()),
+            stage.where.harvest.eq(1),
+            stage.where.centroid.eq(0),
+            stage.where.sketch.eq(0),
+            stage.where.selected.eq(1),
+        ]
+        m.d.comb += [stage.where[name].eq(harvested.where[name]) for name, _ in self.shapes.lane_token]
