@@ -2,7 +2,7 @@
 
 from kvattic.timing.estimate import Estimate, JobTimes, estimate, seconds
 from kvattic.timing.loads import Layer, in_turn
-from kvattic.timing.work import Job, Operation, Stripe, attend_job
+from kvattic.timing.work import Job, Operation, Read, Stripe, attend_job, job_of_reads
 
 __all__ = [
     "Estimate",
@@ -10,9 +10,11 @@ __all__ = [
     "JobTimes",
     "Layer",
     "Operation",
+    "Read",
     "Stripe",
     "attend_job",
     "estimate",
     "in_turn",
+    "job_of_reads",
     "seconds",
 ]

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvattic.errors import RequestError
-from kvattic.spec.commands import Mode
+from kvattic.spec.commands import Kind, Mode
 from kvattic.spec.config import Config
 
 FIRST, KEY, VALUE = range(3)
@@ -230,10 +230,13 @@ def attend_job(config: Config, stripes: Sequence[Stripe], *, rows: int | None = 
                     walk.add(first + page, runs_of(np.flatnonzero(here).tolist()), float(SKIP_WALK * per_page))
     for lane, (keys, values) in zip(lanes, walks, strict=True):
         lane.keys, lane.values = keys.groups, values.groups
-    # Words of 8 bytes: q; table and sketches; two fp32 of the mean.
-    words = rows * config.head_dim / 4 + len(stripes) * (1 + sparse)
-    words += config.head_dim / 2 if mode in (Mode.SPARF, Mode.FETCHED) else 0
-    return Job(rows, mode, lanes, words, submitted)
+    return Job(rows, mode, lanes, _words(config, rows, len(stripes), mode), submitted)
+
+
+def _words(config: Config, rows: int, stripes: int, mode: Mode) -> float:
+    """Words of 8 bytes that a job is loaded with: q; table and sketches; the mean of V."""
+    words = rows * config.head_dim / 4 + stripes * (1 + (mode is not Mode.DENSE))
+    return words + (config.head_dim / 2 if mode in (Mode.SPARF, Mode.FETCHED) else 0)
 
 
 def _first_pass(config: Config, stripe: Stripe, mode: Mode, whole: bool, used: int, features: Sequence[int],
@@ -264,3 +267,71 @@ def _first_pass(config: Config, stripe: Stripe, mode: Mode, whole: bool, used: i
     if not whole and mode is not Mode.CENTROID:
         walk.groups[-1].tokens = config.group_tokens
     return walk.groups
+
+
+class Read(NamedTuple):
+    """Codewords of a page that a job read, as a model of the drive may note them.
+
+    Members:
+        kind: what they hold.
+        channel: whose lane took them.
+        page: page number on the channel, or of device DRAM.
+        codewords: their numbers in the page, ascending.
+        dram: the page lies in device DRAM.
+    """
+
+    kind: Kind
+    channel: int
+    page: int
+    codewords: Sequence[int]
+    dram: bool = False
+
+
+def job_of_reads(config: Config, reads: Iterable[Read], tokens: Sequence[int], *, rows: int, mode: Mode = Mode.DENSE,
+                 unit_tokens: int = 0, submitted: float = 0.0) -> Job:
+    """What an ATTEND command reads, from what it has read.
+
+    Args:
+        config: of the drive.
+        reads: in the order of each kind's stripes.
+        tokens: of the job on each channel.
+        rows: query rows.
+        mode: of the command.
+        unit_tokens: tokens of a unit of selection; 0: 1 in SPARF, else a codeword's.
+        submitted: cycle in which the command can be fetched.
+
+    Raises:
+        RequestError: there is not a number of tokens for each channel.
+    """
+    if len(tokens) != config.channels:
+        raise RequestError(f"tokens must have one number for each of the {config.channels} channels, not {len(tokens)}")
+    sparse = mode is not Mode.DENSE
+    unit = unit_tokens or (1 if mode is Mode.SPARF else config.tokens_per_codeword)
+    lanes = [LaneWork(tokens=here, units=-(-here // unit) if sparse else 0) for here in tokens]
+    passes = {Kind.FEATURE: FIRST, Kind.SKETCH: FIRST, Kind.KEY: KEY, Kind.VALUE: VALUE}
+    walks = [[_Walk(config) for _ in range(3)] for _ in range(config.channels)]
+    stripe = [-1] * config.channels
+    stripes = 0
+    for read in reads:
+        which = passes[read.kind]
+        walk = walks[read.channel][which]
+        runs = runs_of(read.codewords)
+        count = sum(runs)
+        if which == FIRST:
+            cost = float(FIRST_WALK * count)
+        else:
+            cost = float(SKIP_WALK * config.codewords_per_page) if sparse else count + 2.0
+        if read.dram:
+            walk.add_dram(count, cost)
+            continue
+        group = walk.add(read.page, runs, cost)
+        # The pages of a stripe's features follow each other from a multiple of their number on.
+        if read.kind is Kind.FEATURE and read.page // config.group_pages != stripe[read.channel]:
+            stripe[read.channel] = read.page // config.group_pages
+            group.tokens = config.group_tokens
+    for lane, (first, keys, values) in zip(lanes, walks, strict=True):
+        lane.first, lane.keys, lane.values = first.groups, keys.groups, values.groups
+        here = -(-lane.tokens // config.group_tokens) if sparse else 0
+        lane.places = here * config.group_codewords if sparse else sum(group.codewords for group in lane.keys)
+        stripes += here if sparse else -(-lane.tokens // config.tokens_per_page)
+    return Job(rows, mode, lanes, _words(config, rows, stripes, mode), submitted)

@@ -7,10 +7,10 @@ import pytest
 from tests.host.timing.recorded import POINTS
 
 from kvattic.errors import ConfigError, RequestError
-from kvattic.spec.commands import Mode
+from kvattic.spec.commands import Kind, Mode
 from kvattic.spec.config import BOARD, GQA, PAPER, TINY
 from kvattic.spec.nand import PARTS
-from kvattic.timing import Job, Layer, Operation, Stripe, attend_job, estimate, in_turn, seconds
+from kvattic.timing import Job, Layer, Operation, Read, Stripe, attend_job, estimate, in_turn, job_of_reads, seconds
 
 
 @pytest.mark.parametrize("point", [pytest.param(p, id=p.name) for p in POINTS if p.quick])
@@ -159,6 +159,30 @@ def test_whole_stripes_are_read_whole(mode):
     assert found.codewords["feature"] == (16 if mode is Mode.SPARF else 0)
 
 
+def test_what_was_read_is_enough():
+    """A device that notes what it reads gives the same jobs as its table."""
+    layer, rng = Layer(PAPER, 8, 2048, features=True), np.random.default_rng(0)
+    by_table, by_reads = [], []
+    for head in range(8):
+        table, marked = layer.table(head), rng.random((8, 128)) < 0.1
+        kept = sorted(rng.choice(128, 16, replace=False).tolist())
+        by_table.append(attend_job(PAPER, table, mode=Mode.SPARF, marked=marked, features=kept, stripe_pages=4))
+        reads = []
+        for number, stripe in enumerate(table):
+            for kind, first, wanted in ((Kind.FEATURE, stripe.sketch_page, kept),
+                                        (Kind.KEY, stripe.key_page, np.flatnonzero(marked[number]).tolist()),
+                                        (Kind.VALUE, stripe.value_page, np.flatnonzero(marked[number]).tolist())):
+                for page in range(4):
+                    here = [codeword % 32 for codeword in wanted if codeword // 32 == page]
+                    if here:
+                        reads.append(Read(kind, stripe.channel, first + page, here))
+        by_reads.append(job_of_reads(PAPER, reads, [256] * 8, rows=1, mode=Mode.SPARF))
+    table, reads = estimate(PAPER, by_table), estimate(PAPER, by_reads)
+    assert reads.codewords == table.codewords
+    assert reads.page_reads == table.page_reads
+    assert reads.cycles == pytest.approx(table.cycles, rel=0.03)
+
+
 def test_programs_and_reads_share_the_buses():
     layer = Layer(PAPER, 8, 512)
     reads, programs = estimate(PAPER, layer.attend()), estimate(PAPER, (), layer.prefill())
@@ -227,6 +251,7 @@ def test_the_same_work_takes_the_same_time():
     (lambda: attend_job(PAPER, [Stripe(8, 0, 1, 64)]), RequestError, "channel must be 0 to 7, not 8"),
     (lambda: attend_job(PAPER, [Stripe(0, 0, 1, 64)], mode=Mode.SPARF), RequestError, r"shape \(1, 32\), not None"),
     (lambda: attend_job(replace(PAPER, sparse=False), [], mode=Mode.SPARF), RequestError, "no sparse modes"),
+    (lambda: job_of_reads(PAPER, [], [64], rows=1), RequestError, "each of the 8 channels, not 1"),
     (lambda: estimate(PAPER, [Job(1, Mode.DENSE, [])]), RequestError, "a lane for each of the 8 channels"),
     (lambda: estimate(PAPER, (), [Operation(8, 0)]), RequestError, "channel 0 to 7"),
     (lambda: estimate(PAPER, Layer(PAPER, 1, 64).attend(), in_all=9), RequestError, "in_all must be at least"),
