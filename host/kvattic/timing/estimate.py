@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvattic.errors import RequestError
-from kvattic.spec.commands import Mode
 from kvattic.spec.config import Config
 from kvattic.timing.drive import Drive
 from kvattic.timing.states import JobState
@@ -162,8 +161,7 @@ def _codewords(jobs: Iterable[Job]) -> tuple[dict[str, int], int]:
     for job in jobs:
         for lane in job.lanes:
             for group in lane.first:
-                features = group.tokens and job.mode is not Mode.CENTROID
-                counts["feature" if features else "sketch"] += group.codewords
+                counts["feature" if group.features else "sketch"] += group.codewords
                 dram += group.dram
             for kind, groups in (("key", lane.keys), ("value", lane.values)):
                 counts[kind] += sum(group.codewords for group in groups)

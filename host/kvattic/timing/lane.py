@@ -119,7 +119,7 @@ class Lane:
                     if self.open_groups >= t.groups:
                         break
                     group = work.first[at]
-                    self.open_groups += 1
+                    self.open_groups += group.opens
                     self.walk_group[FIRST] = at + 1
                     begin = max(now, clock[FIRST])
                     clock[FIRST] = begin + group.walk
@@ -206,7 +206,7 @@ class Lane:
                 return False
         left = None
         if kind == FIRST:
-            left = [group.codewords, group.tokens]
+            left = [group.codewords, group.tokens, group.opens]
             self.first_groups.append((job, left))
         if group.dram:
             job_open = job.opened if kind == VALUE else 0.0
@@ -250,13 +250,13 @@ class Lane:
     def _harvest(self, at: float) -> None:
         """Score the tokens of complete groups, in their order."""
         while self.first_groups and self.first_groups[0][1][0] == 0:
-            job, (_, tokens) = self.first_groups.popleft()
+            job, (_, tokens, opens) = self.first_groups.popleft()
             if tokens:
                 self.harvest_free = max(self.harvest_free, at + self.t.arrival) + tokens * self.t.token + self.t.harvest
             done = max(self.harvest_free, at + self.t.arrival)
             job.first_end[self.number] = max(job.first_end[self.number], done)
             job.groups_left[self.number] -= 1
-            self.drive.post(done, self.number, 1)
+            self.drive.post(done, self.number, opens)
             self._first_ended(job, done)
 
     def group_freed(self) -> None:

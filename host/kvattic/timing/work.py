@@ -42,6 +42,8 @@ class Group:
         walk: cycles that the walker takes.
         tokens: of a group of the first pass, those whose scores are worked out from sums of features.
         dram: codewords that lie in device DRAM.
+        features: of the first pass: codewords of the feature layout.
+        opens: groups of accumulators that it takes: 1, or 0 if it belongs to the same stripe as another one.
     """
 
     pages: list[Page] = field(default_factory=list)
@@ -49,6 +51,8 @@ class Group:
     walk: float = 0.0
     tokens: int = 0
     dram: int = 0
+    features: bool = False
+    opens: int = 1
 
 
 @dataclass(slots=True)
@@ -265,7 +269,9 @@ def _first_pass(config: Config, stripe: Stripe, mode: Mode, whole: bool, used: i
     for page, runs in pages:
         walk.add(page, runs, float(FIRST_WALK * sum(runs)))
     if not whole and mode is not Mode.CENTROID:
-        walk.groups[-1].tokens = config.group_tokens
+        for group in walk.groups:
+            group.features, group.opens = True, 0
+        walk.groups[-1].tokens, walk.groups[-1].opens = config.group_tokens, 1
     return walk.groups
 
 
@@ -326,9 +332,11 @@ def job_of_reads(config: Config, reads: Iterable[Read], tokens: Sequence[int], *
             continue
         group = walk.add(read.page, runs, cost)
         # The pages of a stripe's features follow each other from a multiple of their number on.
-        if read.kind is Kind.FEATURE and read.page // config.group_pages != stripe[read.channel]:
-            stripe[read.channel] = read.page // config.group_pages
-            group.tokens = config.group_tokens
+        if read.kind is Kind.FEATURE:
+            if read.page // config.group_pages != stripe[read.channel]:
+                stripe[read.channel] = read.page // config.group_pages
+                group.tokens = config.group_tokens
+            group.features, group.opens = True, int(group.tokens > 0)
     for lane, (first, keys, values) in zip(lanes, walks, strict=True):
         lane.first, lane.keys, lane.values = first.groups, keys.groups, values.groups
         here = -(-lane.tokens // config.group_tokens) if sparse else 0
