@@ -4,7 +4,7 @@ from collections import deque
 from typing import Protocol
 
 from kvattic.timing.states import NEVER, JobState, OperationState
-from kvattic.timing.times import Times
+from kvattic.timing.times import GATHER_TICKS, TICK, Times
 from kvattic.timing.work import FIRST, KEY, VALUE, Group
 
 
@@ -220,7 +220,7 @@ class Lane:
             bit = 1 << unit % planes
             if not channel.waiting[die] & bit:
                 channel.waiting[die] |= bit
-                channel.growing[die] = now + t.gather
+                channel.growing[die] = (now // TICK + GATHER_TICKS) * TICK
                 if die not in channel.active:
                     channel.active.append(die)
             channel.queues[unit].append(Entry(job, kind, row, runs, self.stamp, left))

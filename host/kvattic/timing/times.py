@@ -7,8 +7,8 @@ from kvattic.spec.config import Config
 # Of the RTL, not fitted: parameters of its blocks, and cycles of their state machines as their sources count them.
 DEPTH = 16
 """Runs of a plane's queue (RunQueues)."""
-GATHER = 160
-"""Cycles that a die waits for requests of its other planes: 128 to 192, the middle of it (RunQueues.growing)."""
+TICK, GATHER_TICKS = 64, 3
+"""A die waits for requests of its other planes until the clock has passed so many multiples of `TICK` (RunQueues)."""
 DECISION, SEND, SHOW, PLAN = 20, 17, 25, 30
 """Cycles of the controller's machine: from the end of a run to its die's next command; between the commands of two
 planes; from ready to the first burst; of planning a read, without its two looks at each plane (Controller)."""
@@ -48,7 +48,7 @@ class Times:
         dbsy, t_r, t_prog, t_bers: what the array is busy for.
         between_planes, array: from a read's command to the next plane's; to the first burst.
         ccs, adl, status: from a command to data out, data in, and of a status byte.
-        decision, planning, gather: see `DECISION`, `PLAN` and `GATHER`.
+        decision, planning: see `DECISION` and `PLAN`.
         arrival: from a codeword's last word on the bus to its scores or sums.
         harvest, token: of a group of the first pass, and of each of its tokens.
         fetch, load: see `FETCH`.
@@ -83,7 +83,6 @@ class Times:
     status: float
     decision: float
     planning: float
-    gather: float
     arrival: float
     harvest: float
     token: float
@@ -126,7 +125,7 @@ def times_of(config: Config) -> Times:
         between_planes=cycles(part.t_wb + part.t_dbsy + part.t_rr) + SEND,
         array=cycles(part.t_wb + part.t_r + part.t_rr) + SHOW, ccs=cycles(part.t_ccs),
         adl=cycles(part.t_adl + part.t_cad) + DECISION, status=cycles(part.t_whr + part.t_pre) + 2 * DECISION,
-        decision=DECISION, planning=PLAN + 2 * part.planes, gather=GATHER, arrival=config.beats_per_codeword + STAGES,
+        decision=DECISION, planning=PLAN + 2 * part.planes, arrival=config.beats_per_codeword + STAGES,
         harvest=HARVEST, token=token, fetch=FETCH, load=LOAD,
         # Ranker: 3 or 4 digits normally.
         rank=3.5 * (config.head_dim + 23) + 137, rank_row=2 * config.head_dim + 8,

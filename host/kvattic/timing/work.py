@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -132,6 +133,10 @@ class Stripe(NamedTuple):
     sketch_codeword: int = 0
 
 
+PATIENCE = 32
+"""Cycles that a run waits for a request that goes on with it (hdl: RunMerger)."""
+
+
 def runs_of(wanted: Iterable[int]) -> tuple[int, ...]:
     """Lengths of the runs of consecutive numbers in an ascending list."""
     runs: list[int] = []
@@ -146,10 +151,13 @@ def runs_of(wanted: Iterable[int]) -> tuple[int, ...]:
 
 
 class _Walk:
-    """Pages in a walker's order, put together by die."""
+    """Pages in a walker's order; where none are passed over, put together by die."""
 
     def __init__(self, config: Config) -> None:
         self.groups: list[Group] = []
+        self._codewords = config.codewords_per_page
+        self._late: tuple[int, Sequence[int], int] | None = None    # page, wanted codewords, places before it
+        self._at = 0.0
         self._unit_bits, self._plane_bits = config.plane_bits + config.die_bits, config.plane_bits
         self._die, self._seen = -1, 0
 
@@ -166,7 +174,40 @@ class _Walk:
         group.walk += walk
         return group
 
+    def skim(self, page: int, wanted: Sequence[int], place: int) -> None:
+        """A page of a sparse job's K or V, of which its first run is queued when it has ended.
+
+        Args:
+            page: its number.
+            wanted: codewords of it, ascending.
+            place: pages that were walked before it.
+        """
+        if wanted:
+            self._queue_first_run(place * self._codewords + wanted[0])
+            self._late = page, wanted, place * self._codewords
+
+    def _queue_first_run(self, following: int | None) -> None:
+        """Queue the page that came last; `following` is the place of what is asked for next."""
+        if self._late is None:
+            return
+        page, wanted, place = self._late
+        self._late = None
+        last = next((w for w, after in pairwise(wanted) if after != w + 1), wanted[-1])
+        after = next((place + w for w in wanted if w > last), following)
+        wait = PATIENCE if after is None else min(PATIENCE, SKIP_WALK * (after - place - last))
+        at = float(SKIP_WALK * (place + last + 1) + (0 if last == self._codewords - 1 else wait))
+        self._die = -1
+        self.add(page, runs_of(wanted), max(at - self._at, 0.0))
+        self._die = -1
+        self._at = max(at, self._at)
+
+    def end(self) -> list[Group]:
+        """The groups; nothing more comes."""
+        self._queue_first_run(None)
+        return self.groups
+
     def add_dram(self, codewords: int, walk: float) -> None:
+        self._queue_first_run(None)
         self.groups.append(Group(codewords=codewords, dram=codewords, walk=walk))
         self._die = -1
 
@@ -207,6 +248,7 @@ def attend_job(config: Config, stripes: Sequence[Stripe], *, rows: int | None = 
         raise RequestError(f"channel must be 0 to {config.channels - 1}, not {bad[0]}")
     lanes = [LaneWork() for _ in range(config.channels)]
     walks = [(_Walk(config), _Walk(config)) for _ in range(config.channels)]
+    walked = [0] * config.channels      # pages of earlier stripes
     for number, stripe in enumerate(stripes):
         lane = lanes[stripe.channel]
         used = -(-stripe.tokens // per_codeword)
@@ -226,14 +268,14 @@ def attend_job(config: Config, stripes: Sequence[Stripe], *, rows: int | None = 
                     break
                 if not sparse:
                     walk.add(first + page, (left,), left + 2.0)
-                elif whole:
-                    walk.add(first + page, (left,), float(SKIP_WALK * per_page))
                 else:
                     assert marked is not None
                     here = marked[number, page * per_page : page * per_page + left]
-                    walk.add(first + page, runs_of(np.flatnonzero(here).tolist()), float(SKIP_WALK * per_page))
+                    walk.skim(first + page, range(left) if whole else np.flatnonzero(here).tolist(),
+                              walked[stripe.channel] + page)
+        walked[stripe.channel] += stripe_pages
     for lane, (keys, values) in zip(lanes, walks, strict=True):
-        lane.keys, lane.values = keys.groups, values.groups
+        lane.keys, lane.values = keys.end(), values.end()
     return Job(rows, mode, lanes, _words(config, rows, len(stripes), mode), submitted)
 
 
@@ -316,29 +358,33 @@ def job_of_reads(config: Config, reads: Iterable[Read], tokens: Sequence[int], *
     lanes = [LaneWork(tokens=here, units=-(-here // unit) if sparse else 0) for here in tokens]
     passes = {Kind.FEATURE: FIRST, Kind.SKETCH: FIRST, Kind.KEY: KEY, Kind.VALUE: VALUE}
     walks = [[_Walk(config) for _ in range(3)] for _ in range(config.channels)]
-    stripe = [-1] * config.channels
+    seen: dict[tuple[int, Kind], tuple[int, int]] = {}      # the last stripe's number by its pages, and in its list
     stripes = 0
     for read in reads:
         which = passes[read.kind]
         walk = walks[read.channel][which]
         runs = runs_of(read.codewords)
         count = sum(runs)
-        if which == FIRST:
-            cost = float(FIRST_WALK * count)
-        else:
-            cost = float(SKIP_WALK * config.codewords_per_page) if sparse else count + 2.0
         if read.dram:
-            walk.add_dram(count, cost)
+            walk.add_dram(count, float(count))
             continue
-        group = walk.add(read.page, runs, cost)
-        # The pages of a stripe's features follow each other from a multiple of their number on.
+        if not sparse:
+            walk.add(read.page, runs, count + 2.0)
+            continue
+        # The pages of a stripe follow each other from a multiple of their number on.
+        of_pages, page = divmod(read.page, config.group_pages)
+        last, number = seen.get((read.channel, read.kind), (-1, -1))
+        number += of_pages != last
+        seen[read.channel, read.kind] = of_pages, number
+        if which != FIRST:
+            walk.skim(read.page, read.codewords, number * config.group_pages + page)
+            continue
+        group = walk.add(read.page, runs, float(FIRST_WALK * count))
         if read.kind is Kind.FEATURE:
-            if read.page // config.group_pages != stripe[read.channel]:
-                stripe[read.channel] = read.page // config.group_pages
-                group.tokens = config.group_tokens
+            group.tokens = config.group_tokens if of_pages != last else group.tokens
             group.features, group.opens = True, int(group.tokens > 0)
     for lane, (first, keys, values) in zip(lanes, walks, strict=True):
-        lane.first, lane.keys, lane.values = first.groups, keys.groups, values.groups
+        lane.first, lane.keys, lane.values = first.end(), keys.end(), values.end()
         here = -(-lane.tokens // config.group_tokens) if sparse else 0
         lane.places = here * config.group_codewords if sparse else sum(group.codewords for group in lane.keys)
         stripes += here if sparse else -(-lane.tokens // config.tokens_per_page)

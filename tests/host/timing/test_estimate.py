@@ -129,7 +129,7 @@ def test_rows_share_a_pass():
     assert one.cycles < eight.cycles < 1.1 * one.cycles
     # Two sweeps of the selection and the scores of the first pass take the rows in turn: 512 tokens on a lane.
     alone = [sparse(GQA, heads=1, tokens=4096, rows=rows).cycles for rows in (1, 8)]
-    assert 7 * 2 * 512 < alone[1] - alone[0] < 7 * 4 * 512
+    assert 7 * 2 * 512 < alone[1] - alone[0] < 7 * 5 * 512
 
 
 # Tails, operations, many jobs.
