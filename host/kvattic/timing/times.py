@@ -9,7 +9,7 @@ DEPTH = 16
 """Runs of a plane's queue (RunQueues)."""
 TICK, GATHER_TICKS = 64, 3
 """A die waits for requests of its other planes until the clock has passed so many multiples of `TICK` (RunQueues)."""
-DECISION, SEND, SHOW, PLAN = 20, 17, 25, 30
+DECISION, SEND, SHOW, PLAN = 26, 17, 25, 30
 """Cycles of the controller's machine: from the end of a run to its die's next command; between the commands of two
 planes; from ready to the first burst; of planning a read, without its two looks at each plane (Controller)."""
 STAGES = 30
