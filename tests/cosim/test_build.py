@@ -527,6 +527,7 @@ import signal, sys
 from pathlib import Path
 from kvattic_sim.simulators.build import prepare_runtime
 signal.signal(signal.SIGINT, signal.default_int_handler)    # ignored where tests run in the background
+signal.signal(signal.SIGHUP, signal.SIG_DFL)                # ignored behind nohup
 prepare_runtime(build_root=Path(sys.argv[1]))
 """
 

@@ -34,7 +34,7 @@ def test_same_as_twin(
     simulator: Simulator, name: str, tmp_path: Path, campaign: Callable[[int, int], int]
 ) -> None:
     """With mistakes and faults of all kinds."""
-    cycles = campaign(120_000, 40_000) if simulator is Simulator.VERILATOR else campaign(40_000, 10_000)
+    cycles = campaign(120_000, 40_000) if simulator is Simulator.VERILATOR else campaign(40_000, 24_000)
     run(simulator, name, tmp_path, cycles)
 
 
