@@ -10,7 +10,7 @@ from kvattic_hdl.flash.decoder import Decoder
 from kvattic_hdl.flash.encoder import Encoder
 from kvattic_hdl.flash.phy import phy_signature
 from kvattic_hdl.lib.shapes import EPOCH_BITS, Shapes
-from kvattic_hdl.lib.stream_buffer import StreamBuffer
+from kvattic_hdl.lib.stream_buffer import StreamBuffer, StreamRegister
 
 
 class FlashChannel(wiring.Component):
@@ -59,7 +59,7 @@ class FlashChannel(wiring.Component):
         m.submodules.encoder = encoder = Encoder(self.config)
         m.submodules.decoder = decoder = Decoder(self.config)
         # No path goes through a channel within a cycle: from a request to `ready`, from the PHY to the page words.
-        m.submodules.request_buffer = requests = StreamBuffer(self.shapes.request)
+        m.submodules.request_register = requests = StreamRegister(self.shapes.request)
         m.submodules.word_buffer = words = StreamBuffer(self.shapes.page_word)
         connect(m, flipped(self.requests), requests.i)
         connect(m, requests.o, controller.requests)

@@ -27,7 +27,7 @@ from kvattic_hdl.lane.turns import Turns
 from kvattic_hdl.lane.walker import Walker
 from kvattic_hdl.lib.arithmetic import strobe
 from kvattic_hdl.lib.shapes import MISSING_BITS, Shapes
-from kvattic_hdl.lib.stream_buffer import StreamBuffer
+from kvattic_hdl.lib.stream_buffer import StreamRegister
 from kvattic_hdl.sparse.lane_topk import LaneTopK
 
 
@@ -190,9 +190,9 @@ class TokenBackEnd(wiring.Component):
         connect(m, key_walker.requests, turns.key)
         connect(m, value_walker.requests, turns.value)
         # Whether the engine takes a request is known a cycle late: no path goes through a lane within a cycle.
-        m.submodules.request_buffer = request_buffer = StreamBuffer(self.requests.payload.shape())
-        connect(m, turns.requests, request_buffer.i)
-        connect(m, request_buffer.o, flipped(self.requests))
+        m.submodules.request_register = request_register = StreamRegister(self.requests.payload.shape())
+        connect(m, turns.requests, request_register.i)
+        connect(m, request_register.o, flipped(self.requests))
         m.d.comb += [
             key_walker.enable.eq(Mux(jobs.begun_sparse, 0, jobs.begun) | selected),
             key_walker.expect.eq(self.unselected),

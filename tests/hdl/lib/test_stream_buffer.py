@@ -1,19 +1,19 @@
-"""The stream buffer: all payloads in order, one a cycle, and no path through it."""
+"""Streams registered in both directions: all payloads in order, at their rate, and no path through."""
 
 import random
 
 import pytest
 from amaranth.sim import Simulator
 
-from kvattic_hdl.lib.stream_buffer import StreamBuffer
+from kvattic_hdl.lib.stream_buffer import StreamBuffer, StreamRegister
 
 PAYLOADS = list(range(1, 200))
 
 
-def passed(offer: float, take: float) -> tuple[list[int], int]:
+def passed(component: type[StreamBuffer | StreamRegister], offer: float, take: float) -> tuple[list[int], int]:
     """What comes out of a buffer, and in how many cycles; with probabilities that each side is willing in a cycle."""
     rng = random.Random(f"{offer} {take}")
-    buffer = StreamBuffer(8)
+    buffer = component(8)
     found: list[int] = []
     cycles = 0
 
@@ -44,10 +44,15 @@ def passed(offer: float, take: float) -> tuple[list[int], int]:
     return found, cycles
 
 
+@pytest.mark.parametrize("component", [StreamBuffer, StreamRegister])
 @pytest.mark.parametrize(("offer", "take"), [(1, 1), (0.5, 1), (1, 0.5), (0.3, 0.7), (0.8, 0.2)])
-def test_all_payloads_come_out_in_order(offer, take):
-    assert passed(offer, take)[0] == PAYLOADS
+def test_all_payloads_come_out_in_order(component, offer, take):
+    assert passed(component, offer, take)[0] == PAYLOADS
 
 
 def test_a_payload_a_cycle_one_cycle_later():
-    assert passed(1, 1)[1] == len(PAYLOADS) + 1
+    assert passed(StreamBuffer, 1, 1)[1] == len(PAYLOADS) + 1
+
+
+def test_a_register_takes_a_payload_every_other_cycle():
+    assert passed(StreamRegister, 1, 1)[1] == 2 * len(PAYLOADS)
