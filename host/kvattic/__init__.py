@@ -11,6 +11,8 @@
 Needs numpy alone; Amaranth, cocotb and torch are never loaded by this package.
 """
 
+from typing import TYPE_CHECKING
+
 from kvattic.driver.device import AttendPlan, AttendResult, Device, FlashOperation, Job, JobResult, Loss, Sequence
 from kvattic.driver.futures import Future, wait
 from kvattic.driver.planning import AttendOptions
@@ -76,7 +78,7 @@ __all__ = [
     "wait",
 ]
 
-keep_old_names("kvattic", {
+_old_module = keep_old_names("kvattic", {
     **{name: f"spec.{name}"
        for name in ("commands", "config", "ecc", "elements", "formats", "layout", "nand", "registers")},
     "futures": "driver.futures",
@@ -88,3 +90,6 @@ keep_old_names("kvattic", {
     "sim_transport": "transport.simulator",
     "sparse": "golden.sparse",
 })
+
+if not TYPE_CHECKING:  # a type checker would take any name for a module
+    __getattr__ = _old_module

@@ -54,16 +54,26 @@ class RenamedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__spec__ = self._specs[module.__name__]
 
 
-def keep_old_names(package: str, names: Mapping[str, str]) -> None:
+def keep_old_names(package: str, names: Mapping[str, str]) -> Callable[[str], ModuleType]:
     """Let a package's moved modules be imported as before.
 
     Args:
         package: its name.
         names: new name by old name, both within the package.
+
+    Returns:
+        The package's `__getattr__`, for those who import the package and write `package.module`.
     """
     finder = RenamedModules({f"{package}.{old}": f"{package}.{new}" for old, new in names.items()})
     # First: Python's own finder would load what lies below an old name a second time, under that name.
     sys.meta_path.insert(0, finder)
+
+    def get(name: str) -> ModuleType:
+        if name not in names:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return importlib.import_module(f"{package}.{name}")
+
+    return get
 
 
 def renamed_keywords(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:

@@ -1,6 +1,8 @@
 """Old names still work, and say what they are called now."""
 
 import importlib
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -54,3 +56,18 @@ def test_modules_under_old_names_are_the_new_ones():
     with pytest.warns(DeprecationWarning, match=r"kvattic\.sparse is now kvattic\.golden\.sparse"):
         old = importlib.import_module("kvattic.sparse")
     assert old is importlib.import_module("kvattic.golden.sparse")
+
+
+def test_an_old_module_is_an_attribute_of_its_package():
+    program = ("import warnings, kvattic; warnings.simplefilter('error', DeprecationWarning)\n"
+               "try: kvattic.elements\n"
+               "except DeprecationWarning as error: print(error)\n"
+               "warnings.simplefilter('ignore'); import kvattic.spec.elements as new; print(kvattic.elements is new)\n")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "kvattic.elements is now kvattic.spec.elements; the old name goes with version 0.4", "True"]
+
+
+def test_what_a_package_never_had_is_no_attribute():
+    with pytest.raises(AttributeError, match="module 'kvattic' has no attribute 'nothing'"):
+        _ = kvattic.nothing
