@@ -10,8 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from threading import Lock, RLock
-from types import TracebackType
-from typing import Any, Generic, NamedTuple, ParamSpec, Self, TypeVar, Unpack
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,15 +19,16 @@ from kvattic.driver.checks import check_positive
 from kvattic.driver.device import Device
 from kvattic.driver.futures import Future, wait
 from kvattic.driver.jobs import Job
-from kvattic.driver.planning import AttendKeywords, AttendOptions, Masks
+from kvattic.driver.planning import AttendKeywords, AttendOptions
 from kvattic.driver.results import AttendPlan, AttendResult, JobResult, Part
 from kvattic.driver.sequence import Sequence
 from kvattic.errors import CapacityError, ConfigMismatchError, DeviceTimeoutError, KvatticError, RequestError
 from kvattic.spec import layout
+from kvattic.spec.blocks import Masks
 from kvattic.spec.commands import Mode
 from kvattic.spec.config import PAPER, Config
 from kvattic.spec.elements import Bits, Integers, as_array
-from kvattic.support.closing import end_block
+from kvattic.support.closing import Closing
 from kvattic.support.renamed import old_selection_keywords
 from kvattic.targets import open as open_device
 
@@ -160,7 +160,7 @@ class ArrayPlan:
         return self.join(results)
 
 
-class ArraySequence:
+class ArraySequence(Closing):
     """K and V of one sequence on several drives; made by `DriveArray.create_sequence`.
 
     Usable as a context manager, which frees it at the end.  The calls are those of `Sequence`.
@@ -202,12 +202,8 @@ class ArraySequence:
 
     # Life.
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        end_block(self.free, error)
+    def _end_block(self) -> None:
+        self.free()
 
     def free(self) -> None:
         """Give flash and DRAM back, on all drives.  Freeing twice is allowed, any other use afterwards is an error.
@@ -471,7 +467,7 @@ class ArraySequence:
         return Masks(self._count(rank, masks.start), self._count(rank, masks.end), tree, tree_token)
 
 
-class DriveArray:
+class DriveArray(Closing):
     """Several drives of the same configuration.
 
     Usable as a context manager, which closes them.
@@ -510,12 +506,8 @@ class DriveArray:
 
     # Life.
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        end_block(self.close, error)
+    def _end_block(self) -> None:
+        self.close()
 
     def close(self) -> None:
         """Free all sequences and close all devices.  Closing twice is allowed.

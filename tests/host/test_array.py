@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.host.plain import mask_of, reference
 
 from kvattic.array import ArrayFuture, DriveArray, open_array
 from kvattic.driver.device import Device
@@ -47,37 +48,6 @@ def tensors(kv_heads, tokens, q_heads, n_queries, seed=0, config=TINY):
     rng = np.random.default_rng(seed)
     return [from_bits(to_bits(rng.standard_normal((*shape, config.head_dim)), config.element), config.element)
             for shape in ((kv_heads, tokens), (kv_heads, tokens), (q_heads, n_queries))]
-
-
-def reference(query, key, value, mask):
-    """(output, lse) in float64; mask bool (n_queries, tokens)."""
-    group = len(query) // len(key)
-    key, value = (np.repeat(a.astype(np.float64), group, axis=0) for a in (key, value))
-    scores = np.einsum("hqd,htd->hqt", query.astype(np.float64), key) / np.sqrt(query.shape[2])
-    scores = np.where(mask, scores, -np.inf)
-    top = scores.max(axis=2, keepdims=True, initial=-1e300)
-    weights = np.exp(scores - top)
-    total = weights.sum(axis=2)
-    with np.errstate(divide="ignore"):
-        lse = np.log(total) + top[:, :, 0]
-    return np.einsum("hqt,htd->hqd", weights, value) / np.where(total, total, 1)[:, :, None], lse
-
-
-def mask_of(tokens, n_queries, causal=False, window=None, tree=None, start=None, end=None):
-    """The masks' meaning, one query and token at a time."""
-    mask = np.ones((n_queries, tokens), bool)
-    for i in range(n_queries):
-        for t in range(tokens):
-            if (start is not None and t < start[i]) or (end is not None and t >= end[i]):
-                mask[i, t] = False
-            if causal and t >= tokens - n_queries + i + 1:
-                mask[i, t] = False
-            if tree is not None and t >= tokens - tree.shape[1]:
-                mask[i, t] &= tree[i, t - (tokens - tree.shape[1])]
-        if window is not None:
-            kept = np.flatnonzero(mask[i])
-            mask[i, kept[: max(len(kept) - window, 0)]] = False
-    return mask
 
 
 def assert_same_bits(left, right):

@@ -11,8 +11,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Series
 from contextlib import suppress
 from threading import RLock
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from kvattic.driver import futures
 from kvattic.driver.admin import Admin
@@ -49,7 +48,7 @@ from kvattic.spec.commands import DOMAINS, Completion, Status, result_row_bytes
 from kvattic.spec.config import Config
 from kvattic.spec.layout import Block
 from kvattic.spec.registers import ID_MAGIC, VERSION, StatusBit
-from kvattic.support.closing import end_block
+from kvattic.support.closing import Closing
 from kvattic.transport.base import Progress, Transport
 
 __all__ = ["AttendPlan", "AttendResult", "Device", "FlashOperation", "Job", "JobResult", "Loss", "Sequence"]
@@ -59,7 +58,7 @@ DEFAULT_ENTRIES = 1024
 """Entries of a ring: programs keep all dies busy and as many pages waiting, 64 on each of eight channels."""
 
 
-class Device:
+class Device(Closing):
     """A device over any transport: hands out its flash and DRAM to sequences and runs their attention.
 
     Usable as a context manager.  Its methods, and those of its sequences and futures, may be called from any thread;
@@ -131,16 +130,8 @@ class Device:
 
     # Life.
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        end_block(self.close, error)
+    def _end_block(self) -> None:
+        self.close()
 
     @property
     def timeout_s(self) -> float:

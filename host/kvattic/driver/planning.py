@@ -18,11 +18,12 @@ from kvattic.driver.value_sums import Doubles
 from kvattic.driver.writer import Layer
 from kvattic.errors import RequestError
 from kvattic.spec import layout
+from kvattic.spec.blocks import Masks
 from kvattic.spec.commands import TREE_BITS, Kind, Mode, fp32_bits, is_positive_normal
 from kvattic.spec.config import Config
 from kvattic.spec.elements import Bits, Integers, as_array
 
-__all__ = ["AttendKeywords", "AttendOptions", "Masks", "Planner", "Selection", "make_masks", "select"]
+__all__ = ["AttendKeywords", "AttendOptions", "Planner", "Selection", "make_masks", "select"]
 
 ReadValues: TypeAlias = Callable[[int, int, int], Doubles]
 """V of a layer's tokens, from the first to before the last one: float64, (kv_heads, tokens, head_dim)."""
@@ -103,7 +104,7 @@ class AttendOptions:
         """The mode's name in lower case."""
         return as_member("mode", self.mode, Mode).name.lower()
 
-    def masks(self, length: int, n_queries: int) -> "Masks":
+    def masks(self, length: int, n_queries: int) -> Masks:
         """What each of a number of queries attends of a number of tokens."""
         return make_masks(length, n_queries, self.causal, self.window, self.tree, self.start, self.end)
 
@@ -125,24 +126,6 @@ class AttendOptions:
 
 
 # Masks.
-
-
-class Masks(NamedTuple):
-    """Per query: int64 (n_queries,) each; a query with end <= start attends nothing."""
-
-    start: Integers
-    end: Integers
-    tree: Integers
-    tree_token: int
-
-    def of_rows(self, group: int) -> "Masks":
-        """The same for rows: `group` heads for each query."""
-        start, end, tree = (np.repeat(per_query, group) for per_query in self[:3])
-        return Masks(start, end, tree, self.tree_token)
-
-    def cut(self, rows: slice) -> "Masks":
-        """Those of some queries or rows."""
-        return Masks(self.start[rows], self.end[rows], self.tree[rows], self.tree_token)
 
 
 def make_masks(length: int, n_queries: int, causal: bool = False, window: int | None = None,

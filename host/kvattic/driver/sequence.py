@@ -1,15 +1,14 @@
 """`Sequence`: K and V of one sequence in the device's flash and DRAM, and attention over them."""
 
 from collections.abc import Sequence as Series
-from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, Self, Unpack
+from typing import TYPE_CHECKING, NamedTuple, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvattic.driver.futures import Future
 from kvattic.driver.jobs import Job
-from kvattic.driver.planning import AttendKeywords, AttendOptions, Masks, Planner, make_masks, select
+from kvattic.driver.planning import AttendKeywords, AttendOptions, Planner, make_masks, select
 from kvattic.driver.results import AttendPlan, AttendResult
 from kvattic.driver.shape import SequenceShape
 from kvattic.driver.value_sums import Doubles
@@ -17,8 +16,9 @@ from kvattic.driver.writer import TokenWriter
 from kvattic.errors import CapacityError, RequestError
 from kvattic.placement.zones import Allocation
 from kvattic.spec import layout
+from kvattic.spec.blocks import Masks
 from kvattic.spec.elements import Bits, as_array
-from kvattic.support.closing import end_block
+from kvattic.support.closing import Closing
 from kvattic.support.renamed import old_selection_keywords
 from kvattic.transport.base import Progress
 
@@ -42,7 +42,7 @@ class Loss(NamedTuple):
     tokens: int
 
 
-class Sequence:
+class Sequence(Closing):
     """K and V of one sequence; made by `Device.create_sequence`.
 
     Usable as a context manager, which frees it at the end.
@@ -94,16 +94,8 @@ class Sequence:
 
     # Life.
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        end_block(self.free, error)
+    def _end_block(self) -> None:
+        self.free()
 
     def free(self) -> None:
         """Give flash and DRAM back.  Freeing twice is allowed, any other use afterwards is an error.

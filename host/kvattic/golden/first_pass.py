@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from kvattic.errors import RequestError
 from kvattic.golden import dense
+from kvattic.spec.blocks import Masks
 from kvattic.spec.commands import Mode
 from kvattic.spec.elements import Bits, Booleans, Integers, special
 from kvattic.spec.formats import (
@@ -43,9 +44,9 @@ __all__ = [
     "FORCED",
     "FirstPass",
     "Layout",
-    "Masks",
     "alphas",
     "approximate_scales",
+    "attended_by",
     "check_job",
     "feature_sums",
     "first_pass",
@@ -378,26 +379,11 @@ class FirstPass:
         return found
 
 
-class Masks(NamedTuple):
-    """Which row attends which token, apart from any selection.
-
-    Members:
-        start: int64, (rows,), first token that each row attends.
-        end: int64, (rows,), one past the last.
-        tree: int64, (rows,), bit i: the row attends token tree_token + i.
-        tree_token: first token of the draft tree.
-    """
-
-    start: Integers
-    end: Integers
-    tree: Integers
-    tree_token: int
-
-    def attended(self, *, base_token: int, end_token: int, tokens: int, unit_tokens: int = 1) -> Booleans:
-        """See `dense.attended`."""
-        return dense.attended(
-            self.start, self.end, self.tree, tree_token=self.tree_token, base_token=base_token, end_token=end_token,
-            tokens=tokens, unit_tokens=unit_tokens)
+def attended_by(masks: Masks, *, base_token: int, end_token: int, tokens: int, unit_tokens: int = 1) -> Booleans:
+    """See `dense.attended`."""
+    return dense.attended(
+        masks.start, masks.end, masks.tree, tree_token=masks.tree_token, base_token=base_token, end_token=end_token,
+        tokens=tokens, unit_tokens=unit_tokens)
 
 
 class _Scored(NamedTuple):
@@ -432,8 +418,8 @@ class _Job:
 
     def attended(self, tokens: int, unit_tokens: int = 1) -> Booleans:
         """bool, (rows, tokens): which row attends which token, or which unit."""
-        return self.masks.attended(
-            base_token=self.base_token, end_token=self.end_token, tokens=tokens, unit_tokens=unit_tokens)
+        return attended_by(
+            self.masks, base_token=self.base_token, end_token=self.end_token, tokens=tokens, unit_tokens=unit_tokens)
 
 
 def lowest(*tokens: int | None) -> int | None:

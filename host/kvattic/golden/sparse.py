@@ -19,6 +19,7 @@ from kvattic.golden.first_pass import (
     ALPHA_ONE,
     FirstPass,
     Layout,
+    attended_by,
     check_job,
     first_pass,
     first_special_token,
@@ -140,7 +141,7 @@ def second_pass(
         query, key, first.tail, layout=first.layout, scale_bits=scale_bits, start=start, end=end, tree=tree,
         tree_token=tree_token, base_token=base_token, end_token=end_token)
     _check_value(value, mean, key, first.layout.mode)
-    mask = masks.attended(base_token=base_token, end_token=end_token, tokens=len(key)) & first.taken
+    mask = attended_by(masks, base_token=base_token, end_token=end_token, tokens=len(key)) & first.taken
     exact = _attend_selection(first, query, key, value, mask, element, scale_bits)
     return SparseTrace(
         first=first, exact=exact, output=exact.output if mean is None else _blend_rows(exact.output, first.alpha, mean),

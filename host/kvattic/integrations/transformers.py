@@ -14,8 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from inspect import signature
 from threading import local
-from types import TracebackType
-from typing import Any, NamedTuple, NoReturn, ParamSpec, Self, TypeVar
+from typing import Any, NamedTuple, NoReturn, ParamSpec, TypeVar
 from weakref import ref
 
 import numpy as np
@@ -39,7 +38,7 @@ from kvattic.spec.config import ELEMENT_BYTES, HEAD_DIMS, MAX_ROWS, PAPER, Confi
 from kvattic.spec.elements import Integers, from_bits, to_bits
 from kvattic.spec.formats import Element
 from kvattic.spec.layout import unit_bits
-from kvattic.support.closing import end_block
+from kvattic.support.closing import Closing
 from kvattic.support.renamed import old_selection_keywords
 
 __all__ = ["NAME", "DriveCache", "DriveLayer", "config_for", "round_to_storage"]
@@ -487,7 +486,7 @@ class DriveLayer(CacheLayerMixin):
         """Do nothing, see `offload`."""
 
 
-class DriveCache(Cache):
+class DriveCache(Closing, Cache):
     """K and V of a batch in the drive: what a model gets as `cache`, with attn_implementation="kvattic".
 
     Usable as a context manager, which gives the flash back at the end; so does `Device.close`.  Each row of the batch
@@ -564,12 +563,8 @@ class DriveCache(Cache):
 
     # Life.
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        end_block(self.reset, error)
+    def _end_block(self) -> None:
+        self.reset()
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
         raise RequestError("K and V in the drive cannot be copied: make another DriveCache")

@@ -24,6 +24,7 @@ from kvattic.spec.config import ELEMENT_BYTES
 from kvattic.spec.elements import Bits, Booleans, Bytes, Integers
 
 __all__ = [
+    "Masks",
     "Queries",
     "Results",
     "Table",
@@ -35,6 +36,31 @@ __all__ = [
     "unpack_results",
     "unpack_table",
 ]
+
+
+class Masks(NamedTuple):
+    """Which query, or row, attends which token; one whose end is not behind its start attends nothing.
+
+    Members:
+        start: int64, (n,), first token that each attends.
+        end: int64, (n,), one past the last.
+        tree: int64, (n,), bit i: it attends token tree_token + i.
+        tree_token: first token of the draft tree.
+    """
+
+    start: Integers
+    end: Integers
+    tree: Integers
+    tree_token: int
+
+    def of_rows(self, group: int) -> "Masks":
+        """The same for rows: `group` heads for each query."""
+        start, end, tree = (np.repeat(per_query, group) for per_query in self[:3])
+        return Masks(start, end, tree, self.tree_token)
+
+    def cut(self, rows: slice) -> "Masks":
+        """Those of some queries or rows."""
+        return Masks(self.start[rows], self.end[rows], self.tree[rows], self.tree_token)
 
 
 class Queries(NamedTuple):

@@ -1,21 +1,29 @@
-"""The end of a with block."""
+"""Objects that clean up at the end of a with block."""
 
-from collections.abc import Callable
+from types import TracebackType
+from typing import Self
 
 from kvattic.errors import KvatticError
 
-__all__ = ["end_block"]
+__all__ = ["Closing"]
 
 
-def end_block(action: Callable[[], None], error: BaseException | None) -> None:
-    """Clean up at the end of a with block.
+class Closing:
+    """A context manager that calls `_end_block` at the end; its KvatticError is dropped if the block itself failed.
 
-    Args:
-        action: the clean-up; its KvatticError is dropped if the block itself failed, so that it hides nothing.
-        error: what ended the block, None if nothing did.
+    So what went wrong in the block is never hidden by what goes wrong in the clean-up after it.
     """
-    try:
-        action()
-    except KvatticError:
-        if error is None:
-            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        try:
+            self._end_block()
+        except KvatticError:
+            if error is None:
+                raise
+
+    def _end_block(self) -> None:
+        raise NotImplementedError

@@ -1,5 +1,4 @@
 """A model of whole systems that decode with their KV cache in a drive, in files, in DRAM or in a GPU.
 
-Everything here is modelled, nothing measured: `paper` holds it to the figures of InstInfer's evaluation, `drives` puts
-this project's drive in the place of the paper's.
+Everything here is modelled, nothing measured; `paper` holds it to the figures of InstInfer's evaluation.
 """

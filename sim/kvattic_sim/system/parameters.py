@@ -1,7 +1,6 @@
 """The parameters of the system model: each with its unit, its kind and its source.
 
-machine = replace(PAPER_MACHINE, gpu=H100)
-table(machine)              # (name, value, unit, kind, source) of every parameter
+`PAPER_MACHINE` is the paper's; `dataclasses.replace` makes others of it, and `table` lists all that it has.
 """
 
 from collections.abc import Iterator
@@ -9,7 +8,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from typing import Any
 
-__all__ = ["A6000", "H100", "PAPER_DRIVE", "PAPER_MACHINE", "Files", "Gpu", "Host", "Kind", "Machine", "StorageDrive",
+__all__ = ["H100", "PAPER_MACHINE", "Files", "Gpu", "Host", "Kind", "Machine", "StorageDrive",
            "table"]
 
 
@@ -94,10 +93,8 @@ class Machine:
     drive: StorageDrive = StorageDrive()
 
 
-A6000 = Gpu()
 H100 = Gpu(name="H100 SXM", bandwidth=3.35e12, flops=989e12, memory=80e9, link=50e9, power=700.0)
 """NVIDIA H100 data sheet; PCIe 5.0 x16."""
-PAPER_DRIVE = StorageDrive()
 PAPER_MACHINE = Machine()
 
 

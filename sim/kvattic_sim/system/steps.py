@@ -87,7 +87,7 @@ class Step:
 
 
 class DriveModel(Protocol):
-    """What a drive of this project takes; see `kvattic_sim.system.drives`."""
+    """What attention takes on a drive, for `kvattic_drive`: a model of it, or figures that were measured."""
 
     def attention_seconds(self, mode: str, *, kv_heads: int, group: int, head_dim: int, tokens: float) -> float:
         """Seconds of attention over `tokens` of each of `kv_heads`, `group` query heads on each."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from kvattic.errors import RequestError
 
-__all__ = ["LLAMA2_13B", "LLAMA3_8B", "LLAMA3_70B_INT4", "OPT_13B", "OPT_30B", "TRANSFORMERS", "Transformer"]
+__all__ = ["LLAMA2_13B", "LLAMA3_8B", "LLAMA3_70B_INT4", "OPT_13B", "OPT_30B", "Transformer"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,17 +124,8 @@ OPT_30B = Transformer(name="OPT-30B", layers=48, q_heads=56, kv_heads=56, head_d
 # Llama 2: arXiv 2307.09288, and meta-llama/Llama-2-13b-hf's config.json.
 LLAMA2_13B = Transformer(name="Llama-2-13B", layers=40, q_heads=40, kv_heads=40, head_dim=128, hidden=5120,
                          intermediate=13824, vocabulary=32000, gated=True)
-# Llama 3: arXiv 2407.21783, table 3.
+# Llama 3: arXiv 2407.21783, table 3. int4 with a scale of 16 bits for each 32 weights is 4.5 bits a weight.
 LLAMA3_8B = Transformer(name="Llama-3-8B", layers=32, q_heads=32, kv_heads=8, head_dim=128, hidden=4096,
                         intermediate=14336, vocabulary=128256, gated=True)
 LLAMA3_70B_INT4 = Transformer(name="Llama-3-70B int4", layers=80, q_heads=64, kv_heads=8, head_dim=128, hidden=8192,
                               intermediate=28672, vocabulary=128256, gated=True, weight_bits=4.5)
-
-TRANSFORMERS = {
-    "opt-13b": OPT_13B,
-    "opt-30b": OPT_30B,
-    "llama2-13b": LLAMA2_13B,
-    "llama3-8b": LLAMA3_8B,
-    "llama3-70b-int4": LLAMA3_70B_INT4,
-}
-"""Models by the names that the command takes; int4 with a scale of 16 bits for each 32 weights is 4.5 bits."""
