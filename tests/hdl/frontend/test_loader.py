@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.hdl.bench import read_memory
 from tests.hdl.compiled import resettable, simulation
 
 from kvattic.golden import first_pass
@@ -62,43 +63,6 @@ class Host:
     def put(self, address, data):
         for i in range(0, len(data), 8):
             self.words[address + i] = int.from_bytes(data[i : i + 8], "little")
-
-
-def memory(bus, host, *, latency, stall, seed):
-    """Answers reads in order."""
-    rng = random.Random(seed)
-
-    async def bench(ctx):
-        queue = deque()  # (earliest cycle, data, response, last)
-        cycle, shown = 0, False
-        while True:
-            ctx.set(bus.arready, rng.random() >= stall)
-            if not shown and queue and queue[0][0] <= cycle and rng.random() >= stall:
-                shown = True
-                ctx.set(bus.rdata, queue[0][1])
-                ctx.set(bus.rresp, queue[0][2])
-                ctx.set(bus.rlast, queue[0][3])
-            ctx.set(bus.rvalid, shown)
-            _, _, arvalid, arready, araddr, rvalid, rready = await ctx.tick().sample(
-                bus.arvalid, bus.arready, bus.araddr, bus.rvalid, bus.rready
-            )
-            cycle += 1
-            if arvalid and arready:
-                for i in range(8):
-                    address = araddr + 8 * i
-                    queue.append(
-                        (
-                            cycle + latency,
-                            host.words.get(address, 0),
-                            3 if araddr in host.bad else 0,
-                            i == 7,
-                        )
-                    )
-            if rvalid and rready:
-                queue.popleft()
-                shown = False
-
-    return bench
 
 
 def fields_of(view, layout):
@@ -313,7 +277,8 @@ def run(
         assert ctx.get(dut.quiet)
 
     sim.add_testbench(
-        memory(dut.bus, host, latency=latency, stall=stall, seed=seed), background=True
+        read_memory(dut.bus, lambda address: host.words.get(address, 0), latency=latency, stall=stall, seed=seed,
+                    bad=host.bad, response=3), background=True
     )
     sim.add_testbench(watch, background=True)
     sim.add_testbench(free, background=True)

@@ -1,77 +1,20 @@
 """ReadLines and the record helpers."""
 
 import random
-from collections import deque
 
 import pytest
 from amaranth.hdl import Const, Signal, signed
 from amaranth.sim import Simulator
+from tests.hdl.bench import WORDS, read_memory, simulate
 
 from kvattic.spec.commands import COMMAND, TRAILER, Field, Record
 from kvattic_hdl.lib.axi import ReadLines
 from kvattic_hdl.lib.records import assemble, field_of_word, fields, word_of
 
-WORDS = 8
-
 
 def content(address: int) -> int:
     """What the memory holds: a word that depends on its address."""
     return (address * 0x9E3779B97F4A7C15 + 0x1234567) & ((1 << 64) - 1)
-
-
-def memory(bus, *, latency=5, stall=0.0, seed=0, bad_lines=(), log=None):
-    """A host memory that answers reads in order."""
-    rng = random.Random(seed)
-
-    async def bench(ctx):
-        queue = deque()  # (earliest cycle, data, response, last)
-        cycle, shown, in_flight, most = 0, False, 0, 0
-        while True:
-            ctx.set(bus.arready, rng.random() >= stall)
-            if not shown and queue and queue[0][0] <= cycle and rng.random() >= stall:
-                shown = True
-                ctx.set(bus.rdata, queue[0][1])
-                ctx.set(bus.rresp, queue[0][2])
-                ctx.set(bus.rlast, queue[0][3])
-            ctx.set(bus.rvalid, shown)
-            _, _, arvalid, arready, araddr, shape, rvalid, rready = await ctx.tick().sample(
-                bus.arvalid, bus.arready, bus.araddr, bus.arlen, bus.rvalid, bus.rready
-            )
-            cycle += 1
-            if arvalid and arready:
-                assert shape == 7
-                assert araddr % 64 == 0
-                assert ctx.get(bus.arsize) == 3
-                assert ctx.get(bus.arburst) == 1
-                in_flight += 1
-                for i in range(WORDS):
-                    queue.append(
-                        (
-                            cycle + latency,
-                            content(araddr + 8 * i),
-                            2 if araddr // 64 in bad_lines else 0,
-                            i == WORDS - 1,
-                        )
-                    )
-            if rvalid and rready:
-                in_flight -= queue.popleft()[3]
-                shown = False
-            if log is not None:
-                most = max(most, in_flight)
-                log["most"] = most
-
-    return bench
-
-
-def simulate(dut, *benches, background=()):
-    """Run the benches to their end."""
-    sim = Simulator(dut)
-    sim.add_clock(1e-6)
-    for bench in background:
-        sim.add_testbench(bench, background=True)
-    for bench in benches:
-        sim.add_testbench(bench)
-    sim.run()
 
 
 def read_all(dut, wanted, *, ask_stall=0.0, take_stall=0.0, **options):
@@ -99,7 +42,7 @@ def read_all(dut, wanted, *, ask_stall=0.0, take_stall=0.0, **options):
         ctx.set(dut.words.ready, 0)
         assert ctx.get(dut.quiet)
 
-    simulate(dut, ask, take, background=[memory(dut.bus, **options)])
+    simulate(dut, ask, take, background=[read_memory(dut.bus, content, **options)])
     return words, cycles[0]
 
 
@@ -111,7 +54,7 @@ def test_words_come_in_order(stall, ask_stall, take_stall):
     wanted = [rng.getrandbits(58) for _ in range(25)]
     bad = set(wanted[3::7])
     words, _ = read_all(
-        ReadLines(), wanted, ask_stall=ask_stall, take_stall=take_stall, stall=stall, bad_lines=bad
+        ReadLines(), wanted, ask_stall=ask_stall, take_stall=take_stall, stall=stall, bad={64 * line for line in bad}
     )
     assert words == [
         (content(line * 64 + 8 * i), i == 0, i == 7, line in bad)
@@ -159,7 +102,7 @@ def test_stop_drops_what_was_asked_for():
         assert word.data == content(77 * 64)
         assert word.first
 
-    simulate(dut, bench, background=[memory(dut.bus, latency=9, stall=0.2)])
+    simulate(dut, bench, background=[read_memory(dut.bus, content, latency=9, stall=0.2)])
 
 
 @pytest.mark.parametrize("outstanding", [0, -1, "8"])

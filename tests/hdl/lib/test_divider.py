@@ -9,6 +9,7 @@ from amaranth.hdl import unsigned
 from amaranth.sim import Simulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.hdl.bench import pipelined
 
 from kvattic.spec.config import PAPER, TINY
 from kvattic_hdl.lib.divider import Divider, Normaliser
@@ -42,44 +43,13 @@ def fp32_value(bits: int) -> Fraction:
 def divide(pairs, numerator_bits=A, denominator_bits=D, gaps=None):
     """Quotients of the pairs by the RTL; checks tags, order and latency."""
     dut = Divider(numerator_bits, denominator_bits, unsigned(TAG_BITS))
-    given_at, quotients = [], []
-
-    async def drive(ctx):
-        cycle = 0
-        for tag, (numerator, denominator) in enumerate(pairs):
-            while gaps is not None and gaps.random() < 0.3:
-                ctx.set(dut.i.valid, 0)
-                await ctx.tick()
-                cycle += 1
-            zeros = denominator_bits - denominator.bit_length() if denominator else 0
-            raw = (numerator & (1 << numerator_bits) - 1) | (denominator << zeros) << numerator_bits
-            raw |= zeros << numerator_bits + denominator_bits
-            raw |= tag << dut.i.payload.shape().size - TAG_BITS
-            ctx.set(dut.i.payload.as_value(), raw)
-            ctx.set(dut.i.valid, 1)
-            await ctx.tick()
-            cycle += 1
-            given_at.append(cycle)
-        ctx.set(dut.i.valid, 0)
-
-    async def collect(ctx):
-        cycle = 0
-        outputs = ctx.tick().sample(dut.o.valid, dut.o.payload.as_value())
-        async for _, _, valid, raw in outputs:
-            cycle += 1
-            if valid:
-                assert raw >> 32 == len(quotients)
-                assert cycle == given_at[len(quotients)] + Divider.LATENCY
-                quotients.append(raw & 0xFFFFFFFF)
-            if len(quotients) == len(pairs):
-                return
-
-    simulator = Simulator(dut)
-    simulator.add_clock(1e-9)
-    simulator.add_testbench(drive)
-    simulator.add_testbench(collect)
-    simulator.run()
-    return quotients
+    payloads = []
+    for tag, (numerator, denominator) in enumerate(pairs):
+        zeros = denominator_bits - denominator.bit_length() if denominator else 0
+        raw = (numerator & (1 << numerator_bits) - 1) | (denominator << zeros) << numerator_bits
+        raw |= zeros << numerator_bits + denominator_bits
+        payloads.append(raw | tag << dut.i.payload.shape().size - TAG_BITS)
+    return pipelined(dut, payloads, Divider.LATENCY, gaps)
 
 
 def check(pairs, numerator_bits=A, denominator_bits=D, gaps=None):

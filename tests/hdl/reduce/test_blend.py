@@ -5,9 +5,9 @@ from fractions import Fraction
 
 import pytest
 from amaranth.hdl import unsigned
-from amaranth.sim import Simulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.hdl.bench import pipelined
 
 from kvattic.golden import sparse
 from kvattic_hdl.reduce.blend import Blend
@@ -50,40 +50,9 @@ def blended(quotient: int, mean: int, alpha: int) -> int:
 
 def run(operands, gaps=None):
     """Results of the RTL; checks tags, order and latency."""
-    dut = Blend(unsigned(TAG_BITS))
-    given_at, results = [], []
-
-    async def drive(ctx):
-        cycle = 0
-        for tag, (quotient, mean, alpha) in enumerate(operands):
-            while gaps is not None and gaps.random() < 0.3:
-                ctx.set(dut.i.valid, 0)
-                await ctx.tick()
-                cycle += 1
-            ctx.set(dut.i.payload.as_value(), quotient | mean << 32 | alpha << 64 | (tag & 0xFFFF) << 89)
-            ctx.set(dut.i.valid, 1)
-            await ctx.tick()
-            cycle += 1
-            given_at.append(cycle)
-        ctx.set(dut.i.valid, 0)
-
-    async def collect(ctx):
-        cycle = 0
-        async for _, _, valid, raw in ctx.tick().sample(dut.o.valid, dut.o.payload.as_value()):
-            cycle += 1
-            if valid:
-                assert raw >> 32 == len(results) & 0xFFFF
-                assert cycle == given_at[len(results)] + Blend.LATENCY
-                results.append(raw & 0xFFFFFFFF)
-            if len(results) == len(operands):
-                return
-
-    simulator = Simulator(dut)
-    simulator.add_clock(1e-9)
-    simulator.add_testbench(drive)
-    simulator.add_testbench(collect)
-    simulator.run()
-    return results
+    payloads = [quotient | mean << 32 | alpha << 64 | (tag & 0xFFFF) << 89
+                for tag, (quotient, mean, alpha) in enumerate(operands)]
+    return pipelined(Blend(unsigned(TAG_BITS)), payloads, Blend.LATENCY, gaps)
 
 
 def check(operands, gaps=None):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from amaranth.sim import Simulator
+from tests.hdl.bench import simulate
 
 from kvattic.spec.commands import Kind
 from kvattic.spec.config import TINY, Config
@@ -85,16 +85,6 @@ def collect(s, seen, count, stall, seed=0):
     return bench
 
 
-def run(dut, benches, background):
-    sim = Simulator(dut)
-    sim.add_clock(1e-6)
-    for bench in background:
-        sim.add_testbench(bench, background=True)
-    for bench in benches:
-        sim.add_testbench(bench)
-    sim.run()
-
-
 def asked(config, place, page, codeword, kind=Kind.KEY, slot=0, epoch=0):
     return {"tag": {"place": place, "kind": kind, "slot": slot, "epoch": epoch}, "page": page, "codeword": codeword,
             "dram": 1}
@@ -119,7 +109,7 @@ def test_tails_and_pages(name, stall):
             collect(dut.codewords[c], tails[c], 12 * config.beats_per_codeword, stall, c),
             collect(dut.page_words[c], pages[c], 3 * words, stall, c + 10),
         ]
-    run(dut, benches, [memory(dut.axi, config, stall=stall, log=log)])
+    simulate(dut, *benches, background=[memory(dut.axi, config, stall=stall, log=log)])
     for c in range(config.channels):
         for i, (place, page, codeword) in enumerate(wanted[c]):
             beats = tails[c][i * config.beats_per_codeword : (i + 1) * config.beats_per_codeword]
@@ -162,7 +152,7 @@ def test_values_wait_until_they_are_welcome():
                     (early if cycle < 400 else late).append(ctx.get(dut.codewords[c].payload.tag.place))
             await ctx.tick()
 
-    run(dut, [scenario], [memory(dut.axi, TINY, log=log)])
+    simulate(dut, scenario, background=[memory(dut.axi, TINY, log=log)])
     assert early == [2] * beats + [3] * beats
     assert late == [1] * beats
 
@@ -179,11 +169,13 @@ def test_memory_errors_are_told():
                 failed.append(value)
 
     words = []
-    run(dut, [offer(dut.tails[0], [asked(TINY, i, 0, i) for i in range(3)]),
-              collect(dut.codewords[0], tails, 3 * TINY.beats_per_codeword, 0),
-              offer(dut.fetches[1], [{"dram_page": 1, "page": 9}]),
-              collect(dut.page_words[1], words, TINY.page_bytes // TINY.beat_bytes, 0)],
-        [watch, memory(dut.axi, TINY, bad=(1, per_page + 2), log=log)])
+    simulate(
+        dut,
+        offer(dut.tails[0], [asked(TINY, i, 0, i) for i in range(3)]),
+        collect(dut.codewords[0], tails, 3 * TINY.beats_per_codeword, 0),
+        offer(dut.fetches[1], [{"dram_page": 1, "page": 9}]),
+        collect(dut.page_words[1], words, TINY.page_bytes // TINY.beat_bytes, 0),
+        background=[watch, memory(dut.axi, TINY, bad=(1, per_page + 2), log=log)])
     errors = [beat.error for beat in tails]
     assert errors == [0] * TINY.beats_per_codeword + [1] * TINY.beats_per_codeword + [0] * TINY.beats_per_codeword
     assert set(failed) == {0b10}
@@ -208,8 +200,7 @@ def test_codewords_are_merged_whole():
 
         return bench
 
-    run(dut, [source(dut.first, 0, 1), source(dut.second, 1, 2),
-              collect(dut.o, seen, 2 * count * beats, 0.3)], [])
+    simulate(dut, source(dut.first, 0, 1), source(dut.second, 1, 2), collect(dut.o, seen, 2 * count * beats, 0.3))
     order = []
     for i in range(0, len(seen), beats):
         codeword = seen[i : i + beats]

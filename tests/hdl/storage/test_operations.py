@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from amaranth.sim import Simulator
+from tests.hdl.bench import simulate
 
 from kvattic.spec.commands import Opcode, Status
 from kvattic.spec.config import TINY
@@ -12,16 +12,6 @@ from kvattic_hdl.lib.shapes import operation_code
 from kvattic_hdl.storage.operations import Operations
 
 COUNT = 40
-
-
-def simulate(dut, *benches, background=()):
-    sim = Simulator(dut)
-    sim.add_clock(1e-6)
-    for bench in background:
-        sim.add_testbench(bench, background=True)
-    for bench in benches:
-        sim.add_testbench(bench)
-    sim.run()
 
 
 @pytest.mark.parametrize("stall", [0.0, 0.5])
