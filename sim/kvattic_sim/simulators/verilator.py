@@ -32,6 +32,7 @@ __all__ = [
     "VERILATE_FLAGS",
     "build_verilator",
     "cocotb_libs",
+    "compiler",
     "cxx_flags",
     "generated_files",
     "prepare_runtime",
@@ -86,7 +87,12 @@ def verilator_environment() -> dict[str, str]:
 
 
 @functools.cache
-def _compiler() -> str:
+def compiler() -> str:
+    """The C++ compiler: what CXX names, or the first one that is there.
+
+    Raises:
+        SimulatorError: there is none.
+    """
     for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
         if name and shutil.which(name):
             return name
@@ -100,7 +106,7 @@ def tool_version(simulator: Simulator) -> str:
         if not icarus_available():
             raise SimulatorError("Icarus Verilog is not installed: apt-get install iverilog")
         return _first_line(["iverilog", "-V"])
-    return f"{importlib.metadata.version('verilator')} {_first_line([_compiler(), '--version'])}"
+    return f"{importlib.metadata.version('verilator')} {_first_line([compiler(), '--version'])}"
 
 
 def _first_line(command: Sequence[str]) -> str:
@@ -181,7 +187,7 @@ def prepare_runtime(
                 target = directory / f"{name}.o"
                 if not target.is_file():
                     source, part = str(include / f"{name}.cpp"), f"{name}.part.o"
-                    steps.run([_compiler(), _OPT_RUNTIME, *flags, "-c", source, "-o", part])
+                    steps.run([compiler(), _OPT_RUNTIME, *flags, "-c", source, "-o", part])
                     (directory / part).replace(target)
 
             with ThreadPoolExecutor(cores()) as pool, ended_on_error(steps):
@@ -229,7 +235,7 @@ def _compile_class(
         flags: of the compiler.
         others: further sources: name of the object, source, level of optimisation.
     """
-    directory, compiler = steps.directory, _compiler()
+    directory = steps.directory
     lists = _class_lists(directory / f"{prefix}_classes.mk")
     fast = lists.get("VM_CLASSES_FAST", []) + lists.get("VM_SUPPORT_FAST", [])
     slow = lists.get("VM_CLASSES_SLOW", []) + lists.get("VM_SUPPORT_SLOW", [])
@@ -237,14 +243,14 @@ def _compile_class(
     (directory / "slow.cpp").write_text("".join(f'#include "{name}.cpp"\n' for name in slow))
 
     def compile_one(name: str, source: str, *options: str) -> None:
-        steps.run([compiler, *options, *flags, "-c", source, "-o", f"{name}.o"])
+        steps.run([compiler(), *options, *flags, "-c", source, "-o", f"{name}.o"])
 
     header = f"{prefix}__pch.h"
     with ThreadPoolExecutor(cores()) as pool, ended_on_error(steps):
         jobs = [
             pool.submit(
                 steps.run,
-                [compiler, OPT_FAST, *flags, "-x", "c++-header", header, "-o", f"{header}.gch"],
+                [compiler(), OPT_FAST, *flags, "-x", "c++-header", header, "-o", f"{header}.gch"],
             ),
             pool.submit(compile_one, "slow", "slow.cpp", OPT_SLOW),
             *(pool.submit(compile_one, name, source, level) for name, source, level in others),
@@ -364,7 +370,7 @@ def build_verilator(
     lines = [f'public_flat_rw -module "{name}" -var "*"' for name in (toplevel, *public_modules)]
     control.write_text("\n".join(["`verilator_config", *lines, ""]))
     flags = cxx_flags(waves=waves, timing=timing)
-    compiler, main = _compiler(), _cocotb_main()
+    main = _cocotb_main()
     parts: list[_Separate] = []
 
     with ThreadPoolExecutor(1) as background, ended_on_error(steps):
@@ -393,7 +399,7 @@ def build_verilator(
     libs = cocotb_libs()
     steps.run(
         [
-            *(compiler, "-o", "simulation", *objects.files),
+            *(compiler(), "-o", "simulation", *objects.files),
             *(str(part.archive) for part in parts),
             *(str(runtime_objects / f"{name}.o") for name in library),
             *(f"-Wl,-rpath,{libs}", f"-L{libs}", "-lcocotbvpi_verilator", "-pthread"),

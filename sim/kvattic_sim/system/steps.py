@@ -98,22 +98,25 @@ def gpu_seconds(model: Transformer, batch: int, gpu: Gpu) -> float:
     """Seconds of a step's matrix products: weights are read once, each sequence is multiplied; the longer of the two.
 
     GPUs that split the layers work one after the other, so their number does not change it.
+
+    Raises:
+        CapacityError: the weights do not fit the GPUs.
     """
+    _check_weights(model, gpu)
     read = model.weight_bytes / (gpu.bandwidth * gpu.bandwidth_share)
     return max(read, batch * model.linear_flops / (gpu.flops * gpu.flops_share))
 
 
-def _check_weights(model: Transformer, machine: Machine) -> None:
-    room = machine.gpu.memory * machine.gpu.count
+def _check_weights(model: Transformer, gpu: Gpu) -> None:
+    room = gpu.memory * gpu.count
     if model.weight_bytes > room:
         raise CapacityError(f"the weights of {model.name} take {model.weight_bytes / 1e9:.1f} GB, "
-                            f"{machine.gpu.count} x {machine.gpu.name} has {room / 1e9:.0f} GB: "
+                            f"{gpu.count} x {gpu.name} has {room / 1e9:.0f} GB: "
                             "take more GPUs, or fewer bits a weight")
 
 
 def _common(model: Transformer, load: Load, machine: Machine) -> dict[str, float]:
     """What every system takes that is not the KV cache."""
-    _check_weights(model, machine)
     return {"host": load.batch * model.layers * machine.host.sequence_layer_s,
             "gpu": gpu_seconds(model, load.batch, machine.gpu)}
 
@@ -180,8 +183,8 @@ def direct_io(model: Transformer, load: Load, machine: Machine, *, drives: int =
     """K and V streamed to the GPU by direct I/O, read ahead of the layer that needs them."""
     _check_drives(drives)
     rate = min(drives * machine.files.direct_rate, machine.gpu.link)
-    return Step(load=load, parts={"kv": load.kv_bytes(model) / rate, "gpu": _common(model, load, machine)["gpu"]},
-                overlapped=True)
+    parts = {"kv": load.kv_bytes(model) / rate, "gpu": gpu_seconds(model, load.batch, machine.gpu)}
+    return Step(load=load, parts=parts, overlapped=True)
 
 
 def cpu_attention(model: Transformer, load: Load, machine: Machine) -> Step:
@@ -192,8 +195,8 @@ def cpu_attention(model: Transformer, load: Load, machine: Machine) -> Step:
     """
     _fits_dram(model, load, machine)
     rate = machine.host.memory_bandwidth * machine.host.memory_share
-    return Step(load=load, parts={"kv": load.kv_bytes(model) / rate, "gpu": _common(model, load, machine)["gpu"]},
-                overlapped=True)
+    parts = {"kv": load.kv_bytes(model) / rate, "gpu": gpu_seconds(model, load.batch, machine.gpu)}
+    return Step(load=load, parts=parts, overlapped=True)
 
 
 def sparse_dram(model: Transformer, load: Load, machine: Machine) -> Step:
@@ -204,7 +207,7 @@ def sparse_dram(model: Transformer, load: Load, machine: Machine) -> Step:
     """
     _fits_dram(model, load, machine, copies=1.5)
     read = machine.drive.sparse_ratio * load.kv_bytes(model) / machine.gpu.link
-    return Step(load=load, parts={"kv": read, "gpu": _common(model, load, machine)["gpu"]}, overlapped=True)
+    return Step(load=load, parts={"kv": read, "gpu": gpu_seconds(model, load.batch, machine.gpu)}, overlapped=True)
 
 
 def gpu_alone(model: Transformer, load: Load, machine: Machine) -> Step:
@@ -213,8 +216,8 @@ def gpu_alone(model: Transformer, load: Load, machine: Machine) -> Step:
     Raises:
         CapacityError: not even one sequence fits.
     """
-    _check_weights(model, machine)
     gpu = machine.gpu
+    _check_weights(model, gpu)
     room = gpu.memory * gpu.count - model.weight_bytes
     one = load.kv_capacity(model) / load.batch
     batch = min(load.batch, int(room / one))
