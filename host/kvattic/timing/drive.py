@@ -154,7 +154,7 @@ class Drive:
 
 
 def selection(job: JobState, t: Times) -> float:
-    """Cycles of a job's selection (hdl: Selector, Selection)."""
+    """Cycles of a job's selection (hdl: `LaneTopK`, `TopK`)."""
     lanes, rows, centroid = job.lanes, job.rows, job.work.mode is Mode.CENTROID
     scores = max(lane.units if centroid else lane.tokens for lane in lanes)
     units = max(lane.units for lane in lanes)
