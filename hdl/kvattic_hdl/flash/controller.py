@@ -7,6 +7,7 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out, connect, flipped
 
 from kvattic.spec.config import Config
+from kvattic.spec.scheduling import RUN_QUEUE_DEPTH
 from kvattic_hdl.flash.block_map import BlockMap
 from kvattic_hdl.flash.commands import push_states
 from kvattic_hdl.flash.die_clocks import DieClocks
@@ -64,7 +65,7 @@ class Controller(wiring.Component):
         Fields word, command, dies_busy, retry, page_reads, page_programs, block_erases of `flash_events`.
     """
 
-    def __init__(self, config: Config, depth: int = 16) -> None:
+    def __init__(self, config: Config, depth: int = RUN_QUEUE_DEPTH) -> None:
         self.config = config
         self.depth = depth
         self.shapes = shapes = RunShapes(config, depth)

@@ -9,15 +9,9 @@ from amaranth.lib.wiring import In, Out, connect, flipped
 from amaranth.utils import bits_for, ceil_log2
 
 from kvattic.spec.config import Config
+from kvattic.spec.scheduling import GATHER_TICK_BITS, GATHER_TICKS, RUN_PATIENCE, RUN_QUEUE_DEPTH
 from kvattic_hdl.flash.interfaces import FlashShapes
 from kvattic_hdl.lib.shapes import PAGE_BITS
-
-TICK_BITS, GATHER_TICKS = 6, 3
-"""How long a die waits for requests of its other planes: so many ticks of 2**TICK_BITS cycles, or one less.
-
-A walker that skips codewords takes two cycles for each codeword of a page, wanted or not, and so comes to the next
-plane after about 64.
-"""
 
 
 def join(*parts) -> Cat:
@@ -165,7 +159,7 @@ class RunQueues(wiring.Component):
     ready : Out(1)
     """
 
-    def __init__(self, config: Config, depth: int = 16, patience: int = 32) -> None:
+    def __init__(self, config: Config, depth: int = RUN_QUEUE_DEPTH, patience: int = RUN_PATIENCE) -> None:
         if depth < 2 or depth & (depth - 1):
             raise ValueError(f"depth must be a power of two, at least 2, not {depth!r}")
         if patience < 1:
@@ -272,7 +266,7 @@ class RunQueues(wiring.Component):
     def _grow(self, m: Module, push: Signal) -> None:
         """Note which queues have got their first run lately, so that a die waits for each of its planes once."""
         unit = self.merger.unit
-        tick = Signal(TICK_BITS)
+        tick = Signal(GATHER_TICK_BITS)
         m.d.sync += tick.eq(tick + 1)
         for die in range(self.config.dies):
             age = Signal(range(GATHER_TICKS + 1), name=f"age_{die}")

@@ -3,9 +3,12 @@
 from collections import deque
 from typing import Protocol
 
+from kvattic.spec.scheduling import GATHER_TICK_BITS, GATHER_TICKS
 from kvattic.timing.states import NEVER, JobState, OperationState
-from kvattic.timing.times import GATHER_TICKS, TICK, Times
+from kvattic.timing.times import Times
 from kvattic.timing.work import FIRST, KEY, VALUE, Group
+
+GATHER_CYCLES = 1 << GATHER_TICK_BITS
 
 
 class Drive(Protocol):
@@ -220,7 +223,7 @@ class Lane:
             bit = 1 << unit % planes
             if not channel.waiting[die] & bit:
                 channel.waiting[die] |= bit
-                channel.growing[die] = (now // TICK + GATHER_TICKS) * TICK
+                channel.growing[die] = (now // GATHER_CYCLES + GATHER_TICKS) * GATHER_CYCLES
                 if die not in channel.active:
                     channel.active.append(die)
             channel.queues[unit].append(Entry(job, kind, row, runs, self.stamp, left))

@@ -3,12 +3,9 @@
 from dataclasses import dataclass
 
 from kvattic.spec.config import Config
+from kvattic.spec.scheduling import RUN_QUEUE_DEPTH
 
 # Of the RTL, not fitted: parameters of its blocks, and cycles of their state machines as their sources count them.
-DEPTH = 16
-"""Runs of a plane's queue (RunQueues)."""
-TICK, GATHER_TICKS = 64, 3
-"""A die waits for requests of its other planes until the clock has passed so many multiples of `TICK` (RunQueues)."""
 DECISION, SEND, SHOW, PLAN = 26, 17, 25, 30
 """Cycles of the controller's machine: from the end of a run to its die's next command; between the commands of two
 planes; from ready to the first burst; of planning a read, without its two looks at each plane (Controller)."""
@@ -117,8 +114,8 @@ def times_of(config: Config) -> Times:
     beats = config.tokens_per_codeword * max(config.beats_per_token, token)
     return Times(
         dies=config.dies, planes=part.planes, page_mask=(1 << config.block_page_bits) - 1,
-        separate=part.separate_command_bus, depth=DEPTH, groups=config.groups_in_flight, ring=config.ring_codewords,
-        buffers=BUFFERS, beats=beats,
+        separate=part.separate_command_bus, depth=RUN_QUEUE_DEPTH, groups=config.groups_in_flight,
+        ring=config.ring_codewords, buffers=BUFFERS, beats=beats,
         codeword=max(config.raw_codeword_bytes / part.bus_mts * config.clock_mhz, config.raw_codeword_words),
         preamble=cycles(part.t_pre), cycle=cycles(part.t_cad), dbsy=cycles(part.t_dbsy), t_r=cycles(part.t_r),
         t_prog=cycles(part.t_prog), t_bers=cycles(part.t_bers),

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from kvattic.errors import RequestError
 from kvattic.spec.commands import Kind, Mode
 from kvattic.spec.config import Config
+from kvattic.spec.scheduling import RUN_PATIENCE
 
 FIRST, KEY, VALUE = range(3)
 """Passes: features, centroids or K of the tail; K; V."""
@@ -133,10 +134,6 @@ class Stripe(NamedTuple):
     sketch_codeword: int = 0
 
 
-PATIENCE = 32
-"""Cycles that a run waits for a request that goes on with it (hdl: RunMerger)."""
-
-
 def runs_of(wanted: Iterable[int]) -> tuple[int, ...]:
     """Lengths of the runs of consecutive numbers in an ascending list."""
     runs: list[int] = []
@@ -194,7 +191,7 @@ class _Walk:
         self._late = None
         last = next((w for w, after in pairwise(wanted) if after != w + 1), wanted[-1])
         after = next((place + w for w in wanted if w > last), following)
-        wait = PATIENCE if after is None else min(PATIENCE, SKIP_WALK * (after - place - last))
+        wait = RUN_PATIENCE if after is None else min(RUN_PATIENCE, SKIP_WALK * (after - place - last))
         at = float(SKIP_WALK * (place + last + 1) + (0 if last == self._codewords - 1 else wait))
         self._die = -1
         self.add(page, runs_of(wanted), max(at - self._at, 0.0))
