@@ -98,6 +98,8 @@ class Spacing(wiring.Component):
         It completes a token that is to be scored.
     group_begin : In(1)
         It is the first of a codeword of the feature pass.
+    group_beat : In(1), word : In
+        It is of a codeword of the feature pass, and added to this word of the group.
     issue : In(1)
         It is issued.
     waits : Out(1)
@@ -112,6 +114,8 @@ class Spacing(wiring.Component):
             "there": In(1),
             "scores": In(1),
             "group_begin": In(1),
+            "group_beat": In(1),
+            "word": In((config.group_words - 1).bit_length()),
             "issue": In(1),
             "waits": Out(1),
             "harvest_valid": In(1),
@@ -139,12 +143,13 @@ class Spacing(wiring.Component):
                 with m.Elif(self.issue & self.scores):
                     m.d.sync += beat_turn.eq(0)
         if config.sparse and config.group_words < ACCUMULATE_CYCLES:
-            # The next codeword's beat may not follow so soon on the one that is added to the same word.
+            # No beat of the next codeword may follow so soon on the one that is added to the same word.  It comes at
+            # least `word` cycles behind its codeword's first, so that it is enough to keep that one back.
             apart = Signal(range(ACCUMULATE_CYCLES))
             with m.If(self.group_begin & (apart != 0)):
                 m.d.comb += self.waits.eq(1)
-            with m.If(self.issue & self.group_begin):
-                m.d.sync += apart.eq(ACCUMULATE_CYCLES - 1)
+            with m.If(self.issue & self.group_beat):
+                m.d.sync += apart.eq(ACCUMULATE_CYCLES - 1 - self.word)
             with m.Elif(apart != 0):
                 m.d.sync += apart.eq(apart - 1)
         return m
@@ -223,6 +228,8 @@ class Issue(wiring.Component):
             spacing.there.eq(there),
             spacing.scores.eq(header.into_score & last),
             spacing.group_begin.eq(feature & (self.word_index == 0)),
+            spacing.group_beat.eq(feature),
+            spacing.word.eq(self.word_index),
             spacing.issue.eq(issue),
             spacing.harvest_valid.eq(self.harvest.valid),
             self.harvest.ready.eq(spacing.harvest_ready),
