@@ -13,7 +13,7 @@ from kvattic.golden.registers import Registers
 from kvattic.golden.rejected import RejectedError, raise_first
 from kvattic.golden.storage import Storage
 from kvattic.golden.stripes import Found, StripeReader
-from kvattic.golden.validate import check_command, check_mean, check_table
+from kvattic.golden.validate import check_command, check_mean, check_table, unit_tokens
 from kvattic.spec.blocks import Queries, Results, Table, pack_results, unpack_queries, unpack_table
 from kvattic.spec.commands import (
     LINE_BYTES,
@@ -28,6 +28,7 @@ from kvattic.spec.commands import (
 )
 from kvattic.spec.config import Config
 from kvattic.spec.elements import Bits, Integers
+from kvattic.timing.record import Recorder
 
 __all__ = ["Attention"]
 
@@ -48,15 +49,17 @@ class Attention:
         memory: of the host.
         storage: flash and device DRAM.
         owners: of what the jobs read.
+        recorder: notes what they read.
     """
 
     def __init__(self, config: Config, registers: Registers, memory: HostMemory, storage: Storage,
-                 owners: Owners) -> None:
+                 owners: Owners, recorder: Recorder) -> None:
         self._config = config
         self._registers = registers
         self._memory = memory
         self._storage = storage
         self._owners = owners
+        self._recorder = recorder
 
     def run(self, command: AttendCommand, queue: Queue) -> CompletionFlag:
         """Run one command, and write its results.
@@ -77,6 +80,8 @@ class Attention:
             raise RejectedError(Status.NAN_QUERY, nan[0] << 16 | nan[1])
         check_mean(table)
 
+        self._recorder.begin_job(Mode(command.mode), command.rows, self._lane_tokens(command, table),
+                                 unit_tokens(command, config))
         computed = self._compute(command, queries, table)
         trace = computed.trace
         raise_first(*computed.lost, (Status.NAN_KEY, trace.nan_key), (Status.NAN_VALUE, trace.nan_value),
@@ -85,6 +90,16 @@ class Attention:
         if not self._memory.dma_write(command.result, pack_results(results)):
             raise RejectedError(Status.BUS_ERROR, flags=trace.flags)
         return trace.flags
+
+    def _lane_tokens(self, command: AttendCommand, table: Table) -> list[int]:
+        """Tokens of the job on each channel."""
+        size = command.stripe_pages * self._config.tokens_per_page
+        tokens = np.full(command.stripes, size)
+        tokens[-1] = command.end_token - command.base_token - size * (command.stripes - 1)
+        lanes = np.zeros(self._config.channels, np.int64)
+        np.add.at(lanes, table.entries.channel, tokens)
+        found: list[int] = lanes.tolist()
+        return found
 
     def _read_table(self, command: AttendCommand) -> Table:
         mode, head_dim = Mode(command.mode), self._config.head_dim

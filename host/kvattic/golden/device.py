@@ -1,4 +1,4 @@
-"""The golden device: registers, host memory, device DRAM and flash in NumPy, bit-exact but without time."""
+"""The golden device: registers, host memory, device DRAM and flash in NumPy, bit-exact; its time is modelled aside."""
 
 import random
 from collections import deque
@@ -35,6 +35,7 @@ from kvattic.spec.config import Config
 from kvattic.spec.elements import Bytes
 from kvattic.spec.layout import Block
 from kvattic.spec.registers import COUNTERS, QUEUES, Access, Control, StatusBit
+from kvattic.timing.record import CommandRecord, Recorder
 from kvattic.transport.base import check_range, find_register
 
 __all__ = ["FlashFaults", "GoldenDevice", "Traffic"]
@@ -58,6 +59,7 @@ class _Ending(NamedTuple):
     where: int
     flags: CompletionFlag
     ordered: bool
+    record: CommandRecord | None
 
 
 class GoldenDevice:
@@ -70,8 +72,10 @@ class GoldenDevice:
     from in turn, ATTENDs run and complete in order, flash commands of a channel begin in order, and admin commands run
     one after the other.
 
-    There are no cycles: all counters of time, CYCLES among them, and the counter fields of the completions stay 0, and
-    CODEWORD_TIMEOUT does not occur.  What is moved is counted: BEATS, FLASH_WORDS, CODEWORDS, UNREADABLE and PAGE_READS
+    Its registers know no cycles: all counters of time, CYCLES among them, and the counter fields of the completions stay
+    0, for they are what hardware measures, and CODEWORD_TIMEOUT does not occur.  How long commands would have taken is
+    modelled (`kvattic.timing`) when somebody asks (`take_record`, `modelled_cycles`): those that one doorbell sets off,
+    or that with `shuffle` are under way without a pause, are in flight together, from an idle drive on.  What is moved is counted: BEATS, FLASH_WORDS, CODEWORDS, UNREADABLE and PAGE_READS
     for the jobs' reads, as if nothing had to be read again, no page were read ahead or twice for a job, and a lane used
     all of each codeword; these also by kind in `traffic`.  Likewise FLASH_WORDS and PAGE_PROGRAMS for PROGRAM,
     BLOCK_ERASES for ERASE, PAGE_READS for PROBE, as if no die were dead.
@@ -105,6 +109,8 @@ class GoldenDevice:
         dram_bytes: size of the device DRAM; pages of it take memory once they are written.
         faults: what goes wrong.
         shuffle: seed of the random order; None: the order of fetching.
+        timed: note what commands read and write, so that their time can be modelled.  A job takes some percent less
+            time and memory without.
 
     Attributes:
         config, memory_bytes, dram_bytes: the same.
@@ -119,7 +125,7 @@ class GoldenDevice:
     """
 
     def __init__(self, config: Config, *, memory_bytes: int = 1 << 24, dram_bytes: int = 1 << 30,
-                 faults: FlashFaults | None = None, shuffle: int | None = None) -> None:
+                 faults: FlashFaults | None = None, shuffle: int | None = None, timed: bool = True) -> None:
         for name, value in (("memory_bytes", memory_bytes), ("dram_bytes", dram_bytes)):
             if value < 1:
                 raise RequestError(f"{name} must be positive, not {value}")
@@ -130,16 +136,19 @@ class GoldenDevice:
         self.flash = Flash(config, self.faults)
         self._registers = Registers(config)
         self.memory = HostMemory(memory_bytes, self._registers)
-        self.storage = Storage(config, self.flash, dram_bytes, self._registers)
+        self._recorder = Recorder(config, active=timed)
+        self.storage = Storage(config, self.flash, dram_bytes, self._registers, self._recorder)
         self._owners = Owners(config)
-        self._attention = Attention(config, self._registers, self.memory, self.storage, self._owners)
-        self._operations = Operations(config, self._registers, self.storage, self._owners)
+        self._attention = Attention(config, self._registers, self.memory, self.storage, self._owners,
+                                    self._recorder)
+        self._operations = Operations(config, self._registers, self.storage, self._owners, self._recorder)
         self._powered = True
         self._random = None if shuffle is None else random.Random(shuffle)
         self._reset()
 
     def _reset(self) -> None:
         self._registers.reset()
+        self._recorder.reset()
         self.storage.traffic = Traffic()
         self._queues = Queues()
         # What is in flight, only with `shuffle`: fetched commands by what runs them, and endings without completion.
@@ -255,6 +264,16 @@ class GoldenDevice:
     def close(self) -> None:
         """See `Transport`; there is nothing to release."""
 
+    # Time, which is modelled.
+
+    def take_record(self, queue: int, identifier: int) -> CommandRecord | None:
+        """See `kvattic.timing.record.KeepsRecords`."""
+        return self._recorder.take(queue, identifier)
+
+    def modelled_cycles(self) -> int | None:
+        """Cycles that the timing model gives for everything since the last reset; None if the device is not `timed`."""
+        return self._recorder.cycles() if self._recorder.active else None
+
     # Steps.
 
     @property
@@ -328,23 +347,27 @@ class GoldenDevice:
 
     def _post(self, ending: _Ending) -> None:
         """Write a completion."""
-        queue, identifier, status, where, flags, _ = ending
+        queue, identifier, status, where, flags, _, record = ending
         self.memory.dma_write(*queue.post(identifier, status, where, flags))
         self._registers.count("COMPLETED")
+        self._recorder.posted(queue.number, identifier, record)
+        if not self._busy:
+            self._recorder.end_batch()
 
     # Commands.
 
     def _serve(self, queue: Queue, line: bytes | None) -> _Ending:
         """Run one command."""
         if line is None:
-            return _Ending(queue, _UNKNOWN_IDENTIFIER, Status.BUS_ERROR, 0, NO_FLAGS, False)
+            return _Ending(queue, _UNKNOWN_IDENTIFIER, Status.BUS_ERROR, 0, NO_FLAGS, False, None)
         command = Command.unpack(line)
         status, where = Status.OK, 0
         try:
             flags = self._run(queue, command.opcode, line)
         except RejectedError as rejected:
             status, where, flags = rejected.status, rejected.where, rejected.flags
-        return _Ending(queue, command.identifier, status, where, flags, command.opcode == Opcode.ATTEND)
+        return _Ending(queue, command.identifier, status, where, flags, command.opcode == Opcode.ATTEND,
+                       self._recorder.end_command())
 
     def _run(self, queue: Queue, opcode: int, line: bytes) -> CompletionFlag:
         if opcode not in COMMANDS:

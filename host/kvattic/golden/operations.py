@@ -9,6 +9,7 @@ from kvattic.spec import layout
 from kvattic.spec.commands import FlashCommand, Opcode, Status
 from kvattic.spec.config import Config
 from kvattic.spec.elements import Bytes
+from kvattic.timing.record import Recorder
 
 __all__ = ["Operations"]
 
@@ -23,13 +24,16 @@ class Operations:
         registers: of the device.
         storage: flash and device DRAM.
         owners: of both.
+        recorder: notes what is written.
     """
 
-    def __init__(self, config: Config, registers: Registers, storage: Storage, owners: Owners) -> None:
+    def __init__(self, config: Config, registers: Registers, storage: Storage, owners: Owners,
+                 recorder: Recorder) -> None:
         self._config = config
         self._registers = registers
         self._storage = storage
         self._owners = owners
+        self._recorder = recorder
 
     def run(self, command: FlashCommand, queue: Queue) -> None:
         """Run one command.
@@ -50,6 +54,8 @@ class Operations:
             self._registers.count("FLASH_WORDS", self._config.codewords_per_page * self._config.raw_codeword_words)
         self._registers.count("FLASH_WORDS")    # the status, or the mark of PROBE
         self._registers.count(_COUNTERS[opcode])
+        if opcode is not Opcode.PROBE:
+            self._recorder.operation(command.channel, command.page, program=opcode is Opcode.PROGRAM)
         flash.operate(opcode, command.channel, command.page, image)
 
     def _check(self, command: FlashCommand, queue: Queue) -> None:

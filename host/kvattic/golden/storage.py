@@ -10,6 +10,7 @@ from kvattic.spec.commands import Kind
 from kvattic.spec.config import PAGE_NUMBER_BITS, Config
 from kvattic.spec.elements import Bytes, Integers
 from kvattic.spec.registers import StatusBit
+from kvattic.timing.record import Recorder
 from kvattic.transport.base import check_range
 
 __all__ = ["Storage", "Traffic"]
@@ -38,6 +39,7 @@ class Storage:
         flash: of the device.
         dram_bytes: size of the device DRAM.
         registers: of the device; its counters count what is read, MEDIA_ERROR names what cannot be.
+        recorder: notes what is read.
 
     Attributes:
         flash: the same.
@@ -45,9 +47,11 @@ class Storage:
         traffic: what jobs read since power-up or the last reset.
     """
 
-    def __init__(self, config: Config, flash: Flash, dram_bytes: int, registers: Registers) -> None:
+    def __init__(self, config: Config, flash: Flash, dram_bytes: int, registers: Registers,
+                 recorder: Recorder) -> None:
         self._config = config
         self._registers = registers
+        self._recorder = recorder
         self.flash = flash
         self.dram_bytes = dram_bytes
         self.traffic = Traffic()
@@ -101,6 +105,7 @@ class Storage:
         """
         page &= (1 << PAGE_NUMBER_BITS) - 1
         self._registers.count("BEATS", len(codewords) * self._config.beats_per_codeword)
+        self._recorder.read(kind, channel, page, codewords, dram=dram)
         if dram:
             self.traffic.dram[kind] += len(codewords)
             image, inside = self.dram_page(page)

@@ -1,0 +1,315 @@
+"""What a device without time has done, so that it can be timed afterwards: batches of commands in flight together.
+
+The golden device notes what each command reads and writes.  Nothing is modelled until somebody asks for a time, so that
+noting costs little; what was modelled once is kept.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from kvattic.spec.commands import Kind, Mode
+from kvattic.spec.config import Config
+from kvattic.spec.elements import Integers
+from kvattic.timing.estimate import Estimate, estimate
+from kvattic.timing.work import Operation, Read, job_of_reads
+
+__all__ = ["Batch", "CommandRecord", "Counts", "KeepsRecords", "Recorder", "Sampler"]
+
+SAMPLED_JOBS = 64
+"""Jobs of a batch that are modelled, at most; the others go on at their rate."""
+LEAST_JOBS = 8
+"""Jobs that are modelled, however much they read."""
+SAMPLED_READS = 16_384
+"""Pages that the modelled jobs of a batch read, about, and those that all batches read that wait to be modelled."""
+SAMPLED_OPERATIONS = 8_192
+"""Operations of a batch that are modelled, at most."""
+UNTAKEN = 8_192
+"""Records of completions that nobody took, at most: a host that does not ask leaves them."""
+
+
+class Counts(NamedTuple):
+    """What a job read.
+
+    Members:
+        flash: codewords from flash, by `Kind`.
+        dram: codewords from device DRAM, by `Kind`.
+        page_reads: pages read from the arrays; None: not known.
+    """
+
+    flash: tuple[int, ...]
+    dram: tuple[int, ...]
+    page_reads: int | None
+
+
+@dataclass(slots=True)
+class _JobNote:
+    """A job, as `job_of_reads` takes it."""
+
+    mode: Mode
+    rows: int
+    tokens: Sequence[int]
+    unit_tokens: int
+    flash: list[int] = field(default_factory=lambda: [0] * len(Kind))
+    dram: list[int] = field(default_factory=lambda: [0] * len(Kind))
+    reads: list[Read] = field(default_factory=list)
+    page_reads: int = 0
+
+    @property
+    def weight(self) -> int:
+        """Codewords."""
+        return sum(self.flash) + sum(self.dram)
+
+
+class Batch:
+    """Commands that were in flight together, from an idle drive on.
+
+    Of many jobs the first ones are modelled, and the others go on at the rate of the middle half of these, in proportion
+    to their codewords (`estimate`'s `in_all`).
+
+    Args:
+        config: of the drive.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._jobs: list[_JobNote] = []
+        self._weights: list[int] = []
+        self._reads = 0
+        self._operations: list[Operation] = []
+        self._operation_count = 0
+        self._modelled: tuple[int, int, Estimate] | None = None
+
+    @property
+    def weight(self) -> int:
+        """Codewords read and pages written."""
+        return sum(self._weights) + self._operation_count
+
+    @property
+    def kept(self) -> int:
+        """Pages and operations that are kept to be modelled."""
+        return self._reads + len(self._operations)
+
+    def add_job(self, note: _JobNote) -> int:
+        """Add a job; its number."""
+        self._weights.append(note.weight)
+        kept = len(self._jobs)
+        if kept < LEAST_JOBS or (kept < SAMPLED_JOBS and self._reads < SAMPLED_READS):
+            if kept == len(self._weights) - 1:
+                self._jobs.append(note)
+                self._reads += len(note.reads)
+        return len(self._weights) - 1
+
+    def add_operation(self, operation: Operation) -> int:
+        """Add a PROGRAM or an ERASE; its number."""
+        self._operation_count += 1
+        if len(self._operations) < SAMPLED_OPERATIONS:
+            self._operations.append(operation)
+        return self._operation_count - 1
+
+    def _estimate(self) -> Estimate:
+        """What it costs, as far as it has come."""
+        size = (len(self._weights), self._operation_count)
+        if self._modelled is None or self._modelled[:2] != size:
+            config = self._config
+            jobs = [job_of_reads(config, note.reads, note.tokens, rows=note.rows, mode=note.mode,
+                                 unit_tokens=note.unit_tokens) for note in self._jobs]
+            in_all = len(jobs)
+            if len(self._weights) > len(jobs):
+                share = sum(self._weights) / max(sum(self._weights[: len(jobs)]), 1)
+                in_all = max(round(len(jobs) * share), len(jobs))
+            self._modelled = (*size, estimate(config, jobs, self._operations, in_all=in_all))
+        return self._modelled[2]
+
+    @property
+    def cycles(self) -> int:
+        """From the first doorbell to the last completion."""
+        found = self._estimate()
+        if self._operation_count == len(self._operations):
+            return found.cycles
+        return max(found.cycles, round(max(found.operations) * self._operation_count / len(self._operations)))
+
+    def job_completed(self, number: int) -> int:
+        """Cycle of a job's completion, from the first doorbell on."""
+        found = self._estimate()
+        if number < len(found.jobs):
+            return found.jobs[number].completed
+        kept = len(found.jobs)
+        first, before = found.jobs[-1].completed, sum(self._weights[:kept])
+        all_behind = max(sum(self._weights) - before, 1)
+        last = max(found.cycles, first)
+        return round(first + (last - first) * (sum(self._weights[: number + 1]) - before) / all_behind)
+
+    def operation_completed(self, number: int) -> int:
+        """Cycle of an operation's completion, likewise."""
+        found = self._estimate()
+        if number < len(found.operations):
+            return found.operations[number]
+        return round(max(found.operations) * (number + 1) / len(found.operations))
+
+
+class CommandRecord(NamedTuple):
+    """A command that has completed.
+
+    Members:
+        batch: in which it was in flight.
+        number: of the job or operation in it.
+        counts: what an ATTEND has read; None: it is a PROGRAM or an ERASE.
+    """
+
+    batch: Batch
+    number: int
+    counts: Counts | None
+
+    @property
+    def completed(self) -> int:
+        """Cycle of its completion, from the batch's first doorbell on; modelled when it is asked for."""
+        if self.counts is None:
+            return self.batch.operation_completed(self.number)
+        return self.batch.job_completed(self.number)
+
+
+@runtime_checkable
+class KeepsRecords(Protocol):
+    """A transport whose device has no time of its own and notes what it does."""
+
+    def take_record(self, queue: int, identifier: int) -> CommandRecord | None:
+        """What the command of a completion that was just taken did; None: nothing that takes time."""
+        ...
+
+    def modelled_cycles(self) -> int | None:
+        """Cycles of everything since the last reset; None if the device keeps no records."""
+        ...
+
+
+class Sampler:
+    """A sum of times that are modelled late.
+
+    What waits to be modelled is bounded: when it is too much, every second item of it is counted by its weight alone,
+    at the rate of those that are modelled in the end.  Which ones depends on their order alone.
+    """
+
+    def __init__(self) -> None:
+        self._total = 0
+        self._waiting: list[tuple[int, int, Callable[[], int]]] = []    # weight, size, cycles
+        self._size = self._count = self._skipped = 0
+        self._stride = 1
+
+    def add(self, weight: int, size: int, cycles: Callable[[], int]) -> None:
+        """Add something.
+
+        Args:
+            weight: what its time is about proportional to.
+            size: pages that are kept for it.
+            cycles: gives its time.
+        """
+        self._count += 1
+        if self._count % self._stride:
+            self._skipped += weight
+            return
+        self._waiting.append((weight, size, cycles))
+        self._size += size
+        while self._size > 4 * SAMPLED_READS and len(self._waiting) > 1:
+            self._skipped += sum(item[0] for item in self._waiting[::2])
+            self._waiting = self._waiting[1::2]
+            self._size = sum(item[1] for item in self._waiting)
+            self._stride *= 2
+
+    def total(self) -> int:
+        """The sum; models what waits."""
+        found = sum(cycles() for _, _, cycles in self._waiting)
+        if self._skipped:
+            found += round(found * self._skipped / max(sum(item[0] for item in self._waiting), 1))
+        self._total += found
+        self._waiting, self._size, self._count, self._skipped, self._stride = [], 0, 0, 0, 1
+        return self._total
+
+
+class Recorder:
+    """Notes what a device does, command by command.
+
+    Args:
+        config: of the drive.
+        active: whether anything is noted.
+    """
+
+    def __init__(self, config: Config, *, active: bool = True) -> None:
+        self._config = config
+        self.active = active
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._batch = Batch(self._config)
+        self._note: _JobNote | None = None
+        self._ended: CommandRecord | None = None
+        self._untaken: dict[tuple[int, int], CommandRecord] = {}
+        self._sampler = Sampler()
+
+    def begin_job(self, mode: Mode, rows: int, tokens: Sequence[int], unit_tokens: int) -> None:
+        """An ATTEND begins to read.
+
+        Args:
+            mode, rows: of the command.
+            tokens: of the job on each channel.
+            unit_tokens: of a unit of selection.
+        """
+        if self.active:
+            self._note = _JobNote(mode, rows, tokens, unit_tokens)
+
+    def read(self, kind: Kind, channel: int, page: int, codewords: Integers, *, dram: bool) -> None:
+        """The job has read codewords, ascending, of a page."""
+        note = self._note
+        if note is None:
+            return
+        count = len(codewords)
+        if not count:
+            return
+        (note.dram if dram else note.flash)[kind] += count
+        note.page_reads += not dram
+        # Most pages are read in one piece, which takes less memory as a range.
+        first = int(codewords[0])
+        whole = int(codewords[-1]) - first == count - 1
+        numbers: Sequence[int] = range(first, first + count) if whole else codewords.tolist()
+        note.reads.append(Read(kind, channel, page, numbers, dram))
+
+    def operation(self, channel: int, page: int, *, program: bool) -> None:
+        """A PROGRAM or an ERASE runs."""
+        if self.active:
+            number = self._batch.add_operation(Operation(channel, page, program))
+            self._ended = CommandRecord(self._batch, number, None)
+
+    def end_command(self) -> CommandRecord | None:
+        """The command has run; its record, if it took time."""
+        note, self._note = self._note, None
+        if note is not None:
+            number = self._batch.add_job(note)
+            self._ended = CommandRecord(
+                self._batch, number, Counts(tuple(note.flash), tuple(note.dram), note.page_reads))
+        ended, self._ended = self._ended, None
+        return ended
+
+    def posted(self, queue: int, identifier: int, record: CommandRecord | None) -> None:
+        """The command's completion was written."""
+        if record is None:
+            self._untaken.pop((queue, identifier), None)
+            return
+        self._untaken[queue, identifier] = record
+        if len(self._untaken) > UNTAKEN:
+            del self._untaken[next(iter(self._untaken))]
+
+    def take(self, queue: int, identifier: int) -> CommandRecord | None:
+        """The record of a completion, once."""
+        return self._untaken.pop((queue, identifier), None)
+
+    def end_batch(self) -> None:
+        """Nothing is in flight any more."""
+        batch = self._batch
+        if batch.weight:
+            self._sampler.add(batch.weight, batch.kept, lambda: batch.cycles)
+            self._batch = Batch(self._config)
+
+    def cycles(self) -> int:
+        """Cycles of all batches so far."""
+        self.end_batch()
+        return self._sampler.total()
