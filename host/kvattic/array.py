@@ -31,6 +31,7 @@ from kvattic.spec.elements import Bits, Integers, as_array
 from kvattic.support.closing import Closing
 from kvattic.support.renamed import old_selection_keywords
 from kvattic.targets import open as open_device
+from kvattic.timing.cost import Cost, beside
 
 __all__ = ["ArrayFuture", "ArrayPlan", "ArraySequence", "DriveArray", "open_array"]
 
@@ -279,6 +280,10 @@ class ArraySequence(Closing):
             raise RequestError("the mean of V is kept with K in the feature layout only (split='heads', sparse=True)")
         return np.concatenate([_on(share.drive, share.sequence.mean_value, layer) for share in self._shares.values()])
 
+    def statistics(self) -> Cost:
+        """What the drives have done for this sequence so far; see `Sequence.statistics`, and `beside` for the time."""
+        return beside(share.sequence.statistics() for share in self._shares.values())
+
     # Split by context: the drive of rank r of a layer has the stripes r, r + drives, r + 2 * drives, ...
 
     def _drive(self, layer: int, rank: int) -> int:
@@ -422,7 +427,8 @@ class ArraySequence(Closing):
                 output=np.concatenate([one.output for one in each]),
                 maximum=np.concatenate([one.maximum for one in each]),
                 denominator=np.concatenate([one.denominator for one in each]),
-                completions=[completion for one in each for completion in one.completions])
+                completions=[completion for one in each for completion in one.completions],
+                accounts=tuple(account for one in each for account in one.accounts))
 
         return ArrayPlan(sequence=self, jobs=[(drive, job) for drive, plan in plans for job in plan.jobs],
                          join=finish)
@@ -534,6 +540,14 @@ class DriveArray(Closing):
             DeviceLostError: a drive is gone.
         """
         return sum(_on(drive, device.poll) for drive, device in enumerate(self.devices))
+
+    def statistics(self) -> Cost:
+        """What all drives have done so far; see `Device.statistics`, and `beside` for the time.
+
+        Raises:
+            DeviceStatusError: a drive reports an error.
+        """
+        return beside(_on(drive, device.statistics) for drive, device in enumerate(self.devices))
 
     # Sequences.
 

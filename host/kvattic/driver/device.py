@@ -10,10 +10,15 @@ import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Series
 from contextlib import suppress
+from dataclasses import replace
 from threading import RLock
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvattic.driver import futures
+from kvattic.driver.accounts import Tally, job_account
 from kvattic.driver.admin import Admin
 from kvattic.driver.checks import check_integer, check_positive
 from kvattic.driver.diagnosis import job_failure
@@ -49,6 +54,8 @@ from kvattic.spec.config import Config
 from kvattic.spec.layout import Block
 from kvattic.spec.registers import ID_MAGIC, VERSION, StatusBit
 from kvattic.support.closing import Closing
+from kvattic.timing.cost import Cost
+from kvattic.timing.record import KeepsRecords
 from kvattic.transport.base import Progress, Transport
 
 __all__ = ["AttendPlan", "AttendResult", "Device", "FlashOperation", "Job", "JobResult", "Loss", "Sequence"]
@@ -186,6 +193,8 @@ class Device(Closing):
 
     def _restart(self) -> None:
         """Reset the device, and set up its queues and owners."""
+        self._tally = Tally(self.config)
+        self.media.written_bytes = 0
         self.dispatcher.reset(lambda: self._wait_ready(self.timeout_s))
         self.media.send_owners()
         for domain in sorted({COMMON_DOMAIN, *(sequence.domain for sequence in self._sequences)}):
@@ -268,6 +277,28 @@ class Device(Closing):
         """
         self.check_open()
         return self._admin.counters()
+
+    def statistics(self) -> Cost:
+        """What the drive has done and how long it worked, since it was opened or last `reset`; for all sequences.
+
+        To know what something took, subtract two of them.  Operations of flash and, on hardware, cycles are the drive's
+        counters, erases and bad-block scans included.  The golden device's cycles are modelled, of large loads from a
+        sample; there, commands that were not set off by the same doorbell come one after the other.  Bytes by kind are
+        those of the jobs that have completed.
+
+        Raises:
+            DeviceStatusError: the device reports an error.
+        """
+        with self.lock:
+            counters, written = self.counters(), self.media.written_bytes
+            keeps = isinstance(self.transport, KeepsRecords)
+            cycles = self.transport.modelled_cycles() if isinstance(self.transport, KeepsRecords) else None
+            if not keeps:
+                cycles = counters["CYCLES"] or None
+            counted = self._tally.counted
+            return replace(counted, written_bytes=written, link_bytes=counted.link_bytes + written,
+                           page_reads=counters["PAGE_READS"], page_programs=counters["PAGE_PROGRAMS"],
+                           block_erases=counters["BLOCK_ERASES"], cycles=cycles, modelled=keeps)
 
     # Domains.
 
@@ -624,16 +655,23 @@ class Device(Closing):
         except OverflowError:
             raise RequestError(f"a number of job {index} does not fit its field of the command: {job}") from None
         check_blocks(job)
-        result = job.rows * result_row_bytes(dim)
+        result, tables = job.rows * result_row_bytes(dim), list[NDArray[np.uint64]]()
+
+        def fill(line: bytearray, address: int) -> bytes:
+            tables.append(job.table.copy())
+            return fill_command(job, dim, line, address)
 
         def finish(completion: Completion, data: bytes) -> JobResult:
+            account = None
+            if (passage := made.future.passage) is not None and completion.status is Status.OK:
+                account = job_account(self.config, job, passage, tables[-1])
+                self._tally.count_jobs([account])
             if check and completion.status is not Status.OK:
                 raise job_failure(index, total, job, completion, self.media)
-            return unpack_result(data or bytes(result), job.rows, dim, completion)
+            return unpack_result(data or bytes(result), job.rows, dim, completion, account)
 
-        return self.dispatcher.command(ATTEND, line, finish, size,
-                                        lambda line, address: fill_command(job, dim, line, address),
-                                        (size - result, result))
+        made = self.dispatcher.command(ATTEND, line, finish, size, fill, (size - result, result))
+        return made
 
 
 def _version(version: int) -> str:

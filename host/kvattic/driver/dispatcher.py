@@ -13,6 +13,7 @@ from itertools import count
 from threading import RLock
 from typing import Any, Generic, TypeAlias, TypeVar
 
+from kvattic.driver.accounts import Passage
 from kvattic.driver.futures import Future, all_done
 from kvattic.driver.rings import QueuePair
 from kvattic.errors import (
@@ -36,6 +37,7 @@ from kvattic.spec.commands import (
 )
 from kvattic.spec.registers import MAX_ENTRIES, Control, StatusBit
 from kvattic.support import forks
+from kvattic.timing.record import KeepsRecords
 from kvattic.transport.base import Transport
 
 __all__ = ["ADMIN", "ATTEND", "FLASH", "Command", "Dispatcher", "Steps", "Task"]
@@ -70,6 +72,7 @@ class Command(Generic[T]):
         future: its answer.
         serial: number in the order of submission; the dispatcher's.
         block: first line of the block in the arena, None if it has none; the dispatcher's.
+        began: the last that was known of the device's counter CYCLES when it was submitted; the dispatcher's.
     """
 
     queue: int
@@ -81,6 +84,7 @@ class Command(Generic[T]):
     result: tuple[int, int] = (0, 0)
     serial: int = field(default=0, init=False)
     block: int | None = field(default=None, init=False)
+    began: int = field(default=0, init=False)
 
 
 class Task(Future[T]):
@@ -180,6 +184,8 @@ class Dispatcher:
         self._alarms = 0        # wake-ups since then
         self._broken: KvatticError | None = None
         self._arena = RangeAllocator(self._lines)
+        self._cycles, self._beats = 0, 0    # as the last completion said
+        self._records = transport if isinstance(transport, KeepsRecords) else None
         forks.watch(self)
 
     def forked_in_use(self) -> None:
@@ -217,6 +223,7 @@ class Dispatcher:
             at += 2 * entries
         self._arena = RangeAllocator(self._lines)
         self._threshold = 1
+        self._cycles, self._beats = 0, 0
         self._stale_status = False
         self._waited, self._alarms = 0.0, 0
         base, limit = self._base * LINE_BYTES, (self._base + self._lines) * LINE_BYTES
@@ -320,6 +327,7 @@ class Dispatcher:
             self._identifier = (self._identifier + 1) & 0xFFFF
         command.line[_IDENTIFIER] = self._identifier.to_bytes(2, "little")
         command.serial = self._serial = next(self._serials)
+        command.began = self._cycles
         self._in_flight[self._identifier] = command
         self._identifier = (self._identifier + 1) & 0xFFFF
         queue.push(bytes(command.line))
@@ -411,6 +419,7 @@ class Dispatcher:
 
     def _end(self, identifier: int, completion: Completion) -> None:
         command = self._in_flight.pop(identifier)
+        command.future.passage = self._passage(command, completion)
         offset, size = command.result
         data = b""
         if size and completion.status is Status.OK and command.block is not None:
@@ -423,6 +432,16 @@ class Dispatcher:
             command.future.set_result(command.finish(completion, data))
         except KvatticError as error:
             command.future.set_exception(error)
+
+    def _passage(self, command: Command[Any], completion: Completion) -> Passage:
+        """When a command was under way, as its completion says, or what the device noted."""
+        record, beats = None, 0
+        if self._records is not None:
+            record = self._records.take_record(command.queue, completion.identifier)
+        self._cycles = max(self._cycles, completion.cycle)
+        if command.queue == ATTEND:     # whose commands complete in order
+            beats, self._beats = completion.beats - self._beats, completion.beats
+        return Passage(self, command.began, completion.cycle, beats, record)
 
     # Afterwards.
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 from threading import Event, RLock
 from typing import Any, Generic, Protocol, TypeVar
 
+from kvattic.driver.accounts import Passage
 from kvattic.errors import DeviceTimeoutError, KvatticError, RequestError
 
 __all__ = ["Driver", "Future", "all_done", "wait"]
@@ -53,10 +54,14 @@ class Future(Generic[T]):
     asks one whether it is `done`, or calls `Device.poll`.
 
     All methods may be called from any thread.  `await future` works under asyncio.
+
+    Attributes:
+        passage: when its command was under way; None: it has none, or has not completed.  For this library.
     """
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
+        self.passage: Passage | None = None
         self._finished = False
         self._retrieved = False     # somebody has seen the error
         self._value: T | None = None

@@ -7,11 +7,12 @@ hands out device DRAM to writers, which wait here for each other's pages.
 from collections.abc import Generator, Iterable, Iterator
 from collections.abc import Sequence as Series
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
+from kvattic.driver.accounts import Passage
 from kvattic.driver.admin import Admin
 from kvattic.driver.diagnosis import PAGE_MASK, explain
 from kvattic.driver.dispatcher import ADMIN, FLASH, Dispatcher, Steps
@@ -71,6 +72,7 @@ class ProgramReport:
         dead: those of them whose die does not answer.
         die_error: the error for the first such die.
         error: another error, after which nothing should be programmed any more.
+        passages: when the commands were under way.
     """
 
     submitted: int
@@ -79,6 +81,7 @@ class ProgramReport:
     dead: set[int]
     die_error: DeviceStatusError | None = None
     error: BaseException | None = None
+    passages: list[Passage] = field(default_factory=list)
 
 
 class Media:
@@ -95,6 +98,7 @@ class Media:
         config: of the drive.
         allocator: zones of flash, and what is known of blocks.
         dram: pages of device DRAM.
+        written_bytes: bytes that the host put into device DRAM.
 
     Raises:
         RequestError: a bad block or the number of spare blocks does not exist in this geometry.
@@ -105,6 +109,7 @@ class Media:
         self.transport = transport
         self.dispatcher = dispatcher
         self.config: Config = transport.config
+        self.written_bytes = 0
         self._admin = admin
         self._spare_blocks, self._erase_on_free = spare_blocks, erase_on_free
         self._die_error: DeviceStatusError | None = None
@@ -143,6 +148,11 @@ class Media:
             raise
 
     # Device DRAM.
+
+    def write_dram(self, address: int, data: bytes) -> None:
+        """Put bytes of K, V or sketches into DRAM, and count them."""
+        self.written_bytes += len(data)
+        self.transport.write_dram(address, data)
 
     def _clear_dram(self, first: int, pages: int) -> None:
         """Overwrite pages that get another owner with zeros."""
@@ -260,7 +270,8 @@ class Media:
                 self.allocator.abandon(pages[i].channel, pages[i].page)
             return ProgramReport(0, 0, set(order), set(), error=refused)
         yield waiting
-        report = ProgramReport(len(waiting), 0, set(), set())
+        report = ProgramReport(len(waiting), 0, set(), set(), passages=[
+            future.passage for future in waiting if future.passage is not None])
         for i, future in zip(order, waiting, strict=True):
             self._note_program(report, i, pages[i], future)
         return report

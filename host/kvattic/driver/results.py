@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvattic.driver.accounts import JobAccount, attend_cost
 from kvattic.driver.jobs import Job
-from kvattic.errors import RangeError
+from kvattic.errors import RangeError, RequestError
 from kvattic.merge import Partial, merge
 from kvattic.spec.blocks import unpack_results
 from kvattic.spec.commands import Completion, CompletionFlag
 from kvattic.spec.elements import Integers
 from kvattic.spec.formats import SCORE_FRACTION, SCORE_MAX, VALUE_FRACTION
+from kvattic.timing.cost import Cost
 
 if TYPE_CHECKING:
     from kvattic.driver.sequence import Sequence
@@ -31,12 +33,14 @@ class JobResult:
         maximum: int64, (rows,), largest score, log2 domain, SCORE_FRACTION fractional bits.
         denominator: uint64, (rows,), sum of the weights, VALUE_FRACTION fractional bits.
         completion: the completion entry.
+        account: what it cost; None: not known.
     """
 
     bits: NDArray[np.uint32]
     maximum: Integers
     denominator: NDArray[np.uint64]
     completion: Completion
+    account: JobAccount | None = None
 
     @property
     def partial(self) -> Partial:
@@ -66,12 +70,28 @@ class AttendResult:
             off it where token ranges were merged, as the weights' rounding differs.
         completions: one for each job, in the order of the jobs: by KV head, then query rows, then
             token range.
+        accounts: likewise, what each job cost: what `cost` is made from.
     """
 
     output: NDArray[np.float32]
     maximum: Integers
     denominator: NDArray[np.uint64]
     completions: list[Completion]
+    accounts: tuple[JobAccount, ...] = ()
+
+    @property
+    def cost(self) -> Cost:
+        """What the drive did for this answer, and how long it took from its submission to its last completion.
+
+        Of jobs that were in flight together with others, the time counts from the first doorbell of all.  On the golden
+        device the time is modelled, when it is asked for; on hardware it is that of the completions.
+
+        Raises:
+            RequestError: no device has computed this result.
+        """
+        if not self.accounts:
+            raise RequestError("this result has no cost: no device has computed it")
+        return attend_cost(self.accounts)
 
     @property
     def bits(self) -> NDArray[np.uint32]:
@@ -131,7 +151,8 @@ class AttendPlan:
         Raises:
             RangeError: a score or a value was too large to be computed exactly.
         """
-        self.sequence.count_jobs(len(results))
+        accounts = tuple(result.account for result in results if result.account is not None)
+        self.sequence.count_jobs(len(results), accounts)
         for job, result in zip(self.jobs, results, strict=True):
             check_range(job, result.completion.flags)
         q_heads, n_queries, head_dim = self.shape
@@ -158,6 +179,7 @@ class AttendPlan:
             maximum=maximum.reshape(shape).swapaxes(1, 2).reshape(self.shape[:2]).copy(),
             denominator=denominator.reshape(shape).swapaxes(1, 2).reshape(self.shape[:2]).copy(),
             completions=[result.completion for result in results],
+            accounts=accounts,
         )
 
 
@@ -176,7 +198,8 @@ def check_range(job: Job, flags: CompletionFlag) -> None:
         raise RangeError(f"{name}: V is beyond the drive's range, about a million (2**20) in bf16; make it smaller")
 
 
-def unpack_result(data: bytes, rows: int, dim: int, completion: Completion) -> JobResult:
+def unpack_result(data: bytes, rows: int, dim: int, completion: Completion,
+                  account: JobAccount | None = None) -> JobResult:
     """A result block and its completion as arrays.
 
     Args:
@@ -184,6 +207,8 @@ def unpack_result(data: bytes, rows: int, dim: int, completion: Completion) -> J
         rows: query rows.
         dim: head_dim.
         completion: decoded.
+        account: what it cost.
     """
     found = unpack_results(data, rows, dim)
-    return JobResult(bits=found.output, maximum=found.maximum, denominator=found.denominator, completion=completion)
+    return JobResult(bits=found.output, maximum=found.maximum, denominator=found.denominator, completion=completion,
+                     account=account)

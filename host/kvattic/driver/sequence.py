@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kvattic.driver.accounts import JobAccount
 from kvattic.driver.futures import Future
 from kvattic.driver.jobs import Job
 from kvattic.driver.planning import AttendKeywords, AttendOptions, Planner, make_masks, select
@@ -20,6 +21,7 @@ from kvattic.spec.blocks import Masks
 from kvattic.spec.elements import Bits, as_array
 from kvattic.support.closing import Closing
 from kvattic.support.renamed import old_selection_keywords
+from kvattic.timing.cost import Cost
 from kvattic.transport.base import Progress
 
 if TYPE_CHECKING:
@@ -190,9 +192,21 @@ class Sequence(Closing):
         with self.device.lock:
             return dict(self._writer.counters)
 
-    def count_jobs(self, jobs: int) -> None:
-        """For `AttendPlan.finish`: add to the counter JOBS."""
+    def statistics(self) -> Cost:
+        """What the drive has done for this sequence so far: its attends and the programs of its pages.
+
+        To know what something took, subtract two of them.  Cycles are sums of the time that each attend and each write
+        took from its submission to its last completion, so that those which were under way together count each for
+        itself; see `AttendResult.cost`.  Zones are erased for all sequences together: see `Device.statistics`.
+        """
+        with self.device.lock:
+            return self._writer.tally.total()
+
+    def count_jobs(self, jobs: int, accounts: Series[JobAccount] = ()) -> None:
+        """For `AttendPlan.finish`: add to the counter JOBS and to the statistics."""
         self._writer.counters["JOBS"] += jobs
+        if accounts:
+            self._writer.tally.add_attend(accounts)
 
     def _check_layer(self, layer: int) -> None:
         if not isinstance(layer, int | np.integer) or not 0 <= layer < self.layers:

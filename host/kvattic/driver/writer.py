@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvattic.driver.accounts import Tally
 from kvattic.driver.dispatcher import Steps
 from kvattic.driver.futures import Future
 from kvattic.driver.media import Flush, Media, PageProgram
@@ -117,12 +118,14 @@ class TokenWriter:
         layers: one for each layer.
         held_tokens: newest tokens of each layer that stay in DRAM.
         counters: see `Sequence.counters`.
+        tally: see `Sequence.statistics`.
     """
 
     def __init__(self, media: Media, shape: SequenceShape, allocations: Series[Allocation]) -> None:
         self.shape = shape
         self.allocations = allocations
         self.counters = {"JOBS": 0, "TOKENS": 0, "PAGE_PROGRAMS": 0}
+        self.tally = Tally(shape.config)
         self.held_tokens = 0
         self._media = media
         self._background: list[Future[None]] = []     # appends whose error may have to be raised
@@ -309,7 +312,7 @@ class TokenWriter:
             padded[:, :, : tokens.shape[2]] = tokens
             yield from self._stage(layer, padded)
             return
-        write, size = self._media.transport.write_dram, self.shape.pages * config.page_bytes
+        write, size = self._write_dram, self.shape.pages * config.page_bytes
         base = state.staged[stripe] * config.page_bytes
         first = layout.token_offset(inside, config)
         last = layout.token_offset(inside + tokens.shape[2] - 1, config) + config.token_bytes
@@ -322,6 +325,10 @@ class TokenWriter:
                 padded[lead:] = tokens[head, kind]
                 data = layout.pack_pages(padded, config).ravel()[first - begin : last - begin]
                 write(base + (2 * head + kind) * size + first, data.tobytes())
+
+    def _write_dram(self, address: int, data: bytes) -> None:
+        self.tally.add_written(len(data))
+        self._media.write_dram(address, data)
 
     def _stage(self, layer: int, tokens: Bits) -> Steps[range]:
         """Put whole stripes into DRAM; their numbers."""
@@ -336,7 +343,7 @@ class TokenWriter:
         bases = [(yield from self._media.allocate_dram(images.shape[1], self.shape.domain))]
         bases += [self._media.dram.allocate(images.shape[1], self.shape.domain) for _ in stripes[1:]]
         for stripe, image, base in zip(stripes, images, bases, strict=True):
-            self._media.transport.write_dram(base * config.page_bytes, image.tobytes())
+            self._write_dram(base * config.page_bytes, image.tobytes())
             state.staged[stripe] = base
             key_pages = base + 2 * heads * self.shape.pages
             state.table[:, stripe] = layout.pack_entries(
@@ -376,7 +383,7 @@ class TokenWriter:
                 images = np.concatenate([
                     layout.pack_feature_pages(self._keys(layer, *item, stripes, tokens), self.shape.config)
                     for item in now])
-                self._media.transport.write_dram(base * self.shape.config.page_bytes, images.tobytes())
+                self._write_dram(base * self.shape.config.page_bytes, images.tobytes())
                 yield from self._program(layer, list(self._runs(layer, now, sources)))
             finally:
                 dram.free(base)
@@ -411,7 +418,7 @@ class TokenWriter:
                                               skip=self.shape.sinks - item[0] * self.shape.stripe_tokens)
                              for item in items]
                     images = layout.pack_pages(np.concatenate(means), config)
-                    self._media.transport.write_dram(source * config.page_bytes, images.tobytes())
+                    self._write_dram(source * config.page_bytes, images.tobytes())
                     single = len({head for _, head in items}) == len(items)
                     for i in range(0, len(items), in_run):
                         die = self.shape.die(layer, *items[i], Kind.SKETCH) if single else None
@@ -474,6 +481,7 @@ class TokenWriter:
             failed, dead = ({owners[page] for page in pages} for pages in (report.failed, report.dead))
             there = [i for i in range(len(runs)) if i not in failed]
             self.counters["PAGE_PROGRAMS"] += report.acknowledged
+            self.tally.add_programs(report.passages, report.acknowledged)
             media.allocator.account(report.submitted, sum(runs[i].pages for i in there))
             for i in there:
                 self._placed(layer, runs[i], places[i])

@@ -72,13 +72,14 @@ class GoldenDevice:
     from in turn, ATTENDs run and complete in order, flash commands of a channel begin in order, and admin commands run
     one after the other.
 
-    Its registers know no cycles: all counters of time, CYCLES among them, and the counter fields of the completions stay
-    0, for they are what hardware measures, and CODEWORD_TIMEOUT does not occur.  How long commands would have taken is
-    modelled (`kvattic.timing`) when somebody asks (`take_record`, `modelled_cycles`): those that one doorbell sets off,
-    or that with `shuffle` are under way without a pause, are in flight together, from an idle drive on.  What is moved is counted: BEATS, FLASH_WORDS, CODEWORDS, UNREADABLE and PAGE_READS
-    for the jobs' reads, as if nothing had to be read again, no page were read ahead or twice for a job, and a lane used
-    all of each codeword; these also by kind in `traffic`.  Likewise FLASH_WORDS and PAGE_PROGRAMS for PROGRAM,
-    BLOCK_ERASES for ERASE, PAGE_READS for PROBE, as if no die were dead.
+    Its registers know no cycles: all counters of time, CYCLES among them, and the counter fields of the completions
+    stay 0, for they are what hardware measures, and CODEWORD_TIMEOUT does not occur.  How long commands would have
+    taken is modelled (`kvattic.timing`) when somebody asks (`take_record`, `modelled_cycles`): those that one doorbell
+    sets off, or that with `shuffle` are under way without a pause, are in flight together, from an idle drive on.  What
+    is moved is counted: BEATS, FLASH_WORDS, CODEWORDS, UNREADABLE and PAGE_READS for the jobs' reads, as if nothing had
+    to be read again, no page were read ahead or twice for a job, and a lane used all of each codeword; these also by
+    kind in `traffic`.  Likewise FLASH_WORDS and PAGE_PROGRAMS for PROGRAM, BLOCK_ERASES for ERASE, PAGE_READS for
+    PROBE, as if no die were dead.
 
     A command is checked in this order, and the first mistake is reported: BUS_ERROR of its line, INVALID_OPCODE,
     NOT_PERMITTED (opcode), INVALID_FIELD; then

@@ -64,8 +64,8 @@ class _JobNote:
 class Batch:
     """Commands that were in flight together, from an idle drive on.
 
-    Of many jobs the first ones are modelled, and the others go on at the rate of the middle half of these, in proportion
-    to their codewords (`estimate`'s `in_all`).
+    Of many jobs the first ones are modelled, and the others go on at the rate of the middle half of these, in
+    proportion to their codewords (`estimate`'s `in_all`).
 
     Args:
         config: of the drive.
@@ -94,10 +94,10 @@ class Batch:
         """Add a job; its number."""
         self._weights.append(note.weight)
         kept = len(self._jobs)
-        if kept < LEAST_JOBS or (kept < SAMPLED_JOBS and self._reads < SAMPLED_READS):
-            if kept == len(self._weights) - 1:
-                self._jobs.append(note)
-                self._reads += len(note.reads)
+        wanted = kept < LEAST_JOBS or (kept < SAMPLED_JOBS and self._reads < SAMPLED_READS)
+        if wanted and kept == len(self._weights) - 1:   # the first ones, without a gap
+            self._jobs.append(note)
+            self._reads += len(note.reads)
         return len(self._weights) - 1
 
     def add_operation(self, operation: Operation) -> int:
@@ -250,7 +250,8 @@ class Recorder:
         """An ATTEND begins to read.
 
         Args:
-            mode, rows: of the command.
+            mode: of the command.
+            rows: likewise.
             tokens: of the job on each channel.
             unit_tokens: of a unit of selection.
         """

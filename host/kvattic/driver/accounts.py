@@ -1,0 +1,205 @@
+"""What commands cost: from completions of hardware, or from what a device without time has noted."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvattic.driver.jobs import Job, job_bytes
+from kvattic.spec import layout
+from kvattic.spec.commands import LINE_BYTES, Kind, Mode
+from kvattic.spec.config import ELEMENT_BYTES, Config
+from kvattic.timing.cost import KINDS, Cost, beside
+from kvattic.timing.record import Batch, CommandRecord, Counts, Sampler
+
+__all__ = ["JobAccount", "Passage", "Tally", "attend_cost", "cycles_of", "job_account"]
+
+
+class Passage(NamedTuple):
+    """When a command was under way.
+
+    Members:
+        device: whose clock it is.
+        began: the last that was known of the counter CYCLES when it was submitted; it stands while the drive is idle.
+        completed: CYCLES in the completion; 0: the device keeps no time of its own.
+        beats: an ATTEND: how much the counter BEATS grew since the one before it.
+        record: what a device without time has noted.
+    """
+
+    device: object
+    began: int
+    completed: int
+    beats: int
+    record: CommandRecord | None
+
+
+class JobAccount(NamedTuple):
+    """What a job cost.
+
+    Members:
+        config: of the drive.
+        passage: when it was under way.
+        counts: what it read.
+        rows: query rows.
+        link_bytes: command, blocks, result and completion.
+    """
+
+    config: Config
+    passage: Passage
+    counts: Counts
+    rows: int
+    link_bytes: int
+
+
+def job_account(config: Config, job: Job, passage: Passage, table: NDArray[np.uint64]) -> JobAccount:
+    """What a job cost.
+
+    Args:
+        config: of the drive.
+        job: that has completed.
+        passage: when.
+        table: its table as it was submitted.
+    """
+    link = job_bytes(job, config.head_dim) + 2 * LINE_BYTES
+    record = passage.record
+    counts = record.counts if record is not None else None
+    return JobAccount(config, passage, counts or _counts(config, job, passage.beats, table), job.rows, link)
+
+
+def _counts(config: Config, job: Job, beats: int, table: NDArray[np.uint64]) -> Counts:
+    """What a job read, from its table and the beats of its lanes: K and V of what it selected is the rest of them."""
+    flash, dram = [0] * len(Kind), [0] * len(Kind)
+    size = job.stripe_pages * config.tokens_per_page
+    tokens = np.full(len(table), size)
+    tokens[-1] = job.end_token - job.base_token - size * (len(table) - 1)
+    used = -(-tokens // config.tokens_per_codeword)
+    in_dram = layout.unpack_entries(table).dram == 1
+    in_tail = int(used[in_dram].sum())
+    dram[Kind.KEY] = dram[Kind.VALUE] = in_tail
+    if job.mode is Mode.DENSE:
+        flash[Kind.KEY] = flash[Kind.VALUE] = int(used[~in_dram].sum())
+        return Counts(tuple(flash), tuple(dram), 2 * int((-(-used[~in_dram] // config.codewords_per_page)).sum()))
+    whole = in_dram | (np.arange(len(table)) >= job.whole)
+    chosen = int((~whole).sum())
+    if job.mode is Mode.CENTROID:
+        flash[Kind.SKETCH] = chosen * max((config.group_codewords >> job.unit_bits) // config.tokens_per_codeword, 1)
+    else:
+        flash[Kind.FEATURE] = chosen * job.features
+        dram[Kind.SKETCH], flash[Kind.SKETCH] = in_tail, int(used[whole & ~in_dram].sum())
+    rest = beats // config.beats_per_codeword - sum(flash) - sum(dram)
+    flash[Kind.KEY] = flash[Kind.VALUE] = max(rest, 0) // 2
+    return Counts(tuple(flash), tuple(dram), None)
+
+
+def _counted(config: Config, accounts: Iterable[JobAccount]) -> Cost:
+    """Bytes and operations of jobs of one drive, without their time."""
+    flash, dram = [0] * len(Kind), [0] * len(Kind)
+    pages: int | None = 0
+    link = macs = 0
+    for account in accounts:
+        counts = account.counts
+        for kind in Kind:
+            flash[kind] += counts.flash[kind]
+            dram[kind] += counts.dram[kind]
+        pages = None if pages is None or counts.page_reads is None else pages + counts.page_reads
+        link += account.link_bytes
+        macs += account.rows * (sum(counts.flash) + sum(counts.dram)) * (config.codeword_bytes // ELEMENT_BYTES)
+    size = config.codeword_bytes
+    return Cost(config=config, flash_bytes={name: size * flash[kind] for kind, name in enumerate(KINDS)},
+                dram_bytes={name: size * dram[kind] for kind, name in enumerate(KINDS)}, link_bytes=link,
+                page_reads=pages, macs=macs)
+
+
+def cycles_of(passages: Sequence[Passage]) -> int | None:
+    """Cycles from the submission of commands of one drive to the last of their completions; None: not known.
+
+    A device without time ran them in batches, one after the other.
+    """
+    if not passages:
+        return 0
+    records = [passage.record for passage in passages]
+    if all(record is not None for record in records):
+        ends: dict[Batch, int] = {}
+        for record in records:
+            if record is not None:
+                ends[record.batch] = max(ends.get(record.batch, 0), record.completed)
+        return sum(ends.values())
+    if any(passage.completed == 0 for passage in passages):
+        return None
+    return max(passage.completed for passage in passages) - min(passage.began for passage in passages)
+
+
+def attend_cost(accounts: Sequence[JobAccount]) -> Cost:
+    """What the jobs of an answer cost together; those of several drives ran side by side.
+
+    Args:
+        accounts: of the jobs, at least one.
+    """
+    drives: dict[int, list[JobAccount]] = {}
+    for account in accounts:
+        drives.setdefault(id(account.passage.device), []).append(account)
+    return beside(
+        replace(_counted(mine[0].config, mine), cycles=cycles_of([account.passage for account in mine]),
+                modelled=mine[0].passage.record is not None)
+        for mine in drives.values())
+
+
+class Tally:
+    """Sums of what was done; times that are modelled are so when the sum is asked for.
+
+    Args:
+        config: of the drive.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._counted = Cost(config=config)
+        self._cycles: int | None = 0
+        self._samplers = (Sampler(), Sampler())
+        self._modelled = False
+
+    def add_attend(self, accounts: Sequence[JobAccount]) -> None:
+        """Add the jobs of an answer, and the time that it took."""
+        self.count_jobs(accounts)
+        weight = sum(sum(account.counts.flash) + sum(account.counts.dram) for account in accounts)
+        self._add_time([account.passage for account in accounts], weight, self._samplers[0])
+
+    def count_jobs(self, accounts: Sequence[JobAccount]) -> None:
+        """Add jobs without their time."""
+        self._counted += _counted(self._counted.config, accounts)
+
+    def add_programs(self, passages: Sequence[Passage], programmed: int) -> None:
+        """Add PROGRAMs that were under way together, and the time that they took.
+
+        Args:
+            passages: of the commands.
+            programmed: how many of them the drive carried out.
+        """
+        self._counted += Cost(config=self._counted.config, page_programs=programmed)
+        self._add_time(passages, len(passages), self._samplers[1])
+
+    def add_written(self, size: int) -> None:
+        """Add bytes that the host put into device DRAM."""
+        self._counted += Cost(config=self._counted.config, written_bytes=size, link_bytes=size)
+
+    def _add_time(self, passages: Sequence[Passage], weight: int, sampler: Sampler) -> None:
+        batches = {record.batch for passage in passages if (record := passage.record) is not None}
+        if batches:
+            self._modelled = True
+            sampler.add(weight, sum(batch.kept for batch in batches), lambda: cycles_of(passages) or 0)
+        elif self._cycles is not None:
+            cycles = cycles_of(passages)
+            self._cycles = None if cycles is None else self._cycles + cycles
+
+    @property
+    def counted(self) -> Cost:
+        """The sum without any time: its cycles are 0."""
+        return self._counted
+
+    def total(self) -> Cost:
+        """The sum so far."""
+        cycles = self._cycles
+        if cycles is not None:
+            cycles += sum(sampler.total() for sampler in self._samplers)
+        return replace(self._counted, cycles=cycles, modelled=self._modelled)
