@@ -44,6 +44,8 @@ class JobAccount(NamedTuple):
         counts: what it read.
         rows: query rows.
         link_bytes: command, blocks, result and completion.
+        unsplit: beats of K and V in flash, in equal parts, that `counts` does not have: of what a sparse job has
+            selected on hardware.  Lanes run ahead of completions, so that only the sum over jobs is exact.
     """
 
     config: Config
@@ -51,6 +53,7 @@ class JobAccount(NamedTuple):
     counts: Counts
     rows: int
     link_bytes: int
+    unsplit: int = 0
 
 
 def job_account(config: Config, job: Job, passage: Passage, table: NDArray[np.uint64]) -> JobAccount:
@@ -64,12 +67,16 @@ def job_account(config: Config, job: Job, passage: Passage, table: NDArray[np.ui
     """
     link = job_bytes(job, config.head_dim) + 2 * LINE_BYTES
     record = passage.record
-    counts = record.counts if record is not None else None
-    return JobAccount(config, passage, counts or _counts(config, job, passage.beats, table), job.rows, link)
+    if record is not None and record.counts is not None:
+        return JobAccount(config, passage, record.counts, job.rows, link)
+    counts = _counts(config, job, table)
+    # What a sparse job selected is the rest of the lanes' beats.
+    rest = passage.beats - (sum(counts.flash) + sum(counts.dram)) * config.beats_per_codeword
+    return JobAccount(config, passage, counts, job.rows, link, 0 if job.mode is Mode.DENSE else rest)
 
 
-def _counts(config: Config, job: Job, beats: int, table: NDArray[np.uint64]) -> Counts:
-    """What a job read, from its table and the beats of its lanes: K and V of what it selected is the rest of them."""
+def _counts(config: Config, job: Job, table: NDArray[np.uint64]) -> Counts:
+    """What a job read as far as its table says, which is all but the K and V that a sparse one selects."""
     flash, dram = [0] * len(Kind), [0] * len(Kind)
     size = job.stripe_pages * config.tokens_per_page
     tokens = np.full(len(table), size)
@@ -88,8 +95,6 @@ def _counts(config: Config, job: Job, beats: int, table: NDArray[np.uint64]) -> 
     else:
         flash[Kind.FEATURE] = chosen * job.features
         dram[Kind.SKETCH], flash[Kind.SKETCH] = in_tail, int(used[whole & ~in_dram].sum())
-    rest = beats // config.beats_per_codeword - sum(flash) - sum(dram)
-    flash[Kind.KEY] = flash[Kind.VALUE] = max(rest, 0) // 2
     return Counts(tuple(flash), tuple(dram), None)
 
 
@@ -97,7 +102,8 @@ def _counted(config: Config, accounts: Iterable[JobAccount]) -> Cost:
     """Bytes and operations of jobs of one drive, without their time."""
     flash, dram = [0] * len(Kind), [0] * len(Kind)
     pages: int | None = 0
-    link = macs = 0
+    link = macs = unsplit = 0
+    beat = config.codeword_bytes // config.beats_per_codeword
     for account in accounts:
         counts = account.counts
         for kind in Kind:
@@ -105,9 +111,14 @@ def _counted(config: Config, accounts: Iterable[JobAccount]) -> Cost:
             dram[kind] += counts.dram[kind]
         pages = None if pages is None or counts.page_reads is None else pages + counts.page_reads
         link += account.link_bytes
-        macs += account.rows * (sum(counts.flash) + sum(counts.dram)) * (config.codeword_bytes // ELEMENT_BYTES)
+        unsplit += account.unsplit
+        read = (sum(counts.flash) + sum(counts.dram)) * config.codeword_bytes + account.unsplit * beat
+        macs += account.rows * read // ELEMENT_BYTES
     size = config.codeword_bytes
-    return Cost(config=config, flash_bytes={name: size * flash[kind] for kind, name in enumerate(KINDS)},
+    flash_bytes = {name: size * flash[kind] for kind, name in enumerate(KINDS)}
+    for kind in (Kind.KEY, Kind.VALUE):
+        flash_bytes[KINDS[kind]] += beat * unsplit // 2
+    return Cost(config=config, flash_bytes=flash_bytes,
                 dram_bytes={name: size * dram[kind] for kind, name in enumerate(KINDS)}, link_bytes=link,
                 page_reads=pages, macs=macs)
 
