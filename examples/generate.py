@@ -17,3 +17,4 @@ prompt = torch.tensor([list(b"The attic of a house is where")])
 with kvattic.open("model", config_for(model)) as device, DriveCache(device, model.config) as cache:
     answer = model.generate(prompt, cache=cache, max_new_tokens=32, do_sample=False)
     print(answer.shape, "tokens in the drive:", cache.sequences[0].length())
+    print(cache.report())

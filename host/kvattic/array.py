@@ -15,6 +15,7 @@ from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kvattic.driver.accounts import PARTS
 from kvattic.driver.checks import check_positive
 from kvattic.driver.device import Device
 from kvattic.driver.futures import Future, wait
@@ -283,6 +284,11 @@ class ArraySequence(Closing):
     def statistics(self) -> Cost:
         """What the drives have done for this sequence so far; see `Sequence.statistics`, and `beside` for the time."""
         return beside(share.sequence.statistics() for share in self._shares.values())
+
+    def statistics_by_part(self) -> dict[str, Cost]:
+        """The same by part; see `Sequence.statistics_by_part`."""
+        each = [share.sequence.statistics_by_part() for share in self._shares.values()]
+        return {part: beside(parts[part] for parts in each) for part in PARTS}
 
     # Split by context: the drive of rank r of a layer has the stripes r, r + drives, r + 2 * drives, ...
 

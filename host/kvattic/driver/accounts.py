@@ -1,6 +1,6 @@
 """What commands cost: from completions of hardware, or from what a device without time has noted."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,10 +11,14 @@ from kvattic.driver.jobs import Job, job_bytes
 from kvattic.spec import layout
 from kvattic.spec.commands import LINE_BYTES, Kind, Mode
 from kvattic.spec.config import ELEMENT_BYTES, Config
+from kvattic.timing import Stripe, attend_job, estimate
 from kvattic.timing.cost import KINDS, Cost, beside
 from kvattic.timing.record import Batch, CommandRecord, Counts, Sampler
 
-__all__ = ["JobAccount", "Passage", "Tally", "attend_cost", "cycles_of", "job_account"]
+__all__ = ["PARTS", "DenseTally", "JobAccount", "Passage", "Tally", "attend_cost", "cycles_of", "job_account", "sum_of"]
+
+PARTS = ("prefill", "append", "attend")
+"""What is summed apart for a sequence: the first tokens of each layer, later ones, and attention."""
 
 
 class Passage(NamedTuple):
@@ -214,3 +218,74 @@ class Tally:
         if cycles is not None:
             cycles += sum(sampler.total() for sampler in self._samplers)
         return replace(self._counted, cycles=cycles, modelled=self._modelled)
+
+
+def sum_of(parts: Mapping[str, Cost]) -> Cost:
+    """The sum of the parts of a sequence's statistics."""
+    first, *others = parts.values()
+    return sum(others, first)
+
+
+class _DenseWork(NamedTuple):
+    """A dense job that might have been."""
+
+    account: JobAccount
+    stripes: list[Stripe]
+    pages: int
+
+
+class DenseTally:
+    """What attends of other modes would have cost as dense ones, over the same tokens where they lie; modelled.
+
+    Args:
+        config: of the drives.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._counted = Cost(config=config, modelled=True)
+        self._sampler = Sampler()
+
+    def add(self, jobs: Iterable[tuple[int, Job]]) -> None:
+        """Add jobs that are in flight together.
+
+        Args:
+            jobs: drive and job, as they are submitted; those over the same stripes share a pass.
+        """
+        shared: dict[tuple[int, int, int], list[Job]] = {}
+        for drive, job in jobs:
+            shared.setdefault((drive, job.table.__array_interface__["data"][0], job.base_token), []).append(job)
+        drives: dict[int, list[_DenseWork]] = {}
+        for (drive, _, _), each in shared.items():
+            longest = max(each, key=lambda job: job.end_token)
+            rows = min(sum(job.rows for job in each), self._config.rows)
+            drives.setdefault(drive, []).append(self._work(longest, rows))
+        accounts = [work.account for mine in drives.values() for work in mine]
+        self._counted += _counted(self._config, accounts)
+        weight = sum(sum(account.counts.flash) + sum(account.counts.dram) for account in accounts)
+        self._sampler.add(weight, weight // self._config.codewords_per_page, lambda: max(
+            (self._cycles(mine) for mine in drives.values()), default=0))
+
+    def _work(self, job: Job, rows: int) -> _DenseWork:
+        config, table = self._config, job.table.copy()
+        dense = replace(job, mode=Mode.DENSE)
+        account = JobAccount(config, Passage(None, 0, 0, 0, None), _counts(config, dense, table), rows,
+                             job_bytes(dense, config.head_dim) + 2 * LINE_BYTES)
+        entries = layout.unpack_entries(table)
+        size = job.stripe_pages * config.tokens_per_page
+        tokens = np.full(len(table), size)
+        tokens[-1] = job.end_token - job.base_token - size * (len(table) - 1)
+        columns = (entries.channel, entries.key_page, entries.value_page, tokens, entries.dram)
+        stripes = [Stripe(channel, key, value, count, bool(dram)) for channel, key, value, count, dram in
+                   zip(*(column.tolist() for column in columns), strict=True)]
+        return _DenseWork(account, stripes, job.stripe_pages)
+
+    def _cycles(self, mine: Sequence[_DenseWork]) -> int:
+        """Time of a drive."""
+        config = self._config
+        return estimate(config, [attend_job(config, work.stripes, rows=work.account.rows, stripe_pages=work.pages)
+                                 for work in mine]).cycles
+
+    def total(self) -> Cost:
+        """The sum so far."""
+        return replace(self._counted, cycles=self._sampler.total())

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvattic.driver.accounts import JobAccount
+from kvattic.driver.accounts import JobAccount, sum_of
 from kvattic.driver.futures import Future
 from kvattic.driver.jobs import Job
 from kvattic.driver.planning import AttendKeywords, AttendOptions, Planner, make_masks, select
@@ -200,13 +200,18 @@ class Sequence(Closing):
         itself; see `AttendResult.cost`.  Zones are erased for all sequences together: see `Device.statistics`.
         """
         with self.device.lock:
-            return self._writer.tally.total()
+            return sum_of(self.statistics_by_part())
+
+    def statistics_by_part(self) -> dict[str, Cost]:
+        """The same by `accounts.PARTS`: the first append of each layer (prefill), later ones (append), attend."""
+        with self.device.lock:
+            return {part: tally.total() for part, tally in self._writer.tallies.items()}
 
     def count_jobs(self, jobs: int, accounts: Series[JobAccount] = ()) -> None:
         """For `AttendPlan.finish`: add to the counter JOBS and to the statistics."""
         self._writer.counters["JOBS"] += jobs
         if accounts:
-            self._writer.tally.add_attend(accounts)
+            self._writer.tallies["attend"].add_attend(accounts)
 
     def _check_layer(self, layer: int) -> None:
         if not isinstance(layer, int | np.integer) or not 0 <= layer < self.layers:

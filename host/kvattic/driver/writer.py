@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvattic.driver.accounts import Tally
+from kvattic.driver.accounts import PARTS, Tally
 from kvattic.driver.dispatcher import Steps
 from kvattic.driver.futures import Future
 from kvattic.driver.media import Flush, Media, PageProgram
@@ -70,6 +70,7 @@ class Layer:
             (Kind.SKETCH); zero where it is not written.
         sums: of V, which the means that sparse modes blend in are made of; None: the sequence has no such modes.
         length: tokens.
+        first_tokens: those of the first append, which is a prefill.
         staged: stripe to its first page of device DRAM, for those that are not in flash yet.  There they lie head by
             head, K then V.
         placed: (stripe, head, kind) to the first page and codeword, for what is in flash of stripes that are staged.
@@ -80,6 +81,7 @@ class Layer:
     sketches: dict[Kind, NDArray[np.uint64]]
     sums: ValueSums | None
     length: int = 0
+    first_tokens: int = 0
     staged: dict[int, int] = field(default_factory=dict)
     placed: dict[tuple[int, int, Kind], tuple[int, int]] = field(default_factory=dict)
     appends: list["Append"] = field(default_factory=list)
@@ -118,14 +120,14 @@ class TokenWriter:
         layers: one for each layer.
         held_tokens: newest tokens of each layer that stay in DRAM.
         counters: see `Sequence.counters`.
-        tally: see `Sequence.statistics`.
+        tallies: sums of what was done, by `accounts.PARTS`.
     """
 
     def __init__(self, media: Media, shape: SequenceShape, allocations: Series[Allocation]) -> None:
         self.shape = shape
         self.allocations = allocations
         self.counters = {"JOBS": 0, "TOKENS": 0, "PAGE_PROGRAMS": 0}
-        self.tally = Tally(shape.config)
+        self.tallies = {part: Tally(shape.config) for part in PARTS}
         self.held_tokens = 0
         self._media = media
         self._background: list[Future[None]] = []     # appends whose error may have to be raised
@@ -144,6 +146,8 @@ class TokenWriter:
         state = self.layers[layer]
         append = Append(layer, tokens, ahead)
         before = state.appends[-1] if state.appends else None
+        if before is None and state.length == 0:
+            state.first_tokens = tokens.shape[2]
         state.appends.append(append)
         append.future = task = self._media.dispatcher.start(self._write(append, before))
         self._background = [future for future in self._background if not future.finished or future.error is not None]
@@ -310,9 +314,10 @@ class TokenWriter:
         if inside == 0:
             padded = np.zeros((self.shape.kv_heads, 2, self.shape.stripe_tokens, config.head_dim), np.uint16)
             padded[:, :, : tokens.shape[2]] = tokens
-            yield from self._stage(layer, padded)
+            yield from self._stage(layer, padded, tokens.shape[2])
             return
-        write, size = self._write_dram, self.shape.pages * config.page_bytes
+        end = state.length + tokens.shape[2]
+        size = self.shape.pages * config.page_bytes
         base = state.staged[stripe] * config.page_bytes
         first = layout.token_offset(inside, config)
         last = layout.token_offset(inside + tokens.shape[2] - 1, config) + config.token_bytes
@@ -324,16 +329,26 @@ class TokenWriter:
             for kind in (Kind.KEY, Kind.VALUE):
                 padded[lead:] = tokens[head, kind]
                 data = layout.pack_pages(padded, config).ravel()[first - begin : last - begin]
-                write(base + (2 * head + kind) * size + first, data.tobytes())
+                self._write_dram(layer, end, base + (2 * head + kind) * size + first, data.tobytes())
 
-    def _write_dram(self, address: int, data: bytes) -> None:
-        self.tally.add_written(len(data))
+    def _write_dram(self, layer: int, end: int, address: int, data: bytes) -> None:
+        """Put bytes into DRAM, of tokens before `end`."""
+        self._tally(layer, end).add_written(len(data))
         self._media.write_dram(address, data)
 
-    def _stage(self, layer: int, tokens: Bits) -> Steps[range]:
-        """Put whole stripes into DRAM; their numbers."""
+    def _tally(self, layer: int, end: int) -> Tally:
+        """Where what is done for tokens before `end` is summed: those of a prefill apart."""
+        return self.tallies["prefill" if end <= self.layers[layer].first_tokens else "append"]
+
+    def _end(self, stripe: int) -> int:
+        """The first token behind a stripe."""
+        return (stripe + 1) * self.shape.stripe_tokens
+
+    def _stage(self, layer: int, tokens: Bits, count: int | None = None) -> Steps[range]:
+        """Put whole stripes into DRAM, of which `count` tokens, or all, are there; their numbers."""
         config, state = self.shape.config, self.layers[layer]
         first = state.length // self.shape.stripe_tokens
+        end = state.length + (tokens.shape[2] if count is None else count)
         stripes = range(first, first + tokens.shape[2] // self.shape.stripe_tokens)
         shape = (self.shape.kv_heads, 2, len(stripes), self.shape.stripe_tokens, config.head_dim)
         by_stripe = np.ascontiguousarray(np.moveaxis(tokens.reshape(shape), 2, 0))
@@ -343,7 +358,7 @@ class TokenWriter:
         bases = [(yield from self._media.allocate_dram(images.shape[1], self.shape.domain))]
         bases += [self._media.dram.allocate(images.shape[1], self.shape.domain) for _ in stripes[1:]]
         for stripe, image, base in zip(stripes, images, bases, strict=True):
-            self._write_dram(base * config.page_bytes, image.tobytes())
+            self._write_dram(layer, end, base * config.page_bytes, image.tobytes())
             state.staged[stripe] = base
             key_pages = base + 2 * heads * self.shape.pages
             state.table[:, stripe] = layout.pack_entries(
@@ -383,7 +398,7 @@ class TokenWriter:
                 images = np.concatenate([
                     layout.pack_feature_pages(self._keys(layer, *item, stripes, tokens), self.shape.config)
                     for item in now])
-                self._write_dram(base * self.shape.config.page_bytes, images.tobytes())
+                self._write_dram(layer, self._end(now[0][0]), base * self.shape.config.page_bytes, images.tobytes())
                 yield from self._program(layer, list(self._runs(layer, now, sources)))
             finally:
                 dram.free(base)
@@ -418,7 +433,7 @@ class TokenWriter:
                                               skip=self.shape.sinks - item[0] * self.shape.stripe_tokens)
                              for item in items]
                     images = layout.pack_pages(np.concatenate(means), config)
-                    self._write_dram(source * config.page_bytes, images.tobytes())
+                    self._write_dram(layer, self._end(items[0][0]), source * config.page_bytes, images.tobytes())
                     single = len({head for _, head in items}) == len(items)
                     for i in range(0, len(items), in_run):
                         die = self.shape.die(layer, *items[i], Kind.SKETCH) if single else None
@@ -481,7 +496,7 @@ class TokenWriter:
             failed, dead = ({owners[page] for page in pages} for pages in (report.failed, report.dead))
             there = [i for i in range(len(runs)) if i not in failed]
             self.counters["PAGE_PROGRAMS"] += report.acknowledged
-            self.tally.add_programs(report.passages, report.acknowledged)
+            self._tally(layer, self._end(runs[0].holds[0][0])).add_programs(report.passages, report.acknowledged)
             media.allocator.account(report.submitted, sum(runs[i].pages for i in there))
             for i in there:
                 self._placed(layer, runs[i], places[i])
