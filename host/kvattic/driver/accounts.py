@@ -12,7 +12,7 @@ from kvattic.spec import layout
 from kvattic.spec.commands import LINE_BYTES, Kind, Mode
 from kvattic.spec.config import ELEMENT_BYTES, Config
 from kvattic.timing import Stripe, attend_job, estimate
-from kvattic.timing.cost import KINDS, Cost, beside
+from kvattic.timing.cost import KINDS, Cost
 from kvattic.timing.record import Batch, CommandRecord, Counts, Sampler
 
 __all__ = ["PARTS", "DenseTally", "JobAccount", "Passage", "Tally", "attend_cost", "cycles_of", "job_account", "sum_of"]
@@ -103,7 +103,7 @@ def _counts(config: Config, job: Job, table: NDArray[np.uint64]) -> Counts:
 
 
 def _counted(config: Config, accounts: Iterable[JobAccount]) -> Cost:
-    """Bytes and operations of jobs of one drive, without their time."""
+    """Bytes and operations of jobs, without their time."""
     flash, dram = [0] * len(Kind), [0] * len(Kind)
     pages: int | None = 0
     link = macs = unsplit = 0
@@ -128,22 +128,38 @@ def _counted(config: Config, accounts: Iterable[JobAccount]) -> Cost:
 
 
 def cycles_of(passages: Sequence[Passage]) -> int | None:
-    """Cycles from the submission of commands of one drive to the last of their completions; None: not known.
+    """Cycles from the submission of commands to the last of their completions; None: not known.
 
-    A device without time ran them in batches, one after the other.
+    Several drives work side by side: the longest time counts.  A device without time ran the commands in batches, one
+    after the other.
     """
-    if not passages:
-        return 0
-    records = [passage.record for passage in passages]
-    if all(record is not None for record in records):
-        ends: dict[Batch, int] = {}
-        for record in records:
-            if record is not None:
-                ends[record.batch] = max(ends.get(record.batch, 0), record.completed)
+    drives: dict[int, list[Passage]] = {}
+    for passage in passages:
+        drives.setdefault(id(passage.device), []).append(passage)
+    longest = 0
+    for mine in drives.values():
+        cycles = _drive_cycles(mine)
+        if cycles is None:
+            return None
+        longest = max(longest, cycles)
+    return longest
+
+
+def _drive_cycles(passages: Sequence[Passage]) -> int | None:
+    """The same of one drive."""
+    ends: dict[Batch, int] = {}
+    for passage in passages:
+        if (record := passage.record) is not None:
+            ends[record.batch] = max(ends.get(record.batch, 0), record.completed)
+    if ends:
         return sum(ends.values())
     if any(passage.completed == 0 for passage in passages):
         return None
     return max(passage.completed for passage in passages) - min(passage.began for passage in passages)
+
+
+def _drives_of(accounts: Iterable[JobAccount]) -> int:
+    return max(len({id(account.passage.device) for account in accounts}), 1)
 
 
 def attend_cost(accounts: Sequence[JobAccount]) -> Cost:
@@ -152,13 +168,9 @@ def attend_cost(accounts: Sequence[JobAccount]) -> Cost:
     Args:
         accounts: of the jobs, at least one.
     """
-    drives: dict[int, list[JobAccount]] = {}
-    for account in accounts:
-        drives.setdefault(id(account.passage.device), []).append(account)
-    return beside(
-        replace(_counted(mine[0].config, mine), cycles=cycles_of([account.passage for account in mine]),
-                modelled=mine[0].passage.record is not None)
-        for mine in drives.values())
+    return replace(_counted(accounts[0].config, accounts), drives=_drives_of(accounts),
+                   cycles=cycles_of([account.passage for account in accounts]),
+                   modelled=any(account.passage.record is not None for account in accounts))
 
 
 class Tally:
@@ -166,17 +178,18 @@ class Tally:
 
     Args:
         config: of the drive.
+        modelled: its device has no time of its own.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, modelled: bool = False) -> None:
         self._counted = Cost(config=config)
         self._cycles: int | None = 0
         self._samplers = (Sampler(), Sampler())
-        self._modelled = False
+        self._modelled = modelled
 
     def add_attend(self, accounts: Sequence[JobAccount]) -> None:
-        """Add the jobs of an answer, and the time that it took."""
-        self.count_jobs(accounts)
+        """Add jobs that were under way together, on one drive or several, and the time that they took."""
+        self._counted += replace(_counted(self._counted.config, accounts), drives=_drives_of(accounts))
         weight = sum(sum(account.counts.flash) + sum(account.counts.dram) for account in accounts)
         self._add_time([account.passage for account in accounts], weight, self._samplers[0])
 
@@ -261,7 +274,7 @@ class DenseTally:
             rows = min(sum(job.rows for job in each), self._config.rows)
             drives.setdefault(drive, []).append(self._work(longest, rows))
         accounts = [work.account for mine in drives.values() for work in mine]
-        self._counted += _counted(self._config, accounts)
+        self._counted += replace(_counted(self._config, accounts), drives=max(len(drives), 1))
         weight = sum(sum(account.counts.flash) + sum(account.counts.dram) for account in accounts)
         self._sampler.add(weight, weight // self._config.codewords_per_page, lambda: max(
             (self._cycles(mine) for mine in drives.values()), default=0))

@@ -346,6 +346,11 @@ class Dispatcher:
         return len(self._in_flight)
 
     @property
+    def models_time(self) -> bool:
+        """Whether the device has no time of its own, so that it is modelled from what it notes."""
+        return self._records is not None
+
+    @property
     def working(self) -> bool:
         """Whether any submitted command has not ended."""
         return bool(self._in_flight) or any(self._backlog)

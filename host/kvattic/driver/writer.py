@@ -127,7 +127,7 @@ class TokenWriter:
         self.shape = shape
         self.allocations = allocations
         self.counters = {"JOBS": 0, "TOKENS": 0, "PAGE_PROGRAMS": 0}
-        self.tallies = {part: Tally(shape.config) for part in PARTS}
+        self.tallies = {part: Tally(shape.config, modelled=media.dispatcher.models_time) for part in PARTS}
         self.held_tokens = 0
         self._media = media
         self._background: list[Future[None]] = []     # appends whose error may have to be raised

@@ -150,7 +150,7 @@ def test_writing_costs_programs_and_bytes():
 def test_statistics_of_nothing_are_zero():
     with kvattic.open("model", TINY) as device:
         sequence = device.create_sequence(2, capacity_tokens=100)
-        assert sequence.statistics() == Cost(config=TINY)
+        assert sequence.statistics() == Cost(config=TINY, modelled=True)
         assert sequence.statistics().joules == (0, 0, 0)
         sequence.prefill(*tokens_of(2, 64))
         device.reset()
@@ -220,6 +220,7 @@ def test_cycles_of_several_commands():
     assert cycles_of([]) == 0
     assert cycles_of([Passage(None, 100, 500, 0, None), Passage(None, 200, 700, 0, None)]) == 600
     assert cycles_of([Passage(None, 100, 500, 0, None), Passage(None, 0, 0, 0, None)]) is None
+    assert cycles_of([Passage("a", 100, 500, 0, None), Passage("b", 9000, 9300, 0, None)]) == 400
 
 
 def account(drive, began, completed):
