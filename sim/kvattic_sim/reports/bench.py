@@ -35,6 +35,7 @@ from kvattic_sim.reports.benches import (
     models,
     placement,
     sparse,
+    worth,
 )
 from kvattic_sim.reports.benches.engine import Bench, Lab, UnavailableError, WrongResultError
 from kvattic_sim.reports.console import make_console
@@ -127,6 +128,8 @@ BARS: dict[str, Bar | None] = {
     "house.sim.cpu_ratio": Bar("<=", (0.33,)),
     "house.test.cpu_ratio": Bar("<=", (0.45,)),
     "house.largest_body": Bar("<=", (120,), goal=True),
+    **dict.fromkeys(worth.ENERGY_KEYS),
+    **dict.fromkeys(worth.LATENCY_KEYS),
     "system.paper.median": Bar("<=", (0.05,)),
     "system.paper.max": Bar("<=", (0.15,)),
     "synth.engine.lut": Bar("<=", (25_000,), goal=True),
@@ -184,8 +187,10 @@ def benches() -> tuple[Bench, ...]:
         plot=Path("build") / "lm_quality.png", progress=lambda line: lab.progress(line, 0, None)))
     reality = Bench(keys=real.KEYS, measure=_real)
     evaluation = Bench(keys=paper.KEYS, measure=lambda lab: paper.measure())
+    joules = Bench(keys=worth.ENERGY_KEYS, measure=lambda lab: worth.energy())
+    waits = Bench(keys=worth.LATENCY_KEYS, measure=lambda lab: worth.latency())
     return (placing, *engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *causal.BENCHES, *sparse.BENCHES,
-            quality, reality, evaluation,
+            quality, reality, evaluation, joules, waits,
             *host.BENCHES, *house.BENCHES, *models.BENCHES,
             *(alone(prefix, function) for prefix, function in accuracy.BENCHES.items()))
 

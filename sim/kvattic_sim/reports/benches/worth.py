@@ -1,0 +1,105 @@
+"""What an answer of the drive is worth: energy of a token and latency of a job, OPT-13B; all of it modelled."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvattic.spec.commands import LINE_BYTES, Mode, query_row_bytes, result_row_bytes, table_bytes
+from kvattic.spec.config import ELEMENT_BYTES, PAPER, Config
+from kvattic.timing import Estimate, Job, Layer, estimate, seconds
+from kvattic.timing.energy import Range, Work, energy_of
+from kvattic.timing.life import programmed_bytes
+
+__all__ = ["ENERGY_KEYS", "LATENCY_KEYS", "energy", "latencies", "latency", "token_energy"]
+
+LAYERS, HEADS, TOKENS, BATCH = 40, 40, 2048, 64
+"""OPT-13B's, and the paper's batch."""
+SAMPLE = 80
+"""Jobs of a step that are modelled; the others go on at their rate."""
+UNIT = 64
+"""Tokens of a mean key."""
+FEATURES, SELECTED = 16, TOKENS // 16
+"""The paper's r, and tokens that a sparse mode attends."""
+IN_FLIGHT = 64
+MODES = {
+    "dense": Mode.DENSE, "sparf": Mode.SPARF, "fetched": Mode.FETCHED, "centroid": Mode.CENTROID}
+ENERGY_KEYS = tuple(f"energy.token_mj.{mode}{bound}" for mode in MODES for bound in ("", ".low", ".high"))
+LATENCY_KEYS = tuple(f"latency.p{share}_us.{count}{mode}" for mode in ("", ".sparf") for count in (1, IN_FLIGHT)
+                     for share in (50, 99))
+
+
+def _jobs(config: Config, heads: int, mode: Mode) -> list[Job]:
+    """The first jobs of a layer's step, of as many sequences as it takes; important tokens are anywhere."""
+    layer = Layer(config, heads, TOKENS, features=mode.blended, centroids=UNIT if mode is Mode.CENTROID else 0)
+    units = {Mode.SPARF: SELECTED, Mode.FETCHED: SELECTED // config.tokens_per_codeword,
+             Mode.CENTROID: SELECTED // UNIT}.get(mode, 0)
+    return list(layer.attend(mode=mode, features=FEATURES if mode.blended else 0, top_units=units))
+
+
+def _work(config: Config, found: Estimate, jobs: int, mode: Mode) -> Work:
+    """What jobs of the same kind do."""
+    stripes = -(-TOKENS // (config.group_tokens if mode is not Mode.DENSE else config.tokens_per_page))
+    blocks = config.rows * (query_row_bytes(config.head_dim) + result_row_bytes(config.head_dim))
+    codewords = sum(found.codewords.values())
+    return Work(page_reads=found.page_reads, bus_bytes=found.flash_bytes,
+                link_bytes=jobs * (blocks + table_bytes(mode, stripes, config.head_dim) + 2 * LINE_BYTES),
+                macs=config.rows * codewords * config.codeword_bytes // ELEMENT_BYTES, seconds=found.seconds)
+
+
+def token_energy(mode: Mode, config: Config = PAPER) -> Range:
+    """Joules of the drive for a token: its attention in all layers, and writing its K and V.
+
+    Args:
+        mode: of the attends.
+        config: of the drive.
+    """
+    jobs = HEADS * BATCH
+    found = estimate(config, _jobs(config, SAMPLE, mode), in_all=jobs)
+    attend = energy_of(config, _work(config, found, jobs, mode)).joules * (LAYERS / BATCH)
+    written = programmed_bytes(config, layers=LAYERS, kv_heads=HEADS, features=mode.blended,
+                               centroids=UNIT if mode is Mode.CENTROID else None)
+    # A thousand tokens, because one programs a part of a page.
+    pages = round(1000 * written / config.page_bytes)
+    writing = energy_of(config, Work(page_programs=pages, bus_bytes=pages * config.raw_page_bytes,
+                                     dram_bytes=2 * pages * config.page_bytes,
+                                     link_bytes=pages * config.page_bytes)).joules * 1e-3
+    return Range(*(a + b for a, b in zip(attend, writing, strict=True)))
+
+
+def energy() -> dict[str, float]:
+    """Millijoules of a token by mode, with their bounds."""
+    figures: dict[str, float] = {}
+    for name, mode in MODES.items():
+        low, typical, high = token_energy(mode) * 1e3
+        figures |= {f"energy.token_mj.{name}": typical, f"energy.token_mj.{name}.low": low,
+                    f"energy.token_mj.{name}.high": high}
+    return figures
+
+
+def latencies(jobs: Sequence[Job], in_flight: int, config: Config = PAPER) -> list[float]:
+    """Microseconds from a job's submission to its completion, while as many are in flight.
+
+    Args:
+        jobs: in order; more than are in flight.
+        in_flight: commands that the host keeps in the drive: the next one goes when one has completed.
+        config: of the drive.
+    """
+    if in_flight == 1:
+        cycles = [estimate(config, [job]).jobs[0].completed for job in jobs]
+    else:
+        # Completions come in order, and the drive never runs dry: its slots are fewer.
+        ends = [job.completed for job in estimate(config, jobs).jobs]
+        cycles = [end - before for before, end in zip(ends, ends[in_flight:], strict=False)]
+    return [1e6 * seconds(config, count) for count in cycles]
+
+
+def latency() -> dict[str, float]:
+    """Percentiles of the latency of a job, with one and many in flight, dense and SPARF."""
+    figures: dict[str, float] = {}
+    for suffix, mode in (("", Mode.DENSE), (".sparf", Mode.SPARF)):
+        jobs = _jobs(PAPER, 8 * HEADS, mode)
+        for count, some in ((1, jobs[:HEADS]), (IN_FLIGHT, jobs)):
+            found = latencies(some, count)
+            for share in (50, 99):
+                figures[f"latency.p{share}_us.{count}{suffix}"] = float(np.percentile(found, share))
+    return figures
