@@ -1,6 +1,7 @@
 """Energy: each figure has a source and a range, and the sum is made of all parts."""
 
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -57,3 +58,10 @@ def test_ranges_multiply_with_numbers_only():
     assert Range(1, 2, 3) * 2 == Range(2, 4, 6)
     with pytest.raises(TypeError):
         Range(1, 2, 3) * "2"
+
+
+def test_the_page_has_the_same_figures():
+    page = (Path(__file__).parents[3] / "docs" / "cost.md").read_text()
+    for name, (unit, values, source) in FIGURES.items():
+        numbers = " | ".join(f"{value:g}" for value in values)
+        assert f"| `{name}` | {unit} | {numbers} | {source} |" in page

@@ -28,9 +28,9 @@ def test_energy_counts_what_is_read():
 
 
 def test_latency_grows_with_what_is_in_flight():
-    jobs = list(Layer(PAPER, 24, 256).attend())
-    alone, many = worth.latencies(jobs[:3], 1), worth.latencies(jobs, 8)
-    assert len(alone) == 3 and len(many) == len(jobs) - 8
+    jobs = list(Layer(PAPER, 40, 512).attend())
+    alone, many = worth.latencies(jobs[:3], 1), worth.latencies(jobs, 24)
+    assert len(alone) == 3 and len(many) == len(jobs) - 24
     assert PAPER.part.t_r / 1000 < max(alone) < min(many)
 
 
