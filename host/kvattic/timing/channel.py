@@ -280,6 +280,7 @@ class Channel:
                         self.order.remove(die)
                         self.loaded[die] = 0
                         self._plan(die, True)
+                        self.drive.post(self.free[die], self.lane.number, 0)    # nothing else may wake the channel
                         return False
             break
         if self.loaded[die] & self.loaded[die] - 1:
