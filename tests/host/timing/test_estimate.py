@@ -260,3 +260,20 @@ def test_the_same_work_takes_the_same_time():
 def test_bad_input_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_die_that_gives_its_pages_up_is_not_forgotten():
+    """Two jobs of which the model once stood still: the last die to plan anew was not woken."""
+    config = replace(TINY, dies=8)
+    flash = (  # by job and kind, the pages of channels 0 and 1 in turn, the first of them of channel `job`
+        ((0, 0, 1, 1, 2, 20, 22, 38), (3, 2, 4, 3, 5, 28, 30, 30)),
+        ((4, 6, 5, 7, 6, 20, 22, 23), (7, 8, 8, 9, 9, 28, 14, 31)))
+    jobs = []
+    for number, kinds in enumerate(flash):
+        reads = []
+        for kind, pages in zip((Kind.KEY, Kind.VALUE), kinds, strict=True):
+            reads += [Read(kind, (i + number) % 2, page, range(4)) for i, page in enumerate(pages)]
+            reads += [Read(kind, (i + number) % 2, i, range(4), True) for i in range(3)]
+        jobs.append(job_of_reads(config, reads, [95, 80] if number == 0 else [80, 95], rows=1))
+    assert [job.completed for job in estimate(config, jobs).jobs] == sorted(
+        job.completed for job in estimate(config, jobs).jobs)
