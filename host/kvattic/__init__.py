@@ -34,6 +34,7 @@ from kvattic.spec.formats import Element
 from kvattic.spec.layout import Block
 from kvattic.support.renamed import keep_old_names
 from kvattic.targets import open
+from kvattic.timing.cost import Cost
 from kvattic.transport.base import Transport
 
 __version__ = "0.2.0"
@@ -54,6 +55,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "ConfigMismatchError",
+    "Cost",
     "Device",
     "DeviceLostError",
     "DeviceStatusError",

@@ -25,14 +25,14 @@ class Passage(NamedTuple):
     """When a command was under way.
 
     Members:
-        device: whose clock it is.
+        device: number of the device in this process, whose clock it is.
         began: the last that was known of the counter CYCLES when it was submitted; it stands while the drive is idle.
         completed: CYCLES in the completion; 0: the device keeps no time of its own.
         beats: an ATTEND: how much the counter BEATS grew since the one before it.
         record: what a device without time has noted.
     """
 
-    device: object
+    device: int
     began: int
     completed: int
     beats: int
@@ -135,7 +135,7 @@ def cycles_of(passages: Sequence[Passage]) -> int | None:
     """
     drives: dict[int, list[Passage]] = {}
     for passage in passages:
-        drives.setdefault(id(passage.device), []).append(passage)
+        drives.setdefault(passage.device, []).append(passage)
     longest = 0
     for mine in drives.values():
         cycles = _drive_cycles(mine)
@@ -159,7 +159,7 @@ def _drive_cycles(passages: Sequence[Passage]) -> int | None:
 
 
 def _drives_of(accounts: Iterable[JobAccount]) -> int:
-    return max(len({id(account.passage.device) for account in accounts}), 1)
+    return max(len({account.passage.device for account in accounts}), 1)
 
 
 def attend_cost(accounts: Sequence[JobAccount]) -> Cost:
@@ -282,7 +282,7 @@ class DenseTally:
     def _work(self, job: Job, rows: int) -> _DenseWork:
         config, table = self._config, job.table.copy()
         dense = replace(job, mode=Mode.DENSE)
-        account = JobAccount(config, Passage(None, 0, 0, 0, None), _counts(config, dense, table), rows,
+        account = JobAccount(config, Passage(0, 0, 0, 0, None), _counts(config, dense, table), rows,
                              job_bytes(dense, config.head_dim) + 2 * LINE_BYTES)
         entries = layout.unpack_entries(table)
         size = job.stripe_pages * config.tokens_per_page

@@ -47,6 +47,7 @@ T = TypeVar("T")
 ADMIN, ATTEND, FLASH = range(3)
 """The queues: 0 admin, 1 ATTEND and COUNTERS, 2 PROGRAM and ERASE."""
 ADMIN_ENTRIES = 256
+_NUMBERS = count()
 UNKNOWN = 0xFFFF
 """Identifier of a completion whose command could not be read."""
 FALSE_ALARMS = 16
@@ -185,6 +186,7 @@ class Dispatcher:
         self._broken: KvatticError | None = None
         self._arena = RangeAllocator(self._lines)
         self._cycles, self._beats = 0, 0    # as the last completion said
+        self._number = next(_NUMBERS)
         self._records = transport if isinstance(transport, KeepsRecords) else None
         forks.watch(self)
 
@@ -446,7 +448,7 @@ class Dispatcher:
         self._cycles = max(self._cycles, completion.cycle)
         if command.queue == ATTEND:     # whose commands complete in order
             beats, self._beats = completion.beats - self._beats, completion.beats
-        return Passage(self, command.began, completion.cycle, beats, record)
+        return Passage(self._number, command.began, completion.cycle, beats, record)
 
     # Afterwards.
 

@@ -1,5 +1,6 @@
 """What answers cost: on the golden device, on hardware (whose completions say it), and on several drives."""
 
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -112,6 +113,12 @@ def test_the_time_is_the_same_each_time():
     assert costs() == costs()
 
 
+def test_an_answer_and_its_cost_can_be_pickled():
+    with kvattic.open("model", TINY) as device:
+        result = filled(device).attend(query_of(device))
+    assert pickle.loads(pickle.dumps(result)).cost == result.cost
+
+
 def test_answers_of_one_doorbell_share_its_time():
     with kvattic.open("model", TINY) as device:
         sequences = [filled(device) for _ in range(3)]
@@ -218,9 +225,9 @@ def test_hardware_counts_cycles_and_pages_over_all(clocked):
 
 def test_cycles_of_several_commands():
     assert cycles_of([]) == 0
-    assert cycles_of([Passage(None, 100, 500, 0, None), Passage(None, 200, 700, 0, None)]) == 600
-    assert cycles_of([Passage(None, 100, 500, 0, None), Passage(None, 0, 0, 0, None)]) is None
-    assert cycles_of([Passage("a", 100, 500, 0, None), Passage("b", 9000, 9300, 0, None)]) == 400
+    assert cycles_of([Passage(0, 100, 500, 0, None), Passage(0, 200, 700, 0, None)]) == 600
+    assert cycles_of([Passage(0, 100, 500, 0, None), Passage(0, 0, 0, 0, None)]) is None
+    assert cycles_of([Passage(0, 100, 500, 0, None), Passage(1, 9000, 9300, 0, None)]) == 400
 
 
 def account(drive, began, completed):
@@ -229,7 +236,7 @@ def account(drive, began, completed):
 
 
 def test_drives_work_side_by_side():
-    cost = attend_cost([account("a", 0, 500), account("b", 0, 900), account("a", 0, 600)])
+    cost = attend_cost([account(0, 0, 500), account(1, 0, 900), account(0, 0, 600)])
     assert (cost.cycles, cost.drives, cost.page_reads, cost.link_bytes) == (900, 2, 12, 1920)
     assert cost.flash_bytes["key"] == 6 * TINY.codeword_bytes
     assert cost.macs == 3 * 2 * 4 * TINY.codeword_bytes // 2
@@ -242,9 +249,9 @@ def test_drives_work_side_by_side():
 
 def test_a_tally_without_time_has_none():
     tally = Tally(TINY)
-    tally.add_attend([account("a", 0, 500)])
+    tally.add_attend([account(0, 0, 500)])
     assert tally.total().cycles == 500
-    tally.add_attend([account("a", 0, 0)])
+    tally.add_attend([account(0, 0, 0)])
     assert tally.total().cycles is None
 
 
