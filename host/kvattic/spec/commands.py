@@ -295,7 +295,7 @@ class Command:
 
 
 @functools.cache
-def _places(command: type[Command]) -> tuple[tuple[str, slice], ...]:
+def _places(command: Any) -> tuple[tuple[str, slice], ...]:
     """Names and places of a command's fields."""
     return tuple((each.name, each.metadata["place"]) for each in fields(command))
 
