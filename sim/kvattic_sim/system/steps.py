@@ -142,8 +142,12 @@ def in_storage(model: Transformer, load: Load, machine: Machine, *, drives: int 
 
     Raises:
         CapacityError: K and V do not fit the drives; sparse, K twice.
+        RequestError: query heads share K and V, which the paper does not have.
     """
     _check_drives(drives)
+    if model.kv_heads != model.q_heads:
+        raise RequestError(f"the paper's drive has K and V for each query head; {model.name} has {model.kv_heads} KV heads "
+                           f"for {model.q_heads} query heads")
     drive = machine.drive
     size = load.kv_capacity(model) * (1.5 if sparse else 1.0) / drives
     _fits_flash(model, load, size, drive.capacity, drives)

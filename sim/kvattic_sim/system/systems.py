@@ -10,7 +10,7 @@ Everything is modelled.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from kvattic.errors import CapacityError, KvatticError, RequestError
+from kvattic.errors import KvatticError, RequestError
 from kvattic_sim.system import steps
 from kvattic_sim.system.drive import MODES, TimedDrive, mode_of
 from kvattic_sim.system.parameters import PAPER_MACHINE, Machine
@@ -175,7 +175,11 @@ class Study:
 
         Args:
             baselines: also all systems but this project's drive.
+
+        Raises:
+            CapacityError: the weights do not fit the GPUs.
         """
+        steps.gpu_seconds(self.model, 1, self.machine.gpu)
         drive = self.drive()
         for context in self.contexts:
             for batch in self.batches:
@@ -209,11 +213,7 @@ class Study:
                   mode=mode, drives=drives, batch=load.batch, context=load.prompt + load.new, new=load.new)
         try:
             step = work()
-        except CapacityError as error:
-            return replace(row, error=str(error))
         except KvatticError as error:
-            if system != KVATTIC:
-                raise
             return replace(row, error=str(error))
 
         def part(name: str) -> float:
