@@ -575,8 +575,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_system(system: argparse.ArgumentParser) -> None:
     """Options of `kvattic system`."""
     system.add_argument("--model", default="opt-13b", metavar="NAME",
-                        help="opt-13b, opt-30b, llama-2-13b, llama-3-8b, llama-3-70b-int4, or the path of a Hugging Face "
-                             "config.json (opt-13b)")
+                        help="opt-13b, opt-30b, llama-2-13b, llama-3-8b, llama-3-70b-int4, or the path of a Hugging "
+                             "Face config.json (opt-13b)")
     system.add_argument("--batch", default="64", metavar="N,...", help="sequences that are decoded together (64)")
     system.add_argument("--context", default="2048", metavar="N,...", help="tokens of each sequence at the end (2048)")
     system.add_argument("--new", type=int, default=1024, metavar="N", help="of these, generated (1024)")

@@ -1,7 +1,7 @@
 """Pictures in the shape of the paper's figures, with this project's drive among its systems; for `make paper`.
 
-The paper gives ratios, no axes, so its bars are not in them: its systems are drawn as the model has them.  Everything is
-modelled.
+The paper gives ratios, no axes, so its bars are not in them: its systems are drawn as the model has them.  Everything
+is modelled.
 """
 
 import importlib.util
@@ -91,8 +91,8 @@ def _plot_lines(path: Path, figure: Figure, rows: list[Row]) -> None:
     draw(picture, path)
 
 
-PARTS = (("kv_ms", "K and V", "tab:blue"), ("arithmetic_ms", "arithmetic", "tab:cyan"), ("append_ms", "writing", "tab:red"),
-         ("host_ms", "host", "tab:orange"), ("gpu_ms", "GPU", "0.5"))
+PARTS = (("kv_ms", "K and V", "tab:blue"), ("arithmetic_ms", "arithmetic", "tab:cyan"),
+         ("append_ms", "writing", "tab:red"), ("host_ms", "host", "tab:orange"), ("gpu_ms", "GPU", "0.5"))
 
 
 def _plot_parts(path: Path, figure: Figure, rows: list[Row]) -> None:

@@ -1,7 +1,7 @@
 """Whole systems beside each other, for `kvattic system`: what is asked, rows as CSV and JSON, a picture.
 
-`python -m kvattic_sim.reports.system` prints the table of docs/system.md that says where a drive is worth it; it takes a
-minute or two.  Everything is modelled.
+`python -m kvattic_sim.reports.system` prints two tables of docs/system.md: this drive in the paper's place, and where a
+drive is worth it; it takes some minutes.  Everything is modelled.
 """
 
 import argparse
@@ -19,17 +19,17 @@ from kvattic.support.files import write_whole
 from kvattic.support.terminal import run_command
 from kvattic_sim.system.drive import MODES
 from kvattic_sim.system.parameters import PAPER_MACHINE, gpu
-from kvattic_sim.system.systems import KVATTIC, Row, Study
-from kvattic_sim.system.transformer import load_model
+from kvattic_sim.system.systems import HOSTS, KVATTIC, Row, Study
+from kvattic_sim.system.transformer import OPT_13B, load_model
 from kvattic_sim.system.worth import EXACT, SPARSE, Worth, cases
 
-__all__ = ["AXES", "COLUMNS", "FIELDS", "cells", "draw", "lines", "main", "numbers", "plot", "save", "study",
-           "worth_page", "worth_row"]
+__all__ = ["AXES", "COLUMNS", "FIELDS", "cells", "draw", "drive_page", "lines", "main", "numbers", "plot", "save",
+           "study", "worth_page", "worth_row"]
 
 FIELDS = tuple(field.name for field in fields(Row))
 """Columns of CSV and keys of JSON."""
-COLUMNS = ("system", "drives", "batch", "context", "tokens/s", "with prefill", "step, ms", "KV", "GPU", "host", "prefill, s",
-           "flash, GB", "DRAM, GB", "")
+COLUMNS = ("system", "drives", "batch", "context", "tokens/s", "with prefill", "step, ms", "KV", "GPU", "host",
+           "prefill, s", "flash, GB", "DRAM, GB", "")
 """Heads of the table of `kvattic system`; flash and DRAM are those of a drive."""
 AXES = ("drives", "batch", "context")
 """What a picture can have on its x axis."""
@@ -69,7 +69,9 @@ def study(*, model: str, batch: str = "64", context: str = "2048", new: int = 10
 
     Args:
         model: a known model's name, or the path of a Hugging Face config.json.
-        batch, context, drives: numbers between commas.
+        batch: sequences, numbers between commas.
+        context: tokens of each at the end, likewise.
+        drives: how many, likewise.
         new: tokens of each context that are generated.
         mode: modes between commas.
         gpu_name: one of `kvattic_sim.system.parameters.GPUS`.
@@ -89,9 +91,9 @@ def study(*, model: str, batch: str = "64", context: str = "2048", new: int = 10
         raise RequestError(f"the host's DRAM must be a positive number of GB, not {dram_gb:g}")
     machine = replace(PAPER_MACHINE, gpu=replace(gpu(gpu_name), count=gpus),
                       host=replace(PAPER_MACHINE.host, memory=1e9 * dram_gb))
-    return Study(model=load_model(model), batches=numbers(batch, "batch"), contexts=numbers(context, "context"), new=new,
-                 drives=numbers(drives, "drives"), modes=tuple(dict.fromkeys(mode.split(","))), machine=machine,
-                 host=host, overlapped=overlapped, part=part, unit_tokens=unit_tokens)
+    return Study(model=load_model(model), batches=numbers(batch, "batch"), contexts=numbers(context, "context"),
+                 new=new, drives=numbers(drives, "drives"), modes=tuple(dict.fromkeys(mode.split(","))),
+                 machine=machine, host=host, overlapped=overlapped, part=part, unit_tokens=unit_tokens)
 
 
 def _short(value: float, digits: int = 3) -> str:
@@ -208,7 +210,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                            "contexts, or write CSV")
     height = 4.6 if x else 1.2 + 0.3 * len(good) / len(panels)
     figure = Figure(figsize=(4.6 * len(panels) + 2.4, height), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False, sharey=x is not None)[0], panels, strict=True):
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=x is not None)[0]
+    for axes, panel in zip(grid, panels, strict=True):
         here = [row for row in good if tuple(getattr(row, axis) for axis in rest) == panel]
         axes.set_title(", ".join(f"{axis} {value:,}" for axis, value in zip(rest, panel, strict=True)), fontsize=10)
         if x:
@@ -223,6 +226,21 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 
 # The page.
+
+
+def drive_page() -> str:
+    """The table of docs/system.md with this drive in the paper's place, in Markdown; takes seconds."""
+    batches, drives = (64, 256), (1, 4, 20)
+    tables: dict[str, list[str]] = {}
+    for host in HOSTS:
+        for row in Study(model=OPT_13B, batches=batches, drives=drives, host=host).rows(baselines=host == HOSTS[0]):
+            if row.system == KVATTIC:
+                tables.setdefault(f"{row.name}, host software: {host}", []).append(_short(row.tokens_per_second))
+            elif row.drives:
+                tables.setdefault(row.name, []).append(_short(row.tokens_per_second))
+    head = [f"batch {batch}: {n} drive{'s' * (n > 1)}" for batch in batches for n in drives]
+    return "\n".join([f"| | {' | '.join(head)} |", "| --- " * (len(head) + 1) + "|",
+                      *(f"| {name} | {' | '.join(found)} |" for name, found in tables.items())]) + "\n"
 
 
 def worth_row(found: Worth) -> str:
@@ -244,8 +262,9 @@ def worth_page() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table; see the module's docstring."""
+    """Print the tables; see the module's docstring."""
     argparse.ArgumentParser(prog="kvattic_sim.reports.system", description=__doc__).parse_args(arguments)
+    print(drive_page())
     print(worth_page(), end="")
 
 

@@ -9,7 +9,7 @@ Everything is modelled.  Docs: docs/system.md says how it is sampled and how acc
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +32,7 @@ SAMPLE_TOKENS, MOST_JOBS, FEWEST_JOBS = 1 << 18, 128, 16
 SHORT_STRIPES = 16
 """Jobs of fewer whole stripes are interpolated between the numbers next to them; longer ones are scaled from the
 nearest."""
-WRITTEN_HEADS = (32, 64)
+WRITTEN_HEADS = (64, 128)
 """Heads of the two prefills whose difference is the rate of writing."""
 WRITTEN_TOKENS = 2048
 
@@ -62,9 +62,9 @@ class _Sample(NamedTuple):
 class TimedDrive:
     """A drive as `kvattic.timing` models it; it remembers what it has modelled.
 
-    SPARF and FETCHED read an eighth of the features, and all sparse modes select at random, as nothing is known of what a
-    model's queries select: SPARF a sixteenth of the tokens, FETCHED a sixteenth of the codewords, CENTROID an eighth of
-    the units.  Clustered selections are faster.
+    SPARF and FETCHED read an eighth of the features, and all sparse modes select at random, as nothing is known of
+    what a model's queries select: SPARF a sixteenth of the tokens, FETCHED a sixteenth of the codewords, CENTROID an
+    eighth of the units.  Clustered selections are faster.
 
     Args:
         config: of the drive.
@@ -95,11 +95,11 @@ class TimedDrive:
         """
         group = model.q_heads // model.kv_heads
         base = PAPER if group == 1 else replace(GQA, rows=GQA.rows if group <= GQA.rows else MAX_ROWS)
-        fields = {"head_dim": model.head_dim, "part": nand_part(part)}
+        dies = nand_part(part)
         try:
-            config = replace(base, **fields)
+            config = replace(base, head_dim=model.head_dim, part=dies)
         except ConfigError:
-            config = replace(base, sparse=False, **fields)
+            config = replace(base, head_dim=model.head_dim, part=dies, sparse=False)
         while config.sparse and config.max_tokens < tokens:
             config = replace(config, score_depth=2 * config.score_depth)
         return cls(config, unit_tokens=max(unit_tokens, config.tokens_per_codeword))
@@ -171,7 +171,7 @@ class TimedDrive:
             parts = math.ceil(tokens / config.max_tokens)
             jobs, tokens = kv_heads * -(-group // config.rows) * parts, tokens / parts
         elif not config.sparse:
-            raise RequestError(f"mode {mode} needs a configuration with sparse modes, which head_dim {head_dim} has not")
+            raise RequestError(f"mode {mode} needs a configuration with sparse modes; head_dim {head_dim} has none")
         elif group > config.rows:
             raise RequestError(f"mode {mode} selects once for the {group} query heads of a KV head, this configuration "
                                f"has {config.rows} rows (Config.rows)")
@@ -254,7 +254,7 @@ def _jobs(config: Config, unit: int, mode: Mode, rows: int, stripes: int, tail: 
                          stripe_pages=pages)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sample(config: Config, unit: int, mode: Mode, rows: int, stripes: int, tail: int, count: int) -> _Sample:
     """What `count` jobs take, and how they go on."""
     found = estimate(config, _jobs(config, unit, mode, rows, stripes, tail, count))
@@ -265,7 +265,7 @@ def _sample(config: Config, unit: int, mode: Mode, rows: int, stripes: int, tail
     return _Sample(count, found.cycles, rate)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _page_cycles(config: Config, features: bool) -> float:
     """Cycles of writing a page, once a prefill is under way, with its share of the erase of a zone."""
     spans = []

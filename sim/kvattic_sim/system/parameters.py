@@ -45,7 +45,8 @@ class Gpu:
     flops: float = parameter(154.8e12, "FLOP/s", Kind.PUBLISHED, f"{_SHEET}: FP16 tensor cores, dense")
     flops_share: float = parameter(0.5, "", Kind.USUAL, "share of the peak that large matrix products reach")
     memory: float = parameter(48e9, "B", Kind.PUBLISHED, _SHEET)
-    link: float = parameter(25e9, "B/s", Kind.USUAL, "PCIe x16, what copies reach: 25 of 32 GB/s in 4.0, 50 of 64 in 5.0")
+    link: float = parameter(25e9, "B/s", Kind.USUAL, "PCIe x16, what copies reach: 25 of 32 GB/s (4.0), 50 of "
+                            "64 (5.0)")
     power: float = parameter(300.0, "W", Kind.PUBLISHED, _SHEET)
     count: int = parameter(1, "", Kind.PUBLISHED, "GPUs, layers split over them, one after the other")
 
@@ -73,14 +74,14 @@ class Host:
     memory: float = parameter(96e9, "B", Kind.PUBLISHED, "paper, section 6.1")
     memory_bandwidth: float = parameter(187.7e9, "B/s", Kind.PUBLISHED, "Xeon 5320: 8 channels of DDR4-2933")
     memory_share: float = parameter(0.75, "", Kind.USUAL, "share of the bandwidth that attention on CPU cores reaches")
-    gather_share: float = parameter(0.5, "", Kind.USUAL, "sparse attention on CPU cores, share of what its bytes allow: "
-                                    "SparQ's GPU kernels reach 0.47 to 0.65 (arXiv 2312.04985, table of kernels)")
+    gather_share: float = parameter(0.5, "", Kind.USUAL, "sparse attention on CPU cores, share of what its bytes "
+                                    "allow: SparQ's GPU kernels reach 0.47 to 0.65 (arXiv 2312.04985)")
     offload_rate: float = parameter(6.3e9, "B/s", Kind.FITTED, "DeepSpeed's path from DRAM, from +4.6 % (paper, figure "
                                     "14)")
     sequence_layer_s: float = parameter(270e-6, "s", Kind.FITTED, "host and framework for each sequence and layer, "
                                         "from the KV shares 80.7 and 76.4 % (paper, figure 18)")
-    command_s: float = parameter(1e-7, "s", Kind.PUBLISHED, "a command of a driver in user space: SPDK, over 10 million "
-                                 "I/O a second on one core (spdk.io, 2023-02-01)")
+    command_s: float = parameter(1e-7, "s", Kind.PUBLISHED, "a command of a driver in user space: SPDK, over 10 "
+                                 "million I/O a second on one core (spdk.io, 2023-02-01)")
     layer_s: float = parameter(20e-6, "s", Kind.USUAL, "from the GPU to the drives and back, each layer: launching a "
                                "PyTorch kernel takes about 20 us (NVIDIA Nsight Systems guide, V100)")
 
@@ -101,8 +102,8 @@ class StorageDrive:
 class Board:
     """What surrounds this project's drive; `kvattic.timing` has its speed (kvattic_sim.system.drive)."""
 
-    cell_capacity: float = parameter(2e12 / 3, "B", Kind.PUBLISHED, "for each bit of a cell: the dies of a 2 TB drive of "
-                                     "TLC (paper, section 6.1), a third of it with one bit a cell")
+    cell_capacity: float = parameter(2e12 / 3, "B", Kind.PUBLISHED, "for each bit of a cell: the dies of a 2 TB drive "
+                                     "of TLC (paper, section 6.1), a third of it with one bit a cell")
     link: float = parameter(7e9, "B/s", Kind.PUBLISHED, "PCIe 4.0 x4 (paper, section 6.1)")
 
 

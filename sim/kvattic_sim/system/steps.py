@@ -146,8 +146,8 @@ def in_storage(model: Transformer, load: Load, machine: Machine, *, drives: int 
     """
     _check_drives(drives)
     if model.kv_heads != model.q_heads:
-        raise RequestError(f"the paper's drive has K and V for each query head; {model.name} has {model.kv_heads} KV heads "
-                           f"for {model.q_heads} query heads")
+        raise RequestError(f"the paper's drive has K and V for each query head; {model.name} has {model.kv_heads} KV "
+                           f"heads for {model.q_heads} query heads")
     drive = machine.drive
     size = load.kv_capacity(model) * (1.5 if sparse else 1.0) / drives
     _fits_flash(model, load, size, drive.capacity, drives)
@@ -178,8 +178,8 @@ def kvattic_drive(model: Transformer, load: Load, machine: Machine, drive: Drive
                   host_s: float | None = None, overlapped: bool = False) -> Step:
     """This project's drives in the same place.
 
-    Tokens of a step go to flash in whole stripes; their share of that comes on top of each step, as nothing is known of how
-    reads and writes share the dies.
+    Tokens of a step go to flash in whole stripes; their share of that comes on top of each step, as nothing is known of
+    how reads and writes share the dies.
 
     Args:
         model: what is decoded with.
@@ -319,6 +319,6 @@ def _fits_dram(model: Transformer, load: Load, machine: Machine, copies: float =
 def _fits_flash(model: Transformer, load: Load, size: float, room: float, drives: int) -> None:
     """Check what the fullest drive has to hold."""
     if size > room:
-        raise CapacityError(f"K and V of {load.batch} sequences of {load.prompt + load.new} tokens of {model.name} take "
-                            f"{size / 1e9:.0f} GB of a drive, which has {room / 1e9:.0f} GB: with {drives} drive"
+        raise CapacityError(f"K and V of {load.batch} sequences of {load.prompt + load.new} tokens of {model.name} "
+                            f"take {size / 1e9:.0f} GB of a drive, which has {room / 1e9:.0f} GB: with {drives} drive"
                             f"{'s' * (drives > 1)}, take more of them, or a smaller batch")

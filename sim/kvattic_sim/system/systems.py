@@ -9,6 +9,7 @@ Everything is modelled.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from kvattic.errors import KvatticError, RequestError
 from kvattic_sim.system import steps
@@ -186,15 +187,15 @@ class Study:
                 load = load_of(batch, context, self.new)
                 if baselines:
                     for name, work in BASELINES.items():
-                        yield self._row(load, name, lambda work=work: work(self.model, load, self.machine))
+                        yield self._row(load, name, partial(work, self.model, load, self.machine))
                     for name, with_drives in WITH_DRIVES.items():
                         for drives in self.drives:
-                            yield self._row(load, name, lambda work=with_drives, drives=drives: work(
-                                self.model, load, self.machine, drives), drives=drives)
+                            yield self._row(load, name, partial(with_drives, self.model, load, self.machine, drives),
+                                            drives=drives)
                 for mode in self.modes:
                     for drives in self.drives:
-                        yield self._row(load, KVATTIC, lambda mode=mode, drives=drives: self.step(
-                            load, drive, mode, drives), mode=mode, drives=drives)
+                        yield self._row(load, KVATTIC, partial(self.step, load, drive, mode, drives), mode=mode,
+                                        drives=drives)
 
     def step(self, load: Load, drive: TimedDrive, mode: str, drives: int) -> Step:
         """A step of this project's drives.

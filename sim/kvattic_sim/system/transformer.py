@@ -67,8 +67,8 @@ class Transformer:
         """The geometry in a Hugging Face configuration.
 
         Args:
-            config: the contents of config.json, or a configuration of transformers (anything with `to_dict`); of a model
-                of text and pictures, its `text_config` counts.
+            config: the contents of config.json, or a configuration of transformers (anything with `to_dict`); of a
+                model of text and pictures, its `text_config` counts.
             name: for tables; its `_name_or_path` or `model_type` if None.
             changes: fields that the configuration does not say, such as `weight_bits`.
 
@@ -197,8 +197,8 @@ def _check_known(config: Mapping[str, Any]) -> None:
             raise RequestError(f"this model cannot be computed: {what} ({found[0]})")
     window = config.get("sliding_window")
     if window and config.get("use_sliding_window", True):
-        raise RequestError(f"this model cannot be computed: layers attend a window of {window} tokens (sliding_window); "
-                           "set it to null to let all layers attend everything")
+        raise RequestError(f"this model cannot be computed: layers attend a window of {window} tokens "
+                           "(sliding_window); set it to null to let all layers attend everything")
 
 
 def _weight_bits(config: Mapping[str, Any]) -> float:

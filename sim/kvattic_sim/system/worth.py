@@ -1,4 +1,4 @@
-"""Where a drive is worth it: the best that each kind of system does, model by model, context by context, batch by batch.
+"""Where a drive is worth it: the best that each kind of system does, by model, context and batch.
 
 Everything is modelled; docs/system.md has the table.
 """
@@ -24,7 +24,8 @@ BATCHES = (16, 64, 256)
 CASES: tuple[tuple[Transformer, tuple[int, ...]], ...] = (
     (OPT_13B, (2048,)), (LLAMA3_8B, (8192, 32768, 131072)), (LLAMA3_70B_INT4, (8192, 32768)))
 """Models and the contexts in which they are looked at."""
-EXACT = ("A6000 alone", "H100 alone", "1 TB DRAM, CPU", f"{FEW} SSDs, direct I/O", f"{FEW} drives", f"{MANY} drives")
+EXACT = ("A6000 alone", "H100 alone", "1 TB DRAM, CPU", f"{FEW} SSDs, direct I/O", f"{FEW} drives, dense",
+         f"{MANY} drives, dense")
 """What attends everything: the names of `Worth.exact`."""
 SPARSE = ("1 TB DRAM, SparQ", f"{FEW} drives", f"{MANY} drives")
 """What attends a part: the names of `Worth.sparse`."""
@@ -66,15 +67,16 @@ class Worth:
         return self._best(self.sparse)
 
 
-def _rate(*tries: Step | CapacityError) -> float | None:
-    return max((step.tokens_per_second for step in tries if isinstance(step, Step)), default=None)
+def _rate(*tries: Step | None) -> float | None:
+    return max((step.tokens_per_second for step in tries if step is not None), default=None)
 
 
-def _try(work: Callable[[Transformer, Load, Machine], Step], model: Transformer, load: Load, machine: Machine) -> Step | CapacityError:
+def _try(work: Callable[[Transformer, Load, Machine], Step], model: Transformer, load: Load,
+         machine: Machine) -> Step | None:
     try:
         return work(model, load, machine)
-    except CapacityError as error:
-        return error
+    except CapacityError:
+        return None
 
 
 def worth(study: Study, context: int, batch: int) -> Worth:
@@ -118,7 +120,7 @@ def worth(study: Study, context: int, batch: int) -> Worth:
 
 
 def cases() -> Iterator[Worth]:
-    """All of `CASES`; takes a minute or two."""
+    """All of `CASES`; takes some minutes."""
     for model, contexts in CASES:
         for context in contexts:
             study = Study(model=model, contexts=(context,), drives=(FEW, MANY))

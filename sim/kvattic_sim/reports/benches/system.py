@@ -1,8 +1,8 @@
 """What this project's drive gains in a whole system, modelled: over FlexGen, over direct I/O, over the paper's drive.
 
 OPT-13B, 1,024 tokens of prompt and as many generated.  Both sides of a ratio have the same software in front: against
-FlexGen and the paper's drive it is theirs, against direct I/O a driver in user space.  At batch 256 FlexGen stands with its
-best batch, 32, as in the paper: more than 64 prompts do not fit its GPU.
+FlexGen and the paper's drive it is theirs, against direct I/O a driver in user space.  At batch 256 FlexGen stands with
+its best batch, 32, as in the paper: more than 64 prompts do not fit its GPU.
 """
 
 from kvattic_sim.reports.benches.engine import Bench, Figures, Lab
