@@ -98,7 +98,11 @@ def _plot(path: Path, rows: Sequence[_Row]) -> None:
     axes.barh(places, [row.model / row.paper for row in rows], color=colors)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(list(places), [row.figure for row in rows])
-    axes.set_xlabel("model over paper (grey: a parameter was fitted to it; orange: a reason is given)")
+    axes.set_xlabel("model over paper")
+    axes.margins(y=0.01)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("The paper's figures, modelled (grey: a parameter was fitted to it; orange: a reason is given)",
+                    fontsize=10)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     write_whole(path, image.getvalue())

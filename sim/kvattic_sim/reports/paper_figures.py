@@ -87,7 +87,7 @@ def _plot_lines(path: Path, figure: Figure, rows: list[Row]) -> None:
     picture.suptitle(f"{rows[0].model}, {figure.title}, host software of the paper (its figure "
                      f"{figure.name.removeprefix('figure')}; all modelled)", fontsize=10)
     handles, labels = axes.get_legend_handles_labels()
-    picture.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
+    picture.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
     draw(picture, path)
 
 

@@ -216,12 +216,13 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axes.set_title(", ".join(f"{axis} {value:,}" for axis, value in zip(rest, panel, strict=True)), fontsize=10)
         if x:
             lines(axes, here, x)
+            axes.label_outer()
         else:
             _bars(axes, here)
     figure.suptitle(f"{good[0].model} on {good[0].gpu}, decoding, modelled", fontsize=11)
     if x:
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
+        figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
     draw(figure, path)
 
 
