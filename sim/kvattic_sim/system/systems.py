@@ -84,6 +84,7 @@ class Row:
         kv_ms, arithmetic_ms, append_ms, host_ms, gpu_ms: its parts.
         prefill_s: seconds of the prompts.
         flash_gb, dram_gb: what each drive must hold, in flash and in its own DRAM; 10^9 bytes.
+        kind: that all of this is modelled.
         error: why there is nothing, or empty.
     """
 
@@ -108,6 +109,7 @@ class Row:
     prefill_s: float = 0.0
     flash_gb: float = 0.0
     dram_gb: float = 0.0
+    kind: str = "modelled"
     error: str = ""
 
     @property

@@ -145,3 +145,21 @@ def test_a_window_that_is_not_used_is_none():
 def test_packed_weights_are_counted(packed, bits):
     assert Transformer.from_config({**LLAMA3_CONFIG, "quantization_config": packed}).weight_bits == bits
     assert Transformer.from_config({**LLAMA3_CONFIG, "quantization_config": packed}, weight_bits=6).weight_bits == 6
+
+
+@pytest.mark.parametrize(("name", "fields", "expected"), [
+    ("LlamaConfig", LLAMA3_CONFIG, LLAMA3_8B),
+    ("OPTConfig", {"num_hidden_layers": 40, "num_attention_heads": 40, "hidden_size": 5120, "ffn_dim": 20480,
+                   "vocab_size": 50272}, OPT_13B),
+])
+def test_configurations_of_transformers_are_understood(name, fields, expected):
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, name)(**{key: value for key, value in fields.items() if key != "model_type"})
+    assert Transformer.from_config(config, expected.name) == expected
+
+
+@pytest.mark.parametrize("name", ["GPT2Config", "Qwen2Config", "Qwen3Config", "GemmaConfig", "PhiConfig", "FalconConfig"])
+def test_other_configurations_of_transformers_make_a_transformer(name):
+    transformers = pytest.importorskip("transformers")
+    found = Transformer.from_config(getattr(transformers, name)())
+    assert found.weights > 0 and found.kv_bytes > 0
