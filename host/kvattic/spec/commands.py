@@ -10,6 +10,7 @@ a submission entry has an address or a number, NVMe has MPTR (bytes 16-23), PRP1
 which the device writes in one burst.  docs/queues.md lists the differences from NVMe.
 """
 
+import functools
 import struct
 from dataclasses import dataclass, field, fields
 from enum import IntEnum, IntFlag
@@ -290,7 +291,13 @@ class Command:
         Args:
             line: LINE_BYTES long.
         """
-        return cls(**{each.name: int.from_bytes(line[each.metadata["place"]], "little") for each in fields(cls)})
+        return cls(**{name: int.from_bytes(line[place], "little") for name, place in _places(cls)})
+
+
+@functools.cache
+def _places(command: type[Command]) -> tuple[tuple[str, slice], ...]:
+    """Names and places of a command's fields."""
+    return tuple((each.name, each.metadata["place"]) for each in fields(command))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
