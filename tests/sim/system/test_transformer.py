@@ -158,7 +158,8 @@ def test_configurations_of_transformers_are_understood(name, fields, expected):
     assert Transformer.from_config(config, expected.name) == expected
 
 
-@pytest.mark.parametrize("name", ["GPT2Config", "Qwen2Config", "Qwen3Config", "GemmaConfig", "PhiConfig", "FalconConfig"])
+@pytest.mark.parametrize("name", ["GPT2Config", "Qwen2Config", "Qwen3Config", "GemmaConfig", "PhiConfig",
+                                  "FalconConfig"])
 def test_other_configurations_of_transformers_make_a_transformer(name):
     transformers = pytest.importorskip("transformers")
     found = Transformer.from_config(getattr(transformers, name)())
