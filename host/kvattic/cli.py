@@ -1,7 +1,7 @@
 """The command line, `kvattic`: see docs/cli.md.
 
-`info` and `selftest` need NumPy alone; the other commands import what they need when they run, and say which extra of
-the package is missing.  `kvattic.support.terminal` has the exit codes.
+`info`, `selftest` and `system` need NumPy alone; the other commands import what they need when they run, and say which
+extra of the package is missing.  `kvattic.support.terminal` has the exit codes.
 """
 
 import argparse

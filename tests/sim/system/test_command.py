@@ -2,6 +2,7 @@
 
 import csv
 import json
+import subprocess
 import sys
 
 import pytest
@@ -9,7 +10,6 @@ import pytest
 from kvattic import cli
 
 pytest.importorskip("kvattic_sim.reports.system")
-pytest.importorskip("rich")
 
 SMALL = ("system", "--batch", "2", "--context", "512", "--new", "256", "--drives", "1,2", "--mode", "dense")
 """OPT-13B with little to model."""
@@ -92,3 +92,11 @@ def test_what_makes_no_sense_is_two(capsys, arguments, message):
     code, out, err = call(capsys, *SMALL[:1], *arguments)
     assert (code, out) == (2, "")
     assert message in err
+
+
+def test_it_needs_numpy_alone():
+    program = ("import sys, kvattic_sim.reports.system\n"
+               "tops = {name.partition('.')[0] for name in sys.modules}\n"
+               "print(sorted(tops & {'rich', 'cocotb', 'matplotlib', 'amaranth', 'torch', 'transformers'}))")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
