@@ -35,6 +35,7 @@ from kvattic_sim.reports.benches import (
     models,
     placement,
     sparse,
+    system,
 )
 from kvattic_sim.reports.benches.engine import Bench, Lab, UnavailableError, WrongResultError
 from kvattic_sim.reports.console import make_console
@@ -78,7 +79,7 @@ DATA_SETS = ("minilm", "fa3_2k", "fa3_32k")
 
 BARS: dict[str, Bar | None] = {
     **{key: None for bench in (*engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *sparse.BENCHES, *host.BENCHES,
-                                       *models.BENCHES)
+                                       *models.BENCHES, *system.BENCHES)
        for key in bench.keys},
     **dict.fromkeys(placement.KEYS),
     "engine.dense.utilization.paper": Bar(">=", (0.97,)),
@@ -185,7 +186,7 @@ def benches() -> tuple[Bench, ...]:
     reality = Bench(keys=real.KEYS, measure=_real)
     evaluation = Bench(keys=paper.KEYS, measure=lambda lab: paper.measure())
     return (placing, *engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *causal.BENCHES, *sparse.BENCHES,
-            quality, reality, evaluation,
+            quality, reality, evaluation, *system.BENCHES,
             *host.BENCHES, *house.BENCHES, *models.BENCHES,
             *(alone(prefix, function) for prefix, function in accuracy.BENCHES.items()))
 
