@@ -1,4 +1,7 @@
-"""What answers cost on the RTL, beside what the golden device says of the same ones."""
+"""What answers cost on the RTL, beside what the golden device says of the same ones.
+
+``python -m tests.cosim.test_cost`` prints the cycles of both.
+"""
 
 import pytest
 from tests.host.driver.test_cost import MODES, SPARSE, filled, query_of
@@ -38,3 +41,14 @@ def test_the_rtl_moves_the_bytes_that_the_golden_device_says():
         assert cost.cycles == pytest.approx(expected.cycles, rel=0.25)
     assert total.flash_bytes == golden_total.flash_bytes
     assert total.cycles == sum(cost.cycles for cost, _ in found)
+
+
+def main():
+    for target in ("sim:verilator", "model"):
+        written, found, _ = costs(target)
+        modes = {options.get("mode", "dense"): cost.cycles for options, (cost, _) in zip(MODES, found, strict=True)}
+        print(target, {"writing": written.cycles} | modes)
+
+
+if __name__ == "__main__":
+    main()

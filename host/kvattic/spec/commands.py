@@ -14,7 +14,7 @@ import functools
 import struct
 from dataclasses import dataclass, field, fields
 from enum import IntEnum, IntFlag
-from typing import Any, Self
+from typing import Any, Self, cast
 
 LINE_BYTES = 64
 """Unit of the device's AXI4 bursts, and alignment of every address in a command."""
@@ -291,7 +291,8 @@ class Command:
         Args:
             line: LINE_BYTES long.
         """
-        return cls(**{name: int.from_bytes(line[place], "little") for name, place in _places(cls)})
+        places = _places(cast("Any", cls))   # mypy holds the class for unhashable
+        return cls(**{name: int.from_bytes(line[place], "little") for name, place in places})
 
 
 @functools.cache

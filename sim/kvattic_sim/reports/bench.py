@@ -35,6 +35,7 @@ from kvattic_sim.reports.benches import (
     models,
     placement,
     sparse,
+    system,
     worth,
 )
 from kvattic_sim.reports.benches.engine import Bench, Lab, UnavailableError, WrongResultError
@@ -79,7 +80,7 @@ DATA_SETS = ("minilm", "fa3_2k", "fa3_32k")
 
 BARS: dict[str, Bar | None] = {
     **{key: None for bench in (*engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *sparse.BENCHES, *host.BENCHES,
-                                       *models.BENCHES)
+                                       *models.BENCHES, *system.BENCHES, *worth.BENCHES)
        for key in bench.keys},
     **dict.fromkeys(placement.KEYS),
     "engine.dense.utilization.paper": Bar(">=", (0.97,)),
@@ -107,6 +108,7 @@ BARS: dict[str, Bar | None] = {
     "sparse.fetched.error_ratio.minilm": Bar("<=", (0.85,)),
     "sparse.sparq_equal": Bar("<=", (1e-12,)),
     "host.commands_per_second_ratio": Bar("<=", (0.02,)),
+    **dict.fromkeys(worth.NOTES_KEYS, Bar("<=", (1.2,))),
     "host.spec.cycles_ratio": Bar("<=", (0.15,)),
     "host.generate.match": Bar(">=", (1.0,)),
     "host.multi.scaling": Bar(">=", (3.8,)),
@@ -128,8 +130,6 @@ BARS: dict[str, Bar | None] = {
     "house.sim.cpu_ratio": Bar("<=", (0.33,)),
     "house.test.cpu_ratio": Bar("<=", (0.45,)),
     "house.largest_body": Bar("<=", (120,), goal=True),
-    **dict.fromkeys(worth.ENERGY_KEYS),
-    **dict.fromkeys(worth.LATENCY_KEYS),
     "system.paper.median": Bar("<=", (0.05,)),
     "system.paper.max": Bar("<=", (0.15,)),
     "synth.engine.lut": Bar("<=", (25_000,), goal=True),
@@ -187,10 +187,8 @@ def benches() -> tuple[Bench, ...]:
         plot=Path("build") / "lm_quality.png", progress=lambda line: lab.progress(line, 0, None)))
     reality = Bench(keys=real.KEYS, measure=_real)
     evaluation = Bench(keys=paper.KEYS, measure=lambda lab: paper.measure())
-    joules = Bench(keys=worth.ENERGY_KEYS, measure=lambda lab: worth.energy())
-    waits = Bench(keys=worth.LATENCY_KEYS, measure=lambda lab: worth.latency())
     return (placing, *engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *causal.BENCHES, *sparse.BENCHES,
-            quality, reality, evaluation, joules, waits,
+            quality, reality, evaluation, *system.BENCHES, *worth.BENCHES,
             *host.BENCHES, *house.BENCHES, *models.BENCHES,
             *(alone(prefix, function) for prefix, function in accuracy.BENCHES.items()))
 

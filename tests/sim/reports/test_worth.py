@@ -40,3 +40,10 @@ def test_keys_of_latency(monkeypatch):
     found = worth.latency()
     assert tuple(found) == worth.LATENCY_KEYS and set(found) <= set(BARS)
     assert found["latency.p99_us.64.sparf"] == pytest.approx(64)
+
+
+def test_notes_are_measured(monkeypatch):
+    monkeypatch.setattr(worth, "ROUNDS", 2)
+    found = worth.notes()
+    assert tuple(found) == worth.NOTES_KEYS and set(found) <= set(BARS)
+    assert all(0.3 < ratio < 3 for ratio in found.values())

@@ -1,16 +1,24 @@
-"""What an answer of the drive is worth: energy of a token and latency of a job, OPT-13B; all of it modelled."""
+"""What an answer is worth: energy of a token and latency of a job, OPT-13B, both modelled; and what it costs to know.
 
+The golden device notes what each job reads; how much slower that makes its attends is measured.
+"""
+
+import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+import kvattic
 from kvattic.spec.commands import LINE_BYTES, Mode, query_row_bytes, result_row_bytes, table_bytes
 from kvattic.spec.config import ELEMENT_BYTES, PAPER, Config
 from kvattic.timing import Estimate, Job, Layer, estimate, seconds
 from kvattic.timing.energy import Range, Work, energy_of
 from kvattic.timing.life import programmed_bytes
+from kvattic_sim.reports.benches.engine import Bench
 
-__all__ = ["ENERGY_KEYS", "LATENCY_KEYS", "energy", "latencies", "latency", "token_energy"]
+__all__ = ["BENCHES", "ENERGY_KEYS", "LATENCY_KEYS", "NOTES_KEYS", "energy", "latencies", "latency", "notes",
+           "token_energy"]
 
 LAYERS, HEADS, TOKENS, BATCH = 40, 40, 2048, 64
 """OPT-13B's, and the paper's batch."""
@@ -26,6 +34,9 @@ MODES = {
 ENERGY_KEYS = tuple(f"energy.token_mj.{mode}{bound}" for mode in MODES for bound in ("", ".low", ".high"))
 LATENCY_KEYS = tuple(f"latency.p{share}_us.{count}{mode}" for mode in ("", ".sparf") for count in (1, IN_FLIGHT)
                      for share in (50, 99))
+NOTES: dict[str, dict[str, Any]] = {"dense": {}, "sparf": {"mode": "sparf", "features": FEATURES, "top_units": 64}}
+NOTES_KEYS = tuple(f"host.notes_ratio.{mode}" for mode in NOTES)
+NOTES_HEADS, NOTES_TOKENS, ROUNDS = 4, 1024, 30
 
 
 def _jobs(config: Config, heads: int, mode: Mode) -> list[Job]:
@@ -103,3 +114,32 @@ def latency() -> dict[str, float]:
             for share in (50, 99):
                 figures[f"latency.p{share}_us.{count}{suffix}"] = float(np.percentile(found, share))
     return figures
+
+
+def notes() -> dict[str, float]:
+    """Processor time of the golden device's attend with its notes over that without; the fastest of each."""
+    rng = np.random.default_rng(0)
+    key = rng.standard_normal((NOTES_HEADS, NOTES_TOKENS, PAPER.head_dim)).astype(np.float16)
+    query = key[:, :1]
+    figures: dict[str, float] = {}
+    with kvattic.open("model", PAPER) as noting, kvattic.open("model", PAPER, timed=False) as plain:
+        sequences = [device.create_sequence(NOTES_HEADS, capacity_tokens=NOTES_TOKENS, sparse=True)
+                     for device in (noting, plain)]
+        for sequence in sequences:
+            sequence.prefill(key, key)
+        for mode, options in NOTES.items():
+            fastest = [float("inf")] * 2
+            for _ in range(ROUNDS):
+                for which, sequence in enumerate(sequences):
+                    begin = time.process_time()
+                    sequence.attend(query, **options)
+                    fastest[which] = min(fastest[which], time.process_time() - begin)
+            figures[f"host.notes_ratio.{mode}"] = fastest[0] / fastest[1]
+    return figures
+
+
+BENCHES = (
+    Bench(keys=NOTES_KEYS, measure=lambda lab: notes()),
+    Bench(keys=ENERGY_KEYS, measure=lambda lab: energy()),
+    Bench(keys=LATENCY_KEYS, measure=lambda lab: latency()),
+)
