@@ -68,7 +68,7 @@ FIGURES: Mapping[str, Figure] = {
         f"High: {_FPGA}"),
     "link": Figure(
         "pJ a bit between host and drive", Range(2.0, 5.0, 12.0),
-        "assumed: serial links of 8 to 32 Gb/s are published at 2 to 12; no figure of a whole PCIe port found"),
+        "assumed: no published figure of a PCIe port found; it is below 1 percent of an answer's sum"),
     "static": Figure(
         "W of controller, DRAM and idle dies while the drive works", Range(0.28, 1.0, 3.18),
         "0.28: a Samsung 850 Pro awake and idle (measured by Tom's Hardware). 3.18: maximum of a Samsung 980 PRO's "
