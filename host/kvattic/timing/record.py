@@ -4,7 +4,8 @@ The golden device notes what each command reads and writes.  Nothing is modelled
 noting costs little; what was modelled once is kept.
 """
 
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -44,7 +45,7 @@ class Counts(NamedTuple):
 
 @dataclass(slots=True)
 class _JobNote:
-    """A job, as `job_of_reads` takes it."""
+    """A job, as `job_of_reads` takes it; results keep it, so it is packed: six numbers for a page."""
 
     mode: Mode
     rows: int
@@ -52,8 +53,36 @@ class _JobNote:
     unit_tokens: int
     flash: list[int] = field(default_factory=lambda: [0] * len(Kind))
     dram: list[int] = field(default_factory=lambda: [0] * len(Kind))
-    reads: list[Read] = field(default_factory=list)
+    pages: "array[int]" = field(default_factory=lambda: array("i"))
+    scattered: "array[int]" = field(default_factory=lambda: array("i"))
     page_reads: int = 0
+
+    def add(self, kind: Kind, channel: int, page: int, codewords: Integers, *, dram: bool) -> None:
+        """Add codewords, ascending, of a page; most pages are read in one piece."""
+        count = len(codewords)
+        (self.dram if dram else self.flash)[kind] += count
+        self.page_reads += not dram
+        first = int(codewords[0])
+        if int(codewords[-1]) - first != count - 1:
+            first = -1
+            self.scattered.extend(codewords.tolist())
+        self.pages.extend((kind, channel, page, dram, first, count))
+
+    @property
+    def size(self) -> int:
+        """Pages that were read."""
+        return len(self.pages) // 6
+
+    def reads(self) -> Iterator[Read]:
+        """What was read, unpacked."""
+        at = 0
+        for i in range(0, len(self.pages), 6):
+            kind, channel, page, dram, first, count = self.pages[i : i + 6]
+            numbers: Sequence[int] = range(first, first + count)
+            if first < 0:
+                numbers = self.scattered[at : at + count].tolist()
+                at += count
+            yield Read(Kind(kind), channel, page, numbers, bool(dram))
 
     @property
     def weight(self) -> int:
@@ -97,7 +126,7 @@ class Batch:
         wanted = kept < LEAST_JOBS or (kept < SAMPLED_JOBS and self._reads < SAMPLED_READS)
         if wanted and kept == len(self._weights) - 1:   # the first ones, without a gap
             self._jobs.append(note)
-            self._reads += len(note.reads)
+            self._reads += note.size
         return len(self._weights) - 1
 
     def add_operation(self, operation: Operation) -> int:
@@ -112,7 +141,7 @@ class Batch:
         size = (len(self._weights), self._operation_count)
         if self._modelled is None or self._modelled[:2] != size:
             config = self._config
-            jobs = [job_of_reads(config, note.reads, note.tokens, rows=note.rows, mode=note.mode,
+            jobs = [job_of_reads(config, note.reads(), note.tokens, rows=note.rows, mode=note.mode,
                                  unit_tokens=note.unit_tokens) for note in self._jobs]
             in_all = len(jobs)
             if len(self._weights) > len(jobs):
@@ -260,19 +289,8 @@ class Recorder:
 
     def read(self, kind: Kind, channel: int, page: int, codewords: Integers, *, dram: bool) -> None:
         """The job has read codewords, ascending, of a page."""
-        note = self._note
-        if note is None:
-            return
-        count = len(codewords)
-        if not count:
-            return
-        (note.dram if dram else note.flash)[kind] += count
-        note.page_reads += not dram
-        # Most pages are read in one piece, which takes less memory as a range.
-        first = int(codewords[0])
-        whole = int(codewords[-1]) - first == count - 1
-        numbers: Sequence[int] = range(first, first + count) if whole else codewords.tolist()
-        note.reads.append(Read(kind, channel, page, numbers, dram))
+        if self._note is not None and len(codewords):
+            self._note.add(kind, channel, page, codewords, dram=dram)
 
     def operation(self, channel: int, page: int, *, program: bool) -> None:
         """A PROGRAM or an ERASE runs."""
