@@ -35,6 +35,7 @@ from kvattic_sim.reports.benches import (
     models,
     placement,
     sparse,
+    time_grid,
 )
 from kvattic_sim.reports.benches.engine import Bench, Lab, UnavailableError, WrongResultError
 from kvattic_sim.reports.console import make_console
@@ -78,7 +79,7 @@ DATA_SETS = ("minilm", "fa3_2k", "fa3_32k")
 
 BARS: dict[str, Bar | None] = {
     **{key: None for bench in (*engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *sparse.BENCHES, *host.BENCHES,
-                                       *models.BENCHES)
+                                       *models.BENCHES, *time_grid.BENCHES)
        for key in bench.keys},
     **dict.fromkeys(placement.KEYS),
     "engine.dense.utilization.paper": Bar(">=", (0.97,)),
@@ -123,6 +124,8 @@ BARS: dict[str, Bar | None] = {
     "sim.cycles_per_second.ratio": Bar(">=", (1.5,)),
     "sim.speed_ratio": Bar(">=", (10,)),
     "sim.cycles_per_second.paper": Bar(">=", (20_000,), goal=True),
+    "time.error.max": Bar("<=", (0.08,)),
+    "time.error.mean": Bar("<=", (0.03,)),
     **dict.fromkeys(house.KEYS),
     "house.sim.cpu_ratio": Bar("<=", (0.33,)),
     "house.test.cpu_ratio": Bar("<=", (0.45,)),
@@ -186,7 +189,7 @@ def benches() -> tuple[Bench, ...]:
     evaluation = Bench(keys=paper.KEYS, measure=lambda lab: paper.measure())
     return (placing, *engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *causal.BENCHES, *sparse.BENCHES,
             quality, reality, evaluation,
-            *host.BENCHES, *house.BENCHES, *models.BENCHES,
+            *time_grid.BENCHES, *host.BENCHES, *house.BENCHES, *models.BENCHES,
             *(alone(prefix, function) for prefix, function in accuracy.BENCHES.items()))
 
 
