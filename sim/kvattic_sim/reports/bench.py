@@ -32,6 +32,7 @@ from kvattic_sim.reports.benches import (
     flash,
     host,
     house,
+    latency,
     models,
     placement,
     sparse,
@@ -79,7 +80,7 @@ DATA_SETS = ("minilm", "fa3_2k", "fa3_32k")
 
 BARS: dict[str, Bar | None] = {
     **{key: None for bench in (*engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *sparse.BENCHES, *host.BENCHES,
-                                       *models.BENCHES, *time_grid.BENCHES)
+                                       *models.BENCHES, *time_grid.BENCHES, *latency.BENCHES)
        for key in bench.keys},
     **dict.fromkeys(placement.KEYS),
     "engine.dense.utilization.paper": Bar(">=", (0.97,)),
@@ -189,7 +190,7 @@ def benches() -> tuple[Bench, ...]:
     evaluation = Bench(keys=paper.KEYS, measure=lambda lab: paper.measure())
     return (placing, *engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *causal.BENCHES, *sparse.BENCHES,
             quality, reality, evaluation,
-            *time_grid.BENCHES, *host.BENCHES, *house.BENCHES, *models.BENCHES,
+            *latency.BENCHES, *time_grid.BENCHES, *host.BENCHES, *house.BENCHES, *models.BENCHES,
             *(alone(prefix, function) for prefix, function in accuracy.BENCHES.items()))
 
 

@@ -73,21 +73,20 @@ def note_job(config: Config, job: Job) -> JobNote:
     return JobNote(rows=job.rows, mode=job.mode, stripes=stripes, stripe_pages=job.stripe_pages, unit_tokens=unit)
 
 
-def timing_job(config: Config, note: JobNote, choice: Choice, submitted: float = 0.0) -> timing.Job:
+def timing_job(config: Config, note: JobNote, choice: Choice) -> timing.Job:
     """The job of the timing model.
 
     Args:
         config: of the drive.
         note: where it reads.
         choice: what it chooses.
-        submitted: cycle in which its command can be fetched.
 
     Raises:
         RequestError: the choice is not one of such a job.
     """
     return timing.attend_job(
         config, note.stripes, rows=note.rows, mode=note.mode, marked=choice.marked, features=choice.features,
-        unit_tokens=note.unit_tokens, stripe_pages=note.stripe_pages, submitted=submitted)
+        unit_tokens=note.unit_tokens, stripe_pages=note.stripe_pages)
 
 
 class NotedReads:

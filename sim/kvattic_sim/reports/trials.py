@@ -25,16 +25,14 @@ from kvattic.golden.device import GoldenDevice
 from kvattic.spec.commands import Opcode
 from kvattic.spec.config import Config
 from kvattic.support.files import write_whole
+from kvattic_sim.reports.in_flight import HOST_US, in_flight
 from kvattic_sim.reports.noted import Choice, JobNote, NotedOperations, NotedReads, burst_of, note_job, timing_job
 from kvattic_sim.rtl.jobs import report
 from kvattic_sim.rtl.transport import RtlTransport
 from kvattic_sim.workloads import DENSE, Attention, Meter, ModeSettings, clustered, decode, measured
 
-__all__ = ["HOST_US", "Act", "Append", "Attend", "Done", "Erase", "Prefill", "Trial", "acts_of", "golden", "kept",
-           "model_cycles", "on_drive"]
-
-HOST_US = 5.0
-"""From an interrupt until the host has rung for the next commands, where it keeps some in flight (benches/host.py)."""
+__all__ = ["Act", "Append", "Attend", "Done", "Erase", "Prefill", "Trial", "acts_of", "golden", "kept", "model_cycles",
+           "on_drive"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -344,28 +342,5 @@ def model_cycles(config: Config, act: Act, done: Done, choices: Sequence[Choice]
         return sum(timing.estimate(config, (), burst_of(burst)).cycles for burst in done.bursts)
     if len(choices) != len(done.jobs):
         raise RequestError(f"choices must be those of the {len(done.jobs)} jobs, not of {len(choices)}")
-    submitted = [0.0] * len(done.jobs)
-    for _ in range(4):
-        jobs = [timing_job(config, note, choice, at)
-                for note, choice, at in zip(done.jobs, choices, submitted, strict=True)]
-        found = timing.estimate(config, jobs)
-        again = _submissions(found, act.in_flight)
-        if again == submitted:
-            break
-        submitted = again
-    return found.cycles
-
-
-def _submissions(found: timing.Estimate, in_flight: int) -> list[float]:
-    """When a host that keeps so many jobs with the drive submits each of them."""
-    completed = [job.completed for job in found.jobs]
-    total = len(completed)
-    submitted = [0.0] * min(in_flight or total, total)
-    now, taken = 0.0, 0
-    while len(submitted) < total:
-        now = max(now, completed[taken]) + HOST_US * found.config.clock_mhz
-        while taken < total and completed[taken] <= now:
-            taken += 1
-        submitted += [now] * min(total, taken + in_flight - len(submitted))
-        del submitted[total:]
-    return submitted
+    jobs = [timing_job(config, note, choice) for note, choice in zip(done.jobs, choices, strict=True)]
+    return in_flight(config, jobs, act.in_flight)[0].cycles

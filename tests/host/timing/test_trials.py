@@ -11,6 +11,7 @@ from kvattic.spec.config import TINY
 from kvattic_sim.reports import trials
 from kvattic_sim.reports.benches import time_grid
 from kvattic_sim.reports.benches.engine import WrongResultError
+from kvattic_sim.reports.in_flight import HOST_US
 from kvattic_sim.reports.trials import Append, Attend, Done, Erase, Trial, acts_of, model_cycles
 from kvattic_sim.workloads import ModeSettings
 
@@ -62,7 +63,7 @@ def test_commands_that_the_host_holds_back_never_end_earlier(acts):
     most = model_cycles(TINY, Attend(in_flight=len(many.jobs)), many, many.choices)
     assert most == all_at_once < one_by_one
     # Each but the first waits for the host's answer to the one before.
-    assert one_by_one > 15 * trials.HOST_US * TINY.clock_mhz
+    assert one_by_one > 15 * HOST_US * TINY.clock_mhz
 
 
 def test_a_wrong_bit_is_an_error(acts):
