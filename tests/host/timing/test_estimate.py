@@ -159,6 +159,22 @@ def test_whole_stripes_are_read_whole(mode):
     assert found.codewords["feature"] == (16 if mode is Mode.SPARF else 0)
 
 
+def test_centroids_of_stripes_beside_each_other_are_one_run():
+    # 256 tokens have four centroids of 64 tokens, of two codewords.
+    beside = [Stripe(0, 4 * i, 4 * i + 64, 256, sketch_page=8, sketch_codeword=2 * i) for i in range(6)]
+    apart = [stripe._replace(sketch_codeword=4 * i) for i, stripe in enumerate(beside)]
+    marked = np.zeros((6, 128), bool)
+    one, six = (attend_job(PAPER, stripes, mode=Mode.CENTROID, marked=marked, unit_tokens=64, stripe_pages=4)
+                for stripes in (beside, apart))
+    assert [group.pages[0].runs for group in one.lanes[0].first] == [(12,)]
+    assert [group.pages[0].runs for group in six.lanes[0].first] == [(2,)] * 6
+    assert estimate(PAPER, [one]).codewords == estimate(PAPER, [six]).codewords
+    assert estimate(PAPER, [one]).command_cycles < estimate(PAPER, [six]).command_cycles
+    reads = [Read(Kind.SKETCH, 0, 8, [2 * i, 2 * i + 1]) for i in range(6)]
+    same = job_of_reads(PAPER, reads, [6 * 256, *[0] * 7], rows=1, mode=Mode.CENTROID, unit_tokens=64)
+    assert same.lanes[0].first == one.lanes[0].first
+
+
 def test_what_was_read_is_enough():
     """A device that notes what it reads gives the same jobs as its table."""
     layer, rng = Layer(PAPER, 8, 2048, features=True), np.random.default_rng(0)
