@@ -70,7 +70,7 @@ def test_the_timing_model_is_near(rows: Any) -> None:
         rtl = rows[row.point.settings["channels"], row.point.tokens]
         assert row.error == rtl.error
         for name in row.figures and ("cycles", "write_cycles", "p50_us", "p99_us"):
-            assert row.figures[name] == pytest.approx(rtl.figures[name], rel=0.13), name
+            assert row.figures[name] == pytest.approx(rtl.figures[name], rel=0.08), name
         for name in row.figures and ("flash_bytes", "kv_bytes"):
             assert row.figures[name] == rtl.figures[name]
     (studied,) = sweep.grid(TINY, {}, [(4, (64, 128))], ["sparf"], study={
@@ -78,8 +78,9 @@ def test_the_timing_model_is_near(rows: Any) -> None:
     measured, modelled = sweep.measure(studied), sweep.measure(replace(studied, modelled=True))
     assert measured["equal_bits"] is True
     assert measured["rel_rms"] == modelled["rel_rms"]
-    for name in ("cycles", "p50_us", "p99_us"):
-        assert modelled[name] == pytest.approx(measured[name], rel=0.13), name
+    # The median lies between those of two lengths, so a command more of one of them moves it far.
+    for name in ("cycles", "p99_us"):
+        assert modelled[name] == pytest.approx(measured[name], rel=0.08), name
 
 
 def test_what_has_no_room_is_a_row(rows: Any) -> None:

@@ -12,9 +12,8 @@ from kvattic_sim.reports.trials import Append, Attend, Erase, Trial
 from kvattic_sim.simulators.build import SimulatorError
 from kvattic_sim.workloads import ModeSettings
 
-TOLERANCE, MEAN = 0.13, 0.07
-"""A page of the tiny drive has four codewords, so what the controller decides between pages weighs eight times what it
-does in a drive of whole size."""
+TOLERANCE, MEAN = 0.08, 0.03
+"""Those of the whole grid."""
 SPARF = ModeSettings(mode="sparf", features=8, top_units=16)
 FETCHED = ModeSettings(mode="fetched", features=8, top_units=4)
 CENTROID = ModeSettings(mode="centroid", unit_tokens=16, top_units=2)
