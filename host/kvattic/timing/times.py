@@ -134,5 +134,7 @@ def times_of(config: Config) -> Times:
         rank=3.5 * (config.head_dim + 23) + 137, rank_row=2 * config.head_dim + 8,
         select=SELECT, select_row=SELECT_ROW, alpha=config.channels + 5, maximum=6, gather_row=config.channels + 5,
         drain_row=config.head_dim, drain=55 if config.sparse else 40, write_row=config.head_dim / 2, complete=COMPLETE,
-        dram_codeword=max(2, config.codeword_bytes / config.dram_beat_bytes), dram_latency=DRAM_LATENCY,
+        # TailReader: a word of DRAM a cycle, and a beat of a lane, over all lanes.
+        dram_codeword=max(config.codeword_bytes / config.dram_beat_bytes, config.codeword_bytes / config.beat_bytes),
+        dram_latency=DRAM_LATENCY,
         page_codewords=config.codewords_per_page, operation=OPERATION)

@@ -147,6 +147,16 @@ def test_a_tail_in_dram_costs_little():
     assert plain.cycles <= tail.cycles < 1.02 * plain.cycles
 
 
+@pytest.mark.parametrize("tokens, jobs, recorded", [(120, 1, 2_301), (120, 8, 15_756), (40, 1, 1_024)])
+def test_a_job_that_lies_in_dram_takes_its_beats(tokens, jobs, recorded):
+    # Of the RTL, preset tiny: all lanes together get a beat a cycle, V behind the maximum.
+    job = attend_job(TINY, [Stripe(0, 0, 0, tokens, dram=True)], rows=1, stripe_pages=8)
+    found = estimate(TINY, [job] * jobs)
+    assert found.cycles > jobs * 2 * tokens * TINY.beats_per_token
+    assert found.cycles == pytest.approx(recorded, rel=0.05)
+    assert found.flash_bytes == 0
+
+
 @pytest.mark.parametrize("mode", [Mode.SPARF, Mode.CENTROID])
 def test_whole_stripes_are_read_whole(mode):
     stripes = [Stripe(0, 0, 4, 256, sketch_page=8), Stripe(1, 0, 4, 100, whole=True), Stripe(2, 0, 0, 10, dram=True)]
