@@ -62,10 +62,10 @@ types: $(VENV)/.stamp-dev  ## check the types
 	@$(RUN) mypy
 
 test: lint types  ## lint, types and all tests
-	@$(RUN) pytest -n 2 --dist loadgroup tests
+	@$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 
 campaign: $(VENV)/.stamp-dev  ## run the long random campaigns whole; make test runs a slice of each
-	@$(RUN) pytest -n 2 --dist loadgroup --campaign -m campaign tests
+	@$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder --campaign -m campaign tests
 
 check: test  ## what continuous integration runs
 

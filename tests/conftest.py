@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -36,10 +35,3 @@ def campaign(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
     whole = request.config.getoption("campaign")
     return lambda everything, some: everything if whole else some
 
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a file that compiles models go to one worker, as most of them share their models."""
-    compiling = [Path(__file__).parent / name for name in ("hdl", "cosim")]
-    for item in items:
-        if set(item.path.parents).intersection(compiling) and not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))

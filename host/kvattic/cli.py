@@ -1,7 +1,7 @@
 """The command line, `kvattic`: see docs/cli.md.
 
-`info` and `selftest` need NumPy alone; the other commands import what they need when they run, and say which extra of
-the package is missing.  `kvattic.support.terminal` has the exit codes.
+`info`, `selftest` and `system` need NumPy alone; the other commands import what they need when they run, and say which
+extra of the package is missing.  `kvattic.support.terminal` has the exit codes.
 """
 
 import argparse
@@ -466,6 +466,42 @@ def _show_sweep(options: argparse.Namespace, name: str, points: Sequence[Any], r
         print(line)
 
 
+def _system(options: argparse.Namespace) -> int:
+    system = _need("kvattic_sim.reports.system")
+    if options.plot is not None:
+        _need("matplotlib")
+    study = system.study(
+        model=options.model, batch=options.batch, context=options.context, new=options.new, drives=options.drives,
+        mode=options.mode, gpu_name=options.gpu, gpus=options.gpus, dram_gb=options.dram, host=options.host,
+        overlapped=options.overlap, part=options.part, unit_tokens=options.unit_tokens)
+    rows: list[Any] = []
+    with _telling().phase(f"modelling {study.model.name}") as note:
+        for row in study.rows():
+            rows.append(row)
+            _moving(f"{row.name}, batch {row.batch}, {row.context} tokens", note)
+        _moving("", note)
+    if options.json is True:
+        _print_json([asdict(row) for row in rows])
+    else:
+        _table(f"{study.model.name} on {rows[0].gpu}, decoding, modelled", system.COLUMNS,
+               (system.cells(row) for row in rows))
+        for error in dict.fromkeys(row.error for row in rows if row.error):
+            names = dict.fromkeys(f"{row.name}{f' x {row.drives}' * bool(row.drives)}" for row in rows
+                                  if row.error == error)
+            print(f"- {', '.join(names)}: {error}")
+        overlap = ", overlapped with the GPU" if study.overlapped else ""
+        print(f"kvattic: {study.drive().name}; host software: {study.host}{overlap}; random selection. Nothing here is "
+              "measured (docs/system.md).")
+    for path in (options.csv, options.json if isinstance(options.json, Path) else None):
+        if path is not None:
+            system.save(rows, path)
+            print(f"{path}: {len(rows)} rows", file=sys.stderr)
+    if options.plot is not None:
+        system.plot(rows, options.plot)
+        print(f"{options.plot}: tokens/s", file=sys.stderr)
+    return 0 if any(not row.error for row in rows) else 1
+
+
 @contextlib.contextmanager
 def _progress(options: argparse.Namespace, points: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
     """Calls that show a sweep's progress on stderr: with bars where it is a terminal, otherwise a line for each row."""
@@ -607,7 +643,35 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a figure over an axis")
     sweep.add_argument("--x", metavar="AXIS", help="the axis (the first with several values)")
     sweep.add_argument("--y", default="cycles", metavar="FIGURE", help="the figure (cycles)")
+
+    _add_system(command("system", _system, "model whole systems that decode: GPU, host, and where K and V lie",
+                        json_flag=False))
     return parser
+
+
+def _add_system(system: argparse.ArgumentParser) -> None:
+    """Options of `kvattic system`."""
+    system.add_argument("--model", default="opt-13b", metavar="NAME",
+                        help="opt-13b, opt-30b, llama-2-13b, llama-3-8b, llama-3-70b-int4, or the path of a Hugging "
+                             "Face config.json (opt-13b)")
+    system.add_argument("--batch", default="64", metavar="N,...", help="sequences that are decoded together (64)")
+    system.add_argument("--context", default="2048", metavar="N,...", help="tokens of each sequence at the end (2048)")
+    system.add_argument("--new", type=int, default=1024, metavar="N", help="of these, generated (1024)")
+    system.add_argument("--drives", default="1,4,20", metavar="N,...", help="drives (1,4,20)")
+    system.add_argument("--mode", default=",".join(MODES), metavar="MODE,...", help=f"of {', '.join(MODES)} (all)")
+    system.add_argument("--gpu", default="a6000", metavar="NAME", help="a6000, a100 or h100 (a6000)")
+    system.add_argument("--gpus", type=int, default=1, metavar="N", help="how many, layers split over them (1)")
+    system.add_argument("--dram", type=float, default=96, metavar="GB", help="DRAM of the host (96)")
+    system.add_argument("--host", default="direct", metavar="NAME",
+                        help="software in front of kvattic: direct, or paper, which is on FlexGen (direct)")
+    system.add_argument("--overlap", action="store_true",
+                        help="GPU and kvattic work at the same time, on two halves of the batch")
+    system.add_argument("--part", default="pslc", metavar="NAME", help="NAND part of kvattic (pslc)")
+    system.add_argument("--unit-tokens", type=int, default=16, metavar="N", help="tokens of a unit of centroid (16)")
+    system.add_argument("--json", nargs="?", type=Path, const=True, default=argparse.SUPPRESS, metavar="FILE",
+                        help="print the rows as JSON and nothing else; or write them into a file")
+    system.add_argument("--csv", type=Path, metavar="FILE", help="write the rows into a file")
+    system.add_argument("--plot", type=Path, metavar="FILE.png", help="draw tokens a second")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ written twice; when all sequences that have pages in it are gone, it is erased a
 docs/placement.md explains the policy.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
@@ -325,14 +325,16 @@ class ZoneAllocator:
             if self._owners[zone] == domain:
                 self._give(zone, NOBODY)
 
-    def _wear_of(self, zone: int) -> tuple[int, int]:
-        erases = self._zone_erases(zone)
-        return int(erases.sum()), zone
+    def _least_worn(self, zones: Collection[int]) -> int:
+        """The zone whose blocks were erased least, the first one of several."""
+        numbers = np.array(sorted(zones))
+        return int(numbers[self._zone_erases(numbers).sum(axis=(1, 2)).argmin()])
 
-    def _zone_erases(self, zone: int) -> NDArray[np.int64]:
-        """Erases of a zone's blocks, (channels, row); 0 at holes."""
-        blocks = self._map[zone]
-        erases = np.take_along_axis(self._erases, np.maximum(blocks, 0)[:, :, None], axis=2)[:, :, 0]
+    def _zone_erases(self, zones: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Erases of the blocks of zones, (zones, channels, row); 0 at holes."""
+        blocks = self._map[zones]
+        _, channels, rows = blocks.shape
+        erases = self._erases[np.arange(channels)[:, None], np.arange(rows), np.maximum(blocks, 0)]
         return np.where(blocks < 0, 0, erases)
 
     def _take_zone(self, run: int, domain: int = COMMON_DOMAIN) -> Zone:
@@ -345,7 +347,7 @@ class ZoneAllocator:
             if not free:
                 holes = f"; {self.holes} blocks are bad and have no spare left" if self.holes else ""
                 raise CapacityError(f"the flash is full: all {self.zones} zones are in use{holes}; free a sequence")
-            number = min(free, key=self._wear_of)
+            number = self._least_worn(free)
             if number in self._dirty:
                 self._clean_zones([number])
             if number not in self._marked or self._owners[number] == domain == COMMON_DOMAIN:
@@ -354,7 +356,7 @@ class ZoneAllocator:
         width, limit = self._width(run), self._limit(run)
         columns = self._row // width
         # Begin at the least worn die; a column may be wider than a die.
-        erases = self._zone_erases(number).sum(axis=0).reshape(self.config.dies, -1).sum(axis=1)
+        erases = self._zone_erases(np.array([number]))[0].sum(axis=0).reshape(self.config.dies, -1).sum(axis=1)
         start = int(erases.argmin()) * self.config.part.planes // width
         lost = (self._map[number] < 0).reshape(self.config.channels, columns, width).any(axis=2)
         fill = [[limit if lost[c, (k + start) % columns] else 0 for k in range(columns)]
@@ -585,5 +587,5 @@ class ZoneAllocator:
     def wear(self) -> Wear:
         """Erases of all blocks of the zones, as they are mapped now."""
         there = self._map >= 0
-        erases = np.concatenate([self._zone_erases(zone)[there[zone]] for zone in range(self.zones)])
+        erases = self._zone_erases(np.arange(self.zones))[there]
         return Wear(minimum=int(erases.min()), maximum=int(erases.max()), mean=float(erases.mean()))

@@ -10,10 +10,11 @@ a submission entry has an address or a number, NVMe has MPTR (bytes 16-23), PRP1
 which the device writes in one burst.  docs/queues.md lists the differences from NVMe.
 """
 
+import functools
 import struct
 from dataclasses import dataclass, field, fields
 from enum import IntEnum, IntFlag
-from typing import Any, Self
+from typing import Any, Self, cast
 
 LINE_BYTES = 64
 """Unit of the device's AXI4 bursts, and alignment of every address in a command."""
@@ -290,7 +291,14 @@ class Command:
         Args:
             line: LINE_BYTES long.
         """
-        return cls(**{each.name: int.from_bytes(line[each.metadata["place"]], "little") for each in fields(cls)})
+        places = _places(cast("Any", cls))   # mypy holds the class for unhashable
+        return cls(**{name: int.from_bytes(line[place], "little") for name, place in places})
+
+
+@functools.cache
+def _places(command: type[Command]) -> tuple[tuple[str, slice], ...]:
+    """Names and places of a command's fields."""
+    return tuple((each.name, each.metadata["place"]) for each in fields(command))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

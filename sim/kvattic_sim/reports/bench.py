@@ -36,6 +36,7 @@ from kvattic_sim.reports.benches import (
     models,
     placement,
     sparse,
+    system,
     time_grid,
 )
 from kvattic_sim.reports.benches.engine import Bench, Lab, UnavailableError, WrongResultError
@@ -80,7 +81,8 @@ DATA_SETS = ("minilm", "fa3_2k", "fa3_32k")
 
 BARS: dict[str, Bar | None] = {
     **{key: None for bench in (*engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *sparse.BENCHES, *host.BENCHES,
-                                       *models.BENCHES, *time_grid.BENCHES, *latency.BENCHES)
+                                       *models.BENCHES, *time_grid.BENCHES, *latency.BENCHES,
+                                       *system.BENCHES)
        for key in bench.keys},
     **dict.fromkeys(placement.KEYS),
     "engine.dense.utilization.paper": Bar(">=", (0.97,)),
@@ -189,8 +191,8 @@ def benches() -> tuple[Bench, ...]:
     reality = Bench(keys=real.KEYS, measure=_real)
     evaluation = Bench(keys=paper.KEYS, measure=lambda lab: paper.measure())
     return (placing, *engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *causal.BENCHES, *sparse.BENCHES,
-            quality, reality, evaluation,
-            *latency.BENCHES, *time_grid.BENCHES, *host.BENCHES, *house.BENCHES, *models.BENCHES,
+            quality, reality, evaluation, *system.BENCHES, *latency.BENCHES, *time_grid.BENCHES,
+            *host.BENCHES, *house.BENCHES, *models.BENCHES,
             *(alone(prefix, function) for prefix, function in accuracy.BENCHES.items()))
 
 

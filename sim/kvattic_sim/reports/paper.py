@@ -1,7 +1,8 @@
 """The paper's evaluation, computed: `make paper`.
 
 Prints the parameters of the system model and every figure of the paper beside the model's, and keeps both as CSV and
-JSON, with a picture where matplotlib is installed, in build/paper.  All of it is modelled, nothing is measured.
+JSON in build/paper, with this project's drive in the shape of the paper's figures, and pictures where matplotlib is
+installed.  All of it is modelled, nothing is measured.
 """
 
 import argparse
@@ -19,7 +20,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvattic.support.files import write_whole
-from kvattic.support.terminal import run_command
+from kvattic.support.terminal import Telling, run_command
+from kvattic_sim.reports import paper_figures
 from kvattic_sim.reports.console import make_console
 from kvattic_sim.reports.figures import record
 from kvattic_sim.system.paper import Comparison, compare, summary
@@ -96,7 +98,11 @@ def _plot(path: Path, rows: Sequence[_Row]) -> None:
     axes.barh(places, [row.model / row.paper for row in rows], color=colors)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(list(places), [row.figure for row in rows])
-    axes.set_xlabel("model over paper (grey: a parameter was fitted to it; orange: a reason is given)")
+    axes.set_xlabel("model over paper")
+    axes.margins(y=0.01)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("The paper's figures, modelled (grey: a parameter was fitted to it; orange: a reason is given)",
+                    fontsize=10)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     write_whole(path, image.getvalue())
@@ -138,13 +144,20 @@ def report(console: Console, folder: Path = ROOT) -> None:
     write_whole(folder / "paper.json", json.dumps(kept, indent=2) + "\n")
     if importlib.util.find_spec("matplotlib") is not None:
         _plot(folder / "paper.png", rows)
+    else:
+        console.print("For pictures: pip install 'kvattic[figures]'", markup=False)
     console.print(f"Kept in {folder}.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; see the module's docstring."""
     argparse.ArgumentParser(prog="kvattic_sim.reports.paper", description=__doc__).parse_args(arguments)
-    report(make_console())
+    console = make_console()
+    report(console)
+    with Telling(quiet=console.is_terminal).phase("this drive in the paper's figures"):
+        drawn = paper_figures.write(ROOT)
+    console.print(f"This drive in the shape of the paper's figures: {ROOT}/figure*.csv, .json"
+                  + (f", {', '.join(drawn)}" if drawn else ""), markup=False)
     record(measure())
 
 

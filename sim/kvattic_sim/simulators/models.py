@@ -15,7 +15,6 @@ from kvattic_sim.simulators.icarus import build_icarus
 from kvattic_sim.simulators.steps import Steps
 from kvattic_sim.simulators.verilator import (
     OPT_FAST,
-    OPT_SLOW,
     VERILATE_FLAGS,
     build_verilator,
     cocotb_libs,
@@ -107,7 +106,7 @@ def compile_model(
         importlib.metadata.version("cocotb"),
         waves,
         [
-            [timing, sorted(public_modules), VERILATE_FLAGS, OPT_FAST, OPT_SLOW],
+            [timing, sorted(public_modules), VERILATE_FLAGS, OPT_FAST],
             [separate_modules, hashlib.sha256(Path(separate.__file__).read_bytes()).hexdigest()],
             [cxx_flags(waves=waves, timing=timing), str(cocotb_libs())],
         ]

@@ -28,7 +28,6 @@ from kvattic_sim.simulators.steps import Group, Steps, cores, ended_on_error, wa
 
 __all__ = [
     "OPT_FAST",
-    "OPT_SLOW",
     "VERILATE_FLAGS",
     "build_verilator",
     "cocotb_libs",
@@ -61,7 +60,9 @@ VERILATE_FLAGS = (
 )
 # -O1 compiles in two thirds of the time of -O2 and runs as fast within a tenth;
 # -O0 runs ten times slower.
-OPT_FAST, OPT_SLOW, _OPT_RUNTIME = "-O1", "-O0", "-Os"
+OPT_FAST, _OPT_RUNTIME = "-O1", "-Os"
+_SMALL_PIECE, _LARGE_PIECE = 1 << 19, 3 << 20   # bytes of C++ that are compiled at once
+_HEADER, _HEADERS = "models.h", ("verilated.h", "verilated_dpi.h", "verilated_vpi.h", "string", "memory")
 _RUNTIME = ("verilated_vpi", "verilated", "verilated_threads", "verilated_dpi")  # longest first
 
 
@@ -158,7 +159,7 @@ def prepare_runtime(
     _extra: Sequence[str] = (),
     _group: Group | None = None,
 ) -> Path:
-    """Compile Verilator's run-time library unless it is there; return the directory of its objects.
+    """Compile Verilator's run-time library and headers unless they are there; return their directory.
 
     ``compile_model`` does it by itself. It takes some seconds that do not depend on any RTL, so
     that a caller may start it in a thread before it generates the Verilog.
@@ -172,11 +173,12 @@ def prepare_runtime(
         SimulatorError: if a tool is missing or fails.
     """
     flags = cxx_flags(waves=waves, timing=timing)
-    digest = digest_of(tool_version(Simulator.VERILATOR), flags, _OPT_RUNTIME)
+    digest = digest_of(tool_version(Simulator.VERILATOR), flags, OPT_FAST, _OPT_RUNTIME)
     root = (build_root or default_build_root()).resolve()
     directory = root / f"runtime-verilator-{digest}"
     names = list(dict.fromkeys([*_RUNTIME, *_extra]))
-    if all((directory / f"{name}.o").is_file() for name in names):
+    objects = [f"{_HEADER}.gch", *(f"{name}.o" for name in names)]
+    if all((directory / name).is_file() for name in objects):
         return directory
     with cache_errors(root), locked(root / f"{directory.name}.lock"):
         directory.mkdir(parents=True, exist_ok=True)
@@ -184,14 +186,19 @@ def prepare_runtime(
         with Steps(directory, verilator_environment(), _group) as steps:
 
             def compile_one(name: str) -> None:
-                target = directory / f"{name}.o"
-                if not target.is_file():
-                    source, part = str(include / f"{name}.cpp"), f"{name}.part.o"
+                target, part = directory / name, f"part.{name}"
+                if target.is_file():
+                    return
+                if name == objects[0]:   # the flags must be those of the models, the optimisation too
+                    (directory / _HEADER).write_text("".join(f'#include "{header}"\n' for header in _HEADERS))
+                    steps.run([compiler(), OPT_FAST, *flags, "-x", "c++-header", _HEADER, "-o", part])
+                else:
+                    source = str(include / Path(name).with_suffix(".cpp"))
                     steps.run([compiler(), _OPT_RUNTIME, *flags, "-c", source, "-o", part])
-                    (directory / part).replace(target)
+                (directory / part).replace(target)
 
             with ThreadPoolExecutor(cores()) as pool, ended_on_error(steps):
-                wait_for_all([pool.submit(compile_one, name) for name in names])
+                wait_for_all([pool.submit(compile_one, name) for name in objects])
     return directory
 
 
@@ -225,47 +232,54 @@ class _Objects:
 
 
 def _compile_class(
-    steps: Steps, prefix: str, flags: Sequence[str], others: Sequence[tuple[str, str, str]]
+    steps: Steps, prefix: str, runtime: Path, flags: Sequence[str], others: Sequence[str]
 ) -> _Objects:
-    """Compile the C++ of a class.
+    """Compile the C++ of a class, in few pieces: most of a small file's time is that of the headers.
 
     Args:
         steps: the build.
         prefix: of the class's files.
+        runtime: directory of the run-time library, with the compiled header.
         flags: of the compiler.
-        others: further sources: name of the object, source, level of optimisation.
+        others: further sources.
     """
     directory = steps.directory
     lists = _class_lists(directory / f"{prefix}_classes.mk")
     fast = lists.get("VM_CLASSES_FAST", []) + lists.get("VM_SUPPORT_FAST", [])
     slow = lists.get("VM_CLASSES_SLOW", []) + lists.get("VM_SUPPORT_SLOW", [])
-    fast.sort(key=lambda name: -(directory / f"{name}.cpp").stat().st_size)
-    (directory / "slow.cpp").write_text("".join(f'#include "{name}.cpp"\n' for name in slow))
+    pieces = _pieces({name: (directory / f"{name}.cpp").stat().st_size for name in [*fast, *slow]})
+    names = []
+    for number, piece in enumerate(pieces):
+        lines = [f'#include "{name}.cpp"' for name in piece if name in fast]
+        lines += [f'#include "{source}"' for source in (others if number == 0 else ())]
+        # What runs once is not worth the compiler's time.
+        lines += ['#pragma GCC optimize ("O0")', *(f'#include "{name}.cpp"' for name in piece if name in slow)]
+        names.append(f"piece_{number}")
+        (directory / f"{names[-1]}.cpp").write_text("\n".join([*lines, ""]))
 
-    def compile_one(name: str, source: str, *options: str) -> None:
-        steps.run([compiler(), *options, *flags, "-c", source, "-o", f"{name}.o"])
+    def compile_one(name: str) -> None:
+        header = str(runtime / _HEADER)
+        steps.run([compiler(), OPT_FAST, *flags, "-include", header, "-c", f"{name}.cpp", "-o", f"{name}.o"])
 
-    header = f"{prefix}__pch.h"
     with ThreadPoolExecutor(cores()) as pool, ended_on_error(steps):
-        jobs = [
-            pool.submit(
-                steps.run,
-                [compiler(), OPT_FAST, *flags, "-x", "c++-header", header, "-o", f"{header}.gch"],
-            ),
-            pool.submit(compile_one, "slow", "slow.cpp", OPT_SLOW),
-            *(pool.submit(compile_one, name, source, level) for name, source, level in others),
-        ]
-        wait_for_all(jobs[:1])
-        for name in fast:
-            jobs.append(
-                pool.submit(compile_one, name, f"{name}.cpp", OPT_FAST, "-include", header)
-            )
-        wait_for_all(jobs)
-    (directory / f"{header}.gch").unlink()
+        wait_for_all([pool.submit(compile_one, name) for name in names])
     return _Objects(
-        files=tuple(f"{name}.o" for name in ["slow", *(other for other, _, _ in others), *fast]),
+        files=tuple(f"{name}.o" for name in names),
         library=tuple(lists.get("VM_GLOBAL_FAST", []) + lists.get("VM_GLOBAL_SLOW", [])),
     )
+
+
+def _pieces(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Part sources into pieces of about the same size: one for each processor, but none small, and none huge."""
+    whole = sum(sizes.values())
+    count = max(1, min(cores(), whole // _SMALL_PIECE), -(-whole // _LARGE_PIECE))
+    pieces: list[list[str]] = [[] for _ in range(count)]
+    filled = [0] * count
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        least = filled.index(min(filled))
+        pieces[least].append(name)
+        filled[least] += sizes[name]
+    return pieces
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -295,7 +309,7 @@ def _build_separate(module: str, text: str, *, root: Path, group: Group | None) 
         module,
         hashlib.sha256(text.encode()).hexdigest(),
         tool_version(Simulator.VERILATOR),
-        [VERILATE_FLAGS, OPT_FAST, OPT_SLOW, flags],
+        [VERILATE_FLAGS, OPT_FAST, flags],
         hashlib.sha256(Path(separate.__file__).read_bytes()).hexdigest(),
     )
     directory = root / f"{module}-verilator-{digest}"
@@ -314,7 +328,8 @@ def _build_separate(module: str, text: str, *, root: Path, group: Group | None) 
                 _verilate(steps, prefix, separate.wrapper_name(module), source.name)
                 state = (directory / f"{prefix}___024root.h").read_text()
                 (directory / "glue.cpp").write_text(separate.glue(module, prefix, ports, state))
-                objects = _compile_class(steps, prefix, flags, [("glue", "glue.cpp", OPT_FAST)])
+                runtime = prepare_runtime(build_root=root, _group=group)
+                objects = _compile_class(steps, prefix, runtime, flags, ["glue.cpp"])
                 steps.run(["ar", "rcs", "objects.a", *objects.files])
             for name in objects.files:
                 (directory / name).unlink()
@@ -391,8 +406,7 @@ def build_verilator(
             str(main),
             *(str(source) for source in sources),
         )
-        objects = _compile_class(steps, "Vtop", flags, [("main", str(main), _OPT_RUNTIME)])
-        runtime.result()
+        objects = _compile_class(steps, "Vtop", runtime.result(), flags, [str(main)])
     needs = [objects.library, *(part.library for part in parts)]
     library = list(dict.fromkeys(name for names in needs for name in names))
     runtime_objects = prepare_runtime(waves=waves, timing=timing, build_root=root, _extra=library)

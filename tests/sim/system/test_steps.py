@@ -22,6 +22,21 @@ class Drive:
     def attention_seconds(self, mode, *, kv_heads, group, head_dim, tokens):
         return 2 * 2 * kv_heads * head_dim * tokens / self.rate
 
+    def write_seconds(self, mode, *, kv_heads, tokens):
+        return 0.0
+
+    def message_bytes(self, mode, group, tokens):
+        return 0.0
+
+    def stored_bytes(self, mode):
+        return 512
+
+    def tail_bytes(self, mode):
+        return 0
+
+    def capacity(self, machine):
+        return 2e12
+
 
 def test_a_step_attends_the_mean_length():
     assert Load(batch=1, prompt=1024, new=1024).tokens == 1535.5
