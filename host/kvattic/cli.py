@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,8 @@ def _console(stream: Any) -> Any:
     return importlib.import_module("rich.console").Console(file=stream, width=width, highlight=False)
 
 
-def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> None:
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1,
+           whole: bool = False) -> None:
     """Print a table: rich's, or plain text.
 
     Args:
@@ -73,6 +74,7 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *,
         columns: their heads.
         rows: cells.
         left: how many columns, from the first on, stand left; the others hold numbers.
+        whole: where it is not shown in a terminal it is as wide as it must be.
     """
     cells = [list(row) for row in rows]
     console = _console(sys.stdout)
@@ -86,6 +88,9 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *,
                              no_wrap=not last)
         for row in cells:
             table.add_row(*map(escape, row))
+        if whole and not sys.stdout.isatty():
+            console.width = 10_000
+            console.width = max(160, console.measure(table).maximum)
         with console.capture() as captured:     # rich itself would exit with 1 if nobody reads
             console.print(table)
         print(captured.get(), end="")
@@ -339,12 +344,44 @@ def _verilog(options: argparse.Namespace) -> int:
     return 0
 
 
-def _pair(text: str) -> tuple[int, int]:
+def _workload(text: str) -> tuple[int, int | tuple[int, ...]]:
+    """HEADS,TOKENS or, of sequences of different lengths, HEADS,TOKENS+TOKENS+..."""
     heads, _, tokens = text.partition(",")
     try:
-        return int(heads), int(tokens)
+        mix = tuple(map(int, tokens.split("+")))
+        return int(heads), mix if len(mix) > 1 else mix[0]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be HEADS,TOKENS, not {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be HEADS,TOKENS or HEADS,TOKENS+TOKENS+..., not {text!r}") from None
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be ints with commas between them, not {text!r}") from None
+
+
+def _sweep_points(sweep: Any, base: Config, options: argparse.Namespace) -> list[Any]:
+    """The points of a sweep; what cannot be is refused before anything runs."""
+    # One axis for each name: given twice, it has the values of both.
+    axes: dict[str, list[Any]] = {}
+    for text in options.set:
+        field, values = sweep.parse_axis(text)
+        axes.setdefault(field, []).extend(values)
+    modes = [mode for text in options.mode or ["dense"] for mode in text.split(",")]
+    study = {name: values for name in sweep.AXES if (values := getattr(options, name)) is not None}
+    points: list[Any] = sweep.grid(
+        base, axes, options.workload or [(8, 2048)], modes, study=study, repeat=options.repeat, modelled=options.model,
+        simulator=options.simulator, bit_error_rate=options.bit_error_rate, check=options.check)
+    if options.y not in sweep.FIGURES:
+        raise RequestError(f"--y must be one of {', '.join(sweep.FIGURES)}, not {options.y!r}")
+    if options.x is not None and options.x not in points[0].axes:
+        raise RequestError(f"--x must be one of {', '.join(points[0].axes)}, not {options.x!r}")
+    if options.check_points is not None:
+        if not options.model:
+            raise RequestError("--check reruns modelled points on the RTL: it needs --model")
+        sweep.sample(len(points), options.check_points)
+    return points
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -352,55 +389,81 @@ def _sweep(options: argparse.Namespace) -> int:
     if options.dask is not None:
         _need("distributed")
     name, base = _config(options)
-    # One axis for each name: given twice, it has the values of both.
-    axes: dict[str, list[Any]] = {}
-    for text in options.set:
-        field, values = sweep.parse_axis(text)
-        axes.setdefault(field, []).extend(values)
-    modes = [mode for text in options.mode or ["dense"] for mode in text.split(",")]
-    points = sweep.grid(base, axes, options.workload or [(8, 2048)], modes, simulator=options.simulator,
-                        bit_error_rate=options.bit_error_rate, check=options.check)
-    if options.y not in sweep.FIGURES:
-        raise RequestError(f"--y must be one of {', '.join(sweep.FIGURES)}, not {options.y!r}")
-    if options.x is not None and options.x not in points[0].axes:
-        raise RequestError(f"--x must be one of {', '.join(points[0].axes)}, not {options.x!r}")
+    points = _sweep_points(sweep, base, options)
     files = [path for path in (options.csv, options.json if isinstance(options.json, Path) else None) if path]
-    rows: list[Any] = []
+    rows: dict[int, Any] = {}
+
+    def keep(row: Any) -> None:
+        rows[row.number] = row
+        for path in files:
+            sweep.save(rows.values(), path)
+
+    def go(points: Sequence[Any], take: Callable[[Any], None]) -> None:
+        with _progress(options, points) as (progress, finished):
+            source = (sweep.run_on_dask(points, options.dask, progress=progress) if options.dask is not None
+                      else sweep.run(points, jobs=options.jobs, progress=progress))
+            try:
+                for row in source:
+                    take(row)
+                    finished(row)
+            finally:
+                source.close()
+
     interrupted = False
-    with _progress(options, points) as (progress, finished):
-        source = (sweep.run_on_dask(points, options.dask, progress=progress) if options.dask is not None
-                  else sweep.run(points, jobs=options.jobs, progress=progress))
-        try:
-            for row in source:
-                rows.append(row)
-                finished(row)
-                for path in files:
-                    sweep.save(rows, path)
-        except KeyboardInterrupt:
-            interrupted = True
-        finally:
-            source.close()
-    flat = [row.flat() for row in sorted(rows, key=lambda row: row.number)]
-    if options.json is True:
-        _print_json(flat)
-    else:
-        columns = [*points[0].axes, "cycles", "milliseconds", "bus_use", "lane_use", "die_use", "flash_bytes",
-                   "corrected", "retries", "rel_rms", "equal_bits"]
-        _table(f"Sweep over configuration {name}", columns,
-               ([_text(row[column]) for column in columns] for row in flat), left=0)
-        for row in sorted(rows, key=lambda row: row.number):
-            if row.error:
-                print(f"{row.point}: {row.error}")
+    wrong: list[str] = []
+    try:
+        go(points, keep)
+        if options.check_points is not None:
+            good = [number for number in sorted(rows) if rows[number].figures]
+            numbers = [good[place] for place in sweep.sample(len(good), options.check_points)]
+
+            def check(row: Any) -> None:
+                keep(replace(rows[numbers[row.number]], measured=row.figures))
+                if row.error:
+                    wrong.append(f"{row.point}, on the RTL: {row.error}")
+
+            go([replace(points[number], modelled=False) for number in numbers], check)
+    except KeyboardInterrupt:
+        interrupted = True
+    ordered = [rows[number] for number in sorted(rows)]
+    _show_sweep(options, name, points, ordered, wrong)
     for path in files:
         print(f"{path}: {len(rows)} rows", file=sys.stderr)
-    if options.plot is not None and any(row.figures for row in rows):
-        sweep.plot(rows, options.plot, x=options.x, y=options.y)
+    if options.plot is not None and any(row.figures for row in ordered):
+        sweep.plot(ordered, options.plot, x=options.x, y=options.y)
         print(f"{options.plot}: {options.y}", file=sys.stderr)
     if interrupted:
         print(f"interrupted: {len(rows)} of {len(points)} points are done", file=sys.stderr)
         return 130
-    wrong = any(row.figures.get("equal_bits") is False for row in rows)
-    return 1 if wrong or not any(row.figures for row in rows) else 0
+    bad = any(found.get("equal_bits") is False for row in ordered for found in (row.figures, row.measured))
+    return 1 if bad or wrong or not any(row.figures for row in ordered) else 0
+
+
+def _show_sweep(options: argparse.Namespace, name: str, points: Sequence[Any], rows: Sequence[Any],
+                wrong: Sequence[str]) -> None:
+    """Print the rows of a sweep."""
+    flat = [row.flat() for row in rows]
+    if options.json is True:
+        _print_json(flat)
+        print("\n".join(wrong), end="\n" if wrong else "", file=sys.stderr)
+        return
+    columns = [*points[0].axes, "how", "cycles", "milliseconds", "p50_us", "p99_us", "p999_us", "bus_use", "lane_use",
+               "die_use", "flash_bytes", "corrected", "retries", "rel_rms", "equal_bits"]
+    if options.repeat > 1:
+        columns.insert(columns.index("cycles") + 1, "cycles_ci")
+    if options.model:
+        # The timing model does not know some of them; others make room for what is measured.
+        columns = [column for column in columns if column not in (
+            "lane_use", "die_use", "flash_bytes", "corrected", "retries", "equal_bits")]
+    if options.check_points is not None:
+        columns += ["measured_cycles", "measured_p50_us", "measured_p99_us", "measured_p999_us", "deviation"]
+    _table(f"Sweep over configuration {name}", columns,
+           ([_text(row.get(column)) for column in columns] for row in flat), left=0, whole=True)
+    for row in rows:
+        if row.error:
+            print(f"{row.point}: {row.error}")
+    for line in wrong:
+        print(line)
 
 
 def _system(options: argparse.Namespace) -> int:
@@ -550,9 +613,23 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE,...",
                        help="values of a field of the configuration (part: of a part's name; part.FIELD); repeat it "
                             "for more axes")
-    sweep.add_argument("--workload", action="append", type=_pair, metavar="HEADS,TOKENS",
-                       help="KV heads and tokens of each (8,2048); repeat it for more")
+    sweep.add_argument("--workload", action="append", type=_workload, metavar="HEADS,TOKENS[+TOKENS...]",
+                       help="KV heads and tokens of each (8,2048), or of the sequences of a batch in turn; repeat it "
+                            "for more")
     sweep.add_argument("--mode", action="append", metavar="MODE,...", help=f"of {', '.join(MODES)} (dense)")
+    for name, what in (("features", "features of the first pass, r (head_dim / 8)"),
+                       ("top-units", "tokens or units that are selected, k (of a sixteenth of the tokens)"),
+                       ("layers", "layers, which attend one after the other (1)"),
+                       ("batch", "sequences, which attend side by side (1)"),
+                       ("drives", "drives that the heads are dealt over (1)"), ("seed", "of the data (0)")):
+        sweep.add_argument(f"--{name}", type=_integers, metavar="N,...", help=what)
+    sweep.add_argument("--data", type=lambda text: text.split(","), metavar="DATA,...",
+                       help="topical, random, clustered or minilm (topical)")
+    sweep.add_argument("--repeat", type=int, default=1, metavar="N",
+                       help="seeds of each point: figures are means, with 95 %% confidence intervals (1)")
+    sweep.add_argument("--model", action="store_true", help="take the timing model instead of the RTL")
+    sweep.add_argument("--check", dest="check_points", type=int, metavar="N",
+                       help="with --model: run N of the points on the RTL, too, and say how far the model is from it")
     sweep.add_argument("--simulator", default="verilator", choices=SIMULATORS)
     sweep.add_argument("--bit-error-rate", type=float, default=1e-5, metavar="RATE", help="of the dies (1e-5)")
     sweep.add_argument("--no-check", dest="check", action="store_false",

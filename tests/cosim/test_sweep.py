@@ -17,8 +17,8 @@ from kvattic_sim.reports import sweep
 HEADS, TOKENS, TOO_MANY = 4, 256, 4096
 
 
-def points() -> list[sweep.Point]:
-    return sweep.grid(TINY, {"channels": [1, 2]}, [(HEADS, TOKENS), (HEADS, TOO_MANY)])
+def points(**common: Any) -> list[sweep.Point]:
+    return sweep.grid(TINY, {"channels": [1, 2]}, [(HEADS, TOKENS), (HEADS, TOO_MANY)], **common)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,34 @@ def test_each_row_has_its_figures(rows: Any) -> None:
         assert 0 < figures["die_use"] <= 1
         assert figures["write_cycles"] > 0
     assert rows[2, TOKENS].figures["cycles"] < 0.7 * rows[1, TOKENS].figures["cycles"]
+
+
+def test_commands_take_their_time(rows: Any) -> None:
+    for channels in (1, 2):
+        figures = rows[channels, TOKENS].figures
+        # The last command was fetched soon and waited for the others' data.
+        assert 0.1 * figures["milliseconds"] < figures["p50_us"] / 1e3 < figures["p99_us"] / 1e3
+        assert figures["p99_us"] <= figures["p999_us"] <= 1e3 * figures["milliseconds"]
+
+
+def test_the_timing_model_is_near(rows: Any) -> None:
+    """A study's axes on the RTL and in the model: layers, a batch of two lengths, one of two drives, random data."""
+    found = list(sweep.run(points(modelled=True), jobs=2))
+    for row in found:
+        rtl = rows[row.point.settings["channels"], row.point.tokens]
+        assert row.error == rtl.error
+        for name in row.figures and ("cycles", "write_cycles", "p50_us", "p99_us"):
+            assert row.figures[name] == pytest.approx(rtl.figures[name], rel=0.08), name
+        for name in row.figures and ("flash_bytes", "kv_bytes"):
+            assert row.figures[name] == rtl.figures[name]
+    (studied,) = sweep.grid(TINY, {}, [(4, (64, 128))], ["sparf"], study={
+        "features": [4], "top_units": [12], "layers": [2], "drives": [2], "data": ["random"], "seed": [7]})
+    measured, modelled = sweep.measure(studied), sweep.measure(replace(studied, modelled=True))
+    assert measured["equal_bits"] is True
+    assert measured["rel_rms"] == modelled["rel_rms"]
+    # The median lies between those of two lengths, so a command more of one of them moves it far.
+    for name in ("cycles", "p99_us"):
+        assert modelled[name] == pytest.approx(measured[name], rel=0.08), name
 
 
 def test_what_has_no_room_is_a_row(rows: Any) -> None:

@@ -89,6 +89,7 @@ class Channel:
         """Do what is due; the time of the next call."""
         t = self.t
         lane = self.lane
+        lane.serve_tails(now)
         lane.walked(now)
         lane.start_walks(now)
         lane.walked(now)        # what costs no time

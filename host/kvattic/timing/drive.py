@@ -148,9 +148,9 @@ class Drive:
         operation.ended = at + self.t.complete
 
     def dram_read(self, at: float, codewords: int) -> float:
-        """Read codewords of the tail; when the last one is there."""
+        """Read codewords of the tail; when the last one begins to come."""
         self.dram_free = max(self.dram_free, at) + codewords * self.t.dram_codeword
-        return self.dram_free + self.t.dram_latency
+        return self.dram_free + self.t.dram_latency - self.t.dram_codeword
 
 
 def selection(job: JobState, t: Times) -> float:

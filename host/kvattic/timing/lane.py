@@ -26,7 +26,7 @@ class Drive(Protocol):
         """An operation's outcome is known."""
 
     def dram_read(self, at: float, codewords: int) -> float:
-        """Read codewords of the tail; when the last one is there."""
+        """Read codewords of the tail; when the last one begins to come."""
 
 
 class Entry:
@@ -97,6 +97,7 @@ class Lane:
         self.open_groups = 0
         self.harvest_free = 0.0
         self.first_groups: deque[tuple[JobState, list[int]]] = deque()
+        self.tails: deque[tuple[JobState, int, int, list[int] | None]] = deque()
 
     # Walkers.
 
@@ -176,7 +177,7 @@ class Lane:
             asked = job.asked[kind - KEY]
             asked[lane] = True
             if job.left[kind][lane] == 0:
-                self._pass_ended(job, kind, max(now, self.clock[kind]))
+                self._pass_ended(job, kind, max(now, self.clock[kind], job.came[kind][lane]))
         return None
 
     def walked(self, now: float) -> None:
@@ -212,10 +213,8 @@ class Lane:
             left = [group.codewords, group.tokens, group.opens]
             self.first_groups.append((job, left))
         if group.dram:
-            job_open = job.opened if kind == VALUE else 0.0
-            at = self.drive.dram_read(max(now, job_open if job_open < NEVER else now), group.dram)
-            self.free = max(self.free, at) + group.dram * t.beats
-            self.arrived(job, kind, group.dram, left, self.free)
+            self.tails.append((job, kind, group.dram, left))
+            self.serve_tails(now)
         for unit, row, runs in group.pages:
             if not runs:
                 continue
@@ -233,6 +232,17 @@ class Lane:
             self._harvest(now)
         return True
 
+    def serve_tails(self, now: float) -> None:
+        """Read codewords of DRAM in the order in which they were asked for; V waits for its job's maximum."""
+        tails, t = self.tails, self.t
+        while tails and (tails[0][1] != VALUE or tails[0][0].opened <= now):
+            job, kind, codewords, group = tails.popleft()
+            at = self.drive.dram_read(now, codewords)
+            self.free = max(self.free + codewords * t.beats, at + t.beats)
+            came = self.free - t.beats      # the last codeword, as those of flash, when its beats begin
+            job.came[kind][self.number] = max(job.came[kind][self.number], came)
+            self.arrived(job, kind, codewords, group, came)
+
     # What has arrived.
 
     def arrived(self, job: JobState, kind: int, codewords: int, group: list[int] | None, at: float) -> None:
@@ -248,7 +258,7 @@ class Lane:
         left = job.left[kind]
         left[self.number] -= codewords
         if left[self.number] == 0 and job.asked[kind - KEY][self.number]:
-            self._pass_ended(job, kind, at)
+            self._pass_ended(job, kind, max(at, job.came[kind][self.number]))
 
     def _harvest(self, at: float) -> None:
         """Score the tokens of complete groups, in their order."""

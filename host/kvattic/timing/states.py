@@ -11,9 +11,9 @@ class JobState:
     """A job that is under way; times are `NEVER` until they are known."""
 
     __slots__ = (
-        "asked", "completed", "end", "fetched", "first_asked", "first_beat", "first_done", "first_end", "groups_left",
-        "lanes", "lanes_left", "last_beat", "left", "loaded", "number", "opened", "rows", "selected", "sparse", "taken",
-        "values_done", "work")
+        "asked", "came", "completed", "end", "fetched", "first_asked", "first_beat", "first_done", "first_end",
+        "groups_left", "lanes", "lanes_left", "last_beat", "left", "loaded", "number", "opened", "rows", "selected",
+        "sparse", "taken", "values_done", "work")
 
     def __init__(self, number: int, job: Job, channels: int) -> None:
         self.number = number
@@ -33,6 +33,7 @@ class JobState:
         self.asked = [[False] * channels, [False] * channels]
         self.left = [[0] * channels, [sum(g.codewords for g in lane.keys) for lane in job.lanes],
                      [sum(g.codewords for g in lane.values) for lane in job.lanes]]
+        self.came = [[0.0] * channels for _ in range(3)]    # when the last codeword from DRAM is there
         self.values_done = [False] * channels
 
 

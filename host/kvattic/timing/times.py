@@ -6,9 +6,13 @@ from kvattic.spec.config import Config
 from kvattic.spec.scheduling import RUN_QUEUE_DEPTH
 
 # Of the RTL, not fitted: parameters of its blocks, and cycles of their state machines as their sources count them.
-DECISION, SEND, SHOW, PLAN = 26, 17, 25, 30
+DECISION, SEND, SHOW, PLAN, LOOK = 26, 9, 17, 30, 8
 """Cycles of the controller's machine: from the end of a run to its die's next command; between the commands of two
-planes; from ready to the first burst; of planning a read, without its two looks at each plane (Controller)."""
+planes, and from ready to the first burst, but for LOOK; of planning a read, without its two looks at each plane; what
+always passes between a time's end and a look at the die (Controller)."""
+ROUND = 8
+"""Dies of a drive in which the machine takes DECISION, SEND, SHOW and PLAN.  It goes from die to die, so it takes less
+with fewer of them: a trace of the RTL with two has 7, 2, 4 and 7.  With sixteen it was no slower."""
 STAGES = 30
 """Cycles of a codeword from the end of its last word on the bus to the first of its beats, and from its last beat to
 the score or sum (Decoder, Arrivals, the lane's pipeline)."""
@@ -109,6 +113,8 @@ def times_of(config: Config) -> Times:
     def cycles(nanoseconds: float) -> float:
         return nanoseconds * config.clock_mhz / 1000
 
+    share = min(config.dies / ROUND, 1.0)
+    decision = DECISION * share
     # A token takes its beats, or the score unit's cycles if these are more.
     token = 3 if config.rows == 1 and config.beats_per_token >= 3 else config.rows
     beats = config.tokens_per_codeword * max(config.beats_per_token, token)
@@ -119,14 +125,16 @@ def times_of(config: Config) -> Times:
         codeword=max(config.raw_codeword_bytes / part.bus_mts * config.clock_mhz, config.raw_codeword_words),
         preamble=cycles(part.t_pre), cycle=cycles(part.t_cad), dbsy=cycles(part.t_dbsy), t_r=cycles(part.t_r),
         t_prog=cycles(part.t_prog), t_bers=cycles(part.t_bers),
-        between_planes=cycles(part.t_wb + part.t_dbsy + part.t_rr) + SEND,
-        array=cycles(part.t_wb + part.t_r + part.t_rr) + SHOW, ccs=cycles(part.t_ccs),
-        adl=cycles(part.t_adl + part.t_cad) + DECISION, status=cycles(part.t_whr + part.t_pre) + 2 * DECISION,
-        decision=DECISION, planning=PLAN + 2 * part.planes, arrival=config.beats_per_codeword + STAGES,
+        between_planes=cycles(part.t_wb + part.t_dbsy + part.t_rr) + LOOK + SEND * share,
+        array=cycles(part.t_wb + part.t_r + part.t_rr) + LOOK + SHOW * share, ccs=cycles(part.t_ccs),
+        adl=cycles(part.t_adl + part.t_cad) + decision, status=cycles(part.t_whr + part.t_pre) + 2 * decision,
+        decision=decision, planning=PLAN * share + 2 * part.planes, arrival=config.beats_per_codeword + STAGES,
         harvest=HARVEST, token=token, fetch=FETCH, load=LOAD,
         # Ranker: 3 or 4 digits normally.
         rank=3.5 * (config.head_dim + 23) + 137, rank_row=2 * config.head_dim + 8,
         select=SELECT, select_row=SELECT_ROW, alpha=config.channels + 5, maximum=6, gather_row=config.channels + 5,
         drain_row=config.head_dim, drain=55 if config.sparse else 40, write_row=config.head_dim / 2, complete=COMPLETE,
-        dram_codeword=max(2, config.codeword_bytes / config.dram_beat_bytes), dram_latency=DRAM_LATENCY,
+        # TailReader: a word of DRAM a cycle, and a beat of a lane, over all lanes.
+        dram_codeword=max(config.codeword_bytes / config.dram_beat_bytes, config.codeword_bytes / config.beat_bytes),
+        dram_latency=DRAM_LATENCY,
         page_codewords=config.codewords_per_page, operation=OPERATION)

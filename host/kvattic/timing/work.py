@@ -155,6 +155,7 @@ class _Walk:
         self._codewords = config.codewords_per_page
         self._late: tuple[int, Sequence[int], int] | None = None    # page, wanted codewords, places before it
         self._at = 0.0
+        self._goes_on = (-1, -1)        # page and codeword with which the last centroids would go on
         self._unit_bits, self._plane_bits = config.plane_bits + config.die_bits, config.plane_bits
         self._die, self._seen = -1, 0
 
@@ -170,6 +171,18 @@ class _Walk:
         group.codewords += sum(runs)
         group.walk += walk
         return group
+
+    def centroids(self, page: int, codeword: int, count: int) -> None:
+        """Centroids; those that go on where the last ones ended, which another stripe's do, are of one run."""
+        if self._goes_on == (page, codeword):
+            group = self.groups[-1]
+            *before, last = group.pages[-1].runs
+            group.pages[-1] = group.pages[-1]._replace(runs=(*before, last + count))
+            group.codewords += count
+            group.walk += FIRST_WALK * count
+        else:
+            self.add(page, (count,), float(FIRST_WALK * count))
+        self._goes_on = page, codeword + count
 
     def skim(self, page: int, wanted: Sequence[int], place: int) -> None:
         """A page of a sparse job's K or V, of which its first run is queued when it has ended.
@@ -245,6 +258,7 @@ def attend_job(config: Config, stripes: Sequence[Stripe], *, rows: int | None = 
         raise RequestError(f"channel must be 0 to {config.channels - 1}, not {bad[0]}")
     lanes = [LaneWork() for _ in range(config.channels)]
     walks = [(_Walk(config), _Walk(config)) for _ in range(config.channels)]
+    centroids = [_Walk(config) for _ in range(config.channels)]
     walked = [0] * config.channels      # pages of earlier stripes
     for number, stripe in enumerate(stripes):
         lane = lanes[stripe.channel]
@@ -252,8 +266,11 @@ def attend_job(config: Config, stripes: Sequence[Stripe], *, rows: int | None = 
         whole = stripe.dram or stripe.whole
         lane.tokens += stripe.tokens
         lane.places += codewords if sparse else used
+        if mode is Mode.CENTROID and not whole:
+            _read_centroids(config, stripe, centroids[stripe.channel], unit)
+        elif sparse and mode is not Mode.CENTROID:
+            lane.first += _first_pass(config, stripe, whole, used, features, stripe_pages)
         if sparse:
-            lane.first += _first_pass(config, stripe, mode, whole, used, features, stripe_pages, unit)
             lane.units += 0 if whole else -(-stripe.tokens // unit)
         for walk, first in zip(walks[stripe.channel], (stripe.key_page, stripe.value_page), strict=True):
             if stripe.dram:
@@ -271,8 +288,9 @@ def attend_job(config: Config, stripes: Sequence[Stripe], *, rows: int | None = 
                     walk.skim(first + page, range(left) if whole else np.flatnonzero(here).tolist(),
                               walked[stripe.channel] + page)
         walked[stripe.channel] += stripe_pages
-    for lane, (keys, values) in zip(lanes, walks, strict=True):
+    for lane, (keys, values), sketches in zip(lanes, walks, centroids, strict=True):
         lane.keys, lane.values = keys.end(), values.end()
+        lane.first += sketches.groups
     return Job(rows, mode, lanes, _words(config, rows, len(stripes), mode), submitted)
 
 
@@ -282,32 +300,34 @@ def _words(config: Config, rows: int, stripes: int, mode: Mode) -> float:
     return words + (config.head_dim / 2 if mode in (Mode.SPARF, Mode.FETCHED) else 0)
 
 
-def _first_pass(config: Config, stripe: Stripe, mode: Mode, whole: bool, used: int, features: Sequence[int],
-                stripe_pages: int, unit: int) -> list[Group]:
-    """What the first pass reads of a stripe: one group."""
+def _read_centroids(config: Config, stripe: Stripe, walk: _Walk, unit: int) -> None:
+    """What the first pass reads of a stripe's centroids."""
     per_page = config.codewords_per_page
-    pages: list[tuple[int, tuple[int, ...]]] = []
+    count = max(1, config.group_codewords * config.tokens_per_codeword // unit // config.tokens_per_codeword)
+    page, codeword = stripe.sketch_page, stripe.sketch_codeword
+    while count:
+        here = min(count, per_page - codeword)
+        walk.centroids(page, codeword, here)
+        page, codeword, count = page + 1, 0, count - here
+
+
+def _first_pass(config: Config, stripe: Stripe, whole: bool, used: int, features: Sequence[int],
+                stripe_pages: int) -> list[Group]:
+    """What the first pass reads of a stripe's features, or of its K: one group."""
+    per_page = config.codewords_per_page
+    if whole and stripe.dram:
+        return [Group(codewords=used, dram=used, walk=float(FIRST_WALK * used))]
+    pages: list[tuple[int, tuple[int, ...]]]
     if whole:
-        if mode is Mode.CENTROID:
-            return []
-        if stripe.dram:
-            return [Group(codewords=used, dram=used, walk=float(FIRST_WALK * used))]
-        for page in range(-(-used // per_page)):
-            pages.append((stripe.key_page + page, (min(used - page * per_page, per_page),)))
-    elif mode is Mode.CENTROID:
-        count = max(1, config.group_codewords * config.tokens_per_codeword // unit // config.tokens_per_codeword)
-        page, codeword = stripe.sketch_page, stripe.sketch_codeword
-        while count:
-            here = min(count, per_page - codeword)
-            pages.append((page, (here,)))
-            page, codeword, count = page + 1, 0, count - here
+        pages = [(stripe.key_page + page, (min(used - page * per_page, per_page),))
+                 for page in range(-(-used // per_page))]
     else:
         pages = [(stripe.sketch_page + page, runs_of(f % per_page for f in features if f // per_page == page))
                  for page in range(stripe_pages)]
     walk = _Walk(config)
     for page, runs in pages:
         walk.add(page, runs, float(FIRST_WALK * sum(runs)))
-    if not whole and mode is not Mode.CENTROID:
+    if not whole:
         for group in walk.groups:
             group.features, group.opens = True, 0
         walk.groups[-1].tokens, walk.groups[-1].opens = config.group_tokens, 1
@@ -375,6 +395,9 @@ def job_of_reads(config: Config, reads: Iterable[Read], tokens: Sequence[int], *
         seen[read.channel, read.kind] = of_pages, number
         if which != FIRST:
             walk.skim(read.page, read.codewords, number * config.group_pages + page)
+            continue
+        if mode is Mode.CENTROID and len(runs) == 1:
+            walk.centroids(read.page, read.codewords[0], count)
             continue
         group = walk.add(read.page, runs, float(FIRST_WALK * count))
         if read.kind is Kind.FEATURE:

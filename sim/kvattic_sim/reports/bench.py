@@ -32,10 +32,12 @@ from kvattic_sim.reports.benches import (
     flash,
     host,
     house,
+    latency,
     models,
     placement,
     sparse,
     system,
+    time_grid,
     worth,
 )
 from kvattic_sim.reports.benches.engine import Bench, Lab, UnavailableError, WrongResultError
@@ -80,7 +82,8 @@ DATA_SETS = ("minilm", "fa3_2k", "fa3_32k")
 
 BARS: dict[str, Bar | None] = {
     **{key: None for bench in (*engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *sparse.BENCHES, *host.BENCHES,
-                                       *models.BENCHES, *system.BENCHES, *worth.BENCHES)
+                                       *models.BENCHES, *time_grid.BENCHES, *latency.BENCHES,
+                                       *system.BENCHES, *worth.BENCHES)
        for key in bench.keys},
     **dict.fromkeys(placement.KEYS),
     "engine.dense.utilization.paper": Bar(">=", (0.97,)),
@@ -126,6 +129,8 @@ BARS: dict[str, Bar | None] = {
     "sim.cycles_per_second.ratio": Bar(">=", (1.5,)),
     "sim.speed_ratio": Bar(">=", (10,)),
     "sim.cycles_per_second.paper": Bar(">=", (20_000,), goal=True),
+    "time.error.max": Bar("<=", (0.08,)),
+    "time.error.mean": Bar("<=", (0.03,)),
     **dict.fromkeys(house.KEYS),
     "house.sim.cpu_ratio": Bar("<=", (0.33,)),
     "house.test.cpu_ratio": Bar("<=", (0.45,)),
@@ -188,7 +193,7 @@ def benches() -> tuple[Bench, ...]:
     reality = Bench(keys=real.KEYS, measure=_real)
     evaluation = Bench(keys=paper.KEYS, measure=lambda lab: paper.measure())
     return (placing, *engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *causal.BENCHES, *sparse.BENCHES,
-            quality, reality, evaluation, *system.BENCHES, *worth.BENCHES,
+            quality, reality, evaluation, *system.BENCHES, *worth.BENCHES, *latency.BENCHES, *time_grid.BENCHES,
             *host.BENCHES, *house.BENCHES, *models.BENCHES,
             *(alone(prefix, function) for prefix, function in accuracy.BENCHES.items()))
 

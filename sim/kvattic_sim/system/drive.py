@@ -144,7 +144,7 @@ class TimedDrive:
     def attention_seconds(self, mode: str, *, kv_heads: int, group: int, head_dim: int, tokens: float) -> float:
         """Seconds in which one drive attends, from idle to idle.
 
-        Half of the last stripe lies in device DRAM, as it does on average.  Where the whole stripes before it are no
+        Half of the last stripe lies in device DRAM on average.  Where the whole stripes before it are no
         whole number, it is between those of the two numbers next to it.
 
         Args:
@@ -181,7 +181,7 @@ class TimedDrive:
         return seconds(config, self._at(kind, jobs, min(group, config.rows), tokens))
 
     def _at(self, mode: Mode, jobs: int, rows: int, tokens: float) -> float:
-        """Cycles of jobs whose tail is half a stripe."""
+        """Cycles of jobs whose tails are half a stripe on average."""
         stripe = self._stripe(mode.name.lower())
         stripes = max(tokens / stripe - 0.5, 0.0)
         # A tail needs its place in the score buffers, too.
@@ -189,11 +189,20 @@ class TimedDrive:
         low = min(int(stripes), most)
         if low >= SHORT_STRIPES:
             near = min(round(stripes), most)
-            return self.job_cycles(mode, jobs, rows, near, stripe // 2) * (stripes + 0.5) / (near + 0.5)
-        at = self.job_cycles(mode, jobs, rows, low, stripe // 2)
+            return self._average(mode, jobs, rows, near) * (stripes + 0.5) / (near + 0.5)
+        at = self._average(mode, jobs, rows, low)
         if stripes == low:
             return at
-        return at + (self.job_cycles(mode, jobs, rows, low + 1, stripe // 2) - at) * (stripes - low)
+        return at + (self._average(mode, jobs, rows, low + 1) - at) * (stripes - low)
+
+    def _average(self, mode: Mode, jobs: int, rows: int, stripes: int) -> float:
+        """Cycles of jobs with a quarter and with three quarters of a stripe as tail, on average.
+
+        A short tail is read beside the flash, a long one of a sparse job takes longer than the flash, so half a stripe
+        takes less than tails of all lengths do on average.
+        """
+        stripe = self._stripe(mode.name.lower())
+        return sum(self.job_cycles(mode, jobs, rows, stripes, stripe * part // 4) for part in (1, 3)) / 2
 
     def job_cycles(self, mode: Mode, jobs: int, rows: int, stripes: int, tail: int) -> float:
         """Cycles of jobs over whole stripes in flash and a tail in device DRAM, without interpolation.

@@ -147,6 +147,16 @@ def test_a_tail_in_dram_costs_little():
     assert plain.cycles <= tail.cycles < 1.02 * plain.cycles
 
 
+@pytest.mark.parametrize("tokens, jobs, recorded", [(120, 1, 2_301), (120, 8, 15_756), (40, 1, 1_024)])
+def test_a_job_that_lies_in_dram_takes_its_beats(tokens, jobs, recorded):
+    # Of the RTL, preset tiny: all lanes together get a beat a cycle, V behind the maximum.
+    job = attend_job(TINY, [Stripe(0, 0, 0, tokens, dram=True)], rows=1, stripe_pages=8)
+    found = estimate(TINY, [job] * jobs)
+    assert found.cycles > jobs * 2 * tokens * TINY.beats_per_token
+    assert found.cycles == pytest.approx(recorded, rel=0.05)
+    assert found.flash_bytes == 0
+
+
 @pytest.mark.parametrize("mode", [Mode.SPARF, Mode.CENTROID])
 def test_whole_stripes_are_read_whole(mode):
     stripes = [Stripe(0, 0, 4, 256, sketch_page=8), Stripe(1, 0, 4, 100, whole=True), Stripe(2, 0, 0, 10, dram=True)]
@@ -157,6 +167,22 @@ def test_whole_stripes_are_read_whole(mode):
     assert found.dram_codewords == (15 if mode is Mode.SPARF else 10)
     assert found.codewords["sketch"] == (55 if mode is Mode.SPARF else 2)
     assert found.codewords["feature"] == (16 if mode is Mode.SPARF else 0)
+
+
+def test_centroids_of_stripes_beside_each_other_are_one_run():
+    # 256 tokens have four centroids of 64 tokens, of two codewords.
+    beside = [Stripe(0, 4 * i, 4 * i + 64, 256, sketch_page=8, sketch_codeword=2 * i) for i in range(6)]
+    apart = [stripe._replace(sketch_codeword=4 * i) for i, stripe in enumerate(beside)]
+    marked = np.zeros((6, 128), bool)
+    one, six = (attend_job(PAPER, stripes, mode=Mode.CENTROID, marked=marked, unit_tokens=64, stripe_pages=4)
+                for stripes in (beside, apart))
+    assert [group.pages[0].runs for group in one.lanes[0].first] == [(12,)]
+    assert [group.pages[0].runs for group in six.lanes[0].first] == [(2,)] * 6
+    assert estimate(PAPER, [one]).codewords == estimate(PAPER, [six]).codewords
+    assert estimate(PAPER, [one]).command_cycles < estimate(PAPER, [six]).command_cycles
+    reads = [Read(Kind.SKETCH, 0, 8, [2 * i, 2 * i + 1]) for i in range(6)]
+    same = job_of_reads(PAPER, reads, [6 * 256, *[0] * 7], rows=1, mode=Mode.CENTROID, unit_tokens=64)
+    assert same.lanes[0].first == one.lanes[0].first
 
 
 def test_what_was_read_is_enough():

@@ -1,10 +1,9 @@
-"""What an answer is worth: energy of a token and latency of a job, OPT-13B, both modelled; and what it costs to know.
+"""What an answer costs: energy of a token of OPT-13B, modelled; and what it costs to know.
 
 The golden device notes what each job reads; how much slower that makes its attends is measured.
 """
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,13 +11,12 @@ import numpy as np
 import kvattic
 from kvattic.spec.commands import LINE_BYTES, Mode, query_row_bytes, result_row_bytes, table_bytes
 from kvattic.spec.config import ELEMENT_BYTES, PAPER, Config
-from kvattic.timing import Estimate, Job, Layer, estimate, seconds
+from kvattic.timing import Estimate, Job, Layer, estimate
 from kvattic.timing.energy import Range, Work, energy_of
 from kvattic.timing.life import programmed_bytes
 from kvattic_sim.reports.benches.engine import Bench
 
-__all__ = ["BENCHES", "ENERGY_KEYS", "LATENCY_KEYS", "NOTES_KEYS", "energy", "latencies", "latency", "notes",
-           "token_energy"]
+__all__ = ["BENCHES", "ENERGY_KEYS", "NOTES_KEYS", "energy", "notes", "token_energy"]
 
 LAYERS, HEADS, TOKENS, BATCH = 40, 40, 2048, 64
 """OPT-13B's, and the paper's batch."""
@@ -28,12 +26,9 @@ UNIT = 64
 """Tokens of a mean key."""
 FEATURES, SELECTED = 16, TOKENS // 16
 """The paper's r, and tokens that a sparse mode attends."""
-IN_FLIGHT = 64
 MODES = {
     "dense": Mode.DENSE, "sparf": Mode.SPARF, "fetched": Mode.FETCHED, "centroid": Mode.CENTROID}
 ENERGY_KEYS = tuple(f"energy.token_mj.{mode}{bound}" for mode in MODES for bound in ("", ".low", ".high"))
-LATENCY_KEYS = tuple(f"latency.p{share}_us.{count}{mode}" for mode in ("", ".sparf") for count in (1, IN_FLIGHT)
-                     for share in (50, 99))
 NOTES: dict[str, dict[str, Any]] = {"dense": {}, "sparf": {"mode": "sparf", "features": FEATURES, "top_units": 64}}
 NOTES_KEYS = tuple(f"host.notes_ratio.{mode}" for mode in NOTES)
 NOTES_HEADS, NOTES_TOKENS, ROUNDS = 4, 1024, 30
@@ -87,35 +82,6 @@ def energy() -> dict[str, float]:
     return figures
 
 
-def latencies(jobs: Sequence[Job], in_flight: int, config: Config = PAPER) -> list[float]:
-    """Microseconds from a job's submission to its completion, while as many are in flight.
-
-    Args:
-        jobs: in order; more than are in flight.
-        in_flight: commands that the host keeps in the drive: the next one goes when one has completed.
-        config: of the drive.
-    """
-    if in_flight == 1:
-        cycles = [estimate(config, [job]).jobs[0].completed for job in jobs]
-    else:
-        # Completions come in order, and the drive never runs dry: its slots are fewer.
-        ends = [job.completed for job in estimate(config, jobs).jobs]
-        cycles = [end - before for before, end in zip(ends, ends[in_flight:], strict=False)]
-    return [1e6 * seconds(config, count) for count in cycles]
-
-
-def latency() -> dict[str, float]:
-    """Percentiles of the latency of a job, with one and many in flight, dense and SPARF."""
-    figures: dict[str, float] = {}
-    for suffix, mode in (("", Mode.DENSE), (".sparf", Mode.SPARF)):
-        jobs = _jobs(PAPER, 8 * HEADS, mode)
-        for count, some in ((1, jobs[:HEADS]), (IN_FLIGHT, jobs)):
-            found = latencies(some, count)
-            for share in (50, 99):
-                figures[f"latency.p{share}_us.{count}{suffix}"] = float(np.percentile(found, share))
-    return figures
-
-
 def notes() -> dict[str, float]:
     """Processor time of the golden device's attend with its notes over that without; the fastest of each."""
     rng = np.random.default_rng(0)
@@ -141,5 +107,4 @@ def notes() -> dict[str, float]:
 BENCHES = (
     Bench(keys=NOTES_KEYS, measure=lambda lab: notes()),
     Bench(keys=ENERGY_KEYS, measure=lambda lab: energy()),
-    Bench(keys=LATENCY_KEYS, measure=lambda lab: latency()),
 )
