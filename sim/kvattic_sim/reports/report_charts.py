@@ -39,11 +39,19 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A point of `points`: where, class of its colour, and what it is."""
+    """A point of `points`.
+
+    Attributes:
+        value: where.
+        style: class of its colour.
+        name: what it is.
+        radius: of its dot; where several are one, the largest first, so that all are seen.
+    """
 
     value: float
     style: str
     name: str
+    radius: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +181,7 @@ def bars(items: Sequence[Bar], label: str, *, reference: tuple[float, str] | Non
     Args:
         items: from above.
         label: what the chart shows, for those who cannot see it.
-        reference: a line across all of them, and its name.
+        reference: a dashed mark in all of them, and its name.
     """
     values = [value for item in items for value in (item.value, item.mark) if value is not None]
     high = max([*values, reference[0] if reference else 0.0, 1e-30])
@@ -186,12 +194,11 @@ def bars(items: Sequence[Bar], label: str, *, reference: tuple[float, str] | Non
                   _box(0, y + 17, item.value * scale, 12, item.style, f"{item.name}: {item.text}")]
         if item.mark is not None:
             parts.append(_line(item.mark * scale, y + 15, item.mark * scale, y + 31, "mark"))
-    height = top + len(items) * ROW
+        if reference:
+            parts.append(_line(reference[0] * scale, y + 14, reference[0] * scale, y + 32, "reference"))
     if reference:
-        x = reference[0] * scale
-        parts += [_line(x, 16, x, height, "reference"),
-                  _text(min(max(x, 60), WIDTH - 60), 12, reference[1], "middle", "dim")]
-    return _svg(height, parts, label)
+        parts.append(_text(min(max(reference[0] * scale, 60), WIDTH - 60), 12, reference[1], "middle", "dim"))
+    return _svg(top + len(items) * ROW, parts, label)
 
 
 def points(rows: Sequence[Points], label: str, *, logarithmic: bool = True, unit: str = "",
@@ -203,7 +210,7 @@ def points(rows: Sequence[Points], label: str, *, logarithmic: bool = True, unit
         label: what the chart shows.
         logarithmic: the axis; else linear.
         unit: below the axis.
-        reference: a line across all rows, and its name.
+        reference: a dashed mark in all rows, and its name.
         limits: of the axis; None: what the points need.
     """
     values = [mark.value for row in rows for mark in row.marks] + ([reference[0]] if reference else [])
@@ -221,17 +228,17 @@ def points(rows: Sequence[Points], label: str, *, logarithmic: bool = True, unit
     parts = [_line(place(tick), top, place(tick), height, "grid") for tick in ticks]
     parts += [_text(place(tick), height + 14, short(tick), "middle", "dim") for tick in ticks]
     if reference:
-        x = place(reference[0])
-        parts += [_line(x, 16, x, height, "reference"),
-                  _text(min(max(x, 60), WIDTH - 60), 12, reference[1], "middle", "dim")]
+        parts.append(_text(min(max(place(reference[0]), 60), WIDTH - 60), 12, reference[1], "middle", "dim"))
     for number, row in enumerate(rows):
         y = top + number * ROW
         parts += [_text(0, y + 12, row.name), _text(WIDTH, y + 12, row.text, "end", "strong")]
         if row.joined and len(row.marks) > 1:
             ends = [place(mark.value) for mark in row.marks]
             parts.append(_line(min(ends), y + 23, max(ends), y + 23, f"whisker {row.marks[0].style}"))
-        parts += [_dot(place(mark.value), y + 23, 5, mark.style, f"{row.name}, {mark.name}: {short(mark.value)}")
-                  for mark in row.marks]
+        if reference:
+            parts.append(_line(place(reference[0]), y + 15, place(reference[0]), y + 31, "reference"))
+        parts += [_dot(place(mark.value), y + 23, mark.radius, mark.style,
+                       f"{row.name}, {mark.name}: {short(mark.value)}") for mark in row.marks]
     parts.append(_text(WIDTH, height + 30, unit, "end", "dim"))
     return _svg(height + (36 if unit else 20), parts, label)
 

@@ -22,6 +22,10 @@ SECTIONS = (("bars", "Bars"), ("plots", "Plots"), ("timeline", "Timeline"), ("ar
             ("systems", "Whole systems"), ("figures", "All figures"))
 
 
+NAMED = 4
+"""Missing keys that a chart names, at most; the list of all figures has all."""
+
+
 @dataclass(frozen=True, slots=True)
 class Picture:
     """A PNG, and where it comes from in words."""
@@ -46,6 +50,11 @@ class Stamp:
 
 
 # Pieces.
+
+
+def _breaking(key: str) -> str:
+    """Escaped text that may be broken after a dot or an underscore."""
+    return re.sub(r"([._])(?=\w)", r"\1<wbr>", escape(key))
 
 
 def _table(head: Sequence[str], rows: Iterable[str], label: str, numbers: Iterable[int] = ()) -> str:
@@ -81,9 +90,10 @@ def _text_table(found: Tabular, label: str, *, names: int = 1) -> str:
 def _entry(entry: Entry, *, anchor: bool = False) -> str:
     place = f' id="{escape(entry.key)}"' if anchor else ""
     order = f"<code>{escape(entry.command)}</code>" if entry.command else "not a figure of this version"
-    return (f"<tr{place}><td><code>{escape(entry.key)}</code></td><td class=\"number\">{escape(entry.text)}</td>"
+    return (f'<tr{place}><td class="entry"><code>{_breaking(entry.key)}</code></td>'
+            f'<td class="number">{escape(entry.text)}</td>'
             f'<td class="verdict {escape(entry.verdict)}">{escape(entry.verdict)}</td>'
-            f'<td class="bar">{escape(entry.bar)}</td><td>{escape(entry.how)}</td><td>{order}</td></tr>')
+            f'<td class="bar">{_breaking(entry.bar)}</td><td>{escape(entry.how)}</td><td>{order}</td></tr>')
 
 
 def _entries(found: Iterable[Entry], label: str, *, anchors: bool = False) -> str:
@@ -98,9 +108,10 @@ def _tag(text: str) -> str:
 def _chart(chart: Chart, *, more: str = "") -> str:
     gap = ""
     if chart.missing:
-        orders = dict.fromkeys(command(key) for key in chart.missing)
-        gap = (f'<p class="gap">Missing: {", ".join(f"<code>{escape(key)}</code>" for key in chart.missing)}. '
-               f'Run {" and ".join(f"<code>{escape(order)}</code>" for order in orders)}.</p>')
+        keys = [f"<code>{_breaking(key)}</code>" for key in chart.missing]
+        more_keys = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
+        orders = dict.fromkeys(f"<code>{_breaking(command(key))}</code>" for key in chart.missing)
+        gap = f'<p class="gap">Missing: {", ".join(keys[:NAMED])}{more_keys}. Run {", ".join(orders)}</p>'
     return (f'<figure><h3>{escape(chart.title)} {_tag(chart.how)}</h3>'
             f"<p>{escape(chart.note)}</p>{chart.svg}"
             f"{report_charts.legend(chart.legend) if chart.legend else ''}{gap}{more}</figure>")
@@ -121,7 +132,7 @@ def _counts(found: Iterable[Entry]) -> str:
 def _top(found: Sequence[Entry], stamp: Stamp) -> str:
     counts = Counter(entry.verdict for entry in found)
     barred = [entry for entry in found if entry.bar]
-    words = {"met": "bars met", "short": "bars not met", "reported": "reported, without a bar",
+    words = {"met": "bars met", "short": "short of their bar", "reported": "reported, without a bar",
              MISSING: f"missing, {sum(e.verdict == MISSING for e in barred)} of them with a bar"}
     tiles = "".join(f'<li><b class="{word}">{counts[word]}</b>{escape(text)}</li>' for word, text in words.items())
     return (f"<header><h1>kvattic: what was measured, and what is modelled</h1>"
@@ -163,7 +174,7 @@ def _timeline(modelled: Modelled, picture: Picture | None) -> str:
     text = ("<p>One attend of 4 heads over 2,048 tokens on the preset <code>paper</code>. First what the timing model "
             "says of each head's command; its sparse attend selects a sixteenth of the tokens at random. Then what the "
             "RTL's buses and dies did in the dense one.</p>")
-    return _section("timeline", f'{text}<div class="charts">{charts}</div><br>{shown}')
+    return _section("timeline", f'{text}<div class="charts">{charts}</div>{shown}')
 
 
 def _of_group(found: Iterable[Entry], key: str) -> list[Entry]:
@@ -237,11 +248,10 @@ def _systems(modelled: Modelled, worth: Tabular | None, known: dict[str, float |
     return _section("systems", (
         "<p>All of this section is modelled: GPU, links, host and drives by docs/system.md, this project's drive by "
         "its timing model. <code>make paper</code> writes the numbers to build/paper.</p>"
-        f'<div class="charts">{_chart(report_plots.comparison(modelled.comparisons))}</div>'
+        f'<div class="charts">{_chart(report_plots.comparison(modelled.comparisons))}{figures}</div>'
         f"<details><summary>The paper's figures beside the model's, as a table</summary>{_comparisons(modelled)}"
         "</details>"
         f"<details><summary>Parameters of the model, with their sources</summary>{parameters}</details>"
-        f'<h3>This drive among the paper\'s systems</h3><br><div class="charts">{figures}</div><br>'
         "<h3>This drive in the paper's place</h3><p>OPT-13B, 1,024 tokens of prompt and as many generated: tokens a "
         f"second.</p>{_text_table(modelled.drive, 'This drive in the place of the paper')}"
         f"<h3>How many times as fast</h3><p>The same load, by <code>make bench BENCH=system.speedup.</code></p>"

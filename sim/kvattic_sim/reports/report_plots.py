@@ -95,7 +95,8 @@ def bus_use(known: Known) -> Chart:
 
 def latency(known: Known) -> Chart:
     """Quantiles of a command's latency, alone and in flight."""
-    quantiles = (("p50", "half", "s0"), ("p99", "99 in 100", "s2"), ("p999", "999 in 1,000", "s9"))
+    quantiles = (("p50", "p50", "s0"), ("p99", "p99", "s2"), ("p999", "p99.9", "s9"))
+    radii = (6.5, 4.5, 2.5)
     ways = (("", "", "dense, 64 in flight"), ("doorbell.", "", "dense, 64 in flight, from the doorbell"),
             ("alone.", "", "dense, alone"), ("", ".sparf", "SparF, 64 in flight"),
             ("doorbell.", ".sparf", "SparF, 64 in flight, from the doorbell"), ("alone.", ".sparf", "SparF, alone"))
@@ -103,8 +104,8 @@ def latency(known: Known) -> Chart:
     for kind, suffix, name in ways:
         keys = [f"latency.{kind}{quantile}_us{suffix}" for quantile, _, _ in quantiles]
         wanted += keys
-        marks = tuple(Mark(float(known[key]), style, what)
-                      for key, (_, what, style) in zip(keys, quantiles, strict=True) if key in known)
+        marks = tuple(Mark(float(known[key]), style, what, radius)
+                      for key, (_, what, style), radius in zip(keys, quantiles, radii, strict=True) if key in known)
         if marks:
             rows.append(Points(name, marks, f"{short(marks[0].value)} us" if keys[0] in known else "", True))
     note = ("From a command's fetch, or its doorbell, to its completion; a decode step of OPT-13B, 1,024 tokens. The "
@@ -120,7 +121,7 @@ def energy(known: Known) -> Chart:
     for mode, name in (("dense", "dense"), ("sparf", "SparF"), ("fetched", "fetched"), ("centroid", "centroids")):
         keys = [f"energy.token_mj.{mode}{bound}" for bound in (".low", "", ".high")]
         wanted += keys
-        marks = tuple(Mark(float(known[key]), STYLES[mode], what)
+        marks = tuple(Mark(float(known[key]), STYLES[mode], what, 6.0 if what == "typical" else 3.5)
                       for key, what in zip(keys, ("low", "typical", "high"), strict=True) if key in known)
         if marks:
             rows.append(Points(name, marks, " / ".join(short(mark.value) for mark in marks) + " mJ", True))
@@ -182,8 +183,8 @@ def area(known: Known) -> Chart:
     items = [Bar(names[name], float(known[key]) / paper, f"{short(float(known[key]))} of {paper:,}", "s0")
              for key, (name, paper) in zip(wanted, PAPER_AREA.items(), strict=True) if key in known]
     return _chart("Area beside the paper's", "synthesised",
-                  "The engine of `paper` for Xilinx 7-series as Yosys counts it, over the paper's attention kernel and "
-                  "argtopk on a Zynq-7045 (its table II).",
+                  "The engine of the preset paper for Xilinx 7-series as Yosys counts it, over the paper's attention "
+                  "kernel and argtopk on a Zynq-7045 (its table II).",
                   charts.bars(items, "Area beside the paper's", reference=(1.0, "the paper's")) if items else "",
                   wanted, known)
 
@@ -240,7 +241,7 @@ def attends(found: Mapping[str, Estimate]) -> list[Chart]:
         tracks = []
         for number, job in enumerate(one.jobs):
             times = [time * unit for time in (0, job.fetched, job.first_beat, job.last_beat, job.completed)]
-            spans = zip(times[1:], times[2:], (("s5", True, "dies read"), ("s0", False, "codewords come"),
+            spans = zip(times[1:], times[2:], (("s5", True, "waits"), ("s0", False, "codewords come"),
                                                ("s3", True, "sums are finished")), strict=False)
             tracks.append(Track(f"head {number}", tuple(Span(a, b, *kind) for a, b, kind in spans)))
         made.append(Chart(
@@ -248,5 +249,5 @@ def attends(found: Mapping[str, Estimate]) -> list[Chart]:
             note=f"Buses move data {one.bus_use_in_window:.0%} of the time from the first to the last beat; "
                  f"{one.page_reads:,} pages are read.",
             svg=charts.timeline(tracks, end, "microseconds", f"Timeline of a {name} attend"),
-            legend=(("s5", "fetched, waits for the dies"), ("s0", "its codewords come"), ("s3", "to its completion"))))
+            legend=(("s5", "fetched, waits"), ("s0", "its codewords come"), ("s3", "to its completion"))))
     return made

@@ -17,7 +17,7 @@ CSS = """
 html { -webkit-text-size-adjust: 100%; scroll-padding-top: 3rem; }
 body { margin: 0; background: var(--bg); color: var(--fg); font: 16px/1.5 system-ui, "Segoe UI", Roboto,
   Helvetica, Arial, sans-serif; }
-main, header, footer { max-width: 1180px; margin: 0 auto; padding: 0 20px; }
+main, header, footer { max-width: 1200px; margin: 0 auto; padding: 0 20px; }
 header { padding-top: 28px; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
 h2 { font-size: 1.3rem; margin: 2.6rem 0 .5rem; padding-top: .6rem; border-top: 1px solid var(--rule); }
@@ -26,7 +26,7 @@ p { margin: .4rem 0 .8rem; max-width: 78ch; }
 a { color: var(--link); }
 code { font: .92em ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 nav { position: sticky; top: 0; z-index: 1; background: var(--bg); border-bottom: 1px solid var(--rule); }
-nav div { max-width: 1180px; margin: 0 auto; padding: .5rem 20px; display: flex; gap: 1.1rem; overflow-x: auto;
+nav div { max-width: 1200px; margin: 0 auto; padding: .5rem 20px; display: flex; gap: 1.1rem; overflow-x: auto;
   white-space: nowrap; }
 nav a { text-decoration: none; font-size: .92rem; }
 .dim { color: var(--dim); }
@@ -38,20 +38,20 @@ nav a { text-decoration: none; font-size: .92rem; }
 .reported { color: var(--dim); }
 .box { overflow-x: auto; border: 1px solid var(--rule); border-radius: 8px; margin: .6rem 0 1.2rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-th, td { padding: .38rem .7rem; text-align: left; vertical-align: top; border-top: 1px solid var(--rule); }
-thead th { border-top: 0; background: var(--panel); font-weight: 600; white-space: nowrap; }
+th, td { padding: .38rem .6rem; text-align: left; vertical-align: top; border-top: 1px solid var(--rule); }
+thead th { border-top: 0; background: var(--panel); font-weight: 600; vertical-align: bottom; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td code { white-space: nowrap; }
+td code { white-space: nowrap; font-size: .82em; }
 td.verdict { font-weight: 600; white-space: nowrap; }
 td.bar { min-width: 9rem; }
 td.long { min-width: 17rem; }
-td.name { min-width: 11rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 18px;
-  align-items: start; }
-figure { margin: 0; padding: 14px 16px; border: 1px solid var(--rule); border-radius: 8px; min-width: 0; }
+td.name { min-width: 9rem; }
+h3 { margin-top: 1.2rem; } figure h3 { margin-top: 0; }
+.charts { columns: 2; column-gap: 18px; }
+figure { margin: 0 0 18px; break-inside: avoid; padding: 14px 16px; border: 1px solid var(--rule); border-radius: 8px;
+  min-width: 0; }
 figure p { font-size: .87rem; color: var(--dim); margin: .2rem 0 .6rem; }
 figure svg { display: block; width: 100%; max-width: 560px; height: auto; }
-figure.wide { grid-column: 1 / -1; }
 .tag { display: inline-block; font-size: .74rem; font-weight: 600; padding: 0 .45rem; border-radius: 99px;
   border: 1px solid currentColor; color: var(--dim); vertical-align: 1px; white-space: nowrap; }
 .gap { color: var(--missing) !important; overflow-wrap: anywhere; }
@@ -71,12 +71,14 @@ svg .whisker { stroke-width: 3; opacity: .45; }
 svg .stroke { fill: none; stroke-width: 1.3; } svg .thick { stroke-width: 2.6; } svg .level { stroke-dasharray: 5 4; }
 """ + "".join(f".key.s{n} {{ background: var(--s{n}); }} .fill.s{n} {{ fill: var(--s{n}); }} "
               f".stroke.s{n}, .whisker.s{n} {{ stroke: var(--s{n}); }}\n" for n in range(10)) + """
-@media (max-width: 640px) {
+@media (max-width: 760px) {
   main, header, footer { padding-left: 14px; padding-right: 14px; }
   nav div { padding-left: 14px; padding-right: 14px; }
   .tiles { grid-template-columns: repeat(2, 1fr); }
   h1 { font-size: 1.4rem; }
+  .charts { columns: 1; }
   figure { padding: 12px; }
+  td.entry { min-width: 9.5rem; } td.entry code { white-space: normal; font-size: .86em; }
   th, td { padding: .34rem .5rem; }
 }
 @media print { nav { display: none; } .box { overflow: visible; } }
