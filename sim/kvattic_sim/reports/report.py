@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvattic import __version__
+import kvattic
 from kvattic.support.files import write_whole
 from kvattic.support.terminal import Telling, run_command
 from kvattic_sim.reports import figures, report_content
@@ -37,7 +37,7 @@ def _date(seconds: float) -> str:
 def _version() -> str:
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
                           cwd=Path(__file__).parent)
-    return f"{__version__}, commit {done.stdout.strip()}" if done.returncode == 0 else __version__
+    return f"{kvattic.__version__}, commit {done.stdout.strip()}" if done.returncode == 0 else kvattic.__version__
 
 
 def _stamp(source: Path) -> Stamp:

@@ -155,14 +155,12 @@ def _decades(low: float, high: float, most: int) -> list[float]:
     return found[::-(-len(found) // most)] if found else []
 
 
-def _round_steps(high: float, most: int = 6) -> list[float]:
-    """Round numbers from 0 to high."""
-    if high <= 0:
-        return [0.0]
-    raw = high / most
+def _round_steps(low: float, high: float, most: int = 5) -> list[float]:
+    """Round numbers from low to high on a linear axis, about as many."""
+    raw = max(high - low, 1e-30) / most
     base = 10.0 ** math.floor(math.log10(raw))
-    step = next(base * factor for factor in (1, 2, 5, 10) if base * factor >= raw)
-    return [step * number for number in range(int(high / step + 1e-9) + 1)]
+    step = next(base * factor for factor in (1, 2, 5, 10) if base * factor >= raw * (1 - 1e-9))
+    return [step * number for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def legend(entries: Iterable[tuple[str, str]]) -> str:
@@ -224,7 +222,7 @@ def points(rows: Sequence[Points], label: str, *, logarithmic: bool = True, unit
 
     top = 22 if reference else 4
     height = top + len(rows) * ROW
-    ticks = _decades(low, high, 7) if logarithmic else [t for t in _round_steps(high) if t >= low]
+    ticks = _decades(low, high, 7) if logarithmic else _round_steps(low, high)
     parts = [_line(place(tick), top, place(tick), height, "grid") for tick in ticks]
     parts += [_text(place(tick), height + 14, short(tick), "middle", "dim") for tick in ticks]
     if reference:
@@ -263,7 +261,8 @@ def lines(found: Sequence[Line], label: str, *, x_name: str, y_name: str) -> str
                 bottom - math.log(y / low) / math.log(high / low) * (bottom - top))
 
     parts = [_text(0, 12, y_name, "start", "dim")]
-    for tick in _decades(low, high, 8):
+    ticks = _decades(low, high, 8)
+    for tick in ticks if len(ticks) > 2 else _round_steps(low, high):
         y = place(xs[0], tick)[1]
         parts += [_line(LEFT, y, WIDTH - RIGHT, y, "grid"), _text(LEFT - 6, y + 4, short(tick), "end", "dim")]
     parts += [_text(place(x, low)[0], bottom + 16, f"{x:,.0f}", "middle", "dim") for x in xs]
@@ -311,7 +310,7 @@ def timeline(tracks: Sequence[Track], end: float, unit: str, label: str) -> str:
     left = 58
     scale = (WIDTH - left - 14) / end
     height = 6 + 22 * len(tracks)
-    ticks = _round_steps(end, 5)
+    ticks = _round_steps(0, end)
     parts = [_line(left + tick * scale, 2, left + tick * scale, height, "grid") for tick in ticks]
     parts += [_text(left + tick * scale, height + 14, short(tick), "middle", "dim") for tick in ticks]
     for number, track in enumerate(tracks):

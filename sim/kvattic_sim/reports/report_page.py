@@ -112,6 +112,9 @@ def _chart(chart: Chart, *, more: str = "") -> str:
         more_keys = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
         orders = dict.fromkeys(f"<code>{_breaking(command(key))}</code>" for key in chart.missing)
         gap = f'<p class="gap">Missing: {", ".join(keys[:NAMED])}{more_keys}. Run {", ".join(orders)}</p>'
+    if chart.refused:
+        keys = [f"<code>{_breaking(key)}</code>" for key in chart.refused]
+        gap += f'<p class="gap">Not drawn, as they are no positive numbers: {", ".join(keys)}</p>'
     return (f'<figure><h3>{escape(chart.title)} {_tag(chart.how)}</h3>'
             f"<p>{escape(chart.note)}</p>{chart.svg}"
             f"{report_charts.legend(chart.legend) if chart.legend else ''}{gap}{more}</figure>")

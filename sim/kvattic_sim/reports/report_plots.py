@@ -1,10 +1,12 @@
 """The charts of `make report`: which figures each of them shows."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvattic.timing import Estimate
 from kvattic_sim.reports import report_charts as charts
+from kvattic_sim.reports.bench import BARS
 from kvattic_sim.reports.paper_figures import Figure
 from kvattic_sim.reports.report_charts import Bar, Line, Mark, Points, Span, Track, short
 from kvattic_sim.system.paper import Comparison
@@ -34,6 +36,7 @@ class Chart:
         svg: the picture; empty where all is missing.
         legend: colours and names, (class, name).
         missing: keys that it would show and that are not known.
+        refused: keys that are known, but not as a positive number.
     """
 
     title: str
@@ -42,23 +45,38 @@ class Chart:
     svg: str
     legend: tuple[tuple[str, str], ...] = ()
     missing: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
 
 
-def _chart(title: str, how: str, note: str, svg: str, wanted: Iterable[str], known: Known,
+def _chart(title: str, how: str, note: str, svg: str, wanted: Sequence[str], known: Known,
            legend: Sequence[tuple[str, str]] = ()) -> Chart:
     return Chart(title=title, how=how, note=note, svg=svg, legend=tuple(legend) if svg else (),
-                 missing=tuple(key for key in wanted if key not in known))
+                 missing=tuple(key for key in wanted if key not in known),
+                 refused=tuple(key for key in wanted if key in known and key not in _drawable(known)))
 
 
-def _bars(title: str, how: str, note: str, wanted: Sequence[tuple[str, str, str, float | None]], known: Known, *,
+def _drawable(known: Known) -> dict[str, float | bool]:
+    """Figures that any axis can show: positive and finite."""
+    return {key: value for key, value in known.items() if 0 < value < math.inf}
+
+
+def _limit(key: str) -> float | None:
+    """The number that a figure should reach; None: there is none."""
+    bar = BARS[key]
+    return next((limit for limit in bar.limits if not isinstance(limit, str)), None) if bar else None
+
+
+def _bars(title: str, how: str, note: str, wanted: Sequence[tuple[str, str, str]], known: Known, *,
           percent: bool = False, reference: tuple[float, str] | None = None) -> Chart:
-    """A chart of bars from (key, name, style, what it should reach)."""
+    """A chart of bars from (key, name, style)."""
+    drawn = _drawable(known)
+
     def text(value: float, mark: float | None) -> str:
         shown = f"{value:.1%}" if percent else short(value)
         return shown if mark is None else f"{shown} (bar {f'{mark:.0%}' if percent else short(mark)})"
 
-    items = [Bar(name, float(known[key]), text(float(known[key]), mark), style, mark)
-             for key, name, style, mark in wanted if key in known]
+    items = [Bar(name, float(drawn[key]), text(float(drawn[key]), mark := _limit(key)), style, mark)
+             for key, name, style in wanted if key in drawn]
     return _chart(title, how, note, charts.bars(items, title, reference=reference) if items else "",
                   [key for key, *_ in wanted], known)
 
@@ -69,13 +87,13 @@ def speed_up(known: Known) -> Chart:
     return _bars("Speed-up over dense attention, by mode", "measured",
                  "OPT-13B's 40 heads x 4,096 tokens on the RTL; the paper's whole gain at 1/8 of the bytes is 2.08. "
                  "Separate: command pins of their own (JESD230G).",
-                 ((f"{key}.random", "SparF, random selection", "s1", 4.0),
-                  (f"{key}.random.separate_command_bus", "SparF, random selection, separate", "s1", None),
-                  ("sparse.fetched.speedup.random", "fetched, random selection", "s2", None),
-                  (f"{key}.clustered", "SparF, runs of 8 tokens", "s1", 6.0),
-                  (f"{key}.clustered.separate_command_bus", "SparF, runs of 8 tokens, separate", "s1", None),
-                  ("sparse.fetched.speedup.clustered", "fetched, runs of 8 tokens", "s2", None),
-                  ("sparse.centroid.speedup", "centroids of 64 tokens", "s3", 6.5)),
+                 ((f"{key}.random", "SparF, random selection", "s1"),
+                  (f"{key}.random.separate_command_bus", "SparF, random selection, separate", "s1"),
+                  ("sparse.fetched.speedup.random", "fetched, random selection", "s2"),
+                  (f"{key}.clustered", "SparF, runs of 8 tokens", "s1"),
+                  (f"{key}.clustered.separate_command_bus", "SparF, runs of 8 tokens, separate", "s1"),
+                  ("sparse.fetched.speedup.clustered", "fetched, runs of 8 tokens", "s2"),
+                  ("sparse.centroid.speedup", "centroids of 64 tokens", "s3")),
                  known, reference=(2.08, "the paper: 2.08"))
 
 
@@ -84,17 +102,18 @@ def bus_use(known: Known) -> Chart:
     dense = "flash.dense.bus_utilization"
     return _bars("Use of the flash buses", "measured",
                  "Share of the time in which the buses move data, on the RTL: dense attention, other loads, writing.",
-                 ((dense, "dense, pSLC 25 us, 40 heads x 2,048 tokens", "s0", 0.95),
-                  (f"{dense}.tlc", "dense, TLC 60 us", "s0", None),
-                  (f"{dense}.lowlatency", "dense, low latency 4 us", "s0", None),
-                  ("flash.random_page.bus_utilization", "random pages, 1,024 in flight", "s4", 0.90),
-                  ("flash.column.read_efficiency", "one codeword in 16", "s4", 0.70),
-                  ("flash.column.read_efficiency.separate_command_bus", "one codeword in 16, separate", "s4", None),
-                  ("flash.write.utilization", "prefill, K twice and V once", "s9", 0.9)), known, percent=True)
+                 ((dense, "dense, pSLC 25 us, 40 heads x 2,048 tokens", "s0"),
+                  (f"{dense}.tlc", "dense, TLC 60 us", "s0"),
+                  (f"{dense}.lowlatency", "dense, low latency 4 us", "s0"),
+                  ("flash.random_page.bus_utilization", "random pages, 1,024 in flight", "s4"),
+                  ("flash.column.read_efficiency", "one codeword in 16", "s4"),
+                  ("flash.column.read_efficiency.separate_command_bus", "one codeword in 16, separate", "s4"),
+                  ("flash.write.utilization", "prefill, K twice and V once", "s9")), known, percent=True)
 
 
 def latency(known: Known) -> Chart:
     """Quantiles of a command's latency, alone and in flight."""
+    drawn = _drawable(known)
     quantiles = (("p50", "p50", "s0"), ("p99", "p99", "s2"), ("p999", "p99.9", "s9"))
     radii = (6.5, 4.5, 2.5)
     ways = (("", "", "dense, 64 in flight"), ("doorbell.", "", "dense, 64 in flight, from the doorbell"),
@@ -104,10 +123,10 @@ def latency(known: Known) -> Chart:
     for kind, suffix, name in ways:
         keys = [f"latency.{kind}{quantile}_us{suffix}" for quantile, _, _ in quantiles]
         wanted += keys
-        marks = tuple(Mark(float(known[key]), style, what, radius)
-                      for key, (_, what, style), radius in zip(keys, quantiles, radii, strict=True) if key in known)
+        marks = tuple(Mark(float(drawn[key]), style, what, radius)
+                      for key, (_, what, style), radius in zip(keys, quantiles, radii, strict=True) if key in drawn)
         if marks:
-            rows.append(Points(name, marks, f"{short(marks[0].value)} us" if keys[0] in known else "", True))
+            rows.append(Points(name, marks, f"{short(marks[0].value)} us" if keys[0] in drawn else "", True))
     note = ("From a command's fetch, or its doorbell, to its completion; a decode step of OPT-13B, 1,024 tokens. The "
             "number is the median.")
     return _chart("Latency of a command", "modelled", note,
@@ -117,12 +136,13 @@ def latency(known: Known) -> Chart:
 
 def energy(known: Known) -> Chart:
     """Energy of a token by mode, with its range."""
+    drawn = _drawable(known)
     rows, wanted = [], []
     for mode, name in (("dense", "dense"), ("sparf", "SparF"), ("fetched", "fetched"), ("centroid", "centroids")):
         keys = [f"energy.token_mj.{mode}{bound}" for bound in (".low", "", ".high")]
         wanted += keys
-        marks = tuple(Mark(float(known[key]), STYLES[mode], what, 6.0 if what == "typical" else 3.5)
-                      for key, what in zip(keys, ("low", "typical", "high"), strict=True) if key in known)
+        marks = tuple(Mark(float(drawn[key]), STYLES[mode], what, 6.0 if what == "typical" else 3.5)
+                      for key, what in zip(keys, ("low", "typical", "high"), strict=True) if key in drawn)
         if marks:
             rows.append(Points(name, marks, " / ".join(short(mark.value) for mark in marks) + " mJ", True))
     note = ("The drive's part of a token of OPT-13B, batch 64, 2,048 tokens: low, typical, high, all of its constants "
@@ -133,26 +153,30 @@ def energy(known: Known) -> Chart:
 
 def errors(known: Known) -> Chart:
     """Relative RMS errors beside those of float32 and fp16."""
+    drawn = _drawable(known)
     kinds = (("rel_rms", "kvattic", "s0"), ("float32", "float32 NumPy", "s5"), ("fp16", "fp16 weights, output", "s9"))
     sets = (("minilm", "MiniLM, real text"), ("fa3_2k", "FlashAttention-3's distribution, 2,048 tokens"),
             ("fa3_32k", "the same, 32,768 tokens"))
     rows, wanted = [], []
+    limit = _limit("accuracy.rel_rms.minilm")
     for data, name in sets:
         keys = [f"accuracy.{kind}.{data}" for kind, _, _ in kinds]
         wanted += keys
-        marks = tuple(Mark(float(known[key]), style, what)
-                      for key, (_, what, style) in zip(keys, kinds, strict=True) if key in known)
+        marks = tuple(Mark(float(drawn[key]), style, what)
+                      for key, (_, what, style) in zip(keys, kinds, strict=True) if key in drawn)
         if marks:
-            rows.append(Points(name, marks, short(marks[0].value) if keys[0] in known else ""))
+            rows.append(Points(name, marks, short(marks[0].value) if keys[0] in drawn else ""))
     return _chart("Error against float64", "measured",
                   "Relative RMS error on the golden device, whose bits are the RTL's; the number is kvattic's.",
                   charts.points(rows, "Error against float64", unit="relative RMS error",
-                                reference=(5e-7, "bar: 5e-7")) if rows else "", wanted, known,
+                                reference=None if limit is None else (limit, f"bar: {short(limit)}")) if rows else "",
+                  wanted, known,
                   [(style, what) for _, what, style in kinds])
 
 
 def quality(known: Known) -> Chart:
     """Bits per byte of a language model over the bytes that attention reads."""
+    drawn = _drawable(known)
     modes = (("sparf", "SparF", "s1"), ("fetched", "fetched", "s2"), ("centroid", "centroids", "s3"),
              ("quest", "Quest", "s4"), ("h2o", "H2O", "s5"), ("local", "newest tokens", "s6"),
              ("sinks", "sinks and newest", "s7"))
@@ -161,8 +185,8 @@ def quality(known: Known) -> Chart:
     for mode, name, style in modes:
         keys = [f"lm.bits_per_byte.{mode}.{ratio}" for _, ratio in ratios]
         wanted += keys
-        at = tuple((float(part), float(known[key]))
-                   for key, (part, _) in zip(keys, ratios, strict=True) if key in known)
+        at = tuple((float(part), float(drawn[key]))
+                   for key, (part, _) in zip(keys, ratios, strict=True) if key in drawn)
         if len(at) > 1:
             found.append(Line(name, at, style, mode in ("sparf", "fetched", "centroid")))
     svg = charts.lines(found, "Quality of a language model", x_name="1 / share of the bytes",
@@ -178,10 +202,11 @@ PAPER_AREA = {"lut_packed": 105_030, "ff": 211_170, "dsp": 768, "bram36": 120}
 
 def area(known: Known) -> Chart:
     """What the engine takes, as a share of what the paper's takes."""
+    drawn = _drawable(known)
     names = {"lut_packed": "LUT sites, packed (estimated)", "ff": "flip-flops", "dsp": "DSP", "bram36": "block RAM"}
     wanted = [f"synth.engine.{name}" for name in PAPER_AREA]
-    items = [Bar(names[name], float(known[key]) / paper, f"{short(float(known[key]))} of {paper:,}", "s0")
-             for key, (name, paper) in zip(wanted, PAPER_AREA.items(), strict=True) if key in known]
+    items = [Bar(names[name], float(drawn[key]) / paper, f"{short(float(drawn[key]))} of {paper:,}", "s0")
+             for key, (name, paper) in zip(wanted, PAPER_AREA.items(), strict=True) if key in drawn]
     return _chart("Area beside the paper's", "synthesised",
                   "The engine of the preset paper for Xilinx 7-series as Yosys counts it, over the paper's attention "
                   "kernel and argtopk on a Zynq-7045 (its table II).",

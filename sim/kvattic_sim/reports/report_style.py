@@ -41,7 +41,8 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { padding: .38rem .6rem; text-align: left; vertical-align: top; border-top: 1px solid var(--rule); }
 thead th { border-top: 0; background: var(--panel); font-weight: 600; vertical-align: bottom; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td code { white-space: nowrap; font-size: .82em; }
+thead th.number { white-space: normal; min-width: 4.4rem; }
+td code { white-space: nowrap; font-size: .84em; } td.entry wbr { display: none; }
 td.verdict { font-weight: 600; white-space: nowrap; }
 td.bar { min-width: 9rem; }
 td.long { min-width: 17rem; }
@@ -78,7 +79,7 @@ svg .stroke { fill: none; stroke-width: 1.3; } svg .thick { stroke-width: 2.6; }
   h1 { font-size: 1.4rem; }
   .charts { columns: 1; }
   figure { padding: 12px; }
-  td.entry { min-width: 9.5rem; } td.entry code { white-space: normal; font-size: .86em; }
+  td.entry { min-width: 9.5rem; } td.entry code { white-space: normal; } td.entry wbr { display: inline; }
   th, td { padding: .34rem .5rem; }
 }
 @media print { nav { display: none; } .box { overflow: visible; } }
