@@ -53,8 +53,8 @@ class Stamp:
 
 
 def _breaking(key: str) -> str:
-    """Escaped text that may be broken after a dot or an underscore."""
-    return re.sub(r"([._])(?=\w)", r"\1<wbr>", escape(key))
+    """Escaped text whose keys may be broken after a dot or an underscore; numbers stay whole."""
+    return re.sub(r"([._])(?=[a-z])", r"\1<wbr>", escape(key))
 
 
 def _table(head: Sequence[str], rows: Iterable[str], label: str, numbers: Iterable[int] = ()) -> str:
@@ -175,8 +175,8 @@ def _timeline(modelled: Modelled, picture: Picture | None) -> str:
                  '<img alt="What the buses of all channels and the dies of one channel do during an attend" '
                  f'src="data:image/png;base64,{data}"></div></figure>')
     text = ("<p>One attend of 4 heads over 2,048 tokens on the preset <code>paper</code>. First what the timing model "
-            "says of each head's command; its sparse attend selects a sixteenth of the tokens at random. Then what the "
-            "RTL's buses and dies did in the dense one.</p>")
+            "says of each head's command; its sparse attend selects a sixteenth of the tokens at random. Then what buses "
+            "and dies of the RTL did; the picture's title says of which drive.</p>")
     return _section("timeline", f'{text}<div class="charts">{charts}</div>{shown}')
 
 
@@ -257,7 +257,10 @@ def _systems(modelled: Modelled, worth: Tabular | None, known: dict[str, float |
         f"<details><summary>Parameters of the model, with their sources</summary>{parameters}</details>"
         "<h3>This drive in the paper's place</h3><p>OPT-13B, 1,024 tokens of prompt and as many generated: tokens a "
         f"second.</p>{_text_table(modelled.drive, 'This drive in the place of the paper')}"
-        f"<h3>How many times as fast</h3><p>The same load, by <code>make bench BENCH=system.speedup.</code></p>"
+        f"<h3>How many times as fast</h3><p>The same load, by <code>make bench BENCH=system.speedup.</code> Both "
+        "sides have the same host software: the paper's beside FlexGen and the paper's drive, a driver in user space "
+        "beside direct I/O. At batch 256 FlexGen has its best batch, 32. The paper's drive is dense beside dense, SparF "
+        "beside the others.</p>"
         f"{_speedups(known)}<h3>Where a drive is worth it</h3>{where}"))
 
 
