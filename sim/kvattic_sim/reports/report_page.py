@@ -175,17 +175,13 @@ def _timeline(modelled: Modelled, picture: Picture | None) -> str:
                  '<img alt="What the buses of all channels and the dies of one channel do during an attend" '
                  f'src="data:image/png;base64,{data}"></div></figure>')
     text = ("<p>One attend of 4 heads over 2,048 tokens on the preset <code>paper</code>. First what the timing model "
-            "says of each head's command; its sparse attend selects a sixteenth of the tokens at random. Then what buses "
-            "and dies of the RTL did; the picture's title says of which drive.</p>")
+            "says of each head's command; its sparse attend selects a sixteenth of the tokens at random. Then what "
+            "buses and dies of the RTL did; the picture's title says of which drive.</p>")
     return _section("timeline", f'{text}<div class="charts">{charts}</div>{shown}')
 
 
-def _of_group(found: Iterable[Entry], key: str) -> list[Entry]:
-    return [entry for entry in found if group_of(entry.key) == group_of(key)]
-
-
 def _area(found: Sequence[Entry], known: dict[str, float | bool]) -> str:
-    rows = [entry for entry in _of_group(found, "synth.") if entry.key.startswith("synth.")]
+    rows = [entry for entry in found if entry.key.startswith("synth.")]
     return _section("area", f'<div class="charts">{_chart(report_plots.area(known))}</div>{_entries(rows, "Area")}')
 
 
@@ -259,8 +255,8 @@ def _systems(modelled: Modelled, worth: Tabular | None, known: dict[str, float |
         f"second.</p>{_text_table(modelled.drive, 'This drive in the place of the paper')}"
         f"<h3>How many times as fast</h3><p>The same load, by <code>make bench BENCH=system.speedup.</code> Both "
         "sides have the same host software: the paper's beside FlexGen and the paper's drive, a driver in user space "
-        "beside direct I/O. At batch 256 FlexGen has its best batch, 32. The paper's drive is dense beside dense, SparF "
-        "beside the others.</p>"
+        "beside direct I/O. At batch 256 FlexGen has its best batch, 32. The paper's drive is dense beside dense, "
+        "SparF beside the others.</p>"
         f"{_speedups(known)}<h3>Where a drive is worth it</h3>{where}"))
 
 
