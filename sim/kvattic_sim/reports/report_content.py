@@ -127,7 +127,7 @@ def read_figures(path: Path) -> dict[str, Value]:
 
 @functools.cache
 def command(key: str) -> str:
-    """The shortest command that gives a figure; empty if no bench of this version does."""
+    """The command that gives a figure, and no other bench's where that can be said; empty: this version has none."""
     if key not in BARS:
         return ""
     if key.startswith(SYNTHESISED):
@@ -138,7 +138,8 @@ def command(key: str) -> str:
         prefix = ".".join(words[:count]) + "."
         if len(select(prefix, available)) == 1:
             return f"make bench BENCH={prefix}"
-    return f"make bench BENCH={key}"
+    # One command for all that one run gives.
+    return f"make bench BENCH={next(bench.keys[0] for bench in available if key in bench.keys)}"
 
 
 _benches = functools.cache(benches)

@@ -45,7 +45,7 @@ thead th.number { white-space: normal; min-width: 4.4rem; }
 td code { white-space: nowrap; font-size: .84em; } td.entry wbr { display: none; }
 td.verdict { font-weight: 600; white-space: nowrap; }
 td.bar { min-width: 9rem; }
-td.long { min-width: 17rem; }
+td.long { min-width: 22rem; }
 td.name { min-width: 9rem; }
 h3 { margin-top: 1.2rem; } figure h3 { margin-top: 0; }
 .charts { columns: 2; column-gap: 18px; }
@@ -55,6 +55,8 @@ figure p { font-size: .87rem; color: var(--dim); margin: .2rem 0 .6rem; }
 figure svg { display: block; width: 100%; max-width: 560px; height: auto; }
 .tag { display: inline-block; font-size: .74rem; font-weight: 600; padding: 0 .45rem; border-radius: 99px;
   border: 1px solid currentColor; color: var(--dim); vertical-align: 1px; white-space: nowrap; }
+figure table { font-size: .82rem; } figure th, figure td { padding: .28rem .4rem; }
+figure thead th.number { min-width: 0; } figure td.name { min-width: 7.4rem; }
 .gap { color: var(--missing) !important; overflow-wrap: anywhere; }
 .picture { overflow-x: auto; background: #fff; border-radius: 6px; }
 .picture img { display: block; min-width: 860px; width: 100%; height: auto; }
