@@ -134,12 +134,12 @@ def command(key: str) -> str:
         return "make synth"
     words = key.split(".")
     available = _benches()
+    bench = next(bench for bench in available if key in bench.keys)
     for count in range(1, len(words)):
         prefix = ".".join(words[:count]) + "."
-        if len(select(prefix, available)) == 1:
+        if select(prefix, available) == [bench] and sum(other.startswith(prefix) for other in bench.keys) > 1:
             return f"make bench BENCH={prefix}"
-    # One command for all that one run gives.
-    return f"make bench BENCH={next(bench.keys[0] for bench in available if key in bench.keys)}"
+    return f"make bench BENCH={bench.keys[0]}"
 
 
 _benches = functools.cache(benches)

@@ -263,6 +263,7 @@ def test_commands_give_their_key():
             prefix = order.removeprefix("make bench BENCH=")
             assert any(key in bench.keys for bench in select(prefix, available)), key
     assert command("energy.token_mj.dense") == "make bench BENCH=energy."
+    assert command("latency.alone.p99_us.sparf") == "make bench BENCH=latency.p50_us.sparf"  # the same run
     assert command("nothing.of.it") == ""
 
 
