@@ -80,9 +80,10 @@ class Ageing:
                                   ("reads", reads, self.max_reads)):
             _check(self.name, name, value, most, RequestError)
         time = days * 24 / self.unit_hours
-        return min(0.5, self.fresh + self.wear * cycles**self.wear_power
-                   + self.retention * cycles**self.retention_cycles * time**self.retention_time
-                   + self.disturb * cycles**self.disturb_cycles * reads**self.disturb_reads)
+        total: float = (self.fresh + self.wear * cycles**self.wear_power
+                        + self.retention * cycles**self.retention_cycles * time**self.retention_time
+                        + self.disturb * cycles**self.disturb_cycles * reads**self.disturb_reads)
+        return min(0.5, total)
 
 
 def _check(owner: str, name: str, value: object, most: float, error: type[ConfigError | RequestError]) -> None:
