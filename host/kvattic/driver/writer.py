@@ -463,6 +463,7 @@ class TokenWriter:
         heads: dict[tuple[int, int], list[int]] = {}
         for stripe, head in items:
             heads.setdefault((int(self.shape.channel(layer, head, stripe)), head), []).append(stripe)
+        single = len({stripe for stripe, _ in items}) == 1
         for (channel, head), stripes in heads.items():
             for kind in self.shape.kinds:
                 if kind is Kind.SKETCH:
@@ -470,11 +471,11 @@ class TokenWriter:
                 for stripe in stripes:
                     if (stripe, head, kind) in state.placed:
                         continue
-                    # Several stripes: one after the other, through planes and then dies.  A single one, as they come
-                    # from decoding: on another die than the one before of this head, V far from K.
+                    # Several stripes: one after the other, through planes and then dies, K and V of each head.  A single
+                    # one, as they come from decoding: on another die than the one before of this head, V far from K.
                     source = sources[stripe, head] if kind is Kind.FEATURE else (
                         state.staged[stripe] + (2 * head + kind) * self.shape.pages)
-                    die = self.shape.die(layer, stripe, head, kind) if len(stripes) == 1 else None
+                    die = self.shape.die(layer, stripe, head, kind) if single else None
                     yield _Run(kind, channel, source, self.shape.pages, die, [(stripe, head)])
 
     def _program(self, layer: int, runs: list[_Run]) -> Steps[None]:

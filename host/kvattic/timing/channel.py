@@ -267,6 +267,9 @@ class Channel:
             entry = queues[base + self.plane[die]][0]
             if entry.kind != VALUE or entry.job.opened <= self.drive.now:
                 return True
+            if self._next_is_of(die):
+                self._give_up(die)
+                return False
             # Another plane with something that may be moved.
             for plane in range(planes):
                 if self.loaded[die] >> plane & 1:
@@ -289,6 +292,15 @@ class Channel:
         if self.loaded[die] & self.loaded[die] - 1:
             self.aimed[die] = self.near[die] = False    # it turns from plane to plane meanwhile
         return False
+
+    def _give_up(self, die: int) -> None:
+        """A die that waits at the gate gives its pages up for an operation; they are read again."""
+        self.order.remove(die)
+        self.loaded[die] = 0
+        self.aimed[die] = self.near[die] = False
+        self.phase[die] = IDLE
+        self.free[die] = self.drive.now + self.t.planning
+        self.drive.post(self.free[die], self.lane.number, 0)    # nothing else may wake the channel
 
     def _plan(self, die: int, ungated: bool) -> None:
         """Choose the planes of the next read."""
@@ -365,13 +377,16 @@ class Channel:
                         and (not other.program or other.row & self.t.page_mask == operation.row & self.t.page_mask))
         return False
 
-    def _claimed(self, die: int) -> bool:
-        """The next operation waits for this die."""
+    def _next_is_of(self, die: int) -> bool:
+        """The next operation is there, and this die's."""
         if not self.operations or self.writer >= 0:
             return False
         operation = self.operations[0]
-        return operation.die == die and operation.arrived <= self.drive.now and not (
-            self.turned[die] and self.waiting[die])
+        return operation.die == die and operation.arrived <= self.drive.now
+
+    def _claimed(self, die: int) -> bool:
+        """The next operation waits for this die."""
+        return self._next_is_of(die) and not (self.turned[die] and self.waiting[die])
 
     def _gives_way(self, die: int) -> bool:
         """A loaded die whose codeword has to wait gives its pages up for the next operation, if that is its own."""
