@@ -36,7 +36,9 @@ def test_what_writes_cost_and_what_suspend_gives_back(small, way):
     for load, least in (("stripes", 1.0), ("prefill", 1.1), ("erase", 1.1)):
         assert figures[f"beside.slowdown.{load}{way.suffix}"] > least, load
         assert figures[f"beside.p99_us.{load}{way.suffix}"] > figures[f"beside.p99_us.alone{way.suffix}"], load
-    assert figures[f"beside.slowdown.append{way.suffix}"] >= 1
+    stripe = PAPER.tokens_per_page if way.suffix == "" else PAPER.group_tokens
+    once, often = figures[f"beside.slowdown.stripes{way.suffix}"], figures[f"beside.slowdown.append{way.suffix}"]
+    assert often - 1 == pytest.approx((once - 1) / stripe)      # a batch of one sequence
     now, like_mqsim, ideal = (figures[f"beside.{how}slowdown.erase{way.suffix}"]
                               for how in ("", "suspend.", "suspend.ideal."))
     assert now > like_mqsim > ideal > 0.99
@@ -46,16 +48,15 @@ def test_what_writes_cost_and_what_suspend_gives_back(small, way):
 
 def test_the_loads(small):
     way = beside.WAYS[0]
-    erases = beside.operations("erase", way, PAPER, 1000)
+    erases = beside.operations("erase", way, PAPER)
     assert len(erases) == PAPER.channels * PAPER.dies * PAPER.part.planes
     assert not any(one.program for one in erases)
-    (one,) = beside.operations("append", way, PAPER, 1000)      # 8 heads: a quarter of a page
-    assert one.program
-    assert len(beside.operations("stripes", way, PAPER, 1000)) == 2 * 8
-    ended = estimate(PAPER, way.jobs(PAPER), beside.operations("prefill", way, PAPER, 1000))
+    assert len(beside.operations("stripes", way, PAPER)) == 2 * 8
+    assert len(beside.operations("stripes", beside.WAYS[1], PAPER)) == 3 * 8 * PAPER.group_pages
+    ended = estimate(PAPER, way.jobs(PAPER), beside.operations("prefill", way, PAPER))
     assert max(ended.operations) > beside.attention(ended).cycles       # it goes on for longer than the step
-    with pytest.raises(RequestError, match="load must be one of append, stripes, prefill, erase, not 'trim'"):
-        beside.operations("trim", way, PAPER, 1000)
+    with pytest.raises(RequestError, match="load must be one of stripes, prefill, erase, not 'trim'"):
+        beside.operations("trim", way, PAPER)
 
 
 def test_the_bench_is_registered():

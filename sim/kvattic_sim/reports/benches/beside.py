@@ -1,11 +1,13 @@
 """What programs and erases under way cost attention, modelled; and what suspending them would give back.
 
-A part of a decode step of one layer of OPT-13B attends alone, beside the programs of appends at the rate of decoding
-(spread evenly, or those of a sequence whose stripes are all full at once), beside a prefill that never ends, and beside
-the erase of a zone. The controller has no suspend: what it would give back is a bound. The same operations come at the
-same times, but keep their dies busy only until they have given way. Beside a prefill that never ends, attends take
-longer the more is written meanwhile; there the figure to compare is that of both in turn over both side by side. (That
-bound holds where programs are limited by the bus, as with this part, and not by their own time in the arrays.)
+A part of a decode step of one layer of OPT-13B attends alone, beside the programs of a sequence whose stripes are full
+(those of all heads are, in the same step), beside a prefill that never ends, and beside the erase of a zone. What
+appends cost decoding is the first one's price, times how often it is paid.
+
+The controller has no suspend: what it would give back is a bound. The same operations come at the same times, but keep
+their dies busy only until they have given way. Beside a prefill that never ends, attends take longer the more is
+written meanwhile; there the figure to compare is that of both in turn over both side by side. (That bound holds where
+programs are limited by the bus, as with this part, and not by their own time in the arrays.)
 """
 
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ from dataclasses import dataclass, replace
 from kvattic import PAPER
 from kvattic.errors import RequestError
 from kvattic.spec.commands import Mode
-from kvattic.spec.config import ELEMENT_BYTES, Config
+from kvattic.spec.config import Config
 from kvattic.timing import Estimate, Job, Layer, Operation, estimate, in_turn
 from kvattic_sim.reports.benches.engine import Bench, Figures, Lab
 from kvattic_sim.reports.in_flight import latencies, quantiles
@@ -24,7 +26,7 @@ __all__ = ["BENCHES", "IDEAL", "LIKE_MQSIM", "LOADS", "WAYS", "Found", "Suspend"
 
 HEADS, TOKENS, BATCH = 40, 2048, 4
 """OPT-13B's heads and the paper's prompt; 160 commands of its 2,560."""
-LOADS = ("append", "stripes", "prefill", "erase")
+LOADS = ("stripes", "prefill", "erase")
 PREFILL_HEADS = 240
 """So many heads of TOKENS are written beside the step: more than end while it goes on."""
 WRITE_ZONE = 16
@@ -101,14 +103,13 @@ def attention(found: Estimate) -> Found:
     return Found(cycles=max(job.completed for job in found.jobs), p99_us=quantiles(latencies(found))["p99"])
 
 
-def operations(load: str, way: Way, config: Config, cycles: int) -> list[Operation]:
-    """The PROGRAM or ERASE commands of a load, beside a part of a step that alone takes so many cycles.
+def operations(load: str, way: Way, config: Config) -> list[Operation]:
+    """The PROGRAM or ERASE commands of a load.
 
     Args:
         load: one of `LOADS`.
         way: how the step is attended, which says what is written.
         config: of the drive.
-        cycles: over which an append's programs are spread.
 
     Raises:
         RequestError: there is no such load.
@@ -123,13 +124,7 @@ def operations(load: str, way: Way, config: Config, cycles: int) -> list[Operati
         return writes
     if load not in LOADS:
         raise RequestError(f"load must be one of {', '.join(LOADS)}, not {load!r}")
-    # A step writes a token of each head of each sequence: K and V, and for the sparse modes K again.
-    kinds = 3 if layer.features else 2
-    if load == "stripes":
-        return writes[:HEADS * kinds * layer.pages]
-    pages = BATCH * HEADS * kinds * config.head_dim * ELEMENT_BYTES / config.page_bytes
-    count = max(1, round(pages))
-    return [replace(operation, submitted=number * cycles / count) for number, operation in enumerate(writes[:count])]
+    return writes[:HEADS * (3 if layer.features else 2) * layer.pages]      # K and V; for the sparse modes K again
 
 
 def in_turn_ratio(config: Config, writes: Sequence[Operation], found: Estimate, alone: int) -> float:
@@ -165,7 +160,7 @@ def _measure(way: Way, config: Config, seed: int, say: Lab | None) -> Figures:
     for load in LOADS:
         if say is not None:
             say.progress(f"attention beside {load}, {way.mode.name.lower()}: timing model", 0, None)
-        writes = operations(load, way, config, alone.cycles)
+        writes = operations(load, way, config)
         for name, where in (("", config), ("suspend.", LIKE_MQSIM.part_of(config)),
                             ("suspend.ideal.", IDEAL.part_of(config))):
             found = estimate(where, jobs, writes)
@@ -176,6 +171,9 @@ def _measure(way: Way, config: Config, seed: int, say: Lab | None) -> Figures:
                 here = attention(found)
                 figures[f"beside.{name}slowdown.{load}{way.suffix}"] = here.cycles / alone.cycles
                 figures[f"beside.{name}p99_us.{load}{way.suffix}"] = here.p99_us
+            if load == "stripes":       # of each sequence of the batch once in as many steps as a stripe has tokens
+                share = (here.cycles / alone.cycles - 1) * BATCH / way.layer(config, 1).size
+                figures[f"beside.{name}slowdown.append{way.suffix}"] = 1 + share
     return figures
 
 
@@ -184,6 +182,7 @@ def _keys(way: Way) -> tuple[str, ...]:
     for load in LOADS:
         for how in ("", "suspend.", "suspend.ideal."):
             names += [f"{how}in_turn.prefill"] if load == "prefill" else []
+            names += [f"{how}slowdown.append"] if load == "stripes" else []
             names += [f"{how}{kind}.{load}" for kind in ("slowdown", "p99_us")] if load != "prefill" or not how else []
     return tuple(f"beside.{name}{way.suffix}" for name in names)
 
