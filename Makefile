@@ -14,7 +14,7 @@ RUN     = $(PY) -m
 SIM_ARGS = --simulator $(SIM) $(if $(MODE),--mode $(MODE)) $(if $(PRESET),--preset $(PRESET)) $(if $(FULL),--full)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sim waves trace verilog bench paper synth docs site lint types test campaign check clean
+.PHONY: help setup sim waves trace verilog bench paper report synth docs site lint types test campaign check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ bench: $(VENV)/.stamp-figures  ## run the benchmarks
 
 paper: $(VENV)/.stamp-sim  ## the paper's evaluation, modelled: each of its figures beside ours
 	@$(RUN) kvattic_sim.reports.paper
+
+report: $(VENV)/.stamp-figures  ## one page of all figures, plots and tables: build/report.html
+	@$(RUN) kvattic_sim.reports.report
 
 synth: $(VENV)/.stamp-synth  ## synthesise, and place and route for ECP5
 	@$(RUN) kvattic_sim.reports.synth $(if $(PRESET),--preset $(PRESET))

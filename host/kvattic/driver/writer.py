@@ -463,7 +463,9 @@ class TokenWriter:
         heads: dict[tuple[int, int], list[int]] = {}
         for stripe, head in items:
             heads.setdefault((int(self.shape.channel(layer, head, stripe)), head), []).append(stripe)
-        single = len({stripe for stripe, _ in items}) == 1
+        # Stripes that take a whole die may follow each other head by head; smaller ones would lie in one multi-plane
+        # read with V that waits for their K.
+        in_turn = self.shape.pages >= self.shape.config.part.planes and len({stripe for stripe, _ in items}) > 1
         for (channel, head), stripes in heads.items():
             for kind in self.shape.kinds:
                 if kind is Kind.SKETCH:
@@ -471,11 +473,11 @@ class TokenWriter:
                 for stripe in stripes:
                     if (stripe, head, kind) in state.placed:
                         continue
-                    # Several stripes: one after the other, through planes and then dies, K and V of each head.  A single
-                    # one, as they come from decoding: on another die than the one before of this head, V far from K.
+                    # Several stripes: one after the other, through planes and then dies.  A single one, as they come
+                    # from decoding: on another die than the one before of this head, V far from K.
                     source = sources[stripe, head] if kind is Kind.FEATURE else (
                         state.staged[stripe] + (2 * head + kind) * self.shape.pages)
-                    die = self.shape.die(layer, stripe, head, kind) if single else None
+                    die = self.shape.die(layer, stripe, head, kind) if len(stripes) == 1 and not in_turn else None
                     yield _Run(kind, channel, source, self.shape.pages, die, [(stripe, head)])
 
     def _program(self, layer: int, runs: list[_Run]) -> Steps[None]:

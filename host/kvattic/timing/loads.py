@@ -78,15 +78,15 @@ class Layer:
         if centroids:
             self._place_centroids()
         kinds = 2 + features
-        single = tokens // self.size <= 1
+        in_turn = self.pages >= config.part.planes and tokens // self.size > 1
         for head in range(heads):
             for channel, stripes in enumerate(self._of_channels(head)):
                 for kind in range(kinds):
                     for stripe in stripes:
-                        # A single one of a head is put on a die of its own choice (docs/placement.md).
+                        # A single one is put on a die far from its head's others (docs/placement.md).
                         number = head // config.channels + stripe // config.channels
-                        die = (number + kind * config.dies // kinds) % config.dies if single else None
-                        first = placement.take(channel, die)
+                        die = (number + kind * config.dies // kinds) % config.dies
+                        first = placement.take(channel, die if len(stripes) == 1 and not in_turn else None)
                         self._pages.setdefault((head, stripe), []).append(first)
                         self.runs[channel] += range(first, first + self.pages)
 

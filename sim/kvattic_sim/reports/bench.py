@@ -6,6 +6,7 @@ reported and is not an error; a wrong result is.
 """
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -46,7 +47,8 @@ from kvattic_sim.reports.console import make_console
 from kvattic_sim.rtl.jobs import JobError
 from kvattic_sim.simulators.build import SimulationFailed, Simulator, SimulatorError
 
-__all__ = ["BARS", "WIDTH", "Bar", "Report", "Verdict", "benches", "main", "report", "run", "select", "verdict"]
+__all__ = ["BARS", "WIDTH", "Bar", "Report", "Verdict", "bar_text", "benches", "main", "number_text", "report", "run",
+           "select", "verdict"]
 
 Value = float | bool
 
@@ -205,23 +207,32 @@ def select(prefix: str, available: Iterable[Bench]) -> list[Bench]:
             if any(key.startswith(prefix) for key in bench.keys) and (prefix or not bench.by_name)]
 
 
-def _text(value: Value) -> str:
+def number_text(value: Value) -> str:
+    """A figure as it is shown."""
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if not math.isfinite(value):
+        return str(value)
     if value == int(value) and abs(value) < 1e15:
         return f"{value:,.0f}"
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
-def _describe(bar: Bar | None, known: Mapping[str, Value]) -> str:
+def bar_text(bar: Bar | None, known: Mapping[str, Value]) -> str:
+    """A bar as it is shown; empty for None.
+
+    Args:
+        bar: of a figure.
+        known: figures that the bar may refer to.
+    """
     if bar is None:
         return ""
     limits = []
     for limit in bar.limits:
         if isinstance(limit, str):
-            limits.append(f"{limit} ({_text(known[limit])})" if limit in known else limit)
+            limits.append(f"{limit} ({number_text(known[limit])})" if limit in known else limit)
         else:
-            limits.append(_text(limit))
+            limits.append(number_text(limit))
     return ("goal " if bar.goal else "") + " and ".join(f"{bar.relation} {limit}" for limit in limits)
 
 
@@ -238,7 +249,8 @@ def show(console: Console, rows: Sequence[str], known: Mapping[str, Value]) -> N
         table.add_column(column, justify="right" if column == "value" else "left", no_wrap=True)
     for key in rows:
         word = verdict(key, known[key], known)
-        table.add_row(key, _text(known[key]), escape(_describe(BARS.get(key), known)), f"[{_STYLES[word]}]{word}[/]")
+        bar = escape(bar_text(BARS.get(key), known))
+        table.add_row(key, number_text(known[key]), bar, f"[{_STYLES[word]}]{word}[/]")
     console.print(table)
 
 

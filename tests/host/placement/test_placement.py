@@ -677,13 +677,13 @@ def test_what_finds_no_room_leaves_no_gap():
 
 
 def test_a_flush_that_failed_is_tried_again():
-    faults = FlashFaults(dead={(0, 0)})
+    faults = FlashFaults(dead={(0, 1)})
     key, value = tokens_of(TINY, 2, 3 * PAGE)
     query = query_of(TINY, 2)
     with Device(GoldenDevice(TINY, faults=faults)) as device:
         sequence = device.create_sequence(2, capacity_tokens=3 * PAGE)
         message = (r"PROGRAM failed: DIE_TIMEOUT: the die stays busy: "
-                   r"channel 0, die 0, plane \d, block 0 \(zone 0\), page 0")
+                   r"channel 0, die 1, plane \d, block 0 \(zone 0\), page 0")
         with pytest.raises(DeviceStatusError, match=message) as error:
             sequence.prefill(key[:, :-1], value[:, :-1])
         assert error.value.completion.status is Status.DIE_TIMEOUT
@@ -696,7 +696,7 @@ def test_a_flush_that_failed_is_tried_again():
         # Nothing else is placed on that die.
         with device.create_sequence(2, capacity_tokens=300) as other:
             other.prefill(*tokens_of(TINY, 2, 300, 1))
-        assert not any(block.channel == 0 and block.die == 0 for block, _, _ in device.transport.written())
+        assert not any(block.channel == 0 and block.die == 1 for block, _, _ in device.transport.written())
 
 
 def test_a_die_that_dies_later():

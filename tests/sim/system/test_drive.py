@@ -37,7 +37,7 @@ def test_a_generation_takes_what_its_steps_take_on_average(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_more_work_takes_longer(mode):
-    assert attend(mode, tokens=640) < attend(mode, tokens=1600)
+    assert attend(mode, tokens=640) < attend(mode, tokens=3200)   # short ones wait for their tails
     assert attend(mode) < attend(mode, kv_heads=400)
 
 
