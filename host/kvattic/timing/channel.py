@@ -112,6 +112,8 @@ class Channel:
                     p = phase[die]
                 elif free[die] < again:
                     again = free[die]
+            if p == LOADED and self.operations and self._gives_way(die):
+                p = phase[die]
             if p == IDLE and waiting[die] and not self._claimed(die):
                 begin = free[die] if waiting[die] == self.full else max(free[die], self.growing[die])
                 if begin <= now:
@@ -385,6 +387,19 @@ class Channel:
     def _claimed(self, die: int) -> bool:
         """The next operation waits for this die."""
         return self._next_is_of(die) and not (self.turned[die] and self.waiting[die])
+
+    def _gives_way(self, die: int) -> bool:
+        """A loaded die whose codeword has to wait gives its pages up for the next operation, if that is its own."""
+        operation = self.operations[0]
+        if operation.die != die or self.writer >= 0 or operation.arrived > self.drive.now:
+            return False
+        entry = self.queues[die * self.planes + self.plane[die]][0]
+        if entry.kind != VALUE or entry.job.opened <= self.drive.now:
+            return False
+        self.order.remove(die)
+        self.loaded[die] = 0
+        self.phase[die] = IDLE
+        return True
 
     def _next_operation(self, now: float) -> tuple[int, float]:
         """A die that may be given the next command of an operation; else when to look again."""

@@ -28,6 +28,7 @@ from kvattic_sim.reports import figures, paper
 from kvattic_sim.reports.benches import (
     accuracy,
     bad_blocks,
+    beside,
     causal,
     engine,
     flash,
@@ -84,7 +85,7 @@ DATA_SETS = ("minilm", "fa3_2k", "fa3_32k")
 
 BARS: dict[str, Bar | None] = {
     **{key: None for bench in (*engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *sparse.BENCHES, *host.BENCHES,
-                                       *models.BENCHES, *time_grid.BENCHES, *latency.BENCHES,
+                                       *models.BENCHES, *time_grid.BENCHES, *latency.BENCHES, *beside.BENCHES,
                                        *system.BENCHES, *worth.BENCHES)
        for key in bench.keys},
     **dict.fromkeys(placement.KEYS),
@@ -195,8 +196,8 @@ def benches() -> tuple[Bench, ...]:
     reality = Bench(keys=real.KEYS, measure=_real)
     evaluation = Bench(keys=paper.KEYS, measure=lambda lab: paper.measure())
     return (placing, *engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *causal.BENCHES, *sparse.BENCHES,
-            quality, reality, evaluation, *system.BENCHES, *worth.BENCHES, *latency.BENCHES, *time_grid.BENCHES,
-            *host.BENCHES, *house.BENCHES, *models.BENCHES,
+            quality, reality, evaluation, *system.BENCHES, *worth.BENCHES, *latency.BENCHES, *beside.BENCHES,
+            *time_grid.BENCHES, *host.BENCHES, *house.BENCHES, *models.BENCHES,
             *(alone(prefix, function) for prefix, function in accuracy.BENCHES.items()))
 
 
