@@ -112,7 +112,7 @@ class Channel:
                     p = phase[die]
                 elif free[die] < again:
                     again = free[die]
-            if p == LOADED and self.operations and self._gives_way(die):
+            if p == LOADED and self._gives_way(die):
                 p = phase[die]
             if p == IDLE and waiting[die] and not self._claimed(die):
                 begin = free[die] if waiting[die] == self.full else max(free[die], self.growing[die])
@@ -267,9 +267,6 @@ class Channel:
             entry = queues[base + self.plane[die]][0]
             if entry.kind != VALUE or entry.job.opened <= self.drive.now:
                 return True
-            if self._next_is_of(die):
-                self._give_up(die)
-                return False
             # Another plane with something that may be moved.
             for plane in range(planes):
                 if self.loaded[die] >> plane & 1:
@@ -292,15 +289,6 @@ class Channel:
         if self.loaded[die] & self.loaded[die] - 1:
             self.aimed[die] = self.near[die] = False    # it turns from plane to plane meanwhile
         return False
-
-    def _give_up(self, die: int) -> None:
-        """A die that waits at the gate gives its pages up for an operation; they are read again."""
-        self.order.remove(die)
-        self.loaded[die] = 0
-        self.aimed[die] = self.near[die] = False
-        self.phase[die] = IDLE
-        self.free[die] = self.drive.now + self.t.planning
-        self.drive.post(self.free[die], self.lane.number, 0)    # nothing else may wake the channel
 
     def _plan(self, die: int, ungated: bool) -> None:
         """Choose the planes of the next read."""
@@ -390,8 +378,7 @@ class Channel:
 
     def _gives_way(self, die: int) -> bool:
         """A loaded die whose codeword has to wait gives its pages up for the next operation, if that is its own."""
-        operation = self.operations[0]
-        if operation.die != die or self.writer >= 0 or operation.arrived > self.drive.now:
+        if not self._next_is_of(die):
             return False
         entry = self.queues[die * self.planes + self.plane[die]][0]
         if entry.kind != VALUE or entry.job.opened <= self.drive.now:
