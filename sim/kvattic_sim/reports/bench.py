@@ -30,6 +30,7 @@ from kvattic_sim.reports.benches import (
     bad_blocks,
     beside,
     causal,
+    cost,
     engine,
     flash,
     host,
@@ -40,7 +41,6 @@ from kvattic_sim.reports.benches import (
     sparse,
     system,
     time_grid,
-    worth,
 )
 from kvattic_sim.reports.benches.engine import Bench, Lab, UnavailableError, WrongResultError
 from kvattic_sim.reports.console import make_console
@@ -86,7 +86,7 @@ DATA_SETS = ("minilm", "fa3_2k", "fa3_32k")
 BARS: dict[str, Bar | None] = {
     **{key: None for bench in (*engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *sparse.BENCHES, *host.BENCHES,
                                        *models.BENCHES, *time_grid.BENCHES, *latency.BENCHES, *beside.BENCHES,
-                                       *system.BENCHES, *worth.BENCHES)
+                                       *system.BENCHES, *cost.BENCHES)
        for key in bench.keys},
     **dict.fromkeys(placement.KEYS),
     "engine.dense.utilization.paper": Bar(">=", (0.97,)),
@@ -114,7 +114,7 @@ BARS: dict[str, Bar | None] = {
     "sparse.fetched.error_ratio.minilm": Bar("<=", (0.85,)),
     "sparse.sparq_equal": Bar("<=", (1e-12,)),
     "host.commands_per_second_ratio": Bar("<=", (0.02,)),
-    **dict.fromkeys(worth.NOTES_KEYS, Bar("<=", (1.2,))),
+    **dict.fromkeys(cost.NOTES_KEYS, Bar("<=", (1.2,))),
     "host.spec.cycles_ratio": Bar("<=", (0.15,)),
     "host.generate.match": Bar(">=", (1.0,)),
     "host.multi.scaling": Bar(">=", (3.8,)),
@@ -196,7 +196,7 @@ def benches() -> tuple[Bench, ...]:
     reality = Bench(keys=real.KEYS, measure=_real)
     evaluation = Bench(keys=paper.KEYS, measure=lambda lab: paper.measure())
     return (placing, *engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *causal.BENCHES, *sparse.BENCHES,
-            quality, reality, evaluation, *system.BENCHES, *worth.BENCHES, *latency.BENCHES, *beside.BENCHES,
+            quality, reality, evaluation, *system.BENCHES, *cost.BENCHES, *latency.BENCHES, *beside.BENCHES,
             *time_grid.BENCHES, *host.BENCHES, *house.BENCHES, *models.BENCHES,
             *(alone(prefix, function) for prefix, function in accuracy.BENCHES.items()))
 

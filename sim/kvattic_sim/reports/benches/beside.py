@@ -18,14 +18,15 @@ from kvattic.errors import RequestError
 from kvattic.spec.commands import Mode
 from kvattic.spec.config import Config
 from kvattic.timing import Estimate, Job, Layer, Operation, estimate, in_turn
+from kvattic_sim.reports.benches.decode_step import HEADS, step_jobs, step_layer
 from kvattic_sim.reports.benches.engine import Bench, Figures, Lab
 from kvattic_sim.reports.in_flight import latencies, quantiles
 
 __all__ = ["BENCHES", "IDEAL", "LIKE_MQSIM", "LOADS", "WAYS", "Found", "Suspend", "Way", "attention", "in_turn_ratio",
            "measure", "operations"]
 
-HEADS, TOKENS, BATCH = 40, 2048, 4
-"""OPT-13B's heads and the paper's prompt; 160 commands of its 2,560."""
+TOKENS, BATCH = 2048, 4
+"""The paper's prompt; 160 commands of its 2,560."""
 LOADS = ("stripes", "prefill", "erase")
 PREFILL_HEADS = 240
 """So many heads of TOKENS are written beside the step: more than end while it goes on."""
@@ -74,12 +75,11 @@ class Way:
 
     def layer(self, config: Config, heads: int) -> Layer:
         """Where its K and V, and for sparse modes its features, lie."""
-        return Layer(config, heads, TOKENS, features=self.mode is not Mode.DENSE)
+        return step_layer(config, heads, TOKENS, self.mode)
 
     def jobs(self, config: Config, seed: int = 0) -> list[Job]:
         """The commands of the part of the step."""
-        return list(self.layer(config, BATCH * HEADS).attend(
-            mode=self.mode, features=config.head_dim // 8, top_units=TOKENS // 16, seed=seed))
+        return step_jobs(config, BATCH * HEADS, TOKENS, self.mode, seed=seed)
 
 
 WAYS = (Way(suffix="", mode=Mode.DENSE), Way(suffix=".sparf", mode=Mode.SPARF, seeds=(0, 1, 2)))

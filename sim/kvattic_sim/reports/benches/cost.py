@@ -11,35 +11,24 @@ import numpy as np
 import kvattic
 from kvattic.spec.commands import LINE_BYTES, Mode, query_row_bytes, result_row_bytes, table_bytes
 from kvattic.spec.config import ELEMENT_BYTES, PAPER, Config
-from kvattic.timing import Estimate, Job, Layer, estimate
+from kvattic.timing import Estimate, estimate
 from kvattic.timing.energy import Range, Work, energy_of
 from kvattic.timing.life import programmed_bytes
+from kvattic_sim.reports.benches.decode_step import HEADS, UNIT, step_jobs
 from kvattic_sim.reports.benches.engine import Bench
 
 __all__ = ["BENCHES", "ENERGY_KEYS", "NOTES_KEYS", "energy", "notes", "token_energy"]
 
-LAYERS, HEADS, TOKENS, BATCH = 40, 40, 2048, 64
-"""OPT-13B's, and the paper's batch."""
+LAYERS, TOKENS, BATCH = 40, 2048, 64
+"""OPT-13B's, and the paper's prompt and batch."""
 SAMPLE = 80
 """Jobs of a step that are modelled; the others go on at their rate."""
-UNIT = 64
-"""Tokens of a mean key."""
-FEATURES, SELECTED = 16, TOKENS // 16
-"""The paper's r, and tokens that a sparse mode attends."""
 MODES = {
     "dense": Mode.DENSE, "sparf": Mode.SPARF, "fetched": Mode.FETCHED, "centroid": Mode.CENTROID}
 ENERGY_KEYS = tuple(f"energy.token_mj.{mode}{bound}" for mode in MODES for bound in ("", ".low", ".high"))
-NOTES: dict[str, dict[str, Any]] = {"dense": {}, "sparf": {"mode": "sparf", "features": FEATURES, "top_units": 64}}
+NOTES: dict[str, dict[str, Any]] = {"dense": {}, "sparf": {"mode": "sparf", "features": 16, "top_units": 64}}
 NOTES_KEYS = tuple(f"host.notes_ratio.{mode}" for mode in NOTES)
 NOTES_HEADS, NOTES_TOKENS, ROUNDS = 4, 1024, 30
-
-
-def _jobs(config: Config, heads: int, mode: Mode) -> list[Job]:
-    """The first jobs of a layer's step, of as many sequences as it takes; important tokens are anywhere."""
-    layer = Layer(config, heads, TOKENS, features=mode.blended, centroids=UNIT if mode is Mode.CENTROID else 0)
-    units = {Mode.SPARF: SELECTED, Mode.FETCHED: SELECTED // config.tokens_per_codeword,
-             Mode.CENTROID: SELECTED // UNIT}.get(mode, 0)
-    return list(layer.attend(mode=mode, features=FEATURES if mode.blended else 0, top_units=units))
 
 
 def _work(config: Config, found: Estimate, jobs: int, mode: Mode) -> Work:
@@ -60,7 +49,7 @@ def token_energy(mode: Mode, config: Config = PAPER) -> Range:
         config: of the drive.
     """
     jobs = HEADS * BATCH
-    found = estimate(config, _jobs(config, SAMPLE, mode), in_all=jobs)
+    found = estimate(config, step_jobs(config, SAMPLE, TOKENS, mode), in_all=jobs)
     attend = energy_of(config, _work(config, found, jobs, mode)).joules * (LAYERS / BATCH)
     written = programmed_bytes(config, layers=LAYERS, kv_heads=HEADS, features=mode.blended,
                                centroids=UNIT if mode is Mode.CENTROID else None)

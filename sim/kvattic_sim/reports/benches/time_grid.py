@@ -7,19 +7,18 @@ change, so that a run that was cut short goes on with the next drive, and the mo
 import hashlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 
 from kvattic import GQA, PAPER, Config, KvatticError
-from kvattic.spec.commands import Mode
 from kvattic.spec.nand import part
 from kvattic.support.files import write_whole
-from kvattic.timing import Layer, estimate
+from kvattic.timing import estimate
 from kvattic_sim.reports import trials
+from kvattic_sim.reports.benches.decode_step import WAYS, step_jobs
 from kvattic_sim.reports.benches.engine import Bench, Figures, Lab, WrongResultError
 from kvattic_sim.reports.trials import Act, Append, Attend, Done, Erase, Trial, acts_of, model_cycles
 from kvattic_sim.rtl.jobs import JobError, run_on_model
@@ -259,7 +258,6 @@ def error(lab: Lab) -> Figures:
 
 STEP_JOBS, STEP_MODELLED, STEP_TOKENS = 2560, 80, 2048
 """A decode step of one layer, batch 64, OPT-13B; jobs of it that are modelled, the others go on at their rate."""
-WAYS: Mapping[str, Mode] = MappingProxyType({"": Mode.DENSE, ".sparf": Mode.SPARF})
 
 
 def step(lab: Lab) -> Figures:
@@ -267,8 +265,7 @@ def step(lab: Lab) -> Figures:
     found = {}
     for suffix, mode in WAYS.items():
         begin = time.perf_counter()
-        layer = Layer(PAPER, STEP_MODELLED, STEP_TOKENS, features=mode is Mode.SPARF)
-        estimate(PAPER, layer.attend(mode=mode, features=16, top_units=STEP_TOKENS // 16), in_all=STEP_JOBS)
+        estimate(PAPER, step_jobs(PAPER, STEP_MODELLED, STEP_TOKENS, mode), in_all=STEP_JOBS)
         found[f"time.step_seconds{suffix}"] = time.perf_counter() - begin
     return found
 
