@@ -158,6 +158,14 @@ class Batch:
             return found.cycles
         return max(found.cycles, round(max(found.operations) * self._operation_count / len(self._operations)))
 
+    def job_reads(self, number: int) -> Iterator[Read]:
+        """What a job has read, page by page.
+
+        Raises:
+            IndexError: it is not one of the first jobs, of which that is kept.
+        """
+        return self._jobs[number].reads()
+
     def job_completed(self, number: int) -> int:
         """Cycle of a job's completion, from the first doorbell on."""
         found = self._estimate()

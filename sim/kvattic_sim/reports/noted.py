@@ -16,13 +16,11 @@ from kvattic.driver.device import Device
 from kvattic.driver.futures import Future
 from kvattic.driver.jobs import FlashOperation, Job
 from kvattic.driver.results import JobResult
-from kvattic.golden.device import GoldenDevice
 from kvattic.spec import layout
 from kvattic.spec.commands import Completion, Kind, Mode, Opcode
 from kvattic.spec.config import Config
-from kvattic.spec.elements import Bytes, Integers
 
-__all__ = ["Choice", "JobNote", "NotedOperations", "NotedReads", "burst_of", "note_job", "timing_job"]
+__all__ = ["Choice", "JobNote", "NotedOperations", "burst_of", "note_job", "run_noted", "timing_job"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,38 +87,24 @@ def timing_job(config: Config, note: JobNote, choice: Choice) -> timing.Job:
         unit_tokens=note.unit_tokens, stripe_pages=note.stripe_pages)
 
 
-class NotedReads:
-    """Runs jobs on a golden device one by one, and notes what each of them chooses.
+def run_noted(device: Device, jobs: Iterable[Job]) -> tuple[list[JobResult], list[Choice]]:
+    """Run jobs on a golden device one by one; their results, and what each of them chooses.
 
     Args:
-        device: of the host library, over `golden`.
-        golden: the golden device.
+        device: of the host library, over a golden device that notes what it reads.
+        jobs: in order.
+
+    Raises:
+        DeviceStatusError: a job ended with a status other than OK.
     """
-
-    def __init__(self, device: Device, golden: GoldenDevice) -> None:
-        self._device = device
-        self._reads: list[timing.Read] = []
-        inner = golden.storage.read
-
-        def read(kind: Kind, channel: int, page: int, codewords: Integers, *,
-                 dram: bool) -> tuple[Bytes, int | None]:
-            self._reads.append(timing.Read(kind, channel, page, codewords.tolist(), dram))
-            return inner(kind, channel, page, codewords, dram=dram)
-
-        golden.storage.read = read  # type: ignore[method-assign]
-
-    def run(self, jobs: Iterable[Job]) -> tuple[list[JobResult], list[Choice]]:
-        """The results of jobs, and their choices.
-
-        Raises:
-            DeviceStatusError: a job ended with a status other than OK.
-        """
-        results, choices = [], []
-        for job in jobs:
-            self._reads.clear()
-            results += self._device.run([job])
-            choices.append(_choice(self._device.config, job, self._reads))
-        return results, choices
+    results, choices = [], []
+    for job in jobs:
+        (result,) = device.run([job])
+        record = result.account.passage.record if result.account is not None else None
+        assert record is not None, "the device notes nothing"
+        results.append(result)
+        choices.append(_choice(device.config, job, record.batch.job_reads(record.number)))
+    return results, choices
 
 
 def _choice(config: Config, job: Job, reads: Iterable[timing.Read]) -> Choice:

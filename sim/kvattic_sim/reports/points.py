@@ -15,7 +15,7 @@ from kvattic.driver.results import AttendPlan
 from kvattic.golden.device import GoldenDevice
 from kvattic_sim.data import load_minilm
 from kvattic_sim.reports.in_flight import latencies, quantiles
-from kvattic_sim.reports.noted import Choice, NotedOperations, NotedReads, burst_of, note_job, timing_job
+from kvattic_sim.reports.noted import Choice, NotedOperations, burst_of, note_job, run_noted, timing_job
 from kvattic_sim.reports.study import FIGURES, Figures, Point
 from kvattic_sim.rtl.jobs import report, run_on_model
 from kvattic_sim.rtl.transport import NandSettings, RtlTransport
@@ -243,7 +243,7 @@ def _model_once(point: Point, load: Load, follow: Follow) -> Figures:
     needs_data = point.check or point.mode != "dense"
     with Device(golden) as device:
         sequences = _create(device, load)
-        operations, reads = NotedOperations(), NotedReads(device, golden)
+        operations = NotedOperations()
         operations.watch(device)
         follow("writing on the golden device", 0, None)
         _prefill(sequences, load)
@@ -255,7 +255,7 @@ def _model_once(point: Point, load: Load, follow: Follow) -> Figures:
             choices = [Choice()] * len(jobs)
             if needs_data:
                 follow("attending on the golden device", 0, None)
-                answers, choices = reads.run(jobs)
+                answers, choices = run_noted(device, jobs)
                 results.append([plan.finish([answers.pop(0) for _ in plan.jobs]) for plan in plans])
             follow("modelling", 0, None)
             found.append(timing.estimate(config, [timing_job(config, note_job(config, job), choice)

@@ -26,7 +26,7 @@ from kvattic.spec.commands import Opcode
 from kvattic.spec.config import Config
 from kvattic.support.files import write_whole
 from kvattic_sim.reports.in_flight import HOST_US, in_flight
-from kvattic_sim.reports.noted import Choice, JobNote, NotedOperations, NotedReads, burst_of, note_job, timing_job
+from kvattic_sim.reports.noted import Choice, JobNote, NotedOperations, burst_of, note_job, run_noted, timing_job
 from kvattic_sim.rtl.jobs import report
 from kvattic_sim.rtl.transport import RtlTransport
 from kvattic_sim.workloads import DENSE, Attention, Meter, ModeSettings, clustered, decode, measured
@@ -167,16 +167,15 @@ class Done:
 class _Golden:
     """Runs work on the golden device, where it takes no time."""
 
-    def __init__(self, device: Device, golden: GoldenDevice) -> None:
+    def __init__(self, device: Device) -> None:
         self.device = device
-        self._reads = NotedReads(device, golden)
 
     def measure(self, work: Callable[[], Any]) -> int:
         work()
         return 0
 
     def run(self, jobs: list[Job], in_flight: int) -> tuple[list[JobResult], int, list[Choice]]:
-        results, choices = self._reads.run(jobs)
+        results, choices = run_noted(self.device, jobs)
         return results, 0, choices
 
 
@@ -281,10 +280,9 @@ def golden(config: Config, trials: Sequence[Trial], progress: Callable[[str], No
     Raises:
         KvatticError: a trial is not possible.
     """
-    model = GoldenDevice(config, dram_bytes=1 << 27)
     found: list[list[Done]] = []
-    with Device(model) as device:
-        drive = _Golden(device, model)
+    with Device(GoldenDevice(config, dram_bytes=1 << 27)) as device:
+        drive = _Golden(device)
         for number, trial in enumerate(trials):
             progress(trial.name)
             found.append([])
