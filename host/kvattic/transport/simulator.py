@@ -291,10 +291,17 @@ class SimTransport:
             raise self._failure(f"the simulation server {self._process.status}")
         if message.kind is Kind.ENDED:
             raise self._failure(message.text)
+        if message.kind is Kind.PROGRESS:
+            progress(message.text)
+        self._note_log(message)
+
+    def _note_log(self, message: Message) -> None:
+        """Take the place of the simulator's log, if the server's message tells it.
+
+        The simulator may be ready before this message is read.
+        """
         if message.kind is Kind.STARTED:
             self._log = Path(os.fsdecode(message.payload))
-        elif message.kind is Kind.PROGRESS:
-            progress(message.text)
 
     def _failure(self, what: str) -> DeviceLostError:
         """The error for a failed start."""
@@ -351,6 +358,7 @@ class SimTransport:
             while (message := self._server.receive(END_REASON_S)) is not None:
                 if message.kind is Kind.ENDED:
                     return message.text
+                self._note_log(message)
         if self._server.ended:
             return f"{what}; the simulation server {self._process.status}{_tail(self._log)}"
         return ""
