@@ -35,17 +35,10 @@ import kvattic
 from kvattic import TINY, CapacityError, ConfigError, KvatticError, Mode, RequestError
 from kvattic.array import open_array
 from kvattic.errors import RangeError
-from kvattic.integrations.transformers import (
-    NAME,
-    DriveCache,
-    DriveLayer,
-    _attention,
-    _longest_window,
-    _mask,
-    _read_mask,
-    config_for,
-    round_to_storage,
-)
+from kvattic.integrations.backend import attention
+from kvattic.integrations.configuration import longest_window
+from kvattic.integrations.masks import make_mask, read_mask
+from kvattic.integrations.transformers import NAME, DriveCache, DriveLayer, config_for, round_to_storage
 from kvattic.spec.formats import Element
 from kvattic_sim.lm import huggingface as lm
 from kvattic_sim.lm import model as numpy_lm
@@ -330,12 +323,12 @@ def test_tokens_that_attend_later_ones(drive):
     key, value = torch.randn(2, 1, 2, 8, 32, generator=torch.Generator().manual_seed(0))
     query = torch.randn(1, 4, 3, 32, generator=torch.Generator().manual_seed(1))
     mask = masked(1, 3, 5, lambda row, query, place: True)
-    attention = model.model.layers[0].self_attn
+    module = model.model.layers[0].self_attn
     with DriveCache(device, model.config, capacity_tokens=100) as cache:
         for part in (slice(0, 5), slice(5, 8)):
             given = cache.layers[0].update(key[:, :, part], value[:, :, part])
             now = torch.zeros(1, 4, 5, 32) if part.start == 0 else query
-            found, _ = _attention(attention, now, *given, None if part.start == 0 else mask)
+            found, _ = attention(module, now, *given, None if part.start == 0 else mask)
     wide = [round_to_storage(states, Element.FP16).repeat_interleave(2, dim=1) for states in (key, value)]
     expected = torch.nn.functional.scaled_dot_product_attention(round_to_storage(query, Element.FP16), *wide)
     torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-5, atol=1e-6)
@@ -343,9 +336,9 @@ def test_tokens_that_attend_later_ones(drive):
         for part in (slice(0, 5), slice(5, 8)):
             given = cache.layers[0].update(key[:, :, part], value[:, :, part])
             if part.start == 0:
-                _attention(attention, torch.zeros(1, 4, 5, 32), *given, None)
+                attention(module, torch.zeros(1, 4, 5, 32), *given, None)
         with pytest.raises(RequestError, match="row 0 of the batch: a token attends later ones, which mode centroid"):
-            _attention(attention, query, *given, mask)
+            attention(module, query, *given, mask)
 
 
 # Sparse modes.
@@ -475,11 +468,11 @@ def test_sinks_are_attended_in_a_long_row(drive):
 
 
 def test_windows_that_means_are_wanted_of():
-    assert _longest_window(build("llama").config) is None
-    assert _longest_window(build("mistral").config) == 40
-    assert _longest_window(build("qwen2").config) == 24     # of one of its layers
-    assert _longest_window(llama4(8).config) == 8
-    assert _longest_window(MistralConfig(sliding_window=40, layer_types=["full_attention"] * 32)) is None
+    assert longest_window(build("llama").config) is None
+    assert longest_window(build("mistral").config) == 40
+    assert longest_window(build("qwen2").config) == 24     # of one of its layers
+    assert longest_window(llama4(8).config) == 8
+    assert longest_window(MistralConfig(sliding_window=40, layer_types=["full_attention"] * 32)) is None
 
 
 @pytest.mark.parametrize("options, message", [
@@ -625,13 +618,13 @@ def bounds(rows):
 def test_a_mask_of_padding_and_windows():
     # Row 1 begins with two positions of padding, and has one in the middle.
     padding = (0, 1, 3)
-    rows = _read_mask(masked(2, 1, 5, lambda row, query, place: query - 3 < place <= query and (
+    rows = read_mask(masked(2, 1, 5, lambda row, query, place: query - 3 < place <= query and (
         row == 0 or place not in padding)), before([1, 1, 1, 1, 1], [0, 0, 1, 0, 1]), 1)
     assert [new.tolist() for new in rows.new] == [[0], [0]]
     assert [kept.tolist() for kept in rows.kept] == [[True] * 6, [False, False, True, False, True, True]]
     assert bounds(rows) == [([3], None), ([1], None)]
     # The padding at the beginning does not matter to a window, whatever the number of queries.
-    rows = _read_mask(masked(2, 2, 5, lambda row, query, place: query - 3 < place <= query and place >= row),
+    rows = read_mask(masked(2, 2, 5, lambda row, query, place: query - 3 < place <= query and place >= row),
                       before([1] * 5, [0, 1, 1, 1, 1]), 2)
     assert bounds(rows) == [([3, 4], None), ([2, 3], None)]
 
@@ -646,13 +639,13 @@ def test_a_mask_of_padding_and_windows():
     (lambda row, query, place: place > query - 3, ([3, 4], [7, 7])),
 ], ids=["chunk", "padding", "later", "later in a window"])
 def test_each_token_has_a_range_of_its_own(attends, expected):
-    rows = _read_mask(masked(1, 2, 5, attends), before([1, 1, 1, attends(0, 3, 3), 1]), 2)
+    rows = read_mask(masked(1, 2, 5, attends), before([1, 1, 1, attends(0, 3, 3), 1]), 2)
     assert bounds(rows) == [expected]
 
 
 def test_new_padding_takes_no_part():
     tokens = [1, 1, 0, 1, 0, 0, 1]
-    rows = _read_mask(masked(1, 4, 3, lambda row, query, place: query - 5 < place <= query and bool(tokens[place])),
+    rows = read_mask(masked(1, 4, 3, lambda row, query, place: query - 5 < place <= query and bool(tokens[place])),
                       before(tokens[:3]), 4)
     assert (rows.new[0].tolist(), rows.kept[0].tolist()) == ([0, 3], list(map(bool, tokens)))
     assert bounds(rows) == [([0, 2], None)]
@@ -663,34 +656,34 @@ def test_masks_without_a_window():
     everything = masked(2, 2, 5, causal)
     floats = torch.where(everything, 0.0, torch.finfo(torch.float32).min)
     for mask in (everything, floats, None, everything[:1]):
-        rows = _read_mask(mask, kept, 2)
+        rows = read_mask(mask, kept, 2)
         assert bounds(rows) == [(None, None)] * 2
         assert [new.tolist() for new in rows.new] == [[0, 1]] * 2
         assert [kept.tolist() for kept in rows.kept] == [[True] * 7] * 2
 
 
 def test_the_first_tokens_may_have_any_mask():
-    rows = _read_mask(masked(1, 3, 0, lambda row, query, place: place != 1), before([]), 3)
+    rows = read_mask(masked(1, 3, 0, lambda row, query, place: place != 1), before([]), 3)
     assert (rows.new[0].tolist(), bounds(rows)) == ([0, 2], [(None, None)])
 
 
 def test_masks_that_the_drive_does_not_know():
     gap = masked(1, 2, 5, lambda row, query, place: place <= query and (query == 5 or place != 2))
     with pytest.raises(RequestError, match=r"row 0 of the batch: the drive attends a range .* mask of position 6 asks"):
-        _read_mask(gap, before([1] * 5), 2)
+        read_mask(gap, before([1] * 5), 2)
     everything = masked(2, 1, 3, causal)
     with pytest.raises(RequestError, match=r"row 1 of the batch: .* lets position 3 attend position 1, which was padd"):
-        _read_mask(everything, before([1, 1, 1], [1, 0, 1]), 1)
+        read_mask(everything, before([1, 1, 1], [1, 0, 1]), 1)
 
 
 def test_a_mask_of_a_wrong_shape():
     with pytest.raises(RequestError, match=r"must be of shape \(1, 1, 2, 7\), the same for all heads, not \(1, 4, 2, "):
-        _read_mask(masked(1, 2, 5, causal).expand(1, 4, 2, 7), before([1] * 5), 2)
+        read_mask(masked(1, 2, 5, causal).expand(1, 4, 2, 7), before([1] * 5), 2)
 
 
 def test_masks_for_both_directions_are_refused():
     with pytest.raises(RequestError, match="attends causally: a model whose tokens attend later ones"):
-        _mask(batch_size=1, q_length=1, kv_length=1, allow_is_bidirectional_skip=True)
+        make_mask(batch_size=1, q_length=1, kv_length=1, allow_is_bidirectional_skip=True)
 
 
 # What is refused.
@@ -714,7 +707,7 @@ def test_models_that_change_k_are_told_so(drive):
     cache = DriveCache(drive(model), model.config, capacity_tokens=100)
     keys, values = cache.layers[0].update(*torch.zeros(2, 1, 2, 3, 32))
     with pytest.raises(RequestError, match="layer 0: the model changes K after the DriveCache returned them"):
-        _attention(None, torch.zeros(1, 4, 3, 32), keys * 2, values, None)
+        attention(None, torch.zeros(1, 4, 3, 32), keys * 2, values, None)
     with pytest.raises(RequestError, match=r"an earlier step of this DriveCache failed, .* RequestError: layer 0: "):
         cache.layers[0].update(*torch.zeros(2, 1, 2, 3, 32))
 
@@ -828,11 +821,11 @@ def test_gradients_and_other_arithmetic_are_refused(drive):
     cache.reset()
     keys, values = cache.layers[0].update(*torch.zeros(2, 1, 2, 1, 32))
     with pytest.raises(RequestError, match="the drive's attention has no softcap"):
-        _attention(None, torch.zeros(1, 4, 1, 32), keys, values, None, softcap=50.0)
+        attention(None, torch.zeros(1, 4, 1, 32), keys, values, None, softcap=50.0)
     with pytest.raises(RequestError, match="K are not those that the DriveCache returned last"):
         cache.reset()
         cache.layers[0].update(*torch.zeros(2, 1, 2, 1, 32))
-        _attention(None, torch.zeros(1, 4, 1, 32), keys, values, None)
+        attention(None, torch.zeros(1, 4, 1, 32), keys, values, None)
 
 
 def test_batches_do_not_change_in_the_middle(drive):
@@ -933,7 +926,7 @@ def test_numbers_that_do_not_fit(drive):
     cache = DriveCache(drive(model), model.config, capacity_tokens=100)
     keys, values = cache.layers[0].update(torch.full((1, 2, 3, 32), 7e4), torch.zeros(1, 2, 3, 32))
     with pytest.raises(RequestError, match="must be finite and within the range of fp16"):
-        _attention(None, torch.zeros(1, 4, 3, 32), keys, values, None)
+        attention(None, torch.zeros(1, 4, 3, 32), keys, values, None)
 
 
 # Configurations.
