@@ -127,7 +127,7 @@ def load() -> ctypes.CDLL:
     return found
 
 
-_TABLE = np.ascontiguousarray(np.array(exp_table(), np.int64))
+_TABLE = np.ascontiguousarray(np.array(exp_table(), np.int64).T)
 
 
 def attend(jobs: DenseJobs) -> DenseResults:

@@ -152,6 +152,7 @@ class GoldenDevice:
         found = find_kernel(kernel) if shuffle is None else None
         self._runs = None if found is None else Runs(config, self._registers, self.memory, self.storage, self._owners,
                                                      found)
+        self._together = False  # all that waits is to be served, so that several commands can be at once
         self._powered = True
         self._random = None if shuffle is None else random.Random(shuffle)
         self._reset()
@@ -302,8 +303,12 @@ class GoldenDevice:
         elif self._random is not None:
             self._advance()
         else:
-            while self._step():
-                pass
+            self._together = True
+            try:
+                while self._step():
+                    pass
+            finally:
+                self._together = False
 
     def _advance(self) -> None:
         """Take a few steps, if their order is random; otherwise the doorbell took them all."""
@@ -321,7 +326,9 @@ class GoldenDevice:
             queue = self._queues.next()
             if queue is None:
                 return False
-            run = None if self._runs is None or self._queues.others_fetchable(queue) else self._runs.take(queue)
+            run = None
+            if self._together and self._runs is not None and not self._queues.others_fetchable(queue):
+                run = self._runs.take(queue)
             if run is None:
                 self._post(self._serve(queue, self._fetch(queue)))
             else:

@@ -74,44 +74,69 @@ static uint16_t convert(const uint8_t *from, float *to, int64_t count, int bf16)
     return most;
 }
 
-static inline __attribute__((always_inline)) double dot(const float *q, const float *k, int64_t dim)
+#define INLINE static inline __attribute__((always_inline))
+
+/* Sums of truncated products of q and a token of K, of `dim` features, a multiple of 16. */
+INLINE double dot(const float *q, const float *k, int64_t dim)
 {
     double sum = 0;
+#if defined(__AVX2__)
+    __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
+    for (int64_t c = 0; c < dim; c += 8) {
+        __m256 product = _mm256_mul_ps(_mm256_loadu_ps(q + c), _mm256_loadu_ps(k + c));
+        product = _mm256_round_ps(product, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+        low = _mm256_add_pd(low, _mm256_cvtps_pd(_mm256_castps256_ps128(product)));
+        high = _mm256_add_pd(high, _mm256_cvtps_pd(_mm256_extractf128_ps(product, 1)));
+    }
+    low = _mm256_add_pd(low, high);
+    __m128d half = _mm_add_pd(_mm256_castpd256_pd128(low), _mm256_extractf128_pd(low, 1));
+    sum = _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
+#else
 #pragma omp simd reduction(+ : sum)
     for (int64_t c = 0; c < dim; c++)
         sum += (double)__builtin_truncf(q[c] * k[c]);
+#endif
     return sum;
 }
 
-static inline __attribute__((always_inline)) void dots(const float *query, const float *key, double *sums, int64_t rows,
-                                                       int64_t stride, int64_t tokens, int64_t dim)
+INLINE void dots(const float *query, const float *key, double *sums, int64_t rows, int64_t stride, int64_t tokens,
+                 int64_t dim)
 {
     for (int64_t r = 0; r < rows; r++)
         for (int64_t t = 0; t < tokens; t++)
             sums[r * stride + t] = dot(query + r * dim, key + t * dim, dim);
 }
 
-static inline __attribute__((always_inline)) void add_values(const double *weights, const float *value, double *sums,
-                                                             int64_t rows, int64_t stride, int64_t tokens, int64_t dim)
+/* Adds truncated products of weights and tokens of V. */
+INLINE void add_values(const double *weights, const float *value, double *sums, int64_t rows, int64_t stride,
+                       int64_t tokens, int64_t dim)
 {
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t t = 0; t < tokens; t++) {
-            double weight = weights[r * stride + t];
-            if (weight == 0)
-                continue;
+    for (int64_t r = 0; r < rows; r++) {
+        const double *weight = weights + r * stride;
+        double *to = sums + r * dim;
+        double any = 0;
+        for (int64_t t = 0; t < tokens; t++)
+            any += weight[t];
+        if (any == 0)
+            continue;
 #pragma omp simd
-            for (int64_t c = 0; c < dim; c++)
-                sums[r * dim + c] += __builtin_trunc(weight * (double)value[t * dim + c]);
+        for (int64_t c = 0; c < dim; c++) {
+            double sum = to[c];
+            for (int64_t t = 0; t < tokens; t++)
+                sum += __builtin_trunc(weight[t] * (double)value[t * dim + c]);
+            to[c] = sum;
         }
+    }
 }
 
-/* The usual head dimensions as constants, so that the loops are unrolled. */
-#define FOR_DIM(dim, call)          \
-    switch (dim) {                  \
-    case 64: call(64); break;       \
-    case 128: call(128); break;     \
-    default: call(dim);             \
-    }
+/* The usual codewords with constants, so that the loops are unrolled: 512 bytes of head_dim 64 and 128. */
+#define FOR_SIZE(tokens, dim, call)         \
+    if ((tokens) == 4 && (dim) == 64)       \
+        call(4, 64);                        \
+    else if ((tokens) == 2 && (dim) == 128) \
+        call(2, 128);                       \
+    else                                    \
+        call(tokens, dim);
 
 static inline int bit_length(unsigned __int128 value)
 {
@@ -233,7 +258,8 @@ static int round_row(const Shape *shape, const double *sums, int64_t start, int6
     return good;
 }
 
-/* Weights of a row times 2**VALUE_FRACTION, and their sum, each truncated. */
+/* Weights of a row times 2**VALUE_FRACTION, and their sum, each truncated.  The table has the constant coefficients of
+   all segments, then the linear and the quadratic ones. */
 static int64_t weigh(const Shape *shape, const int64_t *scores, int64_t maximum, const int64_t *table, double *weights)
 {
     int64_t total = 0, step_mask = ((int64_t)1 << shape->step_bits) - 1;
@@ -241,17 +267,18 @@ static int64_t weigh(const Shape *shape, const int64_t *scores, int64_t maximum,
     int64_t top = ((int64_t)1 << shape->weight_bits) - 1, half = (int64_t)1 << (shape->weight_round_shift - 1);
     int64_t masked = shape->score_masked, fraction = shape->score_fraction, step_bits = shape->step_bits;
     int64_t round_shift = shape->weight_round_shift, exponents = shape->weight_exponents;
-    int64_t alignment = shape->weight_alignment;
+    int64_t alignment = shape->weight_alignment, tokens = shape->tokens;
+    const int64_t *first = table + segments + 1, *second = first + segments + 1;
 #pragma omp simd reduction(+ : total)
-    for (int64_t t = 0; t < shape->tokens; t++) {
+    for (int64_t t = 0; t < tokens; t++) {
         int64_t below = scores[t] - maximum, exponent = -(below >> fraction), step = below & step_mask;
-        const int64_t *row = table + 3 * (below >> step_bits & segments);
-        int64_t significand = ((row[2] * step >> step_bits) + row[1]) * step >> step_bits;
-        significand = (significand + row[0] + half) >> round_shift;
+        int64_t segment = below >> step_bits & segments;
+        int64_t significand = ((second[segment] * step >> step_bits) + first[segment]) * step >> step_bits;
+        significand = (significand + table[segment] + half) >> round_shift;
         significand = significand < top ? significand : top;
-        int zero = exponent >= exponents || scores[t] == masked;
-        significand = zero ? 0 : significand;
-        exponent = zero ? 0 : exponent;
+        int64_t used = -(int64_t)((exponent < exponents) & (scores[t] != masked));
+        significand &= used;
+        exponent &= used;
         total += significand << alignment >> exponent;
         weights[t] = (double)significand * as_double((uint64_t)(1023 + alignment - exponent) << 52);
     }
@@ -276,8 +303,8 @@ static int attend(const Shape *shape, const int64_t *keys, const int64_t *values
     float largest;
     if (!scale_query(shape, query, space, &largest))
         return 0;
-#define DOTS(dim) dots(space->query, space->block, space->sums + first, rows, tokens, count, dim)
-    FOR_CODEWORDS(shape, keys, space, most, FOR_DIM(dim, DOTS))
+#define DOTS(count, dim) dots(space->query, space->block, space->sums + first, rows, tokens, count, dim)
+    FOR_CODEWORDS(shape, keys, space, most, FOR_SIZE(count, dim, DOTS))
     if (most >= special)
         return 0;
     double bound = (double)largest * magnitude(most, bf16);
@@ -293,7 +320,7 @@ static int attend(const Shape *shape, const int64_t *keys, const int64_t *values
     float sum = 0;
     memset(space->values, 0, (size_t)(rows * dim) * sizeof *space->values);
     memset(space->wide, 0, (size_t)(rows * dim) * sizeof *space->wide);
-#define ADD(dim) add_values(space->sums + first, space->block, space->values, rows, tokens, count, dim)
+#define ADD(count, dim) add_values(space->sums + first, space->block, space->values, rows, tokens, count, dim)
     FOR_CODEWORDS(shape, values, space, most, {
         if (found >= special)
             return 0;
@@ -305,7 +332,7 @@ static int attend(const Shape *shape, const int64_t *keys, const int64_t *values
             sum = 0;
         }
         sum += here;
-        FOR_DIM(dim, ADD)
+        FOR_SIZE(count, dim, ADD)
     })
     flush(shape, space);
     for (int64_t r = 0; r < rows; r++)
