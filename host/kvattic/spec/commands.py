@@ -44,6 +44,10 @@ class Record:
     name: str
     size: int
     fields: tuple[Field, ...]
+    _by_name: dict[str, Field] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_by_name", {found.name: found for found in reversed(self.fields)})
 
     def pack(self, **values: int) -> bytes:
         """The record's bytes; fields that are not given are zero.
@@ -65,7 +69,7 @@ class Record:
         """
         for name, value in values.items():
             found = self[name]
-            data[found.place] = int(value).to_bytes(found.size, "little")
+            data[found.offset : found.offset + found.size] = int(value).to_bytes(found.size, "little")
 
     def unpack(self, data: bytes) -> dict[str, int]:
         """All fields of the record as unsigned integers."""
@@ -76,10 +80,10 @@ class Record:
         return not any(any(data[f.place]) for f in self.fields if f.doc == RESERVED)
 
     def __getitem__(self, name: str) -> Field:
-        for found in self.fields:
-            if found.name == name:
-                return found
-        raise KeyError(f"{self.name} has no field {name!r}")
+        found = self._by_name.get(name)
+        if found is None:
+            raise KeyError(f"{self.name} has no field {name!r}")
+        return found
 
 
 class Opcode(IntEnum):
