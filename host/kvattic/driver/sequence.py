@@ -16,6 +16,7 @@ from kvattic.driver.shape import SequenceShape
 from kvattic.driver.value_sums import Doubles
 from kvattic.driver.writer import TokenWriter
 from kvattic.errors import CapacityError, RequestError
+from kvattic.placement.domains import COMMON_DOMAIN
 from kvattic.placement.zones import Allocation
 from kvattic.spec import layout
 from kvattic.spec.blocks import Masks
@@ -153,6 +154,21 @@ class Sequence(Closing):
                 child.free()
                 raise
             return child
+
+    @property
+    def isolated(self) -> bool:
+        """Whether it has a domain that no other sequence but its forks has."""
+        return self.domain != COMMON_DOMAIN
+
+    def places(self, layer: int = 0) -> set[int]:
+        """A number for each stripe of a layer in flash; sequences that share a stripe have its number in common.
+
+        Raises:
+            RequestError: there is no such layer, or the sequence was freed.
+        """
+        with self.device.lock:
+            state, stripes = self._writer.layers[layer], self.length(layer) // self.stripe_tokens
+            return set(state.table[0, state.in_flash(stripes)].tolist())
 
     def inherit(self, parent: TokenWriter, lengths: Series[int]) -> None:
         """For `fork`: take over the first tokens of another sequence."""

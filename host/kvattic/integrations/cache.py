@@ -22,6 +22,7 @@ from kvattic.integrations.layer import DriveLayer
 from kvattic.integrations.masks import Flags, Rows, read_mask
 from kvattic.integrations.options import check_mode, check_options, count_sinks
 from kvattic.integrations.report import Meter, Report
+from kvattic.spec import layout
 from kvattic.spec.commands import Mode
 from kvattic.spec.elements import Integers
 from kvattic.support.closing import Closing
@@ -207,6 +208,52 @@ class DriveCache(Closing, Cache):
             made.reset()
             raise
         return made
+
+    @property
+    def stripe_tokens(self) -> int:
+        """Tokens of a stripe of its rows: what a row can be shared in."""
+        config = self.device.config
+        return layout.stripe_pages(config, sparse=self.mode is not Mode.DENSE) * config.tokens_per_page
+
+    def adopt(self, sequences: list[Sequence], kept: list[Flags] | None = None) -> None:
+        """Take sequences as the rows of a cache that is empty; they are freed with it.
+
+        Args:
+            sequences: one for each row, with the same positions.
+            kept: of each row: which positions are tokens, not padding; all if None.
+
+        Raises:
+            RequestError: the cache is not empty, or they were made with other options than its own would be.
+        """
+        if self.sequences:
+            raise RequestError("this DriveCache holds tokens already; reset() it first")
+        flags = kept or [np.ones(sequence.length(), np.bool_) for sequence in sequences]
+        for sequence, mine in zip(sequences, flags, strict=True):
+            self.check_alike(sequence)
+            lengths = {sequence.length(layer) for layer in range(sequence.layers)}
+            if lengths != {int(mine.sum())} or len(mine) != len(flags[0]):
+                raise RequestError(f"all rows and layers must have the same positions, not {lengths} tokens in "
+                                   f"{len(mine)} and {len(flags[0])} positions")
+        for sequence in sequences:
+            sequence.held_tokens = self._held_tokens
+        self.sequences = list(sequences)
+        for layer in self.layers:
+            layer.resume(flags)
+
+    def check_alike(self, sequence: Sequence) -> None:
+        """Refuse a sequence that was made with other options than this cache's own are.
+
+        Raises:
+            RequestError: says what differs.
+        """
+        if not all(isinstance(layer, DriveLayer) for layer in self.layers):
+            raise RequestError("some layers of this model are not in the drive: their state would be missing")
+        mine = {"layers": len(self.layers), "kv_heads": heads_of(self._text)[2], "sparse": self.mode.blended,
+                "centroids": self._unit_tokens if self.mode is Mode.CENTROID else None, "sinks": self._sinks}
+        for name, wanted in mine.items():
+            if (found := getattr(sequence, name)) != wanted:
+                raise RequestError(f"a sequence with {name} {found} does not fit this DriveCache, which needs "
+                                   f"{wanted}: its model or its options are others")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DriveCache":
         memo[id(self)] = made = self.fork()
