@@ -2,7 +2,8 @@
 
 from collections import deque
 from contextlib import suppress
-from typing import Any, NoReturn, TypeVar
+from copy import copy, deepcopy
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,10 +22,12 @@ from kvattic.integrations.layer import DriveLayer
 from kvattic.integrations.masks import Flags, Rows, read_mask
 from kvattic.integrations.options import check_mode, check_options, count_sinks
 from kvattic.integrations.report import Meter, Report
+from kvattic.spec import layout
 from kvattic.spec.commands import Mode
 from kvattic.spec.elements import Integers
 from kvattic.support.closing import Closing
 from kvattic.support.renamed import old_selection_keywords
+from kvattic.timing.cost import Cost
 
 __all__ = ["HELD_TOKENS", "LAYERS_IN_FLIGHT", "NAME", "DriveCache"]
 
@@ -116,6 +119,7 @@ class DriveCache(Closing, Cache):
         self._failed = ""   # an error, from which its layers hold different tokens
         self.meter = Meter(device.config, dense=found is Mode.DENSE)
         self._options = options
+        self._gone: list[dict[str, Cost]] = []      # what the drive did for rows that are not there any more
         self._writing: deque[DriveLayer] = deque()
         # What masks say, by their identity: the layers of a step share them.
         self._read: dict[tuple[int, int, int], tuple[torch.Tensor | None, Rows]] = {}
@@ -124,9 +128,6 @@ class DriveCache(Closing, Cache):
 
     def _end_block(self) -> None:
         self.reset()
-
-    def __deepcopy__(self, memo: Any) -> NoReturn:
-        raise RequestError("K and V in the drive cannot be copied: make another DriveCache")
 
     def start(self, rows: int, kv_heads: int) -> None:
         """Sequences for a batch, when its first layer comes."""
@@ -158,6 +159,7 @@ class DriveCache(Closing, Cache):
         self.meter = Meter(self.device.config, dense=self.mode is Mode.DENSE)
         self._read.clear()
         self._writing.clear()
+        self._gone.clear()
         self._failed = ""
         for layer in self.layers:
             with suppress(KvatticError):    # K and V that could not be written are forgotten like the others
@@ -180,7 +182,162 @@ class DriveCache(Closing, Cache):
             raise RequestError("there is nothing to report: this DriveCache holds no tokens")
         self.wait()
         parts = [sequence.statistics_by_part() for sequence in self.sequences]
-        return self.meter.report(parts, mode=self.mode.name.lower(), layers=len(self.layers))
+        return self.meter.report([*parts, *self._gone], rows=len(parts), mode=self.mode.name.lower(),
+                                 layers=len(self.layers))
+
+    # Copies of rows.
+
+    def fork(self) -> "DriveCache":
+        """Another cache that begins with the same tokens, and goes on by itself; `copy.deepcopy` does the same.
+
+        Stripes in flash are shared (`Sequence.fork`), so that one prefix serves many prompts.
+
+        Raises:
+            RequestError: an earlier step failed, or is not complete.
+            CapacityError: flash or DRAM have no room.
+        """
+        self._check_rows_whole()
+        made = copy(self)
+        made.__dict__.update(sequences=[], meter=Meter(self.device.config, dense=self.mode is Mode.DENSE), _gone=[],
+                             _writing=deque(), _read={})
+        made.layers = [layer.fork(made) if isinstance(layer, DriveLayer) else deepcopy(layer) for layer in self.layers]
+        try:
+            for sequence in self.sequences:
+                made.sequences.append(sequence.fork())
+        except BaseException:
+            made.reset()
+            raise
+        return made
+
+    @property
+    def stripe_tokens(self) -> int:
+        """Tokens of a stripe of its rows: what a row can be shared in."""
+        config = self.device.config
+        return layout.stripe_pages(config, sparse=self.mode is not Mode.DENSE) * config.tokens_per_page
+
+    def adopt(self, sequences: list[Sequence], kept: list[Flags] | None = None) -> None:
+        """Take sequences as the rows of a cache that is empty; they are freed with it.
+
+        Args:
+            sequences: one for each row, with the same positions.
+            kept: of each row: which positions are tokens, not padding; all if None.
+
+        Raises:
+            RequestError: the cache is not empty, or they were made with other options than its own would be.
+        """
+        if self.sequences:
+            raise RequestError("this DriveCache holds tokens already; reset() it first")
+        flags = kept or [np.ones(sequence.length(), np.bool_) for sequence in sequences]
+        for sequence, mine in zip(sequences, flags, strict=True):
+            self.check_alike(sequence)
+            lengths = {sequence.length(layer) for layer in range(sequence.layers)}
+            if lengths != {int(mine.sum())} or len(mine) != len(flags[0]):
+                raise RequestError(f"all rows and layers must have the same positions, not {lengths} tokens in "
+                                   f"{len(mine)} and {len(flags[0])} positions")
+        for sequence in sequences:
+            sequence.held_tokens = self._held_tokens
+        self.sequences = list(sequences)
+        for layer in self.layers:
+            layer.resume(flags)
+
+    def check_alike(self, sequence: Sequence) -> None:
+        """Refuse a sequence that was made with other options than this cache's own are.
+
+        Raises:
+            RequestError: says what differs.
+        """
+        if not all(isinstance(layer, DriveLayer) for layer in self.layers):
+            raise RequestError("some layers of this model are not in the drive: their state would be missing")
+        mine = {"layers": len(self.layers), "kv_heads": heads_of(self._text)[2], "sparse": self.mode.blended,
+                "centroids": self._unit_tokens if self.mode is Mode.CENTROID else None, "sinks": self._sinks}
+        for name, wanted in mine.items():
+            if (found := getattr(sequence, name)) != wanted:
+                raise RequestError(f"a sequence with {name} {found} does not fit this DriveCache, which needs "
+                                   f"{wanted}: its model or its options are others")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DriveCache":
+        memo[id(self)] = made = self.fork()
+        return made
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Choose rows, as beam search does at every step: row i becomes row `beam_idx[i]` of before.
+
+        A row that is chosen once stays as it is, each further time it is forked; one that is not chosen is freed.
+
+        Args:
+            beam_idx: integers, (rows,).
+
+        Raises:
+            RequestError: there is no such row, or an earlier step failed or is not complete.
+            CapacityError: flash or DRAM have no room; the cache must be reset then.
+        """
+        self._choose_rows(torch.as_tensor(beam_idx).tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times, one after the other; errors as of `reorder_cache`."""
+        check_positive("repeats", repeats)
+        self._choose_rows([row for row in range(len(self.sequences)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some rows: integers, or a bool for each; errors as of `reorder_cache`."""
+        chosen = torch.as_tensor(indices)
+        self._choose_rows((torch.nonzero(chosen).flatten() if chosen.dtype == torch.bool else chosen).tolist())
+
+    def _choose_rows(self, rows: list[int]) -> None:
+        self._check_rows_whole()
+        if not (before := self.sequences):
+            return
+        if wrong := [row for row in rows if not 0 <= row < len(before)]:
+            raise RequestError(f"rows must be 0 to {len(before) - 1}, of the {len(before)} that this DriveCache holds, "
+                               f"not {wrong[0]}")
+        if not rows:
+            raise RequestError("a DriveCache must keep at least one row; reset() it to forget all")
+        kept = [layer.kept if isinstance(layer, DriveLayer) else [] for layer in self.layers]
+        made: list[Sequence | ArraySequence] = []
+        try:
+            for row in sorted({*range(len(before))} - {*rows}):     # whose room the forks may need
+                self._gone.append(before[row].statistics_by_part())
+                before[row].free()
+            for place, row in enumerate(rows):
+                made.append(before[row].fork() if row in rows[:place] else before[row])
+        except KvatticError as error:
+            self.sequences = [*dict.fromkeys([*before, *made])]     # for `reset`
+            raise self.fail(error) from None
+        self.sequences = made
+        self.forget_masks()
+        for layer, flags in zip(self.layers, kept, strict=True):
+            if isinstance(layer, DriveLayer):
+                layer.resume([flags[row] for row in rows] if flags else [])
+
+    def _check_rows_whole(self) -> None:
+        """Wait for what is being written, and refuse rows whose layers hold different tokens."""
+        if self._failed:
+            raise RequestError(f"an earlier step of this DriveCache failed ({self._failed}): reset() it first")
+        if any(isinstance(layer, DriveLayer) and layer.unattended for layer in self.layers):
+            raise RequestError("a step of this DriveCache is not complete: its rows can be copied between two steps")
+        self.wait()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last positions: those in device DRAM (`held_tokens`), or back to a multiple of a stripe's tokens.
+
+        Args:
+            tokens_to_remove: minus their number, as transformers want it.
+
+        Raises:
+            RequestError: a positive number, or what is left would end inside of a stripe in flash.
+            CapacityError: flash or DRAM have no room for the row without its last tokens.
+        """
+        first = self.layers[0] if self.layers else None
+        if tokens_to_remove < 0 and isinstance(first, DriveLayer):
+            self.wait()
+            for row, kept in enumerate(first.kept):
+                left, sequence = int(kept[: tokens_to_remove].sum()), self.sequences[row]
+                flushed = max(sequence.flushed(layer) for layer in range(len(self.layers)))
+                if isinstance(sequence, Sequence) and left < flushed and left % sequence.stripe_tokens == 0:
+                    self.sequences[row] = sequence.fork(left)
+                    self._gone.append(sequence.statistics_by_part())
+                    sequence.free()
+        super().crop(tokens_to_remove)
 
     def forget_masks(self) -> None:
         """Forget what masks of earlier steps say."""

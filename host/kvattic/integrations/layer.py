@@ -268,16 +268,39 @@ class DriveLayer(CacheLayerMixin):
                 raise RequestError(
                     f"layer {self.number}, row {row} of the batch: {length - tokens} tokens were to be removed, but "
                     f"only the newest {length - flushed} can be: others are in flash, where nothing can be removed; "
-                    f"make a DriveCache with more held_tokens than {sequence.held_tokens}")
+                    f"make a DriveCache with more held_tokens than {sequence.held_tokens}, leave a multiple of "
+                    f"{sequence.stripe_tokens} tokens, or copy the DriveCache (copy.deepcopy) before they come")
 
     def reset(self) -> None:
         """See `DriveCache.reset`, which is of all layers."""
         self._kept, self._given, self._writes, self.is_initialized = [], None, [], False
         self.__dict__.pop("batch_size", None)
 
+    def fork(self, cache: "DriveCache") -> "DriveLayer":
+        """The same layer of a cache whose rows are forks of this one's."""
+        made = DriveLayer(cache, self.number)
+        made.resume(self._kept)
+        return made
+
+    def resume(self, kept: list[Flags]) -> None:
+        """Go on with rows that hold tokens already.
+
+        Args:
+            kept: of each row: which positions are tokens, not padding.
+        """
+        self._kept = list(kept)
+        if kept:
+            self.batch_size = len(kept)
+            self.is_initialized = True
+
+    @property
+    def kept(self) -> list[Flags]:
+        """Of each row: which positions are tokens, not padding."""
+        return list(self._kept)
+
     def reorder_cache(self, beam_idx: Any) -> NoReturn:
-        """Refused: rows of the batch are sequences in flash, which are not copied."""
-        raise RequestError("K and V in the drive cannot be copied from one row of the batch to another: no beam search")
+        """Refused: the rows of all layers are chosen together, see `DriveCache.reorder_cache`."""
+        raise RequestError("the rows of a DriveCache are chosen for all layers together: call the DriveCache")
 
     def batch_repeat_interleave(self, repeats: int) -> NoReturn:
         """Refused, see `reorder_cache`."""

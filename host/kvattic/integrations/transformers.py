@@ -13,9 +13,10 @@ from kvattic.integrations.cache import HELD_TOKENS, LAYERS_IN_FLIGHT, NAME, Driv
 from kvattic.integrations.configuration import config_for
 from kvattic.integrations.layer import DriveLayer
 from kvattic.integrations.options import SINKS
+from kvattic.integrations.prefix_store import PrefixStatistics, PrefixStore, digest_of
 from kvattic.integrations.storage import round_to_storage
 
-__all__ = ["HELD_TOKENS", "LAYERS_IN_FLIGHT", "NAME", "SINKS", "DriveCache", "DriveLayer", "config_for",
-           "round_to_storage"]
+__all__ = ["HELD_TOKENS", "LAYERS_IN_FLIGHT", "NAME", "SINKS", "DriveCache", "DriveLayer", "PrefixStatistics",
+           "PrefixStore", "config_for", "digest_of", "round_to_storage"]
 
 register()
