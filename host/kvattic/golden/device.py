@@ -3,11 +3,13 @@
 import random
 from collections import deque
 from collections.abc import Hashable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from kvattic.errors import DeviceTimeoutError, RequestError
 from kvattic.golden.attention import Attention
 from kvattic.golden.flash import Flash, FlashFaults, PowerCutError
+from kvattic.golden.image import FlashImage
 from kvattic.golden.memory import HostMemory
 from kvattic.golden.operations import Operations
 from kvattic.golden.owners import Owners
@@ -112,6 +114,8 @@ class GoldenDevice:
         shuffle: seed of the random order; None: the order of fetching.
         timed: note what commands read and write, so that their time can be modelled.  A job takes some percent less
             time and memory without.
+        image: a file that the flash is kept in, from the first program on, so that it outlives the process; a drive
+            that is opened on it again has what was programmed.
 
     Attributes:
         config, memory_bytes, dram_bytes: the same.
@@ -122,11 +126,14 @@ class GoldenDevice:
         traffic: what jobs read since power-up or the last reset.
 
     Raises:
-        RequestError: a size is not positive.
+        RequestError: a size is not positive, or the image is no such file or in use.
+        ConfigMismatchError: the image is of a drive with another configuration.
+        OSError: the image cannot be read or written.
     """
 
     def __init__(self, config: Config, *, memory_bytes: int = 1 << 24, dram_bytes: int = 1 << 30,
-                 faults: FlashFaults | None = None, shuffle: int | None = None, timed: bool = True) -> None:
+                 faults: FlashFaults | None = None, shuffle: int | None = None, timed: bool = True,
+                 image: Path | str | None = None) -> None:
         for name, value in (("memory_bytes", memory_bytes), ("dram_bytes", dram_bytes)):
             if value < 1:
                 raise RequestError(f"{name} must be positive, not {value}")
@@ -134,7 +141,8 @@ class GoldenDevice:
         self.memory_bytes = memory_bytes
         self.dram_bytes = dram_bytes
         self.faults = FlashFaults() if faults is None else faults
-        self.flash = Flash(config, self.faults)
+        self._image = None if image is None else FlashImage(image, config)
+        self.flash = Flash(config, self.faults, self._image)
         self._registers = Registers(config)
         self.memory = HostMemory(memory_bytes, self._registers)
         self._recorder = Recorder(config, active=timed)
@@ -263,7 +271,9 @@ class GoldenDevice:
                                  "ring a doorbell first")
 
     def close(self) -> None:
-        """See `Transport`; there is nothing to release."""
+        """See `Transport`; only a file with the flash is released."""
+        if self._image is not None:
+            self._image.close()
 
     # Time, which is modelled.
 

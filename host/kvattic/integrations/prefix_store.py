@@ -6,7 +6,6 @@
 docs/transformers.md explains it.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -110,7 +109,7 @@ class PrefixStore(Closing):
         TypeError, ConfigError: see `DriveCache`.
     """
 
-    def __init__(self, device: Device, model: Any, *, budget_tokens: int, name: str | None = None,
+    def __init__(self, device: Device | DriveArray, model: Any, *, budget_tokens: int, name: str | None = None,
                  **options: Any) -> None:
         if isinstance(device, DriveArray):
             raise RequestError("a PrefixStore is on a single drive, not on several")
@@ -322,8 +321,9 @@ def _row(tokens: Any) -> Tokens:
 
 def _rows(tokens: Any) -> Tokens:
     """Token ids, (rows, tokens)."""
-    values: Iterable[Any] | Any = tokens.detach().to("cpu").numpy() if isinstance(tokens, torch.Tensor) else tokens
+    values: Any = tokens.detach().to("cpu").numpy() if isinstance(tokens, torch.Tensor) else tokens
     array = np.atleast_2d(np.asarray(values))
     if array.dtype.kind not in "iu" or array.ndim != 2 or 0 in array.shape:
         raise RequestError(f"tokens must be integers (rows, tokens), not {array.dtype} {np.shape(values)}")
-    return array.astype("<i8")
+    rows: Tokens = array.astype("<i8")
+    return rows
