@@ -468,7 +468,8 @@ class TokenWriter:
             mine.table[:, shared] = saved["table"][:, shared]
             for kind, sketches in mine.sketches.items():
                 sketches[:, shared] = saved[f"sketch_{int(kind)}"][:, shared]
-            for stripe, data in zip(staged, saved["tails"].reshape(len(staged), -1), strict=True):
+            size = self.shape.stripe_dram_pages * self.shape.config.page_bytes
+            for stripe, data in zip(staged, saved["tails"].reshape(-1, size), strict=True):
                 yield from self._put_staged(number, stripe, data.tobytes())
             mine.length = length
             if mine.sums is not None:

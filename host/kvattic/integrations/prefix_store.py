@@ -8,6 +8,7 @@ docs/transformers.md explains it.
 
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from kvattic.support.closing import Closing
 __all__ = ["PrefixStatistics", "PrefixStore", "digest_of"]
 
 Tokens = NDArray[np.int64]
+_KIND = "PrefixStore"
+"""What a manifest of a store says that it is of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +139,58 @@ class PrefixStore(Closing):
 
     def _new_cache(self) -> DriveCache:
         return DriveCache(self.device, self.model.config, **self._options)
+
+    # Outliving the process.
+
+    def save(self, path: Path | str) -> None:
+        """Write a manifest of all texts; see `Device.save`.
+
+        Raises:
+            OSError: the file cannot be written; an earlier one is still there and still true.
+        """
+        texts = list(self._texts.values())
+        self.device.save(path, [text.sequence for text in texts], note={
+            "kind": _KIND, "model": self.name, "block_tokens": self.block_tokens,
+            "texts": [[digest.hex() for digest in text.digests] for text in texts]})
+
+    @classmethod
+    def load(cls, device: Device, model: Any, path: Path | str, **options: Any) -> "PrefixStore":
+        """A store with the texts that were saved; arguments as of `PrefixStore`.
+
+        Args:
+            device: the same drive, opened anew: nothing may have been written yet.
+            model: of transformers, with the same weights.
+            path: what `save` wrote.
+            options: of the store: budget_tokens, name, and those of its caches.
+
+        Raises:
+            RequestError: the file is of something else, or of a store of another model or with other options.
+            ManifestError, ConfigMismatchError, CapacityError, OSError: see `Device.attach`.
+        """
+        store = cls(device, model, **options)
+        sequences, found = device.attach(path)
+        try:
+            if not isinstance(found, dict) or found.get("kind") != _KIND:
+                raise RequestError(f"{path} is not of a PrefixStore")
+            if found["model"] != store.name:
+                raise RequestError(f"{path} is of a PrefixStore of another model: {found['model']}, not {store.name}")
+            for sequence, digests in zip(sequences, found["texts"], strict=True):
+                store.keep([bytes.fromhex(digest) for digest in digests], sequence)
+        except BaseException:
+            for sequence in sequences:
+                sequence.free()     # the manifest keeps what they have in flash
+            raise
+        return store
+
+    def keep(self, digests: list[bytes], sequence: Sequence) -> None:
+        """For `load`: take a text that was saved.
+
+        Raises:
+            RequestError: it was stored with other options.
+        """
+        self._new_cache().check_alike(sequence)
+        self._numbers += 1
+        self._texts[self._numbers] = _Text(digests, sequence)
 
     # Looking up.
 
@@ -316,7 +371,8 @@ def _row(tokens: Any) -> Tokens:
     rows = _rows(tokens)
     if len(rows) != 1:
         raise RequestError(f"tokens must be integers (tokens,), not {rows.shape}")
-    return rows[0]
+    row: Tokens = rows[0]
+    return row
 
 
 def _rows(tokens: Any) -> Tokens:
