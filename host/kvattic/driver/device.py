@@ -36,7 +36,7 @@ from kvattic.driver.jobs import (
 )
 from kvattic.driver.manifest import read_manifest
 from kvattic.driver.media import Media
-from kvattic.driver.results import AttendPlan, AttendResult, JobResult, unpack_result
+from kvattic.driver.results import AttendPlan, AttendResult, JobResult
 from kvattic.driver.saving import Saver, states_of
 from kvattic.driver.sequence import Loss, Sequence
 from kvattic.driver.shape import SequenceShape
@@ -808,11 +808,11 @@ class Device(Closing):
         def finish(completion: Completion, data: bytes) -> JobResult:
             account = None
             if (passage := made.future.passage) is not None and completion.status is Status.OK:
-                account = job_account(self.config, job, passage, tables[-1])
+                account = job_account(self.config, job, passage, tables[-1], size)
                 self._tally.count_jobs([account])
             if check and completion.status is not Status.OK:
                 raise job_failure(index, total, job, completion, self.media)
-            return unpack_result(data or bytes(result), job.rows, dim, completion, account)
+            return JobResult(data or bytes(result), job.rows, dim, completion, account)
 
         made = self.dispatcher.command(ATTEND, line, finish, size, fill, (size - result, result))
         return made

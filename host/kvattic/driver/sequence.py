@@ -22,8 +22,9 @@ from kvattic.placement.domains import COMMON_DOMAIN
 from kvattic.placement.zones import Allocation
 from kvattic.spec import layout
 from kvattic.spec.blocks import Masks
-from kvattic.spec.commands import Status
+from kvattic.spec.commands import Kind, Status
 from kvattic.spec.elements import Bits, as_array
+from kvattic.spec.formats import Element
 from kvattic.support.closing import Closing
 from kvattic.support.renamed import old_selection_keywords
 from kvattic.timing.cost import Cost
@@ -490,6 +491,43 @@ class Sequence(Closing):
             )
         return layout.storage_bits(array, self.device.config.element, name)
 
+    def read(self, layer: int = 0, first: int = 0,
+             last: int | None = None) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
+        """K and V of tokens, to the last bit as they were stored, but that -0 comes back as 0.
+
+        The drive has no command that reads.  A query that attends one token alone gets its V exactly, and its K where
+        the table says that V lies there, so that reading passes the same checks of owners and the same ECC as
+        attention, and works for whatever may attend.  Each job reads `Config.rows` tokens, and its stripe up to there:
+        this is for moving a sequence or looking into it, not for decoding.  Waits for appends that are under way.
+
+        Args:
+            layer: which layer.
+            first: the first of the tokens.
+            last: one past the last of them; None: all that there are.
+
+        Returns:
+            (key, value), float16, (kv_heads, last - first, head_dim), as `append` takes them.
+
+        Raises:
+            RequestError: the layer has no such tokens, the sequence was freed, or the drive stores bf16, whose small
+                numbers sums do not hold exactly.
+            DeviceStatusError: a stripe of them cannot be read, or has NaN or infinity in it (from bit patterns).
+        """
+        with self.device.lock:
+            length, config = self.length(layer), self.device.config
+            if config.element is not Element.FP16:
+                raise RequestError(f"K and V of {config.element.value} cannot be read back exactly: of the storage "
+                                   "formats, the drive's sums hold all numbers of fp16 only")
+            if length == 0:
+                raise RequestError(f"layer {layer} has no tokens to read")
+            check_integer("last", last := length if last is None else last, 1, length)
+            check_integer("first", first, 0, last - 1)
+            appends, dispatcher = self._writer.layers[layer].appends, self.device.dispatcher
+            dispatcher.drive(lambda: not appends and not dispatcher.working)    # tables stand still then
+            key, value = (self._run_tokens(self._planner.token_jobs(layer, first, last, kind)).astype(np.float16)
+                          for kind in (Kind.KEY, Kind.VALUE))
+        return key, value
+
     # Attention.
 
     @old_selection_keywords
@@ -587,6 +625,9 @@ class Sequence(Closing):
 
     def _read_values(self, layer: int, first: int, last: int) -> Doubles:
         """V of tokens as the device has it, (kv_heads, tokens, head_dim)."""
-        found = [result.bits.view(np.float32) for result in self.device.run(self._planner.value_jobs(layer, first,
-                                                                                                     last))]
-        return np.concatenate(found).astype(np.float64).reshape(self.kv_heads, last - first, -1)
+        return self._run_tokens(self._planner.token_jobs(layer, first, last)).astype(np.float64)
+
+    def _run_tokens(self, jobs: Series[Job]) -> NDArray[np.float32]:
+        """What a planner's `token_jobs` read, (kv_heads, tokens, head_dim)."""
+        found = [result.bits.view(np.float32) for result in self.device.run(jobs)]
+        return np.concatenate(found).reshape(self.kv_heads, -1, self.device.config.head_dim)

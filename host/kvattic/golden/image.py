@@ -93,7 +93,7 @@ class FlashImage:
             if len(data) != size or crc32(data, crc32(head[:-4])) != check or kind not in (_PROGRAM, _GARBAGE, _ERASE):
                 break
             at += _RECORD.size + size
-            image = np.frombuffer(data, np.uint8) if kind == _PROGRAM else None
+            image = np.frombuffer(data, np.uint8).copy() if kind == _PROGRAM else None
             yield Record(Block(channel, die, plane, block), None if kind == _ERASE else page, number, image)
         os.ftruncate(self._file, at)
         os.lseek(self._file, at, os.SEEK_SET)
