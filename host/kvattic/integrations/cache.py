@@ -7,7 +7,6 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.cache_utils import Cache
 
 from kvattic.array import ArrayPlan, ArraySequence, DriveArray
@@ -16,8 +15,9 @@ from kvattic.driver.device import Device
 from kvattic.driver.results import AttendPlan
 from kvattic.driver.sequence import Sequence
 from kvattic.errors import KvatticError, RequestError
-from kvattic.integrations.configuration import heads_of, longest_window
+from kvattic.integrations.configuration import check_model, heads_of, latent_width, longest_window, most_positions
 from kvattic.integrations.layer import DriveLayer
+from kvattic.integrations.layers import make_layers
 from kvattic.integrations.masks import Flags, Rows, read_mask
 from kvattic.integrations.options import check_mode, check_options, count_sinks
 from kvattic.integrations.report import Meter, Report
@@ -39,9 +39,6 @@ LAYERS_IN_FLIGHT = 2
 
 E = TypeVar("E", bound=BaseException)
 
-_CAN_SET_ATTENTION = "_can_set_attn_implementation"
-"""What transformers has no public name for: whether a model's attention can be exchanged."""
-
 
 class DriveCache(Closing, Cache):
     """K and V of a batch in the drive: what a model gets as `cache`, with attn_implementation="kvattic".
@@ -62,18 +59,20 @@ class DriveCache(Closing, Cache):
         sinks: sparse modes: the first stored tokens of each row (padding is not stored), which are always attended
             and count among `top_units`.  If None, 16, or as many as `top_units` and `local_tokens` leave room for.
         unit_tokens: of the mode centroid, too; a codeword's tokens if None.
+        cross: it holds K and V of an encoder's tokens, which come once (`DriveEncoderDecoderCache`).
         options: of the sequences, see `create_sequence` of `Device` and `DriveArray`: isolated, split.
 
     Attributes:
         device: the drive.
         capacity_tokens: tokens that each row can hold.
         sequences: one for each row of the batch; none before the first tokens.
+        drive_layers: the layers with attention, whose K and V are in the drive.
         mode: what a decode step attends.
         meter: sums of what the steps cost, for `report`.
 
     Raises:
         TypeError: there is no such option.
-        RequestError: a wrong mode or number, or K and V do not fit the drive.
+        RequestError: a wrong mode or number, K and V do not fit the drive, or the model needs what the drive lacks.
         ConfigError: a sparse mode, and the drive is without sparse attention.
     """
 
@@ -81,16 +80,19 @@ class DriveCache(Closing, Cache):
     def __init__(self, device: Device | DriveArray, config: Any, *, capacity_tokens: int | None = None,
                  held_tokens: int | None = None, mode: Mode | str = Mode.DENSE, features: int | None = None,
                  top_units: int | None = None, local_tokens: int = 0, sinks: int | None = None,
-                 unit_tokens: int | None = None, **options: Any) -> None:
+                 unit_tokens: int | None = None, cross: bool = False, **options: Any) -> None:
         text = config.get_text_config(decoder=True)
+        check_model(config, cross=cross)
         several = isinstance(device, DriveArray)
         check_options(options, several)
         found = as_member("mode", mode, Mode)
+        if cross and found is not Mode.DENSE:
+            raise RequestError(f"mode {found.name.lower()}: an encoder's tokens are attended densely, mode='dense'")
         unit_tokens = check_mode(device.config, found, features, top_units, local_tokens, sinks, unit_tokens)
         if found is not Mode.DENSE and options.get("split") == "context":
             raise RequestError(f"mode {found.name.lower()} chooses from all tokens, which no drive has if sequences "
                                "are split by context: take split='heads', or mode='dense'")
-        capacity = int(text.max_position_embeddings) if capacity_tokens is None else capacity_tokens
+        capacity = most_positions(text) if capacity_tokens is None else capacity_tokens
         check_positive("capacity_tokens", capacity)
         held = (0 if several else HELD_TOKENS) if held_tokens is None else held_tokens
         if isinstance(held, bool) or not isinstance(held, int) or held < 0:
@@ -104,7 +106,8 @@ class DriveCache(Closing, Cache):
         if dim > device.config.head_dim:
             raise RequestError(f"the model's head_dim is {dim}, the drive's {device.config.head_dim}; it must be as "
                                "large or larger: open it with config_for(model)")
-        super().__init__(layers=[DriveLayer(self, number) for number in range(int(text.num_hidden_layers))])
+        super().__init__(layers=make_layers(self, text, cross=cross))
+        self.drive_layers = [layer for layer in self.layers if isinstance(layer, DriveLayer)]
         self.device = device
         self.capacity_tokens = capacity
         self.sequences: list[Sequence | ArraySequence] = []
@@ -113,6 +116,7 @@ class DriveCache(Closing, Cache):
         self._local_tokens, self._unit_tokens = local_tokens, unit_tokens
         self._held_tokens, self._sinks = held, kept_sinks
         self._text = text
+        self._cross = cross
         self._failed = ""   # an error, from which its layers hold different tokens
         self.meter = Meter(device.config, dense=found is Mode.DENSE)
         self._options = options
@@ -128,10 +132,17 @@ class DriveCache(Closing, Cache):
     def __deepcopy__(self, memo: Any) -> NoReturn:
         raise RequestError("K and V in the drive cannot be copied: make another DriveCache")
 
-    def start(self, rows: int, kv_heads: int) -> None:
-        """Sequences for a batch, when its first layer comes."""
+    def start(self, rows: int, kv_heads: int, tokens: int = 0) -> None:
+        """Sequences for a batch, when its first layer comes.
+
+        Args:
+            rows: of the batch.
+            kv_heads: of a layer.
+            tokens: of an encoder, of which there will be no more.
+        """
         if self.sequences:
             return
+        capacity = tokens if self._cross else self.capacity_tokens
         sparse, centroid = self.mode.blended, self.mode is Mode.CENTROID
         options = self._options
         if self.mode is not Mode.DENSE:
@@ -139,7 +150,7 @@ class DriveCache(Closing, Cache):
         try:
             for _ in range(rows):
                 self.sequences.append(self.device.create_sequence(
-                    kv_heads, capacity_tokens=self.capacity_tokens, layers=len(self.layers), sparse=sparse,
+                    kv_heads, capacity_tokens=capacity, layers=len(self.drive_layers), sparse=sparse,
                     centroids=self._unit_tokens if centroid else None, **options))
         except BaseException:
             self.reset()
@@ -159,10 +170,14 @@ class DriveCache(Closing, Cache):
         self._read.clear()
         self._writing.clear()
         self._failed = ""
-        for layer in self.layers:
+        for layer in self.drive_layers:
             with suppress(KvatticError):    # K and V that could not be written are forgotten like the others
                 layer.wait()
             layer.reset()
+        # States of other layers have the batch's size: they begin anew.
+        others = make_layers(self, self._text, cross=self._cross)
+        self.layers = [layer if isinstance(layer, DriveLayer) else other
+                       for layer, other in zip(self.layers, others, strict=True)]
         for sequence in sequences:
             sequence.free()
 
@@ -180,7 +195,7 @@ class DriveCache(Closing, Cache):
             raise RequestError("there is nothing to report: this DriveCache holds no tokens")
         self.wait()
         parts = [sequence.statistics_by_part() for sequence in self.sequences]
-        return self.meter.report(parts, mode=self.mode.name.lower(), layers=len(self.layers))
+        return self.meter.report(parts, mode=self.mode.name.lower(), layers=len(self.drive_layers))
 
     def forget_masks(self) -> None:
         """Forget what masks of earlier steps say."""
@@ -192,24 +207,26 @@ class DriveCache(Closing, Cache):
         Raises:
             CapacityError, DeviceStatusError: see `Sequence.append`.
         """
-        for layer in self.layers:
+        for layer in self.drive_layers:
             layer.wait()
 
     def activate_past_recording(self) -> None:
-        """Do nothing before drafts are verified, because the newest tokens stay in device DRAM anyway.
+        """Prepare for drafts: the newest tokens stay in device DRAM anyway, other layers record what they forget.
 
         Raises:
             RequestError: several drives, from which rejected drafts cannot be removed.
         """
         if isinstance(self.device, DriveArray):
             raise RequestError("drafts can be removed from a single drive only, not from several")
+        for layer in self.layers:
+            if not isinstance(layer, DriveLayer) and hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
 
     def fail(self, error: E) -> E:
         """Note that a step failed, so that the layers hold different tokens from now on; returns the error."""
         self._failed = f"{type(error).__name__}: {error}"
-        for layer in self.layers:
-            if isinstance(layer, DriveLayer):
-                layer.drop()
+        for layer in self.drive_layers:
+            layer.drop()
         return error
 
     def check_step(self, layer: DriveLayer, count: int) -> None:
@@ -222,12 +239,12 @@ class DriveCache(Closing, Cache):
             raise RequestError("an earlier step of this DriveCache failed, and its layers hold different tokens now: "
                                "reset() it and begin again with the whole text, or use another one; the error was: "
                                f"{self._failed}")
-        for other in self.layers:
-            if isinstance(other, DriveLayer) and other.unattended:
+        for other in self.drive_layers:
+            if other.unattended:
                 raise RequestError(f"layer {other.number}: the K and V that this DriveCache returned last were not "
                                    f"attended by the backend {NAME!r}: {self._why_not()}; reset() the DriveCache "
                                    "afterwards")
-        before = self.layers[layer.number - 1] if layer.number else layer
+        before = self.drive_layers[layer.slot - 1] if layer.slot else layer
         length, wanted = layer.get_seq_length(), before.get_seq_length()
         if before is not layer and wanted and wanted != length + count:
             raise RequestError(f"layer {layer.number} holds {length} positions and gets {count} more, but layer "
@@ -237,14 +254,13 @@ class DriveCache(Closing, Cache):
     def _why_not(self) -> str:
         """Why K and V may not have come to the backend."""
         found = getattr(self._text, "_attn_implementation", NAME)
-        classes = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self._text), ())
-        kinds = classes if isinstance(classes, tuple) else (classes,)
-        if kinds and not any(getattr(kind, _CAN_SET_ATTENTION)() for kind in kinds):
-            return (f"{kinds[0].__name__} computes attention by itself, without transformers' attention interface, and "
-                    "is not supported")
         if found != NAME:
             return f"the model's attention is {found!r}, call model.set_attn_implementation({NAME!r})"
         return "the model computes attention by itself and is not supported, or a step was interrupted"
+
+    def latent_width(self, keys: torch.Tensor) -> int | None:
+        """Elements of the compressed vector that a model with latent attention stores as K; None: K are K."""
+        return latent_width(self._text, tuple(keys.shape))
 
     def write_next(self, layer: DriveLayer) -> None:
         """Make room for writing another layer's first tokens: each layer that is being written holds its memory."""
