@@ -92,7 +92,9 @@ class DriveCache(Closing, Cache):
         if found is not Mode.DENSE and options.get("split") == "context":
             raise RequestError(f"mode {found.name.lower()} chooses from all tokens, which no drive has if sequences "
                                "are split by context: take split='heads', or mode='dense'")
-        capacity = most_positions(text) if capacity_tokens is None else capacity_tokens
+        if capacity_tokens is None:
+            capacity_tokens = 1 if cross else most_positions(text)  # an encoder's tokens say themselves how many they are
+        capacity = capacity_tokens
         check_positive("capacity_tokens", capacity)
         held = (0 if several else HELD_TOKENS) if held_tokens is None else held_tokens
         if isinstance(held, bool) or not isinstance(held, int) or held < 0:

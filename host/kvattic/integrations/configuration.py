@@ -96,7 +96,8 @@ def longest_window(config: Any) -> int | None:
 _CAN_SET_ATTENTION = "_can_set_attn_implementation"
 """What transformers has no public name for: whether a model's attention can be exchanged."""
 
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "model_max_length", "max_length")
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "model_max_length",
+              "max_target_positions", "max_length")
 
 
 def most_positions(config: Any) -> int:

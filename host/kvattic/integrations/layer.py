@@ -434,6 +434,7 @@ class CrossLayer(DriveLayer):
         call = call._replace(query=round_to_storage(call.query, cache.device.config.element))
         every = np.arange(call.query.shape[2])
         if key is self._given:
+            self._before = self._kept
             stored = [np.flatnonzero(row) for row in kept]
             self._write(Rows(stored, kept, [None] * rows, [None] * rows), key, value)
             # What the model gets from now on: as large, but nothing is in it.
