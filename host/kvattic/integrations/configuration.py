@@ -66,7 +66,8 @@ def heads_of(config: Any) -> tuple[int, int, int]:
     layers = getattr(config, "per_layer_config", None)  # of models whose layers differ
     each = [config] if layers is None else [layers[number] for number in range(config.num_hidden_layers)]
     if any(getattr(one, "num_attention_heads", None) is None for one in each):
-        raise ConfigError(f"{type(config).__name__}: the configuration names no attention heads (num_attention_heads)")
+        raise ConfigError(f"{type(config).__name__}: the configuration names no attention heads (num_attention_heads): "
+                          "the model has no attention, there is nothing for a drive")
     found = {(heads := int(one.num_attention_heads), int(getattr(one, "num_key_value_heads", None) or heads))
              for one in each}
     if len(found) > 1:
@@ -153,6 +154,8 @@ def check_model(config: Any, *, cross: bool = False) -> None:
                            "interface, and is not supported: nothing of it would come to the drive")
     if cross:
         return
+    if text.model_type == "minimax":
+        raise RequestError(f"{name}: the model takes a cache of its own only, for the states of its linear layers")
     if getattr(text, "alibi", False) or text.model_type in ("bloom", "mpt"):
         raise RequestError(f"{name}: the model adds ALiBi's bias to its scores, the drive adds none")
     if getattr(text, "relative_attention_num_buckets", None):

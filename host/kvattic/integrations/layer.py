@@ -14,7 +14,7 @@ from kvattic.driver.results import AttendResult
 from kvattic.driver.sequence import Sequence
 from kvattic.errors import RangeError, RequestError
 from kvattic.integrations.local import attend_locally
-from kvattic.integrations.masks import Flags, Rows, attended_tokens, whole_mask
+from kvattic.integrations.masks import Flags, Rows, attended_tokens
 from kvattic.integrations.storage import round_to_storage, to_drive
 from kvattic.spec.commands import Mode
 
@@ -84,6 +84,7 @@ class DriveLayer(CacheLayerMixin):
         self._before: list[Flags] = []
         self._kept: list[Flags] = []
         self._given: torch.Tensor | None = None
+        self._values: Callable[[], torch.Tensor | None] = lambda: None
         self._attended: Callable[[], torch.Tensor | None] = lambda: None
         self._writes: list[Any] = []
 
@@ -121,7 +122,7 @@ class DriveLayer(CacheLayerMixin):
         element = self._cache.device.config.element
         keys, values = (round_to_storage(states, element) for states in (key_states, value_states))
         setattr(keys, MARK, self)
-        self._given = keys
+        self._given, self._values = keys, ref(values)
         _last.layer = ref(self)
         return keys, values
 
@@ -172,12 +173,25 @@ class DriveLayer(CacheLayerMixin):
                 f"layer {self.number}: the model has learned sinks (s_aux), which need the weights of all tokens; "
                 f"mode {self._cache.mode.name.lower()} blends in the mean of V without them: use mode='dense' or "
                 "'centroid'"))
+        if not self._are_values(value):
+            raise self.fail(RequestError(
+                f"layer {self.number}: the model changes V after the DriveCache returned them, before it attends them: "
+                "such models are not supported"))
         call = _Call(module, query, mask, scaling, sinks, is_causal)
         try:
             return self._attend(call, key, value)
         except BaseException as error:
             self._cache.fail(error)
             raise
+
+    def _are_values(self, value: torch.Tensor) -> bool:
+        """Whether V are those that `update` returned, or these with zeros behind them."""
+        values = self._values()
+        if value is values:
+            return True
+        if values is None or value.shape[:3] != values.shape[:3] or value.shape[3] < (width := values.shape[3]):
+            return False
+        return torch.equal(value[..., :width], values) and not value[..., width:].any()
 
     def _attend(self, call: _Call, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Write what is new, then attend where all K and V are at hand: in the model or in the drive."""
@@ -186,8 +200,8 @@ class DriveLayer(CacheLayerMixin):
             self._before = self._kept
         causal = getattr(call.module, "is_causal", True) if call.is_causal is None else call.is_causal
         if call.mask is None and not causal and key.shape[2] > 1:
-            past = len(self._before[0])
-            call = call._replace(mask=whole_mask(key.shape[2], past + key.shape[2]).to(key.device))
+            raise RequestError(f"layer {self.number}: the model gives no attention mask and does not say that it is "
+                               "causal (is_causal), so which tokens are to be attended is not known")
         rows = cache.rows(call.mask, self._before, key.shape[2])
         cache.check_rows(rows)
         if new:

@@ -51,6 +51,7 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"sliding_window(_size)?|attention_chunk_size|window_size|attention_window_size|local_attention", WINDOW),
     (r"[qo]_lora_rank|kv_lora_rank", 32),
     (r"qk_(rope|nope)_head_dim", 16),
+    (r"rotary_dim|input_feat_per_channel", 16),
     (r"index_head_dim", 32),
     (r"index_n_heads", 2),
     (r"index_topk", 16),
@@ -88,11 +89,19 @@ _OWN: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "zaya": {"num_experts_per_tok": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
+    "xmod": {"is_decoder": True, "default_language": "en_XX"},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+                    "first_k_dense_replace": 1},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+             "ffn_config": {"ffn_hidden_size": HIDDEN, "moe_num_experts": 4, "moe_top_k": 2}},
+    "zamba": {"num_hidden_layers": 6, "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2},
     "reformer": {"is_decoder": True},
     "mamba2": {"num_heads": 8, "head_dim": 32},
     **{kind: {"is_decoder": True} for kind in (
         "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert",
-        "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod")},
+        "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl")},
 }
 """What single architectures need besides, by model type."""
 
@@ -133,6 +142,14 @@ def architectures() -> Iterator[Architecture]:
                 yield one
 
 
+def _value(config: Any, name: str) -> Any:
+    """A field's value; None if layers have their own."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return None
+
+
 def _small(name: str, value: Any) -> Any:
     """What a field becomes; None: it stays."""
     if name in _KEEP or isinstance(value, (bool, str, list, dict, tuple)) or value is None:
@@ -161,7 +178,7 @@ def shrink(config: Any, **more: Any) -> Any:
     """
     default = config()
     names = {field.name for field in fields(config) if field.init}
-    values = {name: getattr(default, name, None) for name in names}
+    values = {name: _value(default, name) for name in names}
     small = {name: found for name, value in values.items() if (found := _small(name, value)) is not None}
     for name in ("num_key_value_heads", "swa_num_key_value_heads", "num_kv_heads", "num_query_groups",
                  "num_global_key_value_heads"):
