@@ -93,7 +93,8 @@ class DriveCache(Closing, Cache):
             raise RequestError(f"mode {found.name.lower()} chooses from all tokens, which no drive has if sequences "
                                "are split by context: take split='heads', or mode='dense'")
         if capacity_tokens is None:
-            capacity_tokens = 1 if cross else most_positions(text)  # an encoder's tokens say themselves how many they are
+            # An encoder's tokens say themselves how many they are.
+            capacity_tokens = 1 if cross else most_positions(text)
         capacity = capacity_tokens
         check_positive("capacity_tokens", capacity)
         held = (0 if several else HELD_TOKENS) if held_tokens is None else held_tokens

@@ -128,7 +128,8 @@ def latent_width(config: Any, keys: tuple[int, ...]) -> int | None:
 
 def _classes(config: type) -> tuple[Any, ...]:
     """The models that generate text with a kind of configuration."""
-    found = [mapping.get(config, None) for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)]
+    mappings = MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    found = [mapping.get(config, None) for mapping in mappings]
     return tuple(kind for kinds in found if kinds is not None
                  for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
 
@@ -149,14 +150,16 @@ def check_model(config: Any, *, cross: bool = False) -> None:
         raise RequestError(f"{name}: the model caps its scores (attn_logit_softcapping {cap}), the drive has no soft "
                            "cap")
     kinds = _classes(type(config)) or _classes(type(text))
+    alibi = bool(getattr(text, "alibi", False)) or text.model_type in ("bloom", "mpt")
     if kinds and not any(getattr(kind, _CAN_SET_ATTENTION)() for kind in kinds):
+        more = "; it adds ALiBi's bias to its scores, too, and the drive adds none" if alibi else ""
         raise RequestError(f"{kinds[0].__name__} computes attention by itself, without transformers' attention "
-                           "interface, and is not supported: nothing of it would come to the drive")
+                           f"interface, and is not supported: nothing of it would come to the drive{more}")
     if cross:
         return
     if text.model_type == "minimax":
         raise RequestError(f"{name}: the model takes a cache of its own only, for the states of its linear layers")
-    if getattr(text, "alibi", False) or text.model_type in ("bloom", "mpt"):
+    if alibi:
         raise RequestError(f"{name}: the model adds ALiBi's bias to its scores, the drive adds none")
     if getattr(text, "relative_attention_num_buckets", None):
         raise RequestError(f"{name}: the model adds a bias by position to its scores, the drive adds none; its "

@@ -11,7 +11,6 @@ from enum import StrEnum
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 from transformers.cache_utils import EncoderDecoderCache
 
 import kvattic
@@ -19,7 +18,7 @@ from kvattic import TINY
 from kvattic.errors import KvatticError
 from kvattic.integrations.transformers import NAME, DriveCache, DriveEncoderDecoderCache, config_for
 from kvattic.spec.formats import Element
-from kvattic_sim.lm.families import POSITIONS, VOCABULARY, Architecture, architectures, build
+from kvattic_sim.lm.families import VOCABULARY, Architecture, architectures, build
 from kvattic_sim.reports.benches.generate import REFERENCES, RoundedCache
 
 __all__ = ["Outcome", "Verdict", "examine", "survey"]
@@ -119,6 +118,8 @@ def examine(architecture: Architecture, seed: int = 0) -> Outcome:
     except Exception as error:  # noqa: BLE001  # what transformers cannot build says nothing about kvattic
         return Outcome(architecture, Verdict.SKIPPED, _say(error))
     try:
+        if (reason := _too_large(architecture)) is not None:
+            return Outcome(architecture, Verdict.REFUSED, reason)
         with (kvattic.open("model", config_for(model, DRIVE)) as device,
               _drive_cache(device, model, encoder=architecture.encoder) as cache):
             try:
@@ -135,6 +136,17 @@ def examine(architecture: Architecture, seed: int = 0) -> Outcome:
         first = next(place for place, (ours, theirs) in enumerate(zip(found, expected, strict=True)) if ours != theirs)
         return Outcome(architecture, Verdict.WRONG, f"token {first} of {ANSWER} differs: {found} not {expected}")
     return Outcome(architecture, Verdict.WORKS, what)
+
+
+def _too_large(architecture: Architecture) -> str | None:
+    """Why no drive has the heads of the configuration that the class has by default; None: one has."""
+    try:
+        config_for(architecture.config())
+    except KvatticError as error:
+        return " ".join(str(error).split())
+    except Exception:  # noqa: BLE001  # no default, or none that transformers can read
+        return None
+    return None
 
 
 def _expected(model: Any, inputs: dict[str, Any], encoder: bool) -> list[int]:
