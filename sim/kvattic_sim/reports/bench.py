@@ -27,6 +27,7 @@ from kvattic_sim.lm.smollm2 import WeightsError
 from kvattic_sim.reports import figures, paper
 from kvattic_sim.reports.benches import (
     accuracy,
+    architectures,
     bad_blocks,
     beside,
     causal,
@@ -38,7 +39,6 @@ from kvattic_sim.reports.benches import (
     latency,
     models,
     placement,
-    serve,
     sparse,
     system,
     time_grid,
@@ -87,7 +87,7 @@ DATA_SETS = ("minilm", "fa3_2k", "fa3_32k")
 BARS: dict[str, Bar | None] = {
     **{key: None for bench in (*engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *sparse.BENCHES, *host.BENCHES,
                                        *models.BENCHES, *time_grid.BENCHES, *latency.BENCHES, *beside.BENCHES,
-                                       *system.BENCHES, *cost.BENCHES, *serve.BENCHES)
+                                       *system.BENCHES, *cost.BENCHES, *architectures.BENCHES)
        for key in bench.keys},
     **dict.fromkeys(placement.KEYS),
     "engine.dense.utilization.paper": Bar(">=", (0.97,)),
@@ -201,7 +201,7 @@ def benches() -> tuple[Bench, ...]:
     evaluation = Bench(keys=paper.KEYS, measure=lambda lab: paper.measure())
     return (placing, *engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *causal.BENCHES, *sparse.BENCHES,
             quality, reality, evaluation, *system.BENCHES, *cost.BENCHES, *latency.BENCHES, *beside.BENCHES,
-            *time_grid.BENCHES, *host.BENCHES, *serve.BENCHES, *house.BENCHES, *models.BENCHES,
+            *time_grid.BENCHES, *host.BENCHES, *architectures.BENCHES, *house.BENCHES, *models.BENCHES,
             *(alone(prefix, function) for prefix, function in accuracy.BENCHES.items()))
 
 

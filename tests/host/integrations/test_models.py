@@ -158,7 +158,7 @@ def test_learned_sinks_and_modes_that_blend(drive):
     tokens, _ = tokens_of([30])
     device = drive(model)
     with DriveCache(device, model.config, capacity_tokens=64, mode="sparf", features=8, top_units=8) as cache:
-        with pytest.raises(RequestError, match="layer 0: the model has learned sinks .* mode sparf blends in the mean"):
+        with pytest.raises(RequestError, match=r"layer 0: the model has learned sinks .* mode sparf blends in the mean"):
             generate(model, tokens, cache, new=2)
     with DriveCache(device, model.config, capacity_tokens=64, mode="centroid", top_units=1000) as cache:
         expected = generate(model, tokens, RoundedCache(model.config), new=12)
@@ -283,7 +283,7 @@ def test_masks_of_encoders():
 def test_what_encoder_decoder_models_are_refused(drive):
     model = build(ALL["T5ForConditionalGeneration"])
     device = drive(model)
-    with pytest.raises(RequestError, match="adds a bias by position to its scores.* self_attention=DynamicCache"):
+    with pytest.raises(RequestError, match=r"adds a bias by position to its scores.* self_attention=DynamicCache"):
         DriveEncoderDecoderCache(device, model.config, capacity_tokens=64)
     with pytest.raises(RequestError, match="capacity_tokens: options are for the decoder's own DriveCache"):
         DriveEncoderDecoderCache(device, model.config, self_attention=DynamicCache(config=model.config),
