@@ -9,14 +9,17 @@ from numpy.typing import NDArray
 
 from kvattic.driver.jobs import Job, job_bytes
 from kvattic.spec import layout
-from kvattic.spec.commands import LINE_BYTES, Kind, Mode
+from kvattic.spec.commands import LINE_BYTES, Completion, Kind, Mode
 from kvattic.spec.config import ELEMENT_BYTES, Config
-from kvattic.timing import Stripe, attend_job, estimate
+from kvattic.timing import JobTimes, Stripe, attend_job, estimate
 from kvattic.timing.cost import KINDS, Cost
 from kvattic.timing.record import Batch, CommandRecord, Counts, Sampler
 
-__all__ = ["PARTS", "DenseTally", "JobAccount", "Passage", "Tally", "attend_cost", "cycles_of", "job_account", "sum_of"]
+__all__ = ["PARTS", "DenseTally", "JobAccount", "Passage", "Tally", "attend_cost", "cycles_of", "job_account", "sum_of",
+           "times_of"]
 
+UNSETTLED = 1024
+"""Kinds of jobs that a `Tally` notes before it sums them."""
 PARTS = ("prefill", "append", "attend")
 """What is summed apart for a sequence: the first tokens of each layer, later ones, and attention."""
 
@@ -60,7 +63,21 @@ class JobAccount(NamedTuple):
     unsplit: int = 0
 
 
-def job_account(config: Config, job: Job, passage: Passage, table: NDArray[np.uint64]) -> JobAccount:
+def times_of(completion: Completion) -> JobTimes | None:
+    """When the job of a completion got how far; None: the device keeps no time of its own."""
+    end = completion.cycle
+    if end == 0:
+        return None
+    first, last = completion.first_beat, completion.last_beat
+
+    def whole(lower: int) -> int:
+        """The number with these lower bits that is not past the end."""
+        return end - (end - lower & 0xFFFF_FFFF)
+
+    return JobTimes(whole(completion.fetched), *((whole(first), whole(last)) if first or last else (0, 0)), end)
+
+
+def job_account(config: Config, job: Job, passage: Passage, table: NDArray[np.uint64], size: int) -> JobAccount:
     """What a job cost.
 
     Args:
@@ -68,8 +85,9 @@ def job_account(config: Config, job: Job, passage: Passage, table: NDArray[np.ui
         job: that has completed.
         passage: when.
         table: its table as it was submitted.
+        size: its `job_bytes`.
     """
-    link = job_bytes(job, config.head_dim) + 2 * LINE_BYTES
+    link = size + 2 * LINE_BYTES
     record = passage.record
     if record is not None and record.counts is not None:
         return JobAccount(config, passage, record.counts, job.rows, link)
@@ -102,22 +120,35 @@ def _counts(config: Config, job: Job, table: NDArray[np.uint64]) -> Counts:
     return Counts(tuple(flash), tuple(dram), None)
 
 
-def _counted(config: Config, accounts: Iterable[JobAccount]) -> Cost:
-    """Bytes and operations of jobs, without their time."""
+def _alike(accounts: Iterable[JobAccount]) -> dict[tuple[Counts, int, int, int], int]:
+    """How many jobs there are of each kind: counts, rows, link_bytes and unsplit."""
+    found: dict[tuple[Counts, int, int, int], int] = {}
+    for account in accounts:
+        key = account[2:]
+        found[key] = found.get(key, 0) + 1
+    return found
+
+
+def _weight(jobs: Mapping[tuple[Counts, int, int, int], int]) -> int:
+    """Codewords that jobs have read."""
+    return sum(number * (sum(key[0].flash) + sum(key[0].dram)) for key, number in jobs.items())
+
+
+def _counted(config: Config, jobs: Mapping[tuple[Counts, int, int, int], int]) -> Cost:
+    """Bytes and operations of jobs, from `_alike`, without their time."""
     flash, dram = [0] * len(Kind), [0] * len(Kind)
     pages: int | None = 0
     link = macs = unsplit = 0
     beat = config.codeword_bytes // config.beats_per_codeword
-    for account in accounts:
-        counts = account.counts
+    for (counts, rows, link_bytes, beats), number in jobs.items():
         for kind in Kind:
-            flash[kind] += counts.flash[kind]
-            dram[kind] += counts.dram[kind]
-        pages = None if pages is None or counts.page_reads is None else pages + counts.page_reads
-        link += account.link_bytes
-        unsplit += account.unsplit
-        read = (sum(counts.flash) + sum(counts.dram)) * config.codeword_bytes + account.unsplit * beat
-        macs += account.rows * read // ELEMENT_BYTES
+            flash[kind] += number * counts.flash[kind]
+            dram[kind] += number * counts.dram[kind]
+        pages = None if pages is None or counts.page_reads is None else pages + number * counts.page_reads
+        link += number * link_bytes
+        unsplit += number * beats
+        read = (sum(counts.flash) + sum(counts.dram)) * config.codeword_bytes + beats * beat
+        macs += number * (rows * read // ELEMENT_BYTES)
     size = config.codeword_bytes
     flash_bytes = {name: size * flash[kind] for kind, name in enumerate(KINDS)}
     for kind in (Kind.KEY, Kind.VALUE):
@@ -168,7 +199,7 @@ def attend_cost(accounts: Sequence[JobAccount]) -> Cost:
     Args:
         accounts: of the jobs, at least one.
     """
-    return replace(_counted(accounts[0].config, accounts), drives=_drives_of(accounts),
+    return replace(_counted(accounts[0].config, _alike(accounts)), drives=_drives_of(accounts),
                    cycles=cycles_of([account.passage for account in accounts]),
                    modelled=any(account.passage.record is not None for account in accounts))
 
@@ -182,20 +213,39 @@ class Tally:
     """
 
     def __init__(self, config: Config, *, modelled: bool = False) -> None:
-        self._counted = Cost(config=config)
+        self._settled = Cost(config=config)
+        # What is not in it yet: jobs, the drives that they needed, bytes written and pages programmed.
+        self._jobs: dict[tuple[Counts, int, int, int], int] = {}
+        self._drives, self._written, self._programmed = 1, 0, 0
         self._cycles: int | None = 0
         self._samplers = (Sampler(), Sampler())
         self._modelled = modelled
 
     def add_attend(self, accounts: Sequence[JobAccount]) -> None:
         """Add jobs that were under way together, on one drive or several, and the time that they took."""
-        self._counted += replace(_counted(self._counted.config, accounts), drives=_drives_of(accounts))
-        weight = sum(sum(account.counts.flash) + sum(account.counts.dram) for account in accounts)
-        self._add_time([account.passage for account in accounts], weight, self._samplers[0])
+        jobs = _alike(accounts)
+        self._add_jobs(jobs)
+        self._drives = max(self._drives, _drives_of(accounts))
+        self._add_time([account.passage for account in accounts], _weight(jobs), self._samplers[0])
 
     def count_jobs(self, accounts: Sequence[JobAccount]) -> None:
         """Add jobs without their time."""
-        self._counted += _counted(self._counted.config, accounts)
+        self._add_jobs(_alike(accounts))
+
+    def _add_jobs(self, jobs: Mapping[tuple[Counts, int, int, int], int]) -> None:
+        for key, number in jobs.items():
+            self._jobs[key] = self._jobs.get(key, 0) + number
+        if len(self._jobs) > UNSETTLED:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Put everything into one sum: it costs more than to note it."""
+        config = self._settled.config
+        found = replace(_counted(config, self._jobs), drives=self._drives, page_programs=self._programmed,
+                        written_bytes=self._written)
+        self._settled += replace(found, link_bytes=found.link_bytes + self._written)
+        self._jobs.clear()
+        self._written = self._programmed = 0
 
     def add_programs(self, passages: Sequence[Passage], programmed: int) -> None:
         """Add PROGRAMs that were under way together, and the time that they took.
@@ -204,12 +254,12 @@ class Tally:
             passages: of the commands.
             programmed: how many of them the drive carried out.
         """
-        self._counted += Cost(config=self._counted.config, page_programs=programmed)
+        self._programmed += programmed
         self._add_time(passages, len(passages), self._samplers[1])
 
     def add_written(self, size: int) -> None:
         """Add bytes that the host put into device DRAM."""
-        self._counted += Cost(config=self._counted.config, written_bytes=size, link_bytes=size)
+        self._written += size
 
     def _add_time(self, passages: Sequence[Passage], weight: int, sampler: Sampler) -> None:
         batches = {record.batch for passage in passages if (record := passage.record) is not None}
@@ -223,14 +273,15 @@ class Tally:
     @property
     def counted(self) -> Cost:
         """The sum without any time: its cycles are 0."""
-        return self._counted
+        self._settle()
+        return self._settled
 
     def total(self) -> Cost:
         """The sum so far."""
         cycles = self._cycles
         if cycles is not None:
             cycles += sum(sampler.total() for sampler in self._samplers)
-        return replace(self._counted, cycles=cycles, modelled=self._modelled)
+        return replace(self.counted, cycles=cycles, modelled=self._modelled)
 
 
 def sum_of(parts: Mapping[str, Cost]) -> Cost:
@@ -274,8 +325,9 @@ class DenseTally:
             rows = min(sum(job.rows for job in each), self._config.rows)
             drives.setdefault(drive, []).append(self._work(longest, rows))
         accounts = [work.account for mine in drives.values() for work in mine]
-        self._counted += replace(_counted(self._config, accounts), drives=max(len(drives), 1))
-        weight = sum(sum(account.counts.flash) + sum(account.counts.dram) for account in accounts)
+        jobs_alike = _alike(accounts)
+        self._counted += replace(_counted(self._config, jobs_alike), drives=max(len(drives), 1))
+        weight = _weight(jobs_alike)
         self._sampler.add(weight, weight // self._config.codewords_per_page, lambda: max(
             (self._cycles(mine) for mine in drives.values()), default=0))
 

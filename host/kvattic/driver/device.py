@@ -34,7 +34,7 @@ from kvattic.driver.jobs import (
     pack_command,
 )
 from kvattic.driver.media import Media
-from kvattic.driver.results import AttendPlan, AttendResult, JobResult, unpack_result
+from kvattic.driver.results import AttendPlan, AttendResult, JobResult
 from kvattic.driver.sequence import Loss, Sequence
 from kvattic.driver.shape import SequenceShape
 from kvattic.errors import (
@@ -468,11 +468,35 @@ class Device(Closing):
                 except KvatticError:
                     self.media.allocator.release(*allocations)
                     raise
-            self._next_number += 1
             self._next_head += layers * kv_heads
-            sequence = Sequence(self, shape, allocations)
-            self._sequences.append(sequence)
-            return sequence
+            return self._add(shape, allocations)
+
+    def add_fork(self, shape: SequenceShape, capacity_tokens: int, shared: Series[int],
+                 zones: Series[Iterable[int]]) -> "Sequence":
+        """For `Sequence.fork`: a sequence without tokens, that may read what another one has in flash.
+
+        Args:
+            shape: of the other one.
+            capacity_tokens: tokens that each layer can hold.
+            shared: stripes of each layer for which it needs no flash.
+            zones: where these lie, for each allocation.
+
+        Raises:
+            CapacityError: flash has no room.
+        """
+        with self.lock:
+            # Its heads keep their numbers, so that its stripes go on round the channels.
+            shape = replace(shape, number=self._next_number, capacity_tokens=capacity_tokens, turn=self._next_number)
+            allocations = self._reserve(shape, shared)
+            for allocation, used in zip(allocations, zones, strict=True):
+                self.media.allocator.share(allocation, used)
+            return self._add(shape, allocations)
+
+    def _add(self, shape: SequenceShape, allocations: Series[Allocation]) -> "Sequence":
+        self._next_number += 1
+        sequence = Sequence(self, shape, allocations)
+        self._sequences.append(sequence)
+        return sequence
 
     def _shape(self, kv_heads: int, capacity_tokens: int, layers: int, sparse: bool, centroids: int | None, sinks: int,
                window: int | None, isolated: bool) -> SequenceShape:
@@ -505,14 +529,14 @@ class Device(Closing):
                                 f"DRAM, which has {self.media.dram.pages}")
         return shape
 
-    def _reserve(self, shape: SequenceShape) -> list[Allocation]:
-        """Flash for a sequence."""
+    def _reserve(self, shape: SequenceShape, shared: Series[int] = ()) -> list[Allocation]:
+        """Flash for a sequence, but for the first stripes of each layer that are shared with another one."""
         allocator, allocations = self.media.allocator, list[Allocation]()
         heads = range(shape.first_head, shape.first_head + shape.layers * shape.kv_heads)
         try:
             for run, runs in reservations(self.config, heads, shape.kv_heads,
                                           shape.capacity_tokens // shape.stripe_tokens, shape.pages, 2 + shape.sparse,
-                                          shape.centroids):
+                                          shape.centroids, shared):
                 allocations.append(allocator.create(runs, run, domain=shape.domain))
         except CapacityError as error:
             if allocations:
@@ -529,7 +553,8 @@ class Device(Closing):
         """
         self._sequences.remove(sequence)
         self.media.allocator.release(*allocations)
-        if sequence.domain != COMMON_DOMAIN:
+        forks = any(other.domain == sequence.domain for other in self._sequences)
+        if sequence.domain != COMMON_DOMAIN and not forks:
             self._admin.permit(sequence.domain, False)
         self.media.raise_die_error()
 
@@ -664,11 +689,11 @@ class Device(Closing):
         def finish(completion: Completion, data: bytes) -> JobResult:
             account = None
             if (passage := made.future.passage) is not None and completion.status is Status.OK:
-                account = job_account(self.config, job, passage, tables[-1])
+                account = job_account(self.config, job, passage, tables[-1], size)
                 self._tally.count_jobs([account])
             if check and completion.status is not Status.OK:
                 raise job_failure(index, total, job, completion, self.media)
-            return unpack_result(data or bytes(result), job.rows, dim, completion, account)
+            return JobResult(data or bytes(result), job.rows, dim, completion, account)
 
         made = self.dispatcher.command(ATTEND, line, finish, size, fill, (size - result, result))
         return made

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Series
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +34,7 @@ __all__ = [
     "MAX_UNITS",
     "FlashOperation",
     "Job",
+    "PackedQueries",
     "check_blocks",
     "fill_command",
     "job_bytes",
@@ -66,6 +68,21 @@ class FlashOperation(NamedTuple):
     domain: int = COMMON_DOMAIN
 
 
+class PackedQueries(NamedTuple):
+    """A job's query block that was packed beforehand, and what it was packed from.
+
+    Members:
+        query, start, end, tree: the job's own arrays.
+        data: the block.
+    """
+
+    query: Bits
+    start: NDArray[Any]
+    end: NDArray[Any]
+    tree: NDArray[Any]
+    data: bytes
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Job:
     """One command: query rows over a range of tokens of one KV head.  The device checks it.
@@ -93,6 +110,7 @@ class Job:
         sketch: uint64, an entry for each stripe (`layout.pack_sketches`); read like the table.  None in DENSE.
         domain: owner of all places that the table names.
         label: names the job in error messages.
+        packed: the query block, if it is packed already; it counts as long as it was packed from these very arrays.
     """
 
     query: Bits
@@ -116,6 +134,7 @@ class Job:
     sketch: NDArray[np.uint64] | None = None
     domain: int = COMMON_DOMAIN
     label: str = ""
+    packed: PackedQueries | None = None
 
     @property
     def rows(self) -> int:
@@ -125,13 +144,13 @@ class Job:
 
 def table_bytes(job: Job) -> int:
     """Bytes of the job's table with what stands in front of it, in whole lines."""
-    entry = TABLE_ENTRY.size if job.sketch is None else TABLE_ENTRY.size + SKETCH_ENTRY.size
-    return _mean_bytes(job) + lines(len(job.table) * entry) * LINE_BYTES
+    return _table_bytes(len(job.table), job.sketch is not None, 0 if job.mean is None else job.mean.size)
 
 
-def _mean_bytes(job: Job) -> int:
-    """Bytes of the mean of V in front of the job's table, in whole lines."""
-    return 0 if job.mean is None else fp32_block_bytes(job.mean.size)
+@cache
+def _table_bytes(stripes: int, sketches: bool, mean: int) -> int:
+    entry = TABLE_ENTRY.size + SKETCH_ENTRY.size * sketches
+    return fp32_block_bytes(mean) + lines(stripes * entry) * LINE_BYTES
 
 
 def check_blocks(job: Job) -> None:
@@ -152,7 +171,13 @@ def check_blocks(job: Job) -> None:
 
 def job_bytes(job: Job, dim: int) -> int:
     """Host memory that the job's blocks take: queries, table and results."""
-    return job.rows * (query_row_bytes(dim) + result_row_bytes(dim)) + table_bytes(job)
+    return job.rows * _row_bytes(dim) + table_bytes(job)
+
+
+@cache
+def _row_bytes(dim: int) -> int:
+    """Host memory that a row takes."""
+    return query_row_bytes(dim) + result_row_bytes(dim)
 
 
 def pack_command(job: Job) -> bytes:
@@ -161,11 +186,19 @@ def pack_command(job: Job) -> bytes:
     Raises:
         OverflowError: a number does not fit its field.
     """
-    return COMMAND.pack(
-        opcode=Opcode.ATTEND, mode=job.mode, rows=job.rows, stripe_pages=job.stripe_pages, stripes=len(job.table),
-        base_token=job.base_token, end_token=job.end_token, domain=job.domain, tree_token=job.tree_token,
-        scale=job.scale_bits, features=job.features, top_units=job.top_units, local_tokens=job.local_tokens,
-        sinks=job.sinks, unit_bits=job.unit_bits)
+    return _pack_command(
+        job.mode, job.rows, job.stripe_pages, len(job.table), job.base_token, job.end_token, job.domain, job.tree_token,
+        job.scale_bits, job.features, job.top_units, job.local_tokens, job.sinks, job.unit_bits)
+
+
+_PACKED = ("mode", "rows", "stripe_pages", "stripes", "base_token", "end_token", "domain", "tree_token", "scale",
+           "features", "top_units", "local_tokens", "sinks", "unit_bits")
+
+
+@lru_cache(maxsize=256)
+def _pack_command(*values: int) -> bytes:
+    """The command with these fields: the heads of a call share them."""
+    return COMMAND.pack(opcode=Opcode.ATTEND, **dict(zip(_PACKED, values, strict=True)))
 
 
 def fill_command(job: Job, dim: int, line: bytearray, address: int) -> bytes:
@@ -177,11 +210,18 @@ def fill_command(job: Job, dim: int, line: bytearray, address: int) -> bytes:
         line: the command.
         address: of the blocks, one after the other.
     """
-    table = address + job.rows * query_row_bytes(dim)
-    COMMAND.put(line, query=address, table=table, result=table + table_bytes(job))
+    table, size = address + job.rows * query_row_bytes(dim), table_bytes(job)
+    COMMAND.put(line, query=address, table=table, result=table + size)
+    packed = job.packed
+    if packed is not None and all(mine is theirs for mine, theirs in zip(
+            (job.query, job.start, job.end, job.tree), packed, strict=False)):
+        queries = packed.data
+    else:
+        queries = pack_queries(Queries(job.query, job.start, job.end, job.tree))
+    if job.sketch is None and job.mean is None:
+        return queries + job.table.astype("<u8", copy=False).tobytes().ljust(size, b"\0")
     # What the job attends whole is marked here, for the same stripe may be ranked in another job.
     entries = job.table if job.sketch is None else layout.mark_whole(job.table, job.whole)
-    queries = pack_queries(Queries(job.query, job.start, job.end, job.tree))
     return queries + pack_table(entries, job.sketch, job.mean)
 
 

@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvattic.driver.checks import as_member, check_integer, check_positive
-from kvattic.driver.jobs import MAX_LOCAL_TOKENS, MAX_SINKS, MAX_STRIPES, MAX_UNITS, Job
+from kvattic.driver.jobs import MAX_LOCAL_TOKENS, MAX_SINKS, MAX_STRIPES, MAX_UNITS, Job, PackedQueries
 from kvattic.driver.results import Part
 from kvattic.driver.shape import SequenceShape
 from kvattic.driver.value_sums import Doubles
 from kvattic.driver.writer import Layer
 from kvattic.errors import RequestError
 from kvattic.spec import layout
-from kvattic.spec.blocks import Masks
+from kvattic.spec.blocks import Masks, Queries, pack_queries
 from kvattic.spec.commands import TREE_BITS, Kind, Mode, fp32_bits, is_positive_normal
 from kvattic.spec.config import Config
 from kvattic.spec.elements import Bits, Integers, as_array
@@ -326,19 +326,60 @@ class Planner:
         # Rows by query, then by head of the group: so the windows of a job's rows lie close together and less is read.
         rows = query.reshape(kv_heads, group, n_queries, dim).swapaxes(1, 2).reshape(kv_heads, -1, dim)
         chunks, of_rows = self.chunks(selection, group, rows.shape[1]), masks.of_rows(group)
+        if selection is None:
+            return self._dense_parts(layer, rows, chunks, of_rows, scale_bits)
         jobs: list[Job] = []
         parts: list[Part] = []
         for head in range(kv_heads):
             for chunk in chunks:
-                before, part = len(jobs), of_rows.cut(chunk)
-                if selection is None:
-                    jobs += self.dense_jobs(layer, head, rows[head, chunk], scale_bits, part)
-                else:
-                    mean = None if means is None else means[chunk.start // group, head].view(np.uint32)
-                    jobs.append(self._sparse_job(layer, head, rows[head, chunk], scale_bits, part, selection,
-                                                 held_tokens, mean))
-                parts.append(Part(head, chunk, range(before, len(jobs))))
+                mean = None if means is None else means[chunk.start // group, head].view(np.uint32)
+                parts.append(Part(head, chunk, range(len(jobs), len(jobs) + 1)))
+                jobs.append(self._sparse_job(layer, head, rows[head, chunk], scale_bits, of_rows.cut(chunk), selection,
+                                             held_tokens, mean))
         return jobs, parts
+
+    def _dense_parts(self, layer: int, rows: Bits, chunks: list[slice], masks: Masks,
+                     scale_bits: int) -> tuple[list[Job], list[Part]]:
+        """Dense jobs of all heads: what does not depend on the head is made once.
+
+        Args:
+            layer: which layer.
+            rows: uint16, (kv_heads, rows, head_dim).
+            chunks: rows of each job.
+            masks: of the rows of any head.
+            scale_bits: see `Job`.
+        """
+        heads = range(len(rows))
+        # By head: the jobs of each chunk.
+        by_head: list[list[list[Job]]] = [[] for _ in heads]
+        for chunk in chunks:
+            query, part = rows[:, chunk], masks.cut(chunk)
+            for jobs in by_head:
+                jobs.append([])
+            for base, stop in self._dense_ranges(part):
+                for head, job in zip(heads, self._head_jobs(layer, query, scale_bits, part, base, stop), strict=True):
+                    by_head[head][-1].append(job)
+        jobs, parts = list[Job](), list[Part]()
+        for head in heads:
+            for chunk, found in zip(chunks, by_head[head], strict=True):
+                parts.append(Part(head, chunk, range(len(jobs), len(jobs) + len(found))))
+                jobs += found
+        return jobs, parts
+
+    def _head_jobs(self, layer: int, query: Bits, scale_bits: int, masks: Masks, base: int, stop: int) -> list[Job]:
+        """A dense job for each head over tokens base to stop; `query` is (kv_heads, rows, head_dim)."""
+        heads, rows, _ = query.shape
+        first = self._job(layer, 0, query[0], scale_bits, masks, base, stop)
+        per_row = (first.start, first.end, first.tree)
+        for column in per_row:
+            column.setflags(write=False)    # the jobs share them
+        data = pack_queries(Queries(query.reshape(heads * rows, -1), *(np.tile(column, heads) for column in per_row)))
+        size = len(data) // heads
+        table = self._layers[layer].table
+        stripes = slice(base // self._shape.stripe_tokens, -(-stop // self._shape.stripe_tokens))
+        return [replace(first, query=query[head], table=table[head, stripes], label=self._label(layer, head, base, stop),
+                        packed=PackedQueries(query[head], *per_row, data[head * size : (head + 1) * size]))
+                for head in range(heads)]
 
     @property
     def _most_tokens(self) -> int:
@@ -357,9 +398,17 @@ class Planner:
 
     def dense_jobs(self, layer: int, head: int, query: Bits, scale_bits: int, masks: Masks) -> Iterator[Job]:
         """Dense jobs of rows of one KV head: one for each range of tokens that the score buffers hold."""
+        for base, stop in self._dense_ranges(masks):
+            yield self._job(layer, head, query, scale_bits, masks, base, stop)
+
+    def _dense_ranges(self, masks: Masks) -> Iterator[tuple[int, int]]:
+        """Tokens of the dense jobs of some rows: the first one, and the one behind the last."""
         first, last = self._range(masks, 1)
         for base in range(first, last, self._most_tokens):
-            yield self._job(layer, head, query, scale_bits, masks, base, min(base + self._most_tokens, last))
+            yield base, min(base + self._most_tokens, last)
+
+    def _label(self, layer: int, head: int, base: int, stop: int) -> str:
+        return f"sequence {self._shape.number}, layer {layer}, KV head {head}, tokens {base} to {stop - 1}"
 
     def _job(self, layer: int, head: int, query: Bits, scale_bits: int, masks: Masks, base: int, stop: int) -> Job:
         """A dense job over tokens base to stop."""
@@ -378,7 +427,7 @@ class Planner:
             tree_token=min(max(masks.tree_token, base), stop),
             scale_bits=scale_bits,
             domain=shape.domain,
-            label=f"sequence {shape.number}, layer {layer}, KV head {head}, tokens {base} to {stop - 1}",
+            label=self._label(layer, head, base, stop),
         )
 
     # Sparse jobs.
@@ -447,12 +496,12 @@ class Planner:
             label=f"{job.label}, {selection.name}",
         )
 
-    # Means of V.
+    # K and V themselves.
 
-    def value_jobs(self, layer: int, first: int, last: int) -> list[Job]:
+    def token_jobs(self, layer: int, first: int, last: int, kind: Kind = Kind.VALUE) -> list[Job]:
         """Jobs whose results are V of tokens, as the device has it: a query of one token gives its V exactly.
 
-        They are ordered by KV head, then by token.
+        They give K instead if the table names its pages as those of V.  They are ordered by KV head, then by token.
         """
         size, dim = self._shape.stripe_tokens, self._config.head_dim
         scale_bits = AttendOptions(scale=1.0).scale_bits(dim)
@@ -462,8 +511,15 @@ class Planner:
                 token = np.arange(base, min(base + self._config.rows, last))
                 masks = Masks(token, token + 1, np.zeros_like(token), last)
                 query = np.zeros((len(token), dim), np.uint16)
-                jobs.append(self._job(layer, head, query, scale_bits, masks, base - base % size, int(token[-1]) + 1))
+                job = self._job(layer, head, query, scale_bits, masks, base - base % size, int(token[-1]) + 1)
+                if kind is Kind.KEY:
+                    entries = layout.unpack_entries(job.table)
+                    job = replace(job, table=layout.pack_entries(entries.channel, entries.key_page, entries.key_page,
+                                                                 entries.dram))
+                jobs.append(job)
         return jobs
+
+    # Means of V.
 
     def means(self, layer: int, masks: Masks, read: ReadValues) -> NDArray[np.float32]:
         """Mean of V over what each query may attend: (n_queries, kv_heads, head_dim); zero where that is nothing.

@@ -8,39 +8,67 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvattic.driver.accounts import JobAccount, attend_cost
+from kvattic.driver.accounts import JobAccount, attend_cost, times_of
 from kvattic.driver.jobs import Job
 from kvattic.errors import RangeError, RequestError
 from kvattic.merge import Partial, merge
-from kvattic.spec.blocks import unpack_results
+from kvattic.spec.blocks import Results, unpack_results
 from kvattic.spec.commands import Completion, CompletionFlag
 from kvattic.spec.elements import Integers
 from kvattic.spec.formats import SCORE_FRACTION, SCORE_MAX, VALUE_FRACTION
+from kvattic.timing import JobTimes
 from kvattic.timing.cost import Cost
 
 if TYPE_CHECKING:
     from kvattic.driver.sequence import Sequence
 
-__all__ = ["AttendPlan", "AttendResult", "JobResult", "Part", "check_range", "unpack_result"]
+__all__ = ["AttendPlan", "AttendResult", "JobResult", "Part", "check_range"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class JobResult:
     """What the device wrote for one job; the arrays mean nothing unless completion.status is OK.
 
-    Attributes:
-        bits: uint32, (rows, head_dim), fp32 bit patterns of the output.
-        maximum: int64, (rows,), largest score, log2 domain, SCORE_FRACTION fractional bits.
-        denominator: uint64, (rows,), sum of the weights, VALUE_FRACTION fractional bits.
+    Args:
+        block: the result block, rows * result_row_bytes(dim) bytes; taken apart when it is looked at.
+        rows: query rows.
+        dim: head_dim.
         completion: the completion entry.
         account: what it cost; None: not known.
+
+    Attributes:
+        block, completion, account: the same.
     """
 
-    bits: NDArray[np.uint32]
-    maximum: Integers
-    denominator: NDArray[np.uint64]
-    completion: Completion
-    account: JobAccount | None = None
+    __slots__ = ("_found", "_shape", "account", "block", "completion")
+
+    def __init__(self, block: bytes, rows: int, dim: int, completion: Completion,
+                 account: JobAccount | None = None) -> None:
+        self.block = block
+        self.completion = completion
+        self.account = account
+        self._shape = rows, dim
+        self._found: Results | None = None
+
+    @property
+    def _results(self) -> Results:
+        if self._found is None:
+            self._found = unpack_results(self.block, *self._shape)
+        return self._found
+
+    @property
+    def bits(self) -> NDArray[np.uint32]:
+        """uint32, (rows, head_dim), fp32 bit patterns of the output."""
+        return self._results.output
+
+    @property
+    def maximum(self) -> Integers:
+        """int64, (rows,), largest score, log2 domain, SCORE_FRACTION fractional bits."""
+        return self._results.maximum
+
+    @property
+    def denominator(self) -> NDArray[np.uint64]:
+        """uint64, (rows,), sum of the weights, VALUE_FRACTION fractional bits."""
+        return self._results.denominator
 
     @property
     def partial(self) -> Partial:
@@ -92,6 +120,16 @@ class AttendResult:
         if not self.accounts:
             raise RequestError("this result has no cost: no device has computed it")
         return attend_cost(self.accounts)
+
+    @property
+    def times(self) -> list[JobTimes] | None:
+        """Of each job in `completions`, when its command was fetched, its beats moved, and its completion was written.
+
+        In cycles of the drive's counter CYCLES, which stands while the drive is idle; of several drives, each has its
+        own.  None on a device that keeps no time of its own, as the golden one: `kvattic.timing` models it.
+        """
+        times = [times_of(completion) for completion in self.completions]
+        return None if None in times else [each for each in times if each is not None]
 
     @property
     def bits(self) -> NDArray[np.uint32]:
@@ -154,23 +192,11 @@ class AttendPlan:
         accounts = tuple(result.account for result in results if result.account is not None)
         self.sequence.count_jobs(len(results), accounts)
         for job, result in zip(self.jobs, results, strict=True):
-            check_range(job, result.completion.flags)
+            if result.completion.flags:
+                check_range(job, result.completion.flags)
         q_heads, n_queries, head_dim = self.shape
         kv_heads = self.sequence.kv_heads
-        rows = q_heads // kv_heads * n_queries
-        bits = np.zeros((kv_heads, rows, head_dim), np.uint32)
-        maximum = np.zeros((kv_heads, rows), np.int64)
-        denominator = np.zeros((kv_heads, rows), np.uint64)
-        for part in self.parts:
-            place = (part.kv_head, part.rows)
-            if len(part.jobs) == 1:
-                one = results[part.jobs[0]]
-                bits[place], maximum[place], denominator[place] = one.bits, one.maximum, one.denominator
-            else:
-                whole = merge([results[job].partial for job in part.jobs])
-                bits[place] = whole.output.astype(np.float32).view(np.uint32)
-                maximum[place] = whole.maximum
-                denominator[place] = np.rint(whole.denominator).astype(np.uint64)
+        bits, maximum, denominator = self._rows(results, kv_heads, q_heads // kv_heads * n_queries)
         # Rows are ordered by query, then by head of the group (see `planning.Planner.plan`).
         shape = (kv_heads, n_queries, q_heads // kv_heads)
         output = bits.reshape(*shape, head_dim).swapaxes(1, 2).reshape(self.shape).view(np.float32)
@@ -181,6 +207,31 @@ class AttendPlan:
             completions=[result.completion for result in results],
             accounts=accounts,
         )
+
+    def _rows(self, results: Series[JobResult], kv_heads: int,
+              rows: int) -> tuple[NDArray[np.uint32], Integers, NDArray[np.uint64]]:
+        """Outputs, maxima and denominators by KV head and row."""
+        head_dim, shape = self.shape[2], (kv_heads, rows)
+        if [(part.kv_head, part.rows.start) for part in self.parts] == sorted(
+                (part.kv_head, part.rows.start) for part in self.parts) and all(
+                len(part.jobs) == 1 for part in self.parts):
+            # Each job has the rows that follow those of the one before: all at once.
+            found = unpack_results(b"".join([result.block for result in results]), kv_heads * rows, head_dim)
+            return (found.output.reshape(*shape, head_dim), found.maximum.reshape(shape),
+                    found.denominator.reshape(shape))
+        bits = np.zeros((*shape, head_dim), np.uint32)
+        maximum, denominator = np.zeros(shape, np.int64), np.zeros(shape, np.uint64)
+        for part in self.parts:
+            place = (part.kv_head, part.rows)
+            if len(part.jobs) == 1:
+                one = results[part.jobs[0]]
+                bits[place], maximum[place], denominator[place] = one.bits, one.maximum, one.denominator
+            else:
+                whole = merge([results[job].partial for job in part.jobs])
+                bits[place] = whole.output.astype(np.float32).view(np.uint32)
+                maximum[place] = whole.maximum
+                denominator[place] = np.rint(whole.denominator).astype(np.uint64)
+        return bits, maximum, denominator
 
 
 def check_range(job: Job, flags: CompletionFlag) -> None:
@@ -196,19 +247,3 @@ def check_range(job: Job, flags: CompletionFlag) -> None:
                          "scale smaller")
     if flags & CompletionFlag.VALUE_OVERFLOW:
         raise RangeError(f"{name}: V is beyond the drive's range, about a million (2**20) in bf16; make it smaller")
-
-
-def unpack_result(data: bytes, rows: int, dim: int, completion: Completion,
-                  account: JobAccount | None = None) -> JobResult:
-    """A result block and its completion as arrays.
-
-    Args:
-        data: rows * result_row_bytes(dim) bytes.
-        rows: query rows.
-        dim: head_dim.
-        completion: decoded.
-        account: what it cost.
-    """
-    found = unpack_results(data, rows, dim)
-    return JobResult(bits=found.output, maximum=found.maximum, denominator=found.denominator, completion=completion,
-                     account=account)

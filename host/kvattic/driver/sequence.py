@@ -1,12 +1,13 @@
 """`Sequence`: K and V of one sequence in the device's flash and DRAM, and attention over them."""
 
 from collections.abc import Sequence as Series
-from typing import TYPE_CHECKING, NamedTuple, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvattic.driver.accounts import JobAccount, sum_of
+from kvattic.driver.checks import check_integer
 from kvattic.driver.futures import Future
 from kvattic.driver.jobs import Job
 from kvattic.driver.planning import AttendKeywords, AttendOptions, Planner, make_masks, select
@@ -15,10 +16,13 @@ from kvattic.driver.shape import SequenceShape
 from kvattic.driver.value_sums import Doubles
 from kvattic.driver.writer import TokenWriter
 from kvattic.errors import CapacityError, RequestError
+from kvattic.placement.domains import COMMON_DOMAIN
 from kvattic.placement.zones import Allocation
 from kvattic.spec import layout
 from kvattic.spec.blocks import Masks
+from kvattic.spec.commands import Kind
 from kvattic.spec.elements import Bits, as_array
+from kvattic.spec.formats import Element
 from kvattic.support.closing import Closing
 from kvattic.support.renamed import old_selection_keywords
 from kvattic.timing.cost import Cost
@@ -64,7 +68,8 @@ class Sequence(Closing):
         centroids: tokens of the units whose mean keys are also written; None: there are none.
         stripe_tokens: tokens of a stripe.
         sinks: first tokens that sparse modes always attend.
-        domain: owner of its flash and DRAM, as the device knows it; no other sequence has it if this one is isolated.
+        domain: owner of its flash and DRAM, as the device knows it; if this one is isolated, its forks alone have it,
+            too.
         held_tokens: how many of the newest tokens of each layer stay in device DRAM, where `truncate` can remove them;
             set it before they are appended.
     """
@@ -118,6 +123,80 @@ class Sequence(Closing):
                     self._writer.release_dram()
                 finally:
                     self.device.release(self, self._writer.allocations)
+
+    def fork(self, length: int | Series[int] | None = None, *, capacity_tokens: int | None = None) -> "Sequence":
+        """Another sequence that begins with this one's tokens, and goes on by itself.
+
+        Stripes in flash are shared: nothing is written for them, and they are erased when the last sequence that reads
+        them is freed, in any order.  What is in device DRAM is copied.  The fork has this one's domain, `held_tokens`,
+        sketches and means.  Waits for everything that is under way.
+
+        Args:
+            length: how many of the first tokens it gets; for each layer, if they differ.  All if None.  They must end
+                with a stripe, or in device DRAM (`truncate`): a stripe in flash cannot be written on.
+            capacity_tokens: tokens that each of its layers can hold; as many as this one's if None.  Flash is reserved
+                for those that it does not share.
+
+        Raises:
+            RequestError: a number out of range, a length inside of a stripe that is in flash, or a freed sequence.
+            CapacityError: flash or DRAM have no room.
+        """
+        with self.device.lock:
+            lengths = self._fork_lengths(length)
+            capacity = self.capacity_tokens if capacity_tokens is None else capacity_tokens
+            check_integer("capacity_tokens", capacity, max(*lengths, 1), (1 << layout.TOKEN_BITS) - 1)
+            # A stripe in DRAM is written by each; so is one behind it that came to flash before it.
+            shared = [next((i for i, stripe in enumerate(stripes) if i != stripe), len(stripes)) for stripes in (
+                state.in_flash(length // self.stripe_tokens)
+                for state, length in zip(self._writer.layers, lengths, strict=True))]
+            child = self.device.add_fork(self._shape, int(capacity), shared, self._writer.zones(lengths))
+            try:
+                child.inherit(self._writer, lengths)
+            except BaseException:
+                child.free()
+                raise
+            return child
+
+    @property
+    def isolated(self) -> bool:
+        """Whether it has a domain that no other sequence but its forks has."""
+        return self.domain != COMMON_DOMAIN
+
+    def places(self, layer: int = 0) -> set[int]:
+        """A number for each stripe of a layer in flash; sequences that share a stripe have its number in common.
+
+        Raises:
+            RequestError: there is no such layer, or the sequence was freed.
+        """
+        with self.device.lock:
+            state, stripes = self._writer.layers[layer], self.length(layer) // self.stripe_tokens
+            return set(state.table[0, state.in_flash(stripes)].tolist())
+
+    def inherit(self, parent: TokenWriter, lengths: Series[int]) -> None:
+        """For `fork`: take over the first tokens of another sequence."""
+        self.device.dispatcher.start(self._writer.inherit(parent, lengths)).result()
+
+    def _fork_lengths(self, length: int | Series[int] | None) -> list[int]:
+        """Tokens of each layer of a fork, once nothing is under way."""
+        present = [self.length(layer) for layer in range(self.layers)]
+        dispatcher, states = self.device.dispatcher, self._writer.layers
+        dispatcher.drive(lambda: not any(state.appends for state in states) and not dispatcher.working)
+        wanted: list[Any] = present if length is None else (
+            list(length) if isinstance(length, Series) else [length] * self.layers)
+        if len(wanted) != self.layers:
+            raise RequestError(f"length must be one number, or one for each of the {self.layers} layers, not "
+                               f"{len(wanted)}")
+        for layer, (tokens, most) in enumerate(zip(wanted, present, strict=True)):
+            check_integer(f"length (layer {layer})", tokens, 0, most)
+            flushed = self._writer.flushed(layer)
+            stripe, inside = divmod(tokens, self.stripe_tokens)
+            if inside and stripe not in states[layer].staged:
+                before = tokens - inside
+                raise RequestError(
+                    f"length must end with a stripe of {self.stripe_tokens} tokens, such as {before}, or be from "
+                    f"{flushed} to {most}, not {tokens}: the first {flushed} tokens of layer {layer} are in flash, "
+                    "where a stripe cannot be written on")
+        return [int(tokens) for tokens in wanted]
 
     def lose_tails(self) -> list[Loss]:
         """For `Device.recover`: forget what was in DRAM."""
@@ -353,6 +432,43 @@ class Sequence(Closing):
             )
         return layout.storage_bits(array, self.device.config.element, name)
 
+    def read(self, layer: int = 0, first: int = 0,
+             last: int | None = None) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
+        """K and V of tokens, to the last bit as they were stored, but that -0 comes back as 0.
+
+        The drive has no command that reads.  A query that attends one token alone gets its V exactly, and its K where
+        the table says that V lies there, so that reading passes the same checks of owners and the same ECC as
+        attention, and works for whatever may attend.  Each job reads `Config.rows` tokens, and its stripe up to there:
+        this is for moving a sequence or looking into it, not for decoding.  Waits for appends that are under way.
+
+        Args:
+            layer: which layer.
+            first: the first of the tokens.
+            last: one past the last of them; None: all that there are.
+
+        Returns:
+            (key, value), float16, (kv_heads, last - first, head_dim), as `append` takes them.
+
+        Raises:
+            RequestError: the layer has no such tokens, the sequence was freed, or the drive stores bf16, whose small
+                numbers sums do not hold exactly.
+            DeviceStatusError: a stripe of them cannot be read, or has NaN or infinity in it (from bit patterns).
+        """
+        with self.device.lock:
+            length, config = self.length(layer), self.device.config
+            if config.element is not Element.FP16:
+                raise RequestError(f"K and V of {config.element.value} cannot be read back exactly: of the storage "
+                                   "formats, the drive's sums hold all numbers of fp16 only")
+            if length == 0:
+                raise RequestError(f"layer {layer} has no tokens to read")
+            check_integer("last", last := length if last is None else last, 1, length)
+            check_integer("first", first, 0, last - 1)
+            appends, dispatcher = self._writer.layers[layer].appends, self.device.dispatcher
+            dispatcher.drive(lambda: not appends and not dispatcher.working)    # tables stand still then
+            key, value = (self._run_tokens(self._planner.token_jobs(layer, first, last, kind)).astype(np.float16)
+                          for kind in (Kind.KEY, Kind.VALUE))
+        return key, value
+
     # Attention.
 
     @old_selection_keywords
@@ -450,6 +566,9 @@ class Sequence(Closing):
 
     def _read_values(self, layer: int, first: int, last: int) -> Doubles:
         """V of tokens as the device has it, (kv_heads, tokens, head_dim)."""
-        found = [result.bits.view(np.float32) for result in self.device.run(self._planner.value_jobs(layer, first,
-                                                                                                     last))]
-        return np.concatenate(found).astype(np.float64).reshape(self.kv_heads, last - first, -1)
+        return self._run_tokens(self._planner.token_jobs(layer, first, last)).astype(np.float64)
+
+    def _run_tokens(self, jobs: Series[Job]) -> NDArray[np.float32]:
+        """What a planner's `token_jobs` read, (kv_heads, tokens, head_dim)."""
+        found = [result.bits.view(np.float32) for result in self.device.run(jobs)]
+        return np.concatenate(found).reshape(self.kv_heads, -1, self.device.config.head_dim)

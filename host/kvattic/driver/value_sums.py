@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
+from copy import copy
 from typing import TypeAlias
 
 import numpy as np
@@ -42,6 +43,12 @@ class ValueSums:
         self._window = self._kept = window
         self._stripes: list[Doubles] = []               # sums before each stripe that has begun
         self._recent: deque[tuple[int, Bits]] = deque()     # first token, V; without gaps, up to `length`
+
+    def fork(self) -> "ValueSums":
+        """The same sums, to go on with other tokens."""
+        made = copy(self)   # sums and V are never changed in place, the lists of them are
+        made.__dict__.update(_stripes=list(self._stripes), _recent=self._recent.copy())
+        return made
 
     def expect(self, tokens: int) -> None:
         """Begin an append of `tokens` tokens, whose V is kept until the next one."""

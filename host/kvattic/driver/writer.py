@@ -86,6 +86,10 @@ class Layer:
     placed: dict[tuple[int, int, Kind], tuple[int, int]] = field(default_factory=dict)
     appends: list["Append"] = field(default_factory=list)
 
+    def in_flash(self, stripes: int) -> list[int]:
+        """Those of the first stripes that are in flash with all that belongs to them."""
+        return [stripe for stripe in range(stripes) if stripe not in self.staged]
+
 
 class _Run(NamedTuple):
     """Consecutive pages of device DRAM that belong into consecutive pages of flash.
@@ -354,16 +358,79 @@ class TokenWriter:
         by_stripe = np.ascontiguousarray(np.moveaxis(tokens.reshape(shape), 2, 0))
         images = layout.pack_pages(by_stripe.reshape(-1, config.head_dim), config)
         images = images.reshape(len(stripes), -1, config.page_bytes)
-        heads = np.arange(self.shape.kv_heads)
         bases = [(yield from self._media.allocate_dram(images.shape[1], self.shape.domain))]
         bases += [self._media.dram.allocate(images.shape[1], self.shape.domain) for _ in stripes[1:]]
         for stripe, image, base in zip(stripes, images, bases, strict=True):
             self._write_dram(layer, end, base * config.page_bytes, image.tobytes())
             state.staged[stripe] = base
-            key_pages = base + 2 * heads * self.shape.pages
-            state.table[:, stripe] = layout.pack_entries(
-                self.shape.channel(layer, heads, stripe), key_pages, key_pages + self.shape.pages, 1)
+            self._enter_staged(layer, stripe)
         return stripes
+
+    # Forks.
+
+    def zones(self, lengths: Series[int]) -> list[set[int]]:
+        """Zones of the stripes that a fork with so many tokens of each layer shares, of each allocation."""
+        bits = self.shape.config.zone_page_bits
+        found: list[set[int]] = [set() for _ in self.allocations]
+        for layer, length in enumerate(lengths):
+            state = self.layers[layer]
+            stripes = state.in_flash(length // self.shape.stripe_tokens)
+            entries = layout.unpack_entries(state.table[:, stripes])
+            found[0].update(np.concatenate([entries.key_page, entries.value_page], axis=None) >> bits)
+            for kind in self.shape.sketch_kinds:
+                pages = layout.unpack_sketches(state.sketches[kind][:, stripes]).page
+                found[kind is Kind.SKETCH].update(pages.ravel() >> bits)
+        return [set(map(int, zones)) for zones in found]
+
+    def inherit(self, parent: "TokenWriter", lengths: Series[int]) -> Steps[None]:
+        """Take over the first tokens of each layer of another sequence of the same shape, while nothing is under way.
+
+        Stripes in flash are the same; what is in DRAM is copied, for its owner will go on writing there.
+
+        Args:
+            parent: of the other sequence.
+            lengths: tokens of each layer.
+
+        Raises:
+            CapacityError: device DRAM is full; `release_dram` gives back what was copied.
+        """
+        self.held_tokens = parent.held_tokens
+        for number, length in enumerate(lengths):
+            mine, theirs = self.layers[number], parent.layers[number]
+            shared = theirs.in_flash(length // self.shape.stripe_tokens)
+            mine.table[:, shared] = theirs.table[:, shared]
+            for kind in self.shape.sketch_kinds:
+                mine.sketches[kind][:, shared] = theirs.sketches[kind][:, shared]
+            stripes, inside = divmod(length, self.shape.stripe_tokens)
+            for stripe in sorted(s for s in theirs.staged if s < stripes + (inside > 0)):
+                yield from self._copy_staged(number, stripe, theirs.staged[stripe])
+            mine.length = length
+            if theirs.sums is not None:
+                mine.sums = theirs.sums.fork()
+                mine.sums.truncate(length, self._begun_values(number, length))
+
+    def _copy_staged(self, layer: int, stripe: int, source: int) -> Steps[None]:
+        """Copy a stripe that is in DRAM; what of it may be in flash already will be written again."""
+        media, pages, size = self._media, self.shape.stripe_dram_pages, self.shape.config.page_bytes
+        self.layers[layer].staged[stripe] = base = yield from media.allocate_dram(pages, self.shape.domain)
+        data = media.transport.read_dram(source * size, pages * size)
+        self.tallies["append"].add_written(len(data))
+        media.write_dram(base * size, data)
+        self._enter_staged(layer, stripe)
+
+    def _enter_staged(self, layer: int, stripe: int) -> None:
+        """Let the table say where a stripe lies in DRAM."""
+        state, heads = self.layers[layer], np.arange(self.shape.kv_heads)
+        key_pages = state.staged[stripe] + 2 * heads * self.shape.pages
+        state.table[:, stripe] = layout.pack_entries(
+            self.shape.channel(layer, heads, stripe), key_pages, key_pages + self.shape.pages, 1)
+
+    def _begun_values(self, layer: int, length: int) -> Bits:
+        """V of the stripe in DRAM that so many tokens end in, (kv_heads, tokens, head_dim); none if it is full."""
+        stripe, inside = divmod(length, self.shape.stripe_tokens)
+        if not inside:
+            return np.zeros((self.shape.kv_heads, 0, self.shape.config.head_dim), np.uint16)
+        return np.stack([self.staged_tokens(layer, stripe, head, Kind.VALUE) for head in range(self.shape.kv_heads)])
 
     # Moving to flash.
 
@@ -560,13 +627,9 @@ class TokenWriter:
 
     def truncate(self, layer: int, length: int) -> None:
         """Forget the last tokens, all of which are in DRAM, when nothing is under way."""
-        state, (stripe, inside) = self.layers[layer], divmod(length, self.shape.stripe_tokens)
+        state = self.layers[layer]
         if state.sums is not None:
-            values = np.zeros((self.shape.kv_heads, 0, self.shape.config.head_dim), np.uint16)
-            if inside:
-                values = np.stack([self.staged_tokens(layer, stripe, head, Kind.VALUE)
-                                   for head in range(self.shape.kv_heads)])
-            state.sums.truncate(length, values)
+            state.sums.truncate(length, self._begun_values(layer, length))
         for gone in [staged for staged in state.staged if staged * self.shape.stripe_tokens >= length]:
             self._media.dram.free(state.staged.pop(gone))
         state.table[:, -(-length // self.shape.stripe_tokens) :] = NO_ENTRY

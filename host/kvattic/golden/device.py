@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from kvattic.errors import DeviceTimeoutError, RequestError
 from kvattic.golden.attention import Attention
+from kvattic.golden.compiled import find_kernel
 from kvattic.golden.flash import Flash, FlashFaults, PowerCutError
 from kvattic.golden.memory import HostMemory
 from kvattic.golden.operations import Operations
@@ -14,6 +15,7 @@ from kvattic.golden.owners import Owners
 from kvattic.golden.queues import Queue, Queues
 from kvattic.golden.registers import Registers
 from kvattic.golden.rejected import NO_FLAGS, RejectedError
+from kvattic.golden.runs import Run, Runs
 from kvattic.golden.storage import Storage, Traffic
 from kvattic.spec.commands import (
     ADMIN_OPCODES,
@@ -112,6 +114,9 @@ class GoldenDevice:
         shuffle: seed of the random order; None: the order of fetching.
         timed: note what commands read and write, so that their time can be modelled.  A job takes some percent less
             time and memory without.
+        kernel: what computes dense jobs, all with the same bits: `c`, the jobs that wait in a queue at once, in C;
+            `numpy`, at once, in NumPy; `none`, each alone, as `shuffle` and faults of reading do it anyway; `auto`: C if
+            there is a compiler, otherwise NumPy. If None, the environment variable KVATTIC_KERNEL, or else `auto`.
 
     Attributes:
         config, memory_bytes, dram_bytes: the same.
@@ -122,11 +127,12 @@ class GoldenDevice:
         traffic: what jobs read since power-up or the last reset.
 
     Raises:
-        RequestError: a size is not positive.
+        RequestError: a size is not positive, or there is no such kernel; or `c`, and it cannot be compiled.
     """
 
     def __init__(self, config: Config, *, memory_bytes: int = 1 << 24, dram_bytes: int = 1 << 30,
-                 faults: FlashFaults | None = None, shuffle: int | None = None, timed: bool = True) -> None:
+                 faults: FlashFaults | None = None, shuffle: int | None = None, timed: bool = True,
+                 kernel: str | None = None) -> None:
         for name, value in (("memory_bytes", memory_bytes), ("dram_bytes", dram_bytes)):
             if value < 1:
                 raise RequestError(f"{name} must be positive, not {value}")
@@ -143,6 +149,10 @@ class GoldenDevice:
         self._attention = Attention(config, self._registers, self.memory, self.storage, self._owners,
                                     self._recorder)
         self._operations = Operations(config, self._registers, self.storage, self._owners, self._recorder)
+        found = find_kernel(kernel) if shuffle is None else None
+        self._runs = None if found is None else Runs(config, self._registers, self.memory, self.storage, self._owners,
+                                                     found)
+        self._together = False  # all that waits is to be served, so that several commands can be at once
         self._powered = True
         self._random = None if shuffle is None else random.Random(shuffle)
         self._reset()
@@ -160,7 +170,7 @@ class GoldenDevice:
         """Restore the supply: flash keeps its contents; DRAM, map, owners and registers are lost."""
         self._powered = True
         self.storage.clear_dram()
-        self.flash.map.clear()
+        self.flash.forget_map()
         self._owners.clear()
         self._reset()
 
@@ -293,8 +303,12 @@ class GoldenDevice:
         elif self._random is not None:
             self._advance()
         else:
-            while self._step():
-                pass
+            self._together = True
+            try:
+                while self._step():
+                    pass
+            finally:
+                self._together = False
 
     def _advance(self) -> None:
         """Take a few steps, if their order is random; otherwise the doorbell took them all."""
@@ -310,9 +324,16 @@ class GoldenDevice:
             if self._random is not None:
                 return self._random_step(self._random)
             queue = self._queues.next()
-            if queue is not None:
+            if queue is None:
+                return False
+            run = None
+            if self._together and self._runs is not None and not self._queues.others_fetchable(queue):
+                run = self._runs.take(queue)
+            if run is None:
                 self._post(self._serve(queue, self._fetch(queue)))
-            return queue is not None
+            else:
+                self._complete(queue, run)
+            return True
         except PowerCutError:
             self._powered = False
             return False
@@ -345,6 +366,32 @@ class GoldenDevice:
             return self.memory.dma_read(queue.fetch(), LINE_BYTES)
         except RejectedError:
             return None
+
+    def _complete(self, queue: Queue, run: Run) -> None:
+        """Fetch, serve and complete the commands of a run; most of it is done."""
+        first, count = 0, len(run.done)
+        while first < count:
+            last = first
+            while last < count and run.done[last] is not None:
+                last += 1
+            if last == first:
+                self._post(self._serve(queue, self._fetch(queue)))
+                last += 1
+            else:
+                self._complete_done(queue, run, range(first, last))
+            first = last
+
+    def _complete_done(self, queue: Queue, run: Run, members: range) -> None:
+        """The same of some that are all done."""
+        identifiers = run.identifiers[members.start : members.stop]
+        self.memory.scatter(*queue.post_many(identifiers))
+        self._registers.count("FETCHED", len(members))
+        self._registers.count("COMPLETED", len(members))
+        for identifier, done in zip(identifiers, run.done[members.start : members.stop], strict=True):
+            if done is not None:
+                self._recorder.posted(queue.number, identifier, self._recorder.add_noted(*done))
+        if not self._busy:
+            self._recorder.end_batch()
 
     def _post(self, ending: _Ending) -> None:
         """Write a completion."""

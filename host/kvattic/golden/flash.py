@@ -70,7 +70,9 @@ class Flash:
 
     Attributes:
         blocks: those that are not erased.
-        map: (channel, zone, die, plane) to block, where zone and block have different numbers.
+        map: (channel, zone, die, plane) to block, where zone and block have different numbers; `remap` and `forget_map`
+            change it.
+        version: another number after each change that makes a page unreadable, or another one's number.
     """
 
     def __init__(self, config: Config, faults: FlashFaults) -> None:
@@ -78,6 +80,35 @@ class Flash:
         self._faults = faults
         self.blocks: dict[Block, _Block] = {}
         self.map: dict[tuple[int, int, int, int], int] = {}
+        self.version = 0
+
+    def remap(self, channel: int, place: PagePlace, block: int) -> None:
+        """Map the zone of a place, on its die and plane, to another block."""
+        self.version += 1
+        self.map[channel, place.zone, place.die, place.plane] = block
+
+    def forget_map(self) -> None:
+        """Map every zone to the block of its number."""
+        self.version += 1
+        self.map.clear()
+
+    @property
+    def has_read_faults(self) -> bool:
+        """Whether any page that was programmed may be unreadable."""
+        return bool(self._faults.dead or self._faults.unreadable)
+
+    def address(self, channel: int, number: int) -> int | None:
+        """Where the data of a page lie in this process, until `version` changes; None: they cannot be read.
+
+        Faults are not looked at: see `has_read_faults`.
+        """
+        place = layout.page_place(number, self._config)
+        written = self.blocks.get(self.block(channel, place))
+        page = None if written is None else written.pages.get(place.page)
+        if page is None or page.image is None or page.number != number:
+            return None
+        found: int = page.image.__array_interface__["data"][0]
+        return found
 
     def block(self, channel: int, place: PagePlace) -> Block:
         """The block that a place lies in."""
@@ -168,6 +199,7 @@ class Flash:
     def _erase(self, block: Block, number: int, where: int, cut: bool) -> None:
         if block in self._faults.bad or block in self._faults.worn:
             raise RejectedError(Status.ERASE_FAILED, where)
+        self.version += 1
         if cut:
             garbage = self.blocks.setdefault(block, _Block())
             garbage.pages = {page: _Page(None, number) for page in range(self._config.part.pages)}

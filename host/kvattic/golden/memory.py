@@ -2,9 +2,12 @@
 
 from collections.abc import MutableSequence
 
+import numpy as np
+
 from kvattic.golden.registers import Registers
 from kvattic.golden.rejected import RejectedError
 from kvattic.spec.commands import Status
+from kvattic.spec.elements import Bytes, Integers
 from kvattic.spec.registers import StatusBit
 from kvattic.transport.base import check_range
 
@@ -68,3 +71,14 @@ class HostMemory:
             return False
         self.data[address : address + len(data)] = data
         return True
+
+    def gather(self, addresses: Integers, size: int) -> Bytes:
+        """What the device reads in several places, all of which are inside the memory: uint8, (places, size)."""
+        memory = np.frombuffer(self.data, np.uint8)     # type: ignore[call-overload]
+        found: Bytes = memory[addresses[:, None] + np.arange(size)]
+        return found
+
+    def scatter(self, addresses: Integers, blocks: Bytes) -> None:
+        """Write blocks, uint8, (places, size), for the device, to places inside the memory."""
+        memory = np.frombuffer(self.data, np.uint8)     # type: ignore[call-overload]
+        memory[addresses[:, None] + np.arange(blocks.shape[1])] = blocks

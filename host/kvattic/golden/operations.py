@@ -45,8 +45,7 @@ class Operations:
         opcode, flash = Opcode(command.opcode), self._storage.flash
         self._check(command, queue)
         if opcode is Opcode.MAP:
-            place = layout.page_place(command.page, self._config)
-            flash.map[command.channel, place.zone, place.die, place.plane] = command.argument
+            flash.remap(command.channel, layout.page_place(command.page, self._config), command.argument)
             return
         image = None
         if opcode is Opcode.PROGRAM:

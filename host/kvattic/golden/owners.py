@@ -24,6 +24,7 @@ class Owners:
         zones: owners of the zones, uint8.
         regions: owners of the regions, uint8.
         queues: by domain, a bit for each queue that it is granted to.
+        version: another number after each change of zones or regions.
     """
 
     def __init__(self, config: Config) -> None:
@@ -31,9 +32,11 @@ class Owners:
         self.zones = np.zeros(config.part.blocks, np.uint8)
         self.regions = np.zeros(MAX_REGIONS, np.uint8)
         self.queues = [0] * DOMAINS
+        self.version = 0
 
     def clear(self) -> None:
         """Take everything from everybody."""
+        self.version += 1
         self.zones[:] = 0
         self.regions[:] = 0
         self.queues[:] = [0] * DOMAINS
@@ -59,6 +62,7 @@ class Owners:
         if kind == Grant.QUEUES:
             self.queues[domain] = first
         else:
+            self.version += 1
             owners[first : first + count] = domain
 
     def check_permitted(self, domain: int, queue: int) -> None:

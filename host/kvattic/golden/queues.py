@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from kvattic.golden.rejected import RejectedError
+from kvattic.spec.blocks import put_column
 from kvattic.spec.commands import COMPLETION, LINE_BYTES, Opcode, QueueCommand, Status, pack_state
+from kvattic.spec.elements import Bytes, Integers
 from kvattic.spec.registers import MAX_ENTRIES, QUEUES
 
 __all__ = ["Queue", "Queues"]
@@ -88,6 +92,47 @@ class Queue:
             where=where, flags=flags, head=self.head, queue=self.number, identifier=identifier, state=state)
         return self.completion + place * LINE_BYTES, entry
 
+    # Several commands at once, whose rings are inside of the memory.
+
+    def rings_inside(self, size: int) -> bool:
+        """Whether both rings lie in a memory of `size` bytes."""
+        return max(self.submission, self.completion) + self.entries * LINE_BYTES <= size
+
+    def waiting(self) -> Integers:
+        """Addresses of the entries that could be fetched next, as far as their completions have room."""
+        count = min((self.tail - self.head) % self.entries, self.entries - 1 - self.under_way - self.unread)
+        return self.submission + (self.head + np.arange(count)) % self.entries * LINE_BYTES
+
+    def submissions(self, count: int) -> Integers:
+        """Where the next entries to fetch lie: (2, runs of them), first addresses and those behind the last ones."""
+        return self._in_ring(self.submission, self.head, count)
+
+    def completions(self, count: int) -> Integers:
+        """Likewise of the next completions."""
+        return self._in_ring(self.completion, self.posts % self.entries, count)
+
+    def _in_ring(self, base: int, first: int, count: int) -> Integers:
+        behind = first + count - self.entries
+        runs = [(first, first + count)] if behind <= 0 else [(first, self.entries), (0, behind)]
+        return base + LINE_BYTES * np.array(runs).T
+
+    def post_many(self, identifiers: list[int]) -> tuple[Integers, Bytes]:
+        """Fetch commands and end them, OK and without flags; addresses of the completions, and the completions.
+
+        The addresses are int64, (commands,), the completions uint8, (commands, LINE_BYTES).
+        """
+        numbers = np.arange(len(identifiers))
+        turn, place = np.divmod(self.posts + numbers, self.entries)
+        entries = np.zeros((len(identifiers), LINE_BYTES), np.uint8)
+        for name, values in (("head", (self.head + 1 + numbers) % self.entries), ("identifier", np.array(identifiers)),
+                             ("queue", np.full(len(identifiers), self.number)),
+                             ("state", pack_state(Status.OK, 0) | (turn & 1 ^ 1))):
+            put_column(entries, COMPLETION[name], values)
+        self.head = (self.head + len(identifiers)) % self.entries
+        self.posts += len(identifiers)
+        self.unread += len(identifiers)
+        return self.completion + place * LINE_BYTES, entries
+
     def wants_interrupt(self, after: int) -> bool:
         """Whether the host should look at the completions now."""
         return self.unread >= max(after, 1) or (self.unread > 0 and not self.under_way and not self.fetchable)
@@ -131,6 +176,10 @@ class Queues:
     def fetchable(self) -> bool:
         """Whether any queue has something to fetch."""
         return any(queue.fetchable for queue in self.pairs.values())
+
+    def others_fetchable(self, but: Queue) -> bool:
+        """Whether any other queue has something to fetch."""
+        return any(queue.fetchable for queue in self.pairs.values() if queue is not but)
 
     def interrupts(self, after: int) -> int:
         """The register INTERRUPTS."""

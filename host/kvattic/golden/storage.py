@@ -45,6 +45,7 @@ class Storage:
         flash: the same.
         dram_bytes: the same.
         traffic: what jobs read since power-up or the last reset.
+        version: another number after each change of where pages of device DRAM lie in this process.
     """
 
     def __init__(self, config: Config, flash: Flash, dram_bytes: int, registers: Registers,
@@ -55,11 +56,13 @@ class Storage:
         self.flash = flash
         self.dram_bytes = dram_bytes
         self.traffic = Traffic()
+        self.version = 0
         self.clear_dram()
 
     def clear_dram(self) -> None:
         """Device DRAM after its supply came back."""
         self._dram = np.zeros(self.dram_bytes, np.uint8)
+        self.version += 1
 
     def read_dram(self, address: int, size: int) -> bytes:
         """Bytes of device DRAM.
@@ -78,6 +81,14 @@ class Storage:
         """
         check_range("device DRAM", self.dram_bytes, address, len(data))
         self._dram[address : address + len(data)] = np.frombuffer(data, np.uint8)
+
+    def dram_address(self, page: int) -> int | None:
+        """Where a page of device DRAM begins in this process, until `version` changes; None: it is not wholly there."""
+        at = page * self._config.page_bytes
+        if at + self._config.page_bytes > self.dram_bytes:
+            return None
+        base: int = self._dram.__array_interface__["data"][0]
+        return base + at
 
     def dram_page(self, page: int) -> tuple[Bytes, int]:
         """A page of device DRAM, uint8, (codewords, codeword_bytes), zeros beyond its end; and the codewords inside."""

@@ -18,7 +18,7 @@ from kvattic.spec.commands import (
 )
 from kvattic.spec.config import Config
 
-__all__ = ["check_command", "check_mean", "check_table", "unit_tokens"]
+__all__ = ["check_command", "check_mean", "check_table", "is_valid_dense", "stripes_per_channel", "unit_tokens"]
 
 _UNUSED: dict[Mode, tuple[str, ...]] = {
     Mode.DENSE: ("features", "top_units", "local_tokens", "sinks", "unit_bits"),
@@ -51,6 +51,16 @@ def check_command(command: AttendCommand, queue: Queue, config: Config) -> None:
         raise RejectedError(Status.INVALID_SCALE)
 
 
+def is_valid_dense(command: AttendCommand, config: Config) -> bool:
+    """Whether it is a dense job with which nothing is wrong but maybe its addresses."""
+    try:
+        _check_fields(command, config)
+        _check_length(command, config)
+    except RejectedError:
+        return False
+    return command.mode == Mode.DENSE and 1 <= command.rows <= config.rows and is_positive_normal(command.scale)
+
+
 def _check_fields(command: AttendCommand, config: Config) -> None:
     pages = command.stripe_pages
     if command.mode > max(Mode):
@@ -68,11 +78,11 @@ def _check_length(command: AttendCommand, config: Config) -> None:
     tokens, stripes = command.end_token - command.base_token, command.stripes
     stripe = command.stripe_pages * config.tokens_per_page
     fitting = (stripes - 1) * stripe < tokens <= stripes * stripe
-    if tokens <= 0 or not fitting or stripes > config.channels * _stripes_per_channel(command, config):
+    if tokens <= 0 or not fitting or stripes > config.channels * stripes_per_channel(command, config):
         raise RejectedError(Status.INVALID_LENGTH)
 
 
-def _stripes_per_channel(command: AttendCommand, config: Config) -> int:
+def stripes_per_channel(command: AttendCommand, config: Config) -> int:
     """Stripes whose scores a channel's score buffer holds."""
     return config.ring_codewords // (command.stripe_pages * config.codewords_per_page)
 
@@ -110,7 +120,7 @@ def check_table(command: AttendCommand, table: Table, config: Config, owners: Ow
     """
     entries, sketches, mode = table.entries, table.sketches, Mode(command.mode)
     bad = (entries.channel >= config.channels) | table.reserved
-    places = _stripes_per_channel(command, config)
+    places = stripes_per_channel(command, config)
     for channel in range(config.channels):
         bad[np.flatnonzero(entries.channel == channel)[places:]] = True
     if mode is not Mode.DENSE:

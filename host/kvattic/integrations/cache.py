@@ -2,12 +2,13 @@
 
 from collections import deque
 from contextlib import suppress
-from typing import Any, NoReturn, TypeVar
+from copy import copy, deepcopy
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from kvattic.array import ArrayPlan, ArraySequence, DriveArray
 from kvattic.driver.checks import as_member, check_positive
@@ -21,10 +22,12 @@ from kvattic.integrations.layers import make_layers
 from kvattic.integrations.masks import Flags, Rows, read_mask
 from kvattic.integrations.options import check_mode, check_options, count_sinks
 from kvattic.integrations.report import Meter, Report
+from kvattic.spec import layout
 from kvattic.spec.commands import Mode
 from kvattic.spec.elements import Integers
 from kvattic.support.closing import Closing
 from kvattic.support.renamed import old_selection_keywords
+from kvattic.timing.cost import Cost
 
 __all__ = ["HELD_TOKENS", "LAYERS_IN_FLIGHT", "NAME", "DriveCache"]
 
@@ -109,8 +112,10 @@ class DriveCache(Closing, Cache):
         if dim > device.config.head_dim:
             raise RequestError(f"the model's head_dim is {dim}, the drive's {device.config.head_dim}; it must be as "
                                "large or larger: open it with config_for(model)")
-        super().__init__(layers=make_layers(self, text, cross=cross))
-        self.drive_layers = [layer for layer in self.layers if isinstance(layer, DriveLayer)]
+        layers = make_layers(self, text, cross=cross)
+        super().__init__(layers=layers)
+        self.layers: list[Any] = layers
+        self.drive_layers = [layer for layer in layers if isinstance(layer, DriveLayer)]
         self.device = device
         self.capacity_tokens = capacity
         self.sequences: list[Sequence | ArraySequence] = []
@@ -123,6 +128,7 @@ class DriveCache(Closing, Cache):
         self._failed = ""   # an error, from which its layers hold different tokens
         self.meter = Meter(device.config, dense=found is Mode.DENSE)
         self._options = options
+        self._gone: list[dict[str, Cost]] = []      # what the drive did for rows that are not there any more
         self._writing: deque[DriveLayer] = deque()
         # What masks say, by their identity: the layers of a step share them.
         self._read: dict[tuple[int, int, int], tuple[torch.Tensor | None, Rows]] = {}
@@ -131,9 +137,6 @@ class DriveCache(Closing, Cache):
 
     def _end_block(self) -> None:
         self.reset()
-
-    def __deepcopy__(self, memo: Any) -> NoReturn:
-        raise RequestError("K and V in the drive cannot be copied: make another DriveCache")
 
     def start(self, rows: int, kv_heads: int, tokens: int = 0) -> None:
         """Sequences for a batch, when its first layer comes.
@@ -172,6 +175,7 @@ class DriveCache(Closing, Cache):
         self.meter = Meter(self.device.config, dense=self.mode is Mode.DENSE)
         self._read.clear()
         self._writing.clear()
+        self._gone.clear()
         self._failed = ""
         for layer in self.drive_layers:
             with suppress(KvatticError):    # K and V that could not be written are forgotten like the others
@@ -198,7 +202,167 @@ class DriveCache(Closing, Cache):
             raise RequestError("there is nothing to report: this DriveCache holds no tokens")
         self.wait()
         parts = [sequence.statistics_by_part() for sequence in self.sequences]
-        return self.meter.report(parts, mode=self.mode.name.lower(), layers=len(self.drive_layers))
+        return self.meter.report([*parts, *self._gone], rows=len(parts), mode=self.mode.name.lower(),
+                                 layers=len(self.drive_layers))
+
+    # Copies of rows.
+
+    def fork(self) -> "DriveCache":
+        """Another cache that begins with the same tokens, and goes on by itself; `copy.deepcopy` does the same.
+
+        Stripes in flash are shared (`Sequence.fork`), so that one prefix serves many prompts.
+
+        Raises:
+            RequestError: an earlier step failed, or is not complete.
+            CapacityError: flash or DRAM have no room.
+        """
+        self._check_rows_whole()
+        made = copy(self)
+        made.__dict__.update(sequences=[], meter=Meter(self.device.config, dense=self.mode is Mode.DENSE), _gone=[],
+                             _writing=deque(), _read={})
+        made.layers = [layer.fork(made) if isinstance(layer, DriveLayer) else deepcopy(layer) for layer in self.layers]
+        made.drive_layers = [layer for layer in made.layers if isinstance(layer, DriveLayer)]
+        try:
+            for sequence in self.sequences:
+                made.sequences.append(sequence.fork())
+        except BaseException:
+            made.reset()
+            raise
+        return made
+
+    @property
+    def stripe_tokens(self) -> int:
+        """Tokens of a stripe of its rows: what a row can be shared in."""
+        config = self.device.config
+        return layout.stripe_pages(config, sparse=self.mode is not Mode.DENSE) * config.tokens_per_page
+
+    def adopt(self, sequences: list[Sequence], kept: list[Flags] | None = None) -> None:
+        """Take sequences as the rows of a cache that is empty; they are freed with it.
+
+        Args:
+            sequences: one for each row, with the same positions.
+            kept: of each row: which positions are tokens, not padding; all if None.
+
+        Raises:
+            RequestError: the cache is not empty, or they were made with other options than its own would be.
+        """
+        if self.sequences:
+            raise RequestError("this DriveCache holds tokens already; reset() it first")
+        flags = kept or [np.ones(sequence.length(), np.bool_) for sequence in sequences]
+        for sequence, mine in zip(sequences, flags, strict=True):
+            self.check_alike(sequence)
+            lengths = {sequence.length(layer) for layer in range(sequence.layers)}
+            if lengths != {int(mine.sum())} or len(mine) != len(flags[0]):
+                raise RequestError(f"all rows and layers must have the same positions, not {lengths} tokens in "
+                                   f"{len(mine)} and {len(flags[0])} positions")
+        for sequence in sequences:
+            sequence.held_tokens = self._held_tokens
+        self.sequences = list(sequences)
+        for layer in self.drive_layers:
+            layer.resume(flags)
+
+    def check_alike(self, sequence: Sequence) -> None:
+        """Refuse a sequence that was made with other options than this cache's own are.
+
+        Raises:
+            RequestError: says what differs.
+        """
+        if any(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
+            raise RequestError("some layers of this model are not in the drive: their state would be missing")
+        mine = {"layers": len(self.drive_layers), "kv_heads": heads_of(self._text)[2], "sparse": self.mode.blended,
+                "centroids": self._unit_tokens if self.mode is Mode.CENTROID else None, "sinks": self._sinks}
+        for name, wanted in mine.items():
+            if (found := getattr(sequence, name)) != wanted:
+                raise RequestError(f"a sequence with {name} {found} does not fit this DriveCache, which needs "
+                                   f"{wanted}: its model or its options are others")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DriveCache":
+        memo[id(self)] = made = self.fork()
+        return made
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Choose rows, as beam search does at every step: row i becomes row `beam_idx[i]` of before.
+
+        A row that is chosen once stays as it is, each further time it is forked; one that is not chosen is freed.
+
+        Args:
+            beam_idx: integers, (rows,).
+
+        Raises:
+            RequestError: there is no such row, or an earlier step failed or is not complete.
+            CapacityError: flash or DRAM have no room; the cache must be reset then.
+        """
+        self._choose_rows(torch.as_tensor(beam_idx).tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times, one after the other; errors as of `reorder_cache`."""
+        check_positive("repeats", repeats)
+        self._choose_rows([row for row in range(len(self.sequences)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some rows: integers, or a bool for each; errors as of `reorder_cache`."""
+        chosen = torch.as_tensor(indices)
+        self._choose_rows((torch.nonzero(chosen).flatten() if chosen.dtype == torch.bool else chosen).tolist())
+
+    def _choose_rows(self, rows: list[int]) -> None:
+        self._check_rows_whole()
+        if not (before := self.sequences):
+            return
+        if wrong := [row for row in rows if not 0 <= row < len(before)]:
+            raise RequestError(f"rows must be 0 to {len(before) - 1}, of the {len(before)} that this DriveCache holds, "
+                               f"not {wrong[0]}")
+        if not rows:
+            raise RequestError("a DriveCache must keep at least one row; reset() it to forget all")
+        kept = [layer.kept for layer in self.drive_layers]
+        made: list[Sequence | ArraySequence] = []
+        try:
+            for row in sorted({*range(len(before))} - {*rows}):     # whose room the forks may need
+                self._gone.append(before[row].statistics_by_part())
+                before[row].free()
+            for place, row in enumerate(rows):
+                made.append(before[row].fork() if row in rows[:place] else before[row])
+        except KvatticError as error:
+            self.sequences = [*dict.fromkeys([*before, *made])]     # for `reset`
+            raise self.fail(error) from None
+        self.sequences = made
+        self.forget_masks()
+        for layer, flags in zip(self.drive_layers, kept, strict=True):
+            layer.resume([flags[row] for row in rows] if flags else [])
+        for other in self.layers:
+            if isinstance(other, LinearAttentionLayer):     # hybrid ones are both
+                LinearAttentionLayer.reorder_cache(other, torch.tensor(rows))
+
+    def _check_rows_whole(self) -> None:
+        """Wait for what is being written, and refuse rows whose layers hold different tokens."""
+        if self._failed:
+            raise RequestError(f"an earlier step of this DriveCache failed ({self._failed}): reset() it first")
+        if any(layer.unattended for layer in self.drive_layers):
+            raise RequestError("a step of this DriveCache is not complete: its rows can be copied between two steps")
+        self.wait()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last positions: those in device DRAM (`held_tokens`), or back to a multiple of a stripe's tokens.
+
+        Args:
+            tokens_to_remove: minus their number, as transformers want it.
+
+        Raises:
+            RequestError: a positive number, or what is left would end inside of a stripe in flash.
+            CapacityError: flash or DRAM have no room for the row without its last tokens.
+        """
+        if tokens_to_remove < 0 and not self.is_croppable:
+            number = next(number for number, layer in enumerate(self.layers) if not layer.is_croppable)
+            raise RequestError(f"layer {number} has the state of a linear layer, from which tokens cannot be removed")
+        if tokens_to_remove < 0 and not self._cross:
+            self.wait()
+            for row, kept in enumerate(self.drive_layers[0].kept):
+                left, sequence = int(kept[: tokens_to_remove].sum()), self.sequences[row]
+                flushed = max(sequence.flushed(layer) for layer in range(sequence.layers))
+                if isinstance(sequence, Sequence) and left < flushed and left % sequence.stripe_tokens == 0:
+                    self.sequences[row] = sequence.fork(left)
+                    self._gone.append(sequence.statistics_by_part())
+                    sequence.free()
+        super().crop(tokens_to_remove)
 
     def forget_masks(self) -> None:
         """Forget what masks of earlier steps say."""

@@ -1,6 +1,7 @@
 """One layer of a `DriveCache`: takes K and V, writes them and attends them."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from threading import local
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, ParamSpec, TypeVar
 from weakref import ref
@@ -347,7 +348,8 @@ class DriveLayer(CacheLayerMixin):
                 raise RequestError(
                     f"layer {self.number}, row {row} of the batch: {length - tokens} tokens were to be removed, but "
                     f"only the newest {length - flushed} can be: others are in flash, where nothing can be removed; "
-                    f"make a DriveCache with more held_tokens than {sequence.held_tokens}")
+                    f"make a DriveCache with more held_tokens than {sequence.held_tokens}, leave a multiple of "
+                    f"{sequence.stripe_tokens} tokens, or copy the DriveCache (copy.deepcopy) before they come")
 
     def reset(self) -> None:
         """See `DriveCache.reset`, which is of all layers."""
@@ -355,9 +357,33 @@ class DriveLayer(CacheLayerMixin):
         self._attended = lambda: None
         self.__dict__.pop("batch_size", None)
 
+    def fork(self, cache: "DriveCache") -> "DriveLayer":
+        """The same layer of a cache whose rows are forks of this one's."""
+        made = type(self)(cache, self.number, self.slot)
+        made.keys, made.values = self.keys, self.values
+        made.resume(self._kept)
+        return made
+
+    def resume(self, kept: list[Flags]) -> None:
+        """Go on with rows that hold tokens already.
+
+        Args:
+            kept: of each row: which positions are tokens, not padding.
+        """
+        self._kept = list(kept)
+        self._attended = lambda: None
+        if kept:
+            self.batch_size = len(kept)
+            self.is_initialized = True
+
+    @property
+    def kept(self) -> list[Flags]:
+        """Of each row: which positions are tokens, not padding."""
+        return list(self._kept)
+
     def reorder_cache(self, beam_idx: Any) -> NoReturn:
-        """Refused: rows of the batch are sequences in flash, which are not copied."""
-        raise RequestError("K and V in the drive cannot be copied from one row of the batch to another: no beam search")
+        """Refused: the rows of all layers are chosen together, see `DriveCache.reorder_cache`."""
+        raise RequestError("the rows of a DriveCache are chosen for all layers together: call the DriveCache")
 
     def batch_repeat_interleave(self, repeats: int) -> NoReturn:
         """Refused, see `reorder_cache`."""
@@ -374,7 +400,7 @@ class DriveLayer(CacheLayerMixin):
         """Do nothing, see `offload`."""
 
 
-class HybridLayer(LinearAttentionLayer, DriveLayer):  # type: ignore[misc]  # both have attributes that differ
+class HybridLayer(LinearAttentionLayer, DriveLayer):
     """A layer with attention, in the drive, and the state of a linear one, in this machine."""
 
     is_compileable = False
@@ -387,6 +413,15 @@ class HybridLayer(LinearAttentionLayer, DriveLayer):  # type: ignore[misc]  # bo
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Prepare for K and V, which are given by position, or for a state, which is given by name."""
         (DriveLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
+
+    def fork(self, cache: "DriveCache") -> "HybridLayer":
+        """See `DriveLayer.fork`; the state is copied."""
+        made = HybridLayer(cache, self.number, self.slot, self.number_of_states)
+        state = set(vars(LinearAttentionLayer(self.number_of_states)))
+        for name in state:
+            setattr(made, name, deepcopy(getattr(self, name)))
+        made.resume(self._kept)
+        return made
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: the state of a linear layer cannot go back.
@@ -451,9 +486,7 @@ class CrossLayer(DriveLayer):
             self._before = self._kept
             stored = [np.flatnonzero(row) for row in kept]
             self._write(Rows(stored, kept, [None] * rows, [None] * rows), key, value)
-            # What the model gets from now on: as large, but nothing is in it.
-            self.keys, self.values = (states.new_zeros(1).expand(states.shape) for states in (key, value))
-            setattr(self.keys, MARK, self)
+            self._stand_in(key, value)
             if self.slot == 0:
                 cache.meter.prompt_tokens += sum(map(len, stored))
             found = attend_locally(call.module, call.query, key, value, call.mask, scaling=call.scaling,
@@ -470,6 +503,18 @@ class CrossLayer(DriveLayer):
         new = [every if row.any() else every[:0] for row in kept]
         return self._attend_in_drive(call, Rows(new, kept, [None] * rows, ends), value.shape[-1],
                                      new_step=self.slot == 0)
+
+    def _stand_in(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Keep what the model gets as K and V in later steps: as large as these, but nothing is in it."""
+        rows = len(self._kept)
+        self.keys, self.values = (states.new_zeros(1).expand(rows, *states.shape[1:]) for states in (key, value))
+        setattr(self.keys, MARK, self)
+
+    def resume(self, kept: list[Flags]) -> None:
+        """See `DriveLayer.resume`."""
+        super().resume(kept)
+        if self.keys is not None:
+            self._stand_in(self.keys, self.values)
 
     def reset(self) -> None:
         """See `DriveCache.reset`."""

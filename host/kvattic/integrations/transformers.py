@@ -14,9 +14,10 @@ from kvattic.integrations.configuration import config_for
 from kvattic.integrations.encoder_decoder import DriveEncoderDecoderCache
 from kvattic.integrations.layer import DriveLayer
 from kvattic.integrations.options import SINKS
+from kvattic.integrations.prefix_store import PrefixStatistics, PrefixStore, digest_of
 from kvattic.integrations.storage import round_to_storage
 
 __all__ = ["HELD_TOKENS", "LAYERS_IN_FLIGHT", "NAME", "SINKS", "DriveCache", "DriveEncoderDecoderCache", "DriveLayer",
-           "config_for", "round_to_storage"]
+           "PrefixStatistics", "PrefixStore", "config_for", "digest_of", "round_to_storage"]
 
 register()

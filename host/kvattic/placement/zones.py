@@ -546,8 +546,27 @@ class ZoneAllocator:
                 if stream is not allocation.own:
                     allocation.shared[channel] += 1
 
+    def share(self, allocation: Allocation, zones: Iterable[int]) -> None:
+        """Make an allocation a user of zones in which others have pages, so that they are not erased before it is gone.
+
+        Args:
+            allocation: whose sequence reads these pages.
+            zones: their numbers.
+
+        Raises:
+            RequestError: a zone is not in use, or belongs to another domain.
+        """
+        for number in zones:
+            zone = self._open.get(number)
+            if zone is None or zone.domain != allocation.domain:
+                raise RequestError(f"zone {number} has no pages of domain {allocation.domain} that could be shared")
+            zone.users.add(allocation)
+            allocation.uses.add(number)
+
     def release(self, *allocations: Allocation) -> None:
         """Give back what a sequence has: zones without users are erased, now or later (`erase_on_free`).
+
+        What is left free in a zone that it filled alone, and that others still read, is for all of its domain.
 
         Args:
             allocations: of the sequence.
@@ -564,10 +583,14 @@ class ZoneAllocator:
                 zone.users.discard(allocation)
                 if not zone.users:
                     self._close(zone)
-            # A zone of its own that it opened and has no page in.
             for zone in allocation.own.zones:
-                if zone.number in self._open and not zone.users:
+                if self._open.get(zone.number) is not zone:
+                    continue
+                if not zone.users:      # opened, and without a page of its own
                     self._close(zone)
+                else:
+                    key = (allocation.domain, allocation.run)
+                    self._shared.setdefault(key, Stream([], [0] * self.config.channels)).zones.append(zone)
         if self.erase_on_free:
             self.clean()
 

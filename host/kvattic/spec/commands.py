@@ -44,6 +44,10 @@ class Record:
     name: str
     size: int
     fields: tuple[Field, ...]
+    _by_name: dict[str, Field] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_by_name", {found.name: found for found in reversed(self.fields)})
 
     def pack(self, **values: int) -> bytes:
         """The record's bytes; fields that are not given are zero.
@@ -65,7 +69,7 @@ class Record:
         """
         for name, value in values.items():
             found = self[name]
-            data[found.place] = int(value).to_bytes(found.size, "little")
+            data[found.offset : found.offset + found.size] = int(value).to_bytes(found.size, "little")
 
     def unpack(self, data: bytes) -> dict[str, int]:
         """All fields of the record as unsigned integers."""
@@ -76,10 +80,10 @@ class Record:
         return not any(any(data[f.place]) for f in self.fields if f.doc == RESERVED)
 
     def __getitem__(self, name: str) -> Field:
-        for found in self.fields:
-            if found.name == name:
-                return found
-        raise KeyError(f"{self.name} has no field {name!r}")
+        found = self._by_name.get(name)
+        if found is None:
+            raise KeyError(f"{self.name} has no field {name!r}")
+        return found
 
 
 class Opcode(IntEnum):
@@ -464,11 +468,17 @@ COMPLETION = Record("Completion", LINE_BYTES, (
     Field("weights", 40, 4, "lane cycles in which a V beat waited for its weight"),
     Field("scores", 44, 4, "lane cycles in which a K beat waited for the score unit"),
     Field("idle", 48, 4, "lane cycles without work"),
+    Field("fetched", 52, 4, "ATTEND: CYCLES (its lower half) when the drive requested the command; others: 0"),
+    Field("first_beat", 56, 4, "ATTEND: likewise, at the first beat of it that a lane took; 0: none"),
+    Field("last_beat", 60, 4, "ATTEND: likewise, at the last one"),
 ))
-"""beats + starved + barrier + weights + scores + idle = channels * cycle (modulo 2**32)."""
+"""beats + starved + barrier + weights + scores + idle = channels * cycle (modulo 2**32).
+
+A device without time of its own, such as the golden device, leaves all from `cycle` on 0.
+"""
 
 
-_COMPLETION = struct.Struct("".join(("<", *({2: "H", 4: "I", 8: "Q"}[f.size] for f in COMPLETION.fields), "12x")))
+_COMPLETION = struct.Struct("".join(("<", *({2: "H", 4: "I", 8: "Q"}[f.size] for f in COMPLETION.fields))))
 """The same for `struct`, which is faster: the fields follow each other without a gap."""
 
 
@@ -489,6 +499,9 @@ class Completion:
     weights: int
     scores: int
     idle: int
+    fetched: int
+    first_beat: int
+    last_beat: int
 
     @classmethod
     def unpack(cls, data: bytes) -> "Completion":
@@ -498,11 +511,11 @@ class Completion:
             ValueError: there is no such status.
         """
         (where, flags, head, queue, identifier, state, cycle, beats, starved, barrier, weights, scores,
-         idle) = _COMPLETION.unpack(data)
+         idle, fetched, first_beat, last_beat) = _COMPLETION.unpack(data)
         return cls(
             status=unpack_state(state), queue=queue, head=head, identifier=identifier, flags=CompletionFlag(flags),
             where=where, cycle=cycle, beats=beats, starved=starved, barrier=barrier, weights=weights, scores=scores,
-            idle=idle)
+            idle=idle, fetched=fetched, first_beat=first_beat, last_beat=last_beat)
 
 
 def pack_state(status: int, phase: int) -> int:

@@ -9,13 +9,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvattic.spec.commands import Kind, Mode
 from kvattic.spec.config import Config
-from kvattic.spec.elements import Integers
+from kvattic.spec.elements import Booleans, Integers
+from kvattic.spec.layout import unpack_entries
 from kvattic.timing.estimate import Estimate, estimate
 from kvattic.timing.work import Operation, Read, job_of_reads
 
-__all__ = ["Batch", "CommandRecord", "Counts", "KeepsRecords", "Recorder", "Sampler"]
+__all__ = ["Batch", "CommandRecord", "Counts", "DenseNotes", "KeepsRecords", "Recorder", "Sampler"]
 
 SAMPLED_JOBS = 64
 """Jobs of a batch that are modelled, at most; the others go on at their rate."""
@@ -90,6 +94,79 @@ class _JobNote:
         return sum(self.flash) + sum(self.dram)
 
 
+class DenseNotes:
+    """What dense jobs of one shape have read: packed as their tables, and taken apart only for a job that is modelled.
+
+    Args:
+        config: of the drive.
+        entries: uint64, (jobs, stripes), of their tables.
+        rows: of each job.
+        stripe_pages: pages of K, and of V, in a stripe.
+        tokens: of each job.
+
+    Attributes:
+        tokens: the same.
+        pages: of K, and of V, that each job reads.
+        size: pages that each job reads.
+        weight: codewords that each job reads.
+    """
+
+    def __init__(self, config: Config, entries: NDArray[np.uint64], *, rows: int, stripe_pages: int,
+                 tokens: int) -> None:
+        self.tokens = tokens
+        codewords = -(-tokens // config.tokens_per_codeword)
+        self.pages = -(-codewords // config.codewords_per_page)
+        self.size, self.weight = 2 * self.pages, 2 * codewords
+        self._config = config
+        self._entries = entries
+        self._rows = rows
+        self._stripe_pages = stripe_pages
+        # Codewords of each page of K.
+        self._codewords = [config.codewords_per_page] * (self.pages - 1)
+        self._codewords.append(codewords - sum(self._codewords))
+        in_dram = unpack_entries(entries).dram.repeat(stripe_pages, axis=1)[:, : self.pages]
+        self._dram: list[int] = (in_dram @ np.array(self._codewords)).tolist()
+        self._dram_pages: list[int] = in_dram.sum(axis=1).tolist()
+        self._counts: dict[tuple[int, int], Counts] = {}
+
+    def of(self, chosen: Booleans) -> "DenseNotes":
+        """Those of some of the jobs."""
+        return DenseNotes(self._config, self._entries[chosen], rows=self._rows, stripe_pages=self._stripe_pages,
+                          tokens=self.tokens)
+
+    @property
+    def totals(self) -> tuple[int, int, int]:
+        """Of all jobs: codewords of K (and as many of V) from flash and from device DRAM, and page reads."""
+        jobs, dram = len(self._entries), sum(self._dram)
+        return (jobs * sum(self._codewords) - dram, dram, 2 * (jobs * self.pages - sum(self._dram_pages)))
+
+    def counts(self, job: int) -> Counts:
+        """What a job has read."""
+        key = self._dram[job], self._dram_pages[job]
+        if (found := self._counts.get(key)) is None:
+            dram, dram_pages = key
+            flash, rest = sum(self._codewords) - dram, (0,) * (len(Kind) - 2)
+            found = Counts((flash, flash, *rest), (dram, dram, *rest), 2 * (self.pages - dram_pages))
+            self._counts[key] = found
+        return found
+
+    def note(self, job: int) -> _JobNote:
+        """A job's note."""
+        config, size = self._config, self._stripe_pages
+        entries = unpack_entries(self._entries[job])
+        tokens = np.full(len(entries.channel), size * config.tokens_per_page)
+        tokens[-1] = self.tokens - int(tokens[:-1].sum())
+        lanes = np.zeros(config.channels, np.int64)
+        np.add.at(lanes, entries.channel, tokens)
+        note = _JobNote(Mode.DENSE, self._rows, lanes.tolist(), config.tokens_per_codeword)
+        for kind, first_pages in ((Kind.KEY, entries.key_page), (Kind.VALUE, entries.value_page)):
+            for page, count in enumerate(self._codewords):
+                stripe, inside = divmod(page, size)
+                note.add(kind, int(entries.channel[stripe]), int(first_pages[stripe]) + inside, np.arange(count),
+                         dram=bool(entries.dram[stripe]))
+        return note
+
+
 class Batch:
     """Commands that were in flight together, from an idle drive on.
 
@@ -102,7 +179,7 @@ class Batch:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._jobs: list[_JobNote] = []
+        self._jobs: list[_JobNote | tuple[DenseNotes, int]] = []
         self._weights: list[int] = []
         self._reads = 0
         self._operations: list[Operation] = []
@@ -121,13 +198,28 @@ class Batch:
 
     def add_job(self, note: _JobNote) -> int:
         """Add a job; its number."""
-        self._weights.append(note.weight)
+        return self._add(note, note.weight, note.size)
+
+    def add_noted(self, notes: DenseNotes, job: int) -> int:
+        """Add a job of several that were noted together; its number."""
+        return self._add((notes, job), notes.weight, notes.size)
+
+    def _add(self, note: "_JobNote | tuple[DenseNotes, int]", weight: int, size: int) -> int:
+        self._weights.append(weight)
         kept = len(self._jobs)
-        wanted = kept < LEAST_JOBS or (kept < SAMPLED_JOBS and self._reads < SAMPLED_READS)
-        if wanted and kept == len(self._weights) - 1:   # the first ones, without a gap
+        # The first ones, without a gap.
+        if kept == len(self._weights) - 1 and (
+                kept < LEAST_JOBS or (kept < SAMPLED_JOBS and self._reads < SAMPLED_READS)):
             self._jobs.append(note)
-            self._reads += note.size
+            self._reads += size
         return len(self._weights) - 1
+
+    def _note(self, number: int) -> _JobNote:
+        """Of a job that is kept."""
+        found = self._jobs[number]
+        if isinstance(found, tuple):
+            found = self._jobs[number] = found[0].note(found[1])
+        return found
 
     def add_operation(self, operation: Operation) -> int:
         """Add a PROGRAM or an ERASE; its number."""
@@ -142,7 +234,7 @@ class Batch:
         if self._modelled is None or self._modelled[:2] != size:
             config = self._config
             jobs = [job_of_reads(config, note.reads(), note.tokens, rows=note.rows, mode=note.mode,
-                                 unit_tokens=note.unit_tokens) for note in self._jobs]
+                                 unit_tokens=note.unit_tokens) for note in map(self._note, range(len(self._jobs)))]
             in_all = len(jobs)
             if len(self._weights) > len(jobs):
                 share = sum(self._weights) / max(sum(self._weights[: len(jobs)]), 1)
@@ -164,7 +256,7 @@ class Batch:
         Raises:
             IndexError: it is not one of the first jobs, of which that is kept.
         """
-        return self._jobs[number].reads()
+        return self._note(number).reads()
 
     def job_completed(self, number: int) -> int:
         """Cycle of a job's completion, from the first doorbell on."""
@@ -315,6 +407,12 @@ class Recorder:
                 self._batch, number, Counts(tuple(note.flash), tuple(note.dram), note.page_reads))
         ended, self._ended = self._ended, None
         return ended
+
+    def add_noted(self, notes: DenseNotes, job: int) -> CommandRecord | None:
+        """A job of several that were noted together has run; its record, None: nothing is noted."""
+        if not self.active:
+            return None
+        return CommandRecord(self._batch, self._batch.add_noted(notes, job), notes.counts(job))
 
     def posted(self, queue: int, identifier: int, record: CommandRecord | None) -> None:
         """The command's completion was written."""

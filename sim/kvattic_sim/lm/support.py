@@ -133,8 +133,8 @@ def examine(architecture: Architecture, seed: int = 0) -> Outcome:
     except Exception as error:  # noqa: BLE001  # anything else is a mistake
         return Outcome(architecture, Verdict.WRONG, _say(error))
     if found != expected:
-        first = next(place for place, (ours, theirs) in enumerate(zip(found, expected, strict=True)) if ours != theirs)
-        return Outcome(architecture, Verdict.WRONG, f"token {first} of {ANSWER} differs: {found} not {expected}")
+        place = next(place for place in range(ANSWER) if found[place] != expected[place])
+        return Outcome(architecture, Verdict.WRONG, f"token {place} of {ANSWER} differs: {found} not {expected}")
     return Outcome(architecture, Verdict.WORKS, what)
 
 

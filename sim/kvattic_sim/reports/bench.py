@@ -39,6 +39,7 @@ from kvattic_sim.reports.benches import (
     latency,
     models,
     placement,
+    serve,
     sparse,
     system,
     time_grid,
@@ -87,7 +88,7 @@ DATA_SETS = ("minilm", "fa3_2k", "fa3_32k")
 BARS: dict[str, Bar | None] = {
     **{key: None for bench in (*engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *sparse.BENCHES, *host.BENCHES,
                                        *models.BENCHES, *time_grid.BENCHES, *latency.BENCHES, *beside.BENCHES,
-                                       *system.BENCHES, *cost.BENCHES, *architectures.BENCHES)
+                                       *system.BENCHES, *cost.BENCHES, *serve.BENCHES, *architectures.BENCHES)
        for key in bench.keys},
     **dict.fromkeys(placement.KEYS),
     "engine.dense.utilization.paper": Bar(">=", (0.97,)),
@@ -119,6 +120,7 @@ BARS: dict[str, Bar | None] = {
     "host.spec.cycles_ratio": Bar("<=", (0.15,)),
     "host.generate.match": Bar(">=", (1.0,)),
     "host.multi.scaling": Bar(">=", (3.8,)),
+    "serve.fork.bytes_ratio": Bar("<=", (0.12,)),
     "serve.models": Bar(">=", (48,)),
     "serve.models.wrong": Bar("<=", (0,)),
     "serve.real_model": Bar(">=", (1.0,)),
@@ -201,7 +203,7 @@ def benches() -> tuple[Bench, ...]:
     evaluation = Bench(keys=paper.KEYS, measure=lambda lab: paper.measure())
     return (placing, *engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *causal.BENCHES, *sparse.BENCHES,
             quality, reality, evaluation, *system.BENCHES, *cost.BENCHES, *latency.BENCHES, *beside.BENCHES,
-            *time_grid.BENCHES, *host.BENCHES, *architectures.BENCHES, *house.BENCHES, *models.BENCHES,
+            *time_grid.BENCHES, *host.BENCHES, *serve.BENCHES, *architectures.BENCHES, *house.BENCHES, *models.BENCHES,
             *(alone(prefix, function) for prefix, function in accuracy.BENCHES.items()))
 
 

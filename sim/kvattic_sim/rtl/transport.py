@@ -225,23 +225,6 @@ class _Dram:
         return True
 
 
-class _HostMemory(MemoryRegion):  # type: ignore[misc]
-    """Host memory whose accesses by the drive can be watched."""
-
-    on_access: Callable[[bool, int, int], None] | None = None
-
-    async def _read(self, address: int, length: int, **options: Any) -> bytes:
-        data: bytes = await super()._read(address, length, **options)
-        if self.on_access is not None:
-            self.on_access(False, address, length)
-        return data
-
-    async def _write(self, address: int, data: bytes, **options: Any) -> None:
-        await super()._write(address, data, **options)
-        if self.on_access is not None:
-            self.on_access(True, address, len(data))
-
-
 class RtlTransport:
     """One simulated drive; every call blocks its thread until it is done (see `kvattic.transport.base.Transport`).
 
@@ -273,7 +256,7 @@ class RtlTransport:
         self.on_batch: Callable[[], None] | None = None
         self.dram_bytes = 0
         self._dut = dut
-        self._memory = _HostMemory(memory_bytes, mem=memory)
+        self._memory = MemoryRegion(memory_bytes, mem=memory)
         logging.getLogger(f"cocotb.{dut._name}").setLevel(logging.WARNING)
         self._host = AxiLiteMaster(AxiLiteBus.from_prefix(dut, "host"), dut.host_clk, dut.rst)
         self._slave = AxiSlave(
@@ -555,13 +538,6 @@ class RtlTransport:
         if self.on_batch is not None and self._rung and not self.read_register("STATUS") & StatusBit.BUSY:
             self._rung = False
             self.on_batch()
-
-    def watch_memory(self, on_access: Callable[[bool, int, int], None] | None) -> None:
-        """Call a function at each beat in which the drive reads or writes host memory, with (write, address, bytes).
-
-        It must not access the drive.  None: call nothing any more.
-        """
-        self._memory.on_access = on_access
 
     def close(self) -> None:
         """See `Transport`.  The simulation goes on: it is `session` that ends it."""

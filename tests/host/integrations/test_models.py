@@ -157,9 +157,10 @@ def test_learned_sinks_and_modes_that_blend(drive):
     model = build(ALL["GptOssForCausalLM"])
     tokens, _ = tokens_of([30])
     device = drive(model)
-    with DriveCache(device, model.config, capacity_tokens=64, mode="sparf", features=8, top_units=8) as cache:
-        with pytest.raises(RequestError, match=r"layer 0: the model has learned sinks .* mode sparf blends in the mean"):
-            generate(model, tokens, cache, new=2)
+    message = r"layer 0: the model has learned sinks .* mode sparf blends in the mean"
+    with (DriveCache(device, model.config, capacity_tokens=64, mode="sparf", features=8, top_units=8) as cache,
+          pytest.raises(RequestError, match=message)):
+        generate(model, tokens, cache, new=2)
     with DriveCache(device, model.config, capacity_tokens=64, mode="centroid", top_units=1000) as cache:
         expected = generate(model, tokens, RoundedCache(model.config), new=12)
         assert generate(model, tokens, cache, new=12).tolist() == expected.tolist()
@@ -205,11 +206,14 @@ def test_states_of_linear_layers_cannot_go_back(drive):
     with DriveCache(drive(model), model.config, capacity_tokens=64) as cache:
         generate(model, tokens_of([30])[0], cache, new=2)
         assert not cache.is_croppable
-        cache.layers[0].crop(0)
+        cache.crop(0)
         cache.layers[0].offload()
         cache.layers[0].prefetch()
         with pytest.raises(RequestError, match="layer 0 has the state of a linear layer too"):
             cache.layers[0].crop(-1)
+        with pytest.raises(RequestError, match="layer 0 has the state of a linear layer, from which"):
+            cache.crop(-1)
+        assert cache.get_seq_length() == 31
 
 
 def test_k_that_no_one_else_may_attend_again(drive):
@@ -228,6 +232,38 @@ def test_k_that_no_one_else_may_attend_again(drive):
         with pytest.raises(RequestError, match="K are not those that the DriveCache returned last"):
             layer.attend(attention, query, *first, None, None)
         assert cache.sequences[0].length() == 6
+
+
+@pytest.mark.parametrize("name", ["FalconH1ForCausalLM", "Qwen3NextForCausalLM", "BartForConditionalGeneration",
+                                  "Gemma3nForCausalLM"])
+def test_beams(drive, name):
+    """Rows are forked, whatever else a model's layers keep."""
+    model, encoder = build(ALL[name], 1), ALL[name].encoder
+    tokens, mask = tokens_of([30, 17])
+    options = {"attention_mask": mask, "max_new_tokens": 10, "do_sample": False, "num_beams": 3,
+               "eos_token_id": None, "pad_token_id": 0} | ({"decoder_start_token_id": 2} if encoder else {})
+    theirs = RoundedCache(model.config)
+    if encoder:
+        theirs = EncoderDecoderCache(theirs, RoundedCache(model.config))
+    model.set_attn_implementation(REFERENCES[Element.FP16])
+    expected = model.generate(tokens, cache=theirs, **options)
+    model.set_attn_implementation(NAME)
+    device = drive(model)
+    make = DriveEncoderDecoderCache if encoder else DriveCache
+    with make(device, model.config, capacity_tokens=64, held_tokens=0) as cache:
+        assert model.generate(tokens, cache=cache, **options).tolist() == expected.tolist()
+
+
+def test_a_copy_has_states_of_its_own(drive):
+    model = build(ALL["FalconH1ForCausalLM"], 1)
+    tokens, _ = tokens_of([30])
+    model.set_attn_implementation(NAME)
+    with DriveCache(drive(model), model.config, capacity_tokens=64, held_tokens=0) as cache, torch.no_grad():
+        model(tokens, cache=cache)
+        with copy.deepcopy(cache) as other:
+            first = model(tokens[:, 3:4], cache=other).logits
+            model(tokens[:, 5:6], cache=other)
+        assert torch.equal(model(tokens[:, 3:4], cache=cache).logits, first)
 
 
 # Encoder-decoder models.

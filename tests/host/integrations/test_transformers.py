@@ -850,16 +850,38 @@ def test_batches_do_not_change_in_the_middle(drive):
         cache.update(*torch.zeros(2, 2, 2, 1, 32), 0)
 
 
-def test_what_would_copy_rows_is_refused(drive):
+def test_what_cannot_be_copied_is_refused(drive):
     model, tokens = small(), prompts("llama")
     cache = DriveCache(drive(model), model.config, capacity_tokens=100)
-    with pytest.raises(RequestError, match="no beam search"):
-        generate(model, tokens, cache, new=4, num_beams=2)
-    for call in (lambda: cache.batch_repeat_interleave(2), lambda: cache.batch_select_indices(torch.tensor([0]))):
-        with pytest.raises(RequestError, match="cannot be copied"):
-            call()
-    with pytest.raises(RequestError, match="cannot be copied: make another DriveCache"):
+    cache.batch_select_indices(torch.tensor([0]))   # nothing is there: as transformers' own cache, nothing happens
+    generate(model, tokens, cache, new=2)
+    for rows in ([1], [-1]):
+        with pytest.raises(RequestError, match="rows must be 0 to 0"):
+            cache.reorder_cache(torch.tensor(rows))
+    with pytest.raises(RequestError, match="at least one row"):
+        cache.batch_select_indices(torch.tensor([False]))
+    for call in (lambda layer: layer.batch_repeat_interleave(2), lambda layer: layer.batch_select_indices([0])):
+        with pytest.raises(RequestError, match="for all layers together"):
+            call(cache.layers[0])
+    cache.update(*torch.zeros(2, 1, 2, 1, 32), 0)
+    with pytest.raises(RequestError, match="between two steps"):
         copy.deepcopy(cache)
+    cache.fail(ValueError("broken"))
+    with pytest.raises(RequestError, match=r"an earlier step of this DriveCache failed \(ValueError: broken\)"):
+        cache.fork()
+
+
+def test_forks_without_room(drive):
+    model = small()
+    device = drive(model, TINY)
+    cache = DriveCache(device, model.config, capacity_tokens=500)
+    generate(model, prompts("llama"), cache, new=2)
+    with pytest.raises(CapacityError, match="no room"):
+        cache.batch_repeat_interleave(40)
+    with pytest.raises(RequestError, match="failed"):
+        cache.fork()
+    cache.reset()
+    assert device.free_zones == device.media.allocator.zones
 
 
 def test_heads_that_do_not_fit(drive):

@@ -1,0 +1,182 @@
+"""The dense kernel in C: compiled at first use with the system's compiler, kept in the user's cache, checked when loaded.
+
+It is an option: without a compiler, or with KVATTIC_KERNEL=numpy, NumPy computes the same bits.  ``kernel.c`` says why its
+floating point is exact.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from kvattic.errors import RequestError
+from kvattic.golden.together import DenseJobs, DenseResults
+from kvattic.spec.formats import (
+    EXP_STEP_BITS,
+    SCORE_FRACTION,
+    SCORE_MASKED,
+    SCORE_MAX,
+    SCORE_ROUND_SHIFT,
+    SCORE_WINDOW_BITS,
+    SCORE_WINDOW_FRACTION,
+    WEIGHT_ALIGNMENT,
+    WEIGHT_BITS,
+    WEIGHT_EXPONENT_BITS,
+    WEIGHT_ROUND_SHIFT,
+    Element,
+    exp_table,
+)
+from kvattic.support.files import whole
+
+__all__ = ["KERNELS", "CompilerError", "attend", "find_kernel", "load"]
+
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fPIC",
+         "-shared")
+COMPILE_S = 120
+KERNELS = ("auto", "c", "numpy", "none")
+"""What `find_kernel` takes."""
+_LOG = logging.getLogger("kvattic")
+
+
+class CompilerError(Exception):
+    """There is no compiler, or it cannot compile the kernel."""
+
+
+class _Shape(ctypes.Structure):
+    """`Shape` of kernel.c."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in (
+        "jobs", "rows", "head_dim", "bf16", "pages", "tokens", "tokens_per_page", "tokens_per_codeword",
+        "codeword_bytes", "base_token", "end_token", "tree_token", "scale_bits", "score_fraction", "score_masked",
+        "score_max", "round_shift", "window_fraction", "window_bits", "step_bits", "weight_bits", "weight_round_shift",
+        "weight_alignment", "weight_exponents")]
+
+
+_FORMATS = (SCORE_FRACTION, SCORE_MASKED, SCORE_MAX, SCORE_ROUND_SHIFT, SCORE_WINDOW_FRACTION, SCORE_WINDOW_BITS,
+            EXP_STEP_BITS, WEIGHT_BITS, WEIGHT_ROUND_SHIFT, WEIGHT_ALIGNMENT, 1 << WEIGHT_EXPONENT_BITS)
+
+
+def _compiler() -> str:
+    """Path of the C compiler.
+
+    Raises:
+        CompilerError: there is none.
+    """
+    for name in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
+        if name and (found := shutil.which(name)):
+            return found
+    raise CompilerError("there is no C compiler (cc, gcc or clang)")
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = [platform.processor()]
+    return "\n".join([platform.machine(), *sorted({line for line in lines if line.startswith(("flags", "Features"))})])
+
+
+def _library(source: bytes, compiler: str) -> Path:
+    """Where the compiled kernel lies; the name says what it was made from."""
+    key = b"\0".join([source, compiler.encode(), " ".join(FLAGS).encode(), _processor().encode()])
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "kvattic" / f"kernel-{hashlib.sha256(key).hexdigest()[:16]}.so"
+
+
+def _compile(source: Path, compiler: str, library: Path) -> None:
+    library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with whole(library) as aside:
+        done = subprocess.run([compiler, *FLAGS, "-o", str(aside), str(source), "-lm"], capture_output=True, text=True,
+                              timeout=COMPILE_S, check=False)
+        if done.returncode:
+            raise CompilerError(f"{compiler} failed: {done.stderr.strip()[-500:]}")
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """The compiled kernel; compiles it unless it is in the cache (about a second).
+
+    Raises:
+        CompilerError: it cannot be compiled or loaded.
+    """
+    try:
+        with resources.as_file(resources.files("kvattic.golden") / "kernel.c") as source:
+            compiler = _compiler()
+            library = _library(source.read_bytes(), compiler)
+            if not library.exists():
+                _compile(source, compiler, library)
+            elif library.stat().st_uid != os.getuid():
+                raise CompilerError(f"{library} belongs to another user")
+            found = ctypes.CDLL(str(library))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        raise CompilerError(f"the kernel cannot be compiled or loaded: {error}") from error
+    function = found.kvattic_dense
+    function.argtypes = [ctypes.POINTER(_Shape)] + [ctypes.c_void_p] * 11
+    function.restype = ctypes.c_int
+    _LOG.debug("golden device: dense jobs are computed by %s", library)
+    return found
+
+
+_TABLE = np.ascontiguousarray(np.array(exp_table(), np.int64).T)
+
+
+def attend(jobs: DenseJobs) -> DenseResults:
+    """See `together.attend`.
+
+    Raises:
+        CompilerError: see `load`.
+        MemoryError: there is no memory.
+    """
+    function = load().kvattic_dense
+    number, rows, head_dim = jobs.query.shape
+    config = jobs.config
+    shape = _Shape(
+        number, rows, head_dim, config.element is Element.BF16, jobs.keys.shape[1], jobs.tokens, config.tokens_per_page,
+        config.tokens_per_codeword, config.codeword_bytes, jobs.base_token, jobs.base_token + jobs.tokens,
+        jobs.tree_token, jobs.scale_bits, *_FORMATS)
+    results = DenseResults(np.empty((number, rows, head_dim), np.uint32), np.empty((number, rows), np.int64),
+                           np.empty((number, rows), np.int64), np.empty(number, np.bool_))
+    arrays = (jobs.keys, jobs.values, jobs.query, jobs.start, jobs.end, jobs.tree, _TABLE, *results)
+    if not function(ctypes.byref(shape), *(array.__array_interface__["data"][0] for array in arrays)):
+        raise MemoryError("the golden device's kernel got no memory")
+    return results
+
+
+def find_kernel(name: str | None) -> Callable[[DenseJobs], DenseResults] | None:
+    """What computes dense jobs.
+
+    Args:
+        name: one of `KERNELS`; None: the environment variable KVATTIC_KERNEL says, or else `auto`.
+
+    Returns:
+        None: nothing but `dense.attend`, each job alone.
+
+    Raises:
+        RequestError: there is no such kernel; or it is `c` and cannot be compiled.
+    """
+    name = os.environ.get("KVATTIC_KERNEL", "auto") if name is None else name
+    if name not in KERNELS:
+        raise RequestError(f"the golden device's kernel must be one of {', '.join(KERNELS)}, not {name!r} "
+                           "(the option kernel, or the environment variable KVATTIC_KERNEL)")
+    if name == "none":
+        return None
+    if name != "numpy":
+        try:
+            load()
+        except CompilerError as error:
+            if name == "c":
+                raise RequestError(f"kernel='c': {error}") from error
+            _LOG.info("golden device: NumPy computes dense jobs, for %s", error)
+        else:
+            return attend
+    return None
