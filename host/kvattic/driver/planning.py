@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple, TypeAlias, TypedDict
 
 import numpy as np
@@ -138,6 +138,9 @@ def make_masks(length: int, n_queries: int, causal: bool = False, window: int | 
     if causal and n_queries > length:
         raise RequestError(f"causal: the {n_queries} queries are the last tokens of the sequence, but the layer has "
                            f"only {length}")
+    if tree is None and window is None and start is None and end is None:
+        stop = length - n_queries + 1 + np.arange(n_queries) if causal else np.full(n_queries, length)
+        return Masks(np.zeros(n_queries, np.int64), stop, np.zeros(n_queries, np.int64), length)
     first = _bounds("start", start, length, np.zeros(n_queries, np.int64))
     last = _bounds("end", end, length, np.full(n_queries, length))
     if causal:
@@ -286,7 +289,8 @@ class Planner:
         if array.shape[0] % kv_heads:
             raise RequestError(f"q_heads must be a multiple of the sequence's {kv_heads} KV heads, not "
                                f"{array.shape[0]}")
-        return layout.storage_bits(array, self._config.element, "query").copy()
+        bits = layout.storage_bits(array, self._config.element, "query")
+        return bits.copy() if np.may_share_memory(bits, array) else bits
 
     def chunks(self, selection: Selection | None, group: int, rows: int) -> list[slice]:
         """The rows of each job: of as many queries as fit, but of one query where it selects for itself.
@@ -368,20 +372,22 @@ class Planner:
 
     def _head_jobs(self, layer: int, query: Bits, scale_bits: int, masks: Masks, base: int, stop: int) -> list[Job]:
         """A dense job for each head over tokens base to stop; `query` is (kv_heads, rows, head_dim)."""
-        heads, rows, _ = query.shape
+        heads, rows, dim = query.shape
         first = self._job(layer, 0, query[0], scale_bits, masks, base, stop)
-        per_row = (first.start, first.end, first.tree)
-        for column in per_row:
+        start, end, tree = first.start, first.end, first.tree
+        columns = [np.broadcast_to(column, (heads, rows)).reshape(-1) for column in (start, end, tree)]
+        data = pack_queries(Queries(query.reshape(heads * rows, dim), *columns))
+        for column in (start, end, tree):
             column.setflags(write=False)    # the jobs share them
-        data = pack_queries(Queries(query.reshape(heads * rows, -1), *(np.tile(column, heads) for column in per_row)))
         size = len(data) // heads
-        table = self._layers[layer].table
-        stripes = slice(base // self._shape.stripe_tokens, -(-stop // self._shape.stripe_tokens))
-        return [replace(first, query=query[head], table=table[head, stripes], label=self._label(layer, head, base, stop),
-                        packed=PackedQueries(query[head], *per_row, data[head * size : (head + 1) * size]))
-                for head in range(heads)]
+        table = self._layers[layer].table[:, base // self._shape.stripe_tokens : -(-stop // self._shape.stripe_tokens)]
+        return [Job(query=own, start=start, end=end, tree=tree, table=table[head], stripe_pages=first.stripe_pages,
+                    base_token=base, end_token=stop, tree_token=first.tree_token, scale_bits=scale_bits,
+                    domain=first.domain, label=self._label(layer, head, base, stop),
+                    packed=PackedQueries(own, start, end, tree, data[head * size : (head + 1) * size]))
+                for head, own in enumerate(query)]
 
-    @property
+    @cached_property
     def _most_tokens(self) -> int:
         """Tokens that a job can have: the score buffers of all lanes together hold that many."""
         config = self._config
@@ -391,9 +397,11 @@ class Planner:
     def _range(self, masks: Masks, length: int) -> tuple[int, int]:
         """Tokens from the first stripe on to the last one that any row attends; all `length` if there is none."""
         busy = masks.end > masks.start
-        if not busy.any():
-            return 0, length
-        first, last = int(masks.start[busy].min()), int(masks.end[busy].max())
+        if not busy.all():
+            if not busy.any():
+                return 0, length
+            masks = Masks(masks.start[busy], masks.end[busy], masks.tree[busy], masks.tree_token)
+        first, last = int(masks.start.min()), int(masks.end.max())
         return first - first % self._shape.stripe_tokens, last
 
     def dense_jobs(self, layer: int, head: int, query: Bits, scale_bits: int, masks: Masks) -> Iterator[Job]:
@@ -416,8 +424,8 @@ class Planner:
         return Job(
             query=query,
             # A row that attends nothing in this range has the empty window at its beginning.
-            start=np.clip(masks.start, base, stop),
-            end=np.clip(masks.end, base, stop),
+            start=np.minimum(np.maximum(masks.start, base), stop),
+            end=np.minimum(np.maximum(masks.end, base), stop),
             tree=masks.tree >> min(max(base - masks.tree_token, 0), TREE_BITS),
             table=self._layers[layer].table[head, base // size : -(-stop // size)],
             stripe_pages=shape.pages,
