@@ -19,8 +19,8 @@ from kvattic.driver.writer import Layer
 from kvattic.errors import RequestError
 from kvattic.spec import layout
 from kvattic.spec.blocks import Masks, Queries, pack_queries
-from kvattic.spec.commands import TREE_BITS, Kind, Mode, fp32_bits, is_positive_normal
-from kvattic.spec.config import Config
+from kvattic.spec.commands import ROW, TREE_BITS, Kind, Mode, fp32_bits, is_positive_normal
+from kvattic.spec.config import ELEMENT_BYTES, Config
 from kvattic.spec.elements import Bits, Integers, as_array
 
 __all__ = ["AttendKeywords", "AttendOptions", "Planner", "Selection", "make_masks", "select"]
@@ -91,6 +91,9 @@ class AttendOptions:
         mode = as_member("mode", self.mode, Mode)
         object.__setattr__(self, "mode", mode)
         sparse = mode is not Mode.DENSE
+        if not sparse and self.features is None and self.top_units is None and self.local_tokens == 0 and (
+                not self.sinks and self.unit_tokens is None):
+            return
         for name, given, used in (
                 ("features", self.features is not None, mode.blended),
                 ("top_units", self.top_units is not None, sparse), ("local_tokens", self.local_tokens != 0, sparse),
@@ -263,6 +266,49 @@ def unit_tokens(mode: Mode, asked: int | None, centroids: int | None, config: Co
 # Jobs.
 
 
+class _Piece(NamedTuple):
+    """What the heads' dense jobs of some rows over a range of tokens share.
+
+    Members:
+        rows: which ones.
+        job: one of them, without query and table.
+        stripes: of the table.
+        label: the end of theirs.
+        block: uint16, (kv_heads, rows, elements), their query blocks without q.
+    """
+
+    rows: slice
+    job: Job
+    stripes: slice
+    label: str
+    block: Bits
+
+    def pack(self, query: Bits) -> bytes:
+        """The query blocks, head after head, of uint16, (kv_heads, rows, head_dim)."""
+        block = self.block.copy()
+        first = ROW.size // ELEMENT_BYTES
+        block[:, :, first : first + query.shape[2]] = query
+        return block.tobytes()
+
+
+class _Shared(NamedTuple):
+    """What the dense jobs of a call share with those of the next one, in another layer.
+
+    Members:
+        masks: of the rows.
+        scale_bits: see `Job`.
+        chunks: rows of each job.
+        counts: pieces of each chunk.
+        pieces: of all of them, in order.
+    """
+
+    masks: Masks
+    scale_bits: int
+    chunks: list[slice]
+    counts: list[int]
+    pieces: list[_Piece]
+
+
 class Planner:
     """Makes the jobs of a sequence.
 
@@ -275,6 +321,25 @@ class Planner:
         self._shape = shape
         self._layers = layers
         self._config = shape.config
+        self._rows: tuple[Masks, int, Masks] | None = None
+        self._shared: _Shared | None = None
+        self._masks: tuple[tuple[int, int, bool, int | None], Masks] | None = None
+
+    def _of_rows(self, masks: Masks, group: int) -> Masks:
+        """`Masks.of_rows`, once for all layers that are asked with the same masks."""
+        if self._rows is None or self._rows[0] is not masks or self._rows[1] != group:
+            self._rows = masks, group, masks.of_rows(group)
+        return self._rows[2]
+
+    def masks(self, options: AttendOptions, length: int, n_queries: int) -> Masks:
+        """`AttendOptions.masks`; the same object as before if they are those of the call before."""
+        simple = options.tree is None and options.start is None and options.end is None
+        key = (length, n_queries, options.causal, options.window)
+        if simple and self._masks is not None and self._masks[0] == key:
+            return self._masks[1]
+        found = options.masks(length, n_queries)
+        self._masks = (key, found) if simple else None
+        return found
 
     def check_query(self, query: ArrayLike) -> Bits:
         """The query as bit patterns, (q_heads, n_queries, head_dim); a copy, for jobs may be read much later.
@@ -329,9 +394,10 @@ class Planner:
         group = q_heads // kv_heads
         # Rows by query, then by head of the group: so the windows of a job's rows lie close together and less is read.
         rows = query.reshape(kv_heads, group, n_queries, dim).swapaxes(1, 2).reshape(kv_heads, -1, dim)
-        chunks, of_rows = self.chunks(selection, group, rows.shape[1]), masks.of_rows(group)
+        of_rows = self._of_rows(masks, group)
         if selection is None:
-            return self._dense_parts(layer, rows, chunks, of_rows, scale_bits)
+            return self._dense_parts(layer, rows, of_rows, scale_bits)
+        chunks = self.chunks(selection, group, rows.shape[1])
         jobs: list[Job] = []
         parts: list[Part] = []
         for head in range(kv_heads):
@@ -342,50 +408,54 @@ class Planner:
                                              held_tokens, mean))
         return jobs, parts
 
-    def _dense_parts(self, layer: int, rows: Bits, chunks: list[slice], masks: Masks,
-                     scale_bits: int) -> tuple[list[Job], list[Part]]:
-        """Dense jobs of all heads: what does not depend on the head is made once.
+    def _dense_parts(self, layer: int, rows: Bits, masks: Masks, scale_bits: int) -> tuple[list[Job], list[Part]]:
+        """Dense jobs of all heads.
 
         Args:
             layer: which layer.
             rows: uint16, (kv_heads, rows, head_dim).
-            chunks: rows of each job.
             masks: of the rows of any head.
             scale_bits: see `Job`.
         """
-        heads = range(len(rows))
-        # By head: the jobs of each chunk.
-        by_head: list[list[list[Job]]] = [[] for _ in heads]
-        for chunk in chunks:
-            query, part = rows[:, chunk], masks.cut(chunk)
-            for jobs in by_head:
-                jobs.append([])
-            for base, stop in self._dense_ranges(part):
-                for head, job in zip(heads, self._head_jobs(layer, query, scale_bits, part, base, stop), strict=True):
-                    by_head[head][-1].append(job)
+        shared = self._shared
+        if shared is None or shared.masks is not masks or shared.scale_bits != scale_bits:
+            chunks = self.chunks(None, 1, rows.shape[1])
+            pieces = [self._piece(chunk, masks.cut(chunk), base, stop, scale_bits)
+                      for chunk in chunks for base, stop in self._dense_ranges(masks.cut(chunk))]
+            counts = [sum(piece.rows is chunk for piece in pieces) for chunk in chunks]
+            self._shared = shared = _Shared(masks, scale_bits, chunks, counts, pieces)
+        packed = [piece.pack(rows[:, piece.rows]) for piece in shared.pieces]
+        table = self._layers[layer].table
+        prefix = f"sequence {self._shape.number}, layer {layer}, KV head "
         jobs, parts = list[Job](), list[Part]()
-        for head in heads:
-            for chunk, found in zip(chunks, by_head[head], strict=True):
-                parts.append(Part(head, chunk, range(len(jobs), len(jobs) + len(found))))
-                jobs += found
+        for head, own in enumerate(rows):
+            before = len(jobs)
+            for piece, blocks in zip(shared.pieces, packed, strict=True):
+                first, query = piece.job, own[piece.rows]
+                size = len(blocks) // len(rows)
+                jobs.append(Job(
+                    query=query, start=first.start, end=first.end, tree=first.tree, table=table[head, piece.stripes],
+                    stripe_pages=first.stripe_pages, base_token=first.base_token, end_token=first.end_token,
+                    tree_token=first.tree_token, scale_bits=scale_bits, domain=first.domain,
+                    label=f"{prefix}{head}, {piece.label}",
+                    packed=PackedQueries(query, first.start, first.end, first.tree,
+                                         blocks[head * size : (head + 1) * size])))
+            for chunk, count in zip(shared.chunks, shared.counts, strict=True):
+                parts.append(Part(head, chunk, range(before, before + count)))
+                before += count
         return jobs, parts
 
-    def _head_jobs(self, layer: int, query: Bits, scale_bits: int, masks: Masks, base: int, stop: int) -> list[Job]:
-        """A dense job for each head over tokens base to stop; `query` is (kv_heads, rows, head_dim)."""
-        heads, rows, dim = query.shape
-        first = self._job(layer, 0, query[0], scale_bits, masks, base, stop)
-        start, end, tree = first.start, first.end, first.tree
-        columns = [np.broadcast_to(column, (heads, rows)).reshape(-1) for column in (start, end, tree)]
-        data = pack_queries(Queries(query.reshape(heads * rows, dim), *columns))
-        for column in (start, end, tree):
-            column.setflags(write=False)    # the jobs share them
-        size = len(data) // heads
-        table = self._layers[layer].table[:, base // self._shape.stripe_tokens : -(-stop // self._shape.stripe_tokens)]
-        return [Job(query=own, start=start, end=end, tree=tree, table=table[head], stripe_pages=first.stripe_pages,
-                    base_token=base, end_token=stop, tree_token=first.tree_token, scale_bits=scale_bits,
-                    domain=first.domain, label=self._label(layer, head, base, stop),
-                    packed=PackedQueries(own, start, end, tree, data[head * size : (head + 1) * size]))
-                for head, own in enumerate(query)]
+    def _piece(self, rows: slice, masks: Masks, base: int, stop: int, scale_bits: int) -> "_Piece":
+        """What the heads' jobs of some rows over tokens base to stop share."""
+        heads, count, dim = self._shape.kv_heads, len(masks.start), self._config.head_dim
+        job = self._job(0, 0, np.zeros((count, dim), np.uint16), scale_bits, masks, base, stop)
+        for column in (job.start, job.end, job.tree):
+            column.setflags(write=False)
+        zeros = Queries(np.zeros((heads * count, dim), np.uint16),
+                        *(np.tile(column, heads) for column in (job.start, job.end, job.tree)))
+        size = self._shape.stripe_tokens
+        return _Piece(rows, job, slice(base // size, -(-stop // size)), f"tokens {base} to {stop - 1}",
+                      np.frombuffer(pack_queries(zeros), "<u2").reshape(heads, count, -1))
 
     @cached_property
     def _most_tokens(self) -> int:

@@ -146,6 +146,13 @@ class TokenWriter:
         state = self.layers[layer]
         append = Append(layer, tokens, ahead)
         before = state.appends[-1] if state.appends else None
+        if self._is_plain(state, layer, tokens.shape[2]):
+            done: Future[None] = Future(self._media.dispatcher)
+            for _ in self._write_tail(layer, tokens):
+                raise AssertionError("tokens behind the first ones of a stripe wait for nothing")
+            self._count(layer, tokens[:, Kind.VALUE])
+            done.set_result(None)
+            return done
         if before is None and state.length == 0:
             state.first_tokens = tokens.shape[2]
         state.appends.append(append)
@@ -153,6 +160,13 @@ class TokenWriter:
         self._background = [future for future in self._background if not future.finished or future.error is not None]
         self._background.append(task)
         return task
+
+    def _is_plain(self, state: Layer, layer: int, count: int) -> bool:
+        """Whether an append neither begins nor ends a stripe and nothing is under way: it is written at once."""
+        inside = state.length % self.shape.stripe_tokens
+        last = state.length + count - self.held_tokens      # of what is moved to flash
+        return (not state.appends and state.sums is None and 0 < inside and inside + count < self.shape.stripe_tokens
+                and not self.unflushed(layer, min(state.length, last)))
 
     def _write(self, append: Append, before: Append | None) -> Steps[None]:
         """Put tokens into DRAM, and move the stripes that they fill to flash."""

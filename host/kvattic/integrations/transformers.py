@@ -36,7 +36,7 @@ from kvattic.errors import ConfigError, KvatticError, RangeError, RequestError
 from kvattic.integrations.report import Meter, Report
 from kvattic.spec.commands import Mode
 from kvattic.spec.config import ELEMENT_BYTES, HEAD_DIMS, MAX_ROWS, PAPER, Config, preset
-from kvattic.spec.elements import Integers, from_bits, to_bits
+from kvattic.spec.elements import Integers, from_bits, special, to_bits
 from kvattic.spec.formats import Element
 from kvattic.spec.layout import unit_bits
 from kvattic.support.closing import Closing
@@ -157,9 +157,21 @@ def round_to_storage(values: torch.Tensor, element: Element) -> torch.Tensor:
     return values.to(_STORAGE[element]).to(values.dtype)
 
 
-def _array(values: torch.Tensor, dim: int) -> NDArray[np.float32]:
-    """(heads, tokens, dim) for the drive, whose head_dim may be larger: the rest is zero."""
-    array: NDArray[np.float32] = values.detach().to("cpu", torch.float32).numpy()
+def _array(values: torch.Tensor, dim: int, element: Element) -> NDArray[Any]:
+    """(heads, tokens, dim) for the drive, whose head_dim may be larger: the rest is zero.
+
+    Args:
+        values: rounded to storage.
+        dim: the drive's head_dim.
+        element: its storage format.
+
+    Returns:
+        Bit patterns; float32 if any number is not finite, so that whoever takes it says which one.
+    """
+    values = values.detach().to("cpu")
+    array: NDArray[Any] = values.to(_STORAGE[element]).view(torch.int16).numpy().view(np.uint16)
+    if special(array, element).any():
+        array = values.to(torch.float32).numpy()
     missing = dim - array.shape[-1]
     return np.pad(array, ((0, 0), (0, 0), (0, missing))) if missing else array
 
@@ -350,7 +362,7 @@ class DriveLayer(CacheLayerMixin):
             cache.write_next(self)
         for row, sequence in enumerate(cache.sequences):
             if len(new := rows.new[row]):
-                keys, values = (_array(states[row], config.head_dim)[:, new] for states in (key, value))
+                keys, values = (_array(states[row], config.head_dim, config.element)[:, new] for states in (key, value))
                 self._writes.append(sequence.append_async(keys, values, layer=self.number))
         self._kept, self._given = rows.kept, None
         query = round_to_storage(query, config.element)
@@ -368,7 +380,7 @@ class DriveLayer(CacheLayerMixin):
             self.wait()
         busy = [row for row, new in enumerate(rows.new) if len(new)]
         plans: list[Any] = [
-            cache.plan_row(cache.sequences[row], self.number, _array(query[row], config.head_dim)[:, rows.new[row]],
+            cache.plan_row(cache.sequences[row], self.number, _array(query[row], config.head_dim, config.element)[:, rows.new[row]],
                         rows.start[row], rows.end[row],
                         query.shape[-1]**-0.5 if scaling is None else float(scaling)) for row in busy]
         width = value.shape[-1]
