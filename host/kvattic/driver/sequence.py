@@ -603,7 +603,7 @@ class Sequence(Closing):
                 raise RequestError(f"layer {layer} has no tokens: prefill it before attending")
             q_heads, n_queries, dim = bits.shape
             group = q_heads // self.kv_heads
-            scale_bits, masks = options.scale_bits(dim), options.masks(length, n_queries)
+            scale_bits, masks = options.scale_bits(dim), planner.masks(options, length, n_queries)
             selection, means = select(options, self._shape), None
             if selection is not None:
                 planner.check_selection(selection, masks, group, length, held)

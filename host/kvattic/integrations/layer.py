@@ -227,7 +227,7 @@ class DriveLayer(CacheLayerMixin):
             cache.write_next(self)
         for row, sequence in enumerate(cache.sequences):
             if len(new := rows.new[row]):
-                keys, values = (to_drive(states[row], cache.device.config.head_dim)[:, new] for states in (key, value))
+                keys, values = (to_drive(states[row], config.head_dim, config.element)[:, new] for states in (key, value))
                 self._writes.append(sequence.append_async(keys, values, layer=self.slot))
         self._kept, self._given, self._attended = rows.kept, None, ref(key)
 
@@ -249,7 +249,7 @@ class DriveLayer(CacheLayerMixin):
         scale = query.shape[-1]**-0.5 if call.scaling is None else float(call.scaling)
         plans: list[Any] = [
             cache.plan_row(cache.sequences[row], self.slot,
-                           to_drive(query[row], cache.device.config.head_dim)[:, rows.new[row]],
+                           to_drive(query[row], config.head_dim, config.element)[:, rows.new[row]],
                            rows.start[row], rows.end[row], scale) for row in busy]
         output = np.zeros((len(query), query.shape[2], query.shape[1], width), np.float32)
         results = self._run(plans, busy)
