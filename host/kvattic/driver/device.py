@@ -15,6 +15,7 @@ from pathlib import Path
 from threading import RLock
 from typing import Any, NamedTuple
 
+from numpy.typing import NDArray
 
 from kvattic.driver import futures
 from kvattic.driver.accounts import Tally, job_account
