@@ -120,6 +120,7 @@ BARS: dict[str, Bar | None] = {
     "host.generate.match": Bar(">=", (1.0,)),
     "host.multi.scaling": Bar(">=", (3.8,)),
     "serve.fork.bytes_ratio": Bar("<=", (0.12,)),
+    "serve.restore.match": Bar(">=", (1.0,)),
     **{f"accuracy.rel_rms.{name}": Bar("<=", (5e-7, f"accuracy.float32.{name}")) for name in DATA_SETS},
     **{f"accuracy.{kind}.{name}": None for kind in ("float32", "fp16") for name in DATA_SETS},
     "accuracy.large_scores": Bar("<=", (5e-7, "accuracy.large_scores.float32")),
