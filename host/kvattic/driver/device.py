@@ -15,7 +15,6 @@ from pathlib import Path
 from threading import RLock
 from typing import Any, NamedTuple
 
-import numpy as np
 from numpy.typing import NDArray
 
 from kvattic.driver import futures
@@ -799,23 +798,29 @@ class Device(Closing):
         except OverflowError:
             raise RequestError(f"a number of job {index} does not fit its field of the command: {job}") from None
         check_blocks(job)
-        result, tables = job.rows * result_row_bytes(dim), list[NDArray[np.uint64]]()
+        rows = job.rows
+        result, future, table = rows * result_row_bytes(dim), _future(self.dispatcher), job.table
 
         def fill(line: bytearray, address: int) -> bytes:
-            tables.append(job.table.copy())
+            nonlocal table
+            table = job.table.copy()
             return fill_command(job, dim, line, address)
 
+        # The command is not named in here: it would hold itself, and wait for the garbage collector.
         def finish(completion: Completion, data: bytes) -> JobResult:
             account = None
-            if (passage := made.future.passage) is not None and completion.status is Status.OK:
-                account = job_account(self.config, job, passage, tables[-1], size)
-                self._tally.count_jobs([account])
+            if (passage := future.passage) is not None and completion.status is Status.OK:
+                account = job_account(self.config, job, passage, table, size)
+                self._tally.count_jobs((account,))
             if check and completion.status is not Status.OK:
                 raise job_failure(index, total, job, completion, self.media)
-            return JobResult(data or bytes(result), job.rows, dim, completion, account)
+            return JobResult(data or bytes(result), rows, dim, completion, account)
 
-        made = self.dispatcher.command(ATTEND, line, finish, size, fill, (size - result, result))
-        return made
+        return Command(ATTEND, bytearray(line), finish, future, size, fill, (size - result, result))
+
+
+def _future(dispatcher: Dispatcher) -> Future[JobResult]:
+    return Future(dispatcher)
 
 
 def _version(version: int) -> str:

@@ -150,6 +150,13 @@ class TokenWriter:
         state = self.layers[layer]
         append = Append(layer, tokens, ahead)
         before = state.appends[-1] if state.appends else None
+        if self._is_plain(state, layer, tokens.shape[2]):
+            done: Future[None] = Future(self._media.dispatcher)
+            for _ in self._write_tail(layer, tokens):
+                raise AssertionError("tokens behind the first ones of a stripe wait for nothing")
+            self._count(layer, tokens[:, Kind.VALUE])
+            done.set_result(None)
+            return done
         if before is None and state.length == 0:
             state.first_tokens = tokens.shape[2]
         state.appends.append(append)
@@ -157,6 +164,13 @@ class TokenWriter:
         self._background = [future for future in self._background if not future.finished or future.error is not None]
         self._background.append(task)
         return task
+
+    def _is_plain(self, state: Layer, layer: int, count: int) -> bool:
+        """Whether an append neither begins nor ends a stripe and nothing is under way: it is written at once."""
+        inside = state.length % self.shape.stripe_tokens
+        last = state.length + count - self.held_tokens      # of what is moved to flash
+        return (not state.appends and state.sums is None and 0 < inside and inside + count < self.shape.stripe_tokens
+                and not self.unflushed(layer, min(state.length, last)))
 
     def _write(self, append: Append, before: Append | None) -> Steps[None]:
         """Put tokens into DRAM, and move the stripes that they fill to flash."""
@@ -325,6 +339,13 @@ class TokenWriter:
         base = state.staged[stripe] * config.page_bytes
         first = layout.token_offset(inside, config)
         last = layout.token_offset(inside + tokens.shape[2] - 1, config) + config.token_bytes
+        if tokens.shape[2] == 1 or config.tokens_per_codeword * config.token_bytes == config.codeword_bytes:
+            # No gap is between them: they lie in DRAM as they are.
+            data, each = tokens.astype("<u2", copy=False).tobytes(), tokens.shape[2] * config.token_bytes
+            self._tally(layer, end).add_written(len(data))
+            for number, at in enumerate(range(0, len(data), each)):
+                self._media.write_dram(base + number * size + first, data[at : at + each])
+            return
         # Packed from the beginning of a codeword on; what is before the first token is cut off.
         lead = inside % config.tokens_per_codeword
         padded = np.zeros((lead + tokens.shape[2], config.head_dim), np.uint16)

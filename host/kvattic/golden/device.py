@@ -394,7 +394,11 @@ class GoldenDevice:
     def _complete_done(self, queue: Queue, run: Run, members: range) -> None:
         """The same of some that are all done."""
         identifiers = run.identifiers[members.start : members.stop]
-        self.memory.scatter(*queue.post_many(identifiers))
+        pieces = queue.completions(len(members))
+        entries = queue.post_many(identifiers)
+        for begin, end in pieces:
+            self.memory.dma_write(begin, entries[: end - begin])
+            entries = entries[end - begin :]
         self._registers.count("FETCHED", len(members))
         self._registers.count("COMPLETED", len(members))
         for identifier, done in zip(identifiers, run.done[members.start : members.stop], strict=True):

@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from kvattic.array import ArrayPlan, ArraySequence, DriveArray
 from kvattic.driver.checks import as_member, check_positive
@@ -18,14 +17,16 @@ from kvattic.driver.device import Device
 from kvattic.driver.results import AttendPlan
 from kvattic.driver.sequence import Sequence
 from kvattic.errors import KvatticError, RequestError
-from kvattic.integrations.configuration import heads_of, longest_window
+from kvattic.integrations.configuration import check_model, heads_of, latent_width, longest_window, most_positions
 from kvattic.integrations.layer import DriveLayer
+from kvattic.integrations.layers import make_layers
 from kvattic.integrations.masks import Flags, Rows, read_mask
 from kvattic.integrations.options import check_mode, check_options, count_sinks
 from kvattic.integrations.report import Meter, Report
 from kvattic.spec import layout
 from kvattic.spec.commands import Mode
 from kvattic.spec.elements import Integers
+from kvattic.spec.formats import Element
 from kvattic.support.closing import Closing
 from kvattic.support.renamed import old_selection_keywords
 from kvattic.timing.cost import Cost
@@ -45,9 +46,6 @@ _KIND = "DriveCache"
 """What a manifest of a cache says that it is of."""
 
 E = TypeVar("E", bound=BaseException)
-
-_CAN_SET_ATTENTION = "_can_set_attn_implementation"
-"""What transformers has no public name for: whether a model's attention can be exchanged."""
 
 
 class DriveCache(Closing, Cache):
@@ -69,19 +67,21 @@ class DriveCache(Closing, Cache):
         sinks: sparse modes: the first stored tokens of each row (padding is not stored), which are always attended
             and count among `top_units`.  If None, 16, or as many as `top_units` and `local_tokens` leave room for.
         unit_tokens: of the mode centroid, too; a codeword's tokens if None.
+        cross: it holds K and V of an encoder's tokens, which come once (`DriveEncoderDecoderCache`).
         options: of the sequences, see `create_sequence` of `Device` and `DriveArray`: isolated, split.
 
     Attributes:
         device: the drive.
         capacity_tokens: tokens that each row can hold.
         sequences: one for each row of the batch; none before the first tokens.
+        drive_layers: the layers with attention, whose K and V are in the drive.
         mode: what a decode step attends.
         meter: sums of what the steps cost, for `report`.
         note: what was saved beside a cache that was loaded.
 
     Raises:
         TypeError: there is no such option.
-        RequestError: a wrong mode or number, or K and V do not fit the drive.
+        RequestError: a wrong mode or number, K and V do not fit the drive, or the model needs what the drive lacks.
         ConfigError: a sparse mode, and the drive is without sparse attention.
     """
 
@@ -89,16 +89,22 @@ class DriveCache(Closing, Cache):
     def __init__(self, device: Device | DriveArray, config: Any, *, capacity_tokens: int | None = None,
                  held_tokens: int | None = None, mode: Mode | str = Mode.DENSE, features: int | None = None,
                  top_units: int | None = None, local_tokens: int = 0, sinks: int | None = None,
-                 unit_tokens: int | None = None, **options: Any) -> None:
+                 unit_tokens: int | None = None, cross: bool = False, **options: Any) -> None:
         text = config.get_text_config(decoder=True)
+        check_model(config, cross=cross)
         several = isinstance(device, DriveArray)
         check_options(options, several)
         found = as_member("mode", mode, Mode)
+        if cross and found is not Mode.DENSE:
+            raise RequestError(f"mode {found.name.lower()}: an encoder's tokens are attended densely, mode='dense'")
         unit_tokens = check_mode(device.config, found, features, top_units, local_tokens, sinks, unit_tokens)
         if found is not Mode.DENSE and options.get("split") == "context":
             raise RequestError(f"mode {found.name.lower()} chooses from all tokens, which no drive has if sequences "
                                "are split by context: take split='heads', or mode='dense'")
-        capacity = int(text.max_position_embeddings) if capacity_tokens is None else capacity_tokens
+        if capacity_tokens is None:
+            # An encoder's tokens say themselves how many they are.
+            capacity_tokens = 1 if cross else most_positions(text)
+        capacity = capacity_tokens
         check_positive("capacity_tokens", capacity)
         held = (0 if several else HELD_TOKENS) if held_tokens is None else held_tokens
         if isinstance(held, bool) or not isinstance(held, int) or held < 0:
@@ -112,7 +118,10 @@ class DriveCache(Closing, Cache):
         if dim > device.config.head_dim:
             raise RequestError(f"the model's head_dim is {dim}, the drive's {device.config.head_dim}; it must be as "
                                "large or larger: open it with config_for(model)")
-        super().__init__(layers=[DriveLayer(self, number) for number in range(int(text.num_hidden_layers))])
+        layers = make_layers(self, text, cross=cross)
+        super().__init__(layers=layers)
+        self.layers: list[Any] = layers
+        self.drive_layers = [layer for layer in layers if isinstance(layer, DriveLayer)]
         self.device = device
         self.capacity_tokens = capacity
         self.sequences: list[Sequence | ArraySequence] = []
@@ -122,6 +131,7 @@ class DriveCache(Closing, Cache):
         self._held_tokens, self._sinks = held, kept_sinks
         self._text = text
         self.note: Any = None
+        self._cross = cross
         self._failed = ""   # an error, from which its layers hold different tokens
         self.meter = Meter(device.config, dense=found is Mode.DENSE)
         self._options = options
@@ -135,10 +145,17 @@ class DriveCache(Closing, Cache):
     def _end_block(self) -> None:
         self.reset()
 
-    def start(self, rows: int, kv_heads: int) -> None:
-        """Sequences for a batch, when its first layer comes."""
+    def start(self, rows: int, kv_heads: int, tokens: int = 0) -> None:
+        """Sequences for a batch, when its first layer comes.
+
+        Args:
+            rows: of the batch.
+            kv_heads: of a layer.
+            tokens: of an encoder, of which there will be no more.
+        """
         if self.sequences:
             return
+        capacity = tokens if self._cross else self.capacity_tokens
         sparse, centroid = self.mode.blended, self.mode is Mode.CENTROID
         options = self._options
         if self.mode is not Mode.DENSE:
@@ -146,7 +163,7 @@ class DriveCache(Closing, Cache):
         try:
             for _ in range(rows):
                 self.sequences.append(self.device.create_sequence(
-                    kv_heads, capacity_tokens=self.capacity_tokens, layers=len(self.layers), sparse=sparse,
+                    kv_heads, capacity_tokens=capacity, layers=len(self.drive_layers), sparse=sparse,
                     centroids=self._unit_tokens if centroid else None, **options))
         except BaseException:
             self.reset()
@@ -167,10 +184,14 @@ class DriveCache(Closing, Cache):
         self._writing.clear()
         self._gone.clear()
         self._failed = ""
-        for layer in self.layers:
+        for layer in self.drive_layers:
             with suppress(KvatticError):    # K and V that could not be written are forgotten like the others
                 layer.wait()
             layer.reset()
+        # States of other layers have the batch's size: they begin anew.
+        others = make_layers(self, self._text, cross=self._cross)
+        self.layers = [layer if isinstance(layer, DriveLayer) else other
+                       for layer, other in zip(self.layers, others, strict=True)]
         for sequence in sequences:
             sequence.free()
 
@@ -189,7 +210,7 @@ class DriveCache(Closing, Cache):
         self.wait()
         parts = [sequence.statistics_by_part() for sequence in self.sequences]
         return self.meter.report([*parts, *self._gone], rows=len(parts), mode=self.mode.name.lower(),
-                                 layers=len(self.layers))
+                                 layers=len(self.drive_layers))
 
     # Copies of rows.
 
@@ -207,6 +228,7 @@ class DriveCache(Closing, Cache):
         made.__dict__.update(sequences=[], meter=Meter(self.device.config, dense=self.mode is Mode.DENSE), _gone=[],
                              _writing=deque(), _read={})
         made.layers = [layer.fork(made) if isinstance(layer, DriveLayer) else deepcopy(layer) for layer in self.layers]
+        made.drive_layers = [layer for layer in made.layers if isinstance(layer, DriveLayer)]
         try:
             for sequence in self.sequences:
                 made.sequences.append(sequence.fork())
@@ -231,10 +253,12 @@ class DriveCache(Closing, Cache):
         self._check_rows_whole()
         if isinstance(self.device, DriveArray):
             raise RequestError("what is on a single drive can be saved, not what is on several")
-        if not self.sequences or not all(isinstance(layer, DriveLayer) for layer in self.layers):
-            raise RequestError("there is nothing to save: this DriveCache holds no tokens, or not those of all layers")
+        if self._cross or any(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
+            raise RequestError("an encoder's tokens, and layers that are not in the drive, cannot be saved")
+        if not self.sequences:
+            raise RequestError("there is nothing to save: this DriveCache holds no tokens")
         rows = [sequence for sequence in self.sequences if isinstance(sequence, Sequence)]
-        kept = [flags.astype(int).tolist() for flags in self.layers[0].kept]
+        kept = [flags.astype(int).tolist() for flags in self.drive_layers[0].kept]
         self.device.save(path, rows, note={"kind": _KIND, "mode": self.mode.name.lower(), "kept": kept, "note": note})
 
     @classmethod
@@ -295,7 +319,7 @@ class DriveCache(Closing, Cache):
         for sequence in sequences:
             sequence.held_tokens = self._held_tokens
         self.sequences = list(sequences)
-        for layer in self.layers:
+        for layer in self.drive_layers:
             layer.resume(flags)
 
     def check_alike(self, sequence: Sequence) -> None:
@@ -304,9 +328,9 @@ class DriveCache(Closing, Cache):
         Raises:
             RequestError: says what differs.
         """
-        if not all(isinstance(layer, DriveLayer) for layer in self.layers):
+        if any(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
             raise RequestError("some layers of this model are not in the drive: their state would be missing")
-        mine = {"layers": len(self.layers), "kv_heads": heads_of(self._text)[2], "sparse": self.mode.blended,
+        mine = {"layers": len(self.drive_layers), "kv_heads": heads_of(self._text)[2], "sparse": self.mode.blended,
                 "centroids": self._unit_tokens if self.mode is Mode.CENTROID else None, "sinks": self._sinks}
         for name, wanted in mine.items():
             if (found := getattr(sequence, name)) != wanted:
@@ -350,7 +374,7 @@ class DriveCache(Closing, Cache):
                                f"not {wrong[0]}")
         if not rows:
             raise RequestError("a DriveCache must keep at least one row; reset() it to forget all")
-        kept = [layer.kept if isinstance(layer, DriveLayer) else [] for layer in self.layers]
+        kept = [layer.kept for layer in self.drive_layers]
         made: list[Sequence | ArraySequence] = []
         try:
             for row in sorted({*range(len(before))} - {*rows}):     # whose room the forks may need
@@ -363,39 +387,52 @@ class DriveCache(Closing, Cache):
             raise self.fail(error) from None
         self.sequences = made
         self.forget_masks()
-        for layer, flags in zip(self.layers, kept, strict=True):
-            if isinstance(layer, DriveLayer):
-                layer.resume([flags[row] for row in rows] if flags else [])
+        for layer, flags in zip(self.drive_layers, kept, strict=True):
+            layer.resume([flags[row] for row in rows] if flags else [])
+        for other in self.layers:
+            if isinstance(other, LinearAttentionLayer):     # hybrid ones are both
+                LinearAttentionLayer.reorder_cache(other, torch.tensor(rows))
 
     def _check_rows_whole(self) -> None:
         """Wait for what is being written, and refuse rows whose layers hold different tokens."""
         if self._failed:
             raise RequestError(f"an earlier step of this DriveCache failed ({self._failed}): reset() it first")
-        if any(isinstance(layer, DriveLayer) and layer.unattended for layer in self.layers):
+        if any(layer.unattended for layer in self.drive_layers):
             raise RequestError("a step of this DriveCache is not complete: its rows can be copied between two steps")
         self.wait()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last positions: those in device DRAM (`held_tokens`), or back to a multiple of a stripe's tokens.
+        """Forget the last positions.  Those in flash stay there until their zone is erased; see `Sequence.fork`.
 
         Args:
             tokens_to_remove: minus their number, as transformers want it.
 
         Raises:
-            RequestError: a positive number, or what is left would end inside of a stripe in flash.
+            RequestError: a positive number; several drives; or what is left would end inside of a stripe in flash of a
+                drive that stores bf16.
             CapacityError: flash or DRAM have no room for the row without its last tokens.
         """
-        first = self.layers[0] if self.layers else None
-        if tokens_to_remove < 0 and isinstance(first, DriveLayer):
+        if tokens_to_remove < 0 and not self.is_croppable:
+            number = next(number for number, layer in enumerate(self.layers) if not layer.is_croppable)
+            raise RequestError(f"layer {number} has the state of a linear layer, from which tokens cannot be removed")
+        if tokens_to_remove < 0 and not self._cross:
             self.wait()
-            for row, kept in enumerate(first.kept):
-                left, sequence = int(kept[: tokens_to_remove].sum()), self.sequences[row]
-                flushed = max(sequence.flushed(layer) for layer in range(len(self.layers)))
-                if isinstance(sequence, Sequence) and left < flushed and left % sequence.stripe_tokens == 0:
-                    self.sequences[row] = sequence.fork(left)
-                    self._gone.append(sequence.statistics_by_part())
-                    sequence.free()
+            self._cut_flash([int(kept[:tokens_to_remove].sum()) for kept in self.drive_layers[0].kept])
         super().crop(tokens_to_remove)
+
+    def _cut_flash(self, left: list[int]) -> None:
+        """Cut the rows that have too many tokens in flash down to `left`, if all of them can be."""
+        cut = {row: tokens for row, (tokens, sequence) in enumerate(zip(left, self.sequences, strict=True))
+               if tokens < max(sequence.flushed(layer) for layer in range(sequence.layers))}
+        rows = {row: self.sequences[row] for row in cut}
+        readable = self.device.config.element is Element.FP16
+        if not all(isinstance(sequence, Sequence) and (readable or cut[row] % sequence.stripe_tokens == 0)
+                   for row, sequence in rows.items()):
+            return      # the layers say why not
+        for row, sequence in rows.items():
+            self.sequences[row] = sequence.fork(cut[row])
+            self._gone.append(sequence.statistics_by_part())
+            sequence.free()
 
     def forget_masks(self) -> None:
         """Forget what masks of earlier steps say."""
@@ -407,24 +444,26 @@ class DriveCache(Closing, Cache):
         Raises:
             CapacityError, DeviceStatusError: see `Sequence.append`.
         """
-        for layer in self.layers:
+        for layer in self.drive_layers:
             layer.wait()
 
     def activate_past_recording(self) -> None:
-        """Do nothing before drafts are verified, because the newest tokens stay in device DRAM anyway.
+        """Prepare for drafts: the newest tokens stay in device DRAM anyway, other layers record what they forget.
 
         Raises:
             RequestError: several drives, from which rejected drafts cannot be removed.
         """
         if isinstance(self.device, DriveArray):
             raise RequestError("drafts can be removed from a single drive only, not from several")
+        for layer in self.layers:
+            if not isinstance(layer, DriveLayer) and hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
 
     def fail(self, error: E) -> E:
         """Note that a step failed, so that the layers hold different tokens from now on; returns the error."""
         self._failed = f"{type(error).__name__}: {error}"
-        for layer in self.layers:
-            if isinstance(layer, DriveLayer):
-                layer.drop()
+        for layer in self.drive_layers:
+            layer.drop()
         return error
 
     def check_step(self, layer: DriveLayer, count: int) -> None:
@@ -437,12 +476,12 @@ class DriveCache(Closing, Cache):
             raise RequestError("an earlier step of this DriveCache failed, and its layers hold different tokens now: "
                                "reset() it and begin again with the whole text, or use another one; the error was: "
                                f"{self._failed}")
-        for other in self.layers:
-            if isinstance(other, DriveLayer) and other.unattended:
+        for other in self.drive_layers:
+            if other.unattended:
                 raise RequestError(f"layer {other.number}: the K and V that this DriveCache returned last were not "
                                    f"attended by the backend {NAME!r}: {self._why_not()}; reset() the DriveCache "
                                    "afterwards")
-        before = self.layers[layer.number - 1] if layer.number else layer
+        before = self.drive_layers[layer.slot - 1] if layer.slot else layer
         length, wanted = layer.get_seq_length(), before.get_seq_length()
         if before is not layer and wanted and wanted != length + count:
             raise RequestError(f"layer {layer.number} holds {length} positions and gets {count} more, but layer "
@@ -452,14 +491,13 @@ class DriveCache(Closing, Cache):
     def _why_not(self) -> str:
         """Why K and V may not have come to the backend."""
         found = getattr(self._text, "_attn_implementation", NAME)
-        classes = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self._text), ())
-        kinds = classes if isinstance(classes, tuple) else (classes,)
-        if kinds and not any(getattr(kind, _CAN_SET_ATTENTION)() for kind in kinds):
-            return (f"{kinds[0].__name__} computes attention by itself, without transformers' attention interface, and "
-                    "is not supported")
         if found != NAME:
             return f"the model's attention is {found!r}, call model.set_attn_implementation({NAME!r})"
         return "the model computes attention by itself and is not supported, or a step was interrupted"
+
+    def latent_width(self, keys: torch.Tensor) -> int | None:
+        """Elements of the compressed vector that a model with latent attention stores as K; None: K are K."""
+        return latent_width(self._text, tuple(keys.shape))
 
     def write_next(self, layer: DriveLayer) -> None:
         """Make room for writing another layer's first tokens: each layer that is being written holds its memory."""

@@ -4,12 +4,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
-from kvattic.errors import ConfigError
+from kvattic.errors import ConfigError, RequestError
 from kvattic.spec.config import ELEMENT_BYTES, HEAD_DIMS, MAX_ROWS, PAPER, Config, preset
 from kvattic.spec.formats import Element
 
-__all__ = ["config_for", "heads_of", "longest_window"]
+__all__ = ["check_model", "config_for", "heads_of", "latent_width", "longest_window", "most_positions"]
 
 _WIDTHS = ("head_dim", "v_head_dim", "qk_head_dim", "swa_head_dim", "swa_v_head_dim", "global_head_dim")
 """Names that configurations have for what a head of K or V has of elements."""
@@ -64,6 +65,9 @@ def heads_of(config: Any) -> tuple[int, int, int]:
     """
     layers = getattr(config, "per_layer_config", None)  # of models whose layers differ
     each = [config] if layers is None else [layers[number] for number in range(config.num_hidden_layers)]
+    if any(getattr(one, "num_attention_heads", None) is None for one in each):
+        raise ConfigError(f"{type(config).__name__}: the configuration names no attention heads (num_attention_heads): "
+                          "the model has no attention, there is nothing for a drive")
     found = {(heads := int(one.num_attention_heads), int(getattr(one, "num_key_value_heads", None) or heads))
              for one in each}
     if len(found) > 1:
@@ -88,3 +92,76 @@ def longest_window(config: Any) -> int | None:
         return None
     sizes = [size for name in ("sliding_window", "attention_chunk_size") if (size := getattr(config, name, None))]
     return max(sizes, default=None)
+
+
+_CAN_SET_ATTENTION = "_can_set_attn_implementation"
+"""What transformers has no public name for: whether a model's attention can be exchanged."""
+
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "model_max_length",
+              "max_target_positions", "max_length")
+
+
+def most_positions(config: Any) -> int:
+    """The most tokens that a model is made for.
+
+    Raises:
+        RequestError: its configuration does not say.
+    """
+    for name in _POSITIONS:
+        if isinstance(found := getattr(config, name, None), int) and found > 0:
+            return found
+    raise RequestError(f"{type(config).__name__} does not say how many tokens the model is made for: give "
+                       "capacity_tokens")
+
+
+def latent_width(config: Any, keys: tuple[int, ...]) -> int | None:
+    """Elements of the compressed vector that a model with latent attention stores in place of K; None: K are K.
+
+    Args:
+        config: the model's.
+        keys: the shape of what it stores as K, (rows, heads, tokens, elements).
+    """
+    rank = getattr(config, "kv_lora_rank", None)
+    widths = (rank, getattr(config, "qk_rope_head_dim", None))
+    return int(rank) if rank and keys[1] == 1 and keys[-1] in widths else None
+
+
+def _classes(config: type) -> tuple[Any, ...]:
+    """The models that generate text with a kind of configuration."""
+    mappings = MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    found = [mapping.get(config, None) for mapping in mappings]
+    return tuple(kind for kinds in found if kinds is not None
+                 for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+
+
+def check_model(config: Any, *, cross: bool = False) -> None:
+    """Refuse a model whose configuration says that it needs what the drive lacks.
+
+    Args:
+        config: of the model or its decoder.
+        cross: whether only its cross-attention is to be in the drive.
+
+    Raises:
+        RequestError: it computes attention by itself, has a soft cap, ALiBi, or a position bias.
+    """
+    text = config.get_text_config(decoder=True)
+    name = type(text).__name__
+    if cap := getattr(text, "attn_logit_softcapping", None):
+        raise RequestError(f"{name}: the model caps its scores (attn_logit_softcapping {cap}), the drive has no soft "
+                           "cap")
+    kinds = _classes(type(config)) or _classes(type(text))
+    alibi = bool(getattr(text, "alibi", False)) or text.model_type in ("bloom", "mpt")
+    if kinds and not any(getattr(kind, _CAN_SET_ATTENTION)() for kind in kinds):
+        more = "; it adds ALiBi's bias to its scores, too, and the drive adds none" if alibi else ""
+        raise RequestError(f"{kinds[0].__name__} computes attention by itself, without transformers' attention "
+                           f"interface, and is not supported: nothing of it would come to the drive{more}")
+    if cross:
+        return
+    if text.model_type == "minimax":
+        raise RequestError(f"{name}: the model takes a cache of its own only, for the states of its linear layers")
+    if alibi:
+        raise RequestError(f"{name}: the model adds ALiBi's bias to its scores, the drive adds none")
+    if getattr(text, "relative_attention_num_buckets", None):
+        raise RequestError(f"{name}: the model adds a bias by position to its scores, the drive adds none; its "
+                           "cross-attention alone can be in the drive: DriveEncoderDecoderCache with "
+                           "self_attention=DynamicCache(config=...)")

@@ -10,9 +10,12 @@ from transformers.masking_utils import sdpa_mask
 from kvattic.errors import RequestError
 from kvattic.spec.elements import Integers
 
-__all__ = ["Flags", "Rows", "make_mask", "read_mask"]
+__all__ = ["Flags", "Rows", "attended_tokens", "make_mask", "read_mask", "whole_mask"]
 
 Flags = NDArray[np.bool_]
+
+MASKED = -1e4
+"""What is added to a score so that its weight is zero: this much, or less."""
 
 
 class Rows(NamedTuple):
@@ -50,7 +53,7 @@ def read_mask(mask: torch.Tensor | None, before: list[Flags], count: int) -> Row
     if mask.shape[1] != 1 or tuple(mask.shape[2:]) != (count, past + count) or mask.shape[0] not in (1, len(before)):
         raise RequestError(f"the attention mask must be of shape ({len(before)}, 1, {count}, {past + count}), the same "
                            f"for all heads, not {tuple(mask.shape)}")
-    flags = (mask if mask.dtype == torch.bool else mask == 0).detach().to("cpu")[:, 0]
+    flags = _flags(mask)
     rows = Rows([], [], [], [])
     for row, kept in enumerate(before):
         flag: Flags = flags[row if len(flags) > 1 else 0].numpy()
@@ -93,10 +96,54 @@ def _bounds(attended: Flags, kept: Flags, places: NDArray[np.intp],
     return start if start.any() else None, None if causal else end
 
 
+def _flags(mask: torch.Tensor) -> torch.Tensor:
+    """Which positions attend which: bool, (rows, positions, positions).
+
+    Raises:
+        RequestError: the mask adds something to the scores.
+    """
+    mask = mask.detach().to("cpu")[:, 0]
+    if mask.dtype == torch.bool:
+        return mask
+    if ((mask != 0) & (mask > MASKED)).any():
+        raise RequestError("the attention mask adds a bias to the scores, the drive attends a token or does not: such "
+                           "models are not supported")
+    return mask == 0
+
+
+def whole_mask(count: int, tokens: int) -> torch.Tensor:
+    """A mask of positions that attend all tokens: bool, (1, 1, count, tokens)."""
+    return torch.ones(1, 1, count, tokens, dtype=torch.bool)
+
+
+def attended_tokens(mask: torch.Tensor | None, rows: int, tokens: int) -> list[Flags]:
+    """The encoder's tokens that are attended: bool, (tokens,), of each row.
+
+    Args:
+        mask: (rows, 1, positions, tokens), bool, or floats that are 0 where it attends; None: all are.
+        rows: of the batch.
+        tokens: of the encoder, padding included.
+
+    Raises:
+        RequestError: positions of a row attend different tokens, or the mask has another shape.
+    """
+    if mask is None:
+        return [np.ones(tokens, np.bool_)] * rows
+    if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[3] != tokens or mask.shape[0] not in (1, rows):
+        raise RequestError(f"the mask of the encoder's tokens must be of shape ({rows}, 1, positions, {tokens}), the "
+                           f"same for all heads, not {tuple(mask.shape)}")
+    flags: Flags = _flags(mask).numpy()
+    if (flags != flags[:, :1]).any():
+        raise RequestError("the positions of a step attend different tokens of the encoder, in the drive they attend "
+                           "all that are stored")
+    return [flags[row if len(flags) > 1 else 0, 0] for row in range(rows)]
+
+
 def make_mask(*, q_offset: int = 0, allow_is_causal_skip: bool = True, **kwargs: Any) -> torch.Tensor | None:
-    """The masks that belong to it: bool; None for a prompt that is attended causally without padding."""
-    if "allow_is_bidirectional_skip" in kwargs:
-        raise RequestError("the drive attends causally: a model whose tokens attend later ones is not supported")
+    """The masks that belong to it: bool; None for a prompt that is attended causally without padding.
+
+    Encoders and cross-attention have None too, where everything is attended.
+    """
     # Behind the prompt, the mask is how the backend learns of padding and windows.
     skip = allow_is_causal_skip and q_offset == 0
     mask: torch.Tensor | None = sdpa_mask(q_offset=q_offset, allow_is_causal_skip=skip, **kwargs)

@@ -11,12 +11,13 @@ computed where: docs/transformers.md.
 from kvattic.integrations.backend import register
 from kvattic.integrations.cache import HELD_TOKENS, LAYERS_IN_FLIGHT, NAME, DriveCache
 from kvattic.integrations.configuration import config_for
+from kvattic.integrations.encoder_decoder import DriveEncoderDecoderCache
 from kvattic.integrations.layer import DriveLayer
 from kvattic.integrations.options import SINKS
 from kvattic.integrations.prefix_store import PrefixStatistics, PrefixStore, digest_of
 from kvattic.integrations.storage import round_to_storage
 
-__all__ = ["HELD_TOKENS", "LAYERS_IN_FLIGHT", "NAME", "SINKS", "DriveCache", "DriveLayer", "PrefixStatistics",
-           "PrefixStore", "config_for", "digest_of", "round_to_storage"]
+__all__ = ["HELD_TOKENS", "LAYERS_IN_FLIGHT", "NAME", "SINKS", "DriveCache", "DriveEncoderDecoderCache", "DriveLayer",
+           "PrefixStatistics", "PrefixStore", "config_for", "digest_of", "round_to_storage"]
 
 register()
