@@ -13,7 +13,17 @@ Needs numpy alone; Amaranth, cocotb and torch are never loaded by this package.
 
 from typing import TYPE_CHECKING
 
-from kvattic.driver.device import AttendPlan, AttendResult, Device, FlashOperation, Job, JobResult, Loss, Sequence
+from kvattic.driver.device import (
+    Attached,
+    AttendPlan,
+    AttendResult,
+    Device,
+    FlashOperation,
+    Job,
+    JobResult,
+    Loss,
+    Sequence,
+)
 from kvattic.driver.futures import Future, wait
 from kvattic.driver.planning import AttendOptions
 from kvattic.errors import (
@@ -46,6 +56,7 @@ __all__ = [
     "PAPER",
     "PRESETS",
     "TINY",
+    "Attached",
     "AttendOptions",
     "AttendPlan",
     "AttendResult",

@@ -134,19 +134,22 @@ class Sequence(Closing):
         sketches and means.  Waits for everything that is under way.
 
         Args:
-            length: how many of the first tokens it gets; for each layer, if they differ.  All if None.  They must end
-                with a stripe, or in device DRAM (`truncate`): a stripe in flash cannot be written on.
+            length: how many of the first tokens it gets; for each layer, if they differ.  All if None.  If they end
+                inside of a stripe in flash, which cannot be written on, its tokens are read (`read`) and written anew.
             capacity_tokens: tokens that each of its layers can hold; as many as this one's if None.  Flash is reserved
                 for those that it does not share.
 
         Raises:
-            RequestError: a number out of range, a length inside of a stripe that is in flash, or a freed sequence.
+            RequestError: a number out of range, a freed sequence, or a length inside of a stripe in flash of a drive
+                that stores bf16.
             CapacityError: flash or DRAM have no room.
+            DeviceStatusError: a stripe that is to be written anew cannot be read.
         """
         with self.device.lock:
-            lengths = self._fork_lengths(length)
+            wanted = self._fork_lengths(length)
+            lengths = [self._shared_length(layer, tokens) for layer, tokens in enumerate(wanted)]
             capacity = self.capacity_tokens if capacity_tokens is None else capacity_tokens
-            check_integer("capacity_tokens", capacity, max(*lengths, 1), (1 << layout.TOKEN_BITS) - 1)
+            check_integer("capacity_tokens", capacity, max(*wanted, 1), (1 << layout.TOKEN_BITS) - 1)
             # A stripe in DRAM is written by each; so is one behind it that came to flash before it.
             shared = [next((i for i, stripe in enumerate(stripes) if i != stripe), len(stripes)) for stripes in (
                 state.in_flash(length // self.stripe_tokens)
@@ -154,6 +157,9 @@ class Sequence(Closing):
             child = self.device.add_fork(self._shape, int(capacity), shared, self._writer.zones(lengths))
             try:
                 child.inherit(self._writer, lengths)
+                for layer, (tokens, shares) in enumerate(zip(wanted, lengths, strict=True)):
+                    if shares < tokens:
+                        child.append(*self.read(layer, shares, tokens), layer=layer)
             except BaseException:
                 child.free()
                 raise
@@ -190,15 +196,17 @@ class Sequence(Closing):
                                f"{len(wanted)}")
         for layer, (tokens, most) in enumerate(zip(wanted, present, strict=True)):
             check_integer(f"length (layer {layer})", tokens, 0, most)
-            flushed = self._writer.flushed(layer)
-            stripe, inside = divmod(tokens, self.stripe_tokens)
-            if inside and stripe not in states[layer].staged:
-                before = tokens - inside
+            if self.device.config.element is not Element.FP16 and self._shared_length(layer, tokens) < tokens:
                 raise RequestError(
-                    f"length must end with a stripe of {self.stripe_tokens} tokens, such as {before}, or be from "
-                    f"{flushed} to {most}, not {tokens}: the first {flushed} tokens of layer {layer} are in flash, "
-                    "where a stripe cannot be written on")
+                    f"length must end with a stripe of {self.stripe_tokens} tokens, or be from "
+                    f"{self._writer.flushed(layer)} to {most}, not {tokens}: in layer {layer} it lies inside of a "
+                    "stripe in flash, which cannot be written on, nor read back where the drive stores bf16")
         return [int(tokens) for tokens in wanted]
+
+    def _shared_length(self, layer: int, tokens: int) -> int:
+        """How many of the first tokens a fork can take over as they are."""
+        stripe, inside = divmod(tokens, self.stripe_tokens)
+        return tokens if stripe in self._writer.layers[layer].staged else tokens - inside
 
     def save(self, path: Path | str, *, note: Any = None) -> None:
         """Write a manifest of this sequence alone; see `Device.save`."""

@@ -169,7 +169,7 @@ class TokenWriter:
         """Whether an append neither begins nor ends a stripe and nothing is under way: it is written at once."""
         inside = state.length % self.shape.stripe_tokens
         last = state.length + count - self.held_tokens      # of what is moved to flash
-        return (not state.appends and state.sums is None and 0 < inside and inside + count < self.shape.stripe_tokens
+        return (not state.appends and state.sums is None and inside > 0 and inside + count < self.shape.stripe_tokens
                 and not self.unflushed(layer, min(state.length, last)))
 
     def _write(self, append: Append, before: Append | None) -> Steps[None]:

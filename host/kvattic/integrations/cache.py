@@ -26,6 +26,7 @@ from kvattic.integrations.report import Meter, Report
 from kvattic.spec import layout
 from kvattic.spec.commands import Mode
 from kvattic.spec.elements import Integers
+from kvattic.spec.formats import Element
 from kvattic.support.closing import Closing
 from kvattic.support.renamed import old_selection_keywords
 from kvattic.timing.cost import Cost
@@ -252,10 +253,12 @@ class DriveCache(Closing, Cache):
         self._check_rows_whole()
         if isinstance(self.device, DriveArray):
             raise RequestError("what is on a single drive can be saved, not what is on several")
-        if not self.sequences or not all(isinstance(layer, DriveLayer) for layer in self.layers):
-            raise RequestError("there is nothing to save: this DriveCache holds no tokens, or not those of all layers")
+        if self._cross or any(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
+            raise RequestError("an encoder's tokens, and layers that are not in the drive, cannot be saved")
+        if not self.sequences:
+            raise RequestError("there is nothing to save: this DriveCache holds no tokens")
         rows = [sequence for sequence in self.sequences if isinstance(sequence, Sequence)]
-        kept = [flags.astype(int).tolist() for flags in self.layers[0].kept]
+        kept = [flags.astype(int).tolist() for flags in self.drive_layers[0].kept]
         self.device.save(path, rows, note={"kind": _KIND, "mode": self.mode.name.lower(), "kept": kept, "note": note})
 
     @classmethod
@@ -399,13 +402,14 @@ class DriveCache(Closing, Cache):
         self.wait()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last positions: those in device DRAM (`held_tokens`), or back to a multiple of a stripe's tokens.
+        """Forget the last positions.  Those in flash stay there until their zone is erased; see `Sequence.fork`.
 
         Args:
             tokens_to_remove: minus their number, as transformers want it.
 
         Raises:
-            RequestError: a positive number, or what is left would end inside of a stripe in flash.
+            RequestError: a positive number; several drives; or what is left would end inside of a stripe in flash of a
+                drive that stores bf16.
             CapacityError: flash or DRAM have no room for the row without its last tokens.
         """
         if tokens_to_remove < 0 and not self.is_croppable:
@@ -413,14 +417,22 @@ class DriveCache(Closing, Cache):
             raise RequestError(f"layer {number} has the state of a linear layer, from which tokens cannot be removed")
         if tokens_to_remove < 0 and not self._cross:
             self.wait()
-            for row, kept in enumerate(self.drive_layers[0].kept):
-                left, sequence = int(kept[: tokens_to_remove].sum()), self.sequences[row]
-                flushed = max(sequence.flushed(layer) for layer in range(sequence.layers))
-                if isinstance(sequence, Sequence) and left < flushed and left % sequence.stripe_tokens == 0:
-                    self.sequences[row] = sequence.fork(left)
-                    self._gone.append(sequence.statistics_by_part())
-                    sequence.free()
+            self._cut_flash([int(kept[:tokens_to_remove].sum()) for kept in self.drive_layers[0].kept])
         super().crop(tokens_to_remove)
+
+    def _cut_flash(self, left: list[int]) -> None:
+        """Cut the rows that have too many tokens in flash down to `left`, if all of them can be."""
+        cut = {row: tokens for row, (tokens, sequence) in enumerate(zip(left, self.sequences, strict=True))
+               if tokens < max(sequence.flushed(layer) for layer in range(sequence.layers))}
+        rows = {row: self.sequences[row] for row in cut}
+        readable = self.device.config.element is Element.FP16
+        if not all(isinstance(sequence, Sequence) and (readable or cut[row] % sequence.stripe_tokens == 0)
+                   for row, sequence in rows.items()):
+            return      # the layers say why not
+        for row, sequence in rows.items():
+            self.sequences[row] = sequence.fork(cut[row])
+            self._gone.append(sequence.statistics_by_part())
+            sequence.free()
 
     def forget_masks(self) -> None:
         """Forget what masks of earlier steps say."""

@@ -121,6 +121,7 @@ BARS: dict[str, Bar | None] = {
     "host.generate.match": Bar(">=", (1.0,)),
     "host.multi.scaling": Bar(">=", (3.8,)),
     "serve.fork.bytes_ratio": Bar("<=", (0.12,)),
+    "serve.restore.match": Bar(">=", (1.0,)),
     "serve.models": Bar(">=", (48,)),
     "serve.models.wrong": Bar("<=", (0,)),
     "serve.real_model": Bar(">=", (1.0,)),

@@ -54,7 +54,8 @@ def test_a_generation_goes_on(model, tmp_path, options):
     tokens = texts(rows=2)
     mask = torch.ones_like(tokens)
     mask[1, :7], tokens[1, :7] = 0, 0
-    with kvattic.open("model", config_for(model, ROOMY)) as device, DriveCache(device, model.config, **options) as cache:
+    with (kvattic.open("model", config_for(model, ROOMY)) as device,
+          DriveCache(device, model.config, **options) as cache):
         expected = run(model, tokens, cache, 60, mask)
     device = opened(model, tmp_path)
     cache = DriveCache(device, model.config, **options)

@@ -925,8 +925,9 @@ def test_too_many_tokens(drive):
 
 
 def test_more_drafts_than_are_held(drive):
+    """Of a drive that stores bf16, which cannot be read back."""
     model = small()
-    with DriveCache(drive(model), model.config, capacity_tokens=200, held_tokens=4) as cache:
+    with DriveCache(drive(model, element=Element.BF16), model.config, capacity_tokens=200, held_tokens=4) as cache:
         generate(model, prompts("llama"), cache, new=20)
         with pytest.raises(RequestError, match=r"layer 0, row 0 of the batch: 40 tokens were to be removed, but only "
                                                r"the newest \d+ can be: others are in flash, .* held_tokens than 4"):
@@ -937,7 +938,7 @@ def test_more_drafts_than_are_held(drive):
 def test_nothing_is_removed_of_any_row_if_it_cannot_be_of_all(drive):
     model = small()
     tokens, mask = padded([30, 60], width=60)
-    with DriveCache(drive(model), model.config, capacity_tokens=200, held_tokens=32) as cache:
+    with DriveCache(drive(model, element=Element.BF16), model.config, capacity_tokens=200, held_tokens=32) as cache:
         generate(model, tokens, cache, mask=mask, new=2)
         before = [sequence.length() for sequence in cache.sequences]
         with pytest.raises(RequestError, match="row 1 of the batch: 58 tokens were to be removed"):
