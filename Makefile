@@ -13,6 +13,9 @@ RUN     = $(PY) -m
 
 SIM_ARGS = --simulator $(SIM) $(if $(MODE),--mode $(MODE)) $(if $(PRESET),--preset $(PRESET)) $(if $(FULL),--full)
 
+# Each command starts many short processes, which would all compile the same modules.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup sim waves trace verilog bench models paper report synth docs site lint types test campaign check clean
 

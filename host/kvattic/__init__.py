@@ -25,6 +25,7 @@ from kvattic.errors import (
     DeviceTimeoutError,
     ForkedError,
     KvatticError,
+    ManifestError,
     RangeError,
     RequestError,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "JobResult",
     "KvatticError",
     "Loss",
+    "ManifestError",
     "Mode",
     "RangeError",
     "RequestError",

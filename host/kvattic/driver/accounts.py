@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -176,6 +176,31 @@ def cycles_of(passages: Sequence[Passage]) -> int | None:
     return longest
 
 
+_Noted: TypeAlias = dict[tuple[int, Batch], tuple[list[int], list[int]]]
+"""Numbers of jobs, and of operations, by device and batch: what is kept until a time is asked for."""
+
+
+def _noted(passages: Iterable[Passage]) -> _Noted:
+    """What devices without time have noted."""
+    found: _Noted = {}
+    for passage in passages:
+        if (record := passage.record) is not None:
+            numbers = found.get((passage.device, record.batch))
+            if numbers is None:
+                found[passage.device, record.batch] = numbers = ([], [])
+            numbers[record.counts is None].append(record.number)
+    return found
+
+
+def _modelled_cycles(noted: _Noted) -> int:
+    """`cycles_of` of what was noted."""
+    drives: dict[int, int] = {}
+    for (device, batch), (jobs, operations) in noted.items():
+        ends = [*map(batch.job_completed, jobs), *map(batch.operation_completed, operations)]
+        drives[device] = drives.get(device, 0) + max(ends)
+    return max(drives.values(), default=0)
+
+
 def _drive_cycles(passages: Sequence[Passage]) -> int | None:
     """The same of one drive."""
     ends: dict[Batch, int] = {}
@@ -262,10 +287,10 @@ class Tally:
         self._written += size
 
     def _add_time(self, passages: Sequence[Passage], weight: int, sampler: Sampler) -> None:
-        batches = {record.batch for passage in passages if (record := passage.record) is not None}
-        if batches:
+        noted = _noted(passages)
+        if noted:
             self._modelled = True
-            sampler.add(weight, sum(batch.kept for batch in batches), lambda: cycles_of(passages) or 0)
+            sampler.add(weight, sum(batch.kept for _, batch in noted), lambda: _modelled_cycles(noted))
         elif self._cycles is not None:
             cycles = cycles_of(passages)
             self._cycles = None if cycles is None else self._cycles + cycles

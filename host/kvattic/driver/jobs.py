@@ -159,6 +159,8 @@ def check_blocks(job: Job) -> None:
     Raises:
         RequestError: mean or sketch is not what the mode needs.
     """
+    if job.mode is Mode.DENSE and job.sketch is None and job.mean is None:
+        return
     if job.sketch is not None and len(job.sketch) != len(job.table):
         raise RequestError(f"a job's sketch must have an entry for each of the {len(job.table)} stripes, not "
                            f"{len(job.sketch)}")
@@ -213,8 +215,8 @@ def fill_command(job: Job, dim: int, line: bytearray, address: int) -> bytes:
     table, size = address + job.rows * query_row_bytes(dim), table_bytes(job)
     COMMAND.put(line, query=address, table=table, result=table + size)
     packed = job.packed
-    if packed is not None and all(mine is theirs for mine, theirs in zip(
-            (job.query, job.start, job.end, job.tree), packed, strict=False)):
+    if (packed is not None and job.query is packed.query and job.start is packed.start and job.end is packed.end
+            and job.tree is packed.tree):
         queries = packed.data
     else:
         queries = pack_queries(Queries(job.query, job.start, job.end, job.tree))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple, TypeAlias, TypedDict
 
 import numpy as np
@@ -19,8 +19,8 @@ from kvattic.driver.writer import Layer
 from kvattic.errors import RequestError
 from kvattic.spec import layout
 from kvattic.spec.blocks import Masks, Queries, pack_queries
-from kvattic.spec.commands import TREE_BITS, Kind, Mode, fp32_bits, is_positive_normal
-from kvattic.spec.config import Config
+from kvattic.spec.commands import ROW, TREE_BITS, Kind, Mode, fp32_bits, is_positive_normal
+from kvattic.spec.config import ELEMENT_BYTES, Config
 from kvattic.spec.elements import Bits, Integers, as_array
 
 __all__ = ["AttendKeywords", "AttendOptions", "Planner", "Selection", "make_masks", "select"]
@@ -91,6 +91,9 @@ class AttendOptions:
         mode = as_member("mode", self.mode, Mode)
         object.__setattr__(self, "mode", mode)
         sparse = mode is not Mode.DENSE
+        if not sparse and self.features is None and self.top_units is None and self.local_tokens == 0 and (
+                not self.sinks and self.unit_tokens is None):
+            return
         for name, given, used in (
                 ("features", self.features is not None, mode.blended),
                 ("top_units", self.top_units is not None, sparse), ("local_tokens", self.local_tokens != 0, sparse),
@@ -138,6 +141,9 @@ def make_masks(length: int, n_queries: int, causal: bool = False, window: int | 
     if causal and n_queries > length:
         raise RequestError(f"causal: the {n_queries} queries are the last tokens of the sequence, but the layer has "
                            f"only {length}")
+    if tree is None and window is None and start is None and end is None:
+        stop = length - n_queries + 1 + np.arange(n_queries) if causal else np.full(n_queries, length)
+        return Masks(np.zeros(n_queries, np.int64), stop, np.zeros(n_queries, np.int64), length)
     first = _bounds("start", start, length, np.zeros(n_queries, np.int64))
     last = _bounds("end", end, length, np.full(n_queries, length))
     if causal:
@@ -260,6 +266,49 @@ def unit_tokens(mode: Mode, asked: int | None, centroids: int | None, config: Co
 # Jobs.
 
 
+class _Piece(NamedTuple):
+    """What the heads' dense jobs of some rows over a range of tokens share.
+
+    Members:
+        rows: which ones.
+        job: one of them, without query and table.
+        stripes: of the table.
+        label: the end of theirs.
+        block: uint16, (kv_heads, rows, elements), their query blocks without q.
+    """
+
+    rows: slice
+    job: Job
+    stripes: slice
+    label: str
+    block: Bits
+
+    def pack(self, query: Bits) -> bytes:
+        """The query blocks, head after head, of uint16, (kv_heads, rows, head_dim)."""
+        block = self.block.copy()
+        first = ROW.size // ELEMENT_BYTES
+        block[:, :, first : first + query.shape[2]] = query
+        return block.tobytes()
+
+
+class _Shared(NamedTuple):
+    """What the dense jobs of a call share with those of the next one, in another layer.
+
+    Members:
+        masks: of the rows.
+        scale_bits: see `Job`.
+        chunks: rows of each job.
+        counts: pieces of each chunk.
+        pieces: of all of them, in order.
+    """
+
+    masks: Masks
+    scale_bits: int
+    chunks: list[slice]
+    counts: list[int]
+    pieces: list[_Piece]
+
+
 class Planner:
     """Makes the jobs of a sequence.
 
@@ -272,6 +321,25 @@ class Planner:
         self._shape = shape
         self._layers = layers
         self._config = shape.config
+        self._rows: tuple[Masks, int, Masks] | None = None
+        self._shared: _Shared | None = None
+        self._masks: tuple[tuple[int, int, bool, int | None], Masks] | None = None
+
+    def _of_rows(self, masks: Masks, group: int) -> Masks:
+        """`Masks.of_rows`, once for all layers that are asked with the same masks."""
+        if self._rows is None or self._rows[0] is not masks or self._rows[1] != group:
+            self._rows = masks, group, masks.of_rows(group)
+        return self._rows[2]
+
+    def masks(self, options: AttendOptions, length: int, n_queries: int) -> Masks:
+        """`AttendOptions.masks`; the same object as before if they are those of the call before."""
+        simple = options.tree is None and options.start is None and options.end is None
+        key = (length, n_queries, options.causal, options.window)
+        if simple and self._masks is not None and self._masks[0] == key:
+            return self._masks[1]
+        found = options.masks(length, n_queries)
+        self._masks = (key, found) if simple else None
+        return found
 
     def check_query(self, query: ArrayLike) -> Bits:
         """The query as bit patterns, (q_heads, n_queries, head_dim); a copy, for jobs may be read much later.
@@ -286,7 +354,8 @@ class Planner:
         if array.shape[0] % kv_heads:
             raise RequestError(f"q_heads must be a multiple of the sequence's {kv_heads} KV heads, not "
                                f"{array.shape[0]}")
-        return layout.storage_bits(array, self._config.element, "query").copy()
+        bits = layout.storage_bits(array, self._config.element, "query")
+        return bits.copy() if np.may_share_memory(bits, array) else bits
 
     def chunks(self, selection: Selection | None, group: int, rows: int) -> list[slice]:
         """The rows of each job: of as many queries as fit, but of one query where it selects for itself.
@@ -325,9 +394,10 @@ class Planner:
         group = q_heads // kv_heads
         # Rows by query, then by head of the group: so the windows of a job's rows lie close together and less is read.
         rows = query.reshape(kv_heads, group, n_queries, dim).swapaxes(1, 2).reshape(kv_heads, -1, dim)
-        chunks, of_rows = self.chunks(selection, group, rows.shape[1]), masks.of_rows(group)
+        of_rows = self._of_rows(masks, group)
         if selection is None:
-            return self._dense_parts(layer, rows, chunks, of_rows, scale_bits)
+            return self._dense_parts(layer, rows, of_rows, scale_bits)
+        chunks = self.chunks(selection, group, rows.shape[1])
         jobs: list[Job] = []
         parts: list[Part] = []
         for head in range(kv_heads):
@@ -338,50 +408,56 @@ class Planner:
                                              held_tokens, mean))
         return jobs, parts
 
-    def _dense_parts(self, layer: int, rows: Bits, chunks: list[slice], masks: Masks,
-                     scale_bits: int) -> tuple[list[Job], list[Part]]:
-        """Dense jobs of all heads: what does not depend on the head is made once.
+    def _dense_parts(self, layer: int, rows: Bits, masks: Masks, scale_bits: int) -> tuple[list[Job], list[Part]]:
+        """Dense jobs of all heads.
 
         Args:
             layer: which layer.
             rows: uint16, (kv_heads, rows, head_dim).
-            chunks: rows of each job.
             masks: of the rows of any head.
             scale_bits: see `Job`.
         """
-        heads = range(len(rows))
-        # By head: the jobs of each chunk.
-        by_head: list[list[list[Job]]] = [[] for _ in heads]
-        for chunk in chunks:
-            query, part = rows[:, chunk], masks.cut(chunk)
-            for jobs in by_head:
-                jobs.append([])
-            for base, stop in self._dense_ranges(part):
-                for head, job in zip(heads, self._head_jobs(layer, query, scale_bits, part, base, stop), strict=True):
-                    by_head[head][-1].append(job)
+        shared = self._shared
+        if shared is None or shared.masks is not masks or shared.scale_bits != scale_bits:
+            chunks = self.chunks(None, 1, rows.shape[1])
+            pieces = [self._piece(chunk, masks.cut(chunk), base, stop, scale_bits)
+                      for chunk in chunks for base, stop in self._dense_ranges(masks.cut(chunk))]
+            counts = [sum(piece.rows is chunk for piece in pieces) for chunk in chunks]
+            self._shared = shared = _Shared(masks, scale_bits, chunks, counts, pieces)
+        packed = [piece.pack(rows[:, piece.rows]) for piece in shared.pieces]
+        table = self._layers[layer].table
+        prefix = f"sequence {self._shape.number}, layer {layer}, KV head "
         jobs, parts = list[Job](), list[Part]()
-        for head in heads:
-            for chunk, found in zip(chunks, by_head[head], strict=True):
-                parts.append(Part(head, chunk, range(len(jobs), len(jobs) + len(found))))
-                jobs += found
+        for head, own in enumerate(rows):
+            before = len(jobs)
+            for piece, blocks in zip(shared.pieces, packed, strict=True):
+                first, query = piece.job, own[piece.rows]
+                size = len(blocks) // len(rows)
+                jobs.append(Job(
+                    query=query, start=first.start, end=first.end, tree=first.tree, table=table[head, piece.stripes],
+                    stripe_pages=first.stripe_pages, base_token=first.base_token, end_token=first.end_token,
+                    tree_token=first.tree_token, scale_bits=scale_bits, domain=first.domain,
+                    label=f"{prefix}{head}, {piece.label}",
+                    packed=PackedQueries(query, first.start, first.end, first.tree,
+                                         blocks[head * size : (head + 1) * size])))
+            for chunk, count in zip(shared.chunks, shared.counts, strict=True):
+                parts.append(Part(head, chunk, range(before, before + count)))
+                before += count
         return jobs, parts
 
-    def _head_jobs(self, layer: int, query: Bits, scale_bits: int, masks: Masks, base: int, stop: int) -> list[Job]:
-        """A dense job for each head over tokens base to stop; `query` is (kv_heads, rows, head_dim)."""
-        heads, rows, _ = query.shape
-        first = self._job(layer, 0, query[0], scale_bits, masks, base, stop)
-        per_row = (first.start, first.end, first.tree)
-        for column in per_row:
-            column.setflags(write=False)    # the jobs share them
-        data = pack_queries(Queries(query.reshape(heads * rows, -1), *(np.tile(column, heads) for column in per_row)))
-        size = len(data) // heads
-        table = self._layers[layer].table
-        stripes = slice(base // self._shape.stripe_tokens, -(-stop // self._shape.stripe_tokens))
-        return [replace(first, query=query[head], table=table[head, stripes], label=self._label(layer, head, base, stop),
-                        packed=PackedQueries(query[head], *per_row, data[head * size : (head + 1) * size]))
-                for head in range(heads)]
+    def _piece(self, rows: slice, masks: Masks, base: int, stop: int, scale_bits: int) -> "_Piece":
+        """What the heads' jobs of some rows over tokens base to stop share."""
+        heads, count, dim = self._shape.kv_heads, len(masks.start), self._config.head_dim
+        job = self._job(0, 0, np.zeros((count, dim), np.uint16), scale_bits, masks, base, stop)
+        for column in (job.start, job.end, job.tree):
+            column.setflags(write=False)
+        zeros = Queries(np.zeros((heads * count, dim), np.uint16),
+                        *(np.tile(column, heads) for column in (job.start, job.end, job.tree)))
+        size = self._shape.stripe_tokens
+        return _Piece(rows, job, slice(base // size, -(-stop // size)), f"tokens {base} to {stop - 1}",
+                      np.frombuffer(pack_queries(zeros), "<u2").reshape(heads, count, -1))
 
-    @property
+    @cached_property
     def _most_tokens(self) -> int:
         """Tokens that a job can have: the score buffers of all lanes together hold that many."""
         config = self._config
@@ -391,9 +467,11 @@ class Planner:
     def _range(self, masks: Masks, length: int) -> tuple[int, int]:
         """Tokens from the first stripe on to the last one that any row attends; all `length` if there is none."""
         busy = masks.end > masks.start
-        if not busy.any():
-            return 0, length
-        first, last = int(masks.start[busy].min()), int(masks.end[busy].max())
+        if not busy.all():
+            if not busy.any():
+                return 0, length
+            masks = Masks(masks.start[busy], masks.end[busy], masks.tree[busy], masks.tree_token)
+        first, last = int(masks.start.min()), int(masks.end.max())
         return first - first % self._shape.stripe_tokens, last
 
     def dense_jobs(self, layer: int, head: int, query: Bits, scale_bits: int, masks: Masks) -> Iterator[Job]:
@@ -416,8 +494,8 @@ class Planner:
         return Job(
             query=query,
             # A row that attends nothing in this range has the empty window at its beginning.
-            start=np.clip(masks.start, base, stop),
-            end=np.clip(masks.end, base, stop),
+            start=np.minimum(np.maximum(masks.start, base), stop),
+            end=np.minimum(np.maximum(masks.end, base), stop),
             tree=masks.tree >> min(max(base - masks.tree_token, 0), TREE_BITS),
             table=self._layers[layer].table[head, base // size : -(-stop // size)],
             stripe_pages=shape.pages,

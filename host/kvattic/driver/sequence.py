@@ -1,6 +1,8 @@
 """`Sequence`: K and V of one sequence in the device's flash and DRAM, and attention over them."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Series
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import numpy as np
@@ -20,7 +22,7 @@ from kvattic.placement.domains import COMMON_DOMAIN
 from kvattic.placement.zones import Allocation
 from kvattic.spec import layout
 from kvattic.spec.blocks import Masks
-from kvattic.spec.commands import Kind
+from kvattic.spec.commands import Kind, Status
 from kvattic.spec.elements import Bits, as_array
 from kvattic.spec.formats import Element
 from kvattic.support.closing import Closing
@@ -197,6 +199,63 @@ class Sequence(Closing):
                     f"{flushed} to {most}, not {tokens}: the first {flushed} tokens of layer {layer} are in flash, "
                     "where a stripe cannot be written on")
         return [int(tokens) for tokens in wanted]
+
+    def save(self, path: Path | str, *, note: Any = None) -> None:
+        """Write a manifest of this sequence alone; see `Device.save`."""
+        self.device.save(path, [self], note=note)
+
+    def settle(self) -> None:
+        """For `Device.save`: wait for everything that is under way.
+
+        Raises:
+            KvatticError: an error of an append that was not retrieved.
+        """
+        states, dispatcher = self._writer.layers, self.device.dispatcher
+        dispatcher.drive(lambda: not any(state.appends for state in states) and not dispatcher.working)
+        self._check_use()
+
+    def describe(self) -> dict[str, Any]:
+        """For `Device.save`: what it was created as, and its zones, by allocation; can be JSON."""
+        shape = self._shape
+        names = ("kv_heads", "layers", "capacity_tokens", "first_head", "sparse", "centroids", "sinks", "window",
+                 "domain", "turn")
+        lengths = [state.length for state in self._writer.layers]
+        return {**{name: getattr(shape, name) for name in names}, "held_tokens": self.held_tokens,
+                "zones": [sorted(zones) for zones in self._writer.zones(lengths)]}
+
+    def states(self) -> list[dict[str, NDArray[Any]]]:
+        """For `Device.save`: where the tokens of each layer lie."""
+        return self._writer.state()
+
+    def resume(self, states: Series[Mapping[str, NDArray[Any]]]) -> None:
+        """For `Device.attach`: go on from `states`."""
+        self.device.dispatcher.start(self._writer.resume(states)).result()
+
+    def abandon(self) -> None:
+        """For `Device.attach`: forget everything, and erase nothing."""
+        self._freed = True
+        self._writer.release_dram()
+
+    def probe_places(self) -> list[tuple[int, int, int]]:
+        """For `Device.save`: (layer, KV head, token) of the first and the last stripe in each zone of a layer's V."""
+        bits, found = self.device.config.zone_page_bits, list[tuple[int, int, int]]()
+        for layer, state in enumerate(self._writer.layers):
+            stripes = np.array(state.in_flash(state.length // self.stripe_tokens), np.int64)
+            pages = layout.unpack_entries(state.table[:, stripes]).value_page.astype(np.int64)
+            for zone in np.unique(pages >> bits).tolist():
+                heads, columns = np.nonzero(pages >> bits == zone)
+                order = np.argsort(pages[heads, columns], kind="stable")
+                found += [(layer, int(heads[at]), int(stripes[columns[at]]) * self.stripe_tokens)
+                          for at in dict.fromkeys((int(order[0]), int(order[-1])))]
+        return found
+
+    def probe(self, layer: int, head: int, token: int) -> NDArray[np.uint32] | None:
+        """For `Device.save` and `attach`: bit patterns of V of a token, (head_dim,); None if it cannot be read."""
+        masks = Masks(np.array([token]), np.array([token + 1]), np.zeros(1, np.int64), token + 1)
+        query = np.zeros((1, self.device.config.head_dim), np.uint16)
+        scale_bits = AttendOptions(scale=1.0).scale_bits(self.device.config.head_dim)
+        (result,) = self.device.run(self.dense_jobs(layer, head, query, scale_bits, masks), check=False)
+        return result.bits[0] if result.completion.status is Status.OK else None
 
     def lose_tails(self) -> list[Loss]:
         """For `Device.recover`: forget what was in DRAM."""
@@ -544,7 +603,7 @@ class Sequence(Closing):
                 raise RequestError(f"layer {layer} has no tokens: prefill it before attending")
             q_heads, n_queries, dim = bits.shape
             group = q_heads // self.kv_heads
-            scale_bits, masks = options.scale_bits(dim), options.masks(length, n_queries)
+            scale_bits, masks = options.scale_bits(dim), planner.masks(options, length, n_queries)
             selection, means = select(options, self._shape), None
             if selection is not None:
                 planner.check_selection(selection, masks, group, length, held)

@@ -5,10 +5,10 @@ and their DRAM comes back when no command reads it any more.  The appends of a l
 other.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -150,6 +150,13 @@ class TokenWriter:
         state = self.layers[layer]
         append = Append(layer, tokens, ahead)
         before = state.appends[-1] if state.appends else None
+        if self._is_plain(state, layer, tokens.shape[2]):
+            done: Future[None] = Future(self._media.dispatcher)
+            for _ in self._write_tail(layer, tokens):
+                raise AssertionError("tokens behind the first ones of a stripe wait for nothing")
+            self._count(layer, tokens[:, Kind.VALUE])
+            done.set_result(None)
+            return done
         if before is None and state.length == 0:
             state.first_tokens = tokens.shape[2]
         state.appends.append(append)
@@ -157,6 +164,13 @@ class TokenWriter:
         self._background = [future for future in self._background if not future.finished or future.error is not None]
         self._background.append(task)
         return task
+
+    def _is_plain(self, state: Layer, layer: int, count: int) -> bool:
+        """Whether an append neither begins nor ends a stripe and nothing is under way: it is written at once."""
+        inside = state.length % self.shape.stripe_tokens
+        last = state.length + count - self.held_tokens      # of what is moved to flash
+        return (not state.appends and state.sums is None and 0 < inside and inside + count < self.shape.stripe_tokens
+                and not self.unflushed(layer, min(state.length, last)))
 
     def _write(self, append: Append, before: Append | None) -> Steps[None]:
         """Put tokens into DRAM, and move the stripes that they fill to flash."""
@@ -325,6 +339,13 @@ class TokenWriter:
         base = state.staged[stripe] * config.page_bytes
         first = layout.token_offset(inside, config)
         last = layout.token_offset(inside + tokens.shape[2] - 1, config) + config.token_bytes
+        if tokens.shape[2] == 1 or config.tokens_per_codeword * config.token_bytes == config.codeword_bytes:
+            # No gap is between them: they lie in DRAM as they are.
+            data, each = tokens.astype("<u2", copy=False).tobytes(), tokens.shape[2] * config.token_bytes
+            self._tally(layer, end).add_written(len(data))
+            for number, at in enumerate(range(0, len(data), each)):
+                self._media.write_dram(base + number * size + first, data[at : at + each])
+            return
         # Packed from the beginning of a codeword on; what is before the first token is cut off.
         lead = inside % config.tokens_per_codeword
         padded = np.zeros((lead + tokens.shape[2], config.head_dim), np.uint16)
@@ -411,11 +432,17 @@ class TokenWriter:
 
     def _copy_staged(self, layer: int, stripe: int, source: int) -> Steps[None]:
         """Copy a stripe that is in DRAM; what of it may be in flash already will be written again."""
-        media, pages, size = self._media, self.shape.stripe_dram_pages, self.shape.config.page_bytes
-        self.layers[layer].staged[stripe] = base = yield from media.allocate_dram(pages, self.shape.domain)
-        data = media.transport.read_dram(source * size, pages * size)
+        size = self.shape.config.page_bytes
+        data = self._media.transport.read_dram(source * size, self.shape.stripe_dram_pages * size)
+        yield from self._put_staged(layer, stripe, data)
+
+    def _put_staged(self, layer: int, stripe: int, data: bytes) -> Steps[None]:
+        """Put a stripe into DRAM that was there before."""
+        media = self._media
+        base = yield from media.allocate_dram(self.shape.stripe_dram_pages, self.shape.domain)
+        self.layers[layer].staged[stripe] = base
         self.tallies["append"].add_written(len(data))
-        media.write_dram(base * size, data)
+        media.write_dram(base * self.shape.config.page_bytes, data)
         self._enter_staged(layer, stripe)
 
     def _enter_staged(self, layer: int, stripe: int) -> None:
@@ -431,6 +458,44 @@ class TokenWriter:
         if not inside:
             return np.zeros((self.shape.kv_heads, 0, self.shape.config.head_dim), np.uint16)
         return np.stack([self.staged_tokens(layer, stripe, head, Kind.VALUE) for head in range(self.shape.kv_heads)])
+
+    # Outliving the process.
+
+    def state(self) -> list[dict[str, NDArray[Any]]]:
+        """Where the tokens of each layer lie, and those in DRAM themselves; nothing may be under way.  For `resume`."""
+        size = self.shape.config.page_bytes
+        found: list[dict[str, NDArray[Any]]] = []
+        for layer in self.layers:
+            stripes, staged = -(-layer.length // self.shape.stripe_tokens), sorted(layer.staged)
+            tails = [self._media.transport.read_dram(layer.staged[stripe] * size, self.shape.stripe_dram_pages * size)
+                     for stripe in staged]
+            entry = {"length": np.array(layer.length), "table": layer.table[:, :stripes].copy(),
+                     "staged": np.array(staged, np.int64), "tails": np.frombuffer(b"".join(tails), np.uint8)}
+            entry |= {f"sketch_{int(kind)}": sketches[:, :stripes].copy() for kind, sketches in layer.sketches.items()}
+            if layer.sums is not None:
+                entry |= {f"sums_{name}": values for name, values in layer.sums.state().items()}
+            found.append(entry)
+        return found
+
+    def resume(self, layers: Series[Mapping[str, NDArray[Any]]]) -> Steps[None]:
+        """Go on from a `state`.
+
+        Raises:
+            CapacityError: device DRAM is full; `release_dram` gives back what was taken.
+        """
+        for number, (mine, saved) in enumerate(zip(self.layers, layers, strict=True)):
+            length, staged = int(saved["length"]), saved["staged"].tolist()
+            shared = [s for s in range(length // self.shape.stripe_tokens) if s not in staged]
+            mine.table[:, shared] = saved["table"][:, shared]
+            for kind, sketches in mine.sketches.items():
+                sketches[:, shared] = saved[f"sketch_{int(kind)}"][:, shared]
+            size = self.shape.stripe_dram_pages * self.shape.config.page_bytes
+            for stripe, data in zip(staged, saved["tails"].reshape(-1, size), strict=True):
+                yield from self._put_staged(number, stripe, data.tobytes())
+            mine.length = length
+            if mine.sums is not None:
+                mine.sums.resume(length, {name.removeprefix("sums_"): values for name, values in saved.items()
+                                          if name.startswith("sums_")})
 
     # Moving to flash.
 

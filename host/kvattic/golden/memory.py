@@ -1,13 +1,10 @@
 """The golden device's host memory, as the host and the device's DMA see it."""
 
-from collections.abc import MutableSequence
-
-import numpy as np
+from collections.abc import Iterable, MutableSequence
 
 from kvattic.golden.registers import Registers
 from kvattic.golden.rejected import RejectedError
 from kvattic.spec.commands import Status
-from kvattic.spec.elements import Bytes, Integers
 from kvattic.spec.registers import StatusBit
 from kvattic.transport.base import check_range
 
@@ -72,13 +69,15 @@ class HostMemory:
         self.data[address : address + len(data)] = data
         return True
 
-    def gather(self, addresses: Integers, size: int) -> Bytes:
-        """What the device reads in several places, all of which are inside the memory: uint8, (places, size)."""
-        memory = np.frombuffer(self.data, np.uint8)     # type: ignore[call-overload]
-        found: Bytes = memory[addresses[:, None] + np.arange(size)]
-        return found
+    # Several places at once, all of which are inside the memory.
 
-    def scatter(self, addresses: Integers, blocks: Bytes) -> None:
-        """Write blocks, uint8, (places, size), for the device, to places inside the memory."""
-        memory = np.frombuffer(self.data, np.uint8)     # type: ignore[call-overload]
-        memory[addresses[:, None] + np.arange(blocks.shape[1])] = blocks
+    def gather(self, addresses: Iterable[int], size: int) -> bytes:
+        """What the device reads: blocks of `size` bytes, one after the other."""
+        data = self.data
+        return b"".join([bytes(data[address : address + size]) for address in addresses])
+
+    def scatter(self, addresses: Iterable[int], size: int, blocks: bytes) -> None:
+        """Write for the device: blocks of `size` bytes, one after the other."""
+        data = self.data
+        for at, address in enumerate(addresses):
+            data[address : address + size] = blocks[at * size : (at + 1) * size]

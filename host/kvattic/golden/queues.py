@@ -2,12 +2,8 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from kvattic.golden.rejected import RejectedError
-from kvattic.spec.blocks import put_column
-from kvattic.spec.commands import COMPLETION, LINE_BYTES, Opcode, QueueCommand, Status, pack_state
-from kvattic.spec.elements import Bytes, Integers
+from kvattic.spec.commands import LINE_BYTES, Opcode, QueueCommand, Status, pack_completion, pack_state
 from kvattic.spec.registers import MAX_ENTRIES, QUEUES
 
 __all__ = ["Queue", "Queues"]
@@ -83,14 +79,12 @@ class Queue:
 
     def post(self, identifier: int, status: int, where: int, flags: int) -> tuple[int, bytes]:
         """End a command; the address of its completion, and the completion."""
-        turn, place = divmod(self.posts, self.entries)
-        state = pack_state(status, turn & 1 ^ 1)
+        address = self.completion + self.posts % self.entries * LINE_BYTES
+        entry = self._completion(identifier, status, where, flags)
         self.posts += 1
         self.unread += 1
         self.under_way -= 1
-        entry = COMPLETION.pack(
-            where=where, flags=flags, head=self.head, queue=self.number, identifier=identifier, state=state)
-        return self.completion + place * LINE_BYTES, entry
+        return address, entry
 
     # Several commands at once, whose rings are inside of the memory.
 
@@ -98,40 +92,39 @@ class Queue:
         """Whether both rings lie in a memory of `size` bytes."""
         return max(self.submission, self.completion) + self.entries * LINE_BYTES <= size
 
-    def waiting(self) -> Integers:
-        """Addresses of the entries that could be fetched next, as far as their completions have room."""
-        count = min((self.tail - self.head) % self.entries, self.entries - 1 - self.under_way - self.unread)
-        return self.submission + (self.head + np.arange(count)) % self.entries * LINE_BYTES
+    @property
+    def waiting(self) -> int:
+        """Commands that could be fetched now, as far as their completions have room."""
+        return min((self.tail - self.head) % self.entries, self.entries - 1 - self.under_way - self.unread)
 
-    def submissions(self, count: int) -> Integers:
-        """Where the next entries to fetch lie: (2, runs of them), first addresses and those behind the last ones."""
+    def submissions(self, count: int) -> list[tuple[int, int]]:
+        """Where the next entries to fetch lie: (first address, address behind the last) of one or two pieces."""
         return self._in_ring(self.submission, self.head, count)
 
-    def completions(self, count: int) -> Integers:
+    def completions(self, count: int) -> list[tuple[int, int]]:
         """Likewise of the next completions."""
         return self._in_ring(self.completion, self.posts % self.entries, count)
 
-    def _in_ring(self, base: int, first: int, count: int) -> Integers:
+    def _in_ring(self, base: int, first: int, count: int) -> list[tuple[int, int]]:
         behind = first + count - self.entries
-        runs = [(first, first + count)] if behind <= 0 else [(first, self.entries), (0, behind)]
-        return base + LINE_BYTES * np.array(runs).T
+        pieces = [(first, first + count)] if behind <= 0 else [(first, self.entries), (0, behind)]
+        return [(base + begin * LINE_BYTES, base + end * LINE_BYTES) for begin, end in pieces]
 
-    def post_many(self, identifiers: list[int]) -> tuple[Integers, Bytes]:
-        """Fetch commands and end them, OK and without flags; addresses of the completions, and the completions.
-
-        The addresses are int64, (commands,), the completions uint8, (commands, LINE_BYTES).
-        """
-        numbers = np.arange(len(identifiers))
-        turn, place = np.divmod(self.posts + numbers, self.entries)
-        entries = np.zeros((len(identifiers), LINE_BYTES), np.uint8)
-        for name, values in (("head", (self.head + 1 + numbers) % self.entries), ("identifier", np.array(identifiers)),
-                             ("queue", np.full(len(identifiers), self.number)),
-                             ("state", pack_state(Status.OK, 0) | (turn & 1 ^ 1))):
-            put_column(entries, COMPLETION[name], values)
-        self.head = (self.head + len(identifiers)) % self.entries
-        self.posts += len(identifiers)
+    def post_many(self, identifiers: list[int]) -> bytes:
+        """Fetch commands and end them, OK and without flags; the completions, for `completions`."""
+        found = []
+        for identifier in identifiers:
+            self.head = (self.head + 1) % self.entries
+            found.append(self._completion(identifier, Status.OK, 0, 0))
+            self.posts += 1
         self.unread += len(identifiers)
-        return self.completion + place * LINE_BYTES, entries
+        return b"".join(found)
+
+    def _completion(self, identifier: int, status: int, where: int, flags: int) -> bytes:
+        """The next completion."""
+        state = pack_state(status, self.posts // self.entries & 1 ^ 1)
+        return pack_completion(where=where, flags=flags, head=self.head, queue=self.number, identifier=identifier,
+                               state=state)
 
     def wants_interrupt(self, after: int) -> bool:
         """Whether the host should look at the completions now."""

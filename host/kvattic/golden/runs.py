@@ -6,8 +6,10 @@ another one reads.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from itertools import compress
+from struct import Struct
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +38,7 @@ from kvattic.spec.commands import (
     table_bytes,
 )
 from kvattic.spec.config import Config
-from kvattic.spec.elements import Booleans, Integers, special
+from kvattic.spec.elements import Booleans, Integers
 from kvattic.timing.record import DenseNotes
 
 __all__ = ["Kernel", "Run", "Runs"]
@@ -49,6 +51,8 @@ _CUT = slice(COMMAND["table"].offset, COMMAND["result"].place.stop)
 """Addresses in a command's line: table, query, result."""
 _HEAD = COMMAND["domain"].offset
 """Behind the identifier."""
+_LINE = Struct(f"<{COMMAND['identifier'].offset}xH{_CUT.start - COMMAND['identifier'].place.stop}xQQQ")
+"""Identifier, table, query and result of a command's line."""
 _CHANNEL, _VALUE, _FLAGS = (8 * TABLE_ENTRY[name].offset for name in ("channel", "value_page", "flags"))
 """Least bits of a table entry's fields."""
 _PAGE = (1 << _CHANNEL) - 1
@@ -73,27 +77,23 @@ class _Group:
 
     Attributes:
         command: any of them.
-        members: int64, their numbers in the run.
-        table, query, result: int64, addresses, one for each member.
+        sizes: bytes of table (whole lines), query and result.
+        members: their numbers in the run.
+        table, query, result: addresses, one for each member.
     """
 
     command: AttendCommand
-    members: Integers
-    table: Integers
-    query: Integers
-    result: Integers
-
-    def sizes(self, head_dim: int) -> tuple[int, int, int]:
-        """Bytes of table (whole lines), query and result."""
-        rows, stripes = self.command.rows, self.command.stripes
-        return (lines(table_bytes(Mode.DENSE, stripes, head_dim)) * LINE_BYTES, rows * query_row_bytes(head_dim),
-                rows * result_row_bytes(head_dim))
+    sizes: tuple[int, int, int]
+    members: list[int] = field(default_factory=list)
+    table: list[int] = field(default_factory=list)
+    query: list[int] = field(default_factory=list)
+    result: list[int] = field(default_factory=list)
 
     def of(self, chosen: Booleans) -> "_Group":
         """Some of the members."""
-        if chosen.all():
-            return self
-        return _Group(self.command, *(column[chosen] for column in (self.members, self.table, self.query, self.result)))
+        keep = chosen.tolist()
+        return _Group(self.command, self.sizes, *(list(compress(column, keep)) for column in (
+            self.members, self.table, self.query, self.result)))
 
 
 class _Places:
@@ -111,6 +111,10 @@ class _Places:
         self._owners = owners
         self._valid: tuple[int, ...] = ()
         self._known: dict[tuple[int, int], tuple[dict[int, int], list[tuple[int, ...]]]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the device has its pages elsewhere.
+        return self.__dict__ | {"_valid": (), "_known": {}}
 
     def find(self, entries: NDArray[np.uint64], domain: int, pages: int,
              region_bits: int) -> tuple[Integers, Integers, Booleans]:
@@ -135,10 +139,11 @@ class _Places:
             if (found := self._addresses(entry, domain, pages, region_bits)) is not None:
                 numbers[entry] = len(addresses)
                 addresses.append(found)
-        found = np.array([addresses[numbers.get(entry, 0)] for entry in flat], np.int64)
-        found = found.reshape(*entries.shape, 2, pages)
+        places = np.array([addresses[numbers.get(entry, 0)] for entry in flat], np.int64)
+        places = places.reshape(*entries.shape, 2, pages)
         shape = (len(entries), -1)
-        return (found[:, :, 0].reshape(shape), found[:, :, 1].reshape(shape), (found[:, :, 0, 0] != 0).all(axis=1))
+        return (places[:, :, 0].reshape(shape), places[:, :, 1].reshape(shape),
+                (places[:, :, 0, 0] != 0).all(axis=1))
 
     def _addresses(self, entry: int, domain: int, pages: int, region_bits: int) -> tuple[int, ...] | None:
         """Of the pages of K, then of V; None: one cannot be read, or is not the domain's."""
@@ -193,42 +198,50 @@ class Runs:
         """
         if self._storage.flash.has_read_faults or not queue.rings_inside(self._memory.size):
             return None
-        block = self._memory.gather(queue.waiting(), LINE_BYTES)
-        identifiers, groups = self._groups(block)
-        if not identifiers:
-            return None
-        groups = [self._inside(group, queue) for group in groups]
-        if self._conflict(queue, len(identifiers), groups):
+        data = b"".join([self._memory.dma_read(begin, end - begin) for begin, end in queue.submissions(queue.waiting)])
+        identifiers, groups = self._groups(data, queue)
+        if not identifiers or _conflict(queue, len(identifiers), groups):
             return None
         run = Run(identifiers, [None] * len(identifiers))
         for group in groups:
-            if len(group.members) and self._permitted(group.command, queue):
+            if group.members and self._permitted(group.command, queue):
                 self._attend(group, run)
         return run
 
-    def _groups(self, block: NDArray[np.uint8]) -> tuple[list[int], list[_Group]]:
-        """Identifiers of the dense jobs in front that are valid but for their addresses; and the groups that they make."""
-        data, members = block.tobytes(), dict[bytes, list[int]]()
-        count = 0
+    def _groups(self, data: bytes, queue: Queue) -> tuple[list[int], list[_Group]]:
+        """Identifiers of the dense jobs in front that are valid but maybe for their addresses; and those of valid ones.
+
+        Args:
+            data: entries of the queue.
+            queue: with the window that addresses must be in.
+        """
+        identifiers, groups = list[int](), dict[bytes, _Group]()
+        base, limit = queue.base, min(queue.limit, self._memory.size)
         for at in range(0, len(data), LINE_BYTES):
             key = data[at + _HEAD : at + _CUT.start] + data[at + _CUT.stop : at + LINE_BYTES]
             if data[at] != Opcode.ATTEND or data[at + 1]:
                 break
-            if (found := members.get(key)) is not None:
-                found.append(count)
-            elif self._command(key, data[at : at + LINE_BYTES]) is not None:
-                members[key] = [count]
-            else:
-                break
-            count += 1
-        identifiers = block[:count, COMMAND["identifier"].place].copy().view("<u2")[:, 0].tolist()
-        addresses = block[:count, _CUT].copy().view("<i8")
-        groups = []
-        for key, numbers in members.items():
-            command, places = self._known[key], np.array(numbers)
-            assert command is not None
-            groups.append(_Group(command, places, *addresses[places].T))
-        return identifiers, groups
+            group = groups.get(key)
+            if group is None:
+                command = self._command(key, data[at : at + LINE_BYTES])
+                if command is None:
+                    break
+                groups[key] = group = _Group(command, self._sizes(command))
+            identifier, table, query, result = _LINE.unpack_from(data, at)
+            ends = (table + group.sizes[0], query + group.sizes[1], result + group.sizes[2])
+            if not (table | query | result) % LINE_BYTES and base <= min(table, query, result) and max(ends) <= limit:
+                group.members.append(len(identifiers))
+                group.table.append(table)
+                group.query.append(query)
+                group.result.append(result)
+            identifiers.append(identifier)
+        return identifiers, list(groups.values())
+
+    def _sizes(self, command: AttendCommand) -> tuple[int, int, int]:
+        """See `_Group`."""
+        head_dim = self._config.head_dim
+        return (lines(table_bytes(Mode.DENSE, command.stripes, head_dim)) * LINE_BYTES,
+                command.rows * query_row_bytes(head_dim), command.rows * result_row_bytes(head_dim))
 
     def _command(self, key: bytes, line: bytes) -> AttendCommand | None:
         """A dense job that is valid but for its addresses, which the key does not have; None: it is something else."""
@@ -240,31 +253,6 @@ class Runs:
             self._known[key] = command if good else None
         return self._known[key]
 
-    def _inside(self, group: _Group, queue: Queue) -> _Group:
-        """Those whose blocks are aligned and inside of the queue's window and of the memory."""
-        good = np.ones(len(group.members), np.bool_)
-        limit = min(queue.limit, self._memory.size)
-        for addresses, size in zip((group.table, group.query, group.result), group.sizes(self._config.head_dim),
-                                   strict=True):
-            good &= (addresses % LINE_BYTES == 0) & (addresses >= queue.base) & (addresses <= limit - size)
-        return group.of(good)
-
-    def _conflict(self, queue: Queue, count: int, groups: list[_Group]) -> bool:
-        """Whether a command writes where another one reads or writes, or a ring lies."""
-        reads, writes = [queue.submissions(count)], [queue.completions(count)]
-        for group in groups:
-            sizes = group.sizes(self._config.head_dim)
-            for begins, size, kind in zip((group.table, group.query, group.result), sizes, (reads, reads, writes),
-                                          strict=True):
-                kind.append(np.stack([begins, begins + size]))
-        first, last = np.sort(np.concatenate(writes, axis=1), axis=1)   # sorted apart: the same if they are disjoint
-        if (first[1:] < last[:-1]).any():
-            return True
-        begins, ends = np.concatenate(reads, axis=1)
-        before = np.searchsorted(first, ends) - 1   # the last one that begins before the end
-        conflict: bool = ((before >= 0) & (last[before] > begins)).any()
-        return conflict
-
     def _permitted(self, command: AttendCommand, queue: Queue) -> bool:
         try:
             self._owners.check_permitted(command.domain, queue.number)
@@ -275,28 +263,24 @@ class Runs:
     def _attend(self, group: _Group, run: Run) -> None:
         """Compute the jobs of a group, write their results, and note them in the run."""
         config, command, stripes = self._config, group.command, group.command.stripes
-        words = self._memory.gather(group.table, stripes * TABLE_ENTRY.size).view("<u8").astype(np.uint64, copy=False)
-        keys, values, good = self._places.find(words, command.domain, command.stripe_pages, self._registers.region_bits)
+        tables = self._memory.gather(group.table, stripes * TABLE_ENTRY.size)
+        entries = np.frombuffer(tables, "<u8").reshape(-1, stripes)
+        keys, values, good = self._places.find(entries, command.domain, command.stripe_pages,
+                                               self._registers.region_bits)
         if stripes > (places := stripes_per_channel(command, config)):
-            good &= _most_alike(words >> np.uint64(_CHANNEL) & np.uint64(0xFF), config.channels) <= places
-        size = command.rows * query_row_bytes(config.head_dim)
-        queries = unpack_queries(self._memory.gather(group.query, size).tobytes(), len(words) * command.rows,
-                                 config.head_dim)
-        shape = (len(words), command.rows)
-        query = queries.query.reshape(*shape, -1)
-        if (bad := special(query, config.element)).any():
-            good &= ~bad.any(axis=(1, 2))
+            good &= _most_alike(entries >> np.uint64(_CHANNEL) & np.uint64(0xFF), config.channels) <= places
         if not good.all():
-            group, words, keys, values, query = group.of(good), words[good], keys[good], values[good], query[good]
-            if not len(words):
+            group, entries, keys, values = group.of(good), entries[good], keys[good], values[good]
+            if not group.members:
                 return
-        start, end, tree = (column.reshape(shape)[good] for column in queries[1:])
-        notes = DenseNotes(config, words, rows=command.rows, stripe_pages=command.stripe_pages,
+        shape = (len(entries), command.rows)
+        queries = unpack_queries(self._memory.gather(group.query, group.sizes[1]), shape[0] * shape[1], config.head_dim)
+        notes = DenseNotes(config, entries, rows=command.rows, stripe_pages=command.stripe_pages,
                            tokens=command.end_token - command.base_token)
         results = self._kernel(DenseJobs(
             config, *(np.ascontiguousarray(pages[:, : notes.pages]) for pages in (keys, values)),
-            np.ascontiguousarray(query), start, end, tree, notes.tokens, command.base_token, command.tree_token,
-            command.scale))
+            queries.query.reshape(*shape, -1), *(column.reshape(shape) for column in queries[1:]), notes.tokens,
+            command.base_token, command.tree_token, command.scale))
         self._finish(group, results, notes, run)
 
     def _finish(self, group: _Group, results: DenseResults, notes: DenseNotes, run: Run) -> None:
@@ -305,13 +289,12 @@ class Runs:
         if not clean.all():
             group, notes = group.of(clean), notes.of(clean)
             results = DenseResults(*(column[clean] for column in results))
-            if not len(group.members):
+            if not group.members:
                 return
-        count, rows = results.maximum.shape
-        block = pack_results(Results(results.output.reshape(count * rows, -1), results.maximum.ravel(),
-                                     results.denominator.ravel()))
-        self._memory.scatter(group.result, np.frombuffer(block, np.uint8).reshape(count, -1))
-        for index, member in enumerate(group.members.tolist()):
+        blocks = pack_results(Results(results.output.reshape(-1, config.head_dim), results.maximum.ravel(),
+                                      results.denominator.ravel()))
+        self._memory.scatter(group.result, group.sizes[2], blocks)
+        for index, member in enumerate(group.members):
             run.done[member] = (notes, index)
         flash, dram, pages = notes.totals
         registers, traffic = self._registers, self._storage.traffic
@@ -323,6 +306,25 @@ class Runs:
         for kind in (Kind.KEY, Kind.VALUE):
             traffic.flash[kind] += flash
             traffic.dram[kind] += dram
+
+
+def _conflict(queue: Queue, count: int, groups: list[_Group]) -> bool:
+    """Whether a command writes where another one reads or writes, or a ring lies."""
+    ranges = [(begin, end, False) for begin, end in queue.submissions(count)]
+    ranges += [(begin, end, True) for begin, end in queue.completions(count)]
+    for group in groups:
+        for addresses, size, writes in zip((group.table, group.query, group.result), group.sizes, (False, False, True),
+                                           strict=True):
+            ranges += [(address, address + size, writes) for address in addresses]
+    ranges.sort()
+    taken = written = 0     # the furthest ends so far, of all and of those that are written
+    for begin, end, writes in ranges:
+        if begin < (taken if writes else written):
+            return True
+        taken = max(taken, end)
+        if writes:
+            written = max(written, end)
+    return False
 
 
 def _most_alike(channels: NDArray[np.uint64], count: int) -> Integers:

@@ -23,7 +23,7 @@ class DenseJobs(NamedTuple):
         config: geometry and storage format.
         keys: int64, (jobs, pages), addresses in this process of the pages of K, in the token layout.
         values: int64, (jobs, pages), likewise of V.
-        query: uint16, (jobs, rows, head_dim), bit patterns, none of which is NaN or infinity.
+        query: uint16, (jobs, rows, head_dim), bit patterns.
         start: int64, (jobs, rows), first token that each row attends.
         end: int64, (jobs, rows), one past the last.
         tree: int64, (jobs, rows), bit i: the row attends token tree_token + i.

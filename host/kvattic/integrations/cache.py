@@ -3,6 +3,7 @@
 from collections import deque
 from contextlib import suppress
 from copy import copy, deepcopy
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -40,6 +41,9 @@ HELD_TOKENS = 64
 LAYERS_IN_FLIGHT = 2
 """Layers of a prompt that are written while the next one is computed, at most."""
 
+_KIND = "DriveCache"
+"""What a manifest of a cache says that it is of."""
+
 E = TypeVar("E", bound=BaseException)
 
 
@@ -72,6 +76,7 @@ class DriveCache(Closing, Cache):
         drive_layers: the layers with attention, whose K and V are in the drive.
         mode: what a decode step attends.
         meter: sums of what the steps cost, for `report`.
+        note: what was saved beside a cache that was loaded.
 
     Raises:
         TypeError: there is no such option.
@@ -124,6 +129,7 @@ class DriveCache(Closing, Cache):
         self._local_tokens, self._unit_tokens = local_tokens, unit_tokens
         self._held_tokens, self._sinks = held, kept_sinks
         self._text = text
+        self.note: Any = None
         self._cross = cross
         self._failed = ""   # an error, from which its layers hold different tokens
         self.meter = Meter(device.config, dense=found is Mode.DENSE)
@@ -229,6 +235,58 @@ class DriveCache(Closing, Cache):
             made.reset()
             raise
         return made
+
+    # Outliving the process.
+
+    def save(self, path: Path | str, *, note: Any = None) -> None:
+        """Write a manifest of what this cache holds, between two steps; see `Device.save`.
+
+        Args:
+            path: the file; one that is there is replaced.
+            note: anything that can be JSON, such as the token ids so far; `load` gives it back as `DriveCache.note`.
+
+        Raises:
+            RequestError: several drives, nothing to save, or an earlier step failed or is not complete.
+            OSError: the file cannot be written; an earlier one is still there and still true.
+        """
+        self._check_rows_whole()
+        if isinstance(self.device, DriveArray):
+            raise RequestError("what is on a single drive can be saved, not what is on several")
+        if not self.sequences or not all(isinstance(layer, DriveLayer) for layer in self.layers):
+            raise RequestError("there is nothing to save: this DriveCache holds no tokens, or not those of all layers")
+        rows = [sequence for sequence in self.sequences if isinstance(sequence, Sequence)]
+        kept = [flags.astype(int).tolist() for flags in self.layers[0].kept]
+        self.device.save(path, rows, note={"kind": _KIND, "mode": self.mode.name.lower(), "kept": kept, "note": note})
+
+    @classmethod
+    def load(cls, device: Device, config: Any, path: Path | str, **options: Any) -> "DriveCache":
+        """A cache as it was saved; arguments as of `DriveCache` and `Device.attach`.
+
+        Args:
+            device: the same drive, opened anew: nothing may have been written yet.
+            config: the model's configuration.
+            path: what `save` wrote.
+            options: as the cache was made with.
+
+        Raises:
+            RequestError: the file is of something else, or of a cache of another model or with other options.
+            ManifestError, ConfigMismatchError, CapacityError, OSError: see `Device.attach`.
+        """
+        cache = cls(device, config, **options)
+        sequences, found = device.attach(path, capacity_tokens=options.get("capacity_tokens"))
+        try:
+            if not isinstance(found, dict) or found.get("kind") != _KIND:
+                raise RequestError(f"{path} is not of a DriveCache")
+            if found["mode"] != cache.mode.name.lower():
+                raise RequestError(f"{path} is of a DriveCache with mode={found['mode']!r}, not "
+                                   f"{cache.mode.name.lower()!r}")
+            cache.adopt(sequences, [np.array(flags, np.bool_) for flags in found["kept"]])
+        except BaseException:
+            for sequence in sequences:
+                sequence.free()     # the manifest keeps what they have in flash
+            raise
+        cache.note = found["note"]
+        return cache
 
     @property
     def stripe_tokens(self) -> int:

@@ -220,14 +220,15 @@ class DriveLayer(CacheLayerMixin):
 
     def _write(self, rows: Rows, key: torch.Tensor, value: torch.Tensor) -> None:
         """Begin to write the new K and V."""
-        cache = self._cache
+        cache, config = self._cache, self._cache.device.config
         # Errors of those that are done are raised by the next call of their sequence.
         self._writes = [write for write in self._writes if not write.done()]
         if not len(self._before[0]):
             cache.write_next(self)
         for row, sequence in enumerate(cache.sequences):
             if len(new := rows.new[row]):
-                keys, values = (to_drive(states[row], cache.device.config.head_dim)[:, new] for states in (key, value))
+                keys, values = (to_drive(states[row], config.head_dim, config.element)[:, new]
+                                for states in (key, value))
                 self._writes.append(sequence.append_async(keys, values, layer=self.slot))
         self._kept, self._given, self._attended = rows.kept, None, ref(key)
 
@@ -240,7 +241,7 @@ class DriveLayer(CacheLayerMixin):
             width: elements of a head of V.
             new_step: whether it is the first layer of a step, for the report.
         """
-        cache, query = self._cache, call.query
+        cache, config, query = self._cache, self._cache.device.config, call.query
         # The tokens are in device DRAM and can be attended while full stripes move to flash.  A sparse mode attends all
         # that is in DRAM, which must not depend on how far that is.
         if cache.mode is not Mode.DENSE:
@@ -249,7 +250,7 @@ class DriveLayer(CacheLayerMixin):
         scale = query.shape[-1]**-0.5 if call.scaling is None else float(call.scaling)
         plans: list[Any] = [
             cache.plan_row(cache.sequences[row], self.slot,
-                           to_drive(query[row], cache.device.config.head_dim)[:, rows.new[row]],
+                           to_drive(query[row], config.head_dim, config.element)[:, rows.new[row]],
                            rows.start[row], rows.end[row], scale) for row in busy]
         output = np.zeros((len(query), query.shape[2], query.shape[1], width), np.float32)
         results = self._run(plans, busy)

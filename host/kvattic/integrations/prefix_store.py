@@ -6,9 +6,9 @@
 docs/transformers.md explains it.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ from kvattic.support.closing import Closing
 __all__ = ["PrefixStatistics", "PrefixStore", "digest_of"]
 
 Tokens = NDArray[np.int64]
+_KIND = "PrefixStore"
+"""What a manifest of a store says that it is of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +112,7 @@ class PrefixStore(Closing):
         TypeError, ConfigError: see `DriveCache`.
     """
 
-    def __init__(self, device: Device, model: Any, *, budget_tokens: int, name: str | None = None,
+    def __init__(self, device: Device | DriveArray, model: Any, *, budget_tokens: int, name: str | None = None,
                  **options: Any) -> None:
         if isinstance(device, DriveArray):
             raise RequestError("a PrefixStore is on a single drive, not on several")
@@ -137,6 +139,58 @@ class PrefixStore(Closing):
 
     def _new_cache(self) -> DriveCache:
         return DriveCache(self.device, self.model.config, **self._options)
+
+    # Outliving the process.
+
+    def save(self, path: Path | str) -> None:
+        """Write a manifest of all texts; see `Device.save`.
+
+        Raises:
+            OSError: the file cannot be written; an earlier one is still there and still true.
+        """
+        texts = list(self._texts.values())
+        self.device.save(path, [text.sequence for text in texts], note={
+            "kind": _KIND, "model": self.name, "block_tokens": self.block_tokens,
+            "texts": [[digest.hex() for digest in text.digests] for text in texts]})
+
+    @classmethod
+    def load(cls, device: Device, model: Any, path: Path | str, **options: Any) -> "PrefixStore":
+        """A store with the texts that were saved; arguments as of `PrefixStore`.
+
+        Args:
+            device: the same drive, opened anew: nothing may have been written yet.
+            model: of transformers, with the same weights.
+            path: what `save` wrote.
+            options: of the store: budget_tokens, name, and those of its caches.
+
+        Raises:
+            RequestError: the file is of something else, or of a store of another model or with other options.
+            ManifestError, ConfigMismatchError, CapacityError, OSError: see `Device.attach`.
+        """
+        store = cls(device, model, **options)
+        sequences, found = device.attach(path)
+        try:
+            if not isinstance(found, dict) or found.get("kind") != _KIND:
+                raise RequestError(f"{path} is not of a PrefixStore")
+            if found["model"] != store.name:
+                raise RequestError(f"{path} is of a PrefixStore of another model: {found['model']}, not {store.name}")
+            for sequence, digests in zip(sequences, found["texts"], strict=True):
+                store.keep([bytes.fromhex(digest) for digest in digests], sequence)
+        except BaseException:
+            for sequence in sequences:
+                sequence.free()     # the manifest keeps what they have in flash
+            raise
+        return store
+
+    def keep(self, digests: list[bytes], sequence: Sequence) -> None:
+        """For `load`: take a text that was saved.
+
+        Raises:
+            RequestError: it was stored with other options.
+        """
+        self._new_cache().check_alike(sequence)
+        self._numbers += 1
+        self._texts[self._numbers] = _Text(digests, sequence)
 
     # Looking up.
 
@@ -317,13 +371,15 @@ def _row(tokens: Any) -> Tokens:
     rows = _rows(tokens)
     if len(rows) != 1:
         raise RequestError(f"tokens must be integers (tokens,), not {rows.shape}")
-    return rows[0]
+    row: Tokens = rows[0]
+    return row
 
 
 def _rows(tokens: Any) -> Tokens:
     """Token ids, (rows, tokens)."""
-    values: Iterable[Any] | Any = tokens.detach().to("cpu").numpy() if isinstance(tokens, torch.Tensor) else tokens
+    values: Any = tokens.detach().to("cpu").numpy() if isinstance(tokens, torch.Tensor) else tokens
     array = np.atleast_2d(np.asarray(values))
     if array.dtype.kind not in "iu" or array.ndim != 2 or 0 in array.shape:
         raise RequestError(f"tokens must be integers (rows, tokens), not {array.dtype} {np.shape(values)}")
-    return array.astype("<i8")
+    rows: Tokens = array.astype("<i8")
+    return rows

@@ -1,10 +1,12 @@
 """Numbers of PyTorch as the drive holds them."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvattic.spec.elements import from_bits, to_bits
+from kvattic.spec.elements import from_bits, special, to_bits
 from kvattic.spec.formats import Element
 
 __all__ = ["round_to_storage", "to_drive"]
@@ -20,8 +22,20 @@ def round_to_storage(values: torch.Tensor, element: Element) -> torch.Tensor:
     return values.to(_STORAGE[element]).to(values.dtype)
 
 
-def to_drive(values: torch.Tensor, dim: int) -> NDArray[np.float32]:
-    """(heads, tokens, dim) for the drive, whose head_dim may be larger: the rest is zero."""
-    array: NDArray[np.float32] = values.detach().to("cpu", torch.float32).numpy()
+def to_drive(values: torch.Tensor, dim: int, element: Element) -> NDArray[Any]:
+    """(heads, tokens, dim) for the drive, whose head_dim may be larger: the rest is zero.
+
+    Args:
+        values: rounded to storage.
+        dim: the drive's head_dim.
+        element: its storage format.
+
+    Returns:
+        Bit patterns; float32 if any number is not finite, so that whoever takes it says which one.
+    """
+    values = values.detach().to("cpu")
+    array: NDArray[Any] = values.to(_STORAGE[element]).view(torch.int16).numpy().view(np.uint16)
+    if special(array, element).any():
+        array = values.to(torch.float32).numpy()
     missing = dim - array.shape[-1]
     return np.pad(array, ((0, 0), (0, 0), (0, missing))) if missing else array

@@ -127,19 +127,14 @@ def put_column(block: Bytes, field: Field, values: NDArray[Any]) -> None:
     block[:, field.place] = column[:, None].view(np.uint8)[:, : field.size]
 
 
-def _column(block: Bytes, field: Field, dtype: str) -> NDArray[Any]:
-    """A field, as wide as dtype, of each row of a block of records."""
-    return np.ascontiguousarray(block[:, field.place]).view(dtype)[:, 0]
-
-
 def pack_queries(queries: Queries) -> bytes:
     """The bytes of a query block: for each row its `ROW` record and q, padded to whole lines."""
     rows, head_dim = queries.query.shape
-    block = np.zeros((rows, query_row_bytes(head_dim)), np.uint8)
-    put_column(block, ROW["start_token"], queries.start)
-    put_column(block, ROW["end_token"], queries.end)
-    put_column(block, ROW["tree"], queries.tree)
-    block[:, ROW.size : ROW.size + head_dim * ELEMENT_BYTES] = np.ascontiguousarray(queries.query, "<u2").view(np.uint8)
+    block = np.zeros((rows, query_row_bytes(head_dim) // 4), "<u4")
+    for name, column in (("start_token", queries.start), ("end_token", queries.end), ("tree", queries.tree)):
+        block[:, ROW[name].offset // 4] = column    # in two's complement
+    first = ROW.size // ELEMENT_BYTES
+    block.view("<u2")[:, first : first + head_dim] = queries.query
     return block.tobytes()
 
 
@@ -151,11 +146,11 @@ def unpack_queries(data: bytes, rows: int, head_dim: int) -> Queries:
         rows: query rows.
         head_dim: elements of each.
     """
-    block = np.frombuffer(data, np.uint8).reshape(rows, -1)
-    query = np.ascontiguousarray(block[:, ROW.size : ROW.size + head_dim * ELEMENT_BYTES]).view("<u2")
-    start, end, tree = (
-        _column(block, ROW[name], "<u4").astype(np.int64) for name in ("start_token", "end_token", "tree"))
-    return Queries(query.astype(np.uint16), start, end, tree)
+    block = np.frombuffer(data, "<u4").reshape(rows, -1)
+    first = ROW.size // ELEMENT_BYTES
+    query = block.view("<u2")[:, first : first + head_dim].astype(np.uint16)
+    start, end, tree = (block[:, ROW[name].offset // 4].astype(np.int64) for name in ("start_token", "end_token", "tree"))
+    return Queries(query, start, end, tree)
 
 
 def pack_table(entries: NDArray[np.uint64], sketches: NDArray[np.uint64] | None,
@@ -197,12 +192,16 @@ def unpack_table(data: bytes, mode: Mode, stripes: int, head_dim: int) -> Table:
 def pack_results(results: Results) -> bytes:
     """The bytes of a result block: for each row the outputs, padded to whole lines, and its `TRAILER`."""
     rows, head_dim = results.output.shape
-    block = np.zeros((rows, result_row_bytes(head_dim)), np.uint8)
-    block[:, : head_dim * 4] = results.output.astype("<u4").view(np.uint8)
-    trailer = block[:, fp32_block_bytes(head_dim) :]
-    put_column(trailer, TRAILER["maximum"], results.maximum)
-    put_column(trailer, TRAILER["denominator"], results.denominator)
+    block = np.zeros((rows, result_row_bytes(head_dim) // 8), "<u8")
+    block.view("<u4")[:, :head_dim] = results.output
+    for name, column in (("maximum", results.maximum), ("denominator", results.denominator)):
+        block.view(f"<{column.dtype.kind}8")[:, _trailer(name, head_dim)] = column
     return block.tobytes()
+
+
+def _trailer(name: str, head_dim: int) -> int:
+    """The word of 8 bytes of a result row that has a field of its `TRAILER`."""
+    return (fp32_block_bytes(head_dim) + TRAILER[name].offset) // 8
 
 
 def unpack_results(data: bytes, rows: int, head_dim: int) -> Results:
@@ -213,9 +212,8 @@ def unpack_results(data: bytes, rows: int, head_dim: int) -> Results:
         rows: query rows.
         head_dim: outputs of each.
     """
-    block = np.frombuffer(data, np.uint8).reshape(rows, result_row_bytes(head_dim))
-    trailer = block[:, fp32_block_bytes(head_dim) :]
+    block = np.frombuffer(data, "<u8").reshape(rows, result_row_bytes(head_dim) // 8)
     return Results(
-        np.ascontiguousarray(block[:, : head_dim * 4]).view("<u4").astype(np.uint32),
-        _column(trailer, TRAILER["maximum"], "<i8").astype(np.int64),
-        _column(trailer, TRAILER["denominator"], "<u8").astype(np.uint64))
+        block.view("<u4")[:, :head_dim].astype(np.uint32),
+        block[:, _trailer("maximum", head_dim)].astype(np.int64),
+        block[:, _trailer("denominator", head_dim)].astype(np.uint64))

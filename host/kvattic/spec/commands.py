@@ -518,6 +518,14 @@ class Completion:
             idle=idle, fetched=fetched, first_beat=first_beat, last_beat=last_beat)
 
 
+def pack_completion(*, where: int, flags: int, head: int, queue: int, identifier: int, state: int) -> bytes:
+    """The bytes of a `COMPLETION` whose counters are zero."""
+    return _COMPLETION.pack(where, flags, head, queue, identifier, state, *_NO_COUNTERS)
+
+
+_NO_COUNTERS = (0,) * (len(COMPLETION.fields) - len(("where", "flags", "head", "queue", "identifier", "state")))
+
+
 def pack_state(status: int, phase: int) -> int:
     """The field `state` of a completion."""
     kind = STATUS_TYPE if status != Status.OK else 0

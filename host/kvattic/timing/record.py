@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from kvattic.spec.commands import Kind, Mode
+from kvattic.spec.commands import TABLE_ENTRY, Kind, Mode, TableFlag
 from kvattic.spec.config import Config
 from kvattic.spec.elements import Booleans, Integers
 from kvattic.spec.layout import unpack_entries
@@ -21,6 +21,8 @@ from kvattic.timing.work import Operation, Read, job_of_reads
 
 __all__ = ["Batch", "CommandRecord", "Counts", "DenseNotes", "KeepsRecords", "Recorder", "Sampler"]
 
+_DRAM = np.uint64(8 * TABLE_ENTRY["flags"].offset + int(TableFlag.DRAM).bit_length() - 1)
+"""Bit of a table entry: the stripe lies in device DRAM."""
 SAMPLED_JOBS = 64
 """Jobs of a batch that are modelled, at most; the others go on at their rate."""
 LEAST_JOBS = 8
@@ -124,7 +126,10 @@ class DenseNotes:
         # Codewords of each page of K.
         self._codewords = [config.codewords_per_page] * (self.pages - 1)
         self._codewords.append(codewords - sum(self._codewords))
-        in_dram = unpack_entries(entries).dram.repeat(stripe_pages, axis=1)[:, : self.pages]
+        in_dram = (entries >> _DRAM & np.uint64(1)).astype(np.int64)
+        if stripe_pages > 1:
+            in_dram = in_dram.repeat(stripe_pages, axis=1)
+        in_dram = in_dram[:, : self.pages]
         self._dram: list[int] = (in_dram @ np.array(self._codewords)).tolist()
         self._dram_pages: list[int] = in_dram.sum(axis=1).tolist()
         self._counts: dict[tuple[int, int], Counts] = {}
