@@ -16,7 +16,7 @@ from kvattic.driver.checks import as_member, check_positive
 from kvattic.driver.device import Device
 from kvattic.driver.results import AttendPlan
 from kvattic.driver.sequence import Sequence
-from kvattic.errors import KvatticError, RequestError
+from kvattic.errors import CapacityError, KvatticError, RequestError
 from kvattic.integrations.configuration import check_model, heads_of, latent_width, longest_window, most_positions
 from kvattic.integrations.layer import DriveLayer
 from kvattic.integrations.layers import make_layers
@@ -39,6 +39,9 @@ NAME = "kvattic"
 HELD_TOKENS = 64
 """Newest tokens of a row that stay in device DRAM, unless a `DriveCache` is told otherwise."""
 
+ROOM = 1024
+"""Tokens of a row beyond those at hand for which flash is reserved, unless a `DriveCache` is told how many come."""
+
 LAYERS_IN_FLIGHT = 2
 """Layers of a prompt that are written while the next one is computed, at most."""
 
@@ -57,7 +60,8 @@ class DriveCache(Closing, Cache):
     Args:
         device: the drive, or several as one; its head_dim must be the model's or larger (`config_for`).
         config: the model's configuration.
-        capacity_tokens: tokens that each row can hold, prompt and answer; the model's most positions if None.
+        capacity_tokens: tokens that each row can hold, prompt and answer, for which flash is reserved at once.  If
+            None, the model's most positions, and flash is reserved as they come (on several drives at once).
         held_tokens: the newest tokens of each row, which stay in device DRAM, where `crop` and rejected drafts can
             remove them: as many as are drafted at once, at least.  64 if None, and 0 on several drives, which cannot.
         mode: what a decode step attends: `commands.Mode` or its name in lower case; prompts are attended densely.
@@ -101,6 +105,7 @@ class DriveCache(Closing, Cache):
         if found is not Mode.DENSE and options.get("split") == "context":
             raise RequestError(f"mode {found.name.lower()} chooses from all tokens, which no drive has if sequences "
                                "are split by context: take split='heads', or mode='dense'")
+        self._grows = capacity_tokens is None and not several and not cross
         if capacity_tokens is None:
             # An encoder's tokens say themselves how many they are.
             capacity_tokens = 1 if cross else most_positions(text)
@@ -151,11 +156,13 @@ class DriveCache(Closing, Cache):
         Args:
             rows: of the batch.
             kv_heads: of a layer.
-            tokens: of an encoder, of which there will be no more.
+            tokens: of the first step; of an encoder's there will be no more.
         """
         if self.sequences:
             return
         capacity = tokens if self._cross else self.capacity_tokens
+        if self._grows:
+            capacity = min(capacity, tokens + ROOM)
         sparse, centroid = self.mode.blended, self.mode is Mode.CENTROID
         options = self._options
         if self.mode is not Mode.DENSE:
@@ -171,6 +178,33 @@ class DriveCache(Closing, Cache):
         for sequence in self.sequences:
             if isinstance(sequence, Sequence):
                 sequence.held_tokens = self._held_tokens
+
+    def make_room(self, tokens: int) -> None:
+        """Reserve flash for more tokens, before the first layer of a step writes them.
+
+        A row that is full becomes a fork of itself with more room: its stripes in flash stay where they are.
+
+        Args:
+            tokens: that a row will hold.
+
+        Raises:
+            CapacityError: flash or DRAM have no room.
+        """
+        if not self._grows or tokens <= (room := min(one.capacity_tokens for one in self.sequences)):
+            return
+        least = min(tokens, self.capacity_tokens)
+        if least <= room:   # the sequence will say so
+            return
+        self.wait()
+        for row, sequence in enumerate(self.sequences):
+            assert isinstance(sequence, Sequence)
+            try:
+                grown = sequence.fork(capacity_tokens=min(max(2 * room, least + ROOM), self.capacity_tokens))
+            except CapacityError:
+                grown = sequence.fork(capacity_tokens=least)
+            self.sequences[row] = grown
+            self._gone.append(sequence.statistics_by_part())
+            sequence.free()
 
     def reset(self) -> None:
         """Forget everything and give the flash back; the next batch may have another size.

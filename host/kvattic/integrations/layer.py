@@ -225,6 +225,8 @@ class DriveLayer(CacheLayerMixin):
         self._writes = [write for write in self._writes if not write.done()]
         if not len(self._before[0]):
             cache.write_next(self)
+        if self.slot == 0:
+            cache.make_room(max(int(kept.sum()) for kept in rows.kept))
         for row, sequence in enumerate(cache.sequences):
             if len(new := rows.new[row]):
                 keys, values = (to_drive(states[row], config.head_dim, config.element)[:, new]

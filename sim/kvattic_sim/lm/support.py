@@ -99,8 +99,7 @@ def _what(cache: Any) -> str:
     """What of a model is in the drive."""
     if isinstance(cache, EncoderDecoderCache):
         own = cache.self_attention_cache
-        inside = "self-attention and cross-attention" if isinstance(own, DriveCache) else "cross-attention"
-        return f"{inside} in the drive"
+        return f"{'self-attention and ' if isinstance(own, DriveCache) else ''}cross-attention in the drive"
     inside, every = len(cache.drive_layers), len(cache.layers)
     return "" if inside == every else f"{inside} of {every} layers in the drive, the others in transformers' own"
 

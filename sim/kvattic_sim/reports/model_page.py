@@ -5,6 +5,7 @@ fails if one of them does neither.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +74,7 @@ def page(outcomes: Sequence[Outcome]) -> str:
     for verdict, title, words, column in _TABLES:
         if by_verdict[verdict]:
             text += [f"## {title}\n", f"{words}\n", f"| class | model type | {column} |\n| --- | --- | --- |"]
-            text += [f"| `{one.architecture.name}` | {one.architecture.model_type} | {_cell(one.detail)} |"
+            text += [f"| {one.architecture.name} | {one.architecture.model_type} | {_cell(one.detail)} |"
                      for one in by_verdict[verdict]]
             text.append("")
     return "\n".join(text)
@@ -81,7 +82,8 @@ def page(outcomes: Sequence[Outcome]) -> str:
 
 def listed(text: str) -> list[str]:
     """Names of the classes on a page, in alphabetical order."""
-    return sorted(line.split("`")[1] for line in text.splitlines() if line.startswith("| `"))
+    rows = re.findall(r"^\| (\w+) \| [\w.-]+ \| .*\|$", text.partition("\n## ")[2], re.MULTILINE)
+    return sorted(row for row in rows if row != "class")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from transformers import DynamicCache, T5Config, XGLMConfig
 from transformers.cache_utils import EncoderDecoderCache
 
 import kvattic
-from kvattic import TINY, ConfigError, RequestError
+from kvattic import TINY, CapacityError, ConfigError, RequestError, Sequence
 from kvattic.integrations.configuration import latent_width, most_positions
 from kvattic.integrations.masks import attended_tokens
 from kvattic.integrations.transformers import NAME, DriveCache, DriveEncoderDecoderCache, config_for
@@ -117,7 +117,7 @@ def test_a_page_has_every_outcome():
     one = ALL["LlamaForCausalLM"]
     text = model_page.page([Outcome(one, Verdict.WORKS, ""), Outcome(ALL["MptForCausalLM"], Verdict.REFUSED, "a | b"),
                             Outcome(ALL["BltForCausalLM"], Verdict.SKIPPED, "x" * 300 + " y")])
-    assert "| `MptForCausalLM` | mpt | a \\| b |" in text and "## Wrong" not in text
+    assert "| MptForCausalLM | mpt | a \\| b |" in text and "## Wrong" not in text
     assert model_page.listed(text) == ["BltForCausalLM", "LlamaForCausalLM", "MptForCausalLM"]
 
 
@@ -326,6 +326,53 @@ def test_what_encoder_decoder_models_are_refused(drive):
                                  capacity_tokens=64)
     with pytest.raises(RequestError, match="mode centroid: an encoder's tokens are attended densely"):
         DriveCache(device, model.config, cross=True, mode="centroid", top_units=4)
+
+
+# Room.
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "centroid", "top_units": 1000}])
+def test_flash_is_reserved_as_tokens_come(drive, monkeypatch, options):
+    monkeypatch.setattr("kvattic.integrations.cache.ROOM", 8)
+    model = build(ALL["Qwen3ForCausalLM"])
+    tokens, mask = tokens_of([30, 17])
+    expected = generate(model, tokens, RoundedCache(model.config), mask=mask, new=60)
+    device = drive(model, replace(ROOMY, dies=16))
+    zones = device.free_zones
+    with DriveCache(device, model.config, held_tokens=0, **options) as cache:
+        model.set_attn_implementation(NAME)
+        with torch.no_grad():
+            model(tokens, attention_mask=mask, cache=cache)
+        assert (cache.capacity_tokens, cache.sequences[0].capacity_tokens) == (512, 38)
+        cache.reset()
+        assert generate(model, tokens, cache, mask=mask, new=60).tolist() == expected.tolist()
+        assert {one.capacity_tokens for one in cache.sequences} == {152}
+        assert cache.report().tokens == 2 * 59
+    assert device.free_zones == zones
+
+
+def test_room_that_is_not_there_twice_over(drive, monkeypatch):
+    """Where twice as much does not fit, what is needed may; and no row gets beyond the model's most positions."""
+    monkeypatch.setattr("kvattic.integrations.cache.ROOM", 8)
+    model = build(ALL["Qwen3ForCausalLM"])
+    fork = Sequence.fork
+
+    def tight(self, length=None, *, capacity_tokens=None):
+        if capacity_tokens > 40:
+            raise CapacityError("the flash is full")
+        return fork(self, length, capacity_tokens=capacity_tokens)
+
+    monkeypatch.setattr(Sequence, "fork", tight)
+    tokens, _ = tokens_of([30])
+    with DriveCache(drive(model), model.config) as cache:
+        generate(model, tokens, cache, new=11)
+        assert cache.sequences[0].capacity_tokens == 40
+        with pytest.raises(CapacityError, match="the flash is full"):
+            generate(model, torch.cat([tokens, tokens], dim=1), cache, new=2)
+    with DriveCache(drive(model), model.config) as cache:
+        cache.capacity_tokens = 38
+        with pytest.raises(CapacityError, match="room for 38 tokens"):
+            generate(model, tokens, cache, new=12)
 
 
 # Configurations.

@@ -30,6 +30,7 @@ from transformers import (
     MiMoV2FlashForCausalLM,
     MistralConfig,
 )
+from transformers.masking_utils import bidirectional_mask_function
 
 import kvattic
 from kvattic import TINY, CapacityError, ConfigError, KvatticError, Mode, RequestError
@@ -682,8 +683,8 @@ def test_a_mask_of_a_wrong_shape():
 
 
 def test_masks_for_both_directions_are_those_of_encoders():
-    both = {"mask_function": lambda batch, head, query, place: query >= 0, "allow_is_bidirectional_skip": True,
-            "use_vmap": True, "q_length": 2, "kv_length": 3}
+    both = {"mask_function": bidirectional_mask_function, "allow_is_bidirectional_skip": True,
+            "allow_is_causal_skip": False, "q_length": 2, "kv_length": 3}
     assert make_mask(batch_size=1, **both) is None
     padding = torch.tensor([[True, True, False]])
     assert make_mask(batch_size=1, attention_mask=padding, **both).tolist() == [[[[True, True, False]] * 2]]
