@@ -380,14 +380,14 @@ class Device(Closing):
 
     def _check_unwritten(self) -> None:
         self.check_open()
-        if self._sequences or self.media.allocator.pages_programmed:
+        if self._sequences or self.media.allocator.pages_programmed or self._saver.used:
             raise RequestError("the factory's marks of bad blocks can be read only before anything is written")
 
     def format(self) -> None:
         """Erase all of the flash, for a drive that was used before.
 
         Raises:
-            RequestError: a sequence is not freed.
+            RequestError: a sequence is not freed, or a manifest keeps zones (`discard_saved`).
             DeviceStatusError: a die does not answer.
         """
         with self.lock:

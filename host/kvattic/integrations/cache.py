@@ -287,8 +287,9 @@ class DriveCache(Closing, Cache):
         self._check_rows_whole()
         if isinstance(self.device, DriveArray):
             raise RequestError("what is on a single drive can be saved, not what is on several")
-        if self._cross or any(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
-            raise RequestError("an encoder's tokens, and layers that are not in the drive, cannot be saved")
+        if self._cross:
+            raise RequestError("an encoder's tokens cannot be saved")
+        self.check_stateless()
         if not self.sequences:
             raise RequestError("there is nothing to save: this DriveCache holds no tokens")
         rows = [sequence for sequence in self.sequences if isinstance(sequence, Sequence)]
@@ -362,14 +363,22 @@ class DriveCache(Closing, Cache):
         Raises:
             RequestError: says what differs.
         """
-        if any(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
-            raise RequestError("some layers of this model are not in the drive: their state would be missing")
+        self.check_stateless()
         mine = {"layers": len(self.drive_layers), "kv_heads": heads_of(self._text)[2], "sparse": self.mode.blended,
                 "centroids": self._unit_tokens if self.mode is Mode.CENTROID else None, "sinks": self._sinks}
         for name, wanted in mine.items():
             if (found := getattr(sequence, name)) != wanted:
                 raise RequestError(f"a sequence with {name} {found} does not fit this DriveCache, which needs "
                                    f"{wanted}: its model or its options are others")
+
+    def check_stateless(self) -> None:
+        """Refuse a model some of whose layers keep a state outside of the drive.
+
+        Raises:
+            RequestError: it has such layers.
+        """
+        if any(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
+            raise RequestError("some layers of this model are not in the drive: their state would be missing")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DriveCache":
         memo[id(self)] = made = self.fork()

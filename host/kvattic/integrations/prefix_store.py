@@ -108,7 +108,8 @@ class PrefixStore(Closing):
         block_tokens: tokens of a block.
 
     Raises:
-        RequestError: several drives, isolated sequences, which share nothing with others, or no positive budget.
+        RequestError: several drives, isolated sequences, which share nothing with others, no positive budget, or a
+            model some of whose layers keep a state outside of the drive.
         TypeError, ConfigError: see `DriveCache`.
     """
 
@@ -124,7 +125,9 @@ class PrefixStore(Closing):
         self.budget_tokens = budget_tokens
         self.name = digest_of(model) if name is None else name
         self._options = options
-        self.block_tokens = self._new_cache().stripe_tokens
+        cache = self._new_cache()
+        cache.check_stateless()
+        self.block_tokens = cache.stripe_tokens
         self._texts: dict[int, _Text] = {}      # the one that was not used for longest first
         self._numbers = 0
         self._lookups = self._hits = self._asked = self._matched = self._stored = self._evicted = 0

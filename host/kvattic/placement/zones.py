@@ -421,7 +421,8 @@ class ZoneAllocator:
             RequestError: a zone has users.
         """
         if self._open:
-            raise RequestError(f"{len(self._open)} zones are in use; free all sequences first")
+            raise RequestError(f"{len(self._open)} zones are in use; free all sequences first, and discard what was "
+                               "saved of them")
         self._clean = set()
         self._dirty = {zone: (self._mapped(zone), set()) for zone in range(self.zones)}
 

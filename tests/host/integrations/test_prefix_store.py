@@ -180,6 +180,11 @@ def test_what_a_store_refuses(model, drive):
         store_of(drive, model, budget=0)
     with pytest.raises(TypeError, match="no option 'banana'"):
         store_of(drive, model, banana=1)
+    hybrid = LlamaForCausalLM(LlamaConfig(
+        vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=32))
+    hybrid.config.layer_types = ["linear_attention", "full_attention"]
+    with pytest.raises(RequestError, match="some layers of this model are not in the drive"):
+        store_of(drive, hybrid)
     tokens = texts(count=40)
     with store_of(drive, model) as store:
         for bad in (np.zeros(3), np.zeros((1, 0), int), np.zeros((1, 2, 3), int)):
