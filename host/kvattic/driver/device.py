@@ -86,7 +86,8 @@ class Device(Closing):
     they hold one lock, except for moments between two waits for the device.
 
     The library assumes that the flash is erased, as it comes from the factory; a drive that was used before must be
-    `format`ted.  Only this object has the tables that say where K and V lie.
+    `format`ted, unless what it holds was saved (`save`) and is to be used again (`attach`).  Only this object has the
+    tables that say where K and V lie.
 
     After a DeviceTimeoutError or an invalid completion the state of the device is unknown: everything under way fails,
     and so does every call until `reset` (or `recover`).

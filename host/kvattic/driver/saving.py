@@ -12,6 +12,7 @@ from kvattic.driver.manifest import Manifest, write_manifest
 from kvattic.driver.media import Media
 from kvattic.errors import ManifestError
 from kvattic.placement.zones import Allocation
+from kvattic.spec.commands import Kind
 
 if TYPE_CHECKING:
     from kvattic.driver.sequence import Sequence
@@ -85,10 +86,11 @@ class Saver:
         for (number, *place), wanted in zip(manifest.header["probes"], manifest.arrays["probes"], strict=True):
             found = sequences[number].probe(*place)
             if found is None or not np.array_equal(found, wanted):
-                layer, head, token = place
+                layer, head, stripe, kind = place
+                what = "the mean keys" if kind == Kind.SKETCH else "V"
                 raise ManifestError(
-                    f"{path} does not say what this drive holds: V of sequence {number}, layer {layer}, KV head "
-                    f"{head}, token {token} {'cannot be read' if found is None else 'is another'}; the file is of "
+                    f"{path} does not say what this drive holds: {what} of sequence {number}, layer {layer}, KV head "
+                    f"{head}, stripe {stripe} {'cannot be read' if found is None else 'changed'}; the file is of "
                     "another drive, or its flash has been erased since")
 
     def keep(self, path: Path, sequences: Series["Sequence"]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Series
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
@@ -244,25 +245,47 @@ class Sequence(Closing):
         self._freed = True
         self._writer.release_dram()
 
-    def probe_places(self) -> list[tuple[int, int, int]]:
-        """For `Device.save`: (layer, KV head, token) of the first and the last stripe in each zone of a layer's V."""
-        bits, found = self.device.config.zone_page_bits, list[tuple[int, int, int]]()
+    def probe_places(self) -> list[tuple[int, int, int, int]]:
+        """For `Device.save`: places of the first and the last stripe in each zone that has V or mean keys of a layer.
+
+        Returns:
+            (layer, KV head, stripe, `Kind`) of each.
+        """
+        bits, found = self.device.config.zone_page_bits, list[tuple[int, int, int, int]]()
         for layer, state in enumerate(self._writer.layers):
             stripes = np.array(state.in_flash(state.length // self.stripe_tokens), np.int64)
-            pages = layout.unpack_entries(state.table[:, stripes]).value_page.astype(np.int64)
-            for zone in np.unique(pages >> bits).tolist():
-                heads, columns = np.nonzero(pages >> bits == zone)
-                order = np.argsort(pages[heads, columns], kind="stable")
-                found += [(layer, int(heads[at]), int(stripes[columns[at]]) * self.stripe_tokens)
-                          for at in dict.fromkeys((int(order[0]), int(order[-1])))]
+            places = {Kind.VALUE: layout.unpack_entries(state.table[:, stripes]).value_page}
+            if self.centroids is not None:      # they lie in zones of their own
+                places[Kind.SKETCH] = layout.unpack_sketches(state.sketches[Kind.SKETCH][:, stripes]).page
+            for kind, pages in places.items():
+                zones = pages.astype(np.int64) >> bits
+                for zone in np.unique(zones).tolist():
+                    heads, columns = np.nonzero(zones == zone)
+                    order = np.argsort(pages[heads, columns], kind="stable")
+                    found += [(layer, int(heads[at]), int(stripes[columns[at]]), int(kind))
+                              for at in dict.fromkeys((int(order[0]), int(order[-1])))]
         return found
 
-    def probe(self, layer: int, head: int, token: int) -> NDArray[np.uint32] | None:
-        """For `Device.save` and `attach`: bit patterns of V of a token, (head_dim,); None if it cannot be read."""
+    def probe(self, layer: int, head: int, stripe: int, kind: int) -> NDArray[np.uint32] | None:
+        """For `Device.save` and `attach`: what is at one of `probe_places`.
+
+        Returns:
+            Bit patterns of the stripe's first V, or of its first mean key, (head_dim,); None if it cannot be read.
+        """
+        config, state = self.device.config, self._writer.layers[layer]
+        entry = layout.unpack_entries(state.table[head, stripe : stripe + 1])
+        page, token = entry.value_page, 0
+        if kind == Kind.SKETCH:
+            sketch = layout.unpack_sketches(state.sketches[Kind.SKETCH][head, stripe : stripe + 1])
+            page, token = sketch.page, int(sketch.codeword[0]) * config.tokens_per_codeword
+        query = np.zeros((1, config.head_dim), np.uint16)
+        scale_bits = AttendOptions(scale=1.0).scale_bits(config.head_dim)
         masks = Masks(np.array([token]), np.array([token + 1]), np.zeros(1, np.int64), token + 1)
-        query = np.zeros((1, self.device.config.head_dim), np.uint16)
-        scale_bits = AttendOptions(scale=1.0).scale_bits(self.device.config.head_dim)
-        (result,) = self.device.run(self.dense_jobs(layer, head, query, scale_bits, masks), check=False)
+        (job,) = self.dense_jobs(layer, head, query, scale_bits, masks)
+        # A query that attends one token has its V, which may be anything that is stored like tokens.
+        job = replace(job, table=layout.pack_entries(entry.channel, page, page, 0), stripe_pages=1, base_token=0,
+                      end_token=token + 1, start=masks.start, end=masks.end, tree_token=token + 1)
+        (result,) = self.device.run([job], check=False)
         return result.bits[0] if result.completion.status is Status.OK else None
 
     def lose_tails(self) -> list[Loss]:

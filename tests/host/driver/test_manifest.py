@@ -15,6 +15,8 @@ import kvattic
 from kvattic.driver.manifest import read_manifest, write_manifest
 from kvattic.errors import CapacityError, ConfigMismatchError, ManifestError, RequestError
 from kvattic.golden.device import GoldenDevice
+from kvattic.spec import layout
+from kvattic.spec.commands import Opcode
 from kvattic.spec.config import TINY
 
 DIM, HEADS = 32, 2
@@ -192,7 +194,7 @@ def test_a_manifest_of_another_drive_is_refused(saved, tmp_path):
             append(sequence, tokens(70, 5))
             sequence.save(tmp_path / "other")
     with opened(saved) as device:
-        with pytest.raises(ManifestError, match="is another; the file is of another"):
+        with pytest.raises(ManifestError, match="changed; the file is of another"):
             device.attach(tmp_path / "other")
         assert device.attach(saved / "saved").sequences[0].length() == 100
 
@@ -289,3 +291,27 @@ def test_the_flash_of_a_golden_device_in_a_file(tmp_path):
     again.close()
     with pytest.raises(ConfigMismatchError, match="another configuration"):
         GoldenDevice(replace(TINY, dies=4), image=path)
+
+
+def test_a_place_that_was_erased_is_found(tmp_path):
+    """Of mean keys, too, whose zones are others."""
+    device = opened(tmp_path)
+    sequence = device.create_sequence(HEADS, capacity_tokens=200, layers=2, centroids=16)
+    append(sequence, tokens(150))
+    device.save(tmp_path / "saved")
+    zones = sequence.describe()["zones"]
+    assert set(zones[1]).isdisjoint(zones[0]) and zones[1]
+    device.transport.close()
+    flash = (tmp_path / "flash").read_bytes()
+    for which in zones:
+        (tmp_path / "flash").write_bytes(flash)
+        drive = GoldenDevice(CONFIG, image=tmp_path / "flash")
+        for block in [block for block in drive.flash.blocks if block.block in which]:
+            drive.flash.operate(Opcode.ERASE, block.channel, int(layout.page_number(
+                layout.PagePlace(block.block, 0, block.die, block.plane), CONFIG)), None)
+        drive.close()
+        with opened(tmp_path) as device, pytest.raises(ManifestError, match="cannot be read"):
+            device.attach(tmp_path / "saved")
+    (tmp_path / "flash").write_bytes(flash)
+    with opened(tmp_path) as device:
+        assert device.attach(tmp_path / "saved").sequences[0].length() == 150
