@@ -168,7 +168,8 @@ def _array(values: torch.Tensor, dim: int, element: Element) -> NDArray[Any]:
     Returns:
         Bit patterns; float32 if any number is not finite, so that whoever takes it says which one.
     """
-    values = values.detach().to("cpu")
+    if values.requires_grad or values.device.type != "cpu":
+        values = values.detach().to("cpu")
     array: NDArray[Any] = values.to(_STORAGE[element]).view(torch.int16).numpy().view(np.uint16)
     if special(array, element).any():
         array = values.to(torch.float32).numpy()

@@ -503,10 +503,8 @@ class Completion:
         """
         (where, flags, head, queue, identifier, state, cycle, beats, starved, barrier, weights, scores,
          idle) = _COMPLETION.unpack(data)
-        return cls(
-            status=unpack_state(state), queue=queue, head=head, identifier=identifier, flags=CompletionFlag(flags),
-            where=where, cycle=cycle, beats=beats, starved=starved, barrier=barrier, weights=weights, scores=scores,
-            idle=idle)
+        return cls(unpack_state(state), queue, head, identifier, CompletionFlag(flags), where, cycle, beats, starved,
+                   barrier, weights, scores, idle)
 
 
 def pack_completion(*, where: int, flags: int, head: int, queue: int, identifier: int, state: int) -> bytes:
