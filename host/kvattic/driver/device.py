@@ -14,7 +14,6 @@ from dataclasses import replace
 from threading import RLock
 from typing import Any
 
-
 from kvattic.driver import futures
 from kvattic.driver.accounts import Tally, job_account
 from kvattic.driver.admin import Admin

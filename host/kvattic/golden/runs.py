@@ -1,8 +1,8 @@
 """Runs of ATTENDs that wait in a queue, served together: their dense jobs are computed in one pass (`together`).
 
-What the host and the registers see is what serving them one after the other shows.  A command that is not a plain dense job,
-or that is to end with anything but OK, is left to `kvattic.golden.attention`; so is a run in which a command writes where
-another one reads.
+What the host and the registers see is what serving them one after the other shows.  A command that is not a plain dense
+job, or that is to end with anything but OK, is left to `kvattic.golden.attention`; so is a run in which a command
+writes where another one reads.
 """
 
 from collections.abc import Callable
@@ -172,7 +172,7 @@ class _Places:
         """Of the pages of K, then of V; None: one cannot be read, or is not the domain's."""
         channel, flags = entry >> _CHANNEL & 0xFF, entry >> _FLAGS
         firsts = (entry & _PAGE, entry >> _VALUE & _PAGE)
-        if channel >= self._config.channels or flags & ~TableFlag.DRAM:
+        if channel >= self._config.channels or flags & ~int(TableFlag.DRAM):
             return None
         in_dram, found = bool(flags & TableFlag.DRAM), list[int]()
         for first in firsts:
@@ -304,9 +304,10 @@ class Runs:
                         for kind in (Kind.KEY, Kind.VALUE))
         if keys.shape[1] != notes.pages:
             keys, values = (np.ascontiguousarray(pages[:, : notes.pages]) for pages in (keys, values))
+        start, end, tree = (column.reshape(shape) for column in (queries.start, queries.end, queries.tree))
         results = self._kernel(DenseJobs(
-            config, keys, values, queries.query.reshape(*shape, -1), *(column.reshape(shape) for column in queries[1:]),
-            notes.tokens, command.base_token, command.tree_token, command.scale))
+            config, keys, values, queries.query.reshape(*shape, -1), start, end, tree, notes.tokens, command.base_token,
+            command.tree_token, command.scale))
         self._finish(group, results, notes, run)
 
     def _finish(self, group: _Group, results: DenseResults, notes: DenseNotes, run: Run) -> None:
@@ -314,7 +315,7 @@ class Runs:
         config, clean = self._config, results.clean
         if not clean.all():
             group, notes = group.of(clean), notes.of(clean)
-            results = DenseResults(*(column[clean] for column in results))
+            results = results.of(clean)
             if not group.members:
                 return
         blocks = pack_results(Results(results.output.reshape(-1, config.head_dim), results.maximum.ravel(),

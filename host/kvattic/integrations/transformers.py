@@ -30,6 +30,7 @@ from kvattic.array import SPLITS, ArrayPlan, ArraySequence, DriveArray
 from kvattic.driver.checks import as_member, check_integer, check_positive
 from kvattic.driver.device import Device
 from kvattic.driver.jobs import MAX_SINKS, MAX_UNITS
+from kvattic.driver.planning import AttendOptions
 from kvattic.driver.results import AttendPlan, AttendResult
 from kvattic.driver.sequence import Sequence
 from kvattic.errors import ConfigError, KvatticError, RangeError, RequestError
@@ -158,10 +159,10 @@ def round_to_storage(values: torch.Tensor, element: Element) -> torch.Tensor:
 
 
 def _array(values: torch.Tensor, dim: int, element: Element) -> NDArray[Any]:
-    """(heads, tokens, dim) for the drive, whose head_dim may be larger: the rest is zero.
+    """(rows, heads, tokens, dim) for the drive, whose head_dim may be larger: the rest is zero.
 
     Args:
-        values: rounded to storage.
+        values: of all rows of the batch, float32 or rounded to storage.
         dim: the drive's head_dim.
         element: its storage format.
 
@@ -174,7 +175,12 @@ def _array(values: torch.Tensor, dim: int, element: Element) -> NDArray[Any]:
     if special(array, element).any():
         array = values.to(torch.float32).numpy()
     missing = dim - array.shape[-1]
-    return np.pad(array, ((0, 0), (0, 0), (0, missing))) if missing else array
+    return np.pad(array, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else array
+
+
+def _some(values: NDArray[Any], tokens: NDArray[np.intp]) -> NDArray[Any]:
+    """Some tokens, ascending, of (heads, tokens, dim)."""
+    return values if len(tokens) == values.shape[1] else values[:, tokens]
 
 
 class _Rows(NamedTuple):
@@ -361,12 +367,14 @@ class DriveLayer(CacheLayerMixin):
         self._writes = [write for write in self._writes if not write.done()]
         if past == 0:
             cache.write_next(self)
+        keys, values = (_array(states, config.head_dim, config.element) for states in (key, value))
         for row, sequence in enumerate(cache.sequences):
             if len(new := rows.new[row]):
-                keys, values = (_array(states[row], config.head_dim, config.element)[:, new] for states in (key, value))
-                self._writes.append(sequence.append_async(keys, values, layer=self.number))
+                self._writes.append(sequence.append_async(_some(keys[row], new), _some(values[row], new),
+                                                          layer=self.number))
         self._kept, self._given = rows.kept, None
-        query = round_to_storage(query, config.element)
+        if past == 0 or query.dtype != torch.float32:   # else it is rounded on its way to the drive
+            query = round_to_storage(query, config.element)
         if past == 0:
             # All K and V are at hand: the model attends them and goes on to the next layer while the drive writes.
             local: torch.Tensor = sdpa_attention_forward(module, query, key, value, mask, dropout=0.0,
@@ -380,10 +388,11 @@ class DriveLayer(CacheLayerMixin):
         if cache.mode is not Mode.DENSE:
             self.wait()
         busy = [row for row, new in enumerate(rows.new) if len(new)]
+        queries = _array(query, config.head_dim, config.element)
+        scale = query.shape[-1]**-0.5 if scaling is None else float(scaling)
         plans: list[Any] = [
-            cache.plan_row(cache.sequences[row], self.number, _array(query[row], config.head_dim, config.element)[:, rows.new[row]],
-                        rows.start[row], rows.end[row],
-                        query.shape[-1]**-0.5 if scaling is None else float(scaling)) for row in busy]
+            cache.plan_row(cache.sequences[row], self.number, _some(queries[row], rows.new[row]), rows.start[row],
+                           rows.end[row], scale) for row in busy]
         width = value.shape[-1]
         output = np.zeros((len(query), query.shape[2], query.shape[1], width), np.float32)
         results = self._run(plans, busy)
@@ -577,6 +586,7 @@ class DriveCache(Closing, Cache):
         self._failed = ""   # an error, from which its layers hold different tokens
         self.meter = Meter(device.config, dense=found is Mode.DENSE)
         self._options = options
+        self._causal: AttendOptions | None = None   # of the last dense step without a window
         self._writing: deque[DriveLayer] = deque()
         # What masks say, by their identity: the layers of a step share them.
         self._read: dict[tuple[int, int, int], tuple[torch.Tensor | None, _Rows]] = {}
@@ -741,6 +751,10 @@ class DriveCache(Closing, Cache):
               start: Integers | None, end: Integers | None, scale: float) -> AttendPlan | ArrayPlan:
         """Attention of a row's newest tokens; all that the drive computes goes through here."""
         causal = end is None
+        if self.mode is Mode.DENSE and start is None and causal and isinstance(sequence, Sequence):
+            if self._causal is None or self._causal.scale != scale:
+                self._causal = AttendOptions(scale=scale, causal=True)
+            return sequence.plan_with(query, self._causal, layer=layer)
         if self.mode is Mode.DENSE:
             return sequence.plan(query, layer=layer, scale=scale, causal=causal, start=start, end=end)
         assert self._top_units is not None
