@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import NamedTuple, TypeAlias, TypedDict
 
 import numpy as np
@@ -119,13 +119,18 @@ class AttendOptions:
         """
         scale = 1 / math.sqrt(head_dim) if self.scale is None else self.scale
         try:
-            bits = fp32_bits(scale * math.log2(math.e))
+            bits = _command_scale(scale)
         except (OverflowError, TypeError):
             bits = 0
         if not is_positive_normal(bits):
             raise RequestError(
                 f"scale must be positive, and scale * log2(e) a normal fp32 (1.2e-38 to 3.4e38), not {scale!r}")
         return bits
+
+
+@lru_cache(maxsize=16)
+def _command_scale(scale: float) -> int:
+    return fp32_bits(scale * math.log2(math.e))
 
 
 # Masks.

@@ -212,9 +212,8 @@ class AttendPlan:
               rows: int) -> tuple[NDArray[np.uint32], Integers, NDArray[np.uint64]]:
         """Outputs, maxima and denominators by KV head and row."""
         head_dim, shape = self.shape[2], (kv_heads, rows)
-        if [(part.kv_head, part.rows.start) for part in self.parts] == sorted(
-                (part.kv_head, part.rows.start) for part in self.parts) and all(
-                len(part.jobs) == 1 for part in self.parts):
+        places = [part.kv_head * rows + part.rows.start for part in self.parts if len(part.jobs) == 1]
+        if len(places) == len(results) == len(self.parts) and places == sorted(places):
             # Each job has the rows that follow those of the one before: all at once.
             found = unpack_results(b"".join([result.block for result in results]), kv_heads * rows, head_dim)
             return (found.output.reshape(*shape, head_dim), found.maximum.reshape(shape),

@@ -341,10 +341,10 @@ class TokenWriter:
         last = layout.token_offset(inside + tokens.shape[2] - 1, config) + config.token_bytes
         if tokens.shape[2] == 1 or config.tokens_per_codeword * config.token_bytes == config.codeword_bytes:
             # No gap is between them: they lie in DRAM as they are.
-            data, each = tokens.astype("<u2", copy=False).tobytes(), tokens.shape[2] * config.token_bytes
-            self._tally(layer, end).add_written(len(data))
-            for number, at in enumerate(range(0, len(data), each)):
-                self._media.write_dram(base + number * size + first, data[at : at + each])
+            packed, each = tokens.astype("<u2", copy=False).tobytes(), tokens.shape[2] * config.token_bytes
+            self._tally(layer, end).add_written(len(packed))
+            for number, at in enumerate(range(0, len(packed), each)):
+                self._media.write_dram(base + number * size + first, packed[at : at + each])
             return
         # Packed from the beginning of a codeword on; what is before the first token is cut off.
         lead = inside % config.tokens_per_codeword

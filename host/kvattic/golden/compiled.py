@@ -1,7 +1,7 @@
-"""The dense kernel in C: compiled at first use with the system's compiler, kept in the user's cache, checked when loaded.
+"""The dense kernel in C: compiled at first use with the system's compiler, and kept in the user's cache.
 
-It is an option: without a compiler, or with KVATTIC_KERNEL=numpy, NumPy computes the same bits.  ``kernel.c`` says why its
-floating point is exact.
+It is an option: without a compiler, or with KVATTIC_KERNEL=numpy, NumPy computes the same bits, each job alone.
+``kernel.c`` says why its floating point is exact.
 """
 
 import ctypes
@@ -42,7 +42,7 @@ __all__ = ["KERNELS", "CompilerError", "attend", "find_kernel", "load"]
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fPIC",
          "-shared")
 COMPILE_S = 120
-KERNELS = ("auto", "c", "numpy", "none")
+KERNELS = ("auto", "c", "numpy")
 """What `find_kernel` takes."""
 _LOG = logging.getLogger("kvattic")
 
@@ -131,7 +131,7 @@ _TABLE = np.ascontiguousarray(np.array(exp_table(), np.int64).T)
 
 
 def attend(jobs: DenseJobs) -> DenseResults:
-    """See `together.attend`.
+    """Compute jobs.
 
     Raises:
         CompilerError: see `load`.
@@ -159,7 +159,7 @@ def find_kernel(name: str | None) -> Callable[[DenseJobs], DenseResults] | None:
         name: one of `KERNELS`; None: the environment variable KVATTIC_KERNEL says, or else `auto`.
 
     Returns:
-        None: nothing but `dense.attend`, each job alone.
+        None: `dense.attend`, each job alone.
 
     Raises:
         RequestError: there is no such kernel; or it is `c` and cannot be compiled.
@@ -168,15 +168,13 @@ def find_kernel(name: str | None) -> Callable[[DenseJobs], DenseResults] | None:
     if name not in KERNELS:
         raise RequestError(f"the golden device's kernel must be one of {', '.join(KERNELS)}, not {name!r} "
                            "(the option kernel, or the environment variable KVATTIC_KERNEL)")
-    if name == "none":
+    if name == "numpy":
         return None
-    if name != "numpy":
-        try:
-            load()
-        except CompilerError as error:
-            if name == "c":
-                raise RequestError(f"kernel='c': {error}") from error
-            _LOG.info("golden device: NumPy computes dense jobs, for %s", error)
-        else:
-            return attend
-    return None
+    try:
+        load()
+    except CompilerError as error:
+        if name == "c":
+            raise RequestError(f"kernel='c': {error}") from error
+        _LOG.info("golden device: NumPy computes dense jobs, each alone, which is slower: %s", error)
+        return None
+    return attend

@@ -116,9 +116,9 @@ class GoldenDevice:
         shuffle: seed of the random order; None: the order of fetching.
         timed: note what commands read and write, so that their time can be modelled.  A job takes some percent less
             time and memory without.
-        kernel: what computes dense jobs, all with the same bits: `c`, the jobs that wait in a queue at once, in C;
-            `numpy`, at once, in NumPy; `none`, each alone, as `shuffle` and faults of reading do it anyway; `auto`: C if
-            there is a compiler, otherwise NumPy. If None, the environment variable KVATTIC_KERNEL, or else `auto`.
+        kernel: what computes dense jobs, with the same bits: `c`, those that wait in a queue at once, in C; `numpy`,
+            each alone, as with `shuffle` or faults of reading anyway; `auto`: C if there is a compiler, otherwise
+            NumPy.  If None, the environment variable KVATTIC_KERNEL, or else `auto`.
         image: a file that the flash is kept in, from the first program on, so that it outlives the process; a drive
             that is opened on it again has what was programmed.
 

@@ -71,10 +71,10 @@ class HostMemory:
 
     # Several places at once, all of which are inside the memory.
 
-    def gather(self, addresses: Iterable[int], size: int) -> bytes:
-        """What the device reads: blocks of `size` bytes, one after the other."""
+    def blocks(self, addresses: Iterable[int], size: int) -> list[bytes]:
+        """What the device reads: blocks of `size` bytes."""
         data = self.data
-        return b"".join([bytes(data[address : address + size]) for address in addresses])
+        return [bytes(data[address : address + size]) for address in addresses]
 
     def scatter(self, addresses: Iterable[int], size: int, blocks: bytes) -> None:
         """Write for the device: blocks of `size` bytes, one after the other."""

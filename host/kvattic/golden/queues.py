@@ -157,13 +157,12 @@ class Queues:
 
     def next(self) -> Queue | None:
         """The queue to fetch from next, in turn; None if no queue has a command that can be fetched."""
-        for step in range(QUEUES):
-            number = (self._turn + step) % QUEUES
-            queue = self.pairs.get(number)
-            if queue is not None and queue.fetchable:
-                self._turn = (number + 1) % QUEUES
-                return queue
-        return None
+        waiting = [number for number, queue in self.pairs.items() if queue.fetchable]
+        if not waiting:
+            return None
+        number = min(waiting, key=lambda number: (number - self._turn) % QUEUES)
+        self._turn = (number + 1) % QUEUES
+        return self.pairs[number]
 
     @property
     def fetchable(self) -> bool:

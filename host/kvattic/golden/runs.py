@@ -1,8 +1,8 @@
 """Runs of ATTENDs that wait in a queue, served together: their dense jobs are computed in one pass (`together`).
 
-What the host and the registers see is what serving them one after the other shows.  A command that is not a plain dense job,
-or that is to end with anything but OK, is left to `kvattic.golden.attention`; so is a run in which a command writes where
-another one reads.
+What the host and the registers see is what serving them one after the other shows.  A command that is not a plain dense
+job, or that is to end with anything but OK, is left to `kvattic.golden.attention`; so is a run in which a command
+writes where another one reads.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,6 @@ from struct import Struct
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvattic.golden.memory import HostMemory
 from kvattic.golden.owners import Owners
@@ -38,7 +37,7 @@ from kvattic.spec.commands import (
     table_bytes,
 )
 from kvattic.spec.config import Config
-from kvattic.spec.elements import Booleans, Integers
+from kvattic.spec.elements import Booleans
 from kvattic.timing.record import DenseNotes
 
 __all__ = ["Kernel", "Run", "Runs"]
@@ -47,6 +46,8 @@ Kernel = Callable[[DenseJobs], DenseResults]
 
 _KNOWN = 1024
 """Commands, without their addresses, that are remembered as valid, at most."""
+_KNOWN_TABLES = 65_536
+"""Tables whose places are remembered, at most."""
 _CUT = slice(COMMAND["table"].offset, COMMAND["result"].place.stop)
 """Addresses in a command's line: table, query, result."""
 _HEAD = COMMAND["domain"].offset
@@ -96,8 +97,22 @@ class _Group:
             self.members, self.table, self.query, self.result)))
 
 
+class _Place(NamedTuple):
+    """Where the stripes of a job lie.
+
+    Members:
+        keys: addresses of the pages of K, int64, as bytes.
+        values: likewise of V.
+        dram: of each stripe, 1: it is in device DRAM.
+    """
+
+    keys: bytes
+    values: bytes
+    dram: bytes
+
+
 class _Places:
-    """Addresses of pages by table entry, as long as nothing is erased, mapped or given away.
+    """Where jobs read, by their tables, as long as nothing is erased, mapped or given away: checked once.
 
     Args:
         config: geometry.
@@ -110,46 +125,54 @@ class _Places:
         self._storage = storage
         self._owners = owners
         self._valid: tuple[int, ...] = ()
-        self._known: dict[tuple[int, int], tuple[dict[int, int], list[tuple[int, ...]]]] = {}
+        self._known: dict[tuple[int, int, bytes], _Place] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the device has its pages elsewhere.
         return self.__dict__ | {"_valid": (), "_known": {}}
 
-    def find(self, entries: NDArray[np.uint64], domain: int, pages: int,
-             region_bits: int) -> tuple[Integers, Integers, Booleans]:
-        """Addresses of the pages of K and of V, and which jobs have all of them.
+    def find(self, tables: list[bytes], command: AttendCommand, region_bits: int) -> list[_Place | None]:
+        """Where jobs read; None: a page of the job cannot be read, or is not the domain's, or its table is malformed.
 
         Args:
-            entries: uint64, (jobs, stripes).
-            domain: that must own them.
-            pages: of a stripe.
+            tables: the entries of each job.
+            command: that of all of them, but for addresses.
             region_bits: the register.
-
-        Returns:
-            int64, (jobs, stripes * pages), twice; bool, (jobs,).
         """
         valid = (self._storage.flash.version, self._storage.version, self._owners.version, region_bits)
-        if valid != self._valid:
+        if valid != self._valid or len(self._known) > _KNOWN_TABLES:
             self._valid = valid
             self._known.clear()
-        numbers, addresses = self._known.setdefault((domain, pages), ({}, [(0,) * (2 * pages)]))
-        flat = entries.ravel().tolist()
-        for entry in set(flat).difference(numbers):
-            if (found := self._addresses(entry, domain, pages, region_bits)) is not None:
-                numbers[entry] = len(addresses)
-                addresses.append(found)
-        places = np.array([addresses[numbers.get(entry, 0)] for entry in flat], np.int64)
-        places = places.reshape(*entries.shape, 2, pages)
-        shape = (len(entries), -1)
-        return (places[:, :, 0].reshape(shape), places[:, :, 1].reshape(shape),
-                (places[:, :, 0, 0] != 0).all(axis=1))
+        domain, pages = command.domain, command.stripe_pages
+        places: list[_Place | None] = []
+        for table in tables:
+            place = self._known.get((domain, pages, table))
+            if place is None and (place := self._place(table, command, region_bits)) is not None:
+                self._known[domain, pages, table] = place
+            places.append(place)
+        return places
+
+    def _place(self, table: bytes, command: AttendCommand, region_bits: int) -> _Place | None:
+        entries: list[int] = np.frombuffer(table, "<u8").tolist()
+        pages, keys, values = command.stripe_pages, list[int](), list[int]()
+        channels = [entry >> _CHANNEL & 0xFF for entry in entries]
+        if len(entries) > (most := stripes_per_channel(command, self._config)) and max(
+                map(channels.count, set(channels))) > most:
+            return None
+        for entry in entries:
+            found = self._addresses(entry, command.domain, pages, region_bits)
+            if found is None:
+                return None
+            keys += found[:pages]
+            values += found[pages:]
+        return _Place(np.array(keys, np.int64).tobytes(), np.array(values, np.int64).tobytes(),
+                      bytes(entry >> _FLAGS & TableFlag.DRAM for entry in entries))
 
     def _addresses(self, entry: int, domain: int, pages: int, region_bits: int) -> tuple[int, ...] | None:
         """Of the pages of K, then of V; None: one cannot be read, or is not the domain's."""
         channel, flags = entry >> _CHANNEL & 0xFF, entry >> _FLAGS
         firsts = (entry & _PAGE, entry >> _VALUE & _PAGE)
-        if channel >= self._config.channels or flags & ~TableFlag.DRAM:
+        if channel >= self._config.channels or flags & ~int(TableFlag.DRAM):
             return None
         in_dram, found = bool(flags & TableFlag.DRAM), list[int]()
         for first in firsts:
@@ -263,24 +286,28 @@ class Runs:
     def _attend(self, group: _Group, run: Run) -> None:
         """Compute the jobs of a group, write their results, and note them in the run."""
         config, command, stripes = self._config, group.command, group.command.stripes
-        tables = self._memory.gather(group.table, stripes * TABLE_ENTRY.size)
-        entries = np.frombuffer(tables, "<u8").reshape(-1, stripes)
-        keys, values, good = self._places.find(entries, command.domain, command.stripe_pages,
-                                               self._registers.region_bits)
-        if stripes > (places := stripes_per_channel(command, config)):
-            good &= _most_alike(entries >> np.uint64(_CHANNEL) & np.uint64(0xFF), config.channels) <= places
-        if not good.all():
-            group, entries, keys, values = group.of(good), entries[good], keys[good], values[good]
-            if not group.members:
+        size = stripes * TABLE_ENTRY.size
+        tables = self._memory.blocks(group.table, size)
+        places = self._places.find(tables, command, self._registers.region_bits)
+        if None in places:
+            good = np.array([place is not None for place in places])
+            group, tables = group.of(good), list(compress(tables, good))
+            if not tables:
                 return
-        shape = (len(entries), command.rows)
-        queries = unpack_queries(self._memory.gather(group.query, group.sizes[1]), shape[0] * shape[1], config.head_dim)
-        notes = DenseNotes(config, entries, rows=command.rows, stripe_pages=command.stripe_pages,
-                           tokens=command.end_token - command.base_token)
+        found = [place for place in places if place is not None]
+        shape = (len(tables), command.rows)
+        queries = unpack_queries(b"".join(self._memory.blocks(group.query, group.sizes[1])), shape[0] * shape[1],
+                                 config.head_dim)
+        notes = DenseNotes(config, tables, [place.dram for place in found], rows=command.rows,
+                           stripe_pages=command.stripe_pages, tokens=command.end_token - command.base_token)
+        keys, values = (np.frombuffer(b"".join([place[kind] for place in found]), np.int64).reshape(shape[0], -1)
+                        for kind in (Kind.KEY, Kind.VALUE))
+        if keys.shape[1] != notes.pages:
+            keys, values = (np.ascontiguousarray(pages[:, : notes.pages]) for pages in (keys, values))
+        start, end, tree = (column.reshape(shape) for column in (queries.start, queries.end, queries.tree))
         results = self._kernel(DenseJobs(
-            config, *(np.ascontiguousarray(pages[:, : notes.pages]) for pages in (keys, values)),
-            queries.query.reshape(*shape, -1), *(column.reshape(shape) for column in queries[1:]), notes.tokens,
-            command.base_token, command.tree_token, command.scale))
+            config, keys, values, queries.query.reshape(*shape, -1), start, end, tree, notes.tokens, command.base_token,
+            command.tree_token, command.scale))
         self._finish(group, results, notes, run)
 
     def _finish(self, group: _Group, results: DenseResults, notes: DenseNotes, run: Run) -> None:
@@ -288,7 +315,7 @@ class Runs:
         config, clean = self._config, results.clean
         if not clean.all():
             group, notes = group.of(clean), notes.of(clean)
-            results = DenseResults(*(column[clean] for column in results))
+            results = results.of(clean)
             if not group.members:
                 return
         blocks = pack_results(Results(results.output.reshape(-1, config.head_dim), results.maximum.ravel(),
@@ -325,11 +352,3 @@ def _conflict(queue: Queue, count: int, groups: list[_Group]) -> bool:
         if writes:
             written = max(written, end)
     return False
-
-
-def _most_alike(channels: NDArray[np.uint64], count: int) -> Integers:
-    """How many stripes of the busiest channel each job has: int64, (jobs,)."""
-    most = np.zeros(len(channels), np.int64)
-    for channel in range(count):
-        most = np.maximum(most, (channels == channel).sum(axis=1))
-    return most

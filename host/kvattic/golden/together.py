@@ -1,8 +1,7 @@
-"""Dense jobs of one shape in one pass: what the golden device computes for all heads of a submission.
+"""Dense jobs of one shape that are computed in one pass: what a kernel gets, and its results.
 
-The results are those of `kvattic.golden.dense`, bit for bit.  There are two kernels: in C (`kvattic.golden.compiled`), and in
-NumPy, here.  Both compute in floating point where that is exact.  A job of which a kernel cannot say that it is, or that ends
-with anything but OK without flags, is left out: `DenseResults.clean` is False, and `dense.attend` computes it.
+The results are those of `kvattic.golden.dense`, bit for bit.  A job of which the kernel cannot say that, or that ends
+with anything but OK without flags, is left out (`DenseResults.clean`), and `dense.attend` computes it.
 """
 
 from typing import NamedTuple
@@ -60,3 +59,7 @@ class DenseResults(NamedTuple):
     maximum: Integers
     denominator: Integers
     clean: Booleans
+
+    def of(self, chosen: Booleans) -> "DenseResults":
+        """Those of some of the jobs."""
+        return DenseResults(self.output[chosen], self.maximum[chosen], self.denominator[chosen], self.clean[chosen])

@@ -149,7 +149,8 @@ def unpack_queries(data: bytes, rows: int, head_dim: int) -> Queries:
     block = np.frombuffer(data, "<u4").reshape(rows, -1)
     first = ROW.size // ELEMENT_BYTES
     query = block.view("<u2")[:, first : first + head_dim].astype(np.uint16)
-    start, end, tree = (block[:, ROW[name].offset // 4].astype(np.int64) for name in ("start_token", "end_token", "tree"))
+    start, end, tree = (
+        block[:, ROW[name].offset // 4].astype(np.int64) for name in ("start_token", "end_token", "tree"))
     return Queries(query, start, end, tree)
 
 

@@ -512,10 +512,8 @@ class Completion:
         """
         (where, flags, head, queue, identifier, state, cycle, beats, starved, barrier, weights, scores,
          idle, fetched, first_beat, last_beat) = _COMPLETION.unpack(data)
-        return cls(
-            status=unpack_state(state), queue=queue, head=head, identifier=identifier, flags=CompletionFlag(flags),
-            where=where, cycle=cycle, beats=beats, starved=starved, barrier=barrier, weights=weights, scores=scores,
-            idle=idle, fetched=fetched, first_beat=first_beat, last_beat=last_beat)
+        return cls(unpack_state(state), queue, head, identifier, CompletionFlag(flags), where, cycle, beats, starved,
+                   barrier, weights, scores, idle, fetched, first_beat, last_beat)
 
 
 def pack_completion(*, where: int, flags: int, head: int, queue: int, identifier: int, state: int) -> bytes:

@@ -7,12 +7,12 @@ noting costs little; what was modelled once is kept.
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import NDArray
 
-from kvattic.spec.commands import TABLE_ENTRY, Kind, Mode, TableFlag
+from kvattic.spec.commands import Kind, Mode
 from kvattic.spec.config import Config
 from kvattic.spec.elements import Booleans, Integers
 from kvattic.spec.layout import unpack_entries
@@ -21,8 +21,6 @@ from kvattic.timing.work import Operation, Read, job_of_reads
 
 __all__ = ["Batch", "CommandRecord", "Counts", "DenseNotes", "KeepsRecords", "Recorder", "Sampler"]
 
-_DRAM = np.uint64(8 * TABLE_ENTRY["flags"].offset + int(TableFlag.DRAM).bit_length() - 1)
-"""Bit of a table entry: the stripe lies in device DRAM."""
 SAMPLED_JOBS = 64
 """Jobs of a batch that are modelled, at most; the others go on at their rate."""
 LEAST_JOBS = 8
@@ -101,7 +99,8 @@ class DenseNotes:
 
     Args:
         config: of the drive.
-        entries: uint64, (jobs, stripes), of their tables.
+        tables: the entries of each job.
+        in_dram: of each job, for each stripe, 1: it is in device DRAM.
         rows: of each job.
         stripe_pages: pages of K, and of V, in a stripe.
         tokens: of each job.
@@ -113,52 +112,50 @@ class DenseNotes:
         weight: codewords that each job reads.
     """
 
-    def __init__(self, config: Config, entries: NDArray[np.uint64], *, rows: int, stripe_pages: int,
+    def __init__(self, config: Config, tables: list[bytes], in_dram: list[bytes], *, rows: int, stripe_pages: int,
                  tokens: int) -> None:
         self.tokens = tokens
-        codewords = -(-tokens // config.tokens_per_codeword)
-        self.pages = -(-codewords // config.codewords_per_page)
-        self.size, self.weight = 2 * self.pages, 2 * codewords
+        self._all = -(-tokens // config.tokens_per_codeword)
+        self.pages = -(-self._all // config.codewords_per_page)
+        self.size, self.weight = 2 * self.pages, 2 * self._all
         self._config = config
-        self._entries = entries
+        self._tables = tables
+        self._in_dram = in_dram
         self._rows = rows
         self._stripe_pages = stripe_pages
         # Codewords of each page of K.
         self._codewords = [config.codewords_per_page] * (self.pages - 1)
-        self._codewords.append(codewords - sum(self._codewords))
-        in_dram = (entries >> _DRAM & np.uint64(1)).astype(np.int64)
-        if stripe_pages > 1:
-            in_dram = in_dram.repeat(stripe_pages, axis=1)
-        in_dram = in_dram[:, : self.pages]
-        self._dram: list[int] = (in_dram @ np.array(self._codewords)).tolist()
-        self._dram_pages: list[int] = in_dram.sum(axis=1).tolist()
-        self._counts: dict[tuple[int, int], Counts] = {}
+        self._codewords.append(self._all - sum(self._codewords))
+        self._counts: dict[bytes, Counts] = {}
 
     def of(self, chosen: Booleans) -> "DenseNotes":
         """Those of some of the jobs."""
-        return DenseNotes(self._config, self._entries[chosen], rows=self._rows, stripe_pages=self._stripe_pages,
+        tables, in_dram = (list(compress(column, chosen)) for column in (self._tables, self._in_dram))
+        return DenseNotes(self._config, tables, in_dram, rows=self._rows, stripe_pages=self._stripe_pages,
                           tokens=self.tokens)
 
     @property
     def totals(self) -> tuple[int, int, int]:
         """Of all jobs: codewords of K (and as many of V) from flash and from device DRAM, and page reads."""
-        jobs, dram = len(self._entries), sum(self._dram)
-        return (jobs * sum(self._codewords) - dram, dram, 2 * (jobs * self.pages - sum(self._dram_pages)))
+        each = [self.counts(job) for job in range(len(self._tables))]
+        return (sum(counts.flash[Kind.KEY] for counts in each), sum(counts.dram[Kind.KEY] for counts in each),
+                sum(counts.page_reads or 0 for counts in each))
 
     def counts(self, job: int) -> Counts:
         """What a job has read."""
-        key = self._dram[job], self._dram_pages[job]
+        key = self._in_dram[job]
         if (found := self._counts.get(key)) is None:
-            dram, dram_pages = key
-            flash, rest = sum(self._codewords) - dram, (0,) * (len(Kind) - 2)
-            found = Counts((flash, flash, *rest), (dram, dram, *rest), 2 * (self.pages - dram_pages))
+            flags = [flag for flag in key for _ in range(self._stripe_pages)][: self.pages]
+            dram = sum(count for count, flag in zip(self._codewords, flags, strict=True) if flag)
+            flash, rest = self._all - dram, (0,) * (len(Kind) - 2)
+            found = Counts((flash, flash, *rest), (dram, dram, *rest), 2 * (self.pages - sum(flags)))
             self._counts[key] = found
         return found
 
     def note(self, job: int) -> _JobNote:
         """A job's note."""
         config, size = self._config, self._stripe_pages
-        entries = unpack_entries(self._entries[job])
+        entries = unpack_entries(np.frombuffer(self._tables[job], "<u8"))
         tokens = np.full(len(entries.channel), size * config.tokens_per_page)
         tokens[-1] = self.tokens - int(tokens[:-1].sum())
         lanes = np.zeros(config.channels, np.int64)

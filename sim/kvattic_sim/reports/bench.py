@@ -32,6 +32,7 @@ from kvattic_sim.reports.benches import (
     beside,
     causal,
     cost,
+    decode_ratio,
     engine,
     flash,
     host,
@@ -88,7 +89,8 @@ DATA_SETS = ("minilm", "fa3_2k", "fa3_32k")
 BARS: dict[str, Bar | None] = {
     **{key: None for bench in (*engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *sparse.BENCHES, *host.BENCHES,
                                        *models.BENCHES, *time_grid.BENCHES, *latency.BENCHES, *beside.BENCHES,
-                                       *system.BENCHES, *cost.BENCHES, *serve.BENCHES, *architectures.BENCHES)
+                                       *system.BENCHES, *cost.BENCHES, *serve.BENCHES, *architectures.BENCHES,
+                                       *decode_ratio.BENCHES)
        for key in bench.keys},
     **dict.fromkeys(placement.KEYS),
     "engine.dense.utilization.paper": Bar(">=", (0.97,)),
@@ -133,6 +135,8 @@ BARS: dict[str, Bar | None] = {
     "accuracy.drift_sum_exact": Bar(">=", (1,)),
     "golden.ratio_to_numpy": Bar("<=", (20,), goal=True),
     "golden.ratio_to_numpy_converted": None,
+    **{f"golden.decode_ratio.{name}": Bar("<=", (1.5,)) for name in decode_ratio.MODELS},
+    "golden.batch_ratio": Bar("<=", (5,)),
     "golden.seconds": None,
     "house.model.cpp_mb": Bar("<=", (20,)),
     "house.model.text_mb": Bar("<=", (3,)),
@@ -194,7 +198,8 @@ def benches() -> tuple[Bench, ...]:
     """Everything that can be measured here: placement, engine, flash path, sparse modes, host, accuracy, simulators."""
 
     def alone(prefix: str, function: Callable[[], dict[str, float]]) -> Bench:
-        keys = tuple(key for key in BARS if key == prefix or key.startswith(f"{prefix}."))
+        others = {key for bench in decode_ratio.BENCHES for key in bench.keys}    # of the golden device, not the model
+        keys = tuple(key for key in BARS if (key == prefix or key.startswith(f"{prefix}.")) and key not in others)
         return Bench(keys=keys, measure=lambda lab: function())
 
     placing = Bench(keys=placement.KEYS, measure=lambda lab: placement.write_amplification())
@@ -204,7 +209,8 @@ def benches() -> tuple[Bench, ...]:
     evaluation = Bench(keys=paper.KEYS, measure=lambda lab: paper.measure())
     return (placing, *engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *causal.BENCHES, *sparse.BENCHES,
             quality, reality, evaluation, *system.BENCHES, *cost.BENCHES, *latency.BENCHES, *beside.BENCHES,
-            *time_grid.BENCHES, *host.BENCHES, *serve.BENCHES, *architectures.BENCHES, *house.BENCHES, *models.BENCHES,
+            *time_grid.BENCHES, *host.BENCHES, *serve.BENCHES, *architectures.BENCHES, *decode_ratio.BENCHES,
+            *house.BENCHES, *models.BENCHES,
             *(alone(prefix, function) for prefix, function in accuracy.BENCHES.items()))
 
 

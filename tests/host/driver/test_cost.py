@@ -75,7 +75,7 @@ def clocked(monkeypatch):
     monkeypatch.setattr("kvattic.golden.device.Queue", Loose)
     monkeypatch.setattr("kvattic.golden.queues.Queue", Loose)
     monkeypatch.setattr(Clocked, "cycle", 0)
-    with Device(Clocked(TINY, kernel="none")) as device:
+    with Device(Clocked(TINY, kernel="numpy")) as device:
         yield device
 
 

@@ -13,11 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from kvattic_sim.reports.benches.engine import Bench, Figures, Lab, UnavailableError, WrongResultError
 
-__all__ = ["BENCHES", "BATCH", "CONTEXT", "MODELS", "main", "measure"]
+__all__ = ["BATCH", "BENCHES", "CONTEXT", "MODELS", "main", "measure"]
 
 CONTEXT = 512
 """Tokens that the steps attend, about: the first measured step has fewer, the last one more."""
@@ -43,7 +44,8 @@ def _build(name: str) -> Any:
         return OPTForCausalLM(OPTConfig(attn_implementation="eager")).eval()
     return LlamaForCausalLM(LlamaConfig(    # Llama-3.2-1B's config.json
         vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=64, max_position_embeddings=131_072, rms_norm_eps=1e-5, tie_word_embeddings=True,
+        num_key_value_heads=8, head_dim=64, max_position_embeddings=131_072, rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
         rope_parameters={"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 32.0, "low_freq_factor": 1.0,
                          "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
         attn_implementation="eager")).eval()
@@ -126,7 +128,7 @@ def _keys(name: str) -> tuple[str, ...]:
     return (*keys, "golden.batch_ratio") if name == "opt125m" else keys
 
 
-BENCHES = tuple(Bench(keys=_keys(name), measure=lambda lab, name=name: _measure_alone(name, lab)) for name in MODELS)
+BENCHES = tuple(Bench(keys=_keys(name), measure=partial(_measure_alone, name)) for name in MODELS)
 """What the bench runner calls."""
 
 
