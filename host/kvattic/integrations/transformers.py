@@ -223,6 +223,12 @@ def _read_mask(mask: torch.Tensor | None, before: list[Flags], count: int) -> _R
     for row, kept in enumerate(before):
         flag: Flags = flags[row if len(flags) > 1 else 0].numpy()
         # A token attends itself, padding is attended by nobody.
+        if count == 1 and flag.all() and kept.all():    # a decode step without padding and windows
+            rows.new.append(np.zeros(1, np.intp))
+            rows.kept.append(np.ones(past + 1, np.bool_))
+            rows.start.append(None)
+            rows.end.append(None)
+            continue
         own = np.diagonal(flag, past).copy()
         new, kept = np.flatnonzero(own), np.concatenate([kept, own])
         rows.new.append(new)
@@ -440,6 +446,11 @@ class DriveLayer(CacheLayerMixin):
     @property
     def _length(self) -> int:
         return len(self._kept[0]) if self._kept else 0
+
+    @property
+    def positions(self) -> int:
+        """Positions so far."""
+        return self._length
 
     @_not_traced
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -699,7 +710,8 @@ class DriveCache(Closing, Cache):
                                    f"attended by the backend {NAME!r}: {self._why_not()}; reset() the DriveCache "
                                    "afterwards")
         before = self.layers[layer.number - 1] if layer.number else layer
-        length, wanted = layer.get_seq_length(), before.get_seq_length()
+        length = layer.positions
+        wanted = before.positions if isinstance(before, DriveLayer) else before.get_seq_length()
         if before is not layer and wanted and wanted != length + count:
             raise RequestError(f"layer {layer.number} holds {length} positions and gets {count} more, but layer "
                                f"{before.number} holds {wanted}: an earlier step was interrupted; reset() the "
