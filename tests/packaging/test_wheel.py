@@ -33,7 +33,7 @@ def names(wheel):
 def test_every_module_and_data_file_is_in_it(names, package):
     folder = ROOT / PACKAGES[package]
     files = {path.relative_to(folder).as_posix() for path in (folder / package).rglob("*")
-             if path.suffix in {".py", ".npz", ".sv", ".typed", ".vlt"} and "__pycache__" not in path.parts}
+             if path.suffix in {".py", ".c", ".npz", ".sv", ".typed", ".vlt"} and "__pycache__" not in path.parts}
     assert f"{package}/py.typed" in files
     assert files - names == set()
 

@@ -89,8 +89,9 @@ def _processor() -> str:
 def _library(source: bytes, compiler: str) -> Path:
     """Where the compiled kernel lies; the name says what it was made from."""
     key = b"\0".join([source, compiler.encode(), " ".join(FLAGS).encode(), _processor().encode()])
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "kvattic" / f"kernel-{hashlib.sha256(key).hexdigest()[:16]}.so"
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(os.environ.get("KVATTIC_CACHE") or caches / "kvattic")
+    return root / f"kernel-{hashlib.sha256(key).hexdigest()[:16]}.so"
 
 
 def _compile(source: Path, compiler: str, library: Path) -> None:

@@ -1,14 +1,14 @@
 """Which architectures of transformers generate with K and V in the drive: works, or refused with a reason.
 
 Each one's small random model (`families`) generates greedily on the golden device, and by its own eager attention over
-K and V that are rounded alike.  The tokens must be equal; a model that cannot must be refused by one of kvattic's
-errors.  Anything else is a mistake of kvattic's and is called so.
+K and V that are rounded alike.  The tokens must be equal, and the logits nearly so, which tells more where a model's
+answer hardly depends on its attention; a model that cannot must be refused by one of kvattic's errors.  Anything else is a mistake of kvattic's and is called so.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import EncoderDecoderCache
@@ -26,6 +26,8 @@ __all__ = ["Outcome", "Verdict", "examine", "survey"]
 PROMPT, ANSWER = 30, 16
 """Tokens: more together than `families.WINDOW`, and than a stripe of the drive."""
 CAPACITY = 96
+TOLERANCE = 0.05
+"""Logits may differ by this share of their standard deviation: a last bit that rounds an element of K the other way."""
 DRIVE = replace(TINY, dies=8)
 """TINY with room for several sequences."""
 
@@ -72,12 +74,28 @@ def _inputs(model: Any, encoder: bool) -> dict[str, Any]:
     return options | {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
-def _generate(model: Any, implementation: str, cache: Any, inputs: dict[str, Any]) -> list[int]:
+class _Answer(NamedTuple):
+    """What a model says: tokens, and the logits of each, (tokens, vocabulary)."""
+
+    tokens: list[int]
+    logits: torch.Tensor
+
+
+def _generate(model: Any, implementation: str, cache: Any, inputs: dict[str, Any]) -> _Answer:
     model.set_attn_implementation(implementation)
     with torch.no_grad():
-        answer = model.generate(**inputs, cache=cache, eos_token_id=None)
-    tokens: list[int] = torch.as_tensor(answer)[0, -ANSWER:].tolist()
-    return tokens
+        answer = model.generate(**inputs, cache=cache, eos_token_id=None, output_logits=True,
+                                return_dict_in_generate=True)
+    return _Answer(answer.sequences[0, -ANSWER:].tolist(), torch.cat(answer.logits).double())
+
+
+def _difference(found: _Answer, expected: _Answer) -> str | None:
+    """What is wrong with an answer; None: nothing."""
+    for place, (ours, theirs) in enumerate(zip(found.tokens, expected.tokens, strict=True)):
+        if ours != theirs:
+            return f"token {place} of {ANSWER} differs: {ours}, not {theirs}"
+    deviation = float((found.logits - expected.logits).abs().max() / expected.logits.std())
+    return None if deviation <= TOLERANCE else f"logits differ by {deviation:.2g} of their standard deviation"
 
 
 def _say(error: BaseException) -> str:
@@ -131,9 +149,8 @@ def examine(architecture: Architecture, seed: int = 0) -> Outcome:
         return Outcome(architecture, Verdict.REFUSED, " ".join(str(error).split()))
     except Exception as error:  # noqa: BLE001  # anything else is a mistake
         return Outcome(architecture, Verdict.WRONG, _say(error))
-    if found != expected:
-        place = next(place for place in range(ANSWER) if found[place] != expected[place])
-        return Outcome(architecture, Verdict.WRONG, f"token {place} of {ANSWER} differs: {found} not {expected}")
+    if (wrong := _difference(found, expected)) is not None:
+        return Outcome(architecture, Verdict.WRONG, wrong)
     return Outcome(architecture, Verdict.WORKS, what)
 
 
@@ -148,8 +165,8 @@ def _too_large(architecture: Architecture) -> str | None:
     return None
 
 
-def _expected(model: Any, inputs: dict[str, Any], encoder: bool) -> list[int]:
-    """The tokens by eager attention over rounded K and V, from rounded queries."""
+def _expected(model: Any, inputs: dict[str, Any], encoder: bool) -> _Answer:
+    """The answer by eager attention over rounded K and V, from rounded queries."""
     cache: Any = RoundedCache(model.config)
     if encoder:
         cache = EncoderDecoderCache(cache, RoundedCache(model.config))

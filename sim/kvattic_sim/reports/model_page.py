@@ -12,7 +12,7 @@ from pathlib import Path
 
 import transformers
 
-from kvattic_sim.lm.support import ANSWER, PROMPT, Outcome, Verdict, survey
+from kvattic_sim.lm.support import ANSWER, PROMPT, TOLERANCE, Outcome, Verdict, survey
 
 __all__ = ["PAGE", "listed", "main", "page", "version"]
 
@@ -26,7 +26,7 @@ _HEAD = """# Models
 Which models of [transformers](transformers.md) can have their KV cache in the drive: every class of transformers
 {version} that generates text (causal, sequence to sequence, speech), {total} in all. A small model of each, with random
 weights and no download, generates {answer} tokens after {prompt} on the golden device. They must equal those of the
-model's own eager attention over K and V rounded alike.
+model's own eager attention over K and V rounded alike, and their logits up to {tolerance} of a standard deviation.
 
 | | architectures |
 | --- | --- |
@@ -69,7 +69,7 @@ def page(outcomes: Sequence[Outcome]) -> str:
     """
     by_verdict = {verdict: sorted((one for one in outcomes if one.verdict is verdict),
                                   key=lambda one: one.architecture.name.lower()) for verdict in Verdict}
-    text = [_HEAD.format(version=version(), total=len(outcomes), answer=ANSWER, prompt=PROMPT,
+    text = [_HEAD.format(version=version(), total=len(outcomes), answer=ANSWER, prompt=PROMPT, tolerance=TOLERANCE,
                          **{verdict.value: len(found) for verdict, found in by_verdict.items()})]
     for verdict, title, words, column in _TABLES:
         if by_verdict[verdict]:

@@ -158,7 +158,7 @@ def test_a_compiler_that_fails_is_named(monkeypatch, tmp_path):
     broken.write_text("#!/bin/sh\necho no such target >&2\nexit 3\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CC", str(broken))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("KVATTIC_CACHE", str(tmp_path / "cache" / "kvattic"))
     compiled.load.cache_clear()
     try:
         with pytest.raises(RequestError, match=r"broken-cc failed: no such target"):
@@ -348,6 +348,7 @@ def test_results_and_queries_fit_their_blocks():
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_kernel_is_compiled_once(kernel, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("KVATTIC_CACHE", raising=False)
     compiled.load.cache_clear()
     try:
         compiled.load()

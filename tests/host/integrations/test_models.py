@@ -18,7 +18,7 @@ import kvattic
 from kvattic import TINY, CapacityError, ConfigError, RequestError, Sequence
 from kvattic.integrations.configuration import latent_width, most_positions
 from kvattic.integrations.masks import attended_tokens
-from kvattic.integrations.transformers import NAME, DriveCache, DriveEncoderDecoderCache, config_for
+from kvattic.integrations.transformers import NAME, DriveCache, DriveEncoderDecoderCache, DriveLayer, config_for
 from kvattic.spec.formats import Element
 from kvattic_sim.lm.families import architectures, build, shrink
 from kvattic_sim.lm.support import Outcome, Verdict, examine
@@ -92,9 +92,13 @@ def test_architectures_that_are_refused_by_name(name):
 
 
 def test_other_tokens_are_wrong(monkeypatch):
-    monkeypatch.setattr("kvattic_sim.lm.support._expected", lambda *arguments: [1] * 16)
-    found = examine(ALL["LlamaForCausalLM"])
-    assert found.verdict is Verdict.WRONG and found.detail.startswith("token ")
+    attend = DriveLayer._attend_in_drive
+    for name, share, message in (("LlamaForCausalLM", 0.0, "token "),
+                                 ("OPTForCausalLM", 0.9, "logits differ by ")):  # the latter's tokens stay the same
+        monkeypatch.setattr(DriveLayer, "_attend_in_drive",
+                            lambda self, *given, share=share, **more: attend(self, *given, **more) * share)
+        found = examine(ALL[name])
+        assert found.verdict is Verdict.WRONG and found.detail.startswith(message)
 
 
 def test_an_error_that_is_not_ours_is_wrong(monkeypatch):
