@@ -353,8 +353,8 @@ class TokenWriter:
         for head in range(self.shape.kv_heads):
             for kind in (Kind.KEY, Kind.VALUE):
                 padded[lead:] = tokens[head, kind]
-                packed = layout.pack_pages(padded, config).ravel()[first - begin : last - begin]
-                self._write_dram(layer, end, base + (2 * head + kind) * size + first, packed.tobytes())
+                image = layout.pack_pages(padded, config).ravel()[first - begin : last - begin]
+                self._write_dram(layer, end, base + (2 * head + kind) * size + first, image.tobytes())
 
     def _write_dram(self, layer: int, end: int, address: int, data: bytes) -> None:
         """Put bytes into DRAM, of tokens before `end`."""
