@@ -13,8 +13,11 @@ RUN     = $(PY) -m
 
 SIM_ARGS = --simulator $(SIM) $(if $(MODE),--mode $(MODE)) $(if $(PRESET),--preset $(PRESET)) $(if $(FULL),--full)
 
+# Each command starts many short processes, which would all compile the same modules.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
-.PHONY: help setup sim waves trace verilog bench paper report synth docs site lint types test campaign check clean
+.PHONY: help setup sim waves trace verilog bench models paper report synth docs site lint types test campaign check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +44,9 @@ verilog: $(VENV)/.stamp-sim  ## write the Verilog to build/
 
 bench: $(VENV)/.stamp-figures  ## run the benchmarks
 	@$(RUN) kvattic_sim.reports.bench --simulator $(SIM) $(BENCH)
+
+models: $(VENV)/.stamp-dev  ## examine every architecture of transformers and write docs/models.md
+	@$(RUN) kvattic_sim.reports.model_page
 
 paper: $(VENV)/.stamp-sim  ## the paper's evaluation, modelled: each of its figures beside ours
 	@$(RUN) kvattic_sim.reports.paper

@@ -361,7 +361,9 @@ struct kvattic_completion {  /* a completion entry */
     uint32_t weights;  /* lane cycles in which a V beat waited for its weight */
     uint32_t scores;  /* lane cycles in which a K beat waited for the score unit */
     uint32_t idle;  /* lane cycles without work */
-    uint8_t reserved_at_52[12];  /* zero */
+    uint32_t fetched;  /* ATTEND: CYCLES (its lower half) when the drive requested the command; others: 0 */
+    uint32_t first_beat;  /* ATTEND: likewise, at the first beat of it that a lane took; 0: none */
+    uint32_t last_beat;  /* ATTEND: likewise, at the last one */
 };
 KVATTIC_ASSERT(kvattic_completion_size, sizeof(struct kvattic_completion) == 64);
 KVATTIC_ASSERT(kvattic_completion_where, offsetof(struct kvattic_completion, where) == 0);
@@ -377,6 +379,9 @@ KVATTIC_ASSERT(kvattic_completion_barrier, offsetof(struct kvattic_completion, b
 KVATTIC_ASSERT(kvattic_completion_weights, offsetof(struct kvattic_completion, weights) == 40);
 KVATTIC_ASSERT(kvattic_completion_scores, offsetof(struct kvattic_completion, scores) == 44);
 KVATTIC_ASSERT(kvattic_completion_idle, offsetof(struct kvattic_completion, idle) == 48);
+KVATTIC_ASSERT(kvattic_completion_fetched, offsetof(struct kvattic_completion, fetched) == 52);
+KVATTIC_ASSERT(kvattic_completion_first_beat, offsetof(struct kvattic_completion, first_beat) == 56);
+KVATTIC_ASSERT(kvattic_completion_last_beat, offsetof(struct kvattic_completion, last_beat) == 60);
 
 /* Parts of kvattic_completion.state. */
 #define KVATTIC_PHASE(state) ((state) & 1u)  /* 1 in the first round of the completion ring, then 0, and so on */

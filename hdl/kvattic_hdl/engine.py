@@ -17,6 +17,7 @@ from kvattic_hdl.nvme.access import Owners
 from kvattic_hdl.nvme.admin import Admin
 from kvattic_hdl.nvme.control import Control
 from kvattic_hdl.nvme.queues import Queues
+from kvattic_hdl.nvme.stamps import JobStamps
 from kvattic_hdl.reduce.finisher import Finisher
 from kvattic_hdl.reduce.maximum import Maximum
 from kvattic_hdl.reduce.watchdog import Watchdog
@@ -41,6 +42,7 @@ class _Parts:
     owners: Owners
     operations: Operations
     dram_reader: DramReader
+    stamps: JobStamps
     selection: TopK | None
     lanes: list[Lane] = field(default_factory=list)
 
@@ -133,6 +135,7 @@ class Engine(wiring.Component):
             self._connect_lane(m, parts, channel, live, central)
         self._connect_chain(m, parts)
         self._connect_watchdog(m, parts)
+        self._connect_stamps(m, parts)
         return m
 
     def _add_parts(self, m: Module, platform: object) -> _Parts:
@@ -143,9 +146,10 @@ class Engine(wiring.Component):
             control=control, loader=Loader(config), maximum=Maximum(config), finisher=Finisher(config),
             watchdog=Watchdog(config), queues=Queues(), admin=Admin(config), owners=Owners(config),
             operations=Operations(config), dram_reader=DramReader(config),
+            stamps=JobStamps(config),
             selection=TopK(config) if config.sparse else None)
         reset = ResetInserter(control.reset)
-        for name in ("loader", "maximum", "finisher", "watchdog", "queues", "admin"):
+        for name in ("loader", "maximum", "finisher", "watchdog", "queues", "admin", "stamps"):
             m.submodules[name] = reset(getattr(parts, name))
         for name in ("owners", "operations", "dram_reader"):
             m.submodules[name] = getattr(parts, name)
@@ -432,4 +436,24 @@ class Engine(wiring.Component):
             watchdog.handed.eq(maximum.jobs_o.valid & maximum.jobs_o.ready),
             watchdog.freed.eq(finisher.freed),
             watchdog.freed_slot.eq(finisher.freed_slot),
+        ]
+
+    def _connect_stamps(self, m: Module, parts: _Parts) -> None:
+        """When each job's command was fetched, and when its beats moved."""
+        control, loader, finisher, stamps, lanes = (
+            parts.control, parts.loader, parts.finisher, parts.stamps, parts.lanes)
+        job, used = loader.jobs.payload, loader.jobs.valid & loader.jobs.ready
+        m.d.comb += [
+            stamps.cycle.eq(control.snapshot.cycle),
+            stamps.asked.eq(loader.asked),
+            stamps.fetched.eq(control.fetched),
+            stamps.used.eq(used),
+            stamps.used_slot.eq(job.slot),
+            # A job that failed before the lanes heard of it forgets the beats of the one before it here.
+            stamps.started.eq(loader.start_valid | (used & ~job.lanes)),
+            stamps.started_slot.eq(job.slot),
+            stamps.beats.eq(Cat(lane.events.beat for lane in lanes)),
+            *(slot.eq(lane.beat_slot) for slot, lane in zip(stamps.beat_slots, lanes, strict=True)),
+            stamps.slot.eq(finisher.waiting_slot),
+            finisher.stamps.eq(stamps.stamps),
         ]

@@ -13,7 +13,17 @@ Needs numpy alone; Amaranth, cocotb and torch are never loaded by this package.
 
 from typing import TYPE_CHECKING
 
-from kvattic.driver.device import AttendPlan, AttendResult, Device, FlashOperation, Job, JobResult, Loss, Sequence
+from kvattic.driver.device import (
+    Attached,
+    AttendPlan,
+    AttendResult,
+    Device,
+    FlashOperation,
+    Job,
+    JobResult,
+    Loss,
+    Sequence,
+)
 from kvattic.driver.futures import Future, wait
 from kvattic.driver.planning import AttendOptions
 from kvattic.errors import (
@@ -25,6 +35,7 @@ from kvattic.errors import (
     DeviceTimeoutError,
     ForkedError,
     KvatticError,
+    ManifestError,
     RangeError,
     RequestError,
 )
@@ -45,6 +56,7 @@ __all__ = [
     "PAPER",
     "PRESETS",
     "TINY",
+    "Attached",
     "AttendOptions",
     "AttendPlan",
     "AttendResult",
@@ -68,6 +80,7 @@ __all__ = [
     "JobResult",
     "KvatticError",
     "Loss",
+    "ManifestError",
     "Mode",
     "RangeError",
     "RequestError",

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvattic.driver.accounts import PARTS
-from kvattic.driver.checks import check_positive
+from kvattic.driver.checks import check_integer, check_positive
 from kvattic.driver.device import Device
 from kvattic.driver.futures import Future, wait
 from kvattic.driver.jobs import Job
@@ -191,7 +191,7 @@ class ArraySequence(Closing):
     """
 
     def __init__(self, array: "DriveArray", number: int, kv_heads: int, layers: int, capacity_tokens: int, split: str,
-                 shares: Series[_Share]) -> None:
+                 shares: Series[_Share], first: int | None = None) -> None:
         self.device = array
         self.number = number
         self.kv_heads = kv_heads
@@ -200,6 +200,7 @@ class ArraySequence(Closing):
         self.split = split
         self.stripe_tokens = shares[0].sequence.stripe_tokens
         self._shares = {share.drive: share for share in shares}
+        self._first = number if first is None else first    # decides which drive has a layer's first stripe
         self._freed = False
 
     # Life.
@@ -230,6 +231,47 @@ class ArraySequence(Closing):
         """
         if self._freed:
             raise RequestError("the sequence was freed; create another one")
+
+    def fork(self, length: int | None = None, *, capacity_tokens: int | None = None) -> "ArraySequence":
+        """Another sequence that begins with this one's tokens; see `Sequence.fork`.
+
+        Args:
+            length: how many of the first tokens it gets; all of each layer if None.
+            capacity_tokens: tokens that each of its layers can hold; as many as this one's if None.
+
+        Raises:
+            RequestError: see `Sequence.fork` and `length`; it names the drive.
+            CapacityError: a drive has no room.
+        """
+        present = [self.length(layer) for layer in range(self.layers)]
+        capacity = self.capacity_tokens if capacity_tokens is None else capacity_tokens
+        least = max(*present, 1) if length is None else 1
+        check_integer("capacity_tokens", capacity, least, (1 << layout.TOKEN_BITS) - 1)
+        if length is not None:
+            check_integer("length", length, 0, min(*present, capacity))
+        rooms = {drive: room for drive, _, room in self.device.rooms(self.split, self.kv_heads, capacity, self.layers,
+                                                                     self._first)}
+        made: list[_Share] = []
+        try:
+            for share in self._shares.values():
+                drive = share.drive
+                tokens = [one if length is None else length for one in present]
+                if self.split == "context":
+                    tokens = [int(self._count((drive - self._first - layer) % self.device.drives, one))
+                              for layer, one in enumerate(tokens)]
+                room = capacity if self.split == "heads" else max(rooms.get(drive, 1), 1)
+                made.append(share._replace(sequence=_on(drive, share.sequence.fork, tokens, capacity_tokens=room)))
+            missing = [drive for drive in rooms if drive not in self._shares] if self.split == "context" else []
+            if missing:
+                raise RequestError(f"capacity_tokens must be at most {self.capacity_tokens}, not {capacity}: this "
+                                   f"sequence has no share of drives {', '.join(map(str, missing))}")
+        except BaseException:
+            for share in made:
+                with suppress(KvatticError):
+                    share.sequence.free()
+            raise
+        return self.device.adopt(lambda number: ArraySequence(
+            self.device, number, self.kv_heads, self.layers, int(capacity), self.split, made, self._first))
 
     # Tokens.
 
@@ -294,7 +336,7 @@ class ArraySequence(Closing):
 
     def _drive(self, layer: int, rank: int) -> int:
         """The drive of a rank: each layer and sequence begins with another one, so that all have as much to write."""
-        return (rank + self.number + layer) % self.device.drives
+        return (rank + self._first + layer) % self.device.drives
 
     def _count(self, rank: Any, tokens: Any) -> Any:
         """How many of the first `tokens` tokens a rank has: the number there of its first token after these."""
@@ -583,7 +625,7 @@ class DriveArray(Closing):
         number = next(self._numbers)
         shares: list[_Share] = []
         try:
-            for drive, heads, capacity in self._deal(split, kv_heads, capacity_tokens, layers, number):
+            for drive, heads, capacity in self.rooms(split, kv_heads, capacity_tokens, layers, number):
                 sequence = _on(drive, self.devices[drive].create_sequence, heads.stop - heads.start,
                                capacity_tokens=capacity, layers=layers, **options)
                 shares.append(_Share(drive, sequence, heads))
@@ -598,9 +640,23 @@ class DriveArray(Closing):
         self._sequences.add(made)
         return made
 
-    def _deal(self, split: str, kv_heads: int, capacity: int, layers: int,
+    def adopt(self, make: Callable[[int], ArraySequence]) -> ArraySequence:
+        """For `ArraySequence.fork`: add the sequence that is made for a number."""
+        made = make(next(self._numbers))
+        self._sequences.add(made)
+        return made
+
+    def rooms(self, split: str, kv_heads: int, capacity: int, layers: int,
               number: int) -> Iterable[tuple[int, slice, int]]:
-        """(drive, KV heads, capacity) of each drive's part of a sequence."""
+        """(drive, KV heads, capacity) of each drive's part of a sequence.
+
+        Args:
+            split: heads or context.
+            kv_heads: of a layer.
+            capacity: tokens that each layer can hold.
+            layers: how many.
+            number: decides which drive has a layer's first stripe.
+        """
         if split == "heads":
             even, more = divmod(kv_heads, self.drives)
             first = 0

@@ -25,6 +25,10 @@ class ConfigMismatchError(KvatticError):
     """The device was built from another configuration than the driver's."""
 
 
+class ManifestError(KvatticError):
+    """A manifest is damaged, or does not say what the drive's flash holds: it is of another drive, or out of date."""
+
+
 class DeviceTimeoutError(KvatticError):
     """The device did not answer in time."""
 

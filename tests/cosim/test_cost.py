@@ -11,17 +11,26 @@ from kvattic.spec.config import TINY
 
 
 def costs(target):
-    """Costs of an answer in each mode, what the drive has counted for it, and of writing."""
+    """Costs of an answer in each mode, what the drive has counted for it, and when its jobs moved; costs of writing."""
     found = []
     with kvattic.open(target, TINY) as device:
         sequence = filled(device, **SPARSE)
         written = sequence.statistics()
         for options in MODES:
             before = device.statistics()
-            cost = sequence.attend(query_of(device), **options).cost
-            found.append((cost, device.statistics() - before))
+            result = sequence.attend(query_of(device), **options)
+            found.append((result.cost, device.statistics() - before, result.times))
         total = sequence.statistics() - written
     return written, found, total
+
+
+def check_times(times, cost):
+    """Jobs are fetched and end in order and move beats in between; they cost from before the first fetch on."""
+    assert [time.fetched for time in times] == sorted({time.fetched for time in times})
+    assert [time.completed for time in times] == sorted({time.completed for time in times})
+    for time in times:
+        assert time.fetched < time.first_beat < time.last_beat < time.completed
+    assert 0 < times[-1].completed - times[0].fetched < cost.cycles
 
 
 def test_the_rtl_moves_the_bytes_that_the_golden_device_says():
@@ -31,7 +40,9 @@ def test_the_rtl_moves_the_bytes_that_the_golden_device_says():
     assert written.written_bytes == golden_written.written_bytes
     assert not written.modelled and golden_written.modelled
     assert written.cycles == pytest.approx(golden_written.cycles, rel=0.15)
-    for (cost, counted), (expected, _) in zip(found, golden, strict=True):
+    for (cost, counted, times), (expected, _, modelled_times) in zip(found, golden, strict=True):
+        check_times(times, cost)
+        assert modelled_times is None
         assert (cost.flash_bytes, cost.dram_bytes) == (expected.flash_bytes, expected.dram_bytes)
         assert (cost.macs, cost.link_bytes) == (expected.macs, expected.link_bytes)
         assert cost.page_reads in (None, expected.page_reads)
@@ -40,13 +51,13 @@ def test_the_rtl_moves_the_bytes_that_the_golden_device_says():
         assert cost.cycles < counted.cycles < cost.cycles + 1000
         assert cost.cycles == pytest.approx(expected.cycles, rel=0.25)
     assert total.flash_bytes == golden_total.flash_bytes
-    assert total.cycles == sum(cost.cycles for cost, _ in found)
+    assert total.cycles == sum(cost.cycles for cost, _, _ in found)
 
 
 def main():
     for target in ("sim:verilator", "model"):
         written, found, _ = costs(target)
-        modes = {options.get("mode", "dense"): cost.cycles for options, (cost, _) in zip(MODES, found, strict=True)}
+        modes = {options.get("mode", "dense"): cost.cycles for options, (cost, _, _) in zip(MODES, found, strict=True)}
         print(target, {"writing": written.cycles} | modes)
 
 

@@ -536,3 +536,36 @@ def test_a_drive_that_does_not_answer_is_named(number):
     assert waiting.done()
     notes = getattr(caught.value, "__notes__", [])
     assert [note[:8] for note in notes] == [f"drive {drive}:" for drive in range(1, number)]
+
+
+@pytest.mark.parametrize("split", ["heads", "context"])
+def test_forks_share_on_every_drive(split):
+    rng = np.random.default_rng(11)
+    kv, other = (rng.standard_normal((2, 2, 90, 32)).astype(np.float16) for _ in range(2))
+    query = rng.standard_normal((2, 1, 32)).astype(np.float16)
+    with open_array(["model"] * 3, "tiny") as array:
+        free = [(device.free_zones, device.free_dram_pages) for device in array.devices]
+        first = array.create_sequence(2, capacity_tokens=120, layers=2, split=split)
+        for layer in range(2):
+            first.prefill(*kv[:, :, :70], layer=layer)
+        size = first.stripe_tokens
+        fork, cut = first.fork(), first.fork(size, capacity_tokens=120)
+        assert [fork.length(layer) for layer in range(2)] == [70, 70] and cut.length() == size
+        first.append(*other[:, :, :20])
+        fork.append(*kv[:, :, 70:])
+        cut.append(*kv[:, :, size:])
+        with array.create_sequence(2, capacity_tokens=120, split=split) as plain:
+            plain.prefill(*kv)
+            wanted = plain.attend(query).output
+        np.testing.assert_allclose(fork.attend(query).output, wanted, atol=1e-5)
+        first.free()
+        np.testing.assert_allclose(cut.attend(query).output, wanted, atol=1e-5)
+        with pytest.raises(RequestError, match="length must be an int from 0 to 70"):
+            fork.fork(91)
+        if split == "context":
+            with (array.create_sequence(2, capacity_tokens=4, split=split) as short,
+                  pytest.raises(RequestError, match="has no share of drives")):
+                short.fork(capacity_tokens=200)
+        for sequence in (fork, cut):
+            sequence.free()
+        assert [(device.free_zones, device.free_dram_pages) for device in array.devices] == free

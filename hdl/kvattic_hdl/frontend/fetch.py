@@ -94,6 +94,8 @@ class Fetch(wiring.Component):
         Strobe: the next command may be requested.
     wanting : Out(1)
         It is not requested yet.
+    asked : Out(1)
+        Strobe: it is requested.
     ask : In(1)
         Strobe: request these blocks.
     query_line, query_lines, table_line, table_lines : In
@@ -125,6 +127,7 @@ class Fetch(wiring.Component):
     fetch: stream.Interface
     want: Signal
     wanting: Signal
+    asked: Signal
     ask: Signal
     query_line: Signal
     query_lines: Signal
@@ -150,6 +153,7 @@ class Fetch(wiring.Component):
             "fetch": In(stream.Signature(FETCH)),
             "want": In(1),
             "wanting": Out(1, init=1),
+            "asked": Out(1),
             "ask": In(1),
             "query_line": In(LINE_ADDRESS_BITS),
             "query_lines": In(range(config.rows * row_lines(config) + 1)),
@@ -201,7 +205,8 @@ class Fetch(wiring.Component):
                 m.d.comb += [wanted.eq(1), read.lines.payload.eq(line)]
                 with m.If(read.lines.ready):
                     m.d.sync += [line.eq(line + 1), left.eq(left - 1)]
-        with m.If(read.lines.valid & read.lines.ready & ~wanted):
+        m.d.comb += self.asked.eq(read.lines.valid & read.lines.ready & ~wanted)
+        with m.If(self.asked):
             m.d.sync += self.wanting.eq(0)
         with m.If(self.want):
             m.d.sync += self.wanting.eq(1)

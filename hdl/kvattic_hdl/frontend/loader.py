@@ -53,6 +53,8 @@ class Loader(wiring.Component):
         Host memory.
     fetch : In(stream of FETCH)
         Line of the next command, and its queue; taken when the line has come.
+    asked : Out(1)
+        Strobe: the next command's line is requested.
     hold : Out(QUEUES)
         Offer nothing of these on `fetch`: a flash command of it waits for its channel, or its last command
         could be one.
@@ -97,6 +99,7 @@ class Loader(wiring.Component):
 
     bus: wiring.PureInterface
     fetch: stream.Interface
+    asked: Signal
     hold: Signal
     create_valid: Signal
     create_queue: Signal
@@ -133,6 +136,7 @@ class Loader(wiring.Component):
             {
                 "bus": Out(AXI_READ),
                 "fetch": In(stream.Signature(FETCH)),
+                "asked": Out(1),
                 "hold": Out(QUEUES),
                 "create_valid": In(1),
                 "create_queue": In(range(QUEUES)),
@@ -233,6 +237,7 @@ class Loader(wiring.Component):
         m.d.comb += [
             fetch.stop.eq(self.stop),
             self.quiet.eq(fetch.quiet),
+            self.asked.eq(fetch.asked),
             self.bus_error.eq(fetch.bus_error),
             fetch.query_line.eq(fields["query"][-LINE_ADDRESS_BITS:]),
             fetch.query_lines.eq(rows * row_lines(self._config)),

@@ -78,6 +78,7 @@ def back_end_ports(config: Config) -> dict[str, wiring.Member]:
         "missing_key": Out(MISSING_BITS + 1),
         "missing_value": Out(MISSING_BITS + 1),
         "events": Out(shapes.events),
+        "beat_slot": Out(shapes.slot),
         "offender": Out(shapes.tag),
         "ready": Out(1),
     }
@@ -100,7 +101,7 @@ class TokenBackEnd(wiring.Component):
     bin, count, unmarked, select_valid, select_slot : as `Lane`'s
     maximum_slot, maximum_row, maximum, maximum_write, maximum_new : as `Lane`'s
     denominator_slot, denominator_row, denominator : as `Lane`'s
-    report_slot, report, missing_key, missing_value, events, offender : as `Lane`'s
+    report_slot, report, missing_key, missing_value, events, beat_slot, offender : as `Lane`'s
     ready : Out(1)
         The arrivals' bits are cleared.
     front : In(`front_link`)
@@ -509,4 +510,5 @@ class TokenBackEnd(wiring.Component):
             events.duplicate.eq(arrivals.duplicate),
             events.stale.eq(arrivals.stale),
             events.bad_tag.eq(arrivals.bad_tag),
+            self.beat_slot.eq(front.job_slot),
         ]

@@ -70,6 +70,8 @@ class Lane(wiring.Component):
         Codewords of `report_slot` that were asked for and not accounted for yet, two cycles later; the first pass's
         count as K.
     events : Out(events)
+    beat_slot : Out(slot)
+        Whose beat was taken in the cycle before.
     offender : Out(tag)
         The tag that the events stale, bad_tag and duplicate are about.
     ready : Out(1)

@@ -14,6 +14,7 @@ from kvattic.spec.registers import MAX_ENTRIES, QUEUES
 from kvattic_hdl.lib.axi import AXI_WRITE, DATA_BITS, LINE_ADDRESS_BITS
 from kvattic_hdl.lib.shapes import FAULTS, Shapes
 from kvattic_hdl.nvme.counters import SNAPSHOT
+from kvattic_hdl.nvme.stamps import STAMPS
 from kvattic_hdl.reduce.blend import MeanBlend
 from kvattic_hdl.reduce.drain import Drain
 from kvattic_hdl.reduce.gather import Gather
@@ -69,6 +70,8 @@ class Finisher(wiring.Component):
         The slot's job is abandoned; read in the cycle of `freed`.
     failed_where : In(32)
         `where` of the failed job's completion; read in the cycle of `freed`.
+    stamps : In(STAMPS)
+        When things of the job of `waiting_slot` happened; read in the cycle of `freed`.
     waiting : Out(1)
         Waits for `values_done` of `waiting_slot` from all lanes.
     waiting_slot : Out(shapes.slot)
@@ -133,6 +136,7 @@ class Finisher(wiring.Component):
                 ),
                 "failed": In(config.jobs_in_flight),
                 "failed_where": In(32),
+                "stamps": In(STAMPS),
                 "waiting": Out(1),
                 "waiting_slot": Out(shapes.slot),
                 "denominator_slot": Out(shapes.slot),
@@ -198,8 +202,13 @@ class Finisher(wiring.Component):
         divided = write_back.result.valid & write_back.result.payload.place.last
         all_done = self._lanes_done(m)
         abandoned = Signal()
+        stamps = Signal(STAMPS, reset_less=True)
         abandoned_where = Signal(32, reset_less=True)
+        # The slot may be used again before the completion is written.
+        with m.If(self.freed):
+            m.d.sync += stamps.eq(self.stamps)
         self._judge(m, gather.report, abandoned, abandoned_where, write_back.entry)
+        m.d.comb += write_back.entry.stamps.eq(stamps)
         with m.FSM(name="order"):
             with m.State("WAIT"):
                 with m.If(self.jobs.valid):

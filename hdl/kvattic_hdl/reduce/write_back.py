@@ -16,6 +16,7 @@ from kvattic_hdl.lib.axi_write import WriteLines
 from kvattic_hdl.lib.records import assemble
 from kvattic_hdl.lib.shapes import Shapes
 from kvattic_hdl.nvme.counters import SNAPSHOT
+from kvattic_hdl.nvme.stamps import STAMPS
 from kvattic_hdl.reduce.drain import quotient_layout
 from kvattic_hdl.reduce.gather import trailer_layout
 
@@ -29,6 +30,7 @@ ENTRY = data.StructLayout({
     "where": 32,
     "flags": COMPLETION["flags"].size * 8,
     "identifier": 16,
+    "stamps": STAMPS,
 })
 """What a completion says of its command."""
 
@@ -213,6 +215,7 @@ class WriteBack(wiring.Component):
                     m.d.sync += [
                         *(entry[name].eq(ended[name]) for name in ("queue", "identifier", "status", "where")),
                         entry.flags.eq(0),
+                        entry.stamps.eq(0),
                         address.eq(ended.result),
                     ]
                     m.next = "PLACE"
@@ -286,6 +289,7 @@ class WriteBack(wiring.Component):
             flags=entry.flags,
             where=entry.where,
             **{name: composed.counters[name] for name in SNAPSHOT.members},
+            **{name: entry.stamps[name] for name in STAMPS.members},
         ))
 
     def _send(self, m: Module, sending: _Sending, word: Signal, address: Signal, results: data.View,

@@ -9,13 +9,14 @@ from numpy.typing import NDArray
 
 from kvattic.driver.jobs import Job, job_bytes
 from kvattic.spec import layout
-from kvattic.spec.commands import LINE_BYTES, Kind, Mode
+from kvattic.spec.commands import LINE_BYTES, Completion, Kind, Mode
 from kvattic.spec.config import ELEMENT_BYTES, Config
-from kvattic.timing import Stripe, attend_job, estimate
+from kvattic.timing import JobTimes, Stripe, attend_job, estimate
 from kvattic.timing.cost import KINDS, Cost
 from kvattic.timing.record import Batch, CommandRecord, Counts, Sampler
 
-__all__ = ["PARTS", "DenseTally", "JobAccount", "Passage", "Tally", "attend_cost", "cycles_of", "job_account", "sum_of"]
+__all__ = ["PARTS", "DenseTally", "JobAccount", "Passage", "Tally", "attend_cost", "cycles_of", "job_account", "sum_of",
+           "times_of"]
 
 UNSETTLED = 1024
 """Kinds of jobs that a `Tally` notes before it sums them."""
@@ -60,6 +61,20 @@ class JobAccount(NamedTuple):
     rows: int
     link_bytes: int
     unsplit: int = 0
+
+
+def times_of(completion: Completion) -> JobTimes | None:
+    """When the job of a completion got how far; None: the device keeps no time of its own."""
+    end = completion.cycle
+    if end == 0:
+        return None
+    first, last = completion.first_beat, completion.last_beat
+
+    def whole(lower: int) -> int:
+        """The number with these lower bits that is not past the end."""
+        return end - (end - lower & 0xFFFF_FFFF)
+
+    return JobTimes(whole(completion.fetched), *((whole(first), whole(last)) if first or last else (0, 0)), end)
 
 
 def job_account(config: Config, job: Job, passage: Passage, table: NDArray[np.uint64], size: int) -> JobAccount:

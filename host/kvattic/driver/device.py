@@ -7,12 +7,15 @@ the drive's DRAM (media.py).
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Series
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from threading import RLock
-from typing import Any
+from typing import Any, NamedTuple
+
+from numpy.typing import NDArray
 
 from kvattic.driver import futures
 from kvattic.driver.accounts import Tally, job_account
@@ -30,8 +33,10 @@ from kvattic.driver.jobs import (
     job_bytes,
     pack_command,
 )
+from kvattic.driver.manifest import read_manifest
 from kvattic.driver.media import Media
 from kvattic.driver.results import AttendPlan, AttendResult, JobResult
+from kvattic.driver.saving import Saver, states_of
 from kvattic.driver.sequence import Loss, Sequence
 from kvattic.driver.shape import SequenceShape
 from kvattic.errors import (
@@ -55,11 +60,23 @@ from kvattic.timing.cost import Cost
 from kvattic.timing.record import KeepsRecords
 from kvattic.transport.base import Progress, Transport
 
-__all__ = ["AttendPlan", "AttendResult", "Device", "FlashOperation", "Job", "JobResult", "Loss", "Sequence"]
+__all__ = ["Attached", "AttendPlan", "AttendResult", "Device", "FlashOperation", "Job", "JobResult", "Loss", "Sequence"]
 
 DEFAULT_TIMEOUT_S = 60.0
 DEFAULT_ENTRIES = 1024
 """Entries of a ring: programs keep all dies busy and as many pages waiting, 64 on each of eight channels."""
+
+
+class Attached(NamedTuple):
+    """What `Device.attach` found in a manifest.
+
+    Members:
+        sequences: in the order in which they were saved.
+        note: what was saved beside them.
+    """
+
+    sequences: list[Sequence]
+    note: Any
 
 
 class Device(Closing):
@@ -69,7 +86,8 @@ class Device(Closing):
     they hold one lock, except for moments between two waits for the device.
 
     The library assumes that the flash is erased, as it comes from the factory; a drive that was used before must be
-    `format`ted.  Only this object has the tables that say where K and V lie.
+    `format`ted, unless what it holds was saved (`save`) and is to be used again (`attach`).  Only this object has the
+    tables that say where K and V lie.
 
     After a DeviceTimeoutError or an invalid completion the state of the device is unknown: everything under way fails,
     and so does every call until `reset` (or `recover`).
@@ -125,6 +143,7 @@ class Device(Closing):
         self._admin = Admin(self.dispatcher)
         self.media = Media(transport, self.dispatcher, self._admin, bad_blocks=bad_blocks, spare_blocks=spare_blocks,
                            erase_on_free=erase_on_free)
+        self._saver = Saver(self.media)
         self._restart()
         if (identity := self.identify()) != self.config:
             raise ConfigMismatchError(
@@ -300,7 +319,7 @@ class Device(Closing):
     # Domains.
 
     def _new_domain(self) -> int:
-        used = {sequence.domain for sequence in self._sequences}
+        used = {sequence.domain for sequence in self._sequences} | self.media.allocator.domains
         for domain in range(COMMON_DOMAIN + 1, DOMAINS):
             if domain not in used:
                 return domain
@@ -362,14 +381,14 @@ class Device(Closing):
 
     def _check_unwritten(self) -> None:
         self.check_open()
-        if self._sequences or self.media.allocator.pages_programmed:
+        if self._sequences or self.media.allocator.pages_programmed or self._saver.used:
             raise RequestError("the factory's marks of bad blocks can be read only before anything is written")
 
     def format(self) -> None:
         """Erase all of the flash, for a drive that was used before.
 
         Raises:
-            RequestError: a sequence is not freed.
+            RequestError: a sequence is not freed, or a manifest keeps zones (`discard_saved`).
             DeviceStatusError: a die does not answer.
         """
         with self.lock:
@@ -465,11 +484,35 @@ class Device(Closing):
                 except KvatticError:
                     self.media.allocator.release(*allocations)
                     raise
-            self._next_number += 1
             self._next_head += layers * kv_heads
-            sequence = Sequence(self, shape, allocations)
-            self._sequences.append(sequence)
-            return sequence
+            return self._add(shape, allocations)
+
+    def add_fork(self, shape: SequenceShape, capacity_tokens: int, shared: Series[int],
+                 zones: Series[Iterable[int]]) -> "Sequence":
+        """For `Sequence.fork`: a sequence without tokens, that may read what another one has in flash.
+
+        Args:
+            shape: of the other one.
+            capacity_tokens: tokens that each layer can hold.
+            shared: stripes of each layer for which it needs no flash.
+            zones: where these lie, for each allocation.
+
+        Raises:
+            CapacityError: flash has no room.
+        """
+        with self.lock:
+            # Its heads keep their numbers, so that its stripes go on round the channels.
+            shape = replace(shape, number=self._next_number, capacity_tokens=capacity_tokens, turn=self._next_number)
+            allocations = self._reserve(shape, shared)
+            for allocation, used in zip(allocations, zones, strict=True):
+                self.media.allocator.share(allocation, used)
+            return self._add(shape, allocations)
+
+    def _add(self, shape: SequenceShape, allocations: Series[Allocation]) -> "Sequence":
+        self._next_number += 1
+        sequence = Sequence(self, shape, allocations)
+        self._sequences.append(sequence)
+        return sequence
 
     def _shape(self, kv_heads: int, capacity_tokens: int, layers: int, sparse: bool, centroids: int | None, sinks: int,
                window: int | None, isolated: bool) -> SequenceShape:
@@ -502,14 +545,14 @@ class Device(Closing):
                                 f"DRAM, which has {self.media.dram.pages}")
         return shape
 
-    def _reserve(self, shape: SequenceShape) -> list[Allocation]:
-        """Flash for a sequence."""
+    def _reserve(self, shape: SequenceShape, shared: Series[int] = ()) -> list[Allocation]:
+        """Flash for a sequence, but for the first stripes of each layer that are shared with another one."""
         allocator, allocations = self.media.allocator, list[Allocation]()
         heads = range(shape.first_head, shape.first_head + shape.layers * shape.kv_heads)
         try:
             for run, runs in reservations(self.config, heads, shape.kv_heads,
                                           shape.capacity_tokens // shape.stripe_tokens, shape.pages, 2 + shape.sparse,
-                                          shape.centroids):
+                                          shape.centroids, shared):
                 allocations.append(allocator.create(runs, run, domain=shape.domain))
         except CapacityError as error:
             if allocations:
@@ -526,9 +569,113 @@ class Device(Closing):
         """
         self._sequences.remove(sequence)
         self.media.allocator.release(*allocations)
-        if sequence.domain != COMMON_DOMAIN:
+        forks = any(other.domain == sequence.domain for other in self._sequences)
+        if sequence.domain != COMMON_DOMAIN and not forks:
             self._admin.permit(sequence.domain, False)
         self.media.raise_die_error()
+
+    # Outliving the process.
+
+    def save(self, path: Path | str, sequences: Series["Sequence"] | None = None, *, note: Any = None) -> None:
+        """Write a manifest: where sequences lie in flash, and what of them is in device DRAM, itself.
+
+        When this returns, they outlive this process and the drive's power: `attach` brings them back as they are now,
+        whatever is appended or freed afterwards, for the zones that a manifest names are not erased until another one
+        has taken its place at the same path, or `discard_saved`.  Waits for everything that is under way.
+
+        Args:
+            path: the file; one that is there is replaced, as a whole.
+            sequences: of this device; all if None.
+            note: anything that can be JSON, for `attach`.
+
+        Raises:
+            RequestError: a sequence was freed or belongs to another device.
+            OSError: the file cannot be written; an earlier one is still there and still true.
+            DeviceStatusError, DeviceTimeoutError: the device does not work.
+        """
+        with self.lock:
+            self.check_open()
+            chosen = list(self._sequences if sequences is None else sequences)
+            for sequence in chosen:
+                if sequence.device is not self:
+                    raise RequestError("a sequence to be saved belongs to another device")
+                sequence.settle()
+            self._saver.save(Path(path).absolute(), chosen, self._next_head, note)
+
+    def attach(self, path: Path | str, *, capacity_tokens: int | None = None) -> "Attached":
+        """Go on with sequences that were saved, on the same drive, opened anew: nothing may have been written yet.
+
+        Their zones take nothing more until they are erased, for the process may have written on after it saved them;
+        all other flash is erased before it is used.  A little of each zone is read to see whether it is still there.
+
+        Args:
+            path: what `save` wrote; the file goes on to keep its zones.
+            capacity_tokens: tokens that each layer of each sequence can hold; as many as it was created for if None.
+
+        Raises:
+            RequestError: something was written or attached already.
+            ManifestError: the file is damaged, or is not true: it is of another drive, or out of date.
+            ConfigMismatchError: the file is of a drive with another configuration.
+            CapacityError: flash or DRAM have no room for what the sequences can hold.
+            OSError: the file cannot be read.
+            DeviceStatusError, DeviceTimeoutError: the device does not work.
+        """
+        with self.lock:
+            self.check_open()
+            if self._sequences or self.media.allocator.pages_programmed or self._saver.used:
+                raise RequestError("a manifest can be attached only before anything is written: open the device anew")
+            where = Path(path).absolute()
+            manifest = read_manifest(where, self.config)
+            header, arrays, made = manifest.header, manifest.arrays, list[Sequence]()
+            used = {zone for entry in header["sequences"] for each in entry["zones"] for zone in each}
+            flash = {name: arrays[f"flash.{name}"] for name in ("map", "erases")}
+            try:
+                with self.media.resumed(header["flash"], flash, used):
+                    for number, entry in enumerate(header["sequences"]):
+                        self._attach_one(entry, states_of(manifest, number, entry["layers"]), capacity_tokens)
+                        made = list(self._sequences)
+                    self._saver.check(where, manifest, made)
+            except BaseException:
+                for sequence in list(self._sequences):
+                    self._sequences.remove(sequence)
+                    with suppress(KvatticError):
+                        sequence.abandon()
+                        if sequence.isolated:
+                            self._admin.permit(sequence.domain, False)
+                raise
+            self._next_head = header["next_head"]
+            self._saver.keep(where, made)
+            return Attached(made, header["note"])
+
+    def _attach_one(self, entry: dict[str, Any], states: Series[Mapping[str, NDArray[Any]]],
+                    capacity_tokens: int | None) -> None:
+        """Make a sequence of what a manifest says of it."""
+        fields = {name: value for name, value in entry.items() if name not in ("zones", "held_tokens")}
+        if capacity_tokens is not None:
+            least = max([1, *(int(state["length"]) for state in states)])
+            check_integer("capacity_tokens", capacity_tokens, least, (1 << layout.TOKEN_BITS) - 1)
+            fields["capacity_tokens"] = int(capacity_tokens)
+        shape = SequenceShape(config=self.config, number=self._next_number, **fields)
+        if shape.domain != COMMON_DOMAIN:
+            self._admin.permit(shape.domain, True)
+        shared = [min([*state["staged"].tolist(), int(state["length"]) // shape.stripe_tokens]) for state in states]
+        allocations = self._reserve(shape, shared)
+        for allocation, zones in zip(allocations, entry["zones"], strict=True):
+            self.media.allocator.share(allocation, zones)
+        sequence = self._add(shape, allocations)
+        sequence.held_tokens = entry["held_tokens"]
+        sequence.resume(states)
+
+    def discard_saved(self, path: Path | str) -> None:
+        """Remove a manifest; flash that only it kept is erased.
+
+        Raises:
+            OSError: it cannot be removed.
+        """
+        with self.lock:
+            self.check_open()
+            self._saver.discard(Path(path).absolute())
+            self.media.raise_die_error()
 
     # Attention.
 

@@ -4,13 +4,14 @@ It runs flash commands, erases and remaps blocks for the allocator, keeps accoun
 hands out device DRAM to writers, which wait here for each other's pages.
 """
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Series
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvattic.driver.accounts import Passage
 from kvattic.driver.admin import Admin
@@ -126,6 +127,35 @@ class Media:
 
     def _new_dram(self, pages: int) -> DomainDram:
         return DomainDram(pages, self._region_bits, grant=self._admin.grant_regions, released=self._clear_dram)
+
+    @contextmanager
+    def resumed(self, header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]],
+                used: Collection[int]) -> Iterator[None]:
+        """A block in which what a manifest says of the flash is taken over; see `ZoneAllocator.resume`.
+
+        If the block fails, everything is as it was, and nothing has been erased.
+        """
+        before = self.allocator
+        self.allocator = made = ZoneAllocator(
+            self.config, erase=self._erase, remap=self._remap, grant=self._admin.grant_zones,
+            spare_blocks=self.config.part.blocks - int(header["zones"]), erase_on_free=before.erase_on_free)
+        made.resume(header, arrays, used)
+        try:
+            self._unmap(before)
+            made.send_owners()
+            self._remap(made.remaps)
+            yield
+        except BaseException:
+            self._unmap(made)
+            self.allocator = before
+            before.send_owners()
+            self._remap(before.remaps)
+            raise
+
+    def _unmap(self, allocator: ZoneAllocator) -> None:
+        """Bring the device's map to what it is after power-up."""
+        self._remap([remap._replace(block=int(layout.page_place(remap.page, self.config).zone))
+                     for remap in allocator.remaps])
 
     def send_owners(self) -> None:
         """Tell the device, which was reset, who owns its zones and regions."""

@@ -579,12 +579,12 @@ class Planner:
             label=f"{job.label}, {selection.name}",
         )
 
-    # Means of V.
+    # K and V themselves.
 
-    def value_jobs(self, layer: int, first: int, last: int) -> list[Job]:
+    def token_jobs(self, layer: int, first: int, last: int, kind: Kind = Kind.VALUE) -> list[Job]:
         """Jobs whose results are V of tokens, as the device has it: a query of one token gives its V exactly.
 
-        They are ordered by KV head, then by token.
+        They give K instead if the table names its pages as those of V.  They are ordered by KV head, then by token.
         """
         size, dim = self._shape.stripe_tokens, self._config.head_dim
         scale_bits = AttendOptions(scale=1.0).scale_bits(dim)
@@ -594,8 +594,15 @@ class Planner:
                 token = np.arange(base, min(base + self._config.rows, last))
                 masks = Masks(token, token + 1, np.zeros_like(token), last)
                 query = np.zeros((len(token), dim), np.uint16)
-                jobs.append(self._job(layer, head, query, scale_bits, masks, base - base % size, int(token[-1]) + 1))
+                job = self._job(layer, head, query, scale_bits, masks, base - base % size, int(token[-1]) + 1)
+                if kind is Kind.KEY:
+                    entries = layout.unpack_entries(job.table)
+                    job = replace(job, table=layout.pack_entries(entries.channel, entries.key_page, entries.key_page,
+                                                                 entries.dram))
+                jobs.append(job)
         return jobs
+
+    # Means of V.
 
     def means(self, layer: int, masks: Masks, read: ReadValues) -> NDArray[np.float32]:
         """Mean of V over what each query may attend: (n_queries, kv_heads, head_dim); zero where that is nothing.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvattic.driver.accounts import JobAccount, attend_cost
+from kvattic.driver.accounts import JobAccount, attend_cost, times_of
 from kvattic.driver.jobs import Job
 from kvattic.errors import RangeError, RequestError
 from kvattic.merge import Partial, merge
@@ -16,6 +16,7 @@ from kvattic.spec.blocks import Results, unpack_results
 from kvattic.spec.commands import Completion, CompletionFlag
 from kvattic.spec.elements import Integers
 from kvattic.spec.formats import SCORE_FRACTION, SCORE_MAX, VALUE_FRACTION
+from kvattic.timing import JobTimes
 from kvattic.timing.cost import Cost
 
 if TYPE_CHECKING:
@@ -119,6 +120,16 @@ class AttendResult:
         if not self.accounts:
             raise RequestError("this result has no cost: no device has computed it")
         return attend_cost(self.accounts)
+
+    @property
+    def times(self) -> list[JobTimes] | None:
+        """Of each job in `completions`, when its command was fetched, its beats moved, and its completion was written.
+
+        In cycles of the drive's counter CYCLES, which stands while the drive is idle; of several drives, each has its
+        own.  None on a device that keeps no time of its own, as the golden one: `kvattic.timing` models it.
+        """
+        times = [times_of(completion) for completion in self.completions]
+        return None if None in times else [each for each in times if each is not None]
 
     @property
     def bits(self) -> NDArray[np.uint32]:

@@ -1,12 +1,16 @@
 """`Sequence`: K and V of one sequence in the device's flash and DRAM, and attention over them."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Series
-from typing import TYPE_CHECKING, NamedTuple, Unpack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvattic.driver.accounts import JobAccount, sum_of
+from kvattic.driver.checks import check_integer
 from kvattic.driver.futures import Future
 from kvattic.driver.jobs import Job
 from kvattic.driver.planning import AttendKeywords, AttendOptions, Planner, make_masks, select
@@ -15,10 +19,13 @@ from kvattic.driver.shape import SequenceShape
 from kvattic.driver.value_sums import Doubles
 from kvattic.driver.writer import TokenWriter
 from kvattic.errors import CapacityError, RequestError
+from kvattic.placement.domains import COMMON_DOMAIN
 from kvattic.placement.zones import Allocation
 from kvattic.spec import layout
 from kvattic.spec.blocks import Masks
+from kvattic.spec.commands import Kind, Status
 from kvattic.spec.elements import Bits, as_array
+from kvattic.spec.formats import Element
 from kvattic.support.closing import Closing
 from kvattic.support.renamed import old_selection_keywords
 from kvattic.timing.cost import Cost
@@ -64,7 +71,8 @@ class Sequence(Closing):
         centroids: tokens of the units whose mean keys are also written; None: there are none.
         stripe_tokens: tokens of a stripe.
         sinks: first tokens that sparse modes always attend.
-        domain: owner of its flash and DRAM, as the device knows it; no other sequence has it if this one is isolated.
+        domain: owner of its flash and DRAM, as the device knows it; if this one is isolated, its forks alone have it,
+            too.
         held_tokens: how many of the newest tokens of each layer stay in device DRAM, where `truncate` can remove them;
             set it before they are appended.
     """
@@ -118,6 +126,167 @@ class Sequence(Closing):
                     self._writer.release_dram()
                 finally:
                     self.device.release(self, self._writer.allocations)
+
+    def fork(self, length: int | Series[int] | None = None, *, capacity_tokens: int | None = None) -> "Sequence":
+        """Another sequence that begins with this one's tokens, and goes on by itself.
+
+        Stripes in flash are shared: nothing is written for them, and they are erased when the last sequence that reads
+        them is freed, in any order.  What is in device DRAM is copied.  The fork has this one's domain, `held_tokens`,
+        sketches and means.  Waits for everything that is under way.
+
+        Args:
+            length: how many of the first tokens it gets; for each layer, if they differ.  All if None.  If they end
+                inside of a stripe in flash, which cannot be written on, its tokens are read (`read`) and written anew.
+            capacity_tokens: tokens that each of its layers can hold; as many as this one's if None.  Flash is reserved
+                for those that it does not share.
+
+        Raises:
+            RequestError: a number out of range, a freed sequence, or a length inside of a stripe in flash of a drive
+                that stores bf16.
+            CapacityError: flash or DRAM have no room.
+            DeviceStatusError: a stripe that is to be written anew cannot be read.
+        """
+        with self.device.lock:
+            wanted = self._fork_lengths(length)
+            lengths = [self._shared_length(layer, tokens) for layer, tokens in enumerate(wanted)]
+            capacity = self.capacity_tokens if capacity_tokens is None else capacity_tokens
+            check_integer("capacity_tokens", capacity, max(*wanted, 1), (1 << layout.TOKEN_BITS) - 1)
+            # A stripe in DRAM is written by each; so is one behind it that came to flash before it.
+            shared = [next((i for i, stripe in enumerate(stripes) if i != stripe), len(stripes)) for stripes in (
+                state.in_flash(length // self.stripe_tokens)
+                for state, length in zip(self._writer.layers, lengths, strict=True))]
+            child = self.device.add_fork(self._shape, int(capacity), shared, self._writer.zones(lengths))
+            try:
+                child.inherit(self._writer, lengths)
+                for layer, (tokens, shares) in enumerate(zip(wanted, lengths, strict=True)):
+                    if shares < tokens:
+                        child.append(*self.read(layer, shares, tokens), layer=layer)
+            except BaseException:
+                child.free()
+                raise
+            return child
+
+    @property
+    def isolated(self) -> bool:
+        """Whether it has a domain that no other sequence but its forks has."""
+        return self.domain != COMMON_DOMAIN
+
+    def places(self, layer: int = 0) -> set[int]:
+        """A number for each stripe of a layer in flash; sequences that share a stripe have its number in common.
+
+        Raises:
+            RequestError: there is no such layer, or the sequence was freed.
+        """
+        with self.device.lock:
+            state, stripes = self._writer.layers[layer], self.length(layer) // self.stripe_tokens
+            return set(state.table[0, state.in_flash(stripes)].tolist())
+
+    def inherit(self, parent: TokenWriter, lengths: Series[int]) -> None:
+        """For `fork`: take over the first tokens of another sequence."""
+        self.device.dispatcher.start(self._writer.inherit(parent, lengths)).result()
+
+    def _fork_lengths(self, length: int | Series[int] | None) -> list[int]:
+        """Tokens of each layer of a fork, once nothing is under way."""
+        present = [self.length(layer) for layer in range(self.layers)]
+        dispatcher, states = self.device.dispatcher, self._writer.layers
+        dispatcher.drive(lambda: not any(state.appends for state in states) and not dispatcher.working)
+        wanted: list[Any] = present if length is None else (
+            list(length) if isinstance(length, Series) else [length] * self.layers)
+        if len(wanted) != self.layers:
+            raise RequestError(f"length must be one number, or one for each of the {self.layers} layers, not "
+                               f"{len(wanted)}")
+        for layer, (tokens, most) in enumerate(zip(wanted, present, strict=True)):
+            check_integer(f"length (layer {layer})", tokens, 0, most)
+            if self.device.config.element is not Element.FP16 and self._shared_length(layer, tokens) < tokens:
+                raise RequestError(
+                    f"length must end with a stripe of {self.stripe_tokens} tokens, or be from "
+                    f"{self._writer.flushed(layer)} to {most}, not {tokens}: in layer {layer} it lies inside of a "
+                    "stripe in flash, which cannot be written on, nor read back where the drive stores bf16")
+        return [int(tokens) for tokens in wanted]
+
+    def _shared_length(self, layer: int, tokens: int) -> int:
+        """How many of the first tokens a fork can take over as they are."""
+        stripe, inside = divmod(tokens, self.stripe_tokens)
+        return tokens if stripe in self._writer.layers[layer].staged else tokens - inside
+
+    def save(self, path: Path | str, *, note: Any = None) -> None:
+        """Write a manifest of this sequence alone; see `Device.save`."""
+        self.device.save(path, [self], note=note)
+
+    def settle(self) -> None:
+        """For `Device.save`: wait for everything that is under way.
+
+        Raises:
+            KvatticError: an error of an append that was not retrieved.
+        """
+        states, dispatcher = self._writer.layers, self.device.dispatcher
+        dispatcher.drive(lambda: not any(state.appends for state in states) and not dispatcher.working)
+        self._check_use()
+
+    def describe(self) -> dict[str, Any]:
+        """For `Device.save`: what it was created as, and its zones, by allocation; can be JSON."""
+        shape = self._shape
+        names = ("kv_heads", "layers", "capacity_tokens", "first_head", "sparse", "centroids", "sinks", "window",
+                 "domain", "turn")
+        lengths = [state.length for state in self._writer.layers]
+        return {**{name: getattr(shape, name) for name in names}, "held_tokens": self.held_tokens,
+                "zones": [sorted(zones) for zones in self._writer.zones(lengths)]}
+
+    def states(self) -> list[dict[str, NDArray[Any]]]:
+        """For `Device.save`: where the tokens of each layer lie."""
+        return self._writer.state()
+
+    def resume(self, states: Series[Mapping[str, NDArray[Any]]]) -> None:
+        """For `Device.attach`: go on from `states`."""
+        self.device.dispatcher.start(self._writer.resume(states)).result()
+
+    def abandon(self) -> None:
+        """For `Device.attach`: forget everything, and erase nothing."""
+        self._freed = True
+        self._writer.release_dram()
+
+    def probe_places(self) -> list[tuple[int, int, int, int]]:
+        """For `Device.save`: places of the first and the last stripe in each zone that has V or mean keys of a layer.
+
+        Returns:
+            (layer, KV head, stripe, `Kind`) of each.
+        """
+        bits, found = self.device.config.zone_page_bits, list[tuple[int, int, int, int]]()
+        for layer, state in enumerate(self._writer.layers):
+            stripes = np.array(state.in_flash(state.length // self.stripe_tokens), np.int64)
+            places = {Kind.VALUE: layout.unpack_entries(state.table[:, stripes]).value_page}
+            if self.centroids is not None:      # they lie in zones of their own
+                places[Kind.SKETCH] = layout.unpack_sketches(state.sketches[Kind.SKETCH][:, stripes]).page
+            for kind, pages in places.items():
+                zones = pages.astype(np.int64) >> bits
+                for zone in np.unique(zones).tolist():
+                    heads, columns = np.nonzero(zones == zone)
+                    order = np.argsort(pages[heads, columns], kind="stable")
+                    found += [(layer, int(heads[at]), int(stripes[columns[at]]), int(kind))
+                              for at in dict.fromkeys((int(order[0]), int(order[-1])))]
+        return found
+
+    def probe(self, layer: int, head: int, stripe: int, kind: int) -> NDArray[np.uint32] | None:
+        """For `Device.save` and `attach`: what is at one of `probe_places`.
+
+        Returns:
+            Bit patterns of the stripe's first V, or of its first mean key, (head_dim,); None if it cannot be read.
+        """
+        config, state = self.device.config, self._writer.layers[layer]
+        entry = layout.unpack_entries(state.table[head, stripe : stripe + 1])
+        page, token = entry.value_page, 0
+        if kind == Kind.SKETCH:
+            sketch = layout.unpack_sketches(state.sketches[Kind.SKETCH][head, stripe : stripe + 1])
+            page, token = sketch.page, int(sketch.codeword[0]) * config.tokens_per_codeword
+        query = np.zeros((1, config.head_dim), np.uint16)
+        scale_bits = AttendOptions(scale=1.0).scale_bits(config.head_dim)
+        masks = Masks(np.array([token]), np.array([token + 1]), np.zeros(1, np.int64), token + 1)
+        (job,) = self.dense_jobs(layer, head, query, scale_bits, masks)
+        # A query that attends one token has its V, which may be anything that is stored like tokens.
+        job = replace(job, table=layout.pack_entries(entry.channel, page, page, 0), stripe_pages=1, base_token=0,
+                      end_token=token + 1, start=masks.start, end=masks.end, tree_token=token + 1)
+        (result,) = self.device.run([job], check=False)
+        return result.bits[0] if result.completion.status is Status.OK else None
 
     def lose_tails(self) -> list[Loss]:
         """For `Device.recover`: forget what was in DRAM."""
@@ -353,6 +522,43 @@ class Sequence(Closing):
             )
         return layout.storage_bits(array, self.device.config.element, name)
 
+    def read(self, layer: int = 0, first: int = 0,
+             last: int | None = None) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
+        """K and V of tokens, to the last bit as they were stored, but that -0 comes back as 0.
+
+        The drive has no command that reads.  A query that attends one token alone gets its V exactly, and its K where
+        the table says that V lies there, so that reading passes the same checks of owners and the same ECC as
+        attention, and works for whatever may attend.  Each job reads `Config.rows` tokens, and its stripe up to there:
+        this is for moving a sequence or looking into it, not for decoding.  Waits for appends that are under way.
+
+        Args:
+            layer: which layer.
+            first: the first of the tokens.
+            last: one past the last of them; None: all that there are.
+
+        Returns:
+            (key, value), float16, (kv_heads, last - first, head_dim), as `append` takes them.
+
+        Raises:
+            RequestError: the layer has no such tokens, the sequence was freed, or the drive stores bf16, whose small
+                numbers sums do not hold exactly.
+            DeviceStatusError: a stripe of them cannot be read, or has NaN or infinity in it (from bit patterns).
+        """
+        with self.device.lock:
+            length, config = self.length(layer), self.device.config
+            if config.element is not Element.FP16:
+                raise RequestError(f"K and V of {config.element.value} cannot be read back exactly: of the storage "
+                                   "formats, the drive's sums hold all numbers of fp16 only")
+            if length == 0:
+                raise RequestError(f"layer {layer} has no tokens to read")
+            check_integer("last", last := length if last is None else last, 1, length)
+            check_integer("first", first, 0, last - 1)
+            appends, dispatcher = self._writer.layers[layer].appends, self.device.dispatcher
+            dispatcher.drive(lambda: not appends and not dispatcher.working)    # tables stand still then
+            key, value = (self._run_tokens(self._planner.token_jobs(layer, first, last, kind)).astype(np.float16)
+                          for kind in (Kind.KEY, Kind.VALUE))
+        return key, value
+
     # Attention.
 
     @old_selection_keywords
@@ -450,6 +656,9 @@ class Sequence(Closing):
 
     def _read_values(self, layer: int, first: int, last: int) -> Doubles:
         """V of tokens as the device has it, (kv_heads, tokens, head_dim)."""
-        found = [result.bits.view(np.float32) for result in self.device.run(self._planner.value_jobs(layer, first,
-                                                                                                     last))]
-        return np.concatenate(found).astype(np.float64).reshape(self.kv_heads, last - first, -1)
+        return self._run_tokens(self._planner.token_jobs(layer, first, last)).astype(np.float64)
+
+    def _run_tokens(self, jobs: Series[Job]) -> NDArray[np.float32]:
+        """What a planner's `token_jobs` read, (kv_heads, tokens, head_dim)."""
+        found = [result.bits.view(np.float32) for result in self.device.run(jobs)]
+        return np.concatenate(found).reshape(self.kv_heads, -1, self.device.config.head_dim)

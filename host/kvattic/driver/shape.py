@@ -27,6 +27,7 @@ class SequenceShape:
         sinks: first tokens that sparse modes always attend.
         window: newest tokens whose V the host keeps; None: none.
         domain: owner of its flash and DRAM.
+        turn: dies by which its single stripes lie further on, so that those of forks do not all lie on the same one.
     """
 
     config: Config
@@ -40,6 +41,7 @@ class SequenceShape:
     sinks: int
     window: int | None
     domain: int
+    turn: int = 0
 
     @cached_property
     def pages(self) -> int:
@@ -74,7 +76,7 @@ class SequenceShape:
         """The die for a single stripe: not the one of the stripe before, and far from the head's other kinds."""
         config = self.config
         number = (self.first_head + layer * self.kv_heads + head) // config.channels + stripe // config.channels
-        die: int = (number + self.kinds.index(kind) * config.dies // len(self.kinds)) % config.dies
+        die: int = (number + self.turn + self.kinds.index(kind) * config.dies // len(self.kinds)) % config.dies
         return die
 
     def whole_from(self, stop: int, held_tokens: int) -> int:

@@ -1,8 +1,9 @@
 """Running sums of V: what the mean of V over any range of a layer's tokens is made of."""
 
 from collections import deque
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Mapping
+from copy import copy
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,27 @@ class ValueSums:
         self._window = self._kept = window
         self._stripes: list[Doubles] = []               # sums before each stripe that has begun
         self._recent: deque[tuple[int, Bits]] = deque()     # first token, V; without gaps, up to `length`
+
+    def fork(self) -> "ValueSums":
+        """The same sums, to go on with other tokens."""
+        made = copy(self)   # sums and V are never changed in place, the lists of them are
+        made.__dict__.update(_stripes=list(self._stripes), _recent=self._recent.copy())
+        return made
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """What `resume` goes on from."""
+        kept = [values for _, values in self._recent]
+        heads, dim = self.total.shape
+        return {"total": self.total, "stripes": np.array(self._stripes).reshape(-1, heads, dim),
+                "kept": np.concatenate([*kept, np.zeros((heads, 0, dim), np.uint16)], axis=1)}
+
+    def resume(self, length: int, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on from a `state` after `length` tokens."""
+        self.length, self.total = length, state["total"]
+        self._stripes = list(state["stripes"])
+        kept = state["kept"]
+        self._kept = max(self._window, kept.shape[1])
+        self._recent = deque([(length - kept.shape[1], kept)] if kept.shape[1] else [])
 
     def expect(self, tokens: int) -> None:
         """Begin an append of `tokens` tokens, whose V is kept until the next one."""

@@ -5,10 +5,10 @@ and their DRAM comes back when no command reads it any more.  The appends of a l
 other.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,6 +85,10 @@ class Layer:
     staged: dict[int, int] = field(default_factory=dict)
     placed: dict[tuple[int, int, Kind], tuple[int, int]] = field(default_factory=dict)
     appends: list["Append"] = field(default_factory=list)
+
+    def in_flash(self, stripes: int) -> list[int]:
+        """Those of the first stripes that are in flash with all that belongs to them."""
+        return [stripe for stripe in range(stripes) if stripe not in self.staged]
 
 
 class _Run(NamedTuple):
@@ -349,8 +353,8 @@ class TokenWriter:
         for head in range(self.shape.kv_heads):
             for kind in (Kind.KEY, Kind.VALUE):
                 padded[lead:] = tokens[head, kind]
-                data = layout.pack_pages(padded, config).ravel()[first - begin : last - begin]
-                self._write_dram(layer, end, base + (2 * head + kind) * size + first, data.tobytes())
+                packed = layout.pack_pages(padded, config).ravel()[first - begin : last - begin]
+                self._write_dram(layer, end, base + (2 * head + kind) * size + first, packed.tobytes())
 
     def _write_dram(self, layer: int, end: int, address: int, data: bytes) -> None:
         """Put bytes into DRAM, of tokens before `end`."""
@@ -375,16 +379,123 @@ class TokenWriter:
         by_stripe = np.ascontiguousarray(np.moveaxis(tokens.reshape(shape), 2, 0))
         images = layout.pack_pages(by_stripe.reshape(-1, config.head_dim), config)
         images = images.reshape(len(stripes), -1, config.page_bytes)
-        heads = np.arange(self.shape.kv_heads)
         bases = [(yield from self._media.allocate_dram(images.shape[1], self.shape.domain))]
         bases += [self._media.dram.allocate(images.shape[1], self.shape.domain) for _ in stripes[1:]]
         for stripe, image, base in zip(stripes, images, bases, strict=True):
             self._write_dram(layer, end, base * config.page_bytes, image.tobytes())
             state.staged[stripe] = base
-            key_pages = base + 2 * heads * self.shape.pages
-            state.table[:, stripe] = layout.pack_entries(
-                self.shape.channel(layer, heads, stripe), key_pages, key_pages + self.shape.pages, 1)
+            self._enter_staged(layer, stripe)
         return stripes
+
+    # Forks.
+
+    def zones(self, lengths: Series[int]) -> list[set[int]]:
+        """Zones of the stripes that a fork with so many tokens of each layer shares, of each allocation."""
+        bits = self.shape.config.zone_page_bits
+        found: list[set[int]] = [set() for _ in self.allocations]
+        for layer, length in enumerate(lengths):
+            state = self.layers[layer]
+            stripes = state.in_flash(length // self.shape.stripe_tokens)
+            entries = layout.unpack_entries(state.table[:, stripes])
+            found[0].update(np.concatenate([entries.key_page, entries.value_page], axis=None) >> bits)
+            for kind in self.shape.sketch_kinds:
+                pages = layout.unpack_sketches(state.sketches[kind][:, stripes]).page
+                found[kind is Kind.SKETCH].update(pages.ravel() >> bits)
+        return [set(map(int, zones)) for zones in found]
+
+    def inherit(self, parent: "TokenWriter", lengths: Series[int]) -> Steps[None]:
+        """Take over the first tokens of each layer of another sequence of the same shape, while nothing is under way.
+
+        Stripes in flash are the same; what is in DRAM is copied, for its owner will go on writing there.
+
+        Args:
+            parent: of the other sequence.
+            lengths: tokens of each layer.
+
+        Raises:
+            CapacityError: device DRAM is full; `release_dram` gives back what was copied.
+        """
+        self.held_tokens = parent.held_tokens
+        for number, length in enumerate(lengths):
+            mine, theirs = self.layers[number], parent.layers[number]
+            shared = theirs.in_flash(length // self.shape.stripe_tokens)
+            mine.table[:, shared] = theirs.table[:, shared]
+            for kind in self.shape.sketch_kinds:
+                mine.sketches[kind][:, shared] = theirs.sketches[kind][:, shared]
+            stripes, inside = divmod(length, self.shape.stripe_tokens)
+            for stripe in sorted(s for s in theirs.staged if s < stripes + (inside > 0)):
+                yield from self._copy_staged(number, stripe, theirs.staged[stripe])
+            mine.length = length
+            if theirs.sums is not None:
+                mine.sums = theirs.sums.fork()
+                mine.sums.truncate(length, self._begun_values(number, length))
+
+    def _copy_staged(self, layer: int, stripe: int, source: int) -> Steps[None]:
+        """Copy a stripe that is in DRAM; what of it may be in flash already will be written again."""
+        size = self.shape.config.page_bytes
+        data = self._media.transport.read_dram(source * size, self.shape.stripe_dram_pages * size)
+        yield from self._put_staged(layer, stripe, data)
+
+    def _put_staged(self, layer: int, stripe: int, data: bytes) -> Steps[None]:
+        """Put a stripe into DRAM that was there before."""
+        media = self._media
+        base = yield from media.allocate_dram(self.shape.stripe_dram_pages, self.shape.domain)
+        self.layers[layer].staged[stripe] = base
+        self.tallies["append"].add_written(len(data))
+        media.write_dram(base * self.shape.config.page_bytes, data)
+        self._enter_staged(layer, stripe)
+
+    def _enter_staged(self, layer: int, stripe: int) -> None:
+        """Let the table say where a stripe lies in DRAM."""
+        state, heads = self.layers[layer], np.arange(self.shape.kv_heads)
+        key_pages = state.staged[stripe] + 2 * heads * self.shape.pages
+        state.table[:, stripe] = layout.pack_entries(
+            self.shape.channel(layer, heads, stripe), key_pages, key_pages + self.shape.pages, 1)
+
+    def _begun_values(self, layer: int, length: int) -> Bits:
+        """V of the stripe in DRAM that so many tokens end in, (kv_heads, tokens, head_dim); none if it is full."""
+        stripe, inside = divmod(length, self.shape.stripe_tokens)
+        if not inside:
+            return np.zeros((self.shape.kv_heads, 0, self.shape.config.head_dim), np.uint16)
+        return np.stack([self.staged_tokens(layer, stripe, head, Kind.VALUE) for head in range(self.shape.kv_heads)])
+
+    # Outliving the process.
+
+    def state(self) -> list[dict[str, NDArray[Any]]]:
+        """Where the tokens of each layer lie, and those in DRAM themselves; nothing may be under way.  For `resume`."""
+        size = self.shape.config.page_bytes
+        found: list[dict[str, NDArray[Any]]] = []
+        for layer in self.layers:
+            stripes, staged = -(-layer.length // self.shape.stripe_tokens), sorted(layer.staged)
+            tails = [self._media.transport.read_dram(layer.staged[stripe] * size, self.shape.stripe_dram_pages * size)
+                     for stripe in staged]
+            entry = {"length": np.array(layer.length), "table": layer.table[:, :stripes].copy(),
+                     "staged": np.array(staged, np.int64), "tails": np.frombuffer(b"".join(tails), np.uint8)}
+            entry |= {f"sketch_{int(kind)}": sketches[:, :stripes].copy() for kind, sketches in layer.sketches.items()}
+            if layer.sums is not None:
+                entry |= {f"sums_{name}": values for name, values in layer.sums.state().items()}
+            found.append(entry)
+        return found
+
+    def resume(self, layers: Series[Mapping[str, NDArray[Any]]]) -> Steps[None]:
+        """Go on from a `state`.
+
+        Raises:
+            CapacityError: device DRAM is full; `release_dram` gives back what was taken.
+        """
+        for number, (mine, saved) in enumerate(zip(self.layers, layers, strict=True)):
+            length, staged = int(saved["length"]), saved["staged"].tolist()
+            shared = [s for s in range(length // self.shape.stripe_tokens) if s not in staged]
+            mine.table[:, shared] = saved["table"][:, shared]
+            for kind, sketches in mine.sketches.items():
+                sketches[:, shared] = saved[f"sketch_{int(kind)}"][:, shared]
+            size = self.shape.stripe_dram_pages * self.shape.config.page_bytes
+            for stripe, data in zip(staged, saved["tails"].reshape(-1, size), strict=True):
+                yield from self._put_staged(number, stripe, data.tobytes())
+            mine.length = length
+            if mine.sums is not None:
+                mine.sums.resume(length, {name.removeprefix("sums_"): values for name, values in saved.items()
+                                          if name.startswith("sums_")})
 
     # Moving to flash.
 
@@ -581,13 +692,9 @@ class TokenWriter:
 
     def truncate(self, layer: int, length: int) -> None:
         """Forget the last tokens, all of which are in DRAM, when nothing is under way."""
-        state, (stripe, inside) = self.layers[layer], divmod(length, self.shape.stripe_tokens)
+        state = self.layers[layer]
         if state.sums is not None:
-            values = np.zeros((self.shape.kv_heads, 0, self.shape.config.head_dim), np.uint16)
-            if inside:
-                values = np.stack([self.staged_tokens(layer, stripe, head, Kind.VALUE)
-                                   for head in range(self.shape.kv_heads)])
-            state.sums.truncate(length, values)
+            state.sums.truncate(length, self._begun_values(layer, length))
         for gone in [staged for staged in state.staged if staged * self.shape.stripe_tokens >= length]:
             self._media.dram.free(state.staged.pop(gone))
         state.table[:, -(-length // self.shape.stripe_tokens) :] = NO_ENTRY

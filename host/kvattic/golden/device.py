@@ -3,12 +3,14 @@
 import random
 from collections import deque
 from collections.abc import Hashable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from kvattic.errors import DeviceTimeoutError, RequestError
 from kvattic.golden.attention import Attention
 from kvattic.golden.compiled import find_kernel
 from kvattic.golden.flash import Flash, FlashFaults, PowerCutError
+from kvattic.golden.image import FlashImage
 from kvattic.golden.memory import HostMemory
 from kvattic.golden.operations import Operations
 from kvattic.golden.owners import Owners
@@ -117,6 +119,8 @@ class GoldenDevice:
         kernel: what computes dense jobs, with the same bits: `c`, those that wait in a queue at once, in C; `numpy`,
             each alone, as with `shuffle` or faults of reading anyway; `auto`: C if there is a compiler, otherwise
             NumPy.  If None, the environment variable KVATTIC_KERNEL, or else `auto`.
+        image: a file that the flash is kept in, from the first program on, so that it outlives the process; a drive
+            that is opened on it again has what was programmed.
 
     Attributes:
         config, memory_bytes, dram_bytes: the same.
@@ -127,12 +131,15 @@ class GoldenDevice:
         traffic: what jobs read since power-up or the last reset.
 
     Raises:
-        RequestError: a size is not positive, or there is no such kernel; or `c`, and it cannot be compiled.
+        RequestError: a size is not positive, or there is no such kernel; or `c`, and it cannot be compiled; or the
+            image is no such file or in use.
+        ConfigMismatchError: the image is of a drive with another configuration.
+        OSError: the image cannot be read or written.
     """
 
     def __init__(self, config: Config, *, memory_bytes: int = 1 << 24, dram_bytes: int = 1 << 30,
                  faults: FlashFaults | None = None, shuffle: int | None = None, timed: bool = True,
-                 kernel: str | None = None) -> None:
+                 kernel: str | None = None, image: Path | str | None = None) -> None:
         for name, value in (("memory_bytes", memory_bytes), ("dram_bytes", dram_bytes)):
             if value < 1:
                 raise RequestError(f"{name} must be positive, not {value}")
@@ -140,7 +147,8 @@ class GoldenDevice:
         self.memory_bytes = memory_bytes
         self.dram_bytes = dram_bytes
         self.faults = FlashFaults() if faults is None else faults
-        self.flash = Flash(config, self.faults)
+        self._image = None if image is None else FlashImage(image, config)
+        self.flash = Flash(config, self.faults, self._image)
         self._registers = Registers(config)
         self.memory = HostMemory(memory_bytes, self._registers)
         self._recorder = Recorder(config, active=timed)
@@ -273,7 +281,9 @@ class GoldenDevice:
                                  "ring a doorbell first")
 
     def close(self) -> None:
-        """See `Transport`; there is nothing to release."""
+        """See `Transport`; only a file with the flash is released."""
+        if self._image is not None:
+            self._image.close()
 
     # Time, which is modelled.
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvattic.golden.image import FlashImage, Record
 from kvattic.golden.rejected import RejectedError
 from kvattic.spec import layout
 from kvattic.spec.commands import MediaCause, Opcode, Status
@@ -67,6 +68,7 @@ class Flash:
     Args:
         config: geometry.
         faults: its faults.
+        image: the file that it is kept in; None: it ends with this object.
 
     Attributes:
         blocks: those that are not erased.
@@ -75,10 +77,13 @@ class Flash:
         version: another number after each change that makes a page unreadable, or another one's number.
     """
 
-    def __init__(self, config: Config, faults: FlashFaults) -> None:
+    def __init__(self, config: Config, faults: FlashFaults, image: FlashImage | None = None) -> None:
         self._config = config
         self._faults = faults
+        self._image = image
         self.blocks: dict[Block, _Block] = {}
+        for record in () if image is None else image.records():
+            self._restore(record)
         self.map: dict[tuple[int, int, int, int], int] = {}
         self.version = 0
 
@@ -109,6 +114,19 @@ class Flash:
             return None
         found: int = page.image.__array_interface__["data"][0]
         return found
+
+    def _restore(self, record: Record) -> None:
+        """Do what a record of the image says."""
+        if record.page is None:
+            self.blocks.pop(record.block, None)
+            return
+        found = self.blocks.setdefault(record.block, _Block())
+        found.pages[record.page] = _Page(record.image, record.number)
+        found.next = max(found.next, record.page + 1)
+
+    def _keep(self, record: Record) -> None:
+        if self._image is not None:
+            self._image.write(record)
 
     def block(self, channel: int, place: PagePlace) -> Block:
         """The block that a place lies in."""
@@ -188,7 +206,8 @@ class Flash:
             raise RejectedError(Status.PROGRAM_FAILED, where)
         found.next += 1
         failed = bool({block} & (faults.bad | faults.worn)) or (block, page) in faults.program_fails
-        found.pages[page] = _Page(None if failed or cut else image, number)
+        found.pages[page] = content = _Page(None if failed or cut else image, number)
+        self._keep(Record(block, page, number, content.image))
         if cut:
             raise PowerCutError
         if failed:
@@ -203,8 +222,11 @@ class Flash:
         if cut:
             garbage = self.blocks.setdefault(block, _Block())
             garbage.pages = {page: _Page(None, number) for page in range(self._config.part.pages)}
+            for page in garbage.pages:
+                self._keep(Record(block, page, number))
             raise PowerCutError
-        self.blocks.pop(block, None)
+        if self.blocks.pop(block, None) is not None:
+            self._keep(Record(block))
 
     def _probe(self, block: Block, page: int, where: int) -> None:
         faults = self._faults

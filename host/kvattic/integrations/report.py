@@ -108,16 +108,17 @@ class Meter:
         if self._dense is not None:
             self._dense.add([job if isinstance(job, tuple) else (0, job) for plan in plans for job in plan.jobs])
 
-    def report(self, parts: Sequence[Mapping[str, Cost]], *, mode: str, layers: int) -> Report:
+    def report(self, parts: Sequence[Mapping[str, Cost]], *, rows: int, mode: str, layers: int) -> Report:
         """The sums so far.
 
         Args:
-            parts: statistics of the rows' sequences, by `accounts.PARTS`.
+            parts: statistics of the sequences, also of those that are freed, by `accounts.PARTS`.
+            rows: of the batch.
             mode: what the steps attend.
             layers: of the model.
         """
         prefill, append = (sum((row[part] for row in parts[1:]), parts[0][part]) for part in ("prefill", "append"))
-        return Report(mode=mode, rows=len(parts), layers=layers, prompt_tokens=self.prompt_tokens, steps=self.steps,
+        return Report(mode=mode, rows=rows, layers=layers, prompt_tokens=self.prompt_tokens, steps=self.steps,
                       tokens=self.tokens, prefill=prefill, append=append, attend=self._attend.total(),
                       dense=None if self._dense is None else self._dense.total())
 

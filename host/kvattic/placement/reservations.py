@@ -1,6 +1,6 @@
 """How much flash a sequence takes, and how large the regions of device DRAM are: arithmetic."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ def region_bits(pages: int, config: Config) -> int:
 
 
 def reservations(config: Config, heads: range, kv_heads: int, stripes: int, pages: int, kinds: int,
-                  centroids: int | None) -> Iterator[tuple[int, list[int]]]:
+                 centroids: int | None, shared: Sequence[int] = ()) -> Iterator[tuple[int, list[int]]]:
     """What a sequence takes of flash at most: (pages of a run, runs on each channel) of each of its allocations.
 
     Args:
@@ -30,17 +30,26 @@ def reservations(config: Config, heads: range, kv_heads: int, stripes: int, page
         pages: of a run of K.
         kinds: runs of a stripe: K, V, the feature layout.
         centroids: tokens of a unit.
+        shared: for each layer, the first stripes that another sequence has written already; none of any if empty.
     """
-    rounds, rest = divmod(stripes, config.channels)
+    layers = len(heads) // kv_heads
     # (stripe of a round, layer, head): its channel.
     channels = layout.stripe_channel(np.arange(config.channels)[:, None], np.array(heads), config)
     channels = channels.reshape(config.channels, -1, kv_heads)
     # (stripe of a round, layer, channel): heads that have it there.
     counts = (channels[:, :, :, None] == np.arange(config.channels)).sum(axis=2)
 
+    def first(runs: NDArray[np.int64], layer: int, count: int) -> NDArray[np.int64]:
+        rounds, rest = divmod(count, config.channels)
+        found: NDArray[np.int64] = rounds * runs[:, layer].sum(axis=0) + runs[:rest, layer].sum(axis=0)
+        return found
+
     def total(runs: NDArray[np.int64]) -> list[int]:
-        each: list[int] = (rounds * runs.sum(axis=(0, 1)) + runs[:rest].sum(axis=(0, 1))).tolist()
-        return each
+        each = np.zeros(config.channels, np.int64)
+        for layer, written in enumerate(shared or [0] * layers):
+            each += first(runs, layer, stripes) - first(runs, layer, min(written, stripes))
+        found: list[int] = each.tolist()
+        return found
 
     yield pages, total(kinds * counts)
     if centroids is not None:

@@ -5,9 +5,9 @@ written twice; when all sequences that have pages in it are gone, it is erased a
 docs/placement.md explains the policy.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -421,11 +421,10 @@ class ZoneAllocator:
             RequestError: a zone has users.
         """
         if self._open:
-            raise RequestError(f"{len(self._open)} zones are in use; free all sequences first")
+            raise RequestError(f"{len(self._open)} zones are in use; free all sequences first, and discard what was "
+                               "saved of them")
         self._clean = set()
-        self._dirty = {
-            zone: ([(int(c), int(p)) for c, p in np.argwhere(self._map[zone] >= 0)], set())
-            for zone in range(self.zones)}
+        self._dirty = {zone: (self._mapped(zone), set()) for zone in range(self.zones)}
 
     # Sequences.
 
@@ -546,8 +545,27 @@ class ZoneAllocator:
                 if stream is not allocation.own:
                     allocation.shared[channel] += 1
 
+    def share(self, allocation: Allocation, zones: Iterable[int]) -> None:
+        """Make an allocation a user of zones in which others have pages, so that they are not erased before it is gone.
+
+        Args:
+            allocation: whose sequence reads these pages.
+            zones: their numbers.
+
+        Raises:
+            RequestError: a zone is not in use, or belongs to another domain.
+        """
+        for number in zones:
+            zone = self._open.get(number)
+            if zone is None or zone.domain != allocation.domain:
+                raise RequestError(f"zone {number} has no pages of domain {allocation.domain} that could be shared")
+            zone.users.add(allocation)
+            allocation.uses.add(number)
+
     def release(self, *allocations: Allocation) -> None:
         """Give back what a sequence has: zones without users are erased, now or later (`erase_on_free`).
+
+        What is left free in a zone that it filled alone, and that others still read, is for all of its domain.
 
         Args:
             allocations: of the sequence.
@@ -564,12 +582,85 @@ class ZoneAllocator:
                 zone.users.discard(allocation)
                 if not zone.users:
                     self._close(zone)
-            # A zone of its own that it opened and has no page in.
             for zone in allocation.own.zones:
-                if zone.number in self._open and not zone.users:
+                if self._open.get(zone.number) is not zone:
+                    continue
+                if not zone.users:      # opened, and without a page of its own
                     self._close(zone)
+                else:
+                    key = (allocation.domain, allocation.run)
+                    self._shared.setdefault(key, Stream([], [0] * self.config.channels)).zones.append(zone)
         if self.erase_on_free:
             self.clean()
+
+    # Outliving the process.
+
+    def pin(self, zones: Iterable[int]) -> Allocation:
+        """Keep zones in use from being erased until `unpin`, whoever is freed."""
+        pin = Allocation(NOBODY, 1, 0, [0] * self.config.channels, Stream([], [0] * self.config.channels))
+        for number in zones:
+            self._open[number].users.add(pin)
+            pin.uses.add(number)
+        return pin
+
+    def unpin(self, pin: Allocation) -> None:
+        """Give pinned zones up: those without users are erased, now or later (`erase_on_free`)."""
+        for number in sorted(pin.uses):
+            zone = self._open[number]
+            zone.users.discard(pin)
+            if not zone.users:
+                self._close(zone)
+        pin.uses.clear()
+        if self.erase_on_free:
+            self.clean()
+
+    @property
+    def domains(self) -> set[int]:
+        """The domains that have anything in flash."""
+        return {zone.domain for zone in self._open.values()}
+
+    def state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """What must not be forgotten about the flash: what can be JSON, and arrays; see `resume`."""
+        header = {
+            "zones": self.zones, "bad": sorted(map(list, self._bad)), "spares": self._spares, "owners": self._owners,
+            "marked": sorted(self._marked), "lost": sorted(map(list, self._lost)),
+            "open": {number: [zone.domain, zone.run, sorted(map(list, zone.broken))]
+                     for number, zone in self._open.items()},
+            "dirty": {number: sorted(map(list, broken)) for number, (_, broken) in self._dirty.items()}}
+        return header, {"map": self._map, "erases": self._erases}
+
+    def resume(self, header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], used: Collection[int]) -> None:
+        """Go on where another process stood, as far as that is known.  Nothing may have been placed yet.
+
+        Zones that are used take nothing more, for it may have written on; all others are erased before they are used.
+
+        Args:
+            header: from `state`.
+            arrays: likewise.
+            used: zones that hold what is still wanted; each must be shared with an allocation afterwards.
+        """
+        self._bad = {Block(*block) for block in header["bad"]}
+        self._spares = [[list(blocks) for blocks in row] for row in header["spares"]]
+        self._owners, self._marked = list(header["owners"]), set(header["marked"])
+        self._lost = {(channel, die) for channel, die in header["lost"]}
+        self._map, self._erases = arrays["map"].copy(), arrays["erases"].copy()
+        self._unsent = []
+        opened = {int(number): entry for number, entry in header["open"].items()}
+        broken = {int(number): {(c, p) for c, p in places} for number, places in header["dirty"].items()}
+        for number, (domain, run, places) in opened.items():
+            if number in used:
+                columns, limit = self._row // self._width(run), self._limit(run)
+                full = [[limit] * columns for _ in range(self.config.channels)]
+                self._open[number] = Zone(number, domain, run, 0, full, limit, {(c, p) for c, p in places})
+            else:
+                broken[number] = {(c, p) for c, p in places}
+        self._clean = set()
+        self._dirty = {zone: (self._mapped(zone), broken.get(zone, set()))
+                       for zone in range(self.zones) if zone not in self._open}
+
+    def _mapped(self, zone: int) -> list[tuple[int, int]]:
+        """(channel, block of the row) of all blocks of a zone that are there."""
+        return [(int(c), int(p)) for c, p in np.argwhere(self._map[zone] >= 0)]
 
     # Figures.
 

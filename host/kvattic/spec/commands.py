@@ -468,11 +468,17 @@ COMPLETION = Record("Completion", LINE_BYTES, (
     Field("weights", 40, 4, "lane cycles in which a V beat waited for its weight"),
     Field("scores", 44, 4, "lane cycles in which a K beat waited for the score unit"),
     Field("idle", 48, 4, "lane cycles without work"),
+    Field("fetched", 52, 4, "ATTEND: CYCLES (its lower half) when the drive requested the command; others: 0"),
+    Field("first_beat", 56, 4, "ATTEND: likewise, at the first beat of it that a lane took; 0: none"),
+    Field("last_beat", 60, 4, "ATTEND: likewise, at the last one"),
 ))
-"""beats + starved + barrier + weights + scores + idle = channels * cycle (modulo 2**32)."""
+"""beats + starved + barrier + weights + scores + idle = channels * cycle (modulo 2**32).
+
+A device without time of its own, such as the golden device, leaves all from `cycle` on 0.
+"""
 
 
-_COMPLETION = struct.Struct("".join(("<", *({2: "H", 4: "I", 8: "Q"}[f.size] for f in COMPLETION.fields), "12x")))
+_COMPLETION = struct.Struct("".join(("<", *({2: "H", 4: "I", 8: "Q"}[f.size] for f in COMPLETION.fields))))
 """The same for `struct`, which is faster: the fields follow each other without a gap."""
 
 
@@ -493,6 +499,9 @@ class Completion:
     weights: int
     scores: int
     idle: int
+    fetched: int
+    first_beat: int
+    last_beat: int
 
     @classmethod
     def unpack(cls, data: bytes) -> "Completion":
@@ -502,9 +511,9 @@ class Completion:
             ValueError: there is no such status.
         """
         (where, flags, head, queue, identifier, state, cycle, beats, starved, barrier, weights, scores,
-         idle) = _COMPLETION.unpack(data)
+         idle, fetched, first_beat, last_beat) = _COMPLETION.unpack(data)
         return cls(unpack_state(state), queue, head, identifier, CompletionFlag(flags), where, cycle, beats, starved,
-                   barrier, weights, scores, idle)
+                   barrier, weights, scores, idle, fetched, first_beat, last_beat)
 
 
 def pack_completion(*, where: int, flags: int, head: int, queue: int, identifier: int, state: int) -> bytes:

@@ -54,6 +54,7 @@ class Drive:
     def run(self) -> None:
         """Run until nothing is left to do."""
         self.loader_free = 0.0      # commands of other queues are fetched in turn
+        self.next_asked = 0.0       # when the command behind the one in hand may be requested
         for _ in range(self.config.jobs_in_flight):
             self._load(0.0)
         self.post_all(0.0)
@@ -82,11 +83,14 @@ class Drive:
             return
         job = JobState(len(self.jobs), work, self.config.channels)
         t = self.t
-        job.fetched = max(self.loader_free, now, work.submitted) + t.fetch
+        # A command is fetched while the one before it waits for a slot, and then waits for its own.
+        job.fetched = max(self.next_asked, work.submitted) + t.fetch
+        self.next_asked = max(job.fetched, self.loader_free)
+        begin = max(self.loader_free, now, work.submitted) + t.fetch
         words = work.words
         if work.mode in (Mode.SPARF, Mode.FETCHED):     # features are chosen beside the fetch of table and mean
             words = max(words, t.rank + t.rank_row * work.rows)
-        job.loaded = job.fetched + t.load + words
+        job.loaded = begin + t.load + words
         self.loader_free = job.loaded - t.fetch     # the next command is requested behind the table
         if not job.sparse:
             job.selected = job.loaded

@@ -12,11 +12,12 @@ from kvattic.timing.work import Job, Operation
 
 @dataclass(frozen=True, slots=True)
 class JobTimes:
-    """When a job got how far, in cycles from the first doorbell.
+    """When a job got how far, in cycles: modelled, from the first doorbell on; measured, as the counter CYCLES says.
 
     Attributes:
-        fetched: its command line was there.
-        first_beat, last_beat: its first and last codeword came to a lane; both 0 if it has none.
+        fetched: the drive requested its command (modelled: it was there).
+        first_beat, last_beat: a lane took the first and the last beat of it (modelled: it had the whole codeword); both
+            0 if it has none.
         completed: its completion was written.
     """
 

@@ -62,6 +62,8 @@ END_S = 8.0
 """Seconds that server and simulator have to end by themselves."""
 END_REASON_S = 20.0
 """Seconds that the server has to tell why the simulator ended."""
+IMAGE_END_S = 90.0
+"""Seconds that server and simulator have to end if the flash is kept in a file."""
 
 Progress: TypeAlias = Callable[[str], None]
 
@@ -209,6 +211,7 @@ class SimTransport:
         self._lost = ""
         self._closed = False
         self._log: Path | None = None
+        self._end_s = END_S if request["image"] is None else IMAGE_END_S
         self._server: Connection | None = None
         self._simulator: Connection | None = None
         try:
@@ -314,12 +317,12 @@ class SimTransport:
                 connection.close()
 
     def close(self) -> None:
-        """See `Transport`.  Ends the simulator; what its flash holds is gone.  Any thread may call it."""
+        """See `Transport`.  Ends the simulator and, unless it has an image, its flash.  Any thread may call it."""
         if not self._closed:
             self._closed = True
             if self._owner.here:
                 self._disconnect()
-                self._process.end(END_S)
+                self._process.end(self._end_s)
             else:
                 # A forked child gives back its copies of descriptors and nothing else.
                 self._process.listener.close()
@@ -533,13 +536,15 @@ def open_simulator(
     timeout_cycles: int | None = None,
     waves: bool = False,
     run_dir: Path | str | None = None,
+    image: Path | str | None = None,
     start_timeout_s: float = 1800.0,
     silence_s: float = 15.0,
     on_progress: Progress | None = None,
 ) -> SimTransport:
     """Build the simulation of a configuration unless it is there, start it, and return when the drive is ready.
 
-    Its flash is erased.  Close the transport at the end; a process that ends without takes the simulator with it.
+    Its flash is erased, unless it has an `image`.  Close the transport at the end; a process that ends without takes
+    the simulator with it.
 
     Args:
         simulator: `verilator`, or `icarus`, which needs no C++ compiler and is a hundred times slower.
@@ -555,6 +560,8 @@ def open_simulator(
         timeout_cycles: cycles after which `wait` gives up, besides the caller's seconds.
         waves: record waves to `run_dir`; slow.
         run_dir: where the simulator runs, a directory that stays; a temporary one by default.
+        image: a file with the flash's contents: read at the start if it is there, written at the end, also if this
+            process is killed (but not if the simulator is); only one simulator uses it at a time.
         start_timeout_s: seconds that build and start may take.
         silence_s: seconds without a message after which a busy simulator counts as lost; it sends four a second.
         on_progress: called with a line about every second until the drive is ready.
@@ -579,6 +586,8 @@ def open_simulator(
             raise RequestError(f"{name} must be a positive number of seconds, not {seconds}")
     if not 0 <= bit_error_rate < 1 or (bit_error_rate and flash == "ideal"):
         raise RequestError(f"bit_error_rate must be 0 to 1, and 0 with ideal flash, not {bit_error_rate}")
+    if image is not None and flash == "ideal":
+        raise RequestError("ideal flash has no image: it must be 'nand'")
     if waves and run_dir is None:
         raise RequestError("waves need a run_dir, where they stay")
     request = {
@@ -592,6 +601,7 @@ def open_simulator(
         "seed": seed,
         "timeout_cycles": timeout_cycles,
         "waves": waves,
+        "image": None if image is None else str(Path(image).resolve()),
         "run_dir": None if run_dir is None else str(Path(run_dir).resolve()),
     }
     return SimTransport(config, memory_bytes=memory_bytes, request=request, silence_s=silence_s,

@@ -27,6 +27,7 @@ from kvattic_sim.lm.smollm2 import WeightsError
 from kvattic_sim.reports import figures, paper
 from kvattic_sim.reports.benches import (
     accuracy,
+    architectures,
     bad_blocks,
     beside,
     causal,
@@ -39,6 +40,7 @@ from kvattic_sim.reports.benches import (
     latency,
     models,
     placement,
+    serve,
     sparse,
     system,
     time_grid,
@@ -87,7 +89,8 @@ DATA_SETS = ("minilm", "fa3_2k", "fa3_32k")
 BARS: dict[str, Bar | None] = {
     **{key: None for bench in (*engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *sparse.BENCHES, *host.BENCHES,
                                        *models.BENCHES, *time_grid.BENCHES, *latency.BENCHES, *beside.BENCHES,
-                                       *system.BENCHES, *cost.BENCHES, *decode_ratio.BENCHES)
+                                       *system.BENCHES, *cost.BENCHES, *serve.BENCHES, *architectures.BENCHES,
+                                       *decode_ratio.BENCHES)
        for key in bench.keys},
     **dict.fromkeys(placement.KEYS),
     "engine.dense.utilization.paper": Bar(">=", (0.97,)),
@@ -119,6 +122,11 @@ BARS: dict[str, Bar | None] = {
     "host.spec.cycles_ratio": Bar("<=", (0.15,)),
     "host.generate.match": Bar(">=", (1.0,)),
     "host.multi.scaling": Bar(">=", (3.8,)),
+    "serve.fork.bytes_ratio": Bar("<=", (0.12,)),
+    "serve.restore.match": Bar(">=", (1.0,)),
+    "serve.models": Bar(">=", (48,)),
+    "serve.models.wrong": Bar("<=", (0,)),
+    "serve.real_model": Bar(">=", (1.0,)),
     **{f"accuracy.rel_rms.{name}": Bar("<=", (5e-7, f"accuracy.float32.{name}")) for name in DATA_SETS},
     **{f"accuracy.{kind}.{name}": None for kind in ("float32", "fp16") for name in DATA_SETS},
     "accuracy.large_scores": Bar("<=", (5e-7, "accuracy.large_scores.float32")),
@@ -201,7 +209,8 @@ def benches() -> tuple[Bench, ...]:
     evaluation = Bench(keys=paper.KEYS, measure=lambda lab: paper.measure())
     return (placing, *engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *causal.BENCHES, *sparse.BENCHES,
             quality, reality, evaluation, *system.BENCHES, *cost.BENCHES, *latency.BENCHES, *beside.BENCHES,
-            *time_grid.BENCHES, *host.BENCHES, *decode_ratio.BENCHES, *house.BENCHES, *models.BENCHES,
+            *time_grid.BENCHES, *host.BENCHES, *serve.BENCHES, *architectures.BENCHES, *decode_ratio.BENCHES,
+            *house.BENCHES, *models.BENCHES,
             *(alone(prefix, function) for prefix, function in accuracy.BENCHES.items()))
 
 

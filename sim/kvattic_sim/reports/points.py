@@ -117,13 +117,17 @@ class Outcome:
         results: of each layer, of each sequence.
         written: usage of writing K and V.
         used: usage of the attention of all layers.
-        latencies: cycles of each command, from its fetch to its completion.
     """
 
     results: list[list[AttendResult]]
     written: Usage
     used: Usage
-    latencies: list[int]
+
+    @property
+    def latencies(self) -> list[int]:
+        """Cycles of each command, from its fetch to its completion."""
+        answers = (result for of_layer in self.results for result in of_layer)
+        return [times.completed - times.fetched for answer in answers for times in answer.times or ()]
 
 
 def _create(device: Device, load: Load) -> list[KvSequence]:
@@ -151,8 +155,6 @@ def _plans(sequences: Sequence[KvSequence], load: Load, layer: int) -> list[Atte
 
 def workload(device: Device, load: Load) -> Outcome:
     """Write K and V, and attend once in each layer; this is the part that runs inside of the simulator."""
-    from kvattic_sim.rtl.command_times import CommandTimes
-
     transport = device.transport
     assert isinstance(transport, RtlTransport)
     transport.heartbeat = lambda cycle: report(f"cycles|{cycle}")
@@ -161,14 +163,12 @@ def workload(device: Device, load: Load) -> Outcome:
     _, written = measured(device, lambda: _prefill(sequences, load))
     report("step|attending")
     results, used = [], []
-    times = CommandTimes(transport)
     for layer in range(load.layers):
         plans = _plans(sequences, load, layer)
         found, usage = measured(device, lambda plans=plans: device.attend_many(plans))  # type: ignore[misc]
         results.append(found)
         used.append(usage)
-    times.stop()
-    return Outcome(results=results, written=written, used=Usage.sum(used), latencies=times.latencies)
+    return Outcome(results=results, written=written, used=Usage.sum(used))
 
 
 def measure(point: Point, follow: Follow = lambda what, done, total: None) -> Figures:

@@ -11,6 +11,7 @@ import cocotb
 from cocotb.task import bridge
 
 from kvattic.transport.protocol import Kind, ProtocolError, Role, connect
+from kvattic_sim.rtl.flash_file import FlashFile
 from kvattic_sim.rtl.server import DIRECTORY, load_request, serve
 from kvattic_sim.rtl.transport import FlashSettings, NandSettings, RtlTransport, session
 
@@ -33,9 +34,18 @@ async def run(dut: Any) -> None:
     flash = FlashSettings() if request["flash"] == "ideal" else NandSettings(
         bit_error_rate=request["bit_error_rate"], seed=request["seed"])
 
+    image = request["image"] and FlashFile(Path(request["image"]), request["config"])
+
     def work(transport: RtlTransport) -> None:
-        connection.send(Kind.READY, payload=struct.pack("<Q", transport.dram_bytes), cycles=transport.cycles)
-        serve(connection, transport)
+        if image and (pages := image.read()) is not None:
+            transport.load_flash(pages)
+        try:
+            connection.send(Kind.READY, payload=struct.pack("<Q", transport.dram_bytes), cycles=transport.cycles)
+            serve(connection, transport)
+        finally:
+            # Also when the host was killed: a drive does not end with it.
+            if image:
+                image.write(transport.dump_flash())
 
     async with session(dut, request["config"], flash=flash, memory_bytes=size,
                        timeout_cycles=request["timeout_cycles"], memory=memory) as transport:

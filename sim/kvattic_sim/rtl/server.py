@@ -47,6 +47,8 @@ DIRECTORY = "KVATTIC_SIM_DIRECTORY"
 POLL_S = 0.2
 GRACE_S = 3.0
 """How long the simulator may take to end by itself when the host is gone, so that its waves are complete."""
+IMAGE_GRACE_S = 60.0
+"""The same, if it keeps its flash in a file."""
 BEAT_S = 0.25
 
 _NAMES = {register.address: register.name for register in REGISTERS}
@@ -228,7 +230,7 @@ def _run(model: Model, request: dict[str, Any], directory: Path, host: _Host) ->
             while simulation.running:
                 host.watch(POLL_S)
         except _HostGoneError:
-            deadline = time.monotonic() + GRACE_S
+            deadline = time.monotonic() + (IMAGE_GRACE_S if request["image"] else GRACE_S)
             while simulation.running and time.monotonic() < deadline:
                 time.sleep(0.02)
             raise

@@ -16,24 +16,25 @@ import logging
 import mmap
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 
 import numpy as np
 from cocotb.clock import Clock
 from cocotb.task import resume
 from cocotb.triggers import FallingEdge, First, RisingEdge, Timer, Trigger
 from cocotbext.axi import AxiBus, AxiLiteBus, AxiLiteMaster, AxiSlave, MemoryRegion
+from numpy.typing import NDArray
 
 from kvattic.errors import DeviceTimeoutError, RequestError
 from kvattic.spec.config import Config
 from kvattic.spec.registers import REGISTER_MAP, StatusBit
 from kvattic.support.files import named
 from kvattic.transport.base import find_register
-from kvattic_sim.nand.files import read_log
+from kvattic_sim.nand.files import read_log, read_pages, write_pages
 from kvattic_sim.nand.twin import NandFaults, write_configuration
 
 __all__ = ["AxiStalls", "Fault", "FaultKind", "FlashSettings", "NandSettings", "RtlTransport", "Stall", "session"]
@@ -61,6 +62,8 @@ _OUTPUTS = (
 """Signals of the test bench whose names begin like those of its inputs."""
 
 Result = TypeVar("Result")
+NandPages: TypeAlias = tuple[NDArray[np.int64], NDArray[np.uint8]]
+"""Raw pages of a channel: their indices, and their bytes, a row each."""
 
 
 class Stall(StrEnum):
@@ -225,23 +228,6 @@ class _Dram:
         return True
 
 
-class _HostMemory(MemoryRegion):  # type: ignore[misc]
-    """Host memory whose accesses by the drive can be watched."""
-
-    on_access: Callable[[bool, int, int], None] | None = None
-
-    async def _read(self, address: int, length: int, **options: Any) -> bytes:
-        data: bytes = await super()._read(address, length, **options)
-        if self.on_access is not None:
-            self.on_access(False, address, length)
-        return data
-
-    async def _write(self, address: int, data: bytes, **options: Any) -> None:
-        await super()._write(address, data, **options)
-        if self.on_access is not None:
-            self.on_access(True, address, len(data))
-
-
 class RtlTransport:
     """One simulated drive; every call blocks its thread until it is done (see `kvattic.transport.base.Transport`).
 
@@ -273,7 +259,7 @@ class RtlTransport:
         self.on_batch: Callable[[], None] | None = None
         self.dram_bytes = 0
         self._dut = dut
-        self._memory = _HostMemory(memory_bytes, mem=memory)
+        self._memory = MemoryRegion(memory_bytes, mem=memory)
         logging.getLogger(f"cocotb.{dut._name}").setLevel(logging.WARNING)
         self._host = AxiLiteMaster(AxiLiteBus.from_prefix(dut, "host"), dut.host_clk, dut.rst)
         self._slave = AxiSlave(
@@ -451,6 +437,23 @@ class RtlTransport:
         settings.write(self.config)
         await self._toggle("flash_configure")
 
+    async def _load_flash(self, pages: Sequence[NandPages]) -> None:
+        """Let the dies hold raw pages, as if they had been programmed."""
+        for channel, found in enumerate(pages):
+            write_pages(Path(), self.config, found, channel=channel)
+        await self._toggle("flash_load")
+        self._check_nand()
+
+    async def _dump_flash(self) -> list[NandPages]:
+        """The raw pages that the dies hold, of each channel."""
+        await self._toggle("flash_dump")
+        found = []
+        for channel in range(self.config.channels):
+            pages = read_pages(Path(), self.config, channel=channel)
+            data = np.frombuffer(b"".join(pages.values()), np.uint8).reshape(len(pages), self.config.part.raw_bytes)
+            found.append((np.fromiter(pages, np.int64, len(pages)), data))
+        return found
+
     async def _set_stalls(self, stalls: AxiStalls) -> None:
         sides = {
             "host_aw": self._host.write_if.aw_channel,
@@ -556,13 +559,6 @@ class RtlTransport:
             self._rung = False
             self.on_batch()
 
-    def watch_memory(self, on_access: Callable[[bool, int, int], None] | None) -> None:
-        """Call a function at each beat in which the drive reads or writes host memory, with (write, address, bytes).
-
-        It must not access the drive.  None: call nothing any more.
-        """
-        self._memory.on_access = on_access
-
     def close(self) -> None:
         """See `Transport`.  The simulation goes on: it is `session` that ends it."""
 
@@ -585,6 +581,14 @@ class RtlTransport:
     def set_flash(self, settings: "FlashSettings | NandSettings") -> None:
         """Change the behaviour of what stands behind the channels; ideal twins count their codewords from 1 again."""
         self._block(self._set_flash, settings)
+
+    def load_flash(self, pages: Sequence[NandPages]) -> None:
+        """Let the dies hold raw pages, as if they had been programmed: indices and bytes of each channel."""
+        self._block(self._load_flash, pages)
+
+    def dump_flash(self) -> list[NandPages]:
+        """The raw pages that the dies hold: of each channel, indices (`NandPart.page_index`) and bytes, a row each."""
+        return self._block(self._dump_flash)
 
     def cut_power(self, after: int) -> None:
         """Let the whole drive lose its power for a moment, in the `after`th cycle from now on.

@@ -231,6 +231,8 @@ def start_model(
     environment |= {
         "COCOTB_ANSI_OUTPUT": "0",
         "COCOTB_RESULTS_FILE": str(run_dir / "results.xml"),
+        # Rewriting assertions takes seconds for each simulation; what they compare is worth it in tests only.
+        "COCOTB_REWRITE_ASSERTION_FILES": "test_*.py",
         "COCOTB_TEST_MODULES": test_module,
         "COCOTB_TOPLEVEL": model.toplevel,
         "GPI_USERS": _gpi_users(),

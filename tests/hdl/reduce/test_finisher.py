@@ -26,6 +26,7 @@ BASE = 0x1_2345_6780_0000 & ~63
 RESULTS = 0xFEDC_0000_0000_0000
 BLOCKS = 0xFEDD_0000_0000_0000
 COUNTERS = ("cycle", "beats", "starved", "barrier", "weights", "scores", "idle")
+STAMPS = ("fetched", "first_beat", "last_beat")
 FLAGS = ("score_overflow", "value_overflow", "duplicate")
 
 ONE_ROW = replace(TINY, rows=1, channels=1, jobs_in_flight=2)
@@ -181,6 +182,11 @@ def snapshot_of(cycle):
     }
 
 
+def stamps_of(identifier):
+    """Times of a job."""
+    return {name: identifier * (i + 5) + 1 for i, name in enumerate(STAMPS)}
+
+
 def packed_snapshot(cycle):
     """The same as the bits of the finisher's input."""
     value = position = 0
@@ -221,6 +227,7 @@ class World:
         ]
         self.bus = Bus(self.dut.axi, self.rng, stall, bad)
         self.cycle = 0
+        self.slot_job = [None] * config.jobs_in_flight
         self.inputs = {}
         self.completed_at = []
         self.completed = []
@@ -275,6 +282,8 @@ class World:
     async def tick(self, ctx):
         self.bus.drive(ctx)
         ctx.set(self.dut.snapshot.as_value(), packed_snapshot(self.cycle))
+        job = self.slot_job[ctx.get(self.dut.waiting_slot)]
+        ctx.set(self.dut.stamps, stamps_of(job.identifier if job else 0))
         values = await ctx.tick().sample(*self.sampled())
         self.bus.step(ctx, values[2 + self.own :])
         self.post(ctx, *values[2 + self.own - 3 : 2 + self.own])
@@ -329,7 +338,7 @@ class World:
     async def run_batch(self, ctx, batch, number, outcomes, limit=60000):
         dut, config, shapes, _rng = self.dut, self.config, self.shapes, self.rng
         slots = config.jobs_in_flight
-        slot_job = [None] * slots  # what the lanes hold
+        self.slot_job = slot_job = [None] * slots  # what the lanes hold
         means = deque()  # (slot, index of a pair, data) that the loader hands out
         since = [0] * slots
         done = [0] * config.channels
@@ -568,6 +577,7 @@ class World:
                 assert {name: values[name] for name in ("identifier", "status", "where")} == {
                     name: job[name] for name in ("identifier", "status", "where")
                 }
+                assert not any(values[name] for name in STAMPS)
             else:
                 flags = sum(
                     CompletionFlag[name.upper()]
@@ -576,6 +586,7 @@ class World:
                 )
                 assert (values["status"], values["where"]) == expected_status(job)
                 assert values["identifier"] == job.identifier
+                assert {name: values[name] for name in STAMPS} == stamps_of(job.identifier)
             assert values["flags"] == flags
             cycle = values["cycle"] // 3
             assert {name: values[name] for name in COUNTERS} == snapshot_of(cycle)

@@ -30,22 +30,16 @@ from transformers import (
     MiMoV2FlashForCausalLM,
     MistralConfig,
 )
+from transformers.masking_utils import bidirectional_mask_function
 
 import kvattic
 from kvattic import TINY, CapacityError, ConfigError, KvatticError, Mode, RequestError
 from kvattic.array import open_array
 from kvattic.errors import RangeError
-from kvattic.integrations.transformers import (
-    NAME,
-    DriveCache,
-    DriveLayer,
-    _attention,
-    _longest_window,
-    _mask,
-    _read_mask,
-    config_for,
-    round_to_storage,
-)
+from kvattic.integrations.backend import attention
+from kvattic.integrations.configuration import longest_window
+from kvattic.integrations.masks import make_mask, read_mask
+from kvattic.integrations.transformers import NAME, DriveCache, DriveLayer, config_for, round_to_storage
 from kvattic.spec.formats import Element
 from kvattic_sim.lm import huggingface as lm
 from kvattic_sim.lm import model as numpy_lm
@@ -330,12 +324,12 @@ def test_tokens_that_attend_later_ones(drive):
     key, value = torch.randn(2, 1, 2, 8, 32, generator=torch.Generator().manual_seed(0))
     query = torch.randn(1, 4, 3, 32, generator=torch.Generator().manual_seed(1))
     mask = masked(1, 3, 5, lambda row, query, place: True)
-    attention = model.model.layers[0].self_attn
+    module = model.model.layers[0].self_attn
     with DriveCache(device, model.config, capacity_tokens=100) as cache:
         for part in (slice(0, 5), slice(5, 8)):
             given = cache.layers[0].update(key[:, :, part], value[:, :, part])
             now = torch.zeros(1, 4, 5, 32) if part.start == 0 else query
-            found, _ = _attention(attention, now, *given, None if part.start == 0 else mask)
+            found, _ = attention(module, now, *given, None if part.start == 0 else mask)
     wide = [round_to_storage(states, Element.FP16).repeat_interleave(2, dim=1) for states in (key, value)]
     expected = torch.nn.functional.scaled_dot_product_attention(round_to_storage(query, Element.FP16), *wide)
     torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-5, atol=1e-6)
@@ -343,9 +337,9 @@ def test_tokens_that_attend_later_ones(drive):
         for part in (slice(0, 5), slice(5, 8)):
             given = cache.layers[0].update(key[:, :, part], value[:, :, part])
             if part.start == 0:
-                _attention(attention, torch.zeros(1, 4, 5, 32), *given, None)
+                attention(module, torch.zeros(1, 4, 5, 32), *given, None)
         with pytest.raises(RequestError, match="row 0 of the batch: a token attends later ones, which mode centroid"):
-            _attention(attention, query, *given, mask)
+            attention(module, query, *given, mask)
 
 
 # Sparse modes.
@@ -475,11 +469,11 @@ def test_sinks_are_attended_in_a_long_row(drive):
 
 
 def test_windows_that_means_are_wanted_of():
-    assert _longest_window(build("llama").config) is None
-    assert _longest_window(build("mistral").config) == 40
-    assert _longest_window(build("qwen2").config) == 24     # of one of its layers
-    assert _longest_window(llama4(8).config) == 8
-    assert _longest_window(MistralConfig(sliding_window=40, layer_types=["full_attention"] * 32)) is None
+    assert longest_window(build("llama").config) is None
+    assert longest_window(build("mistral").config) == 40
+    assert longest_window(build("qwen2").config) == 24     # of one of its layers
+    assert longest_window(llama4(8).config) == 8
+    assert longest_window(MistralConfig(sliding_window=40, layer_types=["full_attention"] * 32)) is None
 
 
 @pytest.mark.parametrize("options, message", [
@@ -625,13 +619,13 @@ def bounds(rows):
 def test_a_mask_of_padding_and_windows():
     # Row 1 begins with two positions of padding, and has one in the middle.
     padding = (0, 1, 3)
-    rows = _read_mask(masked(2, 1, 5, lambda row, query, place: query - 3 < place <= query and (
+    rows = read_mask(masked(2, 1, 5, lambda row, query, place: query - 3 < place <= query and (
         row == 0 or place not in padding)), before([1, 1, 1, 1, 1], [0, 0, 1, 0, 1]), 1)
     assert [new.tolist() for new in rows.new] == [[0], [0]]
     assert [kept.tolist() for kept in rows.kept] == [[True] * 6, [False, False, True, False, True, True]]
     assert bounds(rows) == [([3], None), ([1], None)]
     # The padding at the beginning does not matter to a window, whatever the number of queries.
-    rows = _read_mask(masked(2, 2, 5, lambda row, query, place: query - 3 < place <= query and place >= row),
+    rows = read_mask(masked(2, 2, 5, lambda row, query, place: query - 3 < place <= query and place >= row),
                       before([1] * 5, [0, 1, 1, 1, 1]), 2)
     assert bounds(rows) == [([3, 4], None), ([2, 3], None)]
 
@@ -646,13 +640,13 @@ def test_a_mask_of_padding_and_windows():
     (lambda row, query, place: place > query - 3, ([3, 4], [7, 7])),
 ], ids=["chunk", "padding", "later", "later in a window"])
 def test_each_token_has_a_range_of_its_own(attends, expected):
-    rows = _read_mask(masked(1, 2, 5, attends), before([1, 1, 1, attends(0, 3, 3), 1]), 2)
+    rows = read_mask(masked(1, 2, 5, attends), before([1, 1, 1, attends(0, 3, 3), 1]), 2)
     assert bounds(rows) == [expected]
 
 
 def test_new_padding_takes_no_part():
     tokens = [1, 1, 0, 1, 0, 0, 1]
-    rows = _read_mask(masked(1, 4, 3, lambda row, query, place: query - 5 < place <= query and bool(tokens[place])),
+    rows = read_mask(masked(1, 4, 3, lambda row, query, place: query - 5 < place <= query and bool(tokens[place])),
                       before(tokens[:3]), 4)
     assert (rows.new[0].tolist(), rows.kept[0].tolist()) == ([0, 3], list(map(bool, tokens)))
     assert bounds(rows) == [([0, 2], None)]
@@ -663,50 +657,63 @@ def test_masks_without_a_window():
     everything = masked(2, 2, 5, causal)
     floats = torch.where(everything, 0.0, torch.finfo(torch.float32).min)
     for mask in (everything, floats, None, everything[:1]):
-        rows = _read_mask(mask, kept, 2)
+        rows = read_mask(mask, kept, 2)
         assert bounds(rows) == [(None, None)] * 2
         assert [new.tolist() for new in rows.new] == [[0, 1]] * 2
         assert [kept.tolist() for kept in rows.kept] == [[True] * 7] * 2
 
 
 def test_the_first_tokens_may_have_any_mask():
-    rows = _read_mask(masked(1, 3, 0, lambda row, query, place: place != 1), before([]), 3)
+    rows = read_mask(masked(1, 3, 0, lambda row, query, place: place != 1), before([]), 3)
     assert (rows.new[0].tolist(), bounds(rows)) == ([0, 2], [(None, None)])
 
 
 def test_masks_that_the_drive_does_not_know():
     gap = masked(1, 2, 5, lambda row, query, place: place <= query and (query == 5 or place != 2))
     with pytest.raises(RequestError, match=r"row 0 of the batch: the drive attends a range .* mask of position 6 asks"):
-        _read_mask(gap, before([1] * 5), 2)
+        read_mask(gap, before([1] * 5), 2)
     everything = masked(2, 1, 3, causal)
     with pytest.raises(RequestError, match=r"row 1 of the batch: .* lets position 3 attend position 1, which was padd"):
-        _read_mask(everything, before([1, 1, 1], [1, 0, 1]), 1)
+        read_mask(everything, before([1, 1, 1], [1, 0, 1]), 1)
 
 
 def test_a_mask_of_a_wrong_shape():
     with pytest.raises(RequestError, match=r"must be of shape \(1, 1, 2, 7\), the same for all heads, not \(1, 4, 2, "):
-        _read_mask(masked(1, 2, 5, causal).expand(1, 4, 2, 7), before([1] * 5), 2)
+        read_mask(masked(1, 2, 5, causal).expand(1, 4, 2, 7), before([1] * 5), 2)
 
 
-def test_masks_for_both_directions_are_refused():
-    with pytest.raises(RequestError, match="attends causally: a model whose tokens attend later ones"):
-        _mask(batch_size=1, q_length=1, kv_length=1, allow_is_bidirectional_skip=True)
+def test_masks_for_both_directions_are_those_of_encoders():
+    both = {"mask_function": bidirectional_mask_function, "allow_is_bidirectional_skip": True,
+            "allow_is_causal_skip": False, "q_length": 2, "kv_length": 3}
+    assert make_mask(batch_size=1, **both) is None
+    padding = torch.tensor([[True, True, False]])
+    assert make_mask(batch_size=1, attention_mask=padding, **both).tolist() == [[[[True, True, False]] * 2]]
+
+
+def test_masks_that_add_to_scores_are_refused():
+    bias = torch.tensor([[[[0.0, -1.0]]]])
+    with pytest.raises(RequestError, match="the attention mask adds a bias to the scores"):
+        read_mask(bias, before([1]), 1)
 
 
 # What is refused.
 
 
-def test_the_backend_needs_its_cache(drive):
+def test_without_its_cache_the_backend_is_pytorchs(drive):
     model, tokens = small(), prompts("llama")
+    model.set_attn_implementation("sdpa")
+    options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 20, "do_sample": False}
+    expected, loss = model.generate(tokens, **options).tolist(), model(tokens, labels=tokens).loss
     model.set_attn_implementation(NAME)
-    message = r"DriveCache returned, but there was none: give the model, or generate\(\), cache=DriveCache\(device, "
-    with pytest.raises(RequestError, match=message):
-        model.generate(tokens, max_new_tokens=2)
-    # Another one that was given earlier does not matter.
-    cache = DriveCache(drive(model), model.config, capacity_tokens=100)
-    generate(model, tokens, cache, new=2)
-    with pytest.raises(RequestError, match=message):
-        model.generate(tokens, max_new_tokens=2)
+    assert model.generate(tokens, **options).tolist() == expected
+    # A cache of the drive that was given earlier does not matter.
+    with DriveCache(drive(model), model.config, capacity_tokens=100) as cache:
+        generate(model, tokens, cache, new=2)
+        assert model.generate(tokens, **options).tolist() == expected
+    found = model(tokens, labels=tokens).loss
+    assert found == loss
+    found.backward()
+    assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
 
 
 def test_models_that_change_k_are_told_so(drive):
@@ -714,7 +721,7 @@ def test_models_that_change_k_are_told_so(drive):
     cache = DriveCache(drive(model), model.config, capacity_tokens=100)
     keys, values = cache.layers[0].update(*torch.zeros(2, 1, 2, 3, 32))
     with pytest.raises(RequestError, match="layer 0: the model changes K after the DriveCache returned them"):
-        _attention(None, torch.zeros(1, 4, 3, 32), keys * 2, values, None)
+        attention(None, torch.zeros(1, 4, 3, 32), keys * 2, values, None)
     with pytest.raises(RequestError, match=r"an earlier step of this DriveCache failed, .* RequestError: layer 0: "):
         cache.layers[0].update(*torch.zeros(2, 1, 2, 3, 32))
 
@@ -740,10 +747,10 @@ _SIZES = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_att
 ], ids=["bloom", "falcon", "falcon with alibi"])
 def test_models_without_the_attention_interface_are_told_so(drive, model):
     model = model().eval()
-    model.set_attn_implementation(NAME)
-    cache = DriveCache(drive(model), model.config, capacity_tokens=100)
-    with pytest.raises(RequestError, match=r"layer 0: .* \w+ForCausalLM computes attention by itself, without tr"):
-        model.generate(prompts("llama"), cache=cache, max_new_tokens=3)
+    with pytest.raises(RequestError, match=r"^\w+ForCausalLM computes attention by itself, without tr") as found:
+        DriveCache(drive(model), model.config, capacity_tokens=100)
+    alibi = model.config.model_type == "bloom" or model.config.alibi
+    assert ("ALiBi" in str(found.value)) == alibi
 
 
 def test_attention_weights_are_refused(drive):
@@ -828,11 +835,11 @@ def test_gradients_and_other_arithmetic_are_refused(drive):
     cache.reset()
     keys, values = cache.layers[0].update(*torch.zeros(2, 1, 2, 1, 32))
     with pytest.raises(RequestError, match="the drive's attention has no softcap"):
-        _attention(None, torch.zeros(1, 4, 1, 32), keys, values, None, softcap=50.0)
+        attention(None, torch.zeros(1, 4, 1, 32), keys, values, None, softcap=50.0)
     with pytest.raises(RequestError, match="K are not those that the DriveCache returned last"):
         cache.reset()
         cache.layers[0].update(*torch.zeros(2, 1, 2, 1, 32))
-        _attention(None, torch.zeros(1, 4, 1, 32), keys, values, None)
+        attention(None, torch.zeros(1, 4, 1, 32), keys, values, None)
 
 
 def test_batches_do_not_change_in_the_middle(drive):
@@ -844,16 +851,38 @@ def test_batches_do_not_change_in_the_middle(drive):
         cache.update(*torch.zeros(2, 2, 2, 1, 32), 0)
 
 
-def test_what_would_copy_rows_is_refused(drive):
+def test_what_cannot_be_copied_is_refused(drive):
     model, tokens = small(), prompts("llama")
     cache = DriveCache(drive(model), model.config, capacity_tokens=100)
-    with pytest.raises(RequestError, match="no beam search"):
-        generate(model, tokens, cache, new=4, num_beams=2)
-    for call in (lambda: cache.batch_repeat_interleave(2), lambda: cache.batch_select_indices(torch.tensor([0]))):
-        with pytest.raises(RequestError, match="cannot be copied"):
-            call()
-    with pytest.raises(RequestError, match="cannot be copied: make another DriveCache"):
+    cache.batch_select_indices(torch.tensor([0]))   # nothing is there: as transformers' own cache, nothing happens
+    generate(model, tokens, cache, new=2)
+    for rows in ([1], [-1]):
+        with pytest.raises(RequestError, match="rows must be 0 to 0"):
+            cache.reorder_cache(torch.tensor(rows))
+    with pytest.raises(RequestError, match="at least one row"):
+        cache.batch_select_indices(torch.tensor([False]))
+    for call in (lambda layer: layer.batch_repeat_interleave(2), lambda layer: layer.batch_select_indices([0])):
+        with pytest.raises(RequestError, match="for all layers together"):
+            call(cache.layers[0])
+    cache.update(*torch.zeros(2, 1, 2, 1, 32), 0)
+    with pytest.raises(RequestError, match="between two steps"):
         copy.deepcopy(cache)
+    cache.fail(ValueError("broken"))
+    with pytest.raises(RequestError, match=r"an earlier step of this DriveCache failed \(ValueError: broken\)"):
+        cache.fork()
+
+
+def test_forks_without_room(drive):
+    model = small()
+    device = drive(model, TINY)
+    cache = DriveCache(device, model.config, capacity_tokens=500)
+    generate(model, prompts("llama"), cache, new=2)
+    with pytest.raises(CapacityError, match="no room"):
+        cache.batch_repeat_interleave(40)
+    with pytest.raises(RequestError, match="failed"):
+        cache.fork()
+    cache.reset()
+    assert device.free_zones == device.media.allocator.zones
 
 
 def test_heads_that_do_not_fit(drive):
@@ -897,8 +926,9 @@ def test_too_many_tokens(drive):
 
 
 def test_more_drafts_than_are_held(drive):
+    """Of a drive that stores bf16, which cannot be read back."""
     model = small()
-    with DriveCache(drive(model), model.config, capacity_tokens=200, held_tokens=4) as cache:
+    with DriveCache(drive(model, element=Element.BF16), model.config, capacity_tokens=200, held_tokens=4) as cache:
         generate(model, prompts("llama"), cache, new=20)
         with pytest.raises(RequestError, match=r"layer 0, row 0 of the batch: 40 tokens were to be removed, but only "
                                                r"the newest \d+ can be: others are in flash, .* held_tokens than 4"):
@@ -909,7 +939,7 @@ def test_more_drafts_than_are_held(drive):
 def test_nothing_is_removed_of_any_row_if_it_cannot_be_of_all(drive):
     model = small()
     tokens, mask = padded([30, 60], width=60)
-    with DriveCache(drive(model), model.config, capacity_tokens=200, held_tokens=32) as cache:
+    with DriveCache(drive(model, element=Element.BF16), model.config, capacity_tokens=200, held_tokens=32) as cache:
         generate(model, tokens, cache, mask=mask, new=2)
         before = [sequence.length() for sequence in cache.sequences]
         with pytest.raises(RequestError, match="row 1 of the batch: 58 tokens were to be removed"):
@@ -933,7 +963,7 @@ def test_numbers_that_do_not_fit(drive):
     cache = DriveCache(drive(model), model.config, capacity_tokens=100)
     keys, values = cache.layers[0].update(torch.full((1, 2, 3, 32), 7e4), torch.zeros(1, 2, 3, 32))
     with pytest.raises(RequestError, match="must be finite and within the range of fp16"):
-        _attention(None, torch.zeros(1, 4, 3, 32), keys, values, None)
+        attention(None, torch.zeros(1, 4, 3, 32), keys, values, None)
 
 
 # Configurations.

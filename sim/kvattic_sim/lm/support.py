@@ -1,0 +1,188 @@
+"""Which architectures of transformers generate with K and V in the drive: works, or refused with a reason.
+
+Each one's small random model (`families`) generates greedily on the golden device, and by its own eager attention over
+K and V that are rounded alike.  The tokens must be equal, and the logits nearly so, which tells more where a model's
+answer hardly depends on its attention; a model that cannot must be refused by one of kvattic's errors.  Anything else is a mistake of kvattic's and is called so.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import torch
+from transformers.cache_utils import EncoderDecoderCache
+
+import kvattic
+from kvattic import TINY
+from kvattic.errors import KvatticError
+from kvattic.integrations.transformers import NAME, DriveCache, DriveEncoderDecoderCache, config_for
+from kvattic.spec.formats import Element
+from kvattic_sim.lm.families import VOCABULARY, Architecture, architectures, build
+from kvattic_sim.reports.benches.generate import REFERENCES, RoundedCache
+
+__all__ = ["Outcome", "Verdict", "examine", "survey"]
+
+PROMPT, ANSWER = 30, 16
+"""Tokens: more together than `families.WINDOW`, and than a stripe of the drive."""
+CAPACITY = 96
+TOLERANCE = 0.05
+"""Logits may differ by this share of their standard deviation: a last bit that rounds an element of K the other way."""
+DRIVE = replace(TINY, dies=8)
+"""TINY with room for several sequences."""
+
+
+class Verdict(StrEnum):
+    """What became of an architecture."""
+
+    WORKS = "works"
+    REFUSED = "refused"
+    WRONG = "wrong"
+    """Other tokens, or an error that is not one of kvattic's."""
+    SKIPPED = "skipped"
+    """transformers do not build or generate it like this: nothing is said about kvattic."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What was found of an architecture.
+
+    Attributes:
+        architecture: which.
+        verdict: what became of it.
+        detail: the reason if it was refused or skipped, what went wrong; otherwise what of it is in the drive.
+    """
+
+    architecture: Architecture
+    verdict: Verdict
+    detail: str
+
+
+def _inputs(model: Any, encoder: bool) -> dict[str, Any]:
+    """What it generates from: random tokens, or sound for models that take it."""
+    generator = torch.Generator().manual_seed(0)
+    options: dict[str, Any] = {"max_new_tokens": ANSWER, "min_new_tokens": ANSWER, "do_sample": False}
+    if encoder:
+        options["decoder_start_token_id"] = 2
+    if getattr(model, "main_input_name", "input_ids") == "input_features":
+        config = model.config
+        frames = 2 * getattr(config, "max_source_positions", PROMPT)
+        bins = getattr(config, "num_mel_bins", 16)
+        sizes = (1, frames, bins) if config.model_type == "speech_to_text" else (1, bins, frames)
+        return options | {"input_features": torch.randn(sizes, generator=generator)}
+    tokens = torch.randint(3, VOCABULARY - 2, (1, PROMPT), generator=generator)
+    return options | {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+class _Answer(NamedTuple):
+    """What a model says: tokens, and the logits of each, (tokens, vocabulary)."""
+
+    tokens: list[int]
+    logits: torch.Tensor
+
+
+def _generate(model: Any, implementation: str, cache: Any, inputs: dict[str, Any]) -> _Answer:
+    model.set_attn_implementation(implementation)
+    with torch.no_grad():
+        answer = model.generate(**inputs, cache=cache, eos_token_id=None, output_logits=True,
+                                return_dict_in_generate=True)
+    return _Answer(answer.sequences[0, -ANSWER:].tolist(), torch.cat(answer.logits).double())
+
+
+def _difference(found: _Answer, expected: _Answer) -> str | None:
+    """What is wrong with an answer; None: nothing."""
+    for place, (ours, theirs) in enumerate(zip(found.tokens, expected.tokens, strict=True)):
+        if ours != theirs:
+            return f"token {place} of {ANSWER} differs: {ours}, not {theirs}"
+    deviation = float((found.logits - expected.logits).abs().max() / expected.logits.std())
+    return None if deviation <= TOLERANCE else f"logits differ by {deviation:.2g} of their standard deviation"
+
+
+def _say(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _drive_cache(device: kvattic.Device, model: Any, *, encoder: bool) -> Any:
+    """Everything in the drive; of a model with a position bias, its cross-attention alone."""
+    if not encoder:
+        return DriveCache(device, model.config, capacity_tokens=CAPACITY, held_tokens=0)
+    own = None
+    if getattr(model.config.get_text_config(decoder=True), "relative_attention_num_buckets", None):
+        own = RoundedCache(model.config)
+    options = {} if own is not None else {"capacity_tokens": CAPACITY, "held_tokens": 0}
+    return DriveEncoderDecoderCache(device, model.config, self_attention=own, **options)
+
+
+def _what(cache: Any) -> str:
+    """What of a model is in the drive."""
+    if isinstance(cache, EncoderDecoderCache):
+        own = cache.self_attention_cache
+        return f"{'self-attention and ' if isinstance(own, DriveCache) else ''}cross-attention in the drive"
+    inside, every = len(cache.drive_layers), len(cache.layers)
+    return "" if inside == every else f"{inside} of {every} layers in the drive, the others in transformers' own"
+
+
+def examine(architecture: Architecture, seed: int = 0) -> Outcome:
+    """Whether an architecture works.
+
+    Args:
+        architecture: which.
+        seed: of its weights.
+    """
+    try:
+        model = build(architecture, seed)
+        inputs = _inputs(model, architecture.encoder)
+    except Exception as error:  # noqa: BLE001  # what transformers cannot build says nothing about kvattic
+        return Outcome(architecture, Verdict.SKIPPED, _say(error))
+    try:
+        if (reason := _too_large(architecture)) is not None:
+            return Outcome(architecture, Verdict.REFUSED, reason)
+        with (kvattic.open("model", config_for(model, DRIVE)) as device,
+              _drive_cache(device, model, encoder=architecture.encoder) as cache):
+            try:
+                expected = _expected(model, inputs, architecture.encoder)
+            except Exception as error:  # noqa: BLE001  # likewise
+                return Outcome(architecture, Verdict.SKIPPED, f"eager attention: {_say(error)}")
+            found = _generate(model, NAME, cache, inputs)
+            what = _what(cache)
+    except KvatticError as error:
+        return Outcome(architecture, Verdict.REFUSED, " ".join(str(error).split()))
+    except Exception as error:  # noqa: BLE001  # anything else is a mistake
+        return Outcome(architecture, Verdict.WRONG, _say(error))
+    if (wrong := _difference(found, expected)) is not None:
+        return Outcome(architecture, Verdict.WRONG, wrong)
+    return Outcome(architecture, Verdict.WORKS, what)
+
+
+def _too_large(architecture: Architecture) -> str | None:
+    """Why no drive has the heads of the configuration that the class has by default; None: one has."""
+    try:
+        config_for(architecture.config())
+    except KvatticError as error:
+        return " ".join(str(error).split())
+    except Exception:  # noqa: BLE001  # no default, or none that transformers can read
+        return None
+    return None
+
+
+def _expected(model: Any, inputs: dict[str, Any], encoder: bool) -> _Answer:
+    """The answer by eager attention over rounded K and V, from rounded queries."""
+    cache: Any = RoundedCache(model.config)
+    if encoder:
+        cache = EncoderDecoderCache(cache, RoundedCache(model.config))
+    return _generate(model, REFERENCES[Element.FP16], cache, inputs)
+
+
+def survey(which: Iterable[Architecture] | None = None,
+           progress: Callable[[Outcome], None] = lambda outcome: None) -> list[Outcome]:
+    """Examine architectures, one after the other.
+
+    Args:
+        which: all if None.
+        progress: told each outcome.
+    """
+    outcomes = []
+    for architecture in architectures() if which is None else which:
+        outcomes.append(examine(architecture))
+        progress(outcomes[-1])
+    return outcomes
