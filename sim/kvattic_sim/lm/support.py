@@ -2,7 +2,8 @@
 
 Each one's small random model (`families`) generates greedily on the golden device, and by its own eager attention over
 K and V that are rounded alike.  The tokens must be equal, and the logits nearly so, which tells more where a model's
-answer hardly depends on its attention; a model that cannot must be refused by one of kvattic's errors.  Anything else is a mistake of kvattic's and is called so.
+answer hardly depends on its attention; a model that cannot must be refused by one of kvattic's errors.  Anything else is
+a mistake of kvattic's and is called so.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,6 +12,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 import torch
+from transformers import GenerationMixin
 from transformers.cache_utils import EncoderDecoderCache
 
 import kvattic
@@ -84,8 +86,9 @@ class _Answer(NamedTuple):
 def _generate(model: Any, implementation: str, cache: Any, inputs: dict[str, Any]) -> _Answer:
     model.set_attn_implementation(implementation)
     with torch.no_grad():
-        answer = model.generate(**inputs, cache=cache, eos_token_id=None, output_logits=True,
-                                return_dict_in_generate=True)
+        # Not Whisper's own, which cuts long sound into pieces and hands on no logits.
+        answer = GenerationMixin.generate(model, **inputs, cache=cache, eos_token_id=None, output_logits=True,
+                                          return_dict_in_generate=True)
     return _Answer(answer.sequences[0, -ANSWER:].tolist(), torch.cat(answer.logits).double())
 
 
