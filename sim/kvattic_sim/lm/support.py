@@ -1,9 +1,9 @@
 """Which architectures of transformers generate with K and V in the drive: works, or refused with a reason.
 
-Each one's small random model (`families`) generates greedily on the golden device, and by its own eager attention over
-K and V that are rounded alike.  The tokens must be equal, and the logits nearly so, which tells more where a model's
-answer hardly depends on its attention; a model that cannot must be refused by one of kvattic's errors.  Anything else is
-a mistake of kvattic's and is called so.
+Each one's small random model (`families`) generates greedily on the golden device, and by its own eager attention
+over K and V that are rounded alike.  The tokens must be equal, and the logits nearly so, which tells more where a
+model's answer hardly depends on its attention; a model that cannot must be refused by one of kvattic's errors.
+Anything else is a mistake of kvattic's and is called so.
 """
 
 from collections.abc import Callable, Iterable
