@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 from kvattic.array import ArrayPlan, ArraySequence, DriveArray
 from kvattic.driver.checks import as_member, check_positive
 from kvattic.driver.device import Device
+from kvattic.driver.planning import AttendOptions
 from kvattic.driver.results import AttendPlan
 from kvattic.driver.sequence import Sequence
 from kvattic.errors import CapacityError, KvatticError, RequestError
@@ -137,6 +138,7 @@ class DriveCache(Closing, Cache):
         self._text = text
         self.note: Any = None
         self._cross = cross
+        self._causal: AttendOptions | None = None   # of the last dense step without a window
         self._failed = ""   # an error, from which its layers hold different tokens
         self.meter = Meter(device.config, dense=found is Mode.DENSE)
         self._options = options
@@ -576,6 +578,11 @@ class DriveCache(Closing, Cache):
               start: Integers | None, end: Integers | None, scale: float) -> AttendPlan | ArrayPlan:
         """Attention of a row's newest tokens; all that the drive computes goes through here."""
         causal = end is None
+        if self.mode is Mode.DENSE and start is None and causal and isinstance(sequence, Sequence):
+            # The same in all layers of a step.
+            if self._causal is None or self._causal.scale != scale:
+                self._causal = AttendOptions(scale=scale, causal=True)
+            return sequence.plan_with(query, self._causal, layer=layer)
         if self.mode is Mode.DENSE:
             return sequence.plan(query, layer=layer, scale=scale, causal=causal, start=start, end=end)
         assert self._top_units is not None

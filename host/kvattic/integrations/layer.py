@@ -16,7 +16,7 @@ from kvattic.driver.sequence import Sequence
 from kvattic.errors import RangeError, RequestError
 from kvattic.integrations.local import attend_locally
 from kvattic.integrations.masks import Flags, Rows, attended_tokens
-from kvattic.integrations.storage import round_to_storage, to_drive
+from kvattic.integrations.storage import round_to_storage, some_tokens, to_drive
 from kvattic.spec.commands import Mode
 
 if TYPE_CHECKING:
@@ -227,11 +227,11 @@ class DriveLayer(CacheLayerMixin):
             cache.write_next(self)
         if self.slot == 0:
             cache.make_room(max(int(kept.sum()) for kept in rows.kept))
+        keys, values = (to_drive(states, config.head_dim, config.element) for states in (key, value))
         for row, sequence in enumerate(cache.sequences):
             if len(new := rows.new[row]):
-                keys, values = (to_drive(states[row], config.head_dim, config.element)[:, new]
-                                for states in (key, value))
-                self._writes.append(sequence.append_async(keys, values, layer=self.slot))
+                self._writes.append(sequence.append_async(some_tokens(keys[row], new), some_tokens(values[row], new),
+                                                          layer=self.slot))
         self._kept, self._given, self._attended = rows.kept, None, ref(key)
 
     def _attend_in_drive(self, call: _Call, rows: Rows, width: int, *, new_step: bool) -> torch.Tensor:
@@ -250,9 +250,9 @@ class DriveLayer(CacheLayerMixin):
             self.wait()
         busy = [row for row, new in enumerate(rows.new) if len(new)]
         scale = query.shape[-1]**-0.5 if call.scaling is None else float(call.scaling)
+        queries = to_drive(query, config.head_dim, config.element)
         plans: list[Any] = [
-            cache.plan_row(cache.sequences[row], self.slot,
-                           to_drive(query[row], config.head_dim, config.element)[:, rows.new[row]],
+            cache.plan_row(cache.sequences[row], self.slot, some_tokens(queries[row], rows.new[row]),
                            rows.start[row], rows.end[row], scale) for row in busy]
         output = np.zeros((len(query), query.shape[2], query.shape[1], width), np.float32)
         results = self._run(plans, busy)

@@ -57,6 +57,12 @@ def read_mask(mask: torch.Tensor | None, before: list[Flags], count: int) -> Row
     rows = Rows([], [], [], [])
     for row, kept in enumerate(before):
         flag: Flags = flags[row if len(flags) > 1 else 0].numpy()
+        if count == 1 and past and flag.all() and kept.all():   # a decode step without padding and windows
+            rows.new.append(np.zeros(1, np.intp))
+            rows.kept.append(np.ones(past + 1, np.bool_))
+            rows.start.append(None)
+            rows.end.append(None)
+            continue
         # A token attends itself, padding is attended by nobody.
         own = np.diagonal(flag, past).copy()
         new, kept = np.flatnonzero(own), np.concatenate([kept, own])

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from kvattic.spec.elements import from_bits, special, to_bits
 from kvattic.spec.formats import Element
 
-__all__ = ["round_to_storage", "to_drive"]
+__all__ = ["round_to_storage", "some_tokens", "to_drive"]
 
 _STORAGE = {Element.FP16: torch.float16, Element.BF16: torch.bfloat16}
 
@@ -23,19 +23,25 @@ def round_to_storage(values: torch.Tensor, element: Element) -> torch.Tensor:
 
 
 def to_drive(values: torch.Tensor, dim: int, element: Element) -> NDArray[Any]:
-    """(heads, tokens, dim) for the drive, whose head_dim may be larger: the rest is zero.
+    """(rows, heads, tokens, dim) for the drive, whose head_dim may be larger: the rest is zero.
 
     Args:
-        values: rounded to storage.
+        values: of all rows of the batch, float32 or rounded to storage.
         dim: the drive's head_dim.
         element: its storage format.
 
     Returns:
         Bit patterns; float32 if any number is not finite, so that whoever takes it says which one.
     """
-    values = values.detach().to("cpu")
+    if values.requires_grad or values.device.type != "cpu":
+        values = values.detach().to("cpu")
     array: NDArray[Any] = values.to(_STORAGE[element]).view(torch.int16).numpy().view(np.uint16)
     if special(array, element).any():
         array = values.to(torch.float32).numpy()
     missing = dim - array.shape[-1]
-    return np.pad(array, ((0, 0), (0, 0), (0, missing))) if missing else array
+    return np.pad(array, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else array
+
+
+def some_tokens(values: NDArray[Any], tokens: NDArray[np.intp]) -> NDArray[Any]:
+    """Some tokens, ascending, of (heads, tokens, dim)."""
+    return values if len(tokens) == values.shape[1] else values[:, tokens]
