@@ -54,7 +54,6 @@ class Drive:
     def run(self) -> None:
         """Run until nothing is left to do."""
         self.loader_free = 0.0      # commands of other queues are fetched in turn
-        self.next_asked = 0.0       # when the command behind the one in hand may be requested
         for _ in range(self.config.jobs_in_flight):
             self._load(0.0)
         self.post_all(0.0)
@@ -83,15 +82,14 @@ class Drive:
             return
         job = JobState(len(self.jobs), work, self.config.channels)
         t = self.t
-        # A command is fetched while the one before it waits for a slot, and then waits for its own.
-        job.fetched = max(self.next_asked, work.submitted) + t.fetch
-        self.next_asked = max(job.fetched, self.loader_free)
-        begin = max(self.loader_free, now, work.submitted) + t.fetch
+        # A command is requested behind the blocks of the one before it, and then waits for a slot of its own.
+        job.fetched = max(self.loader_free, work.submitted)
+        begin = max(job.fetched, now) + t.fetch
         words = work.words
         if work.mode in (Mode.SPARF, Mode.FETCHED):     # features are chosen beside the fetch of table and mean
             words = max(words, t.rank + t.rank_row * work.rows)
         job.loaded = begin + t.load + words
-        self.loader_free = job.loaded - t.fetch     # the next command is requested behind the table
+        self.loader_free = job.loaded - t.fetch
         if not job.sparse:
             job.selected = job.loaded
             job.first_done = [True] * self.config.channels

@@ -15,7 +15,7 @@ class JobTimes:
     """When a job got how far, in cycles: modelled, from the first doorbell on; measured, as the counter CYCLES says.
 
     Attributes:
-        fetched: the drive requested its command (modelled: it was there).
+        fetched: the drive requested its command.
         first_beat, last_beat: a lane took the first and the last beat of it (modelled: it had the whole codeword); both
             0 if it has none.
         completed: its completion was written.

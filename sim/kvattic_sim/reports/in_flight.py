@@ -53,7 +53,7 @@ def in_flight(config: Config, jobs: Iterable[Job], limit: int) -> tuple[Estimate
 
 
 def _wanted(found: Estimate) -> Iterable[float]:
-    """When the drive began to fetch each command, at the earliest: when the one before it was fetched."""
+    """When the drive began to fetch each command, at the earliest: when it requested the one before it."""
     fetched = [job.fetched for job in found.jobs]
     return [0.0, *fetched[:-1]]
 
@@ -77,7 +77,7 @@ def latencies(found: Estimate, submitted: Sequence[float] | None = None) -> list
 
     Args:
         found: what was modelled.
-        submitted: from when on, in cycles; None: from when its line was fetched.
+        submitted: from when on, in cycles; None: from when the drive requested it.
     """
     begin = [float(job.fetched) for job in found.jobs] if submitted is None else submitted
     return [(job.completed - at) / found.config.clock_mhz for job, at in zip(found.jobs, begin, strict=True)]
