@@ -203,12 +203,8 @@ def _modelled_cycles(noted: _Noted) -> int:
 
 def _drive_cycles(passages: Sequence[Passage]) -> int | None:
     """The same of one drive."""
-    ends: dict[Batch, int] = {}
-    for passage in passages:
-        if (record := passage.record) is not None:
-            ends[record.batch] = max(ends.get(record.batch, 0), record.completed)
-    if ends:
-        return sum(ends.values())
+    if noted := _noted(passages):
+        return _modelled_cycles(noted)
     if any(passage.completed == 0 for passage in passages):
         return None
     return max(passage.completed for passage in passages) - min(passage.began for passage in passages)

@@ -490,9 +490,6 @@ class Planner:
         for base in range(first, last, self._most_tokens):
             yield base, min(base + self._most_tokens, last)
 
-    def _label(self, layer: int, head: int, base: int, stop: int) -> str:
-        return f"sequence {self._shape.number}, layer {layer}, KV head {head}, tokens {base} to {stop - 1}"
-
     def _job(self, layer: int, head: int, query: Bits, scale_bits: int, masks: Masks, base: int, stop: int) -> Job:
         """A dense job over tokens base to stop."""
         shape, size = self._shape, self._shape.stripe_tokens
@@ -510,7 +507,7 @@ class Planner:
             tree_token=min(max(masks.tree_token, base), stop),
             scale_bits=scale_bits,
             domain=shape.domain,
-            label=self._label(layer, head, base, stop),
+            label=f"sequence {shape.number}, layer {layer}, KV head {head}, tokens {base} to {stop - 1}",
         )
 
     # Sparse jobs.

@@ -188,8 +188,7 @@ class Sequence(Closing):
     def _fork_lengths(self, length: int | Series[int] | None) -> list[int]:
         """Tokens of each layer of a fork, once nothing is under way."""
         present = [self.length(layer) for layer in range(self.layers)]
-        dispatcher, states = self.device.dispatcher, self._writer.layers
-        dispatcher.drive(lambda: not any(state.appends for state in states) and not dispatcher.working)
+        self._stand_still(*range(self.layers))
         wanted: list[Any] = present if length is None else (
             list(length) if isinstance(length, Series) else [length] * self.layers)
         if len(wanted) != self.layers:
@@ -219,8 +218,7 @@ class Sequence(Closing):
         Raises:
             KvatticError: an error of an append that was not retrieved.
         """
-        states, dispatcher = self._writer.layers, self.device.dispatcher
-        dispatcher.drive(lambda: not any(state.appends for state in states) and not dispatcher.working)
+        self._stand_still(*range(self.layers))
         self._check_use()
 
     def describe(self) -> dict[str, Any]:
@@ -470,8 +468,7 @@ class Sequence(Closing):
         """
         with self.device.lock:
             present = self.length(layer)
-            state, dispatcher = self._writer.layers[layer], self.device.dispatcher
-            dispatcher.drive(lambda: not state.appends and not dispatcher.working)
+            self._stand_still(layer)
             fixed = self._writer.removable_from(layer)
             if isinstance(length, bool) or not isinstance(length, int | np.integer) or not (
                     length == present or fixed <= length < present):
@@ -553,8 +550,7 @@ class Sequence(Closing):
                 raise RequestError(f"layer {layer} has no tokens to read")
             check_integer("last", last := length if last is None else last, 1, length)
             check_integer("first", first, 0, last - 1)
-            appends, dispatcher = self._writer.layers[layer].appends, self.device.dispatcher
-            dispatcher.drive(lambda: not appends and not dispatcher.working)    # tables stand still then
+            self._stand_still(layer)
             key, value = (self._run_tokens(self._planner.token_jobs(layer, first, last, kind)).astype(np.float16)
                           for kind in (Kind.KEY, Kind.VALUE))
         return key, value
@@ -647,6 +643,11 @@ class Sequence(Closing):
     def dense_jobs(self, layer: int, head: int, query: Bits, scale_bits: int, masks: Masks) -> list[Job]:
         """For arrays: dense jobs of rows of one KV head; see `planning.Planner`."""
         return list(self._planner.dense_jobs(layer, head, query, scale_bits, masks))
+
+    def _stand_still(self, *layers: int) -> None:
+        """Wait until nothing is under way: no append to these layers, and no task; their tables do not change then."""
+        states, dispatcher = [self._writer.layers[layer] for layer in layers], self.device.dispatcher
+        dispatcher.drive(lambda: not any(state.appends for state in states) and not dispatcher.working)
 
     def _settle_flash(self, layer: int, stop: int) -> None:
         """Let stripes on their way to flash arrive, as far as they are not the tail of queries before `stop`."""

@@ -14,7 +14,6 @@ import transformers
 from transformers import DynamicCache, T5Config, XGLMConfig
 from transformers.cache_utils import EncoderDecoderCache
 
-import kvattic
 from kvattic import TINY, CapacityError, ConfigError, RequestError, Sequence
 from kvattic.integrations.configuration import latent_width, most_positions
 from kvattic.integrations.masks import attended_tokens
@@ -52,20 +51,6 @@ REFUSED = {
     "MiniMaxForCausalLM": "takes a cache of its own only",
     "Gemma4ForCausalLM": "head_dim is 512, the drive's is at most 256",
 }
-
-
-@pytest.fixture
-def drive():
-    """Opens drives for a model."""
-    devices = []
-
-    def opened(model, base=ROOMY, **changes):
-        devices.append(kvattic.open("model", config_for(model, base, **changes)))
-        return devices[-1]
-
-    yield opened
-    for device in devices:
-        device.close()
 
 
 def tokens_of(lengths, width=30, seed=5):

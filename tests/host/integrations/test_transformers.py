@@ -53,20 +53,6 @@ ROOMY = replace(TINY, dies=8)
 """TINY with room for several sequences."""
 
 
-@pytest.fixture
-def drive():
-    """Opens drives for a model."""
-    devices = []
-
-    def opened(model, base=ROOMY, **changes):
-        devices.append(kvattic.open("model", config_for(model, base, **changes)))
-        return devices[-1]
-
-    yield opened
-    for device in devices:
-        device.close()
-
-
 def small(heads=4, kv_heads=2, dim=32, layers=1, **changes):
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(
