@@ -161,7 +161,7 @@ class WordMemory(wiring.Component):
     Members
     -------
     store : In(1), store_address : In, word : In(beat_bytes * 8)
-        Strobe: a word that comes in.
+        Strobe: a word that comes in; it is in the memory two cycles later.
     patches : In(stream of patch), patch_buffer : In(buffer)
         Wrong bits of this buffer's codeword.
     reading : Out(1)
@@ -197,19 +197,22 @@ class WordMemory(wiring.Component):
         address = Cat(patch.index[:beat_bits], self.patch_buffer)
         patching, patched = Signal(), Signal()
         mended = Signal(self.shapes.word, reset_less=True)
+        store, store_address = Signal(), Signal(self.shapes.address, reset_less=True)
+        word = Signal(self.shapes.word, reset_less=True)
+        m.d.sync += [store.eq(self.store), store_address.eq(self.store_address), word.eq(self.word)]
         m.d.comb += [
-            write.en.eq(self.store | patched),
-            write.addr.eq(Mux(self.store, self.store_address, address)),
-            write.data.eq(Mux(self.store, self.word, mended)),
+            write.en.eq(store | patched),
+            write.addr.eq(Mux(store, store_address, address)),
+            write.data.eq(Mux(store, word, mended)),
             read.addr.eq(Mux(self.fetch, self.fetch_address, address)),
             self.fetched.eq(read.data),
-            self.patches.ready.eq(patched & ~self.store),
+            self.patches.ready.eq(patched & ~store),
             self.reading.eq(self.patches.valid & ~patching & ~patched),
         ]
         m.d.sync += patching.eq(self.reading)
         with m.If(patching):
             m.d.sync += [mended.eq(read.data ^ patch.mask), patched.eq(1)]
-        with m.Elif(~self.store):
+        with m.Elif(~store):
             m.d.sync += patched.eq(0)
         return m
 
