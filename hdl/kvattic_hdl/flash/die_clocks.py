@@ -41,7 +41,7 @@ class DieTimes:
         return self.config.cycles(nanoseconds + self.config.part.t_cad) + 1
 
     def ticks(self, nanoseconds: float, factor: int = 2) -> int:
-        """Ticks from the taking of the last command cycle on, in which a die that takes so long `factor` times is ready."""
+        """Ticks from the last command cycle's taking on, by which a die is ready that takes so long `factor` times."""
         last = self.cycles(self.config.part.t_wb)    # until it is busy
         return (self.config.cycles(nanoseconds) * factor + last >> self.tick_bits) + 2
 

@@ -139,8 +139,8 @@ class Blocks:
 class DieMachine:
     """Signals that the machine's states share, and the jobs that they give.
 
-    The contexts of all dies are in a memory: a visit takes one out into `work`, and the state STORE puts it back.  What is
-    found of the die with it (`free` to `claimed`) is registered, too, and decided upon one cycle later.
+    The contexts of all dies are in a memory: a visit takes one out into `work`, and the state STORE puts it back.  What
+    is found of the die with it (`free` to `claimed`) is registered, too, and decided upon one cycle later.
 
     Parameters
     ----------
@@ -284,11 +284,14 @@ class DieMachine:
         """The search for runs to read next: `scan` goes through the planes, `mates` are those found."""
         m, config, shapes = self.m, self.config, self.shapes
         self.planning = Signal()          # `unit` is plane `scan`, not the one at work
-        self.scan, self.scanned = Signal(range(self.part.planes + 1)), Signal(shapes.plane)
+        self.scan, self.scanned = Signal(range(self.part.planes + 2)), Signal(shapes.plane)
         self.best, self.best_gated, self.best_stamp = Signal(), Signal(), Signal(shapes.stamp)
         self.best_page = Signal(config.block_page_bits)
         self.second_pass, self.among_others, self.look_ahead = Signal(), Signal(), Signal()
-        self.candidate, self.candidate_gated = Signal(), Signal()
+        self.candidate = Signal()
+        # What was read of plane `scanned`, a cycle later.
+        self.seen, self.seen_plane, self.seen_gated = Signal(), Signal(shapes.plane), Signal()
+        self.seen_stamp, self.seen_page = Signal(shapes.stamp), Signal(config.block_page_bits)
         self.mates = Signal(self.part.planes)
         # Cache reads: how many runs of the page that is in its register stand before a plane's next page; 0: no such.
         self.skip = Signal(range(self.depth))
@@ -308,6 +311,7 @@ class DieMachine:
         page_bits = config.block_page_bits
         self.waiting = Signal(self.part.planes)   # of `die`, when it was visited
         self.waiting_after = Signal()             # the looked-at queue was not empty, when `run` was addressed
+        self.goes_on = Signal()                   # the next run is of the same page
         row_address = Signal(ROW_ADDRESS_BITS)
         m.d.comb += [
             self.unit.eq(self.unit_of(Mux(self.planning, self.scan[: self.shapes.plane.width], work.plane), self.die)),

@@ -13,7 +13,7 @@ def visit_states(machine: DieMachine) -> None:
         m.d.sync += [*machine.look, data_turn.eq(~data_turn)]
         m.d.sync += [signal.eq(0) for signal in (
             machine.scan, machine.best, machine.mates, machine.second_pass, machine.among_others, machine.look_ahead,
-            machine.candidate)]
+            machine.candidate, machine.seen)]
         # While no command can be given, the same die stays the next one: each has its turn.
         with m.If(~data_turn & commander.jobs.ready):
             m.d.sync += machine.command_die.eq(machine.command_die + 1)
