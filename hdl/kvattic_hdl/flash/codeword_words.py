@@ -117,6 +117,7 @@ class WordChecker(wiring.Component):
         word, word_valid = Signal(bits, reset_less=True), Signal()
         index = Signal(range(raw_words))
         last, use = Signal(), Signal()
+        first = Signal(init=1)                                # the next word is a codeword's first
         others = Signal(bits_for(config.raw_codeword_bytes))   # bytes that are not 0xFF
         check = Signal(CRC_BITS, reset_less=True)
         remainder = Signal(code_.parity.degree, init=origin)
@@ -143,7 +144,7 @@ class WordChecker(wiring.Component):
         steps = self.steps if self.shares else own.users[0]
         checked = Signal(CRC_BITS)
         m.d.comb += [
-            checked.eq(Mux(index == 0, seeded(self.page, self.codeword), check)),
+            checked.eq(Mux(first, seeded(self.page, self.codeword), check)),
             steps.busy.eq(word_valid),
             steps.parity.eq(vector_of(m, "parity", remainder, masked)),
             steps.check.eq(vector_of(m, "check", checked, word)),
@@ -154,7 +155,8 @@ class WordChecker(wiring.Component):
             m.d.sync += [
                 index.eq(index + 1),
                 remainder.eq(following),
-                others.eq(Mux(index == 0, 0, others) + ones(other)),
+                others.eq(Mux(first, 0, others) + ones(other)),
+                first.eq(last),
             ]
             with m.If(index < data_words):
                 m.d.sync += check.eq(left_after(code_.crc, checked, bits) ^ steps.check_product)

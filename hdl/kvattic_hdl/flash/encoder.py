@@ -72,13 +72,12 @@ class Encoder(wiring.Component):
         check = Signal(CRC_BITS, reset_less=True)
         parity = Signal(code_.parity.degree, reset_less=True)
         late = Signal(bits - CRC_BITS, reset_less=True)     # bits that the parity has not seen yet
-        first = Signal()
+        first = Signal(init=1)                              # the next word is a codeword's first
         seed = Signal(CRC_BITS)
         if not self.shares:
             m.submodules.steps = own = CodeSteps(config)
         steps = self.steps if self.shares else own.users[0]
         m.d.comb += [
-            first.eq(index == 0),
             seed.eq(seeded(self.i.payload.page, codeword)),
             out_free.eq(~self.o.valid | self.o.ready),
             accept.eq(self.i.valid & self.i.ready),
@@ -86,8 +85,9 @@ class Encoder(wiring.Component):
 
         # The parity is 24 bits behind, so that its last step takes the check value.
         step = Signal(bits)
-        fresh = ~(first & ~fold)
-        m.d.comb += step.eq(Cat(late & fresh.replicate(len(late)), Mux(fold, check, data[:CRC_BITS])))
+        folds = Signal()                                    # the check value is next
+        fresh = ~first | folds
+        m.d.comb += step.eq(Cat(late & fresh.replicate(len(late)), Mux(folds, check, data[:CRC_BITS])))
         divided = Signal.like(parity)
         m.d.comb += [
             divided.eq(parity & fresh.replicate(len(parity))),
@@ -109,7 +109,7 @@ class Encoder(wiring.Component):
             tail = Cat(check, ~parity, Const(0, checks * bits - CRC_BITS - len(parity)))
             m.d.sync += [self.o.valid.eq(1), self.o.payload.eq(tail.word_select(check_index, bits))]
         with m.If(accept):
-            m.d.sync += [word.eq(data), word_valid.eq(1)]
+            m.d.sync += [word.eq(data), word_valid.eq(1), first.eq(index == words - 1)]
 
         with m.FSM():
             with m.State("DATA"):
@@ -117,11 +117,12 @@ class Encoder(wiring.Component):
                 with m.If(accept):
                     m.d.sync += index.eq(index + 1)
                     with m.If(index == words - 1):
-                        m.d.sync += index.eq(0)
+                        m.d.sync += [index.eq(0), folds.eq(1)]
                         m.next = "FOLD"
             with m.State("FOLD"):
                 m.d.comb += fold.eq(~steps.waits)
                 with m.If(fold):
+                    m.d.sync += folds.eq(0)
                     if config.codewords_per_page > 1:
                         m.d.sync += codeword.eq(codeword + 1)
                     m.next = "CHECK"

@@ -283,7 +283,7 @@ class DieMachine:
     def _declare_plan(self) -> None:
         """The search for runs to read next: `scan` goes through the planes, `mates` are those found."""
         m, config, shapes = self.m, self.config, self.shapes
-        self.planning = Signal()          # `unit` is plane `scan`, not the one at work
+        self.planning = Signal()          # `unit` is plane `scan`, not the one at work: in SKIP... and PLAN
         self.scan, self.scanned = Signal(range(self.part.planes + 2)), Signal(shapes.plane)
         self.best, self.best_gated, self.best_stamp = Signal(), Signal(), Signal(shapes.stamp)
         self.best_page = Signal(config.block_page_bits)
@@ -353,7 +353,8 @@ class DieMachine:
             self.free.eq((self.clocks.free.bit_select(here, 1) | context.dead) & ~held),
             self.overdue.eq(self.clocks.overdue.bit_select(here, 1) & ~held & ~context.dead),
             self.outstanding.eq(
-                (mover.planned & (mover.planned_die == here)) | (mover.moving & (mover.moving_die == here))),
+                (mover.planned & (mover.planned_die == here)) | (mover.moving & (mover.moving_die == here))
+                | (mover.written.valid & (mover.written.payload.die == here))),
             self.parked.eq(self.gated(context.tag)),
             self.waiting.eq(waiting),
             self.has_work.eq(waiting.any()),
