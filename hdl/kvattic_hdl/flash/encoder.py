@@ -72,7 +72,7 @@ class Encoder(wiring.Component):
         check = Signal(CRC_BITS, reset_less=True)
         parity = Signal(code_.parity.degree, reset_less=True)
         late = Signal(bits - CRC_BITS, reset_less=True)     # bits that the parity has not seen yet
-        first = Signal(init=1)                              # the next word is a codeword's first
+        fresh = Signal()                                    # the next step is not a codeword's first
         seed = Signal(CRC_BITS)
         if not self.shares:
             m.submodules.steps = own = CodeSteps(config)
@@ -86,20 +86,19 @@ class Encoder(wiring.Component):
         # The parity is 24 bits behind, so that its last step takes the check value.
         step = Signal(bits)
         folds = Signal()                                    # the check value is next
-        fresh = ~first | folds
         m.d.comb += step.eq(Cat(late & fresh.replicate(len(late)), Mux(folds, check, data[:CRC_BITS])))
         divided = Signal.like(parity)
         m.d.comb += [
             divided.eq(parity & fresh.replicate(len(parity))),
             steps.busy.eq(accept | fold),
             steps.parity.eq(vector_of(m, "parity", divided, step)),
-            steps.check.eq(vector_of(m, "check", Mux(first, seed, check), data)),
+            steps.check.eq(vector_of(m, "check", Mux(fresh, check, seed), data)),
         ]
         with m.If(accept | fold):
             m.d.sync += parity.eq(left_after(code_.parity, divided, bits) ^ steps.parity_product)
         with m.If(accept):
             m.d.sync += [
-                check.eq(left_after(code_.crc, Mux(first, seed, check), bits) ^ steps.check_product),
+                check.eq(left_after(code_.crc, Mux(fresh, check, seed), bits) ^ steps.check_product),
                 late.eq(data[CRC_BITS:]),
             ]
 
@@ -109,7 +108,7 @@ class Encoder(wiring.Component):
             tail = Cat(check, ~parity, Const(0, checks * bits - CRC_BITS - len(parity)))
             m.d.sync += [self.o.valid.eq(1), self.o.payload.eq(tail.word_select(check_index, bits))]
         with m.If(accept):
-            m.d.sync += [word.eq(data), word_valid.eq(1), first.eq(index == words - 1)]
+            m.d.sync += [word.eq(data), word_valid.eq(1), fresh.eq(1)]
 
         with m.FSM():
             with m.State("DATA"):
@@ -122,7 +121,7 @@ class Encoder(wiring.Component):
             with m.State("FOLD"):
                 m.d.comb += fold.eq(~steps.waits)
                 with m.If(fold):
-                    m.d.sync += folds.eq(0)
+                    m.d.sync += [folds.eq(0), fresh.eq(0)]
                     if config.codewords_per_page > 1:
                         m.d.sync += codeword.eq(codeword + 1)
                     m.next = "CHECK"

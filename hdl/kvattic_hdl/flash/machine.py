@@ -312,6 +312,7 @@ class DieMachine:
         self.waiting = Signal(self.part.planes)   # of `die`, when it was visited
         self.waiting_after = Signal()             # the looked-at queue was not empty, when `run` was addressed
         self.goes_on = Signal()                   # the next run is of the same page
+        self.next_codeword = Signal(self.shapes.codeword_index)   # first one of the run that was read
         row_address = Signal(ROW_ADDRESS_BITS)
         m.d.comb += [
             self.unit.eq(self.unit_of(Mux(self.planning, self.scan[: self.shapes.plane.width], work.plane), self.die)),
@@ -326,7 +327,9 @@ class DieMachine:
             self.order.place.eq(self.data_place),
             self.order.loaded_die.eq(self.die),
         ]
-        m.d.sync += self.order.loaded.eq(0)
+        # A cycle late: `work` has not changed since the visit when a codeword is moved.
+        m.d.sync += self.queues.pop.eq(work.codeword == work.last)
+        m.d.sync += [self.order.loaded.eq(0), self.retries.take.eq(0)]
         m.d.sync += self.here.eq(Mux(self.data_turn, self.order.die, self.command_die))
         m.d.sync += self.waiting_after.eq(queues.waiting.bit_select(self.unit, 1))
 

@@ -54,7 +54,7 @@ class Commander(wiring.Component):
         A command waits or is being played.
     cycles : Out(stream of PhyShapes.cycle)
     done : Out(stream of start)
-        The last cycle was taken.
+        The last cycle was taken, a cycle ago.
     """
 
     def __init__(self, config: Config) -> None:
@@ -80,9 +80,8 @@ class Commander(wiring.Component):
             self.jobs.ready.eq(~waits),
             self.cycles.payload.target.eq(current.start.die),
             taken.eq(self.cycles.valid & self.cycles.ready),
-            self.done.payload.eq(current.start),
-            self.done.valid.eq(ended),
         ]
+        m.d.sync += [self.done.payload.eq(current.start), self.done.valid.eq(ended)]
         with m.If(self.jobs.valid & self.jobs.ready):
             m.d.sync += [waiting.eq(self.jobs.payload), waits.eq(1)]
         with m.If(waits & (~self.active | ended)):
