@@ -144,8 +144,8 @@ class WordChecker(wiring.Component):
         m.d.comb += [
             checked.eq(Mux(first, self.seed, check)),
             steps.busy.eq(word_valid),
-            steps.parity.eq(vector_of(m, "parity", remainder, masked)),
-            steps.check.eq(vector_of(m, "check", checked, word)),
+            steps.parity.eq(vector_of(remainder, masked, word_valid)),
+            steps.check.eq(vector_of(checked, word, word_valid)),
             following.eq(left_after(code_.parity, remainder, bits) ^ steps.parity_product),
         ]
         m.d.sync += self.ended.eq(use & last)

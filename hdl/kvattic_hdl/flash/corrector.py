@@ -296,7 +296,8 @@ class Corrector(wiring.Component):
         self.index = Signal(range(t + 1))             # of a coefficient
         self.a, self.b = Signal(element, reset_less=True), Signal(element, reset_less=True)
         self.sum = Signal(element, reset_less=True)
-        self.finding, self.searching = Signal(), Signal()   # in state DISCREPANCY; in state SEARCH
+        # In state IDLE, SYNDROMES, DISCREPANCY, SEARCH.
+        self.idle, self.taking, self.finding, self.searching = Signal(init=1), Signal(), Signal(), Signal()
         self.multiply = Signal()                      # a and b are operands
         self.write = Signal()                         # their product completes a coefficient
         self.write_index = Signal(range(t + 1), reset_less=True)
@@ -341,6 +342,10 @@ class Corrector(wiring.Component):
         m.d.comb += [
             product_.eq(times(m, "multiplier", code(self.config).field, self.a, self.b)),
             syndrome.addr.eq(Mux(self.finding, 2 * self.step - index, self.filled >> 1)),
+            self.i.ready.eq(self.idle),
+            self.syndromes.load.eq(self.idle),
+            self.syndromes.step.eq(self.taking),
+            self.search.load.eq(self.idle),
             self.search.searching.eq(self.searching),
             locator.addr.eq(index),
             before.addr.eq(index - self.shift),
@@ -359,13 +364,13 @@ class Corrector(wiring.Component):
     def _make_syndromes(self, m: Module, memories: _Memories) -> None:
         field, t, filled, syndromes = code(self.config).field, self.config.ecc_t, self.filled, self.syndromes
         with m.State("IDLE"):
-            m.d.comb += [self.i.ready.eq(1), syndromes.load.eq(1), self.search.load.eq(1)]
             m.d.sync += filled.eq(0)
             with m.If(self.i.valid):
+                m.d.sync += [self.idle.eq(0), self.taking.eq(1)]
                 m.next = "SYNDROMES"
         with m.State("SYNDROMES"):
-            m.d.comb += syndromes.step.eq(1)
             with m.If(syndromes.last):
+                m.d.sync += self.taking.eq(0)
                 m.next = "FILL"
         with m.State("FILL"):
             # Syndrome filled + 1: an odd one, or the square of the one of half its number.
@@ -469,4 +474,5 @@ class Corrector(wiring.Component):
         with m.State("DONE"):
             m.d.comb += self.o.valid.eq(1)
             with m.If(self.o.ready):
+                m.d.sync += self.idle.eq(1)
                 m.next = "IDLE"

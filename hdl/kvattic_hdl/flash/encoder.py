@@ -91,8 +91,8 @@ class Encoder(wiring.Component):
         m.d.comb += [
             divided.eq(parity & fresh.replicate(len(parity))),
             steps.busy.eq(accept | fold),
-            steps.parity.eq(vector_of(m, "parity", divided, step)),
-            steps.check.eq(vector_of(m, "check", Mux(fresh, check, seed), data)),
+            steps.parity.eq(vector_of(divided, step, ~steps.waits)),
+            steps.check.eq(vector_of(Mux(fresh, check, seed), data, ~steps.waits)),
         ]
         with m.If(accept | fold):
             m.d.sync += parity.eq(left_after(code_.parity, divided, bits) ^ steps.parity_product)

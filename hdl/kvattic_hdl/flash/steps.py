@@ -4,7 +4,10 @@ It is the larger part of an encoder, and of a decoder's checker.  A bus moves wo
 of a channel share one: the decoder, whose words cannot be held back, goes first.
 """
 
-from amaranth.hdl import Module, Mux, Signal, Value
+from functools import reduce
+from operator import xor
+
+from amaranth.hdl import Module, Signal, Value
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
@@ -17,11 +20,11 @@ def steps_signature(config: Config) -> wiring.Signature:
     """The interface, seen from who divides; all of it within a cycle.
 
     busy : Out(1)
-        A step is made in this cycle.
+        A step may be made in this cycle; the last user need not say.
     waits : In(1)
         Another one makes a step, so none can be made; the products are of its vectors.
     parity, check : Out(beat_bytes * 8)
-        A word plus the first bits of a division's state.
+        A word plus the first bits of a division's state; zeros while it is not busy, or waits.
     parity_product, check_product : In
         What becomes of the vector: add it to what is left of the state.
     """
@@ -41,11 +44,9 @@ def left_after(division: Division, state: Value, bits: int) -> Value:
     return (state >> bits)[: division.degree]
 
 
-def vector_of(m: Module, name: str, state: Value, word: Value) -> Value:
-    """A word plus the first bits of a division's state."""
-    vector = Signal(len(word), name=f"{name}_vector")
-    m.d.comb += vector.eq(word ^ state[: len(word)])
-    return vector
+def vector_of(state: Value, word: Value, valid: Value) -> Value:
+    """A word plus the first bits of a division's state, or zeros."""
+    return (word ^ state[: len(word)]) & valid.replicate(len(word))
 
 
 class CodeSteps(wiring.Component):
@@ -59,7 +60,7 @@ class CodeSteps(wiring.Component):
     Members
     -------
     users : Array of In(steps_signature)
-        The last one is served when no other one is busy.
+        The last one is served when no other one is busy.  As all the others' vectors are zeros, they are added.
     """
 
     def __init__(self, config: Config, users: int = 1) -> None:
@@ -71,13 +72,10 @@ class CodeSteps(wiring.Component):
         m = Module()
         code_ = code(self.config)
         bits = self.config.beat_bytes * 8
-        *before, last = self.users
-        parity: Value = last.parity
-        check: Value = last.check
-        for user in reversed(before):
-            parity, check = Mux(user.busy, user.parity, parity), Mux(user.busy, user.check, check)
         vectors = Signal(bits, name="parity"), Signal(bits, name="check")
-        m.d.comb += [vectors[0].eq(parity), vectors[1].eq(check)]
+        m.d.comb += [
+            vectors[0].eq(reduce(xor, (user.parity for user in self.users))),
+            vectors[1].eq(reduce(xor, (user.check for user in self.users)))]
         products = [product(m, name, vector, division.columns(bits), division.degree) for name, vector, division in (
             ("parity", vectors[0], code_.parity), ("crc", vectors[1], code_.crc))]
         waits: Value | int = 0

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from amaranth.hdl import Assert, Module, ResetInserter, Signal
+from amaranth.hdl import Assert, Module, Mux, ResetInserter, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out, connect, flipped
 from amaranth.sim import Simulator
@@ -59,7 +59,8 @@ class Beside(wiring.Component):
         connect(m, encoder.o, flipped(self.o))
         connect(m, encoder.steps, steps.users[1])
         other = steps.users[0]
-        m.d.comb += [other.busy.eq(self.busy), other.parity.eq(self.vector), other.check.eq(~self.vector)]
+        m.d.comb += [other.busy.eq(self.busy), other.parity.eq(Mux(self.busy, self.vector, 0)),
+                     other.check.eq(Mux(self.busy, ~self.vector, 0))]
         m.d.sync += [Assert(~(encoder.steps.busy & self.busy)), Assert(~other.waits)]
         return m
 
