@@ -118,8 +118,7 @@ class WordChecker(wiring.Component):
         first = Signal(init=1)                                # the next word is a codeword's first
         others = Signal(bits_for(config.raw_codeword_bytes))   # bytes that are not 0xFF
         check = Signal(CRC_BITS, reset_less=True)
-        remainder = Signal(code_.parity.degree, init=origin)
-        ended_remainder = Signal.like(remainder, init=0, reset_less=True)
+        remainder = Signal(code_.parity.degree, reset_less=True)
         m.d.sync += [word.eq(self.words), word_valid.eq(self.words_valid)]
         m.d.comb += [
             use.eq(word_valid & self.buffers.valid),
@@ -129,30 +128,29 @@ class WordChecker(wiring.Component):
             self.word.eq(word),
             self.store.eq(use & (index < beats)),
             self.address.eq(Cat(index[: ceil_log2(beats)], self.buffers.payload)),
-            self.remainder.eq(ended_remainder),
+            self.remainder.eq(remainder),
             self.check.eq(check),
-            self.clean.eq(~(ended_remainder.any() | check.any())),
+            self.clean.eq(~(remainder.any() | check.any())),
             self.erased.eq(others <= config.ecc_t),
         ]
-        following = Signal(code_.parity.degree)
         masked = Mux(last, word & ((1 << bits - padding) - 1), word) if padding else word
         other = Cat(~word.word_select(i, 8).all() for i in range(config.beat_bytes))
         if not self.shares:
             m.submodules.steps = own = CodeSteps(config)
         steps = self.steps if self.shares else own.users[0]
-        checked = Signal(CRC_BITS)
+        divided, checked = Signal.like(remainder), Signal(CRC_BITS)
         m.d.comb += [
+            divided.eq(Mux(first, origin, remainder)),
             checked.eq(Mux(first, self.seed, check)),
             steps.busy.eq(word_valid),
-            steps.parity.eq(vector_of(remainder, masked, word_valid)),
+            steps.parity.eq(vector_of(divided, masked, word_valid)),
             steps.check.eq(vector_of(checked, word, word_valid)),
-            following.eq(left_after(code_.parity, remainder, bits) ^ steps.parity_product),
         ]
         m.d.sync += self.ended.eq(use & last)
         with m.If(use):
             m.d.sync += [
                 index.eq(index + 1),
-                remainder.eq(following),
+                remainder.eq(left_after(code_.parity, divided, bits) ^ steps.parity_product),
                 others.eq(Mux(first, 0, others) + ones(other)),
                 first.eq(last),
             ]
@@ -161,8 +159,7 @@ class WordChecker(wiring.Component):
             with m.If(index == data_words):
                 m.d.sync += check.eq(check ^ word[:CRC_BITS])
             with m.If(last):
-                m.d.sync += [index.eq(0), remainder.eq(origin), ended_remainder.eq(following),
-                             self.ended_buffer.eq(self.buffers.payload)]
+                m.d.sync += [index.eq(0), self.ended_buffer.eq(self.buffers.payload)]
         return m
 
 

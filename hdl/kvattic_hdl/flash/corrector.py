@@ -296,8 +296,9 @@ class Corrector(wiring.Component):
         self.index = Signal(range(t + 1))             # of a coefficient
         self.a, self.b = Signal(element, reset_less=True), Signal(element, reset_less=True)
         self.sum = Signal(element, reset_less=True)
-        # In state IDLE, SYNDROMES, DISCREPANCY, SEARCH.
-        self.idle, self.taking, self.finding, self.searching = Signal(init=1), Signal(), Signal(), Signal()
+        # In state IDLE, SYNDROMES, FILL, DISCREPANCY, SEARCH.
+        self.idle, self.taking, self.filling = Signal(init=1), Signal(), Signal()
+        self.finding, self.searching = Signal(), Signal()
         self.multiply = Signal()                      # a and b are operands
         self.write = Signal()                         # their product completes a coefficient
         self.write_index = Signal(range(t + 1), reset_less=True)
@@ -345,6 +346,7 @@ class Corrector(wiring.Component):
             self.i.ready.eq(self.idle),
             self.syndromes.load.eq(self.idle),
             self.syndromes.step.eq(self.taking),
+            self.syndromes.shift.eq(self.filling & ~self.filled[0]),
             self.search.load.eq(self.idle),
             self.search.searching.eq(self.searching),
             locator.addr.eq(index),
@@ -370,7 +372,7 @@ class Corrector(wiring.Component):
                 m.next = "SYNDROMES"
         with m.State("SYNDROMES"):
             with m.If(syndromes.last):
-                m.d.sync += self.taking.eq(0)
+                m.d.sync += [self.taking.eq(0), self.filling.eq(1)]
                 m.next = "FILL"
         with m.State("FILL"):
             # Syndrome filled + 1: an odd one, or the square of the one of half its number.
@@ -378,7 +380,6 @@ class Corrector(wiring.Component):
                 memories.syndrome_write.en.eq(1),
                 memories.syndrome_write.data.eq(
                     Mux(filled[0], squared(m, "square", field, memories.syndrome.data), syndromes.odd)),
-                syndromes.shift.eq(~filled[0]),
                 memories.locator_write.addr.eq(0),
                 memories.locator_write.data.eq(1),
                 memories.locator_write.en.eq(1),
@@ -390,7 +391,7 @@ class Corrector(wiring.Component):
                 filled.eq(filled + 1), self.length.eq(0), self.step.eq(0), self.shift.eq(1), self.scale.eq(1),
                 self.index.eq(0), self.sum.eq(0)]
             with m.If(filled == 2 * t - 1):
-                m.d.sync += self.finding.eq(1)
+                m.d.sync += [self.filling.eq(0), self.finding.eq(1)]
                 m.next = "DISCREPANCY"
 
     def _find_discrepancy(self, m: Module, memories: _Memories) -> None:

@@ -277,16 +277,17 @@ class Decoder(wiring.Component):
             shape=CorrectorShapes(self.config).problem, depth=self.buffers, init=[])
         write, read = problems.write_port(), problems.read_port(domain="comb")
         at_corrector = Signal()
+        there = Signal()          # `problem_buffer` is the first one that waits
+        m.d.sync += [self.problem_buffer.eq(pending.r_data), there.eq(pending.r_rdy & ~pending.r_en)]
         refused = take & (self.header.payload.cause != 0)
         m.d.comb += [
             write.addr.eq(checker.ended_buffer),
             write.data.remainder.eq(checker.remainder),
             write.data.check.eq(checker.check),
             write.en.eq(checker.ended),
-            self.problem_buffer.eq(pending.r_data),
             read.addr.eq(self.problem_buffer),
             corrector.i.payload.eq(read.data),
-            corrector.i.valid.eq(pending.r_rdy & ~at_corrector),
+            corrector.i.valid.eq(there & ~at_corrector),
             self.again.eq(~corrector.o.payload.good & (problem_name.data.level < self.config.part.retry_levels)),
             corrector.o.ready.eq(Mux(
                 self.again, ~self.retry.valid & ~self.unreadable, ~checker.ended & ~refused)),
