@@ -23,6 +23,7 @@ ARGUMENTS: dict[str, Any] = {
     "numerator_bits": TINY.accumulator_bits,
     "denominator_bits": TINY.denominator_bits,
     "shape": 8,
+    "width": 8,
     "tag": 4,
     "blocks": 4,
     "fraction_bits": 10,

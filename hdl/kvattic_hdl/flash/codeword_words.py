@@ -61,8 +61,6 @@ class WordChecker(wiring.Component):
 
     Members
     -------
-    steps : Out(steps_signature)
-        As of `Decoder`.
     words : In(beat_bytes * 8), words_valid : In(1)
         As of `Decoder`.
     buffers : In(stream of buffer)

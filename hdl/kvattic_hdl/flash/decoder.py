@@ -87,12 +87,11 @@ class Decoder(wiring.Component):
     positions : int
         Bits of a codeword that the corrector searches in one cycle: 1, 2, 4 or 8.
     shares : bool
-        `steps` are made outside, for others, too; otherwise there is no such member.
+        There is a member steps, Out(steps_signature), through which they are made outside, for others, too; they
+        cannot wait.
 
     Members
     -------
-    steps : Out(steps_signature)
-        Of each word that comes; they cannot wait.
     header : In(stream.Signature(shapes.header))
         Announces a codeword, before its first word or with it; taken while a buffer is free.
     words : In(beat_bytes * 8)

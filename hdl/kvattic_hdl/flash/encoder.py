@@ -26,12 +26,11 @@ class Encoder(wiring.Component):
     config : Config
         The configuration.
     shares : bool
-        `steps` are made outside, for others, too; otherwise there is no such member.
+        There is a member steps, Out(steps_signature), through which they are made outside, for others, too; while it
+        waits for them, no word is taken.
 
     Members
     -------
-    steps : Out(steps_signature)
-        While it waits for them, no word is taken.
     i : In(stream.Signature(shapes.page_word))
         Words of whole pages, codeword by codeword; `page` is read with the first word of each codeword.
     o : Out(stream.Signature(unsigned(beat_bytes * 8)))
