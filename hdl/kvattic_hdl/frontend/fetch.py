@@ -36,7 +36,7 @@ LINE_ENTRIES = LINE_BYTES // TABLE_ENTRY.size
 
 def all_stripes(config: Config) -> int:
     """Stripes of a job, at most."""
-    return config.channels * (config.ring_codewords // config.codewords_per_page)
+    return config.lanes * (config.ring_codewords // config.codewords_per_page)
 
 
 def row_lines(config: Config) -> int:

@@ -36,7 +36,7 @@ def back_end_ports(config: Config) -> dict[str, wiring.Member]:
     shapes = Shapes(config)
     slots = config.jobs_in_flight
     return {
-        "channel": In(shapes.channel),
+        "lane": In(shapes.lane),
         "codewords": In(stream.Signature(shapes.beat)),
         "requests": Out(stream.Signature(shapes.request)),
         "load_valid": In(1),
@@ -95,7 +95,7 @@ class TokenBackEnd(wiring.Component):
 
     Members
     -------
-    channel, codewords, requests, load_valid, load, start_valid, start, live, value_open, failed : as `Lane`'s
+    lane, codewords, requests, load_valid, load, start_valid, start, live, value_open, failed : as `Lane`'s
     keys_done, values_done, first_done, first_slot, first_row, first_maximum : as `Lane`'s
     sweep_valid, sweep, sweep_done, reference_write, reference_row, reference, sum_row, sum : as `Lane`'s
     bin, count, unmarked, select_valid, select_slot : as `Lane`'s
@@ -165,7 +165,7 @@ class TokenBackEnd(wiring.Component):
             jobs.start.eq(self.start),
             jobs.stripes.eq(lists.stripes),
             jobs.tail.eq(lists.tail),
-            lists.channel.eq(self.channel),
+            lists.lane.eq(self.lane),
         ]
         if self.config.sparse:
             loaded.append(self.chosen)

@@ -1,4 +1,4 @@
-"""A lane: one flash channel's datapath, from its codewords to its share of each job's scores and sums."""
+"""A lane: the datapath of one or several flash channels, from codewords to a share of each job's scores and sums."""
 
 from amaranth.hdl import Module
 from amaranth.lib import stream, wiring
@@ -11,7 +11,7 @@ from kvattic_hdl.lib.shapes import Shapes
 
 
 class Lane(wiring.Component):
-    """Walks each job's pages on its channel, scores K codewords and sums V codewords as they come.
+    """Walks each job's pages on its channels, scores K codewords and sums V codewords as they come.
 
     Takes one beat each cycle, in any order of codewords, of any job in flight.  A V codeword is welcome only while its
     slot's `value_open` is set.  Nothing that a lane computes depends on the order.  What holds a beat back is told by
@@ -29,7 +29,7 @@ class Lane(wiring.Component):
 
     Members
     -------
-    channel : In(channel)
+    lane : In(lane)
         The lane's number, constant.
     codewords : In(stream of beat)
     requests : Out(stream of request)

@@ -48,9 +48,9 @@ class Control(wiring.Component):
         The host's access.
     irq : Out(1)
         A queue of INTERRUPT_MASK wants an interrupt.
-    events : In(ArrayLayout(Shapes.events, channels))
+    events : In(ArrayLayout(Shapes.events, lanes))
         What each lane did in this cycle.
-    bad_tags : In(ArrayLayout(unsigned(24), channels))
+    bad_tags : In(ArrayLayout(unsigned(24), lanes))
         The tag that a lane's `events.bad_tag` is about, in the same cycle.
     flash_events : In(ArrayLayout(Shapes.flash_events, channels))
         What each flash channel did in this cycle.
@@ -137,8 +137,8 @@ class Control(wiring.Component):
             {
                 "bus": In(axi_lite(ADDRESS_BITS)),
                 "irq": Out(1),
-                "events": In(data.ArrayLayout(shapes.events, config.channels)),
-                "bad_tags": In(data.ArrayLayout(TAG_BITS, config.channels)),
+                "events": In(data.ArrayLayout(shapes.events, config.lanes)),
+                "bad_tags": In(data.ArrayLayout(TAG_BITS, config.lanes)),
                 "flash_events": In(data.ArrayLayout(shapes.flash_events, config.channels)),
                 "media_errors": In(data.ArrayLayout(shapes.media_error, config.channels)),
                 "lanes_ready": In(1),
@@ -230,7 +230,7 @@ class Control(wiring.Component):
 
     def _status(self, m: Module, bank: RegisterBank) -> list[Signal]:
         """STATUS, and what its bits are about; the registers that a reset clears."""
-        channels = range(self._config.channels)
+        lanes, channels = range(self._config.lanes), range(self._config.channels)
         refused, bad_tag, bus_error, stale, media_bad = flags = [
             Signal(name=name) for name in ("refused_seen", "bad_tag", "bus_error_seen", "stale", "media_bad")]
         bits = (StatusBit.INVALID_DOORBELL, StatusBit.BAD_TAG, StatusBit.BUS_ERROR, StatusBit.STALE_CODEWORD,
@@ -246,10 +246,10 @@ class Control(wiring.Component):
                 m.d.sync += doorbell_error.eq(self.refused_doorbell)
         with m.If(self.bus_error):
             m.d.sync += bus_error.eq(1)
-        with m.If(Cat(self.events[i].stale for i in channels).any()):
+        with m.If(Cat(self.events[i].stale for i in lanes).any()):
             m.d.sync += stale.eq(1)
         tag_error, tag_seen = self._first_error(
-            m, "tag", bad_tag, [(self.events[i].bad_tag, self.bad_tags[i]) for i in channels], TAG_BITS)
+            m, "tag", bad_tag, [(self.events[i].bad_tag, self.bad_tags[i]) for i in lanes], TAG_BITS)
         media = Shapes(self._config).media_error
         media_error, media_seen = self._first_error(
             m, "media", media_bad, [(self.flash_events[i].unreadable, self.media_errors[i]) for i in channels],

@@ -47,9 +47,9 @@ class JobStamps(wiring.Component):
         Strobe: the command in hand is the job of this slot.
     started, started_slot : In(1), In(slot)
         Strobe: its beats may come from now on.  A job that the lanes never see is not started.
-    beats : In(channels)
+    beats : In(lanes)
         Lanes that take a beat.
-    beat_slots : In(ArrayLayout(slot, channels))
+    beat_slots : In(ArrayLayout(slot, lanes))
         Whose beat it was, one cycle later.
     slot : In(slot)
         Slot of a job that was started and is done, or of one that is not started.
@@ -80,8 +80,8 @@ class JobStamps(wiring.Component):
             "used_slot": In(slot),
             "started": In(1),
             "started_slot": In(slot),
-            "beats": In(config.channels),
-            "beat_slots": In(data.ArrayLayout(slot, config.channels)),
+            "beats": In(config.lanes),
+            "beat_slots": In(data.ArrayLayout(slot, config.lanes)),
             "slot": In(slot),
             "stamps": Out(STAMPS),
         })
@@ -123,9 +123,9 @@ class JobStamps(wiring.Component):
     def _hits(self, m: Module) -> Signal:
         """Slots of which a lane took a beat `DELAY` cycles ago."""
         taken = _delayed(m, self.beats, 1, "taken")
-        of_lane = [Mux(taken[lane], 1 << self.beat_slots[lane], 0) for lane in range(self._config.channels)]
+        of_lane = [Mux(taken[lane], 1 << self.beat_slots[lane], 0) for lane in range(self._config.lanes)]
         hit = Signal(self._config.jobs_in_flight)
-        lanes_hit = [Signal.like(hit, name=f"lane_{lane}_hit") for lane in range(self._config.channels)]
+        lanes_hit = [Signal.like(hit, name=f"lane_{lane}_hit") for lane in range(self._config.lanes)]
         m.d.sync += [lane_hit.eq(hits) for lane_hit, hits in zip(lanes_hit, of_lane, strict=True)]
         m.d.sync += hit.eq(Cat(
             Cat(lane_hit[slot] for lane_hit in lanes_hit).any() for slot in range(len(hit))))

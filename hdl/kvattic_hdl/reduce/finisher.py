@@ -37,7 +37,7 @@ class Finisher(wiring.Component):
     Latency: from `values_done` to a job's first line about as long as the throughput's interval.
     Throughput: a job each ``rows * head_dim`` cycles (rows of the job; as many times more as there
     are copies of the accumulators) and about 40 (55 with `config.sparse`) and the longer of
-    gathering (``rows * (channels + 5)``) and the first word's way through the lanes, unless writing
+    gathering (``rows * (lanes + 5)``) and the first word's way through the lanes, unless writing
     takes longer.
     Ordering: completions of jobs in the order of `jobs`; those of other commands in the order of
     `outcomes`, between them, when no result is being written, each behind its block if it has one.
@@ -64,7 +64,7 @@ class Finisher(wiring.Component):
         Flash and admin commands that have ended.
     block_index, block_data : Out(8), In(64)
         Words of the block of the outcome taken last, one cycle after their index.
-    values_done : In(ArrayLayout(unsigned(jobs_in_flight), channels))
+    values_done : In(ArrayLayout(unsigned(jobs_in_flight), lanes))
         From each lane: the slot's V codewords are accounted for.
     failed : In(jobs_in_flight)
         The slot's job is abandoned; read in the cycle of `freed`.
@@ -78,7 +78,7 @@ class Finisher(wiring.Component):
         Slot that is waited for.
     denominator_slot, denominator_row : Out(shapes.slot), Out(shapes.row)
         Address of the denominators, for all lanes.
-    denominators : In(ArrayLayout(shapes.denominator, channels))
+    denominators : In(ArrayLayout(shapes.denominator, lanes))
         Denominator of each lane, two cycles after its address.
     final_slot, final_row : Out(shapes.slot), Out(shapes.row)
         Address of the maximum over all lanes (the same as the denominators').
@@ -92,7 +92,7 @@ class Finisher(wiring.Component):
         before the job's lanes can be done.
     report_slot : Out(shapes.slot)
         Slot of the reports.
-    reports : In(ArrayLayout(shapes.report, channels))
+    reports : In(ArrayLayout(shapes.report, lanes))
         Report of each lane, two cycles after `report_slot`.
     chain_head : Out(stream.Signature(shapes.partial))
         To the first lane: one word for each of the slot's accumulator words, data zero, copies of a
@@ -132,7 +132,7 @@ class Finisher(wiring.Component):
                 "jobs": In(stream.Signature(shapes.job)),
                 "outcomes": In(stream.Signature(shapes.ended)),
                 "values_done": In(
-                    data.ArrayLayout(unsigned(config.jobs_in_flight), config.channels)
+                    data.ArrayLayout(unsigned(config.jobs_in_flight), config.lanes)
                 ),
                 "failed": In(config.jobs_in_flight),
                 "failed_where": In(32),
@@ -141,7 +141,7 @@ class Finisher(wiring.Component):
                 "waiting_slot": Out(shapes.slot),
                 "denominator_slot": Out(shapes.slot),
                 "denominator_row": Out(shapes.row),
-                "denominators": In(data.ArrayLayout(shapes.denominator, config.channels)),
+                "denominators": In(data.ArrayLayout(shapes.denominator, config.lanes)),
                 "final_slot": Out(shapes.slot),
                 "final_row": Out(shapes.row),
                 "final": In(shapes.score),
@@ -149,7 +149,7 @@ class Finisher(wiring.Component):
                 "mean_valid": In(1),
                 "mean": In(shapes.mean),
                 "report_slot": Out(shapes.slot),
-                "reports": In(data.ArrayLayout(shapes.report, config.channels)),
+                "reports": In(data.ArrayLayout(shapes.report, config.lanes)),
                 "chain_head": Out(stream.Signature(shapes.partial)),
                 "chain_tail": In(stream.Signature(shapes.partial)),
                 "freed": Out(1),
@@ -263,7 +263,7 @@ class Finisher(wiring.Component):
         """Slots that all lanes are done with."""
         # A register is fast enough: a slot's bits are low long before its job comes here.
         all_done = Signal(self._config.jobs_in_flight)
-        m.d.sync += all_done.eq(reduce(and_, (self.values_done[lane] for lane in range(self._config.channels))))
+        m.d.sync += all_done.eq(reduce(and_, (self.values_done[lane] for lane in range(self._config.lanes))))
         return all_done
 
     def _blend(self, m: Module, blended: Value, gather: Gather, drain: Drain, write_back: WriteBack) -> Signal:

@@ -29,7 +29,7 @@ def trailer_layout(config: Config) -> data.StructLayout:
 class Gather(wiring.Component):
     """Sums a job's denominators over the lanes, combines their reports and keeps each row's trailer.
 
-    Latency: ``rows * (channels + 5)`` cycles from `begin` to `done`, and the `Normaliser`'s cycles where they are more.
+    Latency: ``rows * (lanes + 5)`` cycles from `begin` to `done`, and the `Normaliser`'s cycles where they are more.
     Throughput: one job at a time.  Ordering: rows ascend.  Reset: nothing is gathered.
 
     Parameters
@@ -47,11 +47,11 @@ class Gather(wiring.Component):
         Half of the trailers that the job's are kept in.
     row : Out(Shapes.row)
         Row whose `denominators` and `final` are read; they come two cycles later, as do `reports`.
-    denominators : In(ArrayLayout(Shapes.denominator, channels))
+    denominators : In(ArrayLayout(Shapes.denominator, lanes))
         Denominator of each lane.
     final : In(Shapes.score)
         Maximum over all lanes.
-    reports : In(ArrayLayout(Shapes.report, channels))
+    reports : In(ArrayLayout(Shapes.report, lanes))
         Report of each lane.
     kept : Out(1)
         High while what belongs to `row` is being kept.
@@ -89,9 +89,9 @@ class Gather(wiring.Component):
             "job": In(shapes.job),
             "half": In(1),
             "row": Out(shapes.row),
-            "denominators": In(data.ArrayLayout(shapes.denominator, config.channels)),
+            "denominators": In(data.ArrayLayout(shapes.denominator, config.lanes)),
             "final": In(shapes.score),
-            "reports": In(data.ArrayLayout(shapes.report, config.channels)),
+            "reports": In(data.ArrayLayout(shapes.report, config.lanes)),
             "kept": Out(1),
             "done": Out(1),
             "report": Out(shapes.report),
@@ -103,7 +103,7 @@ class Gather(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        lane = Signal(self._shapes.channel)
+        lane = Signal(self._shapes.lane)
         choosing = Signal()
         total, report = self._combine(m, lane, choosing)
         taken = self._keep(m, total)
@@ -121,7 +121,7 @@ class Gather(wiring.Component):
             with m.State("CHOOSE"):
                 m.d.comb += choosing.eq(1)
                 m.d.sync += lane.eq(lane + 1)
-                with m.If(lane == self._config.channels - 1):
+                with m.If(lane == self._config.lanes - 1):
                     m.next = "ADD"
             with m.State("ADD"):
                 m.next = "KEEP"

@@ -54,10 +54,10 @@ class DramReader(wiring.Component):
     def __init__(self, config: Config) -> None:
         self._config = config
         self._shapes = shapes = Shapes(config)
-        channels = config.channels
+        channels, lanes = config.channels, config.lanes
         super().__init__({
-            "tails": In(stream.Signature(shapes.request)).array(channels),
-            "codewords": Out(stream.Signature(shapes.beat)).array(channels),
+            "tails": In(stream.Signature(shapes.request)).array(lanes),
+            "codewords": Out(stream.Signature(shapes.beat)).array(lanes),
             "value_open": In(config.jobs_in_flight),
             "epoch": In(data.ArrayLayout(EPOCH_BITS, config.jobs_in_flight)),
             "fetches": In(stream.Signature(fetch_layout())).array(channels),
@@ -71,9 +71,10 @@ class DramReader(wiring.Component):
         config, shapes = self._config, self._shapes
         m.submodules.tails = tails = TailReader(config)
         m.submodules.pages = pages = PageReader(config)
+        for lane in range(config.lanes):
+            connect(m, flipped(self.tails[lane]), tails.tails[lane])
+            connect(m, tails.codewords[lane], flipped(self.codewords[lane]))
         for channel in range(config.channels):
-            connect(m, flipped(self.tails[channel]), tails.tails[channel])
-            connect(m, tails.codewords[channel], flipped(self.codewords[channel]))
             connect(m, flipped(self.fetches[channel]), pages.fetches[channel])
             connect(m, pages.page_words[channel], flipped(self.page_words[channel]))
         m.d.comb += [
@@ -81,9 +82,9 @@ class DramReader(wiring.Component):
             tails.epoch.eq(self.epoch),
             self.failed.eq(pages.failed),
         ]
-        # What is asked for, in the order of the answers.
+        # What is asked for, in the order of the answers; `to`: the channel of a page, the lane of a tail.
         asked_layout = data.StructLayout({
-            "program": 1, "channel": shapes.channel, "tag": shapes.tag, "page": PAGE_BITS})
+            "program": 1, "to": shapes.channel, "tag": shapes.tag, "page": PAGE_BITS})
         m.submodules.asked = asked = SyncFIFO(width=asked_layout.size, depth=OUTSTANDING)
         self._ask(m, tails, pages, asked, data.View(asked_layout, asked.w_data))
         self._answer(m, tails, pages, asked, data.View(asked_layout, asked.r_data))
@@ -102,7 +103,7 @@ class DramReader(wiring.Component):
             pages.take.eq(free & ~tails.wanted & pages.wanted),
             asked.w_en.eq(tails.take | pages.take),
             ask.program.eq(pages.take),
-            ask.channel.eq(Mux(pages.take, pages.channel, tails.channel)),
+            ask.to.eq(Mux(pages.take, pages.channel, tails.lane)),
             ask.tag.eq(tails.request.tag),
             ask.page.eq(pages.page.page),
             wanted_page.eq(Mux(pages.take, pages.page.dram_page, tails.request.page)),
@@ -130,10 +131,10 @@ class DramReader(wiring.Component):
             asked.r_en.eq(axi.rvalid & axi.rlast),
             tails.arrived.eq(axi.rvalid & ~answer.program),
             tails.last.eq(axi.rlast),
-            tails.to.channel.eq(answer.channel),
+            tails.to.lane.eq(answer.to),
             tails.to.tag.eq(answer.tag),
             pages.arrived.eq(axi.rvalid & answer.program),
-            pages.to.eq(answer.channel),
+            pages.to.eq(answer.to),
             pages.to_page.eq(answer.page),
         ]
         for reader in (tails, pages):

@@ -105,14 +105,14 @@ class PageReader(wiring.Component):
     def _give(self, m: Module, channel: int) -> Value:
         """Words of a channel's pages; strobe: a codeword is given."""
         config, words = self._config, self.page_words[channel]
-        beat_words = config.dram_beat_bytes // config.beat_bytes
-        codeword_beats = config.codeword_bytes // config.beat_bytes
+        dram_words = config.dram_beat_bytes // config.word_bytes
+        codeword_words = config.codeword_bytes // config.word_bytes
         burst = config.codeword_bytes // config.dram_beat_bytes
         data_bits = len(self.data)
         m.submodules[f"store_{channel}"] = store = SyncFIFO(
             width=data_bits + PAGE_BITS, depth=PAGE_CODEWORDS * burst)
         given = Signal(name=f"given_{channel}")
-        out = Signal(range(codeword_beats), name=f"out_{channel}")
+        out = Signal(range(codeword_words), name=f"out_{channel}")
         here = self.arrived & (self.to == channel)
         m.d.comb += [
             store.w_en.eq(here),
@@ -120,11 +120,11 @@ class PageReader(wiring.Component):
             self.failed[channel].eq(here & self.bad),
             words.valid.eq(store.r_rdy),
             words.payload.data.eq(
-                store.r_data.word_select(out[: ceil_log2(beat_words)], config.beat_bytes * 8)
-                if beat_words > 1 else store.r_data[:data_bits]),
+                store.r_data.word_select(out[: ceil_log2(dram_words)], config.word_bytes * 8)
+                if dram_words > 1 else store.r_data[:data_bits]),
             words.payload.page.eq(store.r_data[data_bits:]),
-            store.r_en.eq(words.valid & words.ready & (out % beat_words == beat_words - 1)),
-            given.eq(words.valid & words.ready & (out == codeword_beats - 1)),
+            store.r_en.eq(words.valid & words.ready & (out % dram_words == dram_words - 1)),
+            given.eq(words.valid & words.ready & (out == codeword_words - 1)),
         ]
         with m.If(words.valid & words.ready):
             m.d.sync += out.eq(Mux(given, 0, out + 1))

@@ -32,13 +32,13 @@ class TailReader(wiring.Component):
         Codewords that each lane wants of DRAM.
     value_open, epoch : In
         As of the engine.
-    wanted, request, channel : Out(1), Out(request), Out(channel)
+    wanted, request, lane : Out(1), Out(request), Out(lane)
         A request that is welcome and has room, and the lane that it is of.
     take : In(1)
         Strobe: it is read.
     arrived, data, last, bad : In
         Strobe: a word of a codeword; the last one; it was answered with an error.
-    to : In(channel, tag)
+    to : In(lane, tag)
         Whose the codeword is.
     codewords : Array of Out(stream of beat)
         The codewords, for each lane; `error` where the memory answered with one.
@@ -48,19 +48,19 @@ class TailReader(wiring.Component):
         self._config = config
         self._shapes = shapes = Shapes(config)
         super().__init__({
-            "tails": In(stream.Signature(shapes.request)).array(config.channels),
+            "tails": In(stream.Signature(shapes.request)).array(config.lanes),
             "value_open": In(config.jobs_in_flight),
             "epoch": In(data.ArrayLayout(EPOCH_BITS, config.jobs_in_flight)),
             "wanted": Out(1),
             "request": Out(shapes.request),
-            "channel": Out(shapes.channel),
+            "lane": Out(shapes.lane),
             "take": In(1),
             "arrived": In(1),
             "data": In(config.dram_beat_bytes * 8),
             "last": In(1),
             "bad": In(1),
-            "to": In(data.StructLayout({"channel": shapes.channel, "tag": shapes.tag})),
-            "codewords": Out(stream.Signature(shapes.beat)).array(config.channels),
+            "to": In(data.StructLayout({"lane": shapes.lane, "tag": shapes.tag})),
+            "codewords": Out(stream.Signature(shapes.beat)).array(config.lanes),
         })
 
     def elaborate(self, platform: object) -> Module:
@@ -72,30 +72,30 @@ class TailReader(wiring.Component):
         return m
 
     def _offer(self, m: Module, room: Value) -> None:
-        """A lane's requests wait here until they are welcome; one channel is looked at in each cycle."""
+        """A lane's requests wait here until they are welcome; one lane is looked at in each cycle."""
         config, shapes, request = self._config, self._shapes, self.request
         heads, valids = [], []
-        for channel, tail in enumerate(self.tails):
+        for lane, tail in enumerate(self.tails):
             queue = SyncFIFOBuffered(width=shapes.request.size, depth=2 * config.codewords_per_page)
-            m.submodules[f"tail_{channel}"] = queue
+            m.submodules[f"tail_{lane}"] = queue
             m.d.comb += [
                 queue.w_data.eq(tail.payload),
                 queue.w_en.eq(tail.valid),
                 tail.ready.eq(queue.w_rdy),
-                queue.r_en.eq(self.take & (self.channel == channel)),
+                queue.r_en.eq(self.take & (self.lane == lane)),
             ]
             heads.append(queue.r_data)
             valids.append(queue.r_rdy)
         slot = request.tag.slot
         m.d.comb += [
-            request.eq(Array(heads)[self.channel]),
-            self.wanted.eq(Array(valids)[self.channel] & room & (
+            request.eq(Array(heads)[self.lane]),
+            self.wanted.eq(Array(valids)[self.lane] & room & (
                 (request.tag.kind != Kind.VALUE) | self.value_open.bit_select(slot, 1)
                 | (request.tag.epoch != self.epoch.as_value().word_select(slot, EPOCH_BITS)))),
         ]
-        # On to the next channel where there is nothing to do, or after a codeword.
+        # On to the next lane where there is nothing to do, or after a codeword.
         with m.If(~self.wanted | self.take):
-            m.d.sync += self.channel.eq(Mux(self.channel == config.channels - 1, 0, self.channel + 1))
+            m.d.sync += self.lane.eq(Mux(self.lane == config.lanes - 1, 0, self.lane + 1))
 
     def _give(self, m: Module) -> Value:
         """Codewords, in order, one beat of the lane at a time; strobe: one is given."""
@@ -103,7 +103,7 @@ class TailReader(wiring.Component):
         beat_words = config.dram_beat_bytes // config.beat_bytes
         codeword_beats = config.codeword_bytes // config.beat_bytes
         burst = config.codeword_bytes // config.dram_beat_bytes
-        sent_layout = data.StructLayout({"channel": shapes.channel, "tag": shapes.tag, "error": 1})
+        sent_layout = data.StructLayout({"lane": shapes.lane, "tag": shapes.tag, "error": 1})
         m.submodules.tail_store = store = SyncFIFO(width=len(self.data), depth=TAIL_CODEWORDS * burst)
         m.submodules.sent = sent = SyncFIFO(width=sent_layout.size, depth=TAIL_CODEWORDS)
         to = data.View(sent_layout, sent.r_data)
@@ -126,12 +126,12 @@ class TailReader(wiring.Component):
             offered.eq(sent.r_rdy & ~flush),
             store.r_en.eq((accepted | flush) & (count % beat_words == beat_words - 1)),
             sent.r_en.eq((accepted | flush) & (count == codeword_beats - 1)),
-            accepted.eq(offered & Array(codewords.ready for codewords in self.codewords)[to.channel]),
+            accepted.eq(offered & Array(codewords.ready for codewords in self.codewords)[to.lane]),
         ]
         with m.If(self.arrived):
             m.d.sync += wrong.eq((wrong | self.bad) & ~self.last)
         with m.If(accepted | flush):
             m.d.sync += count.eq(Mux(sent.r_en, 0, count + 1))
-        for channel, codewords in enumerate(self.codewords):
-            m.d.comb += [codewords.payload.eq(beat), codewords.valid.eq(offered & (to.channel == channel))]
+        for lane, codewords in enumerate(self.codewords):
+            m.d.comb += [codewords.payload.eq(beat), codewords.valid.eq(offered & (to.lane == lane))]
         return sent.r_en

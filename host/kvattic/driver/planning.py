@@ -467,7 +467,7 @@ class Planner:
         """Tokens that a job can have: the score buffers of all lanes together hold that many."""
         config = self._config
         places = config.ring_codewords // (self._shape.pages * config.codewords_per_page)
-        return min(config.channels * places, MAX_STRIPES) * self._shape.stripe_tokens
+        return min(config.lanes * places, MAX_STRIPES) * self._shape.stripe_tokens
 
     def _range(self, masks: Masks, length: int) -> tuple[int, int]:
         """Tokens from the first stripe on to the last one that any row attends; all `length` if there is none."""

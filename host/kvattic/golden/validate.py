@@ -18,7 +18,7 @@ from kvattic.spec.commands import (
 )
 from kvattic.spec.config import Config
 
-__all__ = ["check_command", "check_mean", "check_table", "is_valid_dense", "stripes_per_channel", "unit_tokens"]
+__all__ = ["check_command", "check_mean", "check_table", "is_valid_dense", "stripes_per_lane", "unit_tokens"]
 
 _UNUSED: dict[Mode, tuple[str, ...]] = {
     Mode.DENSE: ("features", "top_units", "local_tokens", "sinks", "unit_bits"),
@@ -78,12 +78,12 @@ def _check_length(command: AttendCommand, config: Config) -> None:
     tokens, stripes = command.end_token - command.base_token, command.stripes
     stripe = command.stripe_pages * config.tokens_per_page
     fitting = (stripes - 1) * stripe < tokens <= stripes * stripe
-    if tokens <= 0 or not fitting or stripes > config.channels * stripes_per_channel(command, config):
+    if tokens <= 0 or not fitting or stripes > config.lanes * stripes_per_lane(command, config):
         raise RejectedError(Status.INVALID_LENGTH)
 
 
-def stripes_per_channel(command: AttendCommand, config: Config) -> int:
-    """Stripes whose scores a channel's score buffer holds."""
+def stripes_per_lane(command: AttendCommand, config: Config) -> int:
+    """Stripes whose scores a lane's score buffer holds."""
     return config.ring_codewords // (command.stripe_pages * config.codewords_per_page)
 
 
@@ -112,7 +112,7 @@ def _check_addresses(command: AttendCommand, queue: Queue, config: Config) -> No
 def check_table(command: AttendCommand, table: Table, config: Config, owners: Owners, region_bits: int) -> None:
     """Refuse a table with an entry that is malformed, then not the domain's, then without what the first pass reads.
 
-    Malformed is an entry that names no channel or codeword, has a reserved bit set, or is one more than its channel's
+    Malformed is an entry that names no channel or codeword, has a reserved bit set, or is one more than its lane's
     score buffer holds.
 
     Raises:
@@ -120,9 +120,9 @@ def check_table(command: AttendCommand, table: Table, config: Config, owners: Ow
     """
     entries, sketches, mode = table.entries, table.sketches, Mode(command.mode)
     bad = (entries.channel >= config.channels) | table.reserved
-    places = stripes_per_channel(command, config)
-    for channel in range(config.channels):
-        bad[np.flatnonzero(entries.channel == channel)[places:]] = True
+    places = stripes_per_lane(command, config)
+    for lane in range(config.lanes):
+        bad[np.flatnonzero(entries.channel % config.lanes == lane)[places:]] = True
     if mode is not Mode.DENSE:
         # The feature layout begins with a page.
         codewords = config.codewords_per_page if mode is Mode.CENTROID else 1

@@ -183,7 +183,7 @@ class Status(IntEnum):
     it is the command that could not be read, its identifier is not known: it is 0xFFFF."""
     INVALID_TABLE = 12
     """A table entry names a channel that does not exist, has a reserved bit set (in DENSE also `whole`), or exceeds its
-    channel's score buffer; where: the entry's number."""
+    lane's score buffer; where: the entry's number."""
     INVALID_PLACE = 13
     """A flash command names a channel, page or block that does not exist; where: 0."""
     UNREADABLE_KEY = 14
@@ -472,7 +472,7 @@ COMPLETION = Record("Completion", LINE_BYTES, (
     Field("first_beat", 56, 4, "ATTEND: likewise, at the first beat of it that a lane took; 0: none"),
     Field("last_beat", 60, 4, "ATTEND: likewise, at the last one"),
 ))
-"""beats + starved + barrier + weights + scores + idle = channels * cycle (modulo 2**32).
+"""beats + starved + barrier + weights + scores + idle = lanes * cycle (modulo 2**32).
 
 A device without time of its own, such as the golden device, leaves all from `cycle` on 0.
 """

@@ -127,7 +127,7 @@ class Drive:
             job = jobs[self.at[KEY]]
             self.at[KEY] += 1
             rows = job.rows
-            job.opened = max(self.maximum_free, job.end[KEY]) + rows * (self.config.channels + 1) + t.maximum
+            job.opened = max(self.maximum_free, job.end[KEY]) + rows * (self.config.lanes + 1) + t.maximum
             self.maximum_free = job.opened
             self.post_all(job.opened)
 
