@@ -431,7 +431,7 @@ def run_by_hand(device: Device, lines: list[bytes], window: tuple[int, int] = WI
     found = queues.run(queues.NUMBER, *lines)
     status = device.transport.read_register("STATUS")
     queues.delete(queues.NUMBER)
-    check_counters(found, device.config.channels)
+    check_counters(found, device.config.lanes)
     return ended(found), status & ~StatusBit.BUSY
 
 
@@ -759,7 +759,7 @@ def faults(device: Device, kind: FaultKind, values: list[int], numbers: list[int
                 transport.write_register("STATUS", 0xFFFF_FFFF)
                 before = {name: transport.read_register(name) for name in ("DUPLICATES", "STALES")}
                 results = device.run(jobs, check=False)
-                check_counters([result.completion for result in results], config.channels)
+                check_counters([result.completion for result in results], config.lanes)
                 transport.run_cycles(6000)
                 seen = {
                     "number": number,
@@ -851,7 +851,7 @@ def counters(device: Device) -> dict[str, Any]:
 
 def test_counters_go_on_and_add_up() -> None:
     found = simulate(TINY, counters)
-    check_counters(found["completions"], TINY.channels)
+    check_counters(found["completions"], TINY.lanes)
     last, idle = found["completions"][-1], found["idle"]
     looks = ("begin", "written", "attended", "later", "idle")
     for before, after in pairwise(found[name] for name in looks):

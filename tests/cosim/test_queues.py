@@ -486,7 +486,7 @@ def finish_all(host: Bare, waiting: dict[int, list[bytes]], share: float) -> lis
             new = host.reap(queue)
             taken[queue] += len(new)
             found += new
-    check_counters(found, TINY.channels)
+    check_counters(found, TINY.lanes)
     for queue, lines in waiting.items():
         order = [c.identifier for c in found if c.queue == queue]
         assert sorted(order) == list(range(len(lines))), (
@@ -703,7 +703,7 @@ def in_flight(device: Device) -> dict[str, Any]:
         transport.wait(600)
         for queue in waiting:
             completions += host.reap(queue)
-    check_counters(completions, TINY.channels)
+    check_counters(completions, TINY.lanes)
     found["completed"] = transport.read_register("COMPLETED") - before
     found["all"] = sorted(ended(completions))
     found["order"] = [(c.queue, c.identifier) for c in completions]
