@@ -286,7 +286,7 @@ class PrefixStore(Closing):
         if not isinstance(sequence, Sequence) or sequence.device is not self.device or sequence.isolated:
             raise RequestError("the DriveCache must be on this store's drive, and not isolated")
         self._new_cache().check_alike(sequence)
-        kept = cache.layers[0].kept[row]
+        kept = cache.drive_layers[0].kept[row]
         if len(kept) < len(ids) or not kept[: len(ids)].all():
             raise RequestError(f"row {row} of the DriveCache holds {int(kept.sum())} tokens in {len(kept)} positions, "
                                f"not these {len(ids)} tokens without padding")

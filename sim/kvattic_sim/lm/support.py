@@ -20,7 +20,7 @@ from kvattic import TINY
 from kvattic.errors import KvatticError
 from kvattic.integrations.transformers import NAME, DriveCache, DriveEncoderDecoderCache, config_for
 from kvattic.spec.formats import Element
-from kvattic_sim.lm.families import VOCABULARY, Architecture, architectures, build
+from kvattic_sim.lm.families import OWN_GENERATE, Architecture, architectures, build, inputs
 from kvattic_sim.reports.benches.generate import REFERENCES, RoundedCache
 
 __all__ = ["Outcome", "Verdict", "examine", "survey"]
@@ -60,20 +60,10 @@ class Outcome:
     detail: str
 
 
-def _inputs(model: Any, encoder: bool) -> dict[str, Any]:
-    """What it generates from: random tokens, or sound for models that take it."""
-    generator = torch.Generator().manual_seed(0)
-    options: dict[str, Any] = {"max_new_tokens": ANSWER, "min_new_tokens": ANSWER, "do_sample": False}
-    if encoder:
-        options["decoder_start_token_id"] = 2
-    if getattr(model, "main_input_name", "input_ids") == "input_features":
-        config = model.config
-        frames = 2 * getattr(config, "max_source_positions", PROMPT)
-        bins = getattr(config, "num_mel_bins", 16)
-        sizes = (1, frames, bins) if config.model_type == "speech_to_text" else (1, bins, frames)
-        return options | {"input_features": torch.randn(sizes, generator=generator)}
-    tokens = torch.randint(3, VOCABULARY - 2, (1, PROMPT), generator=generator)
-    return options | {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+def _inputs(architecture: Architecture, model: Any) -> dict[str, Any]:
+    """Arguments of `generate`."""
+    return inputs(architecture, model, PROMPT) | {"max_new_tokens": ANSWER, "min_new_tokens": ANSWER,
+                                                  "do_sample": False}
 
 
 class _Answer(NamedTuple):
@@ -83,12 +73,14 @@ class _Answer(NamedTuple):
     logits: torch.Tensor
 
 
-def _generate(model: Any, implementation: str, cache: Any, inputs: dict[str, Any]) -> _Answer:
+def _generate(model: Any, implementation: str, cache: Any, options: dict[str, Any]) -> _Answer:
     model.set_attn_implementation(implementation)
+    torch.manual_seed(0)    # some make sound from noise
+    # Not Whisper's own, which cuts long sound into pieces and hands on no logits; but Dia's, for its rows of tokens.
+    generate = type(model).generate if model.config.model_type in OWN_GENERATE else GenerationMixin.generate
     with torch.no_grad():
-        # Not Whisper's own, which cuts long sound into pieces and hands on no logits.
-        answer = GenerationMixin.generate(model, **inputs, cache=cache, eos_token_id=None, output_logits=True,
-                                          return_dict_in_generate=True)
+        answer = generate(model, **options, cache=cache, eos_token_id=None, output_logits=True,
+                          return_dict_in_generate=True)
     return _Answer(answer.sequences[0, -ANSWER:].tolist(), torch.cat(answer.logits).double())
 
 
@@ -134,7 +126,7 @@ def examine(architecture: Architecture, seed: int = 0) -> Outcome:
     """
     try:
         model = build(architecture, seed)
-        inputs = _inputs(model, architecture.encoder)
+        options = _inputs(architecture, model)
     except Exception as error:  # noqa: BLE001  # what transformers cannot build says nothing about kvattic
         return Outcome(architecture, Verdict.SKIPPED, _say(error))
     try:
@@ -143,10 +135,10 @@ def examine(architecture: Architecture, seed: int = 0) -> Outcome:
         with (kvattic.open("model", config_for(model, DRIVE)) as device,
               _drive_cache(device, model, encoder=architecture.encoder) as cache):
             try:
-                expected = _expected(model, inputs, architecture.encoder)
+                expected = _expected(model, options, architecture.encoder)
             except Exception as error:  # noqa: BLE001  # likewise
                 return Outcome(architecture, Verdict.SKIPPED, f"eager attention: {_say(error)}")
-            found = _generate(model, NAME, cache, inputs)
+            found = _generate(model, NAME, cache, options)
             what = _what(cache)
     except KvatticError as error:
         return Outcome(architecture, Verdict.REFUSED, " ".join(str(error).split()))
@@ -168,12 +160,12 @@ def _too_large(architecture: Architecture) -> str | None:
     return None
 
 
-def _expected(model: Any, inputs: dict[str, Any], encoder: bool) -> _Answer:
+def _expected(model: Any, options: dict[str, Any], encoder: bool) -> _Answer:
     """The answer by eager attention over rounded K and V, from rounded queries."""
     cache: Any = RoundedCache(model.config)
     if encoder:
         cache = EncoderDecoderCache(cache, RoundedCache(model.config))
-    return _generate(model, REFERENCES[Element.FP16], cache, inputs)
+    return _generate(model, REFERENCES[Element.FP16], cache, options)
 
 
 def survey(which: Iterable[Architecture] | None = None,
