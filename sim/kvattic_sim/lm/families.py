@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-__all__ = ["OWN_GENERATE", "Architecture", "architectures", "build", "inputs", "shrink"]
+__all__ = ["OWN_GENERATE", "Architecture", "architectures", "build", "inputs", "shrink", "usual"]
 
 HEADS, HEAD_DIM, HIDDEN, VOCABULARY, POSITIONS = 4, 32, 128, 256, 512
 WINDOW = 24
@@ -220,6 +220,18 @@ def _chosen(kinds: list[Any]) -> list[int]:
     return sorted(first)
 
 
+def usual(config: Any) -> Any:
+    """The configuration that a class has by default.
+
+    Args:
+        config: the class.
+
+    Raises:
+        Exception: whatever the class says if it has none.
+    """
+    return config(**_OWN.get(config.model_type, {}).get("default", {}))
+
+
 def shrink(config: Any, default: Any = None, **more: Any) -> Any:
     """A small configuration of a class.
 
@@ -235,10 +247,10 @@ def shrink(config: Any, default: Any = None, **more: Any) -> Any:
     kinds_of = {field.name: str(field.type) for field in fields(config) if field.init}
     kept: dict[str, Any] = {}
     if default is None:
-        default = config(**own.get("default", {}))
+        default = usual(config)
     else:
-        usual = config()
-        kept = {name: found for name in kinds_of if (found := _value(default, name)) != _value(usual, name)}
+        plain = config()
+        kept = {name: found for name in kinds_of if (found := _value(default, name)) != _value(plain, name)}
     values = {name: _value(default, name) for name in kinds_of}
     small = kept | {name: found for name, value in values.items() if (found := _small(name, value)) is not None}
     for name in ("num_key_value_heads", "swa_num_key_value_heads", "num_kv_heads", "num_query_groups",

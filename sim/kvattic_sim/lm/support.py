@@ -2,11 +2,13 @@
 
 Each one's small random model (`families`) generates greedily on the golden device, and by its own eager attention
 over K and V that are rounded alike.  The tokens must be equal, and the logits nearly so, which tells more where a
-model's answer hardly depends on its attention; a model that cannot must be refused by one of kvattic's errors.
-Anything else is a mistake of kvattic's and is called so.
+model's answer hardly depends on its attention; a model that cannot must be refused by one of kvattic's errors, before
+its first step ends.  Anything else is a mistake of kvattic's and is called so, but for models that transformers
+themselves cannot build or run here.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -20,7 +22,7 @@ from kvattic import TINY
 from kvattic.errors import KvatticError
 from kvattic.integrations.transformers import NAME, DriveCache, DriveEncoderDecoderCache, config_for
 from kvattic.spec.formats import Element
-from kvattic_sim.lm.families import OWN_GENERATE, Architecture, architectures, build, inputs
+from kvattic_sim.lm.families import OWN_GENERATE, Architecture, architectures, build, inputs, usual
 from kvattic_sim.reports.benches.generate import REFERENCES, RoundedCache
 
 __all__ = ["Outcome", "Verdict", "examine", "survey"]
@@ -40,9 +42,9 @@ class Verdict(StrEnum):
     WORKS = "works"
     REFUSED = "refused"
     WRONG = "wrong"
-    """Other tokens, or an error that is not one of kvattic's."""
-    SKIPPED = "skipped"
-    """transformers do not build or generate it like this: nothing is said about kvattic."""
+    """Other tokens, an error that is not one of kvattic's, or a refusal after a token."""
+    UNAVAILABLE = "unavailable"
+    """transformers themselves cannot build it here, or not generate with their own eager attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ class Outcome:
     Attributes:
         architecture: which.
         verdict: what became of it.
-        detail: the reason if it was refused or skipped, what went wrong; otherwise what of it is in the drive.
+        detail: the reason if it was refused or unavailable, what went wrong; otherwise what of it is in the drive.
     """
 
     architecture: Architecture
@@ -86,10 +88,14 @@ def _generate(model: Any, implementation: str, cache: Any, options: dict[str, An
 
 def _difference(found: _Answer, expected: _Answer) -> str | None:
     """What is wrong with an answer; None: nothing."""
-    for place, (ours, theirs) in enumerate(zip(found.tokens, expected.tokens, strict=True)):
-        if ours != theirs:
-            return f"token {place} of {ANSWER} differs: {ours}, not {theirs}"
-    deviation = float((found.logits - expected.logits).abs().max() / expected.logits.std())
+    for place, (mine, wanted) in enumerate(zip(found.tokens, expected.tokens, strict=True)):
+        if mine != wanted:
+            return f"token {place} of {ANSWER} differs: {mine}, not {wanted}"
+    finite = expected.logits.isfinite()     # some models forbid tokens by an infinite logit
+    if not torch.equal(found.logits.isfinite(), finite):
+        return "logits are infinite in other places"
+    ours, theirs = found.logits[finite], expected.logits[finite]
+    deviation = float((ours - theirs).abs().max() / theirs.std())
     return None if deviation <= TOLERANCE else f"logits differ by {deviation:.2g} of their standard deviation"
 
 
@@ -124,11 +130,12 @@ def examine(architecture: Architecture, seed: int = 0) -> Outcome:
         architecture: which.
         seed: of its weights.
     """
+    steps: list[None] = []
     try:
         model = build(architecture, seed)
         options = _inputs(architecture, model)
     except Exception as error:  # noqa: BLE001  # what transformers cannot build says nothing about kvattic
-        return Outcome(architecture, Verdict.SKIPPED, _say(error))
+        return Outcome(architecture, Verdict.UNAVAILABLE, _say(error))
     try:
         if (reason := _too_large(architecture)) is not None:
             return Outcome(architecture, Verdict.REFUSED, reason)
@@ -136,12 +143,16 @@ def examine(architecture: Architecture, seed: int = 0) -> Outcome:
               _drive_cache(device, model, encoder=architecture.encoder) as cache):
             try:
                 expected = _expected(model, options, architecture.encoder)
-            except Exception as error:  # noqa: BLE001  # likewise
-                return Outcome(architecture, Verdict.SKIPPED, f"eager attention: {_say(error)}")
-            found = _generate(model, NAME, cache, options)
+            except Exception as error:  # noqa: BLE001  # likewise, if their own cache and attention fail, too
+                return _without_reference(architecture, model, options, error)
+            with _counted(model, steps):
+                found = _generate(model, NAME, cache, options)
             what = _what(cache)
     except KvatticError as error:
-        return Outcome(architecture, Verdict.REFUSED, " ".join(str(error).split()))
+        reason = " ".join(str(error).split())
+        if steps:
+            return Outcome(architecture, Verdict.WRONG, f"refused after {len(steps)} steps: {reason}")
+        return Outcome(architecture, Verdict.REFUSED, reason)
     except Exception as error:  # noqa: BLE001  # anything else is a mistake
         return Outcome(architecture, Verdict.WRONG, _say(error))
     if (wrong := _difference(found, expected)) is not None:
@@ -149,10 +160,29 @@ def examine(architecture: Architecture, seed: int = 0) -> Outcome:
     return Outcome(architecture, Verdict.WORKS, what)
 
 
+@contextmanager
+def _counted(model: Any, steps: list[None]) -> Iterator[None]:
+    """Add an item for each step of a model that ends, and so may give a token."""
+    hook = model.register_forward_hook(lambda *_: steps.append(None))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _without_reference(architecture: Architecture, model: Any, options: dict[str, Any], error: Exception) -> Outcome:
+    """What becomes of a model for which the reference fails: it depends on whether eager attention alone does."""
+    try:
+        _generate(model, "eager", None, options)
+    except Exception as own:  # noqa: BLE001  # what transformers cannot generate says nothing about kvattic
+        return Outcome(architecture, Verdict.UNAVAILABLE, f"eager attention: {_say(own)}")
+    return Outcome(architecture, Verdict.WRONG, f"the reference fails, eager attention alone does not: {_say(error)}")
+
+
 def _too_large(architecture: Architecture) -> str | None:
     """Why no drive has the heads of the configuration that the class has by default; None: one has."""
     try:
-        config_for(architecture.config())
+        config_for(usual(architecture.config))
     except KvatticError as error:
         return " ".join(str(error).split())
     except Exception:  # noqa: BLE001  # no default, or none that transformers can read

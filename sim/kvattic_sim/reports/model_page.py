@@ -43,7 +43,7 @@ _TABLES = ((Verdict.WORKS, "Works", "An empty cell: all attention of the model i
             "what is in the drive"),
            (Verdict.REFUSED, "Refused", "What the error says when the cache is made, or in the first step.", "reason"),
            (Verdict.WRONG, "Wrong", "Mistakes of kvattic's, to be mended.", "what happens"),
-           (Verdict.SKIPPED, "Not examined", "transformers do not build or generate these from a configuration that is "
+           (Verdict.UNAVAILABLE, "Not examined", "transformers do not build or generate these from a configuration that is "
             "made small by the names of its fields, or from tokens alone: nothing is said about kvattic.", "why"))
 _LONGEST = 240
 """Characters of a reason, and a few more."""

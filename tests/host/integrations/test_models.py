@@ -105,7 +105,7 @@ def test_the_page_is_of_the_installed_transformers():
 def test_a_page_has_every_outcome():
     one = ALL["LlamaForCausalLM"]
     text = model_page.page([Outcome(one, Verdict.WORKS, ""), Outcome(ALL["MptForCausalLM"], Verdict.REFUSED, "a | b"),
-                            Outcome(ALL["BltForCausalLM"], Verdict.SKIPPED, "x" * 300 + " y")])
+                            Outcome(ALL["BltForCausalLM"], Verdict.UNAVAILABLE, "x" * 300 + " y")])
     assert "| MptForCausalLM | mpt | a \\| b |" in text and "## Wrong" not in text
     assert model_page.listed(text) == ["BltForCausalLM", "LlamaForCausalLM", "MptForCausalLM"]
 

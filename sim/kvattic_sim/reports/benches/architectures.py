@@ -16,7 +16,7 @@ def architectures(lab: Lab) -> Figures:
     found = [outcome.verdict for outcome in survey(
         progress=lambda outcome: lab.progress(f"{outcome.architecture.name}: {outcome.verdict}", 0, None))]
     return {"serve.models": found.count(Verdict.WORKS), "serve.models.refused": found.count(Verdict.REFUSED),
-            "serve.models.wrong": found.count(Verdict.WRONG), "serve.models.not_examined": found.count(Verdict.SKIPPED)}
+            "serve.models.wrong": found.count(Verdict.WRONG), "serve.models.not_examined": found.count(Verdict.UNAVAILABLE)}
 
 
 def real_model(lab: Lab) -> Figures:

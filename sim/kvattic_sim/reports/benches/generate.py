@@ -41,6 +41,8 @@ __all__ = ["ARCHITECTURES", "REFERENCES", "RoundedCache", "build", "generate", "
 
 REFERENCES = {element: f"eager_{element.value}_queries" for element in Element}
 """Names of the reference's attention backends, by storage format."""
+_MARK = "_kvattic_rounded"
+"""The attribute of K that a `RoundedCache` returned."""
 TOKENS = 64
 PROMPT = 30
 
@@ -62,11 +64,12 @@ layers."""
 
 
 def _rounded(element: Element) -> Callable[..., Any]:
-    """The model's own eager attention, from rounded queries."""
+    """The model's own eager attention, from rounded queries if a `RoundedCache` returned K: an encoder's are not."""
 
-    def attention(module: Any, query: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+    def attention(module: Any, query: torch.Tensor, key: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
         eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
-        return eager(module, round_to_storage(query, element), *arguments, **keywords)
+        query = round_to_storage(query, element) if hasattr(key, _MARK) else query
+        return eager(module, query, key, *arguments, **keywords)
 
     return attention
 
@@ -86,7 +89,9 @@ class RoundedCache(DynamicCache):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
         """Round them, and go on as usual."""
         keys, values = (round_to_storage(states, self._element) for states in (key_states, value_states))
-        return super().update(keys, values, *arguments, **keywords)
+        found = super().update(keys, values, *arguments, **keywords)
+        setattr(found[0], _MARK, True)
+        return found
 
 
 def build(name: str, seed: int = 0) -> Any:
