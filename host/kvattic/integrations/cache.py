@@ -24,6 +24,7 @@ from kvattic.integrations.layers import make_layers
 from kvattic.integrations.masks import Flags, Rows, read_mask
 from kvattic.integrations.options import check_mode, check_options, count_sinks
 from kvattic.integrations.report import Meter, Report
+from kvattic.integrations.saved import attached
 from kvattic.spec import layout
 from kvattic.spec.commands import Mode
 from kvattic.spec.elements import Integers
@@ -318,18 +319,11 @@ class DriveCache(Closing, Cache):
             ManifestError, ConfigMismatchError, CapacityError, OSError: see `Device.attach`.
         """
         cache = cls(device, config, **options)
-        sequences, found = device.attach(path, capacity_tokens=options.get("capacity_tokens"))
-        try:
-            if not isinstance(found, dict) or found.get("kind") != _KIND:
-                raise RequestError(f"{path} is not of a DriveCache")
+        with attached(device, path, _KIND, capacity_tokens=options.get("capacity_tokens")) as (sequences, found):
             if found["mode"] != cache.mode.name.lower():
                 raise RequestError(f"{path} is of a DriveCache with mode={found['mode']!r}, not "
                                    f"{cache.mode.name.lower()!r}")
             cache.adopt(sequences, [np.array(flags, np.bool_) for flags in found["kept"]])
-        except BaseException:
-            for sequence in sequences:
-                sequence.free()     # the manifest keeps what they have in flash
-            raise
         cache.note = found["note"]
         return cache
 

@@ -30,6 +30,13 @@ _MISSING = {
 """Kinds of layers that the drive lacks, and why."""
 
 
+class _PictureLayer(DynamicLayer):
+    """K and V of a picture: they stay, whatever is removed of the text."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Do nothing."""
+
+
 def make_layers(cache: "DriveCache", text: Any, *, cross: bool) -> list[Any]:
     """Layers for a model's configuration.
 
@@ -52,7 +59,7 @@ def make_layers(cache: "DriveCache", text: Any, *, cross: bool) -> list[Any]:
     for number, (kind, options) in enumerate(kinds):
         window = options.get("sliding_window")
         if number in pictures:
-            layers.append(DynamicLayer())
+            layers.append(_PictureLayer())
         elif kind in _ATTENTION:
             layers.append(DriveLayer(cache, number, attending.index(number), window=window))
         elif kind in _HYBRID:

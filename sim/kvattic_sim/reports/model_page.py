@@ -41,7 +41,8 @@ That a class works says that its attention does. A model must also fit: its head
 """
 _TABLES = ((Verdict.WORKS, "Works", "An empty cell: all attention of the model is in the drive.",
             "what is in the drive"),
-           (Verdict.REFUSED, "Refused", "What the error says when the cache is made, or in the first step, of which no logits came.", "reason"),
+           (Verdict.REFUSED, "Refused", "What the error says when the cache is made, or in the first step, of which no "
+            "logits came.", "reason"),
            (Verdict.WRONG, "Wrong", "Mistakes of kvattic's, to be mended.", "what happens"),
            (Verdict.UNAVAILABLE, "Not available", "transformers themselves cannot build these here, or not generate with "
             "their own cache and eager attention: nothing is said about kvattic.", "why"))
