@@ -1,6 +1,7 @@
 """Small models with random weights of every architecture of transformers that has attention.
 
-`shrink` makes a configuration of any class small by the names of its fields: 2 to 8 layers, 4 heads of 32, 256 tokens.
+`shrink` makes a configuration of any class small by the names of its fields, and its parts likewise: 2 to 8 layers, 4
+heads of 32, 256 tokens.  What single architectures need besides is in two tables: fields, and sound to listen to.
 No weights are downloaded.  Needs torch and transformers (the extra `transformers`).
 """
 
@@ -113,10 +114,10 @@ _OWN: dict[str, dict[str, Any]] = {
     "zamba": {"num_hidden_layers": 6, "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2},
     "reformer": {"is_decoder": True, "axial_pos_shape": (16, 32), "axial_pos_embds_dim": (64, 64)},
     "dory": {"num_hidden_layers": 4, "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
-    "dots3_note_text": {"swa_num_attention_heads": HEADS, "swa_num_key_value_heads": HEADS, "swa_q_lora_rank": 32,
-                        "swa_kv_lora_rank": 32, "num_attention_heads": HEADS,
-                        "num_key_value_heads": HEADS, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "swa_head_dim": HEAD_DIM, "swa_qk_nope_head_dim": 16,
-                        "swa_v_head_dim": HEAD_DIM},
+    "dots3_note_text": {
+        "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
+        "swa_num_attention_heads": HEADS, "swa_num_key_value_heads": HEADS, "swa_q_lora_rank": 32,
+        "swa_kv_lora_rank": 32, "swa_head_dim": HEAD_DIM, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": HEAD_DIM},
     "longcat_flash": {"head_dim": 16},
     "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": HEAD_DIM,
                        "indexer_budget": 16, "indexer_compress_ratio": 4},
@@ -126,7 +127,8 @@ _OWN: dict[str, dict[str, Any]] = {
                                         "num_attention_heads": HEADS, "projector_hidden_size": HIDDEN}},
     "vibevoice": {"audio_bos_token_id": 4, "audio_eos_token_id": 5, "audio_token_id": 6, "pad_token_id": 0},
     "dia_decoder": {"eos_token_id": 252, "pad_token_id": 253, "bos_token_id": 254},
-    "kyutai_speech_to_text": {"codebook_vocab_size": 65, "audio_bos_token_id": 64, "audio_pad_token_id": 2, "pad_token_id": 2, "bos_token_id": 1},
+    "kyutai_speech_to_text": {"codebook_vocab_size": 65, "audio_bos_token_id": 64, "audio_pad_token_id": 2,
+                              "pad_token_id": 2, "bos_token_id": 1},
     "moonshine_streaming": {"num_key_value_heads": HEADS},
     "mllama_text_model": {"num_hidden_layers": 4, "cross_attention_layers": [1, 3]},
     **{kind: {"depths": [1] * 7, "num_filters": 2} for kind in (
@@ -136,13 +138,14 @@ _OWN: dict[str, dict[str, Any]] = {
         "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
         "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl")},
 }
-"""What single architectures need besides, by model type."""
+"""Fields that single architectures or their parts need besides, by model type; `default`: what their usual
+configuration needs, which is not the class's own."""
 
 
 _SOUND: dict[str, tuple[int, ...]] = {
     "canary": (1, 128, 16), "cohere_asr": (1, 128, 16), "speech_to_text": (1, 128, 16), "whisper": (1, 16, 128),
     "seamless_m4t": (1, 64, 160), "seamless_m4t_v2": (1, 64, 160),
-    **{kind: (1, 16_000) for kind in ("moonshine", "moonshine_streaming", "speech-encoder-decoder", "speecht5")}}
+    **dict.fromkeys(("moonshine", "moonshine_streaming", "speech-encoder-decoder", "speecht5"), (1, 16_000))}
 """Sizes of the sound that encoders need, by model type: samples, or frames and mel bins in the order of each."""
 
 _BESIDE: dict[str, tuple[str, tuple[int, ...]]] = {

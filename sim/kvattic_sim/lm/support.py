@@ -25,7 +25,7 @@ from kvattic.spec.formats import Element
 from kvattic_sim.lm.families import OWN_GENERATE, Architecture, architectures, build, inputs, usual
 from kvattic_sim.reports.benches.generate import REFERENCES, RoundedCache
 
-__all__ = ["Outcome", "Verdict", "examine", "survey"]
+__all__ = ["Answer", "Outcome", "Verdict", "difference", "examine", "survey"]
 
 PROMPT, ANSWER = 30, 16
 """Tokens: more together than `families.WINDOW`, and than a stripe of the drive."""
@@ -68,14 +68,19 @@ def _inputs(architecture: Architecture, model: Any) -> dict[str, Any]:
                                                   "do_sample": False}
 
 
-class _Answer(NamedTuple):
-    """What a model says: tokens, and the logits of each, (tokens, vocabulary)."""
+class Answer(NamedTuple):
+    """What a model says.
 
-    tokens: list[int]
+    Members:
+        tokens: in each step.
+        logits: float64, (tokens, vocabulary); of models with a row of tokens for each codebook, of all of them.
+    """
+
+    tokens: list[Any]
     logits: torch.Tensor
 
 
-def _generate(model: Any, implementation: str, cache: Any, options: dict[str, Any]) -> _Answer:
+def _generate(model: Any, implementation: str, cache: Any, options: dict[str, Any]) -> Answer:
     model.set_attn_implementation(implementation)
     torch.manual_seed(0)    # some make sound from noise
     # Not Whisper's own, which cuts long sound into pieces and hands on no logits; but Dia's, for its rows of tokens.
@@ -83,11 +88,16 @@ def _generate(model: Any, implementation: str, cache: Any, options: dict[str, An
     with torch.no_grad():
         answer = generate(model, **options, cache=cache, eos_token_id=None, output_logits=True,
                           return_dict_in_generate=True)
-    return _Answer(answer.sequences[0, -ANSWER:].tolist(), torch.cat(answer.logits).double())
+    return Answer(answer.sequences[0, -ANSWER:].tolist(), torch.cat(answer.logits).double())
 
 
-def _difference(found: _Answer, expected: _Answer) -> str | None:
-    """What is wrong with an answer; None: nothing."""
+def difference(found: Answer, expected: Answer) -> str | None:
+    """What is wrong with an answer; None: nothing.
+
+    Args:
+        found: the answer.
+        expected: what it should be.
+    """
     for place, (mine, wanted) in enumerate(zip(found.tokens, expected.tokens, strict=True)):
         if mine != wanted:
             return f"token {place} of {ANSWER} differs: {mine}, not {wanted}"
@@ -155,7 +165,7 @@ def examine(architecture: Architecture, seed: int = 0) -> Outcome:
         return Outcome(architecture, Verdict.REFUSED, reason)
     except Exception as error:  # noqa: BLE001  # anything else is a mistake
         return Outcome(architecture, Verdict.WRONG, _say(error))
-    if (wrong := _difference(found, expected)) is not None:
+    if (wrong := difference(found, expected)) is not None:
         return Outcome(architecture, Verdict.WRONG, wrong)
     return Outcome(architecture, Verdict.WORKS, what)
 
@@ -190,7 +200,7 @@ def _too_large(architecture: Architecture) -> str | None:
     return None
 
 
-def _expected(model: Any, options: dict[str, Any], encoder: bool) -> _Answer:
+def _expected(model: Any, options: dict[str, Any], encoder: bool) -> Answer:
     """The answer by eager attention over rounded K and V, from rounded queries."""
     cache: Any = RoundedCache(model.config)
     if encoder:

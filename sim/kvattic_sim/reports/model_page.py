@@ -44,8 +44,8 @@ _TABLES = ((Verdict.WORKS, "Works", "An empty cell: all attention of the model i
            (Verdict.REFUSED, "Refused", "What the error says when the cache is made, or in the first step, of which no "
             "logits came.", "reason"),
            (Verdict.WRONG, "Wrong", "Mistakes of kvattic's, to be mended.", "what happens"),
-           (Verdict.UNAVAILABLE, "Not available", "transformers themselves cannot build these here, or not generate with "
-            "their own cache and eager attention: nothing is said about kvattic.", "why"))
+           (Verdict.UNAVAILABLE, "Not available", "transformers themselves cannot build these here, or not generate "
+            "with their own cache and eager attention: nothing is said about kvattic.", "why"))
 _LONGEST = 240
 """Characters of a reason, and a few more."""
 

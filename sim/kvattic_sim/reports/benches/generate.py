@@ -208,7 +208,8 @@ def sampled(name: str, seed: int, new: int = SAMPLED_TOKENS) -> Sampled:
     answers, draws = [], (_Draws(), _Draws())
     with (kvattic.open("model", config_for(model)) as device,
           DriveCache(device, model.config, held_tokens=0) as ours):
-        for cache, noted in zip((RoundedCache(model.config), ours), draws, strict=True):
+        caches: tuple[DriveCache | RoundedCache, ...] = (RoundedCache(model.config), ours)
+        for cache, noted in zip(caches, draws, strict=True):
             torch.manual_seed(seed)
             answers.append(generate(model, tokens, cache, new=new, do_sample=True, top_k=0,
                                     logits_processor=LogitsProcessorList([noted]))[0].tolist())
