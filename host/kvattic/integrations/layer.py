@@ -67,9 +67,10 @@ class DriveLayer(CacheLayerMixin):
         cache: which it is part of.
         number: of the model's layer.
         slot: of the layer among those of the cache's sequences.
+        window: the newest positions that transformers' own cache keeps of such a layer, one of them new; None: all.
 
     Attributes:
-        number, slot: the same.
+        number, slot, window: the same.
         batch_size: rows of the batch; there is no such attribute before the first ones came.
     """
 
@@ -77,10 +78,11 @@ class DriveLayer(CacheLayerMixin):
     is_croppable = True
     is_sliding = False  # of the mask: the drive holds all tokens, whatever the window
 
-    def __init__(self, cache: "DriveCache", number: int, slot: int) -> None:
+    def __init__(self, cache: "DriveCache", number: int, slot: int, *, window: int | None = None) -> None:
         super().__init__()
         self.number = number
         self.slot = slot
+        self.window = window
         self._cache = cache
         self._before: list[Flags] = []
         self._kept: list[Flags] = []
@@ -91,11 +93,12 @@ class DriveLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take zones of flash for the rows of this batch."""
-        del value_states
         rows, heads = key_states.shape[:2]
         self._cache.start(rows, heads, key_states.shape[2])
         self.batch_size = rows
         self._kept = [np.zeros(0, np.bool_)] * rows
+        # Empty, for models that look whether there are any (Mllama).
+        self.keys, self.values = key_states.new_zeros(0), value_states.new_zeros(0)
         self.is_initialized = True
 
     @not_traced
@@ -216,7 +219,17 @@ class DriveLayer(CacheLayerMixin):
             if self.slot == 0 and new:
                 cache.meter.prompt_tokens += sum(map(len, rows.new))
             return local
-        return self._attend_in_drive(call, rows, value.shape[-1], new_step=self.slot == 0 and new)
+        return self._attend_in_drive(call, self._in_window(rows), value.shape[-1], new_step=self.slot == 0 and new)
+
+    def _in_window(self, rows: Rows) -> Rows:
+        """A step that attends nothing before the window, which some models' masks do not say (Moshi)."""
+        gone = 0 if self.window is None else len(self._before[0]) - self.window + 1
+        if gone <= 0:
+            return rows
+        first = [int(kept[:gone].sum()) for kept in rows.kept]
+        return rows._replace(start=[
+            np.full(len(new), least) if start is None else np.maximum(start, least)
+            for new, start, least in zip(rows.new, rows.start, first, strict=True)])
 
     def _write(self, rows: Rows, key: torch.Tensor, value: torch.Tensor) -> None:
         """Begin to write the new K and V."""
@@ -362,7 +375,7 @@ class DriveLayer(CacheLayerMixin):
 
     def fork(self, cache: "DriveCache") -> "DriveLayer":
         """The same layer of a cache whose rows are forks of this one's."""
-        made = type(self)(cache, self.number, self.slot)
+        made = type(self)(cache, self.number, self.slot, window=self.window)
         made.keys, made.values = self.keys, self.values
         made.resume(self._kept)
         return made
@@ -409,8 +422,9 @@ class HybridLayer(LinearAttentionLayer, DriveLayer):
     is_compileable = False
     is_croppable = False
 
-    def __init__(self, cache: "DriveCache", number: int, slot: int, number_of_states: int = 1) -> None:
-        DriveLayer.__init__(self, cache, number, slot)
+    def __init__(self, cache: "DriveCache", number: int, slot: int, number_of_states: int = 1, *,
+                 window: int | None = None) -> None:
+        DriveLayer.__init__(self, cache, number, slot, window=window)
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
@@ -419,7 +433,7 @@ class HybridLayer(LinearAttentionLayer, DriveLayer):
 
     def fork(self, cache: "DriveCache") -> "HybridLayer":
         """See `DriveLayer.fork`; the state is copied."""
-        made = HybridLayer(cache, self.number, self.slot, self.number_of_states)
+        made = HybridLayer(cache, self.number, self.slot, self.number_of_states, window=self.window)
         state = set(vars(LinearAttentionLayer(self.number_of_states)))
         for name in state:
             setattr(made, name, deepcopy(getattr(self, name)))
