@@ -262,6 +262,7 @@ class Engine(wiring.Component):
             admin.outcomes.ready.eq(finisher.outcomes.ready),
             operations.outcomes.ready.eq(finisher.outcomes.ready & ~admin.outcomes.valid),
         ]
+        connect(m, operations.fetches, dram_reader.fetches)
         connect(m, dram_reader.axi, flipped(self.dram))
         m.d.comb += [
             operations.failed.eq(dram_reader.failed),
@@ -357,7 +358,6 @@ class Engine(wiring.Component):
             asked.ready.eq(Mux(asked.payload.dram, tail.ready, flash.ready)),
         ]
         connect(m, operations.operations[channel], flipped(self.operations[channel]))
-        connect(m, operations.fetches[channel], dram_reader.fetches[channel])
         connect(m, dram_reader.page_words[channel], flipped(self.page_words[channel]))
         connect(m, flipped(self.outcomes[channel]), operations.channel_outcomes[channel])
 
