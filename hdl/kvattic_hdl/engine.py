@@ -264,6 +264,7 @@ class Engine(wiring.Component):
             admin.outcomes.ready.eq(finisher.outcomes.ready),
             operations.outcomes.ready.eq(finisher.outcomes.ready & ~admin.outcomes.valid),
         ]
+        connect(m, operations.fetches, dram_reader.fetches)
         connect(m, dram_reader.axi, flipped(self.dram))
         m.d.comb += [
             operations.failed.eq(dram_reader.failed),
@@ -345,7 +346,6 @@ class Engine(wiring.Component):
         """A channel's operations."""
         operations, dram_reader = parts.operations, parts.dram_reader
         connect(m, operations.operations[channel], flipped(self.operations[channel]))
-        connect(m, operations.fetches[channel], dram_reader.fetches[channel])
         connect(m, dram_reader.page_words[channel], flipped(self.page_words[channel]))
         connect(m, flipped(self.outcomes[channel]), operations.channel_outcomes[channel])
 

@@ -35,10 +35,9 @@ class Finisher(wiring.Component):
     means, and every mode is taken for DENSE.
 
     Latency: from `values_done` to a job's first line about as long as the throughput's interval.
-    Throughput: a job each ``rows * head_dim`` cycles (rows of the job; as many times more as there
-    are copies of the accumulators) and about 40 (55 with `config.sparse`) and the longer of
-    gathering (``rows * (lanes + 5)``) and the first word's way through the lanes, unless writing
-    takes longer.
+    Throughput: a job each ``2 * rows * head_dim`` cycles (rows of the job; as many times more as
+    there are copies of the accumulators) and about 30 (45 with `config.sparse`) and the longer of
+    gathering (see `Gather`) and the first word's way through the lanes, unless writing takes longer.
     Ordering: completions of jobs in the order of `jobs`; those of other commands in the order of
     `outcomes`, between them, when no result is being written, each behind its block if it has one.
     Reset drops all jobs; raise `stop` and wait for `quiet` before it.

@@ -8,7 +8,7 @@ from amaranth.utils import ceil_log2
 
 from kvattic.spec.commands import CompletionFlag
 from kvattic.spec.config import Config
-from kvattic_hdl.lib.divider import Normaliser, normalised
+from kvattic_hdl.lib.divider import Normaliser, Reciprocal, divisor
 from kvattic_hdl.lib.shapes import FAULTS, Shapes
 
 LANE_FLAGS = tuple(flag.name.lower() for flag in CompletionFlag)
@@ -29,7 +29,8 @@ def trailer_layout(config: Config) -> data.StructLayout:
 class Gather(wiring.Component):
     """Sums a job's denominators over the lanes, combines their reports and keeps each row's trailer.
 
-    Latency: ``rows * (lanes + 5)`` cycles from `begin` to `done`, and the `Normaliser`'s cycles where they are more.
+    Latency: ``rows * (lanes + 5)`` cycles from `begin` to `done`, or ``rows * Reciprocal.LATENCY`` where that is
+    more, and then the cycles of `Normaliser` and `Reciprocal`, which work beside the sums, for one row.
     Throughput: one job at a time.  Ordering: rows ascend.  Reset: nothing is gathered.
 
     Parameters
@@ -60,7 +61,7 @@ class Gather(wiring.Component):
     report : Out(Shapes.report)
         The reports combined, once `done`.
     divisor_row, divisor : In, Out
-        A row of the job, and its denominator one cycle later, normalised.
+        A row of the job, and its denominator one cycle later, normalised and with its reciprocal.
     trailer_address, trailer : In, Out
         Cat(row, half), and that row's trailer one cycle later.
     """
@@ -96,7 +97,7 @@ class Gather(wiring.Component):
             "done": Out(1),
             "report": Out(shapes.report),
             "divisor_row": In(shapes.row),
-            "divisor": Out(normalised(config.denominator_bits)),
+            "divisor": Out(divisor(config.denominator_bits)),
             "trailer_address": In(self._row_bits + 1),
             "trailer": Out(trailer_layout(config)),
         })
@@ -165,20 +166,22 @@ class Gather(wiring.Component):
         """Normalises and keeps what belongs to a row while `kept`; whether it is taken in this cycle."""
         config, job = self._config, self.job
         m.submodules.normaliser = normaliser = Normaliser(config.denominator_bits)
+        m.submodules.reciprocal = reciprocal = Reciprocal(config.denominator_bits)
         m.submodules.denominators = denominators = Memory(
-            shape=normalised(config.denominator_bits), depth=2**self._row_bits, init=[])
+            shape=divisor(config.denominator_bits), depth=2**self._row_bits, init=[])
         m.submodules.trailers = trailers = Memory(
             shape=trailer_layout(config), depth=2 << self._row_bits, init=[])
         denominators_write, denominators_read = denominators.write_port(), denominators.read_port()
         trailers_write, trailers_read = trailers.write_port(), trailers.read_port()
-        normalised_rows = Signal(range(config.rows + 1))
+        divisors = Signal(range(config.rows + 1))   # rows that can be divided by
+        wiring.connect(m, normaliser.o, reciprocal.i)
         m.d.comb += [
             normaliser.i.payload.eq(total),
             normaliser.i.valid.eq(self.kept),
-            normaliser.o.ready.eq(1),
-            denominators_write.addr.eq(normalised_rows),
-            denominators_write.data.eq(normaliser.o.payload),
-            denominators_write.en.eq(normaliser.o.valid),
+            reciprocal.o.ready.eq(1),
+            denominators_write.addr.eq(divisors),
+            denominators_write.data.eq(reciprocal.o.payload),
+            denominators_write.en.eq(reciprocal.o.valid),
             denominators_read.addr.eq(self.divisor_row),
             self.divisor.eq(denominators_read.data),
             trailers_write.addr.eq(Cat(self.row[: self._row_bits], self.half)),
@@ -187,10 +190,10 @@ class Gather(wiring.Component):
             trailers_write.en.eq(self.kept),
             trailers_read.addr.eq(self.trailer_address),
             self.trailer.eq(trailers_read.data),
-            self.done.eq(normalised_rows == job.rows),
+            self.done.eq(divisors == job.rows),
         ]
-        with m.If(normaliser.o.valid):
-            m.d.sync += normalised_rows.eq(normalised_rows + 1)
+        with m.If(reciprocal.o.valid):
+            m.d.sync += divisors.eq(divisors + 1)
         with m.If(self.begin):
-            m.d.sync += normalised_rows.eq(0)
+            m.d.sync += divisors.eq(0)
         return normaliser.i.ready

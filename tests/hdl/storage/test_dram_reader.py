@@ -100,12 +100,14 @@ def test_tails_and_pages(name, stall):
     wanted = [[(i, rng.randrange(DRAM_PAGES), rng.randrange(config.codewords_per_page)) for i in range(12)]
               for _ in range(config.channels)]
     words = config.page_bytes // config.beat_bytes
+    in_turns = [{"channel": c, "page": {"dram_page": d, "page": p}}
+                for of_all in zip(*fetches, strict=True) for c, (d, p) in enumerate(of_all)]
+    benches.append(offer(dut.fetches, in_turns))
     for c in range(config.channels):
         tails.append([])
         pages.append([])
         benches += [
             offer(dut.tails[c], [asked(config, *w) for w in wanted[c]]),
-            offer(dut.fetches[c], [{"dram_page": d, "page": p} for d, p in fetches[c]]),
             collect(dut.codewords[c], tails[c], 12 * config.beats_per_codeword, stall, c),
             collect(dut.page_words[c], pages[c], 3 * words, stall, c + 10),
         ]
@@ -173,7 +175,7 @@ def test_memory_errors_are_told():
         dut,
         offer(dut.tails[0], [asked(TINY, i, 0, i) for i in range(3)]),
         collect(dut.codewords[0], tails, 3 * TINY.beats_per_codeword, 0),
-        offer(dut.fetches[1], [{"dram_page": 1, "page": 9}]),
+        offer(dut.fetches, [{"channel": 1, "page": {"dram_page": 1, "page": 9}}]),
         collect(dut.page_words[1], words, TINY.page_bytes // TINY.beat_bytes, 0),
         background=[watch, memory(dut.axi, TINY, bad=(1, per_page + 2), log=log)])
     errors = [beat.error for beat in tails]
