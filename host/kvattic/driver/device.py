@@ -775,17 +775,28 @@ class Device(Closing):
         Raises:
             CapacityError, RequestError, DeviceStatusError, DeviceTimeoutError: see `run`.
         """
-        with self.lock:
-            self.check_open()
-            commands = [self._read_command(index, jobs) for index in range(len(jobs))]
-            self.dispatcher.submit(commands)
-        waiting = [command.future for command in commands]
+        waiting = self.submit_reads(jobs)
         self.dispatcher.drive_futures(waiting)
         results = [future.result() for future in waiting]
         for index, (job, result) in enumerate(zip(jobs, results, strict=True)):
             if check and result.completion.status is not Status.OK:
                 raise job_failure(index, len(jobs), job, result.completion, self.media)
         return results
+
+    def submit_reads(self, jobs: Series[ReadJob]) -> list[Future[ReadResult]]:
+        """Begin READs; those that find no room yet wait on the host.
+
+        Returns:
+            A future for each, whatever its completion says.
+
+        Raises:
+            CapacityError, RequestError, DeviceTimeoutError, DeviceStatusError, DeviceLostError: see `submit`.
+        """
+        with self.lock:
+            self.check_open()
+            commands = [self._read_command(index, jobs) for index in range(len(jobs))]
+            self.dispatcher.submit(commands)
+            return [command.future for command in commands]
 
     def collect(self, jobs: Series[Job], waiting: Series[Future[JobResult]], *, check: bool = True,
                  timeout_s: float | None = None, progress: Progress | None = None) -> list[JobResult]:
