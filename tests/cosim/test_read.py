@@ -27,6 +27,7 @@ from tests.cosim.test_engine import (
 )
 from tests.host.golden.queue_host import DOMAIN
 
+import kvattic
 from kvattic.driver.device import Device
 from kvattic.driver.jobs import ReadJob
 from kvattic.errors import DeviceStatusError
@@ -309,3 +310,24 @@ def test_speed() -> None:
     found = simulate(TINY, speed, tokens=tokens)
     words = tokens * read_token_bytes(TINY.head_dim) // 8
     assert words < found["read"] < 1.4 * words, found
+
+
+def through_a_drive(target: str) -> tuple[Any, Any]:
+    """What `Sequence.read` gives on a whole drive, and what it cost."""
+    with kvattic.open(target, TINY) as device, device.create_sequence(2, capacity_tokens=400) as sequence:
+        sequence.prefill(patterns(TINY, 1, 2, 400), patterns(TINY, 2, 2, 400))
+        before = device.statistics()
+        read = sequence.read(0, 9, 390)
+        return read, device.statistics() - before
+
+
+def test_a_whole_drive_gives_the_same_bits_at_the_modelled_cost() -> None:
+    (found, cost), (expected, modelled) = through_a_drive("sim:verilator"), through_a_drive("model")
+    for name, one, other, written in zip(
+            ("key", "value"), found, expected, (patterns(TINY, i, 2, 400) for i in (1, 2)), strict=True):
+        assert (one.view(np.uint16) == other.view(np.uint16)).all(), name
+        assert (one.view(np.uint16) == written[:, 9:390]).all(), name
+    for name in ("flash_bytes", "dram_bytes", "link_bytes", "macs"):
+        assert getattr(cost, name) == getattr(modelled, name), name
+    assert not cost.modelled and modelled.modelled
+    assert cost.cycles == pytest.approx(modelled.cycles, rel=0.15)
