@@ -10,6 +10,7 @@ from amaranth.lib.wiring import In, Out, connect, flipped
 from kvattic.spec.config import Config
 from kvattic.spec.registers import ADDRESS_BITS, QUEUES
 from kvattic_hdl.frontend.loader import Loader
+from kvattic_hdl.lane.copier import Copier
 from kvattic_hdl.lane.lane import Lane
 from kvattic_hdl.lib.axi import AXI_READ, AXI_WRITE, axi_lite
 from kvattic_hdl.lib.shapes import EPOCH_BITS, Shapes
@@ -34,6 +35,7 @@ class _Parts:
 
     control: Control
     loader: Loader
+    copier: Copier
     maximum: Maximum
     finisher: Finisher
     watchdog: Watchdog
@@ -136,6 +138,7 @@ class Engine(wiring.Component):
             self._connect_storage(m, parts, number)
             self._connect_lane(m, parts, number, live, central)
         self._connect_chain(m, parts)
+        self._connect_copier(m, parts)
         self._connect_watchdog(m, parts)
         self._connect_stamps(m, parts)
         return m
@@ -145,13 +148,13 @@ class Engine(wiring.Component):
         config = self.config
         m.submodules.control = control = Control(config)
         parts = _Parts(
-            control=control, loader=Loader(config), maximum=Maximum(config), finisher=Finisher(config),
+            control=control, loader=Loader(config), copier=Copier(config), maximum=Maximum(config), finisher=Finisher(config),
             watchdog=Watchdog(config), queues=Queues(), admin=Admin(config), owners=Owners(config),
             operations=Operations(config), dram_reader=DramReader(config),
             stamps=JobStamps(config),
             selection=TopK(config) if config.sparse else None)
         reset = ResetInserter(control.reset)
-        for name in ("loader", "maximum", "finisher", "watchdog", "queues", "admin", "stamps"):
+        for name in ("loader", "copier", "maximum", "finisher", "watchdog", "queues", "admin", "stamps"):
             m.submodules[name] = reset(getattr(parts, name))
         for name in ("owners", "operations", "dram_reader"):
             m.submodules[name] = getattr(parts, name)
@@ -410,6 +413,20 @@ class Engine(wiring.Component):
         for before, after in zip(lanes, lanes[1:], strict=False):
             connect(m, before.chain_o, after.chain_i)
         connect(m, lanes[-1].chain_o, finisher.chain_tail)
+
+    def _connect_copier(self, m: Module, parts: _Parts) -> None:
+        """READs: from the lanes to host memory."""
+        loader, copier, finisher = parts.loader, parts.copier, parts.finisher
+        for lane, link in zip(parts.lanes, copier.lanes, strict=True):
+            connect(m, lane.copy, link)
+        connect(m, copier.o, finisher.copies)
+        m.d.comb += [
+            copier.start_valid.eq(loader.start_valid),
+            copier.slot.eq(loader.start.slot),
+            copier.result.eq(loader.jobs.payload.result),
+            copier.tokens.eq(loader.start.end_token),
+            finisher.copies_slot.eq(copier.o_slot),
+        ]
 
     def _connect_watchdog(self, m: Module, parts: _Parts) -> None:
         """What counts as progress, and what the watchdog waits for."""

@@ -6,7 +6,7 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import bits_for, ceil_log2
 
-from kvattic.spec.commands import COMMAND, LINE_BYTES, SKETCH_ENTRY, TABLE_ENTRY, Mode
+from kvattic.spec.commands import COMMAND, LINE_BYTES, READ_BYTES, SKETCH_ENTRY, TABLE_ENTRY, Mode
 from kvattic.spec.config import Config
 from kvattic.spec.layout import TOKEN_BITS
 from kvattic_hdl.lib.records import WORD_BYTES, fields, table_entry
@@ -14,8 +14,8 @@ from kvattic_hdl.lib.shapes import Shapes
 
 HALF = 32
 """Bits of an address that are added or compared in one cycle."""
-SIZE_BITS = 20
-"""Bits of a block's size."""
+SIZE_BITS = bits_for(READ_BYTES)
+"""Bits of a block's size; what a READ writes is the largest."""
 SPARSE_FIELDS = ("features", "top_units", "local_tokens", "sinks", "unit_bits")
 """Numbers of a command that DENSE has no use for."""
 
@@ -38,7 +38,7 @@ class Window(wiring.Component):
         The address that it belongs to.
     address, base, limit : In(32)
         The half.
-    size : In(20)
+    size : In(21)
         Bytes; only for the low half.
     clear : In(1)
         Forget all results.

@@ -255,6 +255,7 @@ class TokenBackEnd(wiring.Component):
                 self.outstanding.keys_begun.bit_select(slot, 1), ring.asked[Lookup.ARRIVALS], 0)),
             arrivals.ring_base.eq(ring.base[Lookup.ARRIVALS]),
             arrivals.stripe_bits.eq(job.stripe_bits),
+            arrivals.read.eq(job.read),
             arrivals.stripe_token.eq(stripe.stripe.token),
             stripe.address.eq(arrivals.stripe_address),
             arrivals.beat_taken.eq(self.front.beat_taken),
@@ -282,6 +283,7 @@ class TokenBackEnd(wiring.Component):
         m.d.comb += [
             scrubber.start.eq(strobe(self.start_valid, self.start.slot)),
             scrubber.failed.eq(self.failed),
+            scrubber.held.eq(self.front.waits_copy),
             scrubber.holds.eq(ring.holds),
             scrubber.walked.eq(outstanding.keys_walked & outstanding.values_walked & ~outstanding.remains),
             scrubber.came.eq(self.jobs.sparse & self.first_done if self.config.sparse else 0),
@@ -503,7 +505,7 @@ class TokenBackEnd(wiring.Component):
         m.d.comb += [
             events.beat.eq(front.beat_taken),
             events.weights.eq(front.waits_weight),
-            events.scores.eq(front.waits_score),
+            events.scores.eq(front.waits_score | front.waits_copy),
             events.starved.eq(front.starves & wanted),
             events.barrier.eq(front.starves & ~wanted & waiting),
             events.idle.eq(front.starves & ~wanted & ~waiting),

@@ -16,7 +16,7 @@ from kvattic_hdl.lib.shapes import TOKEN_BITS, Shapes
 def job_shape(config: Config) -> data.StructLayout:
     """All that a lane keeps of a job: what its walkers need, and fields of `Shapes.start`."""
     shapes = Shapes(config)
-    names = ("tree_token", "k_offset", "scale", *(
+    names = ("tree_token", "k_offset", "scale", "read", *(
         ("mode", "unit_bits", "features", "local_token", "sinks") if config.sparse else ()))
     return data.StructLayout(
         {name: field.shape for name, field in shapes.walk} | {name: shapes.start[name].shape for name in names})
@@ -27,7 +27,7 @@ def job_readers(config: Config) -> dict[str, tuple[str, ...]]:
     walk = tuple(name for name, _ in Shapes(config).walk)
     readers: dict[str, tuple[str, ...]] = {
         "key": walk, "value": walk, "front": ("k_offset",), "faults": ("end_token",),
-        "arrivals": ("epoch", "stripe_bits"), "score": ("scale", "tree_token")}
+        "arrivals": ("epoch", "stripe_bits", "read"), "score": ("scale", "tree_token")}
     if config.sparse:
         readers["arrivals"] += ("mode", "unit_bits")
         readers["score"] += ("unit_bits",)

@@ -6,6 +6,7 @@ from amaranth.lib.wiring import In, Out, connect, flipped
 
 from kvattic.spec.config import Config
 from kvattic_hdl.lane.back_end import TokenBackEnd, back_end_ports
+from kvattic_hdl.lane.copier import copy_link
 from kvattic_hdl.lane.front import Front
 from kvattic_hdl.lib.shapes import Shapes
 
@@ -65,6 +66,8 @@ class Lane(wiring.Component):
     denominator_slot, denominator_row : In, denominator : Out two cycles later
     chain_i : In(stream of partial), chain_o : Out(stream of partial)
         Adds the lane's sums to each word that passes, and clears them.
+    copy : Out(`copy_link`)
+        Codewords of READs, to be copied.
     report_slot : In, report : Out(report) two cycles later
     missing_key, missing_value : Out(16)
         Codewords of `report_slot` that were asked for and not accounted for yet, two cycles later; the first pass's
@@ -83,6 +86,7 @@ class Lane(wiring.Component):
         super().__init__(back_end_ports(config) | {
             "chain_i": In(stream.Signature(shapes.partial)),
             "chain_o": Out(stream.Signature(shapes.partial)),
+            "copy": Out(copy_link(config)),
         })
 
     def elaborate(self, platform: object) -> Module:
@@ -92,6 +96,7 @@ class Lane(wiring.Component):
         connect(m, front.back_end, back_end.front)
         connect(m, flipped(self.chain_i), front.chain_i)
         connect(m, front.chain_o, flipped(self.chain_o))
+        connect(m, front.copy, flipped(self.copy))
         m.d.comb += [front.load_valid.eq(self.load_valid), front.load.eq(self.load)]
         for name, member in back_end_ports(self.config).items():
             inner, outer = getattr(back_end, name), getattr(self, name)

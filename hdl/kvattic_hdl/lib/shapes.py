@@ -229,6 +229,7 @@ class Shapes:
             "slot": self.slot,
             "epoch": EPOCH_BITS,
             "mode": MODE_BITS,                   # `commands.Mode`
+            "read": 1,                           # a READ: a job without rows, whose K and V are copied
             "unit_bits": unsigned(bits_for(config.codewords_per_page.bit_length())),
             "features": unsigned(bits_for(config.head_dim)),   # how many are chosen
             "local_token": TOKEN_BITS,           # first token of the local window; end_token where there is none
@@ -313,6 +314,7 @@ class Shapes:
             "queue": QUEUE_BITS,
             "identifier": 16,
             "mode": MODE_BITS,
+            "read": 1,           # it has no results; its K and V are copied
             "units": COMMAND["top_units"].size * 8,
             "rows": unsigned(bits_for(config.rows)),
             "result": 64,

@@ -12,6 +12,7 @@ from kvattic.spec.config import Config
 from kvattic.spec.formats import ALPHA_FRACTION
 from kvattic.spec.registers import MAX_ENTRIES, QUEUES
 from kvattic_hdl.lib.axi import AXI_WRITE, DATA_BITS, LINE_ADDRESS_BITS
+from kvattic_hdl.lib.axi_write import WRITE_WORD
 from kvattic_hdl.lib.shapes import FAULTS, Shapes
 from kvattic_hdl.nvme.counters import SNAPSHOT
 from kvattic_hdl.nvme.stamps import STAMPS
@@ -48,6 +49,10 @@ class Finisher(wiring.Component):
     Result rows are written only for jobs without an error.  Flags are those of the lanes, whatever
     the status.
 
+    A READ goes the way of a job of one row, which is not written: its lines come beside (`copies`).
+    BUS_ERROR of one of them is reported whatever the lanes say; NaN and clipping are nothing to it.
+    Its slot is freed when its completion is handed over, as `copies` are told apart by their slots.
+
     Parameters
     ----------
     config : Config
@@ -61,6 +66,8 @@ class Finisher(wiring.Component):
         Jobs in order; one is taken when the next may begin, after `freed`.
     outcomes : In(stream.Signature(shapes.ended))
         Flash and admin commands that have ended.
+    copies, copies_slot : In(stream.Signature(WRITE_WORD)), In(shapes.slot)
+        Lines of READs, and whose they are; see `WriteBack`.
     block_index, block_data : Out(8), In(64)
         Words of the block of the outcome taken last, one cycle after their index.
     values_done : In(ArrayLayout(unsigned(jobs_in_flight), lanes))
@@ -153,6 +160,8 @@ class Finisher(wiring.Component):
                 "chain_tail": In(stream.Signature(shapes.partial)),
                 "freed": Out(1),
                 "freed_slot": Out(shapes.slot),
+                "copies": In(stream.Signature(WRITE_WORD)),
+                "copies_slot": In(shapes.slot),
                 "block_index": Out(BLOCK_BITS),
                 "block_data": In(DATA_BITS),
                 "post_queue": Out(range(QUEUES)),
@@ -204,7 +213,7 @@ class Finisher(wiring.Component):
         stamps = Signal(STAMPS, reset_less=True)
         abandoned_where = Signal(32, reset_less=True)
         # The slot may be used again before the completion is written.
-        with m.If(self.freed):
+        with m.If(self.freed | slot_done):
             m.d.sync += stamps.eq(self.stamps)
         self._judge(m, gather.report, abandoned, abandoned_where, write_back.entry)
         m.d.comb += write_back.entry.stamps.eq(stamps)
@@ -223,7 +232,7 @@ class Finisher(wiring.Component):
             with m.State("DRAIN"):
                 # The failed bit goes with the slot, so it is read now; it cannot rise for a job that waits no more.
                 with m.If(slot_done):
-                    m.d.comb += self.freed.eq(1)
+                    m.d.comb += self.freed.eq(~job.read)
                     m.d.sync += [
                         abandoned.eq(self.failed.bit_select(job.slot, 1)),
                         abandoned_where.eq(self.failed_where),
@@ -232,7 +241,8 @@ class Finisher(wiring.Component):
                     m.next = "HAND_OVER"
             with m.State("HAND_OVER"):
                 with m.If(write_back.idle):
-                    m.d.comb += [write_back.hand_over.eq(1), self.jobs.ready.eq(1)]
+                    m.d.comb += [
+                        write_back.hand_over.eq(1), self.jobs.ready.eq(1), self.freed.eq(job.read & job.lanes)]
                     m.d.sync += half.eq(half ^ job.lanes)
                     m.next = "WAIT"
         return m
@@ -253,6 +263,8 @@ class Finisher(wiring.Component):
         connect(m, flipped(self.chain_tail), drain.chain_tail)
         connect(m, flipped(self.outcomes), write_back.outcomes)
         connect(m, write_back.axi, flipped(self.axi))
+        connect(m, flipped(self.copies), write_back.copies)
+        m.d.comb += write_back.copies_slot.eq(self.copies_slot)
         for name in ("block_data", "post_line", "post_phase", "post_head", "snapshot", "stop"):
             m.d.comb += getattr(write_back, name).eq(getattr(self, name))
         for name in ("block_index", "post_queue", "post", "completed", "write_error", "quiet"):
@@ -293,12 +305,14 @@ class Finisher(wiring.Component):
         with m.If(job.lanes & (job.status == Status.OK)):
             with m.If(abandoned):
                 m.d.comb += [entry.status.eq(Status.CODEWORD_TIMEOUT), entry.where.eq(abandoned_where)]
-            with m.Elif(report.fault < len(FAULTS)):
+            with m.Elif(report.fault < Mux(job.read, FAULTS.index("nan_key"), len(FAULTS))):
                 m.d.comb += entry.where.eq(report.token)
                 with m.Switch(report.fault):
                     for number, name in enumerate(FAULTS):
                         with m.Case(number):
                             m.d.comb += entry.status.eq(Status[name.upper()])
         flags = {flag.value.bit_length() - 1: report[flag.name.lower()] for flag in CompletionFlag}
+        duplicate = CompletionFlag.DUPLICATE.bit_length() - 1
         m.d.comb += entry.flags.eq(
-            Cat(job.lanes & flags.get(number, 0) for number in range(max(flags) + 1)))
+            Cat(job.lanes & (~job.read | (number == duplicate)) & flags.get(number, 0)
+                for number in range(max(flags) + 1)))

@@ -8,7 +8,7 @@ from kvattic.spec.config import Config
 from kvattic.spec.layout import page_place
 from kvattic.timing.channel import Channel
 from kvattic.timing.states import NEVER, JobState, OperationState
-from kvattic.timing.times import Times, times_of
+from kvattic.timing.times import COPY, Times, times_of
 from kvattic.timing.work import FIRST, KEY, VALUE, Job, Operation
 
 
@@ -30,7 +30,7 @@ class Drive:
         self.sequence = 0
         self.now = 0.0
         self.loader_free = self.selector_free = self.maximum_free = self.finisher_free = self.writer_free = 0.0
-        self.dram_free = 0.0
+        self.dram_free = self.copier_free = 0.0
         self.at = [0, 0, 0]      # next job of selection, maximum, finisher
         self.operations: list[OperationState] = []
         for operation in operations:
@@ -137,13 +137,21 @@ class Drive:
                and jobs[self.at[VALUE]].opened < NEVER):
             job = jobs[self.at[VALUE]]
             self.at[VALUE] += 1
-            begin = max(self.finisher_free, job.end[VALUE], job.opened)
+            begin = max(self.finisher_free, job.end[VALUE], job.opened, self._copy(job))
             freed = begin + t.gather_row * job.rows + t.drain_row * job.rows + t.drain
             self.finisher_free = freed
-            self.writer_free = max(self.writer_free, freed) + t.write_row * job.rows
+            self.writer_free = max(self.writer_free, freed) + (0 if job.work.copied else t.write_row * job.rows)
             job.completed = self.writer_free + t.complete
             self._load(freed)
             self.post_all(freed)
+
+    def _copy(self, job: JobState) -> float:
+        """When a READ is copied, by the copier that all lanes share; 0 of an ATTEND."""
+        if not job.work.copied:
+            return 0.0
+        codewords = sum(group.codewords for lane in job.lanes for group in (*lane.keys, *lane.values))
+        self.copier_free = max(self.copier_free, job.first_beat) + job.work.copied + COPY * codewords
+        return self.copier_free
 
     def operation_ended(self, operation: OperationState, at: float) -> None:
         """An operation's outcome is known; its completion is written."""

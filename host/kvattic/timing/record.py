@@ -58,6 +58,7 @@ class _JobNote:
     rows: int
     tokens: Sequence[int]
     unit_tokens: int
+    copied: int = 0
     flash: list[int] = field(default_factory=lambda: [0] * len(Kind))
     dram: list[int] = field(default_factory=lambda: [0] * len(Kind))
     pages: "array[int]" = field(default_factory=lambda: array("i"))
@@ -246,7 +247,7 @@ class Batch:
         if self._modelled is None or self._modelled[:2] != size:
             config = self._config
             jobs = [job_of_reads(config, note.reads(), note.tokens, rows=note.rows, mode=note.mode,
-                                 unit_tokens=note.unit_tokens) for note in map(self._note, range(len(self._jobs)))]
+                                 unit_tokens=note.unit_tokens, copied=note.copied) for note in map(self._note, range(len(self._jobs)))]
             in_all = len(jobs)
             if len(self._weights) > len(jobs):
                 share = sum(self._weights) / max(sum(self._weights[: len(jobs)]), 1)
@@ -295,7 +296,7 @@ class CommandRecord(NamedTuple):
     Members:
         batch: in which it was in flight.
         number: of the job or operation in it.
-        counts: what an ATTEND has read; None: it is a PROGRAM or an ERASE.
+        counts: what an ATTEND or a READ has read; None: it is a PROGRAM or an ERASE.
     """
 
     batch: Batch
@@ -391,17 +392,18 @@ class Recorder:
         self._untaken: dict[tuple[int, int], CommandRecord] = {}
         self._sampler = Sampler[Batch](lambda batch: batch.cycles)
 
-    def begin_job(self, mode: Mode, rows: int, tokens: Sequence[int], unit_tokens: int) -> None:
-        """An ATTEND begins to read.
+    def begin_job(self, mode: Mode, rows: int, tokens: Sequence[int], unit_tokens: int, copied: int = 0) -> None:
+        """An ATTEND or a READ begins to read.
 
         Args:
             mode: of the command.
             rows: likewise.
             tokens: of the job on each channel.
             unit_tokens: of a unit of selection.
+            copied: words of 8 bytes that a READ writes.
         """
         if self.active:
-            self._note = _JobNote(mode, rows, tokens, unit_tokens)
+            self._note = _JobNote(mode, rows, tokens, unit_tokens, copied)
 
     def read(self, kind: Kind, channel: int, page: int, codewords: Integers, *, dram: bool) -> None:
         """The job has read codewords, ascending, of a page."""

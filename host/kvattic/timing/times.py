@@ -19,6 +19,9 @@ the score or sum (Decoder, Arrivals, the lane's pipeline)."""
 OPERATION = 60
 """Cycles in which a flash command is fetched and checked (Loader)."""
 
+COPY = 8
+"""Cycles of the copier beside a codeword's words on the host's bus (Copier)."""
+
 # Fitted: rounded so that few recorded points agree, and of little weight.
 FETCH, LOAD = 30, 40
 """Cycles until a command's line has come; of checks, and until a block's first word comes.  Fitted to jobs alone."""
