@@ -151,14 +151,15 @@ class StripeLists(wiring.Component):
         m = Module()
         entry = table_entry(self.load.data[: TABLE_ENTRY.size * 8])
         append = Signal()
-        m.d.comb += append.eq(self.load_valid & self.load.stripe & (self.shapes.lane_of(entry["channel"]) == self.lane))
+        here = self.shapes.lane_of(entry["channel"]) == self.lane
+        m.d.comb += append.eq(self.load_valid & self.load.stripe & here)
         with m.If(append):
             m.d.sync += [self.stripes.eq(self.stripes + 1), self.tail.eq(self.load.last)]
         with m.If(self.load_valid & self.load.record):
             m.d.sync += self.stripes.eq(0)
         for name in ("key", "value"):
-            self._list(m, f"{name}_stripes", Cat(entry[f"{name}_page"], entry["dram"], self.shapes.number_of_lane(entry["channel"])),
-                       append, self.stripes, name)
+            place = Cat(entry[f"{name}_page"], entry["dram"], self.shapes.number_of_lane(entry["channel"]))
+            self._list(m, f"{name}_stripes", place, append, self.stripes, name)
         whole = entry["dram"] | entry["whole"]
         self._list(m, "stripe_tokens", Cat(self.load.start, whole)[: self.tokens.size], append, self.stripes,
                    "arrivals", *(("selector",) if self.config.sparse else ()))

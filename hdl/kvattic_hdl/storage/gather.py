@@ -57,9 +57,9 @@ class CodewordGather(wiring.Component):
     """Takes a word of each channel a cycle, and gives whole codewords, a beat a cycle, channel by channel in turn.
 
     A beat is as wide as a word of each of the lane's channels, so that none of them is held back for long: a channel's
-    beat waits at most `lane_channels` - 1 cycles for its turn to be stored, and codewords that follow each other without
-    a gap wait once.  Latency: a codeword is offered three cycles after its last word came, at the earliest.  Reset
-    forgets all codewords.
+    beat waits at most `lane_channels` - 1 cycles for its turn to be stored, and codewords that follow each other
+    without a gap wait once.  Latency: a codeword is offered three cycles after its last word came, at the earliest.
+    Reset forgets all codewords.
 
     Parameters
     ----------

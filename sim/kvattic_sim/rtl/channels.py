@@ -176,7 +176,8 @@ def _verilog(config: Config, frames: int, channel_ports: Iterable[str]) -> str:
               "INDEX_BITS": Shape.cast(shapes.request["codeword"].shape).width,
               "DATA_AT": shapes.beat["data"].offset, "LAST_AT": shapes.beat["last"].offset,
               "ERROR_AT": shapes.beat["error"].offset, "REQUEST_BITS": shapes.request.size,
-              "BEAT_BITS": shapes.channel_word.size, "WORD_BITS": config.word_bytes * 8, "CHANNELS": channels, "LIST": LIST}
+              "BEAT_BITS": shapes.channel_word.size, "WORD_BITS": config.word_bytes * 8, "CHANNELS": channels,
+              "LIST": LIST}
     outputs = {"done": 1, "cycles": 64, "sum": 64, "codewords": 32, "errors": 32, "steady_cycles": 64,
                "steady_codewords": 32}
     names = ("request_valid", "request_ready", "request_payload", "codeword_valid", "codeword_payload", "go",
