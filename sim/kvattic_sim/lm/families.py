@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from transformers import (
@@ -17,7 +18,9 @@ from transformers import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
     PreTrainedConfig,
+    PreTrainedModel,
 )
+from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModel
 
 __all__ = ["OWN_GENERATE", "Architecture", "architectures", "build", "inputs", "shrink", "usual"]
 
@@ -339,11 +342,16 @@ def build(architecture: Architecture, seed: int = 0) -> Any:
     Raises:
         Exception: whatever transformers say if they cannot build it.
     """
-    config = shrink(architecture.config)
-    with torch.device("meta"):  # which takes no memory
-        size = sum(weight.numel() for weight in architecture.model(config).parameters())
+    with torch.device("meta"), _without_timm():     # the former takes no memory
+        size = sum(weight.numel() for weight in architecture.model(shrink(architecture.config)).parameters())
     if size > MOST_WEIGHTS:
         raise ValueError(f"not small: {size / 1e6:,.0f} million weights, as its configuration shrinks by names of "
                          "fields alone")
     torch.manual_seed(seed)
-    return architecture.model(shrink(architecture.config)).eval()
+    with _without_timm():
+        return architecture.model(shrink(architecture.config)).eval()
+
+
+def _without_timm() -> Any:
+    """Build pictures' models of the package timm (Gemma 3n's) empty: they are large, and text does not come to them."""
+    return patch.object(TimmWrapperModel, "__init__", PreTrainedModel.__init__)

@@ -27,7 +27,8 @@ Which models of [transformers](transformers.md) can have their KV cache in the d
 {version} that generates text (causal, sequence to sequence, speech), {total} in all. A small model of each, with random
 weights and no download, generates {answer} tokens after {prompt} on the golden device. They must equal those of the
 model's own eager attention over K and V rounded alike, and their logits up to {tolerance} of a standard deviation.
-Models of pictures and sound get text alone where they generate from it, otherwise random numbers as sound.
+Models of pictures and sound get text alone where they generate from it, otherwise random numbers as sound; parts for
+pictures that need the package timm are left empty.
 
 | | architectures |
 | --- | --- |
