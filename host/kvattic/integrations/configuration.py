@@ -74,8 +74,8 @@ def heads_of(config: Any) -> tuple[int, int, int]:
         parts = [name for name in getattr(config, "sub_configs", {})
                  if getattr(getattr(config, name, None), "num_attention_heads", None) is not None]
         if parts:
-            raise ConfigError(f"{type(config).__name__}: the model has several parts with attention of their own "
-                              f"({', '.join(parts)}) that share a cache; the drive's sequences are of a single decoder")
+            raise ConfigError(f"{type(config).__name__}: the configuration names attention heads of parts of the model "
+                              f"alone ({', '.join(parts)}); the drive's sequences are of a single decoder")
         raise ConfigError(f"{type(config).__name__}: the configuration names no attention heads (num_attention_heads): "
                           "the model has no attention, there is nothing for a drive")
     found = {(heads := int(one.num_attention_heads), int(getattr(one, "num_key_value_heads", None) or heads))

@@ -58,7 +58,7 @@ REFUSED = {
     "BigBirdPegasusForCausalLM": "gives no attention mask and does not say that it is causal",
     "MambaForCausalLM": "the model has no attention, there is nothing for a drive",
     "MiniMaxForCausalLM": "takes a cache of its own only",
-    "BltForCausalLM": "the model has several parts with attention of their own (patcher_config, ",
+    "BltForCausalLM": "names attention heads of parts of the model alone (patcher_config, ",
     "T5Gemma2ForConditionalGeneration": "attends its own and the encoder's tokens in a single softmax",
     "SpeechT5ForSpeechToText": "SpeechT5ForSpeechToText computes attention by itself",
     "Gemma4ForCausalLM": "head_dim is 512, the drive's is at most 256",
