@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
 )
@@ -139,7 +140,7 @@ def latent_width(config: Any, keys: tuple[int, ...]) -> int | None:
 def _classes(config: type) -> tuple[Any, ...]:
     """The models that generate text with a kind of configuration."""
     mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-                MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING)
+                MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
     found = [mapping.get(config, None) for mapping in mappings]
     return tuple(kind for kinds in found if kinds is not None
                  for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))

@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
     PreTrainedConfig,
@@ -37,11 +38,15 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"codebook_(vocab_)?size", 64),
     (r"upsample_groups", HIDDEN),
     (r"num_filters", 8),
+    (r"base_channels", 32),
     (r"hidden_size_per_layer_input", 16),
     (r"hidden_size|d_model|n_embd|emb_dim|embedding_size|embedding_dim|word_embed_proj_dim|attention_hidden_size|"
      r"(input|output)_embedding_size|lru_width|(encoder|decoder|audio|projector)_hidden_size|(cross_attention|cross|downsample)_hidden_size|"
      r"hidden_size_global|hidden_dim|adapter_input_size|adapter_out_dim|output_dim|vision_output_dim|"
-     r"output_channels|mlp_dim|backbone_hidden_size", HIDDEN),
+     r"output_channels|mlp_dim|backbone_hidden_size|(out|text)_hidden_size|image_token_embed_dim|"
+     r"projector_(in|out)put_dim|post_conv_(in|out)_channels|adapter_in_dim", HIDDEN),
+    (r"image_size", 112),   # of patches of 14 and of 16
+    (r"depth", 2),
     (r"(num_|n_)?((en|de)coder_)?(attention_)?heads?|num_(en|de)coder_attention_heads|"
      r"(swa|cross|encoder|decoder|speech_encoder)_(num_)?attention_heads|"
      r"(cross|encoder|decoder)_num_key_value_heads", HEADS),
@@ -136,6 +141,41 @@ _OWN: dict[str, dict[str, Any]] = {
     "mllama_text_model": {"num_hidden_layers": 4, "cross_attention_layers": [1, 3]},
     **{kind: {"depths": [1] * 7, "num_filters": 2} for kind in (
         "vibevoice_acoustic_tokenizer_encoder", "vibevoice_acoustic_tokenizer")},
+    **{kind: {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}}
+       for kind in ("cosmos3_edge_text", "paddleocr_vl_text", "qwen2_5_vl_text", "qwen2_vl_text", "qwen2_5_omni_text",
+                    "qwen3_omni_moe_text", "glm4v_text", "glm_ocr_text")},
+    **{kind: {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 6, 4]}}
+       for kind in ("ernie4_5_vl_moe_text",)},
+    "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
+                                           "mrope_section": [4, 2, 2]}},
+    "apertus1p5": {"image_token_offset": 128, "audio_token_offset": 192},
+    "chameleon": {"vocabulary_map": {"<image>": VOCABULARY - 1}},
+    "emu3": {"vocabulary_map": {"<image>": VOCABULARY - 1, "<|extra_200|>": VOCABULARY - 2}},
+    "deepseek_ocr2_text": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]},
+    "diffusion_gemma_text": {"num_experts": 4, "moe_intermediate_size": HIDDEN, "top_k_experts": 2},
+    "dots3_note_vision_encoder": {"mlp_layer_types": ["dense", "dense"]},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "4/8"},
+    "hunyuan_vl_text": {"head_dim": HEAD_DIM, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 4, 4, 4]}},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 254, "vision_end_token_id": 254, "audio_start_token_id": 254},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 254, "vision_end_token_id": 254, "audio_start_token_id": 254},
+    "florence_vision": {"embed_dim": (32, 64, 64, 128), "num_heads": (1, 2, 2, 4), "num_groups": (1, 2, 2, 4),
+                        "projection_dim": HIDDEN},
+    "janus_vision_model": {"projection_dim": HIDDEN},
+    "janus_vqgan": {"base_channels": 32, "latent_channels": 32, "num_embeddings": 64, "projection_dim": HIDDEN},
+    "timm_wrapper": {"model_args": {"embed_dim": HIDDEN}, "hidden_size": HIDDEN},
+    "blip_text_model": {"bos_token_id": 1, "sep_token_id": 2},
+    **{kind: {"image_token_index": 254, "video_token_index": 254, "num_query_tokens": 4}
+       for kind in ("blip-2", "instructblip", "instructblipvideo")},
+    "kosmos-2": {"latent_query_num": 4},
+    "step3p5": {"sliding_window": WINDOW},
+    "hy_v4_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}},
+    "qwen2_vl_vision": {"embed_dim": HIDDEN},
+    "wavtokenizer_encoder": {"codebook_dim": HIDDEN},
+    "kosmos_2_text_model": {"embed_dim": HIDDEN}, "kosmos_2_5_text_model": {"embed_dim": HIDDEN},
+    "glm5_next_text": {"qk_rope_head_dim": 0, "head_dim": 0},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+    "muse_spark_audio": {"num_hidden_layers": 4, "hidden_sizes": (32, 32, 64, 64)},
     "mamba2": {"num_heads": 8, "head_dim": 32},
     **{kind: {"is_decoder": True} for kind in (
         "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
@@ -155,7 +195,10 @@ _BESIDE: dict[str, tuple[str, tuple[int, ...]]] = {
     "kyutai_speech_to_text": ("input_values", (1, 1, 96_000)), "voxtral_realtime": ("input_features", (1, 16, 512))}
 """Name and sizes of the sound that others need beside their tokens, by model type."""
 
-OWN_GENERATE = {"dia"}
+_SEVERAL = {"idefics", "instructblipvideo"}
+"""Model types that take several pictures for each text."""
+
+OWN_GENERATE = {"dia", "blip", "blip-2", "instructblip", "instructblipvideo", "kosmos-2"}
 """Model types that cannot do without a `generate` of their own."""
 
 _CODEBOOKS = {"musicgen", "musicgen_melody"}
@@ -184,7 +227,7 @@ def architectures() -> Iterator[Architecture]:
     """Every class that transformers have for generating text, once, by name within each mapping."""
     seen: set[str] = set()
     for encoder, mapping in ((False, MODEL_FOR_CAUSAL_LM_MAPPING), (True, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
-                             (True, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING)):
+                             (True, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING), (True, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)):
         found = []
         for config in mapping:
             kinds = mapping[config]
@@ -324,11 +367,29 @@ def inputs(architecture: Architecture, model: Any, tokens: int) -> dict[str, Any
         found[name] = torch.randn(sizes, generator=generator)
     if kind == "vibevoice":
         found["noise_scheduler"] = _Steps()
+    if getattr(model, "main_input_name", "") == "pixel_values" or kind in ("idefics",):
+        sizes = (1, 3, 112, 112) if kind not in _SEVERAL else (1, 1, 3, 112, 112)
+        found["pixel_values"] = torch.randn(sizes, generator=generator)
+        if architecture.encoder:
+            return found
+        if kind.startswith("instructblip"):
+            found["qformer_input_ids"] = torch.randint(3, VOCABULARY - 2, (1, 8), generator=generator)
+    if kind == "pix2struct":
+        return found | {"flattened_patches": torch.randn(1, 16, 770, generator=generator).index_fill(
+            2, torch.tensor([0, 1]), 1.0)}
+    if kind == "udop":
+        found["bbox"] = torch.rand(1, tokens, 4, generator=generator).sort(-1).values
+    if kind == "kosmos-2":
+        found["image_embeds_position_mask"] = (torch.arange(tokens) < model.config.latent_query_num)[None].long()
+    if kind == "idefics":
+        found["image_attention_mask"] = torch.ones(1, tokens, 1, dtype=torch.long)
     rows = 1
     if kind in _CODEBOOKS:
         rows = model.config.num_codebooks
         model.generation_config.max_length = model.config.max_position_embeddings
     ids = torch.randint(3, VOCABULARY - 2, (rows, tokens), generator=generator)
+    if count := getattr(model.config, "num_query_tokens", 0):
+        ids[:, :count] = 254
     return found | {"input_ids": ids, "attention_mask": torch.ones(1, tokens, dtype=torch.long)}
 
 
