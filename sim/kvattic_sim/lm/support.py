@@ -22,13 +22,14 @@ from kvattic import TINY
 from kvattic.errors import CapacityError, ConfigError, RequestError
 from kvattic.integrations.transformers import NAME, DriveCache, DriveEncoderDecoderCache, config_for
 from kvattic.spec.formats import Element
-from kvattic_sim.lm.families import OWN_GENERATE, Architecture, architectures, build, inputs, usual
+from kvattic_sim.lm.families import Architecture, architectures, build, usual
+from kvattic_sim.lm.inputs import OWN_GENERATE, inputs
 from kvattic_sim.reports.benches.generate import REFERENCES, RoundedCache
 
 __all__ = ["Answer", "Outcome", "Verdict", "difference", "examine", "survey"]
 
 PROMPT, ANSWER = 30, 16
-"""Tokens: more together than `families.WINDOW`, and than a stripe of the drive."""
+"""Tokens: more together than `recipes.WINDOW`, and than a stripe of the drive."""
 CAPACITY = 640
 """Tokens: some models (Evolla) put all of them into the cache anew at each step."""
 TOLERANCE = 0.05
