@@ -1,7 +1,7 @@
 """docs/models.md: which architectures of transformers work, are refused, and why.
 
-``python -m kvattic_sim.reports.model_page`` (`make models`) examines all of them, a minute or two, and writes the page; it
-fails if one of them does neither.
+``python -m kvattic_sim.reports.model_page`` (`make models`) examines all of them, a minute or two, and writes the page;
+it fails if one of them goes wrong.
 """
 
 import argparse
