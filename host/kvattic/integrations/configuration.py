@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
 )
@@ -74,8 +75,8 @@ def heads_of(config: Any) -> tuple[int, int, int]:
         parts = [name for name in getattr(config, "sub_configs", {})
                  if getattr(getattr(config, name, None), "num_attention_heads", None) is not None]
         if parts:
-            raise ConfigError(f"{type(config).__name__}: the model has several parts with attention of their own "
-                              f"({', '.join(parts)}) that share a cache; the drive's sequences are of a single decoder")
+            raise ConfigError(f"{type(config).__name__}: the configuration names attention heads of parts of the model "
+                              f"alone ({', '.join(parts)}); the drive's sequences are of a single decoder")
         raise ConfigError(f"{type(config).__name__}: the configuration names no attention heads (num_attention_heads): "
                           "the model has no attention, there is nothing for a drive")
     found = {(heads := int(one.num_attention_heads), int(getattr(one, "num_key_value_heads", None) or heads))
@@ -139,7 +140,7 @@ def latent_width(config: Any, keys: tuple[int, ...]) -> int | None:
 def _classes(config: type) -> tuple[Any, ...]:
     """The models that generate text with a kind of configuration."""
     mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-                MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING)
+                MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
     found = [mapping.get(config, None) for mapping in mappings]
     return tuple(kind for kinds in found if kinds is not None
                  for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))

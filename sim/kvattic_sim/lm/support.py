@@ -19,20 +19,22 @@ from transformers.cache_utils import EncoderDecoderCache
 
 import kvattic
 from kvattic import TINY
-from kvattic.errors import KvatticError
+from kvattic.errors import CapacityError, ConfigError, RequestError
 from kvattic.integrations.transformers import NAME, DriveCache, DriveEncoderDecoderCache, config_for
 from kvattic.spec.formats import Element
-from kvattic_sim.lm.families import OWN_GENERATE, Architecture, architectures, build, inputs, usual
+from kvattic_sim.lm.families import Architecture, architectures, build, usual
+from kvattic_sim.lm.inputs import OWN_GENERATE, inputs
 from kvattic_sim.reports.benches.generate import REFERENCES, RoundedCache
 
 __all__ = ["Answer", "Outcome", "Verdict", "difference", "examine", "survey"]
 
 PROMPT, ANSWER = 30, 16
-"""Tokens: more together than `families.WINDOW`, and than a stripe of the drive."""
-CAPACITY = 96
+"""Tokens: more together than `recipes.WINDOW`, and than a stripe of the drive."""
+CAPACITY = 640
+"""Tokens: some models (Evolla) put all of them into the cache anew at each step."""
 TOLERANCE = 0.05
 """Logits may differ by this share of their standard deviation: a last bit that rounds an element of K the other way."""
-DRIVE = replace(TINY, dies=8)
+DRIVE = replace(TINY, dies=8, part=replace(TINY.part, blocks=64))
 """TINY with room for several sequences."""
 
 
@@ -84,10 +86,11 @@ def _generate(model: Any, implementation: str, cache: Any, options: dict[str, An
     model.set_attn_implementation(implementation)
     torch.manual_seed(0)    # some make sound from noise
     # Not Whisper's own, which cuts long sound into pieces and hands on no logits; but Dia's, for its rows of tokens.
-    generate = type(model).generate if model.config.model_type in OWN_GENERATE else GenerationMixin.generate
+    generate, ends = GenerationMixin.generate, {"eos_token_id": None}
+    if model.config.model_type in OWN_GENERATE:
+        generate, ends = type(model).generate, {}
     with torch.no_grad():
-        answer = generate(model, **options, cache=cache, eos_token_id=None, output_logits=True,
-                          return_dict_in_generate=True)
+        answer = generate(model, **options, **ends, cache=cache, output_logits=True, return_dict_in_generate=True)
     return Answer(answer.sequences[0, -ANSWER:].tolist(), torch.cat(answer.logits).double())
 
 
@@ -158,8 +161,10 @@ def examine(architecture: Architecture, seed: int = 0) -> Outcome:
             with _counted(model, steps):
                 found = _generate(model, NAME, cache, options)
             what = _what(cache)
-    except KvatticError as error:
+    except (ConfigError, RequestError) as error:
         reason = " ".join(str(error).split())
+        if isinstance(error, CapacityError):
+            return Outcome(architecture, Verdict.WRONG, _say(error))    # which says nothing about the model
         if steps:
             return Outcome(architecture, Verdict.WRONG, f"refused after {len(steps)} steps: {reason}")
         return Outcome(architecture, Verdict.REFUSED, reason)
@@ -173,11 +178,13 @@ def examine(architecture: Architecture, seed: int = 0) -> Outcome:
 @contextmanager
 def _counted(model: Any, steps: list[None]) -> Iterator[None]:
     """Add an item for each step of a model that ends, and so may give a token."""
-    hook = model.register_forward_hook(lambda *_: steps.append(None))
+    hooks = [part.register_forward_hook(lambda *_: steps.append(None)) for part in model.modules()
+             if isinstance(part, GenerationMixin)]
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def _without_reference(architecture: Architecture, model: Any, options: dict[str, Any], error: Exception) -> Outcome:
@@ -193,7 +200,7 @@ def _too_large(architecture: Architecture) -> str | None:
     """Why no drive has the heads of the configuration that the class has by default; None: one has."""
     try:
         config_for(usual(architecture.config))
-    except KvatticError as error:
+    except ConfigError as error:
         return " ".join(str(error).split())
     except Exception:  # noqa: BLE001  # no default, or none that transformers can read
         return None

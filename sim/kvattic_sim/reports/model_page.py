@@ -1,7 +1,7 @@
 """docs/models.md: which architectures of transformers work, are refused, and why.
 
-``python -m kvattic_sim.reports.model_page`` (`make models`) examines all of them, a minute, and writes the page; it
-fails if one of them does neither.
+``python -m kvattic_sim.reports.model_page`` (`make models`) examines all of them, a minute or two, and writes the page;
+it fails if one of them goes wrong.
 """
 
 import argparse
@@ -24,10 +24,11 @@ _HEAD = """# Models
 <!-- Written by `make models`; do not edit. -->
 
 Which models of [transformers](transformers.md) can have their KV cache in the drive: every class of transformers
-{version} that generates text (causal, sequence to sequence, speech), {total} in all. A small model of each, with random
-weights and no download, generates {answer} tokens after {prompt} on the golden device. They must equal those of the
-model's own eager attention over K and V rounded alike, and their logits up to {tolerance} of a standard deviation.
-Models of pictures and sound get text alone where they generate from it, otherwise random numbers as sound.
+{version} that generates text (causal, sequence to sequence, from speech, from pictures), {total} in all. A small model
+of each, with random weights and no download, generates {answer} tokens after {prompt} on the golden device. They must
+equal those of the model's own eager attention over K and V rounded alike, and their logits up to {tolerance} of a
+standard deviation. Models of pictures and sound get text alone where they generate from it, otherwise random numbers as
+sound or a picture; parts for pictures that need the package timm are left empty.
 
 | | architectures |
 | --- | --- |

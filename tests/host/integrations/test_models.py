@@ -43,6 +43,9 @@ SLICE = {
     "MoshiForCausalLM": "",                             # a window that its masks do not say
     "MllamaForCausalLM": "2 of 4 layers in the drive, the others in transformers' own",     # layers of pictures
     "GotOcr2ForConditionalGeneration": "",              # a part for pictures that computes attention by itself
+    "Qwen2_5_VLForConditionalGeneration": "",           # positions in three dimensions
+    "Blip2ForConditionalGeneration": "",                # a picture that must be there
+    "VisionEncoderDecoderModel": "self-attention and cross-attention in the drive",
     "MusicgenForCausalLM": "",                          # a row of tokens for each codebook
     "DiaForConditionalGeneration": "self-attention and cross-attention in the drive",       # likewise; infinite logits
     "VibeVoiceForConditionalGeneration": "",            # sound from noise
@@ -58,7 +61,8 @@ REFUSED = {
     "BigBirdPegasusForCausalLM": "gives no attention mask and does not say that it is causal",
     "MambaForCausalLM": "the model has no attention, there is nothing for a drive",
     "MiniMaxForCausalLM": "takes a cache of its own only",
-    "BltForCausalLM": "the model has several parts with attention of their own (patcher_config, ",
+    "BltForCausalLM": "names attention heads of parts of the model alone (patcher_config, ",
+    "BlipForConditionalGeneration": "BlipForConditionalGeneration computes attention by itself",
     "T5Gemma2ForConditionalGeneration": "attends its own and the encoder's tokens in a single softmax",
     "SpeechT5ForSpeechToText": "SpeechT5ForSpeechToText computes attention by itself",
     "Gemma4ForCausalLM": "head_dim is 512, the drive's is at most 256",
@@ -111,6 +115,12 @@ def test_a_refusal_after_a_step_is_wrong(monkeypatch):
     monkeypatch.setattr(DriveLayer, "_attend_in_drive", refuse)
     found = examine(ALL["LlamaForCausalLM"])
     assert (found.verdict, found.detail) == (Verdict.WRONG, "refused after 1 steps: too late")
+
+
+def test_a_drive_that_is_full_says_nothing_about_a_model(monkeypatch):
+    monkeypatch.setattr(support, "CAPACITY", 40)
+    found = examine(ALL["LlamaForCausalLM"])
+    assert found.verdict is Verdict.WRONG and found.detail.startswith("CapacityError: the sequence has room for 40")
 
 
 def test_what_transformers_cannot_do_must_fail_without_us(monkeypatch):
