@@ -131,7 +131,7 @@ class Copier(wiring.Component):
     def _send(self, m: Module, beats: SyncFIFO, busy: Signal, head: Signal, token: Signal, value: Signal,
               ended: Signal) -> None:
         """Lines of the codeword; its address is known in the cycle after `head`."""
-        config, shapes, lines_each = self.config, self.shapes, self.token_lines
+        config, lines_each = self.config, self.token_lines
         m.submodules.jobs = jobs = Memory(
             shape=LINE_ADDRESS_BITS + TOKEN_BITS, depth=config.jobs_in_flight, init=[],
             attrs={"ram_style": "distributed"})

@@ -1,4 +1,4 @@
-"""What the golden device refuses of an ATTEND or a READ before it reads K or V, in the order in which it is reported."""
+"""What the golden device refuses of ATTENDs and READs before it reads K or V, in the order in which it is reported."""
 
 from collections.abc import Iterable
 
@@ -22,7 +22,8 @@ from kvattic.spec.commands import (
 )
 from kvattic.spec.config import Config
 
-__all__ = ["check_command", "check_mean", "check_read", "check_table", "is_valid_dense", "stripes_per_channel", "unit_tokens"]
+__all__ = [
+    "check_command", "check_mean", "check_read", "check_table", "is_valid_dense", "stripes_per_channel", "unit_tokens"]
 
 _UNUSED: dict[Mode, tuple[str, ...]] = {
     Mode.DENSE: ("features", "top_units", "local_tokens", "sinks", "unit_bits"),
