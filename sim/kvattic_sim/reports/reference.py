@@ -228,8 +228,8 @@ def _command_sections() -> list[Part]:
         "Writes K of the first token, V of the first token, K of the second one, and so on, each padded with zeros to "
         f"whole lines, {commands.READ_BYTES:,} bytes at most. Tokens are numbered from 0, also in `where` of the "
         "completion. It is checked and served like a dense ATTEND, and completes in one order with them. NaN and "
-        "infinity are numbers like any other here. The target is written while the codewords come, in any order: unless the "
-        "completion says `OK`, what is there means nothing.",
+        "infinity are numbers like any other here. The target is written while the codewords come, in any order: "
+        "unless the completion says `OK`, what is there means nothing.",
         "### PROGRAM, ERASE, PROBE, MAP", _record(commands.FLASH_COMMAND),
         "Those of one channel begin in their order, and an ERASE or PROGRAM of a die in the order of its pages; they "
         "complete in any order, and beside attention. One that waits for its channel holds back its own queue only.",
@@ -283,9 +283,9 @@ def _completion_sections() -> list[Part]:
         "bus error of its blocks, `INVALID_TABLE`, `NOT_OWNED`, `NO_SKETCH`, `NAN_QUERY`, `NAN_MEAN`; of READ those "
         "of them that it can have; of PROGRAM and ERASE: `INVALID_PLACE`, `NOT_PERMITTED` where 1, `NOT_OWNED`; of the "
         "others, their own statuses in the order of `where`. What the pages bring is known at the end: "
-        "`CODEWORD_TIMEOUT`, `UNREADABLE_SKETCH`, `UNREADABLE_KEY`, `UNREADABLE_VALUE`, `NAN_KEY`, `NAN_VALUE`, and a bus error when the "
-        "result was written. A PROGRAM ends with `BUS_ERROR` if device DRAM answered with one. `where` is 0 unless the "
-        "table says otherwise.",
+        "`CODEWORD_TIMEOUT`, `UNREADABLE_SKETCH`, `UNREADABLE_KEY`, `UNREADABLE_VALUE`, `NAN_KEY`, `NAN_VALUE`, and a "
+        "bus error when the result was written. A PROGRAM ends with `BUS_ERROR` if device DRAM answered with one. "
+        "`where` is 0 unless the table says otherwise.",
         "### Flags", _enumeration(commands.CompletionFlag),
         "### Causes of a media error", _enumeration(commands.MediaCause),
         "### Kinds of codeword", _enumeration(commands.Kind),

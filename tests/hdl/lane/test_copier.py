@@ -39,7 +39,7 @@ class Front:
 
     async def bench(self, ctx):
         link, config, size = self.link, self.config, self.config.beat_bytes
-        last_before, beat = False, 0
+        last_before, ready_before, beat = False, False, 0
         await ctx.tick().repeat(4)      # the jobs start before
         while True:
             shown = self.left[0] if self.left and (beat or self.rng.random() >= self.stall) else None
@@ -51,10 +51,11 @@ class Front:
                 ctx.set(link.token, token)
                 ctx.set(link.value, value)
                 ctx.set(link.data, int.from_bytes(data[beat * size :][:size], "little"))
-            gives = shown is not None and not last_before and self.rng.random() >= self.stall
+            taken = shown is not None and ready_before and self.rng.random() >= self.stall
             *_, ready = await ctx.tick().sample(link.ready)
-            taken = gives and ready
-            last_before = taken and beat == config.beats_per_codeword - 1
+            last = taken and beat == config.beats_per_codeword - 1
+            ready_before = ready and not last and not last_before
+            last_before = last
             ctx.set(link.valid, taken)
             ctx.set(link.last, last_before)
             if taken:
