@@ -148,9 +148,9 @@ class Engine(wiring.Component):
         config = self.config
         m.submodules.control = control = Control(config)
         parts = _Parts(
-            control=control, loader=Loader(config), copier=Copier(config), maximum=Maximum(config), finisher=Finisher(config),
-            watchdog=Watchdog(config), queues=Queues(), admin=Admin(config), owners=Owners(config),
-            operations=Operations(config), dram_reader=DramReader(config),
+            control=control, loader=Loader(config), copier=Copier(config), maximum=Maximum(config),
+            finisher=Finisher(config), watchdog=Watchdog(config), queues=Queues(), admin=Admin(config),
+            owners=Owners(config), operations=Operations(config), dram_reader=DramReader(config),
             stamps=JobStamps(config),
             selection=TopK(config) if config.sparse else None)
         reset = ResetInserter(control.reset)

@@ -325,8 +325,8 @@ class Anything:
         """Not a command; never one by chance that changes anything."""
         rng = self.rng
         line = bytearray(rng.randbytes(LINE_BYTES) if rng.randrange(2) else attend())
-        line[0] = rng.choice((0, 1, 0x83, 0xC1, 0xC6, 0xE3, 0xFF, Opcode.ATTEND, Opcode.READ, Opcode.PROGRAM, Opcode.ERASE,
-                              Opcode.GRANT, Opcode.CREATE_QUEUE, rng.randrange(256)))
+        line[0] = rng.choice((0, 1, 0x83, 0xC1, 0xC6, 0xE3, 0xFF, Opcode.ATTEND, Opcode.READ, Opcode.PROGRAM,
+                              Opcode.ERASE, Opcode.GRANT, Opcode.CREATE_QUEUE, rng.randrange(256)))
         line[1] |= 1    # reserved in all records
         return bytes(line)
 

@@ -18,7 +18,6 @@ from tests.cosim.test_engine import (
     attend_case,
     check_counters,
     differences,
-    ended,
     model,
     normal,
     observed,
@@ -154,10 +153,12 @@ def bus_errors(device: Device) -> dict[str, Any]:
         right = READ_COMMAND.pack(**good)
         window = (WINDOW[0], outside + 0x10000)
         for name, change in (("table", {"table": outside}), ("target", {"result": outside}),
-                             ("half a target", {"result": outside - 20 * size}), ("a line", {"result": outside + 64 - 40 * size})):
+                             ("half a target", {"result": outside - 20 * size}),
+                             ("a line", {"result": outside + 64 - 40 * size})):
             line = READ_COMMAND.pack(**{**good, **change})
             transport.write_memory(at + TARGET, bytes(40 * size))
-            entries, status = run_by_hand(device, [right, attend, line, right, attend, line, line, attend, right], window)
+            lines = [right, attend, line, right, attend, line, line, attend, right]
+            entries, status = run_by_hand(device, lines, window)
             found[name] = [entries, status, transport.read_memory(at + TARGET, 40 * size)]
             found[f"after {name}"] = observed(sequence.attend(query))
     return found
@@ -309,7 +310,7 @@ def test_speed() -> None:
     tokens = 256
     found = simulate(TINY, speed, tokens=tokens)
     words = tokens * read_token_bytes(TINY.head_dim) // 8
-    assert words < found["read"] < 1.4 * words, found
+    assert words < found["read"] < 1.45 * words, found
 
 
 def through_a_drive(target: str) -> tuple[Any, Any]:

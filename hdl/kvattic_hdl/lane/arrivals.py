@@ -30,9 +30,9 @@ def header_shape(config: Config) -> data.StructLayout:
     """A codeword that was let through.
 
     slot; ring (its place in the score ring), token (its first token's number): of a FEATURE those of its stripe, of
-    centroids those of their first unit; into_score: all but V; error; read: it is to be copied.  Sparse configurations only: first (it is of the
-    first pass), feature, centroid, number (of the codeword in its stripe), group (its buffer), marks (selected tokens),
-    unit_bits.
+    centroids those of their first unit; into_score: all but V; error; read: it is to be copied.  Sparse
+    configurations only: first (it is of the first pass), feature, centroid, number (of the codeword in its stripe),
+    group (its buffer), marks (selected tokens), unit_bits.
     """
     shapes = Shapes(config)
     header = {"ring": shapes.ring, "slot": shapes.slot, "into_score": 1, "token": TOKEN_BITS, "error": 1,

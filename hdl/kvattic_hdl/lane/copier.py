@@ -31,13 +31,13 @@ def copy_link(config: Config) -> wiring.Signature:
     slot, token, value : Out(slot), Out(24), Out(1)
         Its job, its first token, and whether it is of V; while `wants`.
     ready : In(1)
-        Its beats are taken.
+        A beat is taken in the next cycle; but none for two cycles behind a codeword's last one.
     data : Out(beat_bytes * 8)
         The front's next beat.
     valid : Out(1)
-        The beat of the cycle before was taken, and `ready` then.
+        The beat of the cycle before was taken.
     last : Out(1)
-        It was the codeword's last one; then no further one is taken in this cycle.
+        It was the codeword's last one.
     """
     shapes = Shapes(config)
     return wiring.Signature({
@@ -131,7 +131,7 @@ class Copier(wiring.Component):
     def _send(self, m: Module, beats: SyncFIFO, busy: Signal, head: Signal, token: Signal, value: Signal,
               ended: Signal) -> None:
         """Lines of the codeword; its address is known in the cycle after `head`."""
-        config, shapes, lines_each = self.config, self.shapes, self.token_lines
+        config, lines_each = self.config, self.token_lines
         m.submodules.jobs = jobs = Memory(
             shape=LINE_ADDRESS_BITS + TOKEN_BITS, depth=config.jobs_in_flight, init=[],
             attrs={"ram_style": "distributed"})

@@ -174,7 +174,7 @@ class Issue(wiring.Component):
         Those of the V codewords' tokens.
     harvest : In(stream of `first_pass.harvest_shape`)
     copy_ready : In(1)
-        A beat of a READ is copied if it is issued.
+        A beat of a READ is copied if it is issued in the next cycle.
     copy_valid, copy_last : Out(1)
         One was issued in the cycle before; it was its codeword's last one.
     stage : Out(`stage_shape`)
@@ -243,15 +243,19 @@ class Issue(wiring.Component):
             self.harvest.ready.eq(spacing.harvest_ready),
             harvest.eq(self.harvest.valid & self.harvest.ready),
             may_issue.eq(there & ~waits_weight & ~spacing.waits & ~harvest),
-            # The copier takes one codeword; whether it takes the next one, too, it says when it has seen the last beat.
-            copied.eq(self.copy_ready & ~self.copy_last),
             issue.eq(may_issue & (~header.read | copied)),
             self.waits_copy.eq(may_issue & header.read & ~copied),
             self.waits_weight.eq(there & waits_weight & ~harvest),
             self.waits_score.eq((there & spacing.waits) | harvest),
             self.starves.eq(~there & ~harvest),
         ]
-        m.d.sync += [self.copy_valid.eq(issue & header.read), self.copy_last.eq(self.headers.ready & header.read)]
+        last_copied = self.headers.ready & header.read
+        m.d.sync += [
+            self.copy_valid.eq(issue & header.read),
+            self.copy_last.eq(last_copied),
+            # Behind a codeword's last beat the copier takes none until it has seen that one.
+            copied.eq(self.copy_ready & ~last_copied & ~self.copy_last),
+        ]
         self._count(m, last, feature)
         self._describe_beat(m, first, last)
         if config.sparse:

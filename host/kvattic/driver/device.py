@@ -25,9 +25,9 @@ from kvattic.driver.diagnosis import job_failure
 from kvattic.driver.dispatcher import ATTEND, Command, Dispatcher, Steps
 from kvattic.driver.futures import Future
 from kvattic.driver.jobs import (
+    MAX_SINKS,
     FlashOperation,
     Job,
-    MAX_SINKS,
     ReadJob,
     check_blocks,
     fill_command,

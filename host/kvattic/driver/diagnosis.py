@@ -84,7 +84,8 @@ def explain(completion: Completion) -> str:
     return f"{completion.status.name}: {words if isinstance(words, str) else words(completion.where)}"
 
 
-def job_failure(index: int, total: int, job: Job | ReadJob, completion: Completion, media: "Media") -> DeviceStatusError:
+def job_failure(index: int, total: int, job: Job | ReadJob, completion: Completion,
+                media: "Media") -> DeviceStatusError:
     """The error for a job whose status is not OK.
 
     Args:

@@ -585,7 +585,8 @@ class Planner:
 
         Args:
             layer: which layer.
-            first, last: the first of the tokens, and one past the last of them.
+            first: the first of the tokens.
+            last: one past the last of them.
             most_bytes: what each may write, if that is a page's tokens or more.
         """
         config, shape = self._config, self._shape

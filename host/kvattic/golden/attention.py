@@ -1,4 +1,4 @@
-"""The golden device's ATTEND, which reads a job's blocks, K and V, and writes what the golden model says; and its READ."""
+"""The golden device's ATTEND and READ: reads blocks, K and V; writes what the golden model says, or K and V."""
 
 from typing import Any, NamedTuple
 

@@ -74,8 +74,8 @@ class GoldenDevice:
     two calls, and STATUS.BUSY is never seen.  With `shuffle`, commands stay in flight for some time: doorbells and
     reads of registers and host memory each advance the device by a few steps, `wait` until the interrupt line is up.
     What it fetches, runs or completes next is random as far as the device's rules leave it open: queues are fetched
-    from in turn, ATTENDs and READs run and complete in order, flash commands of a channel begin in order, and admin commands run
-    one after the other.
+    from in turn, ATTENDs and READs run and complete in order, flash commands of a channel begin in order, and admin
+    commands run one after the other.
 
     Its registers know no cycles: all counters of time, CYCLES among them, and the counter fields of the completions
     stay 0, for they are what hardware measures, and CODEWORD_TIMEOUT does not occur.  How long commands would have

@@ -1,4 +1,4 @@
-"""What the golden device refuses of an ATTEND or a READ before it reads K or V, in the order in which it is reported."""
+"""What the golden device refuses of ATTENDs and READs before it reads K or V, in the order in which it is reported."""
 
 from collections.abc import Iterable
 

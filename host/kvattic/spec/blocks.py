@@ -1,4 +1,4 @@
-"""The blocks of an ATTEND or a READ in host memory, packed by the host and unpacked by the device, or the other way round."""
+"""The blocks of ATTENDs and READs in host memory, packed by the host and unpacked by the device, or the other way."""
 
 from typing import Any, NamedTuple
 

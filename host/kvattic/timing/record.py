@@ -246,8 +246,9 @@ class Batch:
         size = (len(self._weights), self._operation_count)
         if self._modelled is None or self._modelled[:2] != size:
             config = self._config
+            notes = [self._note(number) for number in range(len(self._jobs))]
             jobs = [job_of_reads(config, note.reads(), note.tokens, rows=note.rows, mode=note.mode,
-                                 unit_tokens=note.unit_tokens, copied=note.copied) for note in map(self._note, range(len(self._jobs)))]
+                                 unit_tokens=note.unit_tokens, copied=note.copied) for note in notes]
             in_all = len(jobs)
             if len(self._weights) > len(jobs):
                 share = sum(self._weights) / max(sum(self._weights[: len(jobs)]), 1)

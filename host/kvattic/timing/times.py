@@ -19,7 +19,7 @@ the score or sum (Decoder, Arrivals, the lane's pipeline)."""
 OPERATION = 60
 """Cycles in which a flash command is fetched and checked (Loader)."""
 
-COPY = 8
+COPY = 9
 """Cycles of the copier beside a codeword's words on the host's bus (Copier)."""
 
 # Fitted: rounded so that few recorded points agree, and of little weight.

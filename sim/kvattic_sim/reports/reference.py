@@ -174,7 +174,8 @@ def _running_commands() -> list[Part]:
             "when the phase bit in its `state` is that of this round of the ring, 1 in the first one, then 0, and so "
             "on.",
             "Take the completions: by `identifier` they belong to commands. Those of one queue come in any order, but "
-            "ATTENDs and READs end in the order in which they were fetched. Results are in memory before their completion is.",
+            "ATTENDs and READs end in the order in which they were fetched. Results are in memory before their "
+            "completion is.",
             "Write the number of the next entry to be taken to `COMPLETION_HEAD`: those before it can be used again."),
         "A command that did not end `OK` has a completion and no results; the others are served as usual. The device "
         "fetches from the queues in turns, and from each only while the completions that its commands will have, and "
@@ -224,11 +225,11 @@ def _command_sections() -> list[Part]:
         "Every place that the table names must be the command's `domain`'s: the zones of a stripe's pages, or the "
         "regions of device DRAM, and the pages of its sketch; a stripe must not leave its zone.",
         "### READ", _record(commands.READ_COMMAND),
-        f"Writes K of the first token, V of the first token, K of the second one, and so on, each padded with zeros to "
-        f"whole lines, {commands.READ_BYTES:,} bytes at most. Tokens are numbered from 0, in `where` of the completion, "
-        "too. It is checked and served like a dense ATTEND, and completes in one order with them. NaN and infinity are "
-        "numbers like any other here. The target is written while the codewords come, in any order: unless the "
-        "completion says `OK`, what is there means nothing.",
+        "Writes K of the first token, V of the first token, K of the second one, and so on, each padded with zeros to "
+        f"whole lines, {commands.READ_BYTES:,} bytes at most. Tokens are numbered from 0, also in `where` of the "
+        "completion. It is checked and served like a dense ATTEND, and completes in one order with them. NaN and "
+        "infinity are numbers like any other here. The target is written while the codewords come, in any order: "
+        "unless the completion says `OK`, what is there means nothing.",
         "### PROGRAM, ERASE, PROBE, MAP", _record(commands.FLASH_COMMAND),
         "Those of one channel begin in their order, and an ERASE or PROGRAM of a die in the order of its pages; they "
         "complete in any order, and beside attention. One that waits for its channel holds back its own queue only.",
@@ -280,11 +281,11 @@ def _completion_sections() -> list[Part]:
         "command's line, `INVALID_OPCODE`, `NOT_PERMITTED` where 0, `INVALID_FIELD`. Then of ATTEND: `INVALID_ROWS`, "
         "`INVALID_LENGTH`, `INVALID_SELECTION`, `INVALID_ADDRESS`, `INVALID_SCALE`, `NOT_PERMITTED` where 1, a "
         "bus error of its blocks, `INVALID_TABLE`, `NOT_OWNED`, `NO_SKETCH`, `NAN_QUERY`, `NAN_MEAN`; of READ those "
-        "of them that it can have; of PROGRAM and ERASE: `INVALID_PLACE`, `NOT_PERMITTED` where 1, `NOT_OWNED`; of the others, their own statuses "
-        "in the order of `where`. What the pages bring is known at the end: `CODEWORD_TIMEOUT`, "
-        "`UNREADABLE_SKETCH`, `UNREADABLE_KEY`, `UNREADABLE_VALUE`, `NAN_KEY`, `NAN_VALUE`, and a bus error when the "
-        "result was written. A PROGRAM ends with `BUS_ERROR` if device DRAM answered with one. `where` is 0 unless the "
-        "table says otherwise.",
+        "of them that it can have; of PROGRAM and ERASE: `INVALID_PLACE`, `NOT_PERMITTED` where 1, `NOT_OWNED`; of the "
+        "others, their own statuses in the order of `where`. What the pages bring is known at the end: "
+        "`CODEWORD_TIMEOUT`, `UNREADABLE_SKETCH`, `UNREADABLE_KEY`, `UNREADABLE_VALUE`, `NAN_KEY`, `NAN_VALUE`, and a "
+        "bus error when the result was written. A PROGRAM ends with `BUS_ERROR` if device DRAM answered with one. "
+        "`where` is 0 unless the table says otherwise.",
         "### Flags", _enumeration(commands.CompletionFlag),
         "### Causes of a media error", _enumeration(commands.MediaCause),
         "### Kinds of codeword", _enumeration(commands.Kind),
@@ -444,7 +445,8 @@ def header() -> str:
          _define("STATUS_TYPE(state)", f"((state) >> {1 + commands.STATUS_BITS} & "
                  f"{(1 << commands.STATUS_TYPE_BITS) - 1}u)", f"0 of OK, {commands.STATUS_TYPE} of all others")],
         _counters(),
-        ["/* Bytes of one row of a query block, of a result block, and of a token that READ writes; elements have two bytes, outputs four. */",
+        ["/* Bytes of one row of a query block, of a result block, and of a token that READ writes; elements have two "
+         "bytes, outputs four. */",
          _define("LINES(bytes)", f"(((bytes) + {line - 1}) / {line} * {line})"),
          _define("QUERY_ROW_BYTES(head_dim)", "(sizeof(struct kvattic_row) + KVATTIC_LINES((head_dim) * 2))"),
          _define("RESULT_ROW_BYTES(head_dim)", "(KVATTIC_LINES((head_dim) * 4) + sizeof(struct kvattic_trailer))"),
