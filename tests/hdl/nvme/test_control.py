@@ -254,7 +254,11 @@ def test_counters_and_snapshot(channels):
             assert await read(ctx, dut, "FIRST_BEAT") == base["cycle"] + 2 + first + 1
             assert await read(ctx, dut, "LAST_BEAT") == base["cycle"] + 2 + last + 1
             now = snapshot(ctx, dut)
-            counters = [ctx.get(dut.counters[i]) for i in range(len(COUNTERS))]
+            counters = []
+            for i in range(len(COUNTERS)):
+                ctx.set(dut.counter_number, i)
+                counters.append(ctx.get(dut.counter))
+                assert ctx.get(dut.counter_there)
             assert counters == [await read(ctx, dut, register.name) for register in COUNTERS]
 
     simulate(bench, config)
