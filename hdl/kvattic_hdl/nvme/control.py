@@ -9,7 +9,7 @@ from kvattic.spec.registers import ADDRESS_BITS, COUNTERS, MAX_ENTRIES, QUEUES, 
 from kvattic.spec.registers import Control as ControlBit
 from kvattic_hdl.lib.axi import LINE_ADDRESS_BITS, axi_lite
 from kvattic_hdl.lib.shapes import Shapes
-from kvattic_hdl.nvme.counters import FLASH_COUNTERS, SNAPSHOT, STALLS, Counters, FlashCounters
+from kvattic_hdl.nvme.counters import SNAPSHOT, STALLS, Counters, FlashCounters
 from kvattic_hdl.nvme.queues import DOORBELL
 from kvattic_hdl.nvme.registers import RegisterBank
 
@@ -302,8 +302,7 @@ class Control(wiring.Component):
         m.d.comb += [read.cycles.eq(counters.cycle), self.snapshot.cycle.eq(counters.cycle)]
         for name in ("beats", "first_beat", "last_beat", "duplicates", "stales", *STALLS):
             m.d.comb += read[name].eq(getattr(counters, name))
-        for name in FLASH_COUNTERS:
-            m.d.comb += read[name].eq(getattr(flash_counters, name))
+        m.d.comb += [flash_counters.number.eq(bank.flash_number), bank.flash_counter.eq(flash_counters.counter)]
         for name in ("beats", *STALLS):
             m.d.comb += self.snapshot[name].eq(getattr(counters, name))
         m.d.comb += [

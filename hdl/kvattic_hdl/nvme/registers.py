@@ -26,14 +26,18 @@ PAGE_REGISTERS = tuple(r for r in REGISTERS if r.address < DOORBELLS)
 """All but the doorbells."""
 INDEX_BITS = max(r.address // 4 + r.width // WORD_BITS - 1 for r in PAGE_REGISTERS).bit_length()
 """Bits of the number of a word of `PAGE_REGISTERS`."""
+FLASH_WORDS = REGISTER_MAP["FLASH_WORDS"].address
+"""The first counter of the flash channels; behind it stand the others, of 64 bits each."""
 CONSTANTS = ("ID", "VERSION", "CONFIG_HASH")
 """Registers whose value never changes: the bank knows them itself."""
+FLASH_REGISTERS = tuple(r.name for r in PAGE_REGISTERS if r.address >= FLASH_WORDS)
+"""Registers that are not here but are asked for by their number."""
 
 READ_LAYOUT = data.StructLayout(
     {
         r.name.lower(): r.width
         for r in REGISTERS
-        if r.access in (Access.RO, Access.W1C) and r.name not in CONSTANTS
+        if r.access in (Access.RO, Access.W1C) and r.name not in CONSTANTS and r.name not in FLASH_REGISTERS
     }
 )
 """Values that come from outside."""
@@ -97,6 +101,8 @@ class RegisterBank(wiring.Component):
         `looked` is what that register reads as; else the bus reads.
     read : In(READ_LAYOUT)
         What the read-only and write-one-to-clear registers read as.
+    flash_number, flash_counter : Out, In(64)
+        A number in `FLASH_REGISTERS`, and what that one reads as.
     value : Out(VALUE_LAYOUT)
         The read-write registers.
     write : Out(WRITE_LAYOUT)
@@ -119,6 +125,8 @@ class RegisterBank(wiring.Component):
     looking: Signal
     looked: Signal
     read: data.View
+    flash_number: Signal
+    flash_counter: Signal
     value: data.View
     write: data.View
     doorbell: data.View
@@ -137,6 +145,8 @@ class RegisterBank(wiring.Component):
                 "looking": Out(1),
                 "looked": Out(2 * WORD_BITS),
                 "read": In(READ_LAYOUT),
+                "flash_number": Out(range(len(FLASH_REGISTERS))),
+                "flash_counter": In(2 * WORD_BITS),
                 "value": Out(
                     VALUE_LAYOUT,
                     init={r.name.lower(): r.reset for r in REGISTERS if r.access is Access.RW},
@@ -159,6 +169,8 @@ class RegisterBank(wiring.Component):
             return Const(self._config.hash, WORD_BITS)
         if name in CONSTANTS:
             return Const(REGISTER_MAP[name].reset, WORD_BITS)
+        if name in FLASH_REGISTERS:
+            return self.flash_counter
         register = REGISTER_MAP[name]
         match register.access:
             case Access.RW:
@@ -185,7 +197,12 @@ class RegisterBank(wiring.Component):
             self.looking.eq(~answering),
             self.looked.eq(Cat(low, high)),
         ]
-        with m.Switch(Mux(answering, Cat(place.index, place.register), self.look | 1 << INDEX_BITS)):
+        at_word = Signal(INDEX_BITS + 1)
+        m.d.comb += [
+            at_word.eq(Mux(answering, Cat(place.index, place.register), self.look | 1 << INDEX_BITS)),
+            self.flash_number.eq((at_word - FLASH_WORDS // 4) >> 1),
+        ]
+        with m.Switch(at_word):
             for register in PAGE_REGISTERS:
                 content = self._content(register.name)
                 kept = register.width > WORD_BITS and register.access is Access.RO
