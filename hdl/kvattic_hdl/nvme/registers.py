@@ -269,7 +269,9 @@ class RegisterBank(wiring.Component):
                                     stored = Value.cast(self.value[name])[half * WORD_BITS :][
                                         :WORD_BITS
                                     ]
-                                    m.d.sync += stored.eq((wdata & mask) | (stored & ~mask))
+                                    for byte in range(WORD_BITS // 8):    # each enables its registers
+                                        with m.If(wstrb[byte]):
+                                            m.d.sync += stored.word_select(byte, 8).eq(wdata.word_select(byte, 8))
                                 case Access.WO | Access.W1C:
                                     m.d.comb += self.write[name].eq(wstrb.any())
                                 case Access.RO:
