@@ -286,10 +286,15 @@ class Control(wiring.Component):
         about = data.StructLayout({"error": bits, "channel": CHANNEL_BITS})
         first, now = Signal(about, name=f"{name}_error"), Signal(about, name=f"{name}_now")
         seen = Signal(name=f"{name}_seen")
-        m.d.sync += seen.eq(0)
-        for channel, (happened, error) in reversed(list(enumerate(errors))):
+        lowest = Signal(range(max(2, len(errors))), name=f"{name}_lowest")
+        for channel, (happened, _) in reversed(list(enumerate(errors))):
             with m.If(happened):
-                m.d.sync += [seen.eq(1), now.error.eq(error), now.channel.eq(channel)]
+                m.d.comb += lowest.eq(channel)
+        m.d.sync += [
+            seen.eq(Cat(happened for happened, _ in errors).any()),
+            now.error.eq(Array(Value.cast(error) for _, error in errors)[lowest]),
+            now.channel.eq(lowest),
+        ]
         with m.If(seen):
             m.d.sync += flag.eq(1)
             with m.If(~flag):
