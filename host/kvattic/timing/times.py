@@ -135,7 +135,7 @@ def times_of(config: Config) -> Times:
         select=SELECT, select_row=SELECT_ROW, alpha=config.channels + 5, maximum=6,
         # Gather: a row's reciprocal takes 20 cycles; the divider gives a quotient every second one.
         gather_row=max(config.channels + 5, 20),
-        drain_row=2 * config.head_dim, drain=50 if config.sparse else 35, write_row=config.head_dim / 2,
+        drain_row=2 * config.head_dim, drain=46 if config.sparse else 31, write_row=config.head_dim / 2,
         complete=COMPLETE,
         # TailReader: a word of DRAM a cycle, and a beat of a lane, over all lanes.
         dram_codeword=max(config.codeword_bytes / config.dram_beat_bytes, config.codeword_bytes / config.beat_bytes),
