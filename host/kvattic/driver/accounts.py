@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -176,26 +176,39 @@ def cycles_of(passages: Sequence[Passage]) -> int | None:
     return longest
 
 
-_Noted: TypeAlias = dict[tuple[int, Batch], tuple[list[int], list[int]]]
-"""Numbers of jobs, and of operations, by device and batch: what is kept until a time is asked for."""
+class _Noted(NamedTuple):
+    """Commands of a batch of a device without time: what is kept of them until a time is asked for.
+
+    Members:
+        device: number of the device.
+        batch: in which they were.
+        jobs: numbers of the jobs.
+        operations: numbers of the operations.
+    """
+
+    device: int
+    batch: Batch
+    jobs: tuple[int, ...]
+    operations: tuple[int, ...]
 
 
-def _noted(passages: Iterable[Passage]) -> _Noted:
-    """What devices without time have noted."""
-    found: _Noted = {}
+def _noted(passages: Iterable[Passage]) -> tuple[_Noted, ...]:
+    """What devices without time have noted, by device and batch."""
+    found: dict[tuple[int, Batch], tuple[list[int], list[int]]] = {}
     for passage in passages:
         if (record := passage.record) is not None:
             numbers = found.get((passage.device, record.batch))
             if numbers is None:
                 found[passage.device, record.batch] = numbers = ([], [])
             numbers[record.counts is None].append(record.number)
-    return found
+    return tuple([_Noted(device, batch, tuple(jobs), tuple(operations))
+                  for (device, batch), (jobs, operations) in found.items()])
 
 
-def _modelled_cycles(noted: _Noted) -> int:
+def _modelled_cycles(noted: Sequence[_Noted]) -> int:
     """`cycles_of` of what was noted."""
     drives: dict[int, int] = {}
-    for (device, batch), (jobs, operations) in noted.items():
+    for device, batch, jobs, operations in noted:
         ends = [*map(batch.job_completed, jobs), *map(batch.operation_completed, operations)]
         drives[device] = drives.get(device, 0) + max(ends)
     return max(drives.values(), default=0)
@@ -239,7 +252,7 @@ class Tally:
         self._jobs: dict[tuple[Counts, int, int, int], int] = {}
         self._drives, self._written, self._programmed = 1, 0, 0
         self._cycles: int | None = 0
-        self._samplers = (Sampler(), Sampler())
+        self._samplers = (Sampler(_modelled_cycles), Sampler(_modelled_cycles))
         self._modelled = modelled
 
     def add_attend(self, accounts: Sequence[JobAccount]) -> None:
@@ -282,11 +295,11 @@ class Tally:
         """Add bytes that the host put into device DRAM."""
         self._written += size
 
-    def _add_time(self, passages: Sequence[Passage], weight: int, sampler: Sampler) -> None:
+    def _add_time(self, passages: Sequence[Passage], weight: int, sampler: Sampler[Sequence[_Noted]]) -> None:
         noted = _noted(passages)
         if noted:
             self._modelled = True
-            sampler.add(weight, sum(batch.kept for _, batch in noted), lambda: _modelled_cycles(noted))
+            sampler.add(weight, sum(each.batch.kept for each in noted), noted)
         elif self._cycles is not None:
             cycles = cycles_of(passages)
             self._cycles = None if cycles is None else self._cycles + cycles
@@ -329,7 +342,7 @@ class DenseTally:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._counted = Cost(config=config, modelled=True)
-        self._sampler = Sampler()
+        self._sampler = Sampler(self._model)
 
     def add(self, jobs: Iterable[tuple[int, Job]]) -> None:
         """Add jobs that are in flight together.
@@ -349,8 +362,11 @@ class DenseTally:
         jobs_alike = _alike(accounts)
         self._counted += replace(_counted(self._config, jobs_alike), drives=max(len(drives), 1))
         weight = _weight(jobs_alike)
-        self._sampler.add(weight, weight // self._config.codewords_per_page, lambda: max(
-            (self._cycles(mine) for mine in drives.values()), default=0))
+        self._sampler.add(weight, weight // self._config.codewords_per_page, [*drives.values()])
+
+    def _model(self, drives: Iterable[Sequence[_DenseWork]]) -> int:
+        """Time of drives side by side."""
+        return max((self._cycles(mine) for mine in drives), default=0)
 
     def _work(self, job: Job, rows: int) -> _DenseWork:
         config, table = self._config, job.table.copy()

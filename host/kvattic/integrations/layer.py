@@ -207,10 +207,10 @@ class DriveLayer(CacheLayerMixin):
         cache.check_rows(rows)
         if new:
             self._write(rows, key, value)
-        call = call._replace(query=round_to_storage(call.query, cache.device.config.element))
         if not len(self._before[0]):
             # All K and V are at hand: the model attends them and goes on to the next layer while the drive writes.
-            local = attend_locally(call.module, call.query, key, value, call.mask, scaling=call.scaling,
+            query = round_to_storage(call.query, cache.device.config.element)
+            local = attend_locally(call.module, query, key, value, call.mask, scaling=call.scaling,
                                    sinks=call.sinks, is_causal=call.is_causal)
             cache.device.poll()
             if self.slot == 0 and new:
@@ -238,7 +238,7 @@ class DriveLayer(CacheLayerMixin):
         """Attention of the new tokens over all that the drive holds.
 
         Args:
-            call: with rounded queries.
+            call: what the model gives.
             rows: what the mask says.
             width: elements of a head of V.
             new_step: whether it is the first layer of a step, for the report.
@@ -483,7 +483,6 @@ class CrossLayer(DriveLayer):
     def _attend(self, call: _Call, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         cache, rows, tokens = self._cache, len(key), key.shape[2]
         kept = attended_tokens(call.mask, rows, tokens)
-        call = call._replace(query=round_to_storage(call.query, cache.device.config.element))
         every = np.arange(call.query.shape[2])
         if key is self._given:
             self._before = self._kept
@@ -492,7 +491,8 @@ class CrossLayer(DriveLayer):
             self._stand_in(key, value)
             if self.slot == 0:
                 cache.meter.prompt_tokens += sum(map(len, stored))
-            found = attend_locally(call.module, call.query, key, value, call.mask, scaling=call.scaling,
+            query = round_to_storage(call.query, cache.device.config.element)
+            found = attend_locally(call.module, query, key, value, call.mask, scaling=call.scaling,
                                    sinks=call.sinks, is_causal=False)
             cache.device.poll()
             return found
