@@ -258,7 +258,10 @@ class Engine(wiring.Component):
         m.d.comb += [
             admin.present.eq(queues.present),
             admin.under_way.eq(queues.under_way),
-            admin.counters.eq(control.counters),
+            control.counter_number.eq(admin.counter_number),
+            control.counter_first.eq(admin.counter_first),
+            admin.counter_there.eq(control.counter_there),
+            admin.counter.eq(control.counter),
             admin.block_index.eq(finisher.block_index),
             finisher.block_data.eq(admin.block_data),
             finisher.outcomes.valid.eq(admin.outcomes.valid | operations.outcomes.valid),

@@ -1,6 +1,6 @@
 """Registers, status and counters: everything the host sees of the engine besides memory."""
 
-from amaranth.hdl import Cat, Elaboratable, Module, ResetInserter, Signal, Value
+from amaranth.hdl import Array, Cat, Elaboratable, Module, ResetInserter, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out, connect, flipped
 
@@ -9,7 +9,7 @@ from kvattic.spec.registers import ADDRESS_BITS, COUNTERS, MAX_ENTRIES, QUEUES, 
 from kvattic.spec.registers import Control as ControlBit
 from kvattic_hdl.lib.axi import LINE_ADDRESS_BITS, axi_lite
 from kvattic_hdl.lib.shapes import Shapes
-from kvattic_hdl.nvme.counters import FLASH_COUNTERS, SNAPSHOT, STALLS, Counters, FlashCounters
+from kvattic_hdl.nvme.counters import SNAPSHOT, STALLS, Counters, FlashCounters
 from kvattic_hdl.nvme.queues import DOORBELL
 from kvattic_hdl.nvme.registers import RegisterBank
 
@@ -92,8 +92,10 @@ class Control(wiring.Component):
         The register.
     timeout : Out(32)
         The register.
-    counters : Out(ArrayLayout(64, len(COUNTERS)))
-        `registers.COUNTERS`.
+    counter_number, counter_first : In, In(1)
+        Number of one of `registers.COUNTERS`; it is another than in the cycle before.
+    counter_there, counter : Out(1), Out(64)
+        `counter` is that one's value; else the bus reads a register in this cycle.
     snapshot : Out(SNAPSHOT)
         The counters of a completion, consistent in each cycle.
     """
@@ -127,7 +129,10 @@ class Control(wiring.Component):
     interrupt_after: Signal
     region_bits: Signal
     timeout: Signal
-    counters: data.View
+    counter_number: Signal
+    counter_first: Signal
+    counter_there: Signal
+    counter: Signal
     snapshot: data.View
 
     def __init__(self, config: Config) -> None:
@@ -164,7 +169,10 @@ class Control(wiring.Component):
                 "interrupt_after": Out(16),
                 "region_bits": Out(4),
                 "timeout": Out(32),
-                "counters": Out(data.ArrayLayout(64, len(COUNTERS))),
+                "counter_number": In(range(len(COUNTERS))),
+                "counter_first": In(1),
+                "counter_there": Out(1),
+                "counter": Out(64),
                 "snapshot": Out(SNAPSHOT),
             }
         )
@@ -278,10 +286,15 @@ class Control(wiring.Component):
         about = data.StructLayout({"error": bits, "channel": CHANNEL_BITS})
         first, now = Signal(about, name=f"{name}_error"), Signal(about, name=f"{name}_now")
         seen = Signal(name=f"{name}_seen")
-        m.d.sync += seen.eq(0)
-        for channel, (happened, error) in reversed(list(enumerate(errors))):
+        lowest = Signal(range(max(2, len(errors))), name=f"{name}_lowest")
+        for channel, (happened, _) in reversed(list(enumerate(errors))):
             with m.If(happened):
-                m.d.sync += [seen.eq(1), now.error.eq(error), now.channel.eq(channel)]
+                m.d.comb += lowest.eq(channel)
+        m.d.sync += [
+            seen.eq(Cat(happened for happened, _ in errors).any()),
+            now.error.eq(Array(Value.cast(error) for _, error in errors)[lowest]),
+            now.channel.eq(lowest),
+        ]
         with m.If(seen):
             m.d.sync += flag.eq(1)
             with m.If(~flag):
@@ -294,9 +307,12 @@ class Control(wiring.Component):
         m.d.comb += [read.cycles.eq(counters.cycle), self.snapshot.cycle.eq(counters.cycle)]
         for name in ("beats", "first_beat", "last_beat", "duplicates", "stales", *STALLS):
             m.d.comb += read[name].eq(getattr(counters, name))
-        for name in FLASH_COUNTERS:
-            m.d.comb += read[name].eq(getattr(flash_counters, name))
+        m.d.comb += [flash_counters.number.eq(bank.flash_number), bank.flash_counter.eq(flash_counters.counter)]
         for name in ("beats", *STALLS):
             m.d.comb += self.snapshot[name].eq(getattr(counters, name))
-        for number, register in enumerate(COUNTERS):
-            m.d.comb += self.counters[number].eq(read[register.name.lower()])
+        m.d.comb += [
+            bank.look.eq(Array(register.address // 4 for register in COUNTERS)[self.counter_number]),
+            bank.look_first.eq(self.counter_first),
+            self.counter_there.eq(bank.looking),
+            self.counter.eq(bank.looked),
+        ]

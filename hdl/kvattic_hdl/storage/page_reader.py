@@ -2,12 +2,13 @@
 
 from amaranth.hdl import Array, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, stream, wiring
-from amaranth.lib.wiring import In, Out
+from amaranth.lib.wiring import In, Out, connect, flipped
 from amaranth.utils import ceil_log2
 
 from kvattic.spec.config import Config
 from kvattic_hdl.lib.arithmetic import next_of, strobe
 from kvattic_hdl.lib.shapes import PAGE_BITS, Shapes
+from kvattic_hdl.lib.stream_buffer import StreamRegister
 from kvattic_hdl.storage.queue_set import QueueSet
 
 PAGE_CODEWORDS = 4
@@ -29,7 +30,7 @@ def fetch_layout(config: Config) -> data.StructLayout:
 class PageReader(wiring.Component):
     """Offers the codewords of pages to be programmed, channel by channel, and gives their words to the channels.
 
-    Latency: a page is offered five cycles after it came, at the earliest.  Throughput: a codeword every fourth cycle; a
+    Latency: a page is offered six cycles after it came, at the earliest.  Throughput: a codeword every fourth cycle; a
     word a cycle for each channel.  Ordering: of each channel as they came.  Reset forgets everything.
 
     Parameters
@@ -76,15 +77,18 @@ class PageReader(wiring.Component):
         m = Module()
         config = self._config
         channels = range(config.channels)
+        # Behind a register, as it takes long to see whether a channel's queue has room.
+        m.submodules.given = given = StreamRegister(fetch_layout(config))
+        connect(m, flipped(self.fetches), given.i)
         m.submodules.fetches = fetches = QueueSet(page_layout(), config.channels, FETCHES)
         numbers = [Signal(range(config.codewords_per_page), name=f"codeword_{channel}") for channel in channels]
         able = Signal(config.channels)
         last, begins = Signal(), Signal()
         m.d.comb += [
-            fetches.i.payload.queue.eq(self.fetches.payload.channel),
-            fetches.i.payload.item.eq(self.fetches.payload.page),
-            fetches.i.valid.eq(self.fetches.valid),
-            self.fetches.ready.eq(fetches.i.ready),
+            fetches.i.payload.queue.eq(given.o.payload.channel),
+            fetches.i.payload.item.eq(given.o.payload.page),
+            fetches.i.valid.eq(given.o.valid),
+            given.o.ready.eq(fetches.i.ready),
             fetches.queue.eq(self.channel),
             fetches.pop.eq(self.take & last),
             self.page.eq(fetches.head),
@@ -96,12 +100,12 @@ class PageReader(wiring.Component):
         for channel in channels:
             here = self.channel == channel
             room = Signal(range(PAGE_CODEWORDS + 1), init=PAGE_CODEWORDS, name=f"room_{channel}")
-            given, full = self._give(m, channel, self.words[channel], begins & here)
+            gone, full = self._give(m, channel, self.words[channel], begins & here)
             m.d.comb += able[channel].eq(
                 fetches.waiting[channel] & room.any() & ~(full & (numbers[channel] == 0)))
             with m.If(self.take & here):
                 m.d.sync += numbers[channel].eq(Mux(last, 0, self.codeword + 1))
-            m.d.sync += room.eq(room - (self.take & here) + given)
+            m.d.sync += room.eq(room - (self.take & here) + gone)
         self._choose(m, able)
         return m
 

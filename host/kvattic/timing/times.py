@@ -140,9 +140,12 @@ def times_of(config: Config) -> Times:
         harvest=HARVEST, token=token, fetch=FETCH, load=LOAD,
         # Ranker: 3 or 4 digits normally.
         rank=3.5 * (config.head_dim + 23) + 137, rank_row=2 * config.head_dim + 8,
-        select=SELECT, select_row=SELECT_ROW, alpha=config.lanes + 5, maximum=6, gather_row=config.lanes + 5,
-        drain_row=config.head_dim, drain=55 if config.sparse else 40, write_row=config.head_dim / 2, complete=COMPLETE,
+        select=SELECT, select_row=SELECT_ROW, alpha=config.lanes + 5, maximum=6,
+        # Gather: a row's reciprocal takes 20 cycles; the divider gives a quotient every second one.
+        gather_row=max(config.lanes + 5, 20),
+        drain_row=2 * config.head_dim, drain=46 if config.sparse else 31, write_row=config.head_dim / 2,
+        complete=COMPLETE,
         # TailReader: a word of DRAM a cycle, and a beat of a lane, over all lanes.
-        dram_codeword=max(config.codeword_bytes / config.dram_beat_bytes, config.codeword_bytes / config.beat_bytes),
+        dram_codeword=max(config.codeword_bytes / config.dram_beat_bytes, config.codeword_bytes / config.word_bytes),
         dram_latency=DRAM_LATENCY,
         page_codewords=config.codewords_per_page, operation=OPERATION)

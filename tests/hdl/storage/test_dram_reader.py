@@ -18,6 +18,9 @@ CONFIGS = {
     "tiny": TINY,
     "one_beat_wide": Config(
         channels=1, head_dim=32, part=TINY_PART, dies=2, dram_beat_bytes=8, codeword_bytes=256, score_depth=256),
+    "narrow": Config(
+        channels=5, head_dim=32, sparse=False, part=TINY_PART, dies=2, dram_beat_bytes=16, codeword_bytes=256,
+        score_depth=256),
     "padded": Config(
         channels=3, head_dim=80, sparse=False, part=TINY_PART.resized(2048), dies=2, dram_beat_bytes=64,
         codeword_bytes=512, score_depth=256),
