@@ -9,6 +9,7 @@ from kvattic_hdl.flash.controller import Controller
 from kvattic_hdl.flash.decoder import Decoder
 from kvattic_hdl.flash.encoder import Encoder
 from kvattic_hdl.flash.phy import phy_signature
+from kvattic_hdl.flash.steps import CodeSteps
 from kvattic_hdl.lib.shapes import EPOCH_BITS, Shapes
 from kvattic_hdl.lib.stream_buffer import StreamBuffer, StreamRegister
 
@@ -56,8 +57,11 @@ class FlashChannel(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         m.submodules.controller = controller = Controller(self.config)
-        m.submodules.encoder = encoder = Encoder(self.config)
-        m.submodules.decoder = decoder = Decoder(self.config)
+        m.submodules.encoder = encoder = Encoder(self.config, shares=True)
+        m.submodules.decoder = decoder = Decoder(self.config, shares=True)
+        m.submodules.steps = steps = CodeSteps(self.config, users=2)
+        connect(m, decoder.steps, steps.users[0])
+        connect(m, encoder.steps, steps.users[1])
         # No path goes through a channel within a cycle: from a request to `ready`, from the PHY to the page words.
         m.submodules.request_register = requests = StreamRegister(self.shapes.request)
         m.submodules.word_buffer = words = StreamBuffer(self.shapes.page_word)

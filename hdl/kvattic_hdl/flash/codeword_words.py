@@ -10,9 +10,10 @@ from amaranth.utils import bits_for, ceil_log2
 from kvattic.spec.config import CRC_BITS, Config
 from kvattic.spec.ecc import Division, code
 from kvattic_hdl.flash.corrector import CorrectorShapes
-from kvattic_hdl.flash.division import divided, ones
+from kvattic_hdl.flash.division import ones
 from kvattic_hdl.flash.encoder import seeded
 from kvattic_hdl.flash.interfaces import FlashShapes
+from kvattic_hdl.flash.steps import CodeSteps, left_after, steps_signature, vector_of
 
 BEATS_AHEAD = 4
 """Beats that wait behind the memory, so that its read port may be used for a correction meanwhile."""
@@ -56,9 +57,13 @@ class WordChecker(wiring.Component):
     ----------
     config : Config
     buffers : int
+    shares : bool
+        As of `Decoder`.
 
     Members
     -------
+    steps : Out(steps_signature)
+        As of `Decoder`.
     words : In(word_bytes * 8), words_valid : In(1)
         As of `Decoder`.
     buffers : In(stream of buffer)
@@ -77,11 +82,13 @@ class WordChecker(wiring.Component):
         No bit of it is wrong; it is that of an erased page.
     """
 
-    def __init__(self, config: Config, buffers: int) -> None:
+    def __init__(self, config: Config, buffers: int, *, shares: bool = False) -> None:
         self.config = config
+        self.shares = shares
         self.shapes = shapes = WordShapes(config, buffers)
         problem = CorrectorShapes(config).problem
         super().__init__({
+            **({"steps": Out(steps_signature(config))} if shares else {}),
             "words": In(shapes.word),
             "words_valid": In(1),
             "buffers": In(stream.Signature(shapes.buffer)),
@@ -131,7 +138,17 @@ class WordChecker(wiring.Component):
         following = Signal(code_.parity.degree)
         masked = Mux(last, word & ((1 << bits - padding) - 1), word) if padding else word
         other = Cat(~word.word_select(i, 8).all() for i in range(config.word_bytes))
-        m.d.comb += following.eq(divided(m, "parity", code_.parity, remainder, masked))
+        if not self.shares:
+            m.submodules.steps = own = CodeSteps(config)
+        steps = self.steps if self.shares else own.users[0]
+        checked = Signal(CRC_BITS)
+        m.d.comb += [
+            checked.eq(Mux(index == 0, seeded(self.page, self.codeword), check)),
+            steps.busy.eq(word_valid),
+            steps.parity.eq(vector_of(m, "parity", remainder, masked)),
+            steps.check.eq(vector_of(m, "check", checked, word)),
+            following.eq(left_after(code_.parity, remainder, bits) ^ steps.parity_product),
+        ]
         m.d.sync += self.ended.eq(use & last)
         with m.If(use):
             m.d.sync += [
@@ -140,8 +157,7 @@ class WordChecker(wiring.Component):
                 others.eq(Mux(index == 0, 0, others) + ones(other)),
             ]
             with m.If(index < data_words):
-                seed = seeded(self.page, self.codeword)
-                m.d.sync += check.eq(divided(m, "crc", code_.crc, Mux(index == 0, seed, check), word))
+                m.d.sync += check.eq(left_after(code_.crc, checked, bits) ^ steps.check_product)
             with m.If(index == data_words):
                 m.d.sync += check.eq(check ^ word[:CRC_BITS])
             with m.If(last):
@@ -161,7 +177,7 @@ class WordMemory(wiring.Component):
     Members
     -------
     store : In(1), store_address : In, word : In(word_bytes * 8)
-        Strobe: a word that comes in.
+        Strobe: a word that comes in; it is in the memory two cycles later.
     patches : In(stream of patch), patch_buffer : In(buffer)
         Wrong bits of this buffer's codeword.
     reading : Out(1)
@@ -197,19 +213,22 @@ class WordMemory(wiring.Component):
         address = Cat(patch.index[:beat_bits], self.patch_buffer)
         patching, patched = Signal(), Signal()
         mended = Signal(self.shapes.word, reset_less=True)
+        store, store_address = Signal(), Signal(self.shapes.address, reset_less=True)
+        word = Signal(self.shapes.word, reset_less=True)
+        m.d.sync += [store.eq(self.store), store_address.eq(self.store_address), word.eq(self.word)]
         m.d.comb += [
-            write.en.eq(self.store | patched),
-            write.addr.eq(Mux(self.store, self.store_address, address)),
-            write.data.eq(Mux(self.store, self.word, mended)),
+            write.en.eq(store | patched),
+            write.addr.eq(Mux(store, store_address, address)),
+            write.data.eq(Mux(store, word, mended)),
             read.addr.eq(Mux(self.fetch, self.fetch_address, address)),
             self.fetched.eq(read.data),
-            self.patches.ready.eq(patched & ~self.store),
+            self.patches.ready.eq(patched & ~store),
             self.reading.eq(self.patches.valid & ~patching & ~patched),
         ]
         m.d.sync += patching.eq(self.reading)
         with m.If(patching):
             m.d.sync += [mended.eq(read.data ^ patch.mask), patched.eq(1)]
-        with m.Elif(~self.store):
+        with m.Elif(~store):
             m.d.sync += patched.eq(0)
         return m
 

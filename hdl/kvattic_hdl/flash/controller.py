@@ -22,7 +22,7 @@ from kvattic_hdl.flash.retry import retry_states, timeout_states
 from kvattic_hdl.flash.retry_queue import RetryQueue
 from kvattic_hdl.flash.runs import RunQueues, RunShapes
 from kvattic_hdl.flash.sequencers import Commander, Mover
-from kvattic_hdl.flash.visits import visit_state
+from kvattic_hdl.flash.visits import visit_states
 from kvattic_hdl.lib.shapes import EPOCH_BITS
 
 
@@ -145,7 +145,7 @@ class Controller(wiring.Component):
             with m.State("STORE"):
                 m.d.comb += store.en.eq(1)
                 m.next = "VISIT"
-            visit_state(machine)
+            visit_states(machine)
             with m.State("RESET"):
                 machine.command(0xFF, busy=self.config.part.t_rst, factor=1)
                 m.d.sync += machine.work.phase.eq(Phase.RESETTING)

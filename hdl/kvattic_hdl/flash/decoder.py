@@ -14,6 +14,7 @@ from kvattic.spec.config import Config
 from kvattic_hdl.flash.codeword_words import Departure, WordChecker, WordMemory, WordShapes
 from kvattic_hdl.flash.corrector import Corrector, CorrectorShapes
 from kvattic_hdl.flash.interfaces import CAUSE_BITS, FlashShapes
+from kvattic_hdl.flash.steps import steps_signature
 
 
 class Decoder(wiring.Component):
@@ -42,9 +43,13 @@ class Decoder(wiring.Component):
         Codewords that are on their way from `header` to `codewords`, 2 or more.
     positions : int
         Bits of a codeword that the corrector searches in one cycle: 1, 2, 4 or 8.
+    shares : bool
+        `steps` are made outside, for others, too; otherwise there is no such member.
 
     Members
     -------
+    steps : Out(steps_signature)
+        Of each word that comes; they cannot wait.
     header : In(stream.Signature(shapes.header))
         Announces a codeword, before its first word or with it; taken while a buffer is free.
     words : In(word_bytes * 8)
@@ -76,14 +81,15 @@ class Decoder(wiring.Component):
     codewords: stream.Interface
     retry: stream.Interface
 
-    def __init__(self, config: Config, buffers: int = 8, positions: int = 8) -> None:
+    def __init__(self, config: Config, buffers: int = 8, positions: int = 8, *, shares: bool = False) -> None:
         if buffers < 2:
             raise ValueError(f"buffers must be at least 2, not {buffers!r}")
         self.config = config
         self.buffers = buffers
         self.positions = positions
         self.inside = inside = WordShapes(config, buffers)
-        self.checker = WordChecker(config, buffers)
+        self.shares = shares
+        self.checker = WordChecker(config, buffers, shares=shares)
         self.memory = WordMemory(config, buffers)
         self.departure = Departure(config, buffers)
         self.corrector = Corrector(config, positions)
@@ -99,6 +105,7 @@ class Decoder(wiring.Component):
         self.allocated = Signal(inside.buffer)
         shapes = FlashShapes(config)
         super().__init__({
+            **({"steps": Out(steps_signature(config))} if shares else {}),
             "header": In(stream.Signature(shapes.header)),
             "words": In(config.word_bytes * 8),
             "words_valid": In(1),
@@ -115,6 +122,8 @@ class Decoder(wiring.Component):
         m = Module()
         for name in ("checker", "memory", "departure", "corrector", "incoming", "leaving", "pending"):
             m.submodules[name] = getattr(self, name)
+        if self.shares:
+            connect(m, self.checker.steps, flipped(self.steps))
         take = Signal()
         m.d.comb += take.eq(self.header.valid & self.header.ready)
         self._allocate(m, take)

@@ -41,8 +41,9 @@ class DieTimes:
         return self.config.cycles(nanoseconds + self.config.part.t_cad) + 1
 
     def ticks(self, nanoseconds: float, factor: int = 2) -> int:
-        """Ticks that last at least `factor` times so long, and at most two ticks longer."""
-        return (self.config.cycles(nanoseconds) * factor >> self.tick_bits) + 2
+        """Ticks from the last command cycle's taking on, by which a die is ready that takes so long `factor` times."""
+        last = self.cycles(self.config.part.t_wb)    # until it is busy
+        return (self.config.cycles(nanoseconds) * factor + last >> self.tick_bits) + 2
 
 
 class DieClocks(wiring.Component):

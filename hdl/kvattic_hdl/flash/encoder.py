@@ -6,8 +6,8 @@ from amaranth.lib.wiring import In, Out
 
 from kvattic.spec.config import CRC_BITS, Config
 from kvattic.spec.ecc import code
-from kvattic_hdl.flash.division import divided
 from kvattic_hdl.flash.interfaces import FlashShapes
+from kvattic_hdl.flash.steps import CodeSteps, left_after, steps_signature, vector_of
 
 
 def seeded(page: Value, codeword: Value) -> Value:
@@ -25,9 +25,13 @@ class Encoder(wiring.Component):
     ----------
     config : Config
         The configuration.
+    shares : bool
+        `steps` are made outside, for others, too; otherwise there is no such member.
 
     Members
     -------
+    steps : Out(steps_signature)
+        While it waits for them, no word is taken.
     i : In(stream.Signature(shapes.page_word))
         Words of whole pages, codeword by codeword; `page` is read with the first word of each codeword.
     o : Out(stream.Signature(unsigned(word_bytes * 8)))
@@ -37,10 +41,12 @@ class Encoder(wiring.Component):
     i: stream.Interface
     o: stream.Interface
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, shares: bool = False) -> None:
         self.config = config
+        self.shares = shares
         shapes = FlashShapes(config)
         super().__init__({
+            **({"steps": Out(steps_signature(config))} if shares else {}),
             "i": In(stream.Signature(shapes.page_word)),
             "o": Out(stream.Signature(config.word_bytes * 8)),
         })
@@ -68,6 +74,9 @@ class Encoder(wiring.Component):
         late = Signal(bits - CRC_BITS, reset_less=True)     # bits that the parity has not seen yet
         first = Signal()
         seed = Signal(CRC_BITS)
+        if not self.shares:
+            m.submodules.steps = own = CodeSteps(config)
+        steps = self.steps if self.shares else own.users[0]
         m.d.comb += [
             first.eq(index == 0),
             seed.eq(seeded(self.i.payload.page, codeword)),
@@ -79,11 +88,18 @@ class Encoder(wiring.Component):
         step = Signal(bits)
         fresh = ~(first & ~fold)
         m.d.comb += step.eq(Cat(late & fresh.replicate(len(late)), Mux(fold, check, data[:CRC_BITS])))
+        divided = Signal.like(parity)
+        m.d.comb += [
+            divided.eq(parity & fresh.replicate(len(parity))),
+            steps.busy.eq(accept | fold),
+            steps.parity.eq(vector_of(m, "parity", divided, step)),
+            steps.check.eq(vector_of(m, "check", Mux(first, seed, check), data)),
+        ]
         with m.If(accept | fold):
-            m.d.sync += parity.eq(divided(m, "parity", code_.parity, parity & fresh.replicate(len(parity)), step))
+            m.d.sync += parity.eq(left_after(code_.parity, divided, bits) ^ steps.parity_product)
         with m.If(accept):
             m.d.sync += [
-                check.eq(divided(m, "crc", code_.crc, Mux(first, seed, check), data)),
+                check.eq(left_after(code_.crc, Mux(first, seed, check), bits) ^ steps.check_product),
                 late.eq(data[CRC_BITS:]),
             ]
 
@@ -97,24 +113,25 @@ class Encoder(wiring.Component):
 
         with m.FSM():
             with m.State("DATA"):
-                m.d.comb += self.i.ready.eq(~word_valid | out_free)
+                m.d.comb += self.i.ready.eq((~word_valid | out_free) & ~steps.waits)
                 with m.If(accept):
                     m.d.sync += index.eq(index + 1)
                     with m.If(index == words - 1):
                         m.d.sync += index.eq(0)
                         m.next = "FOLD"
             with m.State("FOLD"):
-                m.d.comb += fold.eq(1)
-                if config.codewords_per_page > 1:
-                    m.d.sync += codeword.eq(codeword + 1)
-                m.next = "CHECK"
+                m.d.comb += fold.eq(~steps.waits)
+                with m.If(fold):
+                    if config.codewords_per_page > 1:
+                        m.d.sync += codeword.eq(codeword + 1)
+                    m.next = "CHECK"
             with m.State("CHECK"):
                 with m.If(~word_valid & out_free):
                     m.d.comb += load_check.eq(1)
                     m.d.sync += check_index.eq(check_index + 1)
                     with m.If(check_index == checks - 1):
                         m.d.sync += check_index.eq(0)
-                        m.d.comb += self.i.ready.eq(1)
+                        m.d.comb += self.i.ready.eq(~steps.waits)
                         with m.If(accept):
                             m.d.sync += index.eq(1)
                         m.next = "DATA"

@@ -139,7 +139,8 @@ class Blocks:
 class DieMachine:
     """Signals that the machine's states share, and the jobs that they give.
 
-    The contexts of all dies are in a memory: a visit takes one out into `work`, and the state STORE puts it back.
+    The contexts of all dies are in a memory: a visit takes one out into `work`, and the state STORE puts it back.  What
+    is found of the die with it (`free` to `claimed`) is registered, too, and decided upon one cycle later.
 
     Parameters
     ----------
@@ -255,11 +256,11 @@ class DieMachine:
         self.record, self.record_new = records.read_port(domain="comb"), records.write_port()
         self.work: Any = Signal(shape)            # of the die that was visited last: `die`
         self.die = Signal(shapes.die)
-        self.here = Signal(shapes.die)            # the die that is looked at
+        self.here = Signal(shapes.die)            # the die that is visited next
         self.context: Any = Signal(shape)         # of `here`
         self.held = Signal(config.dies)           # a command is on its way to the die
         m.d.comb += [
-            seen.addr.eq(self.here), self.context.eq(seen.data), self.here.eq(self.die),
+            seen.addr.eq(self.here), self.context.eq(seen.data),
             self.store.addr.eq(self.die), self.store.data.eq(self.work)]
         with m.If(self.commander.done.valid):
             m.d.sync += self.held.bit_select(self.commander.done.payload.die, 1).eq(0)
@@ -283,11 +284,14 @@ class DieMachine:
         """The search for runs to read next: `scan` goes through the planes, `mates` are those found."""
         m, config, shapes = self.m, self.config, self.shapes
         self.planning = Signal()          # `unit` is plane `scan`, not the one at work
-        self.scan, self.scanned = Signal(range(self.part.planes + 1)), Signal(shapes.plane)
+        self.scan, self.scanned = Signal(range(self.part.planes + 2)), Signal(shapes.plane)
         self.best, self.best_gated, self.best_stamp = Signal(), Signal(), Signal(shapes.stamp)
         self.best_page = Signal(config.block_page_bits)
         self.second_pass, self.among_others, self.look_ahead = Signal(), Signal(), Signal()
-        self.candidate, self.candidate_gated = Signal(), Signal()
+        self.candidate = Signal()
+        # What was read of plane `scanned`, a cycle later.
+        self.seen, self.seen_plane, self.seen_gated = Signal(), Signal(shapes.plane), Signal()
+        self.seen_stamp, self.seen_page = Signal(shapes.stamp), Signal(config.block_page_bits)
         self.mates = Signal(self.part.planes)
         # Cache reads: how many runs of the page that is in its register stand before a plane's next page; 0: no such.
         self.skip = Signal(range(self.depth))
@@ -305,8 +309,9 @@ class DieMachine:
         """Look at the unit of the work, or of the plan; its page's address is that of commands."""
         m, config, work, queues = self.m, self.config, self.work, self.queues
         page_bits = config.block_page_bits
-        self.waiting = Signal(self.part.planes)   # of `here`
+        self.waiting = Signal(self.part.planes)   # of `die`, when it was visited
         self.waiting_after = Signal()             # the looked-at queue was not empty, when `run` was addressed
+        self.goes_on = Signal()                   # the next run is of the same page
         row_address = Signal(ROW_ADDRESS_BITS)
         m.d.comb += [
             self.unit.eq(self.unit_of(Mux(self.planning, self.scan[: self.shapes.plane.width], work.plane), self.die)),
@@ -314,39 +319,50 @@ class DieMachine:
             self.record.addr.eq(self.unit),
             self.block_map.unit.eq(self.unit),
             self.block_map.row.eq(work.row),
-            self.waiting.eq(queues.waiting.word_select(self.here[: config.die_bits], self.part.planes)),
             row_address.eq(Cat(work.row[:page_bits], work.plane[: config.plane_bits], self.block_map.block)),
             self.job.row.eq(row_address),
             self.job.start.die.eq(self.die),
             self.burst.die.eq(self.die),
             self.order.place.eq(self.data_place),
-            self.order.loaded_die.eq(self.here),
+            self.order.loaded_die.eq(self.die),
         ]
+        m.d.sync += self.order.loaded.eq(0)
+        m.d.sync += self.here.eq(Mux(self.data_turn, self.order.die, self.command_die))
         m.d.sync += self.waiting_after.eq(queues.waiting.bit_select(self.unit, 1))
 
     def _judge(self) -> None:
         """What can be done with `here`, and what waits for it."""
         m, config, mover, here, context = self.m, self.config, self.mover, self.here, self.context
+        # Of the die in `work`, when it was visited.
         self.free, self.overdue, self.outstanding = Signal(), Signal(), Signal()
         self.parked = Signal()                    # the codeword aimed at may not be moved yet
-        self.has_work, self.operation_ready = Signal(), Signal()
+        self.has_work, self.gathered, self.operation_ready = Signal(), Signal(), Signal()
         self.operation_here, self.retry_here = Signal(), Signal()
         self.claimed = Signal()                   # an operation or a retry waits for the die
+        self.others_wait = Signal()               # planes that are not loaded have runs
         held = self.held.bit_select(here, 1)
         _, operation_die, _ = self.parts(self.operation.page)
         _, retry_die, _ = self.parts(self.retries.retry.page)
-        m.d.comb += [
+        waiting = self.queues.waiting.word_select(here[: config.die_bits], self.part.planes)
+        ready = self.operations.there & self.outcome_free & ~self.writing & ~self.words.discarding
+        operation = ready & (operation_die == here[: config.die_bits])
+        retry = self.retries.there & ~self.retrying & (retry_die == here[: config.die_bits])
+        self.look = [
+            self.work.eq(context),
+            self.die.eq(here),
             self.free.eq((self.clocks.free.bit_select(here, 1) | context.dead) & ~held),
             self.overdue.eq(self.clocks.overdue.bit_select(here, 1) & ~held & ~context.dead),
             self.outstanding.eq(
                 (mover.planned & (mover.planned_die == here)) | (mover.moving & (mover.moving_die == here))),
             self.parked.eq(self.gated(context.tag)),
-            self.has_work.eq(self.waiting.any()),
-            self.operation_ready.eq(
-                self.operations.there & self.outcome_free & ~self.writing & ~self.words.discarding),
-            self.operation_here.eq(self.operation_ready & (operation_die == here[: config.die_bits])),
-            self.retry_here.eq(self.retries.there & ~self.retrying & (retry_die == here[: config.die_bits])),
-            self.claimed.eq(self.retry_here | (self.operation_here & ~(context.turn & self.has_work))),
+            self.waiting.eq(waiting),
+            self.has_work.eq(waiting.any()),
+            self.gathered.eq(waiting.all() | ~self.queues.growing.bit_select(here, 1)),
+            self.others_wait.eq((waiting & ~context.loaded).any()),
+            self.operation_ready.eq(ready),
+            self.operation_here.eq(operation),
+            self.retry_here.eq(retry),
+            self.claimed.eq(retry | (operation & ~(context.turn & waiting.any()))),
         ]
         self.joins, self.rest = Signal(), Signal(self.part.planes)
         self.sought = Mux(self.work.phase == Phase.READ, self.work.batch, self.work.loaded)

@@ -44,8 +44,11 @@ def move_states(machine: DieMachine) -> None:
     with m.State("POPPED"):
         m.next = "FOLLOWS"
     with m.State("FOLLOWS"):
+        m.d.sync += machine.goes_on.eq(waiting_after & (run.row == work.row))
+        m.next = "FOLLOWED"
+    with m.State("FOLLOWED"):
         m.next = "STORE"
-        with m.If(waiting_after & (run.row == work.row)):
+        with m.If(machine.goes_on):
             m.d.sync += [
                 work.tag.eq(run.tag), work.codeword.eq(run.codeword), work.last.eq(run.last),
                 work.aimed.eq(work.failed | (run.codeword == work.last + 1)),

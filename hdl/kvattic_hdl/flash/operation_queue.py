@@ -27,7 +27,7 @@ class OperationQueue(wiring.Component):
     following : Out(operation), following_there : Out(1)
         The one after it.
     take : In(1)
-        Strobe: `current` is begun or answered.
+        Strobe: `current` is begun or answered; the next one is there two cycles later.
     """
 
     def __init__(self, config: Config) -> None:
@@ -50,12 +50,12 @@ class OperationQueue(wiring.Component):
             self.operations.ready.eq(queue.w_rdy),
             self.following.eq(queue.r_data),
             self.following_there.eq(queue.r_rdy),
-            queue.r_en.eq(queue.r_rdy & (~self.there | self.take)),
+            queue.r_en.eq(queue.r_rdy & ~self.there),
         ]
         with m.If(queue.r_en):
-            m.d.sync += self.current.eq(self.following)
-        with m.If(queue.r_en | self.take):
-            m.d.sync += self.there.eq(queue.r_en & queue.r_rdy)
+            m.d.sync += [self.current.eq(self.following), self.there.eq(1)]
+        with m.Elif(self.take):
+            m.d.sync += self.there.eq(0)
         return m
 
 
@@ -82,15 +82,14 @@ class ProgramWords(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        left = Signal(range(self.words + 1))
+        left = Signal(range(self.words))        # after the next one
         m.d.comb += [
-            self.discarding.eq(left != 0),
             self.o.payload.eq(self.i.payload),
             self.o.valid.eq(self.i.valid & ~self.discarding),
             self.i.ready.eq(self.o.ready | self.discarding),
         ]
         with m.If(self.discarding & self.i.valid):
-            m.d.sync += left.eq(left - 1)
+            m.d.sync += [left.eq(left - 1), self.discarding.eq(left != 0)]
         with m.If(self.discard):
-            m.d.sync += left.eq(self.words)
+            m.d.sync += [left.eq(self.words - 1), self.discarding.eq(1)]
         return m

@@ -42,7 +42,7 @@ def begin_states(machine: DieMachine) -> None:
             work.loaded.eq(Mux(first, 0, work.loaded) | bit(operation_plane)), work.failed.eq(0),
             work.several.eq(~first), work.turn.eq(1),
         ]
-        m.next = "LOOKUP"
+        m.next = "TAKEN"
         with m.Switch(operation.opcode):
             with m.Case(operation_code(Opcode.PROGRAM)):
                 m.d.sync += push.eq(Push.PROGRAM)
@@ -55,6 +55,8 @@ def begin_states(machine: DieMachine) -> None:
             m.next = "VISIT"
             with m.If(operation.opcode == operation_code(Opcode.PROGRAM)):
                 m.d.comb += words.discard.eq(1)
+    with m.State("TAKEN"):      # until the next operation is there, which may join
+        m.next = "LOOKUP"
 
 
 def end_states(machine: DieMachine) -> None:

@@ -45,37 +45,36 @@ def plan_states(machine: DieMachine) -> None:
     queues, run, planning, scan = machine.queues, machine.run, machine.planning, machine.scan
     scanned, best, best_gated, best_stamp = machine.scanned, machine.best, machine.best_gated, machine.best_stamp
     best_page, second_pass, among_others = machine.best_page, machine.second_pass, machine.among_others
-    look_ahead, candidate, candidate_gated = machine.look_ahead, machine.candidate, machine.candidate_gated
+    look_ahead, candidate, seen, seen_gated = machine.look_ahead, machine.candidate, machine.seen, machine.seen_gated
     mates, skip_here, unit, gated, bit = machine.mates, machine.skip_here, machine.unit, machine.gated, machine.bit
     with m.State("PLAN"):
         m.d.comb += planning.eq(1)
         m.d.sync += [
             scan.eq(scan + 1), scanned.eq(scan),
-            candidate.eq((scan != part.planes)
+            candidate.eq((scan < part.planes)
                          & queues.waiting.bit_select(unit, 1)
                          & ~(among_others & work.loaded.bit_select(scan[:shapes.plane.width], 1))),
+            seen.eq(candidate), machine.seen_plane.eq(scanned), seen_gated.eq(gated(run.tag)),
+            machine.seen_stamp.eq(run.stamp), machine.seen_page.eq(run.row),
         ]
-        m.d.comb += candidate_gated.eq(gated(run.tag))
         if config.cache_reads:
             with m.If(look_ahead & work.loaded.bit_select(scan[:shapes.plane.width], 1)):
                 m.d.comb += queues.behind.eq(skip_here.data)
                 with m.If(skip_here.data == 0):
                     m.d.sync += candidate.eq(0)
-        older = (run.stamp - best_stamp)[shapes.stamp.width - 1]
+        older = (machine.seen_stamp - best_stamp)[shapes.stamp.width - 1]
         with m.If(~second_pass):
-            with m.If(candidate & (~best | (best_gated & ~candidate_gated)
-                                   | ((best_gated == candidate_gated) & older))):
+            with m.If(seen & (~best | (best_gated & ~seen_gated) | ((best_gated == seen_gated) & older))):
                 m.d.sync += [
-                    best.eq(1), best_gated.eq(candidate_gated), best_stamp.eq(run.stamp),
-                    best_page.eq(run.row),
+                    best.eq(1), best_gated.eq(seen_gated), best_stamp.eq(machine.seen_stamp),
+                    best_page.eq(machine.seen_page),
                 ]
-            with m.If(scan == part.planes):
-                m.d.sync += [scan.eq(0), second_pass.eq(1), candidate.eq(0)]
+            with m.If(scan == part.planes + 1):
+                m.d.sync += [scan.eq(0), second_pass.eq(1), candidate.eq(0), seen.eq(0)]
         with m.Else():
-            with m.If(candidate & (run.row[:config.block_page_bits] == best_page)):
-                m.d.sync += mates.eq(mates | bit(scanned))
-            with m.If(scan == part.planes):
-                m.d.sync += candidate.eq(0)
+            with m.If(seen & (machine.seen_page == best_page)):
+                m.d.sync += mates.eq(mates | bit(machine.seen_plane))
+            with m.If(scan == part.planes + 1):
                 m.next = "PLANNED"
             with m.If(~best | (among_others & best_gated)):
                 m.next = "STORE"

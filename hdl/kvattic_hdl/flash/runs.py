@@ -150,7 +150,7 @@ class RunQueues(wiring.Component):
     step : In(1)
         The first run's first codeword is done.
     pop : In(1)
-        It was also the last one: the run is done.  Only with `step`.
+        It was also the last one: the run is done.  Only with `step`, and where `unit` was the same in the cycle before.
     waiting : Out(units)
         Queues that are not empty.
     growing : Out(dies)
@@ -258,7 +258,10 @@ class RunQueues(wiring.Component):
         with m.Else():
             m.d.sync += done.eq(0)
         m.d.sync += self.there.eq(waiting > self.behind)
-        with m.If(self.pop & (waiting == 1)):
+        # A cycle before `pop`, as `unit` does not change with it.
+        only = Signal()
+        m.d.sync += only.eq((waiting == 1) & ~(push & (self.merger.unit == self.unit[: shapes.unit_bits])))
+        with m.If(self.pop & only):
             m.d.sync += self.waiting.bit_select(self.unit, 1).eq(0)
         with m.If(push):
             m.d.sync += self.waiting.bit_select(self.merger.unit, 1).eq(1)

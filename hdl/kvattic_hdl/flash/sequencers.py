@@ -238,7 +238,6 @@ class Mover(wiring.Component):
             self.clear.eq(~bursts.valid & (left <= self.CLEAR_WORDS)),
             word.eq(self.read_valid | (self.write.valid & self.write.ready)),
             self.words_valid.eq(self.read_valid & (transfer == Transfer.CODEWORD)),
-            self.moving.eq(left != 0),
         ]
         m.d.sync += offered.eq(bursts.valid & ~bursts.ready)
         with m.If(self.jobs.valid & self.jobs.ready):
@@ -253,15 +252,18 @@ class Mover(wiring.Component):
                 level.eq(plan.header.level),
             ]
         words = Mux(whole, config.raw_codeword_words, 1)
-        m.d.sync += left.eq(left + Mux(taken, words, 0) - word)
+        m.d.sync += [
+            left.eq(left + Mux(taken, words, 0) - word),
+            self.moving.eq(taken | (self.moving & ~((left == 1) & word))),    # left != 0
+        ]
 
         with m.If(transfer == Transfer.FEATURE):
-            m.d.comb += [self.write.payload.eq(level), self.write.valid.eq(left != 0)]
+            m.d.comb += [self.write.payload.eq(level), self.write.valid.eq(self.moving)]
         with m.Elif(transfer == Transfer.WRITE):
             m.d.comb += [
                 self.write.payload.eq(self.words.payload),
-                self.write.valid.eq(self.words.valid & (left != 0)),
-                self.words.ready.eq(self.write.ready & (left != 0)),
+                self.write.valid.eq(self.words.valid & self.moving),
+                self.words.ready.eq(self.write.ready & self.moving),
             ]
         with m.If(self.read_valid & (transfer == Transfer.BYTE)):
             m.d.sync += self.byte.eq(self.read)

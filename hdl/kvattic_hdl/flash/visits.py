@@ -5,44 +5,44 @@ from kvattic_hdl.flash.machine import DieMachine, Phase, Push
 from kvattic_hdl.lib.shapes import operation_code
 
 
-def visit_state(machine: DieMachine) -> None:
+def visit_states(machine: DieMachine) -> None:
     """Look at a die, and go on with it."""
-    m, context, data_turn, commander = machine.m, machine.context, machine.data_turn, machine.commander
-    operation, order = machine.operation, machine.order
+    m, work, data_turn, commander = machine.m, machine.work, machine.data_turn, machine.commander
+    operation = machine.operation
     with m.State("VISIT"):
-        with m.If(data_turn):
-            m.d.comb += machine.here.eq(order.die)
-        with m.Else():
-            m.d.comb += machine.here.eq(machine.command_die)
-        m.d.sync += [data_turn.eq(~data_turn), machine.work.eq(context), machine.die.eq(machine.here)]
+        m.d.sync += [*machine.look, data_turn.eq(~data_turn)]
         m.d.sync += [signal.eq(0) for signal in (
             machine.scan, machine.best, machine.mates, machine.second_pass, machine.among_others, machine.look_ahead,
-            machine.candidate)]
-        with m.If(data_turn):
-            _offer_data(machine)
-        with m.Else():
+            machine.candidate, machine.seen)]
+        # While no command can be given, the same die stays the next one: each has its turn.
+        with m.If(~data_turn & commander.jobs.ready):
             m.d.sync += machine.command_die.eq(machine.command_die + 1)
-            with m.If(machine.operation_ready & (operation.opcode == operation_code(Opcode.MAP))):
-                m.next = "MAP"
-            with m.Elif(machine.overdue & commander.jobs.ready):
-                m.next = "TIMEOUT"
-            with m.Elif(machine.free & ~machine.outstanding & commander.jobs.ready):
-                with m.Switch(context.phase):
-                    _visit_reset(machine)
-                    _visit_idle(machine)
-                    _visit_reading(machine)
-                    _visit_loaded(machine)
-                    _visit_operation(machine)
-                    _visit_retry(machine)
+        m.next = "DECIDE"
+    with m.State("DECIDE"):
+        m.next = "VISIT"
+        with m.If(~data_turn):      # the visit was for data
+            _offer_data(machine)
+        with m.Elif(machine.operation_ready & (operation.opcode == operation_code(Opcode.MAP))):
+            m.next = "MAP"
+        with m.Elif(machine.overdue & commander.jobs.ready):
+            m.next = "TIMEOUT"
+        with m.Elif(machine.free & ~machine.outstanding & commander.jobs.ready):
+            with m.Switch(work.phase):
+                _visit_reset(machine)
+                _visit_idle(machine)
+                _visit_reading(machine)
+                _visit_loaded(machine)
+                _visit_operation(machine)
+                _visit_retry(machine)
 
 
 def _offer_data(machine: DieMachine) -> None:
-    m, context = machine.m, machine.context
+    m, work = machine.m, machine.work
     with m.If(machine.mover.jobs.ready):
-        with m.If(machine.free & (context.phase == Phase.LOADED) & context.aimed & ~machine.parked
-                  & (~machine.retries.full | context.failed)):
+        with m.If(machine.free & (work.phase == Phase.LOADED) & work.aimed & ~machine.parked
+                  & (~machine.retries.full | work.failed)):
             m.next = "MOVE"
-        with m.Elif(machine.free & (context.phase == Phase.WRITE) & machine.words.i.valid):
+        with m.Elif(machine.free & (work.phase == Phase.WRITE) & machine.words.i.valid):
             m.next = "WRITE"
         with m.Else():
             m.d.sync += machine.data_place.eq(machine.data_place + 1)
@@ -58,33 +58,33 @@ def _visit_reset(machine: DieMachine) -> None:
 
 
 def _visit_idle(machine: DieMachine) -> None:
-    m, has_work, waiting = machine.m, machine.has_work, machine.waiting
+    m, has_work = machine.m, machine.has_work
     with m.Case(Phase.IDLE):
         with m.If(machine.retry_here):
             m.next = "RETRY"
         with m.Elif(machine.claimed):
             m.next = "OPERATION"
-        with m.Elif(has_work & machine.context.dead):
+        with m.Elif(has_work & machine.work.dead):
             m.next = "GIVE_UP"
-        with m.Elif(has_work & (waiting.all() | ~machine.queues.growing.bit_select(machine.here, 1))):
+        with m.Elif(has_work & machine.gathered):
             m.next = "PLAN"
 
 
 def _visit_reading(machine: DieMachine) -> None:
-    m, config, work, context, claimed = machine.m, machine.config, machine.work, machine.context, machine.claimed
+    m, config, work, claimed = machine.m, machine.config, machine.work, machine.claimed
     with m.Case(Phase.READ):
         m.next = "SEEK"
     with m.Case(Phase.ARRAY):
         m.d.sync += work.phase.eq(Phase.LOADED)
-        m.d.comb += machine.order.loaded.eq(1)
+        m.d.sync += machine.order.loaded.eq(1)
         m.next = "AIM"
         if config.cache_reads:
-            with m.If(~context.cached & ~claimed):
+            with m.If(~work.cached & ~claimed):
                 m.d.sync += machine.look_ahead.eq(1)
                 m.next = "SKIP"
     with m.Case(Phase.NEXT):
         if config.cache_reads:
-            m.d.sync += [work.loaded.eq(context.ahead), work.ahead.eq(0), machine.look_ahead.eq(1)]
+            m.d.sync += [work.loaded.eq(work.ahead), work.ahead.eq(0), machine.look_ahead.eq(1)]
             m.next = "SKIP"
             with m.If(claimed):
                 m.next = "LAST"
@@ -92,23 +92,23 @@ def _visit_reading(machine: DieMachine) -> None:
 
 def _visit_loaded(machine: DieMachine) -> None:
     """Give the pages up, look for what may be moved instead of them, or aim at the next codeword."""
-    m, work, context, parked = machine.m, machine.work, machine.context, machine.parked
+    m, work, parked = machine.m, machine.work, machine.parked
     with m.Case(Phase.LOADED):
         with m.If((parked | machine.retries.full) & (machine.retry_here | (parked & machine.operation_here))):
             m.next = "DROP"
         with m.Elif(parked):
-            m.d.sync += work.tried.eq(~context.tried)
-            with m.If((machine.waiting & ~context.loaded).any() & ~context.tried):
+            m.d.sync += work.tried.eq(~work.tried)
+            with m.If(machine.others_wait & ~work.tried):
                 m.d.sync += machine.among_others.eq(1)
                 m.next = "PLAN"
-                with m.If(context.dead):
+                with m.If(work.dead):
                     m.next = "DROP"
-            with m.Elif((context.loaded & ~machine.bit(context.plane)).any()):
-                m.d.sync += [work.plane.eq(machine.after(context.plane)), work.aimed.eq(0)]
+            with m.Elif((work.loaded & ~machine.bit(work.plane)).any()):
+                m.d.sync += [work.plane.eq(machine.after(work.plane)), work.aimed.eq(0)]
                 m.next = "AIM"
             with m.Else():
                 m.next = "STORE"
-        with m.Elif(~context.aimed):
+        with m.Elif(~work.aimed):
             m.d.sync += machine.push.eq(Push.COLUMN)
             m.next = "LOOKUP"
 

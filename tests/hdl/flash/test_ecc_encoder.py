@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from amaranth.hdl import Module, ResetInserter, Signal
+from amaranth.hdl import Assert, Module, ResetInserter, Signal
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out, connect, flipped
 from amaranth.sim import Simulator
 
 from kvattic.spec import ecc
@@ -13,6 +15,7 @@ from kvattic.spec.config import PAPER, TINY, Config
 from kvattic.spec.nand import PSLC, TINY_PART
 from kvattic_hdl.flash.division import product
 from kvattic_hdl.flash.encoder import Encoder
+from kvattic_hdl.flash.steps import CodeSteps
 
 CONFIGS = {
     "tiny": TINY,
@@ -39,15 +42,48 @@ def words_of(raw: np.ndarray, config: Config) -> list[int]:
     return [int.from_bytes(content[i : i + step], "little") for i in range(0, len(content), step)]
 
 
-def run(config: Config, pages: int, gap, stall, seed: int = 1) -> list[int]:
-    """Encodes random pages; returns the cycles in which words left."""
+class Beside(wiring.Component):
+    """An encoder that shares its steps with another one, which goes first and makes steps of `vector` while `busy`."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.encoder = Encoder(config, shares=True)
+        super().__init__({"i": In(self.encoder.i.signature.flip()), "o": Out(self.encoder.o.signature),
+                          "busy": In(1), "vector": In(config.beat_bytes * 8)})
+
+    def elaborate(self, platform):
+        m = Module()
+        m.submodules.encoder = encoder = self.encoder
+        m.submodules.steps = steps = CodeSteps(self.config, users=2)
+        connect(m, flipped(self.i), encoder.i)
+        connect(m, encoder.o, flipped(self.o))
+        connect(m, encoder.steps, steps.users[1])
+        other = steps.users[0]
+        m.d.comb += [other.busy.eq(self.busy), other.parity.eq(self.vector), other.check.eq(~self.vector)]
+        m.d.sync += [Assert(~(encoder.steps.busy & self.busy)), Assert(~other.waits)]
+        return m
+
+
+def run(config: Config, pages: int, gap, stall, seed: int = 1, busy=None) -> list[int]:
+    """Encodes random pages; returns the cycles in which words left.
+
+    busy: whether another one makes a step in a cycle.
+    """
     rng = np.random.default_rng(seed)
     data = rng.integers(0, 256, (pages, config.page_bytes), dtype=np.uint8)
     numbers = rng.integers(0, config.pages_per_channel, pages)
     want = words_of(ecc.encode(config, data, numbers), config)
     per_page = config.page_bytes // config.beat_bytes
-    dut = Encoder(config)
+    dut = Encoder(config) if busy is None else Beside(config)
     left, times = [], []
+
+    async def step(ctx):
+        cycle = 0
+        while True:
+            ctx.set(dut.busy, busy(cycle))
+            ctx.set(dut.vector, int(rng.integers(1 << 62)))
+            cycle += 1
+            await ctx.tick()
 
     async def feed(ctx):
         cycle = 0
@@ -83,6 +119,8 @@ def run(config: Config, pages: int, gap, stall, seed: int = 1) -> list[int]:
     simulator.add_clock(1e-6)
     simulator.add_testbench(feed)
     simulator.add_testbench(drain)
+    if busy is not None:
+        simulator.add_testbench(step, background=True)
     simulator.run()
     raw_words = config.raw_codeword_words
     wrong = [divmod(i, raw_words) for i, (a, b) in enumerate(zip(left, want, strict=True)) if a != b]
@@ -102,6 +140,13 @@ def test_codewords_are_those_of_the_golden_code(config):
 def test_stalls_change_nothing(name, gap, stall):
     rng = random.Random(f"{name} {gap} {stall}")
     run(CONFIGS[name], 1, PATTERNS[gap](rng), PATTERNS[stall](rng), seed=2)
+
+
+@pytest.mark.parametrize("stall", PATTERNS)
+@pytest.mark.parametrize("name", ["tiny", "paper16", "two_words"])
+def test_an_encoder_waits_while_another_one_makes_steps(name, stall):
+    rng = random.Random(f"{name} {stall}")
+    run(CONFIGS[name], 1, PATTERNS["random"](rng), PATTERNS[stall](rng), seed=2, busy=lambda _: rng.random() < 0.6)
 
 
 def test_reset_begins_a_page():

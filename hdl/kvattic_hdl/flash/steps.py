@@ -1,0 +1,88 @@
+"""A step of the code's two divisions, by the parity's generator and by the check value's: one network of XORs.
+
+It is the larger part of an encoder, and of a decoder's checker.  A bus moves words in one direction at a time, so those
+of a channel share one: the decoder, whose words cannot be held back, goes first.
+"""
+
+from amaranth.hdl import Module, Mux, Signal, Value
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out
+
+from kvattic.spec.config import CRC_BITS, Config
+from kvattic.spec.ecc import Division, code
+from kvattic_hdl.flash.division import product
+
+
+def steps_signature(config: Config) -> wiring.Signature:
+    """The interface, seen from who divides; all of it within a cycle.
+
+    busy : Out(1)
+        A step is made in this cycle.
+    waits : In(1)
+        Another one makes a step, so none can be made; the products are of its vectors.
+    parity, check : Out(word_bytes * 8)
+        A word plus the first bits of a division's state.
+    parity_product, check_product : In
+        What becomes of the vector: add it to what is left of the state.
+    """
+    bits = config.word_bytes * 8
+    return wiring.Signature({
+        "busy": Out(1),
+        "waits": In(1),
+        "parity": Out(bits),
+        "check": Out(bits),
+        "parity_product": In(code(config).parity.degree),
+        "check_product": In(CRC_BITS),
+    })
+
+
+def left_after(division: Division, state: Value, bits: int) -> Value:
+    """What is left of a division's state after so many bits, without the product."""
+    return (state >> bits)[: division.degree]
+
+
+def vector_of(m: Module, name: str, state: Value, word: Value) -> Value:
+    """A word plus the first bits of a division's state."""
+    vector = Signal(len(word), name=f"{name}_vector")
+    m.d.comb += vector.eq(word ^ state[: len(word)])
+    return vector
+
+
+class CodeSteps(wiring.Component):
+    """Makes the products of one user at a time, in the same cycle; the first one that is busy goes first.
+
+    Parameters
+    ----------
+    config : Config
+    users : int
+
+    Members
+    -------
+    users : Array of In(steps_signature)
+        The last one is served when no other one is busy.
+    """
+
+    def __init__(self, config: Config, users: int = 1) -> None:
+        self.config = config
+        self.count = users
+        super().__init__({"users": In(steps_signature(config)).array(users)})
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        code_ = code(self.config)
+        bits = self.config.word_bytes * 8
+        *before, last = self.users
+        parity: Value = last.parity
+        check: Value = last.check
+        for user in reversed(before):
+            parity, check = Mux(user.busy, user.parity, parity), Mux(user.busy, user.check, check)
+        vectors = Signal(bits, name="parity"), Signal(bits, name="check")
+        m.d.comb += [vectors[0].eq(parity), vectors[1].eq(check)]
+        products = [product(m, name, vector, division.columns(bits), division.degree) for name, vector, division in (
+            ("parity", vectors[0], code_.parity), ("crc", vectors[1], code_.crc))]
+        waits: Value | int = 0
+        for user in self.users:
+            m.d.comb += [
+                user.waits.eq(waits), user.parity_product.eq(products[0]), user.check_product.eq(products[1])]
+            waits = waits | user.busy
+        return m
