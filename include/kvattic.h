@@ -30,10 +30,10 @@
 #define KVATTIC_VALUE_FRACTION 40  /* fractional bits of kvattic_trailer.denominator */
 
 /* CONFIG_HASH of the presets. */
-#define KVATTIC_CONFIG_HASH_TINY 0x8ffec397u
-#define KVATTIC_CONFIG_HASH_BOARD 0x2076c6e7u
-#define KVATTIC_CONFIG_HASH_PAPER 0x7158bddfu
-#define KVATTIC_CONFIG_HASH_GQA 0x780727a6u
+#define KVATTIC_CONFIG_HASH_TINY 0x0ebff7ebu
+#define KVATTIC_CONFIG_HASH_BOARD 0x8908db33u
+#define KVATTIC_CONFIG_HASH_PAPER 0xd46f1c74u
+#define KVATTIC_CONFIG_HASH_GQA 0x6643c9f4u
 
 /* Register addresses; 64-bit registers take two accesses, low half first. */
 #define KVATTIC_REG_ID 0x00u  /* 32 bits, ro: magic number */
@@ -139,7 +139,7 @@ enum kvattic_status {  /* How a command ended; where of the completion says whic
     KVATTIC_STATUS_NAN_VALUE = 9,  /* where: the lowest token with a NaN or infinity in V; likewise. */
     KVATTIC_STATUS_CODEWORD_TIMEOUT = 10,  /* A codeword never came; where: channel * 65536 + kind * 32768 + codewords still missing there. */
     KVATTIC_STATUS_BUS_ERROR = 11,  /* The host memory answered a read of the command or query, or a write of the result, with an error; where: 0. When it is the command that could not be read, its identifier is not known: it is 0xFFFF. */
-    KVATTIC_STATUS_INVALID_TABLE = 12,  /* A table entry names a channel that does not exist, has a reserved bit set (in DENSE also whole), or exceeds its channel's score buffer; where: the entry's number. */
+    KVATTIC_STATUS_INVALID_TABLE = 12,  /* A table entry names a channel that does not exist, has a reserved bit set (in DENSE also whole), or exceeds its lane's score buffer; where: the entry's number. */
     KVATTIC_STATUS_INVALID_PLACE = 13,  /* A flash command names a channel, page or block that does not exist; where: 0. */
     KVATTIC_STATUS_UNREADABLE_KEY = 14,  /* K cannot be read (see the register MEDIA_ERROR); where: first token of the lowest codeword that cannot. */
     KVATTIC_STATUS_UNREADABLE_VALUE = 15,  /* The same for V. */

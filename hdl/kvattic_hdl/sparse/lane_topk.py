@@ -64,9 +64,9 @@ class LaneTopK(wiring.Component):
 
     Scores are those before `end_token`, of each row that has a reference; those of stripes that are attended whole
     count in SUM and MARK only, in CENTROID never.  MARK reads the scores of selected tokens beside its walk, and waits
-    where it has found many with many rows.  A DIGIT sweep keeps the units that begin with its prefix, if they are no more
-    than `kept`; the next DIGIT sweep goes through these alone, so its prefix must begin with the one before.  Tokens are
-    walked in the order of the list; a stripe shorter than four
+    where it has found many with many rows.  A DIGIT sweep keeps the units that begin with its prefix, if they are no
+    more than `kept`; the next DIGIT sweep goes through these alone, so its prefix must begin with the one before.
+    Tokens are walked in the order of the list; a stripe shorter than four
     steps takes four.  Reset forgets the sweep.
 
     Parameters
@@ -301,8 +301,8 @@ class LaneTopK(wiring.Component):
                 m.d.sync += listed.complete.eq(0)
         with m.If(self.sweep_valid):
             m.d.sync += [
-                listed.complete.eq(is_digit), listed.running.eq(is_digit & listed.complete), left.eq(count), count.eq(0),
-                at.eq(0), settled.eq(0)]
+                listed.complete.eq(is_digit), listed.running.eq(is_digit & listed.complete), left.eq(count),
+                count.eq(0), at.eq(0), settled.eq(0)]
 
     def _mark(self, m: Module, valid: Signal, step: data.View, taken: Signal) -> None:
         """Collects a codeword's marks and hands them out."""

@@ -8,7 +8,7 @@ from kvattic.spec.config import Config
 from kvattic.spec.layout import page_place
 from kvattic.timing.channel import Channel
 from kvattic.timing.states import NEVER, JobState, OperationState
-from kvattic.timing.times import COPY, Times, times_of
+from kvattic.timing.times import COPY, KEPT_ONE_IN, Times, times_of
 from kvattic.timing.work import FIRST, KEY, VALUE, Job, Operation
 
 
@@ -169,5 +169,6 @@ def selection(job: JobState, t: Times) -> float:
     scores = max(lane.units if centroid else lane.tokens for lane in lanes)
     units = max(lane.units for lane in lanes)
     marked = max(lane.places if centroid else lane.tokens for lane in lanes)
-    sweeps = 24 + 27 + 2 * scores * rows + 2 * (11 + units) + 16 + marked
+    # SUM and MASS; DIGIT over all units, then over those that it has kept; MARK.
+    sweeps = 24 + 27 + 2 * scores * rows + 11 + units + 14 + units / KEPT_ONE_IN + 16 + marked
     return sweeps + t.select + t.select_row * rows
