@@ -50,8 +50,8 @@ class TopK(wiring.Component):
 
     Latency from the last `first_done` to `select_valid`, measured, 8 lanes of 512 tokens (sweeps: see `LaneTopK`):
     one row, SPARF, k a sixteenth of the tokens 2,435 cycles (two DIGIT sweeps, which is usual; the second one and any
-    other goes through what the first has kept); FETCHED with units of a codeword 2,151.  With eight rows SUM and MASS, a
-    score a cycle, are 8,200 cycles.  alpha is there lanes + 5 cycles a row after `select_valid`.
+    other goes through what the first has kept); FETCHED with units of a codeword 2,151.  With eight rows SUM and MASS,
+    a score a cycle, are 8,200 cycles.  alpha is there lanes + 5 cycles a row after `select_valid`.
     Throughput: one job at a time, so a job for each latency.
     Ordering: jobs leave in the order in which they came; dense ones and those without lanes take two cycles.
     Reset: no job.
