@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from amaranth.hdl import Array, Cat, Elaboratable, Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
-from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from kvattic.spec.commands import COMPLETION
@@ -31,8 +30,6 @@ SNAPSHOT = data.StructLayout(
     {name: COMPLETION[name].size * 8 for name in ("cycle", "beats", *STALLS)}
 )
 """The counters of a completion, all of the same cycle; each wraps at its width."""
-TURNS = 16
-"""Cycles in which each flash counter has its turn."""
 CYCLE_BITS = 48
 """Eleven days at 285 MHz; the registers are 64 bits wide, their upper bits zero."""
 
@@ -144,9 +141,6 @@ class Counters(wiring.Component):
 class FlashCounters(wiring.Component):
     """Counts what the flash channels did.
 
-    Each counter is a word of a memory and a short number that counts on; in its turn the number goes into the word and
-    begins anew.  So one adder serves all, and a counter is at any time the sum of the two.
-
     Latency: an event is in its counter three cycles later.
     Throughput, ordering: all channels in each cycle; none.
     Reset: all counters zero.
@@ -162,7 +156,7 @@ class FlashCounters(wiring.Component):
         What each channel did in this cycle.
     counting : In(1)
         The drive has work: this cycle counts.
-    number : In(range(TURNS))
+    number : In(range(len(FLASH_COUNTERS)))
         Number of one of `FLASH_COUNTERS`.
     counter : Out(48)
         That one, in this cycle.
@@ -180,7 +174,7 @@ class FlashCounters(wiring.Component):
             {
                 "events": In(data.ArrayLayout(self._shapes.flash_events, config.channels)),
                 "counting": In(1),
-                "number": In(range(TURNS)),
+                "number": In(range(len(FLASH_COUNTERS))),
                 "counter": Out(CYCLE_BITS),
             }
         )
@@ -189,31 +183,16 @@ class FlashCounters(wiring.Component):
         m = Module()
         seen = Signal.like(self.events)
         counting = Signal()
-        turn, early = Signal(range(TURNS)), Signal(init=1)   # early: the first turns, the words mean nothing yet
-        m.d.sync += [seen.eq(self.events), counting.eq(self.counting), turn.eq(turn + 1), early.eq(early & ~turn.all())]
-        new = []
-        for number, (name, event) in enumerate(FLASH_COUNTERS.items()):
+        m.d.sync += [seen.eq(self.events), counting.eq(self.counting)]
+        counters = []
+        for name, event in FLASH_COUNTERS.items():
             parts = [Value.cast(seen[i][event]) for i in range(self._config.channels)]
             # At most what all channels together can say in a cycle.
-            most = len(parts) * ((1 << len(parts[0])) - 1)
-            total = Signal(range(most + 1), name=f"{name}_total")
-            count = Signal(range(TURNS * most + 1), name=f"{name}_new")
-            m.d.sync += [total.eq(total_of(parts)), count.eq(Mux(turn == number, 0, count) + total)]
+            total = Signal(range(len(parts) * ((1 << len(parts[0])) - 1) + 1), name=f"{name}_total")
+            counter = Signal(CYCLE_BITS, name=name)
+            m.d.sync += [total.eq(total_of(parts)), counter.eq(counter + total)]
             with m.If(~counting):
                 m.d.sync += total.eq(0)
-            new.append(count)
-        m.submodules.words = words = Memory(shape=CYCLE_BITS, depth=TURNS, init=[])
-        write = words.write_port()
-
-        def whole(number: Signal) -> Value:
-            port = words.read_port(domain="comb")
-            m.d.comb += port.addr.eq(number)
-            return Mux(early & (number >= turn), 0, port.data) + Array(new)[number]
-
-        m.d.comb += [
-            write.addr.eq(turn),
-            write.data.eq(whole(turn)),
-            write.en.eq(1),
-            self.counter.eq(whole(self.number)),
-        ]
+            counters.append(counter)
+        m.d.comb += self.counter.eq(Array(counters)[self.number])
         return m

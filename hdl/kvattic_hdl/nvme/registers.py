@@ -200,7 +200,7 @@ class RegisterBank(wiring.Component):
         at_word = Signal(INDEX_BITS + 1)
         m.d.comb += [
             at_word.eq(Mux(answering, Cat(place.index, place.register), self.look | 1 << INDEX_BITS)),
-            self.flash_number.eq((at_word - FLASH_WORDS // 4) >> 1),
+            self.flash_number.eq(at_word[1:]),   # FLASH_WORDS is a multiple of 0x80
         ]
         with m.Switch(at_word):
             for register in PAGE_REGISTERS:
