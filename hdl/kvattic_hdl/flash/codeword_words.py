@@ -11,7 +11,6 @@ from kvattic.spec.config import CRC_BITS, Config
 from kvattic.spec.ecc import Division, code
 from kvattic_hdl.flash.corrector import CorrectorShapes
 from kvattic_hdl.flash.division import ones
-from kvattic_hdl.flash.encoder import seeded
 from kvattic_hdl.flash.interfaces import FlashShapes
 from kvattic_hdl.flash.steps import CodeSteps, left_after, steps_signature, vector_of
 
@@ -68,8 +67,8 @@ class WordChecker(wiring.Component):
         As of `Decoder`.
     buffers : In(stream of buffer)
         Which ones wait for words, in order; taken with the last word.
-    page : In, codeword : In
-        Of the codeword that the first of these waits for.
+    seed : In(CRC_BITS)
+        What the check value of the codeword begins with that the first of these waits for.
     store : Out(1), address : Out, word : Out(word_bytes * 8)
         Strobe: a word that carries tokens.
     last : Out(1)
@@ -92,8 +91,7 @@ class WordChecker(wiring.Component):
             "words": In(shapes.word),
             "words_valid": In(1),
             "buffers": In(stream.Signature(shapes.buffer)),
-            "page": In(shapes.header["page"].shape),
-            "codeword": In(shapes.codeword_index),
+            "seed": In(CRC_BITS),
             "store": Out(1),
             "address": Out(shapes.address),
             "word": Out(shapes.word),
@@ -117,6 +115,7 @@ class WordChecker(wiring.Component):
         word, word_valid = Signal(bits, reset_less=True), Signal()
         index = Signal(range(raw_words))
         last, use = Signal(), Signal()
+        first = Signal(init=1)                                # the next word is a codeword's first
         others = Signal(bits_for(config.raw_codeword_bytes))   # bytes that are not 0xFF
         check = Signal(CRC_BITS, reset_less=True)
         remainder = Signal(code_.parity.degree, init=origin)
@@ -143,7 +142,7 @@ class WordChecker(wiring.Component):
         steps = self.steps if self.shares else own.users[0]
         checked = Signal(CRC_BITS)
         m.d.comb += [
-            checked.eq(Mux(index == 0, seeded(self.page, self.codeword), check)),
+            checked.eq(Mux(first, self.seed, check)),
             steps.busy.eq(word_valid),
             steps.parity.eq(vector_of(m, "parity", remainder, masked)),
             steps.check.eq(vector_of(m, "check", checked, word)),
@@ -154,7 +153,8 @@ class WordChecker(wiring.Component):
             m.d.sync += [
                 index.eq(index + 1),
                 remainder.eq(following),
-                others.eq(Mux(index == 0, 0, others) + ones(other)),
+                others.eq(Mux(first, 0, others) + ones(other)),
+                first.eq(last),
             ]
             with m.If(index < data_words):
                 m.d.sync += check.eq(left_after(code_.crc, checked, bits) ^ steps.check_product)

@@ -296,6 +296,7 @@ class Corrector(wiring.Component):
         self.index = Signal(range(t + 1))             # of a coefficient
         self.a, self.b = Signal(element, reset_less=True), Signal(element, reset_less=True)
         self.sum = Signal(element, reset_less=True)
+        self.finding, self.searching = Signal(), Signal()   # in state DISCREPANCY; in state SEARCH
         self.multiply = Signal()                      # a and b are operands
         self.write = Signal()                         # their product completes a coefficient
         self.write_index = Signal(range(t + 1), reset_less=True)
@@ -339,7 +340,8 @@ class Corrector(wiring.Component):
         product_ = Signal(self.element)
         m.d.comb += [
             product_.eq(times(m, "multiplier", code(self.config).field, self.a, self.b)),
-            syndrome.addr.eq(self.filled >> 1),
+            syndrome.addr.eq(Mux(self.finding, 2 * self.step - index, self.filled >> 1)),
+            self.search.searching.eq(self.searching),
             locator.addr.eq(index),
             before.addr.eq(index - self.shift),
             syndrome_write.addr.eq(self.filled),
@@ -383,6 +385,7 @@ class Corrector(wiring.Component):
                 filled.eq(filled + 1), self.length.eq(0), self.step.eq(0), self.shift.eq(1), self.scale.eq(1),
                 self.index.eq(0), self.sum.eq(0)]
             with m.If(filled == 2 * t - 1):
+                m.d.sync += self.finding.eq(1)
                 m.next = "DISCREPANCY"
 
     def _find_discrepancy(self, m: Module, memories: _Memories) -> None:
@@ -390,11 +393,11 @@ class Corrector(wiring.Component):
         t, index, step, length = self.config.ecc_t, self.index, self.step, self.length
         new_length = self._new_length()
         with m.State("DISCREPANCY"):
-            m.d.comb += memories.syndrome.addr.eq(2 * step - index)
             m.d.sync += [
                 self.a.eq(memories.locator.data), self.b.eq(memories.syndrome.data), self.multiply.eq(1),
                 index.eq(index + 1)]
             with m.If(index == length):
+                m.d.sync += self.finding.eq(0)
                 m.next = "ADD"
         with m.State("ADD"):
             m.next = "DECIDE"
@@ -437,6 +440,7 @@ class Corrector(wiring.Component):
             with m.If(self.longer):
                 m.d.sync += [
                     self.length.eq(self._new_length()), self.scale.eq(self.discrepancy), self.shift.eq(2)]
+            m.d.sync += self.finding.eq(step != t - 1)
             m.next = "DISCREPANCY"
             with m.If(step == t - 1):
                 m.d.sync += index.eq(t)
@@ -450,13 +454,14 @@ class Corrector(wiring.Component):
             m.d.comb += [search.begin.eq(1), search.shift.eq(1)]
             m.d.sync += index.eq(index - 1)
             with m.If(index == 0):
+                m.d.sync += self.searching.eq(1)
                 m.next = "SEARCH"
         with m.State("SEARCH"):
-            m.d.comb += search.searching.eq(1)
             with m.If(search.found_all):
-                m.d.sync += self.o.payload.good.eq(search.right)
+                m.d.sync += [self.o.payload.good.eq(search.right), self.searching.eq(0)]
                 m.next = "DONE"
             with m.Elif(search.given_up):
+                m.d.sync += self.searching.eq(0)
                 m.next = "GIVE_UP"
         with m.State("GIVE_UP"):
             m.d.sync += self.o.payload.good.eq(0)

@@ -2,19 +2,62 @@
 
 from typing import Any
 
-from amaranth.hdl import Module, Mux, Signal, Value, unsigned
+from amaranth.hdl import Cat, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, stream, wiring
-from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out, connect, flipped
 from amaranth.utils import bits_for
 
 from kvattic.spec.commands import MediaCause
-from kvattic.spec.config import Config
+from kvattic.spec.config import CRC_BITS, Config
 from kvattic_hdl.flash.codeword_words import Departure, WordChecker, WordMemory, WordShapes
 from kvattic_hdl.flash.corrector import Corrector, CorrectorShapes
+from kvattic_hdl.flash.encoder import seeded
 from kvattic_hdl.flash.interfaces import CAUSE_BITS, FlashShapes
 from kvattic_hdl.flash.steps import steps_signature
+
+
+class BufferQueue(wiring.Component):
+    """Queues what is known of buffers.  There is at most one entry for each, so that it is never full.
+
+    Parameters
+    ----------
+    width : int
+        Bits of an entry.
+    depth : int
+        Buffers.
+
+    Members
+    -------
+    w_data : In(width), w_en : In(1)
+    r_data : Out(width), r_rdy : Out(1)
+        The oldest entry, a cycle after it was written.
+    r_en : In(1)
+        It is taken; only with `r_rdy`.
+    """
+
+    def __init__(self, width: int, depth: int) -> None:
+        self.depth = depth
+        super().__init__({"w_data": In(width), "w_en": In(1), "r_data": Out(width), "r_rdy": Out(1), "r_en": In(1)})
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        m.submodules.entries = entries = Memory(shape=self.r_data.shape(), depth=self.depth, init=[])
+        write, read = entries.write_port(), entries.read_port(domain="comb")
+        ends = []
+        for port, step in ((write, self.w_en), (read, self.r_en)):
+            round_ = Signal()      # changes with each way round the memory
+            place = Signal(range(self.depth))
+            with m.If(step):
+                m.d.sync += place.eq(place + 1)
+                with m.If(place == self.depth - 1):
+                    m.d.sync += [place.eq(0), round_.eq(~round_)]
+            m.d.comb += port.addr.eq(place)
+            ends.append(Cat(place, round_))
+        m.d.comb += [
+            write.data.eq(self.w_data), write.en.eq(self.w_en),
+            self.r_data.eq(read.data), self.r_rdy.eq(ends[0] != ends[1])]
+        return m
 
 
 class Decoder(wiring.Component):
@@ -93,10 +136,11 @@ class Decoder(wiring.Component):
         self.memory = WordMemory(config, buffers)
         self.departure = Departure(config, buffers)
         self.corrector = Corrector(config, positions)
-        # Buffers that wait for words, in order; that leave; that wait for the corrector.
+        # Buffers that wait for words, in order, with what their check value begins with; that leave; that wait for the
+        # corrector.
         self.incoming, self.leaving, self.pending = (
-            SyncFIFO(width=width, depth=buffers)
-            for width in (inside.buffer.width, inside.leaving.size, inside.buffer.width))
+            BufferQueue(width, buffers)
+            for width in (inside.buffer.width + CRC_BITS, inside.leaving.size, inside.buffer.width))
         # What becomes of a codeword in this cycle: it ends, with a cause if it cannot be read; or is read again.
         self.end, self.end_buffer, self.cause = Signal(), Signal(inside.buffer), Signal(CAUSE_BITS)
         self.again = Signal()                     # the corrector's result is not good, but there is another level
@@ -165,12 +209,9 @@ class Decoder(wiring.Component):
             port = memory.write_port()
             m.d.comb += [port.addr.eq(self.allocated), port.en.eq(take)]
             m.d.comb += [port.data[f].eq(header[f]) for f in fields]
-        incoming_place, ended_place = (places.read_port(domain="comb") for _ in range(2))
+        ended_place = places.read_port(domain="comb")
         leaving_name, problem_name = (names.read_port(domain="comb") for _ in range(2))
         m.d.comb += [
-            incoming_place.addr.eq(self.incoming.r_data),
-            self.checker.page.eq(incoming_place.data.page),
-            self.checker.codeword.eq(incoming_place.data.codeword),
             leaving_name.addr.eq(self.departure.leaving.payload.buffer),
             self.departure.tag.eq(leaving_name.data.tag),
             problem_name.addr.eq(self.problem_buffer),
@@ -185,7 +226,7 @@ class Decoder(wiring.Component):
         m.d.comb += [
             checker.words.eq(self.words),
             checker.words_valid.eq(self.words_valid),
-            checker.buffers.payload.eq(self.incoming.r_data),
+            Cat(checker.buffers.payload, checker.seed).eq(self.incoming.r_data),
             checker.buffers.valid.eq(self.incoming.r_rdy),
             self.incoming.r_en.eq(checker.buffers.ready),
             memory.store.eq(checker.store),
@@ -221,7 +262,7 @@ class Decoder(wiring.Component):
         leaving = data.View(self.inside.leaving, self.leaving.w_data)
         m.d.comb += [
             self.incoming.w_en.eq(take & (header.cause == 0)),
-            self.incoming.w_data.eq(self.allocated),
+            self.incoming.w_data.eq(Cat(self.allocated, seeded(header.page, header.codeword))),
             self.leaving.w_en.eq(self.end),
             leaving.buffer.eq(self.end_buffer),
             leaving.error.eq(self.cause != 0),

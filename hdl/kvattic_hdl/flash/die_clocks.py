@@ -18,7 +18,7 @@ class DieTimes:
     limit : Shape
         Ticks that a die may stay busy.
     moved : int
-        Cycles from the last word of a write burst, taken by the PHY, until its last byte has left the pins.
+        Cycles from a cycle after the PHY took the last word of a write burst until its last byte has left the pins.
     start : StructLayout
         What a clock is started with: die, wait (cycles before anything else), busy (1: then until the die is ready, and
         t_rr more), limit.
@@ -28,7 +28,7 @@ class DieTimes:
         self.config = config
         part = config.part
         self.tick_bits = max(4, bits_for(config.cycles(part.t_r)) - 3)
-        self.moved = config.cycles(config.word_bytes * 1000 / part.bus_mts) + 3
+        self.moved = config.cycles(config.word_bytes * 1000 / part.bus_mts) + 2
         longest = max(part.t_wb, part.t_rr, part.t_ccs, part.t_adl, part.t_whr)
         self.wait = unsigned(bits_for(self.cycles(longest) + self.moved))
         busy = (part.t_r + part.t_rcbsy, part.t_prog, part.t_bers, part.t_dbsy, part.t_pcbsy, part.t_feat, part.t_rst)
@@ -37,8 +37,8 @@ class DieTimes:
             "die": unsigned(max(1, ceil_log2(config.dies))), "wait": self.wait, "busy": 1, "limit": self.limit})
 
     def cycles(self, nanoseconds: float) -> int:
-        """A wait's cycles from the taking of the last command cycle, which lasts t_cad itself."""
-        return self.config.cycles(nanoseconds + self.config.part.t_cad) + 1
+        """A wait's cycles from a cycle after the taking of the last command cycle, which lasts t_cad itself."""
+        return self.config.cycles(nanoseconds + self.config.part.t_cad)
 
     def ticks(self, nanoseconds: float, factor: int = 2) -> int:
         """Ticks from the last command cycle's taking on, by which a die is ready that takes so long `factor` times."""

@@ -72,13 +72,12 @@ class Encoder(wiring.Component):
         check = Signal(CRC_BITS, reset_less=True)
         parity = Signal(code_.parity.degree, reset_less=True)
         late = Signal(bits - CRC_BITS, reset_less=True)     # bits that the parity has not seen yet
-        first = Signal()
+        fresh = Signal()                                    # the next step is not a codeword's first
         seed = Signal(CRC_BITS)
         if not self.shares:
             m.submodules.steps = own = CodeSteps(config)
         steps = self.steps if self.shares else own.users[0]
         m.d.comb += [
-            first.eq(index == 0),
             seed.eq(seeded(self.i.payload.page, codeword)),
             out_free.eq(~self.o.valid | self.o.ready),
             accept.eq(self.i.valid & self.i.ready),
@@ -86,20 +85,20 @@ class Encoder(wiring.Component):
 
         # The parity is 24 bits behind, so that its last step takes the check value.
         step = Signal(bits)
-        fresh = ~(first & ~fold)
-        m.d.comb += step.eq(Cat(late & fresh.replicate(len(late)), Mux(fold, check, data[:CRC_BITS])))
+        folds = Signal()                                    # the check value is next
+        m.d.comb += step.eq(Cat(late & fresh.replicate(len(late)), Mux(folds, check, data[:CRC_BITS])))
         divided = Signal.like(parity)
         m.d.comb += [
             divided.eq(parity & fresh.replicate(len(parity))),
             steps.busy.eq(accept | fold),
             steps.parity.eq(vector_of(m, "parity", divided, step)),
-            steps.check.eq(vector_of(m, "check", Mux(first, seed, check), data)),
+            steps.check.eq(vector_of(m, "check", Mux(fresh, check, seed), data)),
         ]
         with m.If(accept | fold):
             m.d.sync += parity.eq(left_after(code_.parity, divided, bits) ^ steps.parity_product)
         with m.If(accept):
             m.d.sync += [
-                check.eq(left_after(code_.crc, Mux(first, seed, check), bits) ^ steps.check_product),
+                check.eq(left_after(code_.crc, Mux(fresh, check, seed), bits) ^ steps.check_product),
                 late.eq(data[CRC_BITS:]),
             ]
 
@@ -109,7 +108,7 @@ class Encoder(wiring.Component):
             tail = Cat(check, ~parity, Const(0, checks * bits - CRC_BITS - len(parity)))
             m.d.sync += [self.o.valid.eq(1), self.o.payload.eq(tail.word_select(check_index, bits))]
         with m.If(accept):
-            m.d.sync += [word.eq(data), word_valid.eq(1)]
+            m.d.sync += [word.eq(data), word_valid.eq(1), fresh.eq(1)]
 
         with m.FSM():
             with m.State("DATA"):
@@ -117,11 +116,12 @@ class Encoder(wiring.Component):
                 with m.If(accept):
                     m.d.sync += index.eq(index + 1)
                     with m.If(index == words - 1):
-                        m.d.sync += index.eq(0)
+                        m.d.sync += [index.eq(0), folds.eq(1)]
                         m.next = "FOLD"
             with m.State("FOLD"):
                 m.d.comb += fold.eq(~steps.waits)
                 with m.If(fold):
+                    m.d.sync += [folds.eq(0), fresh.eq(0)]
                     if config.codewords_per_page > 1:
                         m.d.sync += codeword.eq(codeword + 1)
                     m.next = "CHECK"

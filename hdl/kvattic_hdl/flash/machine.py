@@ -283,7 +283,7 @@ class DieMachine:
     def _declare_plan(self) -> None:
         """The search for runs to read next: `scan` goes through the planes, `mates` are those found."""
         m, config, shapes = self.m, self.config, self.shapes
-        self.planning = Signal()          # `unit` is plane `scan`, not the one at work
+        self.planning = Signal()          # `unit` is plane `scan`, not the one at work: in SKIP... and PLAN
         self.scan, self.scanned = Signal(range(self.part.planes + 2)), Signal(shapes.plane)
         self.best, self.best_gated, self.best_stamp = Signal(), Signal(), Signal(shapes.stamp)
         self.best_page = Signal(config.block_page_bits)
@@ -312,6 +312,7 @@ class DieMachine:
         self.waiting = Signal(self.part.planes)   # of `die`, when it was visited
         self.waiting_after = Signal()             # the looked-at queue was not empty, when `run` was addressed
         self.goes_on = Signal()                   # the next run is of the same page
+        self.next_codeword = Signal(self.shapes.codeword_index)   # first one of the run that was read
         row_address = Signal(ROW_ADDRESS_BITS)
         m.d.comb += [
             self.unit.eq(self.unit_of(Mux(self.planning, self.scan[: self.shapes.plane.width], work.plane), self.die)),
@@ -326,7 +327,9 @@ class DieMachine:
             self.order.place.eq(self.data_place),
             self.order.loaded_die.eq(self.die),
         ]
-        m.d.sync += self.order.loaded.eq(0)
+        # A cycle late: `work` has not changed since the visit when a codeword is moved.
+        m.d.sync += self.queues.pop.eq(work.codeword == work.last)
+        m.d.sync += [self.order.loaded.eq(0), self.retries.take.eq(0)]
         m.d.sync += self.here.eq(Mux(self.data_turn, self.order.die, self.command_die))
         m.d.sync += self.waiting_after.eq(queues.waiting.bit_select(self.unit, 1))
 
@@ -353,7 +356,8 @@ class DieMachine:
             self.free.eq((self.clocks.free.bit_select(here, 1) | context.dead) & ~held),
             self.overdue.eq(self.clocks.overdue.bit_select(here, 1) & ~held & ~context.dead),
             self.outstanding.eq(
-                (mover.planned & (mover.planned_die == here)) | (mover.moving & (mover.moving_die == here))),
+                (mover.planned & (mover.planned_die == here)) | (mover.moving & (mover.moving_die == here))
+                | (mover.written.valid & (mover.written.payload.die == here))),
             self.parked.eq(self.gated(context.tag)),
             self.waiting.eq(waiting),
             self.has_work.eq(waiting.any()),

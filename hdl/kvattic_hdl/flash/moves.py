@@ -20,8 +20,13 @@ def move_states(machine: DieMachine) -> None:
             m.d.sync += work.plane.eq(after(work.plane))
     with m.State("AIMED"):
         m.d.sync += [
-            work.row.eq(run.row), work.tag.eq(run.tag), work.codeword.eq(run.codeword), work.last.eq(run.last),
-            work.aimed.eq(work.failed | (work.aimed & (work.codeword == run.codeword))),
+            work.row.eq(run.row), work.tag.eq(run.tag), work.last.eq(run.last), machine.next_codeword.eq(run.codeword),
+        ]
+        m.next = "AIMED_AT"
+    with m.State("AIMED_AT"):
+        m.d.sync += [
+            work.codeword.eq(machine.next_codeword),
+            work.aimed.eq(work.failed | (work.aimed & (work.codeword == machine.next_codeword))),
         ]
         m.next = "STORE"
 
@@ -34,7 +39,6 @@ def move_states(machine: DieMachine) -> None:
             burst.header.codeword.eq(work.codeword),
             burst.header.cause.eq(Mux(work.failed, MediaCause.DIE_TIMEOUT, 0)),
             queues.step.eq(1),
-            queues.pop.eq(work.codeword == work.last),
         ]
         m.d.sync += [
             work.codeword.eq(work.codeword + 1), work.tag.place.eq(work.tag.place + 1), data_place.eq(0)]
@@ -44,14 +48,15 @@ def move_states(machine: DieMachine) -> None:
     with m.State("POPPED"):
         m.next = "FOLLOWS"
     with m.State("FOLLOWS"):
-        m.d.sync += machine.goes_on.eq(waiting_after & (run.row == work.row))
+        m.d.sync += [
+            machine.goes_on.eq(waiting_after & (run.row == work.row)), machine.next_codeword.eq(run.codeword)]
         m.next = "FOLLOWED"
     with m.State("FOLLOWED"):
         m.next = "STORE"
         with m.If(machine.goes_on):
             m.d.sync += [
-                work.tag.eq(run.tag), work.codeword.eq(run.codeword), work.last.eq(run.last),
-                work.aimed.eq(work.failed | (run.codeword == work.last + 1)),
+                work.tag.eq(run.tag), work.codeword.eq(machine.next_codeword), work.last.eq(run.last),
+                work.aimed.eq(work.failed | (machine.next_codeword == work.last + 1)),
             ]
         with m.Else():
             left = work.loaded & ~bit(work.plane)

@@ -8,10 +8,9 @@ from kvattic_hdl.flash.machine import DieMachine, Phase, Push
 def skip_states(machine: DieMachine) -> None:
     """Cache reads: for each plane with a page in its register, the first run of its next page."""
     m, shapes, part, work, queues = machine.m, machine.shapes, machine.part, machine.work, machine.queues
-    run, planning, scan, skip = machine.run, machine.planning, machine.scan, machine.skip
+    run, scan, skip = machine.run, machine.scan, machine.skip
     skip_new, command = machine.skip_new, machine.command
     with m.State("SKIP"):
-        m.d.comb += planning.eq(1)
         m.d.sync += skip.eq(1)
         m.next = "SKIPPED"
         with m.If(scan == part.planes):
@@ -21,10 +20,10 @@ def skip_states(machine: DieMachine) -> None:
             m.d.sync += scan.eq(scan + 1)
             m.next = "SKIP"
     with m.State("SKIPPED"):
-        m.d.comb += [planning.eq(1), queues.behind.eq(skip)]
+        m.d.comb += queues.behind.eq(skip)
         m.next = "SKIP_SEEN"
     with m.State("SKIP_SEEN"):
-        m.d.comb += [planning.eq(1), skip_new.en.eq(1)]
+        m.d.comb += skip_new.en.eq(1)
         with m.If(queues.there & run.again & (skip != machine.depth - 1)):
             m.d.sync += skip.eq(skip + 1)
             m.next = "SKIPPED"
@@ -48,7 +47,6 @@ def plan_states(machine: DieMachine) -> None:
     look_ahead, candidate, seen, seen_gated = machine.look_ahead, machine.candidate, machine.seen, machine.seen_gated
     mates, skip_here, unit, gated, bit = machine.mates, machine.skip_here, machine.unit, machine.gated, machine.bit
     with m.State("PLAN"):
-        m.d.comb += planning.eq(1)
         m.d.sync += [
             scan.eq(scan + 1), scanned.eq(scan),
             candidate.eq((scan < part.planes)
@@ -75,8 +73,10 @@ def plan_states(machine: DieMachine) -> None:
             with m.If(seen & (machine.seen_page == best_page)):
                 m.d.sync += mates.eq(mates | bit(machine.seen_plane))
             with m.If(scan == part.planes + 1):
+                m.d.sync += planning.eq(0)
                 m.next = "PLANNED"
             with m.If(~best | (among_others & best_gated)):
+                m.d.sync += planning.eq(0)
                 m.next = "STORE"
                 if config.cache_reads:
                     with m.If(look_ahead):

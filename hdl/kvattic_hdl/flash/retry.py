@@ -18,10 +18,10 @@ def retry_states(machine: DieMachine) -> None:
     retries = machine.retries
     again_plane, _, again_row = machine.parts(again.page)
     with m.State("RETRY"):
-        m.d.comb += [retries.take.eq(1), events.retry.eq(1)]
+        m.d.comb += events.retry.eq(1)
         m.d.sync += [
-            again.eq(retries.retry), retrying.eq(1), work.loaded.eq(0), work.phase.eq(Phase.FEATURE),
-            work.trouble.eq(Trouble.RETRY)]
+            retries.take.eq(1), again.eq(retries.retry), retrying.eq(1), work.loaded.eq(0),
+            work.phase.eq(Phase.FEATURE), work.trouble.eq(Trouble.RETRY)]
         m.next = "STORE"
         with m.If(work.dead):
             m.d.sync += work.phase.eq(Phase.RECOVER)

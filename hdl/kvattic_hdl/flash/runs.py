@@ -150,7 +150,7 @@ class RunQueues(wiring.Component):
     step : In(1)
         The first run's first codeword is done.
     pop : In(1)
-        It was also the last one: the run is done.  Only with `step`, and where `unit` was the same in the cycle before.
+        It was also the last one: the run is done.  Counts only with `step`, where `unit` was the same a cycle before.
     waiting : Out(units)
         Queues that are not empty.
     growing : Out(dies)
@@ -261,7 +261,7 @@ class RunQueues(wiring.Component):
         # A cycle before `pop`, as `unit` does not change with it.
         only = Signal()
         m.d.sync += only.eq((waiting == 1) & ~(push & (self.merger.unit == self.unit[: shapes.unit_bits])))
-        with m.If(self.pop & only):
+        with m.If(self.step & self.pop & only):
             m.d.sync += self.waiting.bit_select(self.unit, 1).eq(0)
         with m.If(push):
             m.d.sync += self.waiting.bit_select(self.merger.unit, 1).eq(1)

@@ -54,7 +54,7 @@ class Commander(wiring.Component):
         A command waits or is being played.
     cycles : Out(stream of PhyShapes.cycle)
     done : Out(stream of start)
-        The last cycle was taken.
+        The last cycle was taken, a cycle ago.
     """
 
     def __init__(self, config: Config) -> None:
@@ -80,9 +80,8 @@ class Commander(wiring.Component):
             self.jobs.ready.eq(~waits),
             self.cycles.payload.target.eq(current.start.die),
             taken.eq(self.cycles.valid & self.cycles.ready),
-            self.done.payload.eq(current.start),
-            self.done.valid.eq(ended),
         ]
+        m.d.sync += [self.done.payload.eq(current.start), self.done.valid.eq(ended)]
         with m.If(self.jobs.valid & self.jobs.ready):
             m.d.sync += [waiting.eq(self.jobs.payload), waits.eq(1)]
         with m.If(waits & (~self.active | ended)):
@@ -176,7 +175,7 @@ class Mover(wiring.Component):
     byte : Out(8)
         What the last BYTE brought; it stands when that is no longer under way.
     written : Out(stream of start)
-        For the die's clock: a write burst ended.
+        For the die's clock: a write burst ended, a cycle ago.
     planned, moving : Out(1)
         A burst is prepared; one moves.
     planned_die, moving_die : Out(die)
@@ -218,7 +217,7 @@ class Mover(wiring.Component):
         transfer = Signal(Transfer)
         level = Signal(self.shapes.level)
         left = Signal(bits_for(config.raw_codeword_words + self.OFFER_WORDS))
-        taken, word = Signal(), Signal()
+        taken, word, moves = Signal(), Signal(), Signal()
         bursts = self.bursts
         codeword = plan.transfer == Transfer.CODEWORD
         writes = (plan.transfer == Transfer.WRITE) | (plan.transfer == Transfer.FEATURE)
@@ -254,21 +253,22 @@ class Mover(wiring.Component):
         words = Mux(whole, config.raw_codeword_words, 1)
         m.d.sync += [
             left.eq(left + Mux(taken, words, 0) - word),
-            self.moving.eq(taken | (self.moving & ~((left == 1) & word))),    # left != 0
+            moves.eq(taken | (moves & ~((left == 1) & word))),    # left != 0
         ]
 
         with m.If(transfer == Transfer.FEATURE):
-            m.d.comb += [self.write.payload.eq(level), self.write.valid.eq(self.moving)]
+            m.d.comb += [self.write.payload.eq(level), self.write.valid.eq(moves)]
         with m.Elif(transfer == Transfer.WRITE):
             m.d.comb += [
                 self.write.payload.eq(self.words.payload),
-                self.write.valid.eq(self.words.valid & self.moving),
-                self.words.ready.eq(self.write.ready & self.moving),
+                self.write.valid.eq(self.words.valid & moves),
+                self.words.ready.eq(self.write.ready & moves),
             ]
         with m.If(self.read_valid & (transfer == Transfer.BYTE)):
             m.d.sync += self.byte.eq(self.read)
         feature = transfer == Transfer.FEATURE
-        m.d.comb += [
+        m.d.comb += self.moving.eq(moves)
+        m.d.sync += [
             self.written.valid.eq(self.write.valid & self.write.ready & (left == 1)),
             self.written.payload.die.eq(self.moving_die),
             self.written.payload.wait.eq(

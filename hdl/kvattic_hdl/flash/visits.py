@@ -67,6 +67,7 @@ def _visit_idle(machine: DieMachine) -> None:
         with m.Elif(has_work & machine.work.dead):
             m.next = "GIVE_UP"
         with m.Elif(has_work & machine.gathered):
+            m.d.sync += machine.planning.eq(1)
             m.next = "PLAN"
 
 
@@ -80,11 +81,12 @@ def _visit_reading(machine: DieMachine) -> None:
         m.next = "AIM"
         if config.cache_reads:
             with m.If(~work.cached & ~claimed):
-                m.d.sync += machine.look_ahead.eq(1)
+                m.d.sync += [machine.look_ahead.eq(1), machine.planning.eq(1)]
                 m.next = "SKIP"
     with m.Case(Phase.NEXT):
         if config.cache_reads:
             m.d.sync += [work.loaded.eq(work.ahead), work.ahead.eq(0), machine.look_ahead.eq(1)]
+            m.d.sync += machine.planning.eq(~claimed)
             m.next = "SKIP"
             with m.If(claimed):
                 m.next = "LAST"
@@ -99,7 +101,7 @@ def _visit_loaded(machine: DieMachine) -> None:
         with m.Elif(parked):
             m.d.sync += work.tried.eq(~work.tried)
             with m.If(machine.others_wait & ~work.tried):
-                m.d.sync += machine.among_others.eq(1)
+                m.d.sync += [machine.among_others.eq(1), machine.planning.eq(~work.dead)]
                 m.next = "PLAN"
                 with m.If(work.dead):
                     m.next = "DROP"
