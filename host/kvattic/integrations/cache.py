@@ -28,7 +28,6 @@ from kvattic.integrations.saved import attached
 from kvattic.spec import layout
 from kvattic.spec.commands import Mode
 from kvattic.spec.elements import Integers
-from kvattic.spec.formats import Element
 from kvattic.support.closing import Closing
 from kvattic.support.renamed import old_selection_keywords
 from kvattic.timing.cost import Cost
@@ -454,8 +453,7 @@ class DriveCache(Closing, Cache):
             tokens_to_remove: minus their number, as transformers want it.
 
         Raises:
-            RequestError: a positive number; several drives; or what is left would end inside of a stripe in flash of a
-                drive that stores bf16.
+            RequestError: a positive number; or several drives.
             CapacityError: flash or DRAM have no room for the row without its last tokens.
         """
         if tokens_to_remove < 0 and not self.is_croppable:
@@ -471,9 +469,7 @@ class DriveCache(Closing, Cache):
         cut = {row: tokens for row, (tokens, sequence) in enumerate(zip(left, self.sequences, strict=True))
                if tokens < max(sequence.flushed(layer) for layer in range(sequence.layers))}
         rows = {row: self.sequences[row] for row in cut}
-        readable = self.device.config.element is Element.FP16
-        if not all(isinstance(sequence, Sequence) and (readable or cut[row] % sequence.stripe_tokens == 0)
-                   for row, sequence in rows.items()):
+        if not all(isinstance(sequence, Sequence) for sequence in rows.values()):
             return      # the layers say why not
         for row, sequence in rows.items():
             self.sequences[row] = sequence.fork(cut[row])
