@@ -14,7 +14,7 @@
 #define KVATTIC_ASSERT(name, condition) typedef char kvattic_assert_##name[(condition) ? 1 : -1]
 
 #define KVATTIC_ID_MAGIC 0x5441564bu  /* what register ID reads */
-#define KVATTIC_VERSION 0x00040000u  /* of this header; the upper half must equal the device's */
+#define KVATTIC_VERSION 0x00040001u  /* of this header; the upper half must equal the device's */
 #define KVATTIC_LINE_BYTES 64  /* alignment of every address */
 #define KVATTIC_QUEUES 8  /* pairs of queues, queue 0 included */
 #define KVATTIC_MAX_ENTRIES 4096  /* of a ring; a power of two, at least 2 */
@@ -23,16 +23,17 @@
 #define KVATTIC_ADMIN_OPCODES 0xe0  /* from this opcode on, for queue 0 alone */
 #define KVATTIC_DOMAINS 256  /* 0 stands for nobody */
 #define KVATTIC_IDENTIFY_BYTES 2048  /* what IDENTIFY writes: JSON text, padded with zeros */
+#define KVATTIC_READ_BYTES 1048576  /* what READ writes, at most */
 #define KVATTIC_TREE_BITS 32  /* draft tokens that a row can attend */
 #define KVATTIC_SCORE_FRACTION 22  /* fractional bits of kvattic_trailer.maximum */
 #define KVATTIC_SCORE_MASKED (-INT64_C(1099511627776))  /* maximum of a row that attends nothing */
 #define KVATTIC_VALUE_FRACTION 40  /* fractional bits of kvattic_trailer.denominator */
 
 /* CONFIG_HASH of the presets. */
-#define KVATTIC_CONFIG_HASH_TINY 0x8ffec397u
-#define KVATTIC_CONFIG_HASH_BOARD 0x2076c6e7u
-#define KVATTIC_CONFIG_HASH_PAPER 0x7158bddfu
-#define KVATTIC_CONFIG_HASH_GQA 0x780727a6u
+#define KVATTIC_CONFIG_HASH_TINY 0x0ebff7ebu
+#define KVATTIC_CONFIG_HASH_BOARD 0x8908db33u
+#define KVATTIC_CONFIG_HASH_PAPER 0xd46f1c74u
+#define KVATTIC_CONFIG_HASH_GQA 0x6643c9f4u
 
 /* Register addresses; 64-bit registers take two accesses, low half first. */
 #define KVATTIC_REG_ID 0x00u  /* 32 bits, ro: magic number */
@@ -108,6 +109,7 @@ enum kvattic_opcode {  /* What a command asks for. */
     KVATTIC_OPCODE_COUNTERS = 0xc2,  /* Write registers.COUNTERS, 8 bytes each, padded to whole lines (DATA_COMMAND). Each is exact when it is read; while the drive works, they are read in different cycles. */
     KVATTIC_OPCODE_ATTEND = 0xc3,  /* Attention of one job: the query rows that read one KV head (COMMAND). */
     KVATTIC_OPCODE_PROGRAM = 0xc4,  /* Write a page of device DRAM into a flash page (FLASH_COMMAND); pages of a block in order, each once. */
+    KVATTIC_OPCODE_READ = 0xc7,  /* Copy K and V of one KV head's tokens to host memory (READ_COMMAND); goes the way of an ATTEND. */
     KVATTIC_OPCODE_ERASE = 0xc8,  /* Erase the block that a flash page lies in (FLASH_COMMAND); in queue 0, whoever owns it. */
     KVATTIC_OPCODE_IDENTIFY = 0xe2,  /* Write Config.to_json(), as UTF-8 padded with zeros to IDENTIFY_BYTES (DATA_COMMAND). */
     KVATTIC_OPCODE_CREATE_QUEUE = 0xe4,  /* Create a pair of queues, empty (QUEUE_COMMAND). */
@@ -129,15 +131,15 @@ enum kvattic_status {  /* How a command ended; where of the completion says whic
     KVATTIC_STATUS_INVALID_OPCODE = 1,  /* where: the opcode. */
     KVATTIC_STATUS_INVALID_FIELD = 2,  /* A reserved byte, or a field that mode or opcode does not use, is not zero; the mode does not exist (or is sparse and the configuration is not); or stripe_pages is not a power of two, too large, or not what a sparse mode needs. */
     KVATTIC_STATUS_INVALID_ROWS = 3,  /* where: the number of rows. */
-    KVATTIC_STATUS_INVALID_LENGTH = 4,  /* No tokens, or stripes is not the number of stripes that the tokens take. */
+    KVATTIC_STATUS_INVALID_LENGTH = 4,  /* No tokens, or stripes is not the number of stripes that the tokens take. READ: also more than READ_BYTES. */
     KVATTIC_STATUS_INVALID_ADDRESS = 5,  /* query, result or table (with the mean of V) not 64-byte aligned or not inside the queue's window; where: 0 query, 1 result, 2 table. IDENTIFY, COUNTERS: result, likewise. */
     KVATTIC_STATUS_INVALID_SCALE = 6,  /* scale is not a positive normal fp32. */
     KVATTIC_STATUS_NAN_QUERY = 7,  /* where: row * 65536 + feature of the first NaN or infinity in q. */
-    KVATTIC_STATUS_NAN_KEY = 8,  /* where: the lowest token with a NaN or infinity in K. */
-    KVATTIC_STATUS_NAN_VALUE = 9,  /* where: the lowest token with a NaN or infinity in V. */
+    KVATTIC_STATUS_NAN_KEY = 8,  /* where: the lowest token with a NaN or infinity in K. ATTEND alone: a READ copies what is there. */
+    KVATTIC_STATUS_NAN_VALUE = 9,  /* where: the lowest token with a NaN or infinity in V; likewise. */
     KVATTIC_STATUS_CODEWORD_TIMEOUT = 10,  /* A codeword never came; where: channel * 65536 + kind * 32768 + codewords still missing there. */
     KVATTIC_STATUS_BUS_ERROR = 11,  /* The host memory answered a read of the command or query, or a write of the result, with an error; where: 0. When it is the command that could not be read, its identifier is not known: it is 0xFFFF. */
-    KVATTIC_STATUS_INVALID_TABLE = 12,  /* A table entry names a channel that does not exist, has a reserved bit set (in DENSE also whole), or exceeds its channel's score buffer; where: the entry's number. */
+    KVATTIC_STATUS_INVALID_TABLE = 12,  /* A table entry names a channel that does not exist, has a reserved bit set (in DENSE also whole), or exceeds its lane's score buffer; where: the entry's number. */
     KVATTIC_STATUS_INVALID_PLACE = 13,  /* A flash command names a channel, page or block that does not exist; where: 0. */
     KVATTIC_STATUS_UNREADABLE_KEY = 14,  /* K cannot be read (see the register MEDIA_ERROR); where: first token of the lowest codeword that cannot. */
     KVATTIC_STATUS_UNREADABLE_VALUE = 15,  /* The same for V. */
@@ -150,7 +152,7 @@ enum kvattic_status {  /* How a command ended; where of the completion says whic
     KVATTIC_STATUS_NAN_MEAN = 22,  /* where: feature of the first NaN or infinity in the mean of V. */
     KVATTIC_STATUS_UNREADABLE_SKETCH = 23,  /* K in the feature layout, a centroid, or K of the tail cannot be read in the first pass; where: first token of the lowest codeword, or stripe, that cannot. */
     KVATTIC_STATUS_NOT_PERMITTED = 24,  /* where: 0 the opcode is for queue 0 alone; 1 the domain is not granted to the queue. */
-    KVATTIC_STATUS_NOT_OWNED = 25,  /* A place that is not the domain's, or does not exist. where, ATTEND: number of the first such table entry; PROGRAM, ERASE: 0 flash page, 1 page of device DRAM. */
+    KVATTIC_STATUS_NOT_OWNED = 25,  /* A place that is not the domain's, or does not exist. where, ATTEND, READ: number of the first such table entry; PROGRAM, ERASE: 0 flash page, 1 page of device DRAM. */
     KVATTIC_STATUS_INVALID_QUEUE = 26,  /* where: 0 queue (1 to QUEUES - 1; CREATE_QUEUE: it exists), 1 entries, 2 submission, 3 completion. */
     KVATTIC_STATUS_QUEUE_BUSY = 27,  /* DELETE_QUEUE while its commands are in flight: nothing more is fetched; delete it again later. where: 0. */
     KVATTIC_STATUS_INVALID_GRANT = 28,  /* where: 0 kind, 1 first or count, 2 domain (1 to DOMAINS - 1). */
@@ -245,6 +247,34 @@ KVATTIC_ASSERT(kvattic_command_unit_bits, offsetof(struct kvattic_command, unit_
 /* page: 24 bits: first page of K in the feature layout; or page of the first of the stripe's centroids */
 /* codeword: 8 bits: codeword of that page with which they begin: 0 for the feature layout */
 /* written: 8 bits: 1: the sketch was written; 0: it was not, which only a stripe attended whole may say */
+
+struct kvattic_read_command {  /* a submission entry: READ; its table is a dense ATTEND's */
+    uint8_t opcode;  /* Opcode */
+    uint8_t flags;  /* reserved, zero */
+    uint16_t identifier;  /* copied into the completion */
+    uint32_t domain;  /* owner of all places that the table names (NVMe's NSID) */
+    uint8_t reserved_at_8[4];  /* zero */
+    uint8_t tokens[3];  /* tokens that are copied, from the first stripe's first one on (KVATTIC_PUT24) */
+    uint8_t reserved_at_15[1];  /* zero */
+    uint64_t table;  /* address of the table: a TABLE_ENTRY for each stripe, in order */
+    uint8_t reserved_at_24[8];  /* zero */
+    uint64_t result;  /* address of what is written */
+    uint8_t reserved_at_40[3];  /* zero */
+    uint8_t stripe_pages;  /* pages of K (and of V) in a stripe, a power of two */
+    uint8_t reserved_at_44[4];  /* zero */
+    uint16_t stripes;  /* stripes in the table */
+    uint8_t reserved_at_50[14];  /* zero */
+};
+KVATTIC_ASSERT(kvattic_read_command_size, sizeof(struct kvattic_read_command) == 64);
+KVATTIC_ASSERT(kvattic_read_command_opcode, offsetof(struct kvattic_read_command, opcode) == 0);
+KVATTIC_ASSERT(kvattic_read_command_flags, offsetof(struct kvattic_read_command, flags) == 1);
+KVATTIC_ASSERT(kvattic_read_command_identifier, offsetof(struct kvattic_read_command, identifier) == 2);
+KVATTIC_ASSERT(kvattic_read_command_domain, offsetof(struct kvattic_read_command, domain) == 4);
+KVATTIC_ASSERT(kvattic_read_command_tokens, offsetof(struct kvattic_read_command, tokens) == 12);
+KVATTIC_ASSERT(kvattic_read_command_table, offsetof(struct kvattic_read_command, table) == 16);
+KVATTIC_ASSERT(kvattic_read_command_result, offsetof(struct kvattic_read_command, result) == 32);
+KVATTIC_ASSERT(kvattic_read_command_stripe_pages, offsetof(struct kvattic_read_command, stripe_pages) == 43);
+KVATTIC_ASSERT(kvattic_read_command_stripes, offsetof(struct kvattic_read_command, stripes) == 48);
 
 struct kvattic_flash_command {  /* a submission entry: PROGRAM, ERASE, PROBE, MAP */
     uint8_t opcode;  /* Opcode */
@@ -359,11 +389,11 @@ struct kvattic_completion {  /* a completion entry */
     uint32_t starved;  /* and so on: lane cycles without a beat although codewords were requested */
     uint32_t barrier;  /* lane cycles in which V waited for the maximum */
     uint32_t weights;  /* lane cycles in which a V beat waited for its weight */
-    uint32_t scores;  /* lane cycles in which a K beat waited for the score unit */
+    uint32_t scores;  /* lane cycles in which a K beat waited for the score unit, or a READ's beat to be copied */
     uint32_t idle;  /* lane cycles without work */
-    uint32_t fetched;  /* ATTEND: CYCLES (its lower half) when the drive requested the command; others: 0 */
-    uint32_t first_beat;  /* ATTEND: likewise, at the first beat of it that a lane took; 0: none */
-    uint32_t last_beat;  /* ATTEND: likewise, at the last one */
+    uint32_t fetched;  /* ATTEND, READ: CYCLES (its lower half) when the drive requested the command; others: 0 */
+    uint32_t first_beat;  /* ATTEND, READ: likewise, at the first beat of it that a lane took; 0: none */
+    uint32_t last_beat;  /* ATTEND, READ: likewise, at the last one */
 };
 KVATTIC_ASSERT(kvattic_completion_size, sizeof(struct kvattic_completion) == 64);
 KVATTIC_ASSERT(kvattic_completion_where, offsetof(struct kvattic_completion, where) == 0);
@@ -415,10 +445,11 @@ struct kvattic_counters {  /* what COUNTERS writes: the registers of these names
 };
 KVATTIC_ASSERT(kvattic_counters_size, sizeof(struct kvattic_counters) == 192);
 
-/* Bytes of one row of a query block and of a result block; elements have two bytes, outputs four. */
+/* Bytes of one row of a query block, of a result block, and of a token that READ writes; elements have two bytes, outputs four. */
 #define KVATTIC_LINES(bytes) (((bytes) + 63) / 64 * 64)
 #define KVATTIC_QUERY_ROW_BYTES(head_dim) (sizeof(struct kvattic_row) + KVATTIC_LINES((head_dim) * 2))
 #define KVATTIC_RESULT_ROW_BYTES(head_dim) (KVATTIC_LINES((head_dim) * 4) + sizeof(struct kvattic_trailer))
+#define KVATTIC_READ_TOKEN_BYTES(head_dim) (2 * KVATTIC_LINES((head_dim) * 2))
 KVATTIC_ASSERT(query_row_32, KVATTIC_QUERY_ROW_BYTES(32) == 128);
 KVATTIC_ASSERT(query_row_64, KVATTIC_QUERY_ROW_BYTES(64) == 192);
 KVATTIC_ASSERT(query_row_80, KVATTIC_QUERY_ROW_BYTES(80) == 256);
@@ -431,5 +462,11 @@ KVATTIC_ASSERT(result_row_80, KVATTIC_RESULT_ROW_BYTES(80) == 384);
 KVATTIC_ASSERT(result_row_96, KVATTIC_RESULT_ROW_BYTES(96) == 448);
 KVATTIC_ASSERT(result_row_128, KVATTIC_RESULT_ROW_BYTES(128) == 576);
 KVATTIC_ASSERT(result_row_256, KVATTIC_RESULT_ROW_BYTES(256) == 1088);
+KVATTIC_ASSERT(read_token_32, KVATTIC_READ_TOKEN_BYTES(32) == 128);
+KVATTIC_ASSERT(read_token_64, KVATTIC_READ_TOKEN_BYTES(64) == 256);
+KVATTIC_ASSERT(read_token_80, KVATTIC_READ_TOKEN_BYTES(80) == 384);
+KVATTIC_ASSERT(read_token_96, KVATTIC_READ_TOKEN_BYTES(96) == 384);
+KVATTIC_ASSERT(read_token_128, KVATTIC_READ_TOKEN_BYTES(128) == 512);
+KVATTIC_ASSERT(read_token_256, KVATTIC_READ_TOKEN_BYTES(256) == 1024);
 
 #endif

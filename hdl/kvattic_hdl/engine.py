@@ -10,6 +10,7 @@ from amaranth.lib.wiring import In, Out, connect, flipped
 from kvattic.spec.config import Config
 from kvattic.spec.registers import ADDRESS_BITS, QUEUES
 from kvattic_hdl.frontend.loader import Loader
+from kvattic_hdl.lane.copier import Copier
 from kvattic_hdl.lane.lane import Lane
 from kvattic_hdl.lib.axi import AXI_READ, AXI_WRITE, axi_lite
 from kvattic_hdl.lib.shapes import EPOCH_BITS, Shapes
@@ -22,8 +23,8 @@ from kvattic_hdl.reduce.finisher import Finisher
 from kvattic_hdl.reduce.maximum import Maximum
 from kvattic_hdl.reduce.watchdog import Watchdog
 from kvattic_hdl.sparse.topk import TopK
+from kvattic_hdl.storage.crossing import LaneCrossing
 from kvattic_hdl.storage.dram_reader import DramReader, dram_signature
-from kvattic_hdl.storage.merge import CodewordMerge
 from kvattic_hdl.storage.operations import Operations
 from kvattic_hdl.verilog.shared import shared
 
@@ -34,6 +35,7 @@ class _Parts:
 
     control: Control
     loader: Loader
+    copier: Copier
     maximum: Maximum
     finisher: Finisher
     watchdog: Watchdog
@@ -59,7 +61,7 @@ class _Central:
 
 
 class Engine(wiring.Component):
-    """Attention over KV pages that arrive as tagged codewords, one lane for each channel.
+    """Attention over KV pages that arrive as tagged codewords, each lane with the codewords of one or several channels.
 
     Commands are fetched from queues in host memory; up to `jobs_in_flight` jobs overlap (load, first
     pass and selection of sparse modes, K pass, maximum, V pass, drain and write-back), so that a channel with a
@@ -82,7 +84,7 @@ class Engine(wiring.Component):
         Device DRAM: the tail, and the pages to be programmed.
     requests : Array of Out(stream of request)
         Codewords wanted from each channel (`dram` is 0).
-    codewords : Array of In(stream of beat)
+    codewords : Array of In(stream of channel_word)
         Codewords from each channel, in any order; a V codeword may only be sent while it is welcome, see the next two.
     value_open : Out(jobs_in_flight)
         V codewords of this slot may be sent; without it only those of another epoch than the slot's `epoch`.
@@ -109,7 +111,7 @@ class Engine(wiring.Component):
             "write": Out(AXI_WRITE),
             "dram": Out(dram_signature(config)),
             "requests": Out(stream.Signature(shapes.request)).array(config.channels),
-            "codewords": In(stream.Signature(shapes.beat)).array(config.channels),
+            "codewords": In(stream.Signature(shapes.channel_word)).array(config.channels),
             "value_open": Out(config.jobs_in_flight),
             "epoch": Out(data.ArrayLayout(EPOCH_BITS, config.jobs_in_flight)),
             "operations": Out(stream.Signature(shapes.operation)).array(config.channels),
@@ -132,8 +134,11 @@ class Engine(wiring.Component):
         central = self._register_central(m, parts)
         for channel in range(self.config.channels):
             self._connect_channel(m, parts, channel)
-            self._connect_lane(m, parts, channel, live, central)
+        for number in range(self.config.lanes):
+            self._connect_storage(m, parts, number)
+            self._connect_lane(m, parts, number, live, central)
         self._connect_chain(m, parts)
+        self._connect_copier(m, parts)
         self._connect_watchdog(m, parts)
         self._connect_stamps(m, parts)
         return m
@@ -143,20 +148,20 @@ class Engine(wiring.Component):
         config = self.config
         m.submodules.control = control = Control(config)
         parts = _Parts(
-            control=control, loader=Loader(config), maximum=Maximum(config), finisher=Finisher(config),
-            watchdog=Watchdog(config), queues=Queues(), admin=Admin(config), owners=Owners(config),
-            operations=Operations(config), dram_reader=DramReader(config),
+            control=control, loader=Loader(config), copier=Copier(config), maximum=Maximum(config),
+            finisher=Finisher(config), watchdog=Watchdog(config), queues=Queues(), admin=Admin(config),
+            owners=Owners(config), operations=Operations(config), dram_reader=DramReader(config),
             stamps=JobStamps(config),
             selection=TopK(config) if config.sparse else None)
         reset = ResetInserter(control.reset)
-        for name in ("loader", "maximum", "finisher", "watchdog", "queues", "admin", "stamps"):
+        for name in ("loader", "copier", "maximum", "finisher", "watchdog", "queues", "admin", "stamps"):
             m.submodules[name] = reset(getattr(parts, name))
         for name in ("owners", "operations", "dram_reader"):
             m.submodules[name] = getattr(parts, name)
-        for channel in range(config.channels):
+        for number in range(config.lanes):
             lane, submodule = shared(platform, "kvattic_lane", lambda: Lane(config), control.reset)
-            m.submodules[f"lane_{channel}"] = submodule
-            m.d.comb += lane.channel.eq(channel)
+            m.submodules[f"lane_{number}"] = submodule
+            m.d.comb += lane.lane.eq(number)
             parts.lanes.append(lane)
         return parts
 
@@ -253,7 +258,10 @@ class Engine(wiring.Component):
         m.d.comb += [
             admin.present.eq(queues.present),
             admin.under_way.eq(queues.under_way),
-            admin.counters.eq(control.counters),
+            control.counter_number.eq(admin.counter_number),
+            control.counter_first.eq(admin.counter_first),
+            admin.counter_there.eq(control.counter_there),
+            admin.counter.eq(control.counter),
             admin.block_index.eq(finisher.block_index),
             finisher.block_data.eq(admin.block_data),
             finisher.outcomes.valid.eq(admin.outcomes.valid | operations.outcomes.valid),
@@ -262,6 +270,7 @@ class Engine(wiring.Component):
             admin.outcomes.ready.eq(finisher.outcomes.ready),
             operations.outcomes.ready.eq(finisher.outcomes.ready & ~admin.outcomes.valid),
         ]
+        connect(m, operations.fetches, dram_reader.fetches)
         connect(m, dram_reader.axi, flipped(self.dram))
         m.d.comb += [
             operations.failed.eq(dram_reader.failed),
@@ -340,32 +349,29 @@ class Engine(wiring.Component):
         return _Central(load, load_valid, start, start_valid, report_slot)
 
     def _connect_channel(self, m: Module, parts: _Parts, channel: int) -> None:
-        """Requests and codewords of a lane, in flash and in device DRAM, and its channel's operations."""
-        operations, dram_reader, lanes = parts.operations, parts.dram_reader, parts.lanes
-        config, lane = self.config, lanes[channel]
-        # Codewords of DRAM and of flash: asked for here and there, joined again at the lane's door.
-        m.submodules[f"merge_{channel}"] = merge = CodewordMerge(config)
-        connect(m, dram_reader.codewords[channel], merge.first)
-        connect(m, flipped(self.codewords[channel]), merge.second)
-        connect(m, merge.o, lane.codewords)
-        asked, tail, flash = lane.requests, dram_reader.tails[channel], self.requests[channel]
-        m.d.comb += [
-            tail.payload.eq(asked.payload),
-            flash.payload.eq(asked.payload),
-            tail.valid.eq(asked.valid & asked.payload.dram),
-            flash.valid.eq(asked.valid & ~asked.payload.dram),
-            asked.ready.eq(Mux(asked.payload.dram, tail.ready, flash.ready)),
-        ]
+        """A channel's operations."""
+        operations, dram_reader = parts.operations, parts.dram_reader
         connect(m, operations.operations[channel], flipped(self.operations[channel]))
-        connect(m, operations.fetches[channel], dram_reader.fetches[channel])
         connect(m, dram_reader.page_words[channel], flipped(self.page_words[channel]))
         connect(m, flipped(self.outcomes[channel]), operations.channel_outcomes[channel])
 
-    def _connect_lane(self, m: Module, parts: _Parts, channel: int, live: Signal, central: _Central) -> None:
+    def _connect_storage(self, m: Module, parts: _Parts, number: int) -> None:
+        """Requests and codewords of a lane, in flash and in device DRAM."""
+        lane, dram_reader = parts.lanes[number], parts.dram_reader
+        m.submodules[f"crossing_{number}"] = crossing = LaneCrossing(self.config)
+        connect(m, lane.requests, crossing.requests)
+        connect(m, crossing.tails, dram_reader.tails[number])
+        connect(m, dram_reader.codewords[number], crossing.tail_codewords)
+        connect(m, crossing.codewords, lane.codewords)
+        for of_lane, channel in enumerate(range(number, self.config.channels, self.config.lanes)):
+            connect(m, crossing.channel_requests[of_lane], flipped(self.requests[channel]))
+            connect(m, flipped(self.codewords[channel]), crossing.words[of_lane])
+
+    def _connect_lane(self, m: Module, parts: _Parts, number: int, live: Signal, central: _Central) -> None:
         """A lane and the central blocks."""
         control, maximum, finisher, watchdog, selection, lanes = (
             parts.control, parts.maximum, parts.finisher, parts.watchdog, parts.selection, parts.lanes)
-        lane = lanes[channel]
+        lane = lanes[number]
         m.d.comb += [
             lane.load_valid.eq(central.load_valid),
             lane.load.eq(central.load),
@@ -381,25 +387,25 @@ class Engine(wiring.Component):
             lane.denominator_slot.eq(finisher.denominator_slot),
             lane.denominator_row.eq(finisher.denominator_row),
             lane.report_slot.eq(central.report_slot),
-            watchdog.first_done[channel].eq(lane.first_done),
-            maximum.keys_done[channel].eq(lane.keys_done),
-            maximum.maximum[channel].eq(lane.maximum),
-            finisher.values_done[channel].eq(lane.values_done),
-            finisher.denominators[channel].eq(lane.denominator),
-            finisher.reports[channel].eq(lane.report),
-            watchdog.keys_done[channel].eq(lane.keys_done),
-            watchdog.values_done[channel].eq(lane.values_done),
-            watchdog.missing_key[channel].eq(lane.missing_key),
-            watchdog.missing_value[channel].eq(lane.missing_value),
-            control.events[channel].eq(lane.events),
-            control.bad_tags[channel].eq(lane.offender.as_value()),
+            watchdog.first_done[number].eq(lane.first_done),
+            maximum.keys_done[number].eq(lane.keys_done),
+            maximum.maximum[number].eq(lane.maximum),
+            finisher.values_done[number].eq(lane.values_done),
+            finisher.denominators[number].eq(lane.denominator),
+            finisher.reports[number].eq(lane.report),
+            watchdog.keys_done[number].eq(lane.keys_done),
+            watchdog.values_done[number].eq(lane.values_done),
+            watchdog.missing_key[number].eq(lane.missing_key),
+            watchdog.missing_value[number].eq(lane.missing_value),
+            control.events[number].eq(lane.events),
+            control.bad_tags[number].eq(lane.offender.as_value()),
         ]
         if self.config.sparse:
             m.d.comb += [
                 *(getattr(lane, name).eq(getattr(selection, name)) for name in (
                     "first_slot", "first_row", "sweep_valid", "sweep", "reference_write", "reference_row",
                     "reference", "sum_row", "bin", "select_valid", "select_slot")),
-                *(getattr(selection, name)[channel].eq(getattr(lane, name)) for name in (
+                *(getattr(selection, name)[number].eq(getattr(lane, name)) for name in (
                     "first_done", "first_maximum", "sweep_done", "sum", "count", "unmarked")),
             ]
 
@@ -410,6 +416,20 @@ class Engine(wiring.Component):
         for before, after in zip(lanes, lanes[1:], strict=False):
             connect(m, before.chain_o, after.chain_i)
         connect(m, lanes[-1].chain_o, finisher.chain_tail)
+
+    def _connect_copier(self, m: Module, parts: _Parts) -> None:
+        """READs: from the lanes to host memory."""
+        loader, copier, finisher = parts.loader, parts.copier, parts.finisher
+        for lane, link in zip(parts.lanes, copier.lanes, strict=True):
+            connect(m, lane.copy, link)
+        connect(m, copier.o, finisher.copies)
+        m.d.comb += [
+            copier.start_valid.eq(loader.start_valid),
+            copier.slot.eq(loader.start.slot),
+            copier.result.eq(loader.jobs.payload.result),
+            copier.tokens.eq(loader.start.end_token),
+            finisher.copies_slot.eq(copier.o_slot),
+        ]
 
     def _connect_watchdog(self, m: Module, parts: _Parts) -> None:
         """What counts as progress, and what the watchdog waits for."""

@@ -151,7 +151,7 @@ def _geometry(config: Config) -> dict[str, dict[str, Any]]:
     """Figures derived from a configuration, by section."""
     part = config.part
     pages = config.channels * config.dies * part.planes * part.blocks * part.pages
-    lanes = config.channels * config.beat_bytes * config.clock_mhz
+    lanes = config.lanes * config.beat_bytes * config.clock_mhz
     # All planes of a die read at once.
     array = config.channels * config.dies * part.planes * config.page_bytes / part.t_r * 1e3
     flash = {

@@ -33,7 +33,7 @@ class Usage:
         cycles: while the drive had work.
         window: cycles from the first to the last beat of a lane.
         beats: lane cycles that carried data.
-        stalls: lane cycles without data, by reason (`STALLS`); with beats they add up to channels * cycles.
+        stalls: lane cycles without data, by reason (`STALLS`); with beats they add up to lanes * cycles.
         flash: what the flash channels counted (`FLASH`).
         seconds: time that it took on the machine that ran it.
     """
@@ -53,9 +53,9 @@ class Usage:
                    beats=sum(u.beats for u in parts), stalls={n: sum(u.stalls[n] for u in parts) for n in STALLS},
                    flash={n: sum(u.flash[n] for u in parts) for n in FLASH}, seconds=sum(u.seconds for u in parts))
 
-    def lane_use(self, channels: int) -> float:
+    def lane_use(self, lanes: int) -> float:
         """Share of all lane beat slots between the first and the last beat that carried data."""
-        return self.beats / (channels * self.window) if self.window else 0.0
+        return self.beats / (lanes * self.window) if self.window else 0.0
 
     def bus_use(self, config: Config) -> float:
         """Share of the time in which the flash buses moved data, parity included, over all cycles."""
@@ -66,7 +66,7 @@ class Usage:
         return self._bus(config, self.window)
 
     def _bus(self, config: Config, cycles: int) -> float:
-        moved = self.flash["flash_words"] * config.beat_bytes
+        moved = self.flash["flash_words"] * config.word_bytes
         return moved * config.clock_mhz / (config.channels * cycles * config.part.bus_mts) if cycles else 0.0
 
     def die_use(self, config: Config) -> float:

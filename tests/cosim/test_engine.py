@@ -170,10 +170,10 @@ def ended(completions: list[Completion]) -> list[list[int]]:
     return [[c.queue, c.identifier, c.status, c.where, c.flags] for c in completions]
 
 
-def check_counters(completions: list[Completion], channels: int) -> None:
+def check_counters(completions: list[Completion], lanes: int) -> None:
     """Each lane cycle is accounted for, in each completion."""
     for c in completions:
-        assert c.beats + c.starved + c.barrier + c.weights + c.scores + c.idle == channels * c.cycle, c
+        assert c.beats + c.starved + c.barrier + c.weights + c.scores + c.idle == lanes * c.cycle, c
 
 
 # ---------------------------------------------------------------- every kind of attention
@@ -222,7 +222,7 @@ def attend_case(device: Device, case: dict[str, Any], seed: int = 0) -> list[dic
         for layer in range(layers):
             query = biased(config, normal(config, seed + 300 + layer, case["q_heads"], case.get("queries", 1)), case)
             result = sequence.attend(query, layer=layer, **masks)
-            check_counters(result.completions, config.channels)
+            check_counters(result.completions, config.lanes)
             found.append(observed(result))
     return found
 
@@ -273,10 +273,12 @@ def test_odd_geometry_and_bf16() -> None:
     assert {flag for result in expected for flag in result["flags"]} > {0}, "no window was left"
 
 
-@pytest.mark.parametrize("channels", [1, 4, 8])
-def test_channel_count_changes_no_bit(channels: int) -> None:
+@pytest.mark.parametrize(("channels", "lane_channels"), [(1, 1), (8, 1), (4, 2), (4, 4), (8, 4)])
+def test_neither_channels_nor_lanes_change_a_bit(channels: int, lane_channels: int) -> None:
     cases = {"gqa": CASES["gqa"], "appended": CASES["appended"]}
-    found = simulate(replace(TINY, channels=channels), attend_cases, cases=cases, flash=SHUFFLED)
+    config = replace(TINY, channels=channels, lane_channels=lane_channels, beat_bytes=8 * lane_channels,
+                     dram_beat_bytes=max(16, 8 * lane_channels))
+    found = simulate(config, attend_cases, cases=cases, flash=SHUFFLED)
     assert not differences(found, model(TINY, attend_cases, cases=cases))
 
 
@@ -331,7 +333,7 @@ def orders(device: Device, seeds: list[int]) -> tuple[list[dict[str, Any]], set[
                 )
             )
             result = device.attend_many([plan])[0]
-            check_counters(result.completions, config.channels)
+            check_counters(result.completions, config.lanes)
             cycles.add(result.completions[-1].cycle)
             found.append(observed(result))
             if len(found) > 1 and not differences(found[-1], found[0]):
@@ -429,7 +431,7 @@ def run_by_hand(device: Device, lines: list[bytes], window: tuple[int, int] = WI
     found = queues.run(queues.NUMBER, *lines)
     status = device.transport.read_register("STATUS")
     queues.delete(queues.NUMBER)
-    check_counters(found, device.config.channels)
+    check_counters(found, device.config.lanes)
     return ended(found), status & ~StatusBit.BUSY
 
 
@@ -757,7 +759,7 @@ def faults(device: Device, kind: FaultKind, values: list[int], numbers: list[int
                 transport.write_register("STATUS", 0xFFFF_FFFF)
                 before = {name: transport.read_register(name) for name in ("DUPLICATES", "STALES")}
                 results = device.run(jobs, check=False)
-                check_counters([result.completion for result in results], config.channels)
+                check_counters([result.completion for result in results], config.lanes)
                 transport.run_cycles(6000)
                 seen = {
                     "number": number,
@@ -849,7 +851,7 @@ def counters(device: Device) -> dict[str, Any]:
 
 def test_counters_go_on_and_add_up() -> None:
     found = simulate(TINY, counters)
-    check_counters(found["completions"], TINY.channels)
+    check_counters(found["completions"], TINY.lanes)
     last, idle = found["completions"][-1], found["idle"]
     looks = ("begin", "written", "attended", "later", "idle")
     for before, after in pairwise(found[name] for name in looks):

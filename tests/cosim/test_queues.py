@@ -24,6 +24,7 @@ from kvattic.spec.commands import (
     IDENTIFY_BYTES,
     LINE_BYTES,
     QUEUE_COMMAND,
+    READ_COMMAND,
     ROW,
     SKETCH_ENTRY,
     TABLE_ENTRY,
@@ -36,6 +37,7 @@ from kvattic.spec.commands import (
     fp32_bits,
     fp32_block_bytes,
     query_row_bytes,
+    read_token_bytes,
 )
 from kvattic.spec.config import TINY
 from kvattic.spec.registers import MAX_REGIONS, Control, StatusBit
@@ -48,7 +50,9 @@ ZONE = 1 << TINY.zone_page_bits
 STEP = 1 << TINY.plane_bits + TINY.die_bits
 """From a page number to the one of the next page of its block."""
 MEMORY, DRAM = 1 << 19, 1 << 24
-QUERIES, TABLES, COUNTS, TEXTS, RESULTS = 0x2000, 0x4000, 0x8000, 0x10000, 0x20000
+QUERIES, TABLES, COUNTS, TEXTS, RESULTS, TARGETS = 0x2000, 0x4000, 0x8000, 0x10000, 0x20000, 0x40000
+TARGET_BYTES = 48 * read_token_bytes(TINY.head_dim)
+"""Of a READ of three stripes."""
 MEAN_BYTES = fp32_block_bytes(TINY.head_dim)
 PLACE_BYTES = MEAN_BYTES + 0x80
 """Of a table with a mean of V in front of it: a job without one begins behind that."""
@@ -216,6 +220,7 @@ class Anything:
         self.rng = rng
         self.next_page = {}    # of blocks, as far as PROGRAMs went in order
         self.slot = 0
+        self.targets = 0    # of READs in this round
 
     def mostly(self, good: int, *bad: int) -> int:
         """The good one, or sometimes a bad one."""
@@ -250,6 +255,18 @@ class Anything:
                 TABLES + (2 * kind + (mode is not Mode.DENSE)) * PLACE_BYTES + (not blended) * MEAN_BYTES),
             features=blended * self.mostly(rng.choice((1, 3, 32)), 33), scale=fp32_bits(self.mostly(1, 0)),
             tree_token=rng.choice((0, 1 << 20)), **fields)
+
+    def read(self, dram: bool) -> bytes:
+        """A READ with a target of its own; none reaches the rings behind the window."""
+        rng = self.rng
+        stripes, kind = rng.choice((1, 1, 2, 3)), rng.randrange(6) if not dram else rng.choice((0, 1))
+        target = TARGETS + self.targets * TARGET_BYTES
+        self.targets += 1
+        return READ_COMMAND.pack(
+            opcode=Opcode.READ, domain=self.domain(), stripe_pages=1, stripes=self.mostly(stripes, 0, 9),
+            tokens=max(stripes * 16 - rng.randrange(20), 1),
+            table=self.address(TABLES + 2 * kind * PLACE_BYTES + MEAN_BYTES),
+            result=self.mostly(target, target + 32, 0, WINDOW[0] - 64, MEMORY, 1 << 63, (1 << 64) - 64))
 
     def flash(self, valid: bool) -> bytes:
         """PROGRAM and ERASE, sometimes of a page that may be."""
@@ -308,8 +325,8 @@ class Anything:
         """Not a command; never one by chance that changes anything."""
         rng = self.rng
         line = bytearray(rng.randbytes(LINE_BYTES) if rng.randrange(2) else attend())
-        line[0] = rng.choice((0, 1, 0x83, 0xC1, 0xC7, 0xE3, 0xFF, Opcode.ATTEND, Opcode.PROGRAM, Opcode.ERASE,
-                              Opcode.GRANT, Opcode.CREATE_QUEUE, rng.randrange(256)))
+        line[0] = rng.choice((0, 1, 0x83, 0xC1, 0xC6, 0xE3, 0xFF, Opcode.ATTEND, Opcode.READ, Opcode.PROGRAM,
+                              Opcode.ERASE, Opcode.GRANT, Opcode.CREATE_QUEUE, rng.randrange(256)))
         line[1] |= 1    # reserved in all records
         return bytes(line)
 
@@ -343,7 +360,8 @@ class Anything:
             return self.flash(valid=True)
         if round_ == "admin":
             return attend(rows=rng.choice((0, 3, 255)), stripe_pages=rng.choice((1, 3)))
-        line = self.attend(dram=round_ == "flash")
+        reads = rng.randrange(4) == 0 and self.targets < (WINDOW[1] - TARGETS) // TARGET_BYTES
+        line = (self.read if reads else self.attend)(dram=round_ == "flash")
         return self.spoiled(line) if kind == 4 else line
 
 
@@ -452,7 +470,7 @@ def random_commands(device: Device, seed: int, count: int, stalls: bool = False)
             for place in range(12):
                 table = mean_of_values(rng) + some_table(rng, place // 2, bool(place % 2))
                 host.device.write_memory(TABLES + place * PLACE_BYTES, table.ljust(PLACE_BYTES, b"\0"))
-        waiting = {}
+        waiting, anything.targets = {}, 0
         for queue, entries in SIZES.items():
             size = rng.randrange(max(3 * entries // 2, 4)) if entries < 64 else rng.randrange(24)
             lines = [anything.line(queue, kind) for _ in range(size)]
@@ -486,14 +504,14 @@ def finish_all(host: Bare, waiting: dict[int, list[bytes]], share: float) -> lis
             new = host.reap(queue)
             taken[queue] += len(new)
             found += new
-    check_counters(found, TINY.channels)
+    check_counters(found, TINY.lanes)
     for queue, lines in waiting.items():
         order = [c.identifier for c in found if c.queue == queue]
         assert sorted(order) == list(range(len(lines))), (
             f"queue {queue}: completions of {order}: {ended([c for c in found if c.queue == queue])}; commands "
             f"{[line.hex() for line in lines]}")
-        attends = [i for i in order if lines[i][0] == Opcode.ATTEND]
-        assert attends == sorted(attends), f"queue {queue}: ATTENDs out of order: {attends}"
+        jobs = [i for i in order if lines[i][0] in (Opcode.ATTEND, Opcode.READ)]
+        assert jobs == sorted(jobs), f"queue {queue}: ATTENDs and READs out of order: {jobs}"
     return sorted(ended(found))
 
 
@@ -703,7 +721,7 @@ def in_flight(device: Device) -> dict[str, Any]:
         transport.wait(600)
         for queue in waiting:
             completions += host.reap(queue)
-    check_counters(completions, TINY.channels)
+    check_counters(completions, TINY.lanes)
     found["completed"] = transport.read_register("COMPLETED") - before
     found["all"] = sorted(ended(completions))
     found["order"] = [(c.queue, c.identifier) for c in completions]

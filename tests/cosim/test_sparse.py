@@ -5,6 +5,7 @@ golden device too.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -119,7 +120,7 @@ def attend_case(device: Device, case: dict[str, Any], seed: int = 0) -> list[dic
         sparse, dense = sequence.plan(query, **masks, **how), sequence.plan(query, **masks)
         results = device.attend_many([sparse, dense, sparse])
         for result in results:
-            check_counters(result.completions, config.channels)
+            check_counters(result.completions, config.lanes)
         return [observed(result) for result in results]
 
 
@@ -134,6 +135,12 @@ def test_equals_golden_device(simulator: str) -> None:
     cases = CASES if simulator == "verilator" else {"sparf, little": CASES["sparf, little"]}
     found = simulate(TINY, attend_cases, simulator, cases=cases, flash=SHUFFLED)
     assert not differences(found, model(TINY, attend_cases, cases=cases))
+
+
+def test_lanes_of_several_channels() -> None:
+    config = replace(TINY, channels=4, lane_channels=2, beat_bytes=16)
+    found = simulate(config, attend_cases, cases=CASES, flash=SHUFFLED)
+    assert not differences(found, model(config, attend_cases, cases=CASES))
 
 
 WIDE = Config(
@@ -270,7 +277,7 @@ def faults(device: Device, kind: FaultKind, numbers: list[int], value: int) -> l
             transport.write_register("STATUS", 0xFFFF_FFFF)
             before = transport.read_register("DUPLICATES") + transport.read_register("STALES")
             results = device.run(jobs, check=False)
-            check_counters([result.completion for result in results], TINY.channels)
+            check_counters([result.completion for result in results], TINY.lanes)
             transport.run_cycles(6000)
             seen = {"channel": number % 2, "completions": [r.completion for r in results],
                     "bits": [r.bits for r in results],

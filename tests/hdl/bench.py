@@ -74,7 +74,7 @@ def pipelined(dut, payloads, latency, gaps=None):
     Checks tags, order and latency.
 
     Args:
-        dut: has streams `i` and `o` that never wait.
+        dut: has a stream `i`, whose payloads wait until it is ready, and a stream `o` that never waits.
         payloads: integers, one after the other.
         latency: cycles from a payload to what comes of it.
         gaps: a random generator, for cycles without a payload in between.
@@ -91,6 +91,9 @@ def pipelined(dut, payloads, latency, gaps=None):
                 cycle += 1
             ctx.set(dut.i.payload.as_value(), payload)
             ctx.set(dut.i.valid, 1)
+            while not ctx.get(dut.i.ready):
+                await ctx.tick()
+                cycle += 1
             await ctx.tick()
             cycle += 1
             given_at.append(cycle)

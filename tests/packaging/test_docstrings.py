@@ -31,6 +31,7 @@ ARGUMENTS: dict[str, Any] = {
     "elements": 4,
     "rows": 2,
     "sources": 2,
+    "queues": 4,
     "buffers": 8,
     "positions": 8,
     "patience": 32,

@@ -25,11 +25,11 @@ from kvattic_hdl.lib.shapes import TOKEN_BITS, Shapes
 def score_interval(config: Config) -> int:
     """Cycles that the score unit takes for a row: 3 with one multiplier where that keeps up with the beats, else 1.
 
-    A harvest brings a token for each element of a word, so that with more than one row it would be held up for longer
-    than its group's beats take.
+    A harvest brings a token for each element of a word, so that with more than one row, or groups of several channels,
+    it would be held up for longer than its group's beats take.
     """
-    keeps_up = config.rows * 3 <= config.beats_per_token and (config.rows == 1 or not config.sparse)
-    return 3 if keeps_up else 1
+    alone = config.rows == 1 and config.lane_channels == 1
+    return 3 if config.rows * 3 <= config.beats_per_token and (alone or not config.sparse) else 1
 
 
 def scored_token(shapes: Shapes) -> data.StructLayout:

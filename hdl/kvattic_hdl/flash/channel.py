@@ -43,7 +43,7 @@ class FlashChannel(wiring.Component):
         self.shapes = shapes = Shapes(config)
         super().__init__({
             "requests": In(stream.Signature(shapes.request)),
-            "codewords": Out(stream.Signature(shapes.beat)),
+            "codewords": Out(stream.Signature(shapes.channel_word)),
             "value_open": In(config.jobs_in_flight),
             "epoch": In(data.ArrayLayout(EPOCH_BITS, config.jobs_in_flight)),
             "operations": In(stream.Signature(shapes.operation)),

@@ -44,8 +44,8 @@ class WordShapes(FlashShapes):
     def __init__(self, config: Config, buffers: int) -> None:
         super().__init__(config)
         self.buffer = unsigned(ceil_log2(buffers))
-        self.word = unsigned(config.beat_bytes * 8)
-        self.address = unsigned(ceil_log2(config.beats_per_codeword) + self.buffer.width)
+        self.word = unsigned(config.word_bytes * 8)
+        self.address = unsigned(ceil_log2(config.words_per_codeword) + self.buffer.width)
         self.leaving = data.StructLayout({"buffer": self.buffer, "error": 1})
 
 
@@ -67,7 +67,7 @@ class WordChecker(wiring.Component):
         Which ones wait for words, in order; taken with the last word.
     seed : In(CRC_BITS)
         What the check value of the codeword begins with that the first of these waits for.
-    store : Out(1), address : Out, word : Out(beat_bytes * 8)
+    store : Out(1), address : Out, word : Out(word_bytes * 8)
         Strobe: a word that carries tokens.
     last : Out(1)
         Strobe: the codeword's last word, two cycles after it came.
@@ -105,8 +105,8 @@ class WordChecker(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         config, code_ = self.config, code(self.config)
-        bits, beats, raw_words = config.beat_bytes * 8, config.beats_per_codeword, config.raw_codeword_words
-        data_words = config.codeword_bytes // config.beat_bytes
+        bits, beats, raw_words = config.word_bytes * 8, config.words_per_codeword, config.raw_codeword_words
+        data_words = config.codeword_bytes // config.word_bytes
         padding = raw_words * bits - code_.code_bits
         origin = first_state(
             code_.parity, raw_words * bits, range(code_.message_bits, code_.code_bits))
@@ -132,7 +132,7 @@ class WordChecker(wiring.Component):
             self.erased.eq(others <= config.ecc_t),
         ]
         masked = Mux(last, word & ((1 << bits - padding) - 1), word) if padding else word
-        other = Cat(~word.word_select(i, 8).all() for i in range(config.beat_bytes))
+        other = Cat(~word.word_select(i, 8).all() for i in range(config.word_bytes))
         if not self.shares:
             m.submodules.steps = own = CodeSteps(config)
         steps = self.steps if self.shares else own.users[0]
@@ -171,7 +171,7 @@ class WordMemory(wiring.Component):
 
     Members
     -------
-    store : In(1), store_address : In, word : In(beat_bytes * 8)
+    store : In(1), store_address : In, word : In(word_bytes * 8)
         Strobe: a word that comes in; it is in the memory two cycles later.
     patches : In(stream of patch), patch_buffer : In(buffer)
         Wrong bits of this buffer's codeword.
@@ -179,7 +179,7 @@ class WordMemory(wiring.Component):
         A patch reads in this cycle.
     fetch : In(1), fetch_address : In
         A word is read, unless `reading`.
-    fetched : Out(beat_bytes * 8)
+    fetched : Out(word_bytes * 8)
         One cycle later.
     """
 
@@ -201,7 +201,7 @@ class WordMemory(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        beat_bits = ceil_log2(self.config.beats_per_codeword)
+        beat_bits = ceil_log2(self.config.words_per_codeword)
         m.submodules.words = words = Memory(shape=self.shapes.word, depth=self.buffers << beat_bits, init=[])
         write, read = words.write_port(), words.read_port()
         patch = self.patches.payload
@@ -246,7 +246,7 @@ class Departure(wiring.Component):
         No word can be read in this cycle.
     fetch : Out(1), fetch_address : Out
         A word is read; comes as `fetched` one cycle later.
-    fetched : In(beat_bytes * 8)
+    fetched : In(word_bytes * 8)
     codewords : Out(stream of beat)
     """
 
@@ -260,18 +260,18 @@ class Departure(wiring.Component):
             "fetch": Out(1),
             "fetch_address": Out(shapes.address),
             "fetched": In(shapes.word),
-            "codewords": Out(stream.Signature(shapes.beat)),
+            "codewords": Out(stream.Signature(shapes.channel_word)),
         })
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        shapes, beats = self.shapes, self.config.beats_per_codeword
-        m.submodules.beats = queue = SyncFIFO(width=shapes.beat.size, depth=BEATS_AHEAD)
+        shapes, beats = self.shapes, self.config.words_per_codeword
+        m.submodules.beats = queue = SyncFIFO(width=shapes.channel_word.size, depth=BEATS_AHEAD)
         head = self.leaving.payload
         beat_index = Signal(range(beats))
         on_way = Signal()
         meant = Signal(data.StructLayout({"tag": shapes.tag, "last": 1, "error": 1}), reset_less=True)
-        beat = Signal(shapes.beat)
+        beat = Signal(shapes.channel_word)
         final = Signal()
         m.d.comb += [
             self.fetch.eq(self.leaving.valid & ~self.busy & (queue.level + on_way < BEATS_AHEAD)),

@@ -49,7 +49,7 @@ class Controller(wiring.Component):
     value_open : In(jobs_in_flight)
     epoch : In(array of epochs, by slot)
     operations : In(stream of operation)
-    words : In(stream of beat_bytes * 8 bits)
+    words : In(stream of word_bytes * 8 bits)
         Raw pages of the PROGRAM operations, codeword by codeword, in the operations' order.
     outcomes : Out(stream of outcome)
     headers : Out(stream of header)
@@ -77,7 +77,7 @@ class Controller(wiring.Component):
             "value_open": In(config.jobs_in_flight),
             "epoch": In(data.ArrayLayout(EPOCH_BITS, config.jobs_in_flight)),
             "operations": In(stream.Signature(shapes.operation)),
-            "words": In(stream.Signature(config.beat_bytes * 8)),
+            "words": In(stream.Signature(config.word_bytes * 8)),
             "outcomes": Out(stream.Signature(shapes.outcome)),
             "headers": Out(stream.Signature(shapes.header)),
             "words_valid": Out(1),

@@ -36,7 +36,7 @@ class CorrectorShapes:
     def __init__(self, config: Config) -> None:
         self.problem = data.StructLayout({"remainder": code(config).parity.degree, "check": CRC_BITS})
         self.patch = data.StructLayout({
-            "index": unsigned(bits_for(config.beats_per_codeword - 1)), "mask": config.beat_bytes * 8})
+            "index": unsigned(bits_for(config.words_per_codeword - 1)), "mask": config.word_bytes * 8})
         self.result = data.StructLayout({"good": 1, "errors": unsigned(bits_for(config.ecc_t))})
 
 
@@ -154,7 +154,7 @@ class Search(wiring.Component):
         field = code_.field
         # What the CRC would have to begin with, so that reading the wrong bits of the data makes `check` of it.
         unread = [code_.crc.unshift(1 << bit, config.codeword_bytes * 8) for bit in range(CRC_BITS)]
-        bits = config.beat_bytes * 8
+        bits = config.word_bytes * 8
         groups = bits // positions                           # of a word
 
         found = Signal(range(config.ecc_t + 1))
@@ -187,12 +187,12 @@ class Search(wiring.Component):
         here = Signal(positions)
         hit = Signal()
         in_message, in_data = Signal(), Signal()
-        data_words = config.codeword_bytes // config.beat_bytes
+        data_words = config.codeword_bytes // config.word_bytes
         m.d.comb += [
             last_group.eq(group == groups - 1),
             last_word.eq((index == final // groups) & (group == final % groups)),
             here.eq(Mux(last_word, hits[:final_bits], hits)),
-            in_data.eq(index < config.beats_per_codeword),
+            in_data.eq(index < config.words_per_codeword),
             in_message.eq((index < data_words) | (index == data_words) & (group < CRC_BITS // positions)),
             hit.eq(word_hit | here.any()),
             stall.eq(last_group & in_data & hit & patch.valid & ~patch.ready),

@@ -94,12 +94,12 @@ class Decoder(wiring.Component):
     -------
     header : In(stream.Signature(shapes.header))
         Announces a codeword, before its first word or with it; taken while a buffer is free.
-    words : In(beat_bytes * 8)
+    words : In(word_bytes * 8)
         A raw word of the oldest announced codeword that is not complete.
     words_valid : In(1)
         There is a word; it cannot be held back.
-    codewords : Out(stream.Signature(shapes.beat))
-        `beats_per_codeword` beats of each codeword; the data of error beats are zero.
+    codewords : Out(stream.Signature(shapes.channel_word))
+        `words_per_codeword` beats of each codeword; the data of error beats are zero.
     retry : Out(stream.Signature(shapes.retry))
         A codeword to be read again, `level` being the setting to use.
     codeword : Out(1)
@@ -150,9 +150,9 @@ class Decoder(wiring.Component):
         super().__init__({
             **({"steps": Out(steps_signature(config))} if shares else {}),
             "header": In(stream.Signature(shapes.header)),
-            "words": In(config.beat_bytes * 8),
+            "words": In(config.word_bytes * 8),
             "words_valid": In(1),
-            "codewords": Out(stream.Signature(shapes.beat)),
+            "codewords": Out(stream.Signature(shapes.channel_word)),
             "retry": Out(stream.Signature(shapes.retry)),
             "codeword": Out(1),
             "corrected": Out(1),

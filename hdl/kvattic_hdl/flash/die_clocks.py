@@ -28,7 +28,7 @@ class DieTimes:
         self.config = config
         part = config.part
         self.tick_bits = max(4, bits_for(config.cycles(part.t_r)) - 3)
-        self.moved = config.cycles(config.beat_bytes * 1000 / part.bus_mts) + 2
+        self.moved = config.cycles(config.word_bytes * 1000 / part.bus_mts) + 2
         longest = max(part.t_wb, part.t_rr, part.t_ccs, part.t_adl, part.t_whr)
         self.wait = unsigned(bits_for(self.cycles(longest) + self.moved))
         busy = (part.t_r + part.t_rcbsy, part.t_prog, part.t_bers, part.t_dbsy, part.t_pcbsy, part.t_feat, part.t_rst)

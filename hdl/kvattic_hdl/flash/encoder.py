@@ -33,7 +33,7 @@ class Encoder(wiring.Component):
     -------
     i : In(stream.Signature(shapes.page_word))
         Words of whole pages, codeword by codeword; `page` is read with the first word of each codeword.
-    o : Out(stream.Signature(unsigned(beat_bytes * 8)))
+    o : Out(stream.Signature(unsigned(word_bytes * 8)))
         The same words, and behind each codeword its check words (docs/ecc.md).
     """
 
@@ -47,14 +47,14 @@ class Encoder(wiring.Component):
         super().__init__({
             **({"steps": Out(steps_signature(config))} if shares else {}),
             "i": In(stream.Signature(shapes.page_word)),
-            "o": Out(stream.Signature(config.beat_bytes * 8)),
+            "o": Out(stream.Signature(config.word_bytes * 8)),
         })
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
         config, code_ = self.config, code(self.config)
-        bits = config.beat_bytes * 8
-        words = config.codeword_bytes // config.beat_bytes
+        bits = config.word_bytes * 8
+        words = config.codeword_bytes // config.word_bytes
         checks = config.raw_codeword_words - words
         data = self.i.payload.data
 

@@ -68,7 +68,7 @@ class ProgramWords(wiring.Component):
 
     Members
     -------
-    i : In(stream of beat_bytes * 8 bits), o : Out(stream of beat_bytes * 8 bits)
+    i : In(stream of word_bytes * 8 bits), o : Out(stream of word_bytes * 8 bits)
     discard : In(1)
         Strobe: the next program's words are not wanted, as its die is dead.
     discarding : Out(1)
@@ -77,7 +77,7 @@ class ProgramWords(wiring.Component):
 
     def __init__(self, config: Config) -> None:
         self.words = config.codewords_per_page * config.raw_codeword_words
-        word = stream.Signature(config.beat_bytes * 8)
+        word = stream.Signature(config.word_bytes * 8)
         super().__init__({"i": In(word), "o": Out(word), "discard": In(1), "discarding": Out(1)})
 
     def elaborate(self, platform: object) -> Module:

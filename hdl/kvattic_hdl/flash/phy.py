@@ -25,7 +25,7 @@ class PhyShapes:
     burst : StructLayout
         Announces a data burst: target, write (1: into the die), bytes.
     word : Shape
-        `beat_bytes` bytes of data, the first in the lowest bits; the last word of a burst may be partly used.
+        `word_bytes` bytes of data, the first in the lowest bits; the last word of a burst may be partly used.
     """
 
     def __init__(self, config: Config) -> None:
@@ -34,7 +34,7 @@ class PhyShapes:
         self.burst = data.StructLayout({
             "target": self.target, "write": 1,
             "bytes": unsigned(bits_for(config.page_bytes + config.part.spare_bytes))})
-        self.word = unsigned(config.beat_bytes * 8)
+        self.word = unsigned(config.word_bytes * 8)
 
 
 def phy_signature(config: Config) -> wiring.Signature:
@@ -47,7 +47,7 @@ def phy_signature(config: Config) -> wiring.Signature:
         Taken when the burst begins; not while another one moves, nor (on a shared bus) during a command cycle.  One
         that is offered before the last one ends, and has its target and direction, continues it: no pause, no `t_pre`.
     read : In(word), read_valid : In(1)
-        Words of a read burst, at the bus rate, `ceil(bytes / beat_bytes)` of them; they cannot be held back.
+        Words of a read burst, at the bus rate, `ceil(bytes / word_bytes)` of them; they cannot be held back.
     write : Out(stream of word)
         Words of a write burst, taken at the bus rate; the burst pauses while none is offered.
     ready : In(dies)

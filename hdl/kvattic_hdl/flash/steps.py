@@ -28,7 +28,7 @@ def steps_signature(config: Config) -> wiring.Signature:
     parity_product, check_product : In
         What becomes of the vector: add it to what is left of the state.
     """
-    bits = config.beat_bytes * 8
+    bits = config.word_bytes * 8
     return wiring.Signature({
         "busy": Out(1),
         "waits": In(1),

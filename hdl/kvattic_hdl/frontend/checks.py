@@ -6,15 +6,16 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import bits_for, ceil_log2
 
-from kvattic.spec.commands import COMMAND, LINE_BYTES, SKETCH_ENTRY, TABLE_ENTRY, Mode
+from kvattic.spec.commands import COMMAND, LINE_BYTES, READ_BYTES, SKETCH_ENTRY, TABLE_ENTRY, Mode
 from kvattic.spec.config import Config
 from kvattic.spec.layout import TOKEN_BITS
 from kvattic_hdl.lib.records import WORD_BYTES, fields, table_entry
+from kvattic_hdl.lib.shapes import Shapes
 
 HALF = 32
 """Bits of an address that are added or compared in one cycle."""
-SIZE_BITS = 20
-"""Bits of a block's size."""
+SIZE_BITS = bits_for(READ_BYTES)
+"""Bits of a block's size; what a READ writes is the largest."""
 SPARSE_FIELDS = ("features", "top_units", "local_tokens", "sinks", "unit_bits")
 """Numbers of a command that DENSE has no use for."""
 
@@ -37,7 +38,7 @@ class Window(wiring.Component):
         The address that it belongs to.
     address, base, limit : In(32)
         The half.
-    size : In(20)
+    size : In(21)
         Bytes; only for the low half.
     clear : In(1)
         Forget all results.
@@ -209,7 +210,7 @@ class TableCheck(wiring.Component):
     number : In(16)
         Its number.
     limit : In
-        Entries that a channel's lane has room for, at least one.
+        Entries that a lane has room for, at least one.
     sparse : In(1)
         Stripes may be attended whole.
     reject : In(1)
@@ -251,19 +252,19 @@ class TableCheck(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        channels = self._config.channels
+        channels, lanes = self._config.channels, self._config.lanes
         entry = table_entry(self.entry)
-        # Entries of each channel so far; without a bit in `used` there is none.
+        # Entries of each lane so far; without a bit in `used` there is none.
         m.submodules.counts = counts = Memory(
-            shape=self._count_bits, depth=channels, init=[], attrs={"ram_style": "distributed"}
+            shape=self._count_bits, depth=lanes, init=[], attrs={"ram_style": "distributed"}
         )
         read, write = counts.read_port(domain="comb"), counts.write_port()
-        used = Signal(channels)
+        used = Signal(lanes)
         count = Signal(self._count_bits)
         no_channel, bad = Signal(), Signal()
         m.d.comb += [
             no_channel.eq(entry["channel"] >= channels),
-            read.addr.eq(entry["channel"]),
+            read.addr.eq(Shapes(self._config).lane_of(entry["channel"])),
             count.eq(Mux(used.bit_select(read.addr, 1), read.data, 0)),
             bad.eq(no_channel | entry["reserved"].any() | (entry["whole"] & ~self.sparse) | (count >= self.limit)),
             write.addr.eq(read.addr),

@@ -12,6 +12,7 @@ from kvattic.spec.commands import (
     GRANT_COMMAND,
     LINE_BYTES,
     QUEUE_COMMAND,
+    READ_COMMAND,
     TABLE_ENTRY,
     Field,
     Record,
@@ -27,7 +28,7 @@ from kvattic_hdl.nvme.queues import FETCH
 
 OUTSTANDING = 16
 """Lines that are asked for and have not come, at most: covers a latency of about 128 cycles."""
-LAYOUTS = (FLASH_COMMAND, DATA_COMMAND, QUEUE_COMMAND, GRANT_COMMAND, COMMAND)
+LAYOUTS = (FLASH_COMMAND, DATA_COMMAND, QUEUE_COMMAND, GRANT_COMMAND, READ_COMMAND, COMMAND)
 """What a command's line may be."""
 UNKNOWN_IDENTIFIER = 0xFFFF
 """In the completion of a command that could not be read."""
@@ -36,7 +37,7 @@ LINE_ENTRIES = LINE_BYTES // TABLE_ENTRY.size
 
 def all_stripes(config: Config) -> int:
     """Stripes of a job, at most."""
-    return config.channels * (config.ring_codewords // config.codewords_per_page)
+    return config.lanes * (config.ring_codewords // config.codewords_per_page)
 
 
 def row_lines(config: Config) -> int:

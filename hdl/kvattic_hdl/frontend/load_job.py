@@ -48,7 +48,7 @@ class LoadJob(wiring.Component):
         The command's line; this and the following are stable until `done`.
     slot, scale : In(Shapes.slot), In(24)
         The job's slot, and its scale as in `Shapes.start`.
-    sparse, ranked, stripe_tokens, lane_limit, k_offset : In
+    is_read, sparse, ranked, stripe_tokens, lane_limit, k_offset : In
         See `Validate`.
     broken : In(1)
         A word was not answered with OKAY.
@@ -77,6 +77,7 @@ class LoadJob(wiring.Component):
     command: Signal
     slot: Signal
     scale: Signal
+    is_read: Signal
     sparse: Signal
     ranked: Signal
     stripe_tokens: Signal
@@ -106,6 +107,7 @@ class LoadJob(wiring.Component):
             "command": In(LINE_BYTES * 8),
             "slot": In(shapes.slot),
             "scale": In(SCALE_BITS),
+            "is_read": In(1),
             "sparse": In(1),
             "ranked": In(1),
             "stripe_tokens": In(TOKEN_BITS),
@@ -165,6 +167,8 @@ class LoadJob(wiring.Component):
             with m.State("clear"):
                 with m.If(self.slot_free & self._clear_row(m, position)):
                     m.next = "query"
+                    with m.If(self.is_read):
+                        m.next = "table"
             with m.State("query"):
                 m.d.comb += self.words.ready.eq(1)
                 m.d.sync += [

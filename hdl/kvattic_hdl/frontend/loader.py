@@ -38,7 +38,8 @@ class Loader(wiring.Component):
     line, INVALID_OPCODE, NOT_PERMITTED (opcode), INVALID_FIELD; for ATTEND: INVALID_ROWS,
     INVALID_LENGTH, INVALID_SELECTION (features, top_units, local_tokens, unit_bits), INVALID_ADDRESS (query,
     result, table), INVALID_SCALE, NOT_PERMITTED (domain), BUS_ERROR of query block, mean or table,
-    INVALID_TABLE, NOT_OWNED, NO_SKETCH, NAN_QUERY, NAN_MEAN; for flash commands: INVALID_PLACE,
+    INVALID_TABLE, NOT_OWNED, NO_SKETCH, NAN_QUERY, NAN_MEAN; for READ those of them that it can have; for flash
+    commands: INVALID_PLACE,
     NOT_PERMITTED (domain), NOT_OWNED.  `where` is zero for those that commands.Status gives none.
     Without `config.sparse` there is no mode but DENSE.
 
@@ -184,7 +185,7 @@ class Loader(wiring.Component):
         slot, epoch, slot_free = self._slots(m, used=self.jobs.valid & self.jobs.ready)
         m.d.comb += [load_job.slot.eq(slot), load_job.slot_free.eq(slot_free)]
         self._describe_start(m, fields, slot, epoch, validate)
-        self._describe_job(m, fields, slot, fetch.queue, status, where)
+        self._describe_job(m, fields, slot, fetch.queue, validate.is_read, status, where)
 
         with m.FSM(name="state"):
             with m.State("command"):
@@ -270,7 +271,7 @@ class Loader(wiring.Component):
             load_job.not_owned.eq(self.not_owned),
             load_job.not_owned_where.eq(self.not_owned_where),
         ]
-        for name in ("sparse", "ranked", "stripe_tokens", "lane_limit", "k_offset"):
+        for name in ("is_read", "sparse", "ranked", "stripe_tokens", "lane_limit", "k_offset"):
             m.d.comb += getattr(load_job, name).eq(getattr(validate, name))
         for name in ("load_valid", "load", "entry_number", "mean_valid", "mean"):
             m.d.comb += getattr(self, name).eq(getattr(load_job, name))
@@ -314,6 +315,7 @@ class Loader(wiring.Component):
             start.stripe_bits.eq(validate.stripe_bits),
             start.last_token.eq(self.load.start),  # the last one loaded
             start.end_token.eq(fields["end_token"]),
+            start.read.eq(validate.is_read),
             start.tree_token.eq(fields["tree_token"]),
             start.k_offset.eq(validate.k_offset),
             start.scale.eq(Cat(fields["scale"][:FP32_FRACTION], 1)),
@@ -332,8 +334,8 @@ class Loader(wiring.Component):
             start.sinks.eq(fields["sinks"]),
         ]
 
-    def _describe_job(self, m: Module, fields: dict[str, Value], slot: Signal, queue: Signal, status: Signal,
-                      where: Signal) -> None:
+    def _describe_job(self, m: Module, fields: dict[str, Value], slot: Signal, queue: Signal, is_read: Signal,
+                      status: Signal, where: Signal) -> None:
         """What the later stages are told of the job."""
         job = self.jobs.payload
         m.d.comb += [
@@ -341,7 +343,9 @@ class Loader(wiring.Component):
             job.lanes.eq(status == Status.OK),
             job.queue.eq(queue),
             job.identifier.eq(fields["identifier"]),
-            job.rows.eq(fields["rows"]),
+            # The stages behind the lanes take at least one.
+            job.rows.eq(Mux(is_read, 1, fields["rows"])),
+            job.read.eq(is_read),
             job.result.eq(fields["result"]),
             job.status.eq(status),
             job.where.eq(where),

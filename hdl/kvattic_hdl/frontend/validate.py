@@ -14,11 +14,13 @@ from kvattic.spec.commands import (
     IDENTIFY_BYTES,
     LINE_BYTES,
     QUEUE_COMMAND,
+    READ_BYTES,
     STATUS_BITS,
     Opcode,
     Status,
     lines,
     query_row_bytes,
+    read_token_bytes,
     result_row_bytes,
 )
 from kvattic.spec.config import Config
@@ -83,6 +85,8 @@ class Validate(wiring.Component):
         The last cycle of checking: these are right:
     is_flash : Out(1)
         It is a flash command.
+    is_read : Out(1)
+        It is a READ: a job, dense and without rows.
     hand_over : Out(1)
         It is a good flash or admin command.
     judgement : Out(JUDGEMENT)
@@ -119,6 +123,7 @@ class Validate(wiring.Component):
     dram_owned: Signal
     judged: Signal
     is_flash: Signal
+    is_read: Signal
     hand_over: Signal
     judgement: data.View
     bad_block: Signal
@@ -151,6 +156,7 @@ class Validate(wiring.Component):
             "dram_owned": In(1),
             "judged": Out(1),
             "is_flash": Out(1),
+            "is_read": Out(1),
             "hand_over": Out(1),
             "judgement": Out(JUDGEMENT),
             "bad_block": Out(1),
@@ -171,17 +177,18 @@ class Validate(wiring.Component):
         is_data, is_queue, is_admin = (Signal(name=name) for name in ("is_data", "is_queue", "is_admin"))
         m.d.comb += [
             self.is_flash.eq(Cat(opcode == code for code in FLASH_OPCODES).any()),
+            self.is_read.eq(opcode == Opcode.READ),
             is_data.eq(Cat(opcode == code for code in DATA_OPCODES).any()),
             is_queue.eq(Cat(opcode == code for code in QUEUE_OPCODES).any()),
             is_admin.eq(is_data | is_queue | (opcode == Opcode.GRANT)),
         ]
         length, bad_rows, bad_length, bad_scale, legal_stripes = self._check_job(m, fields)
         bad_mode, bad_selection, bad_selection_where = self._check_mode(m, fields, length)
-        bad_address = self._check_addresses(m, fields, is_data)
+        bad_address = self._check_addresses(m, fields, is_data, length)
         bad_place, not_domain, anybody, bad_flash = self._check_flash(m, fields)
         bad_opcode, not_permitted, bad_field = Signal(), Signal(), Signal()
         m.d.sync += [
-            bad_opcode.eq(~self.is_flash & ~is_admin & (opcode != Opcode.ATTEND)),
+            bad_opcode.eq(~self.is_flash & ~is_admin & ~self.is_read & (opcode != Opcode.ATTEND)),
             not_permitted.eq((opcode >= ADMIN_OPCODES) & (self.queue != 0)),
         ]
         reserved = {layout.name: flag for layout, flag in zip(LAYOUTS, self.reserved, strict=True)}
@@ -195,6 +202,8 @@ class Validate(wiring.Component):
             m.d.sync += bad_field.eq(reserved["QueueCommand"] | ((opcode == Opcode.DELETE_QUEUE) & needless))
         with m.Elif(is_admin):
             m.d.sync += bad_field.eq(reserved["GrantCommand"])
+        with m.Elif(self.is_read):
+            m.d.sync += bad_field.eq(reserved["ReadCommand"] | ~legal_stripes)
         with m.Else():
             m.d.sync += bad_field.eq(reserved["Command"] | bad_mode | ~legal_stripes)
 
@@ -242,8 +251,8 @@ class Validate(wiring.Component):
         length = Signal(TOKEN_BITS + 1)
         last_page = Signal(TOKEN_BITS)  # whole pages * 2**-bits before the last token
         end_page = Signal(bits_for(most_stripes * config.tokens_per_page))
-        bad_rows, bad_count, bad_length, bad_scale = (
-            Signal(name=name) for name in ("bad_rows", "bad_count", "bad_length", "bad_scale"))
+        bad_rows, bad_count, bad_length, too_much, bad_scale = (
+            Signal(name=name) for name in ("bad_rows", "bad_count", "bad_length", "too_much", "bad_scale"))
         for i in range(len(legal_pages)):
             with m.If(stripe_pages[i]):
                 m.d.sync += self.stripe_bits.eq(i)
@@ -258,19 +267,20 @@ class Validate(wiring.Component):
             # Stripes: stripes * 2**bits pages hold the tokens, one stripe less would not.
             last_page.eq((length[:TOKEN_BITS] - 1)[:TOKEN_BITS] >> self.stripe_bits),
             end_page.eq(times(stripes[: bits_for(most_stripes)], config.tokens_per_page)),
-            bad_rows.eq((fields["rows"] == 0) | (fields["rows"] > config.rows)),
+            bad_rows.eq(~self.is_read & ((fields["rows"] == 0) | (fields["rows"] > config.rows))),
             bad_count.eq(stripes > (most_stripes >> self.stripe_bits)),
+            too_much.eq(self.is_read & (length > READ_BYTES // read_token_bytes(config.head_dim))),
             bad_length.eq(
                 length[TOKEN_BITS]
                 | ~length.any()
                 | (last_page >= end_page)
                 | (last_page + config.tokens_per_page < end_page)
             ),
-            bad_scale.eq(scale[-1] | ~scale_exponent.any() | scale_exponent.all()),
+            bad_scale.eq(~self.is_read & (scale[-1] | ~scale_exponent.any() | scale_exponent.all())),
             self.k_offset.eq(scale_exponent + config.element.encoding.score_offset),
         ]
         legal = Cat(stripe_pages == pages for pages in legal_pages).any()
-        return length, bad_rows, bad_count | bad_length, bad_scale, legal
+        return length, bad_rows, bad_count | bad_length | too_much, bad_scale, legal
 
     def _check_mode(self, m: Module, fields: dict[str, Value], length: Signal) -> tuple[Value, Value, Value]:
         """The mode: (a field that is bad, a selection that is bad, where); constants where only DENSE is built."""
@@ -304,17 +314,20 @@ class Validate(wiring.Component):
         ]
         return bad_place, not_domain, anybody, ((erase | probe) & argument.any()) | (anybody & domain.any())
 
-    def _check_addresses(self, m: Module, fields: dict[str, Value], is_data: Signal) -> Signal:
+    def _check_addresses(self, m: Module, fields: dict[str, Value], is_data: Signal, length: Signal) -> Value:
         """Gives the halves of the addresses to the window, which says of each block that it is bad."""
         config = self._config
-        rows = fields["rows"][: bits_for(config.rows)]
+        rows, token_bytes = fields["rows"][: bits_for(config.rows)], read_token_bytes(config.head_dim)
         sizes = {name: Signal(SIZE_BITS, name=f"{name}_size") for name in BLOCKS}
         m.d.sync += [
             sizes["query"].eq(Mux(
                 is_data,    # whose result is at the same place
                 Mux(fields["opcode"] == Opcode.IDENTIFY, IDENTIFY_BYTES, lines(8 * len(COUNTERS)) * LINE_BYTES),
                 rows * query_row_bytes(config.head_dim))),
-            sizes["result"].eq(rows * result_row_bytes(config.head_dim)),
+            # Too many tokens are found before.
+            sizes["result"].eq(Mux(
+                self.is_read, times(length[: bits_for(READ_BYTES // token_bytes)], token_bytes),
+                rows * result_row_bytes(config.head_dim))),
             sizes["table"].eq(self.table_lines << ceil_log2(LINE_BYTES)),
         ]
         m.submodules.windows = windows = Memory(
@@ -351,4 +364,5 @@ class Validate(wiring.Component):
                 with m.Case(number):
                     m.d.comb += [
                         window.size.eq(sizes[name]), window.address.eq(fields[name].word_select(step[0], HALF))]
-        return window.bad
+        # A READ has no query.
+        return window.bad & ~Cat(self.is_read, Const(0, len(BLOCKS) - 1))

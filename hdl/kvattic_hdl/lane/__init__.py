@@ -1,1 +1,1 @@
-"""A lane: attention over the codewords of one flash channel."""
+"""A lane: attention over the codewords of one or several flash channels."""

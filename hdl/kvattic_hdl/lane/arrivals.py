@@ -30,12 +30,13 @@ def header_shape(config: Config) -> data.StructLayout:
     """A codeword that was let through.
 
     slot; ring (its place in the score ring), token (its first token's number): of a FEATURE those of its stripe, of
-    centroids those of their first unit; into_score: all but V; error.  Sparse configurations only: first (it is of the
-    first pass), feature, centroid, number (of the codeword in its stripe), group (its buffer), marks (selected tokens),
-    unit_bits.
+    centroids those of their first unit; into_score: all but V; error; read: it is to be copied.  Sparse
+    configurations only: first (it is of the first pass), feature, centroid, number (of the codeword in its stripe),
+    group (its buffer), marks (selected tokens), unit_bits.
     """
     shapes = Shapes(config)
-    header = {"ring": shapes.ring, "slot": shapes.slot, "into_score": 1, "token": TOKEN_BITS, "error": 1}
+    header = {"ring": shapes.ring, "slot": shapes.slot, "into_score": 1, "token": TOKEN_BITS, "error": 1,
+              "read": 1}
     if config.sparse:
         header |= {"first": 1, "feature": 1, "centroid": 1, "number": ceil_log2(config.group_codewords),
                    "group": (config.groups_in_flight - 1).bit_length(), "marks": config.tokens_per_codeword,
@@ -197,6 +198,8 @@ class Arrivals(wiring.Component):
     failed : In(1)
     asked : In
         Its codewords that were requested so far (K): a place below it may have come.
+    read : In(1)
+        It is a READ.
     first_asked : In
         The same for its first pass.
     first_done : In(1)
@@ -250,7 +253,7 @@ class Arrivals(wiring.Component):
         number = unsigned(ceil_log2(config.group_codewords) if config.sparse else 1)
         unit_bits = shapes.start["unit_bits"].shape
         arriving = {"valid": 1, "first": 1, "error": 1, "data": config.beat_bytes * 8, "tag": shapes.tag}
-        known = {"current": 1, "asked": 1, "open": 1, "ring": shapes.ring}
+        known = {"current": 1, "asked": 1, "open": 1, "ring": shapes.ring, "read": 1}
         if config.sparse:
             known |= {"sparse": 1, "all_came": 1, "centroids": 1, "beyond": 1, "header_ring": shapes.ring,
                       "number": number, "group": group, "unit_bits": unit_bits}
@@ -265,6 +268,7 @@ class Arrivals(wiring.Component):
             "open": In(1),
             "failed": In(1),
             "asked": In(shapes.place.width + 1),
+            "read": In(1),
             "first_asked": In(shapes.place.width + 1),
             "first_done": In(1),
             "sparse": In(1),
@@ -380,6 +384,7 @@ class Arrivals(wiring.Component):
             known_2.asked.eq(asked),
             known_2.open.eq(self.open),
             known_2.ring.eq(self.ring_base + tag.place),
+            known_2.read.eq(self.read),
             token_2.eq(times(within, config.tokens_per_codeword)),
         ]
 
@@ -468,6 +473,7 @@ class Arrivals(wiring.Component):
             header.into_score.eq(tag.kind != Kind.VALUE),
             header.token.eq(token),
             header.error.eq(stage_3.error),
+            header.read.eq(known.read),
             self.headers.valid.eq(begins),
             self.value_requests.payload.slot.eq(tag.slot),
             self.value_requests.payload.ring.eq(known.ring),

@@ -36,7 +36,7 @@ def back_end_ports(config: Config) -> dict[str, wiring.Member]:
     shapes = Shapes(config)
     slots = config.jobs_in_flight
     return {
-        "channel": In(shapes.channel),
+        "lane": In(shapes.lane),
         "codewords": In(stream.Signature(shapes.beat)),
         "requests": Out(stream.Signature(shapes.request)),
         "load_valid": In(1),
@@ -95,7 +95,7 @@ class TokenBackEnd(wiring.Component):
 
     Members
     -------
-    channel, codewords, requests, load_valid, load, start_valid, start, live, value_open, failed : as `Lane`'s
+    lane, codewords, requests, load_valid, load, start_valid, start, live, value_open, failed : as `Lane`'s
     keys_done, values_done, first_done, first_slot, first_row, first_maximum : as `Lane`'s
     sweep_valid, sweep, sweep_done, reference_write, reference_row, reference, sum_row, sum : as `Lane`'s
     bin, count, unmarked, select_valid, select_slot : as `Lane`'s
@@ -165,7 +165,7 @@ class TokenBackEnd(wiring.Component):
             jobs.start.eq(self.start),
             jobs.stripes.eq(lists.stripes),
             jobs.tail.eq(lists.tail),
-            lists.channel.eq(self.channel),
+            lists.lane.eq(self.lane),
         ]
         if self.config.sparse:
             loaded.append(self.chosen)
@@ -255,6 +255,7 @@ class TokenBackEnd(wiring.Component):
                 self.outstanding.keys_begun.bit_select(slot, 1), ring.asked[Lookup.ARRIVALS], 0)),
             arrivals.ring_base.eq(ring.base[Lookup.ARRIVALS]),
             arrivals.stripe_bits.eq(job.stripe_bits),
+            arrivals.read.eq(job.read),
             arrivals.stripe_token.eq(stripe.stripe.token),
             stripe.address.eq(arrivals.stripe_address),
             arrivals.beat_taken.eq(self.front.beat_taken),
@@ -282,6 +283,7 @@ class TokenBackEnd(wiring.Component):
         m.d.comb += [
             scrubber.start.eq(strobe(self.start_valid, self.start.slot)),
             scrubber.failed.eq(self.failed),
+            scrubber.held.eq(self.front.waits_copy),
             scrubber.holds.eq(ring.holds),
             scrubber.walked.eq(outstanding.keys_walked & outstanding.values_walked & ~outstanding.remains),
             scrubber.came.eq(self.jobs.sparse & self.first_done if self.config.sparse else 0),
@@ -503,7 +505,7 @@ class TokenBackEnd(wiring.Component):
         m.d.comb += [
             events.beat.eq(front.beat_taken),
             events.weights.eq(front.waits_weight),
-            events.scores.eq(front.waits_score),
+            events.scores.eq(front.waits_score | front.waits_copy),
             events.starved.eq(front.starves & wanted),
             events.barrier.eq(front.starves & ~wanted & waiting),
             events.idle.eq(front.starves & ~wanted & ~waiting),

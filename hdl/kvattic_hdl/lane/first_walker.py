@@ -21,14 +21,15 @@ def first_walk_shape(config: Config) -> data.StructLayout:
 
 
 def first_stripe_shape(config: Config) -> data.StructLayout:
-    """Where what the first pass reads of a stripe begins: page, codeword, dram; whole; token, its first one.
+    """Where what the first pass reads of a stripe begins: page, codeword, dram, of_lane; whole; token, its first one.
 
     whole: it is attended whole, as one in DRAM always is, and page is the first one of its K.
     """
-    request = Shapes(config).request
+    shapes = Shapes(config)
+    request = shapes.request
     return data.StructLayout({
         "page": request["page"].shape, "codeword": request["codeword"].shape, "dram": 1, "whole": 1,
-        "token": TOKEN_BITS})
+        "token": TOKEN_BITS} | shapes.of_lane)
 
 
 class FirstWalker(wiring.Component):
@@ -184,6 +185,7 @@ class FirstWalker(wiring.Component):
                     self.first.eq(Cat(stripe.codeword[:codeword_bits], stripe.page)),
                     self.by_feature.eq(self.features),
                     self.request.dram.eq(stripe.dram),
+                    *([self.request.of_lane.eq(stripe.of_lane)] if config.lane_channels > 1 else []),
                     self.number.eq(0),
                     self.bounded.eq(stripe.whole & (self.left == 1) & self.job.tail),
                     self.next_token.eq(self.job.last_token),

@@ -10,6 +10,7 @@ from kvattic.spec.config import Config
 from kvattic.spec.formats import SCORE_SUM_BITS
 from kvattic_hdl.datapath.cell import ADDEND_STAGE, READ_STAGE, SUM_STAGE, Cell
 from kvattic_hdl.lane.arrivals import CodewordBuffer, header_shape
+from kvattic_hdl.lane.copier import copy_link
 from kvattic_hdl.lane.first_pass import harvest_shape
 from kvattic_hdl.lane.issue import Issue, stage_shape
 from kvattic_hdl.lane.operands import Operands
@@ -33,7 +34,7 @@ def front_link(config: Config) -> wiring.Signature:
         Tokens of the feature pass whose sums are to be scored.
     job_slot : Out(slot), k_offset : In
         The `Shapes.start` field of that slot's job, in the same cycle.
-    waits_weight, waits_score, starves : Out(1)
+    waits_weight, waits_score, waits_copy, starves : Out(1)
         Why no beat is issued (see `Issue`).
     checked : Out(`stage_shape`), special : Out(elements_per_beat), stage 2
         A beat, and its elements that are NaN or infinity.
@@ -58,6 +59,7 @@ def front_link(config: Config) -> wiring.Signature:
         "k_offset": In(shapes.start["k_offset"].shape),
         "waits_weight": Out(1),
         "waits_score": Out(1),
+        "waits_copy": Out(1),
         "starves": Out(1),
         "checked": Out(stage),
         "special": Out(config.elements_per_beat),
@@ -92,6 +94,8 @@ class Front(wiring.Component):
         q and row scales.
     chain_i : In(stream of partial), chain_o : Out(stream of partial)
         Adds the accumulators to each word that passes, and clears them.
+    copy : Out(`copy_link`)
+        The codewords of READs; they pass like others, but with weights of zero.
     """
 
     def __init__(self, config: Config) -> None:
@@ -108,6 +112,7 @@ class Front(wiring.Component):
             "load": In(shapes.load),
             "chain_i": In(stream.Signature(shapes.partial)),
             "chain_o": Out(stream.Signature(shapes.partial)),
+            "copy": Out(copy_link(config)),
         })
 
     def elaborate(self, platform: object) -> Module:
@@ -123,6 +128,7 @@ class Front(wiring.Component):
                 cell, m.submodules[f"cell_{r}_{e}"] = shared(platform, "kvattic_cell", lambda: Cell(config))
                 cells[r].append(cell)
         self._issue(m, stages[0])
+        self._copy(m)
         self._multiply(m, stages, cells)
         self._accumulate(m, stages, cells)
         self._sum(m, stages[ADDEND_STAGE], stages[tree_stage], stages[tree_stage + 1], cells)
@@ -146,7 +152,22 @@ class Front(wiring.Component):
             stage_0.eq(issue.stage),
             back_end.waits_weight.eq(issue.waits_weight),
             back_end.waits_score.eq(issue.waits_score),
+            back_end.waits_copy.eq(issue.waits_copy),
             back_end.starves.eq(issue.starves),
+        ]
+
+    def _copy(self, m: Module) -> None:
+        """Show the copier the codeword that is next, and its beats as they are issued."""
+        buffer, issue, header = self.buffer, self.issue, self.buffer.headers_o.payload
+        m.d.comb += [
+            self.copy.wants.eq(buffer.headers_o.valid & header.read),
+            self.copy.slot.eq(header.slot),
+            self.copy.token.eq(header.token),
+            self.copy.value.eq(~header.into_score),
+            issue.copy_ready.eq(self.copy.ready),
+            self.copy.data.eq(buffer.beats_o.payload),
+            self.copy.valid.eq(issue.copy_valid),
+            self.copy.last.eq(issue.copy_last),
         ]
 
     def _multiply(self, m: Module, stages: list[Any], cells: list[list[Cell]]) -> None:

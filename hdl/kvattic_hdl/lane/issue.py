@@ -173,15 +173,19 @@ class Issue(wiring.Component):
     weights : In(stream of weight)
         Those of the V codewords' tokens.
     harvest : In(stream of `first_pass.harvest_shape`)
+    copy_ready : In(1)
+        A beat of a READ is copied if it is issued in the next cycle.
+    copy_valid, copy_last : Out(1)
+        One was issued in the cycle before; it was its codeword's last one.
     stage : Out(`stage_shape`)
         What enters the pipeline in this cycle: stage 0.
     query_beat : Out
         Number of the beat of q that goes with it.
     current_weights : Out(array of weight, by row)
         Those of a V beat in stage 1.
-    waits_weight, waits_score, starves : Out(1)
-        Why no beat is issued: its weights are not there; the score unit is not free, or takes a token of a harvest;
-        there is none.
+    waits_weight, waits_score, waits_copy, starves : Out(1)
+        Why no beat is issued: its weights are not there; the score unit is not free, or takes a token of a harvest; it
+        cannot be copied yet; there is none.
     """
 
     def __init__(self, config: Config) -> None:
@@ -198,11 +202,15 @@ class Issue(wiring.Component):
             "beat_ready": Out(1),
             "weights": In(stream.Signature(shapes.weight)),
             "harvest": In(stream.Signature(harvest_shape(config))),
+            "copy_ready": In(1),
+            "copy_valid": Out(1),
+            "copy_last": Out(1),
             "stage": Out(stage_shape(config)),
             "query_beat": Out(shapes.beat_index),
             "current_weights": Out(self.gathered_weights.token),
             "waits_weight": Out(1),
             "waits_score": Out(1),
+            "waits_copy": Out(1),
             "starves": Out(1),
         })
 
@@ -215,7 +223,7 @@ class Issue(wiring.Component):
         header = self.headers.payload
         there, harvest = Signal(), Signal()
         first, last = Signal(), Signal()
-        waits_weight = Signal()
+        waits_weight, may_issue, copied = Signal(), Signal(), Signal()
         issue = self.beat_ready
         feature = header.feature if config.sparse else Const(0)
         m.d.comb += [
@@ -234,10 +242,19 @@ class Issue(wiring.Component):
             spacing.harvest_valid.eq(self.harvest.valid),
             self.harvest.ready.eq(spacing.harvest_ready),
             harvest.eq(self.harvest.valid & self.harvest.ready),
-            issue.eq(there & ~waits_weight & ~spacing.waits & ~harvest),
+            may_issue.eq(there & ~waits_weight & ~spacing.waits & ~harvest),
+            issue.eq(may_issue & (~header.read | copied)),
+            self.waits_copy.eq(may_issue & header.read & ~copied),
             self.waits_weight.eq(there & waits_weight & ~harvest),
             self.waits_score.eq((there & spacing.waits) | harvest),
             self.starves.eq(~there & ~harvest),
+        ]
+        last_copied = self.headers.ready & header.read
+        m.d.sync += [
+            self.copy_valid.eq(issue & header.read),
+            self.copy_last.eq(last_copied),
+            # Behind a codeword's last beat the copier takes none until it has seen that one.
+            copied.eq(self.copy_ready & ~last_copied & ~self.copy_last),
         ]
         self._count(m, last, feature)
         self._describe_beat(m, first, last)

@@ -16,7 +16,7 @@ from kvattic_hdl.lib.shapes import TOKEN_BITS, Shapes
 def job_shape(config: Config) -> data.StructLayout:
     """All that a lane keeps of a job: what its walkers need, and fields of `Shapes.start`."""
     shapes = Shapes(config)
-    names = ("tree_token", "k_offset", "scale", *(
+    names = ("tree_token", "k_offset", "scale", "read", *(
         ("mode", "unit_bits", "features", "local_token", "sinks") if config.sparse else ()))
     return data.StructLayout(
         {name: field.shape for name, field in shapes.walk} | {name: shapes.start[name].shape for name in names})
@@ -27,7 +27,7 @@ def job_readers(config: Config) -> dict[str, tuple[str, ...]]:
     walk = tuple(name for name, _ in Shapes(config).walk)
     readers: dict[str, tuple[str, ...]] = {
         "key": walk, "value": walk, "front": ("k_offset",), "faults": ("end_token",),
-        "arrivals": ("epoch", "stripe_bits"), "score": ("scale", "tree_token")}
+        "arrivals": ("epoch", "stripe_bits", "read"), "score": ("scale", "tree_token")}
     if config.sparse:
         readers["arrivals"] += ("mode", "unit_bits")
         readers["score"] += ("unit_bits",)
@@ -106,9 +106,9 @@ class Jobs(wiring.Component):
 
 
 class StripeLists(wiring.Component):
-    """Keeps each slot's list of the job's stripes on this channel, in their order.
+    """Keeps each slot's list of the job's stripes on this lane's channels, in their order.
 
-    A row record of the slot makes the list empty, a table entry with the lane's channel is appended to it.
+    A row record of the slot makes the list empty, a table entry with a channel of the lane is appended to it.
 
     Parameters
     ----------
@@ -116,7 +116,7 @@ class StripeLists(wiring.Component):
 
     Members
     -------
-    channel : In(channel)
+    lane : In(lane)
         The lane's number, constant.
     load_valid, load : In
         Row records, table entries, and behind each of these its sketch's.
@@ -138,7 +138,7 @@ class StripeLists(wiring.Component):
         if config.sparse:
             readers |= {"first": first_stripe_shape(config), "selector": self.tokens}
         super().__init__({
-            "channel": In(shapes.channel),
+            "lane": In(shapes.lane),
             "load_valid": In(1),
             "load": In(shapes.load),
             "stripes": Out(shapes.walk["stripes"].shape),
@@ -151,13 +151,15 @@ class StripeLists(wiring.Component):
         m = Module()
         entry = table_entry(self.load.data[: TABLE_ENTRY.size * 8])
         append = Signal()
-        m.d.comb += append.eq(self.load_valid & self.load.stripe & (entry["channel"] == self.channel))
+        here = self.shapes.lane_of(entry["channel"]) == self.lane
+        m.d.comb += append.eq(self.load_valid & self.load.stripe & here)
         with m.If(append):
             m.d.sync += [self.stripes.eq(self.stripes + 1), self.tail.eq(self.load.last)]
         with m.If(self.load_valid & self.load.record):
             m.d.sync += self.stripes.eq(0)
         for name in ("key", "value"):
-            self._list(m, f"{name}_stripes", Cat(entry[f"{name}_page"], entry["dram"]), append, self.stripes, name)
+            place = Cat(entry[f"{name}_page"], entry["dram"], self.shapes.number_of_lane(entry["channel"]))
+            self._list(m, f"{name}_stripes", place, append, self.stripes, name)
         whole = entry["dram"] | entry["whole"]
         self._list(m, "stripe_tokens", Cat(self.load.start, whole)[: self.tokens.size], append, self.stripes,
                    "arrivals", *(("selector",) if self.config.sparse else ()))
@@ -187,7 +189,10 @@ class StripeLists(wiring.Component):
         stripe = Signal(first_stripe_shape(self.config))
         appended, key_page, first_token = Signal(), Signal(stripe.page.shape()), Signal(TOKEN_BITS)
         in_dram, is_whole = Signal(), Signal()
+        number_of_lane = self.shapes.number_of_lane(entry["channel"])
+        of_lane = Signal(len(number_of_lane))
         with m.If(self.load_valid & self.load.stripe):
+            m.d.sync += of_lane.eq(number_of_lane)
             m.d.sync += [
                 appended.eq(append), key_page.eq(entry["key_page"]), first_token.eq(self.load.start),
                 in_dram.eq(entry["dram"]), is_whole.eq(whole)]
@@ -198,5 +203,7 @@ class StripeLists(wiring.Component):
             stripe.whole.eq(is_whole),
             stripe.token.eq(first_token),
         ]
+        if self.config.lane_channels > 1:
+            m.d.comb += stripe.of_lane.eq(of_lane)
         self._list(m, "first_stripes", stripe.as_value(), self.load_valid & self.load.sketch & appended,
                    (self.stripes - 1)[: self.shapes.list_bits], "first")

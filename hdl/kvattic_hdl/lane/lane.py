@@ -1,4 +1,4 @@
-"""A lane: one flash channel's datapath, from its codewords to its share of each job's scores and sums."""
+"""A lane: the datapath of one or several flash channels, from codewords to a share of each job's scores and sums."""
 
 from amaranth.hdl import Module
 from amaranth.lib import stream, wiring
@@ -6,12 +6,13 @@ from amaranth.lib.wiring import In, Out, connect, flipped
 
 from kvattic.spec.config import Config
 from kvattic_hdl.lane.back_end import TokenBackEnd, back_end_ports
+from kvattic_hdl.lane.copier import copy_link
 from kvattic_hdl.lane.front import Front
 from kvattic_hdl.lib.shapes import Shapes
 
 
 class Lane(wiring.Component):
-    """Walks each job's pages on its channel, scores K codewords and sums V codewords as they come.
+    """Walks each job's pages on its channels, scores K codewords and sums V codewords as they come.
 
     Takes one beat each cycle, in any order of codewords, of any job in flight.  A V codeword is welcome only while its
     slot's `value_open` is set.  Nothing that a lane computes depends on the order.  What holds a beat back is told by
@@ -29,7 +30,7 @@ class Lane(wiring.Component):
 
     Members
     -------
-    channel : In(channel)
+    lane : In(lane)
         The lane's number, constant.
     codewords : In(stream of beat)
     requests : Out(stream of request)
@@ -65,6 +66,8 @@ class Lane(wiring.Component):
     denominator_slot, denominator_row : In, denominator : Out two cycles later
     chain_i : In(stream of partial), chain_o : Out(stream of partial)
         Adds the lane's sums to each word that passes, and clears them.
+    copy : Out(`copy_link`)
+        Codewords of READs, to be copied.
     report_slot : In, report : Out(report) two cycles later
     missing_key, missing_value : Out(16)
         Codewords of `report_slot` that were asked for and not accounted for yet, two cycles later; the first pass's
@@ -83,6 +86,7 @@ class Lane(wiring.Component):
         super().__init__(back_end_ports(config) | {
             "chain_i": In(stream.Signature(shapes.partial)),
             "chain_o": Out(stream.Signature(shapes.partial)),
+            "copy": Out(copy_link(config)),
         })
 
     def elaborate(self, platform: object) -> Module:
@@ -92,6 +96,7 @@ class Lane(wiring.Component):
         connect(m, front.back_end, back_end.front)
         connect(m, flipped(self.chain_i), front.chain_i)
         connect(m, front.chain_o, flipped(self.chain_o))
+        connect(m, front.copy, flipped(self.copy))
         m.d.comb += [front.load_valid.eq(self.load_valid), front.load.eq(self.load)]
         for name, member in back_end_ports(self.config).items():
             inner, outer = getattr(back_end, name), getattr(self, name)

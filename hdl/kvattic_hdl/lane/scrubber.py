@@ -14,7 +14,8 @@ SETTLE_CYCLES = 4096
 class Scrubber(wiring.Component):
     """Goes through the places of a job, one a cycle where `Arrivals` leaves it, and clears their arrival bits.
 
-    An abandoned job: waits until nothing of it can be under way in the lane (`SETTLE_CYCLES`), clears its bits, and
+    An abandoned job: waits until nothing of it can be under way in the lane (`SETTLE_CYCLES`, without those in which
+    the lane is held up), clears its bits, and
     then, when nothing of it is left, reports it abandoned.  A first pass: clears its bits when all of it came; until
     then they are needed, and from then on whatever comes again is told by that.  Reset forgets what was begun.
 
@@ -28,6 +29,8 @@ class Scrubber(wiring.Component):
         Strobes: a new job in this slot.
     failed : In(jobs_in_flight)
         The slot's job is being abandoned; one at a time.
+    held : In(1)
+        The lane's beats wait for the host memory.
     holds : In(jobs_in_flight)
         The slot's job has places.
     walked : In(jobs_in_flight)
@@ -56,6 +59,7 @@ class Scrubber(wiring.Component):
         super().__init__({
             "start": In(slots),
             "failed": In(slots),
+            "held": In(1),
             "holds": In(slots),
             "walked": In(slots),
             "came": In(slots),
@@ -91,7 +95,7 @@ class Scrubber(wiring.Component):
         m.d.comb += all_clear.eq(place == Mux(self.holds.bit_select(self.failed_slot, 1), self.failed_places, 0))
         with m.If(failed & ~self.abandoned.bit_select(self.failed_slot, 1)):
             with m.If(settle != SETTLE_CYCLES):
-                m.d.sync += settle.eq(settle + 1)
+                m.d.sync += settle.eq(settle + ~self.held)
             with m.Elif(~all_clear):
                 m.d.comb += at_work.eq(1)
                 with m.If(self.scrubbed):

@@ -152,6 +152,7 @@ class Walker(wiring.Component):
             m.d.sync += [
                 request.page.eq(self.stripe.page),
                 request.dram.eq(self.stripe.dram),
+                *([request.of_lane.eq(self.stripe.of_lane)] if config.lane_channels > 1 else []),
                 within.eq(1),
                 final.eq((left == 1) & tail),
                 left.eq(left - 1),

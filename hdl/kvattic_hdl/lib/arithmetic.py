@@ -1,8 +1,8 @@
-"""Small combinational pieces: element decode, adders with carry-in, constant multiples, one bit of many."""
+"""Small combinational pieces: element decode, adders with carry-in, constant multiples, one bit of many, turns."""
 
 from dataclasses import dataclass
 
-from amaranth.hdl import C, Cat, Mux, Value, ValueLike
+from amaranth.hdl import C, Cat, Module, Mux, Signal, Value, ValueLike
 
 from kvattic.spec.formats import SIGNIFICAND_BITS, ElementFormat
 
@@ -69,3 +69,15 @@ def times(value: ValueLike, factor: int) -> Value:
 def strobe(valid: ValueLike, number: ValueLike) -> Value:
     """The bit of this number, if it is valid; not `valid << number`, which is unknown while the number is."""
     return Mux(valid, 1 << Value.cast(number), 0)
+
+
+def next_of(m: Module, wanted: Value, at: Value, name: str) -> Signal:
+    """The number of the next bit behind number `at` that is set, round and round; 0 where none is."""
+    count = len(wanted)
+    behind = wanted & ~((2 << at) - 1)
+    found = Signal(range(max(2, count)), name=name)
+    for candidates in (wanted, behind[:count]):
+        for number in reversed(range(count)):
+            with m.If(candidates[number]):
+                m.d.comb += found.eq(number)
+    return found

@@ -4,7 +4,7 @@ Registers go without reset: whoever uses them resets what says that they are val
 of the others.
 """
 
-from amaranth.hdl import Cat, Module, Shape, Signal, Value
+from amaranth.hdl import Array, Cat, Module, Shape, Signal, Value
 from amaranth.lib import data
 
 COARSE, MEDIUM = 16, 4
@@ -57,12 +57,13 @@ def shift_up(m: Module, value: Value, name: str) -> tuple[Value, Value]:
     # 3: by 0, 4, 8 or 12; 4: by 0 to 3.
     def step(value: Value, unit: int, part: str) -> tuple[Value, Value]:
         count = Signal(2, name=f"{name}_{part}_count")
-        result = Signal(bits, name=f"{name}_{part}_result")
-        m.d.comb += [count.eq(3), result.eq(value << (3 * unit))]
+        # The number first: with it four bits make one, with its conditions they would take two LUTs.
+        m.d.comb += count.eq(3)
         for places in reversed(range(3)):
             with m.If(value[bits - (places + 1) * unit : bits - places * unit].any()):
-                m.d.comb += [count.eq(places), result.eq(value << (places * unit))]
-        return count, later(m, result, f"{name}_{part}")
+                m.d.comb += count.eq(places)
+        result = Array((value << (places * unit))[:bits] for places in range(4))[count]
+        return count, later(m, Value.cast(result), f"{name}_{part}")
 
     medium, by_fours = step(by_groups, MEDIUM, "medium")
     fine, normal = step(by_fours, 1, "fine")

@@ -9,7 +9,7 @@ Sparse modes have a *first pass*, which scores all tokens (or units) of a job ap
 docs/sparse.md.  A *group* is the 256 tokens (`Config.group_tokens`) of a codeword of the feature layout: one stripe.
 """
 
-from amaranth.hdl import Shape, signed, unsigned
+from amaranth.hdl import Const, Shape, Value, signed, unsigned
 from amaranth.lib import data, enum
 from amaranth.utils import bits_for, ceil_log2
 
@@ -78,13 +78,16 @@ class Shapes:
     Attributes
     ----------
     slot, row, place, channel : Shape
-        Unsigned numbers of a job slot, query row, codeword on its lane, channel.
+        Unsigned numbers of a job slot, query row, codeword on its lane, channel, lane.
     tag : StructLayout
         Names a codeword: slot, epoch, kind (`commands.Kind`), place.  The place of a FEATURE is its stripe's first one
         and the number of the feature; that of a centroid its stripe's first place and its number in the stripe's
         centroid codewords.
     request : StructLayout
-        A codeword wanted: tag, page, codeword (number inside of its page), dram (1: of device DRAM, 0: of the channel).
+        A codeword wanted: tag, page, codeword (number inside of its page), dram (1: of device DRAM, 0: of the channel);
+        of_lane: which of the lane's channels, if it has several.
+    channel_word : StructLayout
+        A word of a codeword on its way from a channel: as a beat.
     beat : StructLayout
         One beat of a codeword: tag (the same for all its beats), data, last, error (the same for all its beats: the
         codeword cannot be read, its data mean nothing).
@@ -140,6 +143,7 @@ class Shapes:
         self.row = unsigned(max(1, ceil_log2(config.rows)))
         self.place = unsigned(max(1, ceil_log2(config.ring_codewords)))
         self.channel = unsigned(max(1, ceil_log2(config.channels)))
+        self.lane = unsigned(max(1, ceil_log2(config.lanes)))
         self.beat_index = unsigned(max(1, ceil_log2(config.beats_per_token)))
         self.score: Shape = signed(SCORE_BITS)
         self.accumulator: Shape = signed(config.accumulator_bits)
@@ -147,13 +151,16 @@ class Shapes:
         beat_bits = config.beat_bytes * 8
 
         self.tag = data.StructLayout({"place": self.place, "kind": KIND_BITS, "slot": self.slot, "epoch": EPOCH_BITS})
+        # A lane with one channel has no such field.
+        self.of_lane = {"of_lane": ceil_log2(config.lane_channels)} if config.lane_channels > 1 else {}
         self.request = data.StructLayout({
             "tag": self.tag,
             "page": PAGE_BITS,
             "codeword": unsigned(max(1, ceil_log2(config.codewords_per_page))),
             "dram": 1,
-        })
+        } | self.of_lane)
         self.beat = data.StructLayout({"tag": self.tag, "data": beat_bits, "last": 1, "error": 1})
+        self.channel_word = data.StructLayout({"tag": self.tag, "data": config.word_bytes * 8, "last": 1, "error": 1})
         self._define_commands(config)
         self._define_load(config)
         self._define_lane(config)
@@ -162,13 +169,12 @@ class Shapes:
 
     def _define_commands(self, config: Config) -> None:
         """Commands on their way to flash and to `Admin`, and how they end."""
-        beat_bits = config.beat_bytes * 8
         self.identity = unsigned(32)    # Cat(queue, of 16 bits, identifier): handed through
         self.operation = data.StructLayout({
             "opcode": OPCODE_BITS, "page": PAGE_BITS, "block": unsigned(max(1, ceil_log2(config.part.blocks))),
             "identity": self.identity})
         self.outcome = data.StructLayout({"identity": self.identity, "page": PAGE_BITS, "status": STATUS_BITS})
-        self.page_word = data.StructLayout({"data": beat_bits, "page": PAGE_BITS})
+        self.page_word = data.StructLayout({"data": config.word_bytes * 8, "page": PAGE_BITS})
         self.flash_command = data.StructLayout({
             "channel": self.channel, "operation": self.operation, "dram_page": PAGE_BITS})
         self.admin_command = data.StructLayout({
@@ -223,6 +229,7 @@ class Shapes:
             "slot": self.slot,
             "epoch": EPOCH_BITS,
             "mode": MODE_BITS,                   # `commands.Mode`
+            "read": 1,                           # a READ: a job without rows, whose K and V are copied
             "unit_bits": unsigned(bits_for(config.codewords_per_page.bit_length())),
             "features": unsigned(bits_for(config.head_dim)),   # how many are chosen
             "local_token": TOKEN_BITS,           # first token of the local window; end_token where there is none
@@ -268,7 +275,7 @@ class Shapes:
             "epoch": EPOCH_BITS,
         })
         # A stripe as a walker needs it: its first page of K or of V.
-        self.stripe = data.StructLayout({"page": PAGE_BITS, "dram": 1})
+        self.stripe = data.StructLayout({"page": PAGE_BITS, "dram": 1} | self.of_lane)
         # A token's place: where its scores are kept, and which token it is.
         self.ring = unsigned(self.place.width)
         self.lane_token = data.StructLayout({
@@ -307,6 +314,7 @@ class Shapes:
             "queue": QUEUE_BITS,
             "identifier": 16,
             "mode": MODE_BITS,
+            "read": 1,           # it has no results; its K and V are copied
             "units": COMMAND["top_units"].size * 8,
             "rows": unsigned(bits_for(config.rows)),
             "result": 64,
@@ -325,6 +333,15 @@ class Shapes:
             "stale": 1,
             "bad_tag": 1,
         })
+
+    def lane_of(self, channel: Value) -> Value:
+        """The lane of a channel."""
+        lane = channel if self.config.lane_channels == 1 else channel[: ceil_log2(self.config.lanes)]
+        return Value.cast(lane) if len(lane) else Const(0, self.lane)
+
+    def number_of_lane(self, channel: Value) -> Value:
+        """Which of its lane's channels it is; no bits if there is but one."""
+        return channel[ceil_log2(self.config.lanes) :][: ceil_log2(self.config.lane_channels)]
 
     @property
     def row_words(self) -> int:

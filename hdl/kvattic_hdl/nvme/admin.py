@@ -4,7 +4,7 @@ from amaranth.hdl import Module, Mux, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
-from amaranth.utils import bits_for, ceil_log2
+from amaranth.utils import ceil_log2
 
 from kvattic.spec.commands import DOMAINS, IDENTIFY_BYTES, LINE_BYTES, Grant, Opcode, Status, lines
 from kvattic.spec.config import Config
@@ -63,9 +63,11 @@ class Admin(wiring.Component):
     block_index : In(range(IDENTIFY_BYTES // 8))
         Number of a word of the block that belongs to the last outcome taken.
     block_data : Out(64)
-        One cycle later: that word.  A counter is that of the cycle before.
-    counters : In(ArrayLayout(64, len(COUNTERS)))
-        `registers.COUNTERS`, in that order.
+        One cycle later: that word.  A counter is that of the cycle before, or of one earlier while the bus reads.
+    counter_number, counter_first : Out, Out(1)
+        Which of `registers.COUNTERS` is to be read; it is another than in the cycle before.
+    counter_there, counter : In(1), In(64)
+        `counter` is that one's value.  Always so while `counter_first`.
     """
 
     commands: stream.Interface
@@ -77,7 +79,10 @@ class Admin(wiring.Component):
     grant: stream.Interface
     block_index: Signal
     block_data: Signal
-    counters: data.View
+    counter_number: Signal
+    counter_first: Signal
+    counter_there: Signal
+    counter: Signal
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -98,7 +103,10 @@ class Admin(wiring.Component):
             "grant": Out(stream.Signature(GRANT)),
             "block_index": In(range(len(self._words))),
             "block_data": Out(WORD_BYTES * 8),
-            "counters": In(data.ArrayLayout(COUNTER_BYTES * 8, len(COUNTERS))),
+            "counter_number": Out(range(len(COUNTERS))),
+            "counter_first": Out(1),
+            "counter_there": In(1),
+            "counter": In(COUNTER_BYTES * 8),
         })
         self._deleted = Signal(QUEUES, name="deleted")   # DELETE_QUEUE reported QUEUE_BUSY
         self._judging = Signal(name="judging")
@@ -173,16 +181,20 @@ class Admin(wiring.Component):
 
     def _read_block(self, m: Module, counting: Signal) -> None:
         """Words of the blocks."""
-        m.submodules.identify = identify = Memory(shape=WORD_BYTES * 8, depth=len(self._words), init=self._words)
+        m.submodules.identify = identify = Memory(
+            shape=WORD_BYTES * 8, depth=len(self._words), init=self._words, attrs={"rom_style": "block"})
         read = identify.read_port()
         counter, counting_1 = Signal(COUNTER_BYTES * 8), Signal()
-        number = self.block_index[: bits_for(len(COUNTERS) - 1)]
-        m.d.sync += [counter.eq(0), counting_1.eq(counting)]
-        with m.Switch(number):
-            for i in range(len(COUNTERS)):
-                with m.Case(i):
-                    m.d.sync += counter.eq(self.counters[i])
+        number = self.block_index[: len(self.counter_number)]
+        before = Signal.like(number)
+        m.d.sync += [counting_1.eq(counting), before.eq(number)]
+        with m.If(number >= len(COUNTERS)):   # what pads them
+            m.d.sync += counter.eq(0)
+        with m.Elif(self.counter_there):
+            m.d.sync += counter.eq(self.counter)
         m.d.comb += [
+            self.counter_number.eq(number),
+            self.counter_first.eq(counting & (number != before)),
             read.addr.eq(self.block_index),
             self.block_data.eq(Mux(counting_1, counter, read.data)),
         ]

@@ -1,6 +1,6 @@
 """Registers, status and counters: everything the host sees of the engine besides memory."""
 
-from amaranth.hdl import Cat, Elaboratable, Module, ResetInserter, Signal, Value
+from amaranth.hdl import Array, Cat, Elaboratable, Module, ResetInserter, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out, connect, flipped
 
@@ -9,7 +9,7 @@ from kvattic.spec.registers import ADDRESS_BITS, COUNTERS, MAX_ENTRIES, QUEUES, 
 from kvattic.spec.registers import Control as ControlBit
 from kvattic_hdl.lib.axi import LINE_ADDRESS_BITS, axi_lite
 from kvattic_hdl.lib.shapes import Shapes
-from kvattic_hdl.nvme.counters import FLASH_COUNTERS, SNAPSHOT, STALLS, Counters, FlashCounters
+from kvattic_hdl.nvme.counters import SNAPSHOT, STALLS, Counters, FlashCounters
 from kvattic_hdl.nvme.queues import DOORBELL
 from kvattic_hdl.nvme.registers import RegisterBank
 
@@ -48,9 +48,9 @@ class Control(wiring.Component):
         The host's access.
     irq : Out(1)
         A queue of INTERRUPT_MASK wants an interrupt.
-    events : In(ArrayLayout(Shapes.events, channels))
+    events : In(ArrayLayout(Shapes.events, lanes))
         What each lane did in this cycle.
-    bad_tags : In(ArrayLayout(unsigned(24), channels))
+    bad_tags : In(ArrayLayout(unsigned(24), lanes))
         The tag that a lane's `events.bad_tag` is about, in the same cycle.
     flash_events : In(ArrayLayout(Shapes.flash_events, channels))
         What each flash channel did in this cycle.
@@ -92,8 +92,10 @@ class Control(wiring.Component):
         The register.
     timeout : Out(32)
         The register.
-    counters : Out(ArrayLayout(64, len(COUNTERS)))
-        `registers.COUNTERS`.
+    counter_number, counter_first : In, In(1)
+        Number of one of `registers.COUNTERS`; it is another than in the cycle before.
+    counter_there, counter : Out(1), Out(64)
+        `counter` is that one's value; else the bus reads a register in this cycle.
     snapshot : Out(SNAPSHOT)
         The counters of a completion, consistent in each cycle.
     """
@@ -127,7 +129,10 @@ class Control(wiring.Component):
     interrupt_after: Signal
     region_bits: Signal
     timeout: Signal
-    counters: data.View
+    counter_number: Signal
+    counter_first: Signal
+    counter_there: Signal
+    counter: Signal
     snapshot: data.View
 
     def __init__(self, config: Config) -> None:
@@ -137,8 +142,8 @@ class Control(wiring.Component):
             {
                 "bus": In(axi_lite(ADDRESS_BITS)),
                 "irq": Out(1),
-                "events": In(data.ArrayLayout(shapes.events, config.channels)),
-                "bad_tags": In(data.ArrayLayout(TAG_BITS, config.channels)),
+                "events": In(data.ArrayLayout(shapes.events, config.lanes)),
+                "bad_tags": In(data.ArrayLayout(TAG_BITS, config.lanes)),
                 "flash_events": In(data.ArrayLayout(shapes.flash_events, config.channels)),
                 "media_errors": In(data.ArrayLayout(shapes.media_error, config.channels)),
                 "lanes_ready": In(1),
@@ -164,7 +169,10 @@ class Control(wiring.Component):
                 "interrupt_after": Out(16),
                 "region_bits": Out(4),
                 "timeout": Out(32),
-                "counters": Out(data.ArrayLayout(64, len(COUNTERS))),
+                "counter_number": In(range(len(COUNTERS))),
+                "counter_first": In(1),
+                "counter_there": Out(1),
+                "counter": Out(64),
                 "snapshot": Out(SNAPSHOT),
             }
         )
@@ -230,7 +238,7 @@ class Control(wiring.Component):
 
     def _status(self, m: Module, bank: RegisterBank) -> list[Signal]:
         """STATUS, and what its bits are about; the registers that a reset clears."""
-        channels = range(self._config.channels)
+        lanes, channels = range(self._config.lanes), range(self._config.channels)
         refused, bad_tag, bus_error, stale, media_bad = flags = [
             Signal(name=name) for name in ("refused_seen", "bad_tag", "bus_error_seen", "stale", "media_bad")]
         bits = (StatusBit.INVALID_DOORBELL, StatusBit.BAD_TAG, StatusBit.BUS_ERROR, StatusBit.STALE_CODEWORD,
@@ -246,10 +254,10 @@ class Control(wiring.Component):
                 m.d.sync += doorbell_error.eq(self.refused_doorbell)
         with m.If(self.bus_error):
             m.d.sync += bus_error.eq(1)
-        with m.If(Cat(self.events[i].stale for i in channels).any()):
+        with m.If(Cat(self.events[i].stale for i in lanes).any()):
             m.d.sync += stale.eq(1)
         tag_error, tag_seen = self._first_error(
-            m, "tag", bad_tag, [(self.events[i].bad_tag, self.bad_tags[i]) for i in channels], TAG_BITS)
+            m, "tag", bad_tag, [(self.events[i].bad_tag, self.bad_tags[i]) for i in lanes], TAG_BITS)
         media = Shapes(self._config).media_error
         media_error, media_seen = self._first_error(
             m, "media", media_bad, [(self.flash_events[i].unreadable, self.media_errors[i]) for i in channels],
@@ -278,10 +286,15 @@ class Control(wiring.Component):
         about = data.StructLayout({"error": bits, "channel": CHANNEL_BITS})
         first, now = Signal(about, name=f"{name}_error"), Signal(about, name=f"{name}_now")
         seen = Signal(name=f"{name}_seen")
-        m.d.sync += seen.eq(0)
-        for channel, (happened, error) in reversed(list(enumerate(errors))):
+        lowest = Signal(range(max(2, len(errors))), name=f"{name}_lowest")
+        for channel, (happened, _) in reversed(list(enumerate(errors))):
             with m.If(happened):
-                m.d.sync += [seen.eq(1), now.error.eq(error), now.channel.eq(channel)]
+                m.d.comb += lowest.eq(channel)
+        m.d.sync += [
+            seen.eq(Cat(happened for happened, _ in errors).any()),
+            now.error.eq(Array(Value.cast(error) for _, error in errors)[lowest]),
+            now.channel.eq(lowest),
+        ]
         with m.If(seen):
             m.d.sync += flag.eq(1)
             with m.If(~flag):
@@ -294,9 +307,12 @@ class Control(wiring.Component):
         m.d.comb += [read.cycles.eq(counters.cycle), self.snapshot.cycle.eq(counters.cycle)]
         for name in ("beats", "first_beat", "last_beat", "duplicates", "stales", *STALLS):
             m.d.comb += read[name].eq(getattr(counters, name))
-        for name in FLASH_COUNTERS:
-            m.d.comb += read[name].eq(getattr(flash_counters, name))
+        m.d.comb += [flash_counters.number.eq(bank.flash_number), bank.flash_counter.eq(flash_counters.counter)]
         for name in ("beats", *STALLS):
             m.d.comb += self.snapshot[name].eq(getattr(counters, name))
-        for number, register in enumerate(COUNTERS):
-            m.d.comb += self.counters[number].eq(read[register.name.lower()])
+        m.d.comb += [
+            bank.look.eq(Array(register.address // 4 for register in COUNTERS)[self.counter_number]),
+            bank.look_first.eq(self.counter_first),
+            self.counter_there.eq(bank.looking),
+            self.counter.eq(bank.looked),
+        ]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from amaranth.hdl import Cat, Elaboratable, Module, Mux, Signal, Value
+from amaranth.hdl import Array, Cat, Elaboratable, Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -47,7 +47,7 @@ class Counters(wiring.Component):
     """Counts what the lanes did.
 
     Latency: an event is in its counter three cycles later.  Time is counted behind the same
-    pipeline, so the counters are consistent in every cycle: beats and stalls add up to channels
+    pipeline, so the counters are consistent in every cycle: beats and stalls add up to lanes
     times cycle.
     Throughput, ordering: all lanes in each cycle; none.
     Reset: all counters zero.
@@ -59,7 +59,7 @@ class Counters(wiring.Component):
 
     Members
     -------
-    events : In(ArrayLayout(Shapes.events, channels))
+    events : In(ArrayLayout(Shapes.events, lanes))
         What each lane did in this cycle.
     counting : In(1)
         The drive has work: this cycle counts.
@@ -90,10 +90,10 @@ class Counters(wiring.Component):
     def __init__(self, config: Config) -> None:
         self._config = config
         self._shapes = Shapes(config)
-        sum_bits = CYCLE_BITS + config.channels.bit_length()
+        sum_bits = CYCLE_BITS + config.lanes.bit_length()
         super().__init__(
             {
-                "events": In(data.ArrayLayout(self._shapes.events, config.channels)),
+                "events": In(data.ArrayLayout(self._shapes.events, config.lanes)),
                 "counting": In(1),
                 "cycle": Out(CYCLE_BITS),
                 "first_beat": Out(CYCLE_BITS),
@@ -107,7 +107,7 @@ class Counters(wiring.Component):
 
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()
-        channels = self._config.channels
+        lanes = self._config.lanes
         now = Signal(3)  # `counting` beside the two registers before the counters, and a cycle later
         m.d.sync += now.eq(Cat(self.counting, now[:2]))
         counters = {
@@ -117,9 +117,9 @@ class Counters(wiring.Component):
         }
         counters |= {name: (getattr(self, name), True) for name in STALLS}
         for name, (counter, gated) in counters.items():
-            seen = Signal(channels, name=f"{name}_seen")
-            total = Signal(range(channels + 1), name=f"{name}_total")
-            happened = Cat(self.events[i][name] for i in range(channels))
+            seen = Signal(lanes, name=f"{name}_seen")
+            total = Signal(range(lanes + 1), name=f"{name}_total")
+            happened = Cat(self.events[i][name] for i in range(lanes))
             m.d.sync += [
                 seen.eq(Mux(self.counting, happened, 0) if gated else happened),
                 total.eq(total_of(list(seen))),
@@ -156,14 +156,16 @@ class FlashCounters(wiring.Component):
         What each channel did in this cycle.
     counting : In(1)
         The drive has work: this cycle counts.
-    flash_words, flash_commands, die_busy, codewords, corrected, bit_errors, retries, unreadable : Out(48)
-        The registers of that name.
-    page_reads, page_programs, block_erases : Out(48)
-        The registers of that name.
+    number : In(range(len(FLASH_COUNTERS)))
+        Number of one of `FLASH_COUNTERS`.
+    counter : Out(48)
+        That one, in this cycle.
     """
 
     events: data.View
     counting: Signal
+    number: Signal
+    counter: Signal
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -172,7 +174,8 @@ class FlashCounters(wiring.Component):
             {
                 "events": In(data.ArrayLayout(self._shapes.flash_events, config.channels)),
                 "counting": In(1),
-                **{name: Out(CYCLE_BITS) for name in FLASH_COUNTERS},
+                "number": In(range(len(FLASH_COUNTERS))),
+                "counter": Out(CYCLE_BITS),
             }
         )
 
@@ -181,12 +184,15 @@ class FlashCounters(wiring.Component):
         seen = Signal.like(self.events)
         counting = Signal()
         m.d.sync += [seen.eq(self.events), counting.eq(self.counting)]
+        counters = []
         for name, event in FLASH_COUNTERS.items():
-            counter = getattr(self, name)
             parts = [Value.cast(seen[i][event]) for i in range(self._config.channels)]
             # At most what all channels together can say in a cycle.
             total = Signal(range(len(parts) * ((1 << len(parts[0])) - 1) + 1), name=f"{name}_total")
+            counter = Signal(CYCLE_BITS, name=name)
             m.d.sync += [total.eq(total_of(parts)), counter.eq(counter + total)]
             with m.If(~counting):
                 m.d.sync += total.eq(0)
+            counters.append(counter)
+        m.d.comb += self.counter.eq(Array(counters)[self.number])
         return m

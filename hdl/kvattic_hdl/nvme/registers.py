@@ -26,14 +26,18 @@ PAGE_REGISTERS = tuple(r for r in REGISTERS if r.address < DOORBELLS)
 """All but the doorbells."""
 INDEX_BITS = max(r.address // 4 + r.width // WORD_BITS - 1 for r in PAGE_REGISTERS).bit_length()
 """Bits of the number of a word of `PAGE_REGISTERS`."""
+FLASH_WORDS = REGISTER_MAP["FLASH_WORDS"].address
+"""The first counter of the flash channels; behind it stand the others, of 64 bits each."""
 CONSTANTS = ("ID", "VERSION", "CONFIG_HASH")
 """Registers whose value never changes: the bank knows them itself."""
+FLASH_REGISTERS = tuple(r.name for r in PAGE_REGISTERS if r.address >= FLASH_WORDS)
+"""Registers that are not here but are asked for by their number."""
 
 READ_LAYOUT = data.StructLayout(
     {
         r.name.lower(): r.width
         for r in REGISTERS
-        if r.access in (Access.RO, Access.W1C) and r.name not in CONSTANTS
+        if r.access in (Access.RO, Access.W1C) and r.name not in CONSTANTS and r.name not in FLASH_REGISTERS
     }
 )
 """Values that come from outside."""
@@ -67,7 +71,8 @@ def at(register: Register) -> int:
 class RegisterBank(wiring.Component):
     """AXI4-Lite subordinate for the table of registers.
 
-    Latency: reads answer two cycles after ARVALID; writes one cycle after both AW and W were taken.
+    Latency: reads answer two cycles after ARVALID, three where `look_first` comes between; writes one cycle after both
+    AW and W were taken.
     Throughput: one read and one write under way at a time, each independent of the other; AW and W
     may come in either order.
     Ordering: as on AXI4-Lite; none between reads and writes.
@@ -89,8 +94,15 @@ class RegisterBank(wiring.Component):
         The bus.
     clear : In(1)
         Gives all stored registers their reset values.
+    look, look_first : In, In(1)
+        Number of a register's first word (its address divided by four) to be looked at beside the bus; it is another
+        than in the cycle before, so that the bus waits.
+    looking, looked : Out(1), Out(64)
+        `looked` is what that register reads as; else the bus reads.
     read : In(READ_LAYOUT)
         What the read-only and write-one-to-clear registers read as.
+    flash_number, flash_counter : Out, In(64)
+        A number in `FLASH_REGISTERS`, and what that one reads as.
     value : Out(VALUE_LAYOUT)
         The read-write registers.
     write : Out(WRITE_LAYOUT)
@@ -108,7 +120,13 @@ class RegisterBank(wiring.Component):
 
     bus: wiring.PureInterface
     clear: Signal
+    look: Signal
+    look_first: Signal
+    looking: Signal
+    looked: Signal
     read: data.View
+    flash_number: Signal
+    flash_counter: Signal
     value: data.View
     write: data.View
     doorbell: data.View
@@ -122,7 +140,13 @@ class RegisterBank(wiring.Component):
             {
                 "bus": In(axi_lite(ADDRESS_BITS)),
                 "clear": In(1),
+                "look": In(INDEX_BITS),
+                "look_first": In(1),
+                "looking": Out(1),
+                "looked": Out(2 * WORD_BITS),
                 "read": In(READ_LAYOUT),
+                "flash_number": Out(range(len(FLASH_REGISTERS))),
+                "flash_counter": In(2 * WORD_BITS),
                 "value": Out(
                     VALUE_LAYOUT,
                     init={r.name.lower(): r.reset for r in REGISTERS if r.access is Access.RW},
@@ -145,6 +169,8 @@ class RegisterBank(wiring.Component):
             return Const(self._config.hash, WORD_BITS)
         if name in CONSTANTS:
             return Const(REGISTER_MAP[name].reset, WORD_BITS)
+        if name in FLASH_REGISTERS:
+            return self.flash_counter
         register = REGISTER_MAP[name]
         match register.access:
             case Access.RW:
@@ -163,25 +189,40 @@ class RegisterBank(wiring.Component):
         m.d.comb += bus.arready.eq(~pending & ~bus.rvalid)
         with m.If(bus.arvalid & bus.arready):
             m.d.sync += [word.eq(bus.araddr[2:]), pending.eq(1)]
-        with m.If(pending):
-            m.d.sync += [pending.eq(0), bus.rvalid.eq(1), bus.rresp.eq(SLVERR), bus.rdata.eq(0)]
-            with m.Switch(Cat(place.index, place.register)):
-                for register in PAGE_REGISTERS:
-                    content = self._content(register.name)
-                    low, high = content[:WORD_BITS], content[WORD_BITS:]
-                    kept = register.width > WORD_BITS and register.access is Access.RO
-                    with m.Case(at(register)):
-                        m.d.sync += [bus.rdata.eq(low), bus.rresp.eq(OKAY)]
-                        if kept:
-                            m.d.sync += held_high.eq(high)
-                    if register.width > WORD_BITS:
-                        with m.Case(at(register) + 1):
-                            m.d.sync += [
-                                bus.rdata.eq(held_high if kept else high),
-                                bus.rresp.eq(OKAY),
-                            ]
-            with m.If(place.doorbell):
-                m.d.sync += bus.rresp.eq(OKAY)
+        # One look at a word in each cycle: the bus's, or else that of `look`.
+        answering, there, keeps, held = Signal(), Signal(), Signal(), Signal()
+        low, high = Signal(WORD_BITS), Signal(WORD_BITS)
+        m.d.comb += [
+            answering.eq(pending & ~self.look_first),
+            self.looking.eq(~answering),
+            self.looked.eq(Cat(low, high)),
+        ]
+        at_word = Signal(INDEX_BITS + 1)
+        m.d.comb += [
+            at_word.eq(Mux(answering, Cat(place.index, place.register), self.look | 1 << INDEX_BITS)),
+            self.flash_number.eq(at_word[1:]),   # FLASH_WORDS is a multiple of 0x80
+        ]
+        with m.Switch(at_word):
+            for register in PAGE_REGISTERS:
+                content = self._content(register.name)
+                kept = register.width > WORD_BITS and register.access is Access.RO
+                with m.Case(at(register)):
+                    m.d.comb += [low.eq(content[:WORD_BITS]), there.eq(1)]
+                    if kept:
+                        m.d.comb += [high.eq(content[WORD_BITS:]), keeps.eq(1)]
+                if register.width > WORD_BITS:
+                    with m.Case(at(register) + 1):
+                        m.d.comb += there.eq(1)
+                        m.d.comb += held.eq(1) if kept else low.eq(content[WORD_BITS:])
+        with m.If(answering):
+            m.d.sync += [
+                pending.eq(0),
+                bus.rvalid.eq(1),
+                bus.rresp.eq(Mux(there | place.doorbell, OKAY, SLVERR)),
+                bus.rdata.eq(Mux(held, held_high, low)),
+            ]
+            with m.If(keeps):
+                m.d.sync += held_high.eq(high)
         with m.If(bus.rvalid & bus.rready):
             m.d.sync += bus.rvalid.eq(0)
 
@@ -228,7 +269,9 @@ class RegisterBank(wiring.Component):
                                     stored = Value.cast(self.value[name])[half * WORD_BITS :][
                                         :WORD_BITS
                                     ]
-                                    m.d.sync += stored.eq((wdata & mask) | (stored & ~mask))
+                                    for byte in range(WORD_BITS // 8):    # each enables its registers
+                                        with m.If(wstrb[byte]):
+                                            m.d.sync += stored.word_select(byte, 8).eq(wdata.word_select(byte, 8))
                                 case Access.WO | Access.W1C:
                                     m.d.comb += self.write[name].eq(wstrb.any())
                                 case Access.RO:

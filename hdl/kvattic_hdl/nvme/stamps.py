@@ -1,17 +1,26 @@
 """When the command of each job was requested, and when its first and its last beat moved."""
 
-from amaranth.hdl import Cat, Module, Mux, Signal, Value, unsigned
+from typing import Any
+
+from amaranth.hdl import Array, Cat, Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
+from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from kvattic.spec.commands import COMPLETION
 from kvattic.spec.config import Config
+from kvattic_hdl.lib.arithmetic import strobe
 from kvattic_hdl.lib.shapes import Shapes
 
 STAMPS = data.StructLayout({name: COMPLETION[name].size * 8 for name in ("fetched", "first_beat", "last_beat")})
 """What a completion says of its job; each wraps at its width."""
 DELAY = 3
 """Cycles from an event to `cycle`, which `Counters` counts behind as many."""
+
+TURNS = 16
+"""Cycles in which each slot has its turn at the memories: the most slots there are."""
+LOW_BITS = TURNS.bit_length()
+"""Bits of a cycle that a slot notes: those of two rounds of turns."""
 
 
 def _delayed(m: Module, value: Value, cycles: int, name: str) -> Signal:
@@ -47,9 +56,9 @@ class JobStamps(wiring.Component):
         Strobe: the command in hand is the job of this slot.
     started, started_slot : In(1), In(slot)
         Strobe: its beats may come from now on.  A job that the lanes never see is not started.
-    beats : In(channels)
+    beats : In(lanes)
         Lanes that take a beat.
-    beat_slots : In(ArrayLayout(slot, channels))
+    beat_slots : In(ArrayLayout(slot, lanes))
         Whose beat it was, one cycle later.
     slot : In(slot)
         Slot of a job that was started and is done, or of one that is not started.
@@ -80,52 +89,80 @@ class JobStamps(wiring.Component):
             "used_slot": In(slot),
             "started": In(1),
             "started_slot": In(slot),
-            "beats": In(config.channels),
-            "beat_slots": In(data.ArrayLayout(slot, config.channels)),
+            "beats": In(config.lanes),
+            "beat_slots": In(data.ArrayLayout(slot, config.lanes)),
             "slot": In(slot),
             "stamps": Out(STAMPS),
         })
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        slots = range(self._config.jobs_in_flight)
-        noted = data.ArrayLayout(unsigned(32), len(slots))
-        fetched, first, last = (Signal(noted, name=name, reset_less=True) for name in ("fetch", "first", "last"))
-        seen = Signal(len(slots))
+        config = self._config
+        fetched_write, self_fetched = self._kept(m, "fetched")
         requested, latest = Signal(32, reset_less=True), Signal(32, reset_less=True)
         with m.If(_delayed(m, self.asked, DELAY, "asked")):
             m.d.sync += requested.eq(self.cycle)
         # All as late as each other, so that they stay in order.
         with m.If(_delayed(m, self.fetched, DELAY, "fetched")):
             m.d.sync += latest.eq(requested)
-        used = _delayed(m, self.used, DELAY, "used")
-        used_slot = _delayed(m, self.used_slot, DELAY, "used_slot")
-        started = _delayed(m, self.started, DELAY, "started")
-        started_slot = _delayed(m, self.started_slot, DELAY, "started_slot")
+        m.d.comb += [
+            fetched_write.addr.eq(_delayed(m, self.used_slot, DELAY, "used_slot")),
+            fetched_write.data.eq(latest),
+            fetched_write.en.eq(_delayed(m, self.used, DELAY, "used")),
+        ]
+        started = strobe(_delayed(m, self.started, DELAY, "started"),
+                         _delayed(m, self.started_slot, DELAY, "started_slot"))
+        seen = Signal(config.jobs_in_flight)
         hit = self._hits(m)
-        for slot in slots:
-            with m.If(used & (used_slot == slot)):
-                m.d.sync += fetched[slot].eq(latest)
-            with m.If(hit[slot]):
-                m.d.sync += [seen[slot].eq(1), last[slot].eq(self.cycle)]
-                with m.If(~seen[slot]):
-                    m.d.sync += first[slot].eq(self.cycle)
-            with m.If(started & (started_slot == slot)):
-                m.d.sync += seen[slot].eq(0)
+        m.d.sync += seen.eq((seen | hit) & ~started)
         any_beat = seen.bit_select(self.slot, 1)
         m.d.comb += [
-            self.stamps.fetched.eq(fetched[self.slot]),
-            self.stamps.first_beat.eq(Mux(any_beat, first[self.slot], 0)),
-            self.stamps.last_beat.eq(Mux(any_beat, last[self.slot], 0)),
+            self.stamps.fetched.eq(self_fetched),
+            self.stamps.first_beat.eq(Mux(any_beat, self._note(m, "first", hit & ~seen), 0)),
+            self.stamps.last_beat.eq(Mux(any_beat, self._note(m, "last", hit), 0)),
         ]
         return m
+
+    def _kept(self, m: Module, name: str) -> tuple[Any, Value]:
+        """A number of 32 bits for each slot: (where it is written, that of `slot`)."""
+        m.submodules[name] = memory = Memory(shape=32, depth=self._config.jobs_in_flight, init=[])
+        read = memory.read_port(domain="comb")
+        m.d.comb += read.addr.eq(self.slot)
+        return memory.write_port(), read.data
+
+    def _note(self, m: Module, name: str, happens: Value) -> Value:
+        """The cycle in which this happened last for `slot`; it may happen for any number of slots at once.
+
+        A slot notes the lowest bits of the cycle, and goes on to the memory before they come again: the cycle was the
+        last one with these bits.
+        """
+        slots = self._config.jobs_in_flight
+        turn = Signal(range(TURNS), name=f"{name}_turn")
+        noted = Array(Signal(LOW_BITS, name=f"{name}_{slot}", reset_less=True) for slot in range(slots))
+        new = Signal(slots, name=f"{name}_new")
+        low, high = self.cycle[:LOW_BITS], self.cycle[LOW_BITS:]
+        write, kept = self._kept(m, name)
+
+        def whole(bits: Value) -> Value:
+            return Cat(bits, Mux(bits > low, high - 1, high))
+
+        m.d.sync += [turn.eq(turn + 1), new.eq(new & ~(1 << turn) | happens)]
+        for slot in range(slots):
+            with m.If(happens[slot]):
+                m.d.sync += noted[slot].eq(low)
+        m.d.comb += [
+            write.addr.eq(turn),
+            write.data.eq(whole(noted[turn])),
+            write.en.eq(new.bit_select(turn, 1)),
+        ]
+        return Mux(new.bit_select(self.slot, 1), whole(noted[self.slot]), kept)
 
     def _hits(self, m: Module) -> Signal:
         """Slots of which a lane took a beat `DELAY` cycles ago."""
         taken = _delayed(m, self.beats, 1, "taken")
-        of_lane = [Mux(taken[lane], 1 << self.beat_slots[lane], 0) for lane in range(self._config.channels)]
+        of_lane = [Mux(taken[lane], 1 << self.beat_slots[lane], 0) for lane in range(self._config.lanes)]
         hit = Signal(self._config.jobs_in_flight)
-        lanes_hit = [Signal.like(hit, name=f"lane_{lane}_hit") for lane in range(self._config.channels)]
+        lanes_hit = [Signal.like(hit, name=f"lane_{lane}_hit") for lane in range(self._config.lanes)]
         m.d.sync += [lane_hit.eq(hits) for lane_hit, hits in zip(lanes_hit, of_lane, strict=True)]
         m.d.sync += hit.eq(Cat(
             Cat(lane_hit[slot] for lane_hit in lanes_hit).any() for slot in range(len(hit))))

@@ -1,5 +1,6 @@
 """The last step of SparF: a quotient and the mean of V, each by its share, rounded once to fp32."""
 
+from dataclasses import dataclass
 from functools import partial
 
 from amaranth.hdl import Cat, Const, Module, Mux, Shape, Signal, Value, signed, unsigned
@@ -32,13 +33,29 @@ DSP = 17
 """Bits of a factor that a DSP slice multiplies by 24 bits."""
 
 
+@dataclass
+class _Term:
+    """An operand of a product: its sign, its exponent's field, whether it is zero, its significand and its share."""
+
+    sign: Signal
+    exponent: Signal
+    nothing: Signal
+    significand: Signal
+    share: Signal
+
+    @property
+    def factor(self) -> Value:
+        """The significand, or zero."""
+        return Mux(self.nothing, 0, self.significand)
+
+
 class Blend(wiring.Component):
     """``alpha * quotient + (1 - alpha) * mean``: the exact sum, rounded once to the nearest fp32, ties to even.
 
-    Latency: `LATENCY` cycles, always.  Throughput: one result a cycle.  Order is kept.  There is no backpressure.
-    Reset empties the pipeline.  Subnormal operands count as zero, of either sign; a result that is zero or, rounded,
-    below 2**-126 in magnitude is +0.  With alpha = 1 the result is the quotient, whatever the mean.  Operands are
-    finite.
+    Latency: `LATENCY` cycles, always.  Throughput: one result every second cycle, as both products have the same
+    multipliers in turns.  Order is kept.  There is no backpressure from `o`.  Reset empties the pipeline.  Subnormal
+    operands count as zero, of either sign; a result that is zero or, rounded, below 2**-126 in magnitude is +0.  With
+    alpha = 1 the result is the quotient, whatever the mean.  Operands are finite.
 
     Parameters
     ----------
@@ -47,13 +64,14 @@ class Blend(wiring.Component):
 
     Members
     -------
-    i : In(stream.Signature(StructLayout, always_ready=True))
-        `quotient` and `mean` (bits of an fp32), `alpha` (0 to 2**24, which is 1) and `tag`.
+    i : In(stream.Signature(StructLayout))
+        `quotient` and `mean` (bits of an fp32), `alpha` (0 to 2**24, which is 1) and `tag`; not ready in the cycle
+        behind one that is taken.
     o : Out(stream.Signature(StructLayout, always_ready=True))
         `result` (bits of an fp32) and the `tag` of its operands.
     """
 
-    LATENCY = 14
+    LATENCY = 16
 
     i: stream.Interface
     o: stream.Interface
@@ -62,8 +80,7 @@ class Blend(wiring.Component):
         self.tag = tag
         super().__init__({
             "i": In(stream.Signature(
-                data.StructLayout({"quotient": 32, "mean": 32, "alpha": unsigned(ALPHA_FRACTION + 1), "tag": tag}),
-                always_ready=True)),
+                data.StructLayout({"quotient": 32, "mean": 32, "alpha": unsigned(ALPHA_FRACTION + 1), "tag": tag}))),
             "o": Out(stream.Signature(data.StructLayout({"result": 32, "tag": tag}), always_ready=True)),
         })
 
@@ -73,46 +90,31 @@ class Blend(wiring.Component):
 
         # Only `valid` has a reset.
         valid = Signal(self.LATENCY)
-        m.d.sync += valid.eq(Cat(self.i.valid, valid))
+        m.d.sync += valid.eq(Cat(self.i.valid & self.i.ready, valid))
+        m.d.comb += self.i.ready.eq(~valid[0])
         tag = tag_later(m, given.tag, self.tag, self.LATENCY)
         later = partial(pipeline_later, m)
 
-        # 1: shares and fields.  The exponent of a product that is zero is zero, so that it is not the larger one.
-        signs, products, exponents = [], [], []
-        rest = (ONE - given.alpha)[: ALPHA_FRACTION + 1]
-        for name, bits, share, none in (
-            ("quotient", given.quotient, given.alpha, given.alpha == 0),
-            ("mean", given.mean, rest, given.alpha[-1]),
-        ):
-            field = bits[FP32_FRACTION_BITS:31]
-            nothing = none | (field == 0)
-            exponents.append(later(Mux(nothing, 0, field), f"{name}_exponent"))
-            significand = later(Mux(nothing, 0, Cat(bits[:FP32_FRACTION_BITS], Const(1, 1))), f"{name}_significand")
-            factor = later(share, f"{name}_share")
-            # 2: multiply; 3: add.
-            low = later(significand * factor[:DSP], f"{name}_low")
-            high = later(significand * factor[DSP:], f"{name}_high")
-            products.append(later((low + (high << DSP))[:PRODUCT], f"{name}_product"))
-            signs.append(later(bits[31], f"{name}_sign", 3))
-
-        # 2: by how many places the exponents differ; 3: which is the larger, and how far the other goes to the right.
-        difference = later(Cat(*exponents[0], Const(0, 1)).as_signed() - Cat(*exponents[1], Const(0, 1)).as_signed(),
-                           "difference")
+        terms, difference = self._terms(m, valid[0])
+        first, second = terms
         swap = difference[-1]
         magnitude = Mux(swap, -difference, difference)[:8]
         # From 64 places on it matters no more by how many.
-        places = later(Mux(magnitude[6:].any(), 63, magnitude[:6]), "places", 2)
-        larger = [later(exponent, f"exponent{i}") for i, exponent in enumerate(exponents)]
-        exponent = later(Mux(swap, larger[1], larger[0]), "exponent", 11)
-        swapped = later(swap, "swapped")
+        places = later(Mux(magnitude[6:].any(), 63, magnitude[:6]), "places", 4)
+        exponent = later(Mux(swap, second.exponent, first.exponent), "exponent", 13)
+        top_sign = later(Mux(swap, second.sign, first.sign), "top_sign", 8)
+        opposite = later(first.sign ^ second.sign, "opposite", 7)
 
-        # 4: in order.
-        top = later(Mux(swapped, products[1], products[0]), "top", 4)
-        bottom = later(Mux(swapped, products[0], products[1]), "bottom")
-        top_sign = later(Mux(swapped, signs[1], signs[0]), "top_sign", 5)
-        opposite = later(signs[0] ^ signs[1], "opposite", 4)
+        # 3: the one of the larger exponent, and then the other; 4: multiply; 5: add.
+        turned = swap ^ valid[2]
+        significand = later(Mux(turned, second.factor, first.factor), "significand")
+        share = later(Mux(turned, second.share, first.share), "share")
+        low = later(significand * share[:DSP], "low")
+        high = later(significand * share[DSP:], "high")
+        bottom = later((low + (high << DSP))[:PRODUCT], "product")
+        top = later(bottom, "top", 4)
 
-        # 5, 6, 7: the smaller one goes right by 16s, by 4s, by 1s; what falls out sticks to the lowest bit.
+        # 7, 8, 9: the smaller one goes right by 16s, by 4s, by 1s; what falls out sticks to the lowest bit.
         def shift_down(value: Value, count: Value, unit: int, name: str) -> Value:
             result = Signal(WINDOW, name=f"{name}_result")
             with m.Switch(count):
@@ -128,7 +130,7 @@ class Blend(wiring.Component):
         by_4s = shift_down(by_16s, later(places[2:4], "places_4s"), 4, "down_4s")
         aligned = shift_down(by_4s, later(places[:2], "places_1s", 2), 1, "down_1s")
 
-        # 8: the sum, which may be below zero: the larger exponent need not have the larger product; 9: its magnitude.
+        # 10: the sum, which may be below zero: the larger exponent need not have the larger product; 11: its magnitude.
         total = Signal(signed(WINDOW + 1), reset_less=True)
         flipped = Cat(aligned, Const(0, 1)) ^ opposite.replicate(WINDOW + 1)
         upright = Cat(Const(0, BELOW), top, Const(0, 1))
@@ -137,11 +139,11 @@ class Blend(wiring.Component):
         sum_magnitude = later(Mux(below, -total, total)[:WINDOW], "sum_magnitude")
         sign = later(top_sign ^ below, "sign", 5)
 
-        # 10 to 13: without leading zeros.
+        # 12 to 15: without leading zeros.
         zeros, normal = shift_up(m, sum_magnitude, "sum")
         zeros = later(zeros, "zeros")
 
-        # 14: round, to even.  A carry out of the fraction makes it zero and raises the exponent, as it should; only
+        # 16: round, to even.  A carry out of the fraction makes it zero and raises the exponent, as it should; only
         # then is it seen whether the number is below the normal ones.
         width = max(bits_for(255), len(zeros)) + 2
         biased = Signal(signed(width))
@@ -159,12 +161,43 @@ class Blend(wiring.Component):
         ]
         return m
 
+    def _terms(self, m: Module, taken: Value) -> tuple[list[_Term], Signal]:
+        """1: the operands; 2: both terms and by how much the first one's exponent is larger, kept for two cycles."""
+        given = self.i.payload
+        quotient, mean = (pipeline_later(m, given[name], name) for name in ("quotient", "mean"))
+        alpha = pipeline_later(m, given.alpha, "alpha")
+        terms, exponents = [], []
+        for name, bits, share, none in (
+            ("quotient", quotient, alpha, alpha == 0),
+            ("mean", mean, (ONE - alpha)[: ALPHA_FRACTION + 1], alpha[-1]),
+        ):
+            field = bits[FP32_FRACTION_BITS:31]
+            nothing = none | (field == 0)
+            # That of a product that is zero is zero, so that it is not the larger one.
+            exponent = Mux(nothing, 0, field)
+            term = _Term(*(Signal(shape, name=f"{name}_{part}", reset_less=True) for part, shape in (
+                ("sign", 1), ("exponent", 8), ("nothing", 1), ("significand", SIGNIFICAND), ("share", len(share)))))
+            with m.If(taken):
+                m.d.sync += [
+                    term.sign.eq(bits[31]),
+                    term.exponent.eq(exponent),
+                    term.nothing.eq(nothing),
+                    term.significand.eq(Cat(bits[:FP32_FRACTION_BITS], Const(1, 1))),
+                    term.share.eq(share),
+                ]
+            terms.append(term)
+            exponents.append(Cat(exponent, Const(0, 1)).as_signed())
+        difference = Signal(signed(9), reset_less=True)
+        with m.If(taken):
+            m.d.sync += difference.eq(exponents[0] - exponents[1])
+        return terms, difference
+
 
 class MeanBlend(wiring.Component):
     """Keeps jobs' means of V and a job's alphas, and blends each quotient with those that belong to it.
 
-    Latency: ``1 + Blend.LATENCY`` cycles, always.  Throughput: one result a cycle.  Order is kept.  There is no
-    backpressure.  Reset empties the pipeline; the mean and the alphas stay.
+    Latency: ``1 + Blend.LATENCY`` cycles, always.  Throughput: one result every second cycle.  Order is kept.  There is
+    no backpressure.  Reset empties the pipeline; the mean and the alphas stay.
 
     Parameters
     ----------
@@ -180,7 +213,7 @@ class MeanBlend(wiring.Component):
     keep_alpha, alpha_row, alpha : In(1), In(Shapes.row), In(Shapes.alpha)
         While high, the row's alpha is kept.
     i : In(stream.Signature(quotient_layout, always_ready=True))
-        The quotients of one job.
+        The quotients of one job, not in two successive cycles.
     last_mean : Out(1)
         Strobe: the last element's mean is being read.
     o : Out(stream.Signature(quotient_layout, always_ready=True))

@@ -1,13 +1,13 @@
 """Drains the lanes' accumulators through their chain and divides them by their row's denominator."""
 
-from amaranth.hdl import Cat, Module, Mux, Signal, unsigned
+from amaranth.hdl import Cat, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
 
 from kvattic.spec.config import Config
-from kvattic_hdl.lib.divider import Divider, normalised
+from kvattic_hdl.lib.divider import Divider, divisor
 from kvattic_hdl.lib.shapes import Shapes
 
 
@@ -23,11 +23,11 @@ def quotient_layout(config: Config) -> data.StructLayout:
 
 
 class Drain(wiring.Component):
-    """Asks the lanes' chain for a job's accumulators and divides what comes, one element a cycle.
+    """Asks the lanes' chain for a job's accumulators and divides what comes, an element every second cycle.
 
-    Latency: from an element's turn to its quotient ``2 + Divider.LATENCY`` cycles.  Throughput: an element a cycle;
-    one job at a time.  Ordering: beat by beat, copies of a beat in a row, rows of a word, elements of a row.  Reset:
-    nothing is drained.
+    Latency: from an element's turn to its quotient ``2 + Divider.LATENCY`` cycles.  Throughput: an element every second
+    cycle; one job at a time.  Ordering: beat by beat, copies of a beat in a row, rows of a word, elements of a row.
+    Reset: nothing is drained.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ class Drain(wiring.Component):
         To the first lane: one word for each of the slot's accumulator words, data zero.
     chain_tail : In(stream.Signature(Shapes.partial))
         From the last lane: the same words with the sums over all lanes.
-    divisor_row, divisor : Out(Shapes.row), In(normalised(denominator_bits))
+    divisor_row, divisor : Out(Shapes.row), In(divisor(denominator_bits))
         A row, and its denominator one cycle later.
     drained : Out(1)
         Strobe: the last accumulators are taken.
@@ -76,15 +76,20 @@ class Drain(wiring.Component):
             "chain_head": Out(stream.Signature(shapes.partial)),
             "chain_tail": In(stream.Signature(shapes.partial)),
             "divisor_row": Out(shapes.row),
-            "divisor": In(normalised(config.denominator_bits)),
+            "divisor": In(divisor(config.denominator_bits)),
             "drained": Out(1),
             "o": Out(stream.Signature(quotient_layout(config), always_ready=True)),
         })
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
+        place = result_place(self._config)
+        m.submodules.divider = divider = Divider(
+            self._config.accumulator_bits, self._config.denominator_bits, place,
+            steady=self._config.rows == 1)   # one denominator for all of a job
         self._ask(m)
-        self._divide(m, *self._take(m))
+        # An element is chosen in the cycle before the divider takes it.
+        self._divide(m, divider, *self._take(m, ~divider.i.ready))
         return m
 
     def _ask(self, m: Module) -> None:
@@ -109,8 +114,11 @@ class Drain(wiring.Component):
             with m.Else():
                 m.d.sync += [ask_copy.eq(ask_copy + 1), address.eq(address + beats)]
 
-    def _take(self, m: Module) -> tuple[Signal, data.View, Signal, Signal]:
-        """Takes one row of a word at a time: (valid, its position, its elements, number of the element in turn)."""
+    def _take(self, m: Module, step: Value) -> tuple[Signal, data.View, Signal, Signal]:
+        """Takes one row of a word at a time: (valid, its position, its elements, number of the element in turn).
+
+        Elements go in cycles of `step`.
+        """
         config, shapes, tail = self._config, self._shapes, self.chain_tail
         elements = config.elements_per_beat
         last_row = Signal(shapes.row)
@@ -123,7 +131,7 @@ class Drain(wiring.Component):
         word_taken = Signal()
         m.d.comb += [
             last_row.eq(self.job.rows - 1),
-            take.eq(tail.valid & self.gathered & (~current_valid | (element == elements - 1))),
+            take.eq(tail.valid & self.gathered & (~current_valid | (step & (element == elements - 1)))),
             word_taken.eq(take & (incoming.row == last_row)),
             tail.ready.eq(word_taken),
             incoming.last.eq(
@@ -149,13 +157,13 @@ class Drain(wiring.Component):
                 current.eq(incoming),
                 current_valid.eq(1),
             ]
-        with m.Elif(element == elements - 1):
+        with m.Elif(step & (element == elements - 1)):
             m.d.sync += current_valid.eq(0)
-        with m.If(current_valid):
+        with m.If(step & current_valid):
             m.d.sync += element.eq(element + 1)  # elements is a power of two
         return current_valid, current, current_data, element
 
-    def _divide(self, m: Module, current_valid: Signal, current: data.View, current_data: Signal,
+    def _divide(self, m: Module, divider: Divider, current_valid: Signal, current: data.View, current_data: Signal,
                 element: Signal) -> None:
         """Registers the element in turn and its row's denominator, and divides them."""
         config, shapes = self._config, self._shapes
@@ -164,15 +172,15 @@ class Drain(wiring.Component):
         chosen_place = Signal(place, reset_less=True)
         element_valid = Signal()
         element_copy = Signal(range(shapes.copies), reset_less=True)
-        m.d.sync += [
-            chosen_element.eq(current_data[element]),
-            chosen_place.element.eq(Cat(element, current.beat)),
-            chosen_place.row.eq(current.row),
-            chosen_place.last.eq(current.last & (element == config.elements_per_beat - 1)),
-            element_valid.eq(current_valid),
-            element_copy.eq(current.copy),
-        ]
-        m.submodules.divider = divider = Divider(config.accumulator_bits, config.denominator_bits, place)
+        with m.If(~divider.i.ready):
+            m.d.sync += [
+                chosen_element.eq(current_data[element]),
+                chosen_place.element.eq(Cat(element, current.beat)),
+                chosen_place.row.eq(current.row),
+                chosen_place.last.eq(current.last & (element == config.elements_per_beat - 1)),
+                element_valid.eq(current_valid),
+                element_copy.eq(current.copy),
+            ]
         m.d.comb += [
             self.divisor_row.eq(current.row),
             divider.i.payload.denominator.eq(self.divisor),
@@ -196,7 +204,7 @@ class Drain(wiring.Component):
             summed.eq(chosen_element + Mux(element_copy == 0, 0, sums_read.data)),
             sums_write.addr.eq(Cat(chosen_place.element[:element_bits], chosen_place.row)),
             sums_write.data.eq(summed),
-            sums_write.en.eq(element_valid),
+            sums_write.en.eq(element_valid & divider.i.ready),
             divider.i.valid.eq(element_valid & (element_copy == shapes.copies - 1)),
             divider.i.payload.numerator.eq(summed),
         ]

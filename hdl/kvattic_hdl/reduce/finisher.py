@@ -12,6 +12,7 @@ from kvattic.spec.config import Config
 from kvattic.spec.formats import ALPHA_FRACTION
 from kvattic.spec.registers import MAX_ENTRIES, QUEUES
 from kvattic_hdl.lib.axi import AXI_WRITE, DATA_BITS, LINE_ADDRESS_BITS
+from kvattic_hdl.lib.axi_write import WRITE_WORD
 from kvattic_hdl.lib.shapes import FAULTS, Shapes
 from kvattic_hdl.nvme.counters import SNAPSHOT
 from kvattic_hdl.nvme.stamps import STAMPS
@@ -35,10 +36,9 @@ class Finisher(wiring.Component):
     means, and every mode is taken for DENSE.
 
     Latency: from `values_done` to a job's first line about as long as the throughput's interval.
-    Throughput: a job each ``rows * head_dim`` cycles (rows of the job; as many times more as there
-    are copies of the accumulators) and about 40 (55 with `config.sparse`) and the longer of
-    gathering (``rows * (channels + 5)``) and the first word's way through the lanes, unless writing
-    takes longer.
+    Throughput: a job each ``2 * rows * head_dim`` cycles (rows of the job; as many times more as
+    there are copies of the accumulators) and about 30 (45 with `config.sparse`) and the longer of
+    gathering (see `Gather`) and the first word's way through the lanes, unless writing takes longer.
     Ordering: completions of jobs in the order of `jobs`; those of other commands in the order of
     `outcomes`, between them, when no result is being written, each behind its block if it has one.
     Reset drops all jobs; raise `stop` and wait for `quiet` before it.
@@ -48,6 +48,10 @@ class Finisher(wiring.Component):
     was answered with an error; else OK.
     Result rows are written only for jobs without an error.  Flags are those of the lanes, whatever
     the status.
+
+    A READ goes the way of a job of one row, which is not written: its lines come beside (`copies`).
+    BUS_ERROR of one of them is reported whatever the lanes say; NaN and clipping are nothing to it.
+    Its slot is freed when its completion is handed over, as `copies` are told apart by their slots.
 
     Parameters
     ----------
@@ -62,9 +66,11 @@ class Finisher(wiring.Component):
         Jobs in order; one is taken when the next may begin, after `freed`.
     outcomes : In(stream.Signature(shapes.ended))
         Flash and admin commands that have ended.
+    copies, copies_slot : In(stream.Signature(WRITE_WORD)), In(shapes.slot)
+        Lines of READs, and whose they are; see `WriteBack`.
     block_index, block_data : Out(8), In(64)
         Words of the block of the outcome taken last, one cycle after their index.
-    values_done : In(ArrayLayout(unsigned(jobs_in_flight), channels))
+    values_done : In(ArrayLayout(unsigned(jobs_in_flight), lanes))
         From each lane: the slot's V codewords are accounted for.
     failed : In(jobs_in_flight)
         The slot's job is abandoned; read in the cycle of `freed`.
@@ -78,7 +84,7 @@ class Finisher(wiring.Component):
         Slot that is waited for.
     denominator_slot, denominator_row : Out(shapes.slot), Out(shapes.row)
         Address of the denominators, for all lanes.
-    denominators : In(ArrayLayout(shapes.denominator, channels))
+    denominators : In(ArrayLayout(shapes.denominator, lanes))
         Denominator of each lane, two cycles after its address.
     final_slot, final_row : Out(shapes.slot), Out(shapes.row)
         Address of the maximum over all lanes (the same as the denominators').
@@ -92,7 +98,7 @@ class Finisher(wiring.Component):
         before the job's lanes can be done.
     report_slot : Out(shapes.slot)
         Slot of the reports.
-    reports : In(ArrayLayout(shapes.report, channels))
+    reports : In(ArrayLayout(shapes.report, lanes))
         Report of each lane, two cycles after `report_slot`.
     chain_head : Out(stream.Signature(shapes.partial))
         To the first lane: one word for each of the slot's accumulator words, data zero, copies of a
@@ -132,7 +138,7 @@ class Finisher(wiring.Component):
                 "jobs": In(stream.Signature(shapes.job)),
                 "outcomes": In(stream.Signature(shapes.ended)),
                 "values_done": In(
-                    data.ArrayLayout(unsigned(config.jobs_in_flight), config.channels)
+                    data.ArrayLayout(unsigned(config.jobs_in_flight), config.lanes)
                 ),
                 "failed": In(config.jobs_in_flight),
                 "failed_where": In(32),
@@ -141,7 +147,7 @@ class Finisher(wiring.Component):
                 "waiting_slot": Out(shapes.slot),
                 "denominator_slot": Out(shapes.slot),
                 "denominator_row": Out(shapes.row),
-                "denominators": In(data.ArrayLayout(shapes.denominator, config.channels)),
+                "denominators": In(data.ArrayLayout(shapes.denominator, config.lanes)),
                 "final_slot": Out(shapes.slot),
                 "final_row": Out(shapes.row),
                 "final": In(shapes.score),
@@ -149,11 +155,13 @@ class Finisher(wiring.Component):
                 "mean_valid": In(1),
                 "mean": In(shapes.mean),
                 "report_slot": Out(shapes.slot),
-                "reports": In(data.ArrayLayout(shapes.report, config.channels)),
+                "reports": In(data.ArrayLayout(shapes.report, config.lanes)),
                 "chain_head": Out(stream.Signature(shapes.partial)),
                 "chain_tail": In(stream.Signature(shapes.partial)),
                 "freed": Out(1),
                 "freed_slot": Out(shapes.slot),
+                "copies": In(stream.Signature(WRITE_WORD)),
+                "copies_slot": In(shapes.slot),
                 "block_index": Out(BLOCK_BITS),
                 "block_data": In(DATA_BITS),
                 "post_queue": Out(range(QUEUES)),
@@ -205,7 +213,7 @@ class Finisher(wiring.Component):
         stamps = Signal(STAMPS, reset_less=True)
         abandoned_where = Signal(32, reset_less=True)
         # The slot may be used again before the completion is written.
-        with m.If(self.freed):
+        with m.If(self.freed | slot_done):
             m.d.sync += stamps.eq(self.stamps)
         self._judge(m, gather.report, abandoned, abandoned_where, write_back.entry)
         m.d.comb += write_back.entry.stamps.eq(stamps)
@@ -224,7 +232,7 @@ class Finisher(wiring.Component):
             with m.State("DRAIN"):
                 # The failed bit goes with the slot, so it is read now; it cannot rise for a job that waits no more.
                 with m.If(slot_done):
-                    m.d.comb += self.freed.eq(1)
+                    m.d.comb += self.freed.eq(~job.read)
                     m.d.sync += [
                         abandoned.eq(self.failed.bit_select(job.slot, 1)),
                         abandoned_where.eq(self.failed_where),
@@ -233,7 +241,8 @@ class Finisher(wiring.Component):
                     m.next = "HAND_OVER"
             with m.State("HAND_OVER"):
                 with m.If(write_back.idle):
-                    m.d.comb += [write_back.hand_over.eq(1), self.jobs.ready.eq(1)]
+                    m.d.comb += [
+                        write_back.hand_over.eq(1), self.jobs.ready.eq(1), self.freed.eq(job.read & job.lanes)]
                     m.d.sync += half.eq(half ^ job.lanes)
                     m.next = "WAIT"
         return m
@@ -254,6 +263,8 @@ class Finisher(wiring.Component):
         connect(m, flipped(self.chain_tail), drain.chain_tail)
         connect(m, flipped(self.outcomes), write_back.outcomes)
         connect(m, write_back.axi, flipped(self.axi))
+        connect(m, flipped(self.copies), write_back.copies)
+        m.d.comb += write_back.copies_slot.eq(self.copies_slot)
         for name in ("block_data", "post_line", "post_phase", "post_head", "snapshot", "stop"):
             m.d.comb += getattr(write_back, name).eq(getattr(self, name))
         for name in ("block_index", "post_queue", "post", "completed", "write_error", "quiet"):
@@ -263,7 +274,7 @@ class Finisher(wiring.Component):
         """Slots that all lanes are done with."""
         # A register is fast enough: a slot's bits are low long before its job comes here.
         all_done = Signal(self._config.jobs_in_flight)
-        m.d.sync += all_done.eq(reduce(and_, (self.values_done[lane] for lane in range(self._config.channels))))
+        m.d.sync += all_done.eq(reduce(and_, (self.values_done[lane] for lane in range(self._config.lanes))))
         return all_done
 
     def _blend(self, m: Module, blended: Value, gather: Gather, drain: Drain, write_back: WriteBack) -> Signal:
@@ -294,12 +305,14 @@ class Finisher(wiring.Component):
         with m.If(job.lanes & (job.status == Status.OK)):
             with m.If(abandoned):
                 m.d.comb += [entry.status.eq(Status.CODEWORD_TIMEOUT), entry.where.eq(abandoned_where)]
-            with m.Elif(report.fault < len(FAULTS)):
+            with m.Elif(report.fault < Mux(job.read, FAULTS.index("nan_key"), len(FAULTS))):
                 m.d.comb += entry.where.eq(report.token)
                 with m.Switch(report.fault):
                     for number, name in enumerate(FAULTS):
                         with m.Case(number):
                             m.d.comb += entry.status.eq(Status[name.upper()])
         flags = {flag.value.bit_length() - 1: report[flag.name.lower()] for flag in CompletionFlag}
+        duplicate = CompletionFlag.DUPLICATE.bit_length() - 1
         m.d.comb += entry.flags.eq(
-            Cat(job.lanes & flags.get(number, 0) for number in range(max(flags) + 1)))
+            Cat(job.lanes & (~job.read | (number == duplicate)) & flags.get(number, 0)
+                for number in range(max(flags) + 1)))

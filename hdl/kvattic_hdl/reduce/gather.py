@@ -8,7 +8,7 @@ from amaranth.utils import ceil_log2
 
 from kvattic.spec.commands import CompletionFlag
 from kvattic.spec.config import Config
-from kvattic_hdl.lib.divider import Normaliser, normalised
+from kvattic_hdl.lib.divider import Normaliser, Reciprocal, divisor
 from kvattic_hdl.lib.shapes import FAULTS, Shapes
 
 LANE_FLAGS = tuple(flag.name.lower() for flag in CompletionFlag)
@@ -29,7 +29,8 @@ def trailer_layout(config: Config) -> data.StructLayout:
 class Gather(wiring.Component):
     """Sums a job's denominators over the lanes, combines their reports and keeps each row's trailer.
 
-    Latency: ``rows * (channels + 5)`` cycles from `begin` to `done`, and the `Normaliser`'s cycles where they are more.
+    Latency: ``rows * (lanes + 5)`` cycles from `begin` to `done`, or ``rows * Reciprocal.LATENCY`` where that is
+    more, and then the cycles of `Normaliser` and `Reciprocal`, which work beside the sums, for one row.
     Throughput: one job at a time.  Ordering: rows ascend.  Reset: nothing is gathered.
 
     Parameters
@@ -47,11 +48,11 @@ class Gather(wiring.Component):
         Half of the trailers that the job's are kept in.
     row : Out(Shapes.row)
         Row whose `denominators` and `final` are read; they come two cycles later, as do `reports`.
-    denominators : In(ArrayLayout(Shapes.denominator, channels))
+    denominators : In(ArrayLayout(Shapes.denominator, lanes))
         Denominator of each lane.
     final : In(Shapes.score)
         Maximum over all lanes.
-    reports : In(ArrayLayout(Shapes.report, channels))
+    reports : In(ArrayLayout(Shapes.report, lanes))
         Report of each lane.
     kept : Out(1)
         High while what belongs to `row` is being kept.
@@ -60,7 +61,7 @@ class Gather(wiring.Component):
     report : Out(Shapes.report)
         The reports combined, once `done`.
     divisor_row, divisor : In, Out
-        A row of the job, and its denominator one cycle later, normalised.
+        A row of the job, and its denominator one cycle later, normalised and with its reciprocal.
     trailer_address, trailer : In, Out
         Cat(row, half), and that row's trailer one cycle later.
     """
@@ -89,21 +90,21 @@ class Gather(wiring.Component):
             "job": In(shapes.job),
             "half": In(1),
             "row": Out(shapes.row),
-            "denominators": In(data.ArrayLayout(shapes.denominator, config.channels)),
+            "denominators": In(data.ArrayLayout(shapes.denominator, config.lanes)),
             "final": In(shapes.score),
-            "reports": In(data.ArrayLayout(shapes.report, config.channels)),
+            "reports": In(data.ArrayLayout(shapes.report, config.lanes)),
             "kept": Out(1),
             "done": Out(1),
             "report": Out(shapes.report),
             "divisor_row": In(shapes.row),
-            "divisor": Out(normalised(config.denominator_bits)),
+            "divisor": Out(divisor(config.denominator_bits)),
             "trailer_address": In(self._row_bits + 1),
             "trailer": Out(trailer_layout(config)),
         })
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        lane = Signal(self._shapes.channel)
+        lane = Signal(self._shapes.lane)
         choosing = Signal()
         total, report = self._combine(m, lane, choosing)
         taken = self._keep(m, total)
@@ -121,7 +122,7 @@ class Gather(wiring.Component):
             with m.State("CHOOSE"):
                 m.d.comb += choosing.eq(1)
                 m.d.sync += lane.eq(lane + 1)
-                with m.If(lane == self._config.channels - 1):
+                with m.If(lane == self._config.lanes - 1):
                     m.next = "ADD"
             with m.State("ADD"):
                 m.next = "KEEP"
@@ -165,20 +166,22 @@ class Gather(wiring.Component):
         """Normalises and keeps what belongs to a row while `kept`; whether it is taken in this cycle."""
         config, job = self._config, self.job
         m.submodules.normaliser = normaliser = Normaliser(config.denominator_bits)
+        m.submodules.reciprocal = reciprocal = Reciprocal(config.denominator_bits)
         m.submodules.denominators = denominators = Memory(
-            shape=normalised(config.denominator_bits), depth=2**self._row_bits, init=[])
+            shape=divisor(config.denominator_bits), depth=2**self._row_bits, init=[])
         m.submodules.trailers = trailers = Memory(
             shape=trailer_layout(config), depth=2 << self._row_bits, init=[])
         denominators_write, denominators_read = denominators.write_port(), denominators.read_port()
         trailers_write, trailers_read = trailers.write_port(), trailers.read_port()
-        normalised_rows = Signal(range(config.rows + 1))
+        divisors = Signal(range(config.rows + 1))   # rows that can be divided by
+        wiring.connect(m, normaliser.o, reciprocal.i)
         m.d.comb += [
             normaliser.i.payload.eq(total),
             normaliser.i.valid.eq(self.kept),
-            normaliser.o.ready.eq(1),
-            denominators_write.addr.eq(normalised_rows),
-            denominators_write.data.eq(normaliser.o.payload),
-            denominators_write.en.eq(normaliser.o.valid),
+            reciprocal.o.ready.eq(1),
+            denominators_write.addr.eq(divisors),
+            denominators_write.data.eq(reciprocal.o.payload),
+            denominators_write.en.eq(reciprocal.o.valid),
             denominators_read.addr.eq(self.divisor_row),
             self.divisor.eq(denominators_read.data),
             trailers_write.addr.eq(Cat(self.row[: self._row_bits], self.half)),
@@ -187,10 +190,10 @@ class Gather(wiring.Component):
             trailers_write.en.eq(self.kept),
             trailers_read.addr.eq(self.trailer_address),
             self.trailer.eq(trailers_read.data),
-            self.done.eq(normalised_rows == job.rows),
+            self.done.eq(divisors == job.rows),
         ]
-        with m.If(normaliser.o.valid):
-            m.d.sync += normalised_rows.eq(normalised_rows + 1)
+        with m.If(reciprocal.o.valid):
+            m.d.sync += divisors.eq(divisors + 1)
         with m.If(self.begin):
-            m.d.sync += normalised_rows.eq(0)
+            m.d.sync += divisors.eq(0)
         return normaliser.i.ready

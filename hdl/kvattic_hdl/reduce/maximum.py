@@ -16,7 +16,7 @@ from kvattic_hdl.lib.shapes import Shapes
 class Maximum(wiring.Component):
     """Once all lanes have a job's scores: each row's largest, given back to all lanes.
 
-    Latency: from the last lane's `keys_done` to `value_open`: channels * rows + rows + 6 cycles.
+    Latency: from the last lane's `keys_done` to `value_open`: lanes * rows + rows + 6 cycles.
     Throughput: one job at a time.
     Ordering: jobs leave in the order in which they came; a job without lanes waits for nothing.
     Reset: no job, nothing open.
@@ -30,11 +30,11 @@ class Maximum(wiring.Component):
     -------
     jobs_i, jobs_o : In, Out(stream of Shapes.job)
         Jobs in their order.  A job may come the cycle after its lanes were started, not earlier.
-    keys_done : In(ArrayLayout(jobs_in_flight, channels))
+    keys_done : In(ArrayLayout(jobs_in_flight, lanes))
         From the lanes.
     maximum_slot, maximum_row : Out
         Address of the row maxima in all lanes.
-    maximum : In(ArrayLayout(Shapes.score, channels))
+    maximum : In(ArrayLayout(Shapes.score, lanes))
         Each lane's maximum, two cycles after the address.
     maximum_write : Out(1)
         `maximum_new` is written to all lanes at the address of this cycle.
@@ -76,10 +76,10 @@ class Maximum(wiring.Component):
             {
                 "jobs_i": In(stream.Signature(shapes.job)),
                 "jobs_o": Out(stream.Signature(shapes.job)),
-                "keys_done": In(data.ArrayLayout(config.jobs_in_flight, config.channels)),
+                "keys_done": In(data.ArrayLayout(config.jobs_in_flight, config.lanes)),
                 "maximum_slot": Out(shapes.slot),
                 "maximum_row": Out(shapes.row),
-                "maximum": In(data.ArrayLayout(shapes.score, config.channels)),
+                "maximum": In(data.ArrayLayout(shapes.score, config.lanes)),
                 "maximum_write": Out(1),
                 "maximum_new": Out(shapes.score),
                 "value_open": Out(config.jobs_in_flight),
@@ -99,8 +99,8 @@ class Maximum(wiring.Component):
         m = Module()
         job, row, last_row = self._job, self._row, self._last_row
         all_done = Signal(self._config.jobs_in_flight)
-        m.d.sync += all_done.eq(reduce(and_, (self.keys_done[i] for i in range(self._config.channels))))
-        lane, issue, give = Signal(self._shapes.channel), Signal(), Signal()
+        m.d.sync += all_done.eq(reduce(and_, (self.keys_done[i] for i in range(self._config.lanes))))
+        lane, issue, give = Signal(self._shapes.lane), Signal(), Signal()
         m.submodules.finals = finals = Memory(
             shape=self._shapes.score, depth=self._config.jobs_in_flight << self._shapes.row.width, init=[])
         kept_last = self._compare(m, finals, issue, lane)
@@ -152,7 +152,7 @@ class Maximum(wiring.Component):
         """Sends for one lane's maximum of one row; after the last one, waits for the result."""
         m.d.comb += issue.eq(1)
         m.d.sync += lane.eq(lane + 1)
-        with m.If(lane == self._config.channels - 1):
+        with m.If(lane == self._config.lanes - 1):
             m.d.sync += [lane.eq(0), self._row.eq(self._row + 1)]
             with m.If(self._row == self._last_row):
                 m.d.sync += self._row.eq(0)
@@ -171,9 +171,9 @@ class Maximum(wiring.Component):
 
     def _compare(self, m: Module, finals: Memory, issue: Signal, lane: Signal) -> Value:
         """The lanes' maxima, one at a time: address, (lanes' two cycles), choose, compare, keep; the last is kept."""
-        shapes, last_lane = self._shapes, self._config.channels - 1
+        shapes, last_lane = self._shapes, self._config.lanes - 1
         write = finals.write_port()
-        step = data.StructLayout({"valid": 1, "lane": shapes.channel, "row": shapes.row, "final": 1})
+        step = data.StructLayout({"valid": 1, "lane": shapes.lane, "row": shapes.row, "final": 1})
         stages = [Signal(step, name=f"stage{i}") for i in range(4)]
         compared, kept = stages[2:]
         chosen, best = Signal(shapes.score), Signal(shapes.score)

@@ -54,9 +54,9 @@ class Watchdog(wiring.Component):
         Strobe: Maximum handed a job on (transfer on its `jobs_o`).
     freed, freed_slot : In
         The Finisher's strobe: this slot is free again.
-    first_done, keys_done, values_done : In(ArrayLayout(jobs_in_flight, channels))
+    first_done, keys_done, values_done : In(ArrayLayout(jobs_in_flight, lanes))
         From the lanes.
-    missing_key, missing_value : In(ArrayLayout(16, channels))
+    missing_key, missing_value : In(ArrayLayout(16, lanes))
         From the lanes: codewords of `report_slot` still missing, two cycles after it.  Those of the first pass count as
         K.
     probing : Out(1)
@@ -69,7 +69,7 @@ class Watchdog(wiring.Component):
     failed_slot : Out(Shapes.slot)
         The slot last failed.
     where : Out(32)
-        The completion's `where` of the job last failed: lowest channel not done << 16 | kind << 15
+        The completion's `where` of the job last failed: lowest lane not done << 16 | kind << 15
         | codewords missing there.
     """
 
@@ -100,8 +100,8 @@ class Watchdog(wiring.Component):
     def __init__(self, config: Config) -> None:
         self._config = config
         self._shapes = shapes = Shapes(config)
-        done = data.ArrayLayout(config.jobs_in_flight, config.channels)
-        missing = data.ArrayLayout(MISSING_BITS + 1, config.channels)
+        done = data.ArrayLayout(config.jobs_in_flight, config.lanes)
+        missing = data.ArrayLayout(MISSING_BITS + 1, config.lanes)
         super().__init__(
             {
                 "timeout": In(32),
@@ -132,7 +132,7 @@ class Watchdog(wiring.Component):
 
     def elaborate(self, platform: object) -> Elaboratable:
         m = Module()
-        channels, jobs = self._config.channels, self._config.jobs_in_flight
+        lanes, jobs = self._config.lanes, self._config.jobs_in_flight
 
         # Jobs that Maximum, or TopK, handed on and that are not freed yet.
         past_maximum, past_selection = Signal(range(jobs + 2)), Signal(range(jobs + 2))
@@ -167,8 +167,8 @@ class Watchdog(wiring.Component):
         slot = self.report_slot
         stage = Signal(range(len(stages)))
         kind = Signal()
-        not_done = Signal(channels)
-        lane = Signal(self._shapes.channel)
+        not_done = Signal(lanes)
+        lane = Signal(self._shapes.lane)
         left = Signal(MISSING_BITS + 1)
         # Before the FSM, so that a new failure wins: what was freed is then another slot.
         with m.If(self.freed & (self.freed_slot == self.failed_slot)):
@@ -186,11 +186,11 @@ class Watchdog(wiring.Component):
                 with m.Switch(stage):
                     for number, (_, _, done) in enumerate(stages):
                         with m.Case(number):
-                            m.d.sync += [not_done[i].eq(~done[i].bit_select(slot, 1)) for i in range(channels)]
+                            m.d.sync += [not_done[i].eq(~done[i].bit_select(slot, 1)) for i in range(lanes)]
                 m.next = "lowest"
             with m.State("lowest"):
                 m.d.comb += self.probing.eq(1)
-                for i in reversed(range(channels)):
+                for i in reversed(range(lanes)):
                     with m.If(not_done[i]):
                         m.d.sync += lane.eq(i)
                 m.next = "missing"

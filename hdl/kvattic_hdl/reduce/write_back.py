@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value
 from amaranth.lib import data, stream, wiring
+from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
@@ -12,7 +13,7 @@ from kvattic.spec.commands import COMPLETION, LINE_BYTES, STATUS_BITS, STATUS_TY
 from kvattic.spec.config import Config
 from kvattic.spec.registers import MAX_ENTRIES, QUEUES
 from kvattic_hdl.lib.axi import AXI_WRITE, DATA_BITS, LINE_ADDRESS_BITS, LINE_WORDS
-from kvattic_hdl.lib.axi_write import WriteLines
+from kvattic_hdl.lib.axi_write import WRITE_WORD, WriteLines
 from kvattic_hdl.lib.records import assemble
 from kvattic_hdl.lib.shapes import Shapes
 from kvattic_hdl.nvme.counters import SNAPSHOT
@@ -47,14 +48,17 @@ class _Sending:
     rows: Signal = field(default_factory=lambda: Signal(name="sending_rows"))
     entry: Signal = field(default_factory=lambda: Signal(name="sending_entry"))
     block: Signal = field(default_factory=lambda: Signal(name="sending_block"))
+    copy: Signal = field(default_factory=lambda: Signal(name="sending_copy"))
 
     def any(self) -> Value:
         """One of them is."""
-        return self.rows | self.entry | self.block
+        return self.rows | self.entry | self.block | self.copy
 
 
 class WriteBack(wiring.Component):
     """Keeps the results of two jobs; writes a job's rows, or a command's block, and then its completion.
+
+    While it has nothing of its own to write, it writes the lines of READs, before anything else is begun.
 
     Latency: a line's first word appears on the bus three cycles after the command is taken.  Throughput: a word a
     cycle, of a block a word every second one; one command at a time.  Ordering: a job goes before an outcome; a
@@ -74,11 +78,15 @@ class WriteBack(wiring.Component):
         Results, kept in `half`.
     half : In(1)
         Half of the buffer: that of the job whose results come, and that of the job handed over.
+    copies : In(stream.Signature(WRITE_WORD))
+        Lines of READs; once one is offered, all of its words come without a pause.
+    copies_slot : In(Shapes.slot)
+        The slot of their job, which stays its own until it is handed over.
     idle : Out(1)
-        A job may be handed over.
+        A job may be handed over; no line of a READ is offered.
     hand_over : In(1)
         Strobe, while `idle`: write the results and the completion of `job`, or that alone if its entry's status is not
-        OK or the job is without lanes.
+        OK, the job is without lanes, or it is a READ.
     job : In(Shapes.job)
         The job.
     entry : In(ENTRY)
@@ -111,6 +119,8 @@ class WriteBack(wiring.Component):
 
     result: stream.Interface
     half: Signal
+    copies: stream.Interface
+    copies_slot: Signal
     idle: Signal
     hand_over: Signal
     job: data.View
@@ -141,6 +151,8 @@ class WriteBack(wiring.Component):
         super().__init__({
             "result": In(stream.Signature(quotient_layout(config), always_ready=True)),
             "half": In(1),
+            "copies": In(stream.Signature(WRITE_WORD)),
+            "copies_slot": In(shapes.slot),
             "idle": Out(1),
             "hand_over": In(1),
             "job": In(shapes.job),
@@ -178,26 +190,34 @@ class WriteBack(wiring.Component):
         block_there = Signal()  # block_data is that of block_index
         block_last = Signal(BLOCK_BITS, reset_less=True)
         error = Signal()
+        slot, lost = Signal(self._shapes.slot, reset_less=True), Signal(self._config.jobs_in_flight)
+        copied = Signal()   # `lost` counts: the job is a READ
 
         results = self._buffer(m, Cat(word[: self._pair_bits], row[: self._row_bits], half))
-        step, written = self._send(m, sending, word, address, results, self._completion(entry, composed))
+        step, asked, written = self._send(m, sending, word, address, results, self._completion(entry, composed))
         m.d.comb += [
             self.trailer_address.eq(Cat(row[: self._row_bits], half)),
             self.post_queue.eq(entry.queue),
             # Before a reset nothing is written, but flash commands that have begun must come to their end.
             self.outcomes.ready.eq(self.stop),
         ]
-        with m.If(self.write_error):
-            m.d.sync += error.eq(1)
+        self._note_errors(m, asked, sending.copy, error, lost)
         with m.FSM(name="write"):
             with m.State("IDLE"):
                 # Jobs first: they come once in a while only.
-                m.d.comb += [self.idle.eq(1), self.outcomes.ready.eq(~self.hand_over | self.stop)]
+                m.d.comb += [
+                    sending.copy.eq(self.copies.valid),
+                    self.copies.ready.eq(step),
+                    self.idle.eq(~self.copies.valid),
+                    self.outcomes.ready.eq((self.idle & ~self.hand_over) | self.stop),
+                ]
                 m.d.sync += [
                     entry.eq(self.entry),
                     address.eq(self.job.result),
                     half.eq(self.half),
                     last_row.eq(self.job.rows - 1),
+                    slot.eq(self.job.slot),
+                    copied.eq(self.job.read & self.hand_over),
                     row.eq(0),
                     word.eq(0),
                     self.block_index.eq(0),
@@ -206,11 +226,11 @@ class WriteBack(wiring.Component):
                     error.eq(0),
                 ]
                 with m.If(self.hand_over):
-                    with m.If(self.job.lanes & (self.entry.status == Status.OK)):
+                    with m.If(self.job.lanes & ~self.job.read & (self.entry.status == Status.OK)):
                         m.next = "ROWS"
                     with m.Else():
                         m.next = "PLACE"
-                with m.Elif(self.outcomes.valid):
+                with m.Elif(self.outcomes.valid & self.idle):
                     ended = self.outcomes.payload
                     m.d.sync += [
                         *(entry[name].eq(ended[name]) for name in ("queue", "identifier", "status", "where")),
@@ -250,7 +270,9 @@ class WriteBack(wiring.Component):
                     composed.head.eq(self.post_head),
                     address.eq(Cat(Const(0, ceil_log2(LINE_BYTES)), self.post_line)),
                 ]
-                with m.If(error):
+                with m.If(copied):
+                    m.d.sync += lost.bit_select(slot, 1).eq(0)
+                with m.If(error | (copied & lost.bit_select(slot, 1))):
                     m.d.sync += [entry.status.eq(Status.BUS_ERROR), entry.where.eq(0)]
                 m.next = "ENTRY"
             with m.State("ENTRY"):
@@ -262,6 +284,22 @@ class WriteBack(wiring.Component):
                     m.d.comb += self.completed.eq(1)
                     m.next = "IDLE"
         return m
+
+    def _note_errors(self, m: Module, asked: Signal, is_copy: Signal, error: Signal, lost: Signal) -> None:
+        """Whose line it is that was answered with an error: the command's in hand, or the READ's of a slot."""
+        # Lines are answered in their order; beside those of `WriteLines` one is on its way there.
+        m.submodules.owners = owners = SyncFIFO(
+            width=1 + self._shapes.slot.width, depth=1 << ceil_log2(self._outstanding + 2))
+        m.d.comb += [
+            owners.w_en.eq(asked),
+            owners.w_data.eq(Cat(is_copy, self.copies_slot)),
+            owners.r_en.eq(self.axi.bvalid & self.axi.bready),
+        ]
+        with m.If(self.write_error):
+            with m.If(owners.r_data[0]):
+                m.d.sync += lost.bit_select(owners.r_data[1:], 1).eq(1)
+            with m.Else():
+                m.d.sync += error.eq(1)
 
     def _buffer(self, m: Module, address: Value) -> data.View:
         """The read port of the results, which come in the order of the chain and go out row by row."""
@@ -293,15 +331,16 @@ class WriteBack(wiring.Component):
         ))
 
     def _send(self, m: Module, sending: _Sending, word: Signal, address: Signal, results: data.View,
-              completion: data.View) -> tuple[Signal, Signal]:
+              completion: data.View) -> tuple[Signal, Signal, Signal]:
         """Sends words through one register, beside the read port of the results.
 
         Returns:
-            (step, written): the register takes a word in this cycle; all that was sent is written.
+            (step, asked, written): the register takes a word in this cycle; a line's last one; all that was sent is
+            written.
         """
         m.submodules.lines = lines = WriteLines(self._outstanding)
         wiring.connect(m, wiring.flipped(self.axi), lines.axi)
-        step, written = Signal(), Signal()
+        step, asked, written = Signal(), Signal(), Signal()
         out_valid = Signal()
         out_result = Signal(reset_less=True)
         out_other = Signal(DATA_BITS, reset_less=True)
@@ -309,6 +348,7 @@ class WriteBack(wiring.Component):
         out_last = Signal(reset_less=True)
         trailer = _words(assemble(TRAILER, maximum=self.trailer.maximum, denominator=self.trailer.denominator))
         place_in_line = word[:PLACE_BITS]
+        copy, line_end = self.copies.payload, Signal()
         m.d.comb += [
             lines.stop.eq(self.stop),
             self.quiet.eq(lines.idle),
@@ -320,20 +360,22 @@ class WriteBack(wiring.Component):
             lines.i.payload.address.eq(out_address),
             lines.i.payload.last.eq(out_last),
             written.eq(~out_valid & lines.idle),
+            line_end.eq(Mux(sending.copy, copy.last, place_in_line == LINE_WORDS - 1)),
+            asked.eq(step & sending.any() & line_end),
         ]
         with m.If(step):
             m.d.sync += [
                 out_valid.eq(sending.any()),
                 out_result.eq(sending.rows & (word < self._config.head_dim // 2)),
                 out_other.eq(Mux(
-                    sending.block,
-                    self.block_data,
+                    sending.copy | sending.block,
+                    Mux(sending.copy, copy.data, self.block_data),
                     Mux(sending.rows, trailer[place_in_line], completion[place_in_line]))),
-                out_address.eq(address),
-                out_last.eq(place_in_line == LINE_WORDS - 1),
+                out_address.eq(Mux(sending.copy, copy.address, address)),
+                out_last.eq(line_end),
             ]
             with m.If(sending.any()):
                 m.d.sync += word.eq(word + 1)
                 with m.If(place_in_line == LINE_WORDS - 1):
                     m.d.sync += address.eq(address + LINE_BYTES)  # rows follow each other
-        return step, written
+        return step, asked, written

@@ -25,8 +25,27 @@ from kvattic_hdl.sparse.groups import GroupWalk, position_bits
 
 DEPTH = 16
 """Tokens that wait for their scores."""
+KEPT = 512
+"""Units that are kept from one DIGIT sweep for the next: a block RAM's words."""
+SETTLE = 4
+"""Cycles from the begin of a sweep through the kept units to the first of them: mask and prefix stand."""
 LATENCY = 3 + Exponential.LATENCY
 """From the grant of a score's address to p as a float."""
+
+
+class _Listed:
+    """Units that the last DIGIT sweep has kept.
+
+    Attributes:
+        complete: they are all that it has counted.
+        running: a sweep goes through them.
+        go, valid: one is read; a cycle later its `rank` is there.
+    """
+
+    def __init__(self) -> None:
+        self.complete, self.running, self.go, self.valid = (
+            Signal(name=f"listed_{name}") for name in ("complete", "running", "go", "valid"))
+        self.rank = Signal(RANK_BITS, name="listed_rank")
 
 
 class LaneTopK(wiring.Component):
@@ -39,19 +58,23 @@ class LaneTopK(wiring.Component):
     ===== ================================ ==============================================================
     SUM   24 + a cycle for each score      536
     MASS  27 + a cycle for each score      539
-    DIGIT 11 + a cycle for each unit       523 (SPARF)
+    DIGIT 11 + a cycle for each unit       523 (SPARF); 14 + a cycle for each unit kept
     MARK  10 to 24 + a cycle for a token   522 to 536; in CENTROID 10 + a cycle for a codeword (266)
     ===== ================================ ==============================================================
 
     Scores are those before `end_token`, of each row that has a reference; those of stripes that are attended whole
     count in SUM and MARK only, in CENTROID never.  MARK reads the scores of selected tokens beside its walk, and waits
-    where it has found many with many rows.  Tokens are walked in the order of the list; a stripe shorter than four
+    where it has found many with many rows.  A DIGIT sweep keeps the units that begin with its prefix, if they are no
+    more than `kept`; the next DIGIT sweep goes through these alone, so its prefix must begin with the one before.
+    Tokens are walked in the order of the list; a stripe shorter than four
     steps takes four.  Reset forgets the sweep.
 
     Parameters
     ----------
     config : Config
         One with `sparse`.
+    kept : int
+        A power of two.
 
     Members
     -------
@@ -97,8 +120,9 @@ class LaneTopK(wiring.Component):
         The last MARK sweep left a unit unselected.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, kept: int = KEPT) -> None:
         self.config = config
+        self._kept = kept
         self.shapes = shapes = Shapes(config)
         self.address_bits = (shapes.score_words - 1).bit_length()
         super().__init__({
@@ -142,7 +166,8 @@ class LaneTopK(wiring.Component):
         self._scores = [Signal(score, name=f"score_{i}", reset_less=True) for i in range(1, LATENCY + 4)]
         self._p = Signal(VALUE_FRACTION + 1, name="p")
         self._before_valid, self._now_valid = Signal(name="before_valid"), Signal(name="now_valid")
-        self._mass_2 = Signal(MASS_BITS, name="mass_2", reset_less=True)  # of the step's unit
+        self._rank_2 = Signal(RANK_BITS, name="rank_2", reset_less=True)  # of the step's unit
+        self._listed = _Listed()
         # A unit's mass that is ready.
         self._mass_valid, self._mass = Signal(name="mass_valid"), Signal(MASS_BITS, name="mass")
         self._mass_position = Signal(position_bits(config), name="mass_position")
@@ -150,10 +175,12 @@ class LaneTopK(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         m.submodules.walk = walk = GroupWalk(self.config)
+        listed = self._listed
         marking, massing, centroid = self._marking, self._massing, self._centroid
         step_2, step_3 = (Signal(walk.step.shape(), name=f"step_{i}", reset_less=True) for i in (2, 3))
         valid_2, valid_3 = (Signal(name=f"step_valid_{i}") for i in (2, 3))
-        m.d.sync += [valid_2.eq(walk.valid), valid_3.eq(valid_2), step_2.eq(walk.step), step_3.eq(step_2)]
+        m.d.sync += [
+            valid_2.eq(walk.valid | listed.valid), valid_3.eq(valid_2), step_2.eq(walk.step), step_3.eq(step_2)]
         self._begin(m, walk)
         self._read_masses(m, walk)
         selected, matches, digit = self._rank(m, walk)
@@ -168,9 +195,10 @@ class LaneTopK(wiring.Component):
         self._sum_rows(m)
         mass_valid, length = self._sum_masses(m)
         counted = valid_3 & matches & (self._sweep.op == Sweep.DIGIT)
+        self._keep(m, counted)
         count_valids = self._count(m, mass_valid | counted, Mux(massing, length, digit))
 
-        under_way = Cat(walk.running, room != DEPTH, valids, mass_valid, count_valids, self.mark_valid)
+        under_way = Cat(walk.running, listed.running, room != DEPTH, valids, mass_valid, count_valids, self.mark_valid)
         with m.If(self.sweep_valid):
             m.d.sync += self.done.eq(0)
         with m.Elif(~under_way.any()):
@@ -186,7 +214,7 @@ class LaneTopK(wiring.Component):
             self._marking.eq(sweep.op == Sweep.MARK),
             self._massing.eq(sweep.op == Sweep.MASS),
             walk.by_unit.eq((sweep.op == Sweep.DIGIT) | (self._centroid & ~self._marking)),
-            walk.begin.eq(self.sweep_valid),
+            walk.begin.eq(self.sweep_valid & ~((self.sweep.op == Sweep.DIGIT) & self._listed.complete)),
             walk.all_tokens.eq(self._marking),
             walk.skip_whole.eq(walk.by_unit | self._massing),
             self.stripe_address.eq(walk.stripe_address),
@@ -215,14 +243,13 @@ class LaneTopK(wiring.Component):
             write.addr.eq(self._mass_position),
             write.data.eq(self._mass),
         ]
-        m.d.sync += self._mass_2.eq(read.data)
+        m.d.sync += self._rank_2.eq(Mux(self._listed.running, self._listed.rank, Cat(~walk.unit_token, read.data)))
 
     def _rank(self, m: Module, walk: GroupWalk) -> tuple[Signal, Signal, Signal]:
         """A unit's rank against the prefix: (at least it, begins with it, the digit behind it)."""
-        sweep = self._sweep
-        token_2 = Signal(TOKEN_BITS, name="unit_token_2", reset_less=True)
-        m.d.sync += token_2.eq(walk.unit_token)
-        rank_2 = Cat(~token_2, self._mass_2)
+        sweep, rank_2 = self._sweep, self._rank_2
+        begun = Signal()
+        m.d.sync += begun.eq(self.sweep_valid)
         mask = Signal(RANK_BITS)
         # The digit comes out of the two aligned ones in which it stands.
         aligned_number, aligned_shift = Signal(range(RANK_BITS // DIGIT_BITS + 1)), Signal(range(DIGIT_BITS + 1))
@@ -239,9 +266,43 @@ class LaneTopK(wiring.Component):
             matches.eq(((rank_2 ^ sweep.prefix) & mask) == 0),
             digit_3.eq(Array(aligned)[aligned_number] >> aligned_shift),
         ]
-        with m.If(~self.sweep_valid & ~walk.begun):
+        with m.If(~self.sweep_valid & ~begun):
             m.d.sync += sweep.prefix.eq(sweep.prefix & mask)    # once would do
         return selected, matches, digit_3
+
+    def _keep(self, m: Module, counted: Value) -> None:
+        """Keep the units that a DIGIT sweep counts, for the next one; and go through them."""
+        listed, count = self._listed, Signal(range(self._kept + 1))
+        rank_3 = Signal(RANK_BITS, reset_less=True)
+        m.submodules.ranks = ranks = Memory(shape=RANK_BITS, depth=self._kept, init=[], attrs={"ram_style": "block"})
+        read, write = ranks.read_port(domain="sync"), ranks.write_port(domain="sync")
+        at, left = Signal(range(self._kept)), Signal(range(self._kept + 1))
+        settled = Signal(range(SETTLE + 1))
+        is_digit = self.sweep.op == Sweep.DIGIT
+        m.d.comb += [
+            listed.go.eq(listed.running & (settled == SETTLE) & (left != 0)),
+            listed.rank.eq(read.data),
+            read.addr.eq(at),
+            write.addr.eq(count),
+            write.data.eq(rank_3),
+            write.en.eq(counted & (count != self._kept)),
+        ]
+        m.d.sync += [rank_3.eq(self._rank_2), listed.valid.eq(listed.go)]
+        with m.If(settled != SETTLE):
+            m.d.sync += settled.eq(settled + 1)
+        with m.If(listed.go):
+            m.d.sync += [at.eq(at + 1), left.eq(left - 1)]
+        # Until the last one's rank is there.
+        with m.If((settled == SETTLE) & (left == 0) & ~listed.valid):
+            m.d.sync += listed.running.eq(0)
+        with m.If(counted):
+            m.d.sync += count.eq(count + (count != self._kept))
+            with m.If(count == self._kept):
+                m.d.sync += listed.complete.eq(0)
+        with m.If(self.sweep_valid):
+            m.d.sync += [
+                listed.complete.eq(is_digit), listed.running.eq(is_digit & listed.complete), left.eq(count),
+                count.eq(0), at.eq(0), settled.eq(0)]
 
     def _mark(self, m: Module, valid: Signal, step: data.View, taken: Signal) -> None:
         """Collects a codeword's marks and hands them out."""
@@ -285,7 +346,7 @@ class LaneTopK(wiring.Component):
         with m.If(self.reference_write):
             m.d.sync += last_row.eq(self.reference_row)
         m.d.sync += [
-            room.eq(room - walk.go + (valid & ~push) + pop),
+            room.eq(room - (walk.go | self._listed.go) + (valid & ~push) + pop),
             self._entered.eq(enter),
             self._scores[0].row.eq(row),
             self._scores[0].position.eq(token.position),

@@ -49,9 +49,9 @@ class TopK(wiring.Component):
     below 1, and 6 bits of a fixed place would tell nothing of them.
 
     Latency from the last `first_done` to `select_valid`, measured, 8 lanes of 512 tokens (sweeps: see `LaneTopK`):
-    one row, SPARF, k a sixteenth of the tokens 2,908 cycles (two DIGIT sweeps, which is usual; each more 600); FETCHED
-    with units of a codeword 2,379; CENTROID likewise 1,577; eight rows, SPARF 10,959, of which SUM and MASS, a score a
-    cycle, are 8,200.  alpha is there channels + 5 cycles a row after `select_valid`.
+    one row, SPARF, k a sixteenth of the tokens 2,435 cycles (two DIGIT sweeps, which is usual; the second one and any
+    other goes through what the first has kept); FETCHED with units of a codeword 2,151.  With eight rows SUM and MASS,
+    a score a cycle, are 8,200 cycles.  alpha is there lanes + 5 cycles a row after `select_valid`.
     Throughput: one job at a time, so a job for each latency.
     Ordering: jobs leave in the order in which they came; dense ones and those without lanes take two cycles.
     Reset: no job.
@@ -65,25 +65,25 @@ class TopK(wiring.Component):
     -------
     jobs_i, jobs_o : In, Out(stream of Shapes.job)
         A job may come the cycle after its lanes were started, not earlier.
-    first_done : In(ArrayLayout(jobs_in_flight, channels))
+    first_done : In(ArrayLayout(jobs_in_flight, lanes))
         From the lanes: their first pass of the slot's job is over.
     first_slot, first_row : Out
         Address of the first pass's row maxima in all lanes.
-    first_maximum : In(ArrayLayout(Shapes.score, channels))
+    first_maximum : In(ArrayLayout(Shapes.score, lanes))
         Each lane's, two cycles later.
     sweep_valid, sweep : Out(1), Out(Shapes.sweep)
         Strobe, to all lanes.
-    sweep_done : In(channels)
+    sweep_done : In(lanes)
         From the cycle after `sweep_valid`: the sweep's results can be read.
     reference_write, reference_row, reference : Out(1), Out(row), Out(Shapes.score)
         Strobe, to all lanes: what scores are compared with.  Rows come in ascending order, those of the job only.
     sum_row : Out(row)
-    sum : In(ArrayLayout(Shapes.denominator, channels))
+    sum : In(ArrayLayout(Shapes.denominator, lanes))
         Each lane's sum of this row, two cycles later.
     bin : Out(DIGIT_BITS)
-    count : In(ArrayLayout(Shapes.unit_count, channels))
+    count : In(ArrayLayout(Shapes.unit_count, lanes))
         Each lane's count of this digit, two cycles later.
-    unmarked : In(channels)
+    unmarked : In(lanes)
         The lane's last MARK sweep left a unit unselected.
     select_valid, select_slot : Out(1), Out(slot)
         Strobe: the slot's marks are there; its K pass may begin.  Also for a job that has failed.
@@ -125,25 +125,25 @@ class TopK(wiring.Component):
     def __init__(self, config: Config) -> None:
         self._config = config
         self._shapes = shapes = Shapes(config)
-        channels = config.channels
+        lanes = config.lanes
         super().__init__({
             "jobs_i": In(stream.Signature(shapes.job)),
             "jobs_o": Out(stream.Signature(shapes.job)),
-            "first_done": In(data.ArrayLayout(config.jobs_in_flight, channels)),
+            "first_done": In(data.ArrayLayout(config.jobs_in_flight, lanes)),
             "first_slot": Out(shapes.slot),
             "first_row": Out(shapes.row),
-            "first_maximum": In(data.ArrayLayout(shapes.score, channels)),
+            "first_maximum": In(data.ArrayLayout(shapes.score, lanes)),
             "sweep_valid": Out(1),
             "sweep": Out(shapes.sweep),
-            "sweep_done": In(channels),
+            "sweep_done": In(lanes),
             "reference_write": Out(1),
             "reference_row": Out(shapes.row),
             "reference": Out(shapes.score),
             "sum_row": Out(shapes.row),
-            "sum": In(data.ArrayLayout(shapes.denominator, channels)),
+            "sum": In(data.ArrayLayout(shapes.denominator, lanes)),
             "bin": Out(DIGIT_BITS),
-            "count": In(data.ArrayLayout(shapes.unit_count, channels)),
-            "unmarked": In(channels),
+            "count": In(data.ArrayLayout(shapes.unit_count, lanes)),
+            "unmarked": In(lanes),
             "select_valid": Out(1),
             "select_slot": Out(shapes.slot),
             "failed": In(config.jobs_in_flight),
@@ -163,7 +163,7 @@ class TopK(wiring.Component):
         self._digit = Signal(DIGIT_BITS, name="digit")           # the one whose count is there
         self._bits = Signal(range(RANK_BITS + 1), name="bits")   # of the rank that are decided
         self._prefix = Signal(RANK_BITS, name="prefix")
-        count_bits = shapes.unit_count.width + ceil_log2(channels)
+        count_bits = shapes.unit_count.width + ceil_log2(lanes)
         units_bits = len(self._job.units)
         self._wanted = Signal(max(units_bits, count_bits) + 1, name="wanted")    # units still to be found
 
@@ -184,7 +184,7 @@ class TopK(wiring.Component):
         self._keep_alphas(m)
         search = self._search(m)
         all_done = Signal(self._config.jobs_in_flight)
-        m.d.sync += all_done.eq(reduce(and_, (self.first_done[i] for i in range(self._config.channels))))
+        m.d.sync += all_done.eq(reduce(and_, (self.first_done[i] for i in range(self._config.lanes))))
         swept_op = Signal(Sweep)    # the last sweep, none before the first: tells what is collected
         unswept = Signal()          # no sweep yet
 
@@ -333,11 +333,11 @@ class TopK(wiring.Component):
         Returns:
             (lane, collected): two cycles ahead of the lane that is chosen; the row is done.
         """
-        shapes, channels = self._shapes, self._config.channels
-        lane = Signal(range(channels + 4))
+        shapes, lanes = self._shapes, self._config.lanes
+        lane = Signal(range(lanes + 4))
         chosen_maximum, chosen_sum = Signal(shapes.score), Signal(shapes.denominator)
-        choose = (lane - 2)[: shapes.channel.width]
-        collected = lane == channels + 3
+        choose = (lane - 2)[: shapes.lane.width]
+        collected = lane == lanes + 3
         m.d.sync += [
             chosen_maximum.eq(Array(self.first_maximum)[choose]),
             chosen_sum.eq(Array(self.sum)[choose]),
@@ -397,7 +397,7 @@ class TopK(wiring.Component):
         search = _Search(
             swept=Signal(name="swept"),
             ask=Signal(name="ask"),
-            answered=Signal(2 + ceil_log2(self._config.channels), name="answered"),
+            answered=Signal(2 + ceil_log2(self._config.lanes), name="answered"),
             rest=Signal(signed(len(self._wanted) + 1), name="rest"),
             found=Signal(name="found"),
             exact=Signal(name="exact"),
@@ -419,7 +419,7 @@ class TopK(wiring.Component):
 
     def _count(self, m: Module) -> Value:
         """Counts of one digit over all lanes: a tree of registered adders."""
-        counts: list[Value] = [self.count[i] for i in range(self._config.channels)]
+        counts: list[Value] = [self.count[i] for i in range(self._config.lanes)]
         for level in range(ceil_log2(len(counts))):
             pairs = []
             for j in range(0, len(counts), 2):

@@ -9,9 +9,12 @@ from amaranth.utils import ceil_log2
 from kvattic.spec.config import Config
 from kvattic_hdl.lib.axi import ADDRESS_BITS, AXI_READ, BURST_INCR, CACHE_NORMAL, OKAY
 from kvattic_hdl.lib.shapes import EPOCH_BITS, PAGE_BITS, Shapes
-from kvattic_hdl.storage.page_reader import PageReader, fetch_layout
-from kvattic_hdl.storage.tail_reader import TailReader
+from kvattic_hdl.storage.page_reader import PAGE_CODEWORDS, PageReader, fetch_layout
+from kvattic_hdl.storage.row_store import RowStore
+from kvattic_hdl.storage.tail_reader import TAIL_CODEWORDS, TailReader
 
+KEPT_CODEWORDS = max(PAGE_CODEWORDS, TAIL_CODEWORDS)
+"""Codewords kept for each channel's pages, and for the tail."""
 OUTSTANDING = 8
 """Codewords that are asked for and have not come, at most: covers the memory's latency."""
 
@@ -42,8 +45,8 @@ class DramReader(wiring.Component):
         The same, for each lane; `error` where the memory answered with one.
     value_open, epoch : In
         As of the engine.
-    fetches : Array of In(stream of fetch_layout)
-        Pages that each channel will program, in order.
+    fetches : In(stream of fetch_layout)
+        Pages that the channels will program, of each channel in order.
     page_words : Array of Out(stream of page_word)
         Their words, for each channel.
     failed : Out(channels)
@@ -54,13 +57,13 @@ class DramReader(wiring.Component):
     def __init__(self, config: Config) -> None:
         self._config = config
         self._shapes = shapes = Shapes(config)
-        channels = config.channels
+        channels, lanes = config.channels, config.lanes
         super().__init__({
-            "tails": In(stream.Signature(shapes.request)).array(channels),
-            "codewords": Out(stream.Signature(shapes.beat)).array(channels),
+            "tails": In(stream.Signature(shapes.request)).array(lanes),
+            "codewords": Out(stream.Signature(shapes.beat)).array(lanes),
             "value_open": In(config.jobs_in_flight),
             "epoch": In(data.ArrayLayout(EPOCH_BITS, config.jobs_in_flight)),
-            "fetches": In(stream.Signature(fetch_layout())).array(channels),
+            "fetches": In(stream.Signature(fetch_layout(config))),
             "page_words": Out(stream.Signature(shapes.page_word)).array(channels),
             "failed": Out(channels),
             "axi": Out(dram_signature(config)),
@@ -71,22 +74,25 @@ class DramReader(wiring.Component):
         config, shapes = self._config, self._shapes
         m.submodules.tails = tails = TailReader(config)
         m.submodules.pages = pages = PageReader(config)
+        m.submodules.store = store = RowStore(config, KEPT_CODEWORDS * config.codeword_bytes // config.dram_beat_bytes)
+        connect(m, flipped(self.fetches), pages.fetches)
+        connect(m, store.tail_words, tails.words)
+        for lane in range(config.lanes):
+            connect(m, flipped(self.tails[lane]), tails.tails[lane])
+            connect(m, tails.codewords[lane], flipped(self.codewords[lane]))
         for channel in range(config.channels):
-            connect(m, flipped(self.tails[channel]), tails.tails[channel])
-            connect(m, tails.codewords[channel], flipped(self.codewords[channel]))
-            connect(m, flipped(self.fetches[channel]), pages.fetches[channel])
+            connect(m, store.words[channel], pages.words[channel])
             connect(m, pages.page_words[channel], flipped(self.page_words[channel]))
         m.d.comb += [
             tails.value_open.eq(self.value_open),
             tails.epoch.eq(self.epoch),
             self.failed.eq(pages.failed),
         ]
-        # What is asked for, in the order of the answers.
-        asked_layout = data.StructLayout({
-            "program": 1, "channel": shapes.channel, "tag": shapes.tag, "page": PAGE_BITS})
+        # What is asked for, in the order of the answers; `to`: a page's channel, or a tail's lane.
+        asked_layout = data.StructLayout({"program": 1, "to": shapes.channel, "tag": shapes.tag})
         m.submodules.asked = asked = SyncFIFO(width=asked_layout.size, depth=OUTSTANDING)
         self._ask(m, tails, pages, asked, data.View(asked_layout, asked.w_data))
-        self._answer(m, tails, pages, asked, data.View(asked_layout, asked.r_data))
+        self._answer(m, tails, pages, store, asked, data.View(asked_layout, asked.r_data))
         return m
 
     def _ask(self, m: Module, tails: TailReader, pages: PageReader, asked: SyncFIFO, ask: data.View) -> None:
@@ -102,9 +108,8 @@ class DramReader(wiring.Component):
             pages.take.eq(free & ~tails.wanted & pages.wanted),
             asked.w_en.eq(tails.take | pages.take),
             ask.program.eq(pages.take),
-            ask.channel.eq(Mux(pages.take, pages.channel, tails.channel)),
+            ask.to.eq(Mux(pages.take, pages.channel, tails.lane)),
             ask.tag.eq(tails.request.tag),
-            ask.page.eq(pages.page.page),
             wanted_page.eq(Mux(pages.take, pages.page.dram_page, tails.request.page)),
             wanted_codeword.eq(Mux(pages.take, pages.codeword, tails.request.codeword)),
             axi.arid.eq(0),
@@ -122,19 +127,22 @@ class DramReader(wiring.Component):
                     Const(0, codeword_bits), wanted_codeword[:page_codeword_bits], wanted_page)[:ADDRESS_BITS]),
             ]
 
-    def _answer(self, m: Module, tails: TailReader, pages: PageReader, asked: SyncFIFO, answer: data.View) -> None:
+    def _answer(self, m: Module, tails: TailReader, pages: PageReader, store: RowStore, asked: SyncFIFO,
+                answer: data.View) -> None:
         """Gives what comes to whom it was read for."""
-        axi = self.axi
+        axi, bad = self.axi, self.axi.rresp != OKAY
         m.d.comb += [
             axi.rready.eq(1),        # room was set aside when it was asked for
             asked.r_en.eq(axi.rvalid & axi.rlast),
+            store.write.eq(axi.rvalid),
+            store.data.eq(axi.rdata),
+            store.to.eq(answer.to),
+            store.tail.eq(~answer.program),
             tails.arrived.eq(axi.rvalid & ~answer.program),
             tails.last.eq(axi.rlast),
-            tails.to.channel.eq(answer.channel),
+            tails.bad.eq(bad),
+            tails.to.lane.eq(answer.to),
             tails.to.tag.eq(answer.tag),
-            pages.arrived.eq(axi.rvalid & answer.program),
-            pages.to.eq(answer.channel),
-            pages.to_page.eq(answer.page),
+            pages.bad.eq(axi.rvalid & answer.program & bad),
+            pages.to.eq(answer.to),
         ]
-        for reader in (tails, pages):
-            m.d.comb += [reader.data.eq(axi.rdata), reader.bad.eq(axi.rresp != OKAY)]

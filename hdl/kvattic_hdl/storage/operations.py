@@ -33,8 +33,8 @@ class Operations(wiring.Component):
         From the loader.
     operations : Array of Out(stream of operation)
         For each channel.
-    fetches : Array of Out(stream of fetch_layout)
-        The pages of its PROGRAMs, in the same order.
+    fetches : Out(stream of fetch_layout)
+        The pages of the PROGRAMs, of each channel in the same order.
     channel_outcomes : Array of In(stream of outcome)
         From each channel.
     outcomes : Out(stream of Shapes.ended)
@@ -53,7 +53,7 @@ class Operations(wiring.Component):
         super().__init__({
             "commands": In(stream.Signature(shapes.flash_command)),
             "operations": Out(stream.Signature(shapes.operation)).array(channels),
-            "fetches": Out(stream.Signature(fetch_layout())).array(channels),
+            "fetches": Out(stream.Signature(fetch_layout(config))),
             "channel_outcomes": In(stream.Signature(shapes.outcome)).array(channels),
             "outcomes": Out(stream.Signature(shapes.ended)),
             "failed": In(channels),
@@ -80,7 +80,11 @@ class Operations(wiring.Component):
         fetch_ready = Signal()
         m.d.comb += [
             operation_ready.eq(Array(s.ready for s in self.operations)[command.channel]),
-            fetch_ready.eq(Array(s.ready for s in self.fetches)[command.channel]),
+            fetch_ready.eq(self.fetches.ready),
+            self.fetches.payload.channel.eq(command.channel),
+            self.fetches.payload.page.dram_page.eq(command.dram_page),
+            self.fetches.payload.page.page.eq(command.operation.page),
+            self.fetches.valid.eq(queue.r_rdy & program & ~fetched),
         ]
         begun = Signal()
         m.d.comb += [
@@ -92,9 +96,6 @@ class Operations(wiring.Component):
             m.d.comb += [
                 self.operations[c].payload.eq(command.operation),
                 self.operations[c].valid.eq(here & (~program | fetched | fetch_ready)),
-                self.fetches[c].payload.dram_page.eq(command.dram_page),
-                self.fetches[c].payload.page.eq(command.operation.page),
-                self.fetches[c].valid.eq(here & program & ~fetched),
             ]
         with m.If(begun):
             m.d.sync += fetched.eq(0)

@@ -1,29 +1,37 @@
 """Serves flash channels with the pages of device DRAM that are to be programmed."""
 
-from amaranth.hdl import Array, Cat, Module, Mux, Signal, Value, unsigned
+from amaranth.hdl import Array, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, stream, wiring
-from amaranth.lib.fifo import SyncFIFO, SyncFIFOBuffered
-from amaranth.lib.wiring import In, Out
+from amaranth.lib.wiring import In, Out, connect, flipped
 from amaranth.utils import ceil_log2
 
 from kvattic.spec.config import Config
+from kvattic_hdl.lib.arithmetic import next_of, strobe
 from kvattic_hdl.lib.shapes import PAGE_BITS, Shapes
+from kvattic_hdl.lib.stream_buffer import StreamRegister
+from kvattic_hdl.storage.queue_set import QueueSet
 
 PAGE_CODEWORDS = 4
 """Codewords buffered for each channel ahead of its encoder."""
+FETCHES = 64
+"""Pages that wait for each channel."""
 
 
-def fetch_layout() -> data.StructLayout:
+def page_layout() -> data.StructLayout:
     """A page to be programmed: its number in device DRAM, and the flash page that it is for."""
     return data.StructLayout({"dram_page": PAGE_BITS, "page": PAGE_BITS})
+
+
+def fetch_layout(config: Config) -> data.StructLayout:
+    """A page to be programmed, and the channel that it is for."""
+    return data.StructLayout({"channel": Shapes(config).channel, "page": page_layout()})
 
 
 class PageReader(wiring.Component):
     """Offers the codewords of pages to be programmed, channel by channel, and gives their words to the channels.
 
-    Latency: a page is offered two cycles after it came, at the earliest; a word is given the cycle after it came.
-    Throughput: a codeword a cycle; a word a cycle for each channel.  Ordering: of each channel as they came.  Reset
-    forgets everything.
+    Latency: a page is offered six cycles after it came, at the earliest.  Throughput: a codeword every fourth cycle; a
+    word a cycle for each channel.  Ordering: of each channel as they came.  Reset forgets everything.
 
     Parameters
     ----------
@@ -32,16 +40,16 @@ class PageReader(wiring.Component):
 
     Members
     -------
-    fetches : Array of In(stream of fetch_layout)
-        Pages that each channel will program, in order.
+    fetches : In(stream of fetch_layout)
+        Pages that the channels will program, of each channel in order.
     wanted, page, codeword, channel : Out
         A codeword that has room: its page, its number in the page, and the channel that it is for.
     take : In(1)
         Strobe: it is read.
-    arrived, data, bad : In
-        Strobe: a word of a codeword; it was answered with an error.
-    to, to_page : In(channel), In(24)
-        Whose the word is, and the flash page that it is for.
+    bad, to : In(1), In(channel)
+        Strobe: a row of a codeword of this channel was answered with an error.
+    words : Array of In(stream of word_bytes * 8)
+        What was read, for each channel.
     page_words : Array of Out(stream of page_word)
         The words, for each channel.
     failed : Out(channels)
@@ -52,17 +60,15 @@ class PageReader(wiring.Component):
         self._config = config
         self._shapes = shapes = Shapes(config)
         super().__init__({
-            "fetches": In(stream.Signature(fetch_layout())).array(config.channels),
+            "fetches": In(stream.Signature(fetch_layout(config))),
             "wanted": Out(1),
-            "page": Out(fetch_layout()),
+            "page": Out(page_layout()),
             "codeword": Out(unsigned(max(1, ceil_log2(config.codewords_per_page)))),
             "channel": Out(shapes.channel),
             "take": In(1),
-            "arrived": In(1),
-            "data": In(config.dram_beat_bytes * 8),
             "bad": In(1),
             "to": In(shapes.channel),
-            "to_page": In(PAGE_BITS),
+            "words": In(stream.Signature(unsigned(config.word_bytes * 8))).array(config.channels),
             "page_words": Out(stream.Signature(shapes.page_word)).array(config.channels),
             "failed": Out(config.channels),
         })
@@ -70,62 +76,85 @@ class PageReader(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         config = self._config
-        pages, valids, numbers = [], [], []
-        for channel in range(config.channels):
-            fetch = SyncFIFOBuffered(width=fetch_layout().size, depth=64)
-            m.submodules[f"fetch_{channel}"] = fetch
-            room = Signal(range(PAGE_CODEWORDS + 1), init=PAGE_CODEWORDS, name=f"room_{channel}")
-            number = Signal(range(config.codewords_per_page), name=f"codeword_{channel}")
-            last = number == config.codewords_per_page - 1
-            taken = Signal(name=f"page_taken_{channel}")
-            given = self._give(m, channel)
-            m.d.comb += [
-                fetch.w_data.eq(self.fetches[channel].payload),
-                fetch.w_en.eq(self.fetches[channel].valid),
-                self.fetches[channel].ready.eq(fetch.w_rdy),
-                taken.eq(self.take & (self.channel == channel)),
-                fetch.r_en.eq(taken & last),
-            ]
-            with m.If(taken):
-                m.d.sync += number.eq(Mux(last, 0, number + 1))
-            m.d.sync += room.eq(room - taken + given)
-            pages.append(fetch.r_data)
-            valids.append(fetch.r_rdy & room.any())
-            numbers.append(number)
+        channels = range(config.channels)
+        # Behind a register, as it takes long to see whether a channel's queue has room.
+        m.submodules.given = given = StreamRegister(fetch_layout(config))
+        connect(m, flipped(self.fetches), given.i)
+        m.submodules.fetches = fetches = QueueSet(page_layout(), config.channels, FETCHES)
+        numbers = [Signal(range(config.codewords_per_page), name=f"codeword_{channel}") for channel in channels]
+        able = Signal(config.channels)
+        last, begins = Signal(), Signal()
         m.d.comb += [
-            self.page.eq(Array(pages)[self.channel]),
-            self.wanted.eq(Array(valids)[self.channel]),
+            fetches.i.payload.queue.eq(given.o.payload.channel),
+            fetches.i.payload.item.eq(given.o.payload.page),
+            fetches.i.valid.eq(given.o.valid),
+            given.o.ready.eq(fetches.i.ready),
+            fetches.queue.eq(self.channel),
+            fetches.pop.eq(self.take & last),
+            self.page.eq(fetches.head),
             self.codeword.eq(Array(numbers)[self.channel]),
+            last.eq(self.codeword == config.codewords_per_page - 1),
+            begins.eq(self.take & (self.codeword == 0)),
+            self.failed.eq(strobe(self.bad, self.to)),
         ]
-        # On to the next channel where there is nothing to do, or after a codeword.
-        with m.If(~self.wanted | self.take):
-            m.d.sync += self.channel.eq(Mux(self.channel == config.channels - 1, 0, self.channel + 1))
+        for channel in channels:
+            here = self.channel == channel
+            room = Signal(range(PAGE_CODEWORDS + 1), init=PAGE_CODEWORDS, name=f"room_{channel}")
+            gone, full = self._give(m, channel, self.words[channel], begins & here)
+            m.d.comb += able[channel].eq(
+                fetches.waiting[channel] & room.any() & ~(full & (numbers[channel] == 0)))
+            with m.If(self.take & here):
+                m.d.sync += numbers[channel].eq(Mux(last, 0, self.codeword + 1))
+            m.d.sync += room.eq(room - (self.take & here) + gone)
+        self._choose(m, able)
         return m
 
-    def _give(self, m: Module, channel: int) -> Value:
-        """Words of a channel's pages; strobe: a codeword is given."""
-        config, words = self._config, self.page_words[channel]
-        beat_words = config.dram_beat_bytes // config.beat_bytes
-        codeword_beats = config.codeword_bytes // config.beat_bytes
-        burst = config.codeword_bytes // config.dram_beat_bytes
-        data_bits = len(self.data)
-        m.submodules[f"store_{channel}"] = store = SyncFIFO(
-            width=data_bits + PAGE_BITS, depth=PAGE_CODEWORDS * burst)
-        given = Signal(name=f"given_{channel}")
-        out = Signal(range(codeword_beats), name=f"out_{channel}")
-        here = self.arrived & (self.to == channel)
+    def _choose(self, m: Module, able: Value) -> None:
+        """A channel is chosen, its page is read, its codeword is offered until it is taken."""
+        known = Signal(self._config.channels)   # a cycle late, so nothing is chosen in the cycle after a codeword
+        following = next_of(m, known, self.channel, "following")
+        m.d.sync += known.eq(able)
+        with m.FSM(name="choice"):
+            with m.State("CHOOSE"):
+                m.d.sync += self.channel.eq(following)
+                with m.If(known.any()):
+                    m.next = "READ"
+            with m.State("READ"):
+                m.d.sync += self.wanted.eq(1)
+                m.next = "OFFER"
+            with m.State("OFFER"):
+                with m.If(self.take):
+                    m.d.sync += self.wanted.eq(0)
+                    m.next = "SETTLE"
+            with m.State("SETTLE"):
+                m.next = "CHOOSE"
+
+    def _give(self, m: Module, channel: int, words: stream.Interface, begins: Value) -> tuple[Signal, Signal]:
+        """Words of a channel's pages: (strobe: a codeword is given, a page that is begun waits behind another)."""
+        config, out = self._config, self.page_words[channel]
+        codeword_words = config.codeword_bytes // config.word_bytes
+        page, page_there = Signal(PAGE_BITS, name=f"page_{channel}", reset_less=True), Signal(name=f"there_{channel}")
+        following = Signal(PAGE_BITS, name=f"following_{channel}", reset_less=True)
+        full = Signal(name=f"full_{channel}")
+        beat = Signal(range(codeword_words), name=f"beat_{channel}")
+        codeword = Signal(range(config.codewords_per_page), name=f"given_codeword_{channel}")
+        given, ended = Signal(name=f"given_{channel}"), Signal(name=f"ended_{channel}")
         m.d.comb += [
-            store.w_en.eq(here),
-            store.w_data.eq(Cat(self.data, self.to_page)),
-            self.failed[channel].eq(here & self.bad),
-            words.valid.eq(store.r_rdy),
-            words.payload.data.eq(
-                store.r_data.word_select(out[: ceil_log2(beat_words)], config.beat_bytes * 8)
-                if beat_words > 1 else store.r_data[:data_bits]),
-            words.payload.page.eq(store.r_data[data_bits:]),
-            store.r_en.eq(words.valid & words.ready & (out % beat_words == beat_words - 1)),
-            given.eq(words.valid & words.ready & (out == codeword_beats - 1)),
+            out.payload.data.eq(words.payload),
+            out.payload.page.eq(page),
+            out.valid.eq(words.valid & page_there),
+            words.ready.eq(out.ready & page_there),
+            given.eq(out.valid & out.ready & (beat == codeword_words - 1)),
+            ended.eq(given & (codeword == config.codewords_per_page - 1)),
         ]
-        with m.If(words.valid & words.ready):
-            m.d.sync += out.eq(Mux(given, 0, out + 1))
-        return given
+        with m.If(out.valid & out.ready):
+            m.d.sync += beat.eq(beat + 1)   # codeword_words is a power of two
+        with m.If(given):
+            m.d.sync += codeword.eq(Mux(ended, 0, codeword + 1))
+        with m.If(begins):
+            m.d.sync += [following.eq(self.page.page), full.eq(1)]
+        with m.If(~page_there | ended):
+            m.d.sync += [page.eq(following), page_there.eq(full)]
+            with m.If(~begins):
+                m.d.sync += full.eq(0)
+        return given, full

@@ -1,14 +1,15 @@
 """Serves lanes with codewords of the tail, which lies in device DRAM."""
 
-from amaranth.hdl import Array, Cat, Module, Mux, Signal, Value
+from amaranth.hdl import Array, Cat, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, stream, wiring
-from amaranth.lib.fifo import SyncFIFO, SyncFIFOBuffered
+from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
-from amaranth.utils import ceil_log2
 
 from kvattic.spec.commands import Kind
 from kvattic.spec.config import Config
+from kvattic_hdl.lib.arithmetic import next_of
 from kvattic_hdl.lib.shapes import EPOCH_BITS, Shapes
+from kvattic_hdl.storage.queue_set import QueueSet
 
 TAIL_CODEWORDS = 4
 """Tail codewords that are on their way to a lane."""
@@ -17,9 +18,9 @@ TAIL_CODEWORDS = 4
 class TailReader(wiring.Component):
     """Offers the lanes' requests in turn, and gives each codeword that comes to the lane that asked for it.
 
-    Latency: a request is offered two cycles after it came, at the earliest; a beat is given the cycle after its word
-    came.  Throughput: a request every second cycle; a beat a cycle, over all lanes.  Ordering: codewords come and go in
-    the order in which they were taken.  Reset forgets everything.
+    Latency: a request is offered four cycles after it came, at the earliest.  Throughput: a request every fourth cycle;
+    a beat a cycle, over all lanes.  Ordering: codewords come and go in the order in which they were taken.  Reset
+    forgets everything.
 
     Parameters
     ----------
@@ -32,14 +33,16 @@ class TailReader(wiring.Component):
         Codewords that each lane wants of DRAM.
     value_open, epoch : In
         As of the engine.
-    wanted, request, channel : Out(1), Out(request), Out(channel)
+    wanted, request, lane : Out(1), Out(request), Out(lane)
         A request that is welcome and has room, and the lane that it is of.
     take : In(1)
         Strobe: it is read.
-    arrived, data, last, bad : In
-        Strobe: a word of a codeword; the last one; it was answered with an error.
-    to : In(channel, tag)
+    arrived, last, bad : In
+        Strobe: a row of a codeword; the last one; it was answered with an error.
+    to : In(lane, tag)
         Whose the codeword is.
+    words : In(stream of word_bytes * 8)
+        What was read.
     codewords : Array of Out(stream of beat)
         The codewords, for each lane; `error` where the memory answered with one.
     """
@@ -48,19 +51,19 @@ class TailReader(wiring.Component):
         self._config = config
         self._shapes = shapes = Shapes(config)
         super().__init__({
-            "tails": In(stream.Signature(shapes.request)).array(config.channels),
+            "tails": In(stream.Signature(shapes.request)).array(config.lanes),
             "value_open": In(config.jobs_in_flight),
             "epoch": In(data.ArrayLayout(EPOCH_BITS, config.jobs_in_flight)),
             "wanted": Out(1),
             "request": Out(shapes.request),
-            "channel": Out(shapes.channel),
+            "lane": Out(shapes.lane),
             "take": In(1),
             "arrived": In(1),
-            "data": In(config.dram_beat_bytes * 8),
             "last": In(1),
             "bad": In(1),
-            "to": In(data.StructLayout({"channel": shapes.channel, "tag": shapes.tag})),
-            "codewords": Out(stream.Signature(shapes.beat)).array(config.channels),
+            "words": In(stream.Signature(unsigned(config.word_bytes * 8))),
+            "to": In(data.StructLayout({"lane": shapes.lane, "tag": shapes.tag})),
+            "codewords": Out(stream.Signature(shapes.beat)).array(config.lanes),
         })
 
     def elaborate(self, platform: object) -> Module:
@@ -72,66 +75,78 @@ class TailReader(wiring.Component):
         return m
 
     def _offer(self, m: Module, room: Value) -> None:
-        """A lane's requests wait here until they are welcome; one channel is looked at in each cycle."""
+        """A lane's requests wait here until they are welcome; one lane is looked at, until another has one."""
         config, shapes, request = self._config, self._shapes, self.request
-        heads, valids = [], []
-        for channel, tail in enumerate(self.tails):
-            queue = SyncFIFOBuffered(width=shapes.request.size, depth=2 * config.codewords_per_page)
-            m.submodules[f"tail_{channel}"] = queue
-            m.d.comb += [
-                queue.w_data.eq(tail.payload),
-                queue.w_en.eq(tail.valid),
-                tail.ready.eq(queue.w_rdy),
-                queue.r_en.eq(self.take & (self.channel == channel)),
-            ]
-            heads.append(queue.r_data)
-            valids.append(queue.r_rdy)
-        slot = request.tag.slot
+        m.submodules.requests = requests = QueueSet(shapes.request, config.lanes, 2 * config.codewords_per_page)
+        valids = Signal(config.lanes)
+        coming = Signal(shapes.lane)   # whose request may come in
         m.d.comb += [
-            request.eq(Array(heads)[self.channel]),
-            self.wanted.eq(Array(valids)[self.channel] & room & (
-                (request.tag.kind != Kind.VALUE) | self.value_open.bit_select(slot, 1)
-                | (request.tag.epoch != self.epoch.as_value().word_select(slot, EPOCH_BITS)))),
+            valids.eq(Cat(tail.valid for tail in self.tails)),
+            requests.i.payload.queue.eq(coming),
+            requests.i.payload.item.eq(Array(tail.payload.as_value() for tail in self.tails)[coming]),
+            requests.i.valid.eq(valids.bit_select(coming, 1)),
+            requests.queue.eq(self.lane),
+            requests.pop.eq(self.take),
+            request.eq(requests.head),
         ]
-        # On to the next channel where there is nothing to do, or after a codeword.
-        with m.If(~self.wanted | self.take):
-            m.d.sync += self.channel.eq(Mux(self.channel == config.channels - 1, 0, self.channel + 1))
+        for lane, tail in enumerate(self.tails):
+            m.d.comb += tail.ready.eq(requests.i.ready & (coming == lane))
+        with m.If(~requests.i.valid | ~requests.i.ready):
+            m.d.sync += coming.eq(next_of(m, valids, coming, "next_lane"))
+        # A lane is chosen, its first request is read, judged, and offered if it is welcome, which it stays.
+        slot = request.tag.slot
+        following = next_of(m, requests.waiting, self.lane, "following")
+        with m.FSM(name="choice"):
+            with m.State("CHOOSE"):
+                m.d.sync += self.lane.eq(following)
+                with m.If(requests.waiting.any()):
+                    m.next = "READ"
+            with m.State("READ"):
+                m.next = "JUDGE"
+            with m.State("JUDGE"):
+                welcome = (request.tag.kind != Kind.VALUE) | self.value_open.bit_select(slot, 1) | (
+                    request.tag.epoch != self.epoch.as_value().word_select(slot, EPOCH_BITS))
+                m.d.sync += self.wanted.eq(welcome & room)
+                m.next = "CHOOSE"
+                with m.If(welcome & room):
+                    m.next = "OFFER"
+            with m.State("OFFER"):
+                with m.If(self.take):
+                    m.d.sync += self.wanted.eq(0)
+                    m.next = "CHOOSE"
 
     def _give(self, m: Module) -> Value:
         """Codewords, in order, one beat of the lane at a time; strobe: one is given."""
-        config, shapes = self._config, self._shapes
-        beat_words = config.dram_beat_bytes // config.beat_bytes
-        codeword_beats = config.codeword_bytes // config.beat_bytes
-        burst = config.codeword_bytes // config.dram_beat_bytes
-        sent_layout = data.StructLayout({"channel": shapes.channel, "tag": shapes.tag, "error": 1})
-        m.submodules.tail_store = store = SyncFIFO(width=len(self.data), depth=TAIL_CODEWORDS * burst)
+        config, shapes, words = self._config, self._shapes, self.words
+        codeword_words = config.codeword_bytes // config.word_bytes
+        sent_layout = data.StructLayout({"lane": shapes.lane, "tag": shapes.tag, "error": 1})
         m.submodules.sent = sent = SyncFIFO(width=sent_layout.size, depth=TAIL_CODEWORDS)
         to = data.View(sent_layout, sent.r_data)
-        wrong = Signal()    # a beat of the codeword that is arriving was answered with an error
-        count = Signal(range(codeword_beats))
+        wrong = Signal()    # a row of the codeword that is arriving was answered with an error
+        count = Signal(range(codeword_words))   # of words
+        before = Signal((config.lane_channels - 1) * config.word_bytes * 8)     # those of the beat that came already
         beat = Signal(shapes.beat)
-        offered, accepted, flush = Signal(), Signal(), Signal()
+        offered, flush, complete = Signal(), Signal(), Signal()
         m.d.comb += [
-            store.w_en.eq(self.arrived),
-            store.w_data.eq(self.data),
             sent.w_en.eq(self.arrived & self.last),
             sent.w_data.eq(Cat(self.to, wrong | self.bad)),
             beat.tag.eq(to.tag),
             beat.error.eq(to.error),
-            beat.data.eq(store.r_data.word_select(count[: ceil_log2(beat_words)], config.beat_bytes * 8)
-                         if beat_words > 1 else store.r_data),
-            beat.last.eq(count == config.beats_per_codeword - 1),
+            beat.data.eq(Cat(before, words.payload)),
+            beat.last.eq(count == config.words_per_codeword - 1),
             # Padding behind the last token is read and not sent.
-            flush.eq(sent.r_rdy & (count >= config.beats_per_codeword)),
-            offered.eq(sent.r_rdy & ~flush),
-            store.r_en.eq((accepted | flush) & (count % beat_words == beat_words - 1)),
-            sent.r_en.eq((accepted | flush) & (count == codeword_beats - 1)),
-            accepted.eq(offered & Array(codewords.ready for codewords in self.codewords)[to.channel]),
+            flush.eq(count >= config.words_per_codeword),
+            complete.eq(count % config.lane_channels == config.lane_channels - 1),
+            offered.eq(sent.r_rdy & words.valid & complete & ~flush),
+            words.ready.eq(sent.r_rdy & (
+                flush | ~complete | Array(codewords.ready for codewords in self.codewords)[to.lane])),
+            sent.r_en.eq(words.valid & words.ready & (count == codeword_words - 1)),
         ]
         with m.If(self.arrived):
             m.d.sync += wrong.eq((wrong | self.bad) & ~self.last)
-        with m.If(accepted | flush):
-            m.d.sync += count.eq(Mux(sent.r_en, 0, count + 1))
-        for channel, codewords in enumerate(self.codewords):
-            m.d.comb += [codewords.payload.eq(beat), codewords.valid.eq(offered & (to.channel == channel))]
+        with m.If(words.valid & words.ready):
+            m.d.sync += [
+                count.eq(Mux(sent.r_en, 0, count + 1)), before.eq(Cat(before, words.payload)[len(words.payload) :])]
+        for lane, codewords in enumerate(self.codewords):
+            m.d.comb += [codewords.payload.eq(beat), codewords.valid.eq(offered & (to.lane == lane))]
         return sent.r_en

@@ -2,21 +2,22 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvattic.driver.jobs import Job, job_bytes
+from kvattic.driver.jobs import Job, ReadJob, job_bytes
 from kvattic.spec import layout
 from kvattic.spec.commands import LINE_BYTES, Completion, Kind, Mode
 from kvattic.spec.config import ELEMENT_BYTES, Config
+from kvattic.spec.elements import Booleans, Integers
 from kvattic.timing import JobTimes, Stripe, attend_job, estimate
 from kvattic.timing.cost import KINDS, Cost
 from kvattic.timing.record import Batch, CommandRecord, Counts, Sampler
 
-__all__ = ["PARTS", "DenseTally", "JobAccount", "Passage", "Tally", "attend_cost", "cycles_of", "job_account", "sum_of",
-           "times_of"]
+__all__ = ["PARTS", "DenseTally", "JobAccount", "Passage", "Tally", "attend_cost", "cycles_of", "job_account",
+           "read_account", "sum_of", "times_of"]
 
 UNSETTLED = 1024
 """Kinds of jobs that a `Tally` notes before it sums them."""
@@ -97,19 +98,32 @@ def job_account(config: Config, job: Job, passage: Passage, table: NDArray[np.ui
     return JobAccount(config, passage, counts, job.rows, link, 0 if job.mode is Mode.DENSE else rest)
 
 
+def read_account(config: Config, job: ReadJob, passage: Passage, table: NDArray[np.uint64], size: int) -> JobAccount:
+    """What a READ cost.
+
+    Args:
+        config: of the drive.
+        job: that has completed.
+        passage: when.
+        table: that of its command.
+        size: bytes of its table and of what it wrote.
+    """
+    record = passage.record
+    counts = None if record is None else record.counts
+    if counts is None:
+        used, in_dram = _used(config, table, 1, job.tokens)
+        counts = _dense_counts(config, used, in_dram)
+    return JobAccount(config, passage, counts, 0, size + 2 * LINE_BYTES)
+
+
 def _counts(config: Config, job: Job, table: NDArray[np.uint64]) -> Counts:
     """What a job read as far as its table says, which is all but the K and V that a sparse one selects."""
+    used, in_dram = _used(config, table, job.stripe_pages, job.end_token - job.base_token)
+    if job.mode is Mode.DENSE:
+        return _dense_counts(config, used, in_dram)
     flash, dram = [0] * len(Kind), [0] * len(Kind)
-    size = job.stripe_pages * config.tokens_per_page
-    tokens = np.full(len(table), size)
-    tokens[-1] = job.end_token - job.base_token - size * (len(table) - 1)
-    used = -(-tokens // config.tokens_per_codeword)
-    in_dram = layout.unpack_entries(table).dram == 1
     in_tail = int(used[in_dram].sum())
     dram[Kind.KEY] = dram[Kind.VALUE] = in_tail
-    if job.mode is Mode.DENSE:
-        flash[Kind.KEY] = flash[Kind.VALUE] = int(used[~in_dram].sum())
-        return Counts(tuple(flash), tuple(dram), 2 * int((-(-used[~in_dram] // config.codewords_per_page)).sum()))
     whole = in_dram | (np.arange(len(table)) >= job.whole)
     chosen = int((~whole).sum())
     if job.mode is Mode.CENTROID:
@@ -118,6 +132,22 @@ def _counts(config: Config, job: Job, table: NDArray[np.uint64]) -> Counts:
         flash[Kind.FEATURE] = chosen * job.features
         dram[Kind.SKETCH], flash[Kind.SKETCH] = in_tail, int(used[whole & ~in_dram].sum())
     return Counts(tuple(flash), tuple(dram), None)
+
+
+def _used(config: Config, table: NDArray[np.uint64], stripe_pages: int, tokens: int) -> tuple[Integers, Booleans]:
+    """Codewords of K that each stripe of a job has, and which stripes are in device DRAM."""
+    size = stripe_pages * config.tokens_per_page
+    each = np.full(len(table), size)
+    each[-1] = tokens - size * (len(table) - 1)
+    in_dram: Booleans = layout.unpack_entries(table).dram == 1
+    return -(-each // config.tokens_per_codeword), in_dram
+
+
+def _dense_counts(config: Config, used: Integers, in_dram: Booleans) -> Counts:
+    """What a job reads that reads all K and V; arguments as `_used` gives them."""
+    flash, dram, rest = int(used[~in_dram].sum()), int(used[in_dram].sum()), (0,) * (len(Kind) - 2)
+    pages = int((-(-used[~in_dram] // config.codewords_per_page)).sum())
+    return Counts((flash, flash, *rest), (dram, dram, *rest), 2 * pages)
 
 
 def _alike(accounts: Iterable[JobAccount]) -> dict[tuple[Counts, int, int, int], int]:
@@ -176,26 +206,39 @@ def cycles_of(passages: Sequence[Passage]) -> int | None:
     return longest
 
 
-_Noted: TypeAlias = dict[tuple[int, Batch], tuple[list[int], list[int]]]
-"""Numbers of jobs, and of operations, by device and batch: what is kept until a time is asked for."""
+class _Noted(NamedTuple):
+    """Commands of a batch of a device without time: what is kept of them until a time is asked for.
+
+    Members:
+        device: number of the device.
+        batch: in which they were.
+        jobs: numbers of the jobs.
+        operations: numbers of the operations.
+    """
+
+    device: int
+    batch: Batch
+    jobs: tuple[int, ...]
+    operations: tuple[int, ...]
 
 
-def _noted(passages: Iterable[Passage]) -> _Noted:
-    """What devices without time have noted."""
-    found: _Noted = {}
+def _noted(passages: Iterable[Passage]) -> tuple[_Noted, ...]:
+    """What devices without time have noted, by device and batch."""
+    found: dict[tuple[int, Batch], tuple[list[int], list[int]]] = {}
     for passage in passages:
         if (record := passage.record) is not None:
             numbers = found.get((passage.device, record.batch))
             if numbers is None:
                 found[passage.device, record.batch] = numbers = ([], [])
             numbers[record.counts is None].append(record.number)
-    return found
+    return tuple([_Noted(device, batch, tuple(jobs), tuple(operations))
+                  for (device, batch), (jobs, operations) in found.items()])
 
 
-def _modelled_cycles(noted: _Noted) -> int:
+def _modelled_cycles(noted: Sequence[_Noted]) -> int:
     """`cycles_of` of what was noted."""
     drives: dict[int, int] = {}
-    for (device, batch), (jobs, operations) in noted.items():
+    for device, batch, jobs, operations in noted:
         ends = [*map(batch.job_completed, jobs), *map(batch.operation_completed, operations)]
         drives[device] = drives.get(device, 0) + max(ends)
     return max(drives.values(), default=0)
@@ -239,7 +282,7 @@ class Tally:
         self._jobs: dict[tuple[Counts, int, int, int], int] = {}
         self._drives, self._written, self._programmed = 1, 0, 0
         self._cycles: int | None = 0
-        self._samplers = (Sampler(), Sampler())
+        self._samplers = (Sampler(_modelled_cycles), Sampler(_modelled_cycles))
         self._modelled = modelled
 
     def add_attend(self, accounts: Sequence[JobAccount]) -> None:
@@ -282,11 +325,11 @@ class Tally:
         """Add bytes that the host put into device DRAM."""
         self._written += size
 
-    def _add_time(self, passages: Sequence[Passage], weight: int, sampler: Sampler) -> None:
+    def _add_time(self, passages: Sequence[Passage], weight: int, sampler: Sampler[Sequence[_Noted]]) -> None:
         noted = _noted(passages)
         if noted:
             self._modelled = True
-            sampler.add(weight, sum(batch.kept for _, batch in noted), lambda: _modelled_cycles(noted))
+            sampler.add(weight, sum(each.batch.kept for each in noted), noted)
         elif self._cycles is not None:
             cycles = cycles_of(passages)
             self._cycles = None if cycles is None else self._cycles + cycles
@@ -329,7 +372,7 @@ class DenseTally:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._counted = Cost(config=config, modelled=True)
-        self._sampler = Sampler()
+        self._sampler = Sampler(self._model)
 
     def add(self, jobs: Iterable[tuple[int, Job]]) -> None:
         """Add jobs that are in flight together.
@@ -349,8 +392,11 @@ class DenseTally:
         jobs_alike = _alike(accounts)
         self._counted += replace(_counted(self._config, jobs_alike), drives=max(len(drives), 1))
         weight = _weight(jobs_alike)
-        self._sampler.add(weight, weight // self._config.codewords_per_page, lambda: max(
-            (self._cycles(mine) for mine in drives.values()), default=0))
+        self._sampler.add(weight, weight // self._config.codewords_per_page, [*drives.values()])
+
+    def _model(self, drives: Iterable[Sequence[_DenseWork]]) -> int:
+        """Time of drives side by side."""
+        return max((self._cycles(mine) for mine in drives), default=0)
 
     def _work(self, job: Job, rows: int) -> _DenseWork:
         config, table = self._config, job.table.copy()

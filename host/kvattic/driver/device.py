@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 from kvattic.driver import futures
-from kvattic.driver.accounts import Tally, job_account
+from kvattic.driver.accounts import Tally, job_account, read_account
 from kvattic.driver.admin import Admin
 from kvattic.driver.checks import check_integer, check_positive
 from kvattic.driver.diagnosis import job_failure
@@ -28,14 +28,18 @@ from kvattic.driver.jobs import (
     MAX_SINKS,
     FlashOperation,
     Job,
+    ReadJob,
     check_blocks,
     fill_command,
+    fill_read,
     job_bytes,
     pack_command,
+    pack_read,
+    read_bytes,
 )
 from kvattic.driver.manifest import read_manifest
 from kvattic.driver.media import Media
-from kvattic.driver.results import AttendPlan, AttendResult, JobResult
+from kvattic.driver.results import AttendPlan, AttendResult, JobResult, ReadResult
 from kvattic.driver.saving import Saver, states_of
 from kvattic.driver.sequence import Loss, Sequence
 from kvattic.driver.shape import SequenceShape
@@ -51,6 +55,7 @@ from kvattic.placement.domains import COMMON_DOMAIN
 from kvattic.placement.reservations import reservations
 from kvattic.placement.zones import Allocation, Wear
 from kvattic.spec import layout
+from kvattic.spec.blocks import unpack_tokens
 from kvattic.spec.commands import DOMAINS, Completion, Status, result_row_bytes
 from kvattic.spec.config import Config
 from kvattic.spec.layout import Block
@@ -757,6 +762,42 @@ class Device(Closing):
         """
         return self.collect(jobs, self.submit(jobs, check=False), check=check, timeout_s=timeout_s, progress=progress)
 
+    def read(self, jobs: Series[ReadJob], *, check: bool = True) -> list[ReadResult]:
+        """Run READs, as many at a time as the queue and the host memory take.
+
+        Args:
+            jobs: the commands, in order.
+            check: raise on the first status other than OK; otherwise the caller looks at the completions.
+
+        Returns:
+            The results, in the order of the jobs.
+
+        Raises:
+            CapacityError, RequestError, DeviceStatusError, DeviceTimeoutError: see `run`.
+        """
+        waiting = self.submit_reads(jobs)
+        self.dispatcher.drive_futures(waiting)
+        results = [future.result() for future in waiting]
+        for index, (job, result) in enumerate(zip(jobs, results, strict=True)):
+            if check and result.completion.status is not Status.OK:
+                raise job_failure(index, len(jobs), job, result.completion, self.media)
+        return results
+
+    def submit_reads(self, jobs: Series[ReadJob]) -> list[Future[ReadResult]]:
+        """Begin READs; those that find no room yet wait on the host.
+
+        Returns:
+            A future for each, whatever its completion says.
+
+        Raises:
+            CapacityError, RequestError, DeviceTimeoutError, DeviceStatusError, DeviceLostError: see `submit`.
+        """
+        with self.lock:
+            self.check_open()
+            commands = [self._read_command(index, jobs) for index in range(len(jobs))]
+            self.dispatcher.submit(commands)
+            return [command.future for command in commands]
+
     def collect(self, jobs: Series[Job], waiting: Series[Future[JobResult]], *, check: bool = True,
                  timeout_s: float | None = None, progress: Progress | None = None) -> list[JobResult]:
         """Wait for submitted jobs; arguments and errors are those of `run`."""
@@ -818,6 +859,28 @@ class Device(Closing):
             return JobResult(data or bytes(result), rows, dim, completion, account)
 
         return Command(ATTEND, bytearray(line), finish, future, size, fill, (size - result, result))
+
+    def _read_command(self, index: int, jobs: Series[ReadJob]) -> Command[ReadResult]:
+        job, config = jobs[index], self.config
+        table_size, size = read_bytes(job, config)
+        try:
+            line = pack_read(job, config)
+        except OverflowError:
+            raise RequestError(f"a number of job {index} does not fit its field of the command: {job}") from None
+        future: Future[ReadResult] = Future(self.dispatcher)
+        table = job.table
+
+        def fill(line: bytearray, address: int) -> bytes:
+            nonlocal table
+            table = job.page_table(config.tokens_per_page)
+            return fill_read(job, config, line, address)
+
+        def finish(completion: Completion, data: bytes) -> ReadResult:
+            if (passage := future.passage) is not None and completion.status is Status.OK:
+                self._tally.count_jobs((read_account(config, job, passage, table, table_size + size),))
+            return ReadResult(*unpack_tokens(data, config.head_dim), completion)
+
+        return Command(ATTEND, bytearray(line), finish, future, table_size + size, fill, (table_size, size))
 
 
 def _future(dispatcher: Dispatcher) -> Future[JobResult]:

@@ -1,9 +1,10 @@
 """What a completion's status means, in words, and which codeword could not be read."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
-from kvattic.driver.jobs import Job
+from kvattic.driver.jobs import Job, ReadJob
 from kvattic.errors import DeviceStatusError
 from kvattic.spec import layout
 from kvattic.spec.commands import Completion, MediaCause, Mode, Status
@@ -83,7 +84,8 @@ def explain(completion: Completion) -> str:
     return f"{completion.status.name}: {words if isinstance(words, str) else words(completion.where)}"
 
 
-def job_failure(index: int, total: int, job: Job, completion: Completion, media: "Media") -> DeviceStatusError:
+def job_failure(index: int, total: int, job: Job | ReadJob, completion: Completion,
+                media: "Media") -> DeviceStatusError:
     """The error for a job whose status is not OK.
 
     Args:
@@ -94,25 +96,39 @@ def job_failure(index: int, total: int, job: Job, completion: Completion, media:
         media: of the device, to name the place that could not be read.
     """
     name = f"job {index} of {total}" + (f" ({job.label})" if job.label else "")
-    text = f"{name} failed: {explain(completion)}{where_unreadable(job, completion, media)}"
+    named = completion
+    if isinstance(job, ReadJob) and completion.status in (Status.UNREADABLE_KEY, Status.UNREADABLE_VALUE):
+        # The device counts from the job's first token.
+        named = replace(completion, where=completion.where + job.base_token)
+    text = f"{name} failed: {explain(named)}{where_unreadable(job, named, media)}"
     return DeviceStatusError(text, completion)
 
 
-def where_unreadable(job: Job, completion: Completion, media: "Media") -> str:
-    """Where the codeword lies that could not be read, and why; empty if the status is another."""
+def where_unreadable(job: Job | ReadJob, completion: Completion, media: "Media") -> str:
+    """Where the codeword lies that could not be read, and why; empty if the status is another.
+
+    Args:
+        job: that failed.
+        completion: with the token's number in the sequence.
+        media: of the device.
+    """
     status, config = completion.status, media.config
     if status not in (Status.UNREADABLE_KEY, Status.UNREADABLE_VALUE, Status.UNREADABLE_SKETCH):
         return ""
-    stripe, token = divmod(completion.where - job.base_token, job.stripe_pages * config.tokens_per_page)
-    if not 0 <= stripe < len(job.table):
+    table, pages = job.table, job.stripe_pages
+    if isinstance(job, ReadJob):
+        table, pages = job.page_table(config.tokens_per_page), 1
+    stripe, token = divmod(completion.where - job.base_token, pages * config.tokens_per_page)
+    if not 0 <= stripe < len(table):
         return ""
-    entry = layout.unpack_entries(job.table[stripe : stripe + 1])
+    entry = layout.unpack_entries(table[stripe : stripe + 1])
     channel, dram = int(entry.channel[0]), bool(entry.dram[0])
     first = int((entry.value_page if status is Status.UNREADABLE_VALUE else entry.key_page)[0])
     codeword = token // config.tokens_per_codeword
     read = media.transport.read_register
     place, cause = read("MEDIA_ERROR"), read("MEDIA_CAUSE")
-    if status is Status.UNREADABLE_SKETCH and not dram and stripe < job.whole and job.sketch is not None:
+    if (status is Status.UNREADABLE_SKETCH and isinstance(job, Job) and not dram and stripe < job.whole
+            and job.sketch is not None):
         sketch = layout.unpack_sketches(job.sketch[stripe : stripe + 1])
         first = int(sketch.page[0])
         if job.mode is Mode.CENTROID:

@@ -16,6 +16,7 @@ from kvattic.spec.commands import (
     COMMAND,
     FLASH_COMMAND,
     LINE_BYTES,
+    READ_COMMAND,
     SKETCH_ENTRY,
     TABLE_ENTRY,
     Mode,
@@ -23,8 +24,10 @@ from kvattic.spec.commands import (
     fp32_block_bytes,
     lines,
     query_row_bytes,
+    read_token_bytes,
     result_row_bytes,
 )
+from kvattic.spec.config import Config
 from kvattic.spec.elements import Bits
 
 __all__ = [
@@ -35,11 +38,15 @@ __all__ = [
     "FlashOperation",
     "Job",
     "PackedQueries",
+    "ReadJob",
     "check_blocks",
     "fill_command",
+    "fill_read",
     "job_bytes",
     "pack_command",
     "pack_operations",
+    "pack_read",
+    "read_bytes",
     "table_bytes",
 ]
 
@@ -140,6 +147,55 @@ class Job:
     def rows(self) -> int:
         """Query rows."""
         return len(self.query)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ReadJob:
+    """One READ: K and V of a range of tokens of one KV head, from the beginning of a page on.
+
+    Attributes:
+        table: uint64, an entry for each stripe that the tokens lie in; read when the job enters the device's queue.
+        stripe_pages: pages of K (and of V) in a stripe.
+        first_page: of the first stripe: with which the tokens begin.
+        base_token: number of the first token.
+        tokens: how many.
+        domain: owner of all places that the table names.
+        label: names the job in error messages.
+    """
+
+    table: NDArray[np.uint64]
+    stripe_pages: int
+    first_page: int
+    base_token: int
+    tokens: int
+    domain: int = COMMON_DOMAIN
+    label: str = ""
+
+    def page_table(self, tokens_per_page: int) -> NDArray[np.uint64]:
+        """The table of the command, uint64, an entry for each page: so that it can begin with any page of a stripe."""
+        stripe, page = np.divmod(self.first_page + np.arange(-(-self.tokens // tokens_per_page)), self.stripe_pages)
+        entries = layout.unpack_entries(self.table[stripe])
+        return layout.pack_entries(entries.channel, entries.key_page + page, entries.value_page + page, entries.dram)
+
+
+def read_bytes(job: ReadJob, config: Config) -> tuple[int, int]:
+    """Bytes of a READ's table, in whole lines, and of what it writes."""
+    entries = -(-job.tokens // config.tokens_per_page)
+    return lines(entries * TABLE_ENTRY.size) * LINE_BYTES, job.tokens * read_token_bytes(config.head_dim)
+
+
+def pack_read(job: ReadJob, config: Config) -> bytes:
+    """The READ of a job, without addresses."""
+    return READ_COMMAND.pack(
+        opcode=Opcode.READ, domain=job.domain, tokens=job.tokens, stripe_pages=1,
+        stripes=-(-job.tokens // config.tokens_per_page))
+
+
+def fill_read(job: ReadJob, config: Config, line: bytearray, address: int) -> bytes:
+    """Put the addresses of a READ's blocks, one after the other, into its command; returns the table, as of now."""
+    size, _ = read_bytes(job, config)
+    READ_COMMAND.put(line, table=address, result=address + size)
+    return job.page_table(config.tokens_per_page).astype("<u8", copy=False).tobytes().ljust(size, b"\0")
 
 
 def table_bytes(job: Job) -> int:

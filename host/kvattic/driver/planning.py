@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvattic.driver.checks import as_member, check_integer, check_positive
-from kvattic.driver.jobs import MAX_LOCAL_TOKENS, MAX_SINKS, MAX_STRIPES, MAX_UNITS, Job, PackedQueries
+from kvattic.driver.jobs import MAX_LOCAL_TOKENS, MAX_SINKS, MAX_STRIPES, MAX_UNITS, Job, PackedQueries, ReadJob
 from kvattic.driver.results import Part
 from kvattic.driver.shape import SequenceShape
 from kvattic.driver.value_sums import Doubles
@@ -19,7 +19,7 @@ from kvattic.driver.writer import Layer
 from kvattic.errors import RequestError
 from kvattic.spec import layout
 from kvattic.spec.blocks import Masks, Queries, pack_queries
-from kvattic.spec.commands import ROW, TREE_BITS, Kind, Mode, fp32_bits, is_positive_normal
+from kvattic.spec.commands import ROW, TREE_BITS, Kind, Mode, fp32_bits, is_positive_normal, read_token_bytes
 from kvattic.spec.config import ELEMENT_BYTES, Config
 from kvattic.spec.elements import Bits, Integers, as_array
 
@@ -467,7 +467,7 @@ class Planner:
         """Tokens that a job can have: the score buffers of all lanes together hold that many."""
         config = self._config
         places = config.ring_codewords // (self._shape.pages * config.codewords_per_page)
-        return min(config.channels * places, MAX_STRIPES) * self._shape.stripe_tokens
+        return min(config.lanes * places, MAX_STRIPES) * self._shape.stripe_tokens
 
     def _range(self, masks: Masks, length: int) -> tuple[int, int]:
         """Tokens from the first stripe on to the last one that any row attends; all `length` if there is none."""
@@ -578,25 +578,32 @@ class Planner:
 
     # K and V themselves.
 
-    def token_jobs(self, layer: int, first: int, last: int, kind: Kind = Kind.VALUE) -> list[Job]:
-        """Jobs whose results are V of tokens, as the device has it: a query of one token gives its V exactly.
+    def read_jobs(self, layer: int, first: int, last: int, most_bytes: int) -> list[ReadJob]:
+        """READs of K and V of tokens, which begin with the page of the first token.
 
-        They give K instead if the table names its pages as those of V.  They are ordered by KV head, then by token.
+        They are ordered by KV head, then by token.
+
+        Args:
+            layer: which layer.
+            first: the first of the tokens.
+            last: one past the last of them.
+            most_bytes: what each may write, if that is a page's tokens or more.
         """
-        size, dim = self._shape.stripe_tokens, self._config.head_dim
-        scale_bits = AttendOptions(scale=1.0).scale_bits(dim)
-        jobs: list[Job] = []
-        for head in range(self._shape.kv_heads):
-            for base in range(first, last, self._config.rows):
-                token = np.arange(base, min(base + self._config.rows, last))
-                masks = Masks(token, token + 1, np.zeros_like(token), last)
-                query = np.zeros((len(token), dim), np.uint16)
-                job = self._job(layer, head, query, scale_bits, masks, base - base % size, int(token[-1]) + 1)
-                if kind is Kind.KEY:
-                    entries = layout.unpack_entries(job.table)
-                    job = replace(job, table=layout.pack_entries(entries.channel, entries.key_page, entries.key_page,
-                                                                 entries.dram))
-                jobs.append(job)
+        config, shape = self._config, self._shape
+        size = config.tokens_per_page
+        # So many pages can lie on one channel.
+        pages = min(most_bytes // (size * read_token_bytes(config.head_dim)),
+                    config.ring_codewords // config.codewords_per_page, MAX_STRIPES)
+        jobs: list[ReadJob] = []
+        for head in range(shape.kv_heads):
+            for base in range(first - first % size, last, max(pages, 1) * size):
+                stop = min(base + max(pages, 1) * size, last)
+                stripe, inside = divmod(base, shape.stripe_tokens)
+                jobs.append(ReadJob(
+                    table=self._layers[layer].table[head, stripe : -(-stop // shape.stripe_tokens)],
+                    stripe_pages=shape.pages, first_page=inside // size, base_token=base, tokens=stop - base,
+                    domain=shape.domain,
+                    label=f"sequence {shape.number}, layer {layer}, KV head {head}, tokens {base} to {stop - 1}"))
         return jobs
 
     # Means of V.

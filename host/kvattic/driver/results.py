@@ -14,7 +14,7 @@ from kvattic.errors import RangeError, RequestError
 from kvattic.merge import Partial, merge
 from kvattic.spec.blocks import Results, unpack_results
 from kvattic.spec.commands import Completion, CompletionFlag
-from kvattic.spec.elements import Integers
+from kvattic.spec.elements import Bits, Integers
 from kvattic.spec.formats import SCORE_FRACTION, SCORE_MAX, VALUE_FRACTION
 from kvattic.timing import JobTimes
 from kvattic.timing.cost import Cost
@@ -22,7 +22,7 @@ from kvattic.timing.cost import Cost
 if TYPE_CHECKING:
     from kvattic.driver.sequence import Sequence
 
-__all__ = ["AttendPlan", "AttendResult", "JobResult", "Part", "check_range"]
+__all__ = ["AttendPlan", "AttendResult", "JobResult", "Part", "ReadResult", "check_range"]
 
 
 class JobResult:
@@ -78,6 +78,19 @@ class JobResult:
             self.maximum,
             self.denominator.astype(np.float64),
         )
+
+
+class ReadResult(NamedTuple):
+    """What the device wrote for one READ; the arrays are empty unless completion.status is OK.
+
+    Members:
+        key, value: uint16, (tokens, head_dim), bit patterns.
+        completion: the completion entry.
+    """
+
+    key: Bits
+    value: Bits
+    completion: Completion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Series
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
@@ -12,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from kvattic.driver.accounts import JobAccount, sum_of
 from kvattic.driver.checks import check_integer
 from kvattic.driver.futures import Future
-from kvattic.driver.jobs import Job
+from kvattic.driver.jobs import Job, ReadJob
 from kvattic.driver.planning import AttendKeywords, AttendOptions, Planner, make_masks, select
 from kvattic.driver.results import AttendPlan, AttendResult
 from kvattic.driver.shape import SequenceShape
@@ -23,8 +22,8 @@ from kvattic.placement.domains import COMMON_DOMAIN
 from kvattic.placement.zones import Allocation
 from kvattic.spec import layout
 from kvattic.spec.blocks import Masks
-from kvattic.spec.commands import Kind, Status
-from kvattic.spec.elements import Bits, as_array
+from kvattic.spec.commands import READ_BYTES, Kind, Status
+from kvattic.spec.elements import Bits, as_array, from_bits
 from kvattic.spec.formats import Element
 from kvattic.support.closing import Closing
 from kvattic.support.renamed import old_selection_keywords
@@ -141,8 +140,7 @@ class Sequence(Closing):
                 for those that it does not share.
 
         Raises:
-            RequestError: a number out of range, a freed sequence, or a length inside of a stripe in flash of a drive
-                that stores bf16.
+            RequestError: a number out of range, or a freed sequence.
             CapacityError: flash or DRAM have no room.
             DeviceStatusError: a stripe that is to be written anew cannot be read.
         """
@@ -160,7 +158,7 @@ class Sequence(Closing):
                 child.inherit(self._writer, lengths)
                 for layer, (tokens, shares) in enumerate(zip(wanted, lengths, strict=True)):
                     if shares < tokens:
-                        child.append(*self.read(layer, shares, tokens), layer=layer)
+                        child.append(*self.read_bits(layer, shares, tokens), layer=layer)
             except BaseException:
                 child.free()
                 raise
@@ -196,11 +194,6 @@ class Sequence(Closing):
                                f"{len(wanted)}")
         for layer, (tokens, most) in enumerate(zip(wanted, present, strict=True)):
             check_integer(f"length (layer {layer})", tokens, 0, most)
-            if self.device.config.element is not Element.FP16 and self._shared_length(layer, tokens) < tokens:
-                raise RequestError(
-                    f"length must end with a stripe of {self.stripe_tokens} tokens, or be from "
-                    f"{self._writer.flushed(layer)} to {most}, not {tokens}: in layer {layer} it lies inside of a "
-                    "stripe in flash, which cannot be written on, nor read back where the drive stores bf16")
         return [int(tokens) for tokens in wanted]
 
     def _shared_length(self, layer: int, tokens: int) -> int:
@@ -276,15 +269,13 @@ class Sequence(Closing):
         if kind == Kind.SKETCH:
             sketch = layout.unpack_sketches(state.sketches[Kind.SKETCH][head, stripe : stripe + 1])
             page, token = sketch.page, int(sketch.codeword[0]) * config.tokens_per_codeword
-        query = np.zeros((1, config.head_dim), np.uint16)
-        scale_bits = AttendOptions(scale=1.0).scale_bits(config.head_dim)
-        masks = Masks(np.array([token]), np.array([token + 1]), np.zeros(1, np.int64), token + 1)
-        (job,) = self.dense_jobs(layer, head, query, scale_bits, masks)
-        # A query that attends one token has its V, which may be anything that is stored like tokens.
-        job = replace(job, table=layout.pack_entries(entry.channel, page, page, 0), stripe_pages=1, base_token=0,
-                      end_token=token + 1, start=masks.start, end=masks.end, tree_token=token + 1)
-        (result,) = self.device.run([job], check=False)
-        return result.bits[0] if result.completion.status is Status.OK else None
+        # A READ gives whatever is stored like tokens.
+        job = ReadJob(table=layout.pack_entries(entry.channel, page, page, 0), stripe_pages=1, first_page=0,
+                      base_token=0, tokens=token + 1, domain=self.domain)
+        (result,) = self.device.read([job], check=False)
+        if result.completion.status is not Status.OK:
+            return None
+        return (from_bits(result.value[token], config.element) + np.float32(0)).view(np.uint32)    # -0 as 0
 
     def lose_tails(self) -> list[Loss]:
         """For `Device.recover`: forget what was in DRAM."""
@@ -519,14 +510,12 @@ class Sequence(Closing):
             )
         return layout.storage_bits(array, self.device.config.element, name)
 
-    def read(self, layer: int = 0, first: int = 0,
-             last: int | None = None) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
-        """K and V of tokens, to the last bit as they were stored, but that -0 comes back as 0.
+    def read(self, layer: int = 0, first: int = 0, last: int | None = None) -> tuple[NDArray[Any], NDArray[Any]]:
+        """K and V of tokens, to the last bit as they are stored.
 
-        The drive has no command that reads.  A query that attends one token alone gets its V exactly, and its K where
-        the table says that V lies there, so that reading passes the same checks of owners and the same ECC as
-        attention, and works for whatever may attend.  Each job reads `Config.rows` tokens, and its stripe up to there:
-        this is for moving a sequence or looking into it, not for decoding.  Waits for appends that are under way.
+        The drive's command READ reads them: past the same checks of owners and the same ECC as attention, at the speed
+        of flash or of the host's link, and from the page of the first token on.  NaN and infinity, which only bit
+        patterns can bring in, come back as they are.  Waits for appends that are under way.
 
         Args:
             layer: which layer.
@@ -534,26 +523,29 @@ class Sequence(Closing):
             last: one past the last of them; None: all that there are.
 
         Returns:
-            (key, value), float16, (kv_heads, last - first, head_dim), as `append` takes them.
+            (key, value), (kv_heads, last - first, head_dim), as `append` takes them: float16, or float32 where the
+            drive stores bf16, which NumPy does not have.
 
         Raises:
-            RequestError: the layer has no such tokens, the sequence was freed, or the drive stores bf16, whose small
-                numbers sums do not hold exactly.
-            DeviceStatusError: a stripe of them cannot be read, or has NaN or infinity in it (from bit patterns).
+            RequestError: the layer has no such tokens, or the sequence was freed.
+            DeviceStatusError: a page of them cannot be read.
         """
+        key, value = self.read_bits(layer, first, last)
+        element = self.device.config.element
+        if element is Element.FP16:
+            return key.view(np.float16), value.view(np.float16)
+        return from_bits(key, element), from_bits(value, element)
+
+    def read_bits(self, layer: int = 0, first: int = 0, last: int | None = None) -> tuple[Bits, Bits]:
+        """The same as bit patterns, uint16; arguments and errors are those of `read`."""
         with self.device.lock:
-            length, config = self.length(layer), self.device.config
-            if config.element is not Element.FP16:
-                raise RequestError(f"K and V of {config.element.value} cannot be read back exactly: of the storage "
-                                   "formats, the drive's sums hold all numbers of fp16 only")
+            length = self.length(layer)
             if length == 0:
                 raise RequestError(f"layer {layer} has no tokens to read")
             check_integer("last", last := length if last is None else last, 1, length)
             check_integer("first", first, 0, last - 1)
             self._stand_still(layer)
-            key, value = (self._run_tokens(self._planner.token_jobs(layer, first, last, kind)).astype(np.float16)
-                          for kind in (Kind.KEY, Kind.VALUE))
-        return key, value
+            return self._read_bits(layer, int(first), int(last))
 
     # Attention.
 
@@ -657,9 +649,19 @@ class Sequence(Closing):
 
     def _read_values(self, layer: int, first: int, last: int) -> Doubles:
         """V of tokens as the device has it, (kv_heads, tokens, head_dim)."""
-        return self._run_tokens(self._planner.token_jobs(layer, first, last)).astype(np.float64)
+        return from_bits(self._read_bits(layer, first, last)[1], self.device.config.element).astype(np.float64)
 
-    def _run_tokens(self, jobs: Series[Job]) -> NDArray[np.float32]:
-        """What a planner's `token_jobs` read, (kv_heads, tokens, head_dim)."""
-        found = [result.bits.view(np.float32) for result in self.device.run(jobs)]
-        return np.concatenate(found).reshape(self.kv_heads, -1, self.device.config.head_dim)
+    def _read_bits(self, layer: int, first: int, last: int) -> tuple[Bits, Bits]:
+        """K and V of tokens, (kv_heads, tokens, head_dim)."""
+        config = self.device.config
+        # A part of the host memory, so that one can be filled while another one is taken.
+        most = min(READ_BYTES, self.device.dispatcher.arena_bytes // 4)
+        jobs = self._planner.read_jobs(layer, first, last, most)
+        found = np.empty((2, self.kv_heads, last - first, config.head_dim), np.uint16)
+        heads = len(jobs) // self.kv_heads
+        for number, (job, result) in enumerate(zip(jobs, self.device.read(jobs), strict=True)):
+            begin = max(first - job.base_token, 0)
+            place = slice(job.base_token + begin - first, job.base_token + job.tokens - first)
+            for bits, each in zip(found, (result.key, result.value), strict=True):
+                bits[number // heads, place] = each[begin:]
+        return found[0], found[1]

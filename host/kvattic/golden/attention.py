@@ -1,4 +1,4 @@
-"""The golden device's ATTEND: reads a job's blocks, K and V, runs the golden model and writes the results."""
+"""The golden device's ATTEND and READ: reads blocks, K and V; writes what the golden model says, or K and V."""
 
 from typing import Any, NamedTuple
 
@@ -13,17 +13,19 @@ from kvattic.golden.registers import Registers
 from kvattic.golden.rejected import RejectedError, raise_first
 from kvattic.golden.storage import Storage
 from kvattic.golden.stripes import Found, StripeReader
-from kvattic.golden.validate import check_command, check_mean, check_table, unit_tokens
-from kvattic.spec.blocks import Queries, Results, Table, pack_results, unpack_queries, unpack_table
+from kvattic.golden.validate import check_command, check_mean, check_read, check_table, unit_tokens
+from kvattic.spec.blocks import Queries, Results, Table, pack_results, pack_tokens, unpack_queries, unpack_table
 from kvattic.spec.commands import (
     LINE_BYTES,
     AttendCommand,
     CompletionFlag,
     Kind,
     Mode,
+    ReadCommand,
     Status,
     lines,
     query_row_bytes,
+    read_token_bytes,
     table_bytes,
 )
 from kvattic.spec.config import Config
@@ -41,7 +43,7 @@ class _Computed(NamedTuple):
 
 
 class Attention:
-    """Runs ATTENDs.
+    """Runs ATTENDs and READs.
 
     Args:
         config: geometry.
@@ -90,6 +92,29 @@ class Attention:
         if not self._memory.dma_write(command.result, pack_results(results)):
             raise RejectedError(Status.BUS_ERROR, flags=trace.flags)
         return trace.flags
+
+    def read(self, command: ReadCommand, queue: Queue) -> None:
+        """Run one READ: write K and V as they are, with zeros for what cannot be read.
+
+        Raises:
+            RejectedError: it does not end OK.
+        """
+        config = self._config
+        job = AttendCommand(
+            opcode=command.opcode, domain=command.domain, end_token=command.tokens, rows=1, table=command.table,
+            result=command.result, stripe_pages=command.stripe_pages, stripes=command.stripes)
+        check_read(job, queue, config)
+        self._owners.check_permitted(job.domain, queue.number)
+        table = self._read_table(job)
+        check_table(job, table, config, self._owners, self._registers.region_bits)
+        data_words = command.tokens * read_token_bytes(config.head_dim) // 8
+        self._recorder.begin_job(Mode.DENSE, 1, self._lane_tokens(job, table), config.tokens_per_codeword, data_words)
+        reader, codewords = StripeReader(config, self._storage, job, table), self._codewords(job)
+        key, value = reader.tokens(Kind.KEY, codewords), reader.tokens(Kind.VALUE, codewords)
+        written = self._memory.dma_write(
+            command.result, pack_tokens(key.bits[: command.tokens], value.bits[: command.tokens]))
+        raise_first((Status.BUS_ERROR, None if written else 0), (Status.UNREADABLE_KEY, key.lost),
+                    (Status.UNREADABLE_VALUE, value.lost))
 
     def _lane_tokens(self, command: AttendCommand, table: Table) -> list[int]:
         """Tokens of the job on each channel."""

@@ -1,7 +1,8 @@
 """The dense kernel in C: compiled at first use with the system's compiler, and kept in the user's cache.
 
 It is an option: without a compiler, or with KVATTIC_KERNEL=numpy, NumPy computes the same bits, each job alone.
-``kernel.c`` says why its floating point is exact.
+``kernel.c`` says why its floating point is exact; a compiler that breaks that is found out at the first use in each
+process, which compares a few jobs with NumPy's.
 """
 
 import ctypes
@@ -12,6 +13,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -19,7 +21,12 @@ from pathlib import Path
 import numpy as np
 
 from kvattic.errors import RequestError
+from kvattic.golden import dense
 from kvattic.golden.together import DenseJobs, DenseResults
+from kvattic.spec import layout
+from kvattic.spec.commands import fp32_bits
+from kvattic.spec.config import PAPER
+from kvattic.spec.elements import to_bits
 from kvattic.spec.formats import (
     EXP_STEP_BITS,
     SCORE_FRACTION,
@@ -37,7 +44,7 @@ from kvattic.spec.formats import (
 )
 from kvattic.support.files import whole
 
-__all__ = ["KERNELS", "CompilerError", "attend", "find_kernel", "load"]
+__all__ = ["KERNELS", "CompilerError", "attend", "find_compiler", "find_kernel", "load"]
 
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fPIC",
          "-shared")
@@ -48,7 +55,7 @@ _LOG = logging.getLogger("kvattic")
 
 
 class CompilerError(Exception):
-    """There is no compiler, or it cannot compile the kernel."""
+    """There is no compiler, or it cannot compile the kernel, or what it made computes other bits than NumPy."""
 
 
 class _Shape(ctypes.Structure):
@@ -65,7 +72,7 @@ _FORMATS = (SCORE_FRACTION, SCORE_MASKED, SCORE_MAX, SCORE_ROUND_SHIFT, SCORE_WI
             EXP_STEP_BITS, WEIGHT_BITS, WEIGHT_ROUND_SHIFT, WEIGHT_ALIGNMENT, 1 << WEIGHT_EXPONENT_BITS)
 
 
-def _compiler() -> str:
+def find_compiler() -> str:
     """Path of the C compiler.
 
     Raises:
@@ -105,14 +112,14 @@ def _compile(source: Path, compiler: str, library: Path) -> None:
 
 @cache
 def load() -> ctypes.CDLL:
-    """The compiled kernel; compiles it unless it is in the cache (about a second).
+    """The compiled kernel; compiles it unless it is in the cache (about a second), and checks it.
 
     Raises:
-        CompilerError: it cannot be compiled or loaded.
+        CompilerError: it cannot be compiled or loaded, or computes other bits than NumPy.
     """
     try:
         with resources.as_file(resources.files("kvattic.golden") / "kernel.c") as source:
-            compiler = _compiler()
+            compiler = find_compiler()
             library = _library(source.read_bytes(), compiler)
             if not library.exists():
                 _compile(source, compiler, library)
@@ -124,6 +131,8 @@ def load() -> ctypes.CDLL:
     function = found.kvattic_dense
     function.argtypes = [ctypes.POINTER(_Shape)] + [ctypes.c_void_p] * 11
     function.restype = ctypes.c_int
+    if not all(_agrees(found, element, head_dim) for element in Element for head_dim in (64, 80, 128)):
+        raise CompilerError(f"{library}, compiled by {compiler} {' '.join(FLAGS)}, computes other bits than NumPy")
     _LOG.debug("golden device: dense jobs are computed by %s", library)
     return found
 
@@ -138,7 +147,11 @@ def attend(jobs: DenseJobs) -> DenseResults:
         CompilerError: see `load`.
         MemoryError: there is no memory.
     """
-    function = load().kvattic_dense
+    return _run(load(), jobs)
+
+
+def _run(library: ctypes.CDLL, jobs: DenseJobs) -> DenseResults:
+    function = library.kvattic_dense
     number, rows, head_dim = jobs.query.shape
     config = jobs.config
     shape = _Shape(
@@ -151,6 +164,26 @@ def attend(jobs: DenseJobs) -> DenseResults:
     if not function(ctypes.byref(shape), *(array.__array_interface__["data"][0] for array in arrays)):
         raise MemoryError("the golden device's kernel got no memory")
     return results
+
+
+def _agrees(library: ctypes.CDLL, element: Element, head_dim: int) -> bool:
+    """Whether a job has NumPy's bits: with windows, a draft tree, and weights of all sizes."""
+    config = replace(PAPER, head_dim=head_dim, element=element, sparse=False)
+    rng, tokens, rows = np.random.default_rng(head_dim), 70, 3
+    # V is so small that what is cut off shows in the result.
+    query, key, value = (to_bits(rng.standard_normal((count, head_dim), np.float32) * size, element)
+                         for count, size in ((rows, 1), (tokens, 1), (tokens, 2**-14)))
+    tree_token, scale_bits = tokens - 5, fp32_bits(8 / head_dim**0.5)
+    start, end, tree = np.array([0, 0, 9]), np.array([tokens, 33, tokens]), np.array([-1, 0, 0b10110])
+    pages = [layout.pack_pages(bits, config) for bits in (key, value)]
+    first = [page.__array_interface__["data"][0] + np.arange(len(page), dtype=np.int64)[None] * page.shape[1]
+             for page in pages]
+    found = _run(library, DenseJobs(config, first[0], first[1], query[None], start[None], end[None], tree[None], tokens,
+                                    0, tree_token, scale_bits))
+    wanted = dense.attend(query, key, value, element=element, scale_bits=scale_bits, start=start, end=end, tree=tree,
+                          tree_token=tree_token, base_token=0, end_token=tokens)
+    return bool(found.clean[0]) and all(np.array_equal(getattr(found, name)[0], getattr(wanted, name))
+                                        for name in ("output", "maximum", "denominator"))
 
 
 def find_kernel(name: str | None) -> Callable[[DenseJobs], DenseResults] | None:

@@ -32,6 +32,7 @@ from kvattic.spec.commands import (
     GrantCommand,
     Opcode,
     QueueCommand,
+    ReadCommand,
     Status,
     lines,
 )
@@ -73,8 +74,8 @@ class GoldenDevice:
     two calls, and STATUS.BUSY is never seen.  With `shuffle`, commands stay in flight for some time: doorbells and
     reads of registers and host memory each advance the device by a few steps, `wait` until the interrupt line is up.
     What it fetches, runs or completes next is random as far as the device's rules leave it open: queues are fetched
-    from in turn, ATTENDs run and complete in order, flash commands of a channel begin in order, and admin commands run
-    one after the other.
+    from in turn, ATTENDs and READs run and complete in order, flash commands of a channel begin in order, and admin
+    commands run one after the other.
 
     Its registers know no cycles: all counters of time, CYCLES among them, and the counter fields of the completions
     stay 0, for they are what hardware measures, and CODEWORD_TIMEOUT does not occur.  How long commands would have
@@ -92,11 +93,14 @@ class GoldenDevice:
       INVALID_ADDRESS (query, result, table), INVALID_SCALE, NOT_PERMITTED (domain), BUS_ERROR of the query block or the
       table, INVALID_TABLE, NOT_OWNED, NO_SKETCH, NAN_QUERY, NAN_MEAN, UNREADABLE_SKETCH, UNREADABLE_KEY,
       UNREADABLE_VALUE, NAN_KEY, NAN_VALUE, BUS_ERROR of the result;
+    - READ: INVALID_LENGTH, INVALID_ADDRESS (result, table), NOT_PERMITTED (domain), BUS_ERROR of the table,
+      INVALID_TABLE, NOT_OWNED, BUS_ERROR of the result, UNREADABLE_KEY, UNREADABLE_VALUE;
     - PROGRAM, ERASE, PROBE, MAP: INVALID_PLACE, NOT_PERMITTED (domain), NOT_OWNED (flash, device DRAM), BUS_ERROR of a
       DRAM page that does not exist, then how the part ends it;
     - IDENTIFY, COUNTERS: INVALID_ADDRESS, BUS_ERROR; the others as `Status` says.
 
-    `where` is 0 where `Status` does not define it.  A command that does not end OK writes only its completion.
+    `where` is 0 where `Status` does not define it.  A command that does not end OK writes only its completion; but a
+    READ writes zeros for the codewords that cannot be read.
 
     A job reads only what it needs; whatever it does not read may be erased, unreadable or NaN.  Codewords that cannot
     be read count as zeros in what follows, the selection of a sparse mode included.
@@ -428,7 +432,7 @@ class GoldenDevice:
             flags = self._run(queue, command.opcode, line)
         except RejectedError as rejected:
             status, where, flags = rejected.status, rejected.where, rejected.flags
-        return _Ending(queue, command.identifier, status, where, flags, command.opcode == Opcode.ATTEND,
+        return _Ending(queue, command.identifier, status, where, flags, command.opcode in (Opcode.ATTEND, Opcode.READ),
                        self._recorder.end_command())
 
     def _run(self, queue: Queue, opcode: int, line: bytes) -> CompletionFlag:
@@ -442,6 +446,8 @@ class GoldenDevice:
         match command := decoded.unpack(line):
             case AttendCommand():
                 return self._attention.run(command, queue)
+            case ReadCommand():
+                self._attention.read(command, queue)
             case FlashCommand():
                 self._operations.run(command, queue)
             case QueueCommand():
@@ -473,7 +479,7 @@ def _served_by(line: bytes | None) -> Hashable:
     command = decoded.unpack(line)
     if isinstance(command, FlashCommand):
         return command.channel
-    return "attention" if isinstance(command, AttendCommand) else "admin"
+    return "attention" if isinstance(command, AttendCommand | ReadCommand) else "admin"
 
 
 def _bits(mask: int) -> list[int]:

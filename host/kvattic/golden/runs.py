@@ -20,7 +20,7 @@ from kvattic.golden.registers import Registers
 from kvattic.golden.rejected import RejectedError
 from kvattic.golden.storage import Storage
 from kvattic.golden.together import DenseJobs, DenseResults
-from kvattic.golden.validate import is_valid_dense, stripes_per_channel
+from kvattic.golden.validate import is_valid_dense, stripes_per_lane
 from kvattic.spec.blocks import Results, pack_results, unpack_queries
 from kvattic.spec.commands import (
     COMMAND,
@@ -155,9 +155,9 @@ class _Places:
     def _place(self, table: bytes, command: AttendCommand, region_bits: int) -> _Place | None:
         entries: list[int] = np.frombuffer(table, "<u8").tolist()
         pages, keys, values = command.stripe_pages, list[int](), list[int]()
-        channels = [entry >> _CHANNEL & 0xFF for entry in entries]
-        if len(entries) > (most := stripes_per_channel(command, self._config)) and max(
-                map(channels.count, set(channels))) > most:
+        lanes = [(entry >> _CHANNEL & 0xFF) % self._config.lanes for entry in entries]
+        if len(entries) > (most := stripes_per_lane(command, self._config)) and max(
+                map(lanes.count, set(lanes))) > most:
             return None
         for entry in entries:
             found = self._addresses(entry, command.domain, pages, region_bits)

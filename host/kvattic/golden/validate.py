@@ -1,4 +1,6 @@
-"""What the golden device refuses of an ATTEND before it reads K or V, in the order in which it is reported."""
+"""What the golden device refuses of ATTENDs and READs before it reads K or V, in the order in which it is reported."""
+
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -8,17 +10,20 @@ from kvattic.golden.rejected import RejectedError
 from kvattic.spec.blocks import Table
 from kvattic.spec.commands import (
     FP32_SPECIAL,
+    READ_BYTES,
     AttendCommand,
     Mode,
     Status,
     is_positive_normal,
     query_row_bytes,
+    read_token_bytes,
     result_row_bytes,
     table_bytes,
 )
 from kvattic.spec.config import Config
 
-__all__ = ["check_command", "check_mean", "check_table", "is_valid_dense", "stripes_per_channel", "unit_tokens"]
+__all__ = ["check_command", "check_mean", "check_read", "check_table", "is_valid_dense", "stripes_per_lane",
+           "unit_tokens"]
 
 _UNUSED: dict[Mode, tuple[str, ...]] = {
     Mode.DENSE: ("features", "top_units", "local_tokens", "sinks", "unit_bits"),
@@ -51,6 +56,21 @@ def check_command(command: AttendCommand, queue: Queue, config: Config) -> None:
         raise RejectedError(Status.INVALID_SCALE)
 
 
+def check_read(command: AttendCommand, queue: Queue, config: Config) -> None:
+    """The same of a READ, given as the dense ATTEND of its tokens.
+
+    Raises:
+        RejectedError: the first mistake.
+    """
+    _check_fields(command, config)
+    _check_length(command, config)
+    size = command.end_token * read_token_bytes(config.head_dim)
+    if size > READ_BYTES:
+        raise RejectedError(Status.INVALID_LENGTH)
+    table = table_bytes(Mode.DENSE, command.stripes, config.head_dim)
+    _check_blocks(queue, ((1, command.result, size), (2, command.table, table)))
+
+
 def is_valid_dense(command: AttendCommand, config: Config) -> bool:
     """Whether it is a dense job with which nothing is wrong but maybe its addresses."""
     try:
@@ -78,12 +98,12 @@ def _check_length(command: AttendCommand, config: Config) -> None:
     tokens, stripes = command.end_token - command.base_token, command.stripes
     stripe = command.stripe_pages * config.tokens_per_page
     fitting = (stripes - 1) * stripe < tokens <= stripes * stripe
-    if tokens <= 0 or not fitting or stripes > config.channels * stripes_per_channel(command, config):
+    if tokens <= 0 or not fitting or stripes > config.lanes * stripes_per_lane(command, config):
         raise RejectedError(Status.INVALID_LENGTH)
 
 
-def stripes_per_channel(command: AttendCommand, config: Config) -> int:
-    """Stripes whose scores a channel's score buffer holds."""
+def stripes_per_lane(command: AttendCommand, config: Config) -> int:
+    """Stripes whose scores a lane's score buffer holds."""
     return config.ring_codewords // (command.stripe_pages * config.codewords_per_page)
 
 
@@ -100,11 +120,16 @@ def _check_selection(command: AttendCommand, config: Config) -> None:
 
 
 def _check_addresses(command: AttendCommand, queue: Queue, config: Config) -> None:
-    for where, (address, size) in enumerate((
-        (command.query, command.rows * query_row_bytes(config.head_dim)),
-        (command.result, command.rows * result_row_bytes(config.head_dim)),
-        (command.table, table_bytes(Mode(command.mode), command.stripes, config.head_dim)),
-    )):
+    _check_blocks(queue, (
+        (0, command.query, command.rows * query_row_bytes(config.head_dim)),
+        (1, command.result, command.rows * result_row_bytes(config.head_dim)),
+        (2, command.table, table_bytes(Mode(command.mode), command.stripes, config.head_dim)),
+    ))
+
+
+def _check_blocks(queue: Queue, blocks: Iterable[tuple[int, int, int]]) -> None:
+    """Refuse the first block, (where, address, size), that is not in the queue's window."""
+    for where, address, size in blocks:
         if not queue.holds(address, size):
             raise RejectedError(Status.INVALID_ADDRESS, where)
 
@@ -112,7 +137,7 @@ def _check_addresses(command: AttendCommand, queue: Queue, config: Config) -> No
 def check_table(command: AttendCommand, table: Table, config: Config, owners: Owners, region_bits: int) -> None:
     """Refuse a table with an entry that is malformed, then not the domain's, then without what the first pass reads.
 
-    Malformed is an entry that names no channel or codeword, has a reserved bit set, or is one more than its channel's
+    Malformed is an entry that names no channel or codeword, has a reserved bit set, or is one more than its lane's
     score buffer holds.
 
     Raises:
@@ -120,9 +145,9 @@ def check_table(command: AttendCommand, table: Table, config: Config, owners: Ow
     """
     entries, sketches, mode = table.entries, table.sketches, Mode(command.mode)
     bad = (entries.channel >= config.channels) | table.reserved
-    places = stripes_per_channel(command, config)
-    for channel in range(config.channels):
-        bad[np.flatnonzero(entries.channel == channel)[places:]] = True
+    places = stripes_per_lane(command, config)
+    for lane in range(config.lanes):
+        bad[np.flatnonzero(entries.channel % config.lanes == lane)[places:]] = True
     if mode is not Mode.DENSE:
         # The feature layout begins with a page.
         codewords = config.codewords_per_page if mode is Mode.CENTROID else 1

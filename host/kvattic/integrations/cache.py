@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers.cache_utils import Cache, LinearAttentionLayer
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
 from kvattic.array import ArrayPlan, ArraySequence, DriveArray
 from kvattic.driver.checks import as_member, check_positive
@@ -24,10 +24,10 @@ from kvattic.integrations.layers import make_layers
 from kvattic.integrations.masks import Flags, Rows, read_mask
 from kvattic.integrations.options import check_mode, check_options, count_sinks
 from kvattic.integrations.report import Meter, Report
+from kvattic.integrations.saved import attached
 from kvattic.spec import layout
 from kvattic.spec.commands import Mode
 from kvattic.spec.elements import Integers
-from kvattic.spec.formats import Element
 from kvattic.support.closing import Closing
 from kvattic.support.renamed import old_selection_keywords
 from kvattic.timing.cost import Cost
@@ -50,6 +50,11 @@ _KIND = "DriveCache"
 """What a manifest of a cache says that it is of."""
 
 E = TypeVar("E", bound=BaseException)
+
+
+def _by_slot(layers: list[Any]) -> list[DriveLayer]:
+    """Those in the drive, as a step comes to them."""
+    return sorted((layer for layer in layers if isinstance(layer, DriveLayer)), key=lambda layer: layer.slot)
 
 
 class DriveCache(Closing, Cache):
@@ -79,7 +84,7 @@ class DriveCache(Closing, Cache):
         device: the drive.
         capacity_tokens: tokens that each row can hold.
         sequences: one for each row of the batch; none before the first tokens.
-        drive_layers: the layers with attention, whose K and V are in the drive.
+        drive_layers: the layers with attention, whose K and V are in the drive, as a step comes to them.
         mode: what a decode step attends.
         meter: sums of what the steps cost, for `report`.
         note: what was saved beside a cache that was loaded.
@@ -127,7 +132,7 @@ class DriveCache(Closing, Cache):
         layers = make_layers(self, text, cross=cross)
         super().__init__(layers=layers)
         self.layers: list[Any] = layers
-        self.drive_layers = [layer for layer in layers if isinstance(layer, DriveLayer)]
+        self.drive_layers = _by_slot(layers)
         self.device = device
         self.capacity_tokens = capacity
         self.sequences: list[Sequence | ArraySequence] = []
@@ -264,7 +269,7 @@ class DriveCache(Closing, Cache):
         made.__dict__.update(sequences=[], meter=Meter(self.device.config, dense=self.mode is Mode.DENSE), _gone=[],
                              _writing=deque(), _read={})
         made.layers = [layer.fork(made) if isinstance(layer, DriveLayer) else deepcopy(layer) for layer in self.layers]
-        made.drive_layers = [layer for layer in made.layers if isinstance(layer, DriveLayer)]
+        made.drive_layers = _by_slot(made.layers)
         try:
             for sequence in self.sequences:
                 made.sequences.append(sequence.fork())
@@ -313,18 +318,11 @@ class DriveCache(Closing, Cache):
             ManifestError, ConfigMismatchError, CapacityError, OSError: see `Device.attach`.
         """
         cache = cls(device, config, **options)
-        sequences, found = device.attach(path, capacity_tokens=options.get("capacity_tokens"))
-        try:
-            if not isinstance(found, dict) or found.get("kind") != _KIND:
-                raise RequestError(f"{path} is not of a DriveCache")
+        with attached(device, path, _KIND, capacity_tokens=options.get("capacity_tokens")) as (sequences, found):
             if found["mode"] != cache.mode.name.lower():
                 raise RequestError(f"{path} is of a DriveCache with mode={found['mode']!r}, not "
                                    f"{cache.mode.name.lower()!r}")
             cache.adopt(sequences, [np.array(flags, np.bool_) for flags in found["kept"]])
-        except BaseException:
-            for sequence in sequences:
-                sequence.free()     # the manifest keeps what they have in flash
-            raise
         cache.note = found["note"]
         return cache
 
@@ -374,12 +372,12 @@ class DriveCache(Closing, Cache):
                                    f"{wanted}: its model or its options are others")
 
     def check_stateless(self) -> None:
-        """Refuse a model some of whose layers keep a state outside of the drive.
+        """Refuse a model some of whose layers keep a state outside of the drive, or K and V.
 
         Raises:
             RequestError: it has such layers.
         """
-        if any(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
+        if any(isinstance(layer, (LinearAttentionLayer, DynamicLayer)) for layer in self.layers):
             raise RequestError("some layers of this model are not in the drive: their state would be missing")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DriveCache":
@@ -437,6 +435,8 @@ class DriveCache(Closing, Cache):
         for other in self.layers:
             if isinstance(other, LinearAttentionLayer):     # hybrid ones are both
                 LinearAttentionLayer.reorder_cache(other, torch.tensor(rows))
+            elif isinstance(other, DynamicLayer):
+                other.batch_select_indices(torch.tensor(rows))
 
     def _check_rows_whole(self) -> None:
         """Wait for what is being written, and refuse rows whose layers hold different tokens."""
@@ -453,8 +453,7 @@ class DriveCache(Closing, Cache):
             tokens_to_remove: minus their number, as transformers want it.
 
         Raises:
-            RequestError: a positive number; several drives; or what is left would end inside of a stripe in flash of a
-                drive that stores bf16.
+            RequestError: a positive number; or several drives.
             CapacityError: flash or DRAM have no room for the row without its last tokens.
         """
         if tokens_to_remove < 0 and not self.is_croppable:
@@ -470,9 +469,7 @@ class DriveCache(Closing, Cache):
         cut = {row: tokens for row, (tokens, sequence) in enumerate(zip(left, self.sequences, strict=True))
                if tokens < max(sequence.flushed(layer) for layer in range(sequence.layers))}
         rows = {row: self.sequences[row] for row in cut}
-        readable = self.device.config.element is Element.FP16
-        if not all(isinstance(sequence, Sequence) and (readable or cut[row] % sequence.stripe_tokens == 0)
-                   for row, sequence in rows.items()):
+        if not all(isinstance(sequence, Sequence) for sequence in rows.values()):
             return      # the layers say why not
         for row, sequence in rows.items():
             self.sequences[row] = sequence.fork(cut[row])

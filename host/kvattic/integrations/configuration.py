@@ -4,7 +4,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
+)
 
 from kvattic.errors import ConfigError, RequestError
 from kvattic.spec.config import ELEMENT_BYTES, HEAD_DIMS, MAX_ROWS, PAPER, Config, preset
@@ -61,11 +66,17 @@ def heads_of(config: Any) -> tuple[int, int, int]:
     """Query heads, the elements of a head of K or V, whichever has more in any layer, KV heads.
 
     Raises:
-        ConfigError: the layers differ in their heads.
+        ConfigError: the layers differ in their heads, or there are none.
     """
     layers = getattr(config, "per_layer_config", None)  # of models whose layers differ
-    each = [config] if layers is None else [layers[number] for number in range(config.num_hidden_layers)]
+    count = getattr(config, "num_hidden_layers", None)
+    each = [config] if layers is None or count is None else [layers[number] for number in range(count)]
     if any(getattr(one, "num_attention_heads", None) is None for one in each):
+        parts = [name for name in getattr(config, "sub_configs", {})
+                 if getattr(getattr(config, name, None), "num_attention_heads", None) is not None]
+        if parts:
+            raise ConfigError(f"{type(config).__name__}: the configuration names attention heads of parts of the model "
+                              f"alone ({', '.join(parts)}); the drive's sequences are of a single decoder")
         raise ConfigError(f"{type(config).__name__}: the configuration names no attention heads (num_attention_heads): "
                           "the model has no attention, there is nothing for a drive")
     found = {(heads := int(one.num_attention_heads), int(getattr(one, "num_key_value_heads", None) or heads))
@@ -128,7 +139,8 @@ def latent_width(config: Any, keys: tuple[int, ...]) -> int | None:
 
 def _classes(config: type) -> tuple[Any, ...]:
     """The models that generate text with a kind of configuration."""
-    mappings = MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+                MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
     found = [mapping.get(config, None) for mapping in mappings]
     return tuple(kind for kinds in found if kinds is not None
                  for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
@@ -149,14 +161,21 @@ def check_model(config: Any, *, cross: bool = False) -> None:
     if cap := getattr(text, "attn_logit_softcapping", None):
         raise RequestError(f"{name}: the model caps its scores (attn_logit_softcapping {cap}), the drive has no soft "
                            "cap")
-    kinds = _classes(type(config)) or _classes(type(text))
+    # Of a model with parts, the text's part counts: others, such as one for pictures, have no cache.
+    kinds = _classes(type(text)) or _classes(type(config))
     alibi = bool(getattr(text, "alibi", False)) or text.model_type in ("bloom", "mpt")
     if kinds and not any(getattr(kind, _CAN_SET_ATTENTION)() for kind in kinds):
         more = "; it adds ALiBi's bias to its scores, too, and the drive adds none" if alibi else ""
         raise RequestError(f"{kinds[0].__name__} computes attention by itself, without transformers' attention "
                            f"interface, and is not supported: nothing of it would come to the drive{more}")
+    if text.model_type == "t5gemma2_decoder":
+        raise RequestError(f"{name}: the model attends its own and the encoder's tokens in a single softmax, the drive "
+                           "holds them apart")
     if cross:
         return
+    if getattr(text, "recurrent_kv_cache_mode", None) == "last_loop" and text.n_recurrent_loops > 1:
+        raise RequestError(f"{name}: passes of the model through its layers attend K and V that a later pass writes "
+                           "(recurrent_kv_cache_mode 'last_loop'), the drive attends what is written; 'per_loop' works")
     if text.model_type == "minimax":
         raise RequestError(f"{name}: the model takes a cache of its own only, for the states of its linear layers")
     if alibi:

@@ -67,9 +67,10 @@ class DriveLayer(CacheLayerMixin):
         cache: which it is part of.
         number: of the model's layer.
         slot: of the layer among those of the cache's sequences.
+        window: the newest positions that transformers' own cache keeps of such a layer, one of them new; None: all.
 
     Attributes:
-        number, slot: the same.
+        number, slot, window: the same.
         batch_size: rows of the batch; there is no such attribute before the first ones came.
     """
 
@@ -77,10 +78,11 @@ class DriveLayer(CacheLayerMixin):
     is_croppable = True
     is_sliding = False  # of the mask: the drive holds all tokens, whatever the window
 
-    def __init__(self, cache: "DriveCache", number: int, slot: int) -> None:
+    def __init__(self, cache: "DriveCache", number: int, slot: int, *, window: int | None = None) -> None:
         super().__init__()
         self.number = number
         self.slot = slot
+        self.window = window
         self._cache = cache
         self._before: list[Flags] = []
         self._kept: list[Flags] = []
@@ -91,11 +93,12 @@ class DriveLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take zones of flash for the rows of this batch."""
-        del value_states
         rows, heads = key_states.shape[:2]
         self._cache.start(rows, heads, key_states.shape[2])
         self.batch_size = rows
         self._kept = [np.zeros(0, np.bool_)] * rows
+        # Empty, for models that look whether there are any (Mllama).
+        self.keys, self.values = key_states.new_zeros(0), value_states.new_zeros(0)
         self.is_initialized = True
 
     @not_traced
@@ -207,16 +210,26 @@ class DriveLayer(CacheLayerMixin):
         cache.check_rows(rows)
         if new:
             self._write(rows, key, value)
-        call = call._replace(query=round_to_storage(call.query, cache.device.config.element))
         if not len(self._before[0]):
             # All K and V are at hand: the model attends them and goes on to the next layer while the drive writes.
-            local = attend_locally(call.module, call.query, key, value, call.mask, scaling=call.scaling,
+            query = round_to_storage(call.query, cache.device.config.element)
+            local = attend_locally(call.module, query, key, value, call.mask, scaling=call.scaling,
                                    sinks=call.sinks, is_causal=call.is_causal)
             cache.device.poll()
             if self.slot == 0 and new:
                 cache.meter.prompt_tokens += sum(map(len, rows.new))
             return local
-        return self._attend_in_drive(call, rows, value.shape[-1], new_step=self.slot == 0 and new)
+        return self._attend_in_drive(call, self._in_window(rows), value.shape[-1], new_step=self.slot == 0 and new)
+
+    def _in_window(self, rows: Rows) -> Rows:
+        """A step that attends nothing before the window, which some models' masks do not say (Moshi)."""
+        gone = 0 if self.window is None else len(self._before[0]) - self.window + 1
+        if gone <= 0:
+            return rows
+        first = [int(kept[:gone].sum()) for kept in rows.kept]
+        return rows._replace(start=[
+            np.full(len(new), least) if start is None else np.maximum(start, least)
+            for new, start, least in zip(rows.new, rows.start, first, strict=True)])
 
     def _write(self, rows: Rows, key: torch.Tensor, value: torch.Tensor) -> None:
         """Begin to write the new K and V."""
@@ -238,7 +251,7 @@ class DriveLayer(CacheLayerMixin):
         """Attention of the new tokens over all that the drive holds.
 
         Args:
-            call: with rounded queries.
+            call: what the model gives.
             rows: what the mask says.
             width: elements of a head of V.
             new_step: whether it is the first layer of a step, for the report.
@@ -362,7 +375,7 @@ class DriveLayer(CacheLayerMixin):
 
     def fork(self, cache: "DriveCache") -> "DriveLayer":
         """The same layer of a cache whose rows are forks of this one's."""
-        made = type(self)(cache, self.number, self.slot)
+        made = type(self)(cache, self.number, self.slot, window=self.window)
         made.keys, made.values = self.keys, self.values
         made.resume(self._kept)
         return made
@@ -409,8 +422,9 @@ class HybridLayer(LinearAttentionLayer, DriveLayer):
     is_compileable = False
     is_croppable = False
 
-    def __init__(self, cache: "DriveCache", number: int, slot: int, number_of_states: int = 1) -> None:
-        DriveLayer.__init__(self, cache, number, slot)
+    def __init__(self, cache: "DriveCache", number: int, slot: int, number_of_states: int = 1, *,
+                 window: int | None = None) -> None:
+        DriveLayer.__init__(self, cache, number, slot, window=window)
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
@@ -419,7 +433,7 @@ class HybridLayer(LinearAttentionLayer, DriveLayer):
 
     def fork(self, cache: "DriveCache") -> "HybridLayer":
         """See `DriveLayer.fork`; the state is copied."""
-        made = HybridLayer(cache, self.number, self.slot, self.number_of_states)
+        made = HybridLayer(cache, self.number, self.slot, self.number_of_states, window=self.window)
         state = set(vars(LinearAttentionLayer(self.number_of_states)))
         for name in state:
             setattr(made, name, deepcopy(getattr(self, name)))
@@ -483,7 +497,6 @@ class CrossLayer(DriveLayer):
     def _attend(self, call: _Call, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         cache, rows, tokens = self._cache, len(key), key.shape[2]
         kept = attended_tokens(call.mask, rows, tokens)
-        call = call._replace(query=round_to_storage(call.query, cache.device.config.element))
         every = np.arange(call.query.shape[2])
         if key is self._given:
             self._before = self._kept
@@ -492,7 +505,8 @@ class CrossLayer(DriveLayer):
             self._stand_in(key, value)
             if self.slot == 0:
                 cache.meter.prompt_tokens += sum(map(len, stored))
-            found = attend_locally(call.module, call.query, key, value, call.mask, scaling=call.scaling,
+            query = round_to_storage(call.query, cache.device.config.element)
+            found = attend_locally(call.module, query, key, value, call.mask, scaling=call.scaling,
                                    sinks=call.sinks, is_causal=False)
             cache.device.poll()
             return found

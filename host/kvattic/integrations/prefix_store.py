@@ -21,6 +21,7 @@ from kvattic.driver.device import Device
 from kvattic.driver.sequence import Sequence
 from kvattic.errors import CapacityError, RequestError
 from kvattic.integrations.cache import DriveCache
+from kvattic.integrations.saved import attached
 from kvattic.support.closing import Closing
 
 __all__ = ["PrefixStatistics", "PrefixStore", "digest_of"]
@@ -171,18 +172,11 @@ class PrefixStore(Closing):
             ManifestError, ConfigMismatchError, CapacityError, OSError: see `Device.attach`.
         """
         store = cls(device, model, **options)
-        sequences, found = device.attach(path)
-        try:
-            if not isinstance(found, dict) or found.get("kind") != _KIND:
-                raise RequestError(f"{path} is not of a PrefixStore")
+        with attached(device, path, _KIND) as (sequences, found):
             if found["model"] != store.name:
                 raise RequestError(f"{path} is of a PrefixStore of another model: {found['model']}, not {store.name}")
             for sequence, digests in zip(sequences, found["texts"], strict=True):
                 store.keep([bytes.fromhex(digest) for digest in digests], sequence)
-        except BaseException:
-            for sequence in sequences:
-                sequence.free()     # the manifest keeps what they have in flash
-            raise
         return store
 
     def keep(self, digests: list[bytes], sequence: Sequence) -> None:
@@ -286,7 +280,7 @@ class PrefixStore(Closing):
         if not isinstance(sequence, Sequence) or sequence.device is not self.device or sequence.isolated:
             raise RequestError("the DriveCache must be on this store's drive, and not isolated")
         self._new_cache().check_alike(sequence)
-        kept = cache.layers[0].kept[row]
+        kept = cache.drive_layers[0].kept[row]
         if len(kept) < len(ids) or not kept[: len(ids)].all():
             raise RequestError(f"row {row} of the DriveCache holds {int(kept.sum())} tokens in {len(kept)} positions, "
                                f"not these {len(ids)} tokens without padding")

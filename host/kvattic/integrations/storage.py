@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvattic.spec.elements import from_bits, special, to_bits
+from kvattic.spec.elements import any_special, from_bits, to_bits
 from kvattic.spec.formats import Element
 
 __all__ = ["round_to_storage", "some_tokens", "to_drive"]
@@ -26,7 +26,7 @@ def to_drive(values: torch.Tensor, dim: int, element: Element) -> NDArray[Any]:
     """(rows, heads, tokens, dim) for the drive, whose head_dim may be larger: the rest is zero.
 
     Args:
-        values: of all rows of the batch, float32 or rounded to storage.
+        values: of all rows of the batch; rounded once, as `round_to_storage` does.
         dim: the drive's head_dim.
         element: its storage format.
 
@@ -35,8 +35,10 @@ def to_drive(values: torch.Tensor, dim: int, element: Element) -> NDArray[Any]:
     """
     if values.requires_grad or values.device.type != "cpu":
         values = values.detach().to("cpu")
+    if values.dtype == torch.float64:
+        values = round_to_storage(values, element)
     array: NDArray[Any] = values.to(_STORAGE[element]).view(torch.int16).numpy().view(np.uint16)
-    if special(array, element).any():
+    if any_special(array, element):
         array = values.to(torch.float32).numpy()
     missing = dim - array.shape[-1]
     return np.pad(array, ((0, 0), (0, 0), (0, 0), (0, missing))) if missing else array

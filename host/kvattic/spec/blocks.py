@@ -1,4 +1,4 @@
-"""The blocks of an ATTEND in host memory, packed by the host and unpacked by the device, or the other way round."""
+"""The blocks of ATTENDs and READs in host memory, packed by the host and unpacked by the device, or the other way."""
 
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from kvattic.spec.commands import (
     fp32_block_bytes,
     lines,
     query_row_bytes,
+    read_token_bytes,
     result_row_bytes,
 )
 from kvattic.spec.config import ELEMENT_BYTES
@@ -31,10 +32,12 @@ __all__ = [
     "pack_queries",
     "pack_results",
     "pack_table",
+    "pack_tokens",
     "put_column",
     "unpack_queries",
     "unpack_results",
     "unpack_table",
+    "unpack_tokens",
 ]
 
 
@@ -218,3 +221,28 @@ def unpack_results(data: bytes, rows: int, head_dim: int) -> Results:
         block.view("<u4")[:, :head_dim].astype(np.uint32),
         block[:, _trailer("maximum", head_dim)].astype(np.int64),
         block[:, _trailer("denominator", head_dim)].astype(np.uint64))
+
+
+def pack_tokens(key: Bits, value: Bits) -> bytes:
+    """The bytes that a READ writes: K and V of each token, padded with zeros to whole lines.
+
+    Args:
+        key: uint16, (tokens, head_dim), bit patterns.
+        value: the same.
+    """
+    tokens, head_dim = key.shape
+    block = np.zeros((tokens, 2, read_token_bytes(head_dim) // 2 // ELEMENT_BYTES), "<u2")
+    block[:, 0, :head_dim], block[:, 1, :head_dim] = key, value
+    return block.tobytes()
+
+
+def unpack_tokens(data: bytes, head_dim: int) -> tuple[Bits, Bits]:
+    """K and V of what a READ wrote: uint16, (tokens, head_dim), bit patterns.
+
+    Args:
+        data: whole tokens of it.
+        head_dim: elements of each.
+    """
+    block = np.frombuffer(data, "<u2").reshape(-1, 2, read_token_bytes(head_dim) // 2 // ELEMENT_BYTES)
+    key, value = (block[:, kind, :head_dim].astype(np.uint16) for kind in range(2))
+    return key, value

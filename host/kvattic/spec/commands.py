@@ -95,6 +95,8 @@ class Opcode(IntEnum):
 
     ATTEND = 0xC3
     """Attention of one job: the query rows that read one KV head (`COMMAND`)."""
+    READ = 0xC7
+    """Copy K and V of one KV head's tokens to host memory (`READ_COMMAND`); goes the way of an ATTEND."""
     PROGRAM = 0xC4
     """Write a page of device DRAM into a flash page (`FLASH_COMMAND`); pages of a block in order, each once."""
     ERASE = 0xC8
@@ -164,7 +166,7 @@ class Status(IntEnum):
     INVALID_ROWS = 3
     """where: the number of rows."""
     INVALID_LENGTH = 4
-    """No tokens, or `stripes` is not the number of stripes that the tokens take."""
+    """No tokens, or `stripes` is not the number of stripes that the tokens take.  READ: also more than `READ_BYTES`."""
     INVALID_ADDRESS = 5
     """query, result or table (with the mean of V) not 64-byte aligned or not inside the queue's window; where: 0 query,
     1 result, 2 table.  IDENTIFY, COUNTERS: result, likewise."""
@@ -173,9 +175,9 @@ class Status(IntEnum):
     NAN_QUERY = 7
     """where: row * 65536 + feature of the first NaN or infinity in q."""
     NAN_KEY = 8
-    """where: the lowest token with a NaN or infinity in K."""
+    """where: the lowest token with a NaN or infinity in K.  ATTEND alone: a READ copies what is there."""
     NAN_VALUE = 9
-    """where: the lowest token with a NaN or infinity in V."""
+    """where: the lowest token with a NaN or infinity in V; likewise."""
     CODEWORD_TIMEOUT = 10
     """A codeword never came; where: channel * 65536 + kind * 32768 + codewords still missing there."""
     BUS_ERROR = 11
@@ -183,7 +185,7 @@ class Status(IntEnum):
     it is the command that could not be read, its identifier is not known: it is 0xFFFF."""
     INVALID_TABLE = 12
     """A table entry names a channel that does not exist, has a reserved bit set (in DENSE also `whole`), or exceeds its
-    channel's score buffer; where: the entry's number."""
+    lane's score buffer; where: the entry's number."""
     INVALID_PLACE = 13
     """A flash command names a channel, page or block that does not exist; where: 0."""
     UNREADABLE_KEY = 14
@@ -212,7 +214,7 @@ class Status(IntEnum):
     NOT_PERMITTED = 24
     """where: 0 the opcode is for queue 0 alone; 1 the domain is not granted to the queue."""
     NOT_OWNED = 25
-    """A place that is not the domain's, or does not exist.  where, ATTEND: number of the first such table entry;
+    """A place that is not the domain's, or does not exist.  where, ATTEND, READ: number of the first such table entry;
     PROGRAM, ERASE: 0 flash page, 1 page of device DRAM."""
     INVALID_QUEUE = 26
     """where: 0 queue (1 to QUEUES - 1; CREATE_QUEUE: it exists), 1 entries, 2 submission, 3 completion."""
@@ -228,6 +230,8 @@ STATUS_TYPE = 7
 DOMAINS = 256
 """Domains that can own zones and regions; 0 stands for nobody."""
 IDENTIFY_BYTES = 2048
+READ_BYTES = 1 << 20
+"""What a READ writes, at most."""
 
 
 class TableFlag(IntFlag):
@@ -337,6 +341,18 @@ class AttendCommand(Command):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReadCommand(Command):
+    """READ: see `READ_COMMAND`."""
+
+    domain: int = _at(4, 4, "owner of all places that the table names (NVMe's NSID)")
+    tokens: int = _at(12, 3, "tokens that are copied, from the first stripe's first one on")
+    table: int = _at(16, 8, "address of the table: a `TABLE_ENTRY` for each stripe, in order")
+    result: int = _at(32, 8, "address of what is written")
+    stripe_pages: int = _at(43, 1, "pages of K (and of V) in a stripe, a power of two")
+    stripes: int = _at(48, 2, "stripes in the table")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FlashCommand(Command):
     """PROGRAM, ERASE, PROBE or MAP: see `FLASH_COMMAND`."""
 
@@ -401,6 +417,10 @@ COMMAND = _record("Command", AttendCommand)
 
 A unit of selection is a token in SPARF, 2**unit_bits consecutive codewords of a stripe in FETCHED and CENTROID."""
 
+READ_COMMAND = _record("ReadCommand", ReadCommand)
+"""READ.  It writes K of the first token, then V of it, K of the second token and so on, each padded with zeros to whole
+lines.  Tokens are numbered from 0, in `where` of its completion, too."""
+
 FLASH_COMMAND = _record("FlashCommand", FlashCommand)
 """PROGRAM, ERASE, PROBE, MAP.  They complete out of order; those of one channel begin in order."""
 
@@ -415,6 +435,7 @@ GRANT_COMMAND = _record("GrantCommand", GrantCommand)
 
 COMMANDS: dict[int, tuple[Record, type[Command]]] = {
     Opcode.ATTEND: (COMMAND, AttendCommand),
+    Opcode.READ: (READ_COMMAND, ReadCommand),
     **dict.fromkeys((Opcode.PROGRAM, Opcode.ERASE, Opcode.PROBE, Opcode.MAP), (FLASH_COMMAND, FlashCommand)),
     **dict.fromkeys((Opcode.IDENTIFY, Opcode.COUNTERS), (DATA_COMMAND, DataCommand)),
     **dict.fromkeys((Opcode.CREATE_QUEUE, Opcode.DELETE_QUEUE), (QUEUE_COMMAND, QueueCommand)),
@@ -466,13 +487,13 @@ COMPLETION = Record("Completion", LINE_BYTES, (
     Field("starved", 32, 4, "and so on: lane cycles without a beat although codewords were requested"),
     Field("barrier", 36, 4, "lane cycles in which V waited for the maximum"),
     Field("weights", 40, 4, "lane cycles in which a V beat waited for its weight"),
-    Field("scores", 44, 4, "lane cycles in which a K beat waited for the score unit"),
+    Field("scores", 44, 4, "lane cycles in which a K beat waited for the score unit, or a READ's beat to be copied"),
     Field("idle", 48, 4, "lane cycles without work"),
-    Field("fetched", 52, 4, "ATTEND: CYCLES (its lower half) when the drive requested the command; others: 0"),
-    Field("first_beat", 56, 4, "ATTEND: likewise, at the first beat of it that a lane took; 0: none"),
-    Field("last_beat", 60, 4, "ATTEND: likewise, at the last one"),
+    Field("fetched", 52, 4, "ATTEND, READ: CYCLES (its lower half) when the drive requested the command; others: 0"),
+    Field("first_beat", 56, 4, "ATTEND, READ: likewise, at the first beat of it that a lane took; 0: none"),
+    Field("last_beat", 60, 4, "ATTEND, READ: likewise, at the last one"),
 ))
-"""beats + starved + barrier + weights + scores + idle = channels * cycle (modulo 2**32).
+"""beats + starved + barrier + weights + scores + idle = lanes * cycle (modulo 2**32).
 
 A device without time of its own, such as the golden device, leaves all from `cycle` on 0.
 """
@@ -569,6 +590,11 @@ def table_bytes(mode: Mode, stripes: int, head_dim: int) -> int:
 def result_row_bytes(head_dim: int) -> int:
     """Bytes of one row of a result block: head_dim fp32 and the `TRAILER`."""
     return fp32_block_bytes(head_dim) + TRAILER.size
+
+
+def read_token_bytes(head_dim: int) -> int:
+    """Bytes that a READ writes for a token: K and V, each padded to whole lines."""
+    return 2 * lines(head_dim * 2) * LINE_BYTES
 
 
 def fp32_bits(value: float) -> int:

@@ -12,6 +12,7 @@ from kvattic.spec.nand import PSLC, TINY_PART, NandPart, is_power_of_two
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 BEAT_BYTES = (8, 16, 32)
+LANE_CHANNELS = (1, 2, 4)
 MAX_CHANNELS = 32
 MAX_ROWS = 16
 ELEMENT_BYTES = 2
@@ -28,8 +29,9 @@ class Config:
     """Geometry of the drive: the engine, the flash behind it, and the KV pages that it reads.
 
     Attributes:
-        channels: flash channels, and so lanes of the engine (1 to 32).
-        beat_bytes: bytes that a lane takes in one cycle (8, 16 or 32).
+        channels: flash channels (1 to 32).
+        lane_channels: channels whose codewords one lane of the engine attends (1, 2 or 4).
+        beat_bytes: bytes that a lane takes in one cycle (8, 16 or 32); 8 or more for each of its channels.
         rows: query rows that share one pass over K and V (1 to 16).
         head_dim: elements of one token of one head (32, 64, 80, 96, 128 or 256).
         element: storage format of K, V and q.
@@ -39,7 +41,8 @@ class Config:
         ecc_t: bit errors that are corrected in each codeword.
         dram_beat_bytes: bytes that the device DRAM's port moves in one cycle (a power of two, 8 to 128).
         codeword_bytes: data bytes of an ECC codeword, the smallest unit that is read.
-        score_depth: tokens that one lane's score buffer holds, over all jobs in flight.
+        score_depth: tokens that one lane's score buffer holds, over all jobs in flight.  A lane of several channels has
+            the stripes of all of them.
         jobs_in_flight: jobs that the engine overlaps (2 to 16).
         sparse: the engine has the sparse modes (`commands.Mode`).
         groups_in_flight: groups of the feature layout that a lane sums at the same time (2, 4, 8 or 16).
@@ -50,6 +53,7 @@ class Config:
     """
 
     channels: int = 8
+    lane_channels: int = 1
     beat_bytes: int = 8
     rows: int = 1
     head_dim: int = 128
@@ -84,7 +88,13 @@ class Config:
             raise ConfigError(f"clock_mhz must be a number, not {self.clock_mhz!r}")
         object.__setattr__(self, "clock_mhz", float(self.clock_mhz))
         self._check(1 <= self.channels <= MAX_CHANNELS, "channels", f"1 to {MAX_CHANNELS}")
+        self._check(self.lane_channels in LANE_CHANNELS, "lane_channels", f"one of {LANE_CHANNELS}")
+        whole = self.lanes * self.lane_channels == self.channels
+        self._check(self.lane_channels == 1 or (whole and is_power_of_two(self.lanes)), "channels",
+                    f"1, 2, 4, ... lanes of {self.lane_channels} channels")
         self._check(self.beat_bytes in BEAT_BYTES, "beat_bytes", f"one of {BEAT_BYTES}")
+        self._check(self.word_bytes >= BEAT_BYTES[0], "beat_bytes",
+                    f"at least {BEAT_BYTES[0]} for each of {self.lane_channels} channels")
         self._check(1 <= self.rows <= MAX_ROWS, "rows", f"1 to {MAX_ROWS}")
         self._check(self.head_dim in HEAD_DIMS, "head_dim", f"one of {HEAD_DIMS}")
         self._check(self.codeword_bytes >= self.token_bytes, "codeword_bytes",
@@ -110,7 +120,7 @@ class Config:
         if self.sparse and (reason := self._no_groups):
             raise ConfigError(f"sparse must be False here: {reason}")
         self._check(0 < self.clock_mhz <= MAX_CLOCK_MHZ, "clock_mhz", f"above 0 and at most {MAX_CLOCK_MHZ:,}, in MHz")
-        self._check(self.max_tokens < 1 << 24, "score_depth", "such that channels * score_depth is below 2**24")
+        self._check(self.max_tokens < 1 << 24, "score_depth", "such that lanes * score_depth is below 2**24")
 
     def _check(self, good: bool, name: str, what: str) -> None:
         if not good:
@@ -134,9 +144,9 @@ class Config:
 
     @property
     def check_bytes(self) -> int:
-        """Bytes behind a codeword's data: CRC, BCH parity, and zeros up to a whole beat."""
+        """Bytes behind a codeword's data: CRC, BCH parity, and zeros up to a whole word."""
         bits = CRC_BITS + self.bch_m * self.ecc_t
-        return ceil(bits / 8 / self.beat_bytes) * self.beat_bytes
+        return ceil(bits / 8 / self.word_bytes) * self.word_bytes
 
     @property
     def raw_codeword_bytes(self) -> int:
@@ -145,8 +155,8 @@ class Config:
 
     @property
     def raw_codeword_words(self) -> int:
-        """Words of `beat_bytes` that a codeword takes on the flash side."""
-        return self.raw_codeword_bytes // self.beat_bytes
+        """Words of `word_bytes` that a codeword takes on the flash side."""
+        return self.raw_codeword_bytes // self.word_bytes
 
     @property
     def raw_page_bytes(self) -> int:
@@ -187,7 +197,22 @@ class Config:
         """Whole clock cycles that take at least so long."""
         return ceil(round(nanoseconds * self.clock_mhz / 1000, 6))
 
+    @property
+    def word_bytes(self) -> int:
+        """Bytes that a flash channel gives or takes in one cycle: its share of a lane's beat."""
+        return self.beat_bytes // self.lane_channels
+
+    @property
+    def words_per_codeword(self) -> int:
+        """Words of a codeword that hold tokens; what is left of its data is padding."""
+        return self.tokens_per_codeword * self.token_bytes // self.word_bytes
+
     # Derived geometry of the engine.
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of the engine.  Channel c is one of lane c % lanes's, the (c // lanes)-th."""
+        return self.channels // self.lane_channels
 
     @property
     def elements_per_beat(self) -> int:
@@ -237,7 +262,7 @@ class Config:
     @property
     def max_tokens(self) -> int:
         """Tokens of one job at most: what the score buffers of all lanes hold."""
-        return self.channels * self.ring_codewords * self.tokens_per_codeword
+        return self.lanes * self.ring_codewords * self.tokens_per_codeword
 
     # Derived geometry of sparse attention.
 

@@ -8,10 +8,12 @@ from numpy.typing import NDArray
 from kvattic.errors import RequestError
 from kvattic.spec.formats import Element
 
-__all__ = ["Bits", "Booleans", "Bytes", "Integers", "as_array", "from_bits", "special", "to_bits"]
+__all__ = ["Bits", "Booleans", "Bytes", "Integers", "any_special", "as_array", "from_bits", "special", "to_bits"]
 
 Bits: TypeAlias = NDArray[np.uint16]
 """Elements as bit patterns."""
+_MAGNITUDE = np.uint16(0x7FFF)
+"""All but the sign."""
 Integers: TypeAlias = NDArray[np.int64]
 Booleans: TypeAlias = NDArray[np.bool_]
 Bytes: TypeAlias = NDArray[np.uint8]
@@ -106,7 +108,17 @@ def special(bits: NDArray[np.uint16], element: Element) -> NDArray[np.bool_]:
     Returns:
         bool of the same shape.
     """
-    form = element.encoding
-    ones = np.uint16(((1 << form.exponent_bits) - 1) << form.fraction_bits)
+    ones = _special_from(element)
     found: NDArray[np.bool_] = (bits & ones) == ones
     return found
+
+
+def any_special(bits: NDArray[np.uint16], element: Element) -> bool:
+    """Whether any element is NaN or infinity; arguments are those of `special`."""
+    return bool(np.maximum.reduce(bits & _MAGNITUDE, axis=None, initial=0) >= _special_from(element))
+
+
+def _special_from(element: Element) -> np.uint16:
+    """The exponent's ones: the least bit pattern of a NaN or infinity, but for the sign."""
+    form = element.encoding
+    return np.uint16(((1 << form.exponent_bits) - 1) << form.fraction_bits)

@@ -8,7 +8,7 @@ from enum import IntFlag, StrEnum
 
 ID_MAGIC = 0x5441564B
 """'KVAT' in little-endian ASCII."""
-VERSION = 0x0004_0000
+VERSION = 0x0004_0001
 """Major in the upper half; a change of meaning raises it."""
 QUEUES = 8
 """Pairs of a submission and a completion queue; queue 0 is the admin queue."""

@@ -8,7 +8,7 @@ from kvattic.spec.config import Config
 from kvattic.spec.layout import page_place
 from kvattic.timing.channel import Channel
 from kvattic.timing.states import NEVER, JobState, OperationState
-from kvattic.timing.times import Times, times_of
+from kvattic.timing.times import COPY, KEPT_ONE_IN, Times, times_of
 from kvattic.timing.work import FIRST, KEY, VALUE, Job, Operation
 
 
@@ -30,7 +30,7 @@ class Drive:
         self.sequence = 0
         self.now = 0.0
         self.loader_free = self.selector_free = self.maximum_free = self.finisher_free = self.writer_free = 0.0
-        self.dram_free = 0.0
+        self.dram_free = self.copier_free = 0.0
         self.at = [0, 0, 0]      # next job of selection, maximum, finisher
         self.operations: list[OperationState] = []
         for operation in operations:
@@ -127,7 +127,7 @@ class Drive:
             job = jobs[self.at[KEY]]
             self.at[KEY] += 1
             rows = job.rows
-            job.opened = max(self.maximum_free, job.end[KEY]) + rows * (self.config.channels + 1) + t.maximum
+            job.opened = max(self.maximum_free, job.end[KEY]) + rows * (self.config.lanes + 1) + t.maximum
             self.maximum_free = job.opened
             self.post_all(job.opened)
 
@@ -137,13 +137,21 @@ class Drive:
                and jobs[self.at[VALUE]].opened < NEVER):
             job = jobs[self.at[VALUE]]
             self.at[VALUE] += 1
-            begin = max(self.finisher_free, job.end[VALUE], job.opened)
+            begin = max(self.finisher_free, job.end[VALUE], job.opened, self._copy(job))
             freed = begin + t.gather_row * job.rows + t.drain_row * job.rows + t.drain
             self.finisher_free = freed
-            self.writer_free = max(self.writer_free, freed) + t.write_row * job.rows
+            self.writer_free = max(self.writer_free, freed) + (0 if job.work.copied else t.write_row * job.rows)
             job.completed = self.writer_free + t.complete
             self._load(freed)
             self.post_all(freed)
+
+    def _copy(self, job: JobState) -> float:
+        """When a READ is copied, by the copier that all lanes share; 0 of an ATTEND."""
+        if not job.work.copied:
+            return 0.0
+        codewords = sum(group.codewords for lane in job.lanes for group in (*lane.keys, *lane.values))
+        self.copier_free = max(self.copier_free, job.first_beat) + job.work.copied + COPY * codewords
+        return self.copier_free
 
     def operation_ended(self, operation: OperationState, at: float) -> None:
         """An operation's outcome is known; its completion is written."""
@@ -161,5 +169,6 @@ def selection(job: JobState, t: Times) -> float:
     scores = max(lane.units if centroid else lane.tokens for lane in lanes)
     units = max(lane.units for lane in lanes)
     marked = max(lane.places if centroid else lane.tokens for lane in lanes)
-    sweeps = 24 + 27 + 2 * scores * rows + 2 * (11 + units) + 16 + marked
+    # SUM and MASS; DIGIT over all units, then over those that it has kept; MARK.
+    sweeps = 24 + 27 + 2 * scores * rows + 11 + units + 14 + units / KEPT_ONE_IN + 16 + marked
     return sweeps + t.select + t.select_row * rows

@@ -5,10 +5,11 @@ noting costs little; what was modelled once is kept.
 """
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import compress
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from kvattic.timing.estimate import Estimate, estimate
 from kvattic.timing.work import Operation, Read, job_of_reads
 
 __all__ = ["Batch", "CommandRecord", "Counts", "DenseNotes", "KeepsRecords", "Recorder", "Sampler"]
+
+T = TypeVar("T")
 
 SAMPLED_JOBS = 64
 """Jobs of a batch that are modelled, at most; the others go on at their rate."""
@@ -55,6 +58,7 @@ class _JobNote:
     rows: int
     tokens: Sequence[int]
     unit_tokens: int
+    copied: int = 0
     flash: list[int] = field(default_factory=lambda: [0] * len(Kind))
     dram: list[int] = field(default_factory=lambda: [0] * len(Kind))
     pages: "array[int]" = field(default_factory=lambda: array("i"))
@@ -94,8 +98,20 @@ class _JobNote:
         return sum(self.flash) + sum(self.dram)
 
 
+@lru_cache(maxsize=1024)
+def _dense_counts(codewords: int, page_codewords: int, stripe_pages: int, in_dram: bytes) -> Counts:
+    """What a dense job reads that has so many codewords of K, and as many of V; `in_dram` as `DenseNotes` takes it."""
+    pages = [min(page_codewords, codewords - first) for first in range(0, codewords, page_codewords)]
+    flags = [flag for flag in in_dram for _ in range(stripe_pages)][: len(pages)]
+    dram = sum(count for count, flag in zip(pages, flags, strict=True) if flag)
+    flash, rest = codewords - dram, (0,) * (len(Kind) - 2)
+    return Counts((flash, flash, *rest), (dram, dram, *rest), 2 * (len(pages) - sum(flags)))
+
+
 class DenseNotes:
     """What dense jobs of one shape have read: packed as their tables, and taken apart only for a job that is modelled.
+
+    Each layer of a decode step leaves one behind, so it has nothing that the garbage collector would go through.
 
     Args:
         config: of the drive.
@@ -112,25 +128,24 @@ class DenseNotes:
         weight: codewords that each job reads.
     """
 
-    def __init__(self, config: Config, tables: list[bytes], in_dram: list[bytes], *, rows: int, stripe_pages: int,
-                 tokens: int) -> None:
+    __slots__ = ("_all", "_config", "_in_dram", "_rows", "_stripe_pages", "_tables", "pages", "size", "tokens",
+                 "weight")
+
+    def __init__(self, config: Config, tables: Iterable[bytes], in_dram: Iterable[bytes], *, rows: int,
+                 stripe_pages: int, tokens: int) -> None:
         self.tokens = tokens
         self._all = -(-tokens // config.tokens_per_codeword)
         self.pages = -(-self._all // config.codewords_per_page)
         self.size, self.weight = 2 * self.pages, 2 * self._all
         self._config = config
-        self._tables = tables
-        self._in_dram = in_dram
+        self._tables = tuple(tables)
+        self._in_dram = tuple(in_dram)
         self._rows = rows
         self._stripe_pages = stripe_pages
-        # Codewords of each page of K.
-        self._codewords = [config.codewords_per_page] * (self.pages - 1)
-        self._codewords.append(self._all - sum(self._codewords))
-        self._counts: dict[bytes, Counts] = {}
 
     def of(self, chosen: Booleans) -> "DenseNotes":
         """Those of some of the jobs."""
-        tables, in_dram = (list(compress(column, chosen)) for column in (self._tables, self._in_dram))
+        tables, in_dram = (compress(column, chosen) for column in (self._tables, self._in_dram))
         return DenseNotes(self._config, tables, in_dram, rows=self._rows, stripe_pages=self._stripe_pages,
                           tokens=self.tokens)
 
@@ -143,14 +158,7 @@ class DenseNotes:
 
     def counts(self, job: int) -> Counts:
         """What a job has read."""
-        key = self._in_dram[job]
-        if (found := self._counts.get(key)) is None:
-            flags = [flag for flag in key for _ in range(self._stripe_pages)][: self.pages]
-            dram = sum(count for count, flag in zip(self._codewords, flags, strict=True) if flag)
-            flash, rest = self._all - dram, (0,) * (len(Kind) - 2)
-            found = Counts((flash, flash, *rest), (dram, dram, *rest), 2 * (self.pages - sum(flags)))
-            self._counts[key] = found
-        return found
+        return _dense_counts(self._all, self._config.codewords_per_page, self._stripe_pages, self._in_dram[job])
 
     def note(self, job: int) -> _JobNote:
         """A job's note."""
@@ -162,8 +170,9 @@ class DenseNotes:
         np.add.at(lanes, entries.channel, tokens)
         note = _JobNote(Mode.DENSE, self._rows, lanes.tolist(), config.tokens_per_codeword)
         for kind, first_pages in ((Kind.KEY, entries.key_page), (Kind.VALUE, entries.value_page)):
-            for page, count in enumerate(self._codewords):
+            for page, first in enumerate(range(0, self._all, config.codewords_per_page)):
                 stripe, inside = divmod(page, size)
+                count = min(config.codewords_per_page, self._all - first)
                 note.add(kind, int(entries.channel[stripe]), int(first_pages[stripe]) + inside, np.arange(count),
                          dram=bool(entries.dram[stripe]))
         return note
@@ -179,10 +188,12 @@ class Batch:
         config: of the drive.
     """
 
+    __slots__ = ("_config", "_jobs", "_modelled", "_operation_count", "_operations", "_reads", "_weights")
+
     def __init__(self, config: Config) -> None:
         self._config = config
         self._jobs: list[_JobNote | tuple[DenseNotes, int]] = []
-        self._weights: list[int] = []
+        self._weights = array("q")
         self._reads = 0
         self._operations: list[Operation] = []
         self._operation_count = 0
@@ -235,8 +246,9 @@ class Batch:
         size = (len(self._weights), self._operation_count)
         if self._modelled is None or self._modelled[:2] != size:
             config = self._config
+            notes = [self._note(number) for number in range(len(self._jobs))]
             jobs = [job_of_reads(config, note.reads(), note.tokens, rows=note.rows, mode=note.mode,
-                                 unit_tokens=note.unit_tokens) for note in map(self._note, range(len(self._jobs)))]
+                                 unit_tokens=note.unit_tokens, copied=note.copied) for note in notes]
             in_all = len(jobs)
             if len(self._weights) > len(jobs):
                 share = sum(self._weights) / max(sum(self._weights[: len(jobs)]), 1)
@@ -285,7 +297,7 @@ class CommandRecord(NamedTuple):
     Members:
         batch: in which it was in flight.
         number: of the job or operation in it.
-        counts: what an ATTEND has read; None: it is a PROGRAM or an ERASE.
+        counts: what an ATTEND or a READ has read; None: it is a PROGRAM or an ERASE.
     """
 
     batch: Batch
@@ -313,44 +325,48 @@ class KeepsRecords(Protocol):
         ...
 
 
-class Sampler:
+class Sampler(Generic[T]):
     """A sum of times that are modelled late.
 
     What waits to be modelled is bounded: when it is too much, every second item of it is counted by its weight alone,
     at the rate of those that are modelled in the end.  Which ones depends on their order alone.
+
+    Args:
+        model: gives the cycles of an item.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: Callable[[T], int]) -> None:
+        self._model = model
         self._total = 0
-        self._waiting: list[tuple[int, int, Callable[[], int]]] = []    # weight, size, cycles
+        self._waiting: list[tuple[int, int, T]] = []    # weight, size, item
         self._size = self._count = self._skipped = 0
         self._stride = 1
 
-    def add(self, weight: int, size: int, cycles: Callable[[], int]) -> None:
+    def add(self, weight: int, size: int, item: T) -> None:
         """Add something.
 
         Args:
             weight: what its time is about proportional to.
             size: pages that are kept for it.
-            cycles: gives its time.
+            item: what is modelled.
         """
         self._count += 1
         if self._count % self._stride:
             self._skipped += weight
             return
-        self._waiting.append((weight, size, cycles))
+        self._waiting.append((weight, size, item))
         self._size += size
         while self._size > 4 * SAMPLED_READS and len(self._waiting) > 1:
-            self._skipped += sum(item[0] for item in self._waiting[::2])
+            self._skipped += sum(weight for weight, _, _ in self._waiting[::2])
             self._waiting = self._waiting[1::2]
-            self._size = sum(item[1] for item in self._waiting)
+            self._size = sum(size for _, size, _ in self._waiting)
             self._stride *= 2
 
     def total(self) -> int:
         """The sum; models what waits."""
-        found = sum(cycles() for _, _, cycles in self._waiting)
+        found = sum(self._model(item) for _, _, item in self._waiting)
         if self._skipped:
-            found += round(found * self._skipped / max(sum(item[0] for item in self._waiting), 1))
+            found += round(found * self._skipped / max(sum(weight for weight, _, _ in self._waiting), 1))
         self._total += found
         self._waiting, self._size, self._count, self._skipped, self._stride = [], 0, 0, 0, 1
         return self._total
@@ -375,19 +391,20 @@ class Recorder:
         self._note: _JobNote | None = None
         self._ended: CommandRecord | None = None
         self._untaken: dict[tuple[int, int], CommandRecord] = {}
-        self._sampler = Sampler()
+        self._sampler = Sampler[Batch](lambda batch: batch.cycles)
 
-    def begin_job(self, mode: Mode, rows: int, tokens: Sequence[int], unit_tokens: int) -> None:
-        """An ATTEND begins to read.
+    def begin_job(self, mode: Mode, rows: int, tokens: Sequence[int], unit_tokens: int, copied: int = 0) -> None:
+        """An ATTEND or a READ begins to read.
 
         Args:
             mode: of the command.
             rows: likewise.
             tokens: of the job on each channel.
             unit_tokens: of a unit of selection.
+            copied: words of 8 bytes that a READ writes.
         """
         if self.active:
-            self._note = _JobNote(mode, rows, tokens, unit_tokens)
+            self._note = _JobNote(mode, rows, tokens, unit_tokens, copied)
 
     def read(self, kind: Kind, channel: int, page: int, codewords: Integers, *, dram: bool) -> None:
         """The job has read codewords, ascending, of a page."""
@@ -433,7 +450,7 @@ class Recorder:
         """Nothing is in flight any more."""
         batch = self._batch
         if batch.weight:
-            self._sampler.add(batch.weight, batch.kept, lambda: batch.cycles)
+            self._sampler.add(batch.weight, batch.kept, batch)
             self._batch = Batch(self._config)
 
     def cycles(self) -> int:

@@ -19,12 +19,19 @@ the score or sum (Decoder, Arrivals, the lane's pipeline)."""
 OPERATION = 60
 """Cycles in which a flash command is fetched and checked (Loader)."""
 
+COPY = 9
+"""Cycles of the copier beside a codeword's words on the host's bus (Copier)."""
+
 # Fitted: rounded so that few recorded points agree, and of little weight.
 FETCH, LOAD = 30, 40
 """Cycles until a command's line has come; of checks, and until a block's first word comes.  Fitted to jobs alone."""
+KEPT_ONE_IN = 13
+"""Units of which a DIGIT sweep keeps one for the next; from the recorded latency of a selection, 2,435 cycles."""
 SELECT, SELECT_ROW = 131, 126
 """Cycles of a selection beside its sweeps, and for each row: maxima, logarithm, counts.  Fitted to the two latencies of
 SPARF in TopK's docstring, with one row and with eight."""
+GATHER = 5
+"""Cycles of a codeword in a lane's gather from its last word to its first beat, where a lane has several channels."""
 HARVEST = 20
 """Cycles of a group of the first pass beside those of its tokens."""
 COMPLETE = 40
@@ -118,23 +125,29 @@ def times_of(config: Config) -> Times:
     # A token takes its beats, or the score unit's cycles if these are more.
     token = 3 if config.rows == 1 and config.beats_per_token >= 3 else config.rows
     beats = config.tokens_per_codeword * max(config.beats_per_token, token)
+    # A channel has its share of a lane that it has in common with others: of its time, and of its score ring.
+    beats *= config.lane_channels
+    gather = config.words_per_codeword + GATHER if config.lane_channels > 1 else 0
     return Times(
         dies=config.dies, planes=part.planes, page_mask=(1 << config.block_page_bits) - 1,
         separate=part.separate_command_bus, depth=RUN_QUEUE_DEPTH, groups=config.groups_in_flight,
-        ring=config.ring_codewords, buffers=BUFFERS, beats=beats,
+        ring=config.ring_codewords // config.lane_channels, buffers=BUFFERS, beats=beats,
         codeword=max(config.raw_codeword_bytes / part.bus_mts * config.clock_mhz, config.raw_codeword_words),
         preamble=cycles(part.t_pre), cycle=cycles(part.t_cad), dbsy=cycles(part.t_dbsy), t_r=cycles(part.t_r),
         t_prog=cycles(part.t_prog), t_bers=cycles(part.t_bers),
         between_planes=cycles(part.t_wb + part.t_dbsy + part.t_rr) + LOOK + SEND * share,
         array=cycles(part.t_wb + part.t_r + part.t_rr) + LOOK + SHOW * share, ccs=cycles(part.t_ccs),
         adl=cycles(part.t_adl + part.t_cad) + decision, status=cycles(part.t_whr + part.t_pre) + 2 * decision,
-        decision=decision, planning=PLAN * share + 2 * part.planes, arrival=config.beats_per_codeword + STAGES,
+        decision=decision, planning=PLAN * share + 2 * part.planes, arrival=gather + config.beats_per_codeword + STAGES,
         harvest=HARVEST, token=token, fetch=FETCH, load=LOAD,
         # Ranker: 3 or 4 digits normally.
         rank=3.5 * (config.head_dim + 23) + 137, rank_row=2 * config.head_dim + 8,
-        select=SELECT, select_row=SELECT_ROW, alpha=config.channels + 5, maximum=6, gather_row=config.channels + 5,
-        drain_row=config.head_dim, drain=55 if config.sparse else 40, write_row=config.head_dim / 2, complete=COMPLETE,
+        select=SELECT, select_row=SELECT_ROW, alpha=config.lanes + 5, maximum=6,
+        # Gather: a row's reciprocal takes 20 cycles; the divider gives a quotient every second one.
+        gather_row=max(config.lanes + 5, 20),
+        drain_row=2 * config.head_dim, drain=46 if config.sparse else 31, write_row=config.head_dim / 2,
+        complete=COMPLETE,
         # TailReader: a word of DRAM a cycle, and a beat of a lane, over all lanes.
-        dram_codeword=max(config.codeword_bytes / config.dram_beat_bytes, config.codeword_bytes / config.beat_bytes),
+        dram_codeword=max(config.codeword_bytes / config.dram_beat_bytes, config.codeword_bytes / config.word_bytes),
         dram_latency=DRAM_LATENCY,
         page_codewords=config.codewords_per_page, operation=OPERATION)

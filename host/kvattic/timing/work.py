@@ -78,7 +78,7 @@ class LaneWork:
 
 @dataclass(slots=True)
 class Job:
-    """An ATTEND command: one KV head's rows over its stripes; `attend_job` makes it.
+    """An ATTEND command: one KV head's rows over its stripes; `attend_job` makes it.  Or a READ.
 
     Attributes:
         rows: query rows.
@@ -86,6 +86,7 @@ class Job:
         lanes: what it reads, channel by channel.
         words: cycles in which its query block, table and mean come.
         submitted: cycle in which its command can be fetched.
+        copied: words of 8 bytes that a READ writes.
     """
 
     rows: int
@@ -93,6 +94,7 @@ class Job:
     lanes: list[LaneWork]
     words: float = 0.0
     submitted: float = 0.0
+    copied: int = 0
 
 
 @dataclass(slots=True)
@@ -353,8 +355,8 @@ class Read(NamedTuple):
 
 
 def job_of_reads(config: Config, reads: Iterable[Read], tokens: Sequence[int], *, rows: int, mode: Mode = Mode.DENSE,
-                 unit_tokens: int = 0, submitted: float = 0.0) -> Job:
-    """What an ATTEND command reads, from what it has read.
+                 unit_tokens: int = 0, submitted: float = 0.0, copied: int = 0) -> Job:
+    """What an ATTEND or a READ command reads, from what it has read.
 
     Args:
         config: of the drive.
@@ -364,6 +366,7 @@ def job_of_reads(config: Config, reads: Iterable[Read], tokens: Sequence[int], *
         mode: of the command.
         unit_tokens: tokens of a unit of selection; 0: 1 in SPARF, else a codeword's.
         submitted: cycle in which the command can be fetched.
+        copied: words of 8 bytes that a READ writes.
 
     Raises:
         RequestError: there is not a number of tokens for each channel.
@@ -408,4 +411,5 @@ def job_of_reads(config: Config, reads: Iterable[Read], tokens: Sequence[int], *
         here = -(-lane.tokens // config.group_tokens) if sparse else 0
         lane.places = here * config.group_codewords if sparse else sum(group.codewords for group in lane.keys)
         stripes += here if sparse else -(-lane.tokens // config.tokens_per_page)
-    return Job(rows, mode, lanes, _words(config, rows, stripes, mode), submitted)
+    words = _words(config, rows, stripes, mode)
+    return Job(rows, mode, lanes, words, submitted, copied)

@@ -55,7 +55,7 @@ def nand_parameters(config: Config, *, frames: int = 256) -> dict[str, int]:
 
 
 def _page_words(config: Config) -> int:
-    return -(-config.part.raw_bytes // config.beat_bytes)
+    return -(-config.part.raw_bytes // config.word_bytes)
 
 
 def write_pages(directory: Path, config: Config, pages: Mapping[int, bytes] | tuple[Iterable[int], _Bytes], *,
@@ -83,7 +83,7 @@ def write_pages(directory: Path, config: Config, pages: Mapping[int, bytes] | tu
         data = pages[1]
     if data.shape[1] > config.part.raw_bytes:
         raise ValueError(f"a page must be at most {config.part.raw_bytes} bytes, not {data.shape[1]}")
-    size = config.beat_bytes
+    size = config.word_bytes
     words = max(1, -(-data.shape[1] // size))
     records = np.full((len(indices), 8 + words * size), 0xFF, np.uint8)
     records[:, 8 : 8 + data.shape[1]] = data
@@ -96,7 +96,7 @@ def write_pages(directory: Path, config: Config, pages: Mapping[int, bytes] | tu
 
 def read_pages(directory: Path, config: Config, *, channel: int = 0) -> dict[int, bytes]:
     """What the model wrote when `dump` changed: raw bytes of each page that is not erased, by its index."""
-    size, words = config.beat_bytes, _page_words(config)
+    size, words = config.word_bytes, _page_words(config)
     pages = {}
     with (directory / f"nand{channel}.dump").open("rb") as file:
         for line in file:

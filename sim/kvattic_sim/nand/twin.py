@@ -248,7 +248,7 @@ class Timing:
         part = config.part
         names = (name for name in cls.__slots__ if name not in ("t_rst_idle", "t_byte"))
         # A word a cycle is the most that the interface moves.
-        t_byte = max(round(config.clock_mhz / part.bus_mts * ONE), ONE // config.beat_bytes)
+        t_byte = max(round(config.clock_mhz / part.bus_mts * ONE), ONE // config.word_bytes)
         return cls(**{name: ticks(getattr(part, name)) for name in names},
                    t_rst_idle=ticks(min(T_RST_IDLE, part.t_rst)), t_byte=t_byte)
 
@@ -442,7 +442,7 @@ class NandChannel:
         self.timing = Timing.of(config)
         self.channel = channel
         self.recording = recording
-        self.word_bytes = config.beat_bytes
+        self.word_bytes = config.word_bytes
         self.page_words = -(-self.part.raw_bytes // self.word_bytes)
         self.violations: list[str] = []
         self.events: list[Event] = []

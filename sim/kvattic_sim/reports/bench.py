@@ -126,6 +126,7 @@ BARS: dict[str, Bar | None] = {
     "serve.restore.match": Bar(">=", (1.0,)),
     "serve.models": Bar(">=", (48,)),
     "serve.models.wrong": Bar("<=", (0,)),
+    "serve.models.not_examined": Bar("<=", (5,)),
     "serve.real_model": Bar(">=", (1.0,)),
     **{f"accuracy.rel_rms.{name}": Bar("<=", (5e-7, f"accuracy.float32.{name}")) for name in DATA_SETS},
     **{f"accuracy.{kind}.{name}": None for kind in ("float32", "fp16") for name in DATA_SETS},

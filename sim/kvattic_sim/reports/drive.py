@@ -90,7 +90,7 @@ class Size:
 
 def cells(config: Config, usage: Usage) -> list[str]:
     """Values for `COLUMNS`."""
-    slots = config.channels * usage.cycles or 1
+    slots = config.lanes * usage.cycles or 1
     return [f"{usage.cycles:,}", f"{usage.bus_use(config):.1%}", f"{usage.die_use(config):.1%}",
             *(f"{usage.stalls[name] / slots:.1%}" for name in ("starved", "barrier", "idle")),
             f"{usage.flash['corrected']:,}", f"{usage.flash['retries']:,}"]

@@ -1,7 +1,7 @@
 """docs/models.md: which architectures of transformers work, are refused, and why.
 
-``python -m kvattic_sim.reports.model_page`` (`make models`) examines all of them, a minute, and writes the page; it
-fails if one of them does neither.
+``python -m kvattic_sim.reports.model_page`` (`make models`) examines all of them, a minute or two, and writes the page;
+it fails if one of them goes wrong.
 """
 
 import argparse
@@ -24,27 +24,29 @@ _HEAD = """# Models
 <!-- Written by `make models`; do not edit. -->
 
 Which models of [transformers](transformers.md) can have their KV cache in the drive: every class of transformers
-{version} that generates text (causal, sequence to sequence, speech), {total} in all. A small model of each, with random
-weights and no download, generates {answer} tokens after {prompt} on the golden device. They must equal those of the
-model's own eager attention over K and V rounded alike, and their logits up to {tolerance} of a standard deviation.
+{version} that generates text (causal, sequence to sequence, from speech, from pictures), {total} in all. A small model
+of each, with random weights and no download, generates {answer} tokens after {prompt} on the golden device. They must
+equal those of the model's own eager attention over K and V rounded alike, and their logits up to {tolerance} of a
+standard deviation. Models of pictures and sound get text alone where they generate from it, otherwise random numbers as
+sound or a picture; parts for pictures that need the package timm are left empty.
 
 | | architectures |
 | --- | --- |
 | works: the same tokens | {works} |
-| refused by name, before the first token | {refused} |
+| refused by name, before the first step ends | {refused} |
 | does anything else | {wrong} |
-| not examined | {skipped} |
+| transformers themselves cannot build or generate it here | {unavailable} |
 
 That a class works says that its attention does. A model must also fit: its heads have at most 256 elements
 ([limits](transformers.md#limits)); those whose default configuration has larger ones are among the refused.
-Pictures and sound do not matter to the drive: the text model of such a model is a class of its own here, as a rule.
 """
 _TABLES = ((Verdict.WORKS, "Works", "An empty cell: all attention of the model is in the drive.",
             "what is in the drive"),
-           (Verdict.REFUSED, "Refused", "What the error says when the cache is made, or in the first step.", "reason"),
+           (Verdict.REFUSED, "Refused", "What the error says when the cache is made, or in the first step, of which no "
+            "logits came.", "reason"),
            (Verdict.WRONG, "Wrong", "Mistakes of kvattic's, to be mended.", "what happens"),
-           (Verdict.SKIPPED, "Not examined", "transformers do not build or generate these from a configuration that is "
-            "made small by the names of its fields, or from tokens alone: nothing is said about kvattic.", "why"))
+           (Verdict.UNAVAILABLE, "Not available", "transformers themselves cannot build these here, or not generate "
+            "with their own cache and eager attention: nothing is said about kvattic.", "why"))
 _LONGEST = 240
 """Characters of a reason, and a few more."""
 

@@ -210,15 +210,15 @@ def _measure_once(point: Point, load: Load, follow: Follow) -> Figures:
         built, config, workload, {"load": load}, flash=NandSettings(bit_error_rate=point.bit_error_rate),
         progress=heed).result
     used = outcome.used
-    slots = config.channels * used.cycles or 1
+    slots = config.lanes * used.cycles or 1
     figures: Figures = {
         **_sizes(config, load, outcome.written.cycles, used.cycles),
         **_percentiles([cycles / config.clock_mhz for cycles in outcome.latencies]),
         "bus_use": used.bus_use(config),
-        "lane_use": used.lane_use(config.channels),
+        "lane_use": used.lane_use(config.lanes),
         "die_use": used.die_use(config),
         **{name: used.stalls[name] / slots for name in ("starved", "barrier", "idle")},
-        "flash_bytes": used.flash["flash_words"] * config.beat_bytes,
+        "flash_bytes": used.flash["flash_words"] * config.word_bytes,
         **{name: used.flash[name] for name in ("page_reads", "corrected", "bit_errors", "retries")},
     }
     if point.check:

@@ -174,7 +174,8 @@ def _running_commands() -> list[Part]:
             "when the phase bit in its `state` is that of this round of the ring, 1 in the first one, then 0, and so "
             "on.",
             "Take the completions: by `identifier` they belong to commands. Those of one queue come in any order, but "
-            "ATTENDs end in the order in which they were fetched. Results are in memory before their completion is.",
+            "ATTENDs and READs end in the order in which they were fetched. Results are in memory before their "
+            "completion is.",
             "Write the number of the next entry to be taken to `COMPLETION_HEAD`: those before it can be used again."),
         "A command that did not end `OK` has a completion and no results; the others are served as usual. The device "
         "fetches from the queues in turns, and from each only while the completions that its commands will have, and "
@@ -223,6 +224,12 @@ def _command_sections() -> list[Part]:
         _record(commands.SKETCH_ENTRY),
         "Every place that the table names must be the command's `domain`'s: the zones of a stripe's pages, or the "
         "regions of device DRAM, and the pages of its sketch; a stripe must not leave its zone.",
+        "### READ", _record(commands.READ_COMMAND),
+        "Writes K of the first token, V of the first token, K of the second one, and so on, each padded with zeros to "
+        f"whole lines, {commands.READ_BYTES:,} bytes at most. Tokens are numbered from 0, also in `where` of the "
+        "completion. It is checked and served like a dense ATTEND, and completes in one order with them. NaN and "
+        "infinity are numbers like any other here. The target is written while the codewords come, in any order: "
+        "unless the completion says `OK`, what is there means nothing.",
         "### PROGRAM, ERASE, PROBE, MAP", _record(commands.FLASH_COMMAND),
         "Those of one channel begin in their order, and an ERASE or PROGRAM of a die in the order of its pages; they "
         "complete in any order, and beside attention. One that waits for its channel holds back its own queue only.",
@@ -250,7 +257,8 @@ def _block_sections() -> list[Part]:
         "Bytes of a row:",
         _table(("`head_dim`", *map(str, HEAD_DIMS)),
                iter([("query block", *(str(commands.query_row_bytes(d)) for d in HEAD_DIMS)),
-                     ("result block", *(str(commands.result_row_bytes(d)) for d in HEAD_DIMS))])),
+                     ("result block", *(str(commands.result_row_bytes(d)) for d in HEAD_DIMS)),
+                     ("READ, of a token", *(str(commands.read_token_bytes(d)) for d in HEAD_DIMS))])),
         "## Result block",
         f"For each of the command's rows: `head_dim` outputs in fp32, padded to a whole line, then this trailer. "
         f"`SCORE_FRACTION` is {formats.SCORE_FRACTION}, `VALUE_FRACTION` is {formats.VALUE_FRACTION}, `SCORE_MASKED` "
@@ -272,12 +280,12 @@ def _completion_sections() -> list[Part]:
         "A command is checked before anything of it runs. The first that applies is reported: a bus error of the "
         "command's line, `INVALID_OPCODE`, `NOT_PERMITTED` where 0, `INVALID_FIELD`. Then of ATTEND: `INVALID_ROWS`, "
         "`INVALID_LENGTH`, `INVALID_SELECTION`, `INVALID_ADDRESS`, `INVALID_SCALE`, `NOT_PERMITTED` where 1, a "
-        "bus error of its blocks, `INVALID_TABLE`, `NOT_OWNED`, `NO_SKETCH`, `NAN_QUERY`, `NAN_MEAN`; of "
-        "PROGRAM and ERASE: `INVALID_PLACE`, `NOT_PERMITTED` where 1, `NOT_OWNED`; of the others, their own statuses "
-        "in the order of `where`. What the pages bring is known at the end: `CODEWORD_TIMEOUT`, "
-        "`UNREADABLE_SKETCH`, `UNREADABLE_KEY`, `UNREADABLE_VALUE`, `NAN_KEY`, `NAN_VALUE`, and a bus error when the "
-        "result was written. A PROGRAM ends with `BUS_ERROR` if device DRAM answered with one. `where` is 0 unless the "
-        "table says otherwise.",
+        "bus error of its blocks, `INVALID_TABLE`, `NOT_OWNED`, `NO_SKETCH`, `NAN_QUERY`, `NAN_MEAN`; of READ those "
+        "of them that it can have; of PROGRAM and ERASE: `INVALID_PLACE`, `NOT_PERMITTED` where 1, `NOT_OWNED`; of the "
+        "others, their own statuses in the order of `where`. What the pages bring is known at the end: "
+        "`CODEWORD_TIMEOUT`, `UNREADABLE_SKETCH`, `UNREADABLE_KEY`, `UNREADABLE_VALUE`, `NAN_KEY`, `NAN_VALUE`, and a "
+        "bus error when the result was written. A PROGRAM ends with `BUS_ERROR` if device DRAM answered with one. "
+        "`where` is 0 unless the table says otherwise.",
         "### Flags", _enumeration(commands.CompletionFlag),
         "### Causes of a media error", _enumeration(commands.MediaCause),
         "### Kinds of codeword", _enumeration(commands.Kind),
@@ -388,6 +396,7 @@ def header() -> str:
          _define("ADMIN_OPCODES", f"{commands.ADMIN_OPCODES:#x}", "from this opcode on, for queue 0 alone"),
          _define("DOMAINS", f"{commands.DOMAINS}", "0 stands for nobody"),
          _define("IDENTIFY_BYTES", f"{commands.IDENTIFY_BYTES}", "what IDENTIFY writes: JSON text, padded with zeros"),
+         _define("READ_BYTES", f"{commands.READ_BYTES}", "what READ writes, at most"),
          _define("TREE_BITS", f"{commands.TREE_BITS}", "draft tokens that a row can attend"),
          _define("SCORE_FRACTION", f"{formats.SCORE_FRACTION}", "fractional bits of kvattic_trailer.maximum"),
          _define("SCORE_MASKED", f"(-INT64_C({-formats.SCORE_MASKED}))", "maximum of a row that attends nothing"),
@@ -422,6 +431,7 @@ def header() -> str:
         _struct(commands.COMMAND, "a submission entry: ATTEND"),
         _packed(commands.TABLE_ENTRY, "TABLE_ENTRY", "An entry of ATTEND's table: where a stripe lies."),
         _packed(commands.SKETCH_ENTRY, "SKETCH_ENTRY", "Follows it in sparse modes: what the first pass reads."),
+        _struct(commands.READ_COMMAND, "a submission entry: READ; its table is a dense ATTEND's"),
         _struct(commands.FLASH_COMMAND, "a submission entry: PROGRAM, ERASE, PROBE, MAP"),
         _struct(commands.DATA_COMMAND, "a submission entry: IDENTIFY, COUNTERS"),
         _struct(commands.QUEUE_COMMAND, "a submission entry: CREATE_QUEUE, DELETE_QUEUE"),
@@ -435,13 +445,17 @@ def header() -> str:
          _define("STATUS_TYPE(state)", f"((state) >> {1 + commands.STATUS_BITS} & "
                  f"{(1 << commands.STATUS_TYPE_BITS) - 1}u)", f"0 of OK, {commands.STATUS_TYPE} of all others")],
         _counters(),
-        ["/* Bytes of one row of a query block and of a result block; elements have two bytes, outputs four. */",
+        ["/* Bytes of one row of a query block, of a result block, and of a token that READ writes; elements have two "
+         "bytes, outputs four. */",
          _define("LINES(bytes)", f"(((bytes) + {line - 1}) / {line} * {line})"),
          _define("QUERY_ROW_BYTES(head_dim)", "(sizeof(struct kvattic_row) + KVATTIC_LINES((head_dim) * 2))"),
          _define("RESULT_ROW_BYTES(head_dim)", "(KVATTIC_LINES((head_dim) * 4) + sizeof(struct kvattic_trailer))"),
+         _define("READ_TOKEN_BYTES(head_dim)", "(2 * KVATTIC_LINES((head_dim) * 2))"),
          *(f"KVATTIC_ASSERT(query_row_{d}, KVATTIC_QUERY_ROW_BYTES({d}) == {commands.query_row_bytes(d)});"
            for d in HEAD_DIMS),
          *(f"KVATTIC_ASSERT(result_row_{d}, KVATTIC_RESULT_ROW_BYTES({d}) == {commands.result_row_bytes(d)});"
+           for d in HEAD_DIMS),
+         *(f"KVATTIC_ASSERT(read_token_{d}, KVATTIC_READ_TOKEN_BYTES({d}) == {commands.read_token_bytes(d)});"
            for d in HEAD_DIMS)],
         ["#endif"],
     ]

@@ -176,7 +176,8 @@ def _verilog(config: Config, frames: int, channel_ports: Iterable[str]) -> str:
               "INDEX_BITS": Shape.cast(shapes.request["codeword"].shape).width,
               "DATA_AT": shapes.beat["data"].offset, "LAST_AT": shapes.beat["last"].offset,
               "ERROR_AT": shapes.beat["error"].offset, "REQUEST_BITS": shapes.request.size,
-              "BEAT_BITS": shapes.beat.size, "WORD_BITS": config.beat_bytes * 8, "CHANNELS": channels, "LIST": LIST}
+              "BEAT_BITS": shapes.channel_word.size, "WORD_BITS": config.word_bytes * 8, "CHANNELS": channels,
+              "LIST": LIST}
     outputs = {"done": 1, "cycles": 64, "sum": 64, "codewords": 32, "errors": 32, "steady_cycles": 64,
                "steady_codewords": 32}
     names = ("request_valid", "request_ready", "request_payload", "codeword_valid", "codeword_payload", "go",
@@ -250,7 +251,7 @@ def read_list(config: Config, requests: Requests, *, in_flight: int, pages: NDAr
     found: dict[str, Any] = pickle.loads((run_dir / "result.pickle").read_bytes())
 
     # Every codeword's words that are sent, added up as 64-bit numbers.
-    used = config.beats_per_codeword * config.beat_bytes
+    used = config.words_per_codeword * config.word_bytes
     sums = np.ascontiguousarray(
         data.reshape(config.channels, len(pages), config.codewords_per_page, config.codeword_bytes)[..., :used]
     ).view("<u8").sum(axis=-1, dtype=np.uint64)

@@ -151,11 +151,11 @@ def ideal_parameters(config: Config, frames: int, queue: int) -> dict[str, int]:
         "ERASE": operation_code(Opcode.ERASE),
         "PROGRAM_FAILED": int(Status.PROGRAM_FAILED),
         "ERASED": int(MediaCause.ERASED),
-        "BEAT_BITS": shapes.beat.size,
-        **_ports(shapes.beat, "BEAT_", {"tag": "TAG", "data": "DATA", "last": "LAST", "error": "ERROR"}),
-        "WORD_BITS": config.beat_bytes * 8,
-        "BEATS": config.beats_per_codeword,
-        "WORDS": config.codeword_bytes // config.beat_bytes,
+        "BEAT_BITS": shapes.channel_word.size,
+        **_ports(shapes.channel_word, "BEAT_", {"tag": "TAG", "data": "DATA", "last": "LAST", "error": "ERROR"}),
+        "WORD_BITS": config.word_bytes * 8,
+        "BEATS": config.words_per_codeword,
+        "WORDS": config.codeword_bytes // config.word_bytes,
         "CODEWORDS": config.codewords_per_page,
         "PAGES": config.pages_per_channel,
         "FRAMES": frames,
@@ -273,7 +273,7 @@ def _ideal_channels(bench: _Bench, config: Config, frames: int, queue: int) -> N
     epoch = bench.wire("flash_epoch", config.jobs_in_flight * EPOCH_BITS)
     events = bench.wire("flash_events", channels * shapes.flash_events.size)
     media = bench.wire("media_errors", channels * shapes.media_error.size)
-    streams = {"request": (shapes.request, False), "codeword": (shapes.beat, True),
+    streams = {"request": (shapes.request, False), "codeword": (shapes.channel_word, True),
                "operation": (shapes.operation, False), "page_word": (shapes.page_word, False),
                "outcome": (shapes.outcome, True)}
     error = shapes.media_error.size

@@ -19,6 +19,8 @@ from kvattic.spec.commands import (
     FLASH_COMMAND,
     GRANT_COMMAND,
     QUEUE_COMMAND,
+    READ_BYTES,
+    READ_COMMAND,
     ROW,
     SKETCH_ENTRY,
     TABLE_ENTRY,
@@ -28,6 +30,7 @@ from kvattic.spec.commands import (
     fp32_block_bytes,
     lines,
     query_row_bytes,
+    read_token_bytes,
     result_row_bytes,
 )
 from kvattic.spec.config import BOARD, GQA, PAPER, TINY, Config
@@ -458,6 +461,7 @@ def expected_start(config, command, slot, epoch):
         "k_offset": k_offset(config, command["scale"] >> 23),
         "scale": 1 << 23 | command["scale"] & (1 << 23) - 1,
         "mode": command.get("mode", 0),
+        "read": command["opcode"] == Opcode.READ,
         "unit_bits": command.get("unit_bits", 0),
         "features": command.get("features", 0),
         "local_token": max(0, command["end_token"] - command.get("local_tokens", 0)),
@@ -545,16 +549,29 @@ def check_good(config, host, jobs, epochs=1):
             "lanes": 1,
             "queue": 0,
             "identifier": command["identifier"],
-            "rows": command["rows"],
+            "rows": command["rows"] or 1,
             "result": command["result"],
             "status": Status.OK,
             "where": 0,
             "mode": command.get("mode", 0),
+            "read": command["opcode"] == Opcode.READ,
             "units": command.get("top_units", 0),
         }
         assert [mean[1:] for mean in host.means if mean[0] == number] == [
             (slot, i // 2, table.mean[i] | table.mean[i + 1] << 32) for i in range(0, len(table.mean), 2)
         ]
+
+
+def good_read(rng, config, number):
+    """A READ as a command of a job without rows, its table, and its line."""
+    command, _, _ = good_command(rng, config, number)
+    tokens = min(command["end_token"] - command["base_token"], (LIMIT - BASE) // read_token_bytes(config.head_dim))
+    command |= {"opcode": Opcode.READ, "rows": 0, "base_token": 0, "end_token": tokens, "tree_token": 0, "scale": 0,
+                "query": 0, "result": LIMIT - tokens * read_token_bytes(config.head_dim)}
+    command = fit(config, command)
+    named = ("opcode", "identifier", "table", "result", "stripe_pages", "stripes")
+    line = READ_COMMAND.pack(tokens=tokens, **{name: command[name] for name in named})
+    return command, some_table(rng, config, command), line
 
 
 def place(host, number, command, block, table, config):
@@ -619,6 +636,82 @@ def test_good_jobs(name, stall):
         )
         check_good(config, host, jobs)
         assert host.errors == 0
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_reads_among_jobs(name):
+    """READs are dense jobs without rows, query and scale; ATTENDs beside them are as always."""
+    config = CONFIGS[name]
+    rng = random.Random(name)
+    host, jobs = Host(), []
+    for number in range(5):
+        if number % 2:
+            command, table, line = good_read(rng, config, number)
+            host.put(COMMANDS + 64 * number, line)
+            host.put(command["table"], bytes(table))
+            jobs.append((command, [], table))
+        else:
+            command, block, table = good_command(rng, config, number)
+            command["query"] = BASE + 0x4000 * number
+            jobs.append((command, block, table))
+            place(host, number, command, block, table, config)
+    run(config, host, [5], stall=0.2, job_stall=0.2, hold=40, seed=3)
+    check_good(config, host, jobs)
+    assert host.errors == 0
+
+
+def bad_reads(config):
+    """(changes of a READ of two pages and a token, status, where) for each way to fail."""
+    size = read_token_bytes(config.head_dim)
+    room, most = lane_stripes(config), READ_BYTES // size
+    field_, length, address = Status.INVALID_FIELD, Status.INVALID_LENGTH, Status.INVALID_ADDRESS
+    cases = [
+        ({"flags": 1}, field_, 0),
+        *(({f"reserved{i}": 1}, field_, 0) for i in range(7)),
+        ({"stripe_pages": 0, "tokens": 0}, field_, 0),
+        ({"stripe_pages": 3}, field_, 0),
+        ({"stripe_pages": 2 * room}, field_, 0),
+        ({"tokens": 0}, length, 0),
+        ({"stripes": 2, "result": 1}, length, 0),
+        ({"stripes": 4}, length, 0),
+        ({"stripes": 0}, length, 0),
+        ({"tokens": TOP}, length, 0),
+        ({"result": BASE + 32}, address, 1),
+        ({"result": BASE - 64, "table": BASE - 64}, address, 1),
+        ({"result": LIMIT - (2 * config.tokens_per_page + 1) * size + 64}, address, 1),
+        ({"result": LIMIT}, address, 1),
+        ({"result": (1 << 64) - 64}, address, 1),
+        ({"table": BASE + 8}, address, 2),
+        ({"table": LIMIT}, address, 2),
+    ]
+    if most < config.max_tokens:
+        stripes = -(-(most + 1) // config.tokens_per_page)
+        cases += [({"tokens": most + 1, "stripes": stripes, "result": BASE - 64}, length, 0),
+                  ({"tokens": most, "stripes": -(-most // config.tokens_per_page)}, address, 1)]
+    return cases
+
+
+@pytest.mark.parametrize("name", ["tiny", "wide", "middle", "paper"])
+def test_bad_reads(name):
+    """Each between good ones: its job comes in its turn, the lanes are not started."""
+    config = CONFIGS[name]
+    host, cases = Host(), bad_reads(config)
+    good = {"opcode": Opcode.READ, "tokens": 2 * config.tokens_per_page + 1, "stripes": 3, "stripe_pages": 1,
+            "table": TABLES, "result": LIMIT - (2 * config.tokens_per_page + 1) * read_token_bytes(config.head_dim)}
+    for number in range(2 * len(cases) + 1):
+        change = cases[number // 2][0] if number % 2 else {}
+        host.put(COMMANDS + 64 * number, READ_COMMAND.pack(**{**good, **change, "identifier": number}))
+    for stripe in range(3):
+        host.put(TABLES + 8 * stripe, TABLE_ENTRY.pack(channel=stripe % config.channels))
+    run(config, host, [2 * len(cases) + 1], latency=4)
+    for number, (_, _, job) in enumerate(host.jobs):
+        assert job["identifier"] == number
+        if number % 2:
+            change, status, where = cases[number // 2]
+            assert (job["lanes"], Status(job["status"]), job["where"]) == (0, status, where), change
+        else:
+            assert (job["lanes"], job["status"], job["where"], job["read"]) == (1, 0, 0, 1)
+    assert len(host.starts) == len(cases) + 1
 
 
 @pytest.mark.parametrize("name, count", [("tiny", 8), ("paper", 4), ("gqa", 1), ("middle", 4)])
@@ -761,7 +854,7 @@ def bad_commands(config):
         ({"opcode": 0x80, "rows": 0}, Status.INVALID_OPCODE, 0x80),
         ({"opcode": 0x83}, Status.INVALID_OPCODE, 0x83),
         ({"opcode": 0xC1}, Status.INVALID_OPCODE, 0xC1),
-        ({"opcode": 0xC7}, Status.INVALID_OPCODE, 0xC7),
+        ({"opcode": 0xC6}, Status.INVALID_OPCODE, 0xC6),
         ({"opcode": 0xE3}, Status.INVALID_OPCODE, 0xE3),
         ({"opcode": 0x01, "mode": 1}, Status.INVALID_OPCODE, 1),
         ({"flags": 1}, field_, 0),

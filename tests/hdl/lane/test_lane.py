@@ -684,7 +684,7 @@ def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bo
 
     async def loader(ctx):
         nonlocal started
-        ctx.set(dut.channel, CHANNEL)
+        ctx.set(dut.lane, CHANNEL)
         while not ctx.get(dut.ready):
             await ctx.tick()
         for n in range(len(jobs)):

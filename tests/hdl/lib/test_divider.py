@@ -9,10 +9,10 @@ from amaranth.hdl import unsigned
 from amaranth.sim import Simulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.hdl.bench import pipelined
+from tests.hdl.bench import pipelined, simulate
 
 from kvattic.spec.config import PAPER, TINY
-from kvattic_hdl.lib.divider import Divider, Normaliser
+from kvattic_hdl.lib.divider import DIVISOR_TOP, RECIPROCAL_BITS, Divider, Normaliser, Reciprocal, normalised
 
 A, D = PAPER.accumulator_bits, PAPER.denominator_bits
 TAG_BITS = 16
@@ -40,6 +40,11 @@ def fp32_value(bits: int) -> Fraction:
     return Fraction(struct.unpack("<f", struct.pack("<I", bits))[0])
 
 
+def reciprocal(denominator: int, bits: int) -> int:
+    """What the divider guesses with, for a normalised denominator."""
+    return (1 << DIVISOR_TOP + RECIPROCAL_BITS - 1) // ((denominator << DIVISOR_TOP >> bits) + 1)
+
+
 def divide(pairs, numerator_bits=A, denominator_bits=D, gaps=None):
     """Quotients of the pairs by the RTL; checks tags, order and latency."""
     dut = Divider(numerator_bits, denominator_bits, unsigned(TAG_BITS))
@@ -48,6 +53,8 @@ def divide(pairs, numerator_bits=A, denominator_bits=D, gaps=None):
         zeros = denominator_bits - denominator.bit_length() if denominator else 0
         raw = (numerator & (1 << numerator_bits) - 1) | (denominator << zeros) << numerator_bits
         raw |= zeros << numerator_bits + denominator_bits
+        raw |= reciprocal(denominator << zeros, denominator_bits) << (
+            numerator_bits + normalised(denominator_bits).size)
         payloads.append(raw | tag << dut.i.payload.shape().size - TAG_BITS)
     return pipelined(dut, payloads, Divider.LATENCY, gaps)
 
@@ -176,6 +183,38 @@ def test_normaliser(bits):
     simulator.add_testbench(feed)
     simulator.add_testbench(check_all)
     simulator.run()
+
+
+@pytest.mark.parametrize("bits", [9, 20, 56])
+def test_reciprocal(bits):
+    rng = random.Random(bits)
+    numbers = [1 << bits - 1, (1 << bits) - 1, (1 << bits - 1) + 1]
+    numbers += [rng.getrandbits(bits) | 1 << bits - 1 for _ in range(60)]
+    dut, seen = Reciprocal(bits), []
+
+    async def feed(ctx):
+        for number in numbers:
+            ctx.set(dut.i.payload, {"value": number, "zeros": number % bits})
+            ctx.set(dut.i.valid, 1)
+            await ctx.tick().until(dut.i.ready)
+            ctx.set(dut.i.valid, 0)
+            cycles = 0
+            while not ctx.get(dut.o.valid):
+                await ctx.tick()
+                cycles += 1
+            assert cycles == Reciprocal.LATENCY - 1
+            for _ in range(rng.randrange(3)):
+                await ctx.tick()
+            seen.append(ctx.get(dut.o.payload))
+            ctx.set(dut.o.ready, 1)
+            await ctx.tick()
+            ctx.set(dut.o.ready, 0)
+
+    simulate(dut, feed)
+    for number, found in zip(numbers, seen, strict=True):
+        assert (found.value, found.zeros, found.reciprocal) == (number, number % bits, reciprocal(number, bits))
+        exact = Fraction(1 << bits, number)
+        assert exact - Fraction(1, 1 << 17) < Fraction(found.reciprocal, 1 << RECIPROCAL_BITS - 1) <= exact
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,8 @@ class Model:
 class Bench:
     """The component, with queues and owners that answer by the model."""
 
-    def __init__(self, ctx, dut, config, rng):
+    def __init__(self, ctx, dut, config, rng, counters):
+        self.counters = counters
         self.ctx, self.dut, self.rng, self.model = ctx, dut, rng, Model(config)
         self.identifier = 0
         ctx.set(dut.present, self.model.present)
@@ -161,12 +162,27 @@ class Bench:
 def run(scenario, config=TINY, seed=1):
     dut = Admin(config)
 
+    counters = [0] * len(COUNTERS)
+
     async def testbench(ctx):
-        await scenario(Bench(ctx, dut, config, random.Random(seed)))
+        await scenario(Bench(ctx, dut, config, random.Random(seed), counters))
+
+    async def registers(ctx):
+        """Counters; in some cycles the bus reads others, but not where a counter is asked for first."""
+        rng, there = random.Random(seed), True
+        while True:
+            number, first = ctx.get(dut.counter_number), ctx.get(dut.counter_first)
+            there = first or not there or rng.random() < 0.5   # the bus does not read twice in succession
+            ctx.set(dut.counter_there, there)
+            ctx.set(dut.counter, counters[number] if there and number < len(counters) else rng.getrandbits(64))
+            await ctx.tick()
+            # Behind what the scenario changes in this cycle.
+            await ctx.delay(1e-8)
 
     sim = Simulator(dut)
     sim.add_clock(1e-6)
     sim.add_testbench(testbench)
+    sim.add_testbench(registers, background=True)
     sim.run()
 
 
@@ -187,13 +203,13 @@ def test_identify_writes_the_configuration(config):
 
 def test_counters_are_live_and_padded():
     async def scenario(bench):
-        ctx, dut = bench.ctx, bench.dut
         values = [bench.rng.getrandbits(64) for _ in COUNTERS]
         assert await bench.command(Opcode.COUNTERS, submission=0x40) == OK
-        ctx.set(dut.counters, values)
+        bench.counters[:] = values
+        await bench.ctx.tick().repeat(2)
         padded = values + [0] * (COUNTER_LINES * LINE_BYTES // 8 - len(values))
         assert await bench.block(len(padded)) == padded
-        ctx.set(dut.counters, values[::-1])
+        bench.counters[:] = values[::-1]
         assert await bench.block(len(values)) == values[::-1]
 
     run(scenario)
@@ -202,7 +218,8 @@ def test_counters_are_live_and_padded():
 def test_a_block_stays_until_the_next_outcome_is_taken():
     async def scenario(bench):
         ctx, dut = bench.ctx, bench.dut
-        ctx.set(dut.counters, [7] * len(COUNTERS))
+        bench.counters[:] = [7] * len(COUNTERS)
+        await ctx.tick().repeat(2)
         text = bench.model.config.to_json().encode()
         first = int.from_bytes(text[:8], "little")
         await bench.command(Opcode.COUNTERS)

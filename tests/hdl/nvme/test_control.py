@@ -10,6 +10,7 @@ from kvattic.spec.registers import COUNTERS, REGISTER_MAP, StatusBit
 from kvattic_hdl.lib.shapes import Shapes
 from kvattic_hdl.nvme.control import Control
 from kvattic_hdl.nvme.counters import FLASH_COUNTERS, STALLS
+from kvattic_hdl.nvme.registers import FLASH_REGISTERS
 
 CONTROL_RESET = 1
 KINDS = ("beat", *STALLS)
@@ -254,7 +255,11 @@ def test_counters_and_snapshot(channels):
             assert await read(ctx, dut, "FIRST_BEAT") == base["cycle"] + 2 + first + 1
             assert await read(ctx, dut, "LAST_BEAT") == base["cycle"] + 2 + last + 1
             now = snapshot(ctx, dut)
-            counters = [ctx.get(dut.counters[i]) for i in range(len(COUNTERS))]
+            counters = []
+            for i in range(len(COUNTERS)):
+                ctx.set(dut.counter_number, i)
+                counters.append(ctx.get(dut.counter))
+                assert ctx.get(dut.counter_there)
             assert counters == [await read(ctx, dut, register.name) for register in COUNTERS]
 
     simulate(bench, config)
@@ -335,6 +340,7 @@ def test_flash_counters(channels):
 def test_flash_counters_have_registers():
     names = {name.lower() for name in REGISTER_MAP}
     assert names >= set(FLASH_COUNTERS)
+    assert tuple(name.upper() for name in FLASH_COUNTERS) == FLASH_REGISTERS
     flash = {r.name.lower() for r in REGISTER_MAP.values() if 0x100 <= r.address < 0x158}
     assert set(FLASH_COUNTERS) == flash
     assert set(FLASH_COUNTERS.values()) == {name for name, _ in Shapes(TINY).flash_events}

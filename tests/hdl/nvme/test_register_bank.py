@@ -7,11 +7,16 @@ from hypothesis import strategies as st
 
 from kvattic.spec.config import TINY
 from kvattic.spec.registers import ADDRESS_BITS, DOORBELL_PAGE, DOORBELL_STRIDE, QUEUES, REGISTER_MAP, REGISTERS, Access
-from kvattic_hdl.nvme.registers import CONSTANTS, RegisterBank
+from kvattic_hdl.nvme.registers import CONSTANTS, FLASH_REGISTERS, RegisterBank
 
 OKAY, SLVERR = 0, 2
 PAGES = range(0, 1 << ADDRESS_BITS, DOORBELL_PAGE)
 MAPPED = {r.address + 4 * half: (r, half) for r in REGISTERS for half in range(r.width // 32)}
+
+
+def value_of(register):
+    """What a register reads as here."""
+    return (register.address * 0x0102_0304_0506_0708 + 1) % (1 << register.width)
 
 
 def simulate(bench, *, dut=None):
@@ -22,6 +27,13 @@ def simulate(bench, *, dut=None):
     async def main(ctx):
         await bench(ctx, dut)
 
+    async def flash_counters(ctx):
+        """The counters that are asked for by their number."""
+        async for number, in ctx.changed(dut.flash_number):
+            if number < len(FLASH_REGISTERS):
+                ctx.set(dut.flash_counter, value_of(REGISTER_MAP[FLASH_REGISTERS[number]]))
+
+    sim.add_process(flash_counters)
     sim.add_testbench(main)
     sim.run()
 
@@ -117,11 +129,8 @@ async def read(ctx, dut, address, gap=0):
 def test_every_word_reads_as_the_table_says():
     async def bench(ctx, dut):
         for register in REGISTERS:
-            if register.access in (Access.RO, Access.W1C) and register.name not in CONSTANTS:
-                ctx.set(
-                    dut.read[register.name.lower()],
-                    (register.address * 0x0102_0304_0506_0708 + 1) % (1 << register.width),
-                )
+            if register.access in (Access.RO, Access.W1C) and register.name not in (*CONSTANTS, *FLASH_REGISTERS):
+                ctx.set(dut.read[register.name.lower()], value_of(register))
         for address in words():
             data, response = await read(ctx, dut, address, gap=address % 3)
             if address not in MAPPED:
@@ -136,7 +145,7 @@ def test_every_word_reads_as_the_table_says():
             elif register.access is Access.WO:
                 expected = 0
             else:
-                expected = (register.address * 0x0102_0304_0506_0708 + 1) % (1 << register.width)
+                expected = value_of(register)
             assert data == expected >> 32 * half & 0xFFFF_FFFF, register.name
 
     simulate(bench)
@@ -149,6 +158,36 @@ def test_a_counter_is_read_whole():
         assert await read(ctx, dut, cycles) == (0xFFFF_FFFF, OKAY)
         ctx.set(dut.read.cycles, 0x2_0000_0000)
         assert await read(ctx, dut, cycles + 4) == (1, OKAY)
+
+    simulate(bench)
+
+
+def test_looks_beside_the_bus():
+    """A register is looked at in each cycle without the bus; its first cycle is never the bus's."""
+    async def bench(ctx, dut):
+        beats, cycles = REGISTER_MAP["BEATS"], REGISTER_MAP["CYCLES"]
+        ctx.set(dut.read.beats, value_of(beats))
+        ctx.set(dut.read.cycles, value_of(cycles))
+        ctx.set(dut.look, beats.address // 4)
+        for first in (0, 1):
+            ctx.set(dut.bus.araddr, cycles.address)
+            await send(ctx, dut.bus.arvalid, dut.bus.arready, 0)
+            ctx.set(dut.look_first, first)
+            assert ctx.get(dut.looking) == first
+            if first:
+                assert ctx.get(dut.looked) == value_of(beats)
+                await ctx.tick()
+                ctx.set(dut.look_first, 0)
+                assert not ctx.get(dut.bus.rvalid)
+            assert not ctx.get(dut.looking)
+            await ctx.tick()
+            assert ctx.get(dut.looking)
+            assert ctx.get(dut.looked) == value_of(beats)
+            assert ctx.get(dut.bus.rvalid)
+            assert ctx.get(dut.bus.rdata) == value_of(cycles) & 0xFFFF_FFFF
+            ctx.set(dut.bus.rready, 1)
+            await ctx.tick()
+            ctx.set(dut.bus.rready, 0)
 
     simulate(bench)
 

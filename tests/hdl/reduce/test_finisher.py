@@ -18,7 +18,7 @@ from kvattic.spec.config import TINY, Config
 from kvattic.spec.formats import SCORE_MASKED
 from kvattic.spec.nand import TINY_PART
 from kvattic.spec.registers import QUEUES
-from kvattic_hdl.lib.divider import Divider
+from kvattic_hdl.lib.divider import Divider, Reciprocal
 from kvattic_hdl.lib.shapes import FAULTS, Shapes
 from kvattic_hdl.reduce.finisher import Finisher
 
@@ -472,7 +472,7 @@ class World:
                 # With the last word, not later; or when its last quotient comes, whose mean is still needed.
                 if job.lanes:
                     blended = config.sparse and job.mode in BLENDED
-                    later_by = config.elements_per_beat + 1 + Divider.LATENCY if blended else 0
+                    later_by = Divider.INTERVAL * config.elements_per_beat + 1 + Divider.LATENCY if blended else 0
                     assert self.cycle == self.last_word_at + later_by
                 assert freed_slot == (number + freed) % slots
                 assert slot_job[freed_slot] is job
@@ -746,12 +746,11 @@ def test_jobs_after_a_pause():
 
 @pytest.mark.parametrize("config", [TINY, ONE_ROW], ids=["tiny", "one_row"])
 def test_throughput(config):
-    """Jobs that are done follow each other at rows * head_dim cycles and a small constant."""
+    """Jobs that are done follow each other at a quotient every second cycle and a small constant."""
     jobs = batch_of(config, ["ok"] * 4, 8)
     for job in jobs:
         job.rows, job.done_in = config.rows, [0] * config.channels
     world = World(config, [jobs], lane_latency=3).run()
     gaps = [b - a for a, b in zip(world.freed_at, world.freed_at[1:], strict=False)]
-    assert max(gaps) <= config.rows * config.head_dim + config.channels * (config.rows + 3) + 80, (
-        gaps
-    )
+    gathering = max(config.rows * Reciprocal.LATENCY, config.channels * (config.rows + 3))
+    assert max(gaps) <= Divider.INTERVAL * config.rows * config.head_dim + gathering + 80, gaps

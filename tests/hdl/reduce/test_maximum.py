@@ -66,6 +66,7 @@ def test_jobs(channels, rows):
             "queue": rng.getrandbits(3),
             "identifier": i,
             "mode": rng.getrandbits(2),
+            "read": rng.getrandbits(1),
             "units": rng.getrandbits(16),
             "rows": rng.randint(1, rows) if i else rows,
             "result": rng.getrandbits(64),

@@ -11,13 +11,13 @@ from kvattic.spec.commands import Mode
 from kvattic.spec.config import PAPER, TINY
 from kvattic.spec.formats import DIGIT_BITS, SCORE_MASKED
 from kvattic_hdl.lib.shapes import LENGTH_FORCED, RANK_BITS, Sweep
-from kvattic_hdl.sparse.lane_topk import LaneTopK
+from kvattic_hdl.sparse.lane_topk import KEPT, LaneTopK
 
 SPARF, FETCHED, CENTROID = Mode.SPARF, Mode.FETCHED, Mode.CENTROID
 
 
-def simulate(config, seed, bench, **lane):
-    dut, sim = simulation(LaneTopK, config)
+def simulate(config, seed, bench, kept=KEPT, **lane):
+    dut, sim = simulation(LaneTopK, config, kept)
     model = Lane(dut, config, seed, **lane)
     sim.add_clock(1e-6)
     sim.add_testbench(model.run, background=True)
@@ -109,8 +109,10 @@ async def check(ctx, dut, model, slot, job, mine, rng, bits=(1, 7, 18, 23, 37, 5
     ranks = all_of_it.rank[units_here]
     assert await histogram(ctx, dut) == np.bincount([length(int(r)) for r in ranks], minlength=64).tolist()
     some = [int(r) for r in rng.permutation(ranks)[:3]] or [0]
-    for number in bits:
-        for rank in some[: 1 + (number == 23)]:
+    # Of a rank ever more bits, as each sweep may go through what the one before has kept; another rank begins anew.
+    for rank, numbers in zip(some, (bits, (23, 29, 60)), strict=False):
+        await sweep(ctx, dut, slot, Sweep.MASS)
+        for number in numbers:
             # What follows the bits that count is nothing.
             noise = int(rng.integers(1 << 62)) & ((1 << RANK_BITS - number) - 1)
             await sweep(ctx, dut, slot, Sweep.DIGIT, number, rank ^ noise)
@@ -158,8 +160,9 @@ FIVE_ROWS = replace(ONE_ROW, rows=5)
         (WHOLE, CENTROID, 0, 1.0),
     ],
 )
-def test_sweeps(config, mode, unit_bits, grant):
-    """Random jobs: tail stripes and ends anywhere, fewer rows than there are, several slots."""
+@pytest.mark.parametrize("kept", [4, KEPT])
+def test_sweeps(config, mode, unit_bits, grant, kept):
+    """Random jobs: tail stripes and ends anywhere, fewer rows than there are, several slots; all units kept, or not."""
     lane_stripes = config.ring_codewords // config.group_codewords
 
     async def bench(ctx, dut, model):
@@ -175,7 +178,7 @@ def test_sweeps(config, mode, unit_bits, grant):
             await ctx.tick()
             await check(ctx, dut, model, slot, job, mine, rng)
 
-    simulate(config, 1, bench, grant=grant)
+    simulate(config, 1, bench, kept, grant=grant)
 
 
 @pytest.mark.parametrize("mode", [SPARF, FETCHED, CENTROID])
@@ -250,12 +253,19 @@ def test_cycles():
         await ctx.tick()
         expected = expect(config, job)
         await refer(ctx, dut, expected.reference)
-        for op in (Sweep.SUM, Sweep.MASS, Sweep.DIGIT):
+        for op in (Sweep.SUM, Sweep.DIGIT, Sweep.MASS):
             cycles[op] = await sweep(ctx, dut, 1, op, 7 * (op is Sweep.DIGIT), 0)
+        rank = int(expected.rank[0])
+        again = [await sweep(ctx, dut, 1, Sweep.DIGIT, bits, rank) for bits in (20, 26, 60)]
+        matching = sum(above(int(r), 20) == above(rank, 20) for r in expected.rank)
         threshold = int(np.sort(expected.rank)[-64])
         cycles[Sweep.MARK] = await sweep(ctx, dut, 1, Sweep.MARK, RANK_BITS, threshold)
         assert model.marked(1).sum() == 64
 
+        # Through all units, then through those that the sweep before has kept.
+        assert 512 < again[0] <= 523
+        assert matching < again[1] <= matching + 14
+        assert again[2] <= again[1]
         sparf = cycles.copy()
         job = make_job(config, rng, CENTROID, stripes=2, unit_bits=1, tail=[0, 0], end=2 * size, local=0,
                        sinks=0)
@@ -263,6 +273,6 @@ def test_cycles():
         await ctx.tick()
         for op in Sweep:
             cycles[op] = await sweep(ctx, dut, 2, op)
-        assert [list(sparf.values()), list(cycles.values())] == [[536, 539, 523, 528], [152, 155, 139, 266]]
+        assert [list(sparf.values()), list(cycles.values())] == [[536, 523, 539, 528], [152, 139, 155, 266]]
 
     simulate(config, 4, bench)

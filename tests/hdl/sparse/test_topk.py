@@ -115,7 +115,7 @@ class Bench:
         payload = {
             "slot": slot, "lanes": lanes, "queue": number % 8, "identifier": number + 1,
             "mode": Mode.DENSE if job is None else job.mode, "units": 0 if job is None else job.units, "rows": rows,
-            "result": number << 40, "status": 3, "where": 4}
+            "read": number % 2, "result": number << 40, "status": 3, "where": 4}
         ctx.set(dut.jobs_i.payload, payload)
         ctx.set(dut.jobs_i.valid, 1)
         await ctx.tick().until(dut.jobs_i.ready)
@@ -339,4 +339,4 @@ def test_latency():
     ]
     bench.simulate(jobs)
     assert bench.sweeps == 5
-    assert bench.latencies == [2908]
+    assert bench.latencies == [2435]

@@ -18,9 +18,13 @@ CONFIGS = {
     "tiny": TINY,
     "one_beat_wide": Config(
         channels=1, head_dim=32, part=TINY_PART, dies=2, dram_beat_bytes=8, codeword_bytes=256, score_depth=256),
+    "narrow": Config(
+        channels=5, head_dim=32, sparse=False, part=TINY_PART, dies=2, dram_beat_bytes=16, codeword_bytes=256,
+        score_depth=256),
     "padded": Config(
         channels=3, head_dim=80, sparse=False, part=TINY_PART.resized(2048), dies=2, dram_beat_bytes=64,
         codeword_bytes=512, score_depth=256),
+    "lanes_of_two_channels": replace(TINY, channels=4, lane_channels=2, beat_bytes=16, dram_beat_bytes=16),
 }
 DRAM_PAGES = 6
 
@@ -98,31 +102,35 @@ def test_tails_and_pages(name, stall):
     log, benches, tails, pages = {}, [], [], []
     fetches = [[(rng.randrange(DRAM_PAGES), rng.getrandbits(20)) for _ in range(3)] for _ in range(config.channels)]
     wanted = [[(i, rng.randrange(DRAM_PAGES), rng.randrange(config.codewords_per_page)) for i in range(12)]
-              for _ in range(config.channels)]
-    words = config.page_bytes // config.beat_bytes
-    for c in range(config.channels):
+              for _ in range(config.lanes)]
+    words = config.page_bytes // config.word_bytes
+    in_turns = [{"channel": c, "page": {"dram_page": d, "page": p}}
+                for of_all in zip(*fetches, strict=True) for c, (d, p) in enumerate(of_all)]
+    benches.append(offer(dut.fetches, in_turns))
+    for lane in range(config.lanes):
         tails.append([])
-        pages.append([])
         benches += [
-            offer(dut.tails[c], [asked(config, *w) for w in wanted[c]]),
-            offer(dut.fetches[c], [{"dram_page": d, "page": p} for d, p in fetches[c]]),
-            collect(dut.codewords[c], tails[c], 12 * config.beats_per_codeword, stall, c),
-            collect(dut.page_words[c], pages[c], 3 * words, stall, c + 10),
+            offer(dut.tails[lane], [asked(config, *w) for w in wanted[lane]]),
+            collect(dut.codewords[lane], tails[lane], 12 * config.beats_per_codeword, stall, lane),
         ]
-    simulate(dut, *benches, background=[memory(dut.axi, config, stall=stall, log=log)])
     for c in range(config.channels):
-        for i, (place, page, codeword) in enumerate(wanted[c]):
-            beats = tails[c][i * config.beats_per_codeword : (i + 1) * config.beats_per_codeword]
+        pages.append([])
+        benches.append(collect(dut.page_words[c], pages[c], 3 * words, stall, c + 10))
+    simulate(dut, *benches, background=[memory(dut.axi, config, stall=stall, log=log)])
+    for lane in range(config.lanes):
+        for i, (place, page, codeword) in enumerate(wanted[lane]):
+            beats = tails[lane][i * config.beats_per_codeword : (i + 1) * config.beats_per_codeword]
             at = page * config.page_bytes + codeword * config.codeword_bytes
             size = config.beats_per_codeword * config.beat_bytes
             assert b"".join(b.data.to_bytes(config.beat_bytes, "little") for b in beats) == data[at : at + size]
             assert {b.tag.place for b in beats} == {place}
             assert [b.last for b in beats] == [0] * (len(beats) - 1) + [1]
             assert not any(b.error for b in beats)
+    for c in range(config.channels):
         for i, (dram_page, page) in enumerate(fetches[c]):
             found = pages[c][i * words : (i + 1) * words]
             image = data[dram_page * config.page_bytes : (dram_page + 1) * config.page_bytes]
-            assert b"".join(w.data.to_bytes(config.beat_bytes, "little") for w in found) == image
+            assert b"".join(w.data.to_bytes(config.word_bytes, "little") for w in found) == image
             assert {w.page for w in found} == {page}
     assert 1 < log["most"] <= OUTSTANDING
 
@@ -173,7 +181,7 @@ def test_memory_errors_are_told():
         dut,
         offer(dut.tails[0], [asked(TINY, i, 0, i) for i in range(3)]),
         collect(dut.codewords[0], tails, 3 * TINY.beats_per_codeword, 0),
-        offer(dut.fetches[1], [{"dram_page": 1, "page": 9}]),
+        offer(dut.fetches, [{"channel": 1, "page": {"dram_page": 1, "page": 9}}]),
         collect(dut.page_words[1], words, TINY.page_bytes // TINY.beat_bytes, 0),
         background=[watch, memory(dut.axi, TINY, bad=(1, per_page + 2), log=log)])
     errors = [beat.error for beat in tails]

@@ -40,28 +40,33 @@ def test_commands_out_and_outcomes_back(stall):
         async def bench(ctx):
             rng, under_way = random.Random(c), []
             while True:
-                take, fetch = rng.random() >= stall, rng.random() >= stall
+                take = rng.random() >= stall
                 ctx.set(dut.operations[c].ready, take)
-                ctx.set(dut.fetches[c].ready, fetch)
                 back = dut.channel_outcomes[c]
                 if under_way and rng.random() >= stall:
                     ctx.set(back.payload, under_way[0])
                     ctx.set(back.valid, 1)
-                _, _, valid, operation, wanted, page, out, gone = await ctx.tick().sample(
-                    dut.operations[c].valid, dut.operations[c].payload, dut.fetches[c].valid, dut.fetches[c].payload,
-                    back.valid, back.ready)
+                _, _, valid, operation, out, gone = await ctx.tick().sample(
+                    dut.operations[c].valid, dut.operations[c].payload, back.valid, back.ready)
                 if valid and take:
                     operations[c].append((operation.opcode, operation.page, operation.block))
                     under_way.insert(rng.randrange(len(under_way) + 1) if not out else 1, {
                         "identity": operation.identity, "page": operation.page,
                         "status": Status.OK if operation.page % 3 else Status.ERASE_FAILED})
-                if wanted and fetch:
-                    fetches[c].append((page.dram_page, page.page))
                 if out and gone:
                     del under_way[0]
                     ctx.set(back.valid, 0)
 
         return bench
+
+    async def fetch(ctx):
+        rng = random.Random(11)
+        while True:
+            ready = rng.random() >= stall
+            ctx.set(dut.fetches.ready, ready)
+            _, _, wanted, of = await ctx.tick().sample(dut.fetches.valid, dut.fetches.payload)
+            if wanted and ready:
+                fetches[of.channel].append((of.page.dram_page, of.page.page))
 
     async def take(ctx):
         rng = random.Random(9)
@@ -79,7 +84,7 @@ def test_commands_out_and_outcomes_back(stall):
         await ctx.tick().repeat(3)
         assert ctx.get(dut.quiet)
 
-    simulate(dut, ask, take, background=[channel(c) for c in range(TINY.channels)])
+    simulate(dut, ask, take, background=[fetch, *(channel(c) for c in range(TINY.channels))])
     for c in range(TINY.channels):
         mine = [k for k in commands if k["channel"] == c]
         assert operations[c] == [(operation_code(k["opcode"]), k["page"], k["block"]) for k in mine]

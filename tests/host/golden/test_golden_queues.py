@@ -18,6 +18,7 @@ from kvattic.spec.commands import (
     IDENTIFY_BYTES,
     LINE_BYTES,
     QUEUE_COMMAND,
+    READ_COMMAND,
     ROW,
     SKETCH_ENTRY,
     TABLE_ENTRY,
@@ -856,7 +857,7 @@ def test_a_power_cut_under_way():
 
 def anything(rng):
     """A command: valid, nearly valid, or noise."""
-    kind = rng.randrange(12)
+    kind = rng.randrange(13)
     domain = rng.choice((0, 1, 1, 1, 2, 2, 300))
     page = rng.choice((rng.randrange(8 * ZONE), rng.randrange(1 << 24)))
     address = rng.choice((QUERY, RESULT, TABLE, BLOCK, WINDOW[1] - 64, MEMORY, rng.randrange(1 << 17), 1 << 63))
@@ -881,6 +882,11 @@ def anything(rng):
         line = DATA_COMMAND.pack(opcode=opcode, result=address)
     elif kind == 9:
         line = grant(rng.randrange(2), rng.randrange(20), rng.randrange(6), domain)
+    elif kind == 11:
+        stripes = rng.randrange(1, 5)
+        line = READ_COMMAND.pack(
+            opcode=Opcode.READ, domain=domain, stripe_pages=1, stripes=stripes, tokens=16 * stripes - rng.randrange(3),
+            result=rng.choice((BLOCK, address)), table=rng.choice((TABLE, TABLE, address)))
     elif kind == 10:
         line = grant(Grant.QUEUES, rng.randrange(1 << 9), 0, domain)
     else:

@@ -168,6 +168,22 @@ def test_a_compiler_that_fails_is_named(monkeypatch, tmp_path):
         compiled.load.cache_clear()
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_that_computes_other_bits_is_refused(kernel, monkeypatch, tmp_path):
+    wrong = tmp_path / "wrong-cc"
+    wrong.write_text(f'#!/bin/sh\nexec {compiled.find_compiler()} -D__builtin_trunc=__builtin_rint "$@"\n')
+    wrong.chmod(0o755)
+    monkeypatch.setenv("CC", str(wrong))
+    monkeypatch.setenv("KVATTIC_CACHE", str(tmp_path / "kvattic"))
+    compiled.load.cache_clear()
+    try:
+        with pytest.raises(RequestError, match=r"kernel='c': .*wrong-cc .*computes other bits than NumPy"):
+            GoldenDevice(TINY, kernel="c")
+        assert find_kernel("auto") is None
+    finally:
+        compiled.load.cache_clear()
+
+
 # The device.
 
 

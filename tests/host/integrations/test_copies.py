@@ -17,7 +17,8 @@ import kvattic
 from kvattic import TINY
 from kvattic.array import open_array
 from kvattic.integrations.transformers import NAME, DriveCache, config_for
-from kvattic_sim.reports.benches.generate import RoundedCache
+from kvattic.spec.formats import Element
+from kvattic_sim.reports.benches.generate import REFERENCES, RoundedCache
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
@@ -50,7 +51,7 @@ def texts(rows=1, count=40, seed=1):
 
 
 def run(model, tokens, cache, **options):
-    model.set_attn_implementation(NAME if isinstance(cache, DriveCache) else "eager")
+    model.set_attn_implementation(NAME if isinstance(cache, DriveCache) else REFERENCES[Element.FP16])
     torch.manual_seed(5)
     mask = torch.ones_like(tokens)
     with torch.no_grad():
@@ -136,7 +137,7 @@ def test_guidance_with_two_caches(model, drive):
                 texts_ = [torch.tensor([[found[-1]]])] * 2
             return found
 
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation(REFERENCES[Element.FP16])
     expected = guided(lambda: RoundedCache(model.config))
     model.set_attn_implementation(NAME)
     assert guided(lambda: DriveCache(drive, model.config, capacity_tokens=100)) == expected

@@ -19,6 +19,7 @@ from kvattic.integrations.configuration import latent_width, most_positions
 from kvattic.integrations.masks import attended_tokens
 from kvattic.integrations.transformers import NAME, DriveCache, DriveEncoderDecoderCache, DriveLayer, config_for
 from kvattic.spec.formats import Element
+from kvattic_sim.lm import support
 from kvattic_sim.lm.families import architectures, build, shrink
 from kvattic_sim.lm.support import Outcome, Verdict, examine
 from kvattic_sim.reports import model_page
@@ -38,6 +39,17 @@ SLICE = {
     "Gemma3nForCausalLM": "4 of 6 layers in the drive, the others in transformers' own",    # shared K and V
     "WhisperForConditionalGeneration": "self-attention and cross-attention in the drive",
     "T5ForConditionalGeneration": "cross-attention in the drive",
+    "DoryForCausalLM": "",                              # passes twice through some layers
+    "MoshiForCausalLM": "",                             # a window that its masks do not say
+    "MllamaForCausalLM": "2 of 4 layers in the drive, the others in transformers' own",     # layers of pictures
+    "GotOcr2ForConditionalGeneration": "",              # a part for pictures that computes attention by itself
+    "Qwen2_5_VLForConditionalGeneration": "",           # positions in three dimensions
+    "Blip2ForConditionalGeneration": "",                # a picture that must be there
+    "VisionEncoderDecoderModel": "self-attention and cross-attention in the drive",
+    "MusicgenForCausalLM": "",                          # a row of tokens for each codebook
+    "DiaForConditionalGeneration": "self-attention and cross-attention in the drive",       # likewise; infinite logits
+    "VibeVoiceForConditionalGeneration": "",            # sound from noise
+    "VoxtralRealtimeForConditionalGeneration": "",      # sound beside its tokens
 }
 REFUSED = {
     "Gemma2ForCausalLM": "caps its scores (attn_logit_softcapping 50.0), the drive has no soft cap",
@@ -49,6 +61,10 @@ REFUSED = {
     "BigBirdPegasusForCausalLM": "gives no attention mask and does not say that it is causal",
     "MambaForCausalLM": "the model has no attention, there is nothing for a drive",
     "MiniMaxForCausalLM": "takes a cache of its own only",
+    "BltForCausalLM": "names attention heads of parts of the model alone (patcher_config, ",
+    "BlipForConditionalGeneration": "BlipForConditionalGeneration computes attention by itself",
+    "T5Gemma2ForConditionalGeneration": "attends its own and the encoder's tokens in a single softmax",
+    "SpeechT5ForSpeechToText": "SpeechT5ForSpeechToText computes attention by itself",
     "Gemma4ForCausalLM": "head_dim is 512, the drive's is at most 256",
 }
 
@@ -92,6 +108,42 @@ def test_an_error_that_is_not_ours_is_wrong(monkeypatch):
     assert (found.verdict, found.detail.partition(":")[0]) == (Verdict.WRONG, "ZeroDivisionError")
 
 
+def test_a_refusal_after_a_step_is_wrong(monkeypatch):
+    def refuse(self, *given, **more):
+        raise RequestError("too late")
+
+    monkeypatch.setattr(DriveLayer, "_attend_in_drive", refuse)
+    found = examine(ALL["LlamaForCausalLM"])
+    assert (found.verdict, found.detail) == (Verdict.WRONG, "refused after 1 steps: too late")
+
+
+def test_a_drive_that_is_full_says_nothing_about_a_model(monkeypatch):
+    monkeypatch.setattr(support, "CAPACITY", 40)
+    found = examine(ALL["LlamaForCausalLM"])
+    assert found.verdict is Verdict.WRONG and found.detail.startswith("CapacityError: the sequence has room for 40")
+
+
+def test_what_transformers_cannot_do_must_fail_without_us(monkeypatch):
+    def fail(*given, **more):
+        raise OSError("no")
+
+    monkeypatch.setattr(support, "_expected", fail)
+    for name, verdict, detail in (
+            ("_expected", Verdict.WRONG, "the reference fails, eager attention alone does not: OSError: no"),
+            ("_generate", Verdict.UNAVAILABLE, "eager attention: OSError: no"),
+            ("build", Verdict.UNAVAILABLE, "OSError: no")):
+        monkeypatch.setattr(support, name, fail)
+        found = examine(ALL["LlamaForCausalLM"])
+        assert (found.verdict, found.detail) == (verdict, detail)
+
+
+def test_infinite_logits_must_be_in_the_same_places():
+    logits = torch.tensor([[1.0, -torch.inf, 3.0]], dtype=torch.float64)
+    assert support.difference(support.Answer([1], logits), support.Answer([1], logits)) is None
+    assert support.difference(support.Answer([1], logits), support.Answer([1], logits.flip(1).roll(1, 1))) == (
+        "logits are infinite in other places")
+
+
 def test_the_page_is_of_the_installed_transformers():
     text = PAGE.read_text()
     if f"\n{model_page.version()} that generates text" not in text:
@@ -100,12 +152,13 @@ def test_the_page_is_of_the_installed_transformers():
     assert "| does anything else | 0 |" in text
     works = int(text.partition("| works: the same tokens | ")[2].partition(" ")[0])
     assert works >= 48
+    assert len(model_page.listed(text.partition("\n## Not available")[2])) <= 5
 
 
 def test_a_page_has_every_outcome():
     one = ALL["LlamaForCausalLM"]
     text = model_page.page([Outcome(one, Verdict.WORKS, ""), Outcome(ALL["MptForCausalLM"], Verdict.REFUSED, "a | b"),
-                            Outcome(ALL["BltForCausalLM"], Verdict.SKIPPED, "x" * 300 + " y")])
+                            Outcome(ALL["BltForCausalLM"], Verdict.UNAVAILABLE, "x" * 300 + " y")])
     assert "| MptForCausalLM | mpt | a \\| b |" in text and "## Wrong" not in text
     assert model_page.listed(text) == ["BltForCausalLM", "LlamaForCausalLM", "MptForCausalLM"]
 
@@ -113,7 +166,8 @@ def test_a_page_has_every_outcome():
 # What the backend does for them.
 
 
-@pytest.mark.parametrize("name", ["GptOssForCausalLM", "Gemma3nForCausalLM", "Qwen3NextForCausalLM", "Lfm2ForCausalLM"])
+@pytest.mark.parametrize("name", ["GptOssForCausalLM", "Gemma3nForCausalLM", "Qwen3NextForCausalLM", "Lfm2ForCausalLM",
+                                  "DoryForCausalLM", "MoshiForCausalLM"])
 def test_batches_of_different_lengths_and_one_after_the_other(drive, name):
     model = build(ALL[name], 1)
     with DriveCache(drive(model), model.config, capacity_tokens=64, held_tokens=0) as cache:
@@ -253,6 +307,55 @@ def test_a_copy_has_states_of_its_own(drive):
             first = model(tokens[:, 3:4], cache=other).logits
             model(tokens[:, 5:6], cache=other)
         assert torch.equal(model(tokens[:, 3:4], cache=cache).logits, first)
+
+
+@pytest.mark.parametrize("name", ["DoryForCausalLM", "MoshiForCausalLM"])
+def test_a_copy_has_layers_and_windows_of_its_own(drive, name):
+    model = build(ALL[name], 1)
+    tokens, _ = tokens_of([30])
+    expected = generate(model, tokens, RoundedCache(model.config), new=12)
+    with DriveCache(drive(model), model.config, capacity_tokens=64) as cache:
+        generate(model, tokens, cache, new=1)
+        for _ in range(2):
+            with copy.deepcopy(cache) as other:
+                assert [layer.slot for layer in other.drive_layers] == list(range(len(other.drive_layers)))
+                assert generate(model, torch.cat([tokens, expected[:, :1]], 1), other, new=11).tolist() == expected[
+                    :, 1:].tolist()
+
+
+def test_what_a_later_pass_writes_is_refused(drive):
+    device = drive(build(ALL["DoryForCausalLM"]))
+    with pytest.raises(RequestError, match=r"attend K and V that a later pass writes .*; 'per_loop' works"):
+        DriveCache(device, shrink(ALL["DoryForCausalLM"].config, recurrent_kv_cache_mode="last_loop"))
+
+
+def test_k_and_v_of_a_picture_stay_in_this_machine(drive):
+    model = build(ALL["MllamaForCausalLM"], 1)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for name in ("cross_attn_attn_gate", "cross_attn_mlp_gate"):
+                if hasattr(layer, name):
+                    getattr(layer, name).fill_(1.0)     # zero in a new model
+    tokens, picture = tokens_of([30])[0], torch.randn(1, 9, 128, generator=torch.Generator().manual_seed(3))
+    found = []
+    with DriveCache(drive(model), model.config, capacity_tokens=64) as ours, torch.no_grad():
+        for cache in (RoundedCache(model.config), ours):
+            model.set_attn_implementation(NAME if cache is ours else REFERENCES[Element.FP16])
+            logits = [model(tokens, cross_attention_states=picture, cross_attention_mask=torch.zeros(1, 1, 30, 9),
+                            cache=cache).logits]
+            if cache is ours:   # which the picture's layers of their own cache would not survive
+                model(tokens[:, :1], cache=cache)
+                cache.crop(-1)
+            found.append([*logits, model(tokens[:, :1], cache=cache).logits])
+        without = model(tokens, use_cache=False).logits
+        assert [layer.get_seq_length() for layer in ours.layers] == [31, 9, 31, 9]
+        ours.batch_repeat_interleave(2)
+        assert ours.layers[1].keys.shape[0] == 2
+        with pytest.raises(RequestError, match="some layers of this model are not in the drive"):
+            ours.save("nowhere")
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-2)
+    assert (found[0][0] - without).abs().max() > 0.1
 
 
 # Encoder-decoder models.

@@ -17,14 +17,15 @@ import kvattic
 from kvattic import TINY, CapacityError, RequestError
 from kvattic.array import open_array
 from kvattic.integrations.transformers import NAME, DriveCache, PrefixStore, config_for, digest_of
-from kvattic_sim.reports.benches.generate import RoundedCache
+from kvattic.spec.formats import Element
+from kvattic_sim.reports.benches.generate import REFERENCES, RoundedCache
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
 
 ROOMY = replace(TINY, dies=8, part=replace(TINY.part, blocks=64))
-SEED = 6
-"""Of what is sampled: one with which no draw falls into the rounding of the probabilities."""
+SEED = 5
+"""Of what is sampled: one whose draws tell rounded queries, which the reference must have, from others."""
 
 
 def small(seed=0, **changes):
@@ -51,7 +52,7 @@ def texts(rows=1, count=40, seed=1):
 
 
 def expected(model, tokens, **options):
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation(REFERENCES[Element.FP16])
     torch.manual_seed(SEED)
     answer = model.generate(tokens, attention_mask=torch.ones_like(tokens), cache=RoundedCache(model.config), **options)
     model.set_attn_implementation(NAME)

@@ -209,6 +209,16 @@ def test_bf16(drive):
         assert generate(model, tokens, cache, new=20).tolist() == expected.tolist()
 
 
+def test_bf16_back_into_a_stripe_in_flash(drive):
+    model, tokens = small(), prompts("llama")
+    with DriveCache(drive(model, element=Element.BF16), model.config, capacity_tokens=200, held_tokens=0) as cache:
+        expected = generate(model, tokens, cache, new=40).tolist()
+        left = tokens.shape[1] - 1
+        assert left % cache.sequences[0].stripe_tokens and left < cache.sequences[0].flushed()
+        cache.crop(left - cache.get_seq_length())
+        assert generate(model, tokens, cache, new=40).tolist() == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_models_in_half_precision(drive, dtype):
     model = small().to(dtype)
@@ -912,24 +922,24 @@ def test_too_many_tokens(drive):
 
 
 def test_more_drafts_than_are_held(drive):
-    """Of a drive that stores bf16, which cannot be read back."""
+    """A layer alone is not forked."""
     model = small()
-    with DriveCache(drive(model, element=Element.BF16), model.config, capacity_tokens=200, held_tokens=4) as cache:
+    with DriveCache(drive(model), model.config, capacity_tokens=200, held_tokens=4) as cache:
         generate(model, prompts("llama"), cache, new=20)
         with pytest.raises(RequestError, match=r"layer 0, row 0 of the batch: 40 tokens were to be removed, but only "
                                                r"the newest \d+ can be: others are in flash, .* held_tokens than 4"):
-            cache.crop(-40)
+            cache.layers[0].crop(-40)
         assert cache.get_seq_length() == cache.sequences[0].length() == 49
 
 
 def test_nothing_is_removed_of_any_row_if_it_cannot_be_of_all(drive):
     model = small()
     tokens, mask = padded([30, 60], width=60)
-    with DriveCache(drive(model, element=Element.BF16), model.config, capacity_tokens=200, held_tokens=32) as cache:
+    with DriveCache(drive(model), model.config, capacity_tokens=200, held_tokens=32) as cache:
         generate(model, tokens, cache, mask=mask, new=2)
         before = [sequence.length() for sequence in cache.sequences]
         with pytest.raises(RequestError, match="row 1 of the batch: 58 tokens were to be removed"):
-            cache.crop(-58)
+            cache.layers[0].crop(-58)
         assert [sequence.length() for sequence in cache.sequences] == before
 
 

@@ -12,6 +12,7 @@ from kvattic.spec.commands import (
     FLASH_COMMAND,
     GRANT_COMMAND,
     QUEUE_COMMAND,
+    READ_COMMAND,
     Command,
     Completion,
     Opcode,
@@ -20,7 +21,7 @@ from kvattic.spec.commands import (
     unpack_state,
 )
 
-RECORDS = (COMMAND, FLASH_COMMAND, DATA_COMMAND, QUEUE_COMMAND, GRANT_COMMAND)
+RECORDS = (COMMAND, READ_COMMAND, FLASH_COMMAND, DATA_COMMAND, QUEUE_COMMAND, GRANT_COMMAND)
 CDW2, MPTR, PRP1, PRP2, CDW10 = range(8, 16), range(16, 24), range(24, 32), range(32, 40), range(40, 64)
 ADDRESSES = {"query": PRP1, "result": PRP2, "table": MPTR, "submission": PRP1, "completion": PRP2}
 """Of blocks and rings; `base` and `limit` of a window are numbers."""
@@ -58,14 +59,14 @@ def test_passthrough_can_carry_flash_commands_and_grants():
 
 def test_opcodes():
     """Vendor specific for I/O and admin commands; the low bits say which way data goes."""
-    assert len(set(Opcode)) == 10
+    assert len(set(Opcode)) == 11
     assert all(0xC0 <= opcode <= 0xFF for opcode in Opcode)
     assert {opcode: opcode & 3 for opcode in Opcode} == {
-        Opcode.ATTEND: BOTH, Opcode.PROGRAM: NONE, Opcode.ERASE: NONE, Opcode.COUNTERS: FROM_DEVICE,
+        Opcode.ATTEND: BOTH, Opcode.READ: BOTH, Opcode.PROGRAM: NONE, Opcode.ERASE: NONE, Opcode.COUNTERS: FROM_DEVICE,
         Opcode.PROBE: NONE, Opcode.MAP: NONE, Opcode.IDENTIFY: FROM_DEVICE, Opcode.CREATE_QUEUE: NONE,
         Opcode.DELETE_QUEUE: NONE, Opcode.GRANT: NONE}
     assert {opcode for opcode in Opcode if opcode < ADMIN_OPCODES} == {
-        Opcode.ATTEND, Opcode.PROGRAM, Opcode.ERASE, Opcode.COUNTERS}
+        Opcode.ATTEND, Opcode.READ, Opcode.PROGRAM, Opcode.ERASE, Opcode.COUNTERS}
 
 
 @pytest.mark.parametrize("opcode", Opcode)

@@ -8,7 +8,7 @@ _MISSING = "torch and transformers are not installed ({}): pip install 'kvattic[
 
 
 def architectures(lab: Lab) -> Figures:
-    """How many architectures of transformers work, are refused by name, do something else, and are not examined."""
+    """How many architectures of transformers work, are refused by name, do something else, and cannot be examined."""
     try:
         from kvattic_sim.lm.support import Verdict, survey
     except ImportError as error:
@@ -16,7 +16,8 @@ def architectures(lab: Lab) -> Figures:
     found = [outcome.verdict for outcome in survey(
         progress=lambda outcome: lab.progress(f"{outcome.architecture.name}: {outcome.verdict}", 0, None))]
     return {"serve.models": found.count(Verdict.WORKS), "serve.models.refused": found.count(Verdict.REFUSED),
-            "serve.models.wrong": found.count(Verdict.WRONG), "serve.models.not_examined": found.count(Verdict.SKIPPED)}
+            "serve.models.wrong": found.count(Verdict.WRONG),
+            "serve.models.not_examined": found.count(Verdict.UNAVAILABLE)}
 
 
 def real_model(lab: Lab) -> Figures:

@@ -103,9 +103,9 @@ def check(case: Case, result: AttendResult, usage: Usage) -> None:
         raise WrongResultError(f"{(~equal).sum()} of {case.kv_heads} KV heads differ from the golden device")
     if usage.beats != case.beats:
         raise WrongResultError(f"BEATS is {usage.beats:,}, but K and V are {case.beats:,} beats")
-    slots, counted = case.config.channels * usage.cycles, usage.beats + sum(usage.stalls.values())
+    slots, counted = case.config.lanes * usage.cycles, usage.beats + sum(usage.stalls.values())
     if counted != slots:
-        raise WrongResultError(f"BEATS and the stalls add up to {counted:,}, not to channels * CYCLES = {slots:,}")
+        raise WrongResultError(f"BEATS and the stalls add up to {counted:,}, not to lanes * CYCLES = {slots:,}")
 
 
 @dataclass(kw_only=True)
@@ -174,9 +174,9 @@ def _utilization(name: str) -> Bench:
     key, stalls = f"engine.dense.utilization.{name}", {s: f"engine.dense.stalls.{name}.{s}" for s in STALLS}
 
     def utilization(lab: Lab) -> Figures:
-        usage, channels = lab.run(case), case.config.channels
-        shares = {stalls[s]: usage.stalls[s] / (channels * usage.cycles) for s in STALLS}
-        return {key: usage.lane_use(channels)} | shares
+        usage, lanes = lab.run(case), case.config.lanes
+        shares = {stalls[s]: usage.stalls[s] / (lanes * usage.cycles) for s in STALLS}
+        return {key: usage.lane_use(lanes)} | shares
 
     return Bench(keys=(key, *stalls.values()), measure=utilization)
 

@@ -3,14 +3,14 @@
 The reference is transformers' `eager` attention in float32, over K and V that `RoundedCache` rounds to the drive's
 storage format, from queries that are rounded likewise, as the drive takes them.  It needs torch and transformers (the
 extra `transformers`); ``python -m kvattic_sim.reports.benches.generate`` prints the figures, ``... 200`` those of
-200 seeds.
+200 seeds, ``... 20 --sampled`` those of sampled answers.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from transformers import (
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
@@ -37,12 +39,16 @@ from kvattic.spec.formats import Element
 from kvattic_sim.lm import huggingface as lm
 from kvattic_sim.lm.model import load_held_out
 
-__all__ = ["ARCHITECTURES", "REFERENCES", "RoundedCache", "build", "generate", "main", "match", "prompts"]
+__all__ = ["ARCHITECTURES", "REFERENCES", "RoundedCache", "Sampled", "build", "generate", "main", "match", "prompts",
+           "sampled"]
 
 REFERENCES = {element: f"eager_{element.value}_queries" for element in Element}
 """Names of the reference's attention backends, by storage format."""
+_MARK = "_kvattic_rounded"
+"""The attribute of K that a `RoundedCache` returned."""
 TOKENS = 64
 PROMPT = 30
+SAMPLED_TOKENS = 200
 
 _SIZES: dict[str, Any] = {"vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
                           "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
@@ -62,11 +68,12 @@ layers."""
 
 
 def _rounded(element: Element) -> Callable[..., Any]:
-    """The model's own eager attention, from rounded queries."""
+    """The model's own eager attention, from rounded queries if a `RoundedCache` returned K: an encoder's are not."""
 
-    def attention(module: Any, query: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+    def attention(module: Any, query: torch.Tensor, key: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
         eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
-        return eager(module, round_to_storage(query, element), *arguments, **keywords)
+        query = round_to_storage(query, element) if hasattr(key, _MARK) else query
+        return eager(module, query, key, *arguments, **keywords)
 
     return attention
 
@@ -86,7 +93,9 @@ class RoundedCache(DynamicCache):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
         """Round them, and go on as usual."""
         keys, values = (round_to_storage(states, self._element) for states in (key_states, value_states))
-        return super().update(keys, values, *arguments, **keywords)
+        found = super().update(keys, values, *arguments, **keywords)
+        setattr(found[0], _MARK, True)
+        return found
 
 
 def build(name: str, seed: int = 0) -> Any:
@@ -107,7 +116,7 @@ def prompts(name: str, seed: int = 0) -> torch.Tensor:
 
 def generate(model: Any, tokens: torch.Tensor, cache: DriveCache | RoundedCache, *, new: int = TOKENS,
              mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
-    """The greedy continuation, from K and V in the drive or in the reference's cache.
+    """The greedy continuation, or another one, from K and V in the drive or in the reference's cache.
 
     Args:
         model: its attention backend is set.
@@ -123,8 +132,8 @@ def generate(model: Any, tokens: torch.Tensor, cache: DriveCache | RoundedCache,
     model.set_attn_implementation(NAME if isinstance(cache, DriveCache) else REFERENCES[cache._element])
     mask = torch.ones_like(tokens) if mask is None else mask
     # All tokens count, also those behind the end of a text.
-    answer = model.generate(tokens, attention_mask=mask, cache=cache, max_new_tokens=new, do_sample=False,
-                            eos_token_id=None, **options)
+    answer = model.generate(tokens, attention_mask=mask, cache=cache, max_new_tokens=new,
+                            **{"do_sample": False, "eos_token_id": None} | options)
     return torch.as_tensor(answer[:, tokens.shape[1] :])
 
 
@@ -148,15 +157,91 @@ def match(seeds: int = 4, new: int = TOKENS) -> dict[str, float]:
     return shares
 
 
+class Sampled(NamedTuple):
+    """A sampled answer from the drive beside the reference's, of the same draws.
+
+    Members:
+        model: its name.
+        seed: of its weights, its prompt and the draws.
+        place: of the first token that differs; None: none does.
+        logits: the largest difference of logits before that token and at it.
+        gap: by how much the draw preferred the reference's token there, as a difference of logarithms of probability.
+    """
+
+    model: str
+    seed: int
+    place: int | None
+    logits: float
+    gap: float | None
+
+
+class _Draws(LogitsProcessor):
+    """Notes each step's logits and the state of torch's random numbers before its draw."""
+
+    def __init__(self) -> None:
+        self.logits: list[torch.Tensor] = []
+        self.states: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Change nothing."""
+        self.logits.append(scores[0].double())
+        self.states.append(torch.get_rng_state())
+        return scores
+
+    def preferred(self, place: int) -> torch.Tensor:
+        """What `torch.multinomial` takes the largest of: log probabilities less those of exponential numbers."""
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self.states[place])
+            drawn = torch.empty(1, len(self.logits[place])).exponential_()[0]
+        return self.logits[place].log_softmax(-1) - drawn.double().log()
+
+
+def sampled(name: str, seed: int, new: int = SAMPLED_TOKENS) -> Sampled:
+    """Compare an answer that is sampled from the whole distribution with the reference's.
+
+    Args:
+        name: of the model, see `build`.
+        seed: of its weights, its prompt and the draws.
+        new: tokens of the answer.
+    """
+    model, tokens = build(name, seed), prompts(name, seed)
+    answers, draws = [], (_Draws(), _Draws())
+    with (kvattic.open("model", config_for(model)) as device,
+          DriveCache(device, model.config, held_tokens=0) as ours):
+        caches: tuple[DriveCache | RoundedCache, ...] = (RoundedCache(model.config), ours)
+        for cache, noted in zip(caches, draws, strict=True):
+            torch.manual_seed(seed)
+            answers.append(generate(model, tokens, cache, new=new, do_sample=True, top_k=0,
+                                    logits_processor=LogitsProcessorList([noted]))[0].tolist())
+    place = next((place for place, (theirs, mine) in enumerate(zip(*answers, strict=True)) if theirs != mine), None)
+    until = new if place is None else place + 1
+    logits = max(float((mine - theirs).abs().max())
+                 for mine, theirs in zip(draws[1].logits[:until], draws[0].logits[:until], strict=True))
+    gap = None
+    if place is not None:
+        preferred = draws[0].preferred(place)
+        gap = float(preferred[answers[0][place]] - preferred[answers[1][place]])
+    return Sampled(name, seed, place, logits, gap)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Print the share of equal tokens of each model.", allow_abbrev=False)
     parser.add_argument("seeds", nargs="?", type=int, default=4,
                         help="models and prompts of each architecture (default: %(default)s)")
-    seeds = parser.parse_args(arguments).seeds
-    if seeds < 1:
-        parser.error(f"seeds must be at least 1, not {seeds}")
-    print(json.dumps(match(seeds)))
+    parser.add_argument("--sampled", action="store_true", help="print those of sampled answers that differ, instead")
+    options = parser.parse_args(arguments)
+    if options.seeds < 1:
+        parser.error(f"seeds must be at least 1, not {options.seeds}")
+    if not options.sampled:
+        print(json.dumps(match(options.seeds)))
+        return
+    found = [sampled(name, seed) for name in ARCHITECTURES for seed in range(options.seeds)]
+    differ = [one for one in found if one.place is not None]
+    print(f"{len(differ)} of {len(found)} answers of {SAMPLED_TOKENS} tokens differ; logits differ by at most "
+          f"{max(one.logits for one in found):.1e}")
+    for one in differ:
+        print(f"{one.model}, seed {one.seed}: token {one.place}, logits {one.logits:.1e}, gap {one.gap:.1e}")
 
 
 if __name__ == "__main__":

@@ -98,9 +98,9 @@ def _commands(load: Commands, name: str, *keys: str) -> Bench:
             expected = _golden(PAPER, decode(PAPER, kv_heads=HEADS, tokens=load.tokens, group=PAPER.rows, seed=number))
             if not np.array_equal(found, expected.bits):
                 raise WrongResultError(f"{name}: sequence {number} differs from the golden device")
-        slots = PAPER.channels * usage.cycles
+        slots = PAPER.lanes * usage.cycles
         if usage.beats + sum(usage.stalls.values()) != slots:
-            raise WrongResultError(f"{name}: beats and stalls do not add up to channels * cycles = {slots:,}")
+            raise WrongResultError(f"{name}: beats and stalls do not add up to lanes * cycles = {slots:,}")
         seconds = usage.cycles / PAPER.clock_mhz / 1e6
         values = (usage.stalls["idle"] / slots, HEADS * load.batch / seconds, in_flight)
         return dict(zip(keys, values, strict=True))
