@@ -61,7 +61,7 @@ class WordChecker(wiring.Component):
 
     Members
     -------
-    words : In(beat_bytes * 8), words_valid : In(1)
+    words : In(word_bytes * 8), words_valid : In(1)
         As of `Decoder`.
     buffers : In(stream of buffer)
         Which ones wait for words, in order; taken with the last word.

@@ -23,7 +23,7 @@ def steps_signature(config: Config) -> wiring.Signature:
         A step may be made in this cycle; the last user need not say.
     waits : In(1)
         Another one makes a step, so none can be made; the products are of its vectors.
-    parity, check : Out(beat_bytes * 8)
+    parity, check : Out(word_bytes * 8)
         A word plus the first bits of a division's state; zeros while it is not busy, or waits.
     parity_product, check_product : In
         What becomes of the vector: add it to what is left of the state.
@@ -71,7 +71,7 @@ class CodeSteps(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         code_ = code(self.config)
-        bits = self.config.beat_bytes * 8
+        bits = self.config.word_bytes * 8
         vectors = Signal(bits, name="parity"), Signal(bits, name="check")
         m.d.comb += [
             vectors[0].eq(reduce(xor, (user.parity for user in self.users))),
