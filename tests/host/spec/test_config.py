@@ -36,6 +36,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"part": "pslc"}, "part must be a NandPart, not 'pslc'"),
     ({"part": PSLC.resized(256)}, "page_bytes must be at least codeword_bytes, not 256"),
     ({"part": PSLC.resized(16384, blocks=4096)}, r"dies must be such that a channel has at most 2\*\*24 pages, not 8"),
+    ({"lane_channels": 3}, "lane_channels must be one of .*, not 3"),
+    ({"lane_channels": 2}, "beat_bytes must be at least 8 for each of 2 channels, not 8"),
+    ({"lane_channels": 2, "beat_bytes": 16, "channels": 5}, "channels must be 1, 2, 4, .* lanes of 2 channels, not 5"),
+    ({"lane_channels": 2, "beat_bytes": 16, "channels": 6}, "channels must be 1, 2, 4, .* lanes of 2 channels, not 6"),
     ({"dies": 3}, "dies must be a power of two, not 3"),
     ({"dies": 0}, "dies must be a power of two, not 0"),
     ({"cache_reads": 1}, "cache_reads must be a bool, not 1"),
@@ -226,6 +230,7 @@ def test_hash_tells_configurations_apart() -> None:
         {},
         {"channels": 4},
         {"beat_bytes": 16},
+        {"beat_bytes": 16, "lane_channels": 2},
         {"rows": 2},
         {"head_dim": 64},
         {"element": "bf16"},
@@ -250,7 +255,7 @@ def test_hash_tells_configurations_apart() -> None:
     assert len(set(hashes)) == len(hashes)
     assert all(0 <= h < 1 << 32 for h in hashes)
     # One value, so that a change of what is hashed does not go unnoticed.
-    assert Config(part=TINY_PART).hash == 3266555393
+    assert Config(part=TINY_PART).hash == 3895136603
     assert Config(jobs_in_flight=16, groups_in_flight=8).hash == PAPER.hash
 
 
