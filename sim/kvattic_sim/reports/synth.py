@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from rich.console import Console
 from rich.table import Table
 
-from kvattic.spec.config import PRESETS, preset
+from kvattic.spec.config import LANE_CHANNELS, PRESETS, Config, preset
 from kvattic.support.terminal import run_command
 from kvattic_hdl import verilog_text
 from kvattic_sim.reports.console import make_console, phase
@@ -117,11 +117,20 @@ def _record(design: Design, name: str) -> None:
         record(figures)
 
 
-def _estimate(console: Console, name: str, families: Sequence[str], blocks: Sequence[str], paths: int) -> None:
+def _with_lanes(config: Config, channels: int) -> Config:
+    """The same with so many channels a lane, which keeps what they kept together."""
+    return replace(
+        config, lane_channels=channels, beat_bytes=config.beat_bytes * channels,
+        score_depth=config.score_depth * channels, groups_in_flight=min(config.groups_in_flight * channels, 16))
+
+
+def _estimate(console: Console, name: str, lane_channels: int, families: Sequence[str], blocks: Sequence[str],
+              paths: int) -> None:
     """Area and timing of a preset."""
-    with phase(console, f"Yosys: {name} (minutes for each family, seconds if little has changed)") as note:
-        design = Design(preset(name), families, note)
-    console.print(_blocks(design, name))
+    title = name if lane_channels == 1 else f"{name}, {lane_channels} channels a lane"
+    with phase(console, f"Yosys: {title} (minutes for each family, seconds if little has changed)") as note:
+        design = Design(_with_lanes(preset(name), lane_channels), families, note)
+    console.print(_blocks(design, title))
     if name == "paper":
         channel = design.area(CHANNEL)
         channels = channel
@@ -132,7 +141,8 @@ def _estimate(console: Console, name: str, families: Sequence[str], blocks: Sequ
     for family in design.families:
         for path in wanted:
             console.print(_paths(design, family, path.replace("/", "."), paths))
-    _record(design, name)
+    if lane_channels == 1:
+        _record(design, name)
 
 
 def _routed(console: Console, what: str, result: Routed) -> None:
@@ -171,6 +181,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", choices=list(PRESETS), action="append",
                         help=f"hardware configuration, may be given again; {', '.join(NAMES)} by default")
+    parser.add_argument("--lane-channels", type=int, choices=LANE_CHANNELS, default=1,
+                        help="channels that share a lane, with as many times the beat and score buffer; 1, as the "
+                             "presets have, by default; of others no figure is kept")
     parser.add_argument("--family", choices=list(FAMILIES), action="append",
                         help="devices, may be given again; the area is the first one's; both by default")
     parser.add_argument("--paths", metavar="BLOCK", action="append", default=[],
@@ -185,7 +198,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     console = make_console(190)
     for name in options.preset or NAMES:
-        _estimate(console, name, options.family or FAMILIES, options.paths, options.count)
+        _estimate(console, name, options.lane_channels, options.family or FAMILIES, options.paths, options.count)
     console.print(f"Largest run of Yosys: {peak_gigabytes():.1f} GB", markup=False)
     _route(console, options.route or ("channel", "engine"), options.ecp5_channels)
 
