@@ -11,10 +11,9 @@ from kvattic.driver.jobs import Job, ReadJob, job_bytes
 from kvattic.spec import layout
 from kvattic.spec.commands import LINE_BYTES, Completion, Kind, Mode
 from kvattic.spec.config import ELEMENT_BYTES, Config
-from kvattic.spec.elements import Booleans, Integers
 from kvattic.timing import JobTimes, Stripe, attend_job, estimate
 from kvattic.timing.cost import KINDS, Cost
-from kvattic.timing.record import Batch, CommandRecord, Counts, Sampler
+from kvattic.timing.record import Batch, CommandRecord, Counts, Sampler, dense_counts
 
 __all__ = ["PARTS", "DenseTally", "JobAccount", "Passage", "Tally", "attend_cost", "cycles_of", "job_account",
            "read_account", "sum_of", "times_of"]
@@ -111,16 +110,19 @@ def read_account(config: Config, job: ReadJob, passage: Passage, table: NDArray[
     record = passage.record
     counts = None if record is None else record.counts
     if counts is None:
-        used, in_dram = _used(config, table, 1, job.tokens)
-        counts = _dense_counts(config, used, in_dram)
+        counts = _dense_counts(config, table, 1, job.tokens)
     return JobAccount(config, passage, counts, 0, size + 2 * LINE_BYTES)
 
 
 def _counts(config: Config, job: Job, table: NDArray[np.uint64]) -> Counts:
     """What a job read as far as its table says, which is all but the K and V that a sparse one selects."""
-    used, in_dram = _used(config, table, job.stripe_pages, job.end_token - job.base_token)
+    tokens = job.end_token - job.base_token
     if job.mode is Mode.DENSE:
-        return _dense_counts(config, used, in_dram)
+        return _dense_counts(config, table, job.stripe_pages, tokens)
+    size = job.stripe_pages * config.tokens_per_page
+    each = np.full(len(table), size)
+    each[-1] = tokens - size * (len(table) - 1)
+    used, in_dram = -(-each // config.tokens_per_codeword), layout.unpack_entries(table).dram == 1
     flash, dram = [0] * len(Kind), [0] * len(Kind)
     in_tail = int(used[in_dram].sum())
     dram[Kind.KEY] = dram[Kind.VALUE] = in_tail
@@ -134,20 +136,10 @@ def _counts(config: Config, job: Job, table: NDArray[np.uint64]) -> Counts:
     return Counts(tuple(flash), tuple(dram), None)
 
 
-def _used(config: Config, table: NDArray[np.uint64], stripe_pages: int, tokens: int) -> tuple[Integers, Booleans]:
-    """Codewords of K that each stripe of a job has, and which stripes are in device DRAM."""
-    size = stripe_pages * config.tokens_per_page
-    each = np.full(len(table), size)
-    each[-1] = tokens - size * (len(table) - 1)
-    in_dram: Booleans = layout.unpack_entries(table).dram == 1
-    return -(-each // config.tokens_per_codeword), in_dram
-
-
-def _dense_counts(config: Config, used: Integers, in_dram: Booleans) -> Counts:
-    """What a job reads that reads all K and V; arguments as `_used` gives them."""
-    flash, dram, rest = int(used[~in_dram].sum()), int(used[in_dram].sum()), (0,) * (len(Kind) - 2)
-    pages = int((-(-used[~in_dram] // config.codewords_per_page)).sum())
-    return Counts((flash, flash, *rest), (dram, dram, *rest), 2 * pages)
+def _dense_counts(config: Config, table: NDArray[np.uint64], stripe_pages: int, tokens: int) -> Counts:
+    """What a job reads that reads all K and V of its tokens."""
+    in_dram = (layout.unpack_entries(table).dram == 1).tobytes()
+    return dense_counts(-(-tokens // config.tokens_per_codeword), config.codewords_per_page, stripe_pages, in_dram)
 
 
 def _alike(accounts: Iterable[JobAccount]) -> dict[tuple[Counts, int, int, int], int]:

@@ -20,7 +20,7 @@ from kvattic.spec.layout import unpack_entries
 from kvattic.timing.estimate import Estimate, estimate
 from kvattic.timing.work import Operation, Read, job_of_reads
 
-__all__ = ["Batch", "CommandRecord", "Counts", "DenseNotes", "KeepsRecords", "Recorder", "Sampler"]
+__all__ = ["Batch", "CommandRecord", "Counts", "DenseNotes", "KeepsRecords", "Recorder", "Sampler", "dense_counts"]
 
 T = TypeVar("T")
 
@@ -99,8 +99,15 @@ class _JobNote:
 
 
 @lru_cache(maxsize=1024)
-def _dense_counts(codewords: int, page_codewords: int, stripe_pages: int, in_dram: bytes) -> Counts:
-    """What a dense job reads that has so many codewords of K, and as many of V; `in_dram` as `DenseNotes` takes it."""
+def dense_counts(codewords: int, page_codewords: int, stripe_pages: int, in_dram: bytes) -> Counts:
+    """What a dense job, or a READ, reads.
+
+    Args:
+        codewords: of K, and as many of V.
+        page_codewords: codewords of a page.
+        stripe_pages: pages of K, and of V, in a stripe.
+        in_dram: for each stripe, 1: it is in device DRAM.
+    """
     pages = [min(page_codewords, codewords - first) for first in range(0, codewords, page_codewords)]
     flags = [flag for flag in in_dram for _ in range(stripe_pages)][: len(pages)]
     dram = sum(count for count, flag in zip(pages, flags, strict=True) if flag)
@@ -158,7 +165,7 @@ class DenseNotes:
 
     def counts(self, job: int) -> Counts:
         """What a job has read."""
-        return _dense_counts(self._all, self._config.codewords_per_page, self._stripe_pages, self._in_dram[job])
+        return dense_counts(self._all, self._config.codewords_per_page, self._stripe_pages, self._in_dram[job])
 
     def note(self, job: int) -> _JobNote:
         """A job's note."""
