@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import RLock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from numpy.typing import NDArray
 
@@ -66,6 +66,8 @@ from kvattic.timing.record import KeepsRecords
 from kvattic.transport.base import Progress, Transport
 
 __all__ = ["Attached", "AttendPlan", "AttendResult", "Device", "FlashOperation", "Job", "JobResult", "Loss", "Sequence"]
+
+R = TypeVar("R", JobResult, ReadResult)
 
 DEFAULT_TIMEOUT_S = 60.0
 DEFAULT_ENTRIES = 1024
@@ -775,13 +777,7 @@ class Device(Closing):
         Raises:
             CapacityError, RequestError, DeviceStatusError, DeviceTimeoutError: see `run`.
         """
-        waiting = self.submit_reads(jobs)
-        self.dispatcher.drive_futures(waiting)
-        results = [future.result() for future in waiting]
-        for index, (job, result) in enumerate(zip(jobs, results, strict=True)):
-            if check and result.completion.status is not Status.OK:
-                raise job_failure(index, len(jobs), job, result.completion, self.media)
-        return results
+        return self.collect(jobs, self.submit_reads(jobs), check=check)
 
     def submit_reads(self, jobs: Series[ReadJob]) -> list[Future[ReadResult]]:
         """Begin READs; those that find no room yet wait on the host.
@@ -798,9 +794,9 @@ class Device(Closing):
             self.dispatcher.submit(commands)
             return [command.future for command in commands]
 
-    def collect(self, jobs: Series[Job], waiting: Series[Future[JobResult]], *, check: bool = True,
-                 timeout_s: float | None = None, progress: Progress | None = None) -> list[JobResult]:
-        """Wait for submitted jobs; arguments and errors are those of `run`."""
+    def collect(self, jobs: Series[Job | ReadJob], waiting: Series[Future[R]], *, check: bool = True,
+                timeout_s: float | None = None, progress: Progress | None = None) -> list[R]:
+        """Wait for submitted jobs, or READs; arguments and errors are those of `run`."""
         self.dispatcher.drive_futures(waiting, timeout_s, progress)
         results = [future.result() for future in waiting]
         if check:
