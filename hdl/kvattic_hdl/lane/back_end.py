@@ -4,7 +4,6 @@ from typing import Any
 
 from amaranth.hdl import Const, Module, Mux, Signal, Value
 from amaranth.lib import stream, wiring
-from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out, connect, flipped
 from amaranth.utils import ceil_log2
 
@@ -21,6 +20,7 @@ from kvattic_hdl.lane.front import front_link
 from kvattic_hdl.lane.jobs import Jobs, StripeLists
 from kvattic_hdl.lane.marks import Marks
 from kvattic_hdl.lane.outstanding import Outstanding
+from kvattic_hdl.lane.score_memory import ScoreMemory
 from kvattic_hdl.lane.score_ring import Lookup, ScoreRing
 from kvattic_hdl.lane.scrubber import Scrubber
 from kvattic_hdl.lane.turns import Turns
@@ -119,10 +119,11 @@ class TokenBackEnd(wiring.Component):
         self.arrivals = Arrivals(config)
         self.scrubber = Scrubber(config)
         self.score_unit = ScoreUnit(config)
+        self.scores = ScoreMemory(config)
         self.weight_unit = WeightUnit(config, headers_buffered(config))
         self.faults = Faults(config)
         self.blocks = ["jobs", "lists", "key_walker", "value_walker", "turns", "ring", "outstanding", "arrivals",
-                       "scrubber", "score_unit", "weight_unit", "faults"]
+                       "scrubber", "score_unit", "scores", "weight_unit", "faults"]
         if config.sparse:
             self.first_walker = FirstWalker(config)
             self.first_pass = FirstPass(config)
@@ -391,17 +392,16 @@ class TokenBackEnd(wiring.Component):
     def _weigh(self, m: Module) -> None:
         """Turn scores into weights.  The score memory joins K's end with V's beginning; the selector reads it, too."""
         score_unit, weight_unit = self.score_unit, self.weight_unit
-        m.submodules.scores = scores = Memory(
-            shape=weight_unit.score.shape(), depth=Shapes(self.config).score_words, init=[],
-            attrs={"ram_style": "block"})
-        write, read = scores.write_port(domain="sync"), scores.read_port(domain="sync")
+        scores = self.scores
         connect(m, self.arrivals.value_requests, weight_unit.requests)
         connect(m, weight_unit.weights, flipped(self.front.weights))
         m.d.comb += [
-            write.en.eq(score_unit.score_write),
-            write.addr.eq(score_unit.score_address),
-            write.data.eq(score_unit.score),
-            read.addr.eq(weight_unit.score_address),
+            scores.write.eq(score_unit.score_write),
+            scores.write_address.eq(score_unit.score_address),
+            scores.write_score.eq(score_unit.score),
+            scores.score_ask.eq(weight_unit.score_ask),
+            scores.score_address.eq(weight_unit.score_address),
+            weight_unit.score.eq(scores.score),
             weight_unit.maximum_slot.eq(self.maximum_slot),
             weight_unit.maximum_row.eq(self.maximum_row),
             weight_unit.maximum_write.eq(self.maximum_write),
@@ -412,10 +412,8 @@ class TokenBackEnd(wiring.Component):
             self.jobs.front.slot.eq(self.front.job_slot),
             self.front.k_offset.eq(self.jobs.front.job.k_offset),
         ]
-        m.d.sync += weight_unit.score.eq(read.data)
         if self.config.sparse:
-            with m.If(~weight_unit.score_ask):
-                m.d.comb += read.addr.eq(self.selector.score_address)
+            m.d.comb += scores.word_address.eq(self.selector.score_address)
 
     def _select(self, m: Module) -> None:
         """Find the tokens that are selected."""
@@ -428,7 +426,7 @@ class TokenBackEnd(wiring.Component):
             selector.stripe_token.eq(stripe.stripe.token),
             selector.stripe_whole.eq(stripe.stripe.whole),
             selector.score_grant.eq(selector.score_ask & ~weight_unit.score_ask),
-            selector.score.eq(weight_unit.score),
+            selector.scores.eq(self.scores.word),
             self.sweep_done.eq(selector.done),
         ]
         m.d.comb += [getattr(selector, name).eq(job.job[name]) for name, _ in job.job.shape()]

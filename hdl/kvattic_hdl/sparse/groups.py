@@ -15,17 +15,18 @@ def position_bits(config: Config) -> int:
 
 
 def step_layout(config: Config) -> data.StructLayout:
-    """A step of the walk: a token, a unit or a codeword."""
+    """A step of the walk: `Config.sweep_tokens` tokens, a unit or a codeword."""
     shapes = Shapes(config)
     return data.StructLayout({
-        "index": config.slot_bits_per_codeword,   # token inside of the codeword
+        "index": config.slot_bits_per_codeword,   # its first token's, inside of the codeword
         "ring": shapes.ring,
-        "position": position_bits(config),   # of the unit's first token, in the lane's list
+        "position": position_bits(config),   # of the (first) unit's first token, in the lane's list
         "first": 1,                  # the unit's first step
         "last": 1,                   # its last one
-        "forced": 1,                 # of sinks, or reaches into the local window
         "whole": 1,
-        "inside": 1,                 # before the end
+        # Of each of its tokens:
+        "forced": config.sweep_tokens,   # its unit has sinks, or reaches into the local window
+        "inside": config.sweep_tokens,   # before the end
     })
 
 
@@ -55,7 +56,7 @@ class GroupWalk(wiring.Component):
     skip_whole : In(1)
         Leave out stripes that are attended whole.
     by_unit : In(1)
-        A step is a unit, so that it is its first and its last.
+        A step is a unit, or several of one token each: all of what it is of.
     unit_mask : In
         Tokens of a unit, less one.
     step_tokens : In
@@ -69,9 +70,9 @@ class GroupWalk(wiring.Component):
     go : Out(1)
         Strobe: a step is made.
     unit_position : Out
-        In that cycle: the place of its unit's first token in the list.
+        In that cycle: the place of its (first) unit's first token in the list.
     valid, step, unit_token : Out(1), Out(step_layout), Out(24)
-        A cycle later: the step, and its unit's first token.
+        A cycle later: the step, and its (first) unit's first token.
     """
 
     begin: Signal
@@ -199,6 +200,8 @@ class GroupWalk(wiring.Component):
     def _describe(self, m: Module, number: Signal, base: Signal, whole: Signal) -> None:
         """What is known of a step's unit."""
         offset, mask, by_unit = self._offset, self.unit_mask, self.by_unit
+        bits = ceil_log2(self._config.sweep_tokens)
+        tokens = [Cat(Const(i, bits), offset[bits:]) for i in range(self._config.sweep_tokens)]
         step = Signal(step_layout(self._config), reset_less=True)
         unit_token = Signal(TOKEN_BITS, reset_less=True)
         unit_offset = offset & ~mask
@@ -215,9 +218,10 @@ class GroupWalk(wiring.Component):
             step.ring.eq(self.ring_base + position[index_bits:]),
             step.position.eq(self.unit_position),
             step.first.eq(by_unit | ((offset & mask) == 0)),
-            step.last.eq(by_unit | ((offset & mask) == mask) | self._last_step),
-            step.forced.eq(((offset | mask) >= self._local_limit) | (unit_offset < self._sink_limit)),
+            step.last.eq(by_unit | ((tokens[-1] & mask) == mask) | self._last_step),
             step.whole.eq(whole),
-            step.inside.eq(offset < self._limit),
+            step.forced.eq(Cat(((token | mask) >= self._local_limit) | ((token & ~mask) < self._sink_limit)
+                               for token in tokens)),
+            step.inside.eq(Cat(token < self._limit for token in tokens)),
             unit_token.eq(base + unit_offset),
         ]

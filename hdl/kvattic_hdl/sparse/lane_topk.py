@@ -26,11 +26,16 @@ from kvattic_hdl.sparse.groups import GroupWalk, position_bits
 DEPTH = 16
 """Tokens that wait for their scores."""
 KEPT = 512
-"""Units that are kept from one DIGIT sweep for the next: a block RAM's words."""
+"""Steps whose units are kept from one DIGIT sweep for the next: a block RAM's words."""
 SETTLE = 4
 """Cycles from the begin of a sweep through the kept units to the first of them: mask and prefix stand."""
 LATENCY = 3 + Exponential.LATENCY
 """From the grant of a score's address to p as a float."""
+
+
+def latency(config: Config) -> int:
+    """Cycles from the grant of scores' addresses to the sum of their p as floats, which takes one if they are many."""
+    return LATENCY + (config.sweep_tokens > 1)
 
 
 class _Listed:
@@ -39,13 +44,15 @@ class _Listed:
     Attributes:
         complete: they are all that it has counted.
         running: a sweep goes through them.
-        go, valid: one is read; a cycle later its `rank` is there.
+        go, valid: those of a step are read; a cycle later `ranks` are there, and which of the step's units are kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, units: int) -> None:
         self.complete, self.running, self.go, self.valid = (
             Signal(name=f"listed_{name}") for name in ("complete", "running", "go", "valid"))
-        self.rank = Signal(RANK_BITS, name="listed_rank")
+        self.shape = data.StructLayout({"there": units, "ranks": data.ArrayLayout(RANK_BITS, units)})
+        self.there, self.ranks = Signal(units, name="listed_there"), Signal(self.shape["ranks"].shape,
+                                                                            name="listed_ranks")
 
 
 class LaneTopK(wiring.Component):
@@ -54,7 +61,7 @@ class LaneTopK(wiring.Component):
     From `sweep_valid` to `done`, if every `score_ask` is granted (one that is not costs its cycle):
 
     ===== ================================ ==============================================================
-    sweep cycles                           512 tokens in two stripes, one row
+    sweep cycles, one token a step         512 tokens in two stripes, one row
     ===== ================================ ==============================================================
     SUM   24 + a cycle for each score      536
     MASS  27 + a cycle for each score      539
@@ -62,10 +69,13 @@ class LaneTopK(wiring.Component):
     MARK  10 to 24 + a cycle for a token   522 to 536; in CENTROID 10 + a cycle for a codeword (266)
     ===== ================================ ==============================================================
 
+    A step takes `Config.sweep_tokens` tokens at once, whose scores lie side by side, or as many units of one token: it
+    is a cycle for so many of them, and where they are several, SUM, MASS and MARK take one more.
+
     Scores are those before `end_token`, of each row that has a reference; those of stripes that are attended whole
     count in SUM and MARK only, in CENTROID never.  MARK reads the scores of selected tokens beside its walk, and waits
-    where it has found many with many rows.  A DIGIT sweep keeps the units that begin with its prefix, if they are no
-    more than `kept`; the next DIGIT sweep goes through these alone, so its prefix must begin with the one before.
+    where it has found many with many rows.  A DIGIT sweep keeps the units that begin with its prefix, if they are of no
+    more than `kept` steps; the next DIGIT sweep goes through these alone, so its prefix must begin with the one before.
     Tokens are walked in the order of the list; a stripe shorter than four
     steps takes four.  Reset forgets the sweep.
 
@@ -99,10 +109,10 @@ class LaneTopK(wiring.Component):
     stripe_token, stripe_whole : In(24), In(1)
         Its first token, and whether it is attended whole; one cycle later.
     score_address : Out
-        Read address of the score memory: Cat(row, index, ring).
+        Of a word of the score memory: Cat(row, index, ring) of its first token, but for index's zeros.
     score_ask, score_grant : Out(1), In(1)
         The address is wanted; it is taken in this cycle.
-    score : In(score)
+    scores : In(array of score, by token)
         Two cycles after a granted address.
     mark_valid, mark_ring, mark_bits : Out(1), Out(ring), Out(tokens_per_codeword)
         Strobe, in a MARK sweep once for each place of the job's stripes, also of those beyond `end_token`: which tokens
@@ -123,8 +133,10 @@ class LaneTopK(wiring.Component):
     def __init__(self, config: Config, kept: int = KEPT) -> None:
         self.config = config
         self._kept = kept
+        self._wide = wide = config.sweep_tokens
+        self._wide_bits = ceil_log2(wide)
         self.shapes = shapes = Shapes(config)
-        self.address_bits = (shapes.score_words - 1).bit_length()
+        self.address_bits = (shapes.score_words // wide - 1).bit_length()
         super().__init__({
             "sweep_valid": In(1),
             "sweep": In(shapes.sweep),
@@ -143,7 +155,7 @@ class LaneTopK(wiring.Component):
             "score_address": Out(self.address_bits),
             "score_ask": Out(1),
             "score_grant": In(1),
-            "score": In(shapes.score),
+            "scores": In(data.ArrayLayout(shapes.score, wide)),
             "mark_valid": Out(1),
             "mark_ring": Out(shapes.ring),
             "mark_bits": Out(config.tokens_per_codeword),
@@ -161,15 +173,22 @@ class LaneTopK(wiring.Component):
             Signal(name=name) for name in ("centroid", "marking", "massing"))
         # A score on its way to p, from the cycle after its address was granted on.
         score = data.StructLayout({
-            "row": shapes.row, "position": position_bits(config), "first": 1, "last": 1, "forced": 1})
+            "row": shapes.row, "position": position_bits(config), "first": 1, "last": 1, "forced": wide,
+            "counts": wide})
+        self._latency = latency(config)
         self._entered = Signal(name="entered")
-        self._scores = [Signal(score, name=f"score_{i}", reset_less=True) for i in range(1, LATENCY + 4)]
-        self._p = Signal(VALUE_FRACTION + 1, name="p")
+        self._scores = [Signal(score, name=f"score_{i}", reset_less=True) for i in range(1, self._latency + 4)]
+        self._p = [Signal(VALUE_FRACTION + 1, name=f"p_{i}") for i in range(wide)]
+        self._p_sum = Signal(VALUE_FRACTION + 1 + self._wide_bits, name="p_sum")
         self._before_valid, self._now_valid = Signal(name="before_valid"), Signal(name="now_valid")
-        self._rank_2 = Signal(RANK_BITS, name="rank_2", reset_less=True)  # of the step's unit
-        self._listed = _Listed()
-        # A unit's mass that is ready.
-        self._mass_valid, self._mass = Signal(name="mass_valid"), Signal(MASS_BITS, name="mass")
+        self._by_token = Signal(name="by_token")   # units are tokens
+        # Of the step's units: which of them are there, and their ranks.
+        self._there_2 = Signal(wide, name="there_2", reset_less=True)
+        self._ranks_2 = Signal(data.ArrayLayout(RANK_BITS, wide), name="ranks_2", reset_less=True)
+        self._listed = _Listed(wide)
+        # Units' masses that are ready.
+        self._mass_valids, self._masses = (
+            Signal(wide, name="mass_valids"), Signal(data.ArrayLayout(MASS_BITS, wide), name="masses"))
         self._mass_position = Signal(position_bits(config), name="mass_position")
 
     def elaborate(self, platform: object) -> Module:
@@ -183,22 +202,27 @@ class LaneTopK(wiring.Component):
             valid_2.eq(walk.valid | listed.valid), valid_3.eq(valid_2), step_2.eq(walk.step), step_3.eq(step_2)]
         self._begin(m, walk)
         self._read_masses(m, walk)
-        selected, matches, digit = self._rank(m, walk)
-        taken = Signal(name="taken_3")
-        m.d.comb += taken.eq(step_3.inside & (step_3.whole | selected))
+        selected, matches, digits = self._rank(m)
+        taken, counts, counted = (Signal(self._wide, name=name) for name in ("taken_3", "counts_3", "counted"))
+        m.d.comb += [
+            taken.eq(step_3.inside & (step_3.whole.replicate(self._wide) | selected)),
+            counts.eq(Mux(marking, Mux(centroid, 0, taken), Mux(centroid, 1, step_3.inside))),
+            counted.eq(Mux(valid_3 & (self._sweep.op == Sweep.DIGIT), matches, 0)),
+        ]
         self._mark(m, valid_3, step_3, taken)
 
         push = Signal()
-        m.d.comb += push.eq(valid_3 & Mux(marking, taken & ~centroid, self._sweep.op != Sweep.DIGIT))
-        room = self._queue(m, walk, push, step_3, valid_3)
+        m.d.comb += push.eq(valid_3 & Mux(marking, counts.any(), self._sweep.op != Sweep.DIGIT))
+        room = self._queue(m, walk, push, step_3, counts, valid_3)
         valids = self._weigh(m)
         self._sum_rows(m)
-        mass_valid, length = self._sum_masses(m)
-        counted = valid_3 & matches & (self._sweep.op == Sweep.DIGIT)
+        lengths = self._sum_masses(m)
         self._keep(m, counted)
-        count_valids = self._count(m, mass_valid | counted, Mux(massing, length, digit))
+        binned = [Mux(massing, length, digit) for length, digit in zip(lengths, digits, strict=True)]
+        count_valids = self._count(m, self._mass_valids | counted, binned)
 
-        under_way = Cat(walk.running, listed.running, room != DEPTH, valids, mass_valid, count_valids, self.mark_valid)
+        under_way = Cat(walk.running, listed.running, room != DEPTH, valids, self._mass_valids, count_valids,
+                        self.mark_valid)
         with m.If(self.sweep_valid):
             m.d.sync += self.done.eq(0)
         with m.Elif(~under_way.any()):
@@ -210,6 +234,7 @@ class LaneTopK(wiring.Component):
         sweep, tokens = self._sweep, self.config.tokens_per_codeword
         m.d.comb += [
             self.slot.eq(sweep.slot),
+            self._by_token.eq(self.mode == Mode.SPARF),
             self._centroid.eq(self.mode == Mode.CENTROID),
             self._marking.eq(sweep.op == Sweep.MARK),
             self._massing.eq(sweep.op == Sweep.MASS),
@@ -224,70 +249,88 @@ class LaneTopK(wiring.Component):
             m.d.comb += getattr(walk, name).eq(getattr(self, name))
         unit_mask = Signal(len(walk.unit_mask))
         step_tokens = Signal(len(walk.step_tokens))
+        in_unit = walk.by_unit & ~self._by_token
         m.d.sync += [
-            unit_mask.eq(Mux(self.mode == Mode.SPARF, 0, (tokens << self.unit_bits) - 1)),
-            step_tokens.eq(Mux(walk.by_unit, unit_mask + 1, Mux(self._centroid, tokens, 1))),
+            unit_mask.eq(Mux(self._by_token, 0, (tokens << self.unit_bits) - 1)),
+            step_tokens.eq(Mux(in_unit, unit_mask + 1, Mux(self._centroid, tokens, self._wide))),
         ]
         m.d.comb += [walk.unit_mask.eq(unit_mask), walk.step_tokens.eq(step_tokens)]
         with m.If(self.sweep_valid):
             m.d.sync += sweep.eq(self.sweep)
 
     def _read_masses(self, m: Module, walk: GroupWalk) -> None:
-        """Masses, at the place of their unit's first token."""
-        m.submodules.masses = masses = Memory(
-            shape=MASS_BITS, depth=1 << position_bits(self.config), init=[], attrs={"ram_style": "block"})
-        read, write = masses.read_port(domain="sync"), masses.write_port(domain="sync")
-        m.d.comb += [
-            read.addr.eq(walk.unit_position),
-            write.en.eq(self._mass_valid),
-            write.addr.eq(self._mass_position),
-            write.data.eq(self._mass),
-        ]
-        m.d.sync += self._rank_2.eq(Mux(self._listed.running, self._listed.rank, Cat(~walk.unit_token, read.data)))
+        """Masses, side by side as scores are, each at the place of its unit's first token."""
+        listed, step, bits = self._listed, walk.step, self._wide_bits
+        first = Mux(self._by_token, step.inside, step.inside[0])
+        m.d.sync += self._there_2.eq(Mux(listed.running, listed.there, first))
+        for i in range(self._wide):
+            m.submodules[f"masses_{i}"] = masses = Memory(
+                shape=MASS_BITS, depth=1 << position_bits(self.config) - bits, init=[], attrs={"ram_style": "block"})
+            read, write = masses.read_port(domain="sync"), masses.write_port(domain="sync")
+            m.d.comb += [
+                read.addr.eq(walk.unit_position[bits:]),
+                write.en.eq(self._mass_valids[i]),
+                write.addr.eq(self._mass_position[bits:]),
+                write.data.eq(self._masses[i]),
+            ]
+            unit_token = Cat(Const(i, bits), walk.unit_token[bits:])
+            m.d.sync += self._ranks_2[i].eq(Mux(listed.running, listed.ranks[i], Cat(~unit_token, read.data)))
 
-    def _rank(self, m: Module, walk: GroupWalk) -> tuple[Signal, Signal, Signal]:
-        """A unit's rank against the prefix: (at least it, begins with it, the digit behind it)."""
-        sweep, rank_2 = self._sweep, self._rank_2
+    def _rank(self, m: Module) -> tuple[Signal, Signal, list[Signal]]:
+        """The units' ranks against the prefix: (at least it, there and begin with it, the digits behind it).
+
+        The first one's answer is that of all tokens of a step within its unit.
+        """
+        sweep = self._sweep
         begun = Signal()
         m.d.sync += begun.eq(self.sweep_valid)
         mask = Signal(RANK_BITS)
-        # The digit comes out of the two aligned ones in which it stands.
         aligned_number, aligned_shift = Signal(range(RANK_BITS // DIGIT_BITS + 1)), Signal(range(DIGIT_BITS + 1))
-        padded = Cat(Const(0, 3 * DIGIT_BITS - RANK_BITS % DIGIT_BITS), rank_2)
-        aligned = [padded[len(padded) - (i + 2) * DIGIT_BITS : len(padded) - i * DIGIT_BITS]
-                   for i in range(RANK_BITS // DIGIT_BITS + 1)]
-        selected, matches = Signal(), Signal()
-        digit_3 = Signal(DIGIT_BITS)
+        selected, matches = Signal(self._wide), Signal(self._wide)
+        digits = [Signal(DIGIT_BITS, name=f"digit_3_{i}") for i in range(self._wide)]
         m.d.sync += [
             mask.eq(~(Const((1 << RANK_BITS) - 1) >> sweep.bits)),
             aligned_number.eq(Array(i // DIGIT_BITS for i in range(RANK_BITS + 1))[sweep.bits]),
             aligned_shift.eq(Array(DIGIT_BITS - i % DIGIT_BITS for i in range(RANK_BITS + 1))[sweep.bits]),
-            selected.eq((rank_2 & mask) >= sweep.prefix),
-            matches.eq(((rank_2 ^ sweep.prefix) & mask) == 0),
-            digit_3.eq(Array(aligned)[aligned_number] >> aligned_shift),
         ]
+        for i in range(self._wide):
+            rank = self._ranks_2[i]
+            above = (rank & mask) >= sweep.prefix
+            if i == 0:
+                first_above = above
+            # The digit comes out of the two aligned ones in which it stands.
+            padded = Cat(Const(0, 3 * DIGIT_BITS - RANK_BITS % DIGIT_BITS), rank)
+            aligned = [padded[len(padded) - (n + 2) * DIGIT_BITS : len(padded) - n * DIGIT_BITS]
+                       for n in range(RANK_BITS // DIGIT_BITS + 1)]
+            m.d.sync += [
+                selected[i].eq(above if i == 0 else Mux(self._by_token, above, first_above)),
+                matches[i].eq(self._there_2[i] & (((rank ^ sweep.prefix) & mask) == 0)),
+                digits[i].eq(Array(aligned)[aligned_number] >> aligned_shift),
+            ]
         with m.If(~self.sweep_valid & ~begun):
             m.d.sync += sweep.prefix.eq(sweep.prefix & mask)    # once would do
-        return selected, matches, digit_3
+        return selected, matches, digits
 
-    def _keep(self, m: Module, counted: Value) -> None:
+    def _keep(self, m: Module, counted: Signal) -> None:
         """Keep the units that a DIGIT sweep counts, for the next one; and go through them."""
         listed, count = self._listed, Signal(range(self._kept + 1))
-        rank_3 = Signal(RANK_BITS, reset_less=True)
-        m.submodules.ranks = ranks = Memory(shape=RANK_BITS, depth=self._kept, init=[], attrs={"ram_style": "block"})
+        ranks_3 = Signal(self._ranks_2.shape(), reset_less=True)
+        m.submodules.ranks = ranks = Memory(shape=listed.shape, depth=self._kept, init=[], attrs={"ram_style": "block"})
         read, write = ranks.read_port(domain="sync"), ranks.write_port(domain="sync")
         at, left = Signal(range(self._kept)), Signal(range(self._kept + 1))
         settled = Signal(range(SETTLE + 1))
         is_digit = self.sweep.op == Sweep.DIGIT
         m.d.comb += [
             listed.go.eq(listed.running & (settled == SETTLE) & (left != 0)),
-            listed.rank.eq(read.data),
+            listed.there.eq(read.data.there),
+            listed.ranks.eq(read.data.ranks),
             read.addr.eq(at),
             write.addr.eq(count),
-            write.data.eq(rank_3),
-            write.en.eq(counted & (count != self._kept)),
+            write.data.there.eq(counted),
+            write.data.ranks.eq(ranks_3),
+            write.en.eq(counted.any() & (count != self._kept)),
         ]
-        m.d.sync += [rank_3.eq(self._rank_2), listed.valid.eq(listed.go)]
+        m.d.sync += [ranks_3.eq(self._ranks_2), listed.valid.eq(listed.go)]
         with m.If(settled != SETTLE):
             m.d.sync += settled.eq(settled + 1)
         with m.If(listed.go):
@@ -295,7 +338,7 @@ class LaneTopK(wiring.Component):
         # Until the last one's rank is there.
         with m.If((settled == SETTLE) & (left == 0) & ~listed.valid):
             m.d.sync += listed.running.eq(0)
-        with m.If(counted):
+        with m.If(counted.any()):
             m.d.sync += count.eq(count + (count != self._kept))
             with m.If(count == self._kept):
                 m.d.sync += listed.complete.eq(0)
@@ -306,40 +349,43 @@ class LaneTopK(wiring.Component):
 
     def _mark(self, m: Module, valid: Signal, step: data.View, taken: Signal) -> None:
         """Collects a codeword's marks and hands them out."""
-        tokens = self.config.tokens_per_codeword
+        tokens, wide = self.config.tokens_per_codeword, self._wide
         earlier = Signal(tokens)
+        collected = Cat(earlier, taken)[wide:]
         m.d.sync += [
-            self.mark_valid.eq(valid & self._marking & (self._centroid | (step.index == tokens - 1))),
+            self.mark_valid.eq(valid & self._marking & (self._centroid | (step.index == tokens - wide))),
             self.mark_ring.eq(step.ring),
-            self.mark_bits.eq(Mux(self._centroid, taken.replicate(tokens), Cat(earlier, taken)[1:])),
+            self.mark_bits.eq(Mux(self._centroid, taken[0].replicate(tokens), collected)),
         ]
         with m.If(valid):
-            m.d.sync += earlier.eq(Cat(earlier, taken)[1:])
+            m.d.sync += earlier.eq(collected)
+        left_out = step.inside & ~taken
         with m.If(self.sweep_valid):
             m.d.sync += self.unmarked.eq(0)
-        with m.Elif(valid & self._marking & step.inside & ~taken):
+        with m.Elif(valid & self._marking & Mux(self._centroid, left_out[0], left_out.any())):
             m.d.sync += self.unmarked.eq(1)
 
-    def _queue(self, m: Module, walk: GroupWalk, push: Signal, step: data.View, valid: Signal) -> Signal:
-        """Tokens whose p is wanted, one row after the other; the room that is left for more."""
+    def _queue(self, m: Module, walk: GroupWalk, push: Signal, step: data.View, counts: Signal,
+               valid: Signal) -> Signal:
+        """Steps of whose tokens p is wanted, one row after the other; the room that is left for more."""
         shapes = self.shapes
         enter, pop = Signal(), Signal()
-        m.submodules.fifo = fifo = SyncFIFOBuffered(width=step.shape().size, depth=DEPTH)
+        m.submodules.fifo = fifo = SyncFIFOBuffered(width=step.shape().size + self._wide, depth=DEPTH)
         room = Signal(range(DEPTH + 1), init=DEPTH)
-        token = data.View(step.shape(), fifo.r_data)
+        token = data.View(step.shape(), fifo.r_data[: step.shape().size])
         row, last_row = Signal(shapes.row), Signal(shapes.row)
         at_last = Signal()
         m.d.comb += [
             walk.room.eq(room != 0),
             fifo.w_en.eq(push),
-            fifo.w_data.eq(step),
+            fifo.w_data.eq(Cat(step, counts)),
             fifo.r_en.eq(pop),
             self.score_ask.eq(fifo.r_rdy),
             enter.eq(self.score_ask & self.score_grant),
             at_last.eq(row == last_row),
             pop.eq(enter & at_last),
-            self.score_address.eq(
-                Cat(row[: shapes.row.width if self.config.rows > 1 else 0], token.index, token.ring)),
+            self.score_address.eq(Cat(
+                row[: shapes.row.width if self.config.rows > 1 else 0], token.index[self._wide_bits :], token.ring)),
         ]
         with m.If(enter):
             m.d.sync += row.eq(Mux(at_last, 0, row + 1))
@@ -353,44 +399,50 @@ class LaneTopK(wiring.Component):
             self._scores[0].first.eq(token.first & (row == 0)),
             self._scores[0].last.eq(token.last & at_last),
             self._scores[0].forced.eq(token.forced),
+            self._scores[0].counts.eq(fifo.r_data[step.shape().size :]),
         ]
         return room
 
     def _weigh(self, m: Module) -> Value:
-        """P of the scores that come; the stages at which there is one."""
-        # Cycle 2: score and reference.  3: their distance.  10: p as a float.  12: fixed point.
+        """P of the scores that come; the stages at which there are some."""
+        # Cycle 2: scores and reference.  3: their distances.  10: p as floats.  12: fixed point.
         shapes, scores = self.shapes, self._scores
-        later_valids = Signal(LATENCY + 2)
+        later_valids = Signal(self._latency + 2)
         valids = Cat(self._entered, later_valids)
         m.d.sync += [later_valids.eq(valids), *(after.eq(before) for before, after in pairwise(scores))]
         m.submodules.references = references = Memory(
             shape=shapes.score, depth=1 << shapes.row.width, init=[], attrs={"ram_style": "distributed"})
         read, write = references.read_port(domain="comb"), references.write_port(domain="sync")
-        m.submodules.exponential = exponential = Exponential()
         reference = Signal(shapes.score)
-        distance, is_masked = Signal(signed(SCORE_BITS + 1)), Signal()
         m.d.comb += [
             write.addr.eq(self.reference_row),
             write.data.eq(self.reference),
             write.en.eq(self.reference_write),
             read.addr.eq(scores[0].row),
-            exponential.distance.eq(distance),
-            exponential.masked.eq(is_masked),
-            self._p.eq(in_window(m, exponential)),
-            self._before_valid.eq(valids[LATENCY + 1]),
-            self._now_valid.eq(valids[LATENCY + 2]),
+            self._before_valid.eq(valids[self._latency + 1]),
+            self._now_valid.eq(valids[self._latency + 2]),
         ]
-        m.d.sync += [
-            reference.eq(read.data),
-            distance.eq(self.score - reference),
-            is_masked.eq(self.score == SCORE_MASKED),
-        ]
+        m.d.sync += reference.eq(read.data)
+        weighed = []
+        for i in range(self._wide):
+            m.submodules[f"exponential_{i}" if self._wide > 1 else "exponential"] = exponential = Exponential()
+            distance, is_masked = Signal(signed(SCORE_BITS + 1), name=f"distance_{i}"), Signal(name=f"is_masked_{i}")
+            m.d.sync += [
+                distance.eq(self.scores[i] - reference),
+                is_masked.eq((self.scores[i] == SCORE_MASKED) | ~scores[1].counts[i]),
+            ]
+            m.d.comb += [exponential.distance.eq(distance), exponential.masked.eq(is_masked)]
+            weighed.append(in_window(m, exponential))
+        # With several of them their sum is registered, too.
+        domain = m.d.sync if self._wide > 1 else m.d.comb
+        domain += [self._p_sum.eq(sum(weighed[1:], start=weighed[0])),
+                   *(p.eq(one) for p, one in zip(self._p, weighed, strict=True))]
         return valids
 
     def _sum_rows(self, m: Module) -> None:
         """Each row's sum: read and add in one cycle, write in the next."""
         shapes = self.shapes
-        before, now = self._scores[LATENCY + 1 :]   # cycles 12 and 13
+        before, now = self._scores[-2:]   # cycles 12 and 13, or 13 and 14
         m.submodules.sums = sums = Memory(
             shape=shapes.denominator, depth=1 << shapes.row.width, init=[], attrs={"ram_style": "distributed"})
         old, seen = sums.read_port(domain="comb"), sums.read_port(domain="comb")
@@ -408,7 +460,7 @@ class LaneTopK(wiring.Component):
             seen.addr.eq(row),
         ]
         m.d.sync += [
-            total.eq(Mux(again, total, Mux(untouched.bit_select(before.row, 1), 0, old.data)) + self._p),
+            total.eq(Mux(again, total, Mux(untouched.bit_select(before.row, 1), 0, old.data)) + self._p_sum),
             row.eq(self.sum_row),
             self.sum.eq(Mux(untouched.bit_select(row, 1), 0, seen.data)),
         ]
@@ -417,59 +469,70 @@ class LaneTopK(wiring.Component):
         with m.If(self.sweep_valid):
             m.d.sync += untouched.eq(~0)
 
-    def _sum_masses(self, m: Module) -> tuple[Signal, Signal]:
-        """Each unit's mass: (one is there, its length in bits)."""
-        before, now = self._scores[LATENCY + 1 :]
+    def _sum_masses(self, m: Module) -> list[Signal]:
+        """The units' masses, and their lengths in bits."""
+        before, now = self._scores[-2:]
         most = self.config.rows * (self.config.tokens_per_codeword << self.config.unit_bits_max)
-        total = Signal(len(self._p) + ceil_log2(most))
-        with m.If(self._before_valid):
-            m.d.sync += total.eq(Mux(before.first, 0, total) + self._p)
-        whole = total[VALUE_FRACTION - MASS_FRACTION :]
-        top = (1 << MASS_BITS) - 2
-        forced = Signal()
-        m.d.sync += [
-            forced.eq(now.forced),
-            self._mass_valid.eq(self._now_valid & now.last & self._massing),
-            self._mass.eq(Mux(now.forced, top + 1, Mux(whole > top, top, whole))),
-            self._mass_position.eq(now.position),
-        ]
-        length = Signal(range(LENGTH_FORCED + 1))
-        for i in range(MASS_BITS):
-            with m.If(self._mass[i]):
-                m.d.comb += length.eq(i + 1)
-        with m.If(forced):
-            m.d.comb += length.eq(LENGTH_FORCED)
-        return self._mass_valid, length
+        m.d.sync += self._mass_position.eq(now.position)
+        lengths = []
+        for i in range(self._wide):
+            total = Signal(VALUE_FRACTION + 1 + ceil_log2(most), name=f"total_{i}")
+            # A unit of many tokens has its mass in the first of the sums.
+            addend = Mux(self._by_token, self._p[0], self._p_sum) if i == 0 else self._p[i]
+            with m.If(self._before_valid):
+                m.d.sync += total.eq(Mux(before.first, 0, total) + addend)
+            whole = total[VALUE_FRACTION - MASS_FRACTION :]
+            top = (1 << MASS_BITS) - 2
+            forced, mass = Signal(name=f"forced_{i}"), self._masses[i]
+            ends = self._now_valid & now.last & self._massing
+            m.d.sync += [
+                forced.eq(now.forced[i]),
+                self._mass_valids[i].eq(ends & Mux(self._by_token, now.counts[i], i == 0)),
+                mass.eq(Mux(now.forced[i], top + 1, Mux(whole > top, top, whole))),
+            ]
+            length = Signal(range(LENGTH_FORCED + 1), name=f"length_{i}")
+            for bit in range(MASS_BITS):
+                with m.If(mass[bit]):
+                    m.d.comb += length.eq(bit + 1)
+            with m.If(forced):
+                m.d.comb += length.eq(LENGTH_FORCED)
+            lengths.append(length)
+        return lengths
 
-    def _count(self, m: Module, valid: Value, digit: Value) -> Value:
-        """Histogram of lengths or digits; the stages at which there is one."""
-        m.submodules.histogram = histogram = Memory(
-            shape=self.shapes.unit_count, depth=1 << DIGIT_BITS, init=[], attrs={"ram_style": "distributed"})
-        old, seen = histogram.read_port(domain="comb"), histogram.read_port(domain="comb")
-        write = histogram.write_port(domain="sync")
-        untouched = Signal(1 << DIGIT_BITS)   # bins that are zero, whatever the memory says
-        bin_1, bin_2, asked = Signal(DIGIT_BITS), Signal(DIGIT_BITS), Signal(DIGIT_BITS)
-        bin_valid_1, bin_valid_2 = Signal(), Signal()
-        count = Signal(self.shapes.unit_count)
-        m.d.comb += [
-            old.addr.eq(bin_1),
-            write.addr.eq(bin_2),
-            write.data.eq(count),
-            write.en.eq(bin_valid_2),
-            seen.addr.eq(asked),
-        ]
-        counted = Mux(untouched.bit_select(bin_1, 1), 0, old.data)
-        m.d.sync += [
-            bin_valid_1.eq(valid),
-            bin_1.eq(digit),
-            bin_valid_2.eq(bin_valid_1),
-            bin_2.eq(bin_1),
-            count.eq(Mux(bin_valid_2 & (bin_1 == bin_2), count, counted) + 1),
-            asked.eq(self.bin),
-            self.count.eq(Mux(untouched.bit_select(asked, 1), 0, seen.data)),
-        ]
-        with m.If(bin_valid_2):
-            m.d.sync += untouched.bit_select(bin_2, 1).eq(0)
-        with m.If(self.sweep_valid):
-            m.d.sync += untouched.eq(~0)
-        return Cat(bin_valid_1, bin_valid_2)
+    def _count(self, m: Module, valids: Value, digits: list[Value]) -> Value:
+        """Histogram of lengths or digits, in a part for each place of a step; the stages at which there is one."""
+        asked = Signal(DIGIT_BITS)
+        m.d.sync += asked.eq(self.bin)
+        counts, stages = [], []
+        for i, digit in enumerate(digits):
+            m.submodules[f"histogram_{i}"] = histogram = Memory(
+                shape=self.shapes.unit_count, depth=1 << DIGIT_BITS, init=[], attrs={"ram_style": "distributed"})
+            old, seen = histogram.read_port(domain="comb"), histogram.read_port(domain="comb")
+            write = histogram.write_port(domain="sync")
+            untouched = Signal(1 << DIGIT_BITS, name=f"untouched_bins_{i}")   # that are zero, whatever the memory says
+            bin_1, bin_2 = Signal(DIGIT_BITS, name=f"bin_1_{i}"), Signal(DIGIT_BITS, name=f"bin_2_{i}")
+            bin_valid_1, bin_valid_2 = Signal(name=f"bin_valid_1_{i}"), Signal(name=f"bin_valid_2_{i}")
+            count = Signal(self.shapes.unit_count, name=f"count_{i}")
+            m.d.comb += [
+                old.addr.eq(bin_1),
+                write.addr.eq(bin_2),
+                write.data.eq(count),
+                write.en.eq(bin_valid_2),
+                seen.addr.eq(asked),
+            ]
+            before = Mux(untouched.bit_select(bin_1, 1), 0, old.data)
+            m.d.sync += [
+                bin_valid_1.eq(valids[i]),
+                bin_1.eq(digit),
+                bin_valid_2.eq(bin_valid_1),
+                bin_2.eq(bin_1),
+                count.eq(Mux(bin_valid_2 & (bin_1 == bin_2), count, before) + 1),
+            ]
+            with m.If(bin_valid_2):
+                m.d.sync += untouched.bit_select(bin_2, 1).eq(0)
+            with m.If(self.sweep_valid):
+                m.d.sync += untouched.eq(~0)
+            counts.append(Mux(untouched.bit_select(asked, 1), 0, seen.data))
+            stages += [bin_valid_1, bin_valid_2]
+        m.d.sync += self.count.eq(sum(counts))
+        return Cat(stages)

@@ -45,7 +45,7 @@ class Config:
             the stripes of all of them.
         jobs_in_flight: jobs that the engine overlaps (2 to 16).
         sparse: the engine has the sparse modes (`commands.Mode`).
-        groups_in_flight: groups of the feature layout that a lane sums at the same time (2, 4, 8 or 16).
+        groups_in_flight: groups of the feature layout that a lane sums at the same time (2, 4, 8, 16 or 32).
         clock_mhz: clock that turns cycles into seconds and the part's times into cycles (above 0, at most 10,000).
 
     Raises:
@@ -116,7 +116,7 @@ class Config:
         self._check(self.score_depth >= self.codewords_per_page << self.slot_bits_per_codeword, "score_depth",
                     f"at least one page of tokens ({self.codewords_per_page << self.slot_bits_per_codeword})")
         self._check(2 <= self.jobs_in_flight <= 16, "jobs_in_flight", "2 to 16")
-        self._check(self.groups_in_flight in (2, 4, 8, 16), "groups_in_flight", "2, 4, 8 or 16")
+        self._check(self.groups_in_flight in (2, 4, 8, 16, 32), "groups_in_flight", "2, 4, 8, 16 or 32")
         if self.sparse and (reason := self._no_groups):
             raise ConfigError(f"sparse must be False here: {reason}")
         self._check(0 < self.clock_mhz <= MAX_CLOCK_MHZ, "clock_mhz", f"above 0 and at most {MAX_CLOCK_MHZ:,}, in MHz")
@@ -307,6 +307,11 @@ class Config:
     def unit_bits_max(self) -> int:
         """log2 of the codewords of the largest unit: at most a page, and a stripe's centroids fill whole codewords."""
         return min(self.codewords_per_page, self.group_codewords // self.tokens_per_codeword).bit_length() - 1
+
+    @property
+    def sweep_tokens(self) -> int:
+        """Tokens whose scores a lane keeps side by side, so that a selection's sweep takes them in one cycle."""
+        return min(self.lane_channels, self.tokens_per_codeword)
 
     @property
     def accumulator_bits(self) -> int:

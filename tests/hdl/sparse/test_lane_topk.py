@@ -140,6 +140,12 @@ WHOLE = replace(ONE_ROW, codeword_bytes=64)
 TWO_ROWS = replace(TINY, score_depth=256)
 """Four tokens in a codeword, 128 in a group, two groups in a lane."""
 FIVE_ROWS = replace(ONE_ROW, rows=5)
+PAIRS = replace(FIVE_ROWS, lane_channels=2, beat_bytes=16, dram_beat_bytes=16)
+"""Two tokens in a codeword, which a sweep takes in one step."""
+FOURS = replace(TWO_ROWS, channels=4, lane_channels=4, beat_bytes=32, dram_beat_bytes=32)
+"""Four tokens in a codeword and in a step."""
+HALVES = replace(TWO_ROWS, lane_channels=2, beat_bytes=16)
+"""Four tokens in a codeword, which a sweep takes in two steps."""
 
 
 @pytest.mark.parametrize(
@@ -158,6 +164,15 @@ FIVE_ROWS = replace(ONE_ROW, rows=5)
         (WHOLE, SPARF, 0, 0.9),
         (WHOLE, FETCHED, 2, 1.0),
         (WHOLE, CENTROID, 0, 1.0),
+        (PAIRS, SPARF, 0, 1.0),
+        (PAIRS, FETCHED, PAIRS.unit_bits_max, 0.7),
+        (PAIRS, CENTROID, 0, 0.7),
+        (FOURS, SPARF, 0, 0.8),
+        (FOURS, FETCHED, 0, 1.0),
+        (FOURS, CENTROID, 1, 0.9),
+        (HALVES, SPARF, 0, 1.0),
+        (HALVES, FETCHED, HALVES.unit_bits_max, 0.8),
+        (HALVES, CENTROID, 0, 1.0),
     ],
 )
 @pytest.mark.parametrize("kept", [4, KEPT])
@@ -181,10 +196,10 @@ def test_sweeps(config, mode, unit_bits, grant, kept):
     simulate(config, 1, bench, kept, grant=grant)
 
 
+@pytest.mark.parametrize("config", [ONE_ROW, replace(PAIRS, rows=1), replace(FOURS, rows=1)])
 @pytest.mark.parametrize("mode", [SPARF, FETCHED, CENTROID])
-def test_edges(mode):
+def test_edges(mode, config):
     """Nothing in the list; only a tail; all masked; all equal; ends in a unit and at its edges; local windows."""
-    config = ONE_ROW
     size, unit_bits = config.group_tokens, 0 if mode is SPARF else 1
     unit = 1 if mode is SPARF else config.tokens_per_codeword << unit_bits
 

@@ -124,6 +124,7 @@ class Lane:
         self.jobs, self.scores, self.marks = {}, {}, {}
         self.row_bits = self.shapes.row.width if config.rows > 1 else 0
         self.index_bits = config.slot_bits_per_codeword
+        self.wide = config.sweep_tokens
 
     def put(self, slot, job, mine, ring_base):
         """The lane holds the stripes of numbers `mine` of this job."""
@@ -140,7 +141,8 @@ class Lane:
                 ring = self.ring(slot, place, token)
                 for row in range(len(job.scores)):
                     address = ring << self.index_bits | token % config.tokens_per_codeword
-                    self.scores[address << self.row_bits | row] = int(job.scores[row, number * per_stripe + i])
+                    word, side = divmod(address, self.wide)
+                    self.scores[word << self.row_bits | row, side] = int(job.scores[row, number * per_stripe + i])
 
     def ring(self, slot, place, token):
         config = self.config
@@ -204,7 +206,8 @@ class Lane:
                 else:
                     ctx.set(dut.stripe_token, int(rng.integers(1 << 24)))
                     ctx.set(dut.stripe_whole, int(rng.integers(2)))
-            # A score two cycles after its address; anything where nothing was asked.
-            pending.append(self.scores.get(address, noise) if ask and granted else noise)
+            # Scores two cycles after their address; anything where nothing was asked.
+            pending.append([self.scores.get((address, side), noise) if ask and granted else noise
+                            for side in range(self.wide)])
             if len(pending) > 1:
-                ctx.set(dut.score, pending.pop(0))
+                ctx.set(dut.scores, pending.pop(0))
