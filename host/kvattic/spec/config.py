@@ -364,11 +364,11 @@ class Config:
 TINY = Config(channels=2, rows=2, head_dim=32, part=TINY_PART, dies=2, dram_beat_bytes=16, codeword_bytes=256,
               score_depth=256)
 """Fast tests."""
-BOARD = Config(channels=4, jobs_in_flight=8)
+BOARD = Config(channels=4, lane_channels=4, beat_bytes=32, score_depth=16384, jobs_in_flight=8, groups_in_flight=16)
 """A four-channel OpenSSD board (paper v1: 4 flash channels)."""
-PAPER = Config(jobs_in_flight=16, groups_in_flight=8)
+PAPER = Config(lane_channels=4, beat_bytes=32, score_depth=16384, jobs_in_flight=16, groups_in_flight=32)
 """The paper's drive: 8 channels, one query row, 285 MHz (HPCA text, section VI)."""
-GQA = Config(rows=8, jobs_in_flight=8)
+GQA = Config(lane_channels=2, beat_bytes=16, rows=8, score_depth=8192, jobs_in_flight=8, groups_in_flight=8)
 """Groups of eight query rows share each byte of K and V."""
 
 PRESETS = {"tiny": TINY, "board": BOARD, "paper": PAPER, "gqa": GQA}

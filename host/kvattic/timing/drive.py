@@ -165,10 +165,14 @@ class Drive:
 
 def selection(job: JobState, t: Times) -> float:
     """Cycles of a job's selection (hdl: `LaneTopK`, `TopK`)."""
-    lanes, rows, centroid = job.lanes, job.rows, job.work.mode is Mode.CENTROID
-    scores = max(lane.units if centroid else lane.tokens for lane in lanes)
-    units = max(lane.units for lane in lanes)
-    marked = max(lane.places if centroid else lane.tokens for lane in lanes)
+    channels, rows, mode = job.lanes, job.rows, job.work.mode
+    lanes = [channels[number :: t.lanes] for number in range(t.lanes)]
+    tokens, units, places = (max(sum(getattr(channel, name) for channel in lane) for lane in lanes)
+                             for name in ("tokens", "units", "places"))
+    # A step takes several tokens, or as many units of one token.
+    steps = tokens / t.sweep_tokens
+    scores, marked = (units, places) if mode is Mode.CENTROID else (steps, steps)
+    ranked = steps if mode is Mode.SPARF else units
     # SUM and MASS; DIGIT over all units, then over those that it has kept; MARK.
-    sweeps = 24 + 27 + 2 * scores * rows + 11 + units + 14 + units / KEPT_ONE_IN + 16 + marked
+    sweeps = 24 + 27 + 2 * scores * rows + 11 + ranked + 14 + units / KEPT_ONE_IN + 16 + marked
     return sweeps + t.select + t.select_row * rows

@@ -47,6 +47,7 @@ class Times:
     """Times in cycles, and counts, of a configuration; `times_of` makes it.
 
     Attributes:
+        lanes, sweep_tokens: of the engine; tokens of a step of a selection's sweep.
         dies, planes: of a channel; of a die.
         page_mask: bits of a row that are the page of the block.
         separate: commands have pins of their own.
@@ -68,6 +69,8 @@ class Times:
         operation: see `OPERATION`.
     """
 
+    lanes: int
+    sweep_tokens: int
     dies: int
     planes: int
     page_mask: int
@@ -123,14 +126,17 @@ def times_of(config: Config) -> Times:
     share = min(config.dies / ROUND, 1.0)
     decision = DECISION * share
     # A token takes its beats, or the score unit's cycles if these are more.
-    token = 3 if config.rows == 1 and config.beats_per_token >= 3 else config.rows
+    alone = config.rows == 1 and config.lane_channels == 1
+    token = 3 if alone and config.beats_per_token >= 3 else config.rows
     beats = config.tokens_per_codeword * max(config.beats_per_token, token)
-    # A channel has its share of a lane that it has in common with others: of its time, and of its score ring.
+    # A channel has its share of a lane that it has in common with others: of its time, score ring and groups.
     beats *= config.lane_channels
     gather = config.words_per_codeword + GATHER if config.lane_channels > 1 else 0
     return Times(
+        lanes=config.lanes, sweep_tokens=config.sweep_tokens,
         dies=config.dies, planes=part.planes, page_mask=(1 << config.block_page_bits) - 1,
-        separate=part.separate_command_bus, depth=RUN_QUEUE_DEPTH, groups=config.groups_in_flight,
+        separate=part.separate_command_bus, depth=RUN_QUEUE_DEPTH,
+        groups=max(1, config.groups_in_flight // config.lane_channels),
         ring=config.ring_codewords // config.lane_channels, buffers=BUFFERS, beats=beats,
         codeword=max(config.raw_codeword_bytes / part.bus_mts * config.clock_mhz, config.raw_codeword_words),
         preamble=cycles(part.t_pre), cycle=cycles(part.t_cad), dbsy=cycles(part.t_dbsy), t_r=cycles(part.t_r),

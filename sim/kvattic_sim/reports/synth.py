@@ -37,7 +37,7 @@ PAPER = {
 }
 """InstInfer's table II: Vivado on a Zynq-7045; FF of the NFC are not taken from it."""
 BYTES_A_CYCLE = 64
-"""What the eight lanes of `paper` take in a cycle."""
+"""What the lanes of `paper` take in a cycle."""
 
 
 def _shown(path: str) -> str:
@@ -118,18 +118,24 @@ def _record(design: Design, name: str) -> None:
 
 
 def _with_lanes(config: Config, channels: int) -> Config:
-    """The same with so many channels a lane, which keeps what they kept together."""
+    """The same with so many channels a lane; each channel has its share of a beat, of the scores, and of the groups."""
+    def share(whole: int) -> int:
+        return whole // config.lane_channels * channels
+
     return replace(
-        config, lane_channels=channels, beat_bytes=config.beat_bytes * channels,
-        score_depth=config.score_depth * channels, groups_in_flight=min(config.groups_in_flight * channels, 16))
+        config, lane_channels=channels, beat_bytes=share(config.beat_bytes), score_depth=share(config.score_depth),
+        groups_in_flight=max(2, share(config.groups_in_flight)))
 
 
-def _estimate(console: Console, name: str, lane_channels: int, families: Sequence[str], blocks: Sequence[str],
-              paths: int) -> None:
+def _estimate(console: Console, name: str, lane_channels: int | None, families: Sequence[str],
+              blocks: Sequence[str], paths: int) -> None:
     """Area and timing of a preset."""
-    title = name if lane_channels == 1 else f"{name}, {lane_channels} channels a lane"
+    config, title = preset(name), name
+    if lane_channels not in (None, config.lane_channels):
+        config = _with_lanes(config, lane_channels)
+        title = f"{name}, {lane_channels} channels a lane"
     with phase(console, f"Yosys: {title} (minutes for each family, seconds if little has changed)") as note:
-        design = Design(_with_lanes(preset(name), lane_channels), families, note)
+        design = Design(config, families, note)
     console.print(_blocks(design, title))
     if name == "paper":
         channel = design.area(CHANNEL)
@@ -141,7 +147,7 @@ def _estimate(console: Console, name: str, lane_channels: int, families: Sequenc
     for family in design.families:
         for path in wanted:
             console.print(_paths(design, family, path.replace("/", "."), paths))
-    if lane_channels == 1:
+    if config == preset(name):
         _record(design, name)
 
 
@@ -155,6 +161,12 @@ def _routed(console: Console, what: str, result: Routed) -> None:
     console.print(table)
 
 
+def _of_channels(config: Config, channels: int) -> Config:
+    """The same with so many channels, in lanes of so many of them as it can have."""
+    return replace(_with_lanes(config, next(n for n in reversed(LANE_CHANNELS) if channels % n == 0)),
+                   channels=channels)
+
+
 def _route(console: Console, what: Sequence[str], channels: int) -> None:
     """Place and route a flash channel, and the engine."""
     found = {}
@@ -164,7 +176,7 @@ def _route(console: Console, what: Sequence[str], channels: int) -> None:
         _routed(console, "a flash channel", found["channel"])
     if "engine" in what:
         with phase(console, f"Yosys and nextpnr: engine of board with {channels} channels for ECP5 (several minutes)"):
-            text = verilog_text(replace(preset("board"), channels=channels), "kvattic_engine")
+            text = verilog_text(_of_channels(preset("board"), channels), "kvattic_engine")
             found["engine"] = route(split(text), "kvattic_engine", f"ecp5_{channels}")
         _routed(console, f"engine of board with {channels} channels", found["engine"])
     figures = {}
@@ -181,9 +193,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", choices=list(PRESETS), action="append",
                         help=f"hardware configuration, may be given again; {', '.join(NAMES)} by default")
-    parser.add_argument("--lane-channels", type=int, choices=LANE_CHANNELS, default=1,
-                        help="channels that share a lane, with as many times the beat and score buffer; 1, as the "
-                             "presets have, by default; of others no figure is kept")
+    parser.add_argument("--lane-channels", type=int, choices=LANE_CHANNELS,
+                        help="channels that share a lane, with as many times the beat and score buffer; as the preset "
+                             "has by default; of others no figure is kept")
     parser.add_argument("--family", choices=list(FAMILIES), action="append",
                         help="devices, may be given again; the area is the first one's; both by default")
     parser.add_argument("--paths", metavar="BLOCK", action="append", default=[],
