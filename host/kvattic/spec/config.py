@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from math import ceil
 from typing import Any, Self
 
@@ -324,6 +324,21 @@ class Config:
     def denominator_bits(self) -> int:
         """Width of a denominator: `max_tokens` weights of at most 1.0 in the value window."""
         return VALUE_FRACTION + self.max_tokens.bit_length()
+
+    # Others of its kind.
+
+    def with_lane_channels(self, lane_channels: int) -> Self:
+        """The same drive with so many channels a lane; each keeps its share of a beat, of the scores, of the groups.
+
+        Raises:
+            ConfigError: it cannot be divided so.
+        """
+        def share(whole: int) -> int:
+            return whole // self.lane_channels * lane_channels
+
+        return replace(
+            self, lane_channels=lane_channels, beat_bytes=share(self.beat_bytes), score_depth=share(self.score_depth),
+            groups_in_flight=max(2, share(self.groups_in_flight)))
 
     # Identity.
 

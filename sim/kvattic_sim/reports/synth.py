@@ -117,22 +117,12 @@ def _record(design: Design, name: str) -> None:
         record(figures)
 
 
-def _with_lanes(config: Config, channels: int) -> Config:
-    """The same with so many channels a lane; each channel has its share of a beat, of the scores, and of the groups."""
-    def share(whole: int) -> int:
-        return whole // config.lane_channels * channels
-
-    return replace(
-        config, lane_channels=channels, beat_bytes=share(config.beat_bytes), score_depth=share(config.score_depth),
-        groups_in_flight=max(2, share(config.groups_in_flight)))
-
-
 def _estimate(console: Console, name: str, lane_channels: int | None, families: Sequence[str],
               blocks: Sequence[str], paths: int) -> None:
     """Area and timing of a preset."""
     config, title = preset(name), name
     if lane_channels not in (None, config.lane_channels):
-        config = _with_lanes(config, lane_channels)
+        config = config.with_lane_channels(lane_channels)
         title = f"{name}, {lane_channels} channels a lane"
     with phase(console, f"Yosys: {title} (minutes for each family, seconds if little has changed)") as note:
         design = Design(config, families, note)
@@ -163,8 +153,8 @@ def _routed(console: Console, what: str, result: Routed) -> None:
 
 def _of_channels(config: Config, channels: int) -> Config:
     """The same with so many channels, in lanes of so many of them as it can have."""
-    return replace(_with_lanes(config, next(n for n in reversed(LANE_CHANNELS) if channels % n == 0)),
-                   channels=channels)
+    lane_channels = next(number for number in reversed(LANE_CHANNELS) if channels % number == 0)
+    return replace(config.with_lane_channels(lane_channels), channels=channels)
 
 
 def _route(console: Console, what: Sequence[str], channels: int) -> None:

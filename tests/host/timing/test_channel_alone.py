@@ -8,7 +8,7 @@ from tests.host.timing.source import bus_use, dense, scattered
 from kvattic.spec.config import PAPER
 from kvattic.spec.nand import part
 
-SHARED = replace(PAPER, channels=1)
+SHARED = replace(PAPER.with_lane_channels(1), channels=1)
 SEPARATE = replace(SHARED, part=replace(PAPER.part, name="pslc, separate command bus", separate_command_bus=True))
 
 

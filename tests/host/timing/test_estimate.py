@@ -31,7 +31,7 @@ def sparse(config, mode=Mode.SPARF, heads=8, tokens=2048, **how):
 # Limits.
 
 
-@pytest.mark.parametrize("config", [PAPER, BOARD, GQA, replace(PAPER, channels=1)],
+@pytest.mark.parametrize("config", [PAPER, BOARD, GQA, replace(PAPER.with_lane_channels(1), channels=1)],
                          ids=("paper", "board", "gqa", "one"))
 def test_no_bus_moves_more_than_it_can(config):
     found = dense(config)
@@ -46,7 +46,7 @@ def test_no_bus_moves_more_than_it_can(config):
 
 def test_one_plane_reads_no_faster_than_its_array():
     part = replace(PAPER.part, planes=1, name="one plane")
-    config = replace(PAPER, channels=1, dies=1, part=part)
+    config = replace(PAPER.with_lane_channels(1), channels=1, dies=1, part=part)
     pages = Layer(config, 4, 256).table(0)
     jobs = [attend_job(config, [s]) for s in pages]
     reads = 2 * len(jobs)

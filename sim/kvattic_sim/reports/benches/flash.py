@@ -183,7 +183,7 @@ SEPARATE_BUS = replace(CACHED, part=replace(PAPER.part, name="pslc, separate com
 
 def _channels() -> dict[str, Config]:
     """The paper's drive with one channel, both kinds of command bus, with cache reads and without."""
-    one = replace(PAPER, channels=1)
+    one = replace(PAPER.with_lane_channels(1), channels=1)
     separate = replace(one, part=SEPARATE_BUS.part)
     return {"shared": one, "shared.cache_reads": replace(one, cache_reads=True),
             "separate": separate, "separate.cache_reads": replace(separate, cache_reads=True)}
