@@ -1,6 +1,6 @@
 """Which tokens of each place of the score ring are selected."""
 
-from amaranth.hdl import Module, Mux
+from amaranth.hdl import Module, Mux, Signal
 from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -10,7 +10,7 @@ from kvattic_hdl.lib.shapes import Shapes
 
 
 class Marks(wiring.Component):
-    """A bit for each token of each place, with one read port: arriving codewords go first, then K's walker, then V's.
+    """A bit for each token of each place, with one read port: arriving codewords go first, the walkers take turns.
 
     Reset changes nothing: a job's marks are written before they are read.
 
@@ -53,13 +53,16 @@ class Marks(wiring.Component):
             shape=self.config.tokens_per_codeword, depth=self.config.ring_codewords, init=[],
             attrs={"ram_style": "block"})
         write, read = marks.write_port(domain="sync"), marks.read_port(domain="sync")
+        value_turn = Signal()
         m.d.comb += [
             write.en.eq(self.write),
             write.addr.eq(self.write_ring),
             write.data.eq(self.write_marks),
-            read.addr.eq(Mux(self.arrival, self.arrival_ring, Mux(self.key, self.key_ring, self.value_ring))),
+            read.addr.eq(Mux(self.arrival, self.arrival_ring, Mux(self.key_granted, self.key_ring, self.value_ring))),
             self.marks.eq(read.data),
-            self.key_granted.eq(~self.arrival),
-            self.value_granted.eq(~self.arrival & ~self.key),
+            self.key_granted.eq(~self.arrival & ~(self.value & (value_turn | ~self.key))),
+            self.value_granted.eq(~self.arrival & ~(self.key & ~value_turn)),
         ]
+        with m.If(~self.arrival):
+            m.d.sync += value_turn.eq(~value_turn)
         return m

@@ -14,8 +14,8 @@ class Walker(wiring.Component):
 
     One request a cycle (every other cycle where a stripe is a single codeword); four cycles between jobs.  A job ends
     with the list, in the job's last stripe before the first codeword whose tokens are all beyond `end_token`, or at
-    once when it failed.  Of a sparse job only codewords with a selected token are requested; each place then takes two
-    cycles, or as long as it takes to look it up.  Reset forgets everything.
+    once when it failed.  Of a sparse job only codewords with a selected token are requested; a place without one takes
+    a cycle, or as long as it takes to look it up.  Reset forgets everything.
 
     Parameters
     ----------
@@ -123,13 +123,14 @@ class Walker(wiring.Component):
         if config.sparse:
             skip, looking, looked = Signal(), Signal(), Signal()
             ring_base = Signal(shapes.ring)
+            # While a place's answer comes the next one is looked up, for nothing if this one is wanted.
             m.d.comb += [
-                self.look.eq(running & within & more & skip & ~looking & ~looked & ~self.failed),
-                self.look_ring.eq(ring_base + tag.place),
+                self.look.eq(running & within & more & skip & ~looked & ~self.failed),
+                self.look_ring.eq(ring_base + tag.place + looking),
                 here.eq(~skip | looked),
-                advance.eq(fired | (looking & ~self.wanted)),
+                advance.eq(fired | (looking & more & ~self.wanted)),
             ]
-            m.d.sync += looking.eq(self.look & self.look_granted)
+            m.d.sync += looking.eq(self.look & self.look_granted & ~(looking & (self.wanted | stripe_end)))
             with m.If(looking & self.wanted):
                 m.d.sync += looked.eq(1)
             with m.If(fired):

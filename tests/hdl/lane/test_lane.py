@@ -631,13 +631,15 @@ def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bo
         under_way = [None, None]
         ctx.set(stand_in.score_ask, 1)
         for address, row, expected in [*reads, (0, 0, None), (0, 0, None)]:
-            ctx.set(stand_in.score_address, address << row_bits | row)
+            word, side = divmod(address, config.sweep_tokens)
+            ctx.set(stand_in.score_address, word << row_bits | row)
             granted = False
             while not granted:
-                _, _, granted, score = await ctx.tick().sample(stand_in.score_grant, stand_in.score)
+                _, _, granted, scores = await ctx.tick().sample(stand_in.score_grant, stand_in.scores)
                 before = under_way.pop(0)
-                assert before is None or score == before[2], f"first score of job {n}: {before}, base {base}"
-                under_way.append((address, row, expected) if granted and expected is not None else None)
+                found = before is None or scores[before[1]] == before[3]
+                assert found, f"first score of job {n}: {before}, base {base}"
+                under_way.append((address, side, row, expected) if granted and expected is not None else None)
         ctx.set(stand_in.score_ask, 0)
 
     async def sweep(ctx, job, slot):
