@@ -18,7 +18,7 @@ CONFIGS = {
     "t1": replace(TINY, ecc_t=1),
     "t2": replace(TINY, ecc_t=2),
     "odd_parity": replace(TINY, head_dim=80, sparse=False, codeword_bytes=512, ecc_t=5),
-    "paper": replace(PAPER, part=PSLC.resized(1024)),
+    "paper": replace(PAPER.with_lane_channels(1), part=PSLC.resized(1024)),
 }
 
 

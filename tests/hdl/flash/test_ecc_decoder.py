@@ -20,9 +20,9 @@ from kvattic_hdl.flash.decoder import Decoder
 
 CONFIGS = {
     "tiny": TINY,
-    "paper": replace(PAPER, part=PSLC.resized(2048)),
-    "paper16": replace(PAPER, part=PSLC.resized(2048), beat_bytes=16),
-    "paper32": replace(PAPER, part=PSLC.resized(2048), beat_bytes=32),
+    "paper": replace(PAPER.with_lane_channels(1), part=PSLC.resized(2048)),
+    "paper16": replace(PAPER.with_lane_channels(1), part=PSLC.resized(2048), beat_bytes=16),
+    "paper32": replace(PAPER.with_lane_channels(1), part=PSLC.resized(2048), beat_bytes=32),
     "t4": replace(TINY, ecc_t=4),
     "t1": replace(TINY, ecc_t=1, beat_bytes=16),
     "padding_words": replace(TINY, head_dim=80, sparse=False, codeword_bytes=512, ecc_t=5),

@@ -19,15 +19,16 @@ from kvattic_hdl.flash.steps import CodeSteps
 
 CONFIGS = {
     "tiny": TINY,
-    "paper": replace(PAPER, part=PSLC.resized(2048)),
-    "paper16": replace(PAPER, part=PSLC.resized(1024), beat_bytes=16),
-    "paper32": replace(PAPER, part=PSLC.resized(1024), beat_bytes=32),
+    "paper": replace(PAPER.with_lane_channels(1), part=PSLC.resized(2048)),
+    "paper16": replace(PAPER.with_lane_channels(1), part=PSLC.resized(1024), beat_bytes=16),
+    "paper32": replace(PAPER.with_lane_channels(1), part=PSLC.resized(1024), beat_bytes=32),
     "t4": replace(TINY, ecc_t=4),
     "t1_wide": replace(TINY, ecc_t=1, beat_bytes=16),
     "two_words": replace(TINY, part=TINY_PART.resized(1024, spare_bytes=1024), codeword_bytes=64, beat_bytes=32,
                          dram_beat_bytes=32, score_depth=512),
     "one_codeword": replace(TINY, part=TINY_PART.resized(512), codeword_bytes=512, ecc_t=5),
-    "t14": replace(PAPER, part=PSLC.resized(1024, spare_bytes=512), codeword_bytes=1024, ecc_t=14),
+    "t14": replace(PAPER.with_lane_channels(1), part=PSLC.resized(1024, spare_bytes=512), codeword_bytes=1024,
+                   ecc_t=14),
 }
 PATTERNS = {
     "none": lambda rng: lambda cycle: False,

@@ -257,7 +257,7 @@ def test_mass_saturates():
 
 def test_cycles():
     """The figures of the class's documentation: 512 tokens, one row, the score memory free."""
-    config = PAPER
+    config = PAPER.with_lane_channels(1)
     size = config.group_tokens
     cycles = {}
 

@@ -329,7 +329,7 @@ def test_stale_first_done_is_not_taken():
 
 def test_latency():
     """The figure of the class's documentation: 8 lanes with 512 tokens each, one row, k a sixteenth."""
-    config = PAPER
+    config = PAPER.with_lane_channels(1)
     bench = Bench(config, 15)
     rng = np.random.default_rng(15)
     tokens = 16 * config.group_tokens

@@ -23,7 +23,7 @@ CONFIGS = {
     "t4": replace(TINY, ecc_t=4),
     "t1": replace(TINY, ecc_t=1),
     "parity_of_odd_bits": replace(TINY, codeword_bytes=512, ecc_t=5),
-    "wide": replace(PAPER, beat_bytes=32, part=PSLC.resized(4096)),
+    "wide": replace(PAPER.with_lane_channels(1), beat_bytes=32, part=PSLC.resized(4096)),
     "t40": replace(PAPER, codeword_bytes=1024, ecc_t=40),
     "t64": replace(PAPER, codeword_bytes=2048, ecc_t=64, part=PSLC.resized(16384, spare_bytes=4096)),
 }

@@ -183,9 +183,9 @@ def _utilization(name: str) -> Bench:
 
 def scaling(lab: Lab) -> Figures:
     """Cycles of one channel over eight times the cycles of eight."""
-    one = replace(SCALING, config=replace(SCALING.config, channels=1))
-    channels = SCALING.config.channels
-    return {"engine.dense.scaling": lab.run(one).cycles / (channels * lab.run(SCALING).cycles)}
+    config = SCALING.config
+    one = replace(SCALING, config=replace(config, channels=config.lane_channels))
+    return {"engine.dense.scaling": lab.run(one).cycles / (config.lanes * lab.run(SCALING).cycles)}
 
 
 def single_channel(lab: Lab) -> Figures:
