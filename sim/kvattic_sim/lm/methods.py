@@ -452,6 +452,7 @@ class Sketched(Stateless):
         sinks: the first tokens, which are selected in any case, count in k, and are left out of the bounds.
         exact_sinks: whether the first pass scores sinks exactly, not by their codes.
         levels: see `kvattic_sim.lm.sketch.LEVELS`.
+        blend: whether the mean of V stands for what is not attended; without it the output is attention alone.
     """
 
     name: ClassVar[str] = "sketch"
@@ -464,6 +465,7 @@ class Sketched(Stateless):
     sinks: int = 16
     exact_sinks: bool = True
     levels: str = "centres"
+    blend: bool = True
 
     def attend(self, query: Floats, key: Floats, value: Floats, lengths: Counts) -> Outcome:
         """See `Stateless`."""
@@ -486,7 +488,8 @@ class Sketched(Stateless):
         first = sketch_bytes(steps.flash, features, self.bits, self.block_tokens)
         # For that they are read twice.
         first += -(-np.minimum(exact, steps.flash) // pair) * (codewords * CODEWORD_BYTES)
-        return _blend(steps, mass, attended, first, codewords * CODEWORD_BYTES * steps.touched(attended, pair))
+        second = codewords * CODEWORD_BYTES * steps.touched(attended, pair)
+        return _blend(steps, mass, attended, first, second) if self.blend else steps.outcome(attended, first, second)
 
 
 class _ByUnit(Stateless):

@@ -1,7 +1,8 @@
 """Questions whose answer lies far back: one fact planted in a long text, asked for behind it.
 
-``python -m kvattic_sim.lm.needle`` asks ten questions (minutes), ``... --whole`` all hundred: ten facts at ten
-depths of texts of 800 to 4,000 tokens, each at one length. It needs the extra `quality`.
+``python -m kvattic_sim.lm.needle`` asks ten questions (3 minutes), ``... --tens 10`` all hundred: ten facts at ten
+depths of texts of 800 to 4,000 tokens, each at one length. Each ten of them has every fact and depth once, and every
+length twice. It needs the extra `quality`.
 
 SmolLM2-135M-Instruct reads the text densely. The question behind it, the answer's beginning and the answer itself are
 decode steps by the method, at 1/8 of dense attention's bytes; with ``--question dense`` the question is part of the
@@ -82,11 +83,19 @@ class Question:
     length: int
 
 
-def questions(whole: bool) -> tuple[Question, ...]:
-    """All hundred, or those ten in which every fact and depth comes once, and every length twice."""
-    every = (Question(fact, depth, LENGTHS[(fact + depth) % len(LENGTHS)])
-             for fact in range(len(FACTS)) for depth in range(DEPTHS))
-    return tuple(one for one in every if whole or (3 * one.fact + one.depth) % DEPTHS == 0)
+def questions(tens: int) -> tuple[Question, ...]:
+    """Tens of questions: in each every fact and every depth comes once, and every length twice.
+
+    Args:
+        tens: how many, from 1 to 10.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    if not 1 <= tens <= DEPTHS:
+        raise ValueError(f"tens must be from 1 to {DEPTHS}, not {tens}")
+    return tuple(Question(fact, depth, LENGTHS[(fact + depth) % len(LENGTHS)])
+                 for ten in range(tens) for fact in range(len(FACTS)) for depth in [(ten - 3 * fact) % DEPTHS])
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +146,8 @@ def ask(decoder: "Decoder", tokenizer: Any, asked: Sequence[Question], methods: 
     decoder.prefill(plain, [*header, *running[:longest]])
     right: dict[str, list[bool]] = {name: [] for name in methods}
     for at, one in enumerate(asked):
-        progress(f"question {at + 1} of {len(asked)}: {one.length} tokens")
+        so_far = ", ".join(f"{name} {sum(each)}" for name, each in right.items())
+        progress(f"question {at + 1} of {len(asked)}, {one.length} tokens; right so far: {so_far}")
         fact = FACTS[one.fact]
         planted = _tokens(tokenizer, f"\n{fact.begins} {fact.number}.\n")
         place = (2 * one.depth + 1) * one.length // (2 * DEPTHS)
@@ -178,14 +188,14 @@ def _over(score: Score, dense: Score) -> float:
     return sum(score.right) / max(1, sum(dense.right))
 
 
-def measure(progress: Callable[[str], None] = lambda line: None, console: Console | None = None, whole: bool = False,
+def measure(progress: Callable[[str], None] = lambda line: None, console: Console | None = None, tens: int = 1,
             question_dense: bool = False, names: Iterable[str] = ("sketch", *BESIDE)) -> dict[str, float]:
     """All figures of `KEYS`; prints a table if there is a console.
 
     Args:
         progress: told what is being done.
         console: for the table.
-        whole: all hundred questions.
+        tens: of questions.
         question_dense: whether questions belong to the prompt.
         names: methods beside dense, of `budgets.CONTENDERS`; those of the figures at least.
 
@@ -197,7 +207,7 @@ def measure(progress: Callable[[str], None] = lambda line: None, console: Consol
 
     with decoding.one_thread():
         decoder, tokenizer = decoding.load()
-        asked = questions(whole)
+        asked = questions(tens)
         methods = {name: at_bytes(name, Fraction(1) if name == "dense" else RATIO, decoder.head_dim)
                    for name in ("dense", *names)}
         found = ask(decoder, tokenizer, asked, methods, question_dense=question_dense, progress=progress)
@@ -213,14 +223,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("--whole", action="store_true", help="all hundred questions: half an hour")
+    parser.add_argument("--tens", type=int, choices=range(1, DEPTHS + 1), default=1, metavar="N",
+                        help="of questions, from 1 to 10 (default: %(default)s): 2 minutes each")
+    parser.add_argument("--methods", nargs="+", choices=tuple(CONTENDERS), default=(), metavar="METHOD",
+                        help=f"besides the sketch and {', '.join(BESIDE)}: of {', '.join(CONTENDERS)}")
     parser.add_argument("--question", choices=("method", "dense"), default="method",
                         help="how the question is read (default: %(default)s)")
     args = parser.parse_args(arguments)
     console = Console(width=130 if not sys.stdout.isatty() else None)
-    names = [name for name in CONTENDERS if name not in ("sparq", "h2o")] if args.whole else ("sketch", *BESIDE)
-    found = measure(lambda line: console.print(line, style="dim"), console, args.whole, args.question == "dense", names)
-    if args.question == "method":
+    names = dict.fromkeys(("sketch", *BESIDE, *args.methods))
+    found = measure(lambda line: console.print(line, style="dim"), console, args.tens, args.question == "dense", names)
+    if args.question == "method" and args.tens == 1:    # as `make bench` asks
         figures.record(found)
     return 0
 

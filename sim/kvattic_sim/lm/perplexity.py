@@ -27,9 +27,8 @@ from kvattic_sim.lm.smollm2 import english
 
 __all__ = ["STEPS", "Counted", "Point", "main", "point", "surprise"]
 
-STEPS = 512
-WINDOWS = {2048: 2, 4096: 1}
-"""Windows by tokens, one behind the other."""
+STEPS = 256
+CONTEXTS = (2048, 4096)
 CHUNK = 64
 """Decode steps at once; more of them need more memory and are no faster."""
 
@@ -168,17 +167,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("--tokens", type=int, choices=tuple(WINDOWS), default=2048,
+    parser.add_argument("--tokens", type=int, choices=CONTEXTS, default=CONTEXTS[0],
                         help="of a context (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=STEPS, help="tokens that are decoded (default: %(default)s)")
+    parser.add_argument("--windows", type=int, default=1, help="contexts, one behind the other (default: %(default)s)")
     parser.add_argument("--methods", nargs="+", choices=tuple(CONTENDERS), default=tuple(CONTENDERS),
                         metavar="METHOD", help=f"of {', '.join(CONTENDERS)}; all by default")
     args = parser.parse_args(arguments)
     if not 1 <= args.steps < args.tokens:
         parser.error(f"--steps must be from 1 to {args.tokens - 1}, not {args.steps}")
+    if args.windows < 1:
+        parser.error(f"--windows must be at least 1, not {args.windows}")
     console = Console(width=130 if not sys.stdout.isatty() else None)
     with one_thread():
-        found = measure(args.tokens, args.methods, WINDOWS[args.tokens], args.steps,
+        found = measure(args.tokens, args.methods, args.windows, args.steps,
                         progress=lambda line: console.print(line, style="dim"))
     console.print(_table(found, args.tokens))
     return 0

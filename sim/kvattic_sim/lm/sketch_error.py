@@ -170,18 +170,20 @@ def ratio(found: Mapping[str, Error], elements: bool = False) -> float:
                           elements) / sparf.error
 
 
-def measure(progress: Callable[[str], None] = lambda line: None) -> dict[str, float]:
+def measure(progress: Callable[[str], None] = lambda line: None, captured: Captured | None = None) -> dict[str, float]:
     """All figures of `KEYS`.
 
     Args:
         progress: told what is being done.
+        captured: of `TOKENS` tokens, if it is at hand.
 
     Raises:
         ImportError: the extra `quality` is not installed.
         smollm2.WeightsError: the weights are not to be had.
     """
-    progress(f"SmolLM2-135M reads {TOKENS:,} tokens")
-    captured = capture(TOKENS)
+    if captured is None:
+        progress(f"SmolLM2-135M reads {TOKENS:,} tokens")
+        captured = capture(TOKENS)
     progress(f"the sketch and SparF at {len(SHORT) + len(LONG)} positions of {len(captured.key)} layers")
     short, long = (errors(heads(captured, lengths), _curve()) for lengths in (SHORT, LONG))
     return {"sparse.sketch.error_ratio": ratio(short), "sparse.sketch.error_ratio.elements": ratio(short, True),
@@ -208,12 +210,13 @@ def grid() -> dict[str, Maker]:
     parts = ((Fraction(1), ""), (Fraction(1, 2), " of d/2"), (Fraction(1, 4), " of d/4"))
     found |= {f"{bits} bits{words}, blocks of {block}": sketch(bits, block, part)
               for part, words in parts for bits in BITS for block in (64, 256)}
-    found |= {f"2 bits of {count} d/64 in runs of 8, blocks of 256": sketch(2, 256, Fraction(count, 64), feature_run=8)
-              for count in (48, 32)}
+    found |= {f"2 bits of {words} in runs of 8, blocks of 256": sketch(2, 256, part, feature_run=8)
+              for part, words in ((Fraction(3, 4), "3d/4"), (Fraction(1, 2), "d/2"))}
     found |= {f"{bits} bits, blocks of {block}, levels on the ends": sketch(bits, block, Fraction(1), "ends")
               for bits in (1, 2, 3, 4) for block in (64, 256)}
     found |= {f"{bits} bits, blocks of 256, sinks by their codes": sketch(bits, 256, Fraction(1), exact_sinks=False)
               for bits in (2, 4)}
+    found["2 bits, blocks of 256, not blended"] = sketch(2, 256, Fraction(1), blend=False)
     return found
 
 
@@ -228,8 +231,7 @@ def tables(captured: Captured) -> Iterator[Table]:
             table.add_column(column, justify="left" if column == "method" else "right")
         for title in every:
             row = [found[f"{title}|{share}"] for share in SHARES]
-            first_pass = row[0].element_bytes - 1 / SHARES[0] if "exact" not in title else math.nan
-            table.add_row(title, f"{first_pass:.3f}", *(
+            table.add_row(title, f"{row[0].element_bytes - 1 / SHARES[0]:.3f}", *(
                 f"{one.error:.3f} ({one.element_bytes:.3f}; {one.flash_bytes:.3f})" for one in row))
         yield table
 
@@ -240,8 +242,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                                      allow_abbrev=False)
     parser.parse_args(arguments)
     console = Console(width=150 if not sys.stdout.isatty() else None)
-    figures.record(measure(lambda line: console.print(line, style="dim")))
-    for table in tables(capture(TOKENS)):
+    console.print(f"SmolLM2-135M reads {TOKENS:,} tokens", style="dim")
+    captured = capture(TOKENS)
+    found = measure(lambda line: console.print(line, style="dim"), captured)
+    figures.record(found)
+    for key, value in found.items():
+        console.print(f"{key} {value:.3f}")
+    for table in tables(captured):
         console.print(table)
     return 0
 

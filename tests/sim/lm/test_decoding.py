@@ -150,11 +150,14 @@ def test_a_text_for_needles_is_long_enough():
 
 
 def test_a_hundred_questions_and_ten():
-    whole, some = needle.questions(True), needle.questions(False)
+    whole, some = needle.questions(10), needle.questions(1)
     assert len(whole) == 100 and len({(one.fact, one.depth) for one in whole}) == 100
     assert sorted(one.fact for one in some) == sorted(one.depth for one in some) == list(range(10))
     for asked in (whole, some):
         assert {sum(one.length == length for one in asked) for length in needle.LENGTHS} == {len(asked) // 5}
+    assert whole[:10] == some
+    with pytest.raises(ValueError, match="tens must be from 1 to 10, not 11"):
+        needle.questions(11)
     assert len({fact.number for fact in FACTS}) == len({fact.begins for fact in FACTS}) == 10
 
 

@@ -151,6 +151,15 @@ def test_wrong_scores_of_sinks_would_spoil_alpha():
     assert (codes.alpha < 0.9).all()
 
 
+def test_without_a_blend_it_is_attention_alone():
+    query, key, value, lengths = steps()
+    blended, alone = (Sketched(share=1 / 8, blend=each).attend(query, key, value, lengths) for each in (True, False))
+    assert np.array_equal(blended.attended, alone.attended) and np.array_equal(blended.flash_bytes, alone.flash_bytes)
+    right = oracle.attention(query[1], key, value, 0.25, np.broadcast_to(alone.attended[1], (3, 600)))
+    assert np.abs(alone.output[1] - right).max() < 1e-12 and (alone.alpha == 1).all()
+    assert (blended.alpha < 1).all()
+
+
 def test_bytes_of_the_method():
     query, key, value, lengths = steps(head_dim=64, lengths=(600, 100))
     found = Sketched(share=1 / 8, features=32, block_tokens=64).attend(query, key, value, lengths)
