@@ -88,13 +88,12 @@ class Decoder:
         """
         return Prefix(self._layers, self._heads, self._query_heads, room, self.head_dim, queries)
 
-    @torch.inference_mode()
     def prefill(self, prefix: Prefix, tokens: Tokens) -> None:
         """Put tokens behind a prefix, densely; in place."""
-        self._forward(prefix, tokens, None)
+        with torch.inference_mode():
+            self._forward(prefix, tokens, None)
         prefix.tokens += len(tokens)
 
-    @torch.inference_mode()
     def decode(self, prefix: Prefix, tokens: Tokens, method: Method) -> NDArray[np.float32]:
         """Logits of the next token after each of some, which are decode steps behind a prefix.
 
@@ -111,8 +110,8 @@ class Decoder:
         Raises:
             ValueError: there is no room.
         """
-        hidden = self._forward(prefix, tokens, method)
-        logits: NDArray[np.float32] = self._model.lm_head(hidden)[0].numpy()
+        with torch.inference_mode():
+            logits: NDArray[np.float32] = self._model.lm_head(self._forward(prefix, tokens, method))[0].numpy()
         return logits
 
     def _forward(self, prefix: Prefix, tokens: Tokens, method: Method | None) -> torch.Tensor:

@@ -14,7 +14,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, TypeAlias
 
@@ -48,9 +48,9 @@ SHORT = (3328, 3584, 3840, 4096)
 LONG = tuple(length - 1 for length in SHORT)
 SHARES = (8, 16, 32, 64)
 """Tokens in flash over tokens that are selected."""
-SKETCH = {"bits": 2, "block_tokens": 256}
-"""What the figures are of."""
-REFERENCE = {"features": 8, "share": 1 / 16}
+SKETCH = Sketched(share=1 / 16, bits=2, block_tokens=256, sinks=SINKS)
+"""What the figures are of, at other shares."""
+REFERENCE = Sparf(features=8, share=1 / 16)
 """SparF beside it: r = d/8, k = S/16."""
 KEYS = ("sparse.sketch.error_ratio", "sparse.sketch.error_ratio.elements", "sparse.sketch.error_ratio.long_tail",
         "sparse.sketch.footprint")
@@ -153,8 +153,8 @@ def footprint(every: Iterable[Head], bits: int, block_tokens: int) -> float:
 def _curve() -> dict[str, Stateless]:
     """SparF, with and without forced sinks, and the sketch at points that have its bytes between them."""
     shares = [n / 256 for n in (6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56)]
-    return {"sparf": Sparf(**REFERENCE), "sparf_sinks": Sparf(**REFERENCE, sinks=SINKS),
-            **{f"sketch_{share}": Sketched(share=share, **SKETCH) for share in shares}}
+    return {"sparf": REFERENCE, "sparf_sinks": replace(REFERENCE, sinks=SINKS),
+            **{f"sketch_{share}": replace(SKETCH, share=share) for share in shares}}
 
 
 def ratio(found: Mapping[str, Error], elements: bool = False) -> float:
@@ -188,7 +188,7 @@ def measure(progress: Callable[[str], None] = lambda line: None, captured: Captu
     short, long = (errors(heads(captured, lengths), _curve()) for lengths in (SHORT, LONG))
     return {"sparse.sketch.error_ratio": ratio(short), "sparse.sketch.error_ratio.elements": ratio(short, True),
             "sparse.sketch.error_ratio.long_tail": ratio(long),
-            "sparse.sketch.footprint": footprint(heads(captured, SHORT), **SKETCH)}
+            "sparse.sketch.footprint": footprint(heads(captured, SHORT), SKETCH.bits, SKETCH.block_tokens)}
 
 
 def grid() -> dict[str, Maker]:
