@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from kvattic_sim.lm.sketch import encode, sketch_bytes
+
 __all__ = [
     "CODEWORD_BYTES",
     "ELEMENT_BYTES",
@@ -29,6 +31,7 @@ __all__ = [
     "Outcome",
     "PageSparf",
     "Quest",
+    "Sketched",
     "Sparf",
     "Sparq",
     "Stateless",
@@ -58,12 +61,14 @@ class Outcome:
         output: floats, (positions, rows, head_dim).
         attended: bool, (positions, tokens): what was attended, the same for all rows.
         flash_bytes: int64, (positions,), bytes moved from flash, without parity.
+        element_bytes: int64, (positions,), what would move if elements of tokens could be read singly.
         alpha: floats, (positions, rows), the weight of the attended tokens against the mean of V; 1 if not blended.
     """
 
     output: Floats
     attended: Mask
     flash_bytes: Counts
+    element_bytes: Counts
     alpha: Floats
 
 
@@ -120,10 +125,15 @@ class _Steps:
         sums = np.cumsum(self.value, axis=0, dtype=np.float64)[self.lengths - 1]
         return np.asarray((sums / self.lengths[:, None]).astype(kind)[:, None])
 
-    def outcome(self, attended: Mask, flash_bytes: Counts) -> Outcome:
-        """Exact attention of the attended tokens, without a blend."""
+    def outcome(self, attended: Mask, first_pass: Counts | int, second_pass: Counts) -> Outcome:
+        """Exact attention of the attended tokens, without a blend; bytes that both passes move."""
         alpha = np.ones(self.query.shape[:2], self.query.dtype)
-        return Outcome(output=self.attend(attended), attended=attended, flash_bytes=flash_bytes, alpha=alpha)
+        return Outcome(output=self.attend(attended), attended=attended, flash_bytes=first_pass + second_pass,
+                       element_bytes=first_pass + self.token_bytes(attended), alpha=alpha)
+
+    def token_bytes(self, attended: Mask) -> Counts:
+        """Bytes of K and V of the attended tokens in flash, (positions,)."""
+        return np.asarray((attended & self.stored).sum(axis=1) * (2 * ELEMENT_BYTES * self.key.shape[1]))
 
 
 def _softmax(scores: Floats) -> Floats:
@@ -243,7 +253,7 @@ class Dense(Stateless):
     def attend(self, query: Floats, key: Floats, value: Floats, lengths: Counts) -> Outcome:
         """See `Stateless`."""
         steps = _Steps.of(query, key, value, lengths)
-        return steps.outcome(steps.valid, steps.flash * (2 * ELEMENT_BYTES * key.shape[1]))
+        return steps.outcome(steps.valid, 0, steps.flash * (2 * ELEMENT_BYTES * key.shape[1]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,24 +267,27 @@ class Sparf(Stateless):
         features: r.
         share: k as a share of the tokens in flash; the tail comes on top.
         local: share of k that goes to the newest tokens in any case, if they are in flash.
+        sinks: the first tokens, which are selected in any case and count in k.
     """
 
     name: ClassVar[str] = "sparf"
     features: int
     share: float
     local: float = 0.25
+    sinks: int = 0
 
     def attend(self, query: Floats, key: Floats, value: Floats, lengths: Counts) -> Outcome:
         """See `Stateless`."""
         steps = _Steps.of(query, key, value, lengths)
         mass = _approximate(steps, self.features)
         wanted = share_of(self.share, steps.flash)
-        attended = steps.tail | _choose(steps, mass, wanted, share_of(self.local, wanted, 0), 1)
-        return _blend(steps, mass, attended, self._bytes(steps, attended))
+        attended = steps.tail | _choose(steps, mass, wanted, share_of(self.local, wanted, 0), 1, self.sinks)
+        return _blend(steps, mass, attended, *self._bytes(steps, attended))
 
-    def _bytes(self, steps: _Steps, attended: Mask) -> Counts:
-        codewords = _feature_codewords(steps, self.features) + 2 * steps.touched(attended, _codeword_tokens(steps.key))
-        return codewords * CODEWORD_BYTES
+    def _bytes(self, steps: _Steps, attended: Mask) -> tuple[Counts, Counts]:
+        """Of both passes."""
+        return (_feature_codewords(steps, self.features) * CODEWORD_BYTES,
+                2 * CODEWORD_BYTES * steps.touched(attended, _codeword_tokens(steps.key)))
 
 
 def _codeword_tokens(key: Floats) -> int:
@@ -286,46 +299,56 @@ def _feature_codewords(steps: _Steps, features: int) -> Counts:
     return features * (steps.flash // GROUP)
 
 
-def _features(query: Floats, count: int) -> Mask:
-    """(positions, head_dim): the features of the largest |q|, summed over the rows."""
+def _features(query: Floats, count: int, run: int = 1) -> Mask:
+    """(positions, head_dim): the features of the largest |q|, summed over the rows and over runs of features."""
     if not 1 <= count <= query.shape[2]:
         raise ValueError(f"features must be from 1 to {query.shape[2]}, not {count}")
-    return largest(np.abs(query).sum(axis=1), count)
+    if run < 1 or count % run or query.shape[2] % run:
+        raise ValueError(f"feature_run must divide {count} and {query.shape[2]} features, not be {run}")
+    size = np.abs(query).sum(axis=1)
+    return np.repeat(largest(_units(size, run).sum(axis=2), count // run), run, axis=1)
 
 
-def _approximate(steps: _Steps, features: int) -> Floats:
-    """(positions, rows, tokens): softmax of the approximate scores; those of the tail are exact."""
+def _approximate(steps: _Steps, features: int, key: Floats | None = None, sinks: int = 0, run: int = 1) -> Floats:
+    """(positions, rows, tokens): softmax of approximate scores by K, or by what stands for it.
+
+    Scores of the tail are exact, and so are those of the first tokens that are `sinks`.
+    """
     query = steps.query
-    kept = np.where(_features(query, features)[:, None], query, query.dtype.type(0))
+    key = steps.key if key is None else key
+    kept = np.where(_features(query, features, run)[:, None], query, query.dtype.type(0))
     norm, kept_norm = np.abs(query).sum(axis=2), np.abs(kept).sum(axis=2)
     # A row whose kept features are all zero scores zero whatever the scale is.
     scale = np.sqrt(query.shape[2] * np.where(kept_norm > 0, kept_norm / np.where(norm > 0, norm, 1), 1))
-    scores = (kept.reshape(-1, query.shape[2]) @ steps.key.T).reshape(steps.exact.shape)
+    scores = (kept.reshape(-1, query.shape[2]) @ key.T).reshape(steps.exact.shape)
     scores /= scale[..., None].astype(query.dtype)
-    return _softmax(np.where(steps.stored[:, None], scores, steps.exact))
+    approximate = steps.stored & (np.arange(len(key)) >= sinks)
+    return _softmax(np.where(approximate[:, None], scores, steps.exact))
 
 
-def _choose(steps: _Steps, mass: Floats, wanted: Counts, local: Counts, unit: int) -> Mask:
+def _choose(steps: _Steps, mass: Floats, wanted: Counts, local: Counts, unit: int, sinks: int) -> Mask:
     """(positions, tokens): the tokens in flash of the `wanted` units of the largest mass, summed over the rows.
 
-    Units that hold one of the `local` newest tokens of all are taken before the others.
+    Units that hold one of the `local` newest tokens of all, or of the `sinks` first ones, are taken before the others.
     """
     tokens = len(steps.key)
     summed = _units(np.where(steps.stored, mass.sum(axis=1), 0), unit).sum(axis=2)
-    newest = steps.stored & (np.arange(tokens) >= (steps.lengths - local)[:, None])
-    rank = np.where(_units(newest, unit).any(axis=2), np.inf, summed)
+    index = np.arange(tokens)
+    forced = steps.stored & ((index >= (steps.lengths - local)[:, None]) | (index < sinks))
+    rank = np.where(_units(forced, unit).any(axis=2), np.inf, summed)
     rank = np.where(_units(steps.stored, unit).any(axis=2), rank, -np.inf)
     return np.repeat(largest(rank, wanted), unit, axis=1)[:, :tokens] & steps.stored
 
 
-def _blend(steps: _Steps, mass: Floats, attended: Mask, flash_bytes: Counts) -> Outcome:
+def _blend(steps: _Steps, mass: Floats, attended: Mask, first_pass: Counts, second_pass: Counts) -> Outcome:
     """Attention of the attended tokens, weighted by their approximate mass against the mean of V."""
     alpha = np.where(attended[:, None], mass, 0).sum(axis=2)
     everything = (attended == steps.valid).all(axis=1)
     alpha = np.where(everything[:, None], 1, alpha).astype(mass.dtype)
     weight = alpha[..., None]
     output = weight * steps.attend(attended) + (1 - weight) * steps.mean_value()
-    return Outcome(output=output, attended=attended, flash_bytes=flash_bytes, alpha=alpha)
+    return Outcome(output=output, attended=attended, flash_bytes=first_pass + second_pass,
+                   element_bytes=first_pass + steps.token_bytes(attended), alpha=alpha)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -338,12 +361,12 @@ class PageSparf(Sparf):
 
     name: ClassVar[str] = "pages"
 
-    def _bytes(self, steps: _Steps, attended: Mask) -> Counts:
+    def _bytes(self, steps: _Steps, attended: Mask) -> tuple[Counts, Counts]:
         head_dim = steps.key.shape[1]
         chosen = _units(_features(steps.query, self.features), PAGE_FEATURES).any(axis=2).sum(axis=1)
         feature_bytes = chosen * steps.flash * (PAGE_FEATURES * ELEMENT_BYTES)
         tokens = PAGE_BYTES // (ELEMENT_BYTES * head_dim)
-        return np.asarray(feature_bytes + 2 * PAGE_BYTES * steps.touched(attended, tokens))
+        return np.asarray(feature_bytes), 2 * PAGE_BYTES * steps.touched(attended, tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -354,21 +377,22 @@ class Sparq(Stateless):
         features: r.
         share: k as a share of all tokens.
         local: share of k that goes to the newest tokens in any case.
+        sinks: as in `Sparf`.
     """
 
     name: ClassVar[str] = "sparq"
     features: int
     share: float
     local: float = 0.25
+    sinks: int = 0
 
     def attend(self, query: Floats, key: Floats, value: Floats, lengths: Counts) -> Outcome:
         """See `Stateless`."""
         steps = _Steps.of(query, key, value, lengths, tail=False)
         mass = _approximate(steps, self.features)
         wanted = share_of(self.share, steps.lengths)
-        attended = _choose(steps, mass, wanted, share_of(self.local, wanted, 0), 1)
-        elements = self.features * steps.lengths + 2 * key.shape[1] * attended.sum(axis=1)
-        return _blend(steps, mass, attended, elements * ELEMENT_BYTES)
+        attended = _choose(steps, mass, wanted, share_of(self.local, wanted, 0), 1, self.sinks)
+        return _blend(steps, mass, attended, self.features * steps.lengths * ELEMENT_BYTES, steps.token_bytes(attended))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -380,6 +404,7 @@ class Fetched(Stateless):
         share: codewords of K that are read, as a share of those in flash; the tail comes on top.
         local: share of them that goes to the newest tokens in any case, if they are in flash.
         unit_tokens: tokens of a unit; None: those of a codeword.
+        sinks: the first tokens: units that hold one are selected in any case.
     """
 
     name: ClassVar[str] = "fetched"
@@ -387,6 +412,7 @@ class Fetched(Stateless):
     share: float
     local: float = 0.25
     unit_tokens: int | None = None
+    sinks: int = 0
 
     def attend(self, query: Floats, key: Floats, value: Floats, lengths: Counts) -> Outcome:
         """See `Stateless`."""
@@ -395,9 +421,9 @@ class Fetched(Stateless):
         unit = _whole(self.unit_tokens or codeword, codeword)
         mass = _approximate(steps, self.features)
         wanted = share_of(self.share, steps.flash // unit)
-        attended = steps.tail | _choose(steps, mass, wanted, share_of(self.local, wanted, 0) * unit, unit)
-        codewords = _feature_codewords(steps, self.features) + 2 * steps.touched(attended, codeword)
-        return _blend(steps, mass, attended, codewords * CODEWORD_BYTES)
+        attended = steps.tail | _choose(steps, mass, wanted, share_of(self.local, wanted, 0) * unit, unit, self.sinks)
+        return _blend(steps, mass, attended, _feature_codewords(steps, self.features) * CODEWORD_BYTES,
+                      2 * CODEWORD_BYTES * steps.touched(attended, codeword))
 
 
 def _whole(unit: int, codeword: int) -> int:
@@ -405,6 +431,65 @@ def _whole(unit: int, codeword: int) -> int:
     if unit % codeword or GROUP % unit:
         raise ValueError(f"unit_tokens must be whole codewords of {codeword} tokens that divide {GROUP}, not {unit}")
     return unit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sketched(Stateless):
+    """Tokens chosen by scores of a low-bit sketch of K (`kvattic_sim.lm.sketch`), blended as SparF.
+
+    K and V of one token lie side by side, so that the unit is a token and one codeword has both. The sketch's own pages
+    are dense: codes and bounds of whole groups are read, or those of the chosen features if it is laid out by features.
+    Sinks are scored exactly in the first pass, as the tail is: they hold so much of the weight that a wrong score of
+    theirs makes alpha wrong. The drive does not have this mode.
+
+    Members:
+        share: k as a share of the tokens in flash; the tail comes on top.
+        bits: of a code.
+        block_tokens: tokens that share their bounds; they divide a group.
+        features: how many of them are read, chosen by SparF's rule; None: all.
+        feature_run: they are chosen in runs of so many consecutive ones; 8 of 2 bits and 256 tokens fill a codeword.
+        local: as in `Sparf`.
+        sinks: the first tokens, which are selected in any case, count in k, and are left out of the bounds.
+        exact_sinks: whether the first pass scores sinks exactly, not by their codes.
+        levels: see `kvattic_sim.lm.sketch.LEVELS`.
+        blend: whether the mean of V stands for what is not attended; without it the output is attention alone.
+    """
+
+    name: ClassVar[str] = "sketch"
+    share: float
+    bits: int = 2
+    block_tokens: int = 256
+    features: int | None = None
+    feature_run: int = 1
+    local: float = 0.25
+    sinks: int = 16
+    exact_sinks: bool = True
+    levels: str = "centres"
+    blend: bool = True
+
+    def attend(self, query: Floats, key: Floats, value: Floats, lengths: Counts) -> Outcome:
+        """See `Stateless`."""
+        if GROUP % self.block_tokens:
+            raise ValueError(f"block_tokens must divide {GROUP}, not {self.block_tokens}")
+        steps = _Steps.of(query, key, value, lengths)
+        features = key.shape[1] if self.features is None else self.features
+        # Bounds of whole groups never change again; what is behind them is in the tail.
+        whole = int(steps.flash.max())
+        rough = np.zeros_like(key)
+        if whole:
+            rough[:whole] = encode(key[:whole], bits=self.bits, block_tokens=self.block_tokens, sinks=self.sinks,
+                                   levels=self.levels).decode(key.dtype)
+        exact = self.sinks if self.exact_sinks else 0
+        mass = _approximate(steps, features, rough, exact, self.feature_run)
+        wanted = share_of(self.share, steps.flash)
+        attended = steps.tail | _choose(steps, mass, wanted, share_of(self.local, wanted, 0), 1, self.sinks)
+        pair = max(1, _codeword_tokens(key) // 2)
+        codewords = -(-2 * pair * ELEMENT_BYTES * key.shape[1] // CODEWORD_BYTES)
+        first = sketch_bytes(steps.flash, features, self.bits, self.block_tokens)
+        # For that they are read twice.
+        first += -(-np.minimum(exact, steps.flash) // pair) * (codewords * CODEWORD_BYTES)
+        second = codewords * CODEWORD_BYTES * steps.touched(attended, pair)
+        return _blend(steps, mass, attended, first, second) if self.blend else steps.outcome(attended, first, second)
 
 
 class _ByUnit(Stateless):
@@ -417,6 +502,7 @@ class _ByUnit(Stateless):
     unit_tokens: int
     share: float
     rows: str
+    sinks: int
     entries: ClassVar[int]  # vectors of head_dim that are read for each unit
 
     @abstractmethod
@@ -437,11 +523,12 @@ class _ByUnit(Stateless):
             raise ValueError(f"rows must be 'softmax' or 'sum', not {self.rows!r}")
         masked = np.where(present[:, None], scores, query.dtype.type(-np.inf))
         mass = (_softmax(masked) if self.rows == "softmax" else masked).sum(axis=1)
+        mass = np.where(np.arange(present.shape[1]) * unit < self.sinks, np.inf, mass)
         chosen = largest(np.where(present, mass, -np.inf), share_of(self.share, steps.flash // unit))
         attended = steps.tail | (np.repeat(chosen, unit, axis=1)[:, : len(key)] & steps.stored)
         described = -(-GROUP // unit * self.entries * head_dim * ELEMENT_BYTES // CODEWORD_BYTES)
-        codewords = steps.flash // GROUP * described + 2 * steps.touched(attended, codeword)
-        return steps.outcome(attended, codewords * CODEWORD_BYTES)
+        return steps.outcome(attended, steps.flash // GROUP * (described * CODEWORD_BYTES),
+                             2 * CODEWORD_BYTES * steps.touched(attended, codeword))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -452,6 +539,7 @@ class Centroid(_ByUnit):
         share: units that are read, as a share of those in flash; the tail comes on top.
         unit_tokens: tokens of a unit.
         rows: how the scores of a group's rows become one: "softmax" over the units, summed, or their plain "sum".
+        sinks: the first tokens: left out of the means, and units that hold one are selected in any case.
     """
 
     name: ClassVar[str] = "centroid"
@@ -459,9 +547,14 @@ class Centroid(_ByUnit):
     share: float
     unit_tokens: int = 16
     rows: str = "softmax"
+    sinks: int = 0
 
     def _scores(self, query: Floats, units: Floats) -> Floats:
-        means = units.mean(axis=1).astype(np.float16).astype(query.dtype)
+        means = units.mean(axis=1)
+        cut, within = divmod(self.sinks, self.unit_tokens)
+        if within and cut < len(units):
+            means[cut] = units[cut, within:].mean(axis=0)
+        means = means.astype(np.float16).astype(query.dtype)
         return np.asarray(query @ means.T)
 
 
@@ -473,6 +566,7 @@ class Quest(_ByUnit):
         share: pages that are read, as a share of those in flash; the tail comes on top.
         unit_tokens: tokens of a page.
         rows: as in `Centroid`.
+        sinks: the first tokens: pages that hold one are selected in any case.
     """
 
     name: ClassVar[str] = "quest"
@@ -480,6 +574,7 @@ class Quest(_ByUnit):
     share: float
     unit_tokens: int = 16
     rows: str = "softmax"
+    sinks: int = 0
 
     def _scores(self, query: Floats, units: Floats) -> Floats:
         return np.asarray(np.maximum(query, 0) @ units.max(axis=1).T + np.minimum(query, 0) @ units.min(axis=1).T)
@@ -506,7 +601,7 @@ class Local(Stateless):
         sinks = np.minimum(self.sinks, wanted)
         chosen = (index < sinks[:, None]) | (index >= (steps.flash - (wanted - sinks))[:, None])
         attended = steps.tail | (chosen & steps.stored)
-        return steps.outcome(attended, 2 * CODEWORD_BYTES * steps.touched(attended, _codeword_tokens(key)))
+        return steps.outcome(attended, 0, 2 * CODEWORD_BYTES * steps.touched(attended, _codeword_tokens(key)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -550,4 +645,4 @@ class HeavyHitters(Method):
             attended[at] = kept | steps.tail[at]
             row = np.where(attended[at], steps.exact[at], -np.inf)
             gathered += _softmax(row).sum(axis=0)
-        return steps.outcome(attended, 2 * CODEWORD_BYTES * steps.touched(attended, _codeword_tokens(key)))
+        return steps.outcome(attended, 0, 2 * CODEWORD_BYTES * steps.touched(attended, _codeword_tokens(key)))

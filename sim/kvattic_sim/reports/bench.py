@@ -22,7 +22,7 @@ from rich.table import Table
 from kvattic.errors import KvatticError, RequestError
 from kvattic.support import terminal
 from kvattic.support.terminal import Telling
-from kvattic_sim.lm import evaluate, real
+from kvattic_sim.lm import evaluate, needle, real, sketch_error
 from kvattic_sim.lm.smollm2 import WeightsError
 from kvattic_sim.reports import figures, paper
 from kvattic_sim.reports.benches import (
@@ -113,6 +113,10 @@ BARS: dict[str, Bar | None] = {
     "sparse.centroid.speedup": Bar(">=", (6.5,)),
     **dict.fromkeys(real.KEYS),
     "sparse.centroid.real_error": Bar("<=", (0.2,)),
+    **dict.fromkeys((*sketch_error.KEYS, *needle.KEYS)),
+    "sparse.sketch.error_ratio": Bar("<=", (0.55,)),
+    "sparse.sketch.footprint": Bar("<=", (1.08,)),
+    "sparse.sketch.needle": Bar(">=", (0.9,)),
     **dict.fromkeys(evaluate.KEYS),
     "sparse.fetched.error_ratio.lm": Bar("<=", (0.85,)),
     "sparse.fetched.error_ratio.minilm": Bar("<=", (0.85,)),
@@ -193,14 +197,14 @@ def verdict(key: str, value: Value, known: Mapping[str, Value]) -> Verdict:
     return Verdict.MET if len(good) == len(numbers) else Verdict.REPORTED
 
 
-def _real(lab: Lab) -> dict[str, float]:
-    """The figures of a real model.
+def _of_real_model(lab: Lab, measure: Callable[[Callable[[str], None]], dict[str, float]]) -> dict[str, float]:
+    """Figures of a real model.
 
     Raises:
         UnavailableError: the packages or the weights are missing.
     """
     try:
-        return real.measure(lambda line: lab.progress(line, 0, None))
+        return measure(lambda line: lab.progress(line, 0, None))
     except ImportError as error:
         raise UnavailableError(f"{error}: pip install 'kvattic[quality]'") from error
     except WeightsError as error:
@@ -218,12 +222,14 @@ def benches() -> tuple[Bench, ...]:
     placing = Bench(keys=placement.KEYS, measure=lambda lab: placement.write_amplification())
     quality = Bench(keys=evaluate.KEYS, measure=lambda lab: evaluate.measure(
         plot=Path("build") / "lm_quality.png", progress=lambda line: lab.progress(line, 0, None)))
-    reality = Bench(keys=real.KEYS, measure=_real)
+    reality = Bench(keys=real.KEYS, measure=lambda lab: _of_real_model(lab, real.measure))
+    sketches = Bench(keys=sketch_error.KEYS, measure=lambda lab: _of_real_model(lab, sketch_error.measure))
+    needles = Bench(keys=needle.KEYS, measure=lambda lab: _of_real_model(lab, needle.measure))
     evaluation = Bench(keys=paper.KEYS, measure=lambda lab: paper.measure())
     return (placing, *engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *causal.BENCHES, *sparse.BENCHES,
-            quality, reality, evaluation, *system.BENCHES, *cost.BENCHES, *latency.BENCHES, *beside.BENCHES,
-            *time_grid.BENCHES, *host.BENCHES, *serve.BENCHES, *architectures.BENCHES, *decode_ratio.BENCHES,
-            *house.BENCHES, *models.BENCHES,
+            quality, reality, sketches, needles, evaluation, *system.BENCHES, *cost.BENCHES, *latency.BENCHES,
+            *beside.BENCHES, *time_grid.BENCHES, *host.BENCHES, *serve.BENCHES, *architectures.BENCHES,
+            *decode_ratio.BENCHES, *house.BENCHES, *models.BENCHES,
             *(alone(prefix, function) for prefix, function in accuracy.BENCHES.items()))
 
 
