@@ -6,6 +6,7 @@ from amaranth.lib.wiring import In, Out, connect, flipped
 
 from kvattic.spec.config import Config
 from kvattic_hdl.flash.controller import Controller
+from kvattic_hdl.flash.corrections import corrections_signature
 from kvattic_hdl.flash.decoder import Decoder
 from kvattic_hdl.flash.encoder import Encoder
 from kvattic_hdl.flash.phy import phy_signature
@@ -35,6 +36,8 @@ class FlashChannel(wiring.Component):
     events : Out(flash_events)
     media_error : Out(media_error)
         What `events.unreadable` is about, in the same cycle.
+    corrections : Out(corrections_signature)
+        To a `Corrector`, which it may share with other channels.
     phy : Out(phy_signature)
     """
 
@@ -51,6 +54,7 @@ class FlashChannel(wiring.Component):
             "outcomes": Out(stream.Signature(shapes.outcome)),
             "events": Out(shapes.flash_events),
             "media_error": Out(shapes.media_error),
+            "corrections": Out(corrections_signature(config)),
             "phy": Out(phy_signature(config)),
         })
 
@@ -75,6 +79,7 @@ class FlashChannel(wiring.Component):
         connect(m, controller.headers, decoder.header)
         connect(m, decoder.retry, controller.retries)
         connect(m, decoder.codewords, flipped(self.codewords))
+        connect(m, decoder.corrections, flipped(self.corrections))
         connect(m, controller.phy, flipped(self.phy))
         events = self.events
         m.d.comb += [

@@ -11,7 +11,8 @@ from amaranth.utils import bits_for
 from kvattic.spec.commands import MediaCause
 from kvattic.spec.config import CRC_BITS, Config
 from kvattic_hdl.flash.codeword_words import Departure, WordChecker, WordMemory, WordShapes
-from kvattic_hdl.flash.corrector import Corrector, CorrectorShapes
+from kvattic_hdl.flash.corrections import CorrectorShapes, ProblemSender, corrections_signature
+from kvattic_hdl.flash.corrector import Corrector
 from kvattic_hdl.flash.encoder import seeded
 from kvattic_hdl.flash.interfaces import CAUSE_BITS, FlashShapes
 from kvattic_hdl.flash.steps import steps_signature
@@ -87,8 +88,8 @@ class Decoder(wiring.Component):
     positions : int
         Bits of a codeword that the corrector searches in one cycle: 1, 2, 4 or 8.
     shares : bool
-        There is a member steps, Out(steps_signature), through which they are made outside, for others, too; they
-        cannot wait.
+        There are two members more: steps, Out(steps_signature), and corrections, Out(corrections_signature). Through
+        them steps and corrections are made outside, for others, too; steps cannot wait.
 
     Members
     -------
@@ -134,12 +135,14 @@ class Decoder(wiring.Component):
         self.checker = WordChecker(config, buffers, shares=shares)
         self.memory = WordMemory(config, buffers)
         self.departure = Departure(config, buffers)
-        self.corrector = Corrector(config, positions)
+        self.sender = ProblemSender(config, buffers)
         # Buffers that wait for words, in order, with what their check value begins with; that leave; that wait for the
         # corrector.
         self.incoming, self.leaving, self.pending = (
             BufferQueue(width, buffers)
             for width in (inside.buffer.width + CRC_BITS, inside.leaving.size, inside.buffer.width))
+        # What the corrector has found, while it is not used yet.
+        self.finished, self.result = Signal(), Signal(CorrectorShapes(config).result, reset_less=True)
         # What becomes of a codeword in this cycle: it ends, with a cause if it cannot be read; or is read again.
         self.end, self.end_buffer, self.cause = Signal(), Signal(inside.buffer), Signal(CAUSE_BITS)
         self.again = Signal()                     # the corrector's result is not good, but there is another level
@@ -148,7 +151,8 @@ class Decoder(wiring.Component):
         self.allocated = Signal(inside.buffer)
         shapes = FlashShapes(config)
         super().__init__({
-            **({"steps": Out(steps_signature(config))} if shares else {}),
+            **({"steps": Out(steps_signature(config)), "corrections": Out(corrections_signature(config))}
+               if shares else {}),
             "header": In(stream.Signature(shapes.header)),
             "words": In(config.word_bytes * 8),
             "words_valid": In(1),
@@ -163,17 +167,21 @@ class Decoder(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        for name in ("checker", "memory", "departure", "corrector", "incoming", "leaving", "pending"):
+        for name in ("checker", "memory", "departure", "sender", "incoming", "leaving", "pending"):
             m.submodules[name] = getattr(self, name)
         if self.shares:
             connect(m, self.checker.steps, flipped(self.steps))
+            corrections = self.corrections
+        else:
+            m.submodules.corrector = own = Corrector(self.config, positions=self.positions)
+            corrections = own.channels[0]
         take = Signal()
         m.d.comb += take.eq(self.header.valid & self.header.ready)
         self._allocate(m, take)
         ended_place, problem_name = self._remember(m, take)
-        self._keep_words(m)
+        self._keep_words(m, corrections)
         self._decide(m, take)
-        self._correct(m, take, problem_name)
+        self._correct(m, take, corrections, problem_name)
         self._report(m, ended_place, problem_name)
         return m
 
@@ -217,10 +225,9 @@ class Decoder(wiring.Component):
         ]
         return ended_place, problem_name
 
-    def _keep_words(self, m: Module) -> None:
+    def _keep_words(self, m: Module, corrections: Any) -> None:
         """Words: from the bus to the memory, patched there, and on their way out."""
         checker, memory, departure = self.checker, self.memory, self.departure
-        connect(m, self.corrector.patches, memory.patches)
         connect(m, departure.codewords, flipped(self.codewords))
         m.d.comb += [
             checker.words.eq(self.words),
@@ -231,6 +238,9 @@ class Decoder(wiring.Component):
             memory.store.eq(checker.store),
             memory.store_address.eq(checker.address),
             memory.word.eq(checker.word),
+            memory.patches.payload.eq(corrections.patches.payload),
+            memory.patches.valid.eq(corrections.patches.valid),
+            corrections.patches.ready.eq(memory.patches.ready),
             memory.patch_buffer.eq(self.problem_buffer),
             memory.fetch.eq(departure.fetch),
             memory.fetch_address.eq(departure.fetch_address),
@@ -243,7 +253,7 @@ class Decoder(wiring.Component):
 
     def _decide(self, m: Module, take: Signal) -> None:
         """What becomes of a codeword whose words came, that is announced with a cause, or that the corrector had."""
-        checker, header, result = self.checker, self.header.payload, self.corrector.o.payload
+        checker, header, result = self.checker, self.header.payload, self.result
         with m.If(checker.ended):
             m.d.comb += [
                 self.end.eq(checker.clean | checker.erased),
@@ -269,38 +279,38 @@ class Decoder(wiring.Component):
             self.pending.w_en.eq(checker.ended & ~checker.clean & ~checker.erased),
         ]
 
-    def _correct(self, m: Module, take: Signal, problem_name: Any) -> None:
+    def _correct(self, m: Module, take: Signal, corrections: Any, problem_name: Any) -> None:
         """Give the corrector one codeword after the other, and have those that it gives up read again."""
-        corrector, checker, pending = self.corrector, self.checker, self.pending
-        m.submodules.problems = problems = Memory(
-            shape=CorrectorShapes(self.config).problem, depth=self.buffers, init=[])
-        write, read = problems.write_port(), problems.read_port(domain="comb")
+        checker, pending, sender, finished = self.checker, self.pending, self.sender, self.finished
         at_corrector = Signal()
         there = Signal()          # `problem_buffer` is the first one that waits
         m.d.sync += [self.problem_buffer.eq(pending.r_data), there.eq(pending.r_rdy & ~pending.r_en)]
         refused = take & (self.header.payload.cause != 0)
         m.d.comb += [
-            write.addr.eq(checker.ended_buffer),
-            write.data.remainder.eq(checker.remainder),
-            write.data.check.eq(checker.check),
-            write.en.eq(checker.ended),
-            read.addr.eq(self.problem_buffer),
-            corrector.i.payload.eq(read.data),
-            corrector.i.valid.eq(there & ~at_corrector),
-            self.again.eq(~corrector.o.payload.good & (problem_name.data.level < self.config.part.retry_levels)),
-            corrector.o.ready.eq(Mux(
+            sender.store.eq(checker.ended),
+            sender.store_buffer.eq(checker.ended_buffer),
+            sender.problem.remainder.eq(checker.remainder),
+            sender.problem.check.eq(checker.check),
+            sender.buffer.eq(self.problem_buffer),
+            sender.taken.eq(corrections.taken),
+            corrections.wanted.eq(there & ~at_corrector),
+            corrections.chunks.payload.eq(sender.chunks.payload),
+            corrections.chunks.valid.eq(sender.chunks.valid),
+            self.again.eq(~self.result.good & (problem_name.data.level < self.config.part.retry_levels)),
+            pending.r_en.eq(finished & Mux(
                 self.again, ~self.retry.valid & ~self.unreadable, ~checker.ended & ~refused)),
-            pending.r_en.eq(corrector.o.valid & corrector.o.ready),
             self.dropped.eq(pending.r_en & self.again),
         ]
-        with m.If(corrector.i.valid & corrector.i.ready):
+        with m.If(corrections.taken):
             m.d.sync += at_corrector.eq(1)
+        with m.If(corrections.results.valid):
+            m.d.sync += [finished.eq(1), self.result.eq(corrections.results.payload)]
         with m.If(pending.r_en):
-            m.d.sync += at_corrector.eq(0)
+            m.d.sync += [at_corrector.eq(0), finished.eq(0)]
 
     def _report(self, m: Module, ended_place: Any, problem_name: Any) -> None:
         """Tell what was corrected, what is given up, and what is to be read again."""
-        result, retry = self.corrector.o.payload, self.retry.payload
+        result, retry = self.result, self.retry.payload
         end_buffer, cause = Signal(self.inside.buffer), Signal(CAUSE_BITS)
         m.d.sync += [
             self.unreadable.eq(self.end & (self.cause != 0)),

@@ -11,6 +11,7 @@ from tests.hdl.compiled import simulation
 from kvattic.spec import ecc
 from kvattic.spec.config import PAPER, TINY, Config
 from kvattic.spec.nand import PSLC
+from kvattic_hdl.flash.corrections import CorrectorShapes
 from kvattic_hdl.flash.corrector import Corrector
 
 CONFIGS = {
@@ -43,35 +44,62 @@ def problem(config: Config, bits: list[int], check: int = 0) -> dict[str, int]:
             "check": int(state[0, 0]) ^ received ^ check}
 
 
+def chunks_of(config: Config, values: dict[str, int]) -> list[int]:
+    """What a channel sends of a problem."""
+    remainder = range(CorrectorShapes(config).remainder_chunks)
+    return [*(values["remainder"] >> 8 * i & 255 for i in reversed(remainder)),
+            *(values["check"] >> 8 * i & 255 for i in range(3))]
+
+
+async def send(ctx, channel, chunks: list[int]) -> None:
+    """Ask for a correction, and send the problem when it is taken."""
+    ctx.set(channel.wanted, 1)
+    await ctx.tick().until(channel.taken)
+    ctx.set(channel.wanted, 0)
+    await ctx.tick()
+    for chunk in chunks:
+        ctx.set(channel.chunks.payload, chunk)
+        ctx.set(channel.chunks.valid, 1)
+        await ctx.tick()
+    ctx.set(channel.chunks.valid, 0)
+
+
+async def receive(ctx, channel, bits: int, limit: int, ready: Any) -> Answer:
+    """Take the patches of a codeword, and its end."""
+    found, cycle = [], 0
+    while True:
+        now = ready(cycle)
+        ctx.set(channel.patches.ready, now)
+        *_, patch, payload, valid, result = await ctx.tick().sample(
+            channel.patches.valid, channel.patches.payload, channel.results.valid, channel.results.payload)
+        cycle += 1
+        if patch and now:
+            found += [payload.index * bits + i for i in range(bits) if payload.mask >> i & 1]
+        if valid:
+            assert not patch, "a result before its last patch was taken"
+            return Answer(result.good, result.errors, found, cycle)
+        assert cycle < limit
+
+
 def solve(config: Config, problems: list[dict[str, int]], ready: Any = lambda cycle: True, positions: int = 8,
           ) -> list[Answer]:
-    dut, simulator = simulation(Corrector, config, positions)
+    dut, simulator = simulation(Corrector, config, 1, positions)
     answers = []
-    bits = config.beat_bytes * 8
+    bits = config.word_bytes * 8
+    channel = dut.channels[0]
+
+    async def sender(ctx):
+        for number, values in enumerate(problems):
+            await send(ctx, channel, chunks_of(config, values))
+            while len(answers) <= number:
+                await ctx.tick()
 
     async def bench(ctx):
-        ctx.set(dut.o.ready, 1)
-        for values in problems:
-            ctx.set(dut.i.payload, values)
-            ctx.set(dut.i.valid, 1)
-            found, cycle = [], 0
-            while True:
-                now = ready(cycle)
-                ctx.set(dut.patches.ready, now)
-                *_, taken, patch, payload, valid, result = await ctx.tick().sample(
-                    dut.i.ready, dut.patches.valid, dut.patches.payload, dut.o.valid, dut.o.payload)
-                cycle += 1
-                if taken:
-                    ctx.set(dut.i.valid, 0)
-                if patch and now:
-                    found += [payload.index * bits + i for i in range(bits) if payload.mask >> i & 1]
-                if valid:
-                    assert not patch, "a result before its last patch was taken"
-                    break
-                assert cycle < 10 * bits * config.raw_codeword_words
-            answers.append(Answer(result.good, result.errors, found, cycle))
+        for _ in problems:
+            answers.append(await receive(ctx, channel, bits, 10 * bits * config.raw_codeword_words, ready))
 
     simulator.add_clock(1e-6)
+    simulator.add_testbench(sender)
     simulator.add_testbench(bench)
     simulator.run()
     return answers

@@ -289,7 +289,7 @@ def test_clean_codewords_overtake_one_in_correction():
     config = CONFIGS["paper"]
     maker = Maker(config, 5)
     last_bit = config.codeword_bytes * 8 - 1
-    codewords = [maker.make(), maker.make(bits=[last_bit]), *(maker.make() for _ in range(6))]
+    codewords = [maker.make(), maker.make(bits=[0, last_bit]), *(maker.make() for _ in range(6))]   # searched to its end
     seen = run(config, codewords)
     check(config, codewords, seen)
     assert [n for n in seen.order if n != 1] == [0, 2, 3, 4, 5, 6, 7]

@@ -1,0 +1,132 @@
+"""What passes between a channel's decoder and the corrector that it shares with others, and the decoder's end of it."""
+
+from typing import Any
+
+from amaranth.hdl import Cat, Module, Signal, unsigned
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import bits_for
+
+from kvattic.spec.config import CRC_BITS, Config
+from kvattic.spec.ecc import code
+
+CORRECTOR_CHANNELS = (4, 2, 1)
+"""Channels that share a corrector: the first of these that divides their number."""
+CHUNK_BITS = 8
+"""Bits of a problem that go to the corrector in one cycle."""
+
+
+def channels_of_corrector(config: Config) -> int:
+    """How many of a drive's channels share a corrector."""
+    return next(count for count in CORRECTOR_CHANNELS if config.channels % count == 0)
+
+
+class CorrectorShapes:
+    """Shapes at a corrector.
+
+    Attributes
+    ----------
+    problem : StructLayout
+        remainder: of the raw codeword (padding zero, parity not inverted) after a division by the generator; check: the
+        CRC's state after the data, plus the CRC received.
+    remainder_chunks, chunks : int
+        Chunks of a problem's remainder; of the problem, which is sent so: the remainder, its highest bits first, then
+        the check value, its lowest bits first.
+    patch : StructLayout
+        index: a word of the codeword's data; mask: bits of it that are wrong.
+    result : StructLayout
+        good: the codeword is right once its patches are applied; errors: bits that were wrong (if good).
+    """
+
+    def __init__(self, config: Config) -> None:
+        degree = code(config).parity.degree
+        self.problem = data.StructLayout({"remainder": degree, "check": CRC_BITS})
+        self.remainder_chunks = -(-degree // CHUNK_BITS)
+        self.chunks = self.remainder_chunks + CRC_BITS // CHUNK_BITS
+        self.patch = data.StructLayout({
+            "index": unsigned(bits_for(config.words_per_codeword - 1)), "mask": config.word_bytes * 8})
+        self.result = data.StructLayout({"good": 1, "errors": unsigned(bits_for(config.ecc_t))})
+
+
+def corrections_signature(config: Config) -> wiring.Signature:
+    """The interface, seen from a channel; no path goes from one side to the other and back within a cycle.
+
+    wanted : Out(1)
+        A codeword waits for its correction, until it is `taken`.
+    taken : In(1)
+        Strobe: the problem is to be sent.
+    chunks : Out(stream of CHUNK_BITS bits, always ready)
+        All of it, in successive cycles.
+    patches : In(stream of patch)
+        Wrong bits of the words that carry tokens.  They come before it is known whether the codeword can be corrected,
+        and are taken within some cycles, whatever stands still behind the channel.
+    results : In(stream of result, always ready)
+        The codeword's end, after its last patch was taken.
+    """
+    shapes = CorrectorShapes(config)
+    return wiring.Signature({
+        "wanted": Out(1),
+        "taken": In(1),
+        "chunks": Out(stream.Signature(CHUNK_BITS, always_ready=True)),
+        "patches": In(stream.Signature(shapes.patch)),
+        "results": In(stream.Signature(shapes.result, always_ready=True)),
+    })
+
+
+class ProblemSender(wiring.Component):
+    """Keeps the problems of a decoder's buffers, and sends one when the corrector takes it.
+
+    Parameters
+    ----------
+    config : Config
+    buffers : int
+
+    Members
+    -------
+    store : In(1), store_buffer : In, problem : In(problem)
+        Strobe: a buffer's problem, before its buffer is `buffer`.
+    taken : In(1)
+        Strobe: the problem of `buffer` is to be sent.
+    buffer : In
+        Whose problem that is; it does not change while it is sent.
+    chunks : Out(stream of CHUNK_BITS bits, always ready)
+        Begins two cycles after `taken`.
+    """
+
+    def __init__(self, config: Config, buffers: int) -> None:
+        self.buffers = buffers
+        self.shapes = shapes = CorrectorShapes(config)
+        super().__init__({
+            "store": In(1),
+            "store_buffer": In(range(buffers)),
+            "problem": In(shapes.problem),
+            "taken": In(1),
+            "buffer": In(range(buffers)),
+            "chunks": Out(stream.Signature(CHUNK_BITS, always_ready=True)),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        shapes = self.shapes
+        m.submodules.problems = problems = Memory(shape=shapes.problem, depth=self.buffers, init=[])
+        write = problems.write_port()
+        read: Any = problems.read_port(domain="comb")
+        m.d.comb += [
+            write.addr.eq(self.store_buffer), write.data.eq(self.problem), write.en.eq(self.store),
+            read.addr.eq(self.buffer)]
+        padded = Signal(shapes.remainder_chunks * CHUNK_BITS)
+        m.d.comb += padded.eq(read.data.remainder)
+        ordered = Cat(*(padded.word_select(i, CHUNK_BITS) for i in reversed(range(shapes.remainder_chunks))),
+                      read.data.check)
+        chunk = Signal(range(shapes.chunks))
+        sending = Signal()
+        m.d.sync += [
+            self.chunks.valid.eq(sending), self.chunks.payload.eq(ordered.word_select(chunk, CHUNK_BITS))]
+        with m.If(self.taken):
+            m.d.sync += [sending.eq(1), chunk.eq(0)]
+        with m.Elif(sending):
+            m.d.sync += chunk.eq(chunk + 1)
+            with m.If(chunk == shapes.chunks - 1):
+                m.d.sync += sending.eq(0)
+        return m

@@ -1,0 +1,159 @@
+"""Chien's search for the wrong bits of a codeword, and the patches that mend them."""
+
+from itertools import pairwise
+
+from amaranth.hdl import Cat, Module, Mux, Signal
+from amaranth.lib import stream, wiring
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import exact_log2
+
+from kvattic.spec.config import CRC_BITS, Config
+from kvattic.spec.ecc import code
+from kvattic_hdl.flash.corrections import CorrectorShapes
+from kvattic_hdl.flash.division import divided, ones, product, times_power
+
+
+class Search(wiring.Component):
+    """Goes through the bits of a codeword in their order; ends when `length` wrong ones are found, or none is left.
+
+    Chien's search: coefficient k of the locator, times 2**(k * i) at bit i; the bit is wrong where their sum is 0.
+
+    Parameters
+    ----------
+    config : Config
+    positions : int
+        As of `Corrector`.
+
+    Members
+    -------
+    load : In(1), check : In(CRC_BITS)
+        Strobe: a codeword's check value, as in its problem.
+    shift : In(1), coefficient : In
+        Strobe: the locator's next coefficient, the highest one first.
+    length : In
+        The number of errors.
+    begin : In(1)
+        Strobe, before the search.
+    known : In(1), place : In
+        With `begin`: there is one wrong bit, this one, and the search begins at its word; the locator does not count.
+    searching : In(1)
+    patches : Out(stream of patch)
+    found_all, given_up : Out(1)
+        The search is over, and all patches were taken.
+    right : Out(1), errors : Out
+        Then: the check value is right, unless the bit was known; bits that were wrong.
+    loaded : Out(CRC_BITS)
+        From the cycle after `load` until the search: the check value, taken back over the whole data.
+    """
+
+    def __init__(self, config: Config, positions: int) -> None:
+        self.config = config
+        self.positions = positions
+        super().__init__({
+            "load": In(1),
+            "check": In(CRC_BITS),
+            "shift": In(1),
+            "coefficient": In(code(config).field.m),
+            "length": In(range(config.ecc_t + 1)),
+            "begin": In(1),
+            "known": In(1),
+            "place": In(code(config).field.m),
+            "searching": In(1),
+            "patches": Out(stream.Signature(CorrectorShapes(config).patch)),
+            "found_all": Out(1),
+            "given_up": Out(1),
+            "right": Out(1),
+            "errors": Out(range(config.ecc_t + 1)),
+            "loaded": Out(CRC_BITS),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        config, code_, positions = self.config, code(self.config), self.positions
+        field = code_.field
+        # What the CRC would have to begin with, so that reading the wrong bits of the data makes `check` of it.
+        unread = [code_.crc.unshift(1 << bit, config.codeword_bytes * 8) for bit in range(CRC_BITS)]
+        bits = config.word_bytes * 8
+        groups = bits // positions                           # of a word
+
+        found = Signal(range(config.ecc_t + 1))
+        hits = Signal(positions, reset_less=True)
+        hits_valid = Signal()
+        group = Signal(range(groups))
+        index = Signal(range(config.raw_codeword_words))
+        mask = Signal(bits, reset_less=True)
+        word_hit = Signal()
+        exhausted = Signal()
+        patch = self.patches
+        check = Signal(CRC_BITS, reset_less=True)
+        terms = [Signal(field.m, name=f"term_{k}", reset_less=True) for k in range(config.ecc_t + 1)]
+
+        # First stage: is the locator zero at one of the bits?
+        stall = Signal()
+        known, armed = Signal(), Signal()                    # the place is known; its bit has not been reached
+        ahead = Signal(range(max(2, groups)))                # groups before it
+        offset = Signal(range(max(2, positions)))
+        bit_bits, word_bits = exact_log2(positions), exact_log2(bits)
+        columns = [sum(field.power(k * position + bit) << position * field.m for position in range(positions))
+                   for k in range(len(terms)) for bit in range(field.m)]
+        values = product(m, "value", Cat(terms), columns, positions * field.m)
+        with m.If(self.searching & ~stall):
+            zeros = ((values.word_select(k, field.m) == 0) & ~known for k in range(positions))
+            reached = ((offset == k) & armed & (ahead == 0) for k in range(positions))
+            m.d.sync += [hits.eq(Cat(zeros) | Cat(reached)), hits_valid.eq(1), ahead.eq(ahead - 1)]
+            with m.If(ahead == 0):
+                m.d.sync += armed.eq(0)
+            m.d.sync += [term.eq(times_power(m, f"next_{k}", field, term, k * positions))
+                         for k, term in enumerate(terms) if k]
+
+        # Second stage: put the bits of a word together.
+        last_group, last_word = Signal(), Signal()
+        final, final_bits = divmod(code_.code_bits, positions)
+        if final_bits == 0:
+            final, final_bits = final - 1, positions
+        here = Signal(positions)
+        hit = Signal()
+        in_message, in_data = Signal(), Signal()
+        data_words = config.codeword_bytes // config.word_bytes
+        m.d.comb += [
+            last_group.eq(group == groups - 1),
+            last_word.eq((index == final // groups) & (group == final % groups)),
+            here.eq(Mux(last_word, hits[:final_bits], hits)),
+            in_data.eq(index < config.words_per_codeword),
+            in_message.eq((index < data_words) | (index == data_words) & (group < CRC_BITS // positions)),
+            hit.eq(word_hit | here.any()),
+            stall.eq(last_group & in_data & hit & patch.valid & ~patch.ready),
+            self.found_all.eq((found == self.length) & ~word_hit & ~patch.valid),
+            self.given_up.eq(exhausted & (found != self.length) & ~patch.valid),
+        ]
+        with m.If(patch.ready):
+            m.d.sync += patch.valid.eq(0)
+        with m.If(self.searching & hits_valid & ~stall & ~exhausted):
+            m.d.sync += [
+                mask.eq(Cat(mask[positions:], here)),
+                group.eq(group + 1),
+                found.eq(found + ones(here)),
+                word_hit.eq(hit & in_data & ~last_group),
+                exhausted.eq(last_word),
+            ]
+            with m.If(in_message):
+                m.d.sync += check.eq(divided(m, "check", code_.crc, check, here))
+            with m.If(last_group):
+                m.d.sync += index.eq(index + 1)
+                with m.If(in_data & hit):
+                    m.d.sync += [patch.valid.eq(1), patch.payload.index.eq(index),
+                                 patch.payload.mask.eq(Cat(mask[positions:], here))]
+        with m.If(self.begin):
+            m.d.sync += [found.eq(0), hits_valid.eq(0), group.eq(0), index.eq(0), word_hit.eq(0), exhausted.eq(0)]
+            m.d.sync += [
+                known.eq(self.known), armed.eq(self.known), offset.eq(self.place[:bit_bits]),
+                ahead.eq(self.place[bit_bits:word_bits])]
+            with m.If(self.known):
+                m.d.sync += index.eq(self.place >> word_bits)
+        m.d.comb += [self.errors.eq(found), self.right.eq(check == 0), self.loaded.eq(check)]
+        with m.If(self.load):
+            m.d.sync += check.eq(product(m, "unread", self.check, unread, CRC_BITS))
+        with m.If(self.shift):
+            m.d.sync += terms[0].eq(self.coefficient)
+            m.d.sync += [high.eq(low) for low, high in pairwise(terms)]
+        return m
