@@ -56,21 +56,23 @@ def corrections_signature(config: Config) -> wiring.Signature:
         A codeword waits for its correction, until it is `taken`.
     taken : In(1)
         Strobe: the problem is to be sent.
-    chunks : Out(stream of CHUNK_BITS bits, always ready)
+    chunk : Out(CHUNK_BITS), chunk_valid : Out(1)
         All of it, in successive cycles.
     patches : In(stream of patch)
         Wrong bits of the words that carry tokens.  They come before it is known whether the codeword can be corrected,
         and are taken within some cycles, whatever stands still behind the channel.
-    results : In(stream of result, always ready)
-        The codeword's end, after its last patch was taken.
+    result : In(result), ended : In(1)
+        Strobe: the codeword's end, after its last patch was taken.
     """
     shapes = CorrectorShapes(config)
     return wiring.Signature({
         "wanted": Out(1),
         "taken": In(1),
-        "chunks": Out(stream.Signature(CHUNK_BITS, always_ready=True)),
+        "chunk": Out(CHUNK_BITS),
+        "chunk_valid": Out(1),
         "patches": In(stream.Signature(shapes.patch)),
-        "results": In(stream.Signature(shapes.result, always_ready=True)),
+        "result": In(shapes.result),
+        "ended": In(1),
     })
 
 
@@ -90,8 +92,8 @@ class ProblemSender(wiring.Component):
         Strobe: the problem of `buffer` is to be sent.
     buffer : In
         Whose problem that is; it does not change while it is sent.
-    chunks : Out(stream of CHUNK_BITS bits, always ready)
-        Begins two cycles after `taken`.
+    chunk : Out(CHUNK_BITS), chunk_valid : Out(1)
+        Of the problem; the first one two cycles after `taken`.
     """
 
     def __init__(self, config: Config, buffers: int) -> None:
@@ -103,7 +105,8 @@ class ProblemSender(wiring.Component):
             "problem": In(shapes.problem),
             "taken": In(1),
             "buffer": In(range(buffers)),
-            "chunks": Out(stream.Signature(CHUNK_BITS, always_ready=True)),
+            "chunk": Out(CHUNK_BITS),
+            "chunk_valid": Out(1),
         })
 
     def elaborate(self, platform: object) -> Module:
@@ -119,14 +122,13 @@ class ProblemSender(wiring.Component):
         m.d.comb += padded.eq(read.data.remainder)
         ordered = Cat(*(padded.word_select(i, CHUNK_BITS) for i in reversed(range(shapes.remainder_chunks))),
                       read.data.check)
-        chunk = Signal(range(shapes.chunks))
+        number = Signal(range(shapes.chunks))
         sending = Signal()
-        m.d.sync += [
-            self.chunks.valid.eq(sending), self.chunks.payload.eq(ordered.word_select(chunk, CHUNK_BITS))]
+        m.d.sync += [self.chunk_valid.eq(sending), self.chunk.eq(ordered.word_select(number, CHUNK_BITS))]
         with m.If(self.taken):
-            m.d.sync += [sending.eq(1), chunk.eq(0)]
+            m.d.sync += [sending.eq(1), number.eq(0)]
         with m.Elif(sending):
-            m.d.sync += chunk.eq(chunk + 1)
-            with m.If(chunk == shapes.chunks - 1):
+            m.d.sync += number.eq(number + 1)
+            with m.If(number == shapes.chunks - 1):
                 m.d.sync += sending.eq(0)
         return m

@@ -124,14 +124,14 @@ class Corrector(wiring.Component):
             mine = self.owner == number
             m.d.comb += [
                 reception.wanted[number].eq(channel.wanted),
-                reception.chunks[number].eq(channel.chunks.payload),
-                reception.chunks_valid[number].eq(channel.chunks.valid),
+                reception.chunks[number].eq(channel.chunk),
+                reception.chunks_valid[number].eq(channel.chunk_valid),
                 channel.taken.eq(reception.taken[number]),
                 channel.patches.payload.eq(search.patches.payload),
                 channel.patches.valid.eq(search.patches.valid & mine),
-                channel.results.payload.good.eq(self.good),
-                channel.results.payload.errors.eq(search.errors),
-                channel.results.valid.eq(self.ended & mine),
+                channel.result.good.eq(self.good),
+                channel.result.errors.eq(search.errors),
+                channel.ended.eq(self.ended & mine),
             ]
         m.d.comb += [
             search.patches.ready.eq(Array(channel.patches.ready for channel in self.channels)[self.owner]),

@@ -294,8 +294,8 @@ class Decoder(wiring.Component):
             sender.buffer.eq(self.problem_buffer),
             sender.taken.eq(corrections.taken),
             corrections.wanted.eq(there & ~at_corrector),
-            corrections.chunks.payload.eq(sender.chunks.payload),
-            corrections.chunks.valid.eq(sender.chunks.valid),
+            corrections.chunk.eq(sender.chunk),
+            corrections.chunk_valid.eq(sender.chunk_valid),
             self.again.eq(~self.result.good & (problem_name.data.level < self.config.part.retry_levels)),
             pending.r_en.eq(finished & Mux(
                 self.again, ~self.retry.valid & ~self.unreadable, ~checker.ended & ~refused)),
@@ -303,8 +303,8 @@ class Decoder(wiring.Component):
         ]
         with m.If(corrections.taken):
             m.d.sync += at_corrector.eq(1)
-        with m.If(corrections.results.valid):
-            m.d.sync += [finished.eq(1), self.result.eq(corrections.results.payload)]
+        with m.If(corrections.ended):
+            m.d.sync += [finished.eq(1), self.result.eq(corrections.result)]
         with m.If(pending.r_en):
             m.d.sync += [at_corrector.eq(0), finished.eq(0)]
 

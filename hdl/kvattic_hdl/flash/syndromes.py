@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 from amaranth.hdl import Cat, Module, Signal, Value, unsigned
-from amaranth.lib import data, stream, wiring
+from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
 
@@ -27,7 +27,7 @@ class Syndromes(wiring.Component):
     -------
     clear : In(1)
         A new codeword begins.
-    chunks : In(stream of CHUNK_BITS bits, always ready)
+    chunk : In(CHUNK_BITS), chunk_valid : In(1)
         Of its remainder, the highest bits first.
     shift : In(1)
         Strobe: on to the next syndrome; not with a chunk.
@@ -39,7 +39,8 @@ class Syndromes(wiring.Component):
         self.config = config
         super().__init__({
             "clear": In(1),
-            "chunks": In(stream.Signature(CHUNK_BITS, always_ready=True)),
+            "chunk": In(CHUNK_BITS),
+            "chunk_valid": In(1),
             "shift": In(1),
             "odd": Out(code(config).field.m),
         })
@@ -52,10 +53,10 @@ class Syndromes(wiring.Component):
         # Of the remainder's first bits, in all odd syndromes.
         columns = [sum(field.power(-(2 * k + 1) * (bit + raw_bits)) << k * field.m for k in range(t))
                    for bit in range(CHUNK_BITS)]
-        weights = product(m, "weight", self.chunks.payload, columns, t * field.m)
+        weights = product(m, "weight", self.chunk, columns, t * field.m)
         odd = [Signal(field.m, name=f"odd_{2 * k + 1}", reset_less=True) for k in range(t)]
         m.d.comb += self.odd.eq(odd[0])
-        with m.If(self.chunks.valid):
+        with m.If(self.chunk_valid):
             for k, s in enumerate(odd):
                 m.d.sync += s.eq(times_power(m, f"syndrome_{2 * k + 1}", field, s, -(2 * k + 1) * CHUNK_BITS)
                                  ^ weights.word_select(k, field.m))
@@ -133,8 +134,8 @@ class Reception(wiring.Component):
         of_remainder = number < shapes.remainder_chunks
         m.d.comb += [
             syndromes.clear.eq(~busy),
-            syndromes.chunks.payload.eq(chunk),
-            syndromes.chunks.valid.eq(chunk_valid & of_remainder),
+            syndromes.chunk.eq(chunk),
+            syndromes.chunk_valid.eq(chunk_valid & of_remainder),
             syndromes.shift.eq(self.shift),
             self.odd.eq(syndromes.odd),
         ]

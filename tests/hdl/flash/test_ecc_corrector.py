@@ -58,10 +58,10 @@ async def send(ctx, channel, chunks: list[int]) -> None:
     ctx.set(channel.wanted, 0)
     await ctx.tick()
     for chunk in chunks:
-        ctx.set(channel.chunks.payload, chunk)
-        ctx.set(channel.chunks.valid, 1)
+        ctx.set(channel.chunk, chunk)
+        ctx.set(channel.chunk_valid, 1)
         await ctx.tick()
-    ctx.set(channel.chunks.valid, 0)
+    ctx.set(channel.chunk_valid, 0)
 
 
 async def receive(ctx, channel, bits: int, limit: int, ready: Any) -> Answer:
@@ -71,7 +71,7 @@ async def receive(ctx, channel, bits: int, limit: int, ready: Any) -> Answer:
         now = ready(cycle)
         ctx.set(channel.patches.ready, now)
         *_, patch, payload, valid, result = await ctx.tick().sample(
-            channel.patches.valid, channel.patches.payload, channel.results.valid, channel.results.payload)
+            channel.patches.valid, channel.patches.payload, channel.ended, channel.result)
         cycle += 1
         if patch and now:
             found += [payload.index * bits + i for i in range(bits) if payload.mask >> i & 1]
