@@ -3,7 +3,6 @@
 from kvattic_hdl.drive import Drive
 from kvattic_hdl.engine import Engine
 from kvattic_hdl.flash.channel import FlashChannel
-from kvattic_hdl.flash.corrections import channels_of_corrector
 from kvattic_hdl.flash.corrector import Corrector
 from kvattic_hdl.flash.phy import PhyShapes, phy_signature
 from kvattic_hdl.lib.axi import AXI_READ, AXI_WRITE, axi_lite
@@ -27,7 +26,6 @@ __all__ = [
     "PhyShapes",
     "Shapes",
     "axi_lite",
-    "channels_of_corrector",
     "dram_signature",
     "generate",
     "operation_code",

@@ -6,9 +6,9 @@ from amaranth.lib.wiring import In, Out, connect, flipped
 
 from kvattic.spec.config import Config
 from kvattic.spec.registers import ADDRESS_BITS
+from kvattic.spec.scheduling import channels_of_corrector
 from kvattic_hdl.engine import Engine
 from kvattic_hdl.flash.channel import FlashChannel
-from kvattic_hdl.flash.corrections import channels_of_corrector
 from kvattic_hdl.flash.corrector import Corrector
 from kvattic_hdl.flash.phy import phy_signature
 from kvattic_hdl.lib.axi import AXI_READ, AXI_WRITE, axi_lite

@@ -11,15 +11,8 @@ from amaranth.utils import bits_for
 from kvattic.spec.config import CRC_BITS, Config
 from kvattic.spec.ecc import code
 
-CORRECTOR_CHANNELS = (4, 2, 1)
-"""Channels that share a corrector: the first of these that divides their number."""
 CHUNK_BITS = 8
 """Bits of a problem that go to the corrector in one cycle."""
-
-
-def channels_of_corrector(config: Config) -> int:
-    """How many of a drive's channels share a corrector."""
-    return next(count for count in CORRECTOR_CHANNELS if config.channels % count == 0)
 
 
 class CorrectorShapes:

@@ -20,7 +20,7 @@ from kvattic_hdl.flash.search import Search
 from kvattic_hdl.flash.single import SingleError
 from kvattic_hdl.flash.syndromes import Reception
 
-POSITIONS = (1, 2, 4, 8)
+POSITIONS = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Corrector(wiring.Component):
     channels : int
         How many share it.
     positions : int
-        Bits that are searched in one cycle: 1, 2, 4 or 8.
+        Bits that are searched in one cycle: 1, 2, 4, 8 or 16.
 
     Members
     -------

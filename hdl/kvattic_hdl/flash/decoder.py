@@ -86,7 +86,7 @@ class Decoder(wiring.Component):
     buffers : int
         Codewords that are on their way from `header` to `codewords`, 2 or more.
     positions : int
-        Bits of a codeword that the corrector searches in one cycle: 1, 2, 4 or 8.
+        Bits of a codeword that the corrector searches in one cycle: 1, 2, 4, 8 or 16.
     shares : bool
         There are two members more: steps, Out(steps_signature), and corrections, Out(corrections_signature). Through
         them steps and corrections are made outside, for others, too; steps cannot wait.

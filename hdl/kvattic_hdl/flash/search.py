@@ -114,13 +114,18 @@ class Search(wiring.Component):
         here = Signal(positions)
         hit = Signal()
         in_message, in_data = Signal(), Signal()
+        # Bits behind the message do not count; that the check value is zero does not change when zeros pass.
+        rest = CRC_BITS % positions
+        of_message = Signal(positions)
         data_words = config.codeword_bytes // config.word_bytes
         m.d.comb += [
             last_group.eq(group == groups - 1),
             last_word.eq((index == final // groups) & (group == final % groups)),
             here.eq(Mux(last_word, hits[:final_bits], hits)),
             in_data.eq(index < config.words_per_codeword),
-            in_message.eq((index < data_words) | (index == data_words) & (group < CRC_BITS // positions)),
+            in_message.eq((index < data_words) | (index == data_words) & (group < -(-CRC_BITS // positions))),
+            of_message.eq(
+                Mux((index == data_words) & (group == CRC_BITS // positions), hits[:rest], hits) if rest else hits),
             hit.eq(word_hit | here.any()),
             stall.eq(last_group & in_data & hit & patch.valid & ~patch.ready),
             self.found_all.eq((found == self.length) & ~word_hit & ~patch.valid),
@@ -137,7 +142,7 @@ class Search(wiring.Component):
                 exhausted.eq(last_word),
             ]
             with m.If(in_message):
-                m.d.sync += check.eq(divided(m, "check", code_.crc, check, here))
+                m.d.sync += check.eq(divided(m, "check", code_.crc, check, of_message))
             with m.If(last_group):
                 m.d.sync += index.eq(index + 1)
                 with m.If(in_data & hit):

@@ -49,8 +49,8 @@ def sum_of(columns: list[int], vector: int) -> int:
 class SingleError(wiring.Component):
     """Where the wrong bit is if there is only one, and whether the check value agrees.
 
-    The check value that a wrong bit leaves, taken back over the bits before it, is a power of x: it is made by squaring,
-    a bit of the place a cycle.
+    The check value that a wrong bit leaves, taken back over the bits before it, is a power of x: it is made by
+    squaring, a bit of the place a cycle.
 
     Parameters
     ----------

@@ -2,9 +2,10 @@
 
 Yosys maps every module by itself for Xilinx 7-series and UltraScale+ (build/synth keeps the results by content, so
 that only what has changed is done again; no run needs more than 2 GB). Counted are LUTs, flip-flops, DSPs and block
-RAMs of the engine, a flash channel and its corrector, block by block, beside the paper's. A static timing estimate over all
-mapped netlists gives each block's longest paths (kvattic_sim.synth.delays states its model). Then Yosys and nextpnr
-place and route a flash channel, a corrector, and the engine with one channel, for the largest ECP5, which the estimate is held to.
+RAMs of the engine, a flash channel and its corrector, block by block, beside the paper's. A static timing estimate
+over all mapped netlists gives each block's longest paths (kvattic_sim.synth.delays states its model). Then Yosys and
+nextpnr place and route a flash channel, a corrector, and the engine with one channel, for the largest ECP5, which the
+estimate is held to.
 """
 
 import argparse
@@ -19,8 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kvattic.spec.config import LANE_CHANNELS, PRESETS, Config, preset
+from kvattic.spec.scheduling import channels_of_corrector
 from kvattic.support.terminal import run_command
-from kvattic_hdl import channels_of_corrector, verilog_text
+from kvattic_hdl import verilog_text
 from kvattic_sim.reports.console import make_console, phase
 from kvattic_sim.reports.figures import record
 from kvattic_sim.synth.area import Area
@@ -84,7 +86,8 @@ def _blocks(design: Design, name: str) -> Table:
             for family in design.families:
                 worst = design.worst(family, block.path)
                 clocks += [str(worst[0].levels), f"{worst[0].mhz:.0f}"] if worst else ["", ""]
-            times = f" x {block.count}" if block.count > 1 else f" x {counts.get(block.path, 1)}" if counts.get(block.path, 1) > 1 else ""
+            count = counts.get(block.path, block.count)
+            times = f" x {count}" if count > 1 else ""
             _row(table, _shown(block.path) + times, block.area, clocks, bold=block.path == top)
     return table
 
@@ -119,7 +122,7 @@ def _slowest(design: Design, family: str, tops: Sequence[str]) -> Path:
 
 
 def _record(design: Design, name: str) -> None:
-    """What the keys stand for: the engine and one channel of `paper` with its share of a corrector, `board`'s engine."""
+    """What the keys stand for: engine and channel of `paper`, this with its share of a corrector; engine of `board`."""
     engine = design.area(ENGINE)
     figures: dict[str, float] = {}
     if name == "board":

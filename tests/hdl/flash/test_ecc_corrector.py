@@ -106,7 +106,7 @@ def solve(config: Config, problems: list[dict[str, int]], ready: Any = lambda cy
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("positions", [8, 4])
+@pytest.mark.parametrize("positions", [16, 8, 4])
 def test_wrong_bits_are_found(name, positions):
     config, choose = CONFIGS[name], random.Random(f"{name} {positions}")
     t, n = config.ecc_t, ecc.code(config).code_bits
