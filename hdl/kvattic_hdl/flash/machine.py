@@ -276,7 +276,9 @@ class DieMachine:
         self.writing, self.write_count = Signal(), Signal(shapes.codeword_index)   # a page's data go into a die
         self.byte_used = Signal()                          # a byte is on its way
         self.outcome_free = Signal()
-        m.d.comb += self.outcome_free.eq(~self.controller.outcomes.valid)
+        self.moves = Signal()                              # in state MOVE; the queues need it early in the cycle
+        m.d.comb += [self.outcome_free.eq(~self.controller.outcomes.valid), self.queues.step.eq(self.moves)]
+        m.d.sync += self.moves.eq(0)
         with m.If(self.controller.outcomes.valid & self.controller.outcomes.ready):
             m.d.sync += self.controller.outcomes.valid.eq(0)
 

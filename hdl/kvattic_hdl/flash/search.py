@@ -1,6 +1,7 @@
 """Chien's search for the wrong bits of a codeword, and the patches that mend them."""
 
 from itertools import pairwise
+from typing import Any
 
 from amaranth.hdl import Cat, Module, Mux, Signal
 from amaranth.lib import stream, wiring
@@ -23,60 +24,53 @@ class Search(wiring.Component):
     config : Config
     positions : int
         As of `Corrector`.
+    owner : Shape
+        Of a channel's number.
 
     Members
     -------
-    load : In(1), check : In(CRC_BITS)
-        Strobe: a codeword's check value, as in its problem.
-    shift : In(1), coefficient : In
-        Strobe: the locator's next coefficient, the highest one first.
-    length : In
-        The number of errors.
-    begin : In(1)
-        Strobe, before the search.
-    known : In(1), place : In
-        With `begin`: there is one wrong bit, this one, and the search begins at its word; the locator does not count.
-    searching : In(1)
+    free : Out(1)
+        It can be loaded, and begin.
+    load, coefficient, begin, begin_owner, length, unread, known, place, right, hopeless : In
+        As of `Locator`.  Of a known bit the search begins at its word.
     patches : Out(stream of patch)
-    found_all, given_up : Out(1)
-        The search is over, and all patches were taken.
-    right : Out(1), errors : Out
-        Then: the check value is right, unless the bit was known; bits that were wrong.
-    loaded : Out(CRC_BITS)
-        From the cycle after `load` until the search: the check value, taken back over the whole data.
+    ended : Out(1), result : Out(result)
+        Strobe: the search is over, and all patches were taken; what it found.
+    owner : Out
+        Whose codeword patches and result are about.
     """
 
-    def __init__(self, config: Config, positions: int) -> None:
+    def __init__(self, config: Config, positions: int, owner: Any) -> None:
         self.config = config
         self.positions = positions
+        shapes = CorrectorShapes(config)
         super().__init__({
+            "free": Out(1),
             "load": In(1),
-            "check": In(CRC_BITS),
-            "shift": In(1),
             "coefficient": In(code(config).field.m),
-            "length": In(range(config.ecc_t + 1)),
             "begin": In(1),
+            "begin_owner": In(owner),
+            "length": In(range(config.ecc_t + 1)),
+            "unread": In(CRC_BITS),
             "known": In(1),
             "place": In(code(config).field.m),
-            "searching": In(1),
-            "patches": Out(stream.Signature(CorrectorShapes(config).patch)),
-            "found_all": Out(1),
-            "given_up": Out(1),
-            "right": Out(1),
-            "errors": Out(range(config.ecc_t + 1)),
-            "loaded": Out(CRC_BITS),
+            "right": In(1),
+            "hopeless": In(1),
+            "patches": Out(stream.Signature(shapes.patch)),
+            "ended": Out(1),
+            "result": Out(shapes.result),
+            "owner": Out(owner),
         })
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
         config, code_, positions = self.config, code(self.config), self.positions
         field = code_.field
-        # What the CRC would have to begin with, so that reading the wrong bits of the data makes `check` of it.
-        unread = [code_.crc.unshift(1 << bit, config.codeword_bytes * 8) for bit in range(CRC_BITS)]
         bits = config.word_bytes * 8
         groups = bits // positions                           # of a word
 
-        found = Signal(range(config.ecc_t + 1))
+        searching = Signal()
+        length, found = Signal(range(config.ecc_t + 1)), Signal(range(config.ecc_t + 1))
         hits = Signal(positions, reset_less=True)
         hits_valid = Signal()
         group = Signal(range(groups))
@@ -90,14 +84,15 @@ class Search(wiring.Component):
 
         # First stage: is the locator zero at one of the bits?
         stall = Signal()
-        known, armed = Signal(), Signal()                    # the place is known; its bit has not been reached
+        known, right = Signal(), Signal()                    # the place is known, and the check value agrees
+        armed = Signal()                                     # its bit has not been reached
         ahead = Signal(range(max(2, groups)))                # groups before it
         offset = Signal(range(max(2, positions)))
         bit_bits, word_bits = exact_log2(positions), exact_log2(bits)
         columns = [sum(field.power(k * position + bit) << position * field.m for position in range(positions))
                    for k in range(len(terms)) for bit in range(field.m)]
         values = product(m, "value", Cat(terms), columns, positions * field.m)
-        with m.If(self.searching & ~stall):
+        with m.If(searching & ~stall):
             zeros = ((values.word_select(k, field.m) == 0) & ~known for k in range(positions))
             reached = ((offset == k) & armed & (ahead == 0) for k in range(positions))
             m.d.sync += [hits.eq(Cat(zeros) | Cat(reached)), hits_valid.eq(1), ahead.eq(ahead - 1)]
@@ -113,6 +108,7 @@ class Search(wiring.Component):
             final, final_bits = final - 1, positions
         here = Signal(positions)
         hit = Signal()
+        found_all, given_up = Signal(), Signal()
         in_message, in_data = Signal(), Signal()
         # Bits behind the message do not count; that the check value is zero does not change when zeros pass.
         rest = CRC_BITS % positions
@@ -128,12 +124,12 @@ class Search(wiring.Component):
                 Mux((index == data_words) & (group == CRC_BITS // positions), hits[:rest], hits) if rest else hits),
             hit.eq(word_hit | here.any()),
             stall.eq(last_group & in_data & hit & patch.valid & ~patch.ready),
-            self.found_all.eq((found == self.length) & ~word_hit & ~patch.valid),
-            self.given_up.eq(exhausted & (found != self.length) & ~patch.valid),
+            found_all.eq((found == length) & ~word_hit & ~patch.valid),
+            given_up.eq(exhausted & (found != length) & ~patch.valid),
         ]
         with m.If(patch.ready):
             m.d.sync += patch.valid.eq(0)
-        with m.If(self.searching & hits_valid & ~stall & ~exhausted):
+        with m.If(searching & hits_valid & ~stall & ~exhausted):
             m.d.sync += [
                 mask.eq(Cat(mask[positions:], here)),
                 group.eq(group + 1),
@@ -148,17 +144,33 @@ class Search(wiring.Component):
                 with m.If(in_data & hit):
                     m.d.sync += [patch.valid.eq(1), patch.payload.index.eq(index),
                                  patch.payload.mask.eq(Cat(mask[positions:], here))]
-        with m.If(self.begin):
-            m.d.sync += [found.eq(0), hits_valid.eq(0), group.eq(0), index.eq(0), word_hit.eq(0), exhausted.eq(0)]
-            m.d.sync += [
-                known.eq(self.known), armed.eq(self.known), offset.eq(self.place[:bit_bits]),
-                ahead.eq(self.place[bit_bits:word_bits])]
-            with m.If(self.known):
-                m.d.sync += index.eq(self.place >> word_bits)
-        m.d.comb += [self.errors.eq(found), self.right.eq(check == 0), self.loaded.eq(check)]
+        m.d.comb += self.result.errors.eq(found)
         with m.If(self.load):
-            m.d.sync += check.eq(product(m, "unread", self.check, unread, CRC_BITS))
-        with m.If(self.shift):
             m.d.sync += terms[0].eq(self.coefficient)
             m.d.sync += [high.eq(low) for low, high in pairwise(terms)]
+
+        with m.FSM():
+            with m.State("FREE"):
+                m.d.comb += self.free.eq(1)
+                m.d.sync += [found.eq(0), hits_valid.eq(0), group.eq(0), word_hit.eq(0), exhausted.eq(0)]
+                m.d.sync += [
+                    self.owner.eq(self.begin_owner), length.eq(Mux(self.known, 1, self.length)), check.eq(self.unread),
+                    known.eq(self.known), armed.eq(self.known), right.eq(self.right),
+                    index.eq(Mux(self.known, self.place >> word_bits, 0)),
+                    offset.eq(self.place[:bit_bits]), ahead.eq(self.place[bit_bits:word_bits]),
+                    self.result.good.eq(0)]
+                with m.If(self.begin):
+                    m.d.sync += searching.eq(~self.hopeless)
+                    m.next = "SEARCH"
+                    with m.If(self.hopeless):
+                        m.next = "DONE"
+            with m.State("SEARCH"):
+                with m.If(found_all):
+                    m.d.sync += self.result.good.eq(Mux(known, right, check == 0))
+                with m.If(found_all | given_up):
+                    m.d.sync += searching.eq(0)
+                    m.next = "DONE"
+            with m.State("DONE"):
+                m.d.comb += self.ended.eq(1)
+                m.next = "FREE"
         return m
