@@ -9,6 +9,7 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In
 
 from kvattic.spec.config import Config
+from kvattic.spec.scheduling import CORRECTOR_POSITIONS
 from kvattic_hdl.flash.corrections import corrections_signature
 from kvattic_hdl.flash.locator import Locator
 from kvattic_hdl.flash.search import Search
@@ -49,7 +50,7 @@ class Corrector(wiring.Component):
         `positions` is another number, or `channels` below 1.
     """
 
-    def __init__(self, config: Config, channels: int = 1, positions: int = 8) -> None:
+    def __init__(self, config: Config, channels: int = 1, positions: int = CORRECTOR_POSITIONS) -> None:
         if positions not in POSITIONS:
             raise ValueError(f"positions must be one of {POSITIONS}, not {positions!r}")
         if channels < 1:

@@ -10,6 +10,7 @@ from amaranth.utils import bits_for
 
 from kvattic.spec.commands import MediaCause
 from kvattic.spec.config import CRC_BITS, Config
+from kvattic.spec.scheduling import CORRECTOR_POSITIONS
 from kvattic_hdl.flash.codeword_words import Departure, WordChecker, WordMemory, WordShapes
 from kvattic_hdl.flash.corrections import CorrectorShapes, ProblemSender, corrections_signature
 from kvattic_hdl.flash.corrector import Corrector
@@ -124,7 +125,8 @@ class Decoder(wiring.Component):
     codewords: stream.Interface
     retry: stream.Interface
 
-    def __init__(self, config: Config, buffers: int = 8, positions: int = 8, *, shares: bool = False) -> None:
+    def __init__(self, config: Config, buffers: int = 8, positions: int = CORRECTOR_POSITIONS, *,
+                 shares: bool = False) -> None:
         if buffers < 2:
             raise ValueError(f"buffers must be at least 2, not {buffers!r}")
         self.config = config

@@ -3,8 +3,8 @@
 from kvattic.spec.config import Config
 
 __all__ = [
-    "CORRECTOR_CHANNELS", "GATHER_TICKS", "GATHER_TICK_BITS", "RUN_PATIENCE", "RUN_QUEUE_DEPTH",
-    "channels_of_corrector"]
+    "CORRECTOR_CHANNELS", "CORRECTOR_POSITIONS", "GATHER_TICKS", "GATHER_TICK_BITS", "RUN_PATIENCE",
+    "RUN_QUEUE_DEPTH", "channels_of_corrector"]
 
 RUN_QUEUE_DEPTH = 16
 """Runs that the queue of a plane holds; a full one holds up all requests behind."""
@@ -18,6 +18,8 @@ plane after about 64.
 """
 CORRECTOR_CHANNELS = (4, 2, 1)
 """Channels that share a corrector: the first of these that divides their number."""
+CORRECTOR_POSITIONS = 16
+"""Bits of a codeword that a corrector's search looks at in a cycle."""
 
 
 def channels_of_corrector(config: Config) -> int:

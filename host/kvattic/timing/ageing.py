@@ -6,8 +6,9 @@ the level before. A real die's levels move its thresholds instead, which helps f
 against cells that are wrong at every threshold: of both, nothing is published for the presets' parts.
 
 The time is analytic. Three things work side by side on a channel, and the slowest sets the pace of reads that keep the
-bus busy: the bus, which moves each codeword and each retry; the corrector, one a channel, which takes a codeword with
-errors at a time; and the retries, one at a time on each channel (docs/controller.md).
+bus busy: the bus, which moves each codeword and each retry; the corrector, which several channels share, and of whose
+three stages each takes a codeword with errors at a time (docs/ecc.md); and the retries, one at a time on each channel
+(docs/controller.md).
 """
 
 import math
@@ -16,15 +17,17 @@ from dataclasses import dataclass, replace
 from kvattic.errors import ConfigError, RequestError
 from kvattic.spec.ageing import YEAR_DAYS, Ageing, ageing_of
 from kvattic.spec.config import CRC_BITS, Config
+from kvattic.spec.scheduling import CORRECTOR_POSITIONS, channels_of_corrector
 
 __all__ = ["CLIENT_UBER", "Aged", "age", "at_rber", "code_bits", "failure", "needed_t", "tolerated_rber"]
 
 CLIENT_UBER = 1e-15
 """Uncorrectable errors that a client drive may have for each bit read (JESD218B, table 1; enterprise: 1e-16)."""
 SECONDS_A_YEAR = YEAR_DAYS * 86_400
-# The corrector's cycles for e errors (docs/ecc.md): until the search begins, and 1/8 of the last wrong bit's number.
-SOLVE, SOLVE_ERROR, SOLVE_SQUARE = 71.0, 10.5, 0.5
-SEARCH_BITS, SEARCH_LATENCY = 8, 6.0
+# A corrector's cycles for e errors (docs/ecc.md): its first stage; its second, for one error and for more; its third,
+# beside 1/CORRECTOR_POSITIONS of the last wrong bit's number.
+TAKE, LOCATE_ONE, LOCATE, LOCATE_ERROR, LOCATE_SQUARE = 21.0, 19.0, 60.0, 10.5, 0.5
+SEARCH_ONE, SEARCH_LATENCY = 8.0, 7.0
 FEATURE_BYTES = 4
 """Bytes of a set of features."""
 MAX_T = 64
@@ -42,7 +45,8 @@ class Aged:
         failed: share that have more on the first read.
         retries: retries for each codeword that is wanted, on average.
         lost: share that no retry level reads.
-        corrector_cycles: of the corrector for each codeword, on average, retries included.
+        corrector_cycles: between two codewords of a channel, on average, for the corrector that it shares with others
+            which read as much; retries included.
     """
 
     config: Config
@@ -145,12 +149,14 @@ def at_rber(config: Config, rber: float, *, retry_factor: float = 1.0) -> Aged:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
             raise RequestError(f"{name} must be from 0 to {most:g}, not {value!r}")
     failed = failure(config, rber)
-    reached, retries, cycles = 1.0, 0.0, 0.0
+    reached, retries, stages = 1.0, 0.0, [0.0, 0.0, 0.0]
     for level in range(config.part.retry_levels + 1):
         rate = rber * retry_factor**level
         retries += reached if level else 0.0
-        cycles += reached * _corrector(config, rate)
+        stages = [sum_ + reached * cycles for sum_, cycles in zip(stages, _corrector(config, rate), strict=True)]
         reached *= failure(config, rate)
+    # A channel has one codeword at the corrector at a time, so that it also waits for all three stages.
+    cycles = max(channels_of_corrector(config) * max(stages), sum(stages))
     return Aged(config=config, rber=float(rber), corrected=1 - _none(config, rber) - failed, failed=failed,
                 retries=retries, lost=reached, corrector_cycles=cycles)
 
@@ -242,15 +248,22 @@ def _none(config: Config, rber: float) -> float:
     return _share(code_bits(config), 0, rber)
 
 
-def _corrector(config: Config, rber: float) -> float:
-    """Mean cycles of the corrector for a codeword; one with more errors than are corrected is searched to its end."""
+def _corrector(config: Config, rber: float) -> tuple[float, float, float]:
+    """Mean cycles of each of a corrector's stages for a codeword.
+
+    One with more errors than are corrected is searched to its end.
+    """
     bits, t = code_bits(config), config.ecc_t
-    cycles = failure(config, rber) * (_solve(t + 1) + bits / SEARCH_BITS)
-    for errors in range(1, t + 1):
-        last = errors / (errors + 1) * bits / SEARCH_BITS
-        cycles += _share(bits, errors, rber) * (_solve(errors) + last)
-    return cycles
+    wrong = 1 - _none(config, rber)
+    failed, one = failure(config, rber), _share(bits, 1, rber)
+    locate = failed * _locate(t + 1) + one * LOCATE_ONE
+    search = failed * (bits / CORRECTOR_POSITIONS + SEARCH_LATENCY) + one * SEARCH_ONE
+    for errors in range(2, t + 1):
+        share, last = _share(bits, errors, rber), errors / (errors + 1) * bits / CORRECTOR_POSITIONS
+        locate += share * _locate(errors)
+        search += share * (last + SEARCH_LATENCY)
+    return wrong * TAKE, locate, search
 
 
-def _solve(errors: int) -> float:
-    return SOLVE + SOLVE_ERROR * errors + SOLVE_SQUARE * errors * errors + SEARCH_LATENCY
+def _locate(errors: int) -> float:
+    return LOCATE + LOCATE_ERROR * errors + LOCATE_SQUARE * errors * errors

@@ -81,7 +81,7 @@ async def receive(ctx, channel, bits: int, limit: int, ready: Any) -> Answer:
         assert cycle < limit
 
 
-def solve(config: Config, problems: list[dict[str, int]], ready: Any = lambda cycle: True, positions: int = 8,
+def solve(config: Config, problems: list[dict[str, int]], ready: Any = lambda cycle: True, positions: int = 16,
           ) -> list[Answer]:
     dut, simulator = simulation(Corrector, config, 1, positions)
     answers = []
@@ -169,8 +169,25 @@ def test_a_wrong_bit_in_the_padding_is_no_answer():
 
 def test_cycles_are_those_of_the_documentation():
     config = CONFIGS["paper"]
-    cases = [list(range(weight)) for weight in range(1, 9)] + [[ecc.code(config).code_bits - 1]]
+    last = ecc.code(config).code_bits - 1
+    cases = [list(range(weight)) for weight in range(1, 9)] + [[0, last], [0], [63], [last]]
     answers = solve(config, [problem(config, bits) for bits in cases])
-    for e, answer in enumerate(answers[:8], 1):
-        assert answer.cycles == 83 + (21 * e + e * e) // 2   # the search of the first word, 12 cycles, included
-    assert answers[8].cycles == 613
+    for e, answer in enumerate(answers[1:8], 2):
+        assert answer.cycles == 88 + (21 * e + e * e) // 2   # the search of the first word, 8 cycles, included
+    assert answers[8].cycles == 370
+    assert all(44 <= answer.cycles <= 48 for answer in answers[9:])
+
+
+@pytest.mark.parametrize("name", ["tiny", "odd_parity", "t1"])
+def test_a_single_wrong_bit_anywhere(name):
+    # Its place comes from a table, and what the check value must be from squaring: at all borders, and here and there.
+    config, choose = CONFIGS[name], random.Random(5)
+    code, data = ecc.code(config), config.codeword_bytes * 8
+    token_bits = config.beats_per_codeword * config.beat_bytes * 8
+    borders = {0, 1, 63, 64, data - 1, data, data + 23, data + 24, code.code_bits - 1, token_bits - 1}
+    places = sorted(borders | set(choose.sample(range(code.code_bits), 30)))
+    cases = [(place, wrong) for place in places for wrong in (0, 1 << choose.randrange(24))]
+    answers = solve(config, [problem(config, [place], wrong) for place, wrong in cases])
+    for (place, wrong), answer in zip(cases, answers, strict=True):
+        assert answer.good == (wrong == 0), f"bit {place}, check value off by {wrong}"
+        assert (answer.errors, answer.bits) == (1, [place] if place < token_bits else [])
