@@ -52,10 +52,10 @@ def corrections_signature(config: Config) -> wiring.Signature:
     chunk : Out(CHUNK_BITS), chunk_valid : Out(1)
         All of it, in successive cycles.
     patches : In(stream of patch)
-        Wrong bits of the words that carry tokens.  They come before it is known whether the codeword can be corrected,
-        and are taken within some cycles, whatever stands still behind the channel.
+        Wrong bits of the words that carry tokens, of the oldest codeword that was taken.  They come before it is known
+        whether it can be corrected, and are taken within some cycles, whatever stands still behind the channel.
     result : In(result), ended : In(1)
-        Strobe: the codeword's end, after its last patch was taken.
+        Strobe: the end of the oldest codeword that was taken, whose patches came before.
     """
     shapes = CorrectorShapes(config)
     return wiring.Signature({
@@ -84,7 +84,9 @@ class ProblemSender(wiring.Component):
     taken : In(1)
         Strobe: the problem of `buffer` is to be sent.
     buffer : In
-        Whose problem that is; it does not change while it is sent.
+        Whose problem that is; it does not change from `taken` to the end of `sending`.
+    sending : Out(1)
+        A problem is sent.
     chunk : Out(CHUNK_BITS), chunk_valid : Out(1)
         Of the problem; the first one two cycles after `taken`.
     """
@@ -98,6 +100,7 @@ class ProblemSender(wiring.Component):
             "problem": In(shapes.problem),
             "taken": In(1),
             "buffer": In(range(buffers)),
+            "sending": Out(1),
             "chunk": Out(CHUNK_BITS),
             "chunk_valid": Out(1),
         })
@@ -116,12 +119,11 @@ class ProblemSender(wiring.Component):
         ordered = Cat(*(padded.word_select(i, CHUNK_BITS) for i in reversed(range(shapes.remainder_chunks))),
                       read.data.check)
         number = Signal(range(shapes.chunks))
-        sending = Signal()
-        m.d.sync += [self.chunk_valid.eq(sending), self.chunk.eq(ordered.word_select(number, CHUNK_BITS))]
+        m.d.sync += [self.chunk_valid.eq(self.sending), self.chunk.eq(ordered.word_select(number, CHUNK_BITS))]
         with m.If(self.taken):
-            m.d.sync += [sending.eq(1), number.eq(0)]
-        with m.Elif(sending):
+            m.d.sync += [self.sending.eq(1), number.eq(0)]
+        with m.Elif(self.sending):
             m.d.sync += number.eq(number + 1)
             with m.If(number == shapes.chunks - 1):
-                m.d.sync += sending.eq(0)
+                m.d.sync += self.sending.eq(0)
         return m

@@ -24,10 +24,10 @@ class Corrector(wiring.Component):
     Three steps: the odd syndromes from the remainder, 8 bits of it a cycle; the locator polynomial; a search through
     the bits in their order, `positions` a cycle, which ends with the last wrong one.  The check value is mended along
     with the search, so the data need not be read again.  Where a single bit is wrong the search begins at its word.
-    Each step can have a codeword, but no channel more than one.
+    Each step can have a codeword; those of a channel end in their order.
 
-    Each channel that wants a correction waits for at most one codeword of each other one, beside those that are worked
-    on; no channel can hold up the others, as it takes patches and results whatever stands still behind it.  docs/ecc.md
+    A channel that wants a correction waits for at most one codeword of each other one, beside those that are worked on;
+    no channel can hold up the others, as it takes patches and results whatever stands still behind it.  docs/ecc.md
     has the cycles of `paper`.  Reset forgets all codewords.
 
     Parameters

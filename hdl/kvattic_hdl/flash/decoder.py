@@ -18,6 +18,9 @@ from kvattic_hdl.flash.encoder import seeded
 from kvattic_hdl.flash.interfaces import CAUSE_BITS, FlashShapes
 from kvattic_hdl.flash.steps import steps_signature
 
+AT_CORRECTOR = 2
+"""Codewords of a channel that the corrector may have: while one is searched, the next one's locator is found."""
+
 
 class BufferQueue(wiring.Component):
     """Queues what is known of buffers.  There is at most one entry for each, so that it is never full.
@@ -138,18 +141,22 @@ class Decoder(wiring.Component):
         self.memory = WordMemory(config, buffers)
         self.departure = Departure(config, buffers)
         self.sender = ProblemSender(config, buffers)
-        # Buffers that wait for words, in order, with what their check value begins with; that leave; that wait for the
-        # corrector.
-        self.incoming, self.leaving, self.pending = (
-            BufferQueue(width, buffers)
-            for width in (inside.buffer.width + CRC_BITS, inside.leaving.size, inside.buffer.width))
-        # What the corrector has found, while it is not used yet.
-        self.finished, self.result = Signal(), Signal(CorrectorShapes(config).result, reset_less=True)
+        # Buffers that wait for words, in order, with what their check value begins with; that leave; that the corrector
+        # has not taken; that it has not finished; that it has, with its results.
+        result = data.StructLayout({"buffer": inside.buffer, "found": CorrectorShapes(config).result})
+        self.incoming, self.leaving, self.unsent, self.pending, self.results = (
+            BufferQueue(width, depth) for width, depth in (
+                (inside.buffer.width + CRC_BITS, buffers), (inside.leaving.size, buffers),
+                (inside.buffer.width, buffers), (inside.buffer.width, buffers), (result.size, AT_CORRECTOR)))
+        # The result that is used next: there is one, which; it is used in this cycle.
+        self.finished, self.concluded = Signal(), Signal()
+        self.result = Signal(CorrectorShapes(config).result, reset_less=True)
         # What becomes of a codeword in this cycle: it ends, with a cause if it cannot be read; or is read again.
         self.end, self.end_buffer, self.cause = Signal(), Signal(inside.buffer), Signal(CAUSE_BITS)
         self.again = Signal()                     # the corrector's result is not good, but there is another level
         self.dropped = Signal()                   # its codeword is read again
-        self.problem_buffer = Signal(inside.buffer)   # whose codeword it works on
+        self.problem_buffer = Signal(inside.buffer)   # whose codeword that is
+        self.searched = Signal(inside.buffer)         # whose codeword the corrector searches
         self.allocated = Signal(inside.buffer)
         shapes = FlashShapes(config)
         super().__init__({
@@ -169,7 +176,7 @@ class Decoder(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        for name in ("checker", "memory", "departure", "sender", "incoming", "leaving", "pending"):
+        for name in ("checker", "memory", "departure", "sender", "incoming", "leaving", "unsent", "pending", "results"):
             m.submodules[name] = getattr(self, name)
         if self.shares:
             connect(m, self.checker.steps, flipped(self.steps))
@@ -243,7 +250,7 @@ class Decoder(wiring.Component):
             memory.patches.payload.eq(corrections.patches.payload),
             memory.patches.valid.eq(corrections.patches.valid),
             corrections.patches.ready.eq(memory.patches.ready),
-            memory.patch_buffer.eq(self.problem_buffer),
+            memory.patch_buffer.eq(self.searched),
             memory.fetch.eq(departure.fetch),
             memory.fetch_address.eq(departure.fetch_address),
             departure.busy.eq(memory.reading),
@@ -266,7 +273,7 @@ class Decoder(wiring.Component):
             m.d.comb += [self.end.eq(1), self.end_buffer.eq(self.allocated), self.cause.eq(header.cause)]
         with m.Else():
             m.d.comb += [
-                self.end.eq(self.pending.r_en & ~self.again),
+                self.end.eq(self.concluded & ~self.again),
                 self.end_buffer.eq(self.problem_buffer),
                 self.cause.eq(Mux(result.good, 0, MediaCause.UNCORRECTABLE)),
             ]
@@ -277,38 +284,50 @@ class Decoder(wiring.Component):
             self.leaving.w_en.eq(self.end),
             leaving.buffer.eq(self.end_buffer),
             leaving.error.eq(self.cause != 0),
-            self.pending.w_data.eq(checker.ended_buffer),
-            self.pending.w_en.eq(checker.ended & ~checker.clean & ~checker.erased),
         ]
+        for queue in (self.unsent, self.pending):
+            m.d.comb += [
+                queue.w_data.eq(checker.ended_buffer),
+                queue.w_en.eq(checker.ended & ~checker.clean & ~checker.erased),
+            ]
 
     def _correct(self, m: Module, take: Signal, corrections: Any, problem_name: Any) -> None:
         """Give the corrector one codeword after the other, and have those that it gives up read again."""
-        checker, pending, sender, finished = self.checker, self.pending, self.sender, self.finished
-        at_corrector = Signal()
-        there = Signal()          # `problem_buffer` is the first one that waits
-        m.d.sync += [self.problem_buffer.eq(pending.r_data), there.eq(pending.r_rdy & ~pending.r_en)]
+        checker, unsent, pending, results, sender = (
+            self.checker, self.unsent, self.pending, self.results, self.sender)
+        there = Signal()                              # the sender's buffer is the first one that was not sent
+        under_way = Signal(range(AT_CORRECTOR + 1))   # taken by the corrector, and their results were not used yet
         refused = take & (self.header.payload.cause != 0)
         m.d.comb += [
             sender.store.eq(checker.ended),
             sender.store_buffer.eq(checker.ended_buffer),
             sender.problem.remainder.eq(checker.remainder),
             sender.problem.check.eq(checker.check),
-            sender.buffer.eq(self.problem_buffer),
             sender.taken.eq(corrections.taken),
-            corrections.wanted.eq(there & ~at_corrector),
+            unsent.r_en.eq(corrections.taken),
+            corrections.wanted.eq(there & (under_way != AT_CORRECTOR)),
             corrections.chunk.eq(sender.chunk),
             corrections.chunk_valid.eq(sender.chunk_valid),
+            pending.r_en.eq(corrections.ended),
+            results.w_en.eq(corrections.ended),
+            results.w_data.eq(Cat(self.searched, corrections.result)),
+            results.r_en.eq(results.r_rdy & ~self.finished),
             self.again.eq(~self.result.good & (problem_name.data.level < self.config.part.retry_levels)),
-            pending.r_en.eq(finished & Mux(
+            self.concluded.eq(self.finished & Mux(
                 self.again, ~self.retry.valid & ~self.unreadable, ~checker.ended & ~refused)),
-            self.dropped.eq(pending.r_en & self.again),
+            self.dropped.eq(self.concluded & self.again),
         ]
-        with m.If(corrections.taken):
-            m.d.sync += at_corrector.eq(1)
-        with m.If(corrections.ended):
-            m.d.sync += [finished.eq(1), self.result.eq(corrections.result)]
-        with m.If(pending.r_en):
-            m.d.sync += [at_corrector.eq(0), finished.eq(0)]
+        m.d.sync += [
+            self.searched.eq(pending.r_data),
+            under_way.eq(under_way + corrections.taken - self.concluded),
+            there.eq(unsent.r_rdy & ~corrections.taken & ~sender.sending),
+        ]
+        with m.If(~corrections.taken & ~sender.sending):
+            m.d.sync += sender.buffer.eq(unsent.r_data)
+        with m.If(results.r_en):
+            m.d.sync += [self.finished.eq(1), Cat(self.problem_buffer, self.result).eq(results.r_data)]
+        with m.Elif(self.concluded):
+            m.d.sync += self.finished.eq(0)
 
     def _report(self, m: Module, ended_place: Any, problem_name: Any) -> None:
         """Tell what was corrected, what is given up, and what is to be read again."""
@@ -319,8 +338,8 @@ class Decoder(wiring.Component):
             end_buffer.eq(self.end_buffer),
             cause.eq(self.cause),
             self.codeword.eq(self.checker.last),
-            self.corrected.eq(self.pending.r_en & result.good),
-            self.bit_errors.eq(Mux(self.pending.r_en & result.good, result.errors, 0)),
+            self.corrected.eq(self.concluded & result.good),
+            self.bit_errors.eq(Mux(self.concluded & result.good, result.errors, 0)),
         ]
         m.d.comb += [
             ended_place.addr.eq(Mux(self.unreadable, end_buffer, self.problem_buffer)),

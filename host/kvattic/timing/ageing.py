@@ -24,10 +24,9 @@ __all__ = ["CLIENT_UBER", "Aged", "age", "at_rber", "code_bits", "failure", "nee
 CLIENT_UBER = 1e-15
 """Uncorrectable errors that a client drive may have for each bit read (JESD218B, table 1; enterprise: 1e-16)."""
 SECONDS_A_YEAR = YEAR_DAYS * 86_400
-# A corrector's cycles for e errors (docs/ecc.md): its first stage; its second, for one error and for more; its third,
-# beside 1/CORRECTOR_POSITIONS of the last wrong bit's number.
-TAKE, LOCATE_ONE, LOCATE, LOCATE_ERROR, LOCATE_SQUARE = 21.0, 19.0, 60.0, 10.5, 0.5
-SEARCH_ONE, SEARCH_LATENCY = 8.0, 7.0
+# Cycles of a corrector's stages (docs/ecc.md), beside what depends on the code: reception; locator, for one error;
+# search, for one error and for more.
+TAKE, LOCATE_ONE, SEARCH_ONE, SEARCH = 8, 3, 8.0, 7.0
 FEATURE_BYTES = 4
 """Bytes of a set of features."""
 MAX_T = 64
@@ -155,8 +154,8 @@ def at_rber(config: Config, rber: float, *, retry_factor: float = 1.0) -> Aged:
         retries += reached if level else 0.0
         stages = [sum_ + reached * cycles for sum_, cycles in zip(stages, _corrector(config, rate), strict=True)]
         reached *= failure(config, rate)
-    # A channel has one codeword at the corrector at a time, so that it also waits for all three stages.
-    cycles = max(channels_of_corrector(config) * max(stages), sum(stages))
+    # Each stage serves all channels; of one channel two codewords can be in work.
+    cycles = max(channels_of_corrector(config) * max(stages), sum(stages) / 2)
     return Aged(config=config, rber=float(rber), corrected=1 - _none(config, rber) - failed, failed=failed,
                 retries=retries, lost=reached, corrector_cycles=cycles)
 
@@ -249,21 +248,22 @@ def _none(config: Config, rber: float) -> float:
 
 
 def _corrector(config: Config, rber: float) -> tuple[float, float, float]:
-    """Mean cycles of each of a corrector's stages for a codeword.
+    """Mean cycles of each of a corrector's stages for a codeword: reception, locator, search.
 
     One with more errors than are corrected is searched to its end.
     """
     bits, t = code_bits(config), config.ecc_t
-    wrong = 1 - _none(config, rber)
     failed, one = failure(config, rber), _share(bits, 1, rber)
-    locate = failed * _locate(t + 1) + one * LOCATE_ONE
-    search = failed * (bits / CORRECTOR_POSITIONS + SEARCH_LATENCY) + one * SEARCH_ONE
+    take = (1 - _none(config, rber)) * (config.bch_m * t / 8 + TAKE)
+    locate = failed * _locate(t, t + 1) + one * (2 * t + LOCATE_ONE)
+    search = failed * (bits / CORRECTOR_POSITIONS + SEARCH) + one * SEARCH_ONE
     for errors in range(2, t + 1):
         share, last = _share(bits, errors, rber), errors / (errors + 1) * bits / CORRECTOR_POSITIONS
-        locate += share * _locate(errors)
-        search += share * (last + SEARCH_LATENCY)
-    return wrong * TAKE, locate, search
+        locate += share * _locate(t, errors)
+        search += share * (last + SEARCH)
+    return take, locate, search
 
 
-def _locate(errors: int) -> float:
-    return LOCATE + LOCATE_ERROR * errors + LOCATE_SQUARE * errors * errors
+def _locate(t: int, errors: int) -> float:
+    """Cycles of the locator: 2 t syndromes, t + 1 coefficients, t steps of four and what they sum and multiply."""
+    return 7 * t + 4 + (t + 2.5) * errors + errors * errors / 2
