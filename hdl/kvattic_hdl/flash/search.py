@@ -82,7 +82,7 @@ class Search(wiring.Component):
         check = Signal(CRC_BITS, reset_less=True)
         terms = [Signal(field.m, name=f"term_{k}", reset_less=True) for k in range(config.ecc_t + 1)]
 
-        # First stage: is the locator zero at one of the bits?
+        # First stage: the locator's values at the bits. Second: which are zero?
         stall = Signal()
         known, right = Signal(), Signal()                    # the place is known, and the check value agrees
         armed = Signal()                                     # its bit has not been reached
@@ -91,17 +91,22 @@ class Search(wiring.Component):
         bit_bits, word_bits = exact_log2(positions), exact_log2(bits)
         columns = [sum(field.power(k * position + bit) << position * field.m for position in range(positions))
                    for k in range(len(terms)) for bit in range(field.m)]
-        values = product(m, "value", Cat(terms), columns, positions * field.m)
+        values, values_valid = Signal(positions * field.m, reset_less=True), Signal()
         with m.If(searching & ~stall):
-            zeros = ((values.word_select(k, field.m) == 0) & ~known for k in range(positions))
-            reached = ((offset == k) & armed & (ahead == 0) for k in range(positions))
-            m.d.sync += [hits.eq(Cat(zeros) | Cat(reached)), hits_valid.eq(1), ahead.eq(ahead - 1)]
-            with m.If(ahead == 0):
-                m.d.sync += armed.eq(0)
+            m.d.sync += [
+                values.eq(product(m, "value", Cat(terms), columns, positions * field.m)), values_valid.eq(1),
+                hits_valid.eq(values_valid)]
             m.d.sync += [term.eq(times_power(m, f"next_{k}", field, term, k * positions))
                          for k, term in enumerate(terms) if k]
+            zeros = ((values.word_select(k, field.m) == 0) & ~known for k in range(positions))
+            reached = ((offset == k) & armed & (ahead == 0) for k in range(positions))
+            m.d.sync += hits.eq(Cat(zeros) | Cat(reached))
+            with m.If(values_valid):
+                m.d.sync += ahead.eq(ahead - 1)
+                with m.If(ahead == 0):
+                    m.d.sync += armed.eq(0)
 
-        # Second stage: put the bits of a word together.
+        # Third stage: put the bits of a word together.
         last_group, last_word = Signal(), Signal()
         final, final_bits = divmod(code_.code_bits, positions)
         if final_bits == 0:
@@ -152,7 +157,7 @@ class Search(wiring.Component):
         with m.FSM():
             with m.State("FREE"):
                 m.d.comb += self.free.eq(1)
-                m.d.sync += [found.eq(0), hits_valid.eq(0), group.eq(0), word_hit.eq(0), exhausted.eq(0)]
+                m.d.sync += [signal.eq(0) for signal in (found, values_valid, hits_valid, group, word_hit, exhausted)]
                 m.d.sync += [
                     self.owner.eq(self.begin_owner), length.eq(Mux(self.known, 1, self.length)), check.eq(self.unread),
                     known.eq(self.known), armed.eq(self.known), right.eq(self.right),
