@@ -26,7 +26,9 @@ CLIENT_UBER = 1e-15
 SECONDS_A_YEAR = YEAR_DAYS * 86_400
 # Cycles of a corrector's stages (docs/ecc.md), beside what depends on the code: reception; locator, for one error;
 # search, for one error and for more.
-TAKE, LOCATE_ONE, SEARCH_ONE, SEARCH = 8, 3, 8.0, 7.0
+TAKE, LOCATE_ONE, SEARCH_ONE, SEARCH = 8, 3, 10.0, 10.0
+AT_CORRECTOR = 2
+"""Codewords of a channel that its corrector may have."""
 FEATURE_BYTES = 4
 """Bytes of a set of features."""
 MAX_T = 64
@@ -148,14 +150,12 @@ def at_rber(config: Config, rber: float, *, retry_factor: float = 1.0) -> Aged:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
             raise RequestError(f"{name} must be from 0 to {most:g}, not {value!r}")
     failed = failure(config, rber)
-    reached, retries, stages = 1.0, 0.0, [0.0, 0.0, 0.0]
+    reached, retries, cycles = 1.0, 0.0, 0.0
     for level in range(config.part.retry_levels + 1):
         rate = rber * retry_factor**level
         retries += reached if level else 0.0
-        stages = [sum_ + reached * cycles for sum_, cycles in zip(stages, _corrector(config, rate), strict=True)]
+        cycles += reached * _corrector(config, rate)
         reached *= failure(config, rate)
-    # Each stage serves all channels; of one channel two codewords can be in work.
-    cycles = max(channels_of_corrector(config) * max(stages), sum(stages) / 2)
     return Aged(config=config, rber=float(rber), corrected=1 - _none(config, rber) - failed, failed=failed,
                 retries=retries, lost=reached, corrector_cycles=cycles)
 
@@ -247,23 +247,24 @@ def _none(config: Config, rber: float) -> float:
     return _share(code_bits(config), 0, rber)
 
 
-def _corrector(config: Config, rber: float) -> tuple[float, float, float]:
-    """Mean cycles of each of a corrector's stages for a codeword: reception, locator, search.
+def _corrector(config: Config, rber: float) -> float:
+    """Mean cycles between two codewords of a channel, for its corrector.
 
-    One with more errors than are corrected is searched to its end.
+    One codeword is searched while the next one's locator is found, and neither goes on before the other is done.
     """
     bits, t = code_bits(config), config.ecc_t
-    failed, one = failure(config, rber), _share(bits, 1, rber)
-    take = (1 - _none(config, rber)) * (config.bch_m * t / 8 + TAKE)
-    locate = failed * _locate(t, t + 1) + one * (2 * t + LOCATE_ONE)
-    search = failed * (bits / CORRECTOR_POSITIONS + SEARCH) + one * SEARCH_ONE
-    for errors in range(2, t + 1):
-        share, last = _share(bits, errors, rber), errors / (errors + 1) * bits / CORRECTOR_POSITIONS
-        locate += share * _locate(t, errors)
-        search += share * (last + SEARCH)
-    return take, locate, search
-
-
-def _locate(t: int, errors: int) -> float:
-    """Cycles of the locator: 2 t syndromes, t + 1 coefficients, t steps of four and what they sum and multiply."""
-    return 7 * t + 4 + (t + 2.5) * errors + errors * errors / 2
+    shares = [_share(bits, errors, rber) for errors in range(t + 1)]
+    shares.append(failure(config, rber))          # those are searched to their end
+    wrong = sum(shares[1:])
+    if wrong == 0:
+        return 0.0
+    locate = [0.0, 2 * t + LOCATE_ONE, *(
+        7 * t + 4 + (t + 2.5) * errors + errors * errors / 2 for errors in range(2, t + 2))]
+    search = [0.0, SEARCH_ONE, *(
+        t + SEARCH + errors / (errors + 1) * bits / CORRECTOR_POSITIONS for errors in range(2, t + 1))]
+    search.append(t + SEARCH + bits / CORRECTOR_POSITIONS)
+    pairs = sum(first * second * max(ahead, behind) for first, ahead in zip(shares[1:], search[1:], strict=True)
+                for second, behind in zip(shares[1:], locate[1:], strict=True)) / wrong
+    take = config.bch_m * t / 8 + TAKE
+    alone = sum(share * (take + a + b) for share, a, b in zip(shares[1:], locate[1:], search[1:], strict=True))
+    return max(channels_of_corrector(config) * pairs, alone / AT_CORRECTOR)
