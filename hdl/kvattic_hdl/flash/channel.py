@@ -69,13 +69,16 @@ class FlashChannel(wiring.Component):
         # No path goes through a channel within a cycle: from a request to `ready`, from the PHY to the page words.
         m.submodules.request_register = requests = StreamRegister(self.shapes.request)
         m.submodules.word_buffer = words = StreamBuffer(self.shapes.page_word)
+        # Nor from the PHY through the mover into the encoder's network.
+        m.submodules.raw_buffer = raw = StreamBuffer(self.config.word_bytes * 8)
         connect(m, flipped(self.requests), requests.i)
         connect(m, requests.o, controller.requests)
         connect(m, flipped(self.operations), controller.operations)
         connect(m, controller.outcomes, flipped(self.outcomes))
         connect(m, flipped(self.page_words), words.i)
         connect(m, words.o, encoder.i)
-        connect(m, encoder.o, controller.words)
+        connect(m, encoder.o, raw.i)
+        connect(m, raw.o, controller.words)
         connect(m, controller.headers, decoder.header)
         connect(m, decoder.retry, controller.retries)
         connect(m, decoder.codewords, flipped(self.codewords))

@@ -73,6 +73,8 @@ class RunMerger(wiring.Component):
         Runs that have ended, from a register: comparing a request takes most of a cycle; `again` is not set.
     unit : Out
         That of the run.
+    next_unit : Out
+        That of the run that ends next; a cycle before it is `unit`.
     """
 
     def __init__(self, config: Config, depth: int, patience: int) -> None:
@@ -84,13 +86,14 @@ class RunMerger(wiring.Component):
             "requests": In(stream.Signature(shapes.request)),
             "runs": Out(stream.Signature(shapes.run)),
             "unit": Out(shapes.unit_bits),
+            "next_unit": Out(shapes.unit_bits),
         })
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
         shapes, last_codeword = self.shapes, self.config.codewords_per_page - 1
         request = self.requests.payload
-        run, unit = Signal(shapes.run), Signal(shapes.unit_bits)
+        run, unit = Signal(shapes.run), self.next_unit
         opened = Signal()
         next_place = Signal(shapes.place)
         idle = Signal(range(self.patience + 1))
@@ -272,11 +275,14 @@ class RunQueues(wiring.Component):
         """Note which queues have got their first run lately, so that a die waits for each of its planes once."""
         unit = self.merger.unit
         tick = Signal(GATHER_TICK_BITS)
+        first = Signal()          # of its queue, when the run ended: to look that up takes most of a cycle
         m.d.sync += tick.eq(tick + 1)
+        with m.If(~self.merger.runs.valid):
+            m.d.sync += first.eq(~self.waiting.bit_select(self.merger.next_unit, 1))
         for die in range(self.config.dies):
             age = Signal(range(GATHER_TICKS + 1), name=f"age_{die}")
             m.d.comb += self.growing[die].eq(age != 0)
-            with m.If(push & (unit[self.config.plane_bits :] == die) & ~self.waiting.bit_select(unit, 1)):
+            with m.If(push & first & (unit[self.config.plane_bits :] == die)):
                 m.d.sync += age.eq(GATHER_TICKS)
             with m.Elif((tick == 0) & (age != 0)):
                 m.d.sync += age.eq(age - 1)
