@@ -2,17 +2,22 @@
 
 from typing import Any
 
-from amaranth.hdl import Cat, Module, Signal, unsigned
+from amaranth.hdl import Cat, Module, Shape, Signal, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
-from amaranth.utils import bits_for
+from amaranth.utils import bits_for, ceil_log2
 
 from kvattic.spec.config import CRC_BITS, Config
 from kvattic.spec.ecc import code
 
 CHUNK_BITS = 8
 """Bits of a problem that go to the corrector in one cycle."""
+
+
+def owner_shape(channels: int) -> Shape:
+    """Of the number of a corrector's channel."""
+    return unsigned(max(1, ceil_log2(channels)))
 
 
 class CorrectorShapes:

@@ -58,9 +58,8 @@ class Corrector(wiring.Component):
         self.config = config
         self.positions = positions
         self.reception = Reception(config, channels)
-        owner = self.reception.owner.shape()
-        self.locator = Locator(config, owner)
-        self.search = Search(config, positions, owner)
+        self.locator = Locator(config, channels)
+        self.search = Search(config, positions, channels)
         super().__init__({"channels": In(corrections_signature(config)).array(channels)})
 
     def elaborate(self, platform: object) -> Module:

@@ -10,6 +10,7 @@ from amaranth.lib.wiring import In, Out
 
 from kvattic.spec.config import CRC_BITS, Config
 from kvattic.spec.ecc import code
+from kvattic_hdl.flash.corrections import owner_shape
 from kvattic_hdl.flash.division import product, squared, times
 from kvattic_hdl.flash.single import SingleError
 
@@ -36,6 +37,8 @@ class Locator(wiring.Component):
     Parameters
     ----------
     config : Config
+    channels : int
+        As of `Corrector`.
 
     Members
     -------
@@ -57,7 +60,7 @@ class Locator(wiring.Component):
         No coefficients were loaded, as there are too many wrong bits.
     """
 
-    def __init__(self, config: Config, owner: Any) -> None:
+    def __init__(self, config: Config, channels: int) -> None:
         self.config = config
         self.single = SingleError(config)
         element, t = unsigned(code(config).field.m), config.ecc_t
@@ -79,7 +82,7 @@ class Locator(wiring.Component):
         self.product = Signal(element)
         super().__init__({
             "there": In(1),
-            "owner": In(owner),
+            "owner": In(owner_shape(channels)),
             "odd": In(element),
             "shift": Out(1),
             "check": In(CRC_BITS),
@@ -88,7 +91,7 @@ class Locator(wiring.Component):
             "load": Out(1),
             "coefficient": Out(element),
             "begin": Out(1),
-            "begin_owner": Out(owner),
+            "begin_owner": Out(owner_shape(channels)),
             "length": Out(range(t + 1)),
             "unread": Out(CRC_BITS),
             "known": Out(1),

@@ -1,7 +1,6 @@
 """Chien's search for the wrong bits of a codeword, and the patches that mend them."""
 
 from itertools import pairwise
-from typing import Any
 
 from amaranth.hdl import Cat, Module, Mux, Signal
 from amaranth.lib import stream, wiring
@@ -10,7 +9,7 @@ from amaranth.utils import exact_log2
 
 from kvattic.spec.config import CRC_BITS, Config
 from kvattic.spec.ecc import code
-from kvattic_hdl.flash.corrections import CorrectorShapes
+from kvattic_hdl.flash.corrections import CorrectorShapes, owner_shape
 from kvattic_hdl.flash.division import divided, ones, product, times_power
 
 
@@ -24,8 +23,8 @@ class Search(wiring.Component):
     config : Config
     positions : int
         As of `Corrector`.
-    owner : Shape
-        Of a channel's number.
+    channels : int
+        As of `Corrector`.
 
     Members
     -------
@@ -40,7 +39,7 @@ class Search(wiring.Component):
         Whose codeword patches and result are about.
     """
 
-    def __init__(self, config: Config, positions: int, owner: Any) -> None:
+    def __init__(self, config: Config, positions: int, channels: int) -> None:
         self.config = config
         self.positions = positions
         shapes = CorrectorShapes(config)
@@ -49,7 +48,7 @@ class Search(wiring.Component):
             "load": In(1),
             "coefficient": In(code(config).field.m),
             "begin": In(1),
-            "begin_owner": In(owner),
+            "begin_owner": In(owner_shape(channels)),
             "length": In(range(config.ecc_t + 1)),
             "unread": In(CRC_BITS),
             "known": In(1),
@@ -59,7 +58,7 @@ class Search(wiring.Component):
             "patches": Out(stream.Signature(shapes.patch)),
             "ended": Out(1),
             "result": Out(shapes.result),
-            "owner": Out(owner),
+            "owner": Out(owner_shape(channels)),
         })
 
     def elaborate(self, platform: object) -> Module:

@@ -2,14 +2,13 @@
 
 from itertools import pairwise
 
-from amaranth.hdl import Cat, Module, Signal, Value, unsigned
+from amaranth.hdl import Cat, Module, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
-from amaranth.utils import ceil_log2
 
 from kvattic.spec.config import CRC_BITS, Config
 from kvattic.spec.ecc import code
-from kvattic_hdl.flash.corrections import CHUNK_BITS, CorrectorShapes
+from kvattic_hdl.flash.corrections import CHUNK_BITS, CorrectorShapes, owner_shape
 from kvattic_hdl.flash.division import product, times_power
 
 
@@ -103,7 +102,7 @@ class Reception(wiring.Component):
             "chunks": In(data.ArrayLayout(CHUNK_BITS, channels)),
             "chunks_valid": In(channels),
             "there": Out(1),
-            "owner": Out(unsigned(max(1, ceil_log2(channels)))),
+            "owner": Out(owner_shape(channels)),
             "odd": Out(code(config).field.m),
             "shift": In(1),
             "check": Out(CRC_BITS),
