@@ -3,6 +3,7 @@
 from kvattic_hdl.drive import Drive
 from kvattic_hdl.engine import Engine
 from kvattic_hdl.flash.channel import FlashChannel
+from kvattic_hdl.flash.corrector import Corrector
 from kvattic_hdl.flash.phy import PhyShapes, phy_signature
 from kvattic_hdl.lib.axi import AXI_READ, AXI_WRITE, axi_lite
 from kvattic_hdl.lib.shapes import EPOCH_BITS, OPCODE_BITS, Shapes, operation_code
@@ -17,6 +18,7 @@ __all__ = [
     "OPCODE_BITS",
     "TOP",
     "TOPS",
+    "Corrector",
     "Drive",
     "Engine",
     "FlashChannel",

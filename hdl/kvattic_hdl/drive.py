@@ -1,4 +1,4 @@
-"""The whole drive: the engine, and a flash channel with its PHY interface on each of its channels."""
+"""The whole drive: the engine, a flash channel with its PHY interface on each of its channels, and their correctors."""
 
 from amaranth.hdl import Module
 from amaranth.lib import wiring
@@ -6,8 +6,10 @@ from amaranth.lib.wiring import In, Out, connect, flipped
 
 from kvattic.spec.config import Config
 from kvattic.spec.registers import ADDRESS_BITS
+from kvattic.spec.scheduling import channels_of_corrector
 from kvattic_hdl.engine import Engine
 from kvattic_hdl.flash.channel import FlashChannel
+from kvattic_hdl.flash.corrector import Corrector
 from kvattic_hdl.flash.phy import phy_signature
 from kvattic_hdl.lib.axi import AXI_READ, AXI_WRITE, axi_lite
 from kvattic_hdl.storage.dram_reader import dram_signature
@@ -53,6 +55,12 @@ class Drive(wiring.Component):
         for name in ("read", "write", "dram"):
             connect(m, getattr(engine, name), flipped(getattr(self, name)))
         m.d.comb += self.irq.eq(engine.irq)
+        sharers = channels_of_corrector(config)
+        correctors = []
+        for number in range(config.channels // sharers):
+            corrector, m.submodules[f"corrector_{number}"] = shared(
+                platform, "kvattic_corrector", lambda: Corrector(config, sharers))
+            correctors.append(corrector)
         for c in range(config.channels):
             channel, m.submodules[f"channel_{c}"] = shared(
                 platform, "kvattic_flash_channel", lambda: FlashChannel(config))
@@ -60,6 +68,7 @@ class Drive(wiring.Component):
                 connect(m, getattr(engine, name)[c], getattr(channel, name))
             for name in ("codewords", "outcomes"):
                 connect(m, getattr(channel, name), getattr(engine, name)[c])
+            connect(m, channel.corrections, correctors[c // sharers].channels[c % sharers])
             connect(m, channel.phy, flipped(self.phys[c]))
             m.d.comb += [
                 channel.value_open.eq(engine.value_open),

@@ -11,8 +11,10 @@ from amaranth.hdl._ir import build_netlist
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-from kvattic.spec.config import BOARD, GQA, TINY
+from kvattic.spec.config import BOARD, GQA, TINY, Config
+from kvattic.spec.scheduling import channels_of_corrector
 from kvattic_hdl.flash.channel import FlashChannel
+from kvattic_hdl.flash.corrector import Corrector
 from kvattic_hdl.lane.lane import Lane
 from kvattic_hdl.verilog.shared import ports
 
@@ -56,8 +58,12 @@ def paths(component: wiring.Component) -> dict[str, set[str]]:
     return result
 
 
+def corrector(config: Config) -> Corrector:
+    return Corrector(config, channels_of_corrector(config))
+
+
 @pytest.mark.parametrize("config", [TINY, BOARD, GQA], ids=["tiny", "board", "gqa"])
-@pytest.mark.parametrize("block", [Lane, FlashChannel])
+@pytest.mark.parametrize("block", [Lane, FlashChannel, corrector])
 def test_no_output_depends_on_an_input(block, config):
     assert paths(block(config)) == {}
 

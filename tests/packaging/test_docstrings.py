@@ -34,6 +34,7 @@ ARGUMENTS: dict[str, Any] = {
     "queues": 4,
     "buffers": 8,
     "positions": 8,
+    "channels": 4,
     "patience": 32,
 }
 """What constructors are given, by the name of the parameter."""

@@ -6,6 +6,7 @@ from amaranth.lib.wiring import In, Out, connect, flipped
 
 from kvattic.spec.config import Config
 from kvattic_hdl.flash.controller import Controller
+from kvattic_hdl.flash.corrections import corrections_signature
 from kvattic_hdl.flash.decoder import Decoder
 from kvattic_hdl.flash.encoder import Encoder
 from kvattic_hdl.flash.phy import phy_signature
@@ -35,6 +36,8 @@ class FlashChannel(wiring.Component):
     events : Out(flash_events)
     media_error : Out(media_error)
         What `events.unreadable` is about, in the same cycle.
+    corrections : Out(corrections_signature)
+        To a `Corrector`, which it may share with other channels.
     phy : Out(phy_signature)
     """
 
@@ -51,6 +54,7 @@ class FlashChannel(wiring.Component):
             "outcomes": Out(stream.Signature(shapes.outcome)),
             "events": Out(shapes.flash_events),
             "media_error": Out(shapes.media_error),
+            "corrections": Out(corrections_signature(config)),
             "phy": Out(phy_signature(config)),
         })
 
@@ -65,16 +69,20 @@ class FlashChannel(wiring.Component):
         # No path goes through a channel within a cycle: from a request to `ready`, from the PHY to the page words.
         m.submodules.request_register = requests = StreamRegister(self.shapes.request)
         m.submodules.word_buffer = words = StreamBuffer(self.shapes.page_word)
+        # Nor from the PHY through the mover into the encoder's network.
+        m.submodules.raw_buffer = raw = StreamBuffer(self.config.word_bytes * 8)
         connect(m, flipped(self.requests), requests.i)
         connect(m, requests.o, controller.requests)
         connect(m, flipped(self.operations), controller.operations)
         connect(m, controller.outcomes, flipped(self.outcomes))
         connect(m, flipped(self.page_words), words.i)
         connect(m, words.o, encoder.i)
-        connect(m, encoder.o, controller.words)
+        connect(m, encoder.o, raw.i)
+        connect(m, raw.o, controller.words)
         connect(m, controller.headers, decoder.header)
         connect(m, decoder.retry, controller.retries)
         connect(m, decoder.codewords, flipped(self.codewords))
+        connect(m, decoder.corrections, flipped(self.corrections))
         connect(m, controller.phy, flipped(self.phy))
         events = self.events
         m.d.comb += [

@@ -9,7 +9,7 @@ from amaranth.utils import bits_for, ceil_log2
 
 from kvattic.spec.config import CRC_BITS, Config
 from kvattic.spec.ecc import Division, code
-from kvattic_hdl.flash.corrector import CorrectorShapes
+from kvattic_hdl.flash.corrections import CorrectorShapes
 from kvattic_hdl.flash.division import ones
 from kvattic_hdl.flash.interfaces import FlashShapes
 from kvattic_hdl.flash.steps import CodeSteps, left_after, steps_signature, vector_of

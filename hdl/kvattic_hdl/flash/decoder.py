@@ -10,11 +10,16 @@ from amaranth.utils import bits_for
 
 from kvattic.spec.commands import MediaCause
 from kvattic.spec.config import CRC_BITS, Config
+from kvattic.spec.scheduling import CORRECTOR_POSITIONS
 from kvattic_hdl.flash.codeword_words import Departure, WordChecker, WordMemory, WordShapes
-from kvattic_hdl.flash.corrector import Corrector, CorrectorShapes
+from kvattic_hdl.flash.corrections import CorrectorShapes, ProblemSender, corrections_signature
+from kvattic_hdl.flash.corrector import Corrector
 from kvattic_hdl.flash.encoder import seeded
 from kvattic_hdl.flash.interfaces import CAUSE_BITS, FlashShapes
 from kvattic_hdl.flash.steps import steps_signature
+
+AT_CORRECTOR = 2
+"""Codewords of a channel that the corrector may have: while one is searched, the next one's locator is found."""
 
 
 class BufferQueue(wiring.Component):
@@ -85,10 +90,10 @@ class Decoder(wiring.Component):
     buffers : int
         Codewords that are on their way from `header` to `codewords`, 2 or more.
     positions : int
-        Bits of a codeword that the corrector searches in one cycle: 1, 2, 4 or 8.
+        Bits of a codeword that the corrector searches in one cycle: 1, 2, 4, 8 or 16.
     shares : bool
-        There is a member steps, Out(steps_signature), through which they are made outside, for others, too; they
-        cannot wait.
+        There are two members more: steps, Out(steps_signature), and corrections, Out(corrections_signature). Through
+        them steps and corrections are made outside, for others, too; steps cannot wait.
 
     Members
     -------
@@ -123,7 +128,8 @@ class Decoder(wiring.Component):
     codewords: stream.Interface
     retry: stream.Interface
 
-    def __init__(self, config: Config, buffers: int = 8, positions: int = 8, *, shares: bool = False) -> None:
+    def __init__(self, config: Config, buffers: int = 8, positions: int = CORRECTOR_POSITIONS, *,
+                 shares: bool = False) -> None:
         if buffers < 2:
             raise ValueError(f"buffers must be at least 2, not {buffers!r}")
         self.config = config
@@ -134,21 +140,28 @@ class Decoder(wiring.Component):
         self.checker = WordChecker(config, buffers, shares=shares)
         self.memory = WordMemory(config, buffers)
         self.departure = Departure(config, buffers)
-        self.corrector = Corrector(config, positions)
-        # Buffers that wait for words, in order, with what their check value begins with; that leave; that wait for the
-        # corrector.
-        self.incoming, self.leaving, self.pending = (
-            BufferQueue(width, buffers)
-            for width in (inside.buffer.width + CRC_BITS, inside.leaving.size, inside.buffer.width))
+        self.sender = ProblemSender(config, buffers)
+        # Buffers that wait for words, in order, with what their check value begins with; that leave; that the corrector
+        # has not taken; that it has not finished; that it has, with its results.
+        result = data.StructLayout({"buffer": inside.buffer, "found": CorrectorShapes(config).result})
+        self.incoming, self.leaving, self.unsent, self.pending, self.results = (
+            BufferQueue(width, depth) for width, depth in (
+                (inside.buffer.width + CRC_BITS, buffers), (inside.leaving.size, buffers),
+                (inside.buffer.width, buffers), (inside.buffer.width, buffers), (result.size, AT_CORRECTOR)))
+        # The result that is used next: there is one, which; it is used in this cycle.
+        self.finished, self.concluded = Signal(), Signal()
+        self.result = Signal(CorrectorShapes(config).result, reset_less=True)
         # What becomes of a codeword in this cycle: it ends, with a cause if it cannot be read; or is read again.
         self.end, self.end_buffer, self.cause = Signal(), Signal(inside.buffer), Signal(CAUSE_BITS)
         self.again = Signal()                     # the corrector's result is not good, but there is another level
         self.dropped = Signal()                   # its codeword is read again
-        self.problem_buffer = Signal(inside.buffer)   # whose codeword it works on
+        self.problem_buffer = Signal(inside.buffer)   # whose codeword that is
+        self.searched = Signal(inside.buffer)         # whose codeword the corrector searches
         self.allocated = Signal(inside.buffer)
         shapes = FlashShapes(config)
         super().__init__({
-            **({"steps": Out(steps_signature(config))} if shares else {}),
+            **({"steps": Out(steps_signature(config)), "corrections": Out(corrections_signature(config))}
+               if shares else {}),
             "header": In(stream.Signature(shapes.header)),
             "words": In(config.word_bytes * 8),
             "words_valid": In(1),
@@ -163,17 +176,21 @@ class Decoder(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        for name in ("checker", "memory", "departure", "corrector", "incoming", "leaving", "pending"):
+        for name in ("checker", "memory", "departure", "sender", "incoming", "leaving", "unsent", "pending", "results"):
             m.submodules[name] = getattr(self, name)
         if self.shares:
             connect(m, self.checker.steps, flipped(self.steps))
+            corrections = self.corrections
+        else:
+            m.submodules.corrector = own = Corrector(self.config, positions=self.positions)
+            corrections = own.channels[0]
         take = Signal()
         m.d.comb += take.eq(self.header.valid & self.header.ready)
         self._allocate(m, take)
         ended_place, problem_name = self._remember(m, take)
-        self._keep_words(m)
+        self._keep_words(m, corrections)
         self._decide(m, take)
-        self._correct(m, take, problem_name)
+        self._correct(m, take, corrections, problem_name)
         self._report(m, ended_place, problem_name)
         return m
 
@@ -217,10 +234,9 @@ class Decoder(wiring.Component):
         ]
         return ended_place, problem_name
 
-    def _keep_words(self, m: Module) -> None:
+    def _keep_words(self, m: Module, corrections: Any) -> None:
         """Words: from the bus to the memory, patched there, and on their way out."""
         checker, memory, departure = self.checker, self.memory, self.departure
-        connect(m, self.corrector.patches, memory.patches)
         connect(m, departure.codewords, flipped(self.codewords))
         m.d.comb += [
             checker.words.eq(self.words),
@@ -231,7 +247,10 @@ class Decoder(wiring.Component):
             memory.store.eq(checker.store),
             memory.store_address.eq(checker.address),
             memory.word.eq(checker.word),
-            memory.patch_buffer.eq(self.problem_buffer),
+            memory.patches.payload.eq(corrections.patches.payload),
+            memory.patches.valid.eq(corrections.patches.valid),
+            corrections.patches.ready.eq(memory.patches.ready),
+            memory.patch_buffer.eq(self.searched),
             memory.fetch.eq(departure.fetch),
             memory.fetch_address.eq(departure.fetch_address),
             departure.busy.eq(memory.reading),
@@ -243,7 +262,7 @@ class Decoder(wiring.Component):
 
     def _decide(self, m: Module, take: Signal) -> None:
         """What becomes of a codeword whose words came, that is announced with a cause, or that the corrector had."""
-        checker, header, result = self.checker, self.header.payload, self.corrector.o.payload
+        checker, header, result = self.checker, self.header.payload, self.result
         with m.If(checker.ended):
             m.d.comb += [
                 self.end.eq(checker.clean | checker.erased),
@@ -254,7 +273,7 @@ class Decoder(wiring.Component):
             m.d.comb += [self.end.eq(1), self.end_buffer.eq(self.allocated), self.cause.eq(header.cause)]
         with m.Else():
             m.d.comb += [
-                self.end.eq(self.pending.r_en & ~self.again),
+                self.end.eq(self.concluded & ~self.again),
                 self.end_buffer.eq(self.problem_buffer),
                 self.cause.eq(Mux(result.good, 0, MediaCause.UNCORRECTABLE)),
             ]
@@ -265,50 +284,62 @@ class Decoder(wiring.Component):
             self.leaving.w_en.eq(self.end),
             leaving.buffer.eq(self.end_buffer),
             leaving.error.eq(self.cause != 0),
-            self.pending.w_data.eq(checker.ended_buffer),
-            self.pending.w_en.eq(checker.ended & ~checker.clean & ~checker.erased),
         ]
+        for queue in (self.unsent, self.pending):
+            m.d.comb += [
+                queue.w_data.eq(checker.ended_buffer),
+                queue.w_en.eq(checker.ended & ~checker.clean & ~checker.erased),
+            ]
 
-    def _correct(self, m: Module, take: Signal, problem_name: Any) -> None:
+    def _correct(self, m: Module, take: Signal, corrections: Any, problem_name: Any) -> None:
         """Give the corrector one codeword after the other, and have those that it gives up read again."""
-        corrector, checker, pending = self.corrector, self.checker, self.pending
-        m.submodules.problems = problems = Memory(
-            shape=CorrectorShapes(self.config).problem, depth=self.buffers, init=[])
-        write, read = problems.write_port(), problems.read_port(domain="comb")
-        at_corrector = Signal()
-        there = Signal()          # `problem_buffer` is the first one that waits
-        m.d.sync += [self.problem_buffer.eq(pending.r_data), there.eq(pending.r_rdy & ~pending.r_en)]
+        checker, unsent, pending, results, sender = (
+            self.checker, self.unsent, self.pending, self.results, self.sender)
+        there = Signal()                              # the sender's buffer is the first one that was not sent
+        under_way = Signal(range(AT_CORRECTOR + 1))   # taken by the corrector, and their results were not used yet
         refused = take & (self.header.payload.cause != 0)
         m.d.comb += [
-            write.addr.eq(checker.ended_buffer),
-            write.data.remainder.eq(checker.remainder),
-            write.data.check.eq(checker.check),
-            write.en.eq(checker.ended),
-            read.addr.eq(self.problem_buffer),
-            corrector.i.payload.eq(read.data),
-            corrector.i.valid.eq(there & ~at_corrector),
-            self.again.eq(~corrector.o.payload.good & (problem_name.data.level < self.config.part.retry_levels)),
-            corrector.o.ready.eq(Mux(
+            sender.store.eq(checker.ended),
+            sender.store_buffer.eq(checker.ended_buffer),
+            sender.problem.remainder.eq(checker.remainder),
+            sender.problem.check.eq(checker.check),
+            sender.taken.eq(corrections.taken),
+            unsent.r_en.eq(corrections.taken),
+            corrections.wanted.eq(there & (under_way != AT_CORRECTOR)),
+            corrections.chunk.eq(sender.chunk),
+            corrections.chunk_valid.eq(sender.chunk_valid),
+            pending.r_en.eq(corrections.ended),
+            results.w_en.eq(corrections.ended),
+            results.w_data.eq(Cat(self.searched, corrections.result)),
+            results.r_en.eq(results.r_rdy & ~self.finished),
+            self.again.eq(~self.result.good & (problem_name.data.level < self.config.part.retry_levels)),
+            self.concluded.eq(self.finished & Mux(
                 self.again, ~self.retry.valid & ~self.unreadable, ~checker.ended & ~refused)),
-            pending.r_en.eq(corrector.o.valid & corrector.o.ready),
-            self.dropped.eq(pending.r_en & self.again),
+            self.dropped.eq(self.concluded & self.again),
         ]
-        with m.If(corrector.i.valid & corrector.i.ready):
-            m.d.sync += at_corrector.eq(1)
-        with m.If(pending.r_en):
-            m.d.sync += at_corrector.eq(0)
+        m.d.sync += [
+            self.searched.eq(pending.r_data),
+            under_way.eq(under_way + corrections.taken - self.concluded),
+            there.eq(unsent.r_rdy & ~corrections.taken & ~sender.sending),
+        ]
+        with m.If(~corrections.taken & ~sender.sending):
+            m.d.sync += sender.buffer.eq(unsent.r_data)
+        with m.If(results.r_en):
+            m.d.sync += [self.finished.eq(1), Cat(self.problem_buffer, self.result).eq(results.r_data)]
+        with m.Elif(self.concluded):
+            m.d.sync += self.finished.eq(0)
 
     def _report(self, m: Module, ended_place: Any, problem_name: Any) -> None:
         """Tell what was corrected, what is given up, and what is to be read again."""
-        result, retry = self.corrector.o.payload, self.retry.payload
+        result, retry = self.result, self.retry.payload
         end_buffer, cause = Signal(self.inside.buffer), Signal(CAUSE_BITS)
         m.d.sync += [
             self.unreadable.eq(self.end & (self.cause != 0)),
             end_buffer.eq(self.end_buffer),
             cause.eq(self.cause),
             self.codeword.eq(self.checker.last),
-            self.corrected.eq(self.pending.r_en & result.good),
-            self.bit_errors.eq(Mux(self.pending.r_en & result.good, result.errors, 0)),
+            self.corrected.eq(self.concluded & result.good),
+            self.bit_errors.eq(Mux(self.concluded & result.good, result.errors, 0)),
         ]
         m.d.comb += [
             ended_place.addr.eq(Mux(self.unreadable, end_buffer, self.problem_buffer)),

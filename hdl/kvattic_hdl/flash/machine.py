@@ -276,7 +276,9 @@ class DieMachine:
         self.writing, self.write_count = Signal(), Signal(shapes.codeword_index)   # a page's data go into a die
         self.byte_used = Signal()                          # a byte is on its way
         self.outcome_free = Signal()
-        m.d.comb += self.outcome_free.eq(~self.controller.outcomes.valid)
+        self.moves = Signal()                              # in state MOVE; the queues need it early in the cycle
+        m.d.comb += [self.outcome_free.eq(~self.controller.outcomes.valid), self.queues.step.eq(self.moves)]
+        m.d.sync += self.moves.eq(0)
         with m.If(self.controller.outcomes.valid & self.controller.outcomes.ready):
             m.d.sync += self.controller.outcomes.valid.eq(0)
 
@@ -291,6 +293,8 @@ class DieMachine:
         self.candidate = Signal()
         # What was read of plane `scanned`, a cycle later.
         self.seen, self.seen_plane, self.seen_gated = Signal(), Signal(shapes.plane), Signal()
+        self.seen_tag: Any = Signal(shapes.tag)
+        m.d.comb += self.seen_gated.eq(self.gated(self.seen_tag))
         self.seen_stamp, self.seen_page = Signal(shapes.stamp), Signal(config.block_page_bits)
         self.mates = Signal(self.part.planes)
         # Cache reads: how many runs of the page that is in its register stand before a plane's next page; 0: no such.
@@ -370,15 +374,16 @@ class DieMachine:
         ]
         self.joins, self.rest = Signal(), Signal(self.part.planes)
         self.sought = Mux(self.work.phase == Phase.READ, self.work.batch, self.work.loaded)
-        m.d.comb += [
+        m.d.sync += [
             # Whether the next operation, or with one of another die between them the next but one, is of the same kind,
-            # die and page, in another plane: two dies that take turns hide each other's time between planes.
+            # die and page, in another plane: two dies that take turns hide each other's time between planes.  Of a
+            # cycle ago: the work has stood for longer when that counts.
             self.joins.eq(self.operations.there & (
                 self._joined(self.operation)
                 | (self.operations.following_there & (operation_die != self.die[: config.die_bits])
                    & self._joined(self.operations.following)))),
-            self.rest.eq(self.work.batch & ~self.bit(self.work.plane)),
         ]
+        m.d.comb += self.rest.eq(self.work.batch & ~self.bit(self.work.plane))
 
     def _joined(self, other: Any) -> Value:
         """The operation is of the same kind, die and page as the one at work, in a plane that is not used yet."""

@@ -38,7 +38,6 @@ def move_states(machine: DieMachine) -> None:
             burst.header.page.eq(page_of(work.plane, die, work.row)),
             burst.header.codeword.eq(work.codeword),
             burst.header.cause.eq(Mux(work.failed, MediaCause.DIE_TIMEOUT, 0)),
-            queues.step.eq(1),
         ]
         m.d.sync += [
             work.codeword.eq(work.codeword + 1), work.tag.place.eq(work.tag.place + 1), data_place.eq(0)]

@@ -45,14 +45,14 @@ def plan_states(machine: DieMachine) -> None:
     scanned, best, best_gated, best_stamp = machine.scanned, machine.best, machine.best_gated, machine.best_stamp
     best_page, second_pass, among_others = machine.best_page, machine.second_pass, machine.among_others
     look_ahead, candidate, seen, seen_gated = machine.look_ahead, machine.candidate, machine.seen, machine.seen_gated
-    mates, skip_here, unit, gated, bit = machine.mates, machine.skip_here, machine.unit, machine.gated, machine.bit
+    mates, skip_here, unit, bit = machine.mates, machine.skip_here, machine.unit, machine.bit
     with m.State("PLAN"):
         m.d.sync += [
             scan.eq(scan + 1), scanned.eq(scan),
             candidate.eq((scan < part.planes)
                          & queues.waiting.bit_select(unit, 1)
                          & ~(among_others & work.loaded.bit_select(scan[:shapes.plane.width], 1))),
-            seen.eq(candidate), machine.seen_plane.eq(scanned), seen_gated.eq(gated(run.tag)),
+            seen.eq(candidate), machine.seen_plane.eq(scanned), machine.seen_tag.eq(run.tag),
             machine.seen_stamp.eq(run.stamp), machine.seen_page.eq(run.row),
         ]
         if config.cache_reads:

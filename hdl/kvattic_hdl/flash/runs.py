@@ -54,7 +54,7 @@ class RunMerger(wiring.Component):
 
     A request is merged with the one before when it wants the next codeword of the same page, with the next place and
     otherwise the same tag.  A run ends when a request does not go on with it, when its page ends, or when none has come
-    for `patience` cycles.  One request a cycle, two cycles more between runs.  Reset forgets the open run.
+    for `patience` cycles.  One request a cycle, two cycles more between runs.  Reset forgets the open run and the last.
 
     Parameters
     ----------
@@ -70,9 +70,11 @@ class RunMerger(wiring.Component):
         Requests may be taken.
     requests : In(stream of request)
     runs : Out(stream of run)
-        Runs that have ended; `again` is not set.
+        Runs that have ended, from a register: comparing a request takes most of a cycle; `again` is not set.
     unit : Out
         That of the run.
+    next_unit : Out
+        That of the run that ends next; a cycle before it is `unit`.
     """
 
     def __init__(self, config: Config, depth: int, patience: int) -> None:
@@ -84,27 +86,26 @@ class RunMerger(wiring.Component):
             "requests": In(stream.Signature(shapes.request)),
             "runs": Out(stream.Signature(shapes.run)),
             "unit": Out(shapes.unit_bits),
+            "next_unit": Out(shapes.unit_bits),
         })
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
         shapes, last_codeword = self.shapes, self.config.codewords_per_page - 1
         request = self.requests.payload
-        run = Signal(shapes.run)
+        run, unit = Signal(shapes.run), self.next_unit
         opened = Signal()
         next_place = Signal(shapes.place)
         idle = Signal(range(self.patience + 1))
         goes_on, close = Signal(), Signal()
         m.d.comb += [
-            goes_on.eq((request.page == Cat(self.unit, run.row))
+            goes_on.eq((request.page == Cat(unit, run.row))
                        & (request.codeword == (run.last + 1)[:run.last.shape().width]) & (run.last != last_codeword)
                        & (request.tag.place == next_place) & (request.tag.kind == run.tag.kind)
                        & (request.tag.slot == run.tag.slot) & (request.tag.epoch == run.tag.epoch)),
             close.eq(opened & ((run.last == last_codeword) | (idle == self.patience)
                                | (self.requests.valid & ~goes_on))),
             self.requests.ready.eq(self.enable & (~opened | (goes_on & ~close))),
-            self.runs.valid.eq(close),
-            self.runs.payload.eq(run),
         ]
         with m.If(self.requests.valid & self.requests.ready):
             m.d.sync += [
@@ -112,13 +113,17 @@ class RunMerger(wiring.Component):
             ]
             with m.If(~opened):
                 m.d.sync += [
-                    self.unit.eq(request.page), run.row.eq(request.page >> shapes.unit_bits), run.tag.eq(request.tag),
+                    unit.eq(request.page), run.row.eq(request.page >> shapes.unit_bits), run.tag.eq(request.tag),
                     run.codeword.eq(request.codeword),
                 ]
         with m.Elif(idle != self.patience):
             m.d.sync += idle.eq(idle + 1)
-        with m.If(self.runs.valid & self.runs.ready):
-            m.d.sync += [opened.eq(0), run.stamp.eq(run.stamp + 1)]
+        with m.If(self.runs.ready):
+            m.d.sync += self.runs.valid.eq(0)
+        with m.If(close & ~self.runs.valid):
+            m.d.sync += [
+                opened.eq(0), run.stamp.eq(run.stamp + 1),
+                self.runs.valid.eq(1), self.runs.payload.eq(run), self.unit.eq(unit)]
         return m
 
 
@@ -270,11 +275,14 @@ class RunQueues(wiring.Component):
         """Note which queues have got their first run lately, so that a die waits for each of its planes once."""
         unit = self.merger.unit
         tick = Signal(GATHER_TICK_BITS)
+        first = Signal()          # of its queue, when the run ended: to look that up takes most of a cycle
         m.d.sync += tick.eq(tick + 1)
+        with m.If(~self.merger.runs.valid):
+            m.d.sync += first.eq(~self.waiting.bit_select(self.merger.next_unit, 1))
         for die in range(self.config.dies):
             age = Signal(range(GATHER_TICKS + 1), name=f"age_{die}")
             m.d.comb += self.growing[die].eq(age != 0)
-            with m.If(push & (unit[self.config.plane_bits :] == die) & ~self.waiting.bit_select(unit, 1)):
+            with m.If(push & first & (unit[self.config.plane_bits :] == die)):
                 m.d.sync += age.eq(GATHER_TICKS)
             with m.Elif((tick == 0) & (age != 0)):
                 m.d.sync += age.eq(age - 1)

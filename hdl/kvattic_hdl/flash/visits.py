@@ -41,6 +41,7 @@ def _offer_data(machine: DieMachine) -> None:
     with m.If(machine.mover.jobs.ready):
         with m.If(machine.free & (work.phase == Phase.LOADED) & work.aimed & ~machine.parked
                   & (~machine.retries.full | work.failed)):
+            m.d.sync += machine.moves.eq(1)
             m.next = "MOVE"
         with m.Elif(machine.free & (work.phase == Phase.WRITE) & machine.words.i.valid):
             m.next = "WRITE"

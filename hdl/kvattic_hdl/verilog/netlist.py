@@ -18,7 +18,7 @@ TOPS = {"kvattic_drive": Drive, "kvattic_engine": Engine}
 """Top modules: the whole drive; the engine, with the streams of each flash channel as ports."""
 TOP = "kvattic_drive"
 
-_SHARED = re.compile(r"(module kvattic_(?:lane|flash_channel)\(.*?\);)", re.DOTALL)
+_SHARED = re.compile(r"(module kvattic_(?:lane|flash_channel|corrector)\(.*?\);)", re.DOTALL)
 
 
 def _port_name(head: str, *rest: Any) -> str:
@@ -54,7 +54,7 @@ def _uncollected() -> Iterator[None]:
 
 
 def verilog_text(config: Config, top: str = TOP) -> str:
-    """One of `TOPS` as one Verilog text; lanes, cells and flash channels are one module each.
+    """One of `TOPS` as one Verilog text; lanes, cells, flash channels and correctors are one module each.
 
     Ports of both: clk, rst; s_axil_* (AXI4-Lite registers); m_axi_* (AXI4 to host memory); m_axi_dram_* (AXI4 to
     device DRAM, read only); irq.  Of the drive: phy<channel>_* (`flash.phy`).  Of the engine:
@@ -66,7 +66,7 @@ def verilog_text(config: Config, top: str = TOP) -> str:
         component = TOPS[top](config)
         netlist = Netlist()
         text = netlist.convert(component, top, ports(component, _port_name))
-    # Verilator compiles a lane or a channel once, however many there are; to others it is a comment.
+    # Verilator compiles a lane, a channel or a corrector once, however many there are; to others it is a comment.
     return _SHARED.sub(r"\1 /*verilator no_inline_module*/", "\n".join([*netlist.modules.values(), text]))
 
 

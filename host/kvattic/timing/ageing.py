@@ -6,8 +6,9 @@ the level before. A real die's levels move its thresholds instead, which helps f
 against cells that are wrong at every threshold: of both, nothing is published for the presets' parts.
 
 The time is analytic. Three things work side by side on a channel, and the slowest sets the pace of reads that keep the
-bus busy: the bus, which moves each codeword and each retry; the corrector, one a channel, which takes a codeword with
-errors at a time; and the retries, one at a time on each channel (docs/controller.md).
+bus busy: the bus, which moves each codeword and each retry; the corrector, which several channels share, and of whose
+three stages each takes a codeword with errors at a time (docs/ecc.md); and the retries, one at a time on each channel
+(docs/controller.md).
 """
 
 import math
@@ -16,15 +17,18 @@ from dataclasses import dataclass, replace
 from kvattic.errors import ConfigError, RequestError
 from kvattic.spec.ageing import YEAR_DAYS, Ageing, ageing_of
 from kvattic.spec.config import CRC_BITS, Config
+from kvattic.spec.scheduling import CORRECTOR_POSITIONS, channels_of_corrector
 
 __all__ = ["CLIENT_UBER", "Aged", "age", "at_rber", "code_bits", "failure", "needed_t", "tolerated_rber"]
 
 CLIENT_UBER = 1e-15
 """Uncorrectable errors that a client drive may have for each bit read (JESD218B, table 1; enterprise: 1e-16)."""
 SECONDS_A_YEAR = YEAR_DAYS * 86_400
-# The corrector's cycles for e errors (docs/ecc.md): until the search begins, and 1/8 of the last wrong bit's number.
-SOLVE, SOLVE_ERROR, SOLVE_SQUARE = 71.0, 10.5, 0.5
-SEARCH_BITS, SEARCH_LATENCY = 8, 6.0
+# Cycles of a corrector's stages (docs/ecc.md), beside what depends on the code: reception; locator, for one error;
+# search, for one error and for more.
+TAKE, LOCATE_ONE, SEARCH_ONE, SEARCH = 8, 3, 10.0, 10.0
+AT_CORRECTOR = 2
+"""Codewords of a channel that its corrector may have."""
 FEATURE_BYTES = 4
 """Bytes of a set of features."""
 MAX_T = 64
@@ -42,7 +46,8 @@ class Aged:
         failed: share that have more on the first read.
         retries: retries for each codeword that is wanted, on average.
         lost: share that no retry level reads.
-        corrector_cycles: of the corrector for each codeword, on average, retries included.
+        corrector_cycles: between two codewords of a channel, on average, for the corrector that it shares with others
+            which read as much; retries included.
     """
 
     config: Config
@@ -243,14 +248,23 @@ def _none(config: Config, rber: float) -> float:
 
 
 def _corrector(config: Config, rber: float) -> float:
-    """Mean cycles of the corrector for a codeword; one with more errors than are corrected is searched to its end."""
+    """Mean cycles between two codewords of a channel, for its corrector.
+
+    One codeword is searched while the next one's locator is found, and neither goes on before the other is done.
+    """
     bits, t = code_bits(config), config.ecc_t
-    cycles = failure(config, rber) * (_solve(t + 1) + bits / SEARCH_BITS)
-    for errors in range(1, t + 1):
-        last = errors / (errors + 1) * bits / SEARCH_BITS
-        cycles += _share(bits, errors, rber) * (_solve(errors) + last)
-    return cycles
-
-
-def _solve(errors: int) -> float:
-    return SOLVE + SOLVE_ERROR * errors + SOLVE_SQUARE * errors * errors + SEARCH_LATENCY
+    shares = [_share(bits, errors, rber) for errors in range(t + 1)]
+    shares.append(failure(config, rber))          # those are searched to their end
+    wrong = sum(shares[1:])
+    if wrong == 0:
+        return 0.0
+    locate = [0.0, 2 * t + LOCATE_ONE, *(
+        7 * t + 4 + (t + 2.5) * errors + errors * errors / 2 for errors in range(2, t + 2))]
+    search = [0.0, SEARCH_ONE, *(
+        t + SEARCH + errors / (errors + 1) * bits / CORRECTOR_POSITIONS for errors in range(2, t + 1))]
+    search.append(t + SEARCH + bits / CORRECTOR_POSITIONS)
+    pairs = sum(first * second * max(ahead, behind) for first, ahead in zip(shares[1:], search[1:], strict=True)
+                for second, behind in zip(shares[1:], locate[1:], strict=True)) / wrong
+    take = config.bch_m * t / 8 + TAKE
+    alone = sum(share * (take + a + b) for share, a, b in zip(shares[1:], locate[1:], search[1:], strict=True))
+    return max(channels_of_corrector(config) * pairs, alone / AT_CORRECTOR)

@@ -2,20 +2,25 @@
 
 Yosys maps every module by itself for Xilinx 7-series and UltraScale+ (build/synth keeps the results by content, so
 that only what has changed is done again; no run needs more than 2 GB). Counted are LUTs, flip-flops, DSPs and block
-RAMs of the engine and of a flash channel, block by block, beside the paper's. A static timing estimate over all
-mapped netlists gives each block's longest paths (kvattic_sim.synth.delays states its model). Then Yosys and nextpnr
-place and route a flash channel, and the engine with one channel, for the largest ECP5, which the estimate is held to.
+RAMs of the engine, a flash channel and its corrector, block by block, beside the paper's. A static timing estimate
+over all mapped netlists gives each block's longest paths (kvattic_sim.synth.delays states its model). Then Yosys and
+nextpnr place and route a flash channel, a corrector, and the engine with one channel, for the largest ECP5, which the
+estimate is held to.
 """
 
 import argparse
+import math
+import operator
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import reduce
 
 from rich.console import Console
 from rich.table import Table
 
 from kvattic.spec.config import LANE_CHANNELS, PRESETS, Config, preset
+from kvattic.spec.scheduling import channels_of_corrector
 from kvattic.support.terminal import run_command
 from kvattic_hdl import verilog_text
 from kvattic_sim.reports.console import make_console, phase
@@ -28,7 +33,7 @@ from kvattic_sim.synth.timing import Path
 from kvattic_sim.synth.verilog import split
 
 NAMES = ("paper", "board", "gqa")
-ENGINE, CHANNEL = "engine", "channel_0"
+ENGINE, CHANNEL, CORRECTOR = "engine", "channel_0", "corrector_0"
 FAMILIES = ("xc7", "xcup")
 PAPER = {
     "attention engine": Area(lut=99_200, lut_packed=99_200, lutram=0, ff=207_300, dsp=768, bram36=96),
@@ -38,6 +43,22 @@ PAPER = {
 """InstInfer's table II: Vivado on a Zynq-7045; FF of the NFC are not taken from it."""
 BYTES_A_CYCLE = 64
 """What the lanes of `paper` take in a cycle."""
+
+
+def _correctors(design: Design) -> int:
+    return design.channels // channels_of_corrector(design.config)
+
+
+def _channels(design: Design) -> Area:
+    """All flash channels and their correctors."""
+    parts = [CHANNEL] * design.channels + [CORRECTOR] * _correctors(design)
+    return reduce(operator.add, map(design.area, parts))
+
+
+def _channel(design: Design) -> Area:
+    """One flash channel and its share of a corrector, rounded up."""
+    return Area(**{key: math.ceil(2 * value / design.channels) / 2 if key == "bram36" else -(-value // design.channels)
+                   for key, value in asdict(_channels(design)).items()})
 
 
 def _shown(path: str) -> str:
@@ -50,7 +71,7 @@ def _row(table: Table, title: str, area: Area, clocks: Sequence[str], *, bold: b
 
 
 def _blocks(design: Design, name: str) -> Table:
-    """The engine and a flash channel, block by block."""
+    """The engine, a flash channel and a corrector, block by block."""
     table = Table(title=f"{name} on Xilinx {design.families[0]}, by block; MHz by levels, estimated")
     table.add_column("block")
     for title in ("LUT", "packed", "LUTRAM", "FF", "DSP", "BRAM36"):
@@ -58,13 +79,15 @@ def _blocks(design: Design, name: str) -> Table:
     for family in design.families:
         table.add_column(f"{family} levels", justify="right")
         table.add_column(f"{family} MHz", justify="right")
-    for top in (ENGINE, CHANNEL):
+    counts = {CHANNEL: design.channels, CORRECTOR: _correctors(design)}
+    for top in (ENGINE, CHANNEL, CORRECTOR):
         for block in design.blocks(top):
             clocks: list[str] = []
             for family in design.families:
                 worst = design.worst(family, block.path)
                 clocks += [str(worst[0].levels), f"{worst[0].mhz:.0f}"] if worst else ["", ""]
-            times = f" x {block.count}" if block.count > 1 else f" x {design.channels}" if block.path == CHANNEL else ""
+            count = counts.get(block.path, block.count)
+            times = f" x {count}" if count > 1 else ""
             _row(table, _shown(block.path) + times, block.area, clocks, bold=block.path == top)
     return table
 
@@ -89,28 +112,29 @@ def _paper(engine: Area, channels: Area) -> Table:
         table.add_column(title, justify="right")
     _row(table, "engine", engine, [])
     _row(table, "its attention engine + argtopk", PAPER["attention engine"] + PAPER["argtopk"], [])
-    _row(table, "8 flash channels", channels, [])
+    _row(table, "8 flash channels, their correctors", channels, [])
     _row(table, "its NFC with filters", PAPER["NFC with filters"], [])
     return table
 
 
-def _slowest(design: Design, family: str, top: str) -> Path:
-    return design.worst(family, top)[0]
+def _slowest(design: Design, family: str, tops: Sequence[str]) -> Path:
+    return max((design.worst(family, top)[0] for top in tops), key=lambda path: path.ns)
 
 
 def _record(design: Design, name: str) -> None:
-    """What the keys stand for: the engine and one channel of `paper`, the engine of `board`."""
+    """What the keys stand for: engine and channel of `paper`, this with its share of a corrector; engine of `board`."""
     engine = design.area(ENGINE)
     figures: dict[str, float] = {}
     if name == "board":
         figures["synth.board.lut_packed"] = engine.lut_packed
     if name == "paper":
-        channel = design.area(CHANNEL)
+        channel = _channel(design)
         figures |= {f"synth.engine.{key}": value for key, value in asdict(engine).items()}
         figures |= {f"synth.channel.{key}": value for key, value in asdict(channel).items()}
         figures["synth.lut_per_byte_cycle"] = engine.lut_packed / BYTES_A_CYCLE
         for family in design.families:
-            each = {top: _slowest(design, family, path).mhz for top, path in (("engine", ENGINE), ("channel", CHANNEL))}
+            each = {name: _slowest(design, family, tops).mhz
+                    for name, tops in (("engine", [ENGINE]), ("channel", [CHANNEL, CORRECTOR]))}
             figures |= {f"synth.{top}.fmax.{family}_mhz": mhz for top, mhz in each.items()}
             figures[f"synth.fmax.{family}_mhz"] = min(each.values())
     if figures:
@@ -128,12 +152,11 @@ def _estimate(console: Console, name: str, lane_channels: int | None, families: 
         design = Design(config, families, note)
     console.print(_blocks(design, title))
     if name == "paper":
-        channel = design.area(CHANNEL)
-        channels = channel
-        for _ in range(design.channels - 1):
-            channels += channel
-        console.print(_paper(design.area(ENGINE), channels))
-    wanted = [b.path for top in (ENGINE, CHANNEL) for b in design.blocks(top)] if "all" in blocks else blocks
+        console.print(_paper(design.area(ENGINE), _channels(design)))
+        share = _channel(design)
+        console.print(f"A flash channel and its share of a corrector: {share.lut:,} LUT, {share.lut_packed:,} packed, "
+                      f"{share.ff:,} FF, {share.bram36:g} BRAM36", markup=False)
+    wanted = [b.path for top in (ENGINE, CHANNEL, CORRECTOR) for b in design.blocks(top)] if "all" in blocks else blocks
     for family in design.families:
         for path in wanted:
             console.print(_paths(design, family, path.replace("/", "."), paths))
@@ -161,9 +184,12 @@ def _route(console: Console, what: Sequence[str], channels: int) -> None:
     """Place and route a flash channel, and the engine."""
     found = {}
     if "channel" in what:
-        with phase(console, "Yosys and nextpnr: a flash channel of paper for ECP5 (three minutes)"):
-            found["channel"] = route(split(verilog_text(preset("paper"))), "kvattic_flash_channel", "ecp5_channel")
-        _routed(console, "a flash channel", found["channel"])
+        with phase(console, "Yosys and nextpnr: a flash channel and a corrector of paper for ECP5 (five minutes)"):
+            modules = split(verilog_text(preset("paper")))
+            parts = {name: route(modules, f"kvattic_{name}", f"ecp5_{name}") for name in ("flash_channel", "corrector")}
+        for name, result in parts.items():
+            _routed(console, f"a {name.replace('_', ' ')}", result)
+        found["channel"] = min(parts.values(), key=lambda result: result.mhz)
     if "engine" in what:
         with phase(console, f"Yosys and nextpnr: engine of board with {channels} channels for ECP5 (several minutes)"):
             text = verilog_text(_of_channels(preset("board"), channels), "kvattic_engine")

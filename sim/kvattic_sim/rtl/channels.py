@@ -10,21 +10,22 @@ a given number of codewords in flight. All data that arrive are added up and com
 
 import hashlib
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from amaranth.hdl import Shape
+from amaranth.hdl import Shape, Value
 from numpy.typing import NDArray
 
 from kvattic.spec import ecc
 from kvattic.spec.config import Config
 from kvattic.spec.layout import page_place
+from kvattic.spec.scheduling import channels_of_corrector
 from kvattic.support.files import write_whole
-from kvattic_hdl import EPOCH_BITS, FlashChannel, Netlist, Shapes, phy_signature, ports
+from kvattic_hdl import EPOCH_BITS, Corrector, FlashChannel, Netlist, Shapes, phy_signature, ports
 from kvattic_sim.nand.files import nand_parameters
 from kvattic_sim.rtl.transport import NandSettings
 from kvattic_sim.simulators.build import (
@@ -40,7 +41,7 @@ from kvattic_sim.simulators.build import (
 __all__ = ["ListRun", "Requests", "build_channels", "read_list", "scattered"]
 
 TOP = "kvattic_channel_bench"
-CHANNEL = "kvattic_flash_channel"
+CHANNEL, CORRECTOR = "kvattic_flash_channel", "kvattic_corrector"
 LIST = 1 << 16
 """Entries of a list at most."""
 
@@ -136,16 +137,31 @@ def scattered(config: Config, jobs: int, rng: np.random.Generator, *, wanted: in
     return Requests(channel=columns[0], page=columns[1], first=columns[2], count=columns[3], room=columns[4])
 
 
-def _verilog(config: Config, frames: int, channel_ports: Iterable[str]) -> str:
+def _correctors(config: Config, corrector_ports: Mapping[str, tuple[Value, object]]) -> Iterator[str]:
+    """The correctors, and for each channel the wires to its one, named as the channel's port."""
+    sharers = channels_of_corrector(config)
+    for number in range(config.channels // sharers):
+        connections = {"clk": "clk", "rst": "reset"}
+        for port, (value, _) in corrector_ports.items():
+            _, of_group, member = port.split("__", 2)
+            wire = f"channel{number * sharers + int(of_group)}_corrections__{member}"
+            yield f"wire [{len(value) - 1}:0] {wire};"
+            connections[port] = wire
+        yield f"{CORRECTOR} corrector{number} (" + ", ".join(f".{k}({v})" for k, v in connections.items()) + ");"
+
+
+def _verilog(config: Config, frames: int, channel_ports: Iterable[str],
+             corrector_ports: Mapping[str, tuple[Value, object]]) -> str:
     shapes, channels = Shapes(config), config.channels
     body, source = [], {"request": shapes.request.size, "codeword": shapes.beat.size}
     for name, width in source.items():
         body += [f"wire [{channels * width - 1}:0] {name}_payload;", f"wire [{channels - 1}:0] {name}_valid;"]
     body.append(f"wire [{channels - 1}:0] request_ready;")
+    body += _correctors(config, corrector_ports)
     for c in range(channels):
         signals = {"clk": "clk", "rst": "reset"}
         for port in channel_ports:
-            signals[port] = ""
+            signals[port] = f"channel{c}_{port}" if port.startswith("corrections__") else ""
         for name, wire in (("requests", "request"), ("codewords", "codeword")):
             width = source[wire]
             signals[f"{name}__valid"] = f"{wire}_valid[{c}]"
@@ -203,9 +219,9 @@ def build_channels(config: Config, simulator: Simulator = Simulator.VERILATOR, *
         frames: pages whose contents each channel can keep.
     """
     netlist = Netlist()
-    channel = FlashChannel(config)
-    rtl = netlist.convert(channel, CHANNEL, ports(channel))
-    text = "\n".join([*netlist.modules.values(), rtl, _verilog(config, frames, ports(channel))])
+    channel, corrector = FlashChannel(config), Corrector(config, channels_of_corrector(config))
+    rtl = [netlist.convert(block, name, ports(block)) for block, name in ((channel, CHANNEL), (corrector, CORRECTOR))]
+    text = "\n".join([*netlist.modules.values(), *rtl, _verilog(config, frames, ports(channel), ports(corrector))])
     root = default_build_root()
     bench = root / "rtl" / hashlib.sha256(text.encode()).hexdigest()[:16] / f"{TOP}.sv"
     with cache_errors(root):

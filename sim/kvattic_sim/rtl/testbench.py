@@ -109,8 +109,9 @@ class Flash(StrEnum):
 
     @property
     def separate_modules(self) -> tuple[str, ...]:
-        """Modules that are in the model once for each channel, and compiled once."""
-        return ("kvattic_lane", *(["kvattic_flash_channel"] if self is Flash.NAND else []), TWIN)
+        """Modules that are in the model several times, and compiled once."""
+        channel = ("kvattic_flash_channel", "kvattic_corrector") if self is Flash.NAND else ()
+        return ("kvattic_lane", *channel, TWIN)
 
     @property
     def settings(self) -> dict[str, int]:

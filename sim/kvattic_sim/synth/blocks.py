@@ -34,9 +34,9 @@ class Block:
 
 
 def _repeated(path: str) -> tuple[str, int] | None:
-    """What a lane or a channel is one of, and its number."""
+    """What a lane, a channel or a corrector is one of, and its number."""
     name = path.removesuffix(".instance")
-    found = re.search(r"(?:^|\.)((?:lane|channel)_)(\d+)$", name)
+    found = re.search(r"(?:^|\.)((?:lane|channel|corrector)_)(\d+)$", name)
     return (name[:found.start(2)], int(found.group(2))) if found else None
 
 
@@ -53,6 +53,7 @@ class Design:
                  note: Callable[[str], None] = lambda _: None) -> None:
         self.modules: Mapping[str, Module] = split(verilog_text(config, TOP))
         self.families = tuple(families)
+        self.config = config
         self.channels = config.channels
         self._netlists = {}
         for family in self.families:
@@ -63,12 +64,12 @@ class Design:
         self._cells = cells_below(self.modules, self._netlists[self.families[0]])
 
     def _equal_to_another(self, path: str) -> bool:
-        """Lanes between the first and the last, channels but the first: as the others are."""
+        """Lanes between the first and the last, channels and correctors but the first: as the others are."""
         found = _repeated(path)
         if found is None:
             return False
         name, number = found
-        return number > 0 and (name.endswith("channel_") or number < self.channels - 1)
+        return number > 0 and (name.endswith(("channel_", "corrector_")) or number < self.channels - 1)
 
     @cached_property
     def paths(self) -> Mapping[str, list[Path]]:

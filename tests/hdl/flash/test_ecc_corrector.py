@@ -11,6 +11,7 @@ from tests.hdl.compiled import simulation
 from kvattic.spec import ecc
 from kvattic.spec.config import PAPER, TINY, Config
 from kvattic.spec.nand import PSLC
+from kvattic_hdl.flash.corrections import CorrectorShapes
 from kvattic_hdl.flash.corrector import Corrector
 
 CONFIGS = {
@@ -43,42 +44,69 @@ def problem(config: Config, bits: list[int], check: int = 0) -> dict[str, int]:
             "check": int(state[0, 0]) ^ received ^ check}
 
 
-def solve(config: Config, problems: list[dict[str, int]], ready: Any = lambda cycle: True, positions: int = 8,
+def chunks_of(config: Config, values: dict[str, int]) -> list[int]:
+    """What a channel sends of a problem."""
+    remainder = range(CorrectorShapes(config).remainder_chunks)
+    return [*(values["remainder"] >> 8 * i & 255 for i in reversed(remainder)),
+            *(values["check"] >> 8 * i & 255 for i in range(3))]
+
+
+async def send(ctx, channel, chunks: list[int]) -> None:
+    """Ask for a correction, and send the problem when it is taken."""
+    ctx.set(channel.wanted, 1)
+    await ctx.tick().until(channel.taken)
+    ctx.set(channel.wanted, 0)
+    await ctx.tick()
+    for chunk in chunks:
+        ctx.set(channel.chunk, chunk)
+        ctx.set(channel.chunk_valid, 1)
+        await ctx.tick()
+    ctx.set(channel.chunk_valid, 0)
+
+
+async def receive(ctx, channel, bits: int, limit: int, ready: Any) -> Answer:
+    """Take the patches of a codeword, and its end."""
+    found, cycle = [], 0
+    while True:
+        now = ready(cycle)
+        ctx.set(channel.patches.ready, now)
+        *_, patch, payload, valid, result = await ctx.tick().sample(
+            channel.patches.valid, channel.patches.payload, channel.ended, channel.result)
+        cycle += 1
+        if patch and now:
+            found += [payload.index * bits + i for i in range(bits) if payload.mask >> i & 1]
+        if valid:
+            assert not patch, "a result before its last patch was taken"
+            return Answer(result.good, result.errors, found, cycle)
+        assert cycle < limit
+
+
+def solve(config: Config, problems: list[dict[str, int]], ready: Any = lambda cycle: True, positions: int = 16,
           ) -> list[Answer]:
-    dut, simulator = simulation(Corrector, config, positions)
+    dut, simulator = simulation(Corrector, config, 1, positions)
     answers = []
-    bits = config.beat_bytes * 8
+    bits = config.word_bytes * 8
+    channel = dut.channels[0]
+
+    async def sender(ctx):
+        for number, values in enumerate(problems):
+            await send(ctx, channel, chunks_of(config, values))
+            while len(answers) <= number:
+                await ctx.tick()
 
     async def bench(ctx):
-        ctx.set(dut.o.ready, 1)
-        for values in problems:
-            ctx.set(dut.i.payload, values)
-            ctx.set(dut.i.valid, 1)
-            found, cycle = [], 0
-            while True:
-                now = ready(cycle)
-                ctx.set(dut.patches.ready, now)
-                *_, taken, patch, payload, valid, result = await ctx.tick().sample(
-                    dut.i.ready, dut.patches.valid, dut.patches.payload, dut.o.valid, dut.o.payload)
-                cycle += 1
-                if taken:
-                    ctx.set(dut.i.valid, 0)
-                if patch and now:
-                    found += [payload.index * bits + i for i in range(bits) if payload.mask >> i & 1]
-                if valid:
-                    assert not patch, "a result before its last patch was taken"
-                    break
-                assert cycle < 10 * bits * config.raw_codeword_words
-            answers.append(Answer(result.good, result.errors, found, cycle))
+        for _ in problems:
+            answers.append(await receive(ctx, channel, bits, 10 * bits * config.raw_codeword_words, ready))
 
     simulator.add_clock(1e-6)
+    simulator.add_testbench(sender)
     simulator.add_testbench(bench)
     simulator.run()
     return answers
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("positions", [8, 4])
+@pytest.mark.parametrize("positions", [16, 8, 4])
 def test_wrong_bits_are_found(name, positions):
     config, choose = CONFIGS[name], random.Random(f"{name} {positions}")
     t, n = config.ecc_t, ecc.code(config).code_bits
@@ -141,8 +169,25 @@ def test_a_wrong_bit_in_the_padding_is_no_answer():
 
 def test_cycles_are_those_of_the_documentation():
     config = CONFIGS["paper"]
-    cases = [list(range(weight)) for weight in range(1, 9)] + [[ecc.code(config).code_bits - 1]]
+    last = ecc.code(config).code_bits - 1
+    cases = [list(range(weight)) for weight in range(1, 9)] + [[0, last], [0], [63], [last]]
     answers = solve(config, [problem(config, bits) for bits in cases])
-    for e, answer in enumerate(answers[:8], 1):
-        assert answer.cycles == 83 + (21 * e + e * e) // 2   # the search of the first word, 12 cycles, included
-    assert answers[8].cycles == 613
+    for e, answer in enumerate(answers[1:8], 2):
+        assert answer.cycles == 89 + (21 * e + e * e) // 2   # the search of the first word, 9 cycles, included
+    assert answers[8].cycles == 371
+    assert all(45 <= answer.cycles <= 49 for answer in answers[9:])
+
+
+@pytest.mark.parametrize("name", ["tiny", "odd_parity", "t1"])
+def test_a_single_wrong_bit_anywhere(name):
+    # Its place comes from a table, and what the check value must be from squaring: at all borders, and here and there.
+    config, choose = CONFIGS[name], random.Random(5)
+    code, data = ecc.code(config), config.codeword_bytes * 8
+    token_bits = config.beats_per_codeword * config.beat_bytes * 8
+    borders = {0, 1, 63, 64, data - 1, data, data + 23, data + 24, code.code_bits - 1, token_bits - 1}
+    places = sorted(borders | set(choose.sample(range(code.code_bits), 30)))
+    cases = [(place, wrong) for place in places for wrong in (0, 1 << choose.randrange(24))]
+    answers = solve(config, [problem(config, [place], wrong) for place, wrong in cases])
+    for (place, wrong), answer in zip(cases, answers, strict=True):
+        assert answer.good == (wrong == 0), f"bit {place}, check value off by {wrong}"
+        assert (answer.errors, answer.bits) == (1, [place] if place < token_bits else [])

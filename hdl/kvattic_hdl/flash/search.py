@@ -1,0 +1,180 @@
+"""Chien's search for the wrong bits of a codeword, and the patches that mend them."""
+
+from itertools import pairwise
+
+from amaranth.hdl import Cat, Module, Mux, Signal
+from amaranth.lib import stream, wiring
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import exact_log2
+
+from kvattic.spec.config import CRC_BITS, Config
+from kvattic.spec.ecc import code
+from kvattic_hdl.flash.corrections import CorrectorShapes, owner_shape
+from kvattic_hdl.flash.division import divided, ones, product, times_power
+
+
+class Search(wiring.Component):
+    """Goes through the bits of a codeword in their order; ends when `length` wrong ones are found, or none is left.
+
+    Chien's search: coefficient k of the locator, times 2**(k * i) at bit i; the bit is wrong where their sum is 0.
+
+    Parameters
+    ----------
+    config : Config
+    positions : int
+        As of `Corrector`.
+    channels : int
+        As of `Corrector`.
+
+    Members
+    -------
+    free : Out(1)
+        It can be loaded, and begin.
+    load, coefficient, begin, begin_owner, length, unread, known, place, right, hopeless : In
+        As of `Locator`.  Of a known bit the search begins at its word.
+    patches : Out(stream of patch)
+    ended : Out(1), result : Out(result)
+        Strobe: the search is over, and all patches were taken; what it found.
+    owner : Out
+        Whose codeword patches and result are about.
+    """
+
+    def __init__(self, config: Config, positions: int, channels: int) -> None:
+        self.config = config
+        self.positions = positions
+        shapes = CorrectorShapes(config)
+        super().__init__({
+            "free": Out(1),
+            "load": In(1),
+            "coefficient": In(code(config).field.m),
+            "begin": In(1),
+            "begin_owner": In(owner_shape(channels)),
+            "length": In(range(config.ecc_t + 1)),
+            "unread": In(CRC_BITS),
+            "known": In(1),
+            "place": In(code(config).field.m),
+            "right": In(1),
+            "hopeless": In(1),
+            "patches": Out(stream.Signature(shapes.patch)),
+            "ended": Out(1),
+            "result": Out(shapes.result),
+            "owner": Out(owner_shape(channels)),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        config, code_, positions = self.config, code(self.config), self.positions
+        field = code_.field
+        bits = config.word_bytes * 8
+        groups = bits // positions                           # of a word
+
+        searching = Signal()
+        length, found = Signal(range(config.ecc_t + 1)), Signal(range(config.ecc_t + 1))
+        hits = Signal(positions, reset_less=True)
+        hits_valid = Signal()
+        group = Signal(range(groups))
+        index = Signal(range(config.raw_codeword_words))
+        mask = Signal(bits, reset_less=True)
+        word_hit = Signal()
+        exhausted = Signal()
+        patch = self.patches
+        check = Signal(CRC_BITS, reset_less=True)
+        terms = [Signal(field.m, name=f"term_{k}", reset_less=True) for k in range(config.ecc_t + 1)]
+
+        # First stage: the locator's values at the bits. Second: which are zero?
+        stall = Signal()
+        known, right = Signal(), Signal()                    # the place is known, and the check value agrees
+        armed = Signal()                                     # its bit has not been reached
+        ahead = Signal(range(max(2, groups)))                # groups before it
+        offset = Signal(range(max(2, positions)))
+        bit_bits, word_bits = exact_log2(positions), exact_log2(bits)
+        columns = [sum(field.power(k * position + bit) << position * field.m for position in range(positions))
+                   for k in range(len(terms)) for bit in range(field.m)]
+        values, values_valid = Signal(positions * field.m, reset_less=True), Signal()
+        with m.If(searching & ~stall):
+            m.d.sync += [
+                values.eq(product(m, "value", Cat(terms), columns, positions * field.m)), values_valid.eq(1),
+                hits_valid.eq(values_valid)]
+            m.d.sync += [term.eq(times_power(m, f"next_{k}", field, term, k * positions))
+                         for k, term in enumerate(terms) if k]
+            zeros = ((values.word_select(k, field.m) == 0) & ~known for k in range(positions))
+            reached = ((offset == k) & armed & (ahead == 0) for k in range(positions))
+            m.d.sync += hits.eq(Cat(zeros) | Cat(reached))
+            with m.If(values_valid):
+                m.d.sync += ahead.eq(ahead - 1)
+                with m.If(ahead == 0):
+                    m.d.sync += armed.eq(0)
+
+        # Third stage: put the bits of a word together.
+        last_group, last_word = Signal(), Signal()
+        final, final_bits = divmod(code_.code_bits, positions)
+        if final_bits == 0:
+            final, final_bits = final - 1, positions
+        here = Signal(positions)
+        hit = Signal()
+        found_all, given_up = Signal(), Signal()
+        in_message, in_data = Signal(), Signal()
+        # Bits behind the message do not count; that the check value is zero does not change when zeros pass.
+        rest = CRC_BITS % positions
+        of_message = Signal(positions)
+        data_words = config.codeword_bytes // config.word_bytes
+        m.d.comb += [
+            last_group.eq(group == groups - 1),
+            last_word.eq((index == final // groups) & (group == final % groups)),
+            here.eq(Mux(last_word, hits[:final_bits], hits)),
+            in_data.eq(index < config.words_per_codeword),
+            in_message.eq((index < data_words) | (index == data_words) & (group < -(-CRC_BITS // positions))),
+            of_message.eq(
+                Mux((index == data_words) & (group == CRC_BITS // positions), hits[:rest], hits) if rest else hits),
+            hit.eq(word_hit | here.any()),
+            stall.eq(last_group & in_data & hit & patch.valid & ~patch.ready),
+            found_all.eq((found == length) & ~word_hit & ~patch.valid),
+            given_up.eq(exhausted & (found != length) & ~patch.valid),
+        ]
+        with m.If(patch.ready):
+            m.d.sync += patch.valid.eq(0)
+        with m.If(searching & hits_valid & ~stall & ~exhausted):
+            m.d.sync += [
+                mask.eq(Cat(mask[positions:], here)),
+                group.eq(group + 1),
+                found.eq(found + ones(here)),
+                word_hit.eq(hit & in_data & ~last_group),
+                exhausted.eq(last_word),
+            ]
+            with m.If(in_message):
+                m.d.sync += check.eq(divided(m, "check", code_.crc, check, of_message))
+            with m.If(last_group):
+                m.d.sync += index.eq(index + 1)
+                with m.If(in_data & hit):
+                    m.d.sync += [patch.valid.eq(1), patch.payload.index.eq(index),
+                                 patch.payload.mask.eq(Cat(mask[positions:], here))]
+        m.d.comb += self.result.errors.eq(found)
+        with m.If(self.load):
+            m.d.sync += terms[0].eq(self.coefficient)
+            m.d.sync += [high.eq(low) for low, high in pairwise(terms)]
+
+        with m.FSM():
+            with m.State("FREE"):
+                m.d.comb += self.free.eq(1)
+                m.d.sync += [signal.eq(0) for signal in (found, values_valid, hits_valid, group, word_hit, exhausted)]
+                m.d.sync += [
+                    self.owner.eq(self.begin_owner), length.eq(Mux(self.known, 1, self.length)), check.eq(self.unread),
+                    known.eq(self.known), armed.eq(self.known), right.eq(self.right),
+                    index.eq(Mux(self.known, self.place >> word_bits, 0)),
+                    offset.eq(self.place[:bit_bits]), ahead.eq(self.place[bit_bits:word_bits]),
+                    self.result.good.eq(0)]
+                with m.If(self.begin):
+                    m.d.sync += searching.eq(~self.hopeless)
+                    m.next = "SEARCH"
+                    with m.If(self.hopeless):
+                        m.next = "DONE"
+            with m.State("SEARCH"):
+                with m.If(found_all):
+                    m.d.sync += self.result.good.eq(Mux(known, right, check == 0))
+                with m.If(found_all | given_up):
+                    m.d.sync += searching.eq(0)
+                    m.next = "DONE"
+            with m.State("DONE"):
+                m.d.comb += self.ended.eq(1)
+                m.next = "FREE"
+        return m
