@@ -255,7 +255,7 @@ class Loader(wiring.Component):
             self.dram_page.eq(flash["argument"]),
             validate.create_window.eq(hand_over.window),
         ]
-        for name in ("command", "reserved", "queue", "broken"):
+        for name in ("command", "reserved", "needless", "queue", "broken"):
             m.d.comb += getattr(validate, name).eq(getattr(fetch, name))
         for name in ("create_valid", "create_queue", "admin_base", "admin_limit", "domain_queues", "page_owned",
                      "dram_owned"):

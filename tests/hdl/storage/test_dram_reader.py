@@ -122,7 +122,8 @@ def test_tails_and_pages(name, stall):
             codeword_words = tails[lane][i * config.words_per_codeword : (i + 1) * config.words_per_codeword]
             at = page * config.page_bytes + codeword * config.codeword_bytes
             size = config.words_per_codeword * config.word_bytes
-            assert b"".join(w.data.to_bytes(config.word_bytes, "little") for w in codeword_words) == data[at : at + size]
+            found = b"".join(w.data.to_bytes(config.word_bytes, "little") for w in codeword_words)
+            assert found == data[at : at + size]
             assert {w.tag.place for w in codeword_words} == {place}
             assert [w.last for w in codeword_words] == [0] * (len(codeword_words) - 1) + [1]
             assert not any(w.error for w in codeword_words)
