@@ -162,7 +162,7 @@ class RowStore(wiring.Component):
         """The tail's words, one row behind another; whether there is room for a row more."""
         there = [Signal(name=f"tail_there_{i}") for i in range(2)]   # the row of its last turn is coming
         high = turn[ceil_log2(self._row_words) :]
-        of_turn = [Const(0, 0)] * 2     # which of its turns that was
+        of_turn: list[Value] = [Const(0, 0)] * 2     # which of its turns that was
         if len(high):
             of_turn = [Signal(len(high), name=f"tail_turn_{i}") for i in range(2)]
             m.d.sync += of_turn[1].eq(of_turn[0])
