@@ -28,6 +28,9 @@ from kvattic_hdl.storage.dram_reader import DramReader, dram_signature
 from kvattic_hdl.storage.operations import Operations
 from kvattic_hdl.verilog.shared import shared
 
+FINISHER_FIELDS = ("queue", "identifier", "result", "status", "where")
+"""Members of a job that only the finisher has a use for."""
+
 
 @dataclass(slots=True, kw_only=True)
 class _Parts:
@@ -279,25 +282,48 @@ class Engine(wiring.Component):
         ]
 
     def _connect_jobs(self, m: Module, parts: _Parts) -> None:
-        """Jobs on their way: loader, selection in sparse modes, maximum, finisher."""
+        """Jobs on their way: loader, selection in sparse modes, maximum, finisher.
+
+        What only the finisher has a use for goes past the others, in a queue of its own: jobs leave in their order.
+        """
         control, loader, maximum, finisher, selection = (
             parts.control, parts.loader, parts.maximum, parts.finisher, parts.selection)
-        config, reset = self.config, ResetInserter(control.reset)
+        config, job = self.config, self.shapes.job
+        of_finisher = data.StructLayout({name: job[name].shape for name in FINISHER_FIELDS})
+        of_all = data.StructLayout({name: field.shape for name, field in job if name not in FINISHER_FIELDS})
         steps = [("loaded", loader.jobs, maximum.jobs_i), ("scored", maximum.jobs_o, finisher.jobs)]
         if config.sparse:
-            m.submodules.selection = reset(selection)
+            m.submodules.selection = ResetInserter(control.reset)(selection)
             steps[:1] = [("loaded", loader.jobs, selection.jobs_i), ("selected", selection.jobs_o, maximum.jobs_i)]
+        # As many as there are slots, and those that were freed and are not handed over.
+        rest = self._queue_jobs(m, parts, "described", of_finisher, 2 * config.jobs_in_flight)
         for name, source, sink in steps:
-            fifo = SyncFIFOBuffered(width=self.shapes.job.size, depth=config.jobs_in_flight)
-            m.submodules[name] = reset(fifo)
+            first, last = source is loader.jobs, sink is finisher.jobs
+            queue = self._queue_jobs(m, parts, name, of_all, config.jobs_in_flight)
+            also_room, also_there = rest.w_rdy if first else 1, rest.r_rdy if last else 1
+            given, found = data.View(of_all, queue.w_data), data.View(of_all, queue.r_data)
             m.d.comb += [
-                fifo.w_data.eq(source.payload),
-                fifo.w_en.eq(source.valid),
-                source.ready.eq(fifo.w_rdy),
-                sink.payload.eq(fifo.r_data),
-                sink.valid.eq(fifo.r_rdy),
-                fifo.r_en.eq(sink.ready),
+                *(given[member].eq(source.payload[member]) for member, _ in of_all),
+                queue.w_en.eq(source.valid & also_room),
+                source.ready.eq(queue.w_rdy & also_room),
+                *(sink.payload[member].eq(found[member]) for member, _ in of_all),
+                sink.valid.eq(queue.r_rdy & also_there),
+                queue.r_en.eq(sink.ready & also_there),
             ]
+        given, found = data.View(of_finisher, rest.w_data), data.View(of_finisher, rest.r_data)
+        m.d.comb += [
+            *(given[name].eq(loader.jobs.payload[name]) for name in FINISHER_FIELDS),
+            rest.w_en.eq(loader.jobs.valid & loader.jobs.ready),
+            *(finisher.jobs.payload[name].eq(found[name]) for name in FINISHER_FIELDS),
+            rest.r_en.eq(finisher.jobs.valid & finisher.jobs.ready),
+        ]
+
+    @staticmethod
+    def _queue_jobs(m: Module, parts: _Parts, name: str, shape: data.Layout, depth: int) -> SyncFIFOBuffered:
+        """A queue of what belongs to jobs."""
+        queue = SyncFIFOBuffered(width=shape.size, depth=depth)
+        m.submodules[name] = ResetInserter(parts.control.reset)(queue)
+        return queue
 
     def _track_slots(self, m: Module, parts: _Parts) -> Signal:
         """Which slots have a job in the lanes, and what the flash side may send."""

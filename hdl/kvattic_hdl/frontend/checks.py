@@ -351,7 +351,7 @@ class SketchCheck(wiring.Component):
 class ModeCheck(wiring.Component):
     """Whether a command's mode and the numbers of its selection can be.
 
-    All inputs are stable; everything is right four cycles after the last one.  The numbers mean something only if the
+    All inputs are stable; everything is right five cycles after the last one.  The numbers mean something only if the
     field is not bad and the job has tokens.
 
     Parameters
@@ -432,12 +432,18 @@ class ModeCheck(wiring.Component):
             codeword = Mux(of_mode[Mode.SPARF], token, token >> token_bits)
             return Mux(self.unit_bits[5:].any(), 0, codeword >> self.unit_bits[:5])
 
+        # One after the other: shifts by any number are large.
+        turn, unit = Signal(), Signal.like(last)
+        m.d.comb += unit.eq(unit_of(Mux(turn, last_local, last)))
+        with m.If(turn):
+            m.d.sync += last_local_unit.eq(unit)
+        with m.Else():
+            m.d.sync += last_unit.eq(unit)
         bad = Signal(4)
         m.d.sync += [
             last.eq(self.length - 1),
             last_local.eq(self.local_tokens - 1),
-            last_unit.eq(unit_of(last)),
-            last_local_unit.eq(unit_of(last_local)),
+            turn.eq(~turn),
             bad.eq(Cat(
                 self.ranked & (~given["features"] | (self.features > config.head_dim)),
                 ~given["top_units"] | (self.top_units - 1 > last_unit),

@@ -1,6 +1,6 @@
 """Requests commands and their blocks from host memory, and keeps the command in hand."""
 
-from amaranth.hdl import Cat, Module, Signal, Value, unsigned
+from amaranth.hdl import Cat, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out, connect, flipped
 from amaranth.utils import bits_for
@@ -30,6 +30,8 @@ OUTSTANDING = 16
 """Lines that are asked for and have not come, at most: covers a latency of about 128 cycles."""
 LAYOUTS = (FLASH_COMMAND, DATA_COMMAND, QUEUE_COMMAND, GRANT_COMMAND, READ_COMMAND, COMMAND)
 """What a command's line may be."""
+CREATE_FIELDS = ("entries", "submission", "completion", "base", "limit")
+"""Fields of a `QUEUE_COMMAND` that DELETE_QUEUE has no use for."""
 UNKNOWN_IDENTIFIER = 0xFFFF
 """In the completion of a command that could not be read."""
 LINE_ENTRIES = LINE_BYTES // TABLE_ENTRY.size
@@ -100,7 +102,7 @@ class Fetch(wiring.Component):
     ask : In(1)
         Strobe: request these blocks.
     query_line, query_lines, table_line, table_lines : In
-        Their first lines, and their lines.
+        Their first lines, and their lines; `table_line` stays until all are requested.
     in_command : In(1)
         Words that come are the command's.
     fetched : Out(1)
@@ -111,6 +113,8 @@ class Fetch(wiring.Component):
         The command's line; stable from the cycle after `fetched`.
     reserved : Out(len(LAYOUTS))
         For each of `LAYOUTS`: a byte that it reserves was not zero.
+    needless : Out(1)
+        What only CREATE_QUEUE has a use for among the fields of a `commands.QUEUE_COMMAND` was not zero.
     queue : Out(3)
         The command's queue.
     broken : Out(1)
@@ -118,7 +122,7 @@ class Fetch(wiring.Component):
     unreadable : In(1)
         Strobe: give the command the identifier of one that could not be read.
     clear : In(1)
-        Strobe: forget `reserved` and `broken`.
+        Strobe: forget `reserved`, `needless` and `broken`.
     """
 
     bus: wiring.PureInterface
@@ -139,6 +143,7 @@ class Fetch(wiring.Component):
     words: stream.Interface
     command: Signal
     reserved: Signal
+    needless: Signal
     queue: Signal
     broken: Signal
     unreadable: Signal
@@ -165,6 +170,7 @@ class Fetch(wiring.Component):
             "words": Out(stream.Signature(LINE_WORD)),
             "command": Out(unsigned(LINE_BYTES * 8)),
             "reserved": Out(len(LAYOUTS)),
+            "needless": Out(1),
             "queue": Out(range(QUEUES)),
             "broken": Out(1),
             "unreadable": In(1),
@@ -194,28 +200,31 @@ class Fetch(wiring.Component):
 
     def _request(self, m: Module, read: ReadLines) -> None:
         """Requests: the query block's lines, those of the mean and the table behind it, then the next command's."""
-        query_line, table_line = Signal(LINE_ADDRESS_BITS), Signal(LINE_ADDRESS_BITS)
+        line = Signal(LINE_ADDRESS_BITS)
         query_left, table_left = Signal.like(self.query_lines), Signal.like(self.table_lines)
-        wanted = Signal()
+        wanted, to_table = Signal(), Signal()
         m.d.comb += [
+            wanted.eq(query_left.any() | table_left.any()),
             read.lines.valid.eq(wanted | (self.wanting & self.fetch.valid)),
-            read.lines.payload.eq(self.fetch.payload.line),
+            read.lines.payload.eq(Mux(wanted, line, self.fetch.payload.line)),
+            self.asked.eq(read.lines.valid & read.lines.ready & ~wanted),
+            # The table's first line comes from the command, which stays until all its blocks have come.
+            to_table.eq(Mux(self.ask, self.query_lines == 0, query_left == 1)),
         ]
-        for number, (line, left) in enumerate(((query_line, query_left), (table_line, table_left))):
-            with m.If(left.any()) if number == 0 else m.Elif(left.any()):
-                m.d.comb += [wanted.eq(1), read.lines.payload.eq(line)]
-                with m.If(read.lines.ready):
-                    m.d.sync += [line.eq(line + 1), left.eq(left - 1)]
-        m.d.comb += self.asked.eq(read.lines.valid & read.lines.ready & ~wanted)
+        with m.If(wanted & read.lines.ready):
+            m.d.sync += line.eq(Mux(to_table, self.table_line, line + 1))
+            with m.If(query_left.any()):
+                m.d.sync += query_left.eq(query_left - 1)
+            with m.Else():
+                m.d.sync += table_left.eq(table_left - 1)
         with m.If(self.asked):
             m.d.sync += self.wanting.eq(0)
         with m.If(self.want):
             m.d.sync += self.wanting.eq(1)
         with m.If(self.ask):
             m.d.sync += [
-                query_line.eq(self.query_line),
+                line.eq(Mux(to_table, self.table_line, self.query_line)),
                 query_left.eq(self.query_lines),
-                table_line.eq(self.table_line),
                 table_left.eq(self.table_lines),
             ]
 
@@ -223,7 +232,7 @@ class Fetch(wiring.Component):
         """Keeps the words of a command, and whether what it reserves is zero."""
         position = Signal(range(LINE_WORDS))
         with m.If(self.clear):
-            m.d.sync += self.reserved.eq(0)
+            m.d.sync += [self.reserved.eq(0), self.needless.eq(0)]
         with m.If(self.unreadable):
             m.d.sync += command_fields(self._config, COMMAND, self.command)["identifier"].eq(UNKNOWN_IDENTIFIER)
         with m.If(taken):
@@ -240,6 +249,10 @@ class Fetch(wiring.Component):
                             ]
                             if spare:
                                 m.d.sync += flag.eq(flag | Cat(spare).any())
+                        create = [field_of_word(word.data, QUEUE_COMMAND[name]).any() for name in CREATE_FIELDS
+                                  if word_of(QUEUE_COMMAND[name]) == number]
+                        if create:
+                            m.d.sync += self.needless.eq(self.needless | Cat(create).any())
             with m.If(word.last):
                 # Only now its entry is free for the host.
                 m.d.comb += [self.fetch.ready.eq(1), self.fetched.eq(1)]

@@ -156,9 +156,7 @@ class LoadJob(wiring.Component):
         with m.FSM(name="state"):
             with m.State("idle"):
                 with m.If(self.prepare):
-                    m.d.sync += [
-                        self._row.eq(self._rows), self._beat.eq(0), self.load.data.eq(0), self.load.start.eq(0),
-                        self.load.end.eq(0)]
+                    m.d.sync += [self._row.eq(self._rows), self._beat.eq(0)]
                 with m.If(self.begin):
                     m.d.sync += [
                         self._entries_left.eq(self._fields["stripes"]), self._next_number.eq(0),
@@ -220,6 +218,9 @@ class LoadJob(wiring.Component):
                     with m.If(ranker.done & ~self.load_valid):
                         m.d.comb += self.done.eq(1)
                         m.next = "idle"
+        # Behind all states, so that the registers' resets do it: what the rows that the job has not hold.
+        with m.If(self.prepare):
+            m.d.sync += [self.load.data.eq(0), self.load.start.eq(0), self.load.end.eq(0)]
         return m
 
     def _default_load(self, m: Module) -> None:

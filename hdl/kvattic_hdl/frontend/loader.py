@@ -61,7 +61,7 @@ class Loader(wiring.Component):
         could be one.
     create_valid, create_queue : In(1), In(3)
         Strobe: this queue is created.  Its window is the one of the CREATE_QUEUE that was taken from
-        `admin` last; that of queue 0 is `admin_base` to `admin_limit`.
+        `admin` last; that of queue 0 is `admin_base` to `admin_limit` in this cycle and the next.
     admin_base, admin_limit : In(64)
         The registers.
     domain, page, dram_page : Out(8), Out(24), Out(24)
@@ -255,7 +255,7 @@ class Loader(wiring.Component):
             self.dram_page.eq(flash["argument"]),
             validate.create_window.eq(hand_over.window),
         ]
-        for name in ("command", "reserved", "queue", "broken"):
+        for name in ("command", "reserved", "needless", "queue", "broken"):
             m.d.comb += getattr(validate, name).eq(getattr(fetch, name))
         for name in ("create_valid", "create_queue", "admin_base", "admin_limit", "domain_queues", "page_owned",
                      "dram_owned"):

@@ -13,7 +13,6 @@ from kvattic.spec.commands import (
     FLASH_COMMAND,
     IDENTIFY_BYTES,
     LINE_BYTES,
-    QUEUE_COMMAND,
     READ_BYTES,
     STATUS_BITS,
     Opcode,
@@ -35,7 +34,7 @@ from kvattic_hdl.frontend.fetch import (
     table_line_bits,
 )
 from kvattic_hdl.frontend.hand_over import WINDOW
-from kvattic_hdl.lib.arithmetic import times
+from kvattic_hdl.lib.arithmetic import pick, times
 from kvattic_hdl.lib.shapes import K_OFFSET_BITS, TOKEN_BITS, Shapes
 
 FLASH_OPCODES = (Opcode.PROGRAM, Opcode.ERASE, Opcode.PROBE, Opcode.MAP)
@@ -71,10 +70,11 @@ class Validate(wiring.Component):
         The next command is not there yet.
     checking : In(1)
         High from the cycle after the command has come until `judged`.
-    command, reserved, queue, broken : In
+    command, reserved, needless, queue, broken : In
         See `Fetch`; stable while `checking`.
     create_valid, create_queue, create_window : In(1), In(3), In(WINDOW)
-        Strobe: this queue is created, and has this window; that of queue 0 is `admin_base` to `admin_limit`.
+        Strobe: this queue is created, and has this window, which stays for a cycle more; that of queue 0 is
+        `admin_base` to `admin_limit`.
     admin_base, admin_limit : In(64)
         The registers.
     domain_queues : In(QUEUES)
@@ -111,6 +111,7 @@ class Validate(wiring.Component):
     checking: Signal
     command: Signal
     reserved: Signal
+    needless: Signal
     queue: Signal
     broken: Signal
     create_valid: Signal
@@ -144,6 +145,7 @@ class Validate(wiring.Component):
             "checking": In(1),
             "command": In(LINE_BYTES * 8),
             "reserved": In(len(LAYOUTS)),
+            "needless": In(1),
             "queue": In(range(QUEUES)),
             "broken": In(1),
             "create_valid": In(1),
@@ -192,14 +194,12 @@ class Validate(wiring.Component):
             not_permitted.eq((opcode >= ADMIN_OPCODES) & (self.queue != 0)),
         ]
         reserved = {layout.name: flag for layout, flag in zip(LAYOUTS, self.reserved, strict=True)}
-        create = command_fields(self._config, QUEUE_COMMAND, self.command)
-        needless = Cat(create[name].any() for name in ("entries", "submission", "completion", "base", "limit")).any()
         with m.If(self.is_flash):
             m.d.sync += bad_field.eq(reserved["FlashCommand"] | bad_flash)
         with m.Elif(is_data):
             m.d.sync += bad_field.eq(reserved["DataCommand"])
         with m.Elif(is_queue):
-            m.d.sync += bad_field.eq(reserved["QueueCommand"] | ((opcode == Opcode.DELETE_QUEUE) & needless))
+            m.d.sync += bad_field.eq(reserved["QueueCommand"] | ((opcode == Opcode.DELETE_QUEUE) & self.needless))
         with m.Elif(is_admin):
             m.d.sync += bad_field.eq(reserved["GrantCommand"])
         with m.Elif(self.is_read):
@@ -330,20 +330,9 @@ class Validate(wiring.Component):
                 rows * result_row_bytes(config.head_dim))),
             sizes["table"].eq(self.table_lines << ceil_log2(LINE_BYTES)),
         ]
-        m.submodules.windows = windows = Memory(
-            shape=WINDOW, depth=QUEUES, init=[], attrs={"ram_style": "distributed"})
-        write, read = windows.write_port(), windows.read_port(domain="comb")
-        m.d.comb += [
-            write.en.eq(self.create_valid),
-            write.addr.eq(self.create_queue),
-            write.data.eq(self.create_window),
-            read.addr.eq(self.queue),
-        ]
-        with m.If(self.create_queue == 0):
-            m.d.comb += [write.data.base.eq(self.admin_base), write.data.limit.eq(self.admin_limit)]
-
-        m.submodules.window = window = Window(len(BLOCKS))
         step = Signal(4)
+        bounds = self._windows(m, step[0])
+        m.submodules.window = window = Window(len(BLOCKS))
         with m.If(self.clear):
             m.d.sync += step.eq(0)
         with m.If(self.checking):
@@ -356,8 +345,8 @@ class Validate(wiring.Component):
             window.valid.eq(self.checking & (step < ADDRESS_STEPS)),
             window.high.eq(step[0]),
             window.which.eq(block),
-            window.base.eq(read.data.base.word_select(step[0], HALF)),
-            window.limit.eq(read.data.limit.word_select(step[0], HALF)),
+            window.base.eq(bounds["base"]),
+            window.limit.eq(bounds["limit"]),
         ]
         with m.Switch(block):
             for number, name in enumerate(BLOCKS):
@@ -366,3 +355,26 @@ class Validate(wiring.Component):
                         window.size.eq(sizes[name]), window.address.eq(fields[name].word_select(step[0], HALF))]
         # A READ has no query.
         return window.bad & ~Cat(self.is_read, Const(0, len(BLOCKS) - 1))
+
+    def _windows(self, m: Module, high: Value) -> dict[str, Value]:
+        """Keeps the queues' windows: this half of each bound of the window of the command's queue."""
+        # Halves are written one after the other, as they are read.
+        second, queue = Signal(), Signal.like(self.create_queue)
+        now = Signal.like(queue)
+        m.d.sync += [second.eq(self.create_valid), queue.eq(self.create_queue)]
+        m.d.comb += now.eq(Mux(second, queue, self.create_queue))
+        bounds: dict[str, Value] = {}
+        for name, admin in (("base", self.admin_base), ("limit", self.admin_limit)):
+            m.submodules[f"{name}s"] = halves = Memory(
+                shape=HALF, depth=2 * QUEUES, init=[], attrs={"ram_style": "distributed"})
+            write, read = halves.write_port(), halves.read_port(domain="comb")
+            created = self.create_window[name]
+            m.d.comb += [
+                write.en.eq(self.create_valid | second),
+                write.addr.eq(Cat(second, now)),
+                write.data.eq(pick(
+                    [created[:HALF], created[HALF:], admin[:HALF], admin[HALF:]], Cat(second, now == 0))),
+                read.addr.eq(Cat(high, self.queue)),
+            ]
+            bounds[name] = read.data
+        return bounds

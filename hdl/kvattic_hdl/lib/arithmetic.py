@@ -1,5 +1,6 @@
-"""Small combinational pieces: element decode, adders with carry-in, constant multiples, one bit of many, turns."""
+"""Small combinational pieces: element decode, adders with carry-in, constant multiples, one of many, turns."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from amaranth.hdl import C, Cat, Module, Mux, Signal, Value, ValueLike
@@ -64,6 +65,18 @@ def times(value: ValueLike, factor: int) -> Value:
     for term in terms[1:]:
         total = total + term
     return total
+
+
+def pick(values: Sequence[ValueLike], number: Value) -> Value:
+    """values[number] as a tree of two-way multiplexers; of a number beyond the last one any of them.
+
+    An `Array` becomes a comparison for each element and an OR over all of them, which takes half as many LUTs more.
+    """
+    level = [Value.cast(value) for value in values]
+    for bit in number:
+        level = [Mux(bit, *reversed(pair)) if len(pair) > 1 else pair[0]
+                 for pair in (level[at : at + 2] for at in range(0, len(level), 2))]
+    return level[0]
 
 
 def strobe(valid: ValueLike, number: ValueLike) -> Value:

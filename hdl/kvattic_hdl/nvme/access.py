@@ -115,6 +115,7 @@ class Owners(wiring.Component):
         })
         self._granted = Signal(GRANT, name="granted")
         self._busy = Signal(name="busy")
+        self._region_mask = Signal(PAGE_BITS, name="region_mask")   # bits of a page's number that tell its region
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
@@ -126,7 +127,11 @@ class Owners(wiring.Component):
 
         # What is the same for all words of a table.
         large, nobody = Signal(), Signal()
-        m.d.sync += [large.eq(self.stripe_bits > self.region_bits), nobody.eq(self.domain == 0)]
+        m.d.sync += [
+            large.eq(self.stripe_bits > self.region_bits),
+            nobody.eq(self.domain == 0),
+            self._region_mask.eq(~((1 << self.region_bits) - 1)),
+        ]
         steps, more, first, last = self._find_runs(m)
         zone_owned, zone_fits, dram_owned = {}, {}, {}
         for name in first:
@@ -250,12 +255,14 @@ class Owners(wiring.Component):
 
     def _ask_regions(self, m: Module, name: str, first: Value, last: Value, nobody: Signal) -> Value:
         """Steps 2, 3, 4 of DRAM: the regions of both pages are the domain's."""
-        # The two regions of a run are the same or neighbours, so that they never lie in the same bank.
+        # The two regions of a run are the same or neighbours (a larger run is refused), so that they never lie in the
+        # same bank: bank 1 has the place of the first region, bank 0 it or the next one.
         region_bits = ceil_log2(MAX_REGIONS)
-        low, high = first >> self.region_bits, last >> self.region_bits
+        low, more = first >> self.region_bits, Signal(name=f"{name}_more_regions")
+        m.d.comb += more.eq(((first ^ last[:PAGE_BITS]) & self._region_mask).any())
         there = [Signal(name=f"{name}_region_there_{i}") for i in (2, 3)]
         m.d.sync += [
-            there[0].eq(~last[PAGE_BITS:].any() & ~high[region_bits:].any()),
+            there[0].eq(~last[PAGE_BITS:].any() & ~low[region_bits:].any() & ~(low[:region_bits].all() & more)),
             there[1].eq(there[0]),
         ]
         banks = []
@@ -270,8 +277,8 @@ class Owners(wiring.Component):
             good = Signal(name=f"{of_bank}_good")
             m.d.comb += regions.addr.eq(region)
             m.d.sync += [
-                region.eq(Mux(high[0] == bank, high[1:], low[1:])),
-                asked[0].eq((high[0] == bank) | (low[0] == bank)),
+                region.eq(low[1:region_bits] + (low[0] if bank == 0 else 0)),
+                asked[0].eq((low[0] == bank) | more),
                 asked[1].eq(asked[0]),
                 good.eq(there[1] & (~asked[1] | ((regions.data == self.domain) & ~nobody))),
             ]

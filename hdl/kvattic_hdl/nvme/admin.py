@@ -67,7 +67,7 @@ class Admin(wiring.Component):
     counter_number, counter_first : Out, Out(1)
         Which of `registers.COUNTERS` is to be read; it is another than in the cycle before.
     counter_there, counter : In(1), In(64)
-        `counter` is that one's value.  Always so while `counter_first`.
+        `counter` is the value of that one of the cycle before.  Always so in the cycle after `counter_first`.
     """
 
     commands: stream.Interface
@@ -187,16 +187,15 @@ class Admin(wiring.Component):
         counter, counting_1 = Signal(COUNTER_BYTES * 8), Signal()
         number = self.block_index[: len(self.counter_number)]
         before = Signal.like(number)
-        m.d.sync += [counting_1.eq(counting), before.eq(number)]
-        with m.If(number >= len(COUNTERS)):   # what pads them
-            m.d.sync += counter.eq(0)
-        with m.Elif(self.counter_there):
-            m.d.sync += counter.eq(self.counter)
+        now = Signal.like(counter)
+        m.d.sync += [counting_1.eq(counting), before.eq(number), counter.eq(now)]
+        m.d.comb += now.eq(Mux(self.counter_there, self.counter, counter))
         m.d.comb += [
             self.counter_number.eq(number),
             self.counter_first.eq(counting & (number != before)),
             read.addr.eq(self.block_index),
-            self.block_data.eq(Mux(counting_1, counter, read.data)),
+            # Behind the counters there are zeros, which pad them.
+            self.block_data.eq(Mux(counting_1, Mux(before >= len(COUNTERS), 0, now), read.data)),
         ]
 
     # ---- checks: right two cycles after a command is offered

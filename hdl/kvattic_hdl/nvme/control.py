@@ -95,7 +95,7 @@ class Control(wiring.Component):
     counter_number, counter_first : In, In(1)
         Number of one of `registers.COUNTERS`; it is another than in the cycle before.
     counter_there, counter : Out(1), Out(64)
-        `counter` is that one's value; else the bus reads a register in this cycle.
+        `counter` is the value of that one of the cycle before; else the bus read a register in that cycle.
     snapshot : Out(SNAPSHOT)
         The counters of a completion, consistent in each cycle.
     """

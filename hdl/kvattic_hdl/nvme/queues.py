@@ -158,7 +158,7 @@ class Queues(wiring.Component):
         self._phase = Array(Signal(init=1, name=f"phase_{q}") for q in range(QUEUES))
         self._written = numbers("written")  # completions in host memory, up to this one
         self._taken = numbers("taken")
-        self._limit = numbers("limit")  # taken - 1: a head there means that the completion ring may be full
+        self._ahead = numbers("ahead")  # head + 1: where it is `taken`, the completion ring may be full
         self._new, self._gone = Signal(QUEUES, name="new"), Signal(QUEUES, name="gone")
         self._fetchable = Signal(QUEUES, name="fetchable")
 
@@ -189,7 +189,7 @@ class Queues(wiring.Component):
             numbers = self._tail, self._head, self._place, self._written, self._taken
             with m.If(new[q]):
                 m.d.sync += [number[q].eq(0) for number in numbers]
-                m.d.sync += [self._phase[q].eq(1), self._limit[q].eq(_mask(self.create.entries_bits))]
+                m.d.sync += [self._phase[q].eq(1), self._ahead[q].eq(1)]
         return m
 
     def _keep(self, m: Module, name: str, bits: int) -> Memory:
@@ -206,7 +206,7 @@ class Queues(wiring.Component):
             there = self.present[q] & ~self._gone[q]
             m.d.sync += [
                 self._fetchable[q].eq(
-                    there & (self._tail[q] != self._head[q]) & (self._head[q] != self._limit[q])),
+                    there & (self._tail[q] != self._head[q]) & (self._ahead[q] != self._taken[q])),
                 # The host may have taken the one that is being written already.
                 unread[q].eq(there & (self._written[q] != self._taken[q]) & (self._place[q] != self._taken[q])),
             ]
@@ -231,7 +231,7 @@ class Queues(wiring.Component):
         bell_mask = _mask(_at(m, entries_bits, queue))
         ringing, counting, legal, late = (Signal(name=name) for name in ("ringing", "counting", "legal", "late"))
         rung = Signal(DOORBELL)
-        asked, there, before = Signal(ENTRY_BITS), Signal(ENTRY_BITS), Signal(ENTRY_BITS)
+        asked, there = Signal(ENTRY_BITS), Signal(ENTRY_BITS)
         m.d.sync += [
             ringing.eq(bell.valid),
             counting.eq(~bell.valid),
@@ -245,7 +245,6 @@ class Queues(wiring.Component):
             late.eq(self._gone.bit_select(queue, 1)),  # it was the old ring's, and must not get into the new one
             asked.eq((bell.value[:ENTRY_BITS] - start) & bell_mask),
             there.eq((end - start) & bell_mask),
-            before.eq((bell.value[:ENTRY_BITS] - 1) & bell_mask),
         ]
         good = Signal()
         m.d.comb += good.eq(legal & (Mux(rung.completion, there, asked) >= Mux(rung.completion, asked, there)))
@@ -255,7 +254,7 @@ class Queues(wiring.Component):
             with m.If(accepted[q] & ~rung.completion):
                 m.d.sync += tail[q].eq(rung.value)
             with m.If(accepted[q] & rung.completion):
-                m.d.sync += [taken[q].eq(rung.value), self._limit[q].eq(before)]
+                m.d.sync += taken[q].eq(rung.value)
         m.d.sync += [
             self.refused.eq(ringing & ~good),
             self.refused_doorbell.eq(
@@ -289,6 +288,8 @@ class Queues(wiring.Component):
         wanted = Signal(QUEUES)
         m.d.comb += wanted.eq(self._fetchable & ~self.hold)
         chosen = fetch.payload.queue
+        mask, next_ahead = _mask(_at(m, entries_bits, chosen)), Signal(ENTRY_BITS)
+        m.d.comb += next_ahead.eq((next_head + 1) & mask)
         with m.FSM(name="fetch_state"):
             with m.State("choose"):
                 for only in (wanted, wanted & above):
@@ -308,7 +309,7 @@ class Queues(wiring.Component):
                     m.d.sync += [
                         fetch.valid.eq(1),
                         fetch.payload.line.eq(line + next_head),
-                        next_head.eq((next_head + 1) & _mask(_at(m, entries_bits, chosen))),
+                        next_head.eq(next_ahead),
                         offered.eq(offer),
                         above.eq(Cat(Const(0, 1), (chosen < q for q in range(1, QUEUES)))),
                     ]
@@ -318,7 +319,7 @@ class Queues(wiring.Component):
                     m.d.sync += [fetch.valid.eq(0), offered.eq(0)]
                     for q in range(QUEUES):
                         with m.If(offered[q]):
-                            m.d.sync += head[q].eq(next_head)
+                            m.d.sync += [head[q].eq(next_head), self._ahead[q].eq(next_ahead)]
                     m.next = "choose"
         return offer, offered
 

@@ -15,6 +15,7 @@ from kvattic.spec.registers import (
     Access,
     Register,
 )
+from kvattic_hdl.lib.arithmetic import pick
 from kvattic_hdl.lib.axi import OKAY, SLVERR, axi_lite
 from kvattic_hdl.nvme.queues import DOORBELL, QUEUE_BITS
 
@@ -28,6 +29,8 @@ INDEX_BITS = max(r.address // 4 + r.width // WORD_BITS - 1 for r in PAGE_REGISTE
 """Bits of the number of a word of `PAGE_REGISTERS`."""
 FLASH_WORDS = REGISTER_MAP["FLASH_WORDS"].address
 """The first counter of the flash channels; behind it stand the others, of 64 bits each."""
+GROUP_WORDS = 8
+"""Words of which one is chosen in the first step of a read."""
 CONSTANTS = ("ID", "VERSION", "CONFIG_HASH")
 """Registers whose value never changes: the bank knows them itself."""
 FLASH_REGISTERS = tuple(r.name for r in PAGE_REGISTERS if r.address >= FLASH_WORDS)
@@ -71,7 +74,7 @@ def at(register: Register) -> int:
 class RegisterBank(wiring.Component):
     """AXI4-Lite subordinate for the table of registers.
 
-    Latency: reads answer two cycles after ARVALID, three where `look_first` comes between; writes one cycle after both
+    Latency: reads answer three cycles after ARVALID, four where `look_first` comes between; writes one cycle after both
     AW and W were taken.
     Throughput: one read and one write under way at a time, each independent of the other; AW and W
     may come in either order.
@@ -98,7 +101,7 @@ class RegisterBank(wiring.Component):
         Number of a register's first word (its address divided by four) to be looked at beside the bus; it is another
         than in the cycle before, so that the bus waits.
     looking, looked : Out(1), Out(64)
-        `looked` is what that register reads as; else the bus reads.
+        `looked` is what the register of `look` in the cycle before read as; else the bus has read in that cycle.
     read : In(READ_LAYOUT)
         What the read-only and write-one-to-clear registers read as.
     flash_number, flash_counter : Out, In(64)
@@ -184,47 +187,74 @@ class RegisterBank(wiring.Component):
         bus = self.bus
         word = Signal(ADDRESS_BITS - 2)
         place = _Place(word)
-        pending = Signal()
+        pending, answering = Signal(), Signal()
         held_high = Signal(WORD_BITS)
-        m.d.comb += bus.arready.eq(~pending & ~bus.rvalid)
+        m.d.comb += bus.arready.eq(~pending & ~answering & ~bus.rvalid)
         with m.If(bus.arvalid & bus.arready):
             m.d.sync += [word.eq(bus.araddr[2:]), pending.eq(1)]
         # One look at a word in each cycle: the bus's, or else that of `look`.
-        answering, there, keeps, held = Signal(), Signal(), Signal(), Signal()
-        low, high = Signal(WORD_BITS), Signal(WORD_BITS)
-        m.d.comb += [
-            answering.eq(pending & ~self.look_first),
-            self.looking.eq(~answering),
-            self.looked.eq(Cat(low, high)),
-        ]
+        asking = pending & ~self.look_first
         at_word = Signal(INDEX_BITS + 1)
         m.d.comb += [
-            at_word.eq(Mux(answering, Cat(place.index, place.register), self.look | 1 << INDEX_BITS)),
+            at_word.eq(Mux(asking, Cat(place.index, place.register), self.look | 1 << INDEX_BITS)),
             self.flash_number.eq(at_word[1:]),   # FLASH_WORDS is a multiple of 0x80
         ]
-        with m.Switch(at_word):
-            for register in PAGE_REGISTERS:
-                content = self._content(register.name)
-                kept = register.width > WORD_BITS and register.access is Access.RO
-                with m.Case(at(register)):
-                    m.d.comb += [low.eq(content[:WORD_BITS]), there.eq(1)]
-                    if kept:
-                        m.d.comb += [high.eq(content[WORD_BITS:]), keeps.eq(1)]
-                if register.width > WORD_BITS:
-                    with m.Case(at(register) + 1):
-                        m.d.comb += there.eq(1)
-                        m.d.comb += held.eq(1) if kept else low.eq(content[WORD_BITS:])
+        m.d.sync += answering.eq(asking)
+        with m.If(asking):
+            m.d.sync += pending.eq(0)
+        low, high, there, keeps, held = self._read_word(m, at_word)
+        m.d.comb += [self.looking.eq(~answering), self.looked.eq(Cat(low, high))]
         with m.If(answering):
             m.d.sync += [
-                pending.eq(0),
                 bus.rvalid.eq(1),
                 bus.rresp.eq(Mux(there | place.doorbell, OKAY, SLVERR)),
-                bus.rdata.eq(Mux(held, held_high, low)),
+                bus.rdata.eq(Mux(held, held_high, Mux(there, low, 0))),
             ]
             with m.If(keeps):
                 m.d.sync += held_high.eq(high)
         with m.If(bus.rvalid & bus.rready):
             m.d.sync += bus.rvalid.eq(0)
+
+    def _read_word(self, m: Module, at_word: Signal) -> tuple[Value, ...]:
+        """The word that was named in the cycle before, in two steps: one of each group of words, then one of these.
+
+        Returns:
+            (the word, the one behind it, there is such a word, its register's upper half is kept with it, it is read
+            from what was kept).  Of a word that is not there the first two mean nothing.
+        """
+        flags = Signal(3)
+        lows, highs = [], []
+        groups = -(-(FLASH_WORDS // 4) // GROUP_WORDS) + 1    # the last one: what is asked for by its number
+        for group in range(groups):
+            lows.append(Signal(WORD_BITS, name=f"low_{group}", reset_less=True))
+            highs.append(Signal(WORD_BITS, name=f"high_{group}", reset_less=True))
+        m.d.sync += [lows[-1].eq(self.flash_counter[:WORD_BITS]), highs[-1].eq(self.flash_counter[WORD_BITS:])]
+        m.d.sync += flags.eq(0)
+        # Within its group a word is told by the low bits alone.
+        inside: list[dict[int, tuple[Value, Value | None]]] = [{} for _ in range(groups - 1)]
+        with m.Switch(at_word):
+            for register in PAGE_REGISTERS:
+                kept = register.width > WORD_BITS and register.access is Access.RO
+                number, content = register.address // 4, self._content(register.name)
+                if register.name not in FLASH_REGISTERS:
+                    inside[number // GROUP_WORDS][number % GROUP_WORDS] = (
+                        content[:WORD_BITS], content[WORD_BITS:] if kept else None)
+                    if register.width > WORD_BITS and not kept:
+                        inside[number // GROUP_WORDS][number % GROUP_WORDS + 1] = content[WORD_BITS:], None
+                with m.Case(at(register)):
+                    m.d.sync += flags.eq(0b011 if kept else 0b001)
+                if register.width > WORD_BITS:
+                    with m.Case(at(register) + 1):
+                        m.d.sync += flags.eq(0b101 if kept else 0b001)
+        for group, words in enumerate(inside):
+            with m.Switch(at_word[: GROUP_WORDS.bit_length() - 1]):
+                for number, (first, second) in words.items():
+                    with m.Case(number):
+                        m.d.sync += [lows[group].eq(first), highs[group].eq(0 if second is None else second)]
+        of_group = Signal(range(groups))
+        number = at_word[GROUP_WORDS.bit_length() - 1 : INDEX_BITS]
+        m.d.sync += of_group.eq(Mux(number >= groups - 1, groups - 1, number))
+        return pick(lows, of_group), pick(highs, of_group), flags[0], flags[1], flags[2]
 
     def _elaborate_write(self, m: Module) -> None:
         bus = self.bus

@@ -2,14 +2,15 @@
 
 from typing import Any
 
-from amaranth.hdl import Array, Cat, Module, Mux, Signal, Value
+from amaranth.hdl import Cat, Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
+from amaranth.utils import ceil_log2
 
 from kvattic.spec.commands import COMPLETION
 from kvattic.spec.config import Config
-from kvattic_hdl.lib.arithmetic import strobe
+from kvattic_hdl.lib.arithmetic import pick, strobe
 from kvattic_hdl.lib.shapes import Shapes
 
 STAMPS = data.StructLayout({name: COMPLETION[name].size * 8 for name in ("fetched", "first_beat", "last_beat")})
@@ -17,10 +18,10 @@ STAMPS = data.StructLayout({name: COMPLETION[name].size * 8 for name in ("fetche
 DELAY = 3
 """Cycles from an event to `cycle`, which `Counters` counts behind as many."""
 
-TURNS = 16
-"""Cycles in which each slot has its turn at the memories: the most slots there are."""
-LOW_BITS = TURNS.bit_length()
-"""Bits of a cycle that a slot notes: those of two rounds of turns."""
+
+def settle_cycles(config: Config) -> int:
+    """Cycles in which each slot has its turns at the memories, one for its first beat and one for its last."""
+    return 2 << ceil_log2(config.jobs_in_flight)
 
 
 def _delayed(m: Module, value: Value, cycles: int, name: str) -> Signal:
@@ -35,7 +36,7 @@ def _delayed(m: Module, value: Value, cycles: int, name: str) -> Signal:
 class JobStamps(wiring.Component):
     """Notes the cycle of three events for each slot.
 
-    Latency: an event is in `stamps` four cycles later, with the number of its own cycle.
+    Latency: an event is in `stamps` four cycles later, with the number of its own cycle; a beat `settle_cycles` more.
     Throughput, ordering: all lanes in each cycle, a command a cycle; none.
     Reset: no slot has seen a beat.
 
@@ -61,7 +62,8 @@ class JobStamps(wiring.Component):
     beat_slots : In(ArrayLayout(slot, lanes))
         Whose beat it was, one cycle later.
     slot : In(slot)
-        Slot of a job that was started and is done, or of one that is not started.
+        Slot of a job that was started and is done, or of one that is not started.  It takes the finisher longer to
+        drain a job than its last beat takes to its stamp.
     stamps : Out(STAMPS)
         Its stamps, in the same cycle; of a job without a beat the last two are 0.
     """
@@ -116,10 +118,11 @@ class JobStamps(wiring.Component):
         hit = self._hits(m)
         m.d.sync += seen.eq((seen | hit) & ~started)
         any_beat = seen.bit_select(self.slot, 1)
+        first, last = self._note(m, hit & ~seen, hit)
         m.d.comb += [
             self.stamps.fetched.eq(self_fetched),
-            self.stamps.first_beat.eq(Mux(any_beat, self._note(m, "first", hit & ~seen), 0)),
-            self.stamps.last_beat.eq(Mux(any_beat, self._note(m, "last", hit), 0)),
+            self.stamps.first_beat.eq(Mux(any_beat, first, 0)),
+            self.stamps.last_beat.eq(Mux(any_beat, last, 0)),
         ]
         return m
 
@@ -130,32 +133,40 @@ class JobStamps(wiring.Component):
         m.d.comb += read.addr.eq(self.slot)
         return memory.write_port(), read.data
 
-    def _note(self, m: Module, name: str, happens: Value) -> Value:
-        """The cycle in which this happened last for `slot`; it may happen for any number of slots at once.
+    def _note(self, m: Module, first: Value, last: Value) -> list[Value]:
+        """The cycles in which these happened last for `slot`; they may happen for any number of slots at once.
 
-        A slot notes the lowest bits of the cycle, and goes on to the memory before they come again: the cycle was the
-        last one with these bits.
+        A slot notes the lowest bits of the cycle, and they go on to the memory before they come again: the cycle was
+        the last one with these bits.
         """
         slots = self._config.jobs_in_flight
-        turn = Signal(range(TURNS), name=f"{name}_turn")
-        noted = Array(Signal(LOW_BITS, name=f"{name}_{slot}", reset_less=True) for slot in range(slots))
-        new = Signal(slots, name=f"{name}_new")
-        low, high = self.cycle[:LOW_BITS], self.cycle[LOW_BITS:]
-        write, kept = self._kept(m, name)
-
-        def whole(bits: Value) -> Value:
-            return Cat(bits, Mux(bits > low, high - 1, high))
-
-        m.d.sync += [turn.eq(turn + 1), new.eq(new & ~(1 << turn) | happens)]
-        for slot in range(slots):
-            with m.If(happens[slot]):
-                m.d.sync += noted[slot].eq(low)
+        low_bits = settle_cycles(self._config).bit_length()    # those of two rounds of turns
+        turn = Signal(range(settle_cycles(self._config)))
+        noted = [[Signal(low_bits, name=f"{name}_{slot}", reset_less=True) for slot in range(slots)]
+                 for name in ("first", "last")]
+        low, high = self.cycle[:low_bits], self.cycle[low_bits:]
+        bits, whole = Signal(low_bits), Signal(32)
+        m.d.sync += turn.eq(turn + 1)
         m.d.comb += [
-            write.addr.eq(turn),
-            write.data.eq(whole(noted[turn])),
-            write.en.eq(new.bit_select(turn, 1)),
+            bits.eq(pick([pick(of_kind, turn[1:]) for of_kind in noted], turn[0])),
+            whole.eq(Cat(bits, high - (bits > low))),
         ]
-        return Mux(new.bit_select(self.slot, 1), whole(noted[self.slot]), kept)
+        found = []
+        for number, (name, happens) in enumerate((("first", first), ("last", last))):
+            new = Signal(slots, name=f"{name}_new")
+            write, kept = self._kept(m, name)
+            now = turn[0] == number
+            m.d.sync += new.eq(new & ~strobe(now, turn[1:])[:slots] | happens)
+            for slot in range(slots):
+                with m.If(happens[slot]):
+                    m.d.sync += noted[number][slot].eq(low)
+            m.d.comb += [
+                write.addr.eq(turn[1:]),
+                write.data.eq(whole),
+                write.en.eq(new.bit_select(turn[1:], 1) & now),
+            ]
+            found.append(kept)
+        return found
 
     def _hits(self, m: Module) -> Signal:
         """Slots of which a lane took a beat `DELAY` cycles ago."""

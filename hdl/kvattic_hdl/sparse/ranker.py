@@ -244,6 +244,7 @@ class Ranker(wiring.Component):
         self._needed = Signal(bits_for(config.head_dim), name="needed")   # of those that equal the prefix so far
         self._left = Signal(bits_for(config.head_dim), name="left")
         sums_bits = MAGNITUDE_BITS + ceil_log2(config.head_dim)
+        self._begins_row = Signal(name="begins_row")
         self._part, self._whole = Signal(sums_bits, name="part"), Signal(sums_bits, name="whole")
 
     def elaborate(self, platform: object) -> Elaboratable:
@@ -312,6 +313,9 @@ class Ranker(wiring.Component):
                     m.next = "done"
             with m.State("done"):
                 m.d.comb += self.done.eq(1)
+        # Behind all states, so that the registers' resets do it.
+        with m.If(self._begins_row):
+            m.d.sync += [self._left.eq(self._needed), self._part.eq(0), self._whole.eq(0)]
         return ResetInserter(self.clear)(m)
 
     # ---- what the states share
@@ -326,7 +330,7 @@ class Ranker(wiring.Component):
 
     def _begin_row(self, m: Module) -> None:
         """Goes on with the sums of a row."""
-        m.d.sync += [self._left.eq(self._needed), self._part.eq(0), self._whole.eq(0)]
+        m.d.comb += self._begins_row.eq(1)
         m.next = "pass"
 
     # ---- the stages that features go through, one after the other

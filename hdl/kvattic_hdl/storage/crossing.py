@@ -34,8 +34,8 @@ class LaneCrossing(wiring.Component):
         Those of device DRAM.
     words : Array of In(stream of channel_word)
         Codewords of each channel.
-    tail_codewords : In(stream of beat)
-        Codewords of device DRAM, which go first.
+    tail_codewords : In(stream of channel_word)
+        Codewords of device DRAM.  They come like those of the lane's first channel, and go before them.
     codewords : Out(stream of beat)
         All of them, one after the other.
     """
@@ -43,29 +43,31 @@ class LaneCrossing(wiring.Component):
     def __init__(self, config: Config) -> None:
         self._config = config
         shapes = Shapes(config)
-        request, beat = stream.Signature(shapes.request), stream.Signature(shapes.beat)
+        request, word = stream.Signature(shapes.request), stream.Signature(shapes.channel_word)
         super().__init__({
             "requests": In(request),
             "channel_requests": Out(request).array(config.lane_channels),
             "tails": Out(request),
-            "words": In(stream.Signature(shapes.channel_word)).array(config.lane_channels),
-            "tail_codewords": In(beat),
-            "codewords": Out(beat),
+            "words": In(word).array(config.lane_channels),
+            "tail_codewords": In(word),
+            "codewords": Out(stream.Signature(shapes.beat)),
         })
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
+        # In front of the gathering, where they are narrow.
         m.submodules.merge = merge = CodewordMerge(self._config)
         connect(m, flipped(self.tail_codewords), merge.first)
-        connect(m, merge.o, flipped(self.codewords))
+        connect(m, flipped(self.words[0]), merge.second)
         if self._config.lane_channels > 1:
             m.submodules.gather = gather = CodewordGather(self._config)
-            for outer, inner in zip(self.words, gather.words, strict=True):
+            connect(m, merge.o, gather.words[0])
+            for outer, inner in zip(self.words[1:], gather.words[1:], strict=True):
                 connect(m, flipped(outer), inner)
-            connect(m, gather.beats, merge.second)
+            connect(m, gather.beats, flipped(self.codewords))
             room, queues = self._queue(m)
         else:
-            connect(m, flipped(self.words[0]), merge.second)
+            connect(m, merge.o, flipped(self.codewords))
             room, queues = self.channel_requests[0].ready, [self.channel_requests[0]]
         request = self.requests.payload
         m.d.comb += [

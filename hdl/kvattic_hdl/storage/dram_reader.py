@@ -29,7 +29,7 @@ def dram_signature(config: Config) -> wiring.Signature:
 class DramReader(wiring.Component):
     """Serves lanes with codewords of DRAM pages, and flash channels with whole pages to be programmed.
 
-    One burst is one codeword.  Tail codewords go first; they come out one at a time, a beat a cycle, to the lane that
+    One burst is one codeword.  Tail codewords go first; they come out one at a time, a word a cycle, to the lane that
     asked.  Page words come out on all channels side by side, a word a cycle each.  A tail codeword of V is read when
     it is welcome (`value_open`, `epoch`).  Reset forgets everything; reads under way must have ended.
 
@@ -41,7 +41,7 @@ class DramReader(wiring.Component):
     -------
     tails : Array of In(stream of request)
         Codewords that each lane wants of DRAM.
-    codewords : Array of Out(stream of beat)
+    codewords : Array of Out(stream of channel_word)
         The same, for each lane; `error` where the memory answered with one.
     value_open, epoch : In
         As of the engine.
@@ -60,7 +60,7 @@ class DramReader(wiring.Component):
         channels, lanes = config.channels, config.lanes
         super().__init__({
             "tails": In(stream.Signature(shapes.request)).array(lanes),
-            "codewords": Out(stream.Signature(shapes.beat)).array(lanes),
+            "codewords": Out(stream.Signature(shapes.channel_word)).array(lanes),
             "value_open": In(config.jobs_in_flight),
             "epoch": In(data.ArrayLayout(EPOCH_BITS, config.jobs_in_flight)),
             "fetches": In(stream.Signature(fetch_layout(config))),

@@ -9,9 +9,9 @@ from kvattic_hdl.lib.shapes import Shapes
 
 
 class CodewordMerge(wiring.Component):
-    """Lets codewords of `first` go before those of `second`, but never between the beats of one.
+    """Lets codewords of `first` go before those of `second`, but never between the words of one.
 
-    Latency none; a beat a cycle.  Reset forgets which codeword is under way.
+    Latency none; a word a cycle.  Reset forgets which codeword is under way.
 
     Parameters
     ----------
@@ -19,13 +19,13 @@ class CodewordMerge(wiring.Component):
 
     Members
     -------
-    first, second : In(stream of beat)
-    o : Out(stream of beat)
+    first, second : In(stream of channel_word)
+    o : Out(stream of channel_word)
     """
 
     def __init__(self, config: Config) -> None:
-        beats = stream.Signature(Shapes(config).beat)
-        super().__init__({"first": In(beats), "second": In(beats), "o": Out(beats)})
+        words = stream.Signature(Shapes(config).channel_word)
+        super().__init__({"first": In(words), "second": In(words), "o": Out(words)})
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
@@ -37,7 +37,7 @@ class CodewordMerge(wiring.Component):
             self.first.ready.eq(self.o.ready & ~second),
             self.second.ready.eq(self.o.ready & second),
         ]
-        # A beat that is offered must stay until it is taken, so the choice is kept from the offer on.
+        # A word that is offered must stay until it is taken, so the choice is kept from the offer on.
         with m.If(self.o.valid):
             m.d.sync += [inside.eq(~(self.o.ready & self.o.payload.last)), kept.eq(second)]
         return m

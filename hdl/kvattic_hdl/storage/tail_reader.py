@@ -19,7 +19,7 @@ class TailReader(wiring.Component):
     """Offers the lanes' requests in turn, and gives each codeword that comes to the lane that asked for it.
 
     Latency: a request is offered four cycles after it came, at the earliest.  Throughput: a request every fourth cycle;
-    a beat a cycle, over all lanes.  Ordering: codewords come and go in the order in which they were taken.  Reset
+    a word a cycle, over all lanes.  Ordering: codewords come and go in the order in which they were taken.  Reset
     forgets everything.
 
     Parameters
@@ -43,7 +43,7 @@ class TailReader(wiring.Component):
         Whose the codeword is.
     words : In(stream of word_bytes * 8)
         What was read.
-    codewords : Array of Out(stream of beat)
+    codewords : Array of Out(stream of channel_word)
         The codewords, for each lane; `error` where the memory answered with one.
     """
 
@@ -63,7 +63,7 @@ class TailReader(wiring.Component):
             "bad": In(1),
             "words": In(stream.Signature(unsigned(config.word_bytes * 8))),
             "to": In(data.StructLayout({"lane": shapes.lane, "tag": shapes.tag})),
-            "codewords": Out(stream.Signature(shapes.beat)).array(config.lanes),
+            "codewords": Out(stream.Signature(shapes.channel_word)).array(config.lanes),
         })
 
     def elaborate(self, platform: object) -> Module:
@@ -116,7 +116,7 @@ class TailReader(wiring.Component):
                     m.next = "CHOOSE"
 
     def _give(self, m: Module) -> Value:
-        """Codewords, in order, one beat of the lane at a time; strobe: one is given."""
+        """Codewords, in order, a word at a time; strobe: one is given."""
         config, shapes, words = self._config, self._shapes, self.words
         codeword_words = config.codeword_bytes // config.word_bytes
         sent_layout = data.StructLayout({"lane": shapes.lane, "tag": shapes.tag, "error": 1})
@@ -124,29 +124,25 @@ class TailReader(wiring.Component):
         to = data.View(sent_layout, sent.r_data)
         wrong = Signal()    # a row of the codeword that is arriving was answered with an error
         count = Signal(range(codeword_words))   # of words
-        before = Signal((config.lane_channels - 1) * config.word_bytes * 8)     # those of the beat that came already
-        beat = Signal(shapes.beat)
-        offered, flush, complete = Signal(), Signal(), Signal()
+        word = Signal(shapes.channel_word)
+        offered, flush = Signal(), Signal()
         m.d.comb += [
             sent.w_en.eq(self.arrived & self.last),
             sent.w_data.eq(Cat(self.to, wrong | self.bad)),
-            beat.tag.eq(to.tag),
-            beat.error.eq(to.error),
-            beat.data.eq(Cat(before, words.payload)),
-            beat.last.eq(count == config.words_per_codeword - 1),
+            word.tag.eq(to.tag),
+            word.error.eq(to.error),
+            word.data.eq(words.payload),
+            word.last.eq(count == config.words_per_codeword - 1),
             # Padding behind the last token is read and not sent.
             flush.eq(count >= config.words_per_codeword),
-            complete.eq(count % config.lane_channels == config.lane_channels - 1),
-            offered.eq(sent.r_rdy & words.valid & complete & ~flush),
-            words.ready.eq(sent.r_rdy & (
-                flush | ~complete | Array(codewords.ready for codewords in self.codewords)[to.lane])),
+            offered.eq(sent.r_rdy & words.valid & ~flush),
+            words.ready.eq(sent.r_rdy & (flush | Array(codewords.ready for codewords in self.codewords)[to.lane])),
             sent.r_en.eq(words.valid & words.ready & (count == codeword_words - 1)),
         ]
         with m.If(self.arrived):
             m.d.sync += wrong.eq((wrong | self.bad) & ~self.last)
         with m.If(words.valid & words.ready):
-            m.d.sync += [
-                count.eq(Mux(sent.r_en, 0, count + 1)), before.eq(Cat(before, words.payload)[len(words.payload) :])]
+            m.d.sync += count.eq(Mux(sent.r_en, 0, count + 1))
         for lane, codewords in enumerate(self.codewords):
-            m.d.comb += [codewords.payload.eq(beat), codewords.valid.eq(offered & (to.lane == lane))]
+            m.d.comb += [codewords.payload.eq(word), codewords.valid.eq(offered & (to.lane == lane))]
         return sent.r_en

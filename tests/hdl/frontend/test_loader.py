@@ -235,6 +235,7 @@ def run(
         ctx.set(dut.create_valid, 1)
         await ctx.tick()
         ctx.set(dut.create_valid, 0)
+        await ctx.tick()    # the upper halves of the window's bounds
         ctx.set(dut.admin_base, 0)
         ctx.set(dut.admin_limit, 0)
         done = 0

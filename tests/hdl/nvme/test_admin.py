@@ -155,6 +155,7 @@ class Bench:
         for index in range(length):
             self.ctx.set(self.dut.block_index, index)
             await self.ctx.tick()
+            await self.ctx.delay(2e-8)     # behind what `registers` answers
             words.append(self.ctx.get(self.dut.block_data))
         return words
 
@@ -171,13 +172,12 @@ def run(scenario, config=TINY, seed=1):
         """Counters; in some cycles the bus reads others, but not where a counter is asked for first."""
         rng, there = random.Random(seed), True
         while True:
-            number, first = ctx.get(dut.counter_number), ctx.get(dut.counter_first)
+            _, _, number, first = await ctx.tick().sample(dut.counter_number, dut.counter_first)
             there = first or not there or rng.random() < 0.5   # the bus does not read twice in succession
-            ctx.set(dut.counter_there, there)
-            ctx.set(dut.counter, counters[number] if there and number < len(counters) else rng.getrandbits(64))
-            await ctx.tick()
             # Behind what the scenario changes in this cycle.
             await ctx.delay(1e-8)
+            ctx.set(dut.counter_there, there)
+            ctx.set(dut.counter, counters[number] if there and number < len(counters) else rng.getrandbits(64))
 
     sim = Simulator(dut)
     sim.add_clock(1e-6)

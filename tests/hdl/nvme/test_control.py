@@ -258,6 +258,7 @@ def test_counters_and_snapshot(channels):
             counters = []
             for i in range(len(COUNTERS)):
                 ctx.set(dut.counter_number, i)
+                await ctx.tick()
                 counters.append(ctx.get(dut.counter))
                 assert ctx.get(dut.counter_there)
             assert counters == [await read(ctx, dut, register.name) for register in COUNTERS]

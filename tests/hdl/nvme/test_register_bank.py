@@ -115,7 +115,7 @@ async def read(ctx, dut, address, gap=0):
     ctx.set(bus.araddr, address)
     await send(ctx, bus.arvalid, bus.arready, 0)
     data = None
-    for _ in range(gap + 3):
+    for _ in range(gap + 4):
         if ctx.get(bus.rvalid):
             assert data in (None, ctx.get(bus.rdata))
             data = ctx.get(bus.rdata)
@@ -173,11 +173,12 @@ def test_looks_beside_the_bus():
             ctx.set(dut.bus.araddr, cycles.address)
             await send(ctx, dut.bus.arvalid, dut.bus.arready, 0)
             ctx.set(dut.look_first, first)
+            await ctx.tick()
             assert ctx.get(dut.looking) == first
             if first:
                 assert ctx.get(dut.looked) == value_of(beats)
-                await ctx.tick()
                 ctx.set(dut.look_first, 0)
+                await ctx.tick()
                 assert not ctx.get(dut.bus.rvalid)
             assert not ctx.get(dut.looking)
             await ctx.tick()

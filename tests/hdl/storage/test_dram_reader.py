@@ -111,7 +111,7 @@ def test_tails_and_pages(name, stall):
         tails.append([])
         benches += [
             offer(dut.tails[lane], [asked(config, *w) for w in wanted[lane]]),
-            collect(dut.codewords[lane], tails[lane], 12 * config.beats_per_codeword, stall, lane),
+            collect(dut.codewords[lane], tails[lane], 12 * config.words_per_codeword, stall, lane),
         ]
     for c in range(config.channels):
         pages.append([])
@@ -119,13 +119,14 @@ def test_tails_and_pages(name, stall):
     simulate(dut, *benches, background=[memory(dut.axi, config, stall=stall, log=log)])
     for lane in range(config.lanes):
         for i, (place, page, codeword) in enumerate(wanted[lane]):
-            beats = tails[lane][i * config.beats_per_codeword : (i + 1) * config.beats_per_codeword]
+            codeword_words = tails[lane][i * config.words_per_codeword : (i + 1) * config.words_per_codeword]
             at = page * config.page_bytes + codeword * config.codeword_bytes
-            size = config.beats_per_codeword * config.beat_bytes
-            assert b"".join(b.data.to_bytes(config.beat_bytes, "little") for b in beats) == data[at : at + size]
-            assert {b.tag.place for b in beats} == {place}
-            assert [b.last for b in beats] == [0] * (len(beats) - 1) + [1]
-            assert not any(b.error for b in beats)
+            size = config.words_per_codeword * config.word_bytes
+            found = b"".join(w.data.to_bytes(config.word_bytes, "little") for w in codeword_words)
+            assert found == data[at : at + size]
+            assert {w.tag.place for w in codeword_words} == {place}
+            assert [w.last for w in codeword_words] == [0] * (len(codeword_words) - 1) + [1]
+            assert not any(w.error for w in codeword_words)
     for c in range(config.channels):
         for i, (dram_page, page) in enumerate(fetches[c]):
             found = pages[c][i * words : (i + 1) * words]
