@@ -184,9 +184,10 @@ class TokenBackEnd(wiring.Component):
                 walker.job.eq(job.job),
                 stripes.address.eq(walker.stripe_address),
                 walker.stripe.eq(stripes.stripe),
-                walker.failed.eq(self.failed.bit_select(walker.slot, 1)),
                 walker.skip.eq(jobs.sparse.bit_select(walker.slot, 1)),
             ]
+            # A cycle late: whether a request is made goes far.
+            m.d.sync += walker.failed.eq(self.failed.bit_select(walker.slot, 1))
         selected = strobe(self.select_valid, self.select_slot) if self.config.sparse else Const(0)
         connect(m, key_walker.requests, turns.key)
         connect(m, value_walker.requests, turns.value)
@@ -287,21 +288,15 @@ class TokenBackEnd(wiring.Component):
             scrubber.holds.eq(ring.holds),
             scrubber.walked.eq(outstanding.keys_walked & outstanding.values_walked & ~outstanding.remains),
             scrubber.came.eq(self.jobs.sparse & self.first_done if self.config.sparse else 0),
-            ring.slots[Lookup.FAILED].eq(scrubber.failed_slot),
-            scrubber.failed_base.eq(ring.base[Lookup.FAILED]),
-            scrubber.failed_places.eq(ring.taken[Lookup.FAILED]),
+            ring.slots[Lookup.SCRUBBER].eq(scrubber.slot),
+            scrubber.base.eq(ring.base[Lookup.SCRUBBER]),
+            scrubber.places.eq(ring.taken[Lookup.SCRUBBER]),
             arrivals.scrub.eq(scrubber.scrub),
             arrivals.scrub_first.eq(scrubber.scrub_first),
             arrivals.scrub_ring.eq(scrubber.scrub_ring),
             scrubber.scrubbed.eq(arrivals.scrubbed),
             ring.done.eq(self.values_done & (scrubber.cleared | ~self.jobs.sparse)),
         ]
-        if self.config.sparse:
-            m.d.comb += [
-                ring.slots[Lookup.FIRST].eq(scrubber.first_slot),
-                scrubber.first_base.eq(ring.base[Lookup.FIRST]),
-                scrubber.first_places.eq(ring.taken[Lookup.FIRST]),
-            ]
 
     def _collect_first_pass(self, m: Module) -> None:
         """Keep the groups of the first pass until their tokens are scored."""
