@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from amaranth.hdl import C, Cat, Const, Module, Mux, Signal, signed
+from amaranth.hdl import C, Cat, Module, Mux, Signal, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -278,11 +278,11 @@ class RunningMaxima(wiring.Component):
         for name, wanted, result in readers:
             read = maxima.read_port(domain="comb")
             address = Signal(range(shapes.row_words), name=name)
-            m.d.comb += read.addr.eq(address)
-            m.d.sync += [
-                address.eq(wanted),
-                result.eq(Mux(none_yet.bit_select(address, 1), Const(SCORE_MASKED, shapes.score), read.data)),
-            ]
+            found = Signal(shapes.score, name=f"{name}_found", reset_less=True)   # so that none is a register's reset
+            m.d.comb += [read.addr.eq(address), result.eq(found)]
+            m.d.sync += [address.eq(wanted), found.eq(read.data)]
+            with m.If(none_yet.bit_select(address, 1)):
+                m.d.sync += found.eq(SCORE_MASKED)
         return m
 
 

@@ -6,12 +6,13 @@ from amaranth.hdl import Cat, Module, Mux, Signal, Value, signed, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.memory import Memory
-from amaranth.lib.wiring import In, Out
+from amaranth.lib.wiring import In, Out, connect, flipped
 
 from kvattic.spec.config import Config
 from kvattic.spec.formats import SCORE_BITS, SCORE_MASKED
 from kvattic_hdl.lib.exponential import Exponential, in_window
 from kvattic_hdl.lib.shapes import Shapes
+from kvattic_hdl.lib.stream_buffer import Queue
 
 
 def row_shape(config: Config) -> data.StructLayout:
@@ -221,13 +222,12 @@ class WeightUnit(wiring.Component):
     def _deliver(self, m: Module, valid: Value, whose: Any) -> None:
         """Hand the weight on, and add it to its row's denominator."""
         exponential, sums = self.exponential, self.denominators
-        m.submodules.fifo = fifo = SyncFIFOBuffered(width=self.shapes.weight.size, depth=self.weights_buffered)
+        m.submodules.fifo = fifo = Queue(self.shapes.weight, self.weights_buffered)
+        connect(m, fifo.o, flipped(self.weights))
         m.d.comb += [
-            fifo.w_data.eq(Cat(exponential.significand, exponential.exponent)),
-            fifo.w_en.eq(valid),
-            self.weights.payload.eq(fifo.r_data),
-            self.weights.valid.eq(fifo.r_rdy),
-            fifo.r_en.eq(self.weights.ready),
+            fifo.i.payload.significand.eq(exponential.significand),
+            fifo.i.payload.exponent.eq(exponential.exponent),
+            fifo.i.valid.eq(valid),
             sums.valid.eq(valid),
             sums.whose.eq(whose),
             sums.addend.eq(in_window(m, exponential)),

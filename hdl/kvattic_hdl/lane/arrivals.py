@@ -6,7 +6,7 @@ from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.memory import Memory
-from amaranth.lib.wiring import In, Out
+from amaranth.lib.wiring import In, Out, connect, flipped
 from amaranth.utils import ceil_log2
 
 from kvattic.spec.commands import Kind
@@ -14,6 +14,7 @@ from kvattic.spec.config import Config
 from kvattic_hdl.lib.arithmetic import times
 from kvattic_hdl.lib.exponential import Exponential
 from kvattic_hdl.lib.shapes import EPOCH_BITS, TOKEN_BITS, Shapes
+from kvattic_hdl.lib.stream_buffer import Queue
 
 
 def beats_buffered(config: Config) -> int:
@@ -47,7 +48,7 @@ def header_shape(config: Config) -> data.StructLayout:
 class CodewordBuffer(wiring.Component):
     """FIFOs of the codewords that were let through, headers and beats.  `Arrivals` counts the beats' places.
 
-    Latency 2 cycles.  Reset empties them.
+    Latency 2 cycles of headers, 1 of beats.  Reset empties them.
 
     Parameters
     ----------
@@ -73,17 +74,17 @@ class CodewordBuffer(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         headers = SyncFIFOBuffered(width=header_shape(self.config).size, depth=headers_buffered(self.config))
-        beats = SyncFIFOBuffered(width=self.config.beat_bytes * 8, depth=beats_buffered(self.config))
         m.submodules.headers = headers
-        m.submodules.beats = beats
-        for fifo, i, o in ((headers, self.headers_i, self.headers_o), (beats, self.beats_i, self.beats_o)):
-            m.d.comb += [
-                fifo.w_data.eq(i.payload),
-                fifo.w_en.eq(i.valid),
-                o.payload.eq(fifo.r_data),
-                o.valid.eq(fifo.r_rdy),
-                fifo.r_en.eq(o.ready),
-            ]
+        m.submodules.beats = beats = Queue(self.config.beat_bytes * 8, beats_buffered(self.config))
+        connect(m, flipped(self.beats_i), beats.i)
+        connect(m, beats.o, flipped(self.beats_o))
+        m.d.comb += [
+            headers.w_data.eq(self.headers_i.payload),
+            headers.w_en.eq(self.headers_i.valid),
+            self.headers_o.payload.eq(headers.r_data),
+            self.headers_o.valid.eq(headers.r_rdy),
+            headers.r_en.eq(self.headers_o.ready),
+        ]
         return m
 
 
@@ -330,14 +331,15 @@ class Arrivals(wiring.Component):
         depth = beats_buffered(self.config)
         credit = Signal(range(depth + 1), init=depth)
         at_first = Signal(init=1)   # framed by `last`, so that a reset amid a codeword loses no step
-        take = Signal()
+        take, given_back = Signal(), Signal(2)
         beat = self.codewords.payload
         m.d.comb += [
             self.codewords.ready.eq((credit != 0) & self.ready),
             take.eq(self.codewords.valid & self.codewords.ready),
         ]
         m.d.sync += [
-            credit.eq(credit - take + dropped + self.beat_taken),
+            given_back.eq(dropped + self.beat_taken),
+            credit.eq(credit - take + given_back),
             stage_1.valid.eq(take),
             stage_1.first.eq(at_first),
             stage_1.data.eq(Mux(beat.error, 0, beat.data)),

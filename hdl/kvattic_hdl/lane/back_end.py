@@ -185,10 +185,19 @@ class TokenBackEnd(wiring.Component):
                 walker.job.eq(job.job),
                 stripes.address.eq(walker.stripe_address),
                 walker.stripe.eq(stripes.stripe),
-                walker.failed.eq(self.failed.bit_select(walker.slot, 1)),
                 walker.skip.eq(jobs.sparse.bit_select(walker.slot, 1)),
             ]
+            # A cycle late: whether a request is made goes far.
+            m.d.sync += walker.failed.eq(self.failed.bit_select(walker.slot, 1))
         selected = strobe(self.select_valid, self.select_slot) if self.config.sparse else Const(0)
+        # These a cycle late, too: no request is made in a job's first cycle.
+        key_skip = Signal()
+        m.d.sync += [
+            key_skip.eq(key_walker.skip),
+            # A sparse job's V is asked for when it may come: until then it would hold dies that others could use, and
+            # what lies between two of its reads is another job's.
+            value_walker.room.eq(~value_walker.skip | self.value_open.bit_select(value_walker.slot, 1)),
+        ]
         connect(m, key_walker.requests, turns.key)
         connect(m, value_walker.requests, turns.value)
         # Whether the engine takes a request is known a cycle late: no path goes through a lane within a cycle.
@@ -198,16 +207,13 @@ class TokenBackEnd(wiring.Component):
         m.d.comb += [
             key_walker.enable.eq(Mux(jobs.begun_sparse, 0, jobs.begun) | selected),
             key_walker.expect.eq(self.unselected),
-            key_walker.room.eq(ring.room | key_walker.skip),
+            key_walker.room.eq(ring.room | key_skip),
             value_walker.enable.eq(strobe(key_walker.end, key_walker.slot)),
-            # A sparse job's V is asked for when it may come: until then it would hold dies that others could use, and
-            # what lies between two of its reads is another job's.
-            value_walker.room.eq(~value_walker.skip | self.value_open.bit_select(value_walker.slot, 1)),
             turns.key_follow.eq(key_walker.follow),
             turns.value_follow.eq(value_walker.follow),
             turns.key_end.eq(key_walker.end),
             turns.value_end.eq(value_walker.end),
-            turns.key_skip.eq(key_walker.skip),
+            turns.key_skip.eq(key_skip),
             ring.sparse.eq(jobs.sparse),
             ring.key_slot.eq(key_walker.slot),
             ring.key_begin.eq(key_walker.begin),
@@ -288,21 +294,15 @@ class TokenBackEnd(wiring.Component):
             scrubber.holds.eq(ring.holds),
             scrubber.walked.eq(outstanding.keys_walked & outstanding.values_walked & ~outstanding.remains),
             scrubber.came.eq(self.jobs.sparse & self.first_done if self.config.sparse else 0),
-            ring.slots[Lookup.FAILED].eq(scrubber.failed_slot),
-            scrubber.failed_base.eq(ring.base[Lookup.FAILED]),
-            scrubber.failed_places.eq(ring.taken[Lookup.FAILED]),
+            ring.slots[Lookup.SCRUBBER].eq(scrubber.slot),
+            scrubber.base.eq(ring.base[Lookup.SCRUBBER]),
+            scrubber.places.eq(ring.taken[Lookup.SCRUBBER]),
             arrivals.scrub.eq(scrubber.scrub),
             arrivals.scrub_first.eq(scrubber.scrub_first),
             arrivals.scrub_ring.eq(scrubber.scrub_ring),
             scrubber.scrubbed.eq(arrivals.scrubbed),
             ring.done.eq(self.values_done & (scrubber.cleared | ~self.jobs.sparse)),
         ]
-        if self.config.sparse:
-            m.d.comb += [
-                ring.slots[Lookup.FIRST].eq(scrubber.first_slot),
-                scrubber.first_base.eq(ring.base[Lookup.FIRST]),
-                scrubber.first_places.eq(ring.taken[Lookup.FIRST]),
-            ]
 
     def _collect_first_pass(self, m: Module) -> None:
         """Keep the groups of the first pass until their tokens are scored."""

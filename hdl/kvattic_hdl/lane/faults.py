@@ -1,12 +1,13 @@
 """What a lane has to say about each job: its first offender, and what was clipped or came twice."""
 
-from amaranth.hdl import Array, Cat, Module, Mux, Signal
-from amaranth.lib import data, wiring
+from amaranth.hdl import Cat, Module, Mux, Signal
+from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
 
 from kvattic.spec.config import Config
+from kvattic_hdl.lib.arithmetic import strobe
 from kvattic_hdl.lib.shapes import FAULT_BITS, FAULTS, TOKEN_BITS, Shapes
 
 
@@ -91,32 +92,32 @@ class Faults(wiring.Component):
             shape=TOKEN_BITS, depth=slots << len(fault_1), init=[], attrs={"ram_style": "distributed"})
         lowest = offenders.read_port(domain="comb")
         lower = offenders.write_port(domain="sync")
-        flags_shape = data.StructLayout({
-            "faults": len(FAULTS), "score_overflow": 1, "value_overflow": 1, "duplicate": 1})
-        flags = [Signal(flags_shape, name=f"flags_{s}") for s in range(slots)]
-        seen_1 = Array(kept.faults for kept in flags)[slot_1].bit_select(fault_1, 1)
+        # Which faults a slot has, if it has any; otherwise what stands there is an earlier job's.
+        m.submodules.kept = kept = Memory(
+            shape=len(FAULTS), depth=slots, init=[], attrs={"ram_style": "distributed"})
+        old, keep = kept.read_port(domain="comb"), kept.write_port(domain="sync")
+        some, seen_1 = Signal(slots), Signal(len(FAULTS))
         m.d.comb += [
+            old.addr.eq(slot_1),
+            seen_1.eq(Mux(some.bit_select(slot_1, 1), old.data, 0)),
             lowest.addr.eq(Cat(fault_1, slot_1)),
             lower.addr.eq(Cat(fault_1, slot_1)),
             lower.data.eq(token_1),
-            lower.en.eq(happened_1 & inside_1 & (~seen_1 | (token_1 < lowest.data))),
+            lower.en.eq(happened_1 & inside_1 & (~seen_1.bit_select(fault_1, 1) | (token_1 < lowest.data))),
+            keep.addr.eq(slot_1),
+            keep.data.eq(seen_1 | (1 << fault_1)),
+            keep.en.eq(lower.en),
         ]
-        for s, kept in enumerate(flags):
-            with m.If(lower.en & (slot_1 == s)):
-                m.d.sync += kept.faults.bit_select(fault_1, 1).eq(1)
-            for name in ("score_overflow", "value_overflow", "duplicate"):
-                with m.If(getattr(self, name)[s]):
-                    m.d.sync += kept[name].eq(1)
-            with m.If(self.start[s]):
-                m.d.sync += kept.as_value().eq(0)
+        m.d.sync += some.eq((some | strobe(lower.en, slot_1)) & ~self.start)
+        flags = {name: Signal(slots, name=f"{name}s") for name in ("score_overflow", "value_overflow", "duplicate")}
+        m.d.sync += [flag.eq((flag | getattr(self, name)) & ~self.start) for name, flag in flags.items()]
 
         report_slot = Signal(shapes.slot)
-        reported_flags = Signal(flags_shape)
         fault = Signal(FAULT_BITS, init=len(FAULTS))
-        reported = offenders.read_port(domain="comb")
-        m.d.comb += reported_flags.eq(Array(kept.as_value() for kept in flags)[report_slot])
+        reported, reported_faults = offenders.read_port(domain="comb"), kept.read_port(domain="comb")
+        m.d.comb += reported_faults.addr.eq(report_slot)
         for number in reversed(range(len(FAULTS))):
-            with m.If(reported_flags.faults[number]):
+            with m.If(some.bit_select(report_slot, 1) & reported_faults.data[number]):
                 m.d.comb += fault.eq(number)
         m.d.comb += reported.addr.eq(Cat(fault[: len(fault_1)], report_slot))
         m.d.sync += [
@@ -124,6 +125,5 @@ class Faults(wiring.Component):
             self.report.fault.eq(fault),
             self.report.token.eq(reported.data),
         ]
-        m.d.sync += [self.report[name].eq(reported_flags[name])
-                     for name in ("score_overflow", "value_overflow", "duplicate")]
+        m.d.sync += [self.report[name].eq(flag.bit_select(report_slot, 1)) for name, flag in flags.items()]
         return m

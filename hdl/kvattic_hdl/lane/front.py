@@ -8,7 +8,7 @@ from amaranth.lib.wiring import In, Out, connect, flipped
 
 from kvattic.spec.config import Config
 from kvattic.spec.formats import SCORE_SUM_BITS
-from kvattic_hdl.datapath.cell import ADDEND_STAGE, READ_STAGE, SUM_STAGE, Cell
+from kvattic_hdl.datapath.cell import ADDEND_STAGE, READ_STAGE, SHIFT_STAGE, SUM_STAGE, Cell
 from kvattic_hdl.lane.arrivals import CodewordBuffer, header_shape
 from kvattic_hdl.lane.copier import copy_link
 from kvattic_hdl.lane.first_pass import harvest_shape
@@ -38,9 +38,9 @@ def front_link(config: Config) -> wiring.Signature:
         Why no beat is issued (see `Issue`).
     checked : Out(`stage_shape`), special : Out(elements_per_beat), stage 2
         A beat, and its elements that are NaN or infinity.
-    value_clipped, feature_clipped : Out(1), clipped_slot : Out(slot), stage 7
+    value_clipped, feature_clipped : Out(1), clipped_slot : Out(slot), stage 10
         Strobes: a product of a beat of V, or of the feature pass, was clipped.
-    value_stored, feature_stored : Out(1), stored_slot : Out(slot), stored_group : Out, stage 7
+    value_stored, feature_stored : Out(1), stored_slot : Out(slot), stored_group : Out, stage 10
         Strobes: the last beat of a codeword of V, or of the feature pass (of this group), is accumulated.
     scored : Out(`stage_shape`), sums : Out(by row), clipped : Out(by row)
         A token of K, of a sketch or of a harvest, if `last` or `harvest`: its sums; a product of them was clipped.
@@ -171,7 +171,7 @@ class Front(wiring.Component):
         ]
 
     def _multiply(self, m: Module, stages: list[Any], cells: list[list[Cell]]) -> None:
-        """Give the cells their operands; stages 0 to 3."""
+        """Give the cells their operands; stages 0 to 4."""
         m.submodules.operands = operands = self.operands
         at_1 = stages[1]
         m.d.comb += [
@@ -196,11 +196,11 @@ class Front(wiring.Component):
                     cell.b_significand.eq(operands.significand_b[e]),
                     cell.sign.eq(operands.sign[r][e]),
                     cell.shift.eq(operands.shift[r][e]),
-                    cell.into_score.eq(stages[3].into_score),
+                    cell.into_score.eq(stages[SHIFT_STAGE].into_score),
                 ]
 
     def _accumulate(self, m: Module, stages: list[Any], cells: list[list[Cell]]) -> None:
-        """Add V, and codewords of the feature pass, to the cells' accumulators, and drain these; stages 4 to 7."""
+        """Add V, and codewords of the feature pass, to the cells' accumulators, and drain these; stages 7 to 10."""
         m.submodules.accumulator_ports = ports = self.accumulator_ports
         drained, partial = self.chain_i.payload, self.chain_o.payload
         m.d.comb += [
@@ -251,20 +251,20 @@ class Front(wiring.Component):
 
     def _report(self, m: Module, stages: list[Any], cells: list[list[Cell]]) -> None:
         """Tell what is checked, clipped, and accumulated."""
-        at_6, at_7 = stages[ADDEND_STAGE], stages[SUM_STAGE]
+        added, stored = stages[ADDEND_STAGE], stages[SUM_STAGE]
         any_clip = Cat(cell.overflow for row in cells for cell in row).any()
         m.d.comb += [
             self.back_end.checked.eq(stages[2]),
-            self.back_end.value_stored.eq(at_7.accumulate & ~at_7.into_score & at_7.last & at_7.where.last),
-            self.back_end.stored_slot.eq(at_7.where.slot),
+            self.back_end.value_stored.eq(stored.accumulate & ~stored.into_score & stored.last & stored.where.last),
+            self.back_end.stored_slot.eq(stored.where.slot),
         ]
         m.d.sync += [
-            self.back_end.value_clipped.eq(at_6.accumulate & ~at_6.into_score & any_clip),
-            self.back_end.feature_clipped.eq(at_6.accumulate & at_6.into_score & any_clip),
-            self.back_end.clipped_slot.eq(at_6.where.slot),
+            self.back_end.value_clipped.eq(added.accumulate & ~added.into_score & any_clip),
+            self.back_end.feature_clipped.eq(added.accumulate & added.into_score & any_clip),
+            self.back_end.clipped_slot.eq(added.where.slot),
         ]
         if self.config.sparse:
             m.d.comb += [
-                self.back_end.feature_stored.eq(at_7.accumulate & at_7.feature & at_7.where.last),
-                self.back_end.stored_group.eq(at_7.where.group),
+                self.back_end.feature_stored.eq(stored.accumulate & stored.feature & stored.where.last),
+                self.back_end.stored_group.eq(stored.where.group),
             ]

@@ -4,6 +4,7 @@ from amaranth.hdl import Cat, Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
+from amaranth.utils import ceil_log2
 
 from kvattic.spec.commands import SKETCH_ENTRY, TABLE_ENTRY, Mode
 from kvattic.spec.config import Config
@@ -133,6 +134,8 @@ class StripeLists(wiring.Component):
     def __init__(self, config: Config) -> None:
         self.config = config
         self.shapes = shapes = Shapes(config)
+        # All stripes of a sparse job are groups.
+        self.group_bits = ceil_log2(config.ring_codewords // config.group_codewords) if config.sparse else 0
         self.tokens = data.StructLayout({"token": TOKEN_BITS} | ({"whole": 1} if config.sparse else {}))
         readers = {"key": shapes.stripe, "value": shapes.stripe, "arrivals": self.tokens}
         if config.sparse:
@@ -159,29 +162,29 @@ class StripeLists(wiring.Component):
             m.d.sync += self.stripes.eq(0)
         for name in ("key", "value"):
             place = Cat(entry[f"{name}_page"], entry["dram"], self.shapes.number_of_lane(entry["channel"]))
-            self._list(m, f"{name}_stripes", place, append, self.stripes, name)
+            self._list(m, name, place, append, self.stripes, self.shapes.list_bits)
         whole = entry["dram"] | entry["whole"]
-        self._list(m, "stripe_tokens", Cat(self.load.start, whole)[: self.tokens.size], append, self.stripes,
-                   "arrivals", *(("selector",) if self.config.sparse else ()))
+        tokens = Cat(self.load.start, whole)[: self.tokens.size]
+        self._list(m, "arrivals", tokens, append, self.stripes, self.shapes.list_bits)
         if self.config.sparse:
+            self._list(m, "selector", tokens, append, self.stripes, self.group_bits)
             self._list_first_pass(m, entry, append, whole)
         return m
 
-    def _list(self, m: Module, name: str, value: Value, valid: Value, number: Value, *readers: str) -> None:
-        """For one property of the stripes: a memory, written at this number of the list, and its readers' ports."""
-        ports = [getattr(self, reader) for reader in readers]
-        memory = Memory(shape=ports[0].stripe.shape(), depth=self.config.jobs_in_flight << self.shapes.list_bits,
-                        init=[], attrs={"ram_style": "block"})
-        m.submodules[name] = memory
-        write = memory.write_port(domain="sync")
+    def _list(self, m: Module, reader: str, value: Value, valid: Value, number: Value, bits: int) -> None:
+        """What a reader reads of the stripes: a memory for 2**bits of each slot, written at this number of the list."""
+        port = getattr(self, reader)
+        memory = Memory(shape=port.stripe.shape(), depth=self.config.jobs_in_flight << bits, init=[],
+                        attrs={"ram_style": "block"})
+        m.submodules[f"{reader}_stripes"] = memory
+        write, read = memory.write_port(domain="sync"), memory.read_port(domain="sync")
         m.d.comb += [
             write.en.eq(valid),
-            write.addr.eq(Cat(number[: self.shapes.list_bits], self.load.slot)),
+            write.addr.eq(Cat(number[:bits], self.load.slot)),
             Value.cast(write.data).eq(value),
+            read.addr.eq(Cat(port.address[:bits], port.address[self.shapes.list_bits :])),
+            port.stripe.eq(read.data),
         ]
-        for port in ports:
-            read = memory.read_port(domain="sync")
-            m.d.comb += [read.addr.eq(port.address), port.stripe.eq(read.data)]
 
     def _list_first_pass(self, m: Module, entry: dict[str, Value], append: Signal, whole: Value) -> None:
         """Where a stripe's sketch lies, or K of one that is attended whole; the sketch's entry comes behind it."""
@@ -205,5 +208,5 @@ class StripeLists(wiring.Component):
         ]
         if self.config.lane_channels > 1:
             m.d.comb += stripe.of_lane.eq(of_lane)
-        self._list(m, "first_stripes", stripe.as_value(), self.load_valid & self.load.sketch & appended,
-                   (self.stripes - 1)[: self.shapes.list_bits], "first")
+        self._list(m, "first", stripe.as_value(), self.load_valid & self.load.sketch & appended, self.stripes - 1,
+                   self.group_bits)

@@ -1,11 +1,25 @@
 """What each job still waits for: requests that are to be made, and codewords that are to be accounted for."""
 
-from amaranth.hdl import Array, Cat, Module, Mux, Signal
-from amaranth.lib import wiring
+from amaranth.hdl import Cat, Module, Mux, Signal, Value
+from amaranth.lib import data, wiring
+from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from kvattic.spec.config import Config
+from kvattic_hdl.lib.arithmetic import strobe
 from kvattic_hdl.lib.shapes import MISSING_BITS, Shapes
+
+
+def waiting_scores(config: Config) -> int:
+    """Codewords of K that may be stored and not counted yet, a power of two.
+
+    A request comes every other cycle at most, and so does a codeword (it has two beats or more).  So both together are
+    counted as they come, if it were not that K is stored later than V that was issued behind it: later by a row sum's
+    levels, by the scaler and its neighbours, and by a row's time for each row.  In that time half as many codewords can
+    gather.
+    """
+    later = 16 + 3 * config.rows
+    return 1 << (later // 2 + 2).bit_length()
 
 
 def walk_events(config: Config) -> wiring.Signature:
@@ -21,7 +35,9 @@ def stored_event(config: Config) -> wiring.Signature:
 class Outstanding(wiring.Component):
     """Counts the codewords of each slot that were asked for and not accounted for, and tells when a pass is done.
 
-    Those of the first pass count as K.  `start` makes the slot's counts zero.  Reset: likewise all of them.
+    Those of the first pass count as K.  `start` makes the slot's counts zero.  The counts stand in a memory, of which
+    one is changed in a cycle: requests go first, so that no pass is done too early; what is accounted for waits, K for
+    a few cycles where much comes at once.  Reset: nothing is outstanding.
 
     Parameters
     ----------
@@ -40,7 +56,9 @@ class Outstanding(wiring.Component):
     remains : In(jobs_in_flight)
         Groups of its first pass have not ended.
     key, value, first : In(`walk_events`)
+        All of them together ask every other cycle at most, and not in the cycle of a walk's `end`.
     key_stored, value_stored, feature_stored : In(`stored_event`)
+        Each every other cycle at most, value_stored and feature_stored together.
     active : Out(jobs_in_flight)
         A walk of the slot's job has begun.
     keys_begun, keys_walked, values_walked : Out(jobs_in_flight)
@@ -48,7 +66,8 @@ class Outstanding(wiring.Component):
     keys_done, values_done, first_done : Out(jobs_in_flight)
         As the lane's, one cycle later.
     keys_wait, values_wait : Out(jobs_in_flight)
-        Codewords of K or of the first pass (of V) are outstanding.
+        Codewords of K or of the first pass (of V) are outstanding; two cycles after the request, or a few after they
+        are accounted for.
     report_slot : In(slot)
     missing_key, missing_value : Out(16), two cycles later
         How many.
@@ -58,9 +77,7 @@ class Outstanding(wiring.Component):
         self.config = config
         self.shapes = shapes = Shapes(config)
         slots = config.jobs_in_flight
-        count = shapes.place.width + 1
-        self.keys_left = Array(Signal(count, name=f"keys_left_{s}") for s in range(slots))
-        self.values_left = Array(Signal(count, name=f"values_left_{s}") for s in range(slots))
+        self.change = data.StructLayout({"slot": shapes.slot, "value": 1})   # whose count
         super().__init__({
             name: In(slots) for name in ("start", "sparse", "failed", "abandoned", "remains")
         } | {
@@ -79,70 +96,110 @@ class Outstanding(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        first_walked = Signal(self.config.jobs_in_flight)
-        for s in range(self.config.jobs_in_flight):
-            self._count(m, s)
-            self._follow_walks(m, s, first_walked)
-            self._tell_done(m, s, first_walked)
-            with m.If(self.start[s]):
-                m.d.sync += [bits[s].eq(0) for bits in (
-                    self.active, first_walked, self.keys_begun, self.keys_walked, self.values_walked, self.keys_done,
-                    self.values_done, *([self.first_done] if self.config.sparse else []))]
-                m.d.sync += [self.keys_left[s].eq(0), self.values_left[s].eq(0)]
-        if not self.config.sparse:
-            m.d.comb += self.first_done.eq(-1)
-
-        report_slot = Signal(self.shapes.slot)
-        m.d.comb += [
-            self.keys_wait.eq(Cat(left != 0 for left in self.keys_left)),
-            self.values_wait.eq(Cat(left != 0 for left in self.values_left)),
-        ]
-        m.d.sync += [
-            report_slot.eq(self.report_slot),
-            self.missing_key.eq(self.keys_left[report_slot]),
-            self.missing_value.eq(self.values_left[report_slot]),
-        ]
+        self._count(m)
+        self._follow_walks(m)
         return m
 
-    def _count(self, m: Module, s: int) -> None:
-        keys_left, values_left = self.keys_left[s], self.values_left[s]
-        key_up, key_down, feature_down = (Signal(name=f"{name}_{s}") for name in ("key_up", "key_down", "feature_down"))
-        value_up, value_down = Signal(name=f"value_up_{s}"), Signal(name=f"value_down_{s}")
-        m.d.comb += [
-            key_up.eq((self.key.asked & (self.key.slot == s)) | (self.first.asked & (self.first.slot == s))),
-            key_down.eq(self.key_stored.valid & (self.key_stored.slot == s)),
-            feature_down.eq(self.feature_stored.valid & (self.feature_stored.slot == s)),
-            value_up.eq(self.value.asked & (self.value.slot == s)),
-            value_down.eq(self.value_stored.valid & (self.value_stored.slot == s)),
-        ]
-        if self.config.sparse:
-            m.d.sync += keys_left.eq(keys_left + key_up - (key_down + feature_down))
-        else:
-            with m.If(key_up != key_down):
-                m.d.sync += keys_left.eq(keys_left + Mux(key_up, 1, -1))
-        with m.If(value_up != value_down):
-            m.d.sync += values_left.eq(values_left + Mux(value_up, 1, -1))
+    def _next_change(self, m: Module) -> tuple[Signal, Signal, data.View]:
+        """The change of this cycle.
 
-    def _follow_walks(self, m: Module, s: int, first_walked: Signal) -> None:
-        if self.config.sparse:
-            with m.If(self.first.end & (self.first.slot == s)):
-                m.d.sync += first_walked[s].eq(1)
-            with m.If(self.first.begin & (self.first.slot == s)):
-                m.d.sync += self.active[s].eq(1)
-        with m.If(self.key.begin & (self.key.slot == s)):
-            # A sparse job without places was given up before its first walk began.
-            m.d.sync += [self.keys_begun[s].eq(1), self.active[s].eq(self.active[s] | ~self.sparse[s])]
-        with m.If(self.key.end & (self.key.slot == s)):
-            m.d.sync += self.keys_walked[s].eq(1)
-        with m.If(self.value.end & (self.value.slot == s)):
-            m.d.sync += self.values_walked[s].eq(1)
-
-    def _tell_done(self, m: Module, s: int, first_walked: Signal) -> None:
+        Returns whether there is one, whether it is a request, and whose count it changes.
+        """
+        slot = self.shapes.slot
+        asked, whose = Signal(), Signal(self.change)
         m.d.sync += [
-            self.keys_done[s].eq(Mux(
-                self.failed[s], self.abandoned[s], self.keys_walked[s] & (self.keys_left[s] == 0))),
-            self.values_done[s].eq(Mux(
-                self.failed[s], self.abandoned[s], self.values_walked[s] & (self.values_left[s] == 0))),
+            asked.eq(self.key.asked | self.value.asked | self.first.asked),
+            whose.value.eq(self.value.asked),
+            whose.slot.eq(Mux(self.value.asked, self.value.slot,
+                              Mux(self.key.asked, self.key.slot, self.first.slot))),
         ]
+        # A codeword of V or of features waits for a request of its cycle; none comes in the next one.
+        stored, stored_whose = Signal(), Signal(self.change)
+        with m.If(self.value_stored.valid | self.feature_stored.valid):
+            m.d.sync += [
+                stored.eq(1),
+                stored_whose.value.eq(self.value_stored.valid),
+                stored_whose.slot.eq(Mux(self.value_stored.valid, self.value_stored.slot, self.feature_stored.slot)),
+            ]
+        with m.Elif(~asked):
+            m.d.sync += stored.eq(0)
+
+        depth = waiting_scores(self.config)
+        m.submodules.scores = scores = Memory(shape=slot, depth=depth, init=[], attrs={"ram_style": "distributed"})
+        write, read = scores.write_port(domain="sync"), scores.read_port(domain="comb")
+        m.d.comb += [
+            write.en.eq(self.key_stored.valid), write.data.eq(self.key_stored.slot)]
+        m.d.sync += write.addr.eq(write.addr + self.key_stored.valid)
+        score = Signal()
+        m.d.comb += score.eq((read.addr != write.addr) & ~asked & ~stored)
+        m.d.sync += read.addr.eq(read.addr + score)
+
+        valid, change = Signal(), Signal(self.change)
+        m.d.comb += valid.eq(asked | stored | score)
+        with m.If(asked):
+            m.d.comb += change.eq(whose)
+        with m.Elif(stored):
+            m.d.comb += change.eq(stored_whose)
+        with m.Else():
+            m.d.comb += change.slot.eq(read.data)
+        return valid, asked, change
+
+    def _count(self, m: Module) -> None:
+        """Keep the counts.  Which ones are not zero is known beside them; what the memory has of the others is old."""
+        slots, count = self.config.jobs_in_flight, self.shapes.place.width + 1
+        m.submodules.counts = counts = Memory(
+            shape=count, depth=2 * slots, init=[], attrs={"ram_style": "distributed"})
+        write, left = counts.write_port(domain="sync"), counts.read_port(domain="comb")
+        valid, up, change = self._next_change(m)
+        waits = Mux(change.value, self.values_wait, self.keys_wait).bit_select(change.slot, 1)
+        address = Cat(change.value, change.slot)
+        old, last = Signal(count), Signal()
+        m.d.comb += [
+            old.eq(Mux(waits, left.data, 0)),
+            last.eq(left.data == 1),
+            left.addr.eq(address),
+            write.addr.eq(address),
+            write.en.eq(valid),
+            write.data.eq(old + Cat(1, (~up).replicate(count - 1))),
+        ]
+        for wait, mine in ((self.keys_wait, ~change.value), (self.values_wait, change.value)):
+            chosen = Signal(slots, name="changed_value" if wait is self.values_wait else "changed_key")
+            m.d.comb += chosen.eq(strobe(valid & mine & (up | last), change.slot))
+            m.d.sync += wait.eq(Mux(up, wait | chosen, wait & ~chosen) & ~self.start)
+
+        report_slot = Signal(self.shapes.slot)
+        m.d.sync += report_slot.eq(self.report_slot)
+        for value, wait, missing in ((0, self.keys_wait, self.missing_key), (1, self.values_wait, self.missing_value)):
+            read = counts.read_port(domain="comb")
+            m.d.comb += read.addr.eq(Cat(value, report_slot))
+            m.d.sync += missing.eq(Mux(wait.bit_select(report_slot, 1), read.data, 0))
+
+    def _follow_walks(self, m: Module) -> None:
+        """What of each job is asked for, and what is done."""
+        key, value, first = self.key, self.value, self.first
+        first_walked = Signal(self.config.jobs_in_flight)
+        key_at, value_at, first_at = (Signal.like(self.start, name=f"{name}_at") for name in ("key", "value", "first"))
+        m.d.comb += [at.eq(1 << walk.slot) for at, walk in ((key_at, key), (value_at, value), (first_at, first))]
+
+        def begun(walk: Value, at: Value) -> Value:
+            return Mux(walk, at, 0)
+
+        # A sparse job without places was given up before its first walk began.
+        active = self.active | begun(key.begin, key_at & ~self.sparse)
         if self.config.sparse:
-            m.d.sync += self.first_done[s].eq(first_walked[s] & (self.failed[s] | ~self.remains[s]))
+            active = active | begun(first.begin, first_at)
+            m.d.sync += [
+                first_walked.eq((first_walked | begun(first.end, first_at)) & ~self.start),
+                self.first_done.eq(first_walked & (self.failed | ~self.remains) & ~self.start),
+            ]
+        else:
+            m.d.comb += self.first_done.eq(-1)
+        m.d.sync += [
+            self.active.eq(active & ~self.start),
+            self.keys_begun.eq((self.keys_begun | begun(key.begin, key_at)) & ~self.start),
+            self.keys_walked.eq((self.keys_walked | begun(key.end, key_at)) & ~self.start),
+            self.values_walked.eq((self.values_walked | begun(value.end, value_at)) & ~self.start),
+        ]
+        for done, walked, wait in ((self.keys_done, self.keys_walked, self.keys_wait),
+                                   (self.values_done, self.values_walked, self.values_wait)):
+            m.d.sync += done.eq(((self.failed & self.abandoned) | (~self.failed & walked & ~wait)) & ~self.start)

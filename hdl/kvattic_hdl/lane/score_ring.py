@@ -16,15 +16,13 @@ class Lookup(IntEnum):
 
     ARRIVALS = 0
     """Of a codeword that arrives."""
-    FAILED = 1
-    """Of a job that is abandoned."""
-    FIRST = 2
-    """Of a job whose first pass ended."""
-    KEY = 3
+    SCRUBBER = 1
+    """Of a job whose arrival bits are cleared."""
+    KEY = 2
     """Of a sparse job whose K is walked."""
-    VALUE = 4
+    VALUE = 3
     """Likewise V."""
-    SELECTOR = 5
+    SELECTOR = 4
     """Of a job whose units are gone through for the selection."""
 
 

@@ -5,6 +5,7 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from kvattic.spec.config import Config
+from kvattic_hdl.lib.arithmetic import strobe
 from kvattic_hdl.lib.shapes import Shapes
 
 SETTLE_CYCLES = 4096
@@ -15,9 +16,9 @@ class Scrubber(wiring.Component):
     """Goes through the places of a job, one a cycle where `Arrivals` leaves it, and clears their arrival bits.
 
     An abandoned job: waits until nothing of it can be under way in the lane (`SETTLE_CYCLES`, without those in which
-    the lane is held up), clears its bits, and
-    then, when nothing of it is left, reports it abandoned.  A first pass: clears its bits when all of it came; until
-    then they are needed, and from then on whatever comes again is told by that.  Reset forgets what was begun.
+    the lane is held up) and all its walks have ended, clears its bits, and reports it abandoned.  A first pass: clears
+    its bits when all of it came; until then they are needed, and from then on whatever comes again is told by that.
+    It looks at one slot after the other, two cycles each.  Reset forgets what was begun.
 
     Parameters
     ----------
@@ -37,10 +38,10 @@ class Scrubber(wiring.Component):
         All walks of the slot's job have ended, and its groups.
     came : In(jobs_in_flight)
         The slot's job is sparse, and all of its first pass came.
-    failed_slot, first_slot : Out(slot)
-        Jobs that are scrubbed: abandoned; with a first pass that ended.
-    failed_base, first_base : In(ring), failed_places, first_places : In
-        Their places, in the same cycle.
+    slot : Out(slot)
+        Job that is looked at, or scrubbed.
+    base : In(ring), places : In
+        Its places, in the same cycle.
     scrub : Out(1), scrub_first : Out(1), scrub_ring : Out(ring), scrubbed : In(1)
         The ports of `Arrivals`.
     settled : Out(jobs_in_flight)
@@ -53,9 +54,8 @@ class Scrubber(wiring.Component):
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        shapes = Shapes(config)
-        slots, places = config.jobs_in_flight, shapes.place.width + 1
-        self.shapes = shapes
+        self.shapes = shapes = Shapes(config)
+        slots = config.jobs_in_flight
         super().__init__({
             "start": In(slots),
             "failed": In(slots),
@@ -63,12 +63,9 @@ class Scrubber(wiring.Component):
             "holds": In(slots),
             "walked": In(slots),
             "came": In(slots),
-            "failed_slot": Out(shapes.slot),
-            "failed_base": In(shapes.ring),
-            "failed_places": In(places),
-            "first_slot": Out(shapes.slot),
-            "first_base": In(shapes.ring),
-            "first_places": In(places),
+            "slot": Out(shapes.slot),
+            "base": In(shapes.ring),
+            "places": In(shapes.place.width + 1),
             "scrub": Out(1),
             "scrub_first": Out(1),
             "scrub_ring": Out(shapes.ring),
@@ -78,52 +75,57 @@ class Scrubber(wiring.Component):
             "cleared": Out(slots),
         })
 
+    def _settle(self, m: Module) -> Signal:
+        """Returns whether nothing of the job that failed can be under way any more."""
+        settle, settled = Signal(range(SETTLE_CYCLES + 1)), Signal()
+        m.d.comb += self.settled.eq(Mux(settled, self.failed, 0))
+        m.d.sync += settled.eq(settle == SETTLE_CYCLES)
+        with m.If(~self.failed.any()):
+            m.d.sync += [settle.eq(0), settled.eq(0)]
+        with m.Elif(settle != SETTLE_CYCLES):
+            m.d.sync += settle.eq(settle + ~self.held)
+        return settled
+
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        config = self.config
-        slots, places = config.jobs_in_flight, self.failed_places.shape()
+        settled = self._settle(m)
+        # What is known of the slot, a cycle late.
+        failed, abandoned, walked, came, holds, cleared = (Signal(name=f"slot_{name}") for name in (
+            "failed", "abandoned", "walked", "came", "holds", "cleared"))
+        m.d.sync += [known.eq(each.bit_select(self.slot, 1)) for known, each in (
+            (failed, self.failed), (abandoned, self.abandoned), (walked, self.walked), (came, self.came),
+            (holds, self.holds), (cleared, self.cleared))]
+        wanted = Signal()
+        m.d.comb += wanted.eq(Mux(failed, settled & walked & ~abandoned, came & holds & ~cleared))
 
-        settle = Signal(range(SETTLE_CYCLES + 1))
-        place = Signal(places)
-        failed = self.failed.any()
-        m.d.comb += self.settled.eq(Mux(settle == SETTLE_CYCLES, self.failed, 0))
-        m.d.sync += [self.abandoned.eq(self.abandoned & ~self.start), self.cleared.eq(self.cleared & ~self.start)]
-        for s in range(slots):
-            with m.If(self.failed[s]):
-                m.d.comb += self.failed_slot.eq(s)
-        all_clear, at_work = Signal(), Signal()
-        m.d.comb += all_clear.eq(place == Mux(self.holds.bit_select(self.failed_slot, 1), self.failed_places, 0))
-        with m.If(failed & ~self.abandoned.bit_select(self.failed_slot, 1)):
-            with m.If(settle != SETTLE_CYCLES):
-                m.d.sync += settle.eq(settle + ~self.held)
-            with m.Elif(~all_clear):
-                m.d.comb += at_work.eq(1)
-                with m.If(self.scrubbed):
-                    m.d.sync += place.eq(place + 1)
-            with m.Elif(self.walked.bit_select(self.failed_slot, 1)):
-                m.d.sync += [
-                    self.abandoned.bit_select(self.failed_slot, 1).eq(1),
-                    self.cleared.bit_select(self.failed_slot, 1).eq(1),
-                ]
-        with m.Elif(~failed):
-            m.d.sync += [settle.eq(0), place.eq(0)]
-        m.d.comb += [self.scrub.eq(at_work), self.scrub_ring.eq(self.failed_base + place)]
-
-        if config.sparse:
-            wanted, busy, first_place = Signal(slots), Signal(), Signal(places)
-            m.d.comb += wanted.eq(self.came & self.holds & ~self.cleared & ~self.failed)
-            with m.If(~busy):
-                m.d.sync += [busy.eq(wanted.any()), first_place.eq(0)]
-                for s in range(slots):
-                    with m.If(wanted[s]):
-                        m.d.sync += self.first_slot.eq(s)
-            with m.Elif(~wanted.bit_select(self.first_slot, 1)):
-                m.d.sync += busy.eq(0)
-            with m.Elif(first_place == self.first_places):
-                m.d.sync += [busy.eq(0), self.cleared.bit_select(self.first_slot, 1).eq(1)]
-            with m.Elif(~at_work):
-                m.d.comb += [
-                    self.scrub.eq(1), self.scrub_first.eq(1), self.scrub_ring.eq(self.first_base + first_place)]
-                with m.If(self.scrubbed):
-                    m.d.sync += first_place.eq(first_place + 1)
+        looked, busy = Signal(), Signal()   # what is known is of this slot; it is scrubbed
+        left = Signal.like(self.places)
+        leave, done = Signal(), Signal()
+        with m.If(~busy):
+            m.d.sync += [
+                looked.eq(~looked),
+                self.scrub_first.eq(~failed),
+                self.scrub_ring.eq(self.base),
+                left.eq(Mux(holds, self.places, 0)),
+            ]
+            with m.If(looked):
+                m.d.sync += busy.eq(wanted)
+                m.d.comb += leave.eq(~wanted)
+        with m.Elif(~wanted | (failed == self.scrub_first)):   # it failed meanwhile, or another job began
+            m.d.comb += leave.eq(1)
+        with m.Elif(left == 0):
+            m.d.comb += [leave.eq(1), done.eq(1)]
+        with m.Else():
+            m.d.comb += self.scrub.eq(1)
+            with m.If(self.scrubbed):
+                m.d.sync += [self.scrub_ring.eq(self.scrub_ring + 1), left.eq(left - 1)]
+        with m.If(leave):
+            m.d.sync += [
+                busy.eq(0), looked.eq(0),
+                self.slot.eq(Mux(self.slot == self.config.jobs_in_flight - 1, 0, self.slot + 1))]
+        at = strobe(done, self.slot)
+        m.d.sync += [
+            self.cleared.eq((self.cleared | at) & ~self.start),
+            self.abandoned.eq((self.abandoned | Mux(self.scrub_first, 0, at)) & ~self.start),
+        ]
         return m

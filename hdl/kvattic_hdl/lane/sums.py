@@ -1,4 +1,4 @@
-"""Stages 4 on of a lane's front: the accumulators' ports and their drain, and each row's sum of a K token."""
+"""Stages 7 on of a lane's front: the accumulators' ports and their drain, and each row's sum of a K token."""
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed
 from amaranth.lib import data, stream, wiring
@@ -25,12 +25,12 @@ class AccumulatorPorts(wiring.Component):
     Members
     -------
     reading, writing : In(`stage_shape`)
-        What is in stage 4, and in stage 7.
+        What is in stage 7, and in stage 10.
     chain_i, chain_o : In, Out(stream of slot, address)
         Words that are drained, but for their data, which pass through the cells.
-    read_address : Out, stage 4
-    drain : Out(1), stage 6
-    write : Out(1), write_address : Out, stage 7
+    read_address : Out, stage 7
+    drain : Out(1), stage 9
+    write : Out(1), write_address : Out, stage 10
         All cells' ports of these names.
     ready : Out(1)
         All words are cleared.
@@ -62,36 +62,36 @@ class AccumulatorPorts(wiring.Component):
             writing = writing | (self.writing.harvest & self.writing.clear)
         drained = self.chain_i.payload
         address = Cat(drained.address, drained.slot)
-        drain_4, drain_5, drain_6, drain_7 = (Signal(name=f"drain_{i}") for i in (4, 5, 6, 7))
-        address_7 = Signal.like(address)
+        drain_7, drain_8, drain_9, drain_10 = (Signal(name=f"drain_{i}") for i in (7, 8, 9, 10))
+        address_10 = Signal.like(address)
         m.d.comb += [
-            drain_4.eq(self.chain_i.valid & ~reading & ~drain_5 & ~drain_6 & ~drain_7 & ~self.chain_o.valid),
+            drain_7.eq(self.chain_i.valid & ~reading & ~drain_8 & ~drain_9 & ~drain_10 & ~self.chain_o.valid),
             self.read_address.eq(Mux(reading, self.reading.address, address)),
-            self.drain.eq(drain_6),
-            self.chain_i.ready.eq(drain_6),
+            self.drain.eq(drain_9),
+            self.chain_i.ready.eq(drain_9),
         ]
-        m.d.sync += [drain_5.eq(drain_4), drain_6.eq(drain_5), drain_7.eq(drain_6)]
+        m.d.sync += [drain_8.eq(drain_7), drain_9.eq(drain_8), drain_10.eq(drain_9)]
         with m.If(self.chain_o.valid & self.chain_o.ready):
             m.d.sync += self.chain_o.valid.eq(0)
-        with m.If(drain_6):
+        with m.If(drain_9):
             m.d.sync += [
                 self.chain_o.valid.eq(1),
                 self.chain_o.payload.slot.eq(drained.slot),
                 self.chain_o.payload.address.eq(drained.address),
-                address_7.eq(address),
+                address_10.eq(address),
             ]
 
         cleared = Signal(range(self.depth + 1))
         m.d.comb += [
             self.ready.eq(cleared == self.depth),
-            self.write.eq(writing | drain_7 | ~self.ready),
+            self.write.eq(writing | drain_10 | ~self.ready),
             self.write_address.eq(self.writing.address),
         ]
         with m.If(~self.ready):
             m.d.sync += cleared.eq(cleared + 1)
             m.d.comb += self.write_address.eq(cleared)
-        with m.Elif(drain_7):
-            m.d.comb += self.write_address.eq(address_7)
+        with m.Elif(drain_10):
+            m.d.comb += self.write_address.eq(address_10)
         return m
 
 
@@ -104,9 +104,9 @@ class RowSum(wiring.Component):
 
     Members
     -------
-    addend, negative : In(by element), overflow : In(1), stage 6
+    addend, negative : In(by element), overflow : In(1), stage 9
         The cells' outputs; one of them was clipped.
-    word : In(signed(SCORE_SUM_BITS)), stage 6
+    word : In(signed(SCORE_SUM_BITS)), stage 9
         A token's sum out of an accumulator, in place of what is summed.
     valid, first : In(1), stage `tree_stage`
         There is a beat; it is its token's first one.

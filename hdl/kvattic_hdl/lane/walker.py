@@ -43,7 +43,7 @@ class Walker(wiring.Component):
     stripe : In(Shapes.stripe)
         That stripe, one cycle later.
     failed : In(1)
-        The job in work is being abandoned.
+        The job in work is being abandoned; of the `slot` of the cycle before.
     ready_to_ask : Out(1)
         `requests` is valid, or would be if `room` were given.
     room : In(1)

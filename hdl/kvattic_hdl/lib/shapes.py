@@ -43,8 +43,6 @@ SWEEP_BITS = 2
 K_OFFSET_BITS = 10
 MISSING_BITS = 15
 """Bits of a count of missing codewords; it saturates in a completion."""
-SHIFT_BITS = 11
-"""A cell's shift before it is clipped, signed."""
 QUEUE_BITS = ceil_log2(QUEUES)
 KIND_BITS, MODE_BITS = 2, 2
 RANK_BITS = MASS_BITS + TOKEN_BITS

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from amaranth.hdl import Module, Signal
+from amaranth.hdl import Module, Signal, Value
 from amaranth.lib import stream, wiring
+from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 
@@ -72,4 +73,53 @@ class StreamRegister(wiring.Component):
             m.d.sync += [self.o.valid.eq(self.i.valid), self.o.payload.eq(self.i.payload)]
         with m.Elif(self.o.ready):
             m.d.sync += self.o.valid.eq(0)
+        return m
+
+
+class Queue(wiring.Component):
+    """A FIFO in LUT RAM whose writer counts its places; `o.valid` comes from a register, `o.payload` out of the memory.
+
+    Few levels of logic lie behind `o.ready`.  Latency one cycle, a payload a cycle.  Reset empties it.
+
+    Parameters
+    ----------
+    shape : shape-like
+        Of the payload.
+    depth : int
+        Places, a power of two, at least 2.
+
+    Members
+    -------
+    i : In(stream of shape)
+        Never waits: the writer sends no more than there is room for.
+    o : Out(stream of shape)
+    """
+
+    def __init__(self, shape: Any, depth: int) -> None:
+        self._shape = shape
+        self._depth = depth
+        super().__init__({
+            "i": In(stream.Signature(shape, always_ready=True)), "o": Out(stream.Signature(shape))})
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        m.submodules.words = words = Memory(
+            shape=self._shape, depth=self._depth, init=[], attrs={"ram_style": "distributed"})
+        write, read = words.write_port(domain="sync"), words.read_port(domain="comb")
+        begin, end = Signal(range(self._depth)), Signal(range(self._depth))
+        taken, last = Signal(), Signal()
+        m.d.comb += [
+            write.en.eq(self.i.valid),
+            write.addr.eq(end),
+            Value.cast(write.data).eq(Value.cast(self.i.payload)),
+            read.addr.eq(begin),
+            Value.cast(self.o.payload).eq(Value.cast(read.data)),
+            taken.eq(self.o.valid & self.o.ready),
+            last.eq((begin + 1)[: len(begin)] == end),
+        ]
+        m.d.sync += [
+            begin.eq(begin + taken),
+            end.eq(end + self.i.valid),
+            self.o.valid.eq(self.i.valid | (self.o.valid & ~(taken & last))),
+        ]
         return m

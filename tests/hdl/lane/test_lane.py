@@ -42,6 +42,8 @@ CONFIGS = {
                            score_depth=64),
     "one_stripe": Config(channels=CHANNELS, rows=1, head_dim=32, sparse=False, part=TINY_PART, codeword_bytes=256,
                          score_depth=16, jobs_in_flight=3),
+    "four_channels": Config(channels=8, lane_channels=4, beat_bytes=32, rows=1, head_dim=64, sparse=False,
+                            part=TINY_PART, codeword_bytes=256, score_depth=64, jobs_in_flight=16),
 }
 SPARSE = {
     "rows1": Config(channels=CHANNELS, rows=1, head_dim=32, part=SMALL, codeword_bytes=128, score_depth=256),
@@ -51,6 +53,8 @@ SPARSE = {
                    score_depth=128),
     "bf16": Config(channels=CHANNELS, rows=3, head_dim=32, element="bf16", beat_bytes=16, part=SMALL,
                    codeword_bytes=128, score_depth=256),
+    "four_channels": Config(channels=8, lane_channels=4, beat_bytes=32, rows=1, head_dim=32, part=SMALL,
+                            codeword_bytes=128, score_depth=256, jobs_in_flight=16, groups_in_flight=16),
 }
 
 
@@ -847,7 +851,8 @@ def sparse_jobs(config: Config, rng: np.random.Generator) -> list[Job]:
 
 
 @pytest.mark.parametrize(("name", "gap", "shuffle"), [
-    ("rows1", 0.1, True), ("rows2", 0.0, True), ("wide", 0.0, False), ("wide", 0.1, True), ("bf16", 0.0, True)])
+    ("rows1", 0.1, True), ("rows2", 0.0, True), ("wide", 0.0, False), ("wide", 0.1, True), ("bf16", 0.0, True),
+    ("four_channels", 0.0, True), ("four_channels", 0.0, False)])
 def test_sparse(name: str, gap: float, shuffle: bool) -> None:
     """First pass, K and V of what is selected, of several jobs in flight."""
     config = SPARSE[name]

@@ -5,7 +5,7 @@ import random
 import pytest
 from amaranth.sim import Simulator
 
-from kvattic_hdl.lib.stream_buffer import StreamBuffer, StreamRegister
+from kvattic_hdl.lib.stream_buffer import Queue, StreamBuffer, StreamRegister
 
 PAYLOADS = list(range(1, 200))
 
@@ -56,3 +56,37 @@ def test_a_payload_a_cycle_one_cycle_later():
 
 def test_a_register_takes_a_payload_every_other_cycle():
     assert passed(StreamRegister, 1, 1)[1] == 2 * len(PAYLOADS)
+
+
+@pytest.mark.parametrize("depth", [2, 4, 16])
+@pytest.mark.parametrize(("offer", "take"), [(1, 1), (0.5, 1), (1, 0.5), (0.3, 0.7), (0.8, 0.2)])
+def test_a_queue_keeps_all_that_its_writer_has_room_for(depth, offer, take):
+    rng = random.Random(f"{depth} {offer} {take}")
+    queue = Queue(8, depth)
+    found: list[int] = []
+
+    async def bench(ctx) -> None:
+        waiting, inside, most = list(PAYLOADS), 0, 0
+        for _ in range(5000):
+            offered = bool(waiting) and inside < depth and rng.random() < offer
+            ctx.set(queue.i.valid, offered)
+            ctx.set(queue.i.payload, waiting[0] if offered else 0xAA)
+            ctx.set(queue.o.ready, rng.random() < take)
+            assert ctx.get(queue.o.valid) == (inside != 0)   # a cycle after it was written, at once
+            if ctx.get(queue.o.valid & queue.o.ready):
+                found.append(ctx.get(queue.o.payload))
+                inside -= 1
+            if offered:
+                waiting.pop(0)
+                inside += 1
+            most = max(most, inside)
+            await ctx.tick()
+            if len(found) == len(PAYLOADS):
+                break
+        assert most == depth or offer <= take
+
+    simulator = Simulator(queue)
+    simulator.add_clock(1e-6)
+    simulator.add_testbench(bench)
+    simulator.run()
+    assert found == PAYLOADS
