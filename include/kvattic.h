@@ -31,9 +31,9 @@
 
 /* CONFIG_HASH of the presets. */
 #define KVATTIC_CONFIG_HASH_TINY 0x0ebff7ebu
-#define KVATTIC_CONFIG_HASH_BOARD 0x8908db33u
-#define KVATTIC_CONFIG_HASH_PAPER 0xd46f1c74u
-#define KVATTIC_CONFIG_HASH_GQA 0x6643c9f4u
+#define KVATTIC_CONFIG_HASH_BOARD 0x61f459ddu
+#define KVATTIC_CONFIG_HASH_PAPER 0x80729c41u
+#define KVATTIC_CONFIG_HASH_GQA 0x42b0885bu
 
 /* Register addresses; 64-bit registers take two accesses, low half first. */
 #define KVATTIC_REG_ID 0x00u  /* 32 bits, ro: magic number */

@@ -167,8 +167,9 @@ def selection(job: JobState, t: Times) -> float:
     """Cycles of a job's selection (hdl: `LaneTopK`, `TopK`)."""
     channels, rows, mode = job.lanes, job.rows, job.work.mode
     lanes = [channels[number :: t.lanes] for number in range(t.lanes)]
-    tokens, units, places = (max(sum(getattr(channel, name) for channel in lane) for lane in lanes)
-                             for name in ("tokens", "units", "places"))
+    tokens = max(sum(channel.tokens for channel in lane) for lane in lanes)
+    units = max(sum(channel.units for channel in lane) for lane in lanes)
+    places = max(sum(channel.places for channel in lane) for lane in lanes)
     # A step takes several tokens, or as many units of one token.
     steps = tokens / t.sweep_tokens
     scores, marked = (units, places) if mode is Mode.CENTROID else (steps, steps)
