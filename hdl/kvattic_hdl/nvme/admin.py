@@ -187,15 +187,18 @@ class Admin(wiring.Component):
         counter, counting_1 = Signal(COUNTER_BYTES * 8), Signal()
         number = self.block_index[: len(self.counter_number)]
         before = Signal.like(number)
-        now = Signal.like(counter)
-        m.d.sync += [counting_1.eq(counting), before.eq(number), counter.eq(now)]
-        m.d.comb += now.eq(Mux(self.counter_there, self.counter, counter))
+        m.d.sync += [counting_1.eq(counting), before.eq(number)]
+        fresh = Signal()
+        m.d.comb += fresh.eq(self.counter_there & (before < len(COUNTERS)))
+        with m.If(fresh):
+            m.d.sync += counter.eq(self.counter)
+        with m.If(number >= len(COUNTERS)):   # what pads them
+            m.d.sync += counter.eq(0)
         m.d.comb += [
             self.counter_number.eq(number),
             self.counter_first.eq(counting & (number != before)),
             read.addr.eq(self.block_index),
-            # Behind the counters there are zeros, which pad them.
-            self.block_data.eq(Mux(counting_1, Mux(before >= len(COUNTERS), 0, now), read.data)),
+            self.block_data.eq(Mux(counting_1, Mux(fresh, self.counter, counter), read.data)),
         ]
 
     # ---- checks: right two cycles after a command is offered
