@@ -9,7 +9,6 @@ estimate is held to.
 """
 
 import argparse
-import math
 import operator
 import sys
 from collections.abc import Sequence
@@ -56,8 +55,8 @@ def _channels(design: Design) -> Area:
 
 
 def _channel(design: Design) -> Area:
-    """One flash channel and its share of a corrector, rounded up."""
-    return Area(**{key: math.ceil(2 * value / design.channels) / 2 if key == "bram36" else -(-value // design.channels)
+    """One flash channel and its share of a corrector, rounded up but for block RAM."""
+    return Area(**{key: value / design.channels if key == "bram36" else -(-value // design.channels)
                    for key, value in asdict(_channels(design)).items()})
 
 
