@@ -83,7 +83,7 @@ class Corrector(wiring.Component):
         for giver, taker, names in (
             (reception, locator, ("there", "owner", "odd", "check")),
             (locator, reception, ("shift", "done")),
-            (locator, search, ("load", "coefficient", "begin", "begin_owner", "length", "unread", "known", "place",
+            (locator, search, ("load", "coefficient", "begin", "new_owner", "length", "unread", "known", "place",
                                "right", "hopeless")),
             (search, locator, ("free",)),
         ):

@@ -50,7 +50,7 @@ class Locator(wiring.Component):
         Strobe: the locator's next coefficient, the highest one first, while the search is free.
     begin : Out(1)
         Strobe: the search may begin; the following is about it.
-    begin_owner : Out, length : Out
+    new_owner : Out, length : Out
         Whose codeword it is; how many bits are wrong.
     unread : Out(CRC_BITS)
         Its check value, taken back over the whole data.
@@ -91,7 +91,7 @@ class Locator(wiring.Component):
             "load": Out(1),
             "coefficient": Out(element),
             "begin": Out(1),
-            "begin_owner": Out(owner_shape(channels)),
+            "new_owner": Out(owner_shape(channels)),
             "length": Out(range(t + 1)),
             "unread": Out(CRC_BITS),
             "known": Out(1),
@@ -127,7 +127,7 @@ class Locator(wiring.Component):
             return words.read_port(domain="comb"), words.write_port()
 
         syndrome, syndrome_write = memory("syndrome_memory", 2 * t)
-        locator, locator_write = memory("locator", t + 1)
+        locator, locator_write = memory("coefficients", t + 1)
         before, before_write = memory("before", t + 1)
         m.d.comb += [
             self.product.eq(times(m, "multiplier", code(self.config).field, self.a, self.b)),
@@ -155,7 +155,7 @@ class Locator(wiring.Component):
         square = squared(m, "square", field, memories.syndrome.data)
         with m.State("IDLE"):
             m.d.sync += [
-                filled.eq(0), self.begin_owner.eq(self.owner), self.several.eq(0), self.sum.eq(0),
+                filled.eq(0), self.new_owner.eq(self.owner), self.several.eq(0), self.sum.eq(0),
                 self.unread.eq(product(m, "unread", self.check, unread, CRC_BITS))]
             with m.If(self.there):
                 m.d.sync += self.filling.eq(1)

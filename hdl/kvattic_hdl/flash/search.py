@@ -30,7 +30,7 @@ class Search(wiring.Component):
     -------
     free : Out(1)
         It can be loaded, and begin.
-    load, coefficient, begin, begin_owner, length, unread, known, place, right, hopeless : In
+    load, coefficient, begin, new_owner, length, unread, known, place, right, hopeless : In
         As of `Locator`.  Of a known bit the search begins at its word.
     patches : Out(stream of patch)
     ended : Out(1), result : Out(result)
@@ -48,7 +48,7 @@ class Search(wiring.Component):
             "load": In(1),
             "coefficient": In(code(config).field.m),
             "begin": In(1),
-            "begin_owner": In(owner_shape(channels)),
+            "new_owner": In(owner_shape(channels)),
             "length": In(range(config.ecc_t + 1)),
             "unread": In(CRC_BITS),
             "known": In(1),
@@ -158,7 +158,7 @@ class Search(wiring.Component):
                 m.d.comb += self.free.eq(1)
                 m.d.sync += [signal.eq(0) for signal in (found, values_valid, hits_valid, group, word_hit, exhausted)]
                 m.d.sync += [
-                    self.owner.eq(self.begin_owner), length.eq(Mux(self.known, 1, self.length)), check.eq(self.unread),
+                    self.owner.eq(self.new_owner), length.eq(Mux(self.known, 1, self.length)), check.eq(self.unread),
                     known.eq(self.known), armed.eq(self.known), right.eq(self.right),
                     index.eq(Mux(self.known, self.place >> word_bits, 0)),
                     offset.eq(self.place[:bit_bits]), ahead.eq(self.place[bit_bits:word_bits]),
