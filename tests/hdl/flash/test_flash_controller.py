@@ -489,7 +489,7 @@ def test_values_do_not_block_keys_of_another_plane():
 @pytest.mark.parametrize("separate, share", [(False, 0.87), (True, 0.98)], ids=["shared", "separate"])
 def test_the_bus_is_busy(separate, share):
     """What is missing are command cycles: 14 of 25 ns for each page of 3 us, if they share the bus."""
-    config = replace(presets.PAPER, dies=4, part=replace(
+    config = replace(presets.PAPER.with_lane_channels(1), dies=4, part=replace(
         presets.PAPER.part, page_bytes=4096, spare_bytes=552, planes=2, t_r=8_000.0, separate_command_bus=separate))
     bench = Bench(config)
     asked = dense(bench, 40)
@@ -505,7 +505,7 @@ def test_cache_reads_hide_the_array():
     part = replace(presets.PAPER.part, page_bytes=4096, spare_bytes=552, planes=2, t_r=3_000.0, t_rcbsy=300.0)
     used = []
     for cache in (False, True):
-        bench = Bench(replace(presets.PAPER, dies=1, part=part, cache_reads=cache))
+        bench = Bench(replace(presets.PAPER.with_lane_channels(1), dies=1, part=part, cache_reads=cache))
         asked = dense(bench, 16)
         bench.ask(asked)
         bench.run()

@@ -40,7 +40,7 @@ from kvattic_hdl.frontend.checks import Window
 from kvattic_hdl.frontend.loader import Loader
 from kvattic_hdl.lib.shapes import K_OFFSET_BITS, Shapes, operation_code
 
-BASE, LIMIT = 0x1_FFFF_0000, 0x2_0004_0000  # the window crosses a 32-bit boundary
+BASE, LIMIT = 0x1_FFFF_0000, 0x2_0008_0000  # the window crosses a 32-bit boundary
 TABLES = BASE + 0x20000
 COMMANDS = 0x9_0000_0040
 TOP = (1 << 24) - 1
