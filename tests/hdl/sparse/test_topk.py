@@ -27,7 +27,7 @@ class Lanes(Component):
 
     def __init__(self, config):
         self.selection = TopK(config)
-        self.selectors = [LaneTopK(config) for _ in range(config.channels)]
+        self.selectors = [LaneTopK(config) for _ in range(config.lanes)]
         super().__init__({})
 
     def elaborate(self, platform):
@@ -94,7 +94,7 @@ class Bench:
 
     def spread(self, slot, job):
         """Deal the job's stripes out to the lanes, and put each lane's maxima there."""
-        channels = self.config.channels
+        channels = self.config.lanes
         first = int(self.rng.integers(channels))
         stripe_of_score = np.repeat(np.arange(len(job.tail)), self.config.group_tokens // job.step(self.config))
         for i, lane in enumerate(self.lanes):
@@ -122,7 +122,7 @@ class Bench:
         ctx.set(dut.jobs_i.valid, 0)
         sweeps, selections, begun = self.sweeps, len(self.selected), self.cycle
         if job is not None and lanes:
-            for lane in self.rng.permutation(config.channels).tolist():
+            for lane in self.rng.permutation(config.lanes).tolist():
                 await ctx.tick().repeat(int(self.rng.integers(1, 4)))
                 assert ctx.get(dut.waiting)
                 assert ctx.get(dut.waiting_slot) == slot
@@ -149,7 +149,7 @@ class Bench:
             ctx.set(dut.alpha_row, row)
             await ctx.tick().repeat(2)
             alphas.append(ctx.get(dut.alpha))
-        for lane in range(config.channels):
+        for lane in range(config.lanes):
             ctx.set(dut.first_done[lane], ctx.get(dut.first_done[lane]) & ~(1 << slot))
         ctx.set(dut.failed, 0)
         if job is None or failed or not lanes:
@@ -196,7 +196,7 @@ def test_random_jobs(config, mode, unit_bits, grant):
     rng = np.random.default_rng(config.rows * 100 + mode * 10 + unit_bits)
     jobs = []
     for number in range(5):
-        stripes = int(rng.integers(1, 2 * config.channels + 1))
+        stripes = int(rng.integers(1, 2 * config.lanes + 1))
         rows = int(rng.integers(1, config.rows + 1)) if number % 2 else config.rows
         jobs.append(make_job(config, rng, mode, stripes=stripes, unit_bits=unit_bits, rows=rows))
     jobs[2:2] = [None]
@@ -327,9 +327,12 @@ def test_stale_first_done_is_not_taken():
     sim.run()
 
 
-def test_latency():
-    """The figure of the class's documentation: 8 lanes with 512 tokens each, one row, k a sixteenth."""
-    config = PAPER.with_lane_channels(1)
+@pytest.mark.parametrize(("config", "cycles"), [
+    (replace(PAPER.with_lane_channels(1), score_depth=4096), 2435),
+    (PAPER, 4564),
+], ids=["8 lanes", "2 lanes"])
+def test_latency(config, cycles):
+    """The figures of the class's documentation: 4,096 tokens in all lanes, one row, k a sixteenth."""
     bench = Bench(config, 15)
     rng = np.random.default_rng(15)
     tokens = 16 * config.group_tokens
@@ -339,4 +342,4 @@ def test_latency():
     ]
     bench.simulate(jobs)
     assert bench.sweeps == 5
-    assert bench.latencies == [2435]
+    assert bench.latencies == [cycles]
