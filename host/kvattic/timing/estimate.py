@@ -121,7 +121,8 @@ def estimate(config: Config, jobs: Iterable[Job] = (), operations: Sequence[Oper
                                                  and 0 <= o.page < config.pages_per_channel)), None):
         raise RequestError(f"an operation must be on channel 0 to {config.channels - 1} and a page below "
                            f"{config.pages_per_channel}, not {bad}")
-    if any(lane.places > config.ring_codewords for job in jobs for lane in job.lanes):   # of one channel, at least
+    lanes = [job.lanes[number :: config.lanes] for job in jobs for number in range(config.lanes)]
+    if any(sum(channel.places for channel in lane) > config.ring_codewords for lane in lanes):
         raise RequestError(f"a job must fit the score buffer, {config.ring_codewords} codewords of K on a channel")
     if in_all is not None and in_all != len(jobs) and (in_all < len(jobs) or len(jobs) < 8):
         raise RequestError(f"in_all must be at least the number of jobs, {len(jobs)}, of which 8 or more are needed to "

@@ -70,6 +70,9 @@ class Queues(Protocol):
 class Lane:
     """Asks for what the jobs read, in the walkers' order, and counts what comes.
 
+    Where several channels have a lane in common, each has its share of the score ring here.  The oldest job may take
+    more: it fits the ring, but not always evenly.
+
     Args:
         number: of the channel.
         times: the configuration in cycles.
@@ -115,7 +118,7 @@ class Lane:
                 work = job.lanes[lane]
                 at = self.walk_group[FIRST]
                 if at == 0 and not job.taken[lane]:
-                    if self.ring_used + work.places > t.ring:
+                    if self.ring_used + work.places > t.ring and self.give_back < walk[FIRST]:
                         break
                     self.ring_used += work.places
                     job.taken[lane] = True
@@ -169,7 +172,8 @@ class Lane:
             at = self.walk_group[kind]
             if at < len(groups):
                 group: Group = groups[at]
-                if kind == KEY and not job.sparse and self.ring_used + group.codewords > self.t.ring:
+                full = self.ring_used + group.codewords > self.t.ring and self.give_back < walk[KEY]
+                if kind == KEY and not job.sparse and full:
                     return None
                 return job, group
             walk[kind] += 1

@@ -281,7 +281,7 @@ def test_the_same_work_takes_the_same_time():
     (lambda: estimate(PAPER, [Job(1, Mode.DENSE, [])]), RequestError, "a lane for each of the 8 channels"),
     (lambda: estimate(PAPER, (), [Operation(8, 0)]), RequestError, "channel 0 to 7"),
     (lambda: estimate(PAPER, Layer(PAPER, 1, 64).attend(), in_all=9), RequestError, "in_all must be at least"),
-    (lambda: estimate(PAPER, Layer(PAPER, 1, 64 * 8 * 65).attend()), RequestError, "fit the score buffer"),
+    (lambda: estimate(PAPER, Layer(PAPER, 1, 64 * 8 * 129).attend()), RequestError, "fit the score buffer"),
 ])
 def test_bad_input_is_refused(call, error, message):
     with pytest.raises(error, match=message):

@@ -59,13 +59,13 @@ def test_a_group_shares_a_pass_and_a_large_one_takes_several():
 
 
 def test_dense_jobs_beyond_the_score_buffers_are_cut():
-    small = TimedDrive(replace(PAPER, score_depth=512))
+    small = TimedDrive(replace(PAPER, score_depth=2048))
     assert attend("dense", small, kv_heads=8, tokens=5000) > 1.8 * attend("dense", small, kv_heads=8, tokens=2500)
 
 
 def test_score_buffers_grow_with_the_context_and_not_otherwise():
-    assert TimedDrive.for_model(OPT_13B, tokens=32_768).config == PAPER
-    assert TimedDrive.for_model(OPT_13B, tokens=32_769).config.score_depth == 2 * PAPER.score_depth
+    assert TimedDrive.for_model(OPT_13B, tokens=65_536).config == PAPER
+    assert TimedDrive.for_model(OPT_13B, tokens=65_537).config.score_depth == 2 * PAPER.score_depth
 
 
 def test_writing_is_in_proportion_and_features_cost_half_as_much_again():
@@ -96,7 +96,7 @@ def test_what_a_head_takes():
     (lambda: attend("dense", kv_heads=0), RequestError, "kv_heads must be at least 1, not 0"),
     (lambda: attend("dense", tokens=0), RequestError, "tokens must be at least 1, not 0"),
     (lambda: attend("sparf", group=2), RequestError, "selects once for the 2 query heads .* has 1 rows"),
-    (lambda: attend("sparf", tokens=40_000), CapacityError, "at most 32,768 tokens"),
+    (lambda: attend("sparf", tokens=70_000), CapacityError, "at most 65,536 tokens"),
     (lambda: attend("sparf", TimedDrive(replace(TINY, sparse=False)), head_dim=32), RequestError,
      "needs a configuration with sparse modes"),
     (lambda: TimedDrive(unit_tokens=3), RequestError, "unit_tokens must be a power of two from 2 to 64, not 3"),
