@@ -155,11 +155,11 @@ def test_the_papers_geometry() -> None:
         64,
     )
     assert (PAPER.beats_per_codeword, PAPER.slot_bits_per_codeword, PAPER.ring_codewords) == (
-        64,
+        16,
         1,
-        2048,
+        16384,
     )
-    assert PAPER.max_tokens == 32768
+    assert PAPER.max_tokens == 65536
     assert PAPER.denominator_bits == 56
     # 512 data + 3 CRC + 13 parity.
     assert (PAPER.bch_m, PAPER.check_bytes, PAPER.raw_codeword_bytes) == (13, 16, 528)
