@@ -160,7 +160,7 @@ def test_the_papers_geometry() -> None:
         16384,
     )
     assert PAPER.max_tokens == 65536
-    assert PAPER.denominator_bits == 56
+    assert PAPER.denominator_bits == 57
     # 512 data + 3 CRC + 13 parity.
     assert (PAPER.bch_m, PAPER.check_bytes, PAPER.raw_codeword_bytes) == (13, 16, 528)
     assert (PAPER.raw_codeword_words, PAPER.raw_page_bytes) == (66, 16896)
