@@ -165,7 +165,7 @@ def test_the_papers_geometry() -> None:
     assert (PAPER.bch_m, PAPER.check_bytes, PAPER.raw_codeword_bytes) == (13, 16, 528)
     assert (PAPER.raw_codeword_words, PAPER.raw_page_bytes) == (66, 16896)
     assert PAPER.sparse
-    assert (PAPER.group_tokens, PAPER.group_pages, PAPER.group_codewords, PAPER.group_words) == (256, 4, 128, 64)
+    assert (PAPER.group_tokens, PAPER.group_pages, PAPER.group_codewords, PAPER.group_words) == (256, 4, 128, 16)
     assert PAPER.unit_bits_max == 5     # a page
     assert (TINY.group_tokens, TINY.group_pages, TINY.group_codewords, TINY.group_words) == (128, 8, 32, 32)
     assert TINY.unit_bits_max == 2
