@@ -210,8 +210,8 @@ class Attendance(wiring.Component):
 class RunningMaxima(wiring.Component):
     """Keeps the largest score of each row of each slot; SCORE_MASKED until a row's first one.
 
-    Reads and compares in one cycle, writes in the next; the same row comes back after two cycles at the earliest.
-    Row records come before a job's scores, so that reset need not forget.
+    Reads and compares in one cycle, writes in the next; the same row may come back in that one, and meets what is
+    written.  Row records come before a job's scores, so that reset need not forget.
 
     Parameters
     ----------
@@ -261,8 +261,11 @@ class RunningMaxima(wiring.Component):
         raised, raised_address, raised_score = Signal(), Signal(range(shapes.row_words)), Signal(shapes.score)
         m.d.comb += [
             old.addr.eq(here), update.addr.eq(raised_address), update.data.eq(raised_score), update.en.eq(raised)]
+        again = Signal()
+        m.d.comb += again.eq(raised & (raised_address == here))
+        none = none_yet.bit_select(here, 1) & ~again
         m.d.sync += [
-            raised.eq(self.score_valid & (none_yet.bit_select(here, 1) | (self.score > old.data))),
+            raised.eq(self.score_valid & (none | (self.score > Mux(again, raised_score, old.data)))),
             raised_address.eq(here),
             raised_score.eq(self.score),
         ]
