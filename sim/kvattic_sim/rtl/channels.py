@@ -153,7 +153,7 @@ def _correctors(config: Config, corrector_ports: Mapping[str, tuple[Value, objec
 def _verilog(config: Config, frames: int, channel_ports: Iterable[str],
              corrector_ports: Mapping[str, tuple[Value, object]]) -> str:
     shapes, channels = Shapes(config), config.channels
-    body, source = [], {"request": shapes.request.size, "codeword": shapes.beat.size}
+    body, source = [], {"request": shapes.request.size, "codeword": shapes.channel_word.size}
     for name, width in source.items():
         body += [f"wire [{channels * width - 1}:0] {name}_payload;", f"wire [{channels - 1}:0] {name}_valid;"]
     body.append(f"wire [{channels - 1}:0] request_ready;")
@@ -190,8 +190,8 @@ def _verilog(config: Config, frames: int, channel_ports: Iterable[str],
               "PAGE_AT": shapes.request["page"].offset, "PAGE_BITS": Shape.cast(shapes.request["page"].shape).width,
               "INDEX_AT": shapes.request["codeword"].offset,
               "INDEX_BITS": Shape.cast(shapes.request["codeword"].shape).width,
-              "DATA_AT": shapes.beat["data"].offset, "LAST_AT": shapes.beat["last"].offset,
-              "ERROR_AT": shapes.beat["error"].offset, "REQUEST_BITS": shapes.request.size,
+              "DATA_AT": shapes.channel_word["data"].offset, "LAST_AT": shapes.channel_word["last"].offset,
+              "ERROR_AT": shapes.channel_word["error"].offset, "REQUEST_BITS": shapes.request.size,
               "BEAT_BITS": shapes.channel_word.size, "WORD_BITS": config.word_bytes * 8, "CHANNELS": channels,
               "LIST": LIST}
     outputs = {"done": 1, "cycles": 64, "sum": 64, "codewords": 32, "errors": 32, "steady_cycles": 64,
