@@ -293,17 +293,15 @@ class LaneTopK(wiring.Component):
             aligned_number.eq(Array(i // DIGIT_BITS for i in range(RANK_BITS + 1))[sweep.bits]),
             aligned_shift.eq(Array(DIGIT_BITS - i % DIGIT_BITS for i in range(RANK_BITS + 1))[sweep.bits]),
         ]
+        above = [(self._ranks_2[i] & mask) >= sweep.prefix for i in range(self._wide)]
         for i in range(self._wide):
             rank = self._ranks_2[i]
-            above = (rank & mask) >= sweep.prefix
-            if i == 0:
-                first_above = above
             # The digit comes out of the two aligned ones in which it stands.
             padded = Cat(Const(0, 3 * DIGIT_BITS - RANK_BITS % DIGIT_BITS), rank)
             aligned = [padded[len(padded) - (n + 2) * DIGIT_BITS : len(padded) - n * DIGIT_BITS]
                        for n in range(RANK_BITS // DIGIT_BITS + 1)]
             m.d.sync += [
-                selected[i].eq(above if i == 0 else Mux(self._by_token, above, first_above)),
+                selected[i].eq(Mux(self._by_token, above[i], above[0])),
                 matches[i].eq(self._there_2[i] & (((rank ^ sweep.prefix) & mask) == 0)),
                 digits[i].eq(Array(aligned)[aligned_number] >> aligned_shift),
             ]
