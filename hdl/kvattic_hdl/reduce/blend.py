@@ -143,8 +143,8 @@ class Blend(wiring.Component):
         zeros, normal = shift_up(m, sum_magnitude, "sum")
         zeros = later(zeros, "zeros")
 
-        # 16: the exponent, and whether to round up, to even; 17: round.  A carry out of the fraction makes it zero and raises the exponent, as it should; only
-        # then is it seen whether the number is below the normal ones.
+        # 16: the exponent, and whether to round up, to even; 17: round.  A carry out of the fraction makes it zero and
+        # raises the exponent, as it should; only then is it seen whether the number is below the normal ones.
         width = max(bits_for(255), len(zeros)) + 2
         biased = Signal(signed(width), reset_less=True)
         m.d.sync += biased.eq(exponent - zeros)

@@ -234,8 +234,6 @@ class LaneTopK(wiring.Component):
         sweep, tokens = self._sweep, self.config.tokens_per_codeword
         m.d.comb += [
             self.slot.eq(sweep.slot),
-            self._by_token.eq(self.mode == Mode.SPARF),
-            self._centroid.eq(self.mode == Mode.CENTROID),
             self._marking.eq(sweep.op == Sweep.MARK),
             self._massing.eq(sweep.op == Sweep.MASS),
             walk.by_unit.eq((sweep.op == Sweep.DIGIT) | (self._centroid & ~self._marking)),
@@ -251,6 +249,8 @@ class LaneTopK(wiring.Component):
         step_tokens = Signal(len(walk.step_tokens))
         in_unit = walk.by_unit & ~self._by_token
         m.d.sync += [
+            self._by_token.eq(self.mode == Mode.SPARF),
+            self._centroid.eq(self.mode == Mode.CENTROID),
             unit_mask.eq(Mux(self._by_token, 0, (tokens << self.unit_bits) - 1)),
             step_tokens.eq(Mux(in_unit, unit_mask + 1, Mux(self._centroid, tokens, self._wide))),
         ]
@@ -440,7 +440,7 @@ class LaneTopK(wiring.Component):
     def _sum_rows(self, m: Module) -> None:
         """Each row's sum: read and add in one cycle, write in the next."""
         shapes = self.shapes
-        before, now = self._scores[-2:]   # cycles 12 and 13, or 13 and 14
+        earlier, before, now = self._scores[-3:]   # cycles 11 to 13, or 12 to 14
         m.submodules.sums = sums = Memory(
             shape=shapes.denominator, depth=1 << shapes.row.width, init=[], attrs={"ram_style": "distributed"})
         old, seen = sums.read_port(domain="comb"), sums.read_port(domain="comb")
@@ -448,8 +448,8 @@ class LaneTopK(wiring.Component):
         untouched = Signal(1 << shapes.row.width)   # rows whose sum is zero, whatever the memory says
         total = Signal(shapes.denominator)
         row = Signal(shapes.row)
-        # The same row comes in the next cycle if there is but one.
-        again = self._now_valid & (now.row == before.row)
+        # Of `before`: the same row comes in the next cycle if there is but one; none came yet.
+        again, first = Signal(), Signal()
         m.d.comb += [
             old.addr.eq(before.row),
             write.addr.eq(now.row),
@@ -458,7 +458,9 @@ class LaneTopK(wiring.Component):
             seen.addr.eq(row),
         ]
         m.d.sync += [
-            total.eq(Mux(again, total, Mux(untouched.bit_select(before.row, 1), 0, old.data)) + self._p_sum),
+            again.eq(self._before_valid & (before.row == earlier.row)),
+            first.eq(untouched.bit_select(earlier.row, 1) & ~(self._now_valid & (now.row == earlier.row))),
+            total.eq(Mux(again, total, Mux(first, 0, old.data)) + self._p_sum),
             row.eq(self.sum_row),
             self.sum.eq(Mux(untouched.bit_select(row, 1), 0, seen.data)),
         ]

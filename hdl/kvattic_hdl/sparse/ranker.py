@@ -258,6 +258,7 @@ class Ranker(wiring.Component):
         used, bin_number, looking, members = self._count(m, digit)
         self._choose(m)
         row_scale = self._scale(m)
+        looked, seen, seen_number = Signal(), Signal.like(members), Signal.like(bin_number)
 
         with m.FSM(name="state"):
             with m.State("pass"):
@@ -288,15 +289,18 @@ class Ranker(wiring.Component):
                     self._decide(m, 0)
                     with m.If(self._level == 0):
                         m.next = "ready"
-            with m.State("bins"):
+            with m.State("bins"):   # one is looked at while the one before is judged
                 m.d.comb += looking.eq(1)
-                with m.If(members < self._needed):
-                    m.d.sync += [self._needed.eq(self._needed - members), bin_number.eq(bin_number - 1)]
-                with m.Else():
-                    self._decide(m, bin_number)
-                    m.next = "level"
-                    with m.If((members == self._needed) | (self._level == 0)):
-                        m.next = "ready"
+                m.d.sync += [looked.eq(1), bin_number.eq(bin_number - 1), seen.eq(members), seen_number.eq(bin_number)]
+                with m.If(looked):
+                    with m.If(seen < self._needed):
+                        m.d.sync += self._needed.eq(self._needed - seen)
+                    with m.Else():
+                        m.d.sync += looked.eq(0)
+                        self._decide(m, seen_number)
+                        m.next = "level"
+                        with m.If((seen == self._needed) | (self._level == 0)):
+                            m.next = "ready"
             with m.State("ready"):
                 m.d.sync += [self._op.eq(_Op.SUM), address.eq(0), self._row.eq(0)]
                 with m.If(self.go):
