@@ -196,8 +196,8 @@ class Arrivals(wiring.Component):
     open : In(1)
         Its V codewords are welcome.
     failed : In(1)
-    asked : In
-        Its codewords that were requested so far (K): a place below it may have come.
+    begun : In(1), asked : In
+        Its K walk has begun; its codewords that were requested so far: a place below it may have come.
     read : In(1)
         It is a READ.
     first_asked : In
@@ -267,6 +267,7 @@ class Arrivals(wiring.Component):
             "active": In(1),
             "open": In(1),
             "failed": In(1),
+            "begun": In(1),
             "asked": In(shapes.place.width + 1),
             "read": In(1),
             "first_asked": In(shapes.place.width + 1),
@@ -375,12 +376,13 @@ class Arrivals(wiring.Component):
         page, codeword = self._parts(tag)
         page_of_stripe = Signal(shapes.list_bits)
         within = Value.cast(Cat(codeword, page_of_stripe))   # number of the first K codeword in the stripe
-        asked = (tag.place < self.asked) & ~tag.kind[1]
+        asked = (tag.place < self.asked) & self.begun & ~tag.kind[1]
         if config.sparse:
             of_unit = self._unit(tag)[: len(self.feature)]
             centroid = (tag.kind == Kind.SKETCH) & self.centroid
             within = Mux(tag.kind == Kind.FEATURE, 0, Mux(centroid, of_unit, within))
-            asked = Mux(tag.kind[1], self.sparse & (tag.place < self.first_asked), tag.place < self.asked)
+            asked = Mux(tag.kind[1], self.sparse & (tag.place < self.first_asked),
+                        (tag.place < self.asked) & self.begun)
         m.d.comb += [
             self.slot.eq(tag.slot),
             self.stripe_address.eq(Cat((page >> self.stripe_bits)[: shapes.list_bits], tag.slot)),

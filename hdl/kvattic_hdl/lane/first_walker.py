@@ -56,7 +56,7 @@ class FirstWalker(wiring.Component):
     fits : In(1)
         The ring has room for all stripes of the job of `slot` in the cycle before.
     failed : In(1)
-        The job of `slot` is being abandoned.
+        The job of `slot` is being abandoned; of the `slot` of the cycle before.
     stripe_address : Out
         Cat(number in the list, slot) of a stripe.
     stripe : In(`first_stripe_shape`)

@@ -95,10 +95,8 @@ class Spacing(wiring.Component):
 
     Members
     -------
-    there : In(1)
-        A beat is there.
     scores : In(1)
-        It completes a token that is to be scored.
+        The next beat completes a token that is to be scored.
     group_begin : In(1)
         It is the first of a codeword of the feature pass.
     group_beat : In(1), word : In
@@ -114,7 +112,6 @@ class Spacing(wiring.Component):
     def __init__(self, config: Config) -> None:
         self.config = config
         super().__init__({
-            "there": In(1),
             "scores": In(1),
             "group_begin": In(1),
             "group_beat": In(1),
@@ -140,7 +137,7 @@ class Spacing(wiring.Component):
                 m.d.sync += rest.eq(rest - 1)
             if config.sparse:
                 beat_turn = Signal()
-                m.d.comb += self.harvest_ready.eq((rest == 0) & ~(self.there & self.scores & beat_turn))
+                m.d.comb += self.harvest_ready.eq((rest == 0) & ~(self.scores & beat_turn))
                 with m.If(harvest):
                     m.d.sync += beat_turn.eq(1)
                 with m.Elif(self.issue & self.scores):
@@ -234,7 +231,6 @@ class Issue(wiring.Component):
             waits_weight.eq(~header.into_score & first & ~gathered.full),
             gathered.use.eq(issue & ~header.into_score & first),
             self.current_weights.eq(gathered.current),
-            spacing.there.eq(there),
             spacing.scores.eq(header.into_score & last),
             spacing.group_begin.eq(feature & (self.word_index == 0)),
             spacing.group_beat.eq(feature),

@@ -4,7 +4,6 @@ from itertools import pairwise
 
 from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, Value, signed
 from amaranth.lib import data, wiring
-from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
@@ -21,6 +20,7 @@ from kvattic.spec.formats import (
 )
 from kvattic_hdl.lib.exponential import Exponential, in_window
 from kvattic_hdl.lib.shapes import LENGTH_FORCED, MODE_BITS, RANK_BITS, TOKEN_BITS, Shapes, Sweep
+from kvattic_hdl.lib.stream_buffer import Queue
 from kvattic_hdl.sparse.groups import GroupWalk, position_bits
 
 DEPTH = 16
@@ -368,17 +368,19 @@ class LaneTopK(wiring.Component):
         """Steps of whose tokens p is wanted, one row after the other; the room that is left for more."""
         shapes = self.shapes
         enter, pop = Signal(), Signal()
-        m.submodules.fifo = fifo = SyncFIFOBuffered(width=step.shape().size + self._wide, depth=DEPTH)
+        waiting = data.StructLayout({"step": step.shape(), "counts": self._wide})
+        m.submodules.fifo = fifo = Queue(waiting, DEPTH)
         room = Signal(range(DEPTH + 1), init=DEPTH)
-        token = data.View(step.shape(), fifo.r_data[: step.shape().size])
+        token = fifo.o.payload.step
         row, last_row = Signal(shapes.row), Signal(shapes.row)
         at_last = Signal()
         m.d.comb += [
             walk.room.eq(room != 0),
-            fifo.w_en.eq(push),
-            fifo.w_data.eq(Cat(step, counts)),
-            fifo.r_en.eq(pop),
-            self.score_ask.eq(fifo.r_rdy),
+            fifo.i.valid.eq(push),
+            fifo.i.payload.step.eq(step),
+            fifo.i.payload.counts.eq(counts),
+            fifo.o.ready.eq(pop),
+            self.score_ask.eq(fifo.o.valid),
             enter.eq(self.score_ask & self.score_grant),
             at_last.eq(row == last_row),
             pop.eq(enter & at_last),
@@ -397,7 +399,7 @@ class LaneTopK(wiring.Component):
             self._scores[0].first.eq(token.first & (row == 0)),
             self._scores[0].last.eq(token.last & at_last),
             self._scores[0].forced.eq(token.forced),
-            self._scores[0].counts.eq(fifo.r_data[step.shape().size :]),
+            self._scores[0].counts.eq(fifo.o.payload.counts),
         ]
         return room
 
