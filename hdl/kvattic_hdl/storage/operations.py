@@ -3,13 +3,14 @@
 from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.fifo import SyncFIFO
-from amaranth.lib.wiring import In, Out
+from amaranth.lib.wiring import In, Out, connect, flipped
 from amaranth.utils import bits_for
 
 from kvattic.spec.commands import STATUS_BITS, Opcode, Status
 from kvattic.spec.config import Config
 from kvattic.spec.registers import MAX_ENTRIES, QUEUES
 from kvattic_hdl.lib.shapes import QUEUE_BITS, Shapes, operation_code
+from kvattic_hdl.lib.stream_buffer import StreamBuffer
 from kvattic_hdl.storage.page_reader import fetch_layout
 
 OUTSTANDING_BITS = bits_for(QUEUES * MAX_ENTRIES)
@@ -109,7 +110,10 @@ class Operations(wiring.Component):
         with m.Else():
             m.d.sync += poisoned.eq(poisoned | self.failed)
         at = Signal(shapes.channel)
-        held, valid = Signal(shapes.ended), Signal()
+        # What waits for the finisher: which of several it takes is decided late, and no channel should wait for that.
+        m.submodules.ended = ended_buffer = StreamBuffer(shapes.ended)
+        connect(m, ended_buffer.o, flipped(self.outcomes))
+        held = ended_buffer.i.payload
         found = Signal(shapes.outcome)
         there, take = Signal(), Signal()
         status = Signal(STATUS_BITS)
@@ -117,22 +121,16 @@ class Operations(wiring.Component):
         m.d.comb += [
             found.eq(Array(s.payload.as_value() for s in self.channel_outcomes)[at]),
             there.eq(Array(s.valid for s in self.channel_outcomes)[at]),
-            take.eq(there & (~valid | self.outcomes.ready)),
+            take.eq(there & ended_buffer.i.ready),
             status.eq(Mux((found.status == Status.OK) & poisoned.bit_select(at, 1), Status.BUS_ERROR, found.status)),
-            self.outcomes.valid.eq(valid),
-            self.outcomes.payload.eq(held),
+            ended_buffer.i.valid.eq(take),
+            held.queue.eq(identity[:QUEUE_BITS]),
+            held.identifier.eq(identity[16:]),
+            held.status.eq(status),
+            held.where.eq(Mux(status == Status.OK, 0, Cat(found.page, at, Const(0, 8 - len(at))))),
         ]
         for c in channels:
             m.d.comb += self.channel_outcomes[c].ready.eq(take & (at == c))
-        with m.If(take):
-            m.d.sync += [
-                held.queue.eq(identity[:QUEUE_BITS]),
-                held.identifier.eq(identity[16:]),
-                held.status.eq(status),
-                held.where.eq(Mux(status == Status.OK, 0, Cat(found.page, at, Const(0, 8 - len(at))))),
-            ]
-        with m.If(take | self.outcomes.ready):
-            m.d.sync += valid.eq(take)
         with m.If(~there | take):
             m.d.sync += at.eq(Mux(at == config.channels - 1, 0, at + 1))
 
