@@ -231,7 +231,9 @@ class Queues(wiring.Component):
         bell_mask = _mask(_at(m, entries_bits, queue))
         ringing, counting, legal, late = (Signal(name=name) for name in ("ringing", "counting", "legal", "late"))
         rung = Signal(DOORBELL)
-        asked, there = Signal(ENTRY_BITS), Signal(ENTRY_BITS)
+        # Distances in the ring, once they are masked.
+        asked_raw, there_raw, mask = Signal(ENTRY_BITS), Signal(ENTRY_BITS), Signal(ENTRY_BITS)
+        asked, there = asked_raw & mask, there_raw & mask
         m.d.sync += [
             ringing.eq(bell.valid),
             counting.eq(~bell.valid),
@@ -243,8 +245,9 @@ class Queues(wiring.Component):
                 & ~bell.value[ENTRY_BITS:].any()
             ),
             late.eq(self._gone.bit_select(queue, 1)),  # it was the old ring's, and must not get into the new one
-            asked.eq((bell.value[:ENTRY_BITS] - start) & bell_mask),
-            there.eq((end - start) & bell_mask),
+            asked_raw.eq(bell.value[:ENTRY_BITS] - start),
+            there_raw.eq(end - start),
+            mask.eq(bell_mask),
         ]
         good = Signal()
         m.d.comb += good.eq(legal & (Mux(rung.completion, there, asked) >= Mux(rung.completion, asked, there)))
@@ -285,8 +288,9 @@ class Queues(wiring.Component):
         line, next_head = Signal(LINE_ADDRESS_BITS), Signal(ENTRY_BITS)
         above = Signal(QUEUES)  # the queues behind the one whose turn was last
         offer, offered = Signal(QUEUES), Signal(QUEUES)
-        wanted = Signal(QUEUES)
-        m.d.comb += wanted.eq(self._fetchable & ~self.hold)
+        wanted, held = Signal(QUEUES), Signal(QUEUES)
+        m.d.sync += held.eq(self.hold)     # in time: a line is offered four cycles after the last one was taken
+        m.d.comb += wanted.eq(self._fetchable & ~held)
         chosen = fetch.payload.queue
         mask, next_ahead = _mask(_at(m, entries_bits, chosen)), Signal(ENTRY_BITS)
         m.d.comb += next_ahead.eq((next_head + 1) & mask)
@@ -328,10 +332,11 @@ class Queues(wiring.Component):
         place, phase, written = self._place, self._phase, self._written
         post_base, post_place = Signal(LINE_ADDRESS_BITS), Signal(ENTRY_BITS)
         post_phase, post_head = Signal(), Signal(ENTRY_BITS)
-        post_mask = _mask(_at(m, entries_bits, self.post_queue))
+        post_mask = Signal(ENTRY_BITS)
         next_place = Signal(ENTRY_BITS)
         m.d.comb += next_place.eq((post_place + 1) & post_mask)
         m.d.sync += [
+            post_mask.eq(_mask(_at(m, entries_bits, self.post_queue))),
             post_base.eq(_at(m, completion, self.post_queue)),
             post_place.eq(place[self.post_queue]),
             post_phase.eq(phase[self.post_queue]),
