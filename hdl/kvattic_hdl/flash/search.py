@@ -94,22 +94,30 @@ class Search(wiring.Component):
             level.eq(level + waiting.i.valid - (waiting.o.valid & waiting.o.ready)),
             stalled.eq(level >= WAITING - 2)]     # one more may come before that is known
 
-        # First stage: the locator's values at the bits. Second: which are zero?
+        # First stage: the locator's values at the bits, as sums over two halves of its terms. Second: which are zero?
         known, right = Signal(), Signal()                    # the place is known, and the check value agrees
         armed = Signal()                                     # its bit has not been reached
         ahead = Signal(range(max(2, groups)))                # groups before it
         offset = Signal(range(max(2, positions)))
         bit_bits, word_bits = exact_log2(positions), exact_log2(bits)
-        columns = [sum(field.power(k * position + bit) << position * field.m for position in range(positions))
-                   for k in range(len(terms)) for bit in range(field.m)]
-        values, values_valid = Signal(positions * field.m, reset_less=True), Signal()
+
+        def columns(numbers: range) -> list[int]:
+            return [sum(field.power(k * position + bit) << position * field.m for position in range(positions))
+                    for k in numbers for bit in range(field.m)]
+
+        middle = len(terms) // 2
+        halves = [Signal(positions * field.m, name=f"half_{i}", reset_less=True) for i in range(2)]
+        values_valid = Signal()
+        # Sums stand outside of all conditions, which would become part of them.
+        sums = [product(m, f"value_{i}", Cat(terms[k] for k in numbers), columns(numbers), positions * field.m)
+                for i, numbers in enumerate((range(middle), range(middle, len(terms))))]
+        following = [times_power(m, f"next_{k}", field, term, k * positions) for k, term in enumerate(terms) if k]
         with m.If(moving):
-            m.d.sync += [
-                values.eq(product(m, "value", Cat(terms), columns, positions * field.m)), values_valid.eq(1),
-                hits_valid.eq(values_valid)]
-            m.d.sync += [term.eq(times_power(m, f"next_{k}", field, term, k * positions))
-                         for k, term in enumerate(terms) if k]
-            zeros = ((values.word_select(k, field.m) == 0) & ~known for k in range(positions))
+            m.d.sync += [half.eq(value) for half, value in zip(halves, sums, strict=True)]
+            m.d.sync += [values_valid.eq(1), hits_valid.eq(values_valid)]
+            m.d.sync += [term.eq(value) for term, value in zip(terms[1:], following, strict=True)]
+            zeros = ((halves[0].word_select(k, field.m) == halves[1].word_select(k, field.m)) & ~known
+                     for k in range(positions))
             reached = ((offset == k) & armed & (ahead == 0) for k in range(positions))
             m.d.sync += hits.eq(Cat(zeros) | Cat(reached))
             with m.If(values_valid):
@@ -160,6 +168,7 @@ class Search(wiring.Component):
             waiting.i.payload.index.eq(seen.index),
             waiting.i.payload.mask.eq(Cat(mask[positions:], seen.bits)),
         ]
+        next_check = divided(m, "check", code_.crc, check, seen.message)
         with m.If(moving & seen_valid & ~exhausted):
             m.d.sync += [
                 mask.eq(Cat(mask[positions:], seen.bits)),
@@ -168,7 +177,7 @@ class Search(wiring.Component):
                 exhausted.eq(seen.last_word),
             ]
             with m.If(seen.in_message):
-                m.d.sync += check.eq(divided(m, "check", code_.crc, check, seen.message))
+                m.d.sync += check.eq(next_check)
             m.d.comb += waiting.i.valid.eq(seen.last_group & seen.in_data & hit)
         m.d.comb += self.result.errors.eq(found)
         with m.If(self.load):

@@ -303,9 +303,11 @@ class Loader(wiring.Component):
         # Not reset: see the docstring.
         epoch = Signal(EPOCH_BITS, reset_less=True)
         free = Signal(range(jobs_in_flight + 1), init=jobs_in_flight)
-        with m.If(used & ~self.freed):
+        freed = Signal()
+        m.d.sync += freed.eq(self.freed)
+        with m.If(used & ~freed):
             m.d.sync += free.eq(free - 1)
-        with m.Elif(~used & self.freed):
+        with m.Elif(~used & freed):
             m.d.sync += free.eq(free + 1)
         with m.If(used):
             m.d.sync += slot.eq(Mux(slot == jobs_in_flight - 1, 0, slot + 1))

@@ -132,7 +132,7 @@ class Copier(wiring.Component):
 
     def _send(self, m: Module, beats: SyncFIFO, busy: Signal, head: Signal, token: Signal, value: Signal,
               slot: Signal, ended: Signal) -> None:
-        """Lines of the codeword; its address is known in the cycle after `head`, when `token` is the next one."""
+        """Lines of the codeword; in the cycle after `head` `token` is the next one, and then the address is known."""
         config, lines_each = self.config, self.token_lines
         m.submodules.jobs = jobs = Memory(
             shape=LINE_ADDRESS_BITS + TOKEN_BITS, depth=config.jobs_in_flight, init=[],
@@ -149,6 +149,7 @@ class Copier(wiring.Component):
         word = Signal(range(LINE_WORDS))
         line, index = Signal(range(lines_each)), Signal(range(config.tokens_per_codeword))
         address = Signal(LINE_ADDRESS_BITS)
+        lines_before, second = Signal(LINE_ADDRESS_BITS), Signal()   # those of earlier tokens; the cycle after `head`
         line_beats, beat_words = LINE_BYTES // config.beat_bytes, config.beat_bytes // WORD_BYTES
         last_words = (config.token_bytes // WORD_BYTES - 1) % LINE_WORDS + 1    # of a token's last line
         part = word[: ceil_log2(beat_words)]    # word of the beat
@@ -166,7 +167,7 @@ class Copier(wiring.Component):
         m.d.comb += [
             last_line.eq(line == lines_each - 1),
             padding.eq(last_line & (word >= last_words)),
-            going.eq(busy & ((word != 0) | (beats.level >= need))),
+            going.eq(busy & ~second & ((word != 0) | (beats.level >= need))),
             step.eq(going & (words.i.ready | drop)),
             words.i.valid.eq(going & ~drop),
             words.i.payload.last.eq(word == LINE_WORDS - 1),
@@ -184,10 +185,11 @@ class Copier(wiring.Component):
         with m.If(~self.o.valid | (self.o.ready & self.o.payload.last)):
             m.d.sync += shown.eq(address)
         m.d.sync += drop_next.eq(token >= tokens)
+        m.d.sync += [lines_before.eq(times(token, 2 * lines_each)), second.eq(head)]
         with m.If(head):
-            m.d.sync += [
-                address.eq(result + times(token, 2 * lines_each)[:LINE_ADDRESS_BITS] + Mux(value, lines_each, 0)),
-                drop.eq(token >= tokens), token.eq(token + 1)]
+            m.d.sync += [drop.eq(token >= tokens), token.eq(token + 1)]
+        with m.If(second):
+            m.d.sync += address.eq(result + lines_before + Mux(value, lines_each, 0))
         with m.If(step):
             m.d.sync += word.eq(word + 1)
             with m.If(word == LINE_WORDS - 1):

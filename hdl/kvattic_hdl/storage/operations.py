@@ -2,7 +2,7 @@
 
 from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal
 from amaranth.lib import stream, wiring
-from amaranth.lib.fifo import SyncFIFO
+from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.wiring import In, Out, connect, flipped
 from amaranth.utils import bits_for
 
@@ -10,7 +10,7 @@ from kvattic.spec.commands import STATUS_BITS, Opcode, Status
 from kvattic.spec.config import Config
 from kvattic.spec.registers import MAX_ENTRIES, QUEUES
 from kvattic_hdl.lib.shapes import QUEUE_BITS, Shapes, operation_code
-from kvattic_hdl.lib.stream_buffer import StreamBuffer
+from kvattic_hdl.lib.stream_buffer import StreamRegister
 from kvattic_hdl.storage.page_reader import fetch_layout
 
 OUTSTANDING_BITS = bits_for(QUEUES * MAX_ENTRIES)
@@ -21,8 +21,8 @@ class Operations(wiring.Component):
     """Distributes operations to their channels in the order of the commands, and their outcomes to one stream.
 
     An operation waits where its channel takes no more, and those behind it with it.  Outcomes come in any order.
-    Latency two cycles each way; one operation and one outcome a cycle.  Not to be reset while operations are under
-    way: wait for `quiet`.
+    Latency two cycles each way; one operation a cycle, and an outcome every other one.  Not to be reset while
+    operations are under way: wait for `quiet`.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ class Operations(wiring.Component):
         channels = range(config.channels)
 
         # Commands: a PROGRAM goes on when its operation and its fetch are both taken.
-        m.submodules.queue = queue = SyncFIFO(width=shapes.flash_command.size, depth=4)
+        m.submodules.queue = queue = SyncFIFOBuffered(width=shapes.flash_command.size, depth=4)
         command = Signal(shapes.flash_command)
         m.d.comb += [
             queue.w_data.eq(self.commands.payload),
@@ -111,7 +111,8 @@ class Operations(wiring.Component):
             m.d.sync += poisoned.eq(poisoned | self.failed)
         at = Signal(shapes.channel)
         # What waits for the finisher: which of several it takes is decided late, and no channel should wait for that.
-        m.submodules.ended = ended_buffer = StreamBuffer(shapes.ended)
+        # One of two cycles is enough: the finisher takes more than that for each.
+        m.submodules.ended = ended_buffer = StreamRegister(shapes.ended)
         connect(m, ended_buffer.o, flipped(self.outcomes))
         held = ended_buffer.i.payload
         found = Signal(shapes.outcome)
@@ -135,8 +136,10 @@ class Operations(wiring.Component):
             m.d.sync += at.eq(Mux(at == config.channels - 1, 0, at + 1))
 
         under_way = Signal(OUTSTANDING_BITS)
-        accepted = self.commands.valid & self.commands.ready
-        ended = self.outcomes.valid & self.outcomes.ready
-        m.d.sync += under_way.eq(under_way + accepted - ended)
-        m.d.comb += self.quiet.eq(under_way == 0)
+        accepted, ended = Signal(), Signal()     # a cycle ago
+        m.d.sync += [
+            accepted.eq(self.commands.valid & self.commands.ready),
+            ended.eq(self.outcomes.valid & self.outcomes.ready),
+            under_way.eq(under_way + accepted - ended)]
+        m.d.comb += self.quiet.eq((under_way == 0) & ~accepted)
         return m
