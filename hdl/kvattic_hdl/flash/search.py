@@ -184,22 +184,26 @@ class Search(wiring.Component):
             m.d.sync += terms[0].eq(self.coefficient)
             m.d.sync += [high.eq(low) for low, high in pairwise(terms)]
 
+        def begin() -> None:
+            m.d.comb += self.free.eq(1)
+            m.d.sync += [signal.eq(0) for signal in (
+                found, values_valid, hits_valid, seen_valid, group, word_hit, exhausted)]
+            m.d.sync += [
+                self.owner.eq(self.new_owner), length.eq(Mux(self.known, 1, self.length)), check.eq(self.unread),
+                known.eq(self.known), armed.eq(self.known), right.eq(self.right),
+                index.eq(Mux(self.known, self.place >> word_bits, 0)),
+                offset.eq(self.place[:bit_bits]), ahead.eq(self.place[bit_bits:word_bits]),
+                self.result.good.eq(0)]
+            m.next = "FREE"
+            with m.If(self.begin):
+                m.d.sync += searching.eq(~self.hopeless)
+                m.next = "SEARCH"
+                with m.If(self.hopeless):
+                    m.next = "DONE"
+
         with m.FSM():
             with m.State("FREE"):
-                m.d.comb += self.free.eq(1)
-                m.d.sync += [signal.eq(0) for signal in (
-                    found, values_valid, hits_valid, seen_valid, group, word_hit, exhausted)]
-                m.d.sync += [
-                    self.owner.eq(self.new_owner), length.eq(Mux(self.known, 1, self.length)), check.eq(self.unread),
-                    known.eq(self.known), armed.eq(self.known), right.eq(self.right),
-                    index.eq(Mux(self.known, self.place >> word_bits, 0)),
-                    offset.eq(self.place[:bit_bits]), ahead.eq(self.place[bit_bits:word_bits]),
-                    self.result.good.eq(0)]
-                with m.If(self.begin):
-                    m.d.sync += searching.eq(~self.hopeless)
-                    m.next = "SEARCH"
-                    with m.If(self.hopeless):
-                        m.next = "DONE"
+                begin()
             with m.State("SEARCH"):
                 with m.If(found_all):
                     m.d.sync += self.result.good.eq(Mux(known, right, check == 0))
@@ -208,5 +212,5 @@ class Search(wiring.Component):
                     m.next = "DONE"
             with m.State("DONE"):
                 m.d.comb += self.ended.eq(1)
-                m.next = "FREE"
+                begin()
         return m
