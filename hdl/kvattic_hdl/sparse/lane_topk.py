@@ -63,10 +63,10 @@ class LaneTopK(wiring.Component):
     ===== ================================ ==============================================================
     sweep cycles, one token a step         512 tokens in two stripes, one row
     ===== ================================ ==============================================================
-    SUM   24 + a cycle for each score      536
-    MASS  27 + a cycle for each score      539
+    SUM   23 + a cycle for each score      535
+    MASS  26 + a cycle for each score      538
     DIGIT 11 + a cycle for each unit       523 (SPARF); 14 + a cycle for each unit kept
-    MARK  10 to 24 + a cycle for a token   522 to 536; in CENTROID 10 + a cycle for a codeword (266)
+    MARK  10 to 23 + a cycle for a token   522 to 535; in CENTROID 10 + a cycle for a codeword (266)
     ===== ================================ ==============================================================
 
     A step takes `Config.sweep_tokens` tokens at once, whose scores lie side by side, or as many units of one token: it
