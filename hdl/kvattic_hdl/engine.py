@@ -330,8 +330,10 @@ class Engine(wiring.Component):
         control, loader, maximum, finisher, watchdog, selection = (
             parts.control, parts.loader, parts.maximum, parts.finisher, parts.watchdog, parts.selection)
         live, epochs = Signal(self.config.jobs_in_flight), Signal.like(self.epoch)
-        with m.If(finisher.freed):
-            m.d.sync += live.bit_select(finisher.freed_slot, 1).eq(0)
+        freed, freed_slot = Signal(), Signal(self.shapes.slot)
+        m.d.sync += [freed.eq(finisher.freed & ~control.reset), freed_slot.eq(finisher.freed_slot)]
+        with m.If(freed):
+            m.d.sync += live.bit_select(freed_slot, 1).eq(0)
         with m.If(loader.start_valid):
             m.d.sync += live.bit_select(loader.start.slot, 1).eq(1)
             m.d.sync += epochs.as_value().word_select(loader.start.slot, EPOCH_BITS).eq(loader.start.epoch)
@@ -340,9 +342,11 @@ class Engine(wiring.Component):
         m.d.comb += [
             self.value_open.eq(~live | maximum.value_open | watchdog.failed),
             self.epoch.eq(epochs),
-            loader.freed.eq(finisher.freed),
-            maximum.freed.eq(finisher.freed),
-            maximum.freed_slot.eq(finisher.freed_slot),
+            loader.freed.eq(freed),
+            maximum.freed.eq(freed),
+            maximum.freed_slot.eq(freed_slot),
+            watchdog.freed.eq(freed),
+            watchdog.freed_slot.eq(freed_slot),
             maximum.final_slot.eq(finisher.final_slot),
             maximum.final_row.eq(finisher.final_row),
             finisher.final.eq(maximum.final),
@@ -480,8 +484,6 @@ class Engine(wiring.Component):
             watchdog.finisher_waiting.eq(finisher.waiting),
             watchdog.finisher_slot.eq(finisher.waiting_slot),
             watchdog.handed.eq(maximum.jobs_o.valid & maximum.jobs_o.ready),
-            watchdog.freed.eq(finisher.freed),
-            watchdog.freed_slot.eq(finisher.freed_slot),
         ]
 
     def _connect_stamps(self, m: Module, parts: _Parts) -> None:

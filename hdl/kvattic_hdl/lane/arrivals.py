@@ -255,7 +255,7 @@ class Arrivals(wiring.Component):
         arriving = {"valid": 1, "first": 1, "error": 1, "data": config.beat_bytes * 8, "tag": shapes.tag}
         known = {"current": 1, "asked": 1, "due": 1, "open": 1, "ring": shapes.ring, "read": 1}
         if config.sparse:
-            known |= {"sparse": 1, "any_token": 1, "all_came": 1, "centroids": 1, "beyond": 1,
+            known |= {"sparse": 1, "first_asked": 1, "any_token": 1, "all_came": 1, "centroids": 1, "beyond": 1,
                       "header_ring": shapes.ring, "number": number, "group": group, "unit_bits": unit_bits}
         self.arriving = data.StructLayout(arriving)   # a beat, in each stage; first: of its codeword
         self.known = data.StructLayout(known)         # what its tag means, from stage 2 on
@@ -312,8 +312,8 @@ class Arrivals(wiring.Component):
             stage_2.eq(stage_1),
             stage_3.eq(stage_2),
             known_3.eq(known_2),
-            known_3.asked.eq(known_2.asked & self._welcome(stage_2.tag, known_2)),
-            known_3.due.eq(known_2.current & known_2.asked & self._welcome(stage_2.tag, known_2)),
+            known_3.asked.eq(self._welcome(stage_2.tag, known_2)),
+            known_3.due.eq(known_2.current & self._welcome(stage_2.tag, known_2)),
             token_3.eq(self.stripe_token + token_2),
         ]
         self._take(m, stage_1, dropped)
@@ -376,13 +376,11 @@ class Arrivals(wiring.Component):
         page, codeword = self._parts(tag)
         page_of_stripe = Signal(shapes.list_bits)
         within = Value.cast(Cat(codeword, page_of_stripe))   # number of the first K codeword in the stripe
-        asked = (tag.place < self.asked) & self.begun & ~tag.kind[1]
         if config.sparse:
             of_unit = self._unit(tag)[: len(self.feature)]
             centroid = (tag.kind == Kind.SKETCH) & self.centroid
             within = Mux(tag.kind == Kind.FEATURE, 0, Mux(centroid, of_unit, within))
-            asked = Mux(tag.kind[1], self.sparse & (tag.place < self.first_asked),
-                        (tag.place < self.asked) & self.begun)
+            m.d.sync += known_2.first_asked.eq(tag.place < self.first_asked)
         m.d.comb += [
             self.slot.eq(tag.slot),
             self.stripe_address.eq(Cat((page >> self.stripe_bits)[: shapes.list_bits], tag.slot)),
@@ -390,7 +388,7 @@ class Arrivals(wiring.Component):
         ]
         m.d.sync += [
             known_2.current.eq((tag.epoch == self.epoch) & self.active & ~self.failed),
-            known_2.asked.eq(asked),
+            known_2.asked.eq((tag.place < self.asked) & self.begun),
             known_2.open.eq(self.open),
             known_2.ring.eq(self.ring_base + tag.place),
             known_2.read.eq(self.read),
@@ -419,12 +417,13 @@ class Arrivals(wiring.Component):
         ]
 
     def _welcome(self, tag: Any, known: Any) -> Value:
-        """Stage 2: whether a codeword that was asked for may come now."""
-        welcome = (tag.kind == Kind.KEY) | known.open
+        """Stage 2: whether the codeword was asked for and may come now."""
+        welcome = known.asked & ((tag.kind == Kind.KEY) | (known.open & ~tag.kind[1]))
         if self.config.sparse:
             feature = self.chosen & ~self.stripe_whole & ~known.centroids
             sketch = Mux(known.centroids, ~self.stripe_whole & ~known.beyond, self.stripe_whole)
-            welcome = Mux(tag.kind[1], Mux(tag.kind[0], sketch, feature), welcome)
+            first = known.sparse & known.first_asked & Mux(tag.kind[0], sketch, feature)
+            welcome = Mux(tag.kind[1], first, welcome)
         return welcome
 
     def _judge(self, m: Module, stage_3: Any, header: Signal, known_2: Any, known: Any, token: Signal,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from amaranth.hdl import Cat, Module, Mux, Signal
+from amaranth.hdl import Cat, Const, Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import bits_for, ceil_log2
@@ -54,7 +54,7 @@ class FirstWalker(wiring.Component):
     keys_walked : In(1)
         The job of `slot` is dense and has taken all of its places in the ring, so that it can be passed.
     fits : In(1)
-        The ring has room for all stripes of the job of `slot` in the cycle before.
+        The ring has room for all stripes of the job of `slot`; of the `slot` of two cycles before.
     failed : In(1)
         The job of `slot` is being abandoned; of the `slot` of the cycle before.
     stripe_address : Out
@@ -93,8 +93,9 @@ class FirstWalker(wiring.Component):
         self.by_feature, self.bounded = Signal(), Signal()
         self.next_token = Signal(TOKEN_BITS + 1)   # of the next codeword, if the job's last stripe is a tail
         self.more, self.go_on, self.centroids = Signal(), Signal(), Signal()
-        # Of `slot`, a cycle late: it was the same; any job is there; its own is; is dense; has taken all of its places.
-        self.known = [Signal(name=name) for name in ("looked", "any_here", "here", "dense", "walked")]
+        # Of `slot`, a cycle late: any job is there; its own is; is dense; has taken all of its places.
+        self.known = [Signal(name=name) for name in ("any_here", "here", "dense", "walked")]
+        self.looked = Signal(2)   # it is the same as in the cycle before; as two cycles before
         super().__init__({
             "enable": In(config.jobs_in_flight),
             "slot": Out(shapes.slot),
@@ -123,9 +124,9 @@ class FirstWalker(wiring.Component):
         config = self.config
         enabled = Signal(config.jobs_in_flight)
         self._describe(m)
-        m.d.sync += [known.eq(now) for known, now in zip(self.known, (
-            ~self.go_on, enabled.any(), enabled.bit_select(self.slot, 1), self.job.mode == Mode.DENSE,
-            self.keys_walked), strict=True)]
+        now = (enabled.any(), enabled.bit_select(self.slot, 1), self.job.mode == Mode.DENSE, self.keys_walked)
+        m.d.sync += [known.eq(value) for known, value in zip(self.known, now, strict=True)]
+        m.d.sync += self.looked.eq(Mux(self.go_on, 0, Cat(Const(1, 1), self.looked)))
         with m.FSM(name="state"):
             self._begin_job(m)
             self._open_stripe(m)
@@ -164,10 +165,10 @@ class FirstWalker(wiring.Component):
         m.next = "next"
 
     def _begin_job(self, m: Module) -> None:
-        looked, any_here, here, dense, walked = self.known
+        any_here, here, dense, walked = self.known
         with m.State("idle"):
             m.d.sync += [self.index.eq(0), self.left.eq(self.job.stripes), self.place.eq(0)]
-            with m.If(looked):
+            with m.If(self.looked.all()):
                 with m.If(~here):
                     m.d.comb += self.go_on.eq(any_here)   # also past a slot whose job never came to the lanes
                 with m.Elif(dense):

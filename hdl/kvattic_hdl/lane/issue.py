@@ -87,7 +87,8 @@ class GatheredWeights(wiring.Component):
 class Spacing(wiring.Component):
     """Keeps tokens for the score unit apart, and beats that are added to the same word of a group.
 
-    The score unit takes a token every rows * score_interval cycles; tokens of K and of a harvest take turns.
+    The score unit takes a token every rows * score_interval cycles; a token of K that waited for one of a harvest goes
+    before the next one.
 
     Parameters
     ----------
@@ -95,8 +96,10 @@ class Spacing(wiring.Component):
 
     Members
     -------
+    there : In(1)
+        A beat is there.
     scores : In(1)
-        The next beat completes a token that is to be scored.
+        The next one completes a token that is to be scored.
     group_begin : In(1)
         It is the first of a codeword of the feature pass.
     group_beat : In(1), word : In
@@ -112,6 +115,7 @@ class Spacing(wiring.Component):
     def __init__(self, config: Config) -> None:
         self.config = config
         super().__init__({
+            "there": In(1),
             "scores": In(1),
             "group_begin": In(1),
             "group_beat": In(1),
@@ -137,10 +141,11 @@ class Spacing(wiring.Component):
                 m.d.sync += rest.eq(rest - 1)
             if config.sparse:
                 beat_turn = Signal()
-                m.d.comb += self.harvest_ready.eq((rest == 0) & ~(self.scores & beat_turn))
+                waits = self.there & self.scores
+                m.d.comb += self.harvest_ready.eq((rest == 0) & ~beat_turn)
                 with m.If(harvest):
-                    m.d.sync += beat_turn.eq(1)
-                with m.Elif(self.issue & self.scores):
+                    m.d.sync += beat_turn.eq(waits)
+                with m.Elif(self.issue | ~waits):
                     m.d.sync += beat_turn.eq(0)
         if config.sparse and config.group_words < ACCUMULATE_CYCLES:
             # No beat of the next codeword may follow so soon on the one that is added to the same word.  It comes at
@@ -231,6 +236,7 @@ class Issue(wiring.Component):
             waits_weight.eq(~header.into_score & first & ~gathered.full),
             gathered.use.eq(issue & ~header.into_score & first),
             self.current_weights.eq(gathered.current),
+            spacing.there.eq(there),
             spacing.scores.eq(header.into_score & last),
             spacing.group_begin.eq(feature & (self.word_index == 0)),
             spacing.group_beat.eq(feature),

@@ -242,9 +242,12 @@ class Finisher(wiring.Component):
             with m.State("HAND_OVER"):
                 with m.If(write_back.idle):
                     m.d.comb += [
-                        write_back.hand_over.eq(1), self.jobs.ready.eq(1), self.freed.eq(job.read & job.lanes)]
+                        write_back.hand_over.eq(1), self.freed.eq(job.read & job.lanes)]
                     m.d.sync += half.eq(half ^ job.lanes)
-                    m.next = "WAIT"
+                    m.next = "TAKE"
+            with m.State("TAKE"):   # a cycle late: whether it is handed over is known late
+                m.d.comb += self.jobs.ready.eq(1)
+                m.next = "WAIT"
         return m
 
     def _connect_ports(self, m: Module, gather: Gather, drain: Drain, write_back: WriteBack) -> None:

@@ -16,6 +16,7 @@ from kvattic_hdl.lib.axi import AXI_WRITE, DATA_BITS, LINE_ADDRESS_BITS, LINE_WO
 from kvattic_hdl.lib.axi_write import WRITE_WORD, WriteLines
 from kvattic_hdl.lib.records import assemble
 from kvattic_hdl.lib.shapes import Shapes
+from kvattic_hdl.lib.stream_buffer import StreamBuffer
 from kvattic_hdl.nvme.counters import SNAPSHOT
 from kvattic_hdl.nvme.stamps import STAMPS
 from kvattic_hdl.reduce.drain import quotient_layout
@@ -339,7 +340,10 @@ class WriteBack(wiring.Component):
             written.
         """
         m.submodules.lines = lines = WriteLines(self._outstanding)
+        # So that nothing here hangs on the bus in the same cycle.
+        m.submodules.words = words = StreamBuffer(WRITE_WORD)
         wiring.connect(m, wiring.flipped(self.axi), lines.axi)
+        wiring.connect(m, words.o, lines.i)
         step, asked, written = Signal(), Signal(), Signal()
         out_valid = Signal()
         out_result = Signal(reset_less=True)
@@ -354,12 +358,12 @@ class WriteBack(wiring.Component):
             self.quiet.eq(lines.idle),
             self.write_error.eq(lines.error),
             results.en.eq(step),
-            step.eq(~out_valid | lines.i.ready),
-            lines.i.valid.eq(out_valid),
-            lines.i.payload.data.eq(Mux(out_result, results.data.as_value(), out_other)),
-            lines.i.payload.address.eq(out_address),
-            lines.i.payload.last.eq(out_last),
-            written.eq(~out_valid & lines.idle),
+            step.eq(~out_valid | words.i.ready),
+            words.i.valid.eq(out_valid),
+            words.i.payload.data.eq(Mux(out_result, results.data.as_value(), out_other)),
+            words.i.payload.address.eq(out_address),
+            words.i.payload.last.eq(out_last),
+            written.eq(~out_valid & ~words.o.valid & lines.idle),
             line_end.eq(Mux(sending.copy, copy.last, place_in_line == LINE_WORDS - 1)),
             asked.eq(step & sending.any() & line_end),
         ]
