@@ -69,10 +69,8 @@ class Encoder(wiring.Component):
         load_check = Signal()
 
         check = Signal(CRC_BITS, reset_less=True)
-        # Zero before a codeword's first step, so that no condition is needed there.
-        parity = Signal(code_.parity.degree)
-        late = Signal(bits - CRC_BITS)                      # bits that the parity has not seen yet
-        whole = Signal(code_.parity.degree, reset_less=True)   # the last codeword's parity
+        parity = Signal(code_.parity.degree, reset_less=True)
+        late = Signal(bits - CRC_BITS, reset_less=True)     # bits that the parity has not seen yet
         fresh = Signal()                                    # the next step is not a codeword's first
         seed = Signal(CRC_BITS)
         if not self.shares:
@@ -87,18 +85,18 @@ class Encoder(wiring.Component):
         # The parity is 24 bits behind, so that its last step takes the check value.
         step = Signal(bits)
         folds = Signal()                                    # the check value is next
-        m.d.comb += step.eq(Cat(late, Mux(folds, check, data[:CRC_BITS])))
+        m.d.comb += step.eq(Cat(late & fresh.replicate(len(late)), Mux(folds, check, data[:CRC_BITS])))
+        divided = Signal.like(parity)
         m.d.comb += [
+            divided.eq(parity & fresh.replicate(len(parity))),
             steps.busy.eq(accept | fold),
-            steps.parity.eq(vector_of(parity, step, ~steps.waits)),
+            steps.parity.eq(vector_of(divided, step, ~steps.waits)),
             steps.check.eq(vector_of(Mux(fresh, check, seed), data, ~steps.waits)),
         ]
-        next_parity = left_after(code_.parity, parity, bits) ^ steps.parity_product
-        with m.If(fold):
-            m.d.sync += [whole.eq(next_parity), parity.eq(0), late.eq(0)]
+        with m.If(accept | fold):
+            m.d.sync += parity.eq(left_after(code_.parity, divided, bits) ^ steps.parity_product)
         with m.If(accept):
             m.d.sync += [
-                parity.eq(next_parity),
                 check.eq(left_after(code_.crc, Mux(fresh, check, seed), bits) ^ steps.check_product),
                 late.eq(data[CRC_BITS:]),
             ]
@@ -106,7 +104,7 @@ class Encoder(wiring.Component):
         with m.If(out_free):
             m.d.sync += [self.o.valid.eq(word_valid), self.o.payload.eq(word), word_valid.eq(0)]
         with m.If(load_check):
-            tail = Cat(check, ~whole, Const(0, checks * bits - CRC_BITS - len(whole)))
+            tail = Cat(check, ~parity, Const(0, checks * bits - CRC_BITS - len(parity)))
             m.d.sync += [self.o.valid.eq(1), self.o.payload.eq(tail.word_select(check_index, bits))]
         with m.If(accept):
             m.d.sync += [word.eq(data), word_valid.eq(1), fresh.eq(1)]
