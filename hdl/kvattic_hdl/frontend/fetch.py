@@ -202,9 +202,10 @@ class Fetch(wiring.Component):
         """Requests: the query block's lines, those of the mean and the table behind it, then the next command's."""
         line = Signal(LINE_ADDRESS_BITS)
         query_left, table_left = Signal.like(self.query_lines), Signal.like(self.table_lines)
+        query_wanted, table_wanted = Signal(), Signal()      # what is left is not 0
         wanted, to_table = Signal(), Signal()
         m.d.comb += [
-            wanted.eq(query_left.any() | table_left.any()),
+            wanted.eq(query_wanted | table_wanted),
             read.lines.valid.eq(wanted | (self.wanting & self.fetch.valid)),
             read.lines.payload.eq(Mux(wanted, line, self.fetch.payload.line)),
             self.asked.eq(read.lines.valid & read.lines.ready & ~wanted),
@@ -213,10 +214,10 @@ class Fetch(wiring.Component):
         ]
         with m.If(wanted & read.lines.ready):
             m.d.sync += line.eq(Mux(to_table, self.table_line, line + 1))
-            with m.If(query_left.any()):
-                m.d.sync += query_left.eq(query_left - 1)
+            with m.If(query_wanted):
+                m.d.sync += [query_left.eq(query_left - 1), query_wanted.eq(query_left != 1)]
             with m.Else():
-                m.d.sync += table_left.eq(table_left - 1)
+                m.d.sync += [table_left.eq(table_left - 1), table_wanted.eq(table_left != 1)]
         with m.If(self.asked):
             m.d.sync += self.wanting.eq(0)
         with m.If(self.want):
@@ -225,7 +226,9 @@ class Fetch(wiring.Component):
             m.d.sync += [
                 line.eq(Mux(to_table, self.table_line, self.query_line)),
                 query_left.eq(self.query_lines),
+                query_wanted.eq(self.query_lines != 0),
                 table_left.eq(self.table_lines),
+                table_wanted.eq(self.table_lines != 0),
             ]
 
     def _keep(self, m: Module, word: Value, taken: Value) -> None:

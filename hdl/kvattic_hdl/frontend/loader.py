@@ -178,6 +178,7 @@ class Loader(wiring.Component):
         m.submodules.hand_over = hand_over = HandOver(config)
         fields = command_fields(config, COMMAND, fetch.command)
         status, where, handed_over = Signal(STATUS_BITS), Signal(32), Signal()
+        commanding = Signal(init=1)    # in state `command`; what follows from it goes far
         self._connect_fetch(m, fetch, fields, validate)
         self._connect_validate(m, validate, fetch, hand_over)
         self._connect_load(m, load_job, fetch, validate)
@@ -187,11 +188,12 @@ class Loader(wiring.Component):
         self._describe_start(m, fields, slot, epoch, validate)
         self._describe_job(m, fields, slot, fetch.queue, validate.is_read, status, where)
 
+        m.d.comb += fetch.in_command.eq(commanding)
         with m.FSM(name="state"):
             with m.State("command"):
-                m.d.comb += [
-                    part.eq(1) for part in (fetch.in_command, validate.clear, load_job.clear, self.owner_clear)]
+                m.d.comb += [part.eq(1) for part in (validate.clear, load_job.clear, self.owner_clear)]
                 with m.If(fetch.fetched):
+                    m.d.sync += commanding.eq(0)
                     m.next = "check"
             with m.State("check"):
                 m.d.comb += [validate.checking.eq(1), load_job.prepare.eq(1)]
@@ -226,11 +228,13 @@ class Loader(wiring.Component):
                 m.d.comb += self.jobs.valid.eq(slot_free)
                 with m.If(self.jobs.valid & self.jobs.ready):
                     m.d.comb += fetch.clear.eq(1)
+                    m.d.sync += commanding.eq(1)
                     m.next = "command"
             with m.State("hand_over"):
                 m.d.comb += hand_over.valid.eq(1)
                 with m.If(hand_over.ready):
                     m.d.comb += [fetch.want.eq(1), fetch.clear.eq(1)]
+                    m.d.sync += commanding.eq(1)
                     m.next = "command"
         return m
 

@@ -149,7 +149,8 @@ class Copier(wiring.Component):
         word = Signal(range(LINE_WORDS))
         line, index = Signal(range(lines_each)), Signal(range(config.tokens_per_codeword))
         address = Signal(LINE_ADDRESS_BITS)
-        lines_before, second = Signal(LINE_ADDRESS_BITS), Signal()   # those of earlier tokens; the cycle after `head`
+        # In the cycle after `head`: where lines of K or V begin, and the lines of earlier tokens.
+        second, base, lines_before = Signal(), Signal(LINE_ADDRESS_BITS), Signal(LINE_ADDRESS_BITS)
         line_beats, beat_words = LINE_BYTES // config.beat_bytes, config.beat_bytes // WORD_BYTES
         last_words = (config.token_bytes // WORD_BYTES - 1) % LINE_WORDS + 1    # of a token's last line
         part = word[: ceil_log2(beat_words)]    # word of the beat
@@ -185,11 +186,12 @@ class Copier(wiring.Component):
         with m.If(~self.o.valid | (self.o.ready & self.o.payload.last)):
             m.d.sync += shown.eq(address)
         m.d.sync += drop_next.eq(token >= tokens)
-        m.d.sync += [lines_before.eq(times(token, 2 * lines_each)), second.eq(head)]
+        m.d.sync += [
+            second.eq(head), base.eq(result + Mux(value, lines_each, 0)), lines_before.eq(times(token, 2 * lines_each))]
         with m.If(head):
             m.d.sync += [drop.eq(token >= tokens), token.eq(token + 1)]
         with m.If(second):
-            m.d.sync += address.eq(result + lines_before + Mux(value, lines_each, 0))
+            m.d.sync += address.eq(base + lines_before)
         with m.If(step):
             m.d.sync += word.eq(word + 1)
             with m.If(word == LINE_WORDS - 1):

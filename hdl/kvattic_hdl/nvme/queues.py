@@ -308,14 +308,13 @@ class Queues(wiring.Component):
                 m.d.sync += [line.eq(_at(m, submission, chosen)), next_head.eq(head[chosen])]
                 m.next = "offer"
             with m.State("offer"):
+                m.d.sync += [fetch.payload.line.eq(line + next_head), next_head.eq(next_ahead)]
                 # The choice may be out of date.
                 m.next = "choose"
                 with m.If(wanted.bit_select(chosen, 1) & ~gone):
                     m.d.comb += offer.eq(1 << chosen)
                     m.d.sync += [
                         fetch.valid.eq(1),
-                        fetch.payload.line.eq(line + next_head),
-                        next_head.eq(next_ahead),
                         offered.eq(offer),
                         above.eq(Cat(Const(0, 1), (chosen < q for q in range(1, QUEUES)))),
                     ]
