@@ -503,6 +503,34 @@ def _system(options: argparse.Namespace) -> int:
     return 0 if any(not row.error for row in rows) else 1
 
 
+def _run(options: argparse.Namespace) -> int:
+    catalogue, outcomes = map(_need, ("kvattic_sim.runs.catalogue", "kvattic_sim.runs.outcome"))
+    if options.name is None:
+        if options.json:
+            _print_json([{"name": one.name, "summary": one.summary, "targets": one.targets, "drives": one.drives}
+                         for one in catalogue.WORKLOADS.values()])
+        else:
+            _table("Workloads", ("name", "what it is", "targets"), (
+                (one.name, one.summary, ", ".join(one.targets)) for one in catalogue.WORKLOADS.values()), left=3)
+        return 0
+    _need(f"kvattic_sim.runs.{catalogue.find(options.name).module}")
+    with _telling().phase(f"running {options.name}") as note:
+        request = outcomes.Request(target=options.target, drives=options.drives,
+                                   progress=lambda line: _moving(line, note))
+        found = catalogue.run(options.name, request)
+        _moving("", note)
+    if options.json:
+        _print_json(found.plain())
+        return 0 if found.good else 1
+    _table(f"{found.name} on {found.target}", ("", ""), (
+        (name, _text(value)) for name, value in found.facts().items()), left=2)
+    _table("What it takes", outcomes.COLUMNS, (run.cells() for run in found.runs), left=2)
+    print("What limits it:")
+    for line in (*found.runs, *found.notes):
+        print(f"- {line}")
+    return 0 if found.good else 1
+
+
 def _chat(options: argparse.Namespace) -> int:
     chats = _need("kvattic_sim.runs.chat")
     for module in ("gguf", "accelerate"):   # which transformers import late, and name in another way
@@ -685,6 +713,11 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a figure over an axis")
     sweep.add_argument("--x", metavar="AXIS", help="the axis (the first with several values)")
     sweep.add_argument("--y", default="cycles", metavar="FIGURE", help="the figure (cycles)")
+
+    run = command("run", _run, "run a workload: a slice bit by bit, the whole on the timing model")
+    run.add_argument("name", nargs="?", metavar="NAME", help="which; without one, list them")
+    run.add_argument("--target", default="model", metavar="TARGET", help="of the slice: model or sim:verilator (model)")
+    run.add_argument("--drives", type=int, default=1, metavar="N", help="that KV heads are dealt over (1)")
 
     chat = command("chat", _chat, "let SmolLM2-135M-Instruct answer with its KV cache in the drive, and say the cost")
     chat.add_argument("question", nargs="*", metavar="QUESTION",

@@ -66,7 +66,7 @@ def test_wrong_usage_is_two(capsys, arguments):
 
 
 def test_every_command_has_help(capsys):
-    for name in ("info", "selftest", "bench", "trace", "verilog", "sweep", "chat", "system"):
+    for name in ("info", "selftest", "bench", "trace", "verilog", "sweep", "run", "chat", "system"):
         code, out, _ = call(capsys, name, "--help")
         assert code == 0
         assert out.startswith(f"usage: kvattic {name}")

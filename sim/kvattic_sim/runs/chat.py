@@ -195,7 +195,8 @@ class Chat:
             turn = turn[turn.rindex("<|im_start|>user"):]
             ended = self._text[-1] == self.tokenizer.eos_token_id
             turn = ("\n" if ended else f"{self.tokenizer.eos_token}\n") + turn
-        prompt = self._text + self.tokenizer(turn, add_special_tokens=False).input_ids
+        added: list[int] = self.tokenizer(turn, add_special_tokens=False).input_ids
+        prompt = self._text + added
         most = self.model.config.max_position_embeddings
         if len(prompt) + self.tokens > most:
             raise RequestError(f"the conversation is too long: {len(prompt):,} tokens and an answer of {self.tokens:,}"

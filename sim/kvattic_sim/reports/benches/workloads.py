@@ -4,7 +4,9 @@ All of them run on the golden device and the timing model, on one core; `kvattic
 the slices on the RTL.
 """
 
-from kvattic_sim.reports.benches.engine import Bench, Figures, Lab, UnavailableError
+from kvattic_sim.reports.benches.engine import Bench, Figures, Lab, UnavailableError, WrongResultError
+from kvattic_sim.runs import catalogue
+from kvattic_sim.runs.outcome import Request
 
 __all__ = ["BENCHES", "QUESTIONS"]
 
@@ -36,7 +38,24 @@ def chat(lab: Lab) -> Figures:
     return {"workload.chat": max(shares)}
 
 
+def workload(name: str) -> Bench:
+    """The error of a workload of `kvattic run`, against its reference."""
+    key = f"workload.{name}"
+
+    def measure(lab: Lab) -> Figures:
+        try:
+            found = catalogue.run(name, Request(progress=lambda line: lab.progress(f"{name}: {line}", 0, None)))
+        except ImportError as error:
+            raise UnavailableError(_MISSING.format(error)) from None
+        if found.bit_exact is False:
+            raise WrongResultError(f"{name}: bits differ from the golden device's")
+        return {key: found.error}
+
+    return Bench(keys=(key,), measure=measure)
+
+
 BENCHES = (
+    *(workload(name) for name in catalogue.WORKLOADS),
     Bench(keys=("workload.chat",), measure=chat),
 )
 """What the bench runner calls."""
