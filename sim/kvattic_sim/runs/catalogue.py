@@ -42,6 +42,8 @@ WORKLOADS = {one.name: one for one in (
              drives=True),
     Workload(name="llama3-8b", summary="decoding with Llama 3 8B, whose KV heads have four query heads each",
              module="decode", function="run_llama3", drives=True),
+    Workload(name="agd", summary="guidance: two passes, a pair as rows of one job, one adapted pass", module="agd",
+             function="run"),
 )}
 """By name."""
 

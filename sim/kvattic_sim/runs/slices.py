@@ -10,7 +10,7 @@ from kvattic_sim.compare import equal_bits, oracle_errors
 from kvattic_sim.runs.outcome import How, Run
 from kvattic_sim.workloads import Attention, Meter, Usage
 
-__all__ = ["Slice", "bus_share", "limit_of", "run_slice"]
+__all__ = ["Slice", "bus_share", "limit_of", "run_slice", "stall_shares"]
 
 BUSY = 0.8
 """Share of the time from which on something that is busy counts as the limit."""
@@ -66,8 +66,13 @@ def limit_of(bus: float, stalls: dict[str, float] | None = None, dies: float | N
     return f"latency: buses are busy {bus:.0%} of the time{arrays}"
 
 
-def _stalls(config: Config, used: Sequence[Usage]) -> dict[str, float]:
-    """Shares of the stalls of all drives."""
+def stall_shares(config: Config, used: Sequence[Usage]) -> dict[str, float]:
+    """Shares of all lanes' cycles without a beat, by reason.
+
+    Args:
+        config: of the drive.
+        used: what was counted, on several drives or one after the other.
+    """
     total = Usage.sum(used)
     slots = config.lanes * total.cycles
     return {name: count / slots for name, count in total.stalls.items()} if slots else {}
@@ -100,7 +105,7 @@ def run_slice(config: Config, attention: Attention, what: str, *, target: str = 
         meters = [Meter(device) for device in array.devices] if measured else []
         progress(f"{what}: attending")
         result = sequence.attend(attention.query)
-        stalls = _stalls(config, [meter.read() for meter in meters]) if meters else None
+        stalls = stall_shares(config, [meter.read() for meter in meters]) if meters else None
     progress(f"{what}: checking")
     cost = result.cost
     flash = sum(cost.flash_bytes.values())
