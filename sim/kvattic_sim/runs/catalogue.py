@@ -44,6 +44,8 @@ WORKLOADS = {one.name: one for one in (
              module="decode", function="run_llama3", drives=True),
     Workload(name="agd", summary="guidance: two passes, a pair as rows of one job, one adapted pass", module="agd",
              function="run"),
+    Workload(name="dovetail", summary="speculative decoding: a pass over K and V verifies a draft, as chain or tree",
+             module="dovetail", function="run"),
 )}
 """By name."""
 
