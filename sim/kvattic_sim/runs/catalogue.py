@@ -46,6 +46,8 @@ WORKLOADS = {one.name: one for one in (
              function="run"),
     Workload(name="dovetail", summary="speculative decoding: a pass over K and V verifies a draft, as chain or tree",
              module="dovetail", function="run"),
+    Workload(name="z-image", summary="a single-stream diffusion transformer of diffusers", module="z_image",
+             function="run"),
 )}
 """By name."""
 
