@@ -86,7 +86,7 @@ class Cell(wiring.Component):
     overflow : Out(1), stage 9
         The product was clipped.
     read_address : In, stage 7
-    drain : In(1), stage 9
+    drain : In(1), stage 8
         Add `chain_i` instead of the product, put the sum to `chain_o`, and clear the word.
     chain_i : In(accumulator), stage 9
     chain_o : Out(accumulator), stage 10 and then held
@@ -201,10 +201,12 @@ class Cell(wiring.Component):
         total = Signal(self.shapes.accumulator)
         total_10 = Signal(self.shapes.accumulator)
         carry = Signal()
+        drain = Signal()   # stage 9; a register for each cell, as many bits hang on it
+        m.d.sync += drain.eq(self.drain)
         m.d.comb += [
             read.addr.eq(self.read_address),
-            carry.eq(negative & ~self.drain),
-            operand.eq(Mux(self.drain, self.chain_i,
+            carry.eq(negative & ~drain),
+            operand.eq(Mux(drain, self.chain_i,
                            (Cat(magnitude, 0) ^ negative.replicate(self.window_bits + 1)).as_signed())),
             total.eq(add_carry(word_9, operand, carry)),
             write.addr.eq(self.write_address),
@@ -214,7 +216,7 @@ class Cell(wiring.Component):
         m.d.sync += [word_9.eq(read.data), total_10.eq(0)]
         with m.If(self.accumulate):
             m.d.sync += total_10.eq(total)
-        with m.If(self.drain):
+        with m.If(drain):
             m.d.sync += self.chain_o.eq(total)
         if self.sparse:
             m.d.comb += self.word.eq(word_9)

@@ -65,7 +65,7 @@ class Denominators(wiring.Component):
         total = Signal(shapes.denominator)
         whose_1, whose_2, whose_3 = (Signal(row, name=f"whose_{i}") for i in (1, 2, 3))
         valid_1, valid_2, valid_3 = (Signal(name=f"valid_{i}") for i in (1, 2, 3))
-        none_yet = Signal(shapes.row_words)
+        none_yet, first = Signal(shapes.row_words), Signal()   # first: of whose_2's row
         address = Signal(unsigned(row.size))
         m.d.comb += [
             old.addr.eq(whose_2.as_value()),
@@ -79,7 +79,9 @@ class Denominators(wiring.Component):
             valid_1.eq(self.valid),
             whose_2.eq(whose_1),
             valid_2.eq(valid_1),
-            total.eq(Mux(none_yet.bit_select(whose_2.as_value(), 1), 0, old.data) + self.addend),
+            # The row's weight before it may be on its way to `none_yet`.
+            first.eq(none_yet.bit_select(whose_1.as_value(), 1) & ~(valid_3 & (whose_3 == whose_1))),
+            total.eq(Mux(first, 0, old.data) + self.addend),
             whose_3.eq(whose_2),
             valid_3.eq(valid_2),
             address.eq(Cat(self.denominator_row, self.denominator_slot)),
@@ -173,12 +175,14 @@ class WeightUnit(wiring.Component):
         request = data.View(self.request, queue.r_data)
         index, row = Signal(shapes.lane_token["index"].shape), Signal(shapes.row)
         room = Signal(range(self.weights_buffered + 1), init=self.weights_buffered)
-        pause = Signal()
+        has_room = Signal(init=1)   # for one more, whatever enters in this cycle
+        pause, taken = Signal(), Signal()
         m.d.comb += [
             queue.w_data.eq(self.requests.payload),
             queue.w_en.eq(self.requests.valid),
             self.requests.ready.eq(queue.w_rdy),
-            enter.eq(queue.r_rdy & (room != 0) & ~pause),
+            enter.eq(queue.r_rdy & has_room & ~pause),
+            taken.eq(self.weights.valid & self.weights.ready),
             whose.row.eq(row),
             whose.slot.eq(request.slot),
             self.score_ask.eq(enter),
@@ -195,7 +199,7 @@ class WeightUnit(wiring.Component):
                 with m.If(index == config.tokens_per_codeword - 1):
                     m.d.sync += index.eq(0)
                     m.d.comb += queue.r_en.eq(1)
-        m.d.sync += room.eq(room - enter + (self.weights.valid & self.weights.ready))
+        m.d.sync += [room.eq(room - enter + taken), has_room.eq((room > 1) | taken)]
 
     def _compare(self, m: Module, whose: Any) -> None:
         """Cycle 2: the score, and its row's final maximum.  Cycle 3: their difference."""

@@ -152,11 +152,12 @@ class Locator(wiring.Component):
         single, crc = self.single, code(self.config).crc
         # What the CRC would have to begin with, so that reading the wrong bits of the data makes `check` of it.
         unread = [crc.unshift(1 << bit, self.config.codeword_bytes * 8) for bit in range(CRC_BITS)]
+        unread_check = product(m, "unread", self.check, unread, CRC_BITS)
         square = squared(m, "square", field, memories.syndrome.data)
         with m.State("IDLE"):
             m.d.sync += [
                 filled.eq(0), self.new_owner.eq(self.owner), self.several.eq(0), self.sum.eq(0),
-                self.unread.eq(product(m, "unread", self.check, unread, CRC_BITS))]
+                self.unread.eq(unread_check)]
             with m.If(self.there):
                 m.d.sync += self.filling.eq(1)
                 m.next = "FILL"

@@ -223,14 +223,16 @@ class RunQueues(wiring.Component):
         shapes, unit, run = self.shapes, self.merger.unit, self.merger.runs.payload
         m.submodules.rows = rows = Memory(shape=shapes.row, depth=shapes.units, init=[])
         row_last, row_new = rows.read_port(domain="comb"), rows.write_port()
-        full = Signal()
+        # Whether the queue has room is looked up in the cycle before.  It cannot get full meanwhile.
+        room = Signal()
+        m.d.sync += room.eq(
+            self.merger.runs.valid & ~push & ((end.data - cursor.data.first)[: len(end.data)] != shapes.depth))
         m.d.comb += [
             end.addr.eq(unit),
             cursor.addr.eq(unit),
             row_last.addr.eq(unit),
-            full.eq((end.data - cursor.data.first)[: len(end.data)] == shapes.depth),
-            self.merger.runs.ready.eq(~full),
-            push.eq(self.merger.runs.valid & ~full),
+            self.merger.runs.ready.eq(room),
+            push.eq(room),
             into.addr.eq(Cat(end.data[: ceil_log2(shapes.depth)], unit)),
             into.data.eq(run),
             into.data.again.eq(row_last.data == run.row),

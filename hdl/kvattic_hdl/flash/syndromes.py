@@ -55,9 +55,12 @@ class Syndromes(wiring.Component):
         weights = product(m, "weight", self.chunk, columns, t * field.m)
         odd = [Signal(field.m, name=f"odd_{2 * k + 1}", reset_less=True) for k in range(t)]
         m.d.comb += self.odd.eq(odd[0])
+        # Outside of the condition, as that would become part of the sums.
+        shifted = [times_power(m, f"syndrome_{2 * k + 1}", field, s, -(2 * k + 1) * CHUNK_BITS)
+                   for k, s in enumerate(odd)]
         with m.If(self.chunk_valid):
             for k, s in enumerate(odd):
-                m.d.sync += s.eq(times_power(m, f"syndrome_{2 * k + 1}", field, s, -(2 * k + 1) * CHUNK_BITS)
+                m.d.sync += s.eq(shifted[k]
                                  ^ weights.word_select(k, field.m))
         with m.Elif(self.shift):
             m.d.sync += [low.eq(high) for low, high in pairwise(odd)]

@@ -152,6 +152,8 @@ class LoadJob(wiring.Component):
         row_start, row_end, record = self._clamp(m)
         position = Signal(range(row_lines(self._config) * LINE_WORDS))
         settle = Signal(range(OWNER_CYCLES + 1))
+        taking = Signal()    # in query, mean or table; what follows from it goes far
+        m.d.comb += self.words.ready.eq(taking)
 
         with m.FSM(name="state"):
             with m.State("idle"):
@@ -164,11 +166,11 @@ class LoadJob(wiring.Component):
                     m.next = "clear"
             with m.State("clear"):
                 with m.If(self.slot_free & self._clear_row(m, position)):
+                    m.d.sync += taking.eq(1)
                     m.next = "query"
                     with m.If(self.is_read):
                         m.next = "table"
             with m.State("query"):
-                m.d.comb += self.words.ready.eq(1)
                 m.d.sync += [
                     self.load.start.eq(row_start), self.load.end.eq(row_end), self.load.tree.eq(record["tree"])]
                 with m.If(self._taken):
@@ -182,14 +184,14 @@ class LoadJob(wiring.Component):
                                     m.next = "mean"
             with m.State("table"):
                 # Until the checks are done an entry is loaded like a good one: without a `start` it does nothing.
-                m.d.comb += self.words.ready.eq(1)
                 with m.If(self._taken):
                     self._load_entry(m)
                     with m.If(self.words.payload.last & (self._entries_left <= 1)):
+                        m.d.sync += taking.eq(0)
                         m.next = "settle"
             if ranker is not None:
                 with m.State("mean"):
-                    m.d.comb += [self.words.ready.eq(1), self._in_mean.eq(self._taken)]
+                    m.d.comb += self._in_mean.eq(self._taken)
                     with m.If(self._taken):
                         m.d.sync += [self.mean_valid.eq(1), self._mean_index.eq(self._mean_index + 1)]
                         with m.If(self._mean_index == self._mean_words - 1):

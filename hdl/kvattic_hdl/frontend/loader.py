@@ -177,7 +177,7 @@ class Loader(wiring.Component):
         m.submodules.load_job = load_job = LoadJob(config)
         m.submodules.hand_over = hand_over = HandOver(config)
         fields = command_fields(config, COMMAND, fetch.command)
-        status, where = Signal(STATUS_BITS), Signal(32)
+        status, where, handed_over = Signal(STATUS_BITS), Signal(32), Signal()
         self._connect_fetch(m, fetch, fields, validate)
         self._connect_validate(m, validate, fetch, hand_over)
         self._connect_load(m, load_job, fetch, validate)
@@ -196,19 +196,23 @@ class Loader(wiring.Component):
             with m.State("check"):
                 m.d.comb += [validate.checking.eq(1), load_job.prepare.eq(1)]
                 with m.If(validate.judged):
-                    with m.If(validate.hand_over):
-                        m.next = "hand_over"
-                    with m.Else():
-                        m.d.comb += [fetch.want.eq(1), fetch.unreadable.eq(fetch.broken)]
-                        m.d.sync += [status.eq(validate.judgement.status), where.eq(validate.judgement.where)]
-                        with m.If(slot == 0):
-                            # Once for each turn round the slots, at its beginning: it also tells jobs after a reset
-                            # from those before.
-                            m.d.sync += epoch.eq(epoch + 1)
-                        m.next = "report"
-                        with m.If(validate.judgement.status == Status.OK):
-                            m.d.comb += [fetch.ask.eq(1), load_job.begin.eq(1)]
-                            m.next = "load"
+                    m.d.sync += [
+                        status.eq(validate.judgement.status), where.eq(validate.judgement.where),
+                        handed_over.eq(validate.hand_over)]
+                    m.next = "judged"
+            with m.State("judged"):
+                with m.If(handed_over):
+                    m.next = "hand_over"
+                with m.Else():
+                    m.d.comb += [fetch.want.eq(1), fetch.unreadable.eq(fetch.broken)]
+                    with m.If(slot == 0):
+                        # Once for each turn round the slots, at its beginning: it also tells jobs after a reset
+                        # from those before.
+                        m.d.sync += epoch.eq(epoch + 1)
+                    m.next = "report"
+                    with m.If(status == Status.OK):
+                        m.d.comb += [fetch.ask.eq(1), load_job.begin.eq(1)]
+                        m.next = "load"
             with m.State("load"):
                 with m.If(load_job.refused):
                     m.d.sync += [status.eq(load_job.judgement.status), where.eq(load_job.judgement.where)]
@@ -235,6 +239,8 @@ class Loader(wiring.Component):
         connect(m, fetch.bus, flipped(self.bus))
         connect(m, flipped(self.fetch), fetch.fetch)
         rows = fields["rows"][: bits_for(self._config.rows)]
+        table_lines = Signal.like(validate.table_lines)    # known long before they are asked for
+        m.d.sync += table_lines.eq(validate.table_lines)
         m.d.comb += [
             fetch.stop.eq(self.stop),
             self.quiet.eq(fetch.quiet),
@@ -243,7 +249,7 @@ class Loader(wiring.Component):
             fetch.query_line.eq(fields["query"][-LINE_ADDRESS_BITS:]),
             fetch.query_lines.eq(rows * row_lines(self._config)),
             fetch.table_line.eq(fields["table"][-LINE_ADDRESS_BITS:]),
-            fetch.table_lines.eq(validate.table_lines),
+            fetch.table_lines.eq(table_lines),
         ]
 
     def _connect_validate(self, m: Module, validate: Validate, fetch: Fetch, hand_over: HandOver) -> None:
@@ -297,9 +303,11 @@ class Loader(wiring.Component):
         # Not reset: see the docstring.
         epoch = Signal(EPOCH_BITS, reset_less=True)
         free = Signal(range(jobs_in_flight + 1), init=jobs_in_flight)
-        with m.If(used & ~self.freed):
+        freed = Signal()
+        m.d.sync += freed.eq(self.freed)
+        with m.If(used & ~freed):
             m.d.sync += free.eq(free - 1)
-        with m.Elif(~used & self.freed):
+        with m.Elif(~used & freed):
             m.d.sync += free.eq(free + 1)
         with m.If(used):
             m.d.sync += slot.eq(Mux(slot == jobs_in_flight - 1, 0, slot + 1))

@@ -141,15 +141,14 @@ class ArrivalBits(wiring.Component):
         places = self.config.ring_codewords
         m.submodules.bits = bits = Memory(shape=1, depth=places, init=[])
         read, write = bits.read_port(domain="sync"), bits.write_port(domain="sync")
-        cleared = Signal(range(places + 1))
+        cleared = Signal(range(places))
         m.d.comb += [
             read.addr.eq(self.ring),
             self.came.eq(read.data),
-            self.ready.eq(cleared == places),
             write.en.eq(1),
         ]
         with m.If(~self.ready):
-            m.d.sync += cleared.eq(cleared + 1)
+            m.d.sync += [cleared.eq(cleared + 1), self.ready.eq(cleared == places - 1)]
             m.d.comb += write.addr.eq(cleared)
         with m.Elif(self.header):
             m.d.comb += [
@@ -197,8 +196,8 @@ class Arrivals(wiring.Component):
     open : In(1)
         Its V codewords are welcome.
     failed : In(1)
-    asked : In
-        Its codewords that were requested so far (K): a place below it may have come.
+    begun : In(1), asked : In
+        Its K walk has begun; its codewords that were requested so far: a place below it may have come.
     read : In(1)
         It is a READ.
     first_asked : In
@@ -254,10 +253,10 @@ class Arrivals(wiring.Component):
         number = unsigned(ceil_log2(config.group_codewords) if config.sparse else 1)
         unit_bits = shapes.start["unit_bits"].shape
         arriving = {"valid": 1, "first": 1, "error": 1, "data": config.beat_bytes * 8, "tag": shapes.tag}
-        known = {"current": 1, "asked": 1, "open": 1, "ring": shapes.ring, "read": 1}
+        known = {"current": 1, "asked": 1, "due": 1, "open": 1, "ring": shapes.ring, "read": 1}
         if config.sparse:
-            known |= {"sparse": 1, "all_came": 1, "centroids": 1, "beyond": 1, "header_ring": shapes.ring,
-                      "number": number, "group": group, "unit_bits": unit_bits}
+            known |= {"sparse": 1, "any_token": 1, "all_came": 1, "centroids": 1, "beyond": 1,
+                      "header_ring": shapes.ring, "number": number, "group": group, "unit_bits": unit_bits}
         self.arriving = data.StructLayout(arriving)   # a beat, in each stage; first: of its codeword
         self.known = data.StructLayout(known)         # what its tag means, from stage 2 on
         self.value_request = data.StructLayout({"slot": shapes.slot, "ring": shapes.ring})
@@ -268,6 +267,7 @@ class Arrivals(wiring.Component):
             "active": In(1),
             "open": In(1),
             "failed": In(1),
+            "begun": In(1),
             "asked": In(shapes.place.width + 1),
             "read": In(1),
             "first_asked": In(shapes.place.width + 1),
@@ -313,6 +313,7 @@ class Arrivals(wiring.Component):
             stage_3.eq(stage_2),
             known_3.eq(known_2),
             known_3.asked.eq(known_2.asked & self._welcome(stage_2.tag, known_2)),
+            known_3.due.eq(known_2.current & known_2.asked & self._welcome(stage_2.tag, known_2)),
             token_3.eq(self.stripe_token + token_2),
         ]
         self._take(m, stage_1, dropped)
@@ -323,23 +324,28 @@ class Arrivals(wiring.Component):
                 self.mark_read.eq(stage_2.valid & stage_2.first),
                 self.mark_ring.eq(known_2.ring),
             ]
-        self._judge(m, stage_3, known_2, known_3, token_3, dropped)
+            m.d.sync += known_3.any_token.eq(stage_2.tag.kind[1] | ~known_2.sparse)
+        header_3 = Signal()
+        m.d.sync += header_3.eq(stage_2.valid & stage_2.first)
+        self._judge(m, stage_3, header_3, known_2, known_3, token_3, dropped)
         return m
 
     def _take(self, m: Module, stage_1: Any, dropped: Signal) -> None:
         """Take a beat.  Those under way to the buffer hold a place in it, so that nothing in between can stall."""
         depth = beats_buffered(self.config)
         credit = Signal(range(depth + 1), init=depth)
+        has_credit = Signal()   # for one more, whatever is taken in this cycle
         at_first = Signal(init=1)   # framed by `last`, so that a reset amid a codeword loses no step
         take, given_back = Signal(), Signal(2)
         beat = self.codewords.payload
         m.d.comb += [
-            self.codewords.ready.eq((credit != 0) & self.ready),
+            self.codewords.ready.eq(has_credit),
             take.eq(self.codewords.valid & self.codewords.ready),
         ]
         m.d.sync += [
             given_back.eq(dropped + self.beat_taken),
             credit.eq(credit - take + given_back),
+            has_credit.eq(self.ready & ((credit > 1) | given_back.any())),
             stage_1.valid.eq(take),
             stage_1.first.eq(at_first),
             stage_1.data.eq(Mux(beat.error, 0, beat.data)),
@@ -370,12 +376,13 @@ class Arrivals(wiring.Component):
         page, codeword = self._parts(tag)
         page_of_stripe = Signal(shapes.list_bits)
         within = Value.cast(Cat(codeword, page_of_stripe))   # number of the first K codeword in the stripe
-        asked = (tag.place < self.asked) & ~tag.kind[1]
+        asked = (tag.place < self.asked) & self.begun & ~tag.kind[1]
         if config.sparse:
             of_unit = self._unit(tag)[: len(self.feature)]
             centroid = (tag.kind == Kind.SKETCH) & self.centroid
             within = Mux(tag.kind == Kind.FEATURE, 0, Mux(centroid, of_unit, within))
-            asked = Mux(tag.kind[1], self.sparse & (tag.place < self.first_asked), tag.place < self.asked)
+            asked = Mux(tag.kind[1], self.sparse & (tag.place < self.first_asked),
+                        (tag.place < self.asked) & self.begun)
         m.d.comb += [
             self.slot.eq(tag.slot),
             self.stripe_address.eq(Cat((page >> self.stripe_bits)[: shapes.list_bits], tag.slot)),
@@ -420,22 +427,21 @@ class Arrivals(wiring.Component):
             welcome = Mux(tag.kind[1], Mux(tag.kind[0], sketch, feature), welcome)
         return welcome
 
-    def _judge(self, m: Module, stage_3: Any, known_2: Any, known: Any, token: Signal,
+    def _judge(self, m: Module, stage_3: Any, header: Signal, known_2: Any, known: Any, token: Signal,
                dropped: Signal) -> None:
         """Stages 2 and 3: has it come before?  The verdict holds for the whole codeword."""
         m.submodules.arrival_bits = bits = self.bits
         tag = stage_3.tag
         key = tag.kind == Kind.KEY
         first_pass = tag.kind[1] if self.config.sparse else Const(0)
-        new, requested = Signal(), Signal()
-        good, good_held, accept, header = Signal(), Signal(), Signal(), Signal()
+        new, wanted = Signal(), Signal()
+        good, good_held, accept = Signal(), Signal(), Signal()
         m.d.comb += [
             bits.ring.eq(known_2.ring),
             new.eq((bits.came != key) & ~(key & known.open)),   # V is open only when all of K came
-            requested.eq(known.asked),
-            header.eq(stage_3.valid & stage_3.first),
-            good.eq(known.current & requested & new),
-            accept.eq(stage_3.valid & ((stage_3.first & good) | (~stage_3.first & good_held))),
+            wanted.eq(1),
+            good.eq(known.due & wanted & new),
+            accept.eq((header & good) | (stage_3.valid & ~stage_3.first & good_held)),
             dropped.eq(stage_3.valid & ~accept),
             bits.header.eq(header),
             bits.good.eq(good),
@@ -450,15 +456,15 @@ class Arrivals(wiring.Component):
         ]
         if self.config.sparse:
             # Of a sparse job's K and V only what has a selected token is asked for.
-            m.d.comb += requested.eq(known.asked & (first_pass | ~known.sparse | self.marks.any()))
+            m.d.comb += wanted.eq(known.any_token | self.marks.any())
             with m.If(first_pass):
                 m.d.comb += new.eq(~bits.first_came & ~known.all_came)
         with m.If(header):
             m.d.sync += good_held.eq(good)
         m.d.sync += [
             self.stale.eq(header & ~known.current),
-            self.bad_tag.eq(header & known.current & ~requested),
-            self.duplicate.eq(header & known.current & requested & ~new),
+            self.bad_tag.eq(header & known.current & ~(known.asked & wanted)),
+            self.duplicate.eq(header & known.due & wanted & ~new),
             self.offender.eq(tag),
         ]
         self._let_through(m, stage_3, known, token, header & good, accept)
@@ -477,6 +483,8 @@ class Arrivals(wiring.Component):
             header.error.eq(stage_3.error),
             header.read.eq(known.read),
             self.headers.valid.eq(begins),
+        ]
+        m.d.sync += [
             self.value_requests.payload.slot.eq(tag.slot),
             self.value_requests.payload.ring.eq(known.ring),
             self.value_requests.valid.eq(begins & (tag.kind == Kind.VALUE)),
@@ -490,6 +498,6 @@ class Arrivals(wiring.Component):
                 header.centroid.eq(first_pass & known.centroids),
                 header.number.eq(known.number),
                 header.group.eq(known.group),
-                header.marks.eq(self.marks | (first_pass | ~known.sparse).replicate(self.config.tokens_per_codeword)),
+                header.marks.eq(self.marks | known.any_token.replicate(self.config.tokens_per_codeword)),
                 header.unit_bits.eq(known.unit_bits),
             ]

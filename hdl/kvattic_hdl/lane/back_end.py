@@ -229,7 +229,6 @@ class TokenBackEnd(wiring.Component):
             walker.enable.eq(jobs.begun),
             jobs.first.slot.eq(walker.slot),
             walker.job.eq(jobs.first.job),
-            walker.failed.eq(self.failed.bit_select(walker.slot, 1)),
             walker.keys_walked.eq(self.outstanding.keys_walked.bit_select(walker.slot, 1)),
             walker.fits.eq(ring.first_room),
             walker.room.eq(self.first_pass.room),
@@ -243,6 +242,7 @@ class TokenBackEnd(wiring.Component):
             ring.first_slot.eq(walker.slot),
             ring.first_begin.eq(walker.begin),
         ]
+        m.d.sync += walker.failed.eq(self.failed.bit_select(walker.slot, 1))
 
     def _check_arrivals(self, m: Module) -> None:
         """Let through what was asked for."""
@@ -258,8 +258,8 @@ class TokenBackEnd(wiring.Component):
             arrivals.active.eq((self.outstanding.active & self.live).bit_select(slot, 1)),
             arrivals.open.eq(self.value_open.bit_select(slot, 1)),
             arrivals.failed.eq(self.failed.bit_select(slot, 1)),
-            arrivals.asked.eq(Mux(
-                self.outstanding.keys_begun.bit_select(slot, 1), ring.asked[Lookup.ARRIVALS], 0)),
+            arrivals.begun.eq(self.outstanding.keys_begun.bit_select(slot, 1)),
+            arrivals.asked.eq(ring.asked[Lookup.ARRIVALS]),
             arrivals.ring_base.eq(ring.base[Lookup.ARRIVALS]),
             arrivals.stripe_bits.eq(job.stripe_bits),
             arrivals.read.eq(job.read),

@@ -69,23 +69,36 @@ class Faults(wiring.Component):
         slots = config.jobs_in_flight
         numbers = {name: number for number, name in enumerate(FAULTS)}
 
+        # What it is, and which element's token.
         unreadable = Mux(self.value, numbers["unreadable_value"], numbers["unreadable_key"])
-        token = self.token
+        which = Signal(ceil_log2(config.elements_per_beat))
         if config.sparse:
             unreadable = Mux(self.sketch, numbers["unreadable_sketch"], unreadable)
-            which = Signal(ceil_log2(config.elements_per_beat))
-            for e in reversed(range(config.elements_per_beat)):
-                with m.If(self.special[e]):
-                    m.d.comb += which.eq(e)
-            token = Signal(TOKEN_BITS + 1)
-            m.d.comb += token.eq(self.token + Mux(self.feature & ~self.error, which, 0))
-        fault_1, token_1, slot_1 = Signal(range(len(FAULTS))), Signal(TOKEN_BITS), Signal(shapes.slot)
-        happened_1, inside_1 = Signal(), Signal()
+            with m.If(self.feature & ~self.error):
+                for e in reversed(range(config.elements_per_beat)):
+                    with m.If(self.special[e]):
+                        m.d.sync += which.eq(e)
+            with m.Else():
+                m.d.sync += which.eq(0)
+        fault_0, fault_1 = Signal(range(len(FAULTS))), Signal(range(len(FAULTS)))
+        token_0, end_token_0, token_1 = (
+            Signal(TOKEN_BITS, name=name) for name in ("token_0", "end_token_0", "token_1"))
+        slot_0, slot_1 = Signal(shapes.slot), Signal(shapes.slot)
+        happened_0, happened_1, inside_1 = Signal(), Signal(), Signal()
         m.d.sync += [
-            happened_1.eq((self.special.any() | self.error) & self.valid),
-            inside_1.eq(token < self.end_token),
-            fault_1.eq(Mux(self.error, unreadable, Mux(self.value, numbers["nan_value"], numbers["nan_key"]))),
-            slot_1.eq(self.slot),
+            happened_0.eq((self.special.any() | self.error) & self.valid),
+            fault_0.eq(Mux(self.error, unreadable, Mux(self.value, numbers["nan_value"], numbers["nan_key"]))),
+            slot_0.eq(self.slot),
+            token_0.eq(self.token),
+            end_token_0.eq(self.end_token),
+        ]
+        # Whether it counts.
+        token = token_0 + which
+        m.d.sync += [
+            happened_1.eq(happened_0),
+            inside_1.eq(token < end_token_0),
+            fault_1.eq(fault_0),
+            slot_1.eq(slot_0),
             token_1.eq(token),
         ]
         m.submodules.offenders = offenders = Memory(

@@ -54,9 +54,9 @@ class FirstWalker(wiring.Component):
     keys_walked : In(1)
         The job of `slot` is dense and has taken all of its places in the ring, so that it can be passed.
     fits : In(1)
-        The ring has room for all stripes of the job of `slot`.
+        The ring has room for all stripes of the job of `slot` in the cycle before.
     failed : In(1)
-        The job of `slot` is being abandoned.
+        The job of `slot` is being abandoned; of the `slot` of the cycle before.
     stripe_address : Out
         Cat(number in the list, slot) of a stripe.
     stripe : In(`first_stripe_shape`)
@@ -93,6 +93,8 @@ class FirstWalker(wiring.Component):
         self.by_feature, self.bounded = Signal(), Signal()
         self.next_token = Signal(TOKEN_BITS + 1)   # of the next codeword, if the job's last stripe is a tail
         self.more, self.go_on, self.centroids = Signal(), Signal(), Signal()
+        # Of `slot`, a cycle late: it was the same; any job is there; its own is; is dense; has taken all of its places.
+        self.known = [Signal(name=name) for name in ("looked", "any_here", "here", "dense", "walked")]
         super().__init__({
             "enable": In(config.jobs_in_flight),
             "slot": Out(shapes.slot),
@@ -121,8 +123,11 @@ class FirstWalker(wiring.Component):
         config = self.config
         enabled = Signal(config.jobs_in_flight)
         self._describe(m)
+        m.d.sync += [known.eq(now) for known, now in zip(self.known, (
+            ~self.go_on, enabled.any(), enabled.bit_select(self.slot, 1), self.job.mode == Mode.DENSE,
+            self.keys_walked), strict=True)]
         with m.FSM(name="state"):
-            self._begin_job(m, enabled)
+            self._begin_job(m)
             self._open_stripe(m)
             self._ask(m)
         with m.If(self.go_on):
@@ -158,18 +163,20 @@ class FirstWalker(wiring.Component):
             self.place.eq(self.place + self.config.group_codewords)]
         m.next = "next"
 
-    def _begin_job(self, m: Module, enabled: Signal) -> None:
+    def _begin_job(self, m: Module) -> None:
+        looked, any_here, here, dense, walked = self.known
         with m.State("idle"):
             m.d.sync += [self.index.eq(0), self.left.eq(self.job.stripes), self.place.eq(0)]
-            with m.If(~enabled.bit_select(self.slot, 1)):
-                m.d.comb += self.go_on.eq(enabled.any())   # also past a slot whose job never came to the lanes
-            with m.Elif(self.job.mode == Mode.DENSE):
-                m.d.comb += self.go_on.eq(self.keys_walked)
-            with m.Elif(self.failed):
-                self._end_job(m)
-            with m.Elif(self.fits):
-                m.d.comb += self.begin.eq(1)
-                m.next = "next"
+            with m.If(looked):
+                with m.If(~here):
+                    m.d.comb += self.go_on.eq(any_here)   # also past a slot whose job never came to the lanes
+                with m.Elif(dense):
+                    m.d.comb += self.go_on.eq(walked)
+                with m.Elif(self.failed):
+                    self._end_job(m)
+                with m.Elif(self.fits):
+                    m.d.comb += self.begin.eq(1)
+                    m.next = "next"
 
     def _open_stripe(self, m: Module) -> None:
         config, stripe = self.config, self.stripe

@@ -33,6 +33,8 @@ def stage_shape(config: Config) -> data.StructLayout:
 class GatheredWeights(wiring.Component):
     """Gathers the weights of the next V token, one row a cycle, while the current ones are in use.  Reset drops them.
 
+    The first of the next token's is taken in the cycle after `use`.
+
     Parameters
     ----------
     config : Config
@@ -64,17 +66,18 @@ class GatheredWeights(wiring.Component):
         m = Module()
         rows = self.config.rows
         gathered = Signal(self.token)
-        gathered_rows = Signal(range(rows + 1))
+        gathered_rows = Signal(range(rows))
         gather = Signal()
         m.d.comb += [
-            self.full.eq(gathered_rows == rows),
-            self.weights.ready.eq(~self.full | self.use),
+            # Not as soon as they are used: no path goes from the issue of a beat into the weight unit.
+            self.weights.ready.eq(~self.full),
             gather.eq(self.weights.valid & self.weights.ready),
         ]
         with m.If(self.use):
-            m.d.sync += [self.current.eq(gathered), gathered_rows.eq(gather)]
-        with m.Else():
-            m.d.sync += gathered_rows.eq(gathered_rows + gather)
+            m.d.sync += [self.current.eq(gathered), self.full.eq(0)]
+        with m.Elif(gather):
+            last = gathered_rows == rows - 1
+            m.d.sync += [self.full.eq(last), gathered_rows.eq(Mux(last, 0, gathered_rows + 1))]
         with m.If(gather):
             m.d.sync += gathered.as_value().eq(
                 Cat(gathered.as_value(), self.weights.payload.as_value())[self.shapes.weight.size :])
@@ -92,10 +95,8 @@ class Spacing(wiring.Component):
 
     Members
     -------
-    there : In(1)
-        A beat is there.
     scores : In(1)
-        It completes a token that is to be scored.
+        The next beat completes a token that is to be scored.
     group_begin : In(1)
         It is the first of a codeword of the feature pass.
     group_beat : In(1), word : In
@@ -111,7 +112,6 @@ class Spacing(wiring.Component):
     def __init__(self, config: Config) -> None:
         self.config = config
         super().__init__({
-            "there": In(1),
             "scores": In(1),
             "group_begin": In(1),
             "group_beat": In(1),
@@ -137,7 +137,7 @@ class Spacing(wiring.Component):
                 m.d.sync += rest.eq(rest - 1)
             if config.sparse:
                 beat_turn = Signal()
-                m.d.comb += self.harvest_ready.eq((rest == 0) & ~(self.there & self.scores & beat_turn))
+                m.d.comb += self.harvest_ready.eq((rest == 0) & ~(self.scores & beat_turn))
                 with m.If(harvest):
                     m.d.sync += beat_turn.eq(1)
                 with m.Elif(self.issue & self.scores):
@@ -222,18 +222,15 @@ class Issue(wiring.Component):
         connect(m, flipped(self.weights), gathered.weights)
         header = self.headers.payload
         there, harvest = Signal(), Signal()
-        first, last = Signal(), Signal()
+        first, last = Signal(init=1), Signal()   # beat of its token
         waits_weight, may_issue, copied = Signal(), Signal(), Signal()
         issue = self.beat_ready
         feature = header.feature if config.sparse else Const(0)
         m.d.comb += [
             there.eq(self.headers.valid & self.beat_valid),
-            first.eq(self.beat_index == 0),
-            last.eq(~feature & (self.beat_index == config.beats_per_token - 1)),
             waits_weight.eq(~header.into_score & first & ~gathered.full),
             gathered.use.eq(issue & ~header.into_score & first),
             self.current_weights.eq(gathered.current),
-            spacing.there.eq(there),
             spacing.scores.eq(header.into_score & last),
             spacing.group_begin.eq(feature & (self.word_index == 0)),
             spacing.group_beat.eq(feature),
@@ -256,7 +253,7 @@ class Issue(wiring.Component):
             # Behind a codeword's last beat the copier takes none until it has seen that one.
             copied.eq(self.copy_ready & ~last_copied & ~self.copy_last),
         ]
-        self._count(m, last, feature)
+        self._count(m, first, last, feature)
         self._describe_beat(m, first, last)
         if config.sparse:
             self._describe_first_pass(m)
@@ -264,23 +261,33 @@ class Issue(wiring.Component):
                 self._describe_harvest(m)
         return m
 
-    def _count(self, m: Module, last: Signal, feature: Value) -> None:
-        """Count the beats and tokens of a codeword, or the words of one of the feature pass."""
+    def _count(self, m: Module, first: Signal, last: Signal, feature: Value) -> None:
+        """Count the beats and tokens of a codeword, or the words of one of the feature pass.
+
+        What is first or last is known beside the counts, as the issue of a beat hangs on it.
+        """
         config, issue, word = self.config, self.beat_ready, self.word_index
         beat_index, token_index = self.beat_index, self.token_index
-        last_token = token_index == config.tokens_per_codeword - 1
-        m.d.comb += self.headers.ready.eq(issue & last & last_token)
+        last_token = Signal(init=config.tokens_per_codeword == 1)
+        ends = last & last_token   # the codeword with this beat
         with m.If(issue & ~feature):
-            m.d.sync += beat_index.eq(beat_index + 1)
+            m.d.sync += [
+                beat_index.eq(Mux(last, 0, beat_index + 1)),
+                first.eq(last),
+                last.eq(beat_index == config.beats_per_token - 2),
+            ]
             with m.If(last):
-                m.d.sync += [beat_index.eq(0), token_index.eq(token_index + 1)]
-                with m.If(last_token):
-                    m.d.sync += token_index.eq(0)
+                m.d.sync += [
+                    token_index.eq(Mux(last_token, 0, token_index + 1)),
+                    last_token.eq(token_index == config.tokens_per_codeword - 2 if config.tokens_per_codeword > 1
+                                  else 1),
+                ]
         if config.sparse:
-            with m.If(feature & (word == config.group_words - 1)):
-                m.d.comb += self.headers.ready.eq(issue)
+            last_word = Signal()
+            ends = Mux(feature, last_word, ends)
             with m.If(issue & feature):
-                m.d.sync += word.eq(word + 1)
+                m.d.sync += [word.eq(word + 1), last_word.eq(word == config.group_words - 2)]
+        m.d.comb += self.headers.ready.eq(issue & ends)
 
     def _describe_beat(self, m: Module, first: Signal, last: Signal) -> None:
         config, shapes, stage, header = self.config, self.shapes, self.stage, self.headers.payload

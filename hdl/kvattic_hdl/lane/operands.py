@@ -1,6 +1,6 @@
 """Stages 1 to 4 of a lane's front: the cells' operands, from beats, from q, and from weights."""
 
-from amaranth.hdl import Cat, Module, Mux, Signal, Value, signed
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -85,7 +85,7 @@ class ShiftBases(wiring.Component):
         self.shapes = shapes = Shapes(config)
         element = config.element.encoding
         offset = shapes.start["k_offset"].shape
-        reach = max(element.score_shift + (1 << offset.width - 1), element.value_shift)
+        reach = max(element.score_shift + (1 << offset.width - 1) + 1, element.value_shift)
         super().__init__({
             "load_valid": In(1),
             "load": In(shapes.load),
@@ -116,7 +116,9 @@ class ShiftBases(wiring.Component):
                     write.en.eq(self.load_valid & self.load.scale & (self.load.row == r)),
                 ]
                 k_offset = Mux(self.feature, read.data, k_offset)
-            m.d.sync += base.eq(Mux(self.into_score, element.score_shift - k_offset, element.value_shift))
+            # The exponent of q's element comes inverted: one more makes it negative.
+            m.d.sync += base.eq(
+                Mux(self.into_score, element.score_shift - k_offset + self.feature, element.value_shift))
         return m
 
 
@@ -229,7 +231,10 @@ class Operands(wiring.Component):
             one = decode(query.word_select(self.element, ELEMENT_BITS), encoding)
             with m.If(self.into_score):
                 m.d.sync += [
-                    significand_2.eq(one.significand << QUERY_SHIFT), sign_2.eq(one.sign), exponent_2.eq(-one.exponent)]
+                    significand_2.eq(one.significand << QUERY_SHIFT),
+                    sign_2.eq(one.sign),
+                    exponent_2.eq(Cat(~one.exponent, Const(1, 1)).as_signed()),
+                ]
         query_2 = Signal(len(query), name=f"query_{r}", reset_less=True)
         m.d.sync += query_2.eq(query)
 

@@ -66,7 +66,7 @@ class Outstanding(wiring.Component):
     keys_done, values_done, first_done : Out(jobs_in_flight)
         As the lane's, one cycle later.
     keys_wait, values_wait : Out(jobs_in_flight)
-        Codewords of K or of the first pass (of V) are outstanding; two cycles after the request, or a few after they
+        Codewords of K or of the first pass (of V) are outstanding; three cycles after the request, or a few after they
         are accounted for.
     report_slot : In(slot)
     missing_key, missing_value : Out(16), two cycles later
@@ -101,7 +101,7 @@ class Outstanding(wiring.Component):
         return m
 
     def _next_change(self, m: Module) -> tuple[Signal, Signal, data.View]:
-        """The change of this cycle.
+        """The change of this cycle, chosen in the one before.
 
         Returns whether there is one, whether it is a request, and whose count it changes.
         """
@@ -134,15 +134,15 @@ class Outstanding(wiring.Component):
         m.d.comb += score.eq((read.addr != write.addr) & ~asked & ~stored)
         m.d.sync += read.addr.eq(read.addr + score)
 
-        valid, change = Signal(), Signal(self.change)
-        m.d.comb += valid.eq(asked | stored | score)
+        valid, up, change = Signal(), Signal(), Signal(self.change)
+        m.d.sync += [valid.eq(asked | stored | score), up.eq(asked)]
         with m.If(asked):
-            m.d.comb += change.eq(whose)
+            m.d.sync += change.eq(whose)
         with m.Elif(stored):
-            m.d.comb += change.eq(stored_whose)
+            m.d.sync += change.eq(stored_whose)
         with m.Else():
-            m.d.comb += change.slot.eq(read.data)
-        return valid, asked, change
+            m.d.sync += [change.slot.eq(read.data), change.value.eq(0)]
+        return valid, up, change
 
     def _count(self, m: Module) -> None:
         """Keep the counts.  Which ones are not zero is known beside them; what the memory has of the others is old."""
@@ -202,4 +202,9 @@ class Outstanding(wiring.Component):
         ]
         for done, walked, wait in ((self.keys_done, self.keys_walked, self.keys_wait),
                                    (self.values_done, self.values_walked, self.values_wait)):
-            m.d.sync += done.eq(((self.failed & self.abandoned) | (~self.failed & walked & ~wait)) & ~self.start)
+            # The last request of a walk counts a cycle after its end is known.
+            counted = Signal.like(walked, name=f"counted_{walked.name}")
+            m.d.sync += [
+                counted.eq(walked & ~self.start),
+                done.eq(((self.failed & self.abandoned) | (~self.failed & counted & ~wait)) & ~self.start),
+            ]

@@ -31,7 +31,8 @@ class ScoreRing(wiring.Component):
 
     A dense job takes one place with each K codeword that is asked for, a sparse job all of its places when its first
     walk begins.  Whoever takes places must be the oldest job that has not got all of them.  They are given back in the
-    same order.  What is looked up is there in the same cycle.  Reset empties the ring.
+    same order.  What is looked up is there in the same cycle; whether there is room is said a cycle late, and not in
+    the cycle after places were taken if it then hangs on these.  Reset empties the ring.
 
     Parameters
     ----------
@@ -48,7 +49,7 @@ class ScoreRing(wiring.Component):
     first_slot : In(slot), first_begin : In(1), first_places : In
         Strobe: this (sparse) slot's first walk begins; it takes so many places.
     room : Out(1), first_room : Out(1)
-        There is room for one more place; for `first_places`.
+        There is room for one more place; for `first_places` of the cycle before.
     head : Out(ring)
         The next place.
     done : In(jobs_in_flight)
@@ -123,14 +124,24 @@ class ScoreRing(wiring.Component):
         new, given_back = Signal(places), Signal(places)
         oldest = Signal(shapes.slot)
         give_back = Signal()
+        free, more_free, fits, taken, many_taken = (
+            Signal(name=name) for name in ("free", "more_free", "fits", "taken", "many_taken"))
         m.d.comb += [
-            self.room.eq(used != config.ring_codewords),
-            self.first_room.eq(used + self.first_places <= config.ring_codewords),
+            self.room.eq(~many_taken & (more_free | (free & ~taken))),
+            self.first_room.eq(fits & ~taken),
             new.eq(Mux(first_begin, self.first_places, self.key_fired & dense)),
             give_back.eq((self.holds & self.done).bit_select(oldest, 1)),
-            given_back.eq(Mux(give_back, look_up(oldest)[2], 0)),
         ]
-        m.d.sync += [used.eq(used + new - given_back), self.head.eq(self.head + new)]
+        m.d.sync += [
+            free.eq(used != config.ring_codewords),
+            more_free.eq(used < config.ring_codewords - 1),
+            fits.eq(used + self.first_places <= config.ring_codewords),
+            taken.eq(first_begin | self.key_fired),
+            many_taken.eq(first_begin),
+            given_back.eq(Mux(give_back, look_up(oldest)[2], 0)),
+            used.eq(used + new - given_back),
+            self.head.eq(self.head + new),
+        ]
         with m.If(give_back):
             m.d.sync += self.holds.bit_select(oldest, 1).eq(0)
         with m.If(give_back | (~self.holds.bit_select(oldest, 1) & self.holds.any())):

@@ -77,13 +77,13 @@ class Scrubber(wiring.Component):
 
     def _settle(self, m: Module) -> Signal:
         """Returns whether nothing of the job that failed can be under way any more."""
-        settle, settled = Signal(range(SETTLE_CYCLES + 1)), Signal()
+        settle, settled, held = Signal(range(SETTLE_CYCLES + 1)), Signal(), Signal()
         m.d.comb += self.settled.eq(Mux(settled, self.failed, 0))
-        m.d.sync += settled.eq(settle == SETTLE_CYCLES)
+        m.d.sync += [settled.eq(settle == SETTLE_CYCLES), held.eq(self.held)]
         with m.If(~self.failed.any()):
             m.d.sync += [settle.eq(0), settled.eq(0)]
         with m.Elif(settle != SETTLE_CYCLES):
-            m.d.sync += settle.eq(settle + ~self.held)
+            m.d.sync += settle.eq(settle + ~held)
         return settled
 
     def elaborate(self, platform: object) -> Module:

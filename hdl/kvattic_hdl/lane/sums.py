@@ -29,7 +29,7 @@ class AccumulatorPorts(wiring.Component):
     chain_i, chain_o : In, Out(stream of slot, address)
         Words that are drained, but for their data, which pass through the cells.
     read_address : Out, stage 7
-    drain : Out(1), stage 9
+    drain : Out(1), stage 8
     write : Out(1), write_address : Out, stage 10
         All cells' ports of these names.
     ready : Out(1)
@@ -67,7 +67,7 @@ class AccumulatorPorts(wiring.Component):
         m.d.comb += [
             drain_7.eq(self.chain_i.valid & ~reading & ~drain_8 & ~drain_9 & ~drain_10 & ~self.chain_o.valid),
             self.read_address.eq(Mux(reading, self.reading.address, address)),
-            self.drain.eq(drain_9),
+            self.drain.eq(drain_8),
             self.chain_i.ready.eq(drain_9),
         ]
         m.d.sync += [drain_8.eq(drain_7), drain_9.eq(drain_8), drain_10.eq(drain_9)]

@@ -100,15 +100,15 @@ class Walker(wiring.Component):
         settled = Signal()
         within, final = Signal(), Signal()   # `request` is of a stripe; of the job's last one
         tail = Signal()
-        token = Signal(TOKEN_BITS + 1)       # first one of the codeword, in the job's last stripe
-        token_end = Signal(TOKEN_BITS)
+        # In the job's last stripe, if that is a tail: tokens from the codeword on; there were some at its beginning.
+        tail_left, tail_begins = Signal(TOKEN_BITS), Signal()
         mask = Signal(shapes.list_bits)      # the bits of a page's number in its stripe
-        more, fetch, fired, page_end, stripe_end = Signal(), Signal(), Signal(), Signal(), Signal()
+        more = Signal()      # the codeword has tokens
+        fetch, fired, page_end, stripe_end = Signal(), Signal(), Signal(), Signal()
         here = Signal()      # the next place is worth a request
         advance = Signal()   # on to the next place
         m.d.comb += [
             self.begin.eq(~running & enabled.bit_select(self.slot, 1)),
-            more.eq(~final | (token < token_end)),
             self.ready_to_ask.eq(running & within & more & here & ~self.failed),
             self.requests.valid.eq(self.ready_to_ask & self.room),
             self.end.eq(running & (self.failed | Mux(within, ~more, left == 0))),
@@ -146,16 +146,22 @@ class Walker(wiring.Component):
                 tag.place.eq(tag.place + 1),
                 request.codeword.eq(Mux(page_end, 0, request.codeword + 1)),
                 request.page.eq(request.page + page_end),
-                token.eq(token + Mux(final, config.tokens_per_codeword, 0)),
                 within.eq(~stripe_end),
             ]
+            with m.If(final):
+                m.d.sync += [
+                    tail_left.eq(tail_left - config.tokens_per_codeword),
+                    more.eq(tail_left > config.tokens_per_codeword),
+                ]
+        is_final = (left == 1) & tail
         with m.If(fetch):
             m.d.sync += [
                 request.page.eq(self.stripe.page),
                 request.dram.eq(self.stripe.dram),
                 *([request.of_lane.eq(self.stripe.of_lane)] if config.lane_channels > 1 else []),
                 within.eq(1),
-                final.eq((left == 1) & tail),
+                final.eq(is_final),
+                more.eq(~is_final | tail_begins),
                 left.eq(left - 1),
                 index.eq(index + 1),
                 settled.eq(0),
@@ -167,8 +173,9 @@ class Walker(wiring.Component):
                 final.eq(0),
                 left.eq(self.job.stripes),
                 tail.eq(self.job.tail),
-                token.eq(self.job.last_token),
-                token_end.eq(self.job.end_token),
+                more.eq(1),
+                tail_left.eq(self.job.end_token - self.job.last_token),
+                tail_begins.eq(self.job.last_token < self.job.end_token),
                 mask.eq((1 << self.job.stripe_bits) - 1),
                 request.codeword.eq(0),
                 tag.place.eq(0),

@@ -117,9 +117,12 @@ class Queue(wiring.Component):
             taken.eq(self.o.valid & self.o.ready),
             last.eq((begin + 1)[: len(begin)] == end),
         ]
+        # No sums with the strobes, which come late.
+        with m.If(taken):
+            m.d.sync += begin.eq(begin + 1)
+        with m.If(self.i.valid):
+            m.d.sync += end.eq(end + 1)
         m.d.sync += [
-            begin.eq(begin + taken),
-            end.eq(end + self.i.valid),
             self.o.valid.eq(self.i.valid | (self.o.valid & ~(taken & last))),
         ]
         return m

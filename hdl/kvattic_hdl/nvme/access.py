@@ -260,10 +260,13 @@ class Owners(wiring.Component):
         region_bits = ceil_log2(MAX_REGIONS)
         low, more = first >> self.region_bits, Signal(name=f"{name}_more_regions")
         m.d.comb += more.eq(((first ^ last[:PAGE_BITS]) & self._region_mask).any())
-        there = [Signal(name=f"{name}_region_there_{i}") for i in (2, 3)]
+        outside, at_end, goes_on, there = (
+            Signal(name=f"{name}_{what}") for what in ("outside", "at_end", "goes_on", "region_there"))
         m.d.sync += [
-            there[0].eq(~last[PAGE_BITS:].any() & ~low[region_bits:].any() & ~(low[:region_bits].all() & more)),
-            there[1].eq(there[0]),
+            outside.eq(last[PAGE_BITS:].any() | low[region_bits:].any()),
+            at_end.eq(low[:region_bits].all()),
+            goes_on.eq(more),
+            there.eq(~outside & ~(at_end & goes_on)),
         ]
         banks = []
         for bank in range(2):
@@ -272,15 +275,16 @@ class Owners(wiring.Component):
             regions = self._owners(
                 m, of_bank, Grant.REGIONS, MAX_REGIONS // 2, position, self._granted.domain,
                 self._granted.first[0] == bank).read_port()
-            region = Signal(len(position), name=f"{of_bank}_address")
+            region, odd = Signal(len(position), name=f"{of_bank}_address"), Signal(name=f"{of_bank}_odd")
             asked = [Signal(name=f"{of_bank}_asked_{i}") for i in (2, 3)]
             good = Signal(name=f"{of_bank}_good")
-            m.d.comb += regions.addr.eq(region)
+            m.d.comb += regions.addr.eq(region + odd if bank == 0 else region)
             m.d.sync += [
-                region.eq(low[1:region_bits] + (low[0] if bank == 0 else 0)),
+                region.eq(low[1:region_bits]),
+                odd.eq(low[0]),
                 asked[0].eq((low[0] == bank) | more),
                 asked[1].eq(asked[0]),
-                good.eq(there[1] & (~asked[1] | ((regions.data == self.domain) & ~nobody))),
+                good.eq(there & (~asked[1] | ((regions.data == self.domain) & ~nobody))),
             ]
             banks.append(good)
         return banks[0] & banks[1]

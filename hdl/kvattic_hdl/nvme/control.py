@@ -194,9 +194,12 @@ class Control(wiring.Component):
             self.ready.eq(self.lanes_ready & ~self.stop & ~self.reset),
         ]
         fetched, completed, counting = Signal(32), Signal(32), Signal()
+        now_fetched, now_completed = Signal(), Signal()     # a cycle ago
         m.d.sync += [
-            fetched.eq(fetched + self.fetched),
-            completed.eq(completed + self.completed),
+            now_fetched.eq(self.fetched),
+            now_completed.eq(self.completed),
+            fetched.eq(fetched + now_fetched),
+            completed.eq(completed + now_completed),
             counting.eq(self.busy),
             self.irq.eq((self.interrupts & bank.value.interrupt_mask).any()),
         ]
@@ -216,7 +219,8 @@ class Control(wiring.Component):
             m.d.comb += getattr(self, name).eq(bank.value[name])
         # Last, so that it wins.
         with m.If(self.reset):
-            for signal in (*status, fetched, completed, counting, self.irq, self.admin_create, self.doorbell):
+            for signal in (*status, fetched, completed, now_fetched, now_completed, counting, self.irq,
+                           self.admin_create, self.doorbell):
                 m.d.sync += Value.cast(signal).eq(0)
         return m
 

@@ -231,23 +231,24 @@ class Queues(wiring.Component):
         bell_mask = _mask(_at(m, entries_bits, queue))
         ringing, counting, legal, late = (Signal(name=name) for name in ("ringing", "counting", "legal", "late"))
         rung = Signal(DOORBELL)
-        asked, there = Signal(ENTRY_BITS), Signal(ENTRY_BITS)
+        # Distances in the ring, once they are masked.
+        asked_raw, there_raw, mask = Signal(ENTRY_BITS), Signal(ENTRY_BITS), Signal(ENTRY_BITS)
+        asked, there = asked_raw & mask, there_raw & mask
         m.d.sync += [
             ringing.eq(bell.valid),
             counting.eq(~bell.valid),
             rung.eq(bell),
             rung.queue.eq(queue),
-            legal.eq(
-                self.present.bit_select(queue, 1)
-                & ~(bell.value[:ENTRY_BITS] & ~bell_mask).any()
-                & ~bell.value[ENTRY_BITS:].any()
-            ),
+            legal.eq(self.present.bit_select(queue, 1) & ~bell.value[ENTRY_BITS:].any()),
             late.eq(self._gone.bit_select(queue, 1)),  # it was the old ring's, and must not get into the new one
-            asked.eq((bell.value[:ENTRY_BITS] - start) & bell_mask),
-            there.eq((end - start) & bell_mask),
+            asked_raw.eq(bell.value[:ENTRY_BITS] - start),
+            there_raw.eq(end - start),
+            mask.eq(bell_mask),
         ]
         good = Signal()
-        m.d.comb += good.eq(legal & (Mux(rung.completion, there, asked) >= Mux(rung.completion, asked, there)))
+        m.d.comb += good.eq(
+            legal & ~(rung.value[:ENTRY_BITS] & ~mask).any()
+            & (Mux(rung.completion, there, asked) >= Mux(rung.completion, asked, there)))
         accepted = Signal(QUEUES)
         m.d.comb += accepted.eq((ringing & good & ~late) << rung.queue)
         for q in range(QUEUES):
@@ -280,16 +281,21 @@ class Queues(wiring.Component):
 
     def _fetch(self, m: Module, entries_bits: Memory, submission: Memory) -> tuple[Signal, Signal]:
         """Offers the next command's line: (the queue whose line is being chosen, whose is offered)."""
-        head, gone = self._head, self._gone
+        head = self._head
         fetch = self.fetch
         line, next_head = Signal(LINE_ADDRESS_BITS), Signal(ENTRY_BITS)
         above = Signal(QUEUES)  # the queues behind the one whose turn was last
         offer, offered = Signal(QUEUES), Signal(QUEUES)
-        wanted = Signal(QUEUES)
-        m.d.comb += wanted.eq(self._fetchable & ~self.hold)
+        wanted, held = Signal(QUEUES), Signal(QUEUES)
+        m.d.sync += held.eq(self.hold)     # in time: it counts two cycles after a line is taken
+        m.d.comb += wanted.eq(self._fetchable & ~held)
         chosen = fetch.payload.queue
         mask, next_ahead = _mask(_at(m, entries_bits, chosen)), Signal(ENTRY_BITS)
-        m.d.comb += next_ahead.eq((next_head + 1) & mask)
+        gone = Signal(name="chosen_gone")
+        m.d.comb += [
+            next_ahead.eq((next_head + 1) & mask),
+            gone.eq((self.create.valid & (self.create.queue == chosen))
+                    | (self.remove.valid & (self.remove.queue == chosen)))]
         with m.FSM(name="fetch_state"):
             with m.State("choose"):
                 for only in (wanted, wanted & above):
@@ -304,7 +310,7 @@ class Queues(wiring.Component):
             with m.State("offer"):
                 # The choice may be out of date.
                 m.next = "choose"
-                with m.If((wanted & ~gone).bit_select(chosen, 1)):
+                with m.If(wanted.bit_select(chosen, 1) & ~gone):
                     m.d.comb += offer.eq(1 << chosen)
                     m.d.sync += [
                         fetch.valid.eq(1),
@@ -328,10 +334,11 @@ class Queues(wiring.Component):
         place, phase, written = self._place, self._phase, self._written
         post_base, post_place = Signal(LINE_ADDRESS_BITS), Signal(ENTRY_BITS)
         post_phase, post_head = Signal(), Signal(ENTRY_BITS)
-        post_mask = _mask(_at(m, entries_bits, self.post_queue))
+        post_mask = Signal(ENTRY_BITS)
         next_place = Signal(ENTRY_BITS)
         m.d.comb += next_place.eq((post_place + 1) & post_mask)
         m.d.sync += [
+            post_mask.eq(_mask(_at(m, entries_bits, self.post_queue))),
             post_base.eq(_at(m, completion, self.post_queue)),
             post_place.eq(place[self.post_queue]),
             post_phase.eq(phase[self.post_queue]),

@@ -36,7 +36,8 @@ def _delayed(m: Module, value: Value, cycles: int, name: str) -> Signal:
 class JobStamps(wiring.Component):
     """Notes the cycle of three events for each slot.
 
-    Latency: an event is in `stamps` four cycles later, with the number of its own cycle; a beat `settle_cycles` more.
+    Latency: an event is in `stamps` four cycles later, with the number of its own cycle; a beat `settle_cycles` and one
+    more.
     Throughput, ordering: all lanes in each cycle, a command a cycle; none.
     Reset: no slot has seen a beat.
 
@@ -145,12 +146,12 @@ class JobStamps(wiring.Component):
         noted = [[Signal(low_bits, name=f"{name}_{slot}", reset_less=True) for slot in range(slots)]
                  for name in ("first", "last")]
         low, high = self.cycle[:low_bits], self.cycle[low_bits:]
-        bits, whole = Signal(low_bits), Signal(32)
-        m.d.sync += turn.eq(turn + 1)
-        m.d.comb += [
-            bits.eq(pick([pick(of_kind, turn[1:]) for of_kind in noted], turn[0])),
-            whole.eq(Cat(bits, high - (bits > low))),
-        ]
+        bits, whole = Signal(low_bits, reset_less=True), Signal(32)
+        of_turn = Signal.like(turn)     # whose bits those are
+        m.d.sync += [
+            turn.eq(turn + 1), of_turn.eq(turn),
+            bits.eq(pick([pick(of_kind, turn[1:]) for of_kind in noted], turn[0]))]
+        m.d.comb += whole.eq(Cat(bits, high - (bits > low)))
         found = []
         for number, (name, happens) in enumerate((("first", first), ("last", last))):
             new = Signal(slots, name=f"{name}_new")
@@ -160,10 +161,12 @@ class JobStamps(wiring.Component):
             for slot in range(slots):
                 with m.If(happens[slot]):
                     m.d.sync += noted[number][slot].eq(low)
+            write_now = Signal(name=f"write_{name}")
+            m.d.sync += write_now.eq(new.bit_select(turn[1:], 1) & now)
             m.d.comb += [
-                write.addr.eq(turn[1:]),
+                write.addr.eq(of_turn[1:]),
                 write.data.eq(whole),
-                write.en.eq(new.bit_select(turn[1:], 1) & now),
+                write.en.eq(write_now),
             ]
             found.append(kept)
         return found

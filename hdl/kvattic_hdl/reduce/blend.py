@@ -71,7 +71,7 @@ class Blend(wiring.Component):
         `result` (bits of an fp32) and the `tag` of its operands.
     """
 
-    LATENCY = 16
+    LATENCY = 17
 
     i: stream.Interface
     o: stream.Interface
@@ -137,23 +137,24 @@ class Blend(wiring.Component):
         m.d.sync += total.eq((Cat(opposite, upright) + Cat(opposite, flipped))[1 : WINDOW + 2])
         below = total[-1]
         sum_magnitude = later(Mux(below, -total, total)[:WINDOW], "sum_magnitude")
-        sign = later(top_sign ^ below, "sign", 5)
+        sign = later(top_sign ^ below, "sign", 6)
 
         # 12 to 15: without leading zeros.
         zeros, normal = shift_up(m, sum_magnitude, "sum")
         zeros = later(zeros, "zeros")
 
-        # 16: round, to even.  A carry out of the fraction makes it zero and raises the exponent, as it should; only
-        # then is it seen whether the number is below the normal ones.
+        # 16: the exponent, and whether to round up, to even; 17: round.  A carry out of the fraction makes it zero and
+        # raises the exponent, as it should; only then is it seen whether the number is below the normal ones.
         width = max(bits_for(255), len(zeros)) + 2
-        biased = Signal(signed(width))
-        m.d.comb += biased.eq(exponent - zeros)
+        biased = Signal(signed(width), reset_less=True)
+        m.d.sync += biased.eq(exponent - zeros)
         lowest = WINDOW - SIGNIFICAND
-        up = normal[lowest - 1] & (normal[: lowest - 1].any() | normal[lowest])
-        rounded = (Cat(normal[lowest:-1], biased) + up)[: FP32_FRACTION_BITS + width]
+        up = later(normal[lowest - 1] & (normal[: lowest - 1].any() | normal[lowest]), "up")
+        significant = later(normal[lowest:], "significant")
+        rounded = (Cat(significant[:-1], biased) + up)[: FP32_FRACTION_BITS + width]
         result = Signal(32, reset_less=True)
         number = rounded[FP32_FRACTION_BITS:].as_signed()
-        m.d.sync += result.eq(Mux(normal[-1] & (number > 0), Cat(rounded[:31], sign), 0))
+        m.d.sync += result.eq(Mux(significant[-1] & (number > 0), Cat(rounded[:31], sign), 0))
         m.d.comb += [
             self.o.valid.eq(valid[-1]),
             self.o.payload.result.eq(result),

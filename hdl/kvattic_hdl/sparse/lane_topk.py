@@ -4,7 +4,6 @@ from itertools import pairwise
 
 from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, Value, signed
 from amaranth.lib import data, wiring
-from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import ceil_log2
@@ -21,6 +20,7 @@ from kvattic.spec.formats import (
 )
 from kvattic_hdl.lib.exponential import Exponential, in_window
 from kvattic_hdl.lib.shapes import LENGTH_FORCED, MODE_BITS, RANK_BITS, TOKEN_BITS, Shapes, Sweep
+from kvattic_hdl.lib.stream_buffer import Queue
 from kvattic_hdl.sparse.groups import GroupWalk, position_bits
 
 DEPTH = 16
@@ -63,10 +63,10 @@ class LaneTopK(wiring.Component):
     ===== ================================ ==============================================================
     sweep cycles, one token a step         512 tokens in two stripes, one row
     ===== ================================ ==============================================================
-    SUM   24 + a cycle for each score      536
-    MASS  27 + a cycle for each score      539
+    SUM   23 + a cycle for each score      535
+    MASS  26 + a cycle for each score      538
     DIGIT 11 + a cycle for each unit       523 (SPARF); 14 + a cycle for each unit kept
-    MARK  10 to 24 + a cycle for a token   522 to 536; in CENTROID 10 + a cycle for a codeword (266)
+    MARK  10 to 23 + a cycle for a token   522 to 535; in CENTROID 10 + a cycle for a codeword (266)
     ===== ================================ ==============================================================
 
     A step takes `Config.sweep_tokens` tokens at once, whose scores lie side by side, or as many units of one token: it
@@ -234,8 +234,6 @@ class LaneTopK(wiring.Component):
         sweep, tokens = self._sweep, self.config.tokens_per_codeword
         m.d.comb += [
             self.slot.eq(sweep.slot),
-            self._by_token.eq(self.mode == Mode.SPARF),
-            self._centroid.eq(self.mode == Mode.CENTROID),
             self._marking.eq(sweep.op == Sweep.MARK),
             self._massing.eq(sweep.op == Sweep.MASS),
             walk.by_unit.eq((sweep.op == Sweep.DIGIT) | (self._centroid & ~self._marking)),
@@ -251,6 +249,8 @@ class LaneTopK(wiring.Component):
         step_tokens = Signal(len(walk.step_tokens))
         in_unit = walk.by_unit & ~self._by_token
         m.d.sync += [
+            self._by_token.eq(self.mode == Mode.SPARF),
+            self._centroid.eq(self.mode == Mode.CENTROID),
             unit_mask.eq(Mux(self._by_token, 0, (tokens << self.unit_bits) - 1)),
             step_tokens.eq(Mux(in_unit, unit_mask + 1, Mux(self._centroid, tokens, self._wide))),
         ]
@@ -368,17 +368,19 @@ class LaneTopK(wiring.Component):
         """Steps of whose tokens p is wanted, one row after the other; the room that is left for more."""
         shapes = self.shapes
         enter, pop = Signal(), Signal()
-        m.submodules.fifo = fifo = SyncFIFOBuffered(width=step.shape().size + self._wide, depth=DEPTH)
+        waiting = data.StructLayout({"step": step.shape(), "counts": self._wide})
+        m.submodules.fifo = fifo = Queue(waiting, DEPTH)
         room = Signal(range(DEPTH + 1), init=DEPTH)
-        token = data.View(step.shape(), fifo.r_data[: step.shape().size])
+        token = fifo.o.payload.step
         row, last_row = Signal(shapes.row), Signal(shapes.row)
         at_last = Signal()
         m.d.comb += [
             walk.room.eq(room != 0),
-            fifo.w_en.eq(push),
-            fifo.w_data.eq(Cat(step, counts)),
-            fifo.r_en.eq(pop),
-            self.score_ask.eq(fifo.r_rdy),
+            fifo.i.valid.eq(push),
+            fifo.i.payload.step.eq(step),
+            fifo.i.payload.counts.eq(counts),
+            fifo.o.ready.eq(pop),
+            self.score_ask.eq(fifo.o.valid),
             enter.eq(self.score_ask & self.score_grant),
             at_last.eq(row == last_row),
             pop.eq(enter & at_last),
@@ -397,7 +399,7 @@ class LaneTopK(wiring.Component):
             self._scores[0].first.eq(token.first & (row == 0)),
             self._scores[0].last.eq(token.last & at_last),
             self._scores[0].forced.eq(token.forced),
-            self._scores[0].counts.eq(fifo.r_data[step.shape().size :]),
+            self._scores[0].counts.eq(fifo.o.payload.counts),
         ]
         return room
 
@@ -440,7 +442,7 @@ class LaneTopK(wiring.Component):
     def _sum_rows(self, m: Module) -> None:
         """Each row's sum: read and add in one cycle, write in the next."""
         shapes = self.shapes
-        before, now = self._scores[-2:]   # cycles 12 and 13, or 13 and 14
+        earlier, before, now = self._scores[-3:]   # cycles 11 to 13, or 12 to 14
         m.submodules.sums = sums = Memory(
             shape=shapes.denominator, depth=1 << shapes.row.width, init=[], attrs={"ram_style": "distributed"})
         old, seen = sums.read_port(domain="comb"), sums.read_port(domain="comb")
@@ -448,8 +450,8 @@ class LaneTopK(wiring.Component):
         untouched = Signal(1 << shapes.row.width)   # rows whose sum is zero, whatever the memory says
         total = Signal(shapes.denominator)
         row = Signal(shapes.row)
-        # The same row comes in the next cycle if there is but one.
-        again = self._now_valid & (now.row == before.row)
+        # Of `before`: the same row comes in the next cycle if there is but one; none came yet.
+        again, first = Signal(), Signal()
         m.d.comb += [
             old.addr.eq(before.row),
             write.addr.eq(now.row),
@@ -458,7 +460,9 @@ class LaneTopK(wiring.Component):
             seen.addr.eq(row),
         ]
         m.d.sync += [
-            total.eq(Mux(again, total, Mux(untouched.bit_select(before.row, 1), 0, old.data)) + self._p_sum),
+            again.eq(self._before_valid & (before.row == earlier.row)),
+            first.eq(untouched.bit_select(earlier.row, 1) & ~(self._now_valid & (now.row == earlier.row))),
+            total.eq(Mux(again, total, Mux(first, 0, old.data)) + self._p_sum),
             row.eq(self.sum_row),
             self.sum.eq(Mux(untouched.bit_select(row, 1), 0, seen.data)),
         ]

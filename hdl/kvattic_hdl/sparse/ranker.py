@@ -99,8 +99,8 @@ class RowScale(wiring.Component):
         root_difference = Signal(root_bits + 4)
         m.d.comb += root_difference.eq(widened - Cat(Const(1, 2), root))
         root_below = root_difference[-1]
-        root_valid = Signal()
-        m.d.sync += root_valid.eq(pair_valid)
+        root_valid, addend_valid = Signal(), Signal()
+        m.d.sync += [root_valid.eq(pair_valid), addend_valid.eq(root_valid)]
         with m.If(pair_valid):
             m.d.sync += [
                 root_rest.eq(Mux(root_below, widened, root_difference)),
@@ -110,8 +110,10 @@ class RowScale(wiring.Component):
         # Product, and its length.
         product = Signal(root_bits + SCALE_BITS)
         k_offset = Signal(signed(K_OFFSET_BITS))
-        with m.If(root_valid):
-            m.d.sync += product.eq((product << 1) + Mux(root[0], self.scale, 0))
+        addend = Signal(SCALE_BITS)
+        m.d.sync += addend.eq(Mux(root[0], self.scale, 0))
+        with m.If(addend_valid):
+            m.d.sync += product.eq((product << 1) + addend)
         m.d.comb += [self.scale_o.eq(product[-SCALE_BITS:]), self.k_offset_o.eq(k_offset)]
 
         with m.FSM(name="state"):
@@ -130,7 +132,7 @@ class RowScale(wiring.Component):
                         m.d.sync += [product.eq(self.scale << root_bits), k_offset.eq(self.k_offset)]
                         m.next = "normalise"
             with m.State("divide"):
-                with m.If(~(dividing | pair_valid | root_valid)):
+                with m.If(~(dividing | pair_valid | root_valid | addend_valid)):
                     m.next = "normalise"
             with m.State("normalise"):
                 m.d.comb += self.valid.eq(product[-1])
@@ -258,6 +260,7 @@ class Ranker(wiring.Component):
         used, bin_number, looking, members = self._count(m, digit)
         self._choose(m)
         row_scale = self._scale(m)
+        looked, seen, seen_number = Signal(), Signal.like(members), Signal.like(bin_number)
 
         with m.FSM(name="state"):
             with m.State("pass"):
@@ -276,6 +279,7 @@ class Ranker(wiring.Component):
                         with m.Case(_Op.SCAN):
                             m.next = "level"
                         with m.Case(_Op.COUNT):
+                            m.d.sync += looking.eq(1)
                             m.next = "bins"
                         with m.Default():
                             m.next = "divide"
@@ -288,15 +292,17 @@ class Ranker(wiring.Component):
                     self._decide(m, 0)
                     with m.If(self._level == 0):
                         m.next = "ready"
-            with m.State("bins"):
-                m.d.comb += looking.eq(1)
-                with m.If(members < self._needed):
-                    m.d.sync += [self._needed.eq(self._needed - members), bin_number.eq(bin_number - 1)]
-                with m.Else():
-                    self._decide(m, bin_number)
-                    m.next = "level"
-                    with m.If((members == self._needed) | (self._level == 0)):
-                        m.next = "ready"
+            with m.State("bins"):   # one is looked at while the one before is judged
+                m.d.sync += [looked.eq(1), bin_number.eq(bin_number - 1), seen.eq(members), seen_number.eq(bin_number)]
+                with m.If(looked):
+                    with m.If(seen < self._needed):
+                        m.d.sync += self._needed.eq(self._needed - seen)
+                    with m.Else():
+                        m.d.sync += [looking.eq(0), looked.eq(0)]
+                        self._decide(m, seen_number)
+                        m.next = "level"
+                        with m.If((seen == self._needed) | (self._level == 0)):
+                            m.next = "ready"
             with m.State("ready"):
                 m.d.sync += [self._op.eq(_Op.SUM), address.eq(0), self._row.eq(0)]
                 with m.If(self.go):

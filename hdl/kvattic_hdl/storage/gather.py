@@ -135,7 +135,8 @@ class CodewordGather(wiring.Component):
         at, beat = data.View(self._place, read.addr), self.beats.payload
         source, next_source = Signal(range(channels)), Signal(range(channels))
         busy, more, end = Signal(), Signal(), Signal()
-        number = Signal(self._place["beat"].shape)
+        number, following = Signal(self._place["beat"].shape), Signal(self._place["beat"].shape)
+        final = Signal(init=last_beat == 0)        # `number` is the codeword's last
         codewords = Array(Signal(self._place["codeword"].shape, name=f"codeword_{c}") for c in range(channels))
         # The codeword that is being given counts until its end.
         there: list[Value] = [count > (busy & (source == c)) for c, count in enumerate(whole)]
@@ -149,13 +150,14 @@ class CodewordGather(wiring.Component):
             at.beat.eq(number),
             read.en.eq(~self.beats.valid | self.beats.ready),
             *(beat[name].eq(read.data[name]) for name, _ in self._kept),
-            end.eq(read.en & busy & (number == last_beat)),
+            end.eq(read.en & busy & final),
+            following.eq(Mux(final, 0, number + 1)),
             given.eq(Mux(end, 1 << source, 0)),
         ]
         with m.If(read.en):
-            m.d.sync += [self.beats.valid.eq(busy), beat.last.eq(number == last_beat)]
+            m.d.sync += [self.beats.valid.eq(busy), beat.last.eq(final)]
             with m.If(busy):
-                m.d.sync += number.eq(Mux(end, 0, number + 1))
+                m.d.sync += [number.eq(following), final.eq(following == last_beat)]
         with m.If(end):
             m.d.sync += codewords[source].eq(codewords[source] + 1)
         with m.If(~busy | end):

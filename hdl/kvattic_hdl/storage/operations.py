@@ -2,14 +2,15 @@
 
 from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal
 from amaranth.lib import stream, wiring
-from amaranth.lib.fifo import SyncFIFO
-from amaranth.lib.wiring import In, Out
+from amaranth.lib.fifo import SyncFIFOBuffered
+from amaranth.lib.wiring import In, Out, connect, flipped
 from amaranth.utils import bits_for
 
 from kvattic.spec.commands import STATUS_BITS, Opcode, Status
 from kvattic.spec.config import Config
 from kvattic.spec.registers import MAX_ENTRIES, QUEUES
 from kvattic_hdl.lib.shapes import QUEUE_BITS, Shapes, operation_code
+from kvattic_hdl.lib.stream_buffer import StreamRegister
 from kvattic_hdl.storage.page_reader import fetch_layout
 
 OUTSTANDING_BITS = bits_for(QUEUES * MAX_ENTRIES)
@@ -20,8 +21,8 @@ class Operations(wiring.Component):
     """Distributes operations to their channels in the order of the commands, and their outcomes to one stream.
 
     An operation waits where its channel takes no more, and those behind it with it.  Outcomes come in any order.
-    Latency two cycles each way; one operation and one outcome a cycle.  Not to be reset while operations are under
-    way: wait for `quiet`.
+    Latency two cycles each way; one operation a cycle, and an outcome every other one.  Not to be reset while
+    operations are under way: wait for `quiet`.
 
     Parameters
     ----------
@@ -66,7 +67,7 @@ class Operations(wiring.Component):
         channels = range(config.channels)
 
         # Commands: a PROGRAM goes on when its operation and its fetch are both taken.
-        m.submodules.queue = queue = SyncFIFO(width=shapes.flash_command.size, depth=4)
+        m.submodules.queue = queue = SyncFIFOBuffered(width=shapes.flash_command.size, depth=4)
         command = Signal(shapes.flash_command)
         m.d.comb += [
             queue.w_data.eq(self.commands.payload),
@@ -109,7 +110,11 @@ class Operations(wiring.Component):
         with m.Else():
             m.d.sync += poisoned.eq(poisoned | self.failed)
         at = Signal(shapes.channel)
-        held, valid = Signal(shapes.ended), Signal()
+        # What waits for the finisher: which of several it takes is decided late, and no channel should wait for that.
+        # One of two cycles is enough: the finisher takes more than that for each.
+        m.submodules.ended = ended_buffer = StreamRegister(shapes.ended)
+        connect(m, ended_buffer.o, flipped(self.outcomes))
+        held = ended_buffer.i.payload
         found = Signal(shapes.outcome)
         there, take = Signal(), Signal()
         status = Signal(STATUS_BITS)
@@ -117,28 +122,24 @@ class Operations(wiring.Component):
         m.d.comb += [
             found.eq(Array(s.payload.as_value() for s in self.channel_outcomes)[at]),
             there.eq(Array(s.valid for s in self.channel_outcomes)[at]),
-            take.eq(there & (~valid | self.outcomes.ready)),
+            take.eq(there & ended_buffer.i.ready),
             status.eq(Mux((found.status == Status.OK) & poisoned.bit_select(at, 1), Status.BUS_ERROR, found.status)),
-            self.outcomes.valid.eq(valid),
-            self.outcomes.payload.eq(held),
+            ended_buffer.i.valid.eq(take),
+            held.queue.eq(identity[:QUEUE_BITS]),
+            held.identifier.eq(identity[16:]),
+            held.status.eq(status),
+            held.where.eq(Mux(status == Status.OK, 0, Cat(found.page, at, Const(0, 8 - len(at))))),
         ]
         for c in channels:
             m.d.comb += self.channel_outcomes[c].ready.eq(take & (at == c))
-        with m.If(take):
-            m.d.sync += [
-                held.queue.eq(identity[:QUEUE_BITS]),
-                held.identifier.eq(identity[16:]),
-                held.status.eq(status),
-                held.where.eq(Mux(status == Status.OK, 0, Cat(found.page, at, Const(0, 8 - len(at))))),
-            ]
-        with m.If(take | self.outcomes.ready):
-            m.d.sync += valid.eq(take)
         with m.If(~there | take):
             m.d.sync += at.eq(Mux(at == config.channels - 1, 0, at + 1))
 
         under_way = Signal(OUTSTANDING_BITS)
-        accepted = self.commands.valid & self.commands.ready
-        ended = self.outcomes.valid & self.outcomes.ready
-        m.d.sync += under_way.eq(under_way + accepted - ended)
-        m.d.comb += self.quiet.eq(under_way == 0)
+        accepted, ended = Signal(), Signal()     # a cycle ago
+        m.d.sync += [
+            accepted.eq(self.commands.valid & self.commands.ready),
+            ended.eq(self.outcomes.valid & self.outcomes.ready),
+            under_way.eq(under_way + accepted - ended)]
+        m.d.comb += self.quiet.eq((under_way == 0) & ~accepted)
         return m

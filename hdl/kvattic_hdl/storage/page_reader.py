@@ -30,8 +30,8 @@ def fetch_layout(config: Config) -> data.StructLayout:
 class PageReader(wiring.Component):
     """Offers the codewords of pages to be programmed, channel by channel, and gives their words to the channels.
 
-    Latency: a page is offered six cycles after it came, at the earliest.  Throughput: a codeword every fourth cycle; a
-    word a cycle for each channel.  Ordering: of each channel as they came.  Reset forgets everything.
+    Latency: a page is offered seven cycles after it came, at the earliest.  Throughput: a codeword every fourth cycle;
+    a word a cycle for each channel.  Ordering: of each channel as they came.  Reset forgets everything.
 
     Parameters
     ----------
@@ -77,18 +77,19 @@ class PageReader(wiring.Component):
         m = Module()
         config = self._config
         channels = range(config.channels)
-        # Behind a register, as it takes long to see whether a channel's queue has room.
+        # Behind a register, as it takes a cycle to see whether a channel's queue has room; that stays true meanwhile.
+        room_known = Signal()
         m.submodules.given = given = StreamRegister(fetch_layout(config))
         connect(m, flipped(self.fetches), given.i)
-        m.submodules.fetches = fetches = QueueSet(page_layout(), config.channels, FETCHES)
+        m.submodules.fetches = fetches = QueueSet(page_layout(), config.channels, FETCHES, checked=True)
         numbers = [Signal(range(config.codewords_per_page), name=f"codeword_{channel}") for channel in channels]
         able = Signal(config.channels)
         last, begins = Signal(), Signal()
         m.d.comb += [
             fetches.i.payload.queue.eq(given.o.payload.channel),
             fetches.i.payload.item.eq(given.o.payload.page),
-            fetches.i.valid.eq(given.o.valid),
-            given.o.ready.eq(fetches.i.ready),
+            fetches.i.valid.eq(room_known),
+            given.o.ready.eq(room_known),
             fetches.queue.eq(self.channel),
             fetches.pop.eq(self.take & last),
             self.page.eq(fetches.head),
@@ -97,6 +98,7 @@ class PageReader(wiring.Component):
             begins.eq(self.take & (self.codeword == 0)),
             self.failed.eq(strobe(self.bad, self.to)),
         ]
+        m.d.sync += room_known.eq(given.o.valid & ~room_known & fetches.i.ready)
         for channel in channels:
             here = self.channel == channel
             room = Signal(range(PAGE_CODEWORDS + 1), init=PAGE_CODEWORDS, name=f"room_{channel}")

@@ -110,11 +110,14 @@ class QueueSet(wiring.Component):
         Number of queues.
     depth : int
         Items that each can hold, a power of two, at least 2.
+    checked : bool
+        See `i`.
 
     Members
     -------
     i : In(stream of queue, item)
-        An item and the queue that it is for; it is taken where that queue has room.
+        An item and the queue that it is for; it is taken where that queue has room.  Where that was looked up a cycle
+        before (`checked`), `valid` comes with `ready` only, which does not depend on it.
     waiting : Out(queues)
         Queues that are not empty.
     queue : In(queue_number)
@@ -131,8 +134,8 @@ class QueueSet(wiring.Component):
     head: Any
     pop: Signal
 
-    def __init__(self, shape: Shape | data.Layout, queues: int, depth: int) -> None:
-        self._shape, self._queues, self._depth = shape, queues, depth
+    def __init__(self, shape: Shape | data.Layout, queues: int, depth: int, *, checked: bool = False) -> None:
+        self._shape, self._queues, self._depth, self._checked = shape, queues, depth, checked
         super().__init__({
             "i": In(stream.Signature(data.StructLayout({"queue": queue_number(queues), "item": shape}))),
             "waiting": Out(queues),
@@ -150,7 +153,7 @@ class QueueSet(wiring.Component):
         number = ceil_log2(self._queues)
         m.d.comb += [
             pointers.push_queue.eq(self.i.payload.queue),
-            pointers.push.eq(self.i.valid & pointers.room),
+            pointers.push.eq(self.i.valid if self._checked else self.i.valid & pointers.room),
             self.i.ready.eq(pointers.room),
             write.addr.eq(Cat(pointers.push_index, self.i.payload.queue[:number])),
             write.data.eq(self.i.payload.item),

@@ -9,6 +9,7 @@ from kvattic.spec.commands import Kind
 from kvattic.spec.config import Config
 from kvattic_hdl.lib.arithmetic import next_of
 from kvattic_hdl.lib.shapes import EPOCH_BITS, Shapes
+from kvattic_hdl.lib.stream_buffer import StreamBuffer
 from kvattic_hdl.storage.queue_set import QueueSet
 
 TAIL_CODEWORDS = 4
@@ -124,8 +125,10 @@ class TailReader(wiring.Component):
         to = data.View(sent_layout, sent.r_data)
         wrong = Signal()    # a row of the codeword that is arriving was answered with an error
         count = Signal(range(codeword_words))   # of words
-        word = Signal(shapes.channel_word)
-        offered, flush = Signal(), Signal()
+        flush = Signal()
+        # Words leave through a buffer: a lane's crossing takes one or not after it has looked at what is offered.
+        m.submodules.out = out = StreamBuffer(data.StructLayout({"lane": shapes.lane, "word": shapes.channel_word}))
+        word = out.i.payload.word
         m.d.comb += [
             sent.w_en.eq(self.arrived & self.last),
             sent.w_data.eq(Cat(self.to, wrong | self.bad)),
@@ -135,8 +138,10 @@ class TailReader(wiring.Component):
             word.last.eq(count == config.words_per_codeword - 1),
             # Padding behind the last token is read and not sent.
             flush.eq(count >= config.words_per_codeword),
-            offered.eq(sent.r_rdy & words.valid & ~flush),
-            words.ready.eq(sent.r_rdy & (flush | Array(codewords.ready for codewords in self.codewords)[to.lane])),
+            out.i.valid.eq(sent.r_rdy & words.valid & ~flush),
+            out.i.payload.lane.eq(to.lane),
+            out.o.ready.eq(Array(codewords.ready for codewords in self.codewords)[out.o.payload.lane]),
+            words.ready.eq(sent.r_rdy & (flush | out.i.ready)),
             sent.r_en.eq(words.valid & words.ready & (count == codeword_words - 1)),
         ]
         with m.If(self.arrived):
@@ -144,5 +149,7 @@ class TailReader(wiring.Component):
         with m.If(words.valid & words.ready):
             m.d.sync += count.eq(Mux(sent.r_en, 0, count + 1))
         for lane, codewords in enumerate(self.codewords):
-            m.d.comb += [codewords.payload.eq(word), codewords.valid.eq(offered & (to.lane == lane))]
+            m.d.comb += [
+                codewords.payload.eq(out.o.payload.word),
+                codewords.valid.eq(out.o.valid & (out.o.payload.lane == lane))]
         return sent.r_en

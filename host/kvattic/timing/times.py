@@ -26,7 +26,7 @@ COPY = 9
 FETCH, LOAD = 30, 40
 """Cycles until a command's line has come; of checks, and until a block's first word comes.  Fitted to jobs alone."""
 KEPT_ONE_IN = 13
-"""Units of which a DIGIT sweep keeps one for the next; from the recorded latency of a selection, 2,435 cycles."""
+"""Units of which a DIGIT sweep keeps one for the next; from the recorded latency of a selection, 2,432 cycles."""
 SELECT, SELECT_ROW = 131, 126
 """Cycles of a selection beside its sweeps, and for each row: maxima, logarithm, counts.  Fitted to the two latencies of
 SPARF in TopK's docstring, with one row and with eight."""

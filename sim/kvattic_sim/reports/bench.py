@@ -146,7 +146,7 @@ BARS: dict[str, Bar | None] = {
     "golden.seconds": None,
     "house.model.cpp_mb": Bar("<=", (20,)),
     "house.model.text_mb": Bar("<=", (3,)),
-    "sim.cycles_per_second.ratio": Bar(">=", (1.5,)),
+    "sim.cycles_per_second.ratio": Bar(">=", (2.5,)),
     "sim.speed_ratio": Bar(">=", (10,)),
     "sim.cycles_per_second.paper": Bar(">=", (20_000,), goal=True),
     "time.error.max": Bar("<=", (0.08,)),

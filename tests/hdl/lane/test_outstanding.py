@@ -87,8 +87,8 @@ def test_counts_are_those_of_all_events_and_nothing_is_done_early(name, seed):
             history.append({kind: {slot for slot in slots if counts[slot]} for kind, counts in left.items()})
             for kind, done, wait in (
                     ("key", dut.keys_done, dut.keys_wait), ("value", dut.values_done, dut.values_wait)):
-                # What was and is outstanding is not done, from three cycles after the first request on.
-                for slot in set.intersection(*(then[kind] for then in history[-3:])) if cycle > 2 else ():
+                # What was and is outstanding is not done, from four cycles after the first request on.
+                for slot in set.intersection(*(then[kind] for then in history[-4:])) if cycle > 3 else ():
                     assert not ctx.get(done) >> slot & 1, f"{kind} of slot {slot} done in cycle {cycle}"
                     assert ctx.get(wait) >> slot & 1
         assert not any(left["key"].values()) and not any(left["value"].values())

@@ -28,7 +28,6 @@ def test_words_of_a_group(beat_bytes: int, gap: float) -> None:
         for cycle in range(2000):
             word = beat % config.group_words
             there = rnd.random() >= gap
-            ctx.set(dut.there, there)
             ctx.set(dut.group_beat, there)
             ctx.set(dut.group_begin, there and word == 0)
             ctx.set(dut.word, word)

@@ -55,7 +55,7 @@ def course(config, jobs, rng):
                 at(cycle).beats[lane] = slot
                 taken.append(cycle)
         times = (asked, min(taken), max(taken)) if taken else (asked, None, None)
-        end = max([used, *(cycle + settle_cycles(config) for cycle in taken)]) + DELAY + 1
+        end = max([used, *(cycle + settle_cycles(config) + 1 for cycle in taken)]) + DELAY + 1
         while at(end).read:
             end += 1
         at(end).read = slot, [0 if time is None else CLOCK_STARTS + time & 0xFFFF_FFFF for time in times]

@@ -288,6 +288,6 @@ def test_cycles():
         await ctx.tick()
         for op in Sweep:
             cycles[op] = await sweep(ctx, dut, 2, op)
-        assert [list(sparf.values()), list(cycles.values())] == [[536, 523, 539, 528], [152, 139, 155, 266]]
+        assert [list(sparf.values()), list(cycles.values())] == [[535, 523, 538, 527], [151, 139, 154, 266]]
 
     simulate(config, 4, bench)
