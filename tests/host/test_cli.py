@@ -66,7 +66,7 @@ def test_wrong_usage_is_two(capsys, arguments):
 
 
 def test_every_command_has_help(capsys):
-    for name in ("info", "selftest", "bench", "trace", "verilog", "sweep", "system"):
+    for name in ("info", "selftest", "bench", "trace", "verilog", "sweep", "run", "chat", "system"):
         code, out, _ = call(capsys, name, "--help")
         assert code == 0
         assert out.startswith(f"usage: kvattic {name}")
@@ -110,7 +110,8 @@ def test_ctrl_c_is_130(capsys, monkeypatch):
     assert call(capsys, "selftest") == (130, "", "testing model ...\ninterrupted\n")
 
 
-@pytest.mark.parametrize(("module", "extra"), [("amaranth", "hdl"), ("rich", "sim"), ("distributed", "cluster")])
+@pytest.mark.parametrize(("module", "extra"), [("amaranth", "hdl"), ("rich", "sim"), ("distributed", "cluster"),
+                                             ("torch", "quality")])
 def test_a_missing_extra_is_named(capsys, monkeypatch, module, extra):
     def missing(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named {module!r}", name=f"{module}.inside")

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvattic
 from kvattic.integrations.transformers import NAME, DriveCache, config_for
 from kvattic.spec.formats import Element
-from kvattic_sim.lm.smollm2 import english, weights
+from kvattic_sim.lm.smollm2 import english, load
 from kvattic_sim.reports.benches.generate import REFERENCES, RoundedCache
 
 __all__ = ["ANSWER", "PROMPT", "Comparison", "compare", "main"]
@@ -55,9 +54,7 @@ def compare(tokens: int = ANSWER, prompt: int = PROMPT,
         ImportError: the extra `quality` is not installed.
         smollm2.WeightsError: the weights are not to be had.
     """
-    file = weights()
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    tokenizer, model = load()
     text = tokenizer(english(), return_tensors="pt").input_ids[:, :prompt]
 
     def answer(implementation: str, cache: Any) -> tuple[list[int], float]:

