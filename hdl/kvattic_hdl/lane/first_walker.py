@@ -93,8 +93,9 @@ class FirstWalker(wiring.Component):
         self.by_feature, self.bounded = Signal(), Signal()
         self.next_token = Signal(TOKEN_BITS + 1)   # of the next codeword, if the job's last stripe is a tail
         self.more, self.go_on, self.centroids = Signal(), Signal(), Signal()
-        # Of `slot`, a cycle late: any job is there; its own is; is dense; has taken all of its places.
-        self.known = [Signal(name=name) for name in ("any_here", "here", "dense", "walked")]
+        # Of `slot`, a cycle late: any job is there; its own is; was the cycle before, so that `fits` is about it; is
+        # dense; has taken all of its places.
+        self.known = [Signal(name=name) for name in ("any_here", "here", "stayed", "dense", "walked")]
         self.looked = Signal(2)   # it is the same as in the cycle before; as two cycles before
         super().__init__({
             "enable": In(config.jobs_in_flight),
@@ -124,7 +125,8 @@ class FirstWalker(wiring.Component):
         config = self.config
         enabled = Signal(config.jobs_in_flight)
         self._describe(m)
-        now = (enabled.any(), enabled.bit_select(self.slot, 1), self.job.mode == Mode.DENSE, self.keys_walked)
+        _, here, *_ = self.known
+        now = (enabled.any(), enabled.bit_select(self.slot, 1), here, self.job.mode == Mode.DENSE, self.keys_walked)
         m.d.sync += [known.eq(value) for known, value in zip(self.known, now, strict=True)]
         m.d.sync += self.looked.eq(Mux(self.go_on, 0, Cat(Const(1, 1), self.looked)))
         with m.FSM(name="state"):
@@ -165,7 +167,7 @@ class FirstWalker(wiring.Component):
         m.next = "next"
 
     def _begin_job(self, m: Module) -> None:
-        any_here, here, dense, walked = self.known
+        any_here, here, stayed, dense, walked = self.known
         with m.State("idle"):
             m.d.sync += [self.index.eq(0), self.left.eq(self.job.stripes), self.place.eq(0)]
             with m.If(self.looked.all()):
@@ -175,7 +177,7 @@ class FirstWalker(wiring.Component):
                     m.d.comb += self.go_on.eq(walked)
                 with m.Elif(self.failed):
                     self._end_job(m)
-                with m.Elif(self.fits):
+                with m.Elif(self.fits & stayed):
                     m.d.comb += self.begin.eq(1)
                     m.next = "next"
 
