@@ -153,11 +153,11 @@ class FirstPass(wiring.Component):
                 m.d.sync += [count.eq(0), ring.eq(head.data.ring), number.eq(head.data.token)]
                 with m.If(complete):
                     with m.If(head.data.features):
+                        m.d.sync += self.harvest.valid.eq(1)
                         m.next = "harvest"
                     with m.Else():
                         m.d.comb += end.eq(1)
             with m.State("harvest"):
-                m.d.comb += self.harvest.valid.eq(1)
                 with m.If(self.harvest.ready):
                     m.d.sync += [
                         count.eq(count + 1),
@@ -165,6 +165,7 @@ class FirstPass(wiring.Component):
                         ring.eq(ring + count[:index_bits].all()),
                     ]
                     with m.If(token.where.last):
+                        m.d.sync += self.harvest.valid.eq(0)
                         m.next = "store"
             with m.State("store"):
                 with m.If(self.harvested):

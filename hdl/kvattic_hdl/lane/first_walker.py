@@ -96,6 +96,7 @@ class FirstWalker(wiring.Component):
         # Of `slot`, a cycle late: any job is there; its own is; was the cycle before, so that `fits` is about it; is
         # dense; has taken all of its places.
         self.known = [Signal(name=name) for name in ("any_here", "here", "stayed", "dense", "walked")]
+        self.asking = Signal()   # in state "ask"
         self.looked = Signal(2)   # it is the same as in the cycle before; as two cycles before
         super().__init__({
             "enable": In(config.jobs_in_flight),
@@ -146,6 +147,7 @@ class FirstWalker(wiring.Component):
     def _describe(self, m: Module) -> None:
         """The stripe in work, and what is asked for."""
         m.d.comb += [
+            self.requests.valid.eq(self.asking & ~self.failed),
             self.centroids.eq(self.job.mode == Mode.CENTROID),
             self.more.eq((self.number != self.limit) & (~self.bounded | (self.next_token < self.job.end_token))),
             self.stripe_address.eq(Cat(self.index, self.slot)),
@@ -226,14 +228,16 @@ class FirstWalker(wiring.Component):
                 request.tag.kind.eq(Mux(self.by_feature, Kind.FEATURE, Kind.SKETCH)),
                 request.tag.slot.eq(self.slot),
                 request.tag.epoch.eq(self.job.epoch),
+                self.asking.eq(1),
             ]
             m.next = "ask"
         with m.State("ask"):
-            m.d.comb += self.requests.valid.eq(~self.failed)
             with m.If(self.failed):
+                m.d.sync += self.asking.eq(0)
                 self._close_stripe(m)
             with m.Elif(self.requests.ready):
                 m.d.sync += [
+                    self.asking.eq(0),
                     number.eq(number + 1), self.next_token.eq(self.next_token + config.tokens_per_codeword),
                     self.follow.eq(~self.by_feature & ~request.dram
                                    & (request.codeword != config.codewords_per_page - 1)),

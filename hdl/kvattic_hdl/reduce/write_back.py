@@ -291,11 +291,9 @@ class WriteBack(wiring.Component):
         # Lines are answered in their order; beside those of `WriteLines` one is on its way there.
         m.submodules.owners = owners = SyncFIFO(
             width=1 + self._shapes.slot.width, depth=1 << ceil_log2(self._outstanding + 2))
-        m.d.comb += [
-            owners.w_en.eq(asked),
-            owners.w_data.eq(Cat(is_copy, self.copies_slot)),
-            owners.r_en.eq(self.axi.bvalid & self.axi.bready),
-        ]
+        # Long before the answer comes.
+        m.d.sync += [owners.w_en.eq(asked), owners.w_data.eq(Cat(is_copy, self.copies_slot))]
+        m.d.comb += owners.r_en.eq(self.axi.bvalid & self.axi.bready)
         with m.If(self.write_error):
             with m.If(owners.r_data[0]):
                 m.d.sync += lost.bit_select(owners.r_data[1:], 1).eq(1)
