@@ -126,16 +126,18 @@ class ScoreRing(wiring.Component):
         give_back = Signal()
         free, more_free, fits, taken, many_taken = (
             Signal(name=name) for name in ("free", "more_free", "fits", "taken", "many_taken"))
-        quiet = ~taken & ~first_begin & ~self.key_fired
+        takes = Signal()
+        quiet = ~taken & ~takes
         m.d.comb += [
-            new.eq(Mux(first_begin, self.first_places, self.key_fired & dense)),
+            takes.eq(first_begin | (self.key_fired & dense)),
+            new.eq(Mux(first_begin, self.first_places, takes)),
             give_back.eq((self.holds & self.done).bit_select(oldest, 1)),
         ]
         m.d.sync += [
             free.eq(used != config.ring_codewords),
             more_free.eq(used < config.ring_codewords - 2),
             fits.eq(used + self.first_places <= config.ring_codewords),
-            taken.eq(first_begin | self.key_fired),
+            taken.eq(takes),
             many_taken.eq(first_begin),
             self.room.eq(~many_taken & ~first_begin & (more_free | (free & quiet))),
             self.first_room.eq(fits & quiet),
