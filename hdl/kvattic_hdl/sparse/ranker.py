@@ -29,8 +29,8 @@ class RowScale(wiring.Component):
     of x each cycle, the root takes them in pairs, the product is doubled for each bit of y.  A part of zero leaves the
     scale as it is.
 
-    Latency: ``bits + 48`` (`bits` made even) + 4 cycles, and one for each zero at the top of the product, at most 24:
-    from 100 to 124 cycles for 48 bits; one cycle if `part` is zero.  One row at a time, no backpressure at the output.
+    Latency: ``bits + 48`` (`bits` made even) + 5 cycles, and one for each zero at the top of the product, at most 24:
+    from 101 to 125 cycles for 48 bits; one cycle if `part` is zero.  One row at a time, no backpressure at the output.
     Reset: nothing in work.
 
     Parameters
@@ -161,9 +161,9 @@ class Ranker(wiring.Component):
     is decided (digits that are zero in all features left cost a cycle); then, once `go` is high, one for each row,
     whose sums go to its scale while the next row is passed.
 
-    Latency: from the last word of q to the last digit at most ``rows * head_dim + 7 + n * (head_dim + 23)`` cycles, n
+    Latency: from the last word of q to the last digit at most ``rows * head_dim + 7 + n * (head_dim + 24)`` cycles, n
     being 10 digits for one row and 11 for up to 16; normally n is 3 or 4.  From `go` to `done` at most
-    ``rows * (head_dim + 8) + 130``.  In all for head_dim 128 and one row: 1,920 cycles at most, 650 to 1,000 normally.
+    ``rows * (head_dim + 8) + 131``.  In all for head_dim 128 and one row: 1,932 cycles at most, 650 to 1,000 normally.
     For eight rows some 2,400.
     Reset: as `clear`.
 

@@ -147,7 +147,7 @@ def times_of(config: Config) -> Times:
         decision=decision, planning=PLAN * share + 2 * part.planes, arrival=gather + config.beats_per_codeword + STAGES,
         harvest=HARVEST, token=token, fetch=FETCH, load=LOAD,
         # Ranker: 3 or 4 digits normally.
-        rank=3.5 * (config.head_dim + 23) + 137, rank_row=2 * config.head_dim + 8,
+        rank=3.5 * (config.head_dim + 24) + 138, rank_row=2 * config.head_dim + 8,
         select=SELECT, select_row=SELECT_ROW, alpha=config.lanes + 5, maximum=6,
         # Gather: a row's reciprocal takes 20 cycles; the divider gives a quotient every second one.
         gather_row=max(config.lanes + 5, 20),

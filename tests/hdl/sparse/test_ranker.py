@@ -231,7 +231,7 @@ def test_cycles():
     for config, job in ((PAPER, slow), (replace(PAPER, rows=4), rows)):
         run(config, [job])
         check(config, [job])
-        assert job.cycles <= len(job.q) * 2 * (128 + 8) + 7 + 11 * (128 + 23) + 130
+        assert job.cycles <= len(job.q) * 2 * (128 + 8) + 7 + 11 * (128 + 24) + 131
 
 
 @pytest.mark.parametrize("bits", [45, 48])
@@ -272,4 +272,4 @@ def test_row_scale(bits):
     sim.run()
     steps = bits + bits % 2 + 48
     assert {cycles for cycles, part in times if not part} == {1}
-    assert all(steps + 4 <= cycles <= steps + 4 + 24 for cycles, part in times if part)
+    assert all(steps + 5 <= cycles <= steps + 5 + 24 for cycles, part in times if part)
