@@ -308,12 +308,13 @@ class Arrivals(wiring.Component):
         token_2 = Signal(range(self.config.ring_codewords * self.config.tokens_per_codeword))   # in its stripe
         token_3 = Signal(TOKEN_BITS)
         dropped = Signal()
+        welcome = self._welcome(stage_2.tag, known_2)
         m.d.sync += [
             stage_2.eq(stage_1),
             stage_3.eq(stage_2),
             known_3.eq(known_2),
-            known_3.asked.eq(self._welcome(stage_2.tag, known_2)),
-            known_3.due.eq(known_2.current & self._welcome(stage_2.tag, known_2)),
+            known_3.asked.eq(welcome),
+            known_3.due.eq(known_2.current & welcome),
             token_3.eq(self.stripe_token + token_2),
         ]
         self._take(m, stage_1, dropped)

@@ -109,17 +109,27 @@ def load(attn_implementation: str | None = None) -> tuple[Any, Any]:
         ImportError: the extra `quality` is not installed.
         WeightsError: see `weights`.
     """
+    return _tokenizer(), _model(attn_implementation)
+
+
+def _tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    path = weights()
+    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def _model(attn_implementation: str | None) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     path = weights()
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **chosen)
-    return tokenizer, model.eval()
+    return model.eval()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,13 +162,9 @@ def capture(tokens: int, text: str | None = None) -> Captured:
         WeightsError: see `weights`.
     """
     import torch
-    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AttentionInterface, AttentionMaskInterface
 
-    path = weights()
-    logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    numbers = tokenizer(english() if text is None else text, return_tensors="pt").input_ids[:, :tokens]
+    numbers = _tokenizer()(english() if text is None else text, return_tensors="pt").input_ids[:, :tokens]
     if numbers.shape[1] < tokens:
         raise ValueError(f"text must have at least {tokens} tokens, not {numbers.shape[1]}")
     layers: list[tuple[NDArray[np.float16], ...]] = []
@@ -174,11 +180,9 @@ def capture(tokens: int, text: str | None = None) -> Captured:
     AttentionInterface.register("kvattic_capture", keep)
     # It is causal by itself.
     AttentionMaskInterface.register("kvattic_capture", lambda *arguments, **keywords: None)
-    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="kvattic_capture")
+    model = _model("kvattic_capture")
     with torch.inference_mode():
-        logits = model.eval()(numbers, use_cache=False).logits[0]
+        logits = model(numbers, use_cache=False).logits[0]
         loss = float(torch.nn.functional.cross_entropy(logits[:-1], numbers[0, 1:]))
     query, key, value = (np.stack(arrays) for arrays in zip(*layers, strict=True))
     return Captured(query, key, value, loss)

@@ -12,22 +12,20 @@ decoding of text, and all positions of an image, as in a step of diffusion.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 import kvattic
 from kvattic import AttendResult, Config
-from kvattic import Sequence as KvSequence
 from kvattic.spec.config import GQA
 from kvattic.spec.elements import from_bits
-from kvattic.timing import Estimate, Layer, estimate
+from kvattic.timing import Layer, estimate
 from kvattic.timing.cost import Cost
 from kvattic_sim import oracle
 from kvattic_sim.runs.outcome import How, Outcome, Request, Run
-from kvattic_sim.runs.slices import bus_share, limit_of, stall_shares
-from kvattic_sim.workloads import Attention, Meter, Usage, topical
+from kvattic_sim.runs.slices import Attending, modelled_run, options_of, run_of, stall_shares
+from kvattic_sim.workloads import Attention, topical
 
 __all__ = ["CONFIG", "IMAGE", "TEXT", "WAYS", "Guided", "diffusion_runs", "guided", "run"]
 
@@ -86,27 +84,19 @@ def guided(config: Config, *, heads: int, image: int, text: int, target: str = "
         progress: told what is being done.
     """
     attention, query = _inputs(config, heads, image, text)
-    options = {"on_progress": progress} if target.startswith("sim:") else {}
     progress(f"opening {target}")
-    with (kvattic.open(target, config, **options) as device,
+    with (kvattic.open(target, config, **options_of(target, progress)) as device,
           device.create_sequence(heads, capacity_tokens=text + image) as sequence):
         progress("writing")
         sequence.prefill(attention.key, attention.value)
         with sequence.fork() as unconditional:
-            meter = Meter(device) if options else None
-            used: list[Usage] = []
-
-            def attend(what: KvSequence, *rows: Any, **masks: Any) -> AttendResult:
-                found = what.attend(*rows, **masks)
-                if meter is not None:
-                    used.append(meter.read())
-                return found
-
+            attend = Attending(device, target)
             progress("attending: two passes")
             one = attend(sequence, query[:, :1])
             other = attend(unconditional, query[:, 1:], start=[text])
             progress("attending: a pair")
             pair = attend(sequence, query, start=[0, text])
+    used = attend.used
     key, value, asked = (from_bits(bits, config.element).astype(np.float64)
                          for bits in (attention.key, attention.value, query))
     errors = [_error(result, asked[:, number], key[:, first:], value[:, first:])
@@ -140,19 +130,13 @@ def diffusion_runs(config: Config, *, heads: int, image: int, text: int) -> list
     runs = []
     for way, rows in zip(WAYS, (2 * image, 2 * image, image), strict=True):
         passes = heads * math.ceil(rows / config.rows)
-        found: Estimate = estimate(config, jobs, in_all=max(passes, len(jobs)))
-        runs.append((way, Run(
-            what=f"a layer, {image:,} positions: {way}", how=How.MODELLED, cycles=found.cycles,
-            bytes=sum(found.bytes_by_kind.values()), seconds=found.seconds,
-            limit=limit_of(found.bus_use, dies=found.die_use))))
+        found = estimate(config, jobs, in_all=max(passes, len(jobs)))
+        runs.append((way, modelled_run(f"a layer, {image:,} positions: {way}", found)))
     return runs
 
 
 def _run_of(found: Guided, what: str, how: How, way: str) -> Run:
-    cost, config = found.costs[way], CONFIG
-    flash, cycles = sum(cost.flash_bytes.values()), cost.cycles or 0
-    return Run(what=f"{what}: {way}", how=how, cycles=cycles, bytes=flash + sum(cost.dram_bytes.values()),
-               seconds=cost.seconds or 0.0, limit=limit_of(bus_share(config, flash, cycles), found.stalls.get(way)))
+    return run_of(f"{what}: {way}", how, CONFIG, found.costs[way], stalls=found.stalls.get(way))
 
 
 def run(request: Request) -> Outcome:

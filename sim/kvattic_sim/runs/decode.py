@@ -4,13 +4,13 @@ A slice of a layer runs bit by bit (`slices`); a layer of one sequence and a ste
 `kvattic.timing` and `kvattic_sim.system`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvattic.errors import RequestError
 from kvattic.spec.config import GQA, PAPER, Config
 from kvattic.timing import Layer, estimate
 from kvattic_sim.runs.outcome import How, Outcome, Request, Run
-from kvattic_sim.runs.slices import limit_of, run_slice
+from kvattic_sim.runs.slices import modelled_run, run_slice
 from kvattic_sim.system.drive import TimedDrive
 from kvattic_sim.system.parameters import PAPER_MACHINE
 from kvattic_sim.system.steps import direct_host_s, heads_of_a_drive, kvattic_drive
@@ -110,10 +110,8 @@ def layer_run(workload: Decode, drives: int) -> Run:
     model, config = workload.model, workload.config
     heads = heads_of_a_drive(1, model.kv_heads, drives)
     found = estimate(config, Layer(config, heads, workload.context).attend(rows=workload.group))
-    read = sum(found.bytes_by_kind.values())
-    return Run(what=f"a layer: {model.kv_heads} KV heads x {workload.context:,} tokens, one sequence",
-               how=How.MODELLED, cycles=found.cycles, bytes=round(read * model.kv_heads / heads),
-               seconds=found.seconds, limit=limit_of(found.bus_use, dies=found.die_use))
+    one = modelled_run(f"a layer: {model.kv_heads} KV heads x {workload.context:,} tokens, one sequence", found)
+    return replace(one, bytes=round(one.bytes * model.kv_heads / heads))
 
 
 def step_run(workload: Decode, drives: int) -> tuple[Run, dict[str, float]]:

@@ -22,13 +22,13 @@ from kvattic.timing.cost import Cost
 from kvattic_sim import oracle
 from kvattic_sim.runs.drafts import TREE, Tree, ancestors, assisted, chain, overlap, ranks, yield_of
 from kvattic_sim.runs.outcome import How, Outcome, Request, Run
-from kvattic_sim.runs.slices import bus_share, limit_of, stall_shares
+from kvattic_sim.runs.slices import Attending, modelled_run, options_of, run_of, stall_shares
 from kvattic_sim.system.drive import TimedDrive
 from kvattic_sim.system.parameters import PAPER_MACHINE
 from kvattic_sim.system.steps import direct_host_s, gpu_seconds, kvattic_drive
 from kvattic_sim.system.systems import load_of
 from kvattic_sim.system.transformer import LLAMA2_13B, Transformer
-from kvattic_sim.workloads import Attention, Meter, Usage, topical
+from kvattic_sim.workloads import Attention, topical
 
 __all__ = ["CHAINS", "DRAFT", "TARGET", "Verified", "layer_run", "run", "step_parts", "verify"]
 
@@ -86,26 +86,18 @@ def verify(config: Config, tree: Tree, *, heads: int, tokens: int, target: str =
     attention = topical(config, kv_heads=heads, tokens=tokens)
     query = np.concatenate([topical(config, kv_heads=heads, tokens=tokens, seed=1 + row).query
                             for row in range(rows)], axis=1)
-    simulated = target.startswith("sim:")
     progress(f"opening {target}")
-    with (kvattic.open(target, config, **({"on_progress": progress} if simulated else {})) as device,
+    with (kvattic.open(target, config, **options_of(target, progress)) as device,
           device.create_sequence(heads, capacity_tokens=tokens) as sequence):
         progress("writing")
         sequence.prefill(attention.key[:, :-rows], attention.value[:, :-rows])
         sequence.append(attention.key[:, -rows:], attention.value[:, -rows:])
-        meter = Meter(device) if simulated else None
-        used: list[Usage] = []
-
-        def attend(first: int, last: int) -> AttendResult:
-            found = sequence.attend(query[:, first:last], tree=mask[first:last])
-            if meter is not None:
-                used.append(meter.read())
-            return found
-
+        attend = Attending(device, target)
         progress("attending: one pass")
-        together = attend(0, rows)
+        together = attend(sequence, query, tree=mask)
         progress("attending: one by one")
-        single = [attend(row, row + 1) for row in range(rows)]
+        single = [attend(sequence, query[:, row : row + 1], tree=mask[row : row + 1]) for row in range(rows)]
+    used = attend.used
     costs = [result.cost for result in single]
     stalls = {ONE_PASS: stall_shares(config, used[:1]), ONE_BY_ONE: stall_shares(config, used[1:])} if used else {}
     return Verified(together=together.bits, single=np.concatenate([result.bits for result in single], axis=1),
@@ -158,22 +150,17 @@ def layer_run(rows: int, what: str) -> Run:
     passes = -(-rows // CONFIG.rows)
     jobs = [job for number in range(passes) for job in Layer(CONFIG, TARGET.kv_heads, CONTEXT).attend(
         rows=min(CONFIG.rows, rows - number * CONFIG.rows))]
-    found = estimate(CONFIG, jobs)
-    return Run(what=what, how=How.MODELLED, cycles=found.cycles, bytes=sum(found.bytes_by_kind.values()),
-               seconds=found.seconds, limit=limit_of(found.bus_use, dies=found.die_use))
+    return modelled_run(what, estimate(CONFIG, jobs))
 
 
 def _slice_run(found: Verified, what: str, how: How, way: str) -> Run:
-    cost = found.costs[way]
-    flash, cycles = sum(cost.flash_bytes.values()), cost.cycles or 0
-    return Run(what=f"slice, {what}: {way}", how=how, cycles=cycles, bytes=flash + sum(cost.dram_bytes.values()),
-               seconds=cost.seconds or 0.0,
-               limit=limit_of(bus_share(CONFIG, flash, cycles), found.stalls.get(way)))
+    return run_of(f"slice, {what}: {way}", how, CONFIG, found.costs[way], stalls=found.stalls.get(way))
 
 
 def _speedups(accepted: NDArray[np.int64]) -> dict[str, float]:
     """Tokens a pass, and how much faster attention and the whole are, for each way of drafting."""
     alone = {rows: layer_run(rows, "").cycles for rows in {1, len(TREE) + 1, *(n + 1 for n in CHAINS)}}
+    before = {batch: sum(step_parts(1, batch, 0, 1.0).values()) for batch in (1, 64)}   # seconds, without drafts
     figures: dict[str, float] = {}
     ways = {**{f"chain_{n}": (chain(n), n) for n in CHAINS},
             f"tree_{len(TREE)}": (TREE, max(map(len, TREE)))}
@@ -181,10 +168,9 @@ def _speedups(accepted: NDArray[np.int64]) -> dict[str, float]:
         rows, tokens = len(tree) + 1, yield_of(accepted, tree)
         figures[f"measured_tokens_per_pass_{name}"] = tokens
         figures[f"modelled_speedup_of_attention_{name}"] = tokens * alone[1] / alone[rows]
-        for batch in (1, 64):
-            before = sum(step_parts(1, batch, 0, 1.0).values())
+        for batch in before:
             after = sum(step_parts(rows, batch, levels, tokens).values())
-            figures[f"modelled_speedup_of_the_whole_{name}_batch_{batch}"] = tokens * before / after
+            figures[f"modelled_speedup_of_the_whole_{name}_batch_{batch}"] = tokens * before[batch] / after
     return figures
 
 

@@ -1,16 +1,20 @@
-"""Slices of a workload, computed bit by bit: on the golden device, or on the RTL; on one drive or several."""
+"""What workloads have in common: slices that are computed bit by bit, and what attention took, measured or modelled."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvattic import AttendResult, Config
+from kvattic import AttendResult, Config, Device
+from kvattic import Sequence as KvSequence
 from kvattic.array import open_array
+from kvattic.timing import Estimate
+from kvattic.timing.cost import Cost
 from kvattic_sim.compare import equal_bits, oracle_errors
 from kvattic_sim.runs.outcome import How, Run
 from kvattic_sim.workloads import Attention, Meter, Usage
 
-__all__ = ["Slice", "bus_share", "limit_of", "run_slice", "stall_shares"]
+__all__ = ["Attending", "Slice", "bus_share", "limit_of", "modelled_run", "options_of", "run_of", "run_slice",
+           "stall_shares"]
 
 BUSY = 0.8
 """Share of the time from which on something that is busy counts as the limit."""
@@ -78,6 +82,57 @@ def stall_shares(config: Config, used: Sequence[Usage]) -> dict[str, float]:
     return {name: count / slots for name, count in total.stalls.items()} if slots else {}
 
 
+def options_of(target: str, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Options of `kvattic.open` by which a simulated drive tells what it does; the golden device has none."""
+    return {"on_progress": progress} if target.startswith("sim:") else {}
+
+
+def run_of(what: str, how: How, config: Config, cost: Cost, *, drives: int = 1,
+           stalls: dict[str, float] | None = None) -> Run:
+    """What attention took.
+
+    Args:
+        what: it was, for people.
+        how: where its time is from.
+        config: of the drive.
+        cost: of it.
+        drives: that shared it.
+        stalls: of the lanes, by reason; None: not known.
+    """
+    flash, cycles = sum(cost.flash_bytes.values()), cost.cycles or 0
+    return Run(what=what, how=how, cycles=cycles, bytes=flash + sum(cost.dram_bytes.values()),
+               seconds=cost.seconds or 0.0, limit=limit_of(bus_share(config, flash, cycles, drives), stalls))
+
+
+def modelled_run(what: str, found: Estimate) -> Run:
+    """What attention takes by the timing model."""
+    return Run(what=what, how=How.MODELLED, cycles=found.cycles, bytes=sum(found.bytes_by_kind.values()),
+               seconds=found.seconds, limit=limit_of(found.bus_use, dies=found.die_use))
+
+
+class Attending:
+    """Attends on a drive, and counts what each job did to the lanes where the drive is the RTL.
+
+    Args:
+        device: the drive.
+        target: of `kvattic.open`.
+
+    Attributes:
+        used: of each attend on the RTL; empty on the golden device.
+    """
+
+    def __init__(self, device: Device, target: str) -> None:
+        self.used: list[Usage] = []
+        self._meter = Meter(device) if target.startswith("sim:") else None
+
+    def __call__(self, sequence: KvSequence, *rows: Any, **masks: Any) -> AttendResult:
+        """`Sequence.attend`, counted."""
+        found = sequence.attend(*rows, **masks)
+        if self._meter is not None:
+            self.used.append(self._meter.read())
+        return found
+
+
 def run_slice(config: Config, attention: Attention, what: str, *, target: str = "model", drives: int = 1,
               progress: Callable[[str], None] = lambda line: None, **options: Any) -> Slice:
     """A decode step: all tokens but the last are written as a prompt, the last is appended, then all is attended.
@@ -92,8 +147,7 @@ def run_slice(config: Config, attention: Attention, what: str, *, target: str = 
         options: of the target.
     """
     heads, tokens, _ = attention.key.shape
-    if target.startswith("sim:"):
-        options |= {"on_progress": progress}
+    options |= options_of(target, progress)
     progress(f"opening {target}")
     # One drive is an array, too, so that all go the same way.
     with open_array([target] * drives, config, **options) as array:
@@ -107,12 +161,7 @@ def run_slice(config: Config, attention: Attention, what: str, *, target: str = 
         result = sequence.attend(attention.query)
         stalls = stall_shares(config, [meter.read() for meter in meters]) if meters else None
     progress(f"{what}: checking")
-    cost = result.cost
-    flash = sum(cost.flash_bytes.values())
-    cycles = cost.cycles or 0
-    run = Run(what=what, how=How.MEASURED if measured else How.MODELLED, cycles=cycles,
-              bytes=flash + sum(cost.dram_bytes.values()), seconds=cost.seconds or 0.0,
-              limit=limit_of(bus_share(config, flash, cycles, drives), stalls))
+    run = run_of(what, How.MEASURED if measured else How.MODELLED, config, result.cost, drives=drives, stalls=stalls)
     exact = bool(equal_bits(attention, result, config).all()) if measured or drives > 1 else None
     error = float(oracle_errors(attention, result, config)[:, 0].max())
     return Slice(error=error, bit_exact=exact, run=run, result=result)

@@ -20,7 +20,7 @@ from kvattic.timing import Layer, estimate
 from kvattic_sim import oracle
 from kvattic_sim.runs.diffusion import DriveAttention, in_drive
 from kvattic_sim.runs.outcome import How, Outcome, Request, Run
-from kvattic_sim.runs.slices import bus_share, limit_of
+from kvattic_sim.runs.slices import modelled_run, options_of, run_of
 from kvattic_sim.system.drive import TimedDrive
 from kvattic_sim.system.parameters import PAPER_MACHINE
 
@@ -33,6 +33,7 @@ LAYERS, REFINERS, HEADS, HEAD_DIM = 30, 2, 30, 128
 IMAGE, TEXT = 4096, 256
 """A picture of 1,024 x 1,024: latents of 128 x 128, two by two; tokens of text."""
 SAMPLE = 64
+WRITE_LIMIT = "programming of the dies"
 
 
 def small() -> tuple[Any, dict[str, Any]]:
@@ -67,8 +68,7 @@ def slice_of(target: str, progress: Callable[[str], None]) -> tuple[DriveAttenti
     progress("the small transformer, native attention")
     with in_drive(None, CONFIG.element):
         expected = _forward(model, given)
-    options: dict[str, Any] = {} if target == "model" else {"on_progress": progress}
-    with kvattic.open(target, CONFIG, **options) as device, in_drive(device) as attention:
+    with kvattic.open(target, CONFIG, **options_of(target, progress)) as device, in_drive(device) as attention:
         progress("the small transformer, attention in the drive")
         found = _forward(model, given)
     return attention, float(oracle.relative_rms(found, expected)), found
@@ -83,13 +83,12 @@ def step_runs() -> tuple[list[Run], dict[str, float]]:
     write = TimedDrive(GQA).write_seconds("dense", kv_heads=HEADS, tokens=tokens)
     gpu = PAPER_MACHINE.gpu
     flops = 4.0 * HEADS * HEAD_DIM * tokens * tokens
-    attend = sum(found.bytes_by_kind.values())
+    attend = modelled_run(f"a layer, {tokens:,} tokens: all of them attend", found)
     runs = [
-        Run(what=f"a layer, {tokens:,} tokens: all of them attend", how=How.MODELLED, cycles=found.cycles, bytes=attend,
-            seconds=found.seconds, limit=limit_of(found.bus_use, dies=found.die_use)),
+        attend,
         Run(what=f"a layer, {tokens:,} tokens: K and V are written", how=How.MODELLED,
-            cycles=round(write * GQA.clock_mhz * 1e6), bytes=once, seconds=write, limit="programming of the dies")]
-    return runs, {"counted_reads_of_each_byte_of_k_and_v": attend / once,
+            cycles=round(write * GQA.clock_mhz * 1e6), bytes=once, seconds=write, limit=WRITE_LIMIT)]
+    return runs, {"counted_reads_of_each_byte_of_k_and_v": attend.bytes / once,
                   "modelled_seconds_of_a_step_in_the_drive": (LAYERS + REFINERS) * (found.seconds + write),
                   "modelled_seconds_of_a_step_s_attention_on_the_gpu":
                       (LAYERS + REFINERS) * flops / (gpu.flops * gpu.flops_share)}
@@ -110,13 +109,11 @@ def run(request: Request) -> Outcome:
     how, exact = How.MODELLED, None
     if request.target != "model":
         how, exact = How.MEASURED, bool(np.array_equal(output, slice_of("model", request.progress)[2]))
-    runs = []
-    for what, cost in (("all rows attend", attention.attend), ("K and V are written", attention.write)):
-        flash, cycles = sum(cost.flash_bytes.values()), cost.cycles or 0
-        read = flash + sum(cost.dram_bytes.values())
-        limit = limit_of(bus_share(CONFIG, flash, cycles)) if flash else "programming of the dies"
-        runs.append(Run(what=f"slice, a forward pass: {what}", how=how, cycles=cycles, bytes=read or cost.written_bytes,
-                        seconds=cost.seconds or 0.0, limit=limit))
+    write = attention.write
+    runs = [
+        run_of("slice, a forward pass: all rows attend", how, CONFIG, attention.attend),
+        Run(what="slice, a forward pass: K and V are written", how=how, cycles=write.cycles or 0,
+            bytes=write.written_bytes, seconds=write.seconds or 0.0, limit=WRITE_LIMIT)]
     request.progress("modelling a layer")
     whole, figures = step_runs()
     return Outcome(

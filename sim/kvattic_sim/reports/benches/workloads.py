@@ -12,7 +12,7 @@ __all__ = ["BENCHES", "QUESTIONS"]
 
 QUESTIONS = ("What is an attic?", "And what is kept in it?")
 TOKENS = 64
-_MISSING = "torch and transformers are not installed ({}): pip install 'kvattic[quality]'"
+_MISSING = "what it needs is not installed ({}): pip install 'kvattic[quality,diffusion]'"
 
 
 def chat(lab: Lab) -> Figures:
