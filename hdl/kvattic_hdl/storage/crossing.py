@@ -10,7 +10,7 @@ from kvattic_hdl.lib.shapes import Shapes
 from kvattic_hdl.storage.gather import CodewordGather
 from kvattic_hdl.storage.merge import CodewordMerge
 
-REQUESTS = 16
+REQUESTS = 64
 """Requests that wait for each channel of a lane with several, so that one that is busy does not hold the others up."""
 
 

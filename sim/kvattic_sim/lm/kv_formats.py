@@ -30,7 +30,7 @@ from rich.table import Table
 from kvattic_sim.lm.evaluate import Head
 from kvattic_sim.lm.methods import Dense, Sparf, Stateless
 from kvattic_sim.lm.perplexity import surprise
-from kvattic_sim.lm.sketch_error import SHORT, heads
+from kvattic_sim.lm.sketch_error import SHORT, SKETCH, heads
 from kvattic_sim.lm.smollm2 import Captured, capture, english, load
 from kvattic_sim.reports import figures
 
@@ -46,7 +46,7 @@ FP8_SCALED = 448.0
 ROUNDS_DOWN = 2**-5
 """How far above fp8's largest number one may be that is rounded to it: less than half a step."""
 SPARF = Sparf(features=8, share=1 / 16)
-"""r = d/8, k = S/16."""
+"""r = d/8, k = S/16; `SKETCH`, of as many tokens, makes its codes of K as it is stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,22 +180,24 @@ class Cost:
     Attributes:
         dense: relative RMS error of dense attention's outputs.
         sparf: of SparF's at `SPARF`.
+        sketch: of a selection by a sketch of 2 bits, at `SKETCH`.
         bits_per_byte: of the text.
     """
 
     dense: float
     sparf: float
+    sketch: float
     bits_per_byte: float
 
 
-def errors(every: Iterator[Head], stored: Sequence[Stored]) -> list[tuple[float, float]]:
-    """Relative RMS errors of dense attention and of SparF over stored K and V, against dense attention over fp16.
+def errors(every: Iterator[Head], stored: Sequence[Stored]) -> list[tuple[float, ...]]:
+    """Relative RMS errors of dense attention, SparF and a sketch over stored K and V, against dense over fp16.
 
     Args:
         every: decode steps.
         stored: rows.
     """
-    methods: tuple[Stateless, ...] = (Dense(), SPARF)
+    methods: tuple[Stateless, ...] = (Dense(), SPARF, SKETCH)
     wrong, size = np.zeros((len(stored), len(methods))), 0.0
     for head in every:
         right = Dense().attend(head.query, head.key, head.value, head.lengths).output
@@ -206,7 +208,7 @@ def errors(every: Iterator[Head], stored: Sequence[Stored]) -> list[tuple[float,
                 found = method.attend(query, key[0], value[0], head.lengths).output
                 found = turned(np.asarray(found, np.float32)) if how.rotated else found
                 wrong[row, column] += float(np.square(found - right, dtype=np.float64).sum())
-    return [(float(dense), float(sparf)) for dense, sparf in np.sqrt(wrong / size)]
+    return [tuple(float(one) for one in row) for row in np.sqrt(wrong / size)]
 
 
 def bits_per_byte(stored: Sequence[Stored], tokens: int = TOKENS, counted: int = COUNTED,
@@ -272,7 +274,8 @@ def measure(captured: Captured | None = None, progress: Callable[[str], None] = 
     progress("errors of attention")
     wrong = errors(heads(captured, [length for length in SHORT if length <= tokens]), stored)
     bits = bits_per_byte(stored, tokens, min(COUNTED, tokens // 2), progress)
-    return {how: Cost(*each, of) for how, each, of in zip(stored, wrong, bits, strict=True)}
+    return {how: Cost(dense, sparf, sketch, of)
+            for how, (dense, sparf, sketch), of in zip(stored, wrong, bits, strict=True)}
 
 
 def keys(found: dict[Stored, Cost]) -> dict[str, float]:
@@ -287,10 +290,11 @@ def keys(found: dict[Stored, Cost]) -> dict[str, float]:
 
 def _table(found: dict[Stored, Cost]) -> Table:
     table = Table(title=f"K and V of SmolLM2-135M in each format; bits per byte of {COUNTED:,} tokens behind as many")
-    for column in ("K and V", "bits an element", "of fp16", "error, dense", "error, SparF S/16", "bits per byte"):
+    for column in ("K and V", "bits an element", "of fp16", "error, dense", "SparF", "sketch", "bits per byte"):
         table.add_column(column, justify="left" if column == "K and V" else "right")
     for how, cost in found.items():
-        table.add_row(how.title, f"{how.bits:g}", f"{how.bits / 16:.3f}", f"{cost.dense:.4f}", f"{cost.sparf:.3f}",
+        wrong = (f"{one:.3f}" for one in (cost.sparf, cost.sketch))
+        table.add_row(how.title, f"{how.bits:g}", f"{how.bits / 16:.3f}", f"{cost.dense:.4f}", *wrong,
                       f"{cost.bits_per_byte:.4f}")
     return table
 

@@ -78,13 +78,13 @@ def test_bits_and_titles():
 def test_errors_grow_as_bits_shrink_and_fp16_has_none():
     pytest.importorskip("gguf")
     rows = [Stored(name, name) for name in ("fp16", "q8_0", "q4_0")]
-    (fp16, sparse), (q8, _), (q4, _) = errors(heads(captured(layers=1), (512,)), rows)
-    assert fp16 == 0 < sparse and 0 < q8 < 0.02 < q4 < 0.2
+    (fp16, sparf, sketch), (q8, *_), (q4, *_) = errors(heads(captured(layers=1), (512,)), rows)
+    assert fp16 == 0 < min(sparf, sketch) and 0 < q8 < 0.02 < q4 < 0.2
 
 
 def test_keys_are_of_formats_alone():
-    found = {Stored("q8_0", "q8_0"): Cost(1, 2, 3), Stored("q8_0", "q8_0", True): Cost(4, 5, 6),
-             Stored("q8_0", "q4_0"): Cost(7, 8, 9), Stored("fp8_e4m3, scaled", "fp8_e4m3, scaled"): Cost(0, 0, 0)}
+    found = {Stored("q8_0", "q8_0"): Cost(1, 2, 2, 3), Stored("q8_0", "q8_0", True): Cost(4, 5, 5, 6),
+             Stored("q8_0", "q4_0"): Cost(7, 8, 8, 9), Stored("fp8_e4m3, scaled", "fp8_e4m3, scaled"): Cost(0, 0, 0, 0)}
     assert kv_formats.keys(found) == {
         "format.q8_0.error": 1, "format.q8_0.bits_per_byte": 3,
         "format.q8_0.rotated.error": 4, "format.q8_0.rotated.bits_per_byte": 6}
