@@ -413,7 +413,7 @@ class ArraySequence(Closing):
         if array.ndim != 3 or array.shape[0] != self.kv_heads or array.shape[2] != dim or array.shape[1] == 0:
             raise RequestError(f"{name} must be (kv_heads, tokens, head_dim) = ({self.kv_heads}, at least 1, {dim}), "
                                f"not {array.shape}")
-        return layout.storage_bits(array, self.device.config.element, name)
+        return layout.kv_bits(values, self.device.config, name)
 
     # Attention.
 

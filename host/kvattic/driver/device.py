@@ -874,7 +874,7 @@ class Device(Closing):
         def finish(completion: Completion, data: bytes) -> ReadResult:
             if (passage := future.passage) is not None and completion.status is Status.OK:
                 self._tally.count_jobs((read_account(config, job, passage, table, table_size + size),))
-            return ReadResult(*unpack_tokens(data, config.head_dim), completion)
+            return ReadResult(*unpack_tokens(data, config), completion)
 
         return Command(ATTEND, bytearray(line), finish, future, table_size + size, fill, (table_size, size))
 

@@ -592,7 +592,7 @@ class Planner:
         config, shape = self._config, self._shape
         size = config.tokens_per_page
         # So many pages can lie on one channel.
-        pages = min(most_bytes // (size * read_token_bytes(config.head_dim)),
+        pages = min(most_bytes // (size * read_token_bytes(config.head_dim, config.kv_element_bytes)),
                     config.ring_codewords // config.codewords_per_page, MAX_STRIPES)
         jobs: list[ReadJob] = []
         for head in range(shape.kv_heads):

@@ -508,7 +508,7 @@ class Sequence(Closing):
                 f"{name} must be (kv_heads, tokens, head_dim) = ({self.kv_heads}, at least 1, "
                 f"{dim}), not {array.shape}"
             )
-        return layout.storage_bits(array, self.device.config.element, name)
+        return layout.kv_bits(values, self.device.config, name)
 
     def read(self, layer: int = 0, first: int = 0, last: int | None = None) -> tuple[NDArray[Any], NDArray[Any]]:
         """K and V of tokens, to the last bit as they are stored.

@@ -592,9 +592,14 @@ def result_row_bytes(head_dim: int) -> int:
     return fp32_block_bytes(head_dim) + TRAILER.size
 
 
-def read_token_bytes(head_dim: int) -> int:
-    """Bytes that a READ writes for a token: K and V, each padded to whole lines."""
-    return 2 * lines(head_dim * 2) * LINE_BYTES
+def read_token_bytes(head_dim: int, element_bytes: int = 2) -> int:
+    """Bytes that a READ writes for a token: K and V, each padded to whole lines.
+
+    Args:
+        head_dim: elements of a token.
+        element_bytes: bytes that each takes where it is stored (`Config.kv_element_bytes`).
+    """
+    return 2 * lines(head_dim * element_bytes) * LINE_BYTES
 
 
 def fp32_bits(value: float) -> int:
