@@ -103,8 +103,9 @@ class Config:
         self._check(1 <= self.rows <= MAX_ROWS, "rows", f"1 to {MAX_ROWS}")
         self._check(self.head_dim in HEAD_DIMS, "head_dim", f"one of {HEAD_DIMS}")
         beats = self.beats_per_token
-        self._check(beats > 1 and beats * self.elements_per_beat == self.head_dim, "beat_bytes", f"such that a token ({self.token_bytes} bytes at head_dim {self.head_dim} and "
-                    f"kv {self.kv.value}) is two beats, or more whole ones")
+        self._check(beats > 1 and beats * self.elements_per_beat == self.head_dim, "beat_bytes",
+                    f"such that a token ({self.token_bytes} bytes at head_dim {self.head_dim} and kv {self.kv.value}) "
+                    "is two beats, or more whole ones")
         self._check(self.codeword_bytes >= self.token_bytes, "codeword_bytes",
                     f"at least one token ({self.token_bytes} bytes at head_dim {self.head_dim})")
         self._check(is_power_of_two(self.codeword_bytes), "codeword_bytes", "a power of two")

@@ -3,9 +3,10 @@
 Every width of the datapath is stated here; docs/numerics.md proves what is lost at each end.
 
 Elements
-    An element of q is fp16 or bf16 (`Element`), and so is one of K or V unless `KvFormat` says otherwise; what is stored
-    in 8 bits is widened to it exactly.  It is decoded exactly to ``(-1)**sign * significand * 2**(exponent - element.offset)`` with a significand
-    of `SIGNIFICAND_BITS`.  Subnormals are numbers.  NaN and infinity decode to zero and raise a flag.
+    An element of q is fp16 or bf16 (`Element`), and so is one of K or V unless `KvFormat` says otherwise; what is
+    stored in 8 bits is widened to it exactly.  It is decoded exactly to
+    ``(-1)**sign * significand * 2**(exponent - element.offset)`` with a significand of `SIGNIFICAND_BITS`.
+    Subnormals are numbers.  NaN and infinity decode to zero and raise a flag.
 
 Score window (log2 domain)
     Each product ``q[c] * k[c]`` is shifted by its own exponents and the exponent of the command's scale into a window

@@ -2,8 +2,9 @@
 
 Token layout
     A codeword holds `Config.tokens_per_codeword` whole tokens of one head: token t's head_dim elements, 16 bits each,
-    little-endian, in order; or 8 bits each (`Config.kv`).  What is left of the codeword is zero.  A page holds `Config.codewords_per_page`
-    codewords, and so `Config.tokens_per_page` consecutive tokens of one head.  K and V have pages of their own.
+    little-endian, in order; or 8 bits each (`Config.kv`).  What is left of the codeword is zero.  A page holds
+    `Config.codewords_per_page` codewords, and so `Config.tokens_per_page` consecutive tokens of one head.
+    K and V have pages of their own.
 
 Feature layout
     K again, for sparse attention: a codeword holds one feature of `Config.group_tokens` consecutive tokens of one head,
