@@ -18,6 +18,8 @@ from kvattic.spec.config import TINY, Config
 from kvattic.spec.formats import Element, KvFormat
 from kvattic.spec.nand import TINY_PART
 from kvattic.spec.stored import element_table, widen
+from kvattic_sim.reports.benches.engine import Case, Lab
+from kvattic_sim.reports.benches.kv_formats import speedup
 from kvattic_sim.rtl.transport import AxiStalls, Stall
 
 E4M3 = replace(TINY, kv=KvFormat.FP8_E4M3, score_depth=512)
@@ -140,3 +142,9 @@ def test_a_whole_drive_gives_the_same_bits_at_the_modelled_cost() -> None:
         assert getattr(cost, name) == getattr(modelled, name), name
     assert not cost.modelled and modelled.modelled
     assert cost.cycles == pytest.approx(modelled.cycles, rel=0.15)
+
+
+def test_the_benchs_speedup() -> None:
+    """At a small size, where what does not depend on the format counts for more than in the paper's geometry."""
+    case = Case(config=replace(TINY, score_depth=512), kv_heads=4, tokens=512)
+    assert 1.5 < speedup(Lab(), "fp8_e4m3", case) < 2.05
