@@ -380,9 +380,10 @@ class DriveCache(Closing, Cache):
         for kind, name in ((Kind.KEY, "key_scale"), (Kind.VALUE, "value_scale")):
             scales = check_scales(name, self._options.get(name), sequence.layers, sequence.kv_heads)
             for layer in range(sequence.layers):
-                own = None if scales is None else np.array(scales[layer], np.float32)
-                if not np.array_equal(found := sequence.scales(kind, layer), own):
-                    raise RequestError(f"a sequence with {name} {found} (layer {layer}) does not fit this DriveCache, "
+                stored = sequence.scales(kind, layer)
+                own, theirs = None if scales is None else [*scales[layer]], None if stored is None else stored.tolist()
+                if own != theirs:
+                    raise RequestError(f"a sequence with {name} {theirs} (layer {layer}) does not fit this DriveCache, "
                                        f"whose is {own}")
 
     def check_stateless(self) -> None:

@@ -419,7 +419,8 @@ A unit of selection is a token in SPARF, 2**unit_bits consecutive codewords of a
 
 READ_COMMAND = _record("ReadCommand", ReadCommand)
 """READ.  It writes K of the first token, then V of it, K of the second token and so on, each padded with zeros to whole
-lines.  Tokens are numbered from 0, in `where` of its completion, too."""
+lines; elements as they are stored, of two bytes or one (`Config.kv`).  Tokens are numbered from 0, in `where` of its
+completion, too."""
 
 FLASH_COMMAND = _record("FlashCommand", FlashCommand)
 """PROGRAM, ERASE, PROBE, MAP.  They complete out of order; those of one channel begin in order."""

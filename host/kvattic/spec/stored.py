@@ -45,7 +45,8 @@ def code_values(form: Fp8Format) -> NDArray[np.float32]:
         size[top] = np.where(fraction[top] == 0, np.inf, np.nan)
     else:
         size[top & (fraction == (1 << form.fraction_bits) - 1)] = np.nan
-    return np.copysign(size, np.where(code >> 7, np.float32(-1), np.float32(1)))
+    values: NDArray[np.float32] = np.copysign(size, np.where(code >> 7, np.float32(-1), np.float32(1)))
+    return values
 
 
 @cache
