@@ -12,6 +12,7 @@ import pytest
 from tests.cosim.test_engine import SHUFFLED, check_counters, differences, model, normal, observed, simulate
 
 import kvattic
+from kvattic import selftest
 from kvattic.driver.device import Device
 from kvattic.spec.commands import Status
 from kvattic.spec.config import TINY, Config
@@ -148,3 +149,9 @@ def test_the_benchs_speedup() -> None:
     """At a small size, where what does not depend on the format counts for more than in the paper's geometry."""
     case = Case(config=replace(TINY, score_depth=512), kv_heads=4, tokens=512)
     assert 1.5 < speedup(Lab(), "fp8_e4m3", case) < 2.05
+
+
+def test_the_selftest_of_a_whole_drive() -> None:
+    with kvattic.open("sim:verilator", E4M3) as device, kvattic.open("model", E4M3) as golden:
+        checks = list(selftest.run(device, golden))
+    assert len(checks) > 12 and all(check.equal and check.error <= 5e-7 for check in checks), checks

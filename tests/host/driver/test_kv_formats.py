@@ -7,6 +7,7 @@ import pytest
 from tests.host.plain import mask_of, reference
 
 import kvattic
+from kvattic import selftest
 from kvattic.array import DriveArray
 from kvattic.driver.device import Device
 from kvattic.errors import ConfigMismatchError, DeviceStatusError, RequestError
@@ -303,3 +304,11 @@ def test_arrays_scale_alike(split):
         assert np.array_equal(fork.attend(query, layer=1).bits, found.bits)
         with pytest.raises(RequestError, match="key_scale of layer 0, KV head 2 must be positive"):
             array.create_sequence(3, split=split, capacity_tokens=40, key_scale=[1, 1, -1])
+
+
+@pytest.mark.parametrize("config", [replace(E4M3, score_depth=512), replace(PAPER, kv="fp8_e5m2", element="bf16")],
+                         ids=["e4m3", "e5m2"])
+def test_the_selftest_rounds_as_the_drive_does(config):
+    with kvattic.open("model", config) as device, kvattic.open("model", config, kernel="numpy") as golden:
+        checks = list(selftest.run(device, golden))
+    assert len(checks) > 12 and all(check.equal and check.error <= LAW for check in checks), checks
