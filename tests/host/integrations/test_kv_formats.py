@@ -10,12 +10,13 @@ if missing := [name for name in ("torch", "transformers") if find_spec(name) is 
 
 import torch
 import transformers
-from transformers import LlamaConfig
+from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig
+from transformers.cache_utils import EncoderDecoderCache
 
 import kvattic
 from kvattic import TINY, ConfigError, RequestError
 from kvattic.integrations.storage import round_to_kv, stand_for
-from kvattic.integrations.transformers import NAME, DriveCache, PrefixStore, config_for
+from kvattic.integrations.transformers import NAME, DriveCache, DriveEncoderDecoderCache, PrefixStore, config_for
 from kvattic.spec.elements import from_bits
 from kvattic.spec.formats import Element, KvFormat
 from kvattic.spec.stored import to_kv_bits
@@ -87,6 +88,23 @@ def test_sparse_steps_are_the_sequences_own(drive, mode):
     with DriveCache(drive(model, kv="fp8_e4m3"), model.config, capacity_tokens=128, held_tokens=0, sinks=0, **mode,
                     **SCALES) as cache:
         assert len(generate(model, tokens, cache, new=30)[0]) == 30
+
+
+def test_an_encoders_tokens_too(drive):
+    torch.manual_seed(0)
+    model = BartForConditionalGeneration(BartConfig(
+        vocab_size=256, d_model=128, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=128, decoder_ffn_dim=128, max_position_embeddings=128,
+        init_std=0.15)).eval()
+    tokens, kv = prompts("llama", seed=1), KvFormat.FP8_E4M3
+    options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "decoder_start_token_id": 2,
+               "eos_token_id": None}
+    model.set_attn_implementation(REFERENCES[Element.FP16])
+    expected = model.generate(tokens, cache=EncoderDecoderCache(
+        RoundedCache(model.config, kv=kv), RoundedCache(model.config, kv=kv)), **options)
+    model.set_attn_implementation(NAME)
+    with DriveEncoderDecoderCache(drive(model, kv=kv), model.config, capacity_tokens=64, kv=kv) as cache:
+        assert model.generate(tokens, cache=cache, **options).tolist() == expected.tolist()
 
 
 # Rounding.
