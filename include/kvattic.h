@@ -445,11 +445,12 @@ struct kvattic_counters {  /* what COUNTERS writes: the registers of these names
 };
 KVATTIC_ASSERT(kvattic_counters_size, sizeof(struct kvattic_counters) == 192);
 
-/* Bytes of one row of a query block, of a result block, and of a token that READ writes; elements have two bytes, outputs four. */
+/* Bytes of one row of a query block, of a result block, and of a token that READ writes; elements have two bytes (K and V one, where they are stored in 8 bits), outputs four. */
 #define KVATTIC_LINES(bytes) (((bytes) + 63) / 64 * 64)
 #define KVATTIC_QUERY_ROW_BYTES(head_dim) (sizeof(struct kvattic_row) + KVATTIC_LINES((head_dim) * 2))
 #define KVATTIC_RESULT_ROW_BYTES(head_dim) (KVATTIC_LINES((head_dim) * 4) + sizeof(struct kvattic_trailer))
 #define KVATTIC_READ_TOKEN_BYTES(head_dim) (2 * KVATTIC_LINES((head_dim) * 2))
+#define KVATTIC_READ_TOKEN_BYTES_8(head_dim) (2 * KVATTIC_LINES(head_dim))
 KVATTIC_ASSERT(query_row_32, KVATTIC_QUERY_ROW_BYTES(32) == 128);
 KVATTIC_ASSERT(query_row_64, KVATTIC_QUERY_ROW_BYTES(64) == 192);
 KVATTIC_ASSERT(query_row_80, KVATTIC_QUERY_ROW_BYTES(80) == 256);
@@ -468,5 +469,11 @@ KVATTIC_ASSERT(read_token_80, KVATTIC_READ_TOKEN_BYTES(80) == 384);
 KVATTIC_ASSERT(read_token_96, KVATTIC_READ_TOKEN_BYTES(96) == 384);
 KVATTIC_ASSERT(read_token_128, KVATTIC_READ_TOKEN_BYTES(128) == 512);
 KVATTIC_ASSERT(read_token_256, KVATTIC_READ_TOKEN_BYTES(256) == 1024);
+KVATTIC_ASSERT(read_token_8_32, KVATTIC_READ_TOKEN_BYTES_8(32) == 128);
+KVATTIC_ASSERT(read_token_8_64, KVATTIC_READ_TOKEN_BYTES_8(64) == 128);
+KVATTIC_ASSERT(read_token_8_80, KVATTIC_READ_TOKEN_BYTES_8(80) == 256);
+KVATTIC_ASSERT(read_token_8_96, KVATTIC_READ_TOKEN_BYTES_8(96) == 256);
+KVATTIC_ASSERT(read_token_8_128, KVATTIC_READ_TOKEN_BYTES_8(128) == 256);
+KVATTIC_ASSERT(read_token_8_256, KVATTIC_READ_TOKEN_BYTES_8(256) == 512);
 
 #endif

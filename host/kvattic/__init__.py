@@ -41,7 +41,7 @@ from kvattic.errors import (
 )
 from kvattic.spec.commands import Completion, CompletionFlag, Mode, Status
 from kvattic.spec.config import BOARD, GQA, PAPER, PRESETS, TINY, Config, preset
-from kvattic.spec.formats import Element
+from kvattic.spec.formats import Element, KvFormat
 from kvattic.spec.layout import Block
 from kvattic.support.renamed import keep_old_names
 from kvattic.targets import open
@@ -78,6 +78,7 @@ __all__ = [
     "Future",
     "Job",
     "JobResult",
+    "KvFormat",
     "KvatticError",
     "Loss",
     "ManifestError",

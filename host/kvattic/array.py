@@ -22,11 +22,12 @@ from kvattic.driver.futures import Future, wait
 from kvattic.driver.jobs import Job
 from kvattic.driver.planning import AttendKeywords, AttendOptions
 from kvattic.driver.results import AttendPlan, AttendResult, JobResult, Part
+from kvattic.driver.scales import slice_heads
 from kvattic.driver.sequence import Sequence
 from kvattic.errors import CapacityError, ConfigMismatchError, DeviceTimeoutError, KvatticError, RequestError
 from kvattic.spec import layout
 from kvattic.spec.blocks import Masks
-from kvattic.spec.commands import Mode
+from kvattic.spec.commands import Kind, Mode
 from kvattic.spec.config import PAPER, Config
 from kvattic.spec.elements import Bits, Integers, as_array
 from kvattic.support.closing import Closing
@@ -382,7 +383,7 @@ class ArraySequence(Closing):
         Whatever a drive reports is the future's error.
         """
         length = self.length(layer)
-        keys, values = self._tokens("key", key), self._tokens("value", value)
+        keys, values = self._tokens("key", Kind.KEY, layer, key), self._tokens("value", Kind.VALUE, layer, value)
         if keys.shape != values.shape:
             raise RequestError(f"key and value must have the same shape, not {keys.shape} and {values.shape}")
         total = keys.shape[1]
@@ -408,12 +409,24 @@ class ArraySequence(Closing):
             if (mine := new[ranks == rank]).size:
                 yield self._shares[self._drive(layer, rank)], slice(None), mine
 
-    def _tokens(self, name: str, values: ArrayLike) -> Bits:
+    def scales(self, kind: Kind, layer: int = 0) -> NDArray[np.float32] | None:
+        """What a stored 1.0 stands for; see `Sequence.scales`."""
+        shares = list(self._shares.values())
+        found = [share.sequence.scales(kind, layer) for share in shares]
+        if self.split == "context" or len(found) == 1:
+            return found[0]
+        if all(scale is None for scale in found):
+            return None
+        return np.concatenate([np.ones(share.sequence.kv_heads, np.float32) if scale is None else scale
+                               for share, scale in zip(shares, found, strict=True)])
+
+    def _tokens(self, name: str, kind: Kind, layer: int, values: ArrayLike) -> Bits:
         array, dim = as_array(values), self.device.config.head_dim
         if array.ndim != 3 or array.shape[0] != self.kv_heads or array.shape[2] != dim or array.shape[1] == 0:
             raise RequestError(f"{name} must be (kv_heads, tokens, head_dim) = ({self.kv_heads}, at least 1, {dim}), "
                                f"not {array.shape}")
-        return layout.storage_bits(array, self.device.config.element, name)
+        scale = self.scales(kind, layer)
+        return layout.kv_bits(values, self.device.config, name, None if scale is None else scale[:, None, None])
 
     # Attention.
 
@@ -503,7 +516,8 @@ class ArraySequence(Closing):
                 jobs += [(share.drive, job) for job in share.sequence.dense_jobs(
                     layer, part.kv_head, like.query, like.scale_bits, local)]
             parts.append(Part(part.kv_head, part.rows, range(before, len(jobs))))
-        merged = AttendPlan(sequence=first, shape=pattern.shape, jobs=[job for _, job in jobs], parts=parts)
+        merged = AttendPlan(sequence=first, shape=pattern.shape, jobs=[job for _, job in jobs], parts=parts,
+                            value_scale=pattern.value_scale)
         return ArrayPlan(sequence=self, jobs=jobs, join=merged.finish)
 
     def _map(self, rank: int, masks: Masks, length: int) -> Masks:
@@ -626,8 +640,10 @@ class DriveArray(Closing):
         shares: list[_Share] = []
         try:
             for drive, heads, capacity in self.rooms(split, kv_heads, capacity_tokens, layers, number):
+                scales = {name: slice_heads(name, options.get(name), layers, kv_heads, heads)
+                          for name in ("key_scale", "value_scale")}
                 sequence = _on(drive, self.devices[drive].create_sequence, heads.stop - heads.start,
-                               capacity_tokens=capacity, layers=layers, **options)
+                               capacity_tokens=capacity, layers=layers, **options | scales)
                 shares.append(_Share(drive, sequence, heads))
         except BaseException:
             for share in shares:

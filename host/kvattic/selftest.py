@@ -15,7 +15,7 @@ from kvattic.driver.device import AttendResult, Device
 from kvattic.errors import DeviceLostError, KvatticError
 from kvattic.spec import layout
 from kvattic.spec.config import Config
-from kvattic.spec.elements import from_bits, to_bits
+from kvattic.spec.elements import Bits, from_bits, to_bits
 
 __all__ = ["CASES", "TOLERANCE", "Check", "reference", "run", "sparse_reference"]
 
@@ -136,15 +136,18 @@ class _Numbers:
 
     def tokens(self, count: int) -> tuple[Floats, Floats]:
         """K and V, (HEADS, count, head_dim)."""
-        return self._normal(HEADS, count), self._normal(HEADS, count)
+        key, value = (layout.kv_bits(self._normal(HEADS, count), self._config) for _ in range(2))
+        return self._exact(key), self._exact(value)
 
     def query(self, count: int = 1) -> Floats:
         """q, (HEADS * group, count, head_dim)."""
-        return self._normal(HEADS * self.group, count)
+        return self._exact(to_bits(self._normal(HEADS * self.group, count), self._config.element))
 
-    def _normal(self, heads: int, count: int) -> Floats:
-        values = self._rng.standard_normal((heads, count, self._config.head_dim), np.float32)
-        return from_bits(to_bits(values, self._config.element), self._config.element).astype(np.float64)
+    def _normal(self, heads: int, count: int) -> NDArray[np.float32]:
+        return self._rng.standard_normal((heads, count, self._config.head_dim), np.float32)
+
+    def _exact(self, bits: Bits) -> Floats:
+        return from_bits(bits, self._config.element).astype(np.float64)
 
 
 def _joined(*parts: tuple[Floats, Floats]) -> tuple[Floats, Floats]:

@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 import kvattic
 from kvattic import AttendResult, Config
-from kvattic.spec.elements import from_bits, to_bits
+from kvattic.spec.elements import from_bits
+from kvattic.spec.stored import to_kv_bits
 from kvattic_sim import oracle
 from kvattic_sim.workloads import DENSE, Attention, ModeSettings
 
@@ -116,7 +117,8 @@ def _sparse(query: Floats, key: Floats, value: Floats, config: Config, options: 
                                unit_tokens=wanted["unit_tokens"], **common)
     else:
         # The device keeps mean keys as it keeps K.
-        means = from_bits(to_bits(oracle.mean_keys(key, wanted["unit_tokens"]), config.element), config.element)
+        means = from_bits(to_kv_bits(oracle.mean_keys(key, wanted["unit_tokens"]), config.kv, config.element),
+                          config.element)
         found = oracle.centroid(query, key, value, scale, centroids=means, unit_tokens=wanted["unit_tokens"], **common)
     unit = wanted.get("unit_tokens", 1)
     chosen, other = found.selected & ~found.forced, ~found.selected & ~tail[::unit]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kvattic import AttendResult, Config, Device, Sequence
 from kvattic.spec.elements import to_bits
+from kvattic.spec.layout import kv_bits
 from kvattic.spec.registers import StatusBit
 from kvattic_sim.data import load_minilm
 from kvattic_sim.rtl.jobs import report
@@ -78,7 +79,7 @@ class Usage:
 class Attention:
     """Inputs of one attention over several heads: K and V (kv_heads, tokens, head_dim), q (q_heads, queries, head_dim).
 
-    uint16 bit patterns of the storage format.
+    uint16 bit patterns of `Config.element`; those of K and V are numbers that the drive stores.
     """
 
     query: NDArray[np.uint16]
@@ -98,11 +99,11 @@ def decode(config: Config, *, kv_heads: int, tokens: int, group: int = 1, seed: 
     """One decode step's geometry with normal random numbers: one query for each of `group` heads on each KV head."""
     rng = np.random.default_rng(seed)
 
-    def normal(*shape: int) -> NDArray[np.uint16]:
-        return to_bits(rng.standard_normal(shape, np.float32), config.element)
+    def normal(heads: int, count: int) -> NDArray[np.float32]:
+        return rng.standard_normal((heads, count, config.head_dim), np.float32)
 
-    return Attention(query=normal(kv_heads * group, 1, config.head_dim), key=normal(kv_heads, tokens, config.head_dim),
-                     value=normal(kv_heads, tokens, config.head_dim))
+    return Attention(query=to_bits(normal(kv_heads * group, 1), config.element),
+                     key=kv_bits(normal(kv_heads, tokens), config), value=kv_bits(normal(kv_heads, tokens), config))
 
 
 def clustered(config: Config, *, kv_heads: int, tokens: int, run: int, group: int = 1, seed: int = 0) -> Attention:
@@ -111,7 +112,7 @@ def clustered(config: Config, *, kv_heads: int, tokens: int, run: int, group: in
     plain = decode(config, kv_heads=kv_heads, tokens=tokens, group=group, seed=seed + 1)
     base = np.repeat(rng.standard_normal((kv_heads, -(-tokens // run), config.head_dim), np.float32), run, axis=1)
     own = rng.standard_normal((kv_heads, tokens, config.head_dim), np.float32)
-    return replace(plain, key=to_bits(np.sqrt(0.99) * base[:, :tokens] + 0.1 * own, config.element))
+    return replace(plain, key=kv_bits(np.sqrt(0.99) * base[:, :tokens] + 0.1 * own, config))
 
 
 NATS = 9.0
@@ -153,7 +154,7 @@ def topical(config: Config, *, kv_heads: int, tokens: int, group: int = 1, seed:
     key[:, 0] = asked
     value[:, 0] *= 0.1
     return Attention(query=to_bits((query * scale).reshape(kv_heads * group, 1, dim), config.element),
-                     key=to_bits(key * scale, config.element), value=to_bits(value, config.element))
+                     key=kv_bits(key * scale, config), value=kv_bits(value, config))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

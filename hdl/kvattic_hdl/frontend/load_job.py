@@ -131,7 +131,7 @@ class LoadJob(wiring.Component):
         self._taken = Signal(name="taken")
         self._row = Signal(range(config.rows + 1), name="row")
         self._beat = Signal(shapes.beat_index, name="beat")
-        beat_words = config.beat_bytes // WORD_BYTES
+        beat_words = config.query_beat_bytes // WORD_BYTES
         self._part = Signal(range(max(2, beat_words)), name="part")  # word of the beat
         self._earlier = Signal(max(1, beat_words - 1) * 64, name="earlier")  # words of the beat before it
         self._index = Signal(range(config.head_dim // WORD_ELEMENTS), name="index")  # word of q
@@ -254,7 +254,7 @@ class LoadJob(wiring.Component):
     def _load_row(self, m: Module, position: Signal, record: dict[str, Signal]) -> None:
         """A word of a row of the query block."""
         word, load = self.words.payload, self.load
-        beat_words = self._config.beat_bytes // WORD_BYTES
+        beat_words = self._config.query_beat_bytes // WORD_BYTES
         m.d.sync += position.eq(position + 1)
         with m.Switch(position):
             for number in sorted({word_of(f) for f in ROW.fields}):

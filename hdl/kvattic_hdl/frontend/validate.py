@@ -249,6 +249,7 @@ class Validate(wiring.Component):
         stripes, stripe_pages = fields["stripes"], fields["stripe_pages"]
         legal_pages = [1 << i for i in range(len(stripe_pages)) if 1 << i <= lane_stripes]
         length = Signal(TOKEN_BITS + 1)
+        token_bytes = read_token_bytes(config.head_dim, config.kv_element_bytes)
         last_page = Signal(TOKEN_BITS)  # whole pages * 2**-bits before the last token
         end_page = Signal(bits_for(most_stripes * config.tokens_per_page))
         bad_rows, bad_count, bad_length, too_much, bad_scale = (
@@ -269,7 +270,7 @@ class Validate(wiring.Component):
             end_page.eq(times(stripes[: bits_for(most_stripes)], config.tokens_per_page)),
             bad_rows.eq(~self.is_read & ((fields["rows"] == 0) | (fields["rows"] > config.rows))),
             bad_count.eq(stripes > (most_stripes >> self.stripe_bits)),
-            too_much.eq(self.is_read & (length > READ_BYTES // read_token_bytes(config.head_dim))),
+            too_much.eq(self.is_read & (length > READ_BYTES // token_bytes)),
             bad_length.eq(
                 length[TOKEN_BITS]
                 | ~length.any()
@@ -317,7 +318,8 @@ class Validate(wiring.Component):
     def _check_addresses(self, m: Module, fields: dict[str, Value], is_data: Signal, length: Signal) -> Value:
         """Gives the halves of the addresses to the window, which says of each block that it is bad."""
         config = self._config
-        rows, token_bytes = fields["rows"][: bits_for(config.rows)], read_token_bytes(config.head_dim)
+        rows = fields["rows"][: bits_for(config.rows)]
+        token_bytes = read_token_bytes(config.head_dim, config.kv_element_bytes)
         sizes = {name: Signal(SIZE_BITS, name=f"{name}_size") for name in BLOCKS}
         m.d.sync += [
             sizes["query"].eq(Mux(

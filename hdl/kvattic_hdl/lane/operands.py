@@ -8,11 +8,11 @@ from amaranth.lib.wiring import In, Out
 from kvattic.spec.config import Config
 from kvattic.spec.formats import QUERY_SHIFT, SIGNIFICAND_BITS, WEIGHT_BITS
 from kvattic_hdl.datapath.cell import exponents_max, shift_start_bits
-from kvattic_hdl.lib.arithmetic import decode
+from kvattic_hdl.lib.arithmetic import decode, widen
 from kvattic_hdl.lib.shapes import Shapes
 
 ELEMENT_BITS = 16
-"""Bits of an element of q, k or v."""
+"""Bits of an element of q; those of K and V have 8, or as many (`Config.kv`)."""
 
 
 class Queries(wiring.Component):
@@ -25,7 +25,7 @@ class Queries(wiring.Component):
     Members
     -------
     load_valid, load : In
-        Beats of q.
+        Beats of q: the elements that go with a beat of K.
     slot : In(slot), beat : In
         What is read.
     query : Out(rows of beats), one cycle after `slot`
@@ -39,7 +39,7 @@ class Queries(wiring.Component):
             "load": In(shapes.load),
             "slot": In(shapes.slot),
             "beat": In(shapes.beat_index),
-            "query": Out(config.beat_bytes * 8).array(config.rows),
+            "query": Out(config.query_beat_bytes * 8).array(config.rows),
         })
 
     def elaborate(self, platform: object) -> Module:
@@ -47,7 +47,7 @@ class Queries(wiring.Component):
         config, shapes = self.config, self.shapes
         for r in range(config.rows):
             memory = Memory(
-                shape=config.beat_bytes * 8, depth=config.jobs_in_flight << shapes.beat_index.width, init=[],
+                shape=config.query_beat_bytes * 8, depth=config.jobs_in_flight << shapes.beat_index.width, init=[],
                 attrs={"ram_style": "block"})
             m.submodules[f"query_{r}"] = memory
             read, write = memory.read_port(domain="sync"), memory.write_port(domain="sync")
@@ -205,7 +205,8 @@ class Operands(wiring.Component):
         m.d.sync += beat_1.eq(self.beat)
         decoded: list[tuple[Value, Value]] = []
         for e in range(self.config.elements_per_beat):
-            b = decode(beat_1.word_select(e, ELEMENT_BITS), self.encoding)
+            code = beat_1.word_select(e, self.config.kv_element_bytes * 8)
+            b = decode(widen(code, self.config.kv, self.encoding), self.encoding)
             sign_2 = Signal(name=f"sign_b_{e}", reset_less=True)
             exponent_2 = Signal(self.encoding.exponent_bits, name=f"exponent_b_{e}", reset_less=True)
             significand_2 = Signal(SIGNIFICAND_BITS, name=f"significand_b_{e}", reset_less=True)

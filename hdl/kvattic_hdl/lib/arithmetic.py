@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from amaranth.hdl import C, Cat, Module, Mux, Signal, Value, ValueLike
+from amaranth.hdl import C, Cat, Const, Module, Mux, Signal, Value, ValueLike
 
-from kvattic.spec.formats import SIGNIFICAND_BITS, ElementFormat
+from kvattic.spec.formats import SIGNIFICAND_BITS, ElementFormat, KvFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,31 @@ def decode(bits: ValueLike, element: ElementFormat) -> Decoded:
         exponent=Cat(field[0] | ~normal, field[1:]),
         special=special,
     )
+
+
+def widen(code: ValueLike, kv: KvFormat, element: ElementFormat) -> Value:
+    """The element that a code of K or V stands for, exactly (`kvattic.spec.stored.widen`)."""
+    code, form = Value.cast(code), kv.encoding
+    if form is None:
+        return code
+    fraction = code[: form.fraction_bits]
+    field = code[form.fraction_bits : form.fraction_bits + form.exponent_bits]
+    special = field.all() if form.infinities else field.all() & fraction.all()
+    room = element.fraction_bits - form.fraction_bits
+    wide_fraction, wide_field = Cat(Const(0, room), fraction), field
+    if more := element.bias - form.bias:
+        # What is subnormal here is normal there: its first one becomes the hidden bit.
+        small, lead = Const(0, element.exponent_bits), Const(0, form.fraction_bits)
+        for place in range(form.fraction_bits):
+            found = fraction[place]
+            small = Mux(found, more - (form.fraction_bits - 1 - place), small)
+            lead = Mux(found, Cat(Const(0, form.fraction_bits - place), fraction[:place]), lead)
+        normal = field.any()
+        wide_fraction = Cat(Const(0, room), Mux(normal, fraction, lead)[: form.fraction_bits])
+        wide_field = Mux(normal, field + more, small)[: element.exponent_bits]
+    if element.exponent_bits > form.exponent_bits:
+        wide_field = wide_field | special.replicate(element.exponent_bits)
+    return Cat(wide_fraction, wide_field, code[-1])
 
 
 def add_carry(a: ValueLike, b: ValueLike, carry: ValueLike) -> Value:

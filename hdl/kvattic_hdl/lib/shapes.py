@@ -6,7 +6,7 @@ A lane keeps a *list* of its stripes for each slot, in the order of their tokens
 partial, so a place tells the stripe.
 
 Sparse modes have a *first pass*, which scores all tokens (or units) of a job approximately, and a *selection*; see
-docs/sparse.md.  A *group* is the 256 tokens (`Config.group_tokens`) of a codeword of the feature layout: one stripe.
+docs/sparse.md.  A *group* is the tokens (`Config.group_tokens`) of a codeword of the feature layout: one stripe.
 """
 
 from amaranth.hdl import Const, Shape, Value, signed, unsigned
@@ -199,7 +199,7 @@ class Shapes:
 
     def _define_load(self, config: Config) -> None:
         """What the loader tells the lanes."""
-        beat_bits = config.beat_bytes * 8
+        beat_bits = config.query_beat_bytes * 8
         lane_stripes = config.ring_codewords // config.codewords_per_page
         self.list_bits = ceil_log2(lane_stripes)
         self.stripe_bits = unsigned(bits_for(self.list_bits))
@@ -246,13 +246,14 @@ class Shapes:
         # Accumulators of one slot: `copies` sets of beats_per_token words, summed when they are drained
         # (see lane.py: copies keep a word's next use behind its last one).
         self.copies = -(-ACCUMULATE_CYCLES // config.beats_per_token)
+        self.copy_words = 1 << ceil_log2(config.beats_per_token)    # from a word to that of the next copy
         self.drain_words = self.copies * config.beats_per_token
-        self.drain_address = unsigned(bits_for(self.drain_words - 1))
+        self.drain_address = unsigned(bits_for(self.copies * self.copy_words - 1))
         self.partial_data = data.ArrayLayout(
             data.ArrayLayout(self.accumulator, config.elements_per_beat), config.rows)
         self.partial = data.StructLayout({
             "slot": self.slot,
-            "address": self.drain_address,   # copy * beats_per_token + beat
+            "address": self.drain_address,   # copy * copy_words + beat
             "data": self.partial_data,
         })
         # What a lane reports of a finished job; all of it is order-free: a minimum of Cat(token, fault), an or.

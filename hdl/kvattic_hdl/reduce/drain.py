@@ -97,7 +97,7 @@ class Drain(wiring.Component):
         return m
 
     def _ask(self, m: Module) -> None:
-        """Words for the head of the chain: address of copy c of beat b is c * beats + b, copies of a beat in a row."""
+        """Words for the head of the chain: copy c of beat b is at c * copy_words + b, copies of a beat in a row."""
         shapes, beats = self._shapes, self._config.beats_per_token
         asking = Signal()
         ask_beat = Signal(shapes.beat_index)
@@ -116,7 +116,7 @@ class Drain(wiring.Component):
                 with m.If(ask_beat == beats - 1):
                     m.d.sync += asking.eq(0)
             with m.Else():
-                m.d.sync += [ask_copy.eq(ask_copy + 1), address.eq(address + beats)]
+                m.d.sync += [ask_copy.eq(ask_copy + 1), address.eq(address + shapes.copy_words)]
 
     def _take(self, m: Module, step: Value) -> tuple[Signal, data.View, Signal, Signal]:
         """Takes one row of a word at a time: (valid, its position, its elements, number of the element in turn).

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from kvattic.driver.jobs import Job, ReadJob, job_bytes
 from kvattic.spec import layout
 from kvattic.spec.commands import LINE_BYTES, Completion, Kind, Mode
-from kvattic.spec.config import ELEMENT_BYTES, Config
+from kvattic.spec.config import Config
 from kvattic.timing import JobTimes, Stripe, attend_job, estimate
 from kvattic.timing.cost import KINDS, Cost
 from kvattic.timing.record import Batch, CommandRecord, Counts, Sampler, dense_counts
@@ -170,7 +170,7 @@ def _counted(config: Config, jobs: Mapping[tuple[Counts, int, int, int], int]) -
         link += number * link_bytes
         unsplit += number * beats
         read = (sum(counts.flash) + sum(counts.dram)) * config.codeword_bytes + beats * beat
-        macs += number * (rows * read // ELEMENT_BYTES)
+        macs += number * (rows * read // config.kv_element_bytes)
     size = config.codeword_bytes
     flash_bytes = {name: size * flash[kind] for kind, name in enumerate(KINDS)}
     for kind in (Kind.KEY, Kind.VALUE):

@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import RLock
 from typing import Any, NamedTuple, TypeVar
 
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from kvattic.driver import futures
 from kvattic.driver.accounts import Tally, job_account, read_account
@@ -41,6 +41,7 @@ from kvattic.driver.manifest import read_manifest
 from kvattic.driver.media import Media
 from kvattic.driver.results import AttendPlan, AttendResult, JobResult, ReadResult
 from kvattic.driver.saving import Saver, states_of
+from kvattic.driver.scales import check_scales
 from kvattic.driver.sequence import Loss, Sequence
 from kvattic.driver.shape import SequenceShape
 from kvattic.errors import (
@@ -458,7 +459,8 @@ class Device(Closing):
 
     def create_sequence(self, kv_heads: int, *, capacity_tokens: int, layers: int = 1, sparse: bool = False,
                         centroids: int | None = None, sinks: int = 0, window: int | None = None,
-                        isolated: bool = False) -> "Sequence":
+                        isolated: bool = False, key_scale: ArrayLike | None = None,
+                        value_scale: ArrayLike | None = None) -> "Sequence":
         """Reserve zones of flash for a sequence's K and V.
 
         Args:
@@ -475,15 +477,21 @@ class Device(Closing):
                 values are read back from the device token by token.
             isolated: give the sequence a domain of its own: the device refuses commands of all others that name its
                 flash or DRAM.  It then shares no zone of flash with other sequences.
+            key_scale: what a stored 1.0 of K stands for: a number, or an array that broadcasts to (layers, kv_heads);
+                1 if None.  K is divided by it before it is rounded to what the drive stores (`Config.kv`); it is for
+                8-bit formats, whose range is small.
+            value_scale: likewise of V.
 
         Raises:
-            RequestError: a number is not positive, or centroids out of range.
+            RequestError: a number is not positive, centroids out of range, or a scale that is zero, negative, infinite
+                or NaN.
             ConfigError: sparse or centroids, and the configuration is without sparse attention.
             CapacityError: flash or DRAM have no room, the device cannot number that many tokens, or no domain is left.
         """
         with self.lock:
             self.check_open()
-            shape = self._shape(kv_heads, capacity_tokens, layers, sparse, centroids, sinks, window, isolated)
+            shape = self._shape(kv_heads, capacity_tokens, layers, sparse, centroids, sinks, window, isolated,
+                                key_scale, value_scale)
             allocations = self._reserve(shape)
             if isolated:
                 try:
@@ -522,7 +530,8 @@ class Device(Closing):
         return sequence
 
     def _shape(self, kv_heads: int, capacity_tokens: int, layers: int, sparse: bool, centroids: int | None, sinks: int,
-               window: int | None, isolated: bool) -> SequenceShape:
+               window: int | None, isolated: bool, key_scale: ArrayLike | None,
+               value_scale: ArrayLike | None) -> SequenceShape:
         """The shape of a new sequence, from checked arguments."""
         for name, value in (("kv_heads", kv_heads), ("capacity_tokens", capacity_tokens), ("layers", layers)):
             check_positive(name, value)
@@ -546,7 +555,9 @@ class Device(Closing):
         shape = SequenceShape(
             config=self.config, number=self._next_number, kv_heads=kv_heads, layers=layers,
             capacity_tokens=capacity_tokens, first_head=self._next_head, sparse=sparse, centroids=centroids,
-            sinks=int(sinks), window=window, domain=self._new_domain() if isolated else COMMON_DOMAIN)
+            sinks=int(sinks), window=window, key_scale=check_scales("key_scale", key_scale, layers, kv_heads),
+            value_scale=check_scales("value_scale", value_scale, layers, kv_heads),
+            domain=self._new_domain() if isolated else COMMON_DOMAIN)
         if shape.stripe_dram_pages > self.media.dram.pages:
             raise CapacityError(f"a stripe of {kv_heads} KV heads takes {shape.stripe_dram_pages} pages of device "
                                 f"DRAM, which has {self.media.dram.pages}")
@@ -658,6 +669,9 @@ class Device(Closing):
                     capacity_tokens: int | None) -> None:
         """Make a sequence of what a manifest says of it."""
         fields = {name: value for name, value in entry.items() if name not in ("zones", "held_tokens")}
+        for name in ("key_scale", "value_scale"):   # not there if they are 1
+            if name in fields:
+                fields[name] = check_scales(name, fields[name], fields["layers"], fields["kv_heads"])
         if capacity_tokens is not None:
             least = max([1, *(int(state["length"]) for state in states)])
             check_integer("capacity_tokens", capacity_tokens, least, (1 << layout.TOKEN_BITS) - 1)
@@ -874,7 +888,7 @@ class Device(Closing):
         def finish(completion: Completion, data: bytes) -> ReadResult:
             if (passage := future.passage) is not None and completion.status is Status.OK:
                 self._tally.count_jobs((read_account(config, job, passage, table, table_size + size),))
-            return ReadResult(*unpack_tokens(data, config.head_dim), completion)
+            return ReadResult(*unpack_tokens(data, config), completion)
 
         return Command(ATTEND, bytearray(line), finish, future, table_size + size, fill, (table_size, size))
 

@@ -181,7 +181,8 @@ class ReadJob:
 def read_bytes(job: ReadJob, config: Config) -> tuple[int, int]:
     """Bytes of a READ's table, in whole lines, and of what it writes."""
     entries = -(-job.tokens // config.tokens_per_page)
-    return lines(entries * TABLE_ENTRY.size) * LINE_BYTES, job.tokens * read_token_bytes(config.head_dim)
+    size = read_token_bytes(config.head_dim, config.kv_element_bytes)
+    return lines(entries * TABLE_ENTRY.size) * LINE_BYTES, job.tokens * size
 
 
 def pack_read(job: ReadJob, config: Config) -> bytes:

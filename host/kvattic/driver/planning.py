@@ -111,24 +111,25 @@ class AttendOptions:
         """What each of a number of queries attends of a number of tokens."""
         return make_masks(length, n_queries, self.causal, self.window, self.tree, self.start, self.end)
 
-    def scale_bits(self, head_dim: int) -> int:
-        """The scale as a command has it: fp32 of scale * log2(e).
+    def scale_bits(self, head_dim: int, key_scale: float = 1.0) -> int:
+        """The scale as a command has it: fp32 of scale * log2(e), times what a stored 1.0 of K stands for.
 
         Raises:
             RequestError: it is not a positive normal fp32.
         """
         scale = 1 / math.sqrt(head_dim) if self.scale is None else self.scale
         try:
-            bits = _command_scale(scale)
+            bits = _command_scale(scale * key_scale)
         except (OverflowError, TypeError):
             bits = 0
         if not is_positive_normal(bits):
-            raise RequestError(
-                f"scale must be positive, and scale * log2(e) a normal fp32 (1.2e-38 to 3.4e38), not {scale!r}")
+            of_key = "" if key_scale == 1 else f" with a scale of K of {key_scale!r}"
+            raise RequestError(f"scale must be positive, and scale * log2(e) a normal fp32 (1.2e-38 to 3.4e38), not "
+                               f"{scale!r}{of_key}")
         return bits
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4096)
 def _command_scale(scale: float) -> int:
     return fp32_bits(scale * math.log2(math.e))
 
@@ -276,7 +277,7 @@ class _Piece(NamedTuple):
 
     Members:
         rows: which ones.
-        job: one of them, without query and table.
+        job: one of them, without query, table and scale.
         stripes: of the table.
         label: the end of theirs.
         block: uint16, (kv_heads, rows, elements), their query blocks without q.
@@ -301,14 +302,12 @@ class _Shared(NamedTuple):
 
     Members:
         masks: of the rows.
-        scale_bits: see `Job`.
         chunks: rows of each job.
         counts: pieces of each chunk.
         pieces: of all of them, in order.
     """
 
     masks: Masks
-    scale_bits: int
     chunks: list[slice]
     counts: list[int]
     pieces: list[_Piece]
@@ -382,15 +381,16 @@ class Planner:
         return [slice(first, min(first + most, begin + together)) for begin in range(0, rows, together)
                 for first in range(begin, begin + together, most)]
 
-    def jobs(self, layer: int, query: Bits, masks: Masks, scale_bits: int, selection: Selection | None = None,
-             held_tokens: int = 0, means: NDArray[np.float32] | None = None) -> tuple[list[Job], list[Part]]:
+    def jobs(self, layer: int, query: Bits, masks: Masks, scale_bits: Series[int],
+             selection: Selection | None = None, held_tokens: int = 0,
+             means: NDArray[np.float32] | None = None) -> tuple[list[Job], list[Part]]:
         """All jobs of a call, and which rows each of them serves.
 
         Args:
             layer: which layer.
             query: from `check_query`.
             masks: of the queries.
-            scale_bits: see `Job`.
+            scale_bits: of each KV head, see `Job`.
             selection: of a sparse mode, checked by `check_selection`; None: dense.
             held_tokens: see `check_selection`.
             means: of V, from `means`, where the mode blends one in.
@@ -409,26 +409,27 @@ class Planner:
             for chunk in chunks:
                 mean = None if means is None else means[chunk.start // group, head].view(np.uint32)
                 parts.append(Part(head, chunk, range(len(jobs), len(jobs) + 1)))
-                jobs.append(self._sparse_job(layer, head, rows[head, chunk], scale_bits, of_rows.cut(chunk), selection,
-                                             held_tokens, mean))
+                jobs.append(self._sparse_job(layer, head, rows[head, chunk], scale_bits[head], of_rows.cut(chunk),
+                                             selection, held_tokens, mean))
         return jobs, parts
 
-    def _dense_parts(self, layer: int, rows: Bits, masks: Masks, scale_bits: int) -> tuple[list[Job], list[Part]]:
+    def _dense_parts(self, layer: int, rows: Bits, masks: Masks,
+                     scale_bits: Series[int]) -> tuple[list[Job], list[Part]]:
         """Dense jobs of all heads.
 
         Args:
             layer: which layer.
             rows: uint16, (kv_heads, rows, head_dim).
             masks: of the rows of any head.
-            scale_bits: see `Job`.
+            scale_bits: of each head, see `Job`.
         """
         shared = self._shared
-        if shared is None or shared.masks is not masks or shared.scale_bits != scale_bits:
+        if shared is None or shared.masks is not masks:
             chunks = self.chunks(None, 1, rows.shape[1])
-            pieces = [self._piece(chunk, masks.cut(chunk), base, stop, scale_bits)
+            pieces = [self._piece(chunk, masks.cut(chunk), base, stop)
                       for chunk in chunks for base, stop in self._dense_ranges(masks.cut(chunk))]
             counts = [sum(piece.rows is chunk for piece in pieces) for chunk in chunks]
-            self._shared = shared = _Shared(masks, scale_bits, chunks, counts, pieces)
+            self._shared = shared = _Shared(masks, chunks, counts, pieces)
         packed = [piece.pack(rows[:, piece.rows]) for piece in shared.pieces]
         table = self._layers[layer].table
         prefix = f"sequence {self._shape.number}, layer {layer}, KV head "
@@ -441,7 +442,7 @@ class Planner:
                 jobs.append(Job(
                     query=query, start=first.start, end=first.end, tree=first.tree, table=table[head, piece.stripes],
                     stripe_pages=first.stripe_pages, base_token=first.base_token, end_token=first.end_token,
-                    tree_token=first.tree_token, scale_bits=scale_bits, domain=first.domain,
+                    tree_token=first.tree_token, scale_bits=scale_bits[head], domain=first.domain,
                     label=f"{prefix}{head}, {piece.label}",
                     packed=PackedQueries(query, first.start, first.end, first.tree,
                                          blocks[head * size : (head + 1) * size])))
@@ -450,10 +451,10 @@ class Planner:
                 before += count
         return jobs, parts
 
-    def _piece(self, rows: slice, masks: Masks, base: int, stop: int, scale_bits: int) -> "_Piece":
+    def _piece(self, rows: slice, masks: Masks, base: int, stop: int) -> "_Piece":
         """What the heads' jobs of some rows over tokens base to stop share."""
         heads, count, dim = self._shape.kv_heads, len(masks.start), self._config.head_dim
-        job = self._job(0, 0, np.zeros((count, dim), np.uint16), scale_bits, masks, base, stop)
+        job = self._job(0, 0, np.zeros((count, dim), np.uint16), 0, masks, base, stop)
         for column in (job.start, job.end, job.tree):
             column.setflags(write=False)
         zeros = Queries(np.zeros((heads * count, dim), np.uint16),
@@ -592,7 +593,7 @@ class Planner:
         config, shape = self._config, self._shape
         size = config.tokens_per_page
         # So many pages can lie on one channel.
-        pages = min(most_bytes // (size * read_token_bytes(config.head_dim)),
+        pages = min(most_bytes // (size * read_token_bytes(config.head_dim, config.kv_element_bytes)),
                     config.ring_codewords // config.codewords_per_page, MAX_STRIPES)
         jobs: list[ReadJob] = []
         for head in range(shape.kv_heads):

@@ -186,12 +186,14 @@ class AttendPlan:
         shape: (q_heads, n_queries, head_dim).
         jobs: all commands.
         parts: which rows each of the jobs serves.
+        value_scale: what a stored 1.0 of V stands for, float32, (kv_heads,), by which outputs are multiplied; None: 1.
     """
 
     sequence: "Sequence"
     shape: tuple[int, int, int]
     jobs: list[Job]
     parts: list[Part]
+    value_scale: NDArray[np.float32] | None = None
 
     def finish(self, results: Series[JobResult]) -> AttendResult:
         """Put the jobs' results together, merging token ranges.
@@ -212,7 +214,10 @@ class AttendPlan:
         bits, maximum, denominator = self._rows(results, kv_heads, q_heads // kv_heads * n_queries)
         # Rows are ordered by query, then by head of the group (see `planning.Planner.plan`).
         shape = (kv_heads, n_queries, q_heads // kv_heads)
-        output = bits.reshape(*shape, head_dim).swapaxes(1, 2).reshape(self.shape).view(np.float32)
+        outputs = bits.view(np.float32)
+        if self.value_scale is not None:
+            outputs = outputs * self.value_scale[:, None, None]
+        output = outputs.reshape(*shape, head_dim).swapaxes(1, 2).reshape(self.shape)
         return AttendResult(
             output=np.ascontiguousarray(output),
             maximum=maximum.reshape(shape).swapaxes(1, 2).reshape(self.shape[:2]).copy(),

@@ -217,8 +217,9 @@ class Sequence(Closing):
     def describe(self) -> dict[str, Any]:
         """For `Device.save`: what it was created as, and its zones, by allocation; can be JSON."""
         shape = self._shape
-        names = ("kv_heads", "layers", "capacity_tokens", "first_head", "sparse", "centroids", "sinks", "window",
-                 "domain", "turn")
+        names = ["kv_heads", "layers", "capacity_tokens", "first_head", "sparse", "centroids", "sinks", "window",
+                 "domain", "turn"]
+        names += [name for name in ("key_scale", "value_scale") if getattr(shape, name) is not None]
         lengths = [state.length for state in self._writer.layers]
         return {**{name: getattr(shape, name) for name in names}, "held_tokens": self.held_tokens,
                 "zones": [sorted(zones) for zones in self._writer.zones(lengths)]}
@@ -295,6 +296,16 @@ class Sequence(Closing):
         self.check_open()
         self._writer.raise_unretrieved()
 
+    def scales(self, kind: Kind, layer: int = 0) -> NDArray[np.float32] | None:
+        """What a stored 1.0 stands for: float32, (kv_heads,); None: 1.
+
+        Args:
+            kind: `Kind.KEY` or `Kind.VALUE`.
+            layer: which layer.
+        """
+        found = self._shape.key_scale if kind is Kind.KEY else self._shape.value_scale
+        return None if found is None else np.array(found[layer], np.float32)
+
     def length(self, layer: int = 0) -> int:
         """Tokens that a layer holds, in flash or DRAM; waits for those of appends that found no room in DRAM yet.
 
@@ -335,7 +346,8 @@ class Sequence(Closing):
             if length == 0:
                 raise RequestError(f"layer {layer} has no tokens")
             mean: NDArray[np.float32] = self._planner.means(layer, make_masks(length, 1), self._read_values)[0]
-            return mean
+            scale = self.scales(Kind.VALUE, layer)
+            return mean if scale is None else mean * scale[:, None]
 
     def counters(self) -> dict[str, int]:
         """Counts of what was done for this sequence, by name; also after it was freed.
@@ -381,8 +393,9 @@ class Sequence(Closing):
         """Write the first tokens of a layer.
 
         Args:
-            key: (kv_heads, tokens, head_dim), float16, float32 or float64, rounded to the storage
-                format, or uint16 bit patterns.
+            key: (kv_heads, tokens, head_dim), float16, float32 or float64, divided by the sequence's scale and
+                rounded to what the drive stores (`Config.kv`); float8 of that format, or uint16 bit patterns of
+                `Config.element`, are taken as they are.
             value: the same.
             layer: which layer.
 
@@ -482,7 +495,7 @@ class Sequence(Closing):
         self._check_layer(layer)
         state = self._writer.layers[layer]
         length = state.length + sum(append.left for append in state.appends)
-        keys, values = self._tokens("key", key), self._tokens("value", value)
+        keys, values = self._tokens("key", Kind.KEY, layer, key), self._tokens("value", Kind.VALUE, layer, value)
         if keys.shape != values.shape:
             raise RequestError(
                 f"key and value must have the same shape, not {keys.shape} and {values.shape}"
@@ -496,7 +509,7 @@ class Sequence(Closing):
         self.device.dispatcher.check()
         return self._writer.begin(layer, np.stack([keys, values], axis=1), ahead=ahead)
 
-    def _tokens(self, name: str, values: ArrayLike) -> Bits:
+    def _tokens(self, name: str, kind: Kind, layer: int, values: ArrayLike) -> Bits:
         array, dim = as_array(values), self.device.config.head_dim
         if (
             array.ndim != 3
@@ -508,7 +521,8 @@ class Sequence(Closing):
                 f"{name} must be (kv_heads, tokens, head_dim) = ({self.kv_heads}, at least 1, "
                 f"{dim}), not {array.shape}"
             )
-        return layout.storage_bits(array, self.device.config.element, name)
+        scale = self.scales(kind, layer)
+        return layout.kv_bits(values, self.device.config, name, None if scale is None else scale[:, None, None])
 
     def read(self, layer: int = 0, first: int = 0, last: int | None = None) -> tuple[NDArray[Any], NDArray[Any]]:
         """K and V of tokens, to the last bit as they are stored.
@@ -524,20 +538,29 @@ class Sequence(Closing):
 
         Returns:
             (key, value), (kv_heads, last - first, head_dim), as `append` takes them: float16, or float32 where the
-            drive stores bf16, which NumPy does not have.
+            drive's elements are bf16, which NumPy does not have, or where the sequence has a scale, by which the
+            stored numbers are multiplied.
 
         Raises:
             RequestError: the layer has no such tokens, or the sequence was freed.
             DeviceStatusError: a page of them cannot be read.
         """
-        key, value = self.read_bits(layer, first, last)
         element = self.device.config.element
-        if element is Element.FP16:
-            return key.view(np.float16), value.view(np.float16)
-        return from_bits(key, element), from_bits(value, element)
+
+        def numbers(bits: Bits, kind: Kind) -> NDArray[Any]:
+            scale = self.scales(kind, layer)
+            if scale is not None:
+                return from_bits(bits, element) * scale[:, None, None]
+            return bits.view(np.float16) if element is Element.FP16 else from_bits(bits, element)
+
+        key, value = self.read_bits(layer, first, last)
+        return numbers(key, Kind.KEY), numbers(value, Kind.VALUE)
 
     def read_bits(self, layer: int = 0, first: int = 0, last: int | None = None) -> tuple[Bits, Bits]:
-        """The same as bit patterns, uint16; arguments and errors are those of `read`."""
+        """The same as bit patterns of `Config.element`, uint16, without scales.
+
+        Arguments and errors are those of `read`.
+        """
         with self.device.lock:
             length = self.length(layer)
             if length == 0:
@@ -554,7 +577,8 @@ class Sequence(Closing):
                progress: Progress | None = None, **options: Unpack[AttendKeywords]) -> AttendResult:
         """Attention of queries over a layer's tokens: softmax(scale * q K^T) V, in dense mode.
 
-        The device computes it from the stored 16-bit elements with fixed-point sums, rounded once to float32.  The
+        The device computes it from the stored elements with fixed-point sums, rounded once to float32; a scale of V
+        multiplies that on the host.  The
         query heads of a KV head and all queries share each pass over K and V, `Config.rows` at a time.  The masks are
         combined: a query attends what all of them allow.
 
@@ -622,7 +646,10 @@ class Sequence(Closing):
                 raise RequestError(f"layer {layer} has no tokens: prefill it before attending")
             q_heads, n_queries, dim = bits.shape
             group = q_heads // self.kv_heads
-            scale_bits, masks = options.scale_bits(dim), planner.masks(options, length, n_queries)
+            key_scale = self.scales(Kind.KEY, layer)
+            scale_bits = ([options.scale_bits(dim)] * self.kv_heads if key_scale is None
+                          else [options.scale_bits(dim, scale) for scale in key_scale.tolist()])
+            masks = planner.masks(options, length, n_queries)
             selection, means = select(options, self._shape), None
             if selection is not None:
                 planner.check_selection(selection, masks, group, length, held)
@@ -630,7 +657,8 @@ class Sequence(Closing):
                 if selection.features:
                     means = planner.means(layer, masks, self._read_values)
             jobs, parts = planner.jobs(layer, bits, masks, scale_bits, selection, held, means)
-            return AttendPlan(sequence=self, shape=(q_heads, n_queries, dim), jobs=jobs, parts=parts)
+            return AttendPlan(sequence=self, shape=(q_heads, n_queries, dim), jobs=jobs, parts=parts,
+                              value_scale=self.scales(Kind.VALUE, layer))
 
     def dense_jobs(self, layer: int, head: int, query: Bits, scale_bits: int, masks: Masks) -> list[Job]:
         """For arrays: dense jobs of rows of one KV head; see `planning.Planner`."""

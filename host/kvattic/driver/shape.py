@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from kvattic.driver.scales import Scales
 from kvattic.spec import layout
 from kvattic.spec.commands import Kind
 from kvattic.spec.config import Config
@@ -27,6 +28,8 @@ class SequenceShape:
         sinks: first tokens that sparse modes always attend.
         window: newest tokens whose V the host keeps; None: none.
         domain: owner of its flash and DRAM.
+        key_scale: what a stored 1.0 of K stands for, by layer and KV head; None: 1.
+        value_scale: likewise of V.
         turn: dies by which its single stripes lie further on, so that those of forks do not all lie on the same one.
     """
 
@@ -41,6 +44,8 @@ class SequenceShape:
     sinks: int
     window: int | None
     domain: int
+    key_scale: Scales | None = None
+    value_scale: Scales | None = None
     turn: int = 0
 
     @cached_property

@@ -341,7 +341,7 @@ class TokenWriter:
         last = layout.token_offset(inside + tokens.shape[2] - 1, config) + config.token_bytes
         if tokens.shape[2] == 1 or config.tokens_per_codeword * config.token_bytes == config.codeword_bytes:
             # No gap is between them: they lie in DRAM as they are.
-            packed, each = tokens.astype("<u2", copy=False).tobytes(), tokens.shape[2] * config.token_bytes
+            packed, each = layout.pack_codes(tokens, config).tobytes(), tokens.shape[2] * config.token_bytes
             self._tally(layer, end).add_written(len(packed))
             for number, at in enumerate(range(0, len(packed), each)):
                 self._media.write_dram(base + number * size + first, packed[at : at + each])

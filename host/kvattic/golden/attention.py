@@ -107,12 +107,12 @@ class Attention:
         self._owners.check_permitted(job.domain, queue.number)
         table = self._read_table(job)
         check_table(job, table, config, self._owners, self._registers.region_bits)
-        data_words = command.tokens * read_token_bytes(config.head_dim) // 8
+        data_words = command.tokens * read_token_bytes(config.head_dim, config.kv_element_bytes) // 8
         self._recorder.begin_job(Mode.DENSE, 1, self._lane_tokens(job, table), config.tokens_per_codeword, data_words)
         reader, codewords = StripeReader(config, self._storage, job, table), self._codewords(job)
         key, value = reader.tokens(Kind.KEY, codewords), reader.tokens(Kind.VALUE, codewords)
         written = self._memory.dma_write(
-            command.result, pack_tokens(key.bits[: command.tokens], value.bits[: command.tokens]))
+            command.result, pack_tokens(key.bits[: command.tokens], value.bits[: command.tokens], config))
         raise_first((Status.BUS_ERROR, None if written else 0), (Status.UNREADABLE_KEY, key.lost),
                     (Status.UNREADABLE_VALUE, value.lost))
 

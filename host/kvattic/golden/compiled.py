@@ -40,8 +40,10 @@ from kvattic.spec.formats import (
     WEIGHT_EXPONENT_BITS,
     WEIGHT_ROUND_SHIFT,
     Element,
+    KvFormat,
     exp_table,
 )
+from kvattic.spec.stored import element_table, to_kv_bits
 from kvattic.support.files import whole
 
 __all__ = ["KERNELS", "CompilerError", "attend", "find_compiler", "find_kernel", "load"]
@@ -62,7 +64,7 @@ class _Shape(ctypes.Structure):
     """`Shape` of kernel.c."""
 
     _fields_ = [(name, ctypes.c_int64) for name in (
-        "jobs", "rows", "head_dim", "bf16", "pages", "tokens", "tokens_per_page", "tokens_per_codeword",
+        "jobs", "rows", "head_dim", "bf16", "coded", "pages", "tokens", "tokens_per_page", "tokens_per_codeword",
         "codeword_bytes", "base_token", "end_token", "tree_token", "scale_bits", "score_fraction", "score_masked",
         "score_max", "round_shift", "window_fraction", "window_bits", "step_bits", "weight_bits", "weight_round_shift",
         "weight_alignment", "weight_exponents")]
@@ -129,14 +131,16 @@ def load() -> ctypes.CDLL:
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         raise CompilerError(f"the kernel cannot be compiled or loaded: {error}") from error
     function = found.kvattic_dense
-    function.argtypes = [ctypes.POINTER(_Shape)] + [ctypes.c_void_p] * 11
+    function.argtypes = [ctypes.POINTER(_Shape)] + [ctypes.c_void_p] * 12
     function.restype = ctypes.c_int
-    if not all(_agrees(found, element, head_dim) for element in Element for head_dim in (64, 80, 128)):
+    if not all(_agrees(found, element, kv, head_dim) for element in Element for head_dim in (64, 80, 128)
+               for kv in KvFormat if kv is KvFormat.ELEMENT or head_dim == 128):
         raise CompilerError(f"{library}, compiled by {compiler} {' '.join(FLAGS)}, computes other bits than NumPy")
     _LOG.debug("golden device: dense jobs are computed by %s", library)
     return found
 
 
+_NO_CODES = np.zeros(256, np.uint16)
 _TABLE = np.ascontiguousarray(np.array(exp_table(), np.int64).T)
 
 
@@ -155,24 +159,27 @@ def _run(library: ctypes.CDLL, jobs: DenseJobs) -> DenseResults:
     number, rows, head_dim = jobs.query.shape
     config = jobs.config
     shape = _Shape(
-        number, rows, head_dim, config.element is Element.BF16, jobs.keys.shape[1], jobs.tokens, config.tokens_per_page,
-        config.tokens_per_codeword, config.codeword_bytes, jobs.base_token, jobs.base_token + jobs.tokens,
-        jobs.tree_token, jobs.scale_bits, *_FORMATS)
+        number, rows, head_dim, config.element is Element.BF16, config.kv is not KvFormat.ELEMENT, jobs.keys.shape[1],
+        jobs.tokens, config.tokens_per_page, config.tokens_per_codeword, config.codeword_bytes, jobs.base_token,
+        jobs.base_token + jobs.tokens, jobs.tree_token, jobs.scale_bits, *_FORMATS)
+    codes = element_table(config.kv, config.element)
     results = DenseResults(np.empty((number, rows, head_dim), np.uint32), np.empty((number, rows), np.int64),
                            np.empty((number, rows), np.int64), np.empty(number, np.bool_))
-    arrays = (jobs.keys, jobs.values, jobs.query, jobs.start, jobs.end, jobs.tree, _TABLE, *results)
+    arrays = (jobs.keys, jobs.values, jobs.query, jobs.start, jobs.end, jobs.tree, _TABLE,
+              _NO_CODES if codes is None else codes, *results)
     if not function(ctypes.byref(shape), *(array.__array_interface__["data"][0] for array in arrays)):
         raise MemoryError("the golden device's kernel got no memory")
     return results
 
 
-def _agrees(library: ctypes.CDLL, element: Element, head_dim: int) -> bool:
+def _agrees(library: ctypes.CDLL, element: Element, kv: KvFormat, head_dim: int) -> bool:
     """Whether a job has NumPy's bits: with windows, a draft tree, and weights of all sizes."""
-    config = replace(PAPER, head_dim=head_dim, element=element, sparse=False)
+    config = replace(PAPER, head_dim=head_dim, element=element, kv=kv, sparse=False)
     rng, tokens, rows = np.random.default_rng(head_dim), 70, 3
     # V is so small that what is cut off shows in the result.
-    query, key, value = (to_bits(rng.standard_normal((count, head_dim), np.float32) * size, element)
-                         for count, size in ((rows, 1), (tokens, 1), (tokens, 2**-14)))
+    query = to_bits(rng.standard_normal((rows, head_dim), np.float32), element)
+    key, value = (to_kv_bits(rng.standard_normal((tokens, head_dim), np.float32) * size, kv, element)
+                  for size in (1, 2**-14 if kv is KvFormat.ELEMENT else 2**-7))
     tree_token, scale_bits = tokens - 5, fp32_bits(8 / head_dim**0.5)
     start, end, tree = np.array([0, 0, 9]), np.array([tokens, 33, tokens]), np.array([-1, 0, 0b10110])
     pages = [layout.pack_pages(bits, config) for bits in (key, value)]

@@ -20,7 +20,7 @@
 #define BLOCK_LIMIT 8192.0f /* 2**53 / 2**VALUE_FRACTION: what a double sums of |weight * v| exactly */
 
 typedef struct {
-    int64_t jobs, rows, head_dim, bf16;
+    int64_t jobs, rows, head_dim, bf16, coded; /* K and V: one byte an element, which `codes` turns into elements */
     int64_t pages, tokens, tokens_per_page, tokens_per_codeword, codeword_bytes; /* of each job */
     int64_t base_token, end_token, tree_token, scale_bits;
     int64_t score_fraction, score_masked, score_max, round_shift, window_fraction, window_bits;
@@ -72,6 +72,17 @@ static uint16_t convert(const uint8_t *from, float *to, int64_t count, int bf16)
         most = bits > most ? bits : most;
     }
     return most;
+}
+
+/* The same of K or V as it is stored. */
+static uint16_t convert_stored(const Shape *shape, const uint16_t *codes, const uint8_t *from, uint16_t *elements, float *to,
+                               int64_t count)
+{
+    if (!shape->coded)
+        return convert(from, to, count, (int)shape->bf16);
+    for (int64_t at = 0; at < count; at++)
+        elements[at] = codes[from[at]];
+    return convert((const uint8_t *)elements, to, count, (int)shape->bf16);
 }
 
 #define INLINE static inline __attribute__((always_inline))
@@ -135,6 +146,8 @@ INLINE void add_values(const double *weights, const float *value, double *sums, 
         call(4, 64);                        \
     else if ((tokens) == 2 && (dim) == 128) \
         call(2, 128);                       \
+    else if ((tokens) == 4 && (dim) == 128) \
+        call(4, 128);                       \
     else                                    \
         call(tokens, dim);
 
@@ -172,6 +185,7 @@ static uint32_t divide(__int128 numerator, uint64_t denominator)
 typedef struct {
     float *query;      /* rows x head_dim, times the scale's power of two: products have steps of 1 */
     float *block;      /* a codeword */
+    uint16_t *elements; /* likewise, where K and V are stored otherwise */
     double *sums;      /* rows x tokens: of products, then weights */
     int64_t *scores;   /* tokens */
     double *values;    /* rows x head_dim, of a few tokens */
@@ -187,7 +201,8 @@ typedef struct {
         for (; first < stop; first += (shape)->tokens_per_codeword, from += (shape)->codeword_bytes) {                \
             int64_t count = stop - first;                                                                             \
             count = count < (shape)->tokens_per_codeword ? count : (shape)->tokens_per_codeword;                      \
-            uint16_t found = convert(from, (space)->block, count * (shape)->head_dim, (int)(shape)->bf16);            \
+            uint16_t found = convert_stored(shape, codes, from, (space)->elements, (space)->block,                    \
+                                            count * (shape)->head_dim);                                               \
             most = found > most ? found : most;                                                                       \
             body                                                                                                      \
         }                                                                                                             \
@@ -294,8 +309,8 @@ static void flush(const Shape *shape, Space *space)
 }
 
 static int attend(const Shape *shape, const int64_t *keys, const int64_t *values, const uint16_t *query,
-                  const int64_t *start, const int64_t *end, const int64_t *tree, const int64_t *table, Space *space,
-                  uint32_t *output, int64_t *maximum, int64_t *denominator)
+                  const int64_t *start, const int64_t *end, const int64_t *tree, const int64_t *table,
+                  const uint16_t *codes, Space *space, uint32_t *output, int64_t *maximum, int64_t *denominator)
 {
     int bf16 = (int)shape->bf16;
     int64_t rows = shape->rows, dim = shape->head_dim, tokens = shape->tokens;
@@ -344,26 +359,28 @@ static int attend(const Shape *shape, const int64_t *keys, const int64_t *values
 /* Jobs of one shape.  Addresses of pages, queries and windows lie job after job, and so do the results.
    Returns 0 if there is no memory. */
 int kvattic_dense(const Shape *shape, const int64_t *keys, const int64_t *values, const uint16_t *query,
-                  const int64_t *start, const int64_t *end, const int64_t *tree, const int64_t *table, uint32_t *output,
-                  int64_t *maximum, int64_t *denominator, uint8_t *clean)
+                  const int64_t *start, const int64_t *end, const int64_t *tree, const int64_t *table,
+                  const uint16_t *codes, uint32_t *output, int64_t *maximum, int64_t *denominator, uint8_t *clean)
 {
     int64_t outputs = shape->rows * shape->head_dim;
     Space space = {
         malloc((size_t)outputs * sizeof(float)),
         malloc((size_t)(shape->tokens_per_codeword * shape->head_dim) * sizeof(float)),
+        malloc((size_t)(shape->tokens_per_codeword * shape->head_dim) * sizeof(uint16_t)),
         malloc((size_t)(shape->rows * shape->tokens) * sizeof(double)),
         malloc((size_t)shape->tokens * sizeof(int64_t)),
         malloc((size_t)outputs * sizeof(double)),
         malloc((size_t)outputs * sizeof(__int128)),
     };
-    int ready = space.query && space.block && space.sums && space.scores && space.values && space.wide;
+    int ready = space.query && space.block && space.elements && space.sums && space.scores && space.values && space.wide;
     for (int64_t job = 0; ready && job < shape->jobs; job++)
         clean[job] = (uint8_t)attend(
             shape, keys + job * shape->pages, values + job * shape->pages, query + job * outputs,
-            start + job * shape->rows, end + job * shape->rows, tree + job * shape->rows, table, &space,
+            start + job * shape->rows, end + job * shape->rows, tree + job * shape->rows, table, codes, &space,
             output + job * outputs, maximum + job * shape->rows, denominator + job * shape->rows);
     free(space.query);
     free(space.block);
+    free(space.elements);
     free(space.sums);
     free(space.scores);
     free(space.values);

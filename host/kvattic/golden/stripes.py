@@ -77,7 +77,7 @@ class StripeReader:
         lost: int | None = None
         for stripe in np.flatnonzero(~self._table.tail).tolist():
             codewords, gone = self._sketch(Kind.FEATURE, stripe, features)
-            key[stripe * size : (stripe + 1) * size, features] = codewords.view("<u2").T
+            key[stripe * size : (stripe + 1) * size, features] = layout.unpack_codes(codewords, self._config).T
             if gone is not None and lost is None:
                 lost = command.base_token + stripe * size
         return Found(key, lost)
@@ -93,7 +93,7 @@ class StripeReader:
         for stripe in np.flatnonzero(~self._table.tail).tolist():
             codewords, gone = self._sketch(Kind.SKETCH, stripe, numbers)
             used = np.ascontiguousarray(codewords[:, : config.tokens_per_codeword * config.token_bytes])
-            key[stripe] = used.view("<u2").reshape(units, config.head_dim)
+            key[stripe] = layout.unpack_codes(used, config).reshape(units, config.head_dim)
             if gone is not None and lost is None:
                 unit = stripe * units + gone * config.tokens_per_codeword
                 token = command.base_token + unit * unit_tokens

@@ -64,7 +64,7 @@ def check_read(command: AttendCommand, queue: Queue, config: Config) -> None:
     """
     _check_fields(command, config)
     _check_length(command, config)
-    size = command.end_token * read_token_bytes(config.head_dim)
+    size = command.end_token * read_token_bytes(config.head_dim, config.kv_element_bytes)
     if size > READ_BYTES:
         raise RejectedError(Status.INVALID_LENGTH)
     table = table_bytes(Mode.DENSE, command.stripes, config.head_dim)

@@ -16,18 +16,20 @@ from kvattic.driver.checks import as_member, check_positive
 from kvattic.driver.device import Device
 from kvattic.driver.planning import AttendOptions
 from kvattic.driver.results import AttendPlan
+from kvattic.driver.scales import check_scales
 from kvattic.driver.sequence import Sequence
 from kvattic.errors import CapacityError, KvatticError, RequestError
 from kvattic.integrations.configuration import check_model, heads_of, latent_width, longest_window, most_positions
 from kvattic.integrations.layer import DriveLayer
 from kvattic.integrations.layers import make_layers
 from kvattic.integrations.masks import Flags, Rows, read_mask
-from kvattic.integrations.options import check_mode, check_options, count_sinks
+from kvattic.integrations.options import check_format, check_mode, check_options, count_sinks
 from kvattic.integrations.report import Meter, Report
 from kvattic.integrations.saved import attached
 from kvattic.spec import layout
-from kvattic.spec.commands import Mode
+from kvattic.spec.commands import Kind, Mode
 from kvattic.spec.elements import Integers
+from kvattic.spec.formats import KvFormat
 from kvattic.support.closing import Closing
 from kvattic.support.renamed import old_selection_keywords
 from kvattic.timing.cost import Cost
@@ -77,8 +79,11 @@ class DriveCache(Closing, Cache):
         sinks: sparse modes: the first stored tokens of each row (padding is not stored), which are always attended
             and count among `top_units`.  If None, 16, or as many as `top_units` and `local_tokens` leave room for.
         unit_tokens: of the mode centroid, too; a codeword's tokens if None.
+        kv: how K and V are stored: `formats.KvFormat` or its name.  The drive's configuration says it (`Config.kv`), so
+            this is what it must be; anything if None.
         cross: it holds K and V of an encoder's tokens, which come once (`DriveEncoderDecoderCache`).
-        options: of the sequences, see `create_sequence` of `Device` and `DriveArray`: isolated, split.
+        options: of the sequences, see `create_sequence` of `Device` and `DriveArray`: isolated, split, and what a
+            stored 1.0 stands for: key_scale, value_scale.
 
     Attributes:
         device: the drive.
@@ -92,18 +97,20 @@ class DriveCache(Closing, Cache):
     Raises:
         TypeError: there is no such option.
         RequestError: a wrong mode or number, K and V do not fit the drive, or the model needs what the drive lacks.
-        ConfigError: a sparse mode, and the drive is without sparse attention.
+        ConfigError: a sparse mode, and the drive is without sparse attention; or the drive stores K and V otherwise.
     """
 
     @old_selection_keywords
     def __init__(self, device: Device | DriveArray, config: Any, *, capacity_tokens: int | None = None,
                  held_tokens: int | None = None, mode: Mode | str = Mode.DENSE, features: int | None = None,
                  top_units: int | None = None, local_tokens: int = 0, sinks: int | None = None,
-                 unit_tokens: int | None = None, cross: bool = False, **options: Any) -> None:
+                 unit_tokens: int | None = None, kv: KvFormat | str | None = None, cross: bool = False,
+                 **options: Any) -> None:
         text = config.get_text_config(decoder=True)
         check_model(config, cross=cross)
         several = isinstance(device, DriveArray)
         check_options(options, several)
+        check_format(device.config, kv)
         found = as_member("mode", mode, Mode)
         if cross and found is not Mode.DENSE:
             raise RequestError(f"mode {found.name.lower()}: an encoder's tokens are attended densely, mode='dense'")
@@ -370,6 +377,14 @@ class DriveCache(Closing, Cache):
             if (found := getattr(sequence, name)) != wanted:
                 raise RequestError(f"a sequence with {name} {found} does not fit this DriveCache, which needs "
                                    f"{wanted}: its model or its options are others")
+        for kind, name in ((Kind.KEY, "key_scale"), (Kind.VALUE, "value_scale")):
+            scales = check_scales(name, self._options.get(name), sequence.layers, sequence.kv_heads)
+            for layer in range(sequence.layers):
+                stored = sequence.scales(kind, layer)
+                own, theirs = None if scales is None else [*scales[layer]], None if stored is None else stored.tolist()
+                if own != theirs:
+                    raise RequestError(f"a sequence with {name} {theirs} (layer {layer}) does not fit this DriveCache, "
+                                       f"whose is {own}")
 
     def check_stateless(self) -> None:
         """Refuse a model some of whose layers keep a state outside of the drive, or K and V.

@@ -12,8 +12,8 @@ from transformers import (
 )
 
 from kvattic.errors import ConfigError, RequestError
-from kvattic.spec.config import ELEMENT_BYTES, HEAD_DIMS, MAX_ROWS, PAPER, Config, preset
-from kvattic.spec.formats import Element
+from kvattic.spec.config import HEAD_DIMS, MAX_ROWS, PAPER, Config, preset
+from kvattic.spec.formats import Element, KvFormat
 
 __all__ = ["check_model", "config_for", "heads_of", "latent_width", "longest_window", "most_positions"]
 
@@ -25,8 +25,9 @@ def config_for(model: Any, base: Config | str = PAPER, *, queries: int = 1, **ch
     """A drive's configuration that a model's attention fits.
 
     The head dimension is the smallest of the drive's that holds the model's K and V, the query rows those of a KV head
-    (16 at most), the storage format bf16 for a model in bfloat16 and else fp16; the sparse modes are left out where the
-    head dimension forbids them.
+    (16 at most), the element bf16 for a model in bfloat16 and else fp16, in which K and V are stored unless `kv` says
+    otherwise; the sparse modes are left out where the head dimension forbids them, and lanes have fewer channels where
+    a token would not be whole beats of theirs.
 
     Args:
         model: a transformers model, or its configuration.
@@ -47,11 +48,19 @@ def config_for(model: Any, base: Config | str = PAPER, *, queries: int = 1, **ch
     if wanted["head_dim"] is None:
         raise ConfigError(f"the model's head_dim is {dim}, the drive's is at most {HEAD_DIMS[-1]}")
     codeword = changes.get("codeword_bytes", base.codeword_bytes)
-    if wanted["head_dim"] in HEAD_DIMS and wanted["head_dim"] * ELEMENT_BYTES > codeword:
+    kv = changes.get("kv", base.kv)
+    if kv not in set(KvFormat):
+        raise ConfigError(f"kv must be one of {[one.value for one in KvFormat]}, not {kv!r}")
+    kv = KvFormat(kv)
+    token = wanted["head_dim"] * kv.element_bytes if wanted["head_dim"] in HEAD_DIMS else 0
+    if token > codeword:
         raise ConfigError(
             f"the model's head_dim is {dim}, for which a drive needs {wanted['head_dim']} (there are "
-            f"{', '.join(map(str, HEAD_DIMS))}): a token has {wanted['head_dim'] * ELEMENT_BYTES} bytes then, but this "
+            f"{', '.join(map(str, HEAD_DIMS))}): a token has {token} bytes then, but this "
             f"base has codewords of {codeword}; take another base, such as 'paper'")
+    if not {"lane_channels", "beat_bytes"} & set(changes):
+        while base.lane_channels > 1 and (token % base.beat_bytes or token == base.beat_bytes):
+            base = base.with_lane_channels(base.lane_channels // 2)
     dtype = getattr(model, "dtype", None) or getattr(text, "dtype", None)
     wanted = {"element": Element.BF16 if dtype == torch.bfloat16 else Element.FP16} | wanted
     try:

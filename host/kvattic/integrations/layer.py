@@ -16,8 +16,8 @@ from kvattic.driver.sequence import Sequence
 from kvattic.errors import RangeError, RequestError
 from kvattic.integrations.local import attend_locally
 from kvattic.integrations.masks import Flags, Rows, attended_tokens
-from kvattic.integrations.storage import round_to_storage, some_tokens, to_drive
-from kvattic.spec.commands import Mode
+from kvattic.integrations.storage import round_to_kv, round_to_storage, some_tokens, stand_for, to_drive
+from kvattic.spec.commands import Kind, Mode
 
 if TYPE_CHECKING:
     from kvattic.integrations.cache import DriveCache
@@ -87,6 +87,7 @@ class DriveLayer(CacheLayerMixin):
         self._before: list[Flags] = []
         self._kept: list[Flags] = []
         self._given: torch.Tensor | None = None
+        self._stored: list[torch.Tensor] = []   # K and V that were given, as the drive will have them
         self._values: Callable[[], torch.Tensor | None] = lambda: None
         self._attended: Callable[[], torch.Tensor | None] = lambda: None
         self._writes: list[Any] = []
@@ -123,12 +124,21 @@ class DriveLayer(CacheLayerMixin):
         if key_states.shape[1] != (heads := self._cache.sequences[0].kv_heads):
             raise RequestError(f"layer {self.number} has {key_states.shape[1]} KV heads, the layers before it {heads}: "
                                "a model whose layers differ in that is not supported")
-        element = self._cache.device.config.element
-        keys, values = (round_to_storage(states, element) for states in (key_states, value_states))
+        scales = self._scales
+        stored = [round_to_kv(states, self._cache.device.config, scale)
+                  for states, scale in zip((key_states, value_states), scales, strict=True)]
+        keys, values = (stand_for(states, scale, given.dtype) for states, scale, given in zip(
+            stored, scales, (key_states, value_states), strict=True))
         setattr(keys, MARK, self)
-        self._given, self._values = keys, ref(values)
+        self._given, self._values, self._stored = keys, ref(values), stored
         _last.layer = ref(self)
         return keys, values
+
+    @property
+    def _scales(self) -> list[torch.Tensor | None]:
+        """What a stored 1.0 of K, and of V, stands for: float32, (kv_heads,), or None."""
+        found = [self._cache.sequences[0].scales(kind, self.slot) for kind in (Kind.KEY, Kind.VALUE)]
+        return [None if scale is None else torch.from_numpy(scale) for scale in found]
 
     def _check_states(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Check that new K and V fit the drive."""
@@ -240,12 +250,12 @@ class DriveLayer(CacheLayerMixin):
             cache.write_next(self)
         if self.slot == 0:
             cache.make_room(max(int(kept.sum()) for kept in rows.kept))
-        keys, values = (to_drive(states, config.head_dim, config.element) for states in (key, value))
+        keys, values = (to_drive(states, config.head_dim, config.element) for states in self._stored)
         for row, sequence in enumerate(cache.sequences):
             if len(new := rows.new[row]):
                 self._writes.append(sequence.append_async(some_tokens(keys[row], new), some_tokens(values[row], new),
                                                           layer=self.slot))
-        self._kept, self._given, self._attended = rows.kept, None, ref(key)
+        self._kept, self._given, self._stored, self._attended = rows.kept, None, [], ref(key)
 
     def _attend_in_drive(self, call: _Call, rows: Rows, width: int, *, new_step: bool) -> torch.Tensor:
         """Attention of the new tokens over all that the drive holds.
@@ -307,7 +317,7 @@ class DriveLayer(CacheLayerMixin):
 
     def drop(self) -> None:
         """Forget K and V that `update` returned."""
-        self._given = None
+        self._given, self._stored = None, []
 
     def fail(self, error: E) -> E:
         """See `DriveCache.fail`."""
@@ -370,6 +380,7 @@ class DriveLayer(CacheLayerMixin):
     def reset(self) -> None:
         """See `DriveCache.reset`, which is of all layers."""
         self._before, self._kept, self._given, self._writes, self.is_initialized = [], [], None, [], False
+        self._stored = []
         self._attended = lambda: None
         self.__dict__.pop("batch_size", None)
 

@@ -4,15 +4,16 @@ from inspect import signature
 from typing import Any
 
 from kvattic.array import SPLITS
-from kvattic.driver.checks import check_integer
+from kvattic.driver.checks import as_member, check_integer
 from kvattic.driver.device import Device
 from kvattic.driver.jobs import MAX_SINKS, MAX_UNITS
 from kvattic.errors import ConfigError, RequestError
 from kvattic.spec.commands import Mode
 from kvattic.spec.config import Config
+from kvattic.spec.formats import KvFormat
 from kvattic.spec.layout import unit_bits
 
-__all__ = ["SINKS", "check_mode", "check_options", "count_sinks"]
+__all__ = ["SINKS", "check_format", "check_mode", "check_options", "count_sinks"]
 
 SINKS = 16
 """First tokens of a row that sparse modes attend in any case, unless a `DriveCache` is told otherwise."""
@@ -39,6 +40,21 @@ def check_options(options: dict[str, Any], several: bool) -> None:
             raise RequestError(f"isolated must be a bool, not {value!r}")
         if name == "split" and value not in SPLITS:
             raise RequestError(f"split must be one of {', '.join(SPLITS)}, not {value!r}")
+
+
+def check_format(config: Config, kv: KvFormat | str | None) -> None:
+    """Check that the drive stores K and V as a `DriveCache` wants.
+
+    Raises:
+        RequestError: there is no such format.
+        ConfigError: the drive stores them otherwise.
+    """
+    if kv is None:
+        return
+    wanted = as_member("kv", kv, KvFormat)
+    if wanted is not config.kv:
+        raise ConfigError(f"this drive stores K and V as {config.kv.value}, not {wanted.value}: open one whose "
+                          f"configuration has it, as config_for(model, kv={wanted.value!r})")
 
 
 def check_mode(config: Config, mode: Mode, features: int | None, top_units: int | None, local_tokens: int,

@@ -21,7 +21,7 @@ from kvattic.spec.commands import (
     read_token_bytes,
     result_row_bytes,
 )
-from kvattic.spec.config import ELEMENT_BYTES
+from kvattic.spec.config import ELEMENT_BYTES, Config
 from kvattic.spec.elements import Bits, Booleans, Bytes, Integers
 
 __all__ = [
@@ -223,26 +223,30 @@ def unpack_results(data: bytes, rows: int, head_dim: int) -> Results:
         block[:, _trailer("denominator", head_dim)].astype(np.uint64))
 
 
-def pack_tokens(key: Bits, value: Bits) -> bytes:
-    """The bytes that a READ writes: K and V of each token, padded with zeros to whole lines.
+def pack_tokens(key: Bits, value: Bits, config: Config) -> bytes:
+    """The bytes that a READ writes: K and V of each token as they are stored, padded with zeros to whole lines.
 
     Args:
         key: uint16, (tokens, head_dim), bit patterns.
         value: the same.
+        config: with the stored format.
     """
     tokens, head_dim = key.shape
-    block = np.zeros((tokens, 2, read_token_bytes(head_dim) // 2 // ELEMENT_BYTES), "<u2")
-    block[:, 0, :head_dim], block[:, 1, :head_dim] = key, value
+    size = config.kv_element_bytes
+    block = np.zeros((tokens, 2, read_token_bytes(head_dim, size) // 2 // size), f"<u{size}")
+    block[:, 0, :head_dim], block[:, 1, :head_dim] = (layout.pack_codes(bits, config) for bits in (key, value))
     return block.tobytes()
 
 
-def unpack_tokens(data: bytes, head_dim: int) -> tuple[Bits, Bits]:
+def unpack_tokens(data: bytes, config: Config) -> tuple[Bits, Bits]:
     """K and V of what a READ wrote: uint16, (tokens, head_dim), bit patterns.
 
     Args:
         data: whole tokens of it.
-        head_dim: elements of each.
+        config: with the stored format.
     """
-    block = np.frombuffer(data, "<u2").reshape(-1, 2, read_token_bytes(head_dim) // 2 // ELEMENT_BYTES)
-    key, value = (block[:, kind, :head_dim].astype(np.uint16) for kind in range(2))
+    block = np.frombuffer(data, np.uint8).reshape(
+        -1, 2, read_token_bytes(config.head_dim, config.kv_element_bytes) // 2)
+    key, value = (layout.unpack_codes(np.ascontiguousarray(block[:, kind, : config.token_bytes]), config)
+                  for kind in range(2))
     return key, value

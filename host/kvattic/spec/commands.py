@@ -419,7 +419,8 @@ A unit of selection is a token in SPARF, 2**unit_bits consecutive codewords of a
 
 READ_COMMAND = _record("ReadCommand", ReadCommand)
 """READ.  It writes K of the first token, then V of it, K of the second token and so on, each padded with zeros to whole
-lines.  Tokens are numbered from 0, in `where` of its completion, too."""
+lines; elements as they are stored, of two bytes or one (`Config.kv`).  Tokens are numbered from 0, in `where` of its
+completion, too."""
 
 FLASH_COMMAND = _record("FlashCommand", FlashCommand)
 """PROGRAM, ERASE, PROBE, MAP.  They complete out of order; those of one channel begin in order."""
@@ -592,9 +593,14 @@ def result_row_bytes(head_dim: int) -> int:
     return fp32_block_bytes(head_dim) + TRAILER.size
 
 
-def read_token_bytes(head_dim: int) -> int:
-    """Bytes that a READ writes for a token: K and V, each padded to whole lines."""
-    return 2 * lines(head_dim * 2) * LINE_BYTES
+def read_token_bytes(head_dim: int, element_bytes: int = 2) -> int:
+    """Bytes that a READ writes for a token: K and V, each padded to whole lines.
+
+    Args:
+        head_dim: elements of a token.
+        element_bytes: bytes that each takes where it is stored (`Config.kv_element_bytes`).
+    """
+    return 2 * lines(head_dim * element_bytes) * LINE_BYTES
 
 
 def fp32_bits(value: float) -> int:

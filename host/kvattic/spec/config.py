@@ -7,7 +7,7 @@ from math import ceil
 from typing import Any, Self
 
 from kvattic.errors import ConfigError
-from kvattic.spec.formats import VALUE_FRACTION, Element
+from kvattic.spec.formats import VALUE_FRACTION, Element, KvFormat
 from kvattic.spec.nand import PSLC, TINY_PART, NandPart, is_power_of_two
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
@@ -16,6 +16,7 @@ LANE_CHANNELS = (1, 2, 4)
 MAX_CHANNELS = 32
 MAX_ROWS = 16
 ELEMENT_BYTES = 2
+"""Bytes of an element of q; those of K and V are `Config.kv_element_bytes`."""
 CRC_BITS = 24
 """Bits of the check value that detects a miscorrected or misplaced codeword (kvattic.spec.ecc)."""
 MAX_CLOCK_MHZ = 10_000
@@ -34,7 +35,8 @@ class Config:
         beat_bytes: bytes that a lane takes in one cycle (8, 16 or 32); 8 or more for each of its channels.
         rows: query rows that share one pass over K and V (1 to 16).
         head_dim: elements of one token of one head (32, 64, 80, 96, 128 or 256).
-        element: storage format of K, V and q.
+        element: format of q, and of K and V unless `kv` says otherwise.
+        kv: how K and V are stored in flash and device DRAM, centroids and the feature layout included.
         part: the NAND die; its page is the page.
         dies: dies of a channel, each a target of its own, a power of two.
         cache_reads: the controllers read a die's next pages while they move its last ones out of the cache register.
@@ -58,6 +60,7 @@ class Config:
     rows: int = 1
     head_dim: int = 128
     element: Element = Element.FP16
+    kv: KvFormat = KvFormat.ELEMENT
     part: NandPart = PSLC
     dies: int = 8
     cache_reads: bool = False
@@ -71,10 +74,12 @@ class Config:
     clock_mhz: float = 285.0
 
     def __post_init__(self) -> None:
-        try:
-            object.__setattr__(self, "element", Element(self.element))
-        except ValueError:
-            raise ConfigError(f"element must be one of {[e.value for e in Element]}, not {self.element!r}") from None
+        for name, kind in (("element", Element), ("kv", KvFormat)):
+            try:
+                object.__setattr__(self, name, kind(getattr(self, name)))
+            except ValueError:
+                raise ConfigError(
+                    f"{name} must be one of {[e.value for e in kind]}, not {getattr(self, name)!r}") from None
         if not isinstance(self.part, NandPart):
             raise ConfigError(f"part must be a NandPart, not {self.part!r}")
         for name in ("cache_reads", "sparse"):
@@ -97,6 +102,10 @@ class Config:
                     f"at least {BEAT_BYTES[0]} for each of {self.lane_channels} channels")
         self._check(1 <= self.rows <= MAX_ROWS, "rows", f"1 to {MAX_ROWS}")
         self._check(self.head_dim in HEAD_DIMS, "head_dim", f"one of {HEAD_DIMS}")
+        beats = self.beats_per_token
+        self._check(beats > 1 and beats * self.elements_per_beat == self.head_dim, "beat_bytes",
+                    f"such that a token ({self.token_bytes} bytes at head_dim {self.head_dim} and kv {self.kv.value}) "
+                    "is two beats, or more whole ones")
         self._check(self.codeword_bytes >= self.token_bytes, "codeword_bytes",
                     f"at least one token ({self.token_bytes} bytes at head_dim {self.head_dim})")
         self._check(is_power_of_two(self.codeword_bytes), "codeword_bytes", "a power of two")
@@ -215,14 +224,24 @@ class Config:
         return self.channels // self.lane_channels
 
     @property
+    def kv_element_bytes(self) -> int:
+        """Bytes that an element of K or V takes where it is stored, and in a beat."""
+        return self.kv.element_bytes
+
+    @property
+    def query_beat_bytes(self) -> int:
+        """Bytes of the elements of q that go with a beat of K."""
+        return self.elements_per_beat * ELEMENT_BYTES
+
+    @property
     def elements_per_beat(self) -> int:
         """Elements that a lane takes in one cycle."""
-        return self.beat_bytes // ELEMENT_BYTES
+        return self.beat_bytes // self.kv_element_bytes
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token of one head, K or V."""
-        return self.head_dim * ELEMENT_BYTES
+        return self.head_dim * self.kv_element_bytes
 
     @property
     def beats_per_token(self) -> int:
@@ -286,7 +305,7 @@ class Config:
     @property
     def group_tokens(self) -> int:
         """Tokens of a stripe of a sparse sequence: those of one feature in a codeword of the feature layout."""
-        return self.codeword_bytes // ELEMENT_BYTES
+        return self.codeword_bytes // self.kv_element_bytes
 
     @property
     def group_pages(self) -> int:
@@ -348,8 +367,14 @@ class Config:
     # Identity.
 
     def to_json(self) -> str:
-        """This configuration as JSON text with sorted keys."""
-        return json.dumps(asdict(self), sort_keys=True)
+        """This configuration as JSON text with sorted keys; without `kv` if it is ELEMENT.
+
+        So `hash` is what it was before there were other formats, and what was saved then can be opened.
+        """
+        values = asdict(self)
+        if self.kv is KvFormat.ELEMENT:
+            del values["kv"]
+        return json.dumps(values, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Self:

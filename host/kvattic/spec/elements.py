@@ -40,8 +40,8 @@ def as_array(values: Any) -> NDArray[Any]:
             raise RequestError(f"this tensor, {kind} on {values.device}, has no numbers that NumPy can read: "
                                f"{str(error).partition(chr(10))[0]}") from error
     array = np.asarray(values)
-    # Other libraries' bfloat16 (JAX's), by its name: the type is in a package of its own.
-    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+    # Other libraries' bfloat16 and float8 (JAX's), by their names: the types are in a package of its own.
+    return array.astype(np.float32) if array.dtype.name.startswith(("bfloat16", "float8")) else array
 
 
 def to_bits(values: NDArray[Any], element: Element) -> NDArray[np.uint16]:

@@ -3,8 +3,10 @@
 Every width of the datapath is stated here; docs/numerics.md proves what is lost at each end.
 
 Elements
-    An element is decoded exactly to ``(-1)**sign * significand * 2**(exponent - element.offset)`` with a significand
-    of `SIGNIFICAND_BITS`.  Subnormals are numbers.  NaN and infinity decode to zero and raise a flag.
+    An element of q is fp16 or bf16 (`Element`), and so is one of K or V unless `KvFormat` says otherwise; what is
+    stored in 8 bits is widened to it exactly.  It is decoded exactly to
+    ``(-1)**sign * significand * 2**(exponent - element.offset)`` with a significand of `SIGNIFICAND_BITS`.
+    Subnormals are numbers.  NaN and infinity decode to zero and raise a flag.
 
 Score window (log2 domain)
     Each product ``q[c] * k[c]`` is shifted by its own exponents and the exponent of the command's scale into a window
@@ -156,6 +158,60 @@ class Element(StrEnum):
 _FORMATS = {
     Element.FP16: ElementFormat(name="fp16", exponent_bits=5, fraction_bits=10, bias=15, value_window_bits=57),
     Element.BF16: ElementFormat(name="bf16", exponent_bits=8, fraction_bits=7, bias=127, value_window_bits=61),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fp8Format:
+    """An 8-bit floating-point format of stored K and V (OCP 8-bit Floating Point Specification, revision 1.0).
+
+    Attributes:
+        name: as PyTorch and `KvFormat` have it.
+        exponent_bits: width of the exponent field.
+        fraction_bits: width of the fraction field.
+        bias: of the exponent field.
+        infinities: the largest exponent field stands for infinity and NaN, as in IEEE 754; otherwise it is one of
+            numbers, and only all ones is NaN.
+    """
+
+    name: str
+    exponent_bits: int
+    fraction_bits: int
+    bias: int
+    infinities: bool
+
+    @property
+    def largest(self) -> float:
+        """The largest number."""
+        field = (1 << self.exponent_bits) - 1 - self.infinities
+        fraction = (1 << self.fraction_bits) - 1 - (not self.infinities)
+        return float(2.0 ** (field - self.bias) * (1 + fraction / (1 << self.fraction_bits)))
+
+
+class KvFormat(StrEnum):
+    """How K and V are stored in flash and device DRAM; `Config.kv`."""
+
+    ELEMENT = "element"
+    """As elements: fp16 or bf16, whatever q is."""
+    FP8_E4M3 = "fp8_e4m3"
+    """8 bits: sign, 4 of exponent, 3 of fraction; no infinity, up to 448."""
+    FP8_E5M2 = "fp8_e5m2"
+    """8 bits: sign, 5 of exponent, 2 of fraction; up to 57,344."""
+
+    @property
+    def encoding(self) -> Fp8Format | None:
+        """The bit fields of what is stored; None: those of the element."""
+        return _STORED.get(self)
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes that an element of K or V takes where it is stored."""
+        return 2 if self.encoding is None else 1
+
+
+_STORED = {
+    KvFormat.FP8_E4M3: Fp8Format(name="float8_e4m3fn", exponent_bits=4, fraction_bits=3, bias=7, infinities=False),
+    KvFormat.FP8_E5M2: Fp8Format(name="float8_e5m2", exponent_bits=5, fraction_bits=2, bias=15, infinities=True),
 }
 
 EXP_SEGMENTS = 64

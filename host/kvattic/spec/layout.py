@@ -2,12 +2,13 @@
 
 Token layout
     A codeword holds `Config.tokens_per_codeword` whole tokens of one head: token t's head_dim elements, 16 bits each,
-    little-endian, in order.  What is left of the codeword is zero.  A page holds `Config.codewords_per_page`
-    codewords, and so `Config.tokens_per_page` consecutive tokens of one head.  K and V have pages of their own.
+    little-endian, in order; or 8 bits each (`Config.kv`).  What is left of the codeword is zero.  A page holds
+    `Config.codewords_per_page` codewords, and so `Config.tokens_per_page` consecutive tokens of one head.
+    K and V have pages of their own.
 
 Feature layout
-    K again, for sparse attention: a codeword holds one embedding channel of codeword_bytes / 2 consecutive tokens of
-    one head, in order; a page holds codewords_per_page consecutive channels of the same tokens.
+    K again, for sparse attention: a codeword holds one feature of `Config.group_tokens` consecutive tokens of one head,
+    in order; a page holds codewords_per_page consecutive features of the same tokens.
 
 Centroids
     For sparse attention without a second copy of K: a mean key for each unit of some codewords of K, in the token
@@ -35,7 +36,8 @@ from kvattic.errors import ConfigError, RequestError
 from kvattic.spec.commands import SKETCH_ENTRY, TABLE_ENTRY, Record, TableFlag
 from kvattic.spec.config import Config
 from kvattic.spec.elements import Bits, as_array, from_bits, special, to_bits
-from kvattic.spec.formats import Element
+from kvattic.spec.formats import Element, KvFormat
+from kvattic.spec.stored import Codes, first_foreign, format_of, narrow, to_kv_bits, widen
 
 __all__ = [
     "TOKEN_BITS",
@@ -46,8 +48,10 @@ __all__ = [
     "centroid_codewords",
     "centroid_pages",
     "centroid_place",
+    "kv_bits",
     "mark_whole",
     "mean_keys",
+    "pack_codes",
     "pack_entries",
     "pack_feature_pages",
     "pack_pages",
@@ -59,6 +63,7 @@ __all__ = [
     "stripe_pages",
     "token_offset",
     "unit_bits",
+    "unpack_codes",
     "unpack_entries",
     "unpack_feature_pages",
     "unpack_pages",
@@ -171,6 +176,52 @@ def storage_bits(values: ArrayLike, element: Element, name: str = "values") -> B
     return bits
 
 
+def kv_bits(values: ArrayLike, config: Config, name: str = "values", scale: ArrayLike | None = None) -> Bits:
+    """A caller's K or V as it is stored, checked.
+
+    Args:
+        values: float16, float32, float64 or bfloat16 of any shape, arrays or torch's tensors, rounded once to the
+            nearest number of the stored format, ties to even; or in that format already: float8 where `Config.kv` is
+            the same, or uint16, which are taken as bit patterns of `Config.element` and, where K and V are stored so,
+            not checked.
+        config: with the stored format.
+        name: what error messages call the array.
+        scale: what stands for a stored 1.0, of a shape that broadcasts; numbers are divided by it before they are
+            rounded (in float32, float64 ones in float64), what is in the stored format already is not.  None: 1.0.
+
+    Returns:
+        uint16 bit patterns of `Config.element` of the same shape, C-contiguous.
+
+    Raises:
+        RequestError: another dtype; a number that is NaN, infinite or too large for the format; a bit pattern whose
+            value the format does not have; or float8 of another format than the drive's 8-bit one.
+    """
+    kv, element = config.kv, config.element
+    given = format_of(values)
+    if given is not None and kv not in (given, KvFormat.ELEMENT):
+        raise RequestError(f"{name} is {given.value}, but this drive stores K and V as {kv.value}, and formats cannot "
+                           "be mixed: give numbers of 16 bits or more to have them rounded")
+    array = as_array(values)
+    if scale is not None and given is None and array.dtype in (np.float16, np.float32, np.float64):
+        array = array / np.asarray(scale, np.promote_types(array.dtype, np.float32))
+    if kv is KvFormat.ELEMENT:
+        return storage_bits(array, element, name)
+    if array.dtype == np.uint16:
+        if (where := first_foreign(array, kv, element)) is not None:
+            raise RequestError(f"{name}{list(where)} has the bit pattern {int(array[where]):#06x} of {element.value}, "
+                               f"which is no number of {kv.value}: give floats to have them rounded")
+        return np.ascontiguousarray(array, np.uint16)
+    if array.dtype not in (np.float16, np.float32, np.float64):
+        raise RequestError(f"{name} must be float16, bfloat16, float32, float64 or {kv.value}, or uint16 bit patterns "
+                           f"of {element.value}, not {array.dtype}")
+    bits = to_kv_bits(array, kv, element)
+    if (bad := special(bits, element)).any():
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise RequestError(f"{name}{list(where)} is {array[where]}: it must be finite and within the range of "
+                           f"{kv.value}, which a scale can bring it into (create_sequence)")
+    return bits
+
+
 # Pages.
 
 
@@ -185,12 +236,13 @@ def pack_pages(bits: Bits, config: Config) -> Pages:
         uint8, (ceil(tokens / tokens_per_page), page_bytes); the rest of the last page is zero.
 
     Raises:
-        RequestError: wrong dtype or shape.
+        RequestError: wrong dtype or shape, or a value that the stored format does not have.
     """
     _check_tokens(bits, config)
     pages = -(-len(bits) // config.tokens_per_page)
-    tokens = np.zeros((pages * config.tokens_per_page, config.head_dim), "<u2")
-    tokens[: len(bits)] = bits
+    codes = pack_codes(bits, config)
+    tokens = np.zeros((pages * config.tokens_per_page, config.head_dim), codes.dtype)
+    tokens[: len(bits)] = codes
     used = config.tokens_per_codeword * config.token_bytes
     if used == config.codeword_bytes:
         return tokens.view(np.uint8).reshape(pages, config.page_bytes)
@@ -215,14 +267,14 @@ def unpack_pages(images: Pages, config: Config) -> Bits:
     _check_pages(images, config)
     codewords = images.reshape(len(images), config.codewords_per_page, config.codeword_bytes)
     used = np.ascontiguousarray(codewords[:, :, : config.tokens_per_codeword * config.token_bytes])
-    return used.view("<u2").astype(np.uint16, copy=False).reshape(-1, config.head_dim)
+    return unpack_codes(used, config).reshape(-1, config.head_dim)
 
 
 def pack_feature_pages(bits: Bits, config: Config) -> Pages:
     """Page images, in the feature layout, of K of whole stripes of one head.
 
     Args:
-        bits: uint16, (stripes * codeword_bytes / 2, head_dim).
+        bits: uint16, (stripes * group_tokens, head_dim).
         config: geometry.
 
     Returns:
@@ -230,15 +282,17 @@ def pack_feature_pages(bits: Bits, config: Config) -> Pages:
 
     Raises:
         ConfigError: the configuration cannot have the feature layout.
-        RequestError: wrong dtype or shape, or tokens that are not whole stripes.
+        RequestError: wrong dtype or shape, tokens that are not whole stripes, or a value that the stored format does
+            not have.
     """
     tokens = stripe_pages(config, sparse=True) * config.tokens_per_page
     _check_tokens(bits, config)
     if len(bits) % tokens:
         raise RequestError(f"the feature layout takes whole stripes of {tokens} tokens, not {len(bits)} tokens")
     stripes, codewords = len(bits) // tokens, tokens // config.tokens_per_codeword
-    features = np.zeros((stripes, codewords, tokens), "<u2")
-    features[:, : config.head_dim] = bits.reshape(stripes, tokens, config.head_dim).swapaxes(1, 2)
+    codes = pack_codes(bits, config)
+    features = np.zeros((stripes, codewords, tokens), codes.dtype)
+    features[:, : config.head_dim] = codes.reshape(stripes, tokens, config.head_dim).swapaxes(1, 2)
     return features.view(np.uint8).reshape(-1, config.page_bytes)
 
 
@@ -250,7 +304,7 @@ def unpack_feature_pages(images: Pages, config: Config) -> Bits:
         config: geometry.
 
     Returns:
-        uint16, (stripes * codeword_bytes / 2, head_dim).
+        uint16, (stripes * group_tokens, head_dim).
 
     Raises:
         ConfigError: the configuration cannot have the feature layout.
@@ -261,9 +315,36 @@ def unpack_feature_pages(images: Pages, config: Config) -> Bits:
     if len(images) % pages:
         raise RequestError(f"the feature layout has {pages} pages in a stripe: {len(images)} are not whole stripes")
     tokens = pages * config.tokens_per_page
-    features = np.ascontiguousarray(images).view("<u2").reshape(-1, pages * config.codewords_per_page, tokens)
-    tokens_first = np.ascontiguousarray(features[:, : config.head_dim].swapaxes(1, 2))
-    return tokens_first.astype(np.uint16, copy=False).reshape(-1, config.head_dim)
+    codes = np.ascontiguousarray(images).reshape(-1, pages * config.codewords_per_page, config.codeword_bytes)
+    features = unpack_codes(np.ascontiguousarray(codes[:, : config.head_dim]), config)
+    return np.ascontiguousarray(features.reshape(-1, config.head_dim, tokens).swapaxes(1, 2)).reshape(
+        -1, config.head_dim)
+
+
+def pack_codes(bits: Bits, config: Config) -> Codes:
+    """K or V as it is stored: little-endian uint16, or uint8 in an 8-bit format, of the shape of `bits`.
+
+    Args:
+        bits: uint16 bit patterns of `Config.element`, of any shape.
+        config: with the stored format.
+
+    Raises:
+        RequestError: a value that the stored format does not have.
+    """
+    return narrow(bits, config.kv, config.element)
+
+
+def unpack_codes(data: Pages, config: Config) -> Bits:
+    """Bit patterns of K or V from its bytes.
+
+    Args:
+        data: uint8, C-contiguous, (..., bytes).
+        config: with the stored format.
+
+    Returns:
+        uint16, (..., elements).
+    """
+    return widen(data if config.kv_element_bytes == 1 else data.view("<u2"), config.kv, config.element)
 
 
 def _check_tokens(bits: Bits, config: Config) -> None:
@@ -340,7 +421,7 @@ def unit_bits(unit_tokens: int, config: Config) -> int:
 
 
 def mean_keys(bits: Bits, unit_tokens: int, config: Config, *, skip: int = 0) -> Bits:
-    """Mean keys of units: the float64 mean of the stored K, rounded once to the storage format.
+    """Mean keys of units: the float64 mean of the stored K, rounded once to the stored format.
 
     Attention sinks are left out: a model's first tokens have keys unlike all others.  A unit that consists of sinks
     keeps the mean of all its tokens; it is always selected.
@@ -367,7 +448,7 @@ def mean_keys(bits: Bits, unit_tokens: int, config: Config, *, skip: int = 0) ->
         for token in range(unit_tokens):    # in this order on every machine
             counted = sinks <= token
             total[counted] += values[counted, token]
-        return to_bits(total / (unit_tokens - sinks)[:, None], config.element)
+        return to_kv_bits(total / (unit_tokens - sinks)[:, None], config.kv, config.element)
 
 
 def centroid_codewords(unit_tokens: int, config: Config) -> int:

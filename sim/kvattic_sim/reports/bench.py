@@ -37,6 +37,7 @@ from kvattic_sim.reports.benches import (
     flash,
     host,
     house,
+    kv_formats,
     latency,
     models,
     placement,
@@ -152,6 +153,9 @@ BARS: dict[str, Bar | None] = {
     "time.error.max": Bar("<=", (0.08,)),
     "time.error.mean": Bar("<=", (0.03,)),
     **{key: Bar("<=", (1e-5,)) for bench in workloads.BENCHES for key in bench.keys},
+    **{f"format.{name}.speedup": Bar(">=", (least,)) for name, least in kv_formats.SPEEDUPS.items()},
+    **{f"format.{name}.rel_rms": Bar("<=", (5e-7,)) for name in kv_formats.SPEEDUPS},
+    **{f"format.{name}.reference": Bar(">=", (1.0,)) for name in kv_formats.SPEEDUPS},
     **dict.fromkeys(house.KEYS),
     "house.sim.cpu_ratio": Bar("<=", (0.33,)),
     "house.test.cpu_ratio": Bar("<=", (0.45,)),
@@ -231,7 +235,7 @@ def benches() -> tuple[Bench, ...]:
     return (placing, *engine.BENCHES, *bad_blocks.BENCHES, *flash.BENCHES, *causal.BENCHES, *sparse.BENCHES,
             quality, reality, sketches, needles, evaluation, *system.BENCHES, *cost.BENCHES, *latency.BENCHES,
             *beside.BENCHES, *time_grid.BENCHES, *host.BENCHES, *serve.BENCHES, *architectures.BENCHES,
-            *decode_ratio.BENCHES, *workloads.BENCHES, *house.BENCHES, *models.BENCHES,
+            *decode_ratio.BENCHES, *workloads.BENCHES, *kv_formats.BENCHES, *house.BENCHES, *models.BENCHES,
             *(alone(prefix, function) for prefix, function in accuracy.BENCHES.items()))
 
 

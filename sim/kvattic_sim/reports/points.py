@@ -103,6 +103,8 @@ def _minilm(config: Config, *, kv_heads: int, tokens: int, group: int, number: i
     if config.head_dim != dim or config.element != "fp16":
         raise RequestError(f"data minilm have head_dim {dim} and elements fp16, not {config.head_dim} and "
                            f"{config.element}")
+    if config.kv != "element":
+        raise RequestError(f"data minilm are stored as they are, with kv element, not {config.kv}")
     if kv_heads > most_heads or not group <= tokens <= most_tokens:
         raise RequestError(f"data minilm have {most_heads} heads and {most_tokens} tokens, not {kv_heads} and {tokens}")
     query = layer.query[:kv_heads, tokens - group : tokens].reshape(kv_heads * group, 1, dim)

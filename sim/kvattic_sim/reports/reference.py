@@ -258,7 +258,8 @@ def _block_sections() -> list[Part]:
         _table(("`head_dim`", *map(str, HEAD_DIMS)),
                iter([("query block", *(str(commands.query_row_bytes(d)) for d in HEAD_DIMS)),
                      ("result block", *(str(commands.result_row_bytes(d)) for d in HEAD_DIMS)),
-                     ("READ, of a token", *(str(commands.read_token_bytes(d)) for d in HEAD_DIMS))])),
+                     ("READ, of a token", *(str(commands.read_token_bytes(d)) for d in HEAD_DIMS)),
+                     ("READ, of a token in 8 bits", *(str(commands.read_token_bytes(d, 1)) for d in HEAD_DIMS))])),
         "## Result block",
         f"For each of the command's rows: `head_dim` outputs in fp32, padded to a whole line, then this trailer. "
         f"`SCORE_FRACTION` is {formats.SCORE_FRACTION}, `VALUE_FRACTION` is {formats.VALUE_FRACTION}, `SCORE_MASKED` "
@@ -446,16 +447,19 @@ def header() -> str:
                  f"{(1 << commands.STATUS_TYPE_BITS) - 1}u)", f"0 of OK, {commands.STATUS_TYPE} of all others")],
         _counters(),
         ["/* Bytes of one row of a query block, of a result block, and of a token that READ writes; elements have two "
-         "bytes, outputs four. */",
+         "bytes (K and V one, where they are stored in 8 bits), outputs four. */",
          _define("LINES(bytes)", f"(((bytes) + {line - 1}) / {line} * {line})"),
          _define("QUERY_ROW_BYTES(head_dim)", "(sizeof(struct kvattic_row) + KVATTIC_LINES((head_dim) * 2))"),
          _define("RESULT_ROW_BYTES(head_dim)", "(KVATTIC_LINES((head_dim) * 4) + sizeof(struct kvattic_trailer))"),
          _define("READ_TOKEN_BYTES(head_dim)", "(2 * KVATTIC_LINES((head_dim) * 2))"),
+         _define("READ_TOKEN_BYTES_8(head_dim)", "(2 * KVATTIC_LINES(head_dim))"),
          *(f"KVATTIC_ASSERT(query_row_{d}, KVATTIC_QUERY_ROW_BYTES({d}) == {commands.query_row_bytes(d)});"
            for d in HEAD_DIMS),
          *(f"KVATTIC_ASSERT(result_row_{d}, KVATTIC_RESULT_ROW_BYTES({d}) == {commands.result_row_bytes(d)});"
            for d in HEAD_DIMS),
          *(f"KVATTIC_ASSERT(read_token_{d}, KVATTIC_READ_TOKEN_BYTES({d}) == {commands.read_token_bytes(d)});"
+           for d in HEAD_DIMS),
+         *(f"KVATTIC_ASSERT(read_token_8_{d}, KVATTIC_READ_TOKEN_BYTES_8({d}) == {commands.read_token_bytes(d, 1)});"
            for d in HEAD_DIMS)],
         ["#endif"],
     ]

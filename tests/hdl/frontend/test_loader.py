@@ -566,9 +566,10 @@ def check_good(config, host, jobs, epochs=1):
 def good_read(rng, config, number):
     """A READ as a command of a job without rows, its table, and its line."""
     command, _, _ = good_command(rng, config, number)
-    tokens = min(command["end_token"] - command["base_token"], (LIMIT - BASE) // read_token_bytes(config.head_dim))
+    size = read_token_bytes(config.head_dim, config.kv_element_bytes)
+    tokens = min(command["end_token"] - command["base_token"], (LIMIT - BASE) // size)
     command |= {"opcode": Opcode.READ, "rows": 0, "base_token": 0, "end_token": tokens, "tree_token": 0, "scale": 0,
-                "query": 0, "result": LIMIT - tokens * read_token_bytes(config.head_dim)}
+                "query": 0, "result": LIMIT - tokens * size}
     command = fit(config, command)
     named = ("opcode", "identifier", "table", "result", "stripe_pages", "stripes")
     line = READ_COMMAND.pack(tokens=tokens, **{name: command[name] for name in named})
@@ -614,6 +615,7 @@ CONFIGS = {
         jobs_in_flight=2,
         score_depth=1024,
     ),
+    "bytes": replace(TINY, kv="fp8_e4m3", rows=3),
 }
 
 
@@ -663,7 +665,7 @@ def test_reads_among_jobs(name):
 
 def bad_reads(config):
     """(changes of a READ of two pages and a token, status, where) for each way to fail."""
-    size = read_token_bytes(config.head_dim)
+    size = read_token_bytes(config.head_dim, config.kv_element_bytes)
     room, most = lane_stripes(config), READ_BYTES // size
     field_, length, address = Status.INVALID_FIELD, Status.INVALID_LENGTH, Status.INVALID_ADDRESS
     cases = [
@@ -692,13 +694,14 @@ def bad_reads(config):
     return cases
 
 
-@pytest.mark.parametrize("name", ["tiny", "wide", "middle", "paper"])
+@pytest.mark.parametrize("name", ["tiny", "wide", "middle", "paper", "bytes"])
 def test_bad_reads(name):
     """Each between good ones: its job comes in its turn, the lanes are not started."""
     config = CONFIGS[name]
     host, cases = Host(), bad_reads(config)
-    good = {"opcode": Opcode.READ, "tokens": 2 * config.tokens_per_page + 1, "stripes": 3, "stripe_pages": 1,
-            "table": TABLES, "result": LIMIT - (2 * config.tokens_per_page + 1) * read_token_bytes(config.head_dim)}
+    tokens = 2 * config.tokens_per_page + 1
+    good = {"opcode": Opcode.READ, "tokens": tokens, "stripes": 3, "stripe_pages": 1, "table": TABLES,
+            "result": LIMIT - tokens * read_token_bytes(config.head_dim, config.kv_element_bytes)}
     for number in range(2 * len(cases) + 1):
         change = cases[number // 2][0] if number % 2 else {}
         host.put(COMMANDS + 64 * number, READ_COMMAND.pack(**{**good, **change, "identifier": number}))

@@ -18,6 +18,9 @@ CONFIGS = {
     "wide": replace(TINY, channels=2, head_dim=80, sparse=False, codeword_bytes=512, score_depth=512, beat_bytes=32,
                     dram_beat_bytes=32),
     "three lines": replace(TINY, head_dim=96, sparse=False, codeword_bytes=512, score_depth=512, beat_bytes=16),
+    "half a line": replace(TINY, kv="fp8_e4m3"),
+    "bytes": replace(TINY, head_dim=96, kv="fp8_e5m2", sparse=False, codeword_bytes=512, score_depth=512, beat_bytes=32,
+                     dram_beat_bytes=32),
     "large": replace(TINY, head_dim=256, sparse=False, codeword_bytes=512, score_depth=512, beat_bytes=16),
 }
 
@@ -68,7 +71,7 @@ class Front:
 def run(config, stall, seed):
     """Codewords of two jobs on all lanes, in any order; the memory, what it must hold, and the cycles that it took."""
     rng = random.Random(seed)
-    dut, size = Copier(config), read_token_bytes(config.head_dim)
+    dut, size = Copier(config), read_token_bytes(config.head_dim, config.kv_element_bytes)
     per_codeword = config.tokens_per_codeword
     jobs = {slot: (0x1_0000_0000 * slot + 64 * rng.randrange(1 << 20), rng.randint(1, 9 * per_codeword))
             for slot in range(2)}

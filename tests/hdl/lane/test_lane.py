@@ -19,7 +19,9 @@ from kvattic.spec.commands import SKETCH_ENTRY, TABLE_ENTRY, CompletionFlag, Kin
 from kvattic.spec.config import Config
 from kvattic.spec.elements import to_bits
 from kvattic.spec.formats import SCORE_MASKED, SCORE_WINDOW_FRACTION
+from kvattic.spec.layout import kv_bits, pack_codes
 from kvattic.spec.nand import TINY_PART
+from kvattic.spec.stored import element_table
 from kvattic_hdl.lane.lane import Lane
 from kvattic_hdl.lib.shapes import FAULTS, Sweep
 from kvattic_hdl.sparse.lane_topk import LaneTopK
@@ -44,6 +46,10 @@ CONFIGS = {
                          score_depth=16, jobs_in_flight=3),
     "four_channels": Config(channels=8, lane_channels=4, beat_bytes=32, rows=1, head_dim=64, sparse=False,
                             part=TINY_PART, codeword_bytes=256, score_depth=64, jobs_in_flight=16),
+    "e4m3": Config(channels=CHANNELS, rows=1, head_dim=96, kv="fp8_e4m3", beat_bytes=32, sparse=False, part=TINY_PART,
+                   codeword_bytes=512, score_depth=64),     # three beats a token, five tokens and a rest a codeword
+    "e5m2": Config(channels=CHANNELS, rows=2, head_dim=32, kv="fp8_e5m2", element="bf16", part=SMALL,
+                   codeword_bytes=128, score_depth=128),
 }
 SPARSE = {
     "rows1": Config(channels=CHANNELS, rows=1, head_dim=32, part=SMALL, codeword_bytes=128, score_depth=256),
@@ -55,6 +61,10 @@ SPARSE = {
                    codeword_bytes=128, score_depth=256),
     "four_channels": Config(channels=8, lane_channels=4, beat_bytes=32, rows=1, head_dim=32, part=SMALL,
                             codeword_bytes=128, score_depth=256, jobs_in_flight=16, groups_in_flight=16),
+    "e4m3": Config(channels=CHANNELS, rows=2, head_dim=32, kv="fp8_e4m3", beat_bytes=16, part=SMALL, codeword_bytes=64,
+                   score_depth=128),
+    "e5m2": Config(channels=CHANNELS, rows=1, head_dim=64, kv="fp8_e5m2", part=SMALL, codeword_bytes=128,
+                   score_depth=512),
 }
 
 
@@ -319,7 +329,7 @@ def special(config: Config, bits: np.ndarray) -> bool:
 def make_job(config: Config, rng: np.random.Generator, tokens: int, spread: str, single: bool = False) -> Job:
     """`spread`: how the stripes lie over the channels; `single`: stripes are single pages."""
     shape = (tokens, config.head_dim)
-    key, value = (to_bits(rng.standard_normal(shape).astype(np.float32), config.element) for _ in range(2))
+    key, value = (kv_bits(rng.standard_normal(shape), config) for _ in range(2))
     query = to_bits((3 * rng.standard_normal((config.rows, config.head_dim))).astype(np.float32), config.element)
     scale = np.float32(np.log2(np.e) / np.sqrt(config.head_dim))
     base = int(rng.integers(0, 1000))
@@ -349,7 +359,7 @@ def make_sparse(config: Config, rng: np.random.Generator, mode: Mode, tokens: in
                 density: float = 0.2) -> Job:
     """`tails`: stripes that are attended whole, in DRAM or flash; `density`: share of the tokens that are selected."""
     shape = (tokens, config.head_dim)
-    key, value = (to_bits(rng.standard_normal(shape).astype(np.float32), config.element) for _ in range(2))
+    key, value = (kv_bits(rng.standard_normal(shape), config) for _ in range(2))
     query = to_bits((3 * rng.standard_normal((config.rows, config.head_dim))).astype(np.float32), config.element)
     scale = int(np.float32(np.log2(np.e) / np.sqrt(config.head_dim)).view(np.uint32))
     base = int(rng.integers(0, 1000))
@@ -384,13 +394,12 @@ def make_sparse(config: Config, rng: np.random.Generator, mode: Mode, tokens: in
                stripe_bits=(config.group_pages - 1).bit_length(), table=table, mode=mode, unit_bits=unit_bits,
                chosen=[] if centroid else chosen, selected=selected,
                approximate=[scale + int(x) for x in rng.integers(0, 3 << 23, config.rows)],
-               centroids=to_bits(rng.standard_normal((units, config.head_dim)).astype(np.float32), config.element),
-               beyond=to_bits(rng.standard_normal((config.group_tokens, config.head_dim)).astype(np.float32),
-                              config.element))
+               centroids=kv_bits(rng.standard_normal((units, config.head_dim)), config),
+               beyond=kv_bits(rng.standard_normal((config.group_tokens, config.head_dim)), config))
 
 
 def codeword_beats(config: Config, elements: np.ndarray) -> list[int]:
-    raw = elements.astype("<u2").tobytes()
+    raw = pack_codes(elements, config).tobytes()
     step = config.beat_bytes
     return [int.from_bytes(raw[i : i + step], "little") for i in range(0, len(raw), step)]
 
@@ -524,7 +533,7 @@ def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bo
 
     async def start(ctx, n):
         job, slot = jobs[n], n % slots
-        step = config.beat_bytes
+        step = config.query_beat_bytes
         if n % 3 == 1:    # a command for this slot that is rejected after its table was read
             await load_stripes(ctx, jobs[0], slot)
         for row in range(config.rows):
@@ -735,14 +744,14 @@ def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bo
             sums = np.zeros((config.rows, config.head_dim), object)
             for word in range(dut.shapes.drain_words):
                 ctx.set(dut.chain_i.payload.slot, slot)
-                ctx.set(dut.chain_i.payload.address, word)
+                copy, beat = divmod(word, config.beats_per_token)
+                ctx.set(dut.chain_i.payload.address, copy * dut.shapes.copy_words + beat)
                 ctx.set(dut.chain_i.valid, 1)
                 await ctx.tick().until(dut.chain_i.ready)
                 ctx.set(dut.chain_i.valid, 0)
                 ctx.set(dut.chain_o.ready, 1)
                 (payload,) = await ctx.tick().sample(dut.chain_o.payload).until(dut.chain_o.valid)
                 ctx.set(dut.chain_o.ready, 0)
-                beat = word % config.beats_per_token
                 for row in range(config.rows):
                     for e in range(config.elements_per_beat):
                         sums[row, beat * config.elements_per_beat + e] += payload.data[row][e]
@@ -803,7 +812,7 @@ def test_jobs(name: str, gap: float, shuffle: bool) -> None:
     run_lane(config, jobs, seed=1, gap=gap, shuffle=shuffle)
 
 
-@pytest.mark.parametrize("name", ["rows2", "three_tokens", "bf16"])
+@pytest.mark.parametrize("name", ["rows2", "three_tokens", "bf16", "e4m3", "e5m2"])
 def test_faults(name: str) -> None:
     """NaN and unreadable codewords: the first kind of fault is reported, at its lowest token."""
     config = CONFIGS[name]
@@ -811,6 +820,8 @@ def test_faults(name: str) -> None:
     ring = config.ring_codewords * config.tokens_per_codeword
     form = config.element.encoding
     infinity = ((1 << form.exponent_bits) - 1) << form.fraction_bits
+    if (elements := element_table(config.kv, config.element)) is not None:
+        infinity = int(elements[0x7F])      # a NaN
     cases = (
         # (unreadable K, unreadable V, NaN in K, NaN in V): how many
         (0, 0, 1, 0), (0, 0, 0, 1), (0, 0, 2, 2), (1, 0, 0, 0), (0, 1, 0, 0), (2, 2, 1, 1), (0, 3, 2, 0), (3, 0, 0, 2),
@@ -852,7 +863,7 @@ def sparse_jobs(config: Config, rng: np.random.Generator) -> list[Job]:
 
 @pytest.mark.parametrize(("name", "gap", "shuffle"), [
     ("rows1", 0.1, True), ("rows2", 0.0, True), ("wide", 0.0, False), ("wide", 0.1, True), ("bf16", 0.0, True),
-    ("four_channels", 0.0, True), ("four_channels", 0.0, False)])
+    ("e4m3", 0.1, True), ("e5m2", 0.0, True), ("four_channels", 0.0, True), ("four_channels", 0.0, False)])
 def test_sparse(name: str, gap: float, shuffle: bool) -> None:
     """First pass, K and V of what is selected, of several jobs in flight."""
     config = SPARSE[name]

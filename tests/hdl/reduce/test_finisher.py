@@ -41,6 +41,9 @@ ODD = Config(
     codeword_bytes=512,
     score_depth=256,
 )
+BYTES = replace(
+    TINY, rows=2, head_dim=96, kv="fp8_e4m3", sparse=False, beat_bytes=32, dram_beat_bytes=32, codeword_bytes=512)
+"""Three beats a token, so that copies lie further apart than that."""
 
 
 @dataclass
@@ -95,7 +98,7 @@ def some_job(rng, config, number, kind, mode=Mode.DENSE):
                     [accumulator() for _ in range(config.elements_per_beat)]
                     for _ in range(config.rows)
                 ]
-                for _ in range(shapes.drain_words)
+                for _ in range(shapes.copies * shapes.copy_words)
             ]
         )
         job.denominators.append(
@@ -137,7 +140,7 @@ def quotients_of(config, job, row):
     for channel in range(config.head_dim):
         beat, element = divmod(channel, config.elements_per_beat)
         total = sum(
-            lane[copy * config.beats_per_token + beat][row][element]
+            lane[copy * shapes.copy_words + beat][row][element]
             for lane in job.accumulators
             for copy in range(shapes.copies)
         )
@@ -482,9 +485,8 @@ class World:
                 assert slot_job[freed_slot] is job
                 assert not chain
                 if job.lanes:
-                    beats = config.beats_per_token
                     assert addresses == [
-                        c * beats + b for b in range(beats) for c in range(shapes.copies)
+                        c * shapes.copy_words + b for b in range(config.beats_per_token) for c in range(shapes.copies)
                     ]
                 addresses = []
                 slot_job[freed_slot] = None
@@ -728,7 +730,7 @@ def test_outcomes_are_taken_while_it_stops(begun):
     simulator.run()
 
 
-@pytest.mark.parametrize("config", [ONE_ROW, COPIES, ODD], ids=["one_row", "copies", "odd"])
+@pytest.mark.parametrize("config", [ONE_ROW, COPIES, ODD, BYTES], ids=["one_row", "copies", "odd", "bytes"])
 @pytest.mark.parametrize("stall", [0.0, 0.5])
 def test_geometries(config, stall):
     kinds = ("ok", "nan_key", "failed", "no_token", "ok")
@@ -737,7 +739,7 @@ def test_geometries(config, stall):
 
 def test_copies_are_there():
     """The geometry with copies has them, the others have none."""
-    assert Shapes(COPIES).copies == 2
+    assert Shapes(COPIES).copies == Shapes(BYTES).copies == 2
     assert {Shapes(config).copies for config in (TINY, ONE_ROW, ODD)} == {1}
 
 

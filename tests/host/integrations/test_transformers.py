@@ -473,7 +473,7 @@ def test_windows_that_means_are_wanted_of():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"capacity": 100}, "no option 'capacity'; those of its sequences are isolated$"),
+    ({"capacity": 100}, "no option 'capacity'; those of its sequences are isolated, key_scale, value_scale$"),
     ({"mode": "fetched", "top_units": 4, "features": 8, "sparse": True}, "no option 'sparse'"),
     ({"layers": 3}, "no option 'layers'"),
     ({"split": "heads"}, "option 'split', which is for several drives only"),
@@ -494,7 +494,7 @@ def test_options_of_several_drives():
                 ({"held_tokens": 8}, "held_tokens: tokens can be removed from a single drive only")):
             with pytest.raises(RequestError, match=message):
                 DriveCache(array, model.config, **options)
-        with pytest.raises(TypeError, match=r"no option 'splits'; those of its sequences are isolated, split$"):
+        with pytest.raises(TypeError, match=r"no option 'splits'; those of its .* are isolated, key_scale, .*, split$"):
             DriveCache(array, model.config, splits="heads")
 
 

@@ -101,6 +101,7 @@ def test_data_differ_by_kind_layer_sequence_and_seed():
     ({"data": "minilm", "heads": 13}, "minilm have 12 heads and 512 tokens, not 13 and 128"),
     ({"data": "minilm", "tokens": 513}, "minilm have 12 heads and 512 tokens, not 4 and 513"),
     ({"data": "minilm", "settings": {"element": "bf16"}}, "have head_dim 32 and elements fp16, not 32 and bf16"),
+    ({"data": "minilm", "settings": {"kv": "fp8_e4m3"}}, "are stored as they are, with kv element, not fp8_e4m3"),
 ])
 def test_data_that_there_are_not_are_refused(changes, message):
     with pytest.raises(RequestError, match=message):

@@ -10,7 +10,7 @@ import numpy as np
 
 import kvattic
 from kvattic.spec.commands import LINE_BYTES, Mode, query_row_bytes, result_row_bytes, table_bytes
-from kvattic.spec.config import ELEMENT_BYTES, PAPER, Config
+from kvattic.spec.config import PAPER, Config
 from kvattic.timing import Estimate, estimate
 from kvattic.timing.energy import Range, Work, energy_of
 from kvattic.timing.life import programmed_bytes
@@ -38,7 +38,7 @@ def _work(config: Config, found: Estimate, jobs: int, mode: Mode) -> Work:
     codewords = sum(found.codewords.values())
     return Work(page_reads=found.page_reads, bus_bytes=found.flash_bytes,
                 link_bytes=jobs * (blocks + table_bytes(mode, stripes, config.head_dim) + 2 * LINE_BYTES),
-                macs=config.rows * codewords * config.codeword_bytes // ELEMENT_BYTES, seconds=found.seconds)
+                macs=config.rows * codewords * config.codeword_bytes // config.kv_element_bytes, seconds=found.seconds)
 
 
 def token_energy(mode: Mode, config: Config = PAPER) -> Range:

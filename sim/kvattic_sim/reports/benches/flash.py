@@ -17,7 +17,7 @@ from kvattic_sim.rtl.jobs import report, run_in_simulation
 from kvattic_sim.rtl.transport import NandSettings, RtlTransport
 from kvattic_sim.workloads import Usage, decode, measured
 
-__all__ = ["BENCHES"]
+__all__ = ["BENCHES", "DENSE", "Measured", "run_drive"]
 
 DENSE = Case(config=PAPER, kv_heads=40, tokens=2048)
 """OPT-13B's heads on the paper's drive."""
@@ -65,7 +65,19 @@ def on_drive(device: Device, case: Case, error_rates: tuple[float, ...] = ()) ->
     return Measured(result, write, dense, errors)
 
 
-def _measure(lab: Lab, name: str, case: Case, error_rates: tuple[float, ...] = ()) -> Measured:
+def run_drive(lab: Lab, name: str, case: Case, error_rates: tuple[float, ...] = ()) -> Measured:
+    """Write and attend a case on the RTL of a whole drive, and check it.
+
+    Args:
+        lab: where.
+        name: for what is told of it.
+        case: what to attend.
+        error_rates: attend again with so many raw bit errors over bits read.
+
+    Raises:
+        WrongResultError: a bit or a counter is wrong.
+    """
+
     def follow(line: str) -> None:
         kind, _, rest = line.partition("|")
         if kind == "cycles":
@@ -91,7 +103,7 @@ def write_limit(config: Config) -> float:
 
 def dense(lab: Lab) -> Figures:
     """The paper's drive: use of the buses, cost of bit errors, use of the program bandwidth in writing K and V."""
-    found, config = _measure(lab, "paper", DENSE, ERROR_RATES), DENSE.config
+    found, config = run_drive(lab, "paper", DENSE, ERROR_RATES), DENSE.config
     (rate, (_, few)), (_, (_, many)) = found.errors.items()
     assert rate == ERROR_RATES[0]
     return {
@@ -131,7 +143,7 @@ def variant(name: str) -> Bench:
     key = f"flash.dense.bus_utilization.{name}"
 
     def run(lab: Lab) -> Figures:
-        found, config = _measure(lab, name, VARIANTS[name]), VARIANTS[name].config
+        found, config = run_drive(lab, name, VARIANTS[name]), VARIANTS[name].config
         return {
             key: found.dense.bus_use_in_window(config),
             f"flash.dense.die_utilization.{name}": found.dense.die_use(config),

@@ -34,8 +34,10 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 
 import kvattic
+from kvattic.integrations.storage import round_to_kv, stand_for
 from kvattic.integrations.transformers import NAME, DriveCache, config_for, round_to_storage
-from kvattic.spec.formats import Element
+from kvattic.spec.config import Config
+from kvattic.spec.formats import Element, KvFormat
 from kvattic_sim.lm import huggingface as lm
 from kvattic_sim.lm.model import load_held_out
 
@@ -84,16 +86,30 @@ for _element, _name in REFERENCES.items():
 
 
 class RoundedCache(DynamicCache):
-    """transformers' own cache, of K and V that are rounded to the drive's storage format."""
+    """transformers' own cache, of K and V that are rounded to what the drive stores.
 
-    def __init__(self, config: Any, element: Element = Element.FP16) -> None:
+    Args:
+        config: the model's.
+        element: the drive's.
+        kv: how it stores K and V.
+        key_scale: what a stored 1.0 of K stands for, (layers, kv_heads), or None.
+        value_scale: likewise of V.
+    """
+
+    def __init__(self, config: Any, element: Element = Element.FP16, kv: KvFormat = KvFormat.ELEMENT,
+                 key_scale: torch.Tensor | None = None, value_scale: torch.Tensor | None = None) -> None:
         super().__init__(config=config)
         self._element = element
+        self._drive = Config(element=element, kv=kv)
+        self._scales = key_scale, value_scale
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *arguments: Any,
+               **keywords: Any) -> Any:
         """Round them, and go on as usual."""
-        keys, values = (round_to_storage(states, self._element) for states in (key_states, value_states))
-        found = super().update(keys, values, *arguments, **keywords)
+        scales = [None if scale is None else scale[layer_idx] for scale in self._scales]
+        keys, values = (stand_for(round_to_kv(states, self._drive, scale), scale, states.dtype)
+                        for states, scale in zip((key_states, value_states), scales, strict=True))
+        found = super().update(keys, values, layer_idx, *arguments, **keywords)
         setattr(found[0], _MARK, True)
         return found
 
