@@ -14,8 +14,9 @@ class Walker(wiring.Component):
 
     A request every other cycle at most, as a walker goes on in the cycle after one is taken: whether it is hangs on the
     other walkers, too.  Four cycles between jobs.  A job ends with the list, in the job's last stripe before the first
-    codeword whose tokens are all beyond `end_token`, or at once when it failed.  Of a sparse job only codewords with a selected token are requested; a place without one takes
-    a cycle, or as long as it takes to look it up.  Reset forgets everything.
+    codeword whose tokens are all beyond `end_token`, or at once when it failed.  Of a sparse job only codewords with a
+    selected token are requested; a place without one takes a cycle, or as long as it takes to look it up.  Reset
+    forgets everything.
 
     Parameters
     ----------
