@@ -29,12 +29,14 @@ class Request:
         target: where the slice runs: `model` or `sim:verilator`.
         drives: that the KV heads are dealt over.
         output: file that what was computed is written to; None: none.
+        kv: the format of K and V in the drive; None: the workload's own.
         progress: told what is being done.
     """
 
     target: str = "model"
     drives: int = 1
     output: Path | None = None
+    kv: str | None = None
     progress: Callable[[str], None] = field(default=lambda line: None, compare=False)
 
 
