@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 __all__ = ["TARGETS", "LowRank", "adapt", "load", "merge", "quantise", "save"]
 
-TARGETS = ("q_proj", "v_proj")
-"""Layers that get adapters, by the end of their names: LoRA's own choice."""
-ALPHA = 16.0
-"""An adapter's product counts `ALPHA` / rank times."""
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Layers that get adapters, by the end of their names: all of a block."""
+SCALE = 2.0
+"""An adapter's product counts so many times, LoRA's alpha over the rank."""
 
 
 class LowRank(torch.nn.Module):
@@ -39,14 +39,13 @@ class LowRank(torch.nn.Module):
     def __init__(self, linear: Any, rank: int) -> None:
         super().__init__()
         self.linear = linear.requires_grad_(False)
-        self.scale = ALPHA / rank
         self.down = torch.nn.Parameter(torch.randn(rank, linear.in_features) * linear.in_features ** -0.5)
         self.up = torch.nn.Parameter(torch.zeros(linear.out_features, rank))
 
     def forward(self, inputs: Any) -> Any:
         """The layer with its adapter."""
         low = torch.nn.functional.linear(inputs, self.down)
-        return self.linear(inputs) + torch.nn.functional.linear(low, self.up) * self.scale
+        return self.linear(inputs) + torch.nn.functional.linear(low, self.up) * SCALE
 
 
 def adapt(model: Any, *, rank: int) -> list[Any]:
@@ -67,7 +66,7 @@ def adapt(model: Any, *, rank: int) -> list[Any]:
     model.requires_grad_(False)
     names = [name for name, _ in model.named_modules() if name.endswith(TARGETS)]
     if not names:
-        raise ValueError(f"the model has no layer whose name ends with {' or '.join(TARGETS)}")
+        raise ValueError(f"the model has no layer whose name ends with one of {', '.join(TARGETS)}")
     for name in names:
         model.set_submodule(name, LowRank(model.get_submodule(name), rank))
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -107,7 +106,7 @@ def merge(model: Any, adapters: Mapping[str, NDArray[np.float16]]) -> None:
             raise ValueError(f"the adapter of {name} must be of weights {tuple(weight.shape)}, not "
                              f"{(up.shape[0], down.shape[1])}")
         with torch.no_grad():
-            weight += (up @ down).to(weight.dtype) * (ALPHA / down.shape[0])
+            weight += (up @ down).to(weight.dtype) * SCALE
 
 
 def quantise(model: Any) -> int:

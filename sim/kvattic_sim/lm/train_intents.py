@@ -25,8 +25,8 @@ from kvattic_sim.lm.prompts import Prompt
 __all__ = ["main", "train"]
 
 HERE = Path(__file__).parent
-SEED, RANK, BATCH, STEPS = 6, 8, 20, 100
-RATE, WARM_STEPS, CLIP = 2e-3, 10, 1.0
+SEED, RANK, BATCH, STEPS = 6, 3, 20, 84
+RATE, WARM_STEPS, CLIP = 1.5e-3, 8, 1.0
 IGNORED = -100
 """What torch's cross entropy leaves out."""
 

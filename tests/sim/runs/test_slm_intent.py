@@ -95,4 +95,4 @@ def test_a_format_that_the_drive_has_not_is_refused(given, capsys):
 
 def test_the_adapters_are_here():
     found = adapters.load(slm_intent.ADAPTERS)
-    assert len(found) == 30 * 2 * 2 and slm_intent.ADAPTERS.stat().st_size < 2e6
+    assert len(found) == 30 * 7 * 2 and slm_intent.ADAPTERS.stat().st_size < 2e6
