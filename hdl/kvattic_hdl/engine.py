@@ -201,8 +201,6 @@ class Engine(wiring.Component):
             queues.doorbell.eq(control.doorbell),
             queues.interrupt_after.eq(control.interrupt_after),
             queues.hold.eq(loader.hold | (~control.ready).replicate(QUEUES)),
-            queues.create.eq(admin.create),
-            queues.remove.eq(admin.remove),
             queues.post_queue.eq(finisher.post_queue),
             queues.post.eq(finisher.post),
             queues.posted.eq(finisher.completed),
@@ -216,9 +214,11 @@ class Engine(wiring.Component):
             loader.admin_base.eq(control.admin_base),
             loader.admin_limit.eq(control.admin_limit),
         ]
+        # A cycle late, which no doorbell notices: they come every other cycle at most.
+        m.d.sync += [queues.create.eq(admin.create), queues.remove.eq(admin.remove)]
         # Queue 0 comes from registers, when Admin cannot be at work for it.
         with m.If(control.admin_create):
-            m.d.comb += [
+            m.d.sync += [
                 queues.create.valid.eq(1),
                 queues.create.queue.eq(0),
                 queues.create.entries_bits.eq(control.admin_bits),
@@ -226,7 +226,7 @@ class Engine(wiring.Component):
                 queues.create.completion.eq(control.admin_completion),
             ]
         with m.If(control.admin_remove):
-            m.d.comb += [queues.remove.valid.eq(1), queues.remove.queue.eq(0)]
+            m.d.sync += [queues.remove.valid.eq(1), queues.remove.queue.eq(0)]
 
     def _connect_owners(self, m: Module, parts: _Parts) -> None:
         """Whose each place is that a command names."""

@@ -103,6 +103,7 @@ class Cell(wiring.Component):
         self.shapes = Shapes(config)
         self.sparse = config.sparse
         self.depth = accumulator_words(config)
+        self.sum_bits = config.lane_accumulator_bits   # what the chain adds comes to more
         self.element = element = config.element.encoding
         self.window_bits = element.value_window_bits
         address = ceil_log2(self.depth)
@@ -193,10 +194,10 @@ class Cell(wiring.Component):
     def _accumulate(self, m: Module, magnitude: Signal, negative: Signal) -> None:
         """Read the word, add, write it back; stages 7 to 10."""
         m.submodules.accumulators = memory = Memory(
-            shape=self.shapes.accumulator, depth=self.depth, init=[], attrs={"ram_style": "block"})
+            shape=signed(self.sum_bits), depth=self.depth, init=[], attrs={"ram_style": "block"})
         read = memory.read_port(domain="sync")
         write = memory.write_port(domain="sync")
-        word_9 = Signal(self.shapes.accumulator)
+        word_9 = Signal(signed(self.sum_bits))
         operand = Signal(self.shapes.accumulator)
         total = Signal(self.shapes.accumulator)
         total_10 = Signal(self.shapes.accumulator)

@@ -256,7 +256,8 @@ class Arrivals(wiring.Component):
         known = {"current": 1, "asked": 1, "due": 1, "open": 1, "ring": shapes.ring, "read": 1}
         if config.sparse:
             known |= {"sparse": 1, "first_asked": 1, "any_token": 1, "all_came": 1, "centroids": 1, "beyond": 1,
-                      "header_ring": shapes.ring, "number": number, "group": group, "unit_bits": unit_bits}
+                      "header_ring": shapes.ring, "number": number, "group": group, "unit_bits": unit_bits,
+                      "ring_base": shapes.ring, "stripe": group}
         self.arriving = data.StructLayout(arriving)   # a beat, in each stage; first: of its codeword
         self.known = data.StructLayout(known)         # what its tag means, from stage 2 on
         self.value_request = data.StructLayout({"slot": shapes.slot, "ring": shapes.ring})
@@ -325,7 +326,12 @@ class Arrivals(wiring.Component):
                 self.mark_read.eq(stage_2.valid & stage_2.first),
                 self.mark_ring.eq(known_2.ring),
             ]
-            m.d.sync += known_3.any_token.eq(stage_2.tag.kind[1] | ~known_2.sparse)
+            m.d.sync += [
+                known_3.any_token.eq(stage_2.tag.kind[1] | ~known_2.sparse),
+                # Stage 1 found how far from the job's first place, and from its first group.
+                known_3.header_ring.eq(known_2.ring_base + known_2.header_ring),
+                known_3.group.eq(known_2.group + known_2.stripe),
+            ]
         header_3 = Signal()
         m.d.sync += header_3.eq(stage_2.valid & stage_2.first)
         self._judge(m, stage_3, header_3, known_2, known_3, token_3, dropped)
@@ -411,9 +417,11 @@ class Arrivals(wiring.Component):
             known_2.all_came.eq(self.first_done),
             known_2.centroids.eq(self.centroid),
             known_2.beyond.eq(unit[number_bits:].any()),
-            known_2.header_ring.eq(self.ring_base + place),
+            known_2.ring_base.eq(self.ring_base),
+            known_2.header_ring.eq(place),
             known_2.number.eq(self.feature),
-            known_2.group.eq(self.first_group + (page >> self.stripe_bits)),
+            known_2.group.eq(self.first_group),
+            known_2.stripe.eq(page >> self.stripe_bits),
             known_2.unit_bits.eq(self.unit_bits),
         ]
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from amaranth.hdl import Const, Module, Mux, Signal, Value
+from amaranth.hdl import Const, Module, Mux, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out, connect, flipped
 from amaranth.utils import ceil_log2
@@ -217,7 +217,7 @@ class TokenBackEnd(wiring.Component):
             ring.sparse.eq(jobs.sparse),
             ring.key_slot.eq(key_walker.slot),
             ring.key_begin.eq(key_walker.begin),
-            ring.key_fired.eq(turns.key_asked),
+            ring.key_fired.eq(key_walker.asked),
             ring.key_place.eq(key_walker.requests.payload.tag.place),
         ]
 
@@ -311,7 +311,7 @@ class TokenBackEnd(wiring.Component):
         m.d.comb += [
             first_pass.open.eq(walker.open),
             first_pass.close.eq(walker.close),
-            first_pass.asked.eq(self.turns.first_asked),
+            first_pass.asked.eq(walker.asked),
             first_pass.group.slot.eq(walker.slot),
             first_pass.group.ring.eq(places.base + walker.place),
             first_pass.group.token.eq(walker.token),
@@ -324,7 +324,7 @@ class TokenBackEnd(wiring.Component):
             first_pass.harvested.eq(self.score_unit.stored_last & self.score_unit.stored_harvest),
             places.slot.eq(walker.slot),
             places.begin.eq(walker.begin),
-            places.asked.eq(self.turns.first_asked),
+            places.asked.eq(walker.asked),
             places.place.eq(walker.requests.payload.tag.place),
             places.next_ring.eq(self.ring.head),
             places.next_group.eq(first_pass.next),
@@ -349,19 +349,17 @@ class TokenBackEnd(wiring.Component):
             self.missing_key.eq(outstanding.missing_key),
             self.missing_value.eq(outstanding.missing_value),
         ]
-        walks: list[tuple[Any, Walker | FirstWalker, Value]] = [
-            (outstanding.key, self.key_walker, self.turns.key_asked),
-            (outstanding.value, self.value_walker, self.turns.value_asked)]
+        walks: list[tuple[Any, Walker | FirstWalker]] = [
+            (outstanding.key, self.key_walker), (outstanding.value, self.value_walker)]
         if self.config.sparse:
-            walks.append((outstanding.first, self.first_walker, self.turns.first_asked))
+            walks.append((outstanding.first, self.first_walker))
             m.d.comb += [
                 outstanding.remains.eq(self.first_pass.remains),
                 outstanding.feature_stored.valid.eq(front.feature_stored),
                 outstanding.feature_stored.slot.eq(front.stored_slot),
             ]
-        for walk, walker, asked in walks:
-            m.d.comb += [
-                walk.slot.eq(walker.slot), walk.begin.eq(walker.begin), walk.end.eq(walker.end), walk.asked.eq(asked)]
+        for walk, walker in walks:
+            m.d.comb += [getattr(walk, name).eq(getattr(walker, name)) for name in ("slot", "begin", "end", "asked")]
 
     def _score(self, m: Module) -> None:
         """Turn the sums of K tokens, sketches and harvests into scores."""

@@ -37,7 +37,7 @@ class FirstWalker(wiring.Component):
 
     Of each stripe of the lane's list, which opens a group: the chosen features, or all centroids; of one that is
     attended whole (the tail) K, up to `end_token`, or nothing if centroids are what counts.  Takes all of the job's
-    places of the score ring when it begins.  At most one request in three cycles.  A job ends with the list, or at once
+    places of the score ring when it begins.  At most one request in four cycles.  A job ends with the list, or at once
     when it failed.  Reset forgets everything.
 
     Parameters
@@ -66,8 +66,10 @@ class FirstWalker(wiring.Component):
     chosen : In(feature of q)
         That feature, one cycle later.
     requests : Out(stream of request)
+    asked : Out(1)
+        As `Walker`'s.
     follow : Out(1)
-        As in `Walker`, of centroids and of K.
+        As `Walker`'s, of centroids and of K.
     begin : Out(1)
         Strobe: the job of `slot` begins, and takes `fits`'s places of the ring.
     end : Out(1)
@@ -97,6 +99,7 @@ class FirstWalker(wiring.Component):
         # dense; has taken all of its places.
         self.known = [Signal(name=name) for name in ("any_here", "here", "stayed", "dense", "walked")]
         self.asking = Signal()   # in state "ask"
+        self.following = Signal()   # `follow`, from the cycle after `asked` on
         self.looked = Signal(2)   # it is the same as in the cycle before; as two cycles before
         super().__init__({
             "enable": In(config.jobs_in_flight),
@@ -110,6 +113,7 @@ class FirstWalker(wiring.Component):
             "chosen_address": Out(self.feature_bits + shapes.slot.width),
             "chosen": In(self.feature_bits),
             "requests": Out(stream.Signature(shapes.request)),
+            "asked": Out(1),
             "follow": Out(1),
             "begin": Out(1),
             "end": Out(1),
@@ -129,6 +133,7 @@ class FirstWalker(wiring.Component):
         _, here, *_ = self.known
         now = (enabled.any(), enabled.bit_select(self.slot, 1), here, self.job.mode == Mode.DENSE, self.keys_walked)
         m.d.sync += [known.eq(value) for known, value in zip(self.known, now, strict=True)]
+        m.d.sync += self.asked.eq(self.requests.valid & self.requests.ready)
         m.d.sync += self.looked.eq(Mux(self.go_on, 0, Cat(Const(1, 1), self.looked)))
         with m.FSM(name="state"):
             self._begin_job(m)
@@ -147,7 +152,9 @@ class FirstWalker(wiring.Component):
     def _describe(self, m: Module) -> None:
         """The stripe in work, and what is asked for."""
         m.d.comb += [
-            self.requests.valid.eq(self.asking & ~self.failed),
+            self.requests.valid.eq(self.asking & ~self.asked & ~self.failed),
+            self.follow.eq(Mux(self.asked, ~self.by_feature & ~self.request.dram
+                               & (self.request.codeword != self.config.codewords_per_page - 1), self.following)),
             self.centroids.eq(self.job.mode == Mode.CENTROID),
             self.more.eq((self.number != self.limit) & (~self.bounded | (self.next_token < self.job.end_token))),
             self.stripe_address.eq(Cat(self.index, self.slot)),
@@ -164,7 +171,7 @@ class FirstWalker(wiring.Component):
     def _close_stripe(self, m: Module) -> None:
         m.d.comb += self.close.eq(1)
         m.d.sync += [
-            self.follow.eq(0), self.left.eq(self.left - 1), self.index.eq(self.index + 1),
+            self.following.eq(0), self.left.eq(self.left - 1), self.index.eq(self.index + 1),
             self.place.eq(self.place + self.config.group_codewords)]
         m.next = "next"
 
@@ -232,14 +239,14 @@ class FirstWalker(wiring.Component):
             ]
             m.next = "ask"
         with m.State("ask"):
-            with m.If(self.failed):
-                m.d.sync += self.asking.eq(0)
-                self._close_stripe(m)
-            with m.Elif(self.requests.ready):
+            with m.If(self.asked):
                 m.d.sync += [
                     self.asking.eq(0),
-                    number.eq(number + 1), self.next_token.eq(self.next_token + config.tokens_per_codeword),
-                    self.follow.eq(~self.by_feature & ~request.dram
-                                   & (request.codeword != config.codewords_per_page - 1)),
+                    self.following.eq(self.follow),
+                    number.eq(number + 1),
+                    self.next_token.eq(self.next_token + config.tokens_per_codeword),
                 ]
                 m.next = "choose"
+            with m.Elif(self.failed):
+                m.d.sync += self.asking.eq(0)
+                self._close_stripe(m)

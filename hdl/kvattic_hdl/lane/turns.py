@@ -30,8 +30,6 @@ class Turns(wiring.Component):
     key_skip : In(1)
         The job of `key_end` is a sparse one.
     requests : Out(stream of request)
-    key_asked, value_asked, first_asked : Out(1)
-        Strobe: the request that is taken is this walker's.
     """
 
     def __init__(self, config: Config) -> None:
@@ -49,9 +47,6 @@ class Turns(wiring.Component):
             "first_end": In(1),
             "key_skip": In(1),
             "requests": Out(request),
-            "key_asked": Out(1),
-            "value_asked": Out(1),
-            "first_asked": Out(1),
         })
 
     def elaborate(self, platform: object) -> Module:
@@ -68,8 +63,6 @@ class Turns(wiring.Component):
             requests.payload.eq(Mux(key_turn, self.key.payload, self.value.payload)),
             self.key.ready.eq(requests.ready & key_turn & ~first_turn & ~self.first_follow),
             self.value.ready.eq(requests.ready & ~key_turn & ~first_turn & ~self.first_follow),
-            self.key_asked.eq(self.key.valid & self.key.ready),
-            self.value_asked.eq(self.value.valid & self.value.ready),
         ]
         if self.config.sparse:
             first_ahead, dram_turn = Signal(range(slots + 1)), Signal()   # sparse jobs by which it is ahead of K
@@ -83,7 +76,6 @@ class Turns(wiring.Component):
                     & (self.first_follow | ~(self.key.valid | self.value.valid)
                        | Mux(self.first.payload.dram, dram_turn, first_ahead == 0))),
                 self.first.ready.eq(requests.ready & first_turn),
-                self.first_asked.eq(first_turn & requests.ready),
             ]
             with m.If(first_turn):
                 m.d.comb += requests.payload.eq(self.first.payload)

@@ -12,9 +12,9 @@ from kvattic_hdl.lib.shapes import TOKEN_BITS, Shapes
 class Walker(wiring.Component):
     """Requests the codewords of one kind (K or V) of each job, in slot order: stripe by stripe of the lane's list.
 
-    One request a cycle (every other cycle where a stripe is a single codeword); four cycles between jobs.  A job ends
-    with the list, in the job's last stripe before the first codeword whose tokens are all beyond `end_token`, or at
-    once when it failed.  Of a sparse job only codewords with a selected token are requested; a place without one takes
+    A request every other cycle at most, as a walker goes on in the cycle after one is taken: whether it is hangs on the
+    other walkers, too.  Four cycles between jobs.  A job ends with the list, in the job's last stripe before the first
+    codeword whose tokens are all beyond `end_token`, or at once when it failed.  Of a sparse job only codewords with a selected token are requested; a place without one takes
     a cycle, or as long as it takes to look it up.  Reset forgets everything.
 
     Parameters
@@ -52,6 +52,8 @@ class Walker(wiring.Component):
         The next codeword of the page may follow the one just requested: nothing else should come in between, so that
         the controller reads them as one run.
     requests : Out(stream of request)
+    asked : Out(1)
+        Strobe: the request that was taken in the cycle before; `requests`' payload still shows it.
     begin : Out(1)
         Strobe: the job of `slot` begins.
     end : Out(1)
@@ -80,6 +82,7 @@ class Walker(wiring.Component):
             "room": In(1),
             "follow": Out(1),
             "requests": Out(stream.Signature(shapes.request)),
+            "asked": Out(1),
             "begin": Out(1),
             "end": Out(1),
         })
@@ -104,43 +107,44 @@ class Walker(wiring.Component):
         tail_left, tail_begins = Signal(TOKEN_BITS), Signal()
         mask = Signal(shapes.list_bits)      # the bits of a page's number in its stripe
         more = Signal()      # the codeword has tokens
-        fetch, fired, page_end, stripe_end = Signal(), Signal(), Signal(), Signal()
+        fetch, page_end, stripe_end = Signal(), Signal(), Signal()
         here = Signal()      # the next place is worth a request
         advance = Signal()   # on to the next place
         m.d.comb += [
             self.begin.eq(~running & enabled.bit_select(self.slot, 1)),
-            self.ready_to_ask.eq(running & within & more & here & ~self.failed),
+            self.ready_to_ask.eq(running & within & more & here & ~self.failed & ~self.asked),
             self.requests.valid.eq(self.ready_to_ask & self.room),
-            self.end.eq(running & (self.failed | Mux(within, ~more, left == 0))),
-            fired.eq(self.requests.valid & self.requests.ready),
+            self.end.eq(running & ~self.asked & (self.failed | Mux(within, ~more, left == 0))),
             page_end.eq(request.codeword == config.codewords_per_page - 1),
             # A stripe begins at a multiple of its size, so a place tells where in its stripe it is.
             stripe_end.eq(page_end & (((tag.place >> page_bits) & mask) == mask)),
             fetch.eq(running & (left != 0) & settled & (~within | (advance & stripe_end))),
             self.stripe_address.eq(Cat(index, self.slot)),
         ]
-        m.d.sync += settled.eq(1)
+        m.d.sync += [self.asked.eq(self.requests.valid & self.requests.ready), settled.eq(1)]
         if config.sparse:
             skip, looking, looked = Signal(), Signal(), Signal()
             ring_base = Signal(shapes.ring)
+            follow = Signal()
             # While a place's answer comes the next one is looked up, for nothing if this one is wanted.
             m.d.comb += [
                 self.look.eq(running & within & more & skip & ~looked & ~self.failed),
                 self.look_ring.eq(ring_base + tag.place + looking),
                 here.eq(~skip | looked),
-                advance.eq(fired | (looking & more & ~self.wanted)),
+                advance.eq(self.asked | (looking & more & ~self.wanted)),
+                self.follow.eq(Mux(self.asked, skip & ~page_end, follow)),
             ]
             m.d.sync += looking.eq(self.look & self.look_granted & ~(looking & (self.wanted | stripe_end)))
             with m.If(looking & self.wanted):
                 m.d.sync += looked.eq(1)
-            with m.If(fired):
-                m.d.sync += [looked.eq(0), self.follow.eq(skip & ~page_end)]
+            with m.If(self.asked):
+                m.d.sync += [looked.eq(0), follow.eq(skip & ~page_end)]
             with m.Elif(advance | self.end):
-                m.d.sync += self.follow.eq(0)
+                m.d.sync += follow.eq(0)
             with m.If(self.begin):
                 m.d.sync += [skip.eq(self.skip), looked.eq(0), ring_base.eq(self.ring_base)]
         else:
-            m.d.comb += [here.eq(1), advance.eq(fired)]
+            m.d.comb += [here.eq(1), advance.eq(self.asked)]
         with m.If(advance):
             m.d.sync += [
                 tag.place.eq(tag.place + 1),

@@ -13,7 +13,7 @@ from kvattic_hdl.lib.records import WORD_BYTES
 from kvattic_hdl.lib.shapes import GRANT, QUEUE_BITS, Shapes
 from kvattic_hdl.nvme.queues import CREATE, REMOVE
 
-SETTLE_CYCLES = 4
+SETTLE_CYCLES = 5
 """From `create` or `remove` to the look at `present` and `under_way`."""
 COUNTER_BYTES = 8
 """Of each counter in the block of COUNTERS."""
@@ -63,7 +63,7 @@ class Admin(wiring.Component):
     block_index : In(range(IDENTIFY_BYTES // 8))
         Number of a word of the block that belongs to the last outcome taken.
     block_data : Out(64)
-        One cycle later: that word.  A counter is that of the cycle before, or of one earlier while the bus reads.
+        Three cycles later: that word.  A counter is that of two cycles before, or of one earlier while the bus reads.
     counter_number, counter_first : Out, Out(1)
         Which of `registers.COUNTERS` is to be read; it is another than in the cycle before.
     counter_there, counter : In(1), In(64)
@@ -185,9 +185,11 @@ class Admin(wiring.Component):
             shape=WORD_BYTES * 8, depth=len(self._words), init=self._words, attrs={"rom_style": "block"})
         read = identify.read_port()
         counter, counting_1 = Signal(COUNTER_BYTES * 8), Signal()
-        number = self.block_index[: len(self.counter_number)]
+        # A cycle late: a counter is read far from here.
+        index = Signal.like(self.block_index)
+        number = index[: len(self.counter_number)]
         before = Signal.like(number)
-        m.d.sync += [counting_1.eq(counting), before.eq(number)]
+        m.d.sync += [index.eq(self.block_index), counting_1.eq(counting), before.eq(number)]
         fresh = Signal()
         m.d.comb += fresh.eq(self.counter_there & (before < len(COUNTERS)))
         with m.If(fresh):
@@ -197,8 +199,8 @@ class Admin(wiring.Component):
         m.d.comb += [
             self.counter_number.eq(number),
             self.counter_first.eq(counting & (number != before)),
-            read.addr.eq(self.block_index),
-            self.block_data.eq(Mux(counting_1, Mux(fresh, self.counter, counter), read.data)),
+            read.addr.eq(index),
+            self.block_data.eq(Mux(counting_1, counter, read.data)),
         ]
 
     # ---- checks: right two cycles after a command is offered

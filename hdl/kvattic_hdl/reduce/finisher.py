@@ -69,7 +69,7 @@ class Finisher(wiring.Component):
     copies, copies_slot : In(stream.Signature(WRITE_WORD)), In(shapes.slot)
         Lines of READs, and whose they are; see `WriteBack`.
     block_index, block_data : Out(8), In(64)
-        Words of the block of the outcome taken last, one cycle after their index.
+        Words of the block of the outcome taken last, three cycles after their index.
     values_done : In(ArrayLayout(unsigned(jobs_in_flight), lanes))
         From each lane: the slot's V codewords are accounted for.
     failed : In(jobs_in_flight)
@@ -77,7 +77,7 @@ class Finisher(wiring.Component):
     failed_where : In(32)
         `where` of the failed job's completion; read in the cycle of `freed`.
     stamps : In(STAMPS)
-        When things of the job of `waiting_slot` happened; read in the cycle of `freed`.
+        When things of the job of `waiting_slot` happened; read in the cycle of `freed` or in the next one.
     waiting : Out(1)
         Waits for `values_done` of `waiting_slot` from all lanes.
     waiting_slot : Out(shapes.slot)
@@ -212,8 +212,10 @@ class Finisher(wiring.Component):
         abandoned = Signal()
         stamps = Signal(STAMPS, reset_less=True)
         abandoned_where = Signal(32, reset_less=True)
-        # The slot may be used again before the completion is written.
-        with m.If(self.freed | slot_done):
+        # The slot may be used again before the completion is written, but not in the cycle after it is freed.
+        passed_by, slot_left = Signal(), Signal()
+        m.d.sync += slot_left.eq(slot_done)
+        with m.If(passed_by | slot_left):
             m.d.sync += stamps.eq(self.stamps)
         self._judge(m, gather.report, abandoned, abandoned_where, write_back.entry)
         m.d.comb += write_back.entry.stamps.eq(stamps)
@@ -221,7 +223,7 @@ class Finisher(wiring.Component):
             with m.State("WAIT"):
                 with m.If(self.jobs.valid):
                     with m.If(~job.lanes):
-                        m.d.comb += self.freed.eq(1)
+                        m.d.comb += [self.freed.eq(1), passed_by.eq(1)]
                         m.d.sync += abandoned.eq(0)
                         m.next = "HAND_OVER"
                     with m.Elif(all_done.bit_select(job.slot, 1)):

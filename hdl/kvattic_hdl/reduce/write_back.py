@@ -24,6 +24,8 @@ from kvattic_hdl.reduce.gather import trailer_layout
 
 BLOCK_BITS = 8
 """Of the number of a word of a block."""
+BLOCK_LATENCY = 3
+"""Cycles from the index of a word of a block to the word."""
 PLACE_BITS = ceil_log2(LINE_WORDS)
 """Of the number of a word of a line."""
 ENTRY = data.StructLayout({
@@ -95,7 +97,7 @@ class WriteBack(wiring.Component):
     outcomes : In(stream.Signature(Shapes.ended))
         Flash and admin commands that have ended.
     block_index, block_data : Out(8), In(64)
-        Words of the block of the outcome taken last, one cycle after their index.
+        Words of the block of the outcome taken last, three cycles after their index.
     trailer_address, trailer : Out, In(trailer_layout)
         Cat(row, half), and that row's trailer one cycle later.
     post_queue : Out(3)
@@ -188,7 +190,7 @@ class WriteBack(wiring.Component):
         word = Signal(range(row_words))
         address = Signal(64, reset_less=True)
         sending = _Sending()
-        block_there = Signal()  # block_data is that of block_index
+        block_there = Signal(BLOCK_LATENCY)  # all: block_data is that of block_index
         block_last = Signal(BLOCK_BITS, reset_less=True)
         error = Signal()
         slot, lost = Signal(self._shapes.slot, reset_less=True), Signal(self._config.jobs_in_flight)
@@ -243,10 +245,10 @@ class WriteBack(wiring.Component):
                     with m.If(ended.lines.any()):
                         m.next = "BLOCK"
             with m.State("BLOCK"):
-                # A word every second cycle: it is read in between.
-                m.d.comb += sending.block.eq(block_there)
-                m.d.sync += block_there.eq(1)
-                with m.If(step & block_there):
+                # A word every fourth cycle: it is read in between.
+                m.d.comb += sending.block.eq(block_there.all())
+                m.d.sync += block_there.eq(Cat(Const(1, 1), block_there))
+                with m.If(step & block_there.all()):
                     m.d.sync += [self.block_index.eq(self.block_index + 1), block_there.eq(0)]
                     with m.If(self.block_index == block_last):
                         m.d.sync += word.eq(0)

@@ -321,6 +321,11 @@ class Config:
         return addend + (self.max_tokens - 1).bit_length() + 1
 
     @property
+    def lane_accumulator_bits(self) -> int:
+        """Width of what one lane sums of it: a job has at most `score_depth` tokens in a lane."""
+        return self.accumulator_bits - (self.max_tokens - 1).bit_length() + (self.score_depth - 1).bit_length()
+
+    @property
     def denominator_bits(self) -> int:
         """Width of a denominator: `max_tokens` weights of at most 1.0 in the value window."""
         return VALUE_FRACTION + self.max_tokens.bit_length()

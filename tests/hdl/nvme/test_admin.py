@@ -154,7 +154,7 @@ class Bench:
         words = []
         for index in range(length):
             self.ctx.set(self.dut.block_index, index)
-            await self.ctx.tick()
+            await self.ctx.tick().repeat(3)
             await self.ctx.delay(2e-8)     # behind what `registers` answers
             words.append(self.ctx.get(self.dut.block_data))
         return words

@@ -483,6 +483,7 @@ def test_accumulators_fit_the_configured_width(
     assert dense.denominators(significand, exponent).max() <= 1 << VALUE_FRACTION
     assert config.max_tokens << VALUE_FRACTION < 1 << config.denominator_bits
     assert largest * config.max_tokens < 1 << (config.accumulator_bits - 1)
+    assert largest * config.score_depth < 1 << (config.lane_accumulator_bits - 1)
 
 
 # Errors, and what the trace promises.
