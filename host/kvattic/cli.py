@@ -514,9 +514,11 @@ def _run(options: argparse.Namespace) -> int:
             _table("Workloads", ("name", "what it is", "targets"), (
                 (one.name, one.summary, ", ".join(one.targets)) for one in catalogue.WORKLOADS.values()), left=3)
         return 0
-    _need(f"kvattic_sim.runs.{catalogue.find(options.name).module}")
+    workload = catalogue.find(options.name)
+    for module in (f"kvattic_sim.runs.{workload.module}", *workload.needs):
+        _need(module)
     with _telling().phase(f"running {options.name}") as note:
-        request = outcomes.Request(target=options.target, drives=options.drives,
+        request = outcomes.Request(target=options.target, drives=options.drives, output=options.output, kv=options.kv,
                                    progress=lambda line: _moving(line, note))
         found = catalogue.run(options.name, request)
         _moving("", note)
@@ -719,6 +721,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("name", nargs="?", metavar="NAME", help="which; without one, list them")
     run.add_argument("--target", default="model", metavar="TARGET", help="of the slice: model or sim:verilator (model)")
     run.add_argument("--drives", type=int, default=1, metavar="N", help="that KV heads are dealt over (1)")
+    run.add_argument("--kv", metavar="FORMAT", help="slm-intent: format of K and V in the drive, fp16 or bf16 (fp16)")
+    run.add_argument("--output", type=Path, metavar="FILE.npz", help="koala: where the self-attention's features go")
 
     chat = command("chat", _chat, "let SmolLM2-135M-Instruct answer with its KV cache in the drive, and say the cost")
     chat.add_argument("question", nargs="*", metavar="QUESTION",

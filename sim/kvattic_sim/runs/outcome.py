@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 __all__ = ["BOUND", "COLUMNS", "How", "Outcome", "Request", "Run"]
@@ -27,11 +28,15 @@ class Request:
     Attributes:
         target: where the slice runs: `model` or `sim:verilator`.
         drives: that the KV heads are dealt over.
+        output: file that what was computed is written to; None: none.
+        kv: the format of K and V in the drive; None: the workload's own.
         progress: told what is being done.
     """
 
     target: str = "model"
     drives: int = 1
+    output: Path | None = None
+    kv: str | None = None
     progress: Callable[[str], None] = field(default=lambda line: None, compare=False)
 
 

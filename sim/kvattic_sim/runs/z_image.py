@@ -7,7 +7,6 @@ published geometry is modelled.
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,10 @@ import torch
 from diffusers import ZImageTransformer2DModel
 
 import kvattic
-from kvattic.spec.config import GQA, TINY
+from kvattic.spec.config import GQA
 from kvattic.timing import Layer, estimate
 from kvattic_sim import oracle
-from kvattic_sim.runs.diffusion import DriveAttention, in_drive
+from kvattic_sim.runs.diffusion import SMALL, DriveAttention, in_drive
 from kvattic_sim.runs.outcome import How, Outcome, Request, Run
 from kvattic_sim.runs.slices import modelled_run, options_of, run_of
 from kvattic_sim.system.drive import TimedDrive
@@ -26,8 +25,8 @@ from kvattic_sim.system.parameters import PAPER_MACHINE
 
 __all__ = ["IMAGE", "TEXT", "run", "slice_of", "small", "step_runs"]
 
-CONFIG = replace(TINY, rows=16, dies=8, part=replace(TINY.part, blocks=64))
-"""Of the slice: room for a layer, and as many rows as there can be."""
+CONFIG = SMALL
+"""Of the slice."""
 LAYERS, REFINERS, HEADS, HEAD_DIM = 30, 2, 30, 128
 """Defaults of diffusers' class: dim 3,840, 30 heads, 30 layers."""
 IMAGE, TEXT = 4096, 256

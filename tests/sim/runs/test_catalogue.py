@@ -30,6 +30,7 @@ def test_workloads_are_listed(capsys):
     (["opt-13b", "--target", "sim:icarus"],
      "workload opt-13b has no target 'sim:icarus'; its targets are model, sim:verilator"),
     (["opt-13b", "--drives", "41"], "--drives of opt-13b must be 1 to 40"),
+    (["opt-13b", "--output", "x.npz"], "workload opt-13b has nothing to write to x.npz; --output is for koala"),
 ])
 def test_what_cannot_be_run_is_two(capsys, arguments, message):
     assert cli.main(["run", *arguments]) == 2
@@ -42,6 +43,13 @@ def test_a_workload_of_one_drive_takes_no_more(monkeypatch):
     monkeypatch.setitem(WORKLOADS, "alone", alone)
     with pytest.raises(RequestError, match="workload alone runs on one drive, not on 2; --drives is for opt-13b, "):
         catalogue.run("alone", Request(drives=2))
+
+
+def test_the_folder_of_an_output_must_exist(monkeypatch, tmp_path):
+    one = catalogue.Workload(name="one", summary="", module="decode", function="run_opt", exports=True)
+    monkeypatch.setitem(WORKLOADS, "one", one)
+    with pytest.raises(RequestError, match=r"the folder of .*/none/x\.npz must exist"):
+        catalogue.run("one", Request(output=tmp_path / "none" / "x.npz"))
 
 
 def test_every_workload_can_be_found():

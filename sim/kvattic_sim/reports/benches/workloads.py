@@ -4,6 +4,7 @@ All of them run on the golden device and the timing model, on one core; `kvattic
 the slices on the RTL.
 """
 
+from kvattic_sim.lm.smollm2 import WeightsError
 from kvattic_sim.reports.benches.engine import Bench, Figures, Lab, UnavailableError, WrongResultError
 from kvattic_sim.runs import catalogue
 from kvattic_sim.runs.outcome import Request
@@ -18,7 +19,6 @@ _MISSING = "what it needs is not installed ({}): pip install 'kvattic[quality,di
 def chat(lab: Lab) -> Figures:
     """Share of the tokens of two answers, of one conversation, that are not those of eager attention."""
     try:
-        from kvattic_sim.lm.smollm2 import WeightsError
         from kvattic_sim.runs.chat import Chat, difference
     except ImportError as error:
         raise UnavailableError(_MISSING.format(error)) from None
@@ -47,6 +47,8 @@ def workload(name: str) -> Bench:
             found = catalogue.run(name, Request(progress=lambda line: lab.progress(f"{name}: {line}", 0, None)))
         except ImportError as error:
             raise UnavailableError(_MISSING.format(error)) from None
+        except WeightsError as error:
+            raise UnavailableError(str(error)) from error
         if found.bit_exact is False:
             raise WrongResultError(f"{name}: bits differ from the golden device's")
         return {key: found.error}
