@@ -721,7 +721,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("name", nargs="?", metavar="NAME", help="which; without one, list them")
     run.add_argument("--target", default="model", metavar="TARGET", help="of the slice: model or sim:verilator (model)")
     run.add_argument("--drives", type=int, default=1, metavar="N", help="that KV heads are dealt over (1)")
-    run.add_argument("--kv", metavar="FORMAT", help="slm-intent: format of K and V in the drive, fp16 or bf16 (fp16)")
+    run.add_argument("--kv", metavar="FORMAT",
+                     help="slm-intent: of K and V in the drive: fp16, bf16, fp8_e4m3 or fp8_e5m2 (fp16)")
     run.add_argument("--output", type=Path, metavar="FILE.npz", help="koala: where the self-attention's features go")
 
     chat = command("chat", _chat, "let SmolLM2-135M-Instruct answer with its KV cache in the drive, and say the cost")

@@ -21,7 +21,8 @@ from kvattic.errors import RequestError
 from kvattic.integrations.transformers import NAME, DriveCache, PrefixStore, config_for
 from kvattic.spec.config import GQA
 from kvattic.spec.elements import to_bits
-from kvattic.spec.formats import Element
+from kvattic.spec.formats import Element, KvFormat
+from kvattic.spec.stored import to_kv_bits
 from kvattic.timing.cost import Cost
 from kvattic_sim.lm import adapters, smollm2
 from kvattic_sim.lm.intents import INTENTS, LANGUAGES, TEST, Question, questions
@@ -31,11 +32,13 @@ from kvattic_sim.runs.outcome import How, Outcome, Request, Run
 from kvattic_sim.runs.slices import Slice, run_of, run_slice
 from kvattic_sim.workloads import Attention
 
-__all__ = ["ADAPTERS", "KV", "Answers", "Model", "answer_eagerly", "answer_in_drive", "drive_for", "prepare", "run",
-           "sliced", "unequal"]
+__all__ = ["ADAPTERS", "KV", "Answers", "Model", "answer_eagerly", "answer_in_drive", "drive_for", "format_named",
+           "prepare", "run", "sliced", "unequal"]
 
-KV = tuple(element.value for element in Element)
-"""Formats of K and V that the drive has."""
+KV: Mapping[str, tuple[Element, KvFormat]] = {
+    **{element.value: (element, KvFormat.ELEMENT) for element in Element},
+    **{form.value: (Element.FP16, form) for form in KvFormat if form is not KvFormat.ELEMENT}}
+"""Formats of K and V that the drive has: the element of queries, and how K and V are stored."""
 ADAPTERS = Path(adapters.__file__).parent / "intents.npz"
 TOKENS = 4
 """Of an answer, at most: the longest has two, and one that ends it."""
@@ -119,9 +122,19 @@ def drive_for(model: Any, kv: str, base: Config | str = "paper", *, positions: i
     Raises:
         RequestError: the drive has no such format.
     """
+    element, form = format_named(kv)
+    return config_for(model, base, queries=positions, element=element, kv=form)
+
+
+def format_named(kv: str) -> tuple[Element, KvFormat]:
+    """The element of queries and the format of K and V.
+
+    Raises:
+        RequestError: the drive has no such format.
+    """
     if kv not in KV:
-        raise RequestError(f"--kv must be a format that the drive has, {' or '.join(KV)}, not {kv!r}")
-    return config_for(model, base, queries=positions, element=Element(kv))
+        raise RequestError(f"--kv must be a format that the drive has, {', '.join(KV)}, not {kv!r}")
+    return KV[kv]
 
 
 def _generate(model: Any, backend: str, tokens: Any, cache: Any, most: int = TOKENS) -> list[int]:
@@ -166,16 +179,17 @@ def answer_in_drive(given: Model, config: Config, asked: Sequence[Question], *, 
     return answers
 
 
-def answer_eagerly(given: Model, element: Element, asked: Sequence[Question]) -> Answers:
+def answer_eagerly(given: Model, kv: str, asked: Sequence[Question]) -> Answers:
     """Answer with transformers' eager attention over K, V and queries rounded alike, without a drive.
 
     Args:
         given: the model.
-        element: what they are rounded to.
+        kv: one of `KV`, in which K and V are stored.
         asked: questions.
     """
+    element, form = format_named(kv)
     model, backend, answers = given.model, REFERENCES[element], Answers()
-    shared = RoundedCache(model.config, element)
+    shared = RoundedCache(model.config, element, form)
     model.set_attn_implementation(backend)
     with torch.inference_mode():
         model(torch.tensor([given.prompt.shared]), cache=shared, use_cache=True, logits_to_keep=1)
@@ -209,8 +223,9 @@ def sliced(given: Model, kv: str, question: Question, *, target: str = "model",
     layer = min(SLICE_LAYER, len(captured.key) - 1)
     config = drive_for(given.model, kv, GQA)
     config = replace(config, rows=GQA.rows)     # as other workloads have it, whose RTL is compiled already
-    query, key, value = (to_bits(x[layer].astype(np.float64), config.element) for x in (
-        captured.query[:, :, -1:], captured.key, captured.value))
+    query = to_bits(captured.query[layer, :, -1:].astype(np.float64), config.element)
+    key, value = (to_kv_bits(x[layer].astype(np.float64), config.kv, config.element)
+                  for x in (captured.key, captured.value))
     heads, tokens, _ = key.shape
     return run_slice(config, Attention(query=query, key=key, value=value),
                      f"slice: layer {layer}, {heads} KV heads x {tokens} tokens", target=target, progress=progress)
@@ -259,19 +274,18 @@ def run(request: Request) -> Outcome:
         KvatticError, SimulatorError: see `kvattic.open`.
     """
     kv = request.kv or Element.FP16.value
-    if kv not in KV:
-        raise RequestError(f"--kv must be a format that the drive has, {' or '.join(KV)}, not {kv!r}")
+    format_named(kv)
     asked = list(questions(TEST))
     request.progress("loading SmolLM2-135M-Instruct")
     loaded = smollm2.load()
     untrained = Model(loaded[1], Prompt(loaded[0]))
     request.progress("eager attention, before training")
-    before = accuracy(untrained, asked[::2], answer_eagerly(untrained, Element(kv), asked[::2]))
+    before = accuracy(untrained, asked[::2], answer_eagerly(untrained, kv, asked[::2]))
     request.progress("merging and quantising")
     given = prepare(loaded, adapters.load(ADAPTERS))
     config = drive_for(given.model, kv)
     request.progress(f"eager attention, {kv} K and V")
-    eager = answer_eagerly(given, Element(kv), asked)
+    eager = answer_eagerly(given, kv, asked)
     found = answer_in_drive(given, config, asked, progress=request.progress)
     slow = answer_in_drive(given, drive_for(given.model, kv, positions=1), asked[:1])
     alone = answer_in_drive(given, config, asked[:1], share=False)

@@ -11,7 +11,6 @@ pytest.importorskip("transformers", reason="needs the extra transformers")
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from kvattic import TINY, RequestError, cli  # noqa: E402
-from kvattic.spec.formats import Element  # noqa: E402
 from kvattic_sim.lm import adapters  # noqa: E402
 from kvattic_sim.lm.intents import TEST, questions  # noqa: E402
 from kvattic_sim.lm.prompts import Prompt  # noqa: E402
@@ -51,12 +50,13 @@ def asked():
 @pytest.mark.parametrize("kv", slm_intent.KV)
 def test_answers_are_those_of_eager_attention(given, asked, kv):
     config = slm_intent.drive_for(given.model, kv, ROOMY)
-    assert config.element is Element(kv)
+    assert (config.element, config.kv) == slm_intent.KV[kv]
     found = slm_intent.answer_in_drive(given, config, asked)
-    eager = slm_intent.answer_eagerly(given, Element(kv), asked)
+    eager = slm_intent.answer_eagerly(given, kv, asked)
     assert slm_intent.unequal(found, eager) == 0 and len(found.tokens) == len(asked) == 3
-    # All but the last of the shared prompt's tokens, in whole blocks.
-    assert found.shared_tokens == len(given.prompt.shared) // 16 * 16 > 32
+    # All but the last of the shared prompt's tokens, in whole blocks: a page of tokens each.
+    block = 16 * 2 // config.kv.element_bytes
+    assert found.shared_tokens == len(given.prompt.shared) // block * block >= 32
 
 
 def test_a_shared_prompt_is_written_once(given, asked):
@@ -85,7 +85,7 @@ def test_a_slice_of_its_own_numbers(given, asked):
 
 
 def test_a_format_that_the_drive_has_not_is_refused(given, capsys):
-    with pytest.raises(RequestError, match="--kv must be a format that the drive has, fp16 or bf16, not 'q8_0'"):
+    with pytest.raises(RequestError, match="a format that the drive has, fp16, bf16, fp8_e4m3, fp8_e5m2, not 'q8_0'"):
         slm_intent.drive_for(given.model, "q8_0")
     with pytest.raises(RequestError, match="--kv must be a format that the drive has"):
         slm_intent.run(Request(kv="q9"))
