@@ -179,20 +179,22 @@ def answer_in_drive(given: Model, config: Config, asked: Sequence[Question], *, 
     return answers
 
 
-def answer_eagerly(given: Model, kv: str, asked: Sequence[Question]) -> Answers:
+def answer_eagerly(given: Model, kv: str, asked: Sequence[Question], *, share: bool = True) -> Answers:
     """Answer with transformers' eager attention over K, V and queries rounded alike, without a drive.
 
     Args:
         given: the model.
         kv: one of `KV`, in which K and V are stored.
         asked: questions.
+        share: the shared prompt is a pass of its own, once; else each prompt is one pass.
     """
     element, form = format_named(kv)
     model, backend, answers = given.model, REFERENCES[element], Answers()
     shared = RoundedCache(model.config, element, form)
-    model.set_attn_implementation(backend)
-    with torch.inference_mode():
-        model(torch.tensor([given.prompt.shared]), cache=shared, use_cache=True, logits_to_keep=1)
+    if share:
+        model.set_attn_implementation(backend)
+        with torch.inference_mode():
+            model(torch.tensor([given.prompt.shared]), cache=shared, use_cache=True, logits_to_keep=1)
     for question in asked:
         answers.tokens.append(tuple(_generate(model, backend, given.tokens(question), deepcopy(shared))))
     return answers
@@ -274,7 +276,7 @@ def run(request: Request) -> Outcome:
         KvatticError, SimulatorError: see `kvattic.open`.
     """
     kv = request.kv or Element.FP16.value
-    format_named(kv)
+    _, form = format_named(kv)
     asked = list(questions(TEST))
     request.progress("loading SmolLM2-135M-Instruct")
     loaded = smollm2.load()
@@ -287,6 +289,9 @@ def run(request: Request) -> Outcome:
     request.progress(f"eager attention, {kv} K and V")
     eager = answer_eagerly(given, kv, asked)
     found = answer_in_drive(given, config, asked, progress=request.progress)
+    wrong = unequal(found, eager)
+    noise = {} if form is KvFormat.ELEMENT else {
+        "unequal_share_of_eager_attention_in_one_pass": unequal(answer_eagerly(given, kv, asked, share=False), eager)}
     slow = answer_in_drive(given, drive_for(given.model, kv, positions=1), asked[:1])
     alone = answer_in_drive(given, config, asked[:1], share=False)
     piece = sliced(given, kv, asked[0], target=request.target, progress=request.progress)
@@ -308,12 +313,13 @@ def run(request: Request) -> Outcome:
                "(kvattic_sim.lm.train_intents)",
         slice="q, K and V of one layer at the last token of a question's prompt",
         reference="float64 attention of the slice; eager attention over K, V and queries rounded alike for all answers "
-                  "(the error is the share of the answers that differ, if that is larger)",
-        error=max(piece.error, unequal(found, eager)), bit_exact=piece.bit_exact, runs=(piece.run, *runs),
+                  "(the error is the share of the answers that differ, if that is larger; not in 8 bits, where a last "
+                  "bit of float32 decides answers)",
+        error=piece.error if noise else max(piece.error, wrong), bit_exact=piece.bit_exact, runs=(piece.run, *runs),
         figures={
             "accuracy": accuracy(given, asked, found), "accuracy_of_eager_attention": accuracy(given, asked, eager),
             "accuracy_before_training_half_of_the_questions": before, **by_language,
-            "error_of_the_slice": piece.error, "unequal_share_of_the_answers": unequal(found, eager),
+            "error_of_the_slice": piece.error, "unequal_share_of_the_answers": wrong, **noise,
             "mb_of_weights_as_q8_0": given.weights_bytes / 1e6,
             "counted_tokens_shared": float(found.shared_tokens),
             "counted_kb_of_k_and_v_shared_by_all_questions": found.shared_tokens * token / 1e3,
