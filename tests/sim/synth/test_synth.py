@@ -291,10 +291,11 @@ def test_only_what_is_not_kept_is_synthesised(tmp_path, monkeypatch):
     """Yosys is asked for each module once, in batches; equal modules share a result."""
     monkeypatch.setattr(mapping, "ROOT", tmp_path)
     monkeypatch.setattr(mapping, "version", lambda _: "1.0")
-    asked = []
+    asked, folders = [], set()
 
     def run(tool, arguments, log):
         asked.append(tool)
+        folders.add(log.parent)
         source = log.parent / "batch.v"
         names = [line.split()[1].partition("(")[0] for line in source.read_text().split("\n")
                  if line.startswith("module m_")]
@@ -310,6 +311,8 @@ def test_only_what_is_not_kept_is_synthesised(tmp_path, monkeypatch):
     assert len(asked) == 2
     mapped_modules(split(TEXT), "xcup")
     assert len(asked) == 3
+    # Runs side by side do not meet, and leave nothing behind.
+    assert len(folders) == 3 and not any(folder.exists() for folder in folders)
 
 
 def test_help_names_what_may_be_asked_for(capsys):
