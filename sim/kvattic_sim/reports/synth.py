@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvattic.spec.config import LANE_CHANNELS, PRESETS, Config, preset
+from kvattic.spec.formats import KvFormat
 from kvattic.spec.scheduling import channels_of_corrector
 from kvattic.support.terminal import run_command
 from kvattic_hdl import verilog_text
@@ -140,13 +141,15 @@ def _record(design: Design, name: str) -> None:
         record(figures)
 
 
-def _estimate(console: Console, name: str, lane_channels: int | None, families: Sequence[str],
+def _estimate(console: Console, name: str, lane_channels: int | None, kv: str, families: Sequence[str],
               blocks: Sequence[str], paths: int) -> None:
     """Area and timing of a preset."""
     config, title = preset(name), name
+    if kv != config.kv:
+        config, title = replace(config, kv=KvFormat(kv)), f"{name}, {kv}"
     if lane_channels not in (None, config.lane_channels):
         config = config.with_lane_channels(lane_channels)
-        title = f"{name}, {lane_channels} channels a lane"
+        title = f"{title}, {lane_channels} channels a lane"
     with phase(console, f"Yosys: {title} (minutes for each family, seconds if little has changed)") as note:
         design = Design(config, families, note)
     console.print(_blocks(design, title))
@@ -211,6 +214,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--lane-channels", type=int, choices=LANE_CHANNELS,
                         help="channels that share a lane, with as many times the beat and score buffer; as the preset "
                              "has by default; of others no figure is kept")
+    parser.add_argument("--kv", choices=[form.value for form in KvFormat], default=KvFormat.ELEMENT.value,
+                        help="how K and V are stored; of others than %(default)s no figure is kept")
     parser.add_argument("--family", choices=list(FAMILIES), action="append",
                         help="devices, may be given again; the area is the first one's; both by default")
     parser.add_argument("--paths", metavar="BLOCK", action="append", default=[],
@@ -225,7 +230,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     console = make_console(190)
     for name in options.preset or NAMES:
-        _estimate(console, name, options.lane_channels, options.family or FAMILIES, options.paths, options.count)
+        _estimate(console, name, options.lane_channels, options.kv, options.family or FAMILIES, options.paths,
+                  options.count)
     console.print(f"Largest run of Yosys: {peak_gigabytes():.1f} GB", markup=False)
     _route(console, options.route or ("channel", "engine"), options.ecp5_channels)
 
