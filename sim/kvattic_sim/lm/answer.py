@@ -17,6 +17,7 @@ import torch
 import kvattic
 from kvattic.integrations.transformers import NAME, DriveCache, config_for
 from kvattic.spec.formats import Element
+from kvattic_sim.lm.decoding import one_thread
 from kvattic_sim.lm.smollm2 import english, load
 from kvattic_sim.reports.benches.generate import REFERENCES, RoundedCache
 
@@ -65,17 +66,13 @@ def compare(tokens: int = ANSWER, prompt: int = PROMPT,
                                    do_sample=False, eos_token_id=None)
         return found[0, prompt:].tolist(), time.perf_counter() - began
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         progress(f"eager attention: {tokens} tokens after {prompt}")
         expected, eager_seconds = answer(REFERENCES[Element.FP16], RoundedCache(model.config))
         progress(f"the drive (golden device): {tokens} tokens after {prompt}")
         with (kvattic.open("model", config_for(model)) as device,
               DriveCache(device, model.config, capacity_tokens=prompt + tokens) as cache):
             found, seconds = answer(NAME, cache)
-    finally:
-        torch.set_num_threads(threads)
     equal = sum(ours == theirs for ours, theirs in zip(found, expected, strict=True))
     return Comparison(equal / tokens, seconds, eager_seconds)
 

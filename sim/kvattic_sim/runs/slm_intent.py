@@ -5,8 +5,7 @@ q8_0 keeps them, answers the questions of `kvattic_sim.lm.intents` that it was n
 the system prompt in flash; each question is a fork of it.  It needs the extra `quality`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from kvattic.spec.formats import Element, KvFormat
 from kvattic.spec.stored import to_kv_bits
 from kvattic.timing.cost import Cost
 from kvattic_sim.lm import adapters, smollm2
+from kvattic_sim.lm.decoding import one_thread
 from kvattic_sim.lm.intents import INTENTS, LANGUAGES, TEST, Question, questions
 from kvattic_sim.lm.prompts import Prompt
 from kvattic_sim.reports.benches.generate import REFERENCES, RoundedCache
@@ -251,18 +251,8 @@ def _runs(found: Answers, slow: Answers, alone: Answers, config: Config) -> list
         written("one question without sharing: K and V are written", alone.write)]
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The products are small: several threads of torch would wait for each other, on a busy machine for minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@_one_thread()
+# The products are small: several threads of torch would wait for each other, on a busy machine for minutes.
+@one_thread()
 def run(request: Request) -> Outcome:
     """Answer the test's questions in the drive and eagerly.
 
