@@ -15,6 +15,11 @@ Centroids
     layout, as if it were a token.  The mean keys of a stripe fill whole codewords (`centroid_codewords`), which follow
     each other; those of several stripes share a page.
 
+Codes
+    For sparse attention by a copy of K of 2 bits (`kvattic.spec.codes`): a codeword of codes, an octet, has eight
+    features of all tokens of a stripe.  Those of a stripe follow each other, and several stripes share a page, as
+    centroids do.
+
 Stripe
     The tokens of a head are cut into stripes: `stripe_pages` pages of K and as many of V, with consecutive page
     numbers each.  All pages of a stripe lie on one flash channel, or wait in device DRAM, where K and V look the same.
@@ -48,6 +53,8 @@ __all__ = [
     "centroid_codewords",
     "centroid_pages",
     "centroid_place",
+    "codes_pages",
+    "codes_place",
     "kv_bits",
     "mark_whole",
     "mean_keys",
@@ -134,7 +141,7 @@ class Sketches(NamedTuple):
     """Sketch entries taken apart (`commands.SKETCH_ENTRY`), int64 arrays of one shape.
 
     Members:
-        page: first page of the feature layout, or page of the first centroid codeword.
+        page: first page of the feature layout, or page of the first codeword of centroids or codes.
         codeword: of that page; 0 for the feature layout.
         written: 1: the sketch was written.
     """
@@ -492,6 +499,29 @@ def centroid_place(index: int, unit_tokens: int, config: Config) -> tuple[int, i
     return divmod(index * centroid_codewords(unit_tokens, config), config.codewords_per_page)
 
 
+# Codes.
+
+
+def codes_pages(stripes: Any, config: Config) -> Any:
+    """Pages that the codes of some stripes take together.
+
+    Args:
+        stripes: how many, or an integer array.
+        config: geometry, with codes.
+    """
+    return -(-stripes * config.octets // config.codewords_per_page)
+
+
+def codes_place(index: int, config: Config) -> tuple[int, int]:
+    """Page, and codeword of that page, at which the codes of one of several stripes begin.
+
+    Args:
+        index: which of the stripes that share pages.
+        config: geometry, with codes.
+    """
+    return divmod(index * config.octets, config.codewords_per_page)
+
+
 # Page numbers.
 
 
@@ -565,8 +595,8 @@ def pack_sketches(page: ArrayLike, codeword: ArrayLike, written: ArrayLike) -> N
     """Sketch entries (`commands.SKETCH_ENTRY`), one for each stripe.
 
     Args:
-        page: first page of the feature layout, or page of the first centroid codeword; integers that fit the field, or
-            arrays of them.
+        page: first page of the feature layout, or page of the first codeword of centroids or codes; integers that fit
+            the field, or arrays of them.
         codeword: of that page; likewise.
         written: 1: the sketch was written; likewise.
 

@@ -376,7 +376,7 @@ def job_of_reads(config: Config, reads: Iterable[Read], tokens: Sequence[int], *
     sparse = mode is not Mode.DENSE
     unit = unit_tokens or (1 if mode is Mode.SPARF else config.tokens_per_codeword)
     lanes = [LaneWork(tokens=here, units=-(-here // unit) if sparse else 0) for here in tokens]
-    passes = {Kind.FEATURE: FIRST, Kind.SKETCH: FIRST, Kind.KEY: KEY, Kind.VALUE: VALUE}
+    passes = {Kind.FEATURE: FIRST, Kind.CODES: FIRST, Kind.SKETCH: FIRST, Kind.KEY: KEY, Kind.VALUE: VALUE}
     walks = [[_Walk(config) for _ in range(3)] for _ in range(config.channels)]
     seen: dict[tuple[int, Kind], tuple[int, int]] = {}      # the last stripe's number by its pages, and in its list
     stripes = 0
