@@ -204,3 +204,13 @@ def _beats(data: NDArray[np.uint16], config: Config) -> NDArray[np.uint16]:
 def _shifts(beats: int, n: int) -> NDArray[np.uint16]:
     """Of the folded field, which bit is the first of the spare bits of each beat: (beats, 1)."""
     return np.minimum(n * np.arange(beats), FIELD_BITS - 1).astype(np.uint16)[:, None]
+
+
+def field_bits(config: Config) -> int:
+    """Bits of a token's field that are its own codes."""
+    return FIELD_BITS - one_bit_features(config)
+
+
+def level_beats(config: Config) -> int:
+    """Beats of an octet's levels, and of the fields that are folded."""
+    return 2 * OCTET_FEATURES // config.elements_per_beat
