@@ -217,7 +217,7 @@ class Cell(wiring.Component):
         if self.codes_built:   # one of both is zero
             codes_sum = Signal(signed(self.window_bits + 1))
             m.d.comb += codes_sum.eq(self.codes_sum << CODES_SHIFT)
-            addend = addend | codes_sum
+            addend = addend | codes_sum.as_unsigned()
         m.d.comb += [
             read.addr.eq(self.read_address),
             carry.eq(negative & ~drain),
