@@ -55,7 +55,7 @@ def check_codes(config: Config) -> None:
         ConfigError: says why.
     """
     if reason := config.why_no_codes:
-        raise ConfigError(f"this configuration is without codes: {reason} in it")
+        raise ConfigError(f"this configuration is without codes: {reason}")
 
 
 def one_bit_features(config: Config) -> int:

@@ -164,6 +164,11 @@ class Mode(IntEnum):
         """Whether a unit of selection is a token."""
         return self in (Mode.SPARF, Mode.CODES)
 
+    @property
+    def sketch(self) -> "Kind":
+        """What the first pass of a sparse mode reads of stripes that are not attended whole."""
+        return {Mode.CENTROID: Kind.SKETCH, Mode.CODES: Kind.CODES}.get(self, Kind.FEATURE)
+
 
 class Status(IntEnum):
     """How a command ended; `where` of the completion says which place.  NVMe's status code, of type `STATUS_TYPE`."""

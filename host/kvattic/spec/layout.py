@@ -51,10 +51,6 @@ __all__ = [
     "PagePlace",
     "Sketches",
     "centroid_codewords",
-    "centroid_pages",
-    "centroid_place",
-    "codes_pages",
-    "codes_place",
     "kv_bits",
     "mark_whole",
     "mean_keys",
@@ -63,6 +59,8 @@ __all__ = [
     "pack_feature_pages",
     "pack_pages",
     "pack_sketches",
+    "packed_pages",
+    "packed_place",
     "page_number",
     "page_place",
     "storage_bits",
@@ -471,55 +469,29 @@ def centroid_codewords(unit_tokens: int, config: Config) -> int:
     return (config.group_codewords >> unit_bits(unit_tokens, config)) // config.tokens_per_codeword
 
 
-def centroid_pages(stripes: Any, unit_tokens: int, config: Config) -> Any:
-    """Pages that the centroids of some stripes take together.
+# Packed sketches: centroids and codes, of which several stripes share pages.
+
+
+def packed_pages(stripes: Any, codewords: int, config: Config) -> Any:
+    """Pages that a packed sketch of some stripes takes.
 
     Args:
         stripes: how many, or an integer array.
-        unit_tokens: tokens of a unit.
-        config: geometry, with sparse attention.
-
-    Raises:
-        RequestError: unit_tokens is not a valid size of a unit.
+        codewords: of each stripe, a power of two.
+        config: geometry.
     """
-    return -(-stripes * centroid_codewords(unit_tokens, config) // config.codewords_per_page)
+    return -(-stripes * codewords // config.codewords_per_page)
 
 
-def centroid_place(index: int, unit_tokens: int, config: Config) -> tuple[int, int]:
-    """Page, and codeword of that page, at which the centroids of one of several stripes begin.
+def packed_place(index: int, codewords: int, config: Config) -> tuple[int, int]:
+    """Page, and codeword of that page, at which the packed sketch of one of several stripes begins.
 
     Args:
         index: which of the stripes that share pages.
-        unit_tokens: tokens of a unit.
-        config: geometry, with sparse attention.
-
-    Raises:
-        RequestError: unit_tokens is not a valid size of a unit.
+        codewords: of each stripe, a power of two.
+        config: geometry.
     """
-    return divmod(index * centroid_codewords(unit_tokens, config), config.codewords_per_page)
-
-
-# Codes.
-
-
-def codes_pages(stripes: Any, config: Config) -> Any:
-    """Pages that the codes of some stripes take together.
-
-    Args:
-        stripes: how many, or an integer array.
-        config: geometry, with codes.
-    """
-    return -(-stripes * config.octets // config.codewords_per_page)
-
-
-def codes_place(index: int, config: Config) -> tuple[int, int]:
-    """Page, and codeword of that page, at which the codes of one of several stripes begin.
-
-    Args:
-        index: which of the stripes that share pages.
-        config: geometry, with codes.
-    """
-    return divmod(index * config.octets, config.codewords_per_page)
+    return divmod(index * codewords, config.codewords_per_page)
 
 
 # Page numbers.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kvattic.errors import ConfigError, RequestError
-from kvattic.spec import codes, layout
+from kvattic.spec import codes
 from kvattic.spec.config import BOARD, GQA, PAPER, TINY, Config
 from kvattic.spec.elements import from_bits, special, to_bits
 from kvattic.spec.formats import Element, KvFormat
@@ -139,12 +139,6 @@ def test_nan_and_infinity_go_into_the_base(broken: int) -> None:
     # Of a sink it matters to nobody: its score is exact.
     bits[3] = broken
     assert not special(codes.encode(bits, CODES, skip=4).base[0], Element.FP16).any()
-
-
-def test_places_are_shared_by_stripes() -> None:
-    assert [layout.codes_place(i, PAPER) for i in range(3)] == [
-        divmod(i * 16, PAPER.codewords_per_page) for i in range(3)]
-    assert layout.codes_pages(3, PAPER) == -(-48 // PAPER.codewords_per_page)
 
 
 def test_which_configurations_have_codes() -> None:
