@@ -30,10 +30,10 @@ def headers_buffered(config: Config) -> int:
 def header_shape(config: Config) -> data.StructLayout:
     """A codeword that was let through.
 
-    codes: it is an octet of codes (`Config.codes`).  slot; ring (its place in the score ring), token (its first token's number): of a FEATURE those of its stripe, of
+    slot; ring (its place in the score ring), token (its first token's number): of a FEATURE those of its stripe, of
     centroids those of their first unit; into_score: all but V; error; read: it is to be copied.  Sparse
     configurations only: first (it is of the first pass), feature, centroid, number (of the codeword in its stripe),
-    group (its buffer), marks (selected tokens), unit_bits.
+    group (its buffer), marks (selected tokens), unit_bits.  `Config.codes` only: codes: an octet of codes.
     """
     shapes = Shapes(config)
     header = {"ring": shapes.ring, "slot": shapes.slot, "into_score": 1, "token": TOKEN_BITS, "error": 1,

@@ -25,7 +25,7 @@ def stage_shape(config: Config) -> data.StructLayout:
     configurations only: feature: a beat of the feature pass.  harvest: a token of a harvest, whose sums are element
     `element` of word `address`.  clear: it is the word's last one.  element: otherwise that of q, for `feature`.
     `Config.codes` only: levels: a beat of an octet's levels.  swap: its features are those of the upper half of a beat
-    of q.  codes: a beat of an octet's fields, whose tables are in `bank`.  sink: a token of a harvest that has its score.
+    of q.  codes: a beat of an octet's fields, whose tables are in `bank`.  sink: a harvest's token that has its score.
     """
     members = {
         "valid": 1, "into_score": 1, "error": 1, "first": 1, "last": 1, "accumulate": 1,

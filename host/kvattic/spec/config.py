@@ -338,8 +338,6 @@ class Config:
             return f"kv must be {KvFormat.ELEMENT.value}, not {self.kv.value}"
         if self.codeword_bytes not in (256, 512):
             return f"codeword_bytes must be 256 or 512, not {self.codeword_bytes}"
-        if self.elements_per_beat not in (4, 8, 16):
-            return f"beat_bytes must be 8, 16 or 32, not {self.beat_bytes}"
         return ""
 
     @property
