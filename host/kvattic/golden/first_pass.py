@@ -572,15 +572,13 @@ def _score_codes(job: _Job, codes: KeyCodes, sinks: int) -> _Scored:
     levels = special(np.concatenate([coded.base, coded.step], axis=1), job.element).any(axis=1)
     nan_key = lowest(*numbers[::size][job.flash][levels].tolist())
 
-    sink = np.zeros(len(in_flash), np.bool_)
-    read = ~in_flash        # whole codewords
+    exact = ~in_flash
     if job.base_token == 0 and job.flash[:1].any():
-        sink[:sinks] = True
-        read[: -(-sinks // job.layout.tokens_per_codeword) * job.layout.tokens_per_codeword] = True
-    exact = sink | ~in_flash
+        # Whole codewords, as they are read.
+        exact[: -(-sinks // job.layout.tokens_per_codeword) * job.layout.tokens_per_codeword] = True
     if exact.any():
         sums[:, exact], clipped[:, exact], scores[:, exact], saturated[:, exact] = _score_exactly(job, exact)
-        nan_key = lowest(nan_key, first_special_token(job.key[read], numbers[read], job.element, job.end_token))
+        nan_key = lowest(nan_key, first_special_token(job.key[exact], numbers[exact], job.element, job.end_token))
     overflow = overflow or bool(((clipped | saturated) & mask).any())
     return _Scored(np.zeros(0, np.int64), significand, exponent, sums, clipped, saturated, mask, scores, overflow,
                    nan_key)

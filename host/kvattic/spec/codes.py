@@ -60,7 +60,7 @@ def check_codes(config: Config) -> None:
 
 def one_bit_features(config: Config) -> int:
     """Features of each octet, the last ones, whose codes have 1 bit."""
-    return max(1, 512 // config.codeword_bytes)
+    return 512 // config.codeword_bytes
 
 
 def widths(config: Config) -> Integers:
@@ -178,7 +178,6 @@ def unpack(octets: Bytes, config: Config) -> KeyCodes:
     stripes = len(data)
     beats = _beats(data, config)
     spare = (beats >> np.uint16(FIELD_BITS - n)).astype(np.uint32) << _shifts(beats.shape[3], n).astype(np.uint32)
-    spare[:, :, :, (FIELD_BITS - n) // n :] = 0     # longer codewords have more of them than a field takes
     fields = data.copy()
     fields[..., size - FOLDED_TOKENS :] = np.bitwise_or.reduce(spare, axis=3).reshape(stripes, config.octets, -1)
     places, masks = _places(n), np.uint16((1 << widths(config)[:OCTET_FEATURES]) - 1)
@@ -204,3 +203,13 @@ def _beats(data: NDArray[np.uint16], config: Config) -> NDArray[np.uint16]:
 def _shifts(beats: int, n: int) -> NDArray[np.uint16]:
     """Of the folded field, which bit is the first of the spare bits of each beat: (beats, 1)."""
     return np.minimum(n * np.arange(beats), FIELD_BITS - 1).astype(np.uint16)[:, None]
+
+
+def field_bits(config: Config) -> int:
+    """Bits of a token's field that are its own codes."""
+    return FIELD_BITS - one_bit_features(config)
+
+
+def level_beats(config: Config) -> int:
+    """Beats of an octet's levels, and of the fields that are folded."""
+    return 2 * OCTET_FEATURES // config.elements_per_beat

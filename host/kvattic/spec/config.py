@@ -336,10 +336,8 @@ class Config:
             return "sparse must be True"
         if self.kv is not KvFormat.ELEMENT:
             return f"kv must be {KvFormat.ELEMENT.value}, not {self.kv.value}"
-        if self.codeword_bytes < 256:
-            return f"codeword_bytes must be at least 256, not {self.codeword_bytes}"
-        if self.elements_per_beat not in (8, 16):
-            return f"beat_bytes must be 16 or 32, not {self.beat_bytes}"
+        if self.codeword_bytes not in (256, 512):
+            return f"codeword_bytes must be 256 or 512, not {self.codeword_bytes}"
         return ""
 
     @property

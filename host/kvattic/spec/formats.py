@@ -94,6 +94,8 @@ CODES_BITS = 20
 """Bits of an entry, sign included."""
 CODES_SHIFT = SCORE_WINDOW_FRACTION - CODES_FRACTION
 """Bits that a product in the score window loses when it becomes part of an entry."""
+CODES_SUM_BITS = CODES_BITS + 2
+"""Bits of what a token's codes of an octet add to its score sum, sign included."""
 CODES_LIMIT = (1 << (CODES_BITS - 1)) - 1
 """The largest magnitude of a product that becomes part of an entry; larger ones are clipped to it."""
 

@@ -19,7 +19,7 @@ from kvattic.spec import codes, layout
 from kvattic.spec.commands import Status, query_row_bytes, result_row_bytes
 from kvattic.spec.config import TINY, Config
 from kvattic.spec.elements import from_bits, to_bits
-from kvattic.spec.formats import Element
+from kvattic.spec.formats import Element, KvFormat
 from kvattic.spec.layout import page_place
 from kvattic.spec.nand import TINY_PART
 
@@ -550,8 +550,8 @@ def test_sequences_without_what_a_mode_reads():
 
 def test_codes_that_cannot_be():
     query = np.ones((1, 1, 32))
-    with (Device(GoldenDevice(TINY)) as device,
-          pytest.raises(ConfigError, match="without codes: beat_bytes must be 16 or 32, not 8")):
+    with (Device(GoldenDevice(replace(TINY, kv=KvFormat.FP8_E4M3))) as device,
+          pytest.raises(ConfigError, match="without codes: kv must be element, not fp8_e4m3")):
         device.create_sequence(1, capacity_tokens=300, codes=True)
     with Device(GoldenDevice(WIDE)) as device:
         with pytest.raises(RequestError, match="codes must be a bool, not 2"):

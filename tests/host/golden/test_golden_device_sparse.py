@@ -31,7 +31,7 @@ from kvattic.spec.commands import (
 )
 from kvattic.spec.config import TINY as NARROW
 from kvattic.spec.elements import from_bits, to_bits
-from kvattic.spec.formats import Element
+from kvattic.spec.formats import Element, KvFormat
 from kvattic.spec.registers import Control, StatusBit
 
 TINY = replace(NARROW, beat_bytes=16)
@@ -387,7 +387,7 @@ def test_lost_sinks(bench):
 
 def test_codes_need_a_configuration_with_them():
     bench = Bench.__new__(Bench)
-    bench.device = GoldenDevice(NARROW, memory_bytes=1 << 16)
+    bench.device = GoldenDevice(replace(NARROW, kv=KvFormat.FP8_E4M3), memory_bytes=1 << 16)
     bench.open()
     assert bench.run(COMMAND.pack(**bench.fields(Mode.CODES)))[0].status is Status.INVALID_FIELD
 

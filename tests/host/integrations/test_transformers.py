@@ -40,7 +40,7 @@ from kvattic.integrations.backend import attention
 from kvattic.integrations.configuration import longest_window
 from kvattic.integrations.masks import make_mask, read_mask
 from kvattic.integrations.transformers import NAME, DriveCache, DriveLayer, config_for, round_to_storage
-from kvattic.spec.formats import Element
+from kvattic.spec.formats import Element, KvFormat
 from kvattic_sim.lm import huggingface as lm
 from kvattic_sim.lm import model as numpy_lm
 from kvattic_sim.reports.benches import generate as bench
@@ -510,8 +510,8 @@ def test_sparse_modes_need_a_drive_that_has_them(drive):
     with pytest.raises(ConfigError, match="mode centroid: the drive is without sparse attention"):
         DriveCache(drive(model, "paper"), model.config, mode="centroid", top_units=4)
     model = small()
-    with pytest.raises(ConfigError, match="mode codes: the drive is without codes: beat_bytes must be 16 or 32, not 8"):
-        DriveCache(drive(model, "tiny"), model.config, mode="codes", top_units=4)
+    with pytest.raises(ConfigError, match="mode codes: the drive is without codes: kv must be element, not fp8_e4m3"):
+        DriveCache(drive(model, kv=KvFormat.FP8_E4M3), model.config, mode="codes", top_units=4)
     with pytest.raises(TypeError, match="no option 'codes'"):
         DriveCache(drive(model), model.config, codes=True)
 

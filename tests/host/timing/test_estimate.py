@@ -9,6 +9,7 @@ from tests.host.timing.recorded import POINTS
 from kvattic.errors import ConfigError, RequestError
 from kvattic.spec.commands import Kind, Mode
 from kvattic.spec.config import BOARD, GQA, PAPER, TINY
+from kvattic.spec.formats import KvFormat
 from kvattic.spec.nand import PARTS
 from kvattic.timing import Job, Layer, Operation, Read, Stripe, attend_job, estimate, in_turn, job_of_reads, seconds
 
@@ -323,7 +324,7 @@ def test_the_same_work_takes_the_same_time():
      RequestError, "top_units must be 1 to 256"),
     (lambda: list(Layer(PAPER, 1, 256, features=True).attend(mode=Mode.CODES, top_units=1)), RequestError,
      "mode codes reads codes, which this layer is without"),
-    (lambda: Layer(TINY, 1, 128, codes=True), ConfigError, "without codes: beat_bytes must be 16 or 32"),
+    (lambda: Layer(replace(TINY, kv=KvFormat.FP8_E4M3), 1, 128, codes=True), ConfigError, "without codes: kv must be"),
     (lambda: list(Layer(PAPER, 1, 256, centroids=64).attend(mode=Mode.CENTROID, unit_tokens=32, top_units=1)),
      RequestError, "those of the centroids, 64"),
     (lambda: list(Layer(PAPER, 1, 256).attend(rows=2)), RequestError, "rows must be 1 to 1"),

@@ -8,6 +8,7 @@ import pytest
 import kvattic
 from kvattic.errors import ConfigError, RequestError
 from kvattic.spec.config import PAPER, TINY
+from kvattic.spec.formats import KvFormat
 from kvattic.timing.life import Life, programmed_bytes
 
 OPT_13B = {"layers": 40, "kv_heads": 40}
@@ -65,8 +66,8 @@ def test_numbers_without_meaning_are_refused(make, message):
 
 
 def test_codes_need_a_configuration_with_them():
-    with pytest.raises(ConfigError, match="without codes: beat_bytes must be 16 or 32, not 8"):
-        programmed_bytes(TINY, layers=1, kv_heads=1, codes=True)
+    with pytest.raises(ConfigError, match="without codes: kv must be element, not fp8_e4m3"):
+        programmed_bytes(replace(TINY, kv=KvFormat.FP8_E4M3), layers=1, kv_heads=1, codes=True)
     # A feature of a token has 2 bits, and the levels take their room from the last few of them.
     share = programmed_bytes(PAPER, layers=1, kv_heads=1, codes=True) / programmed_bytes(PAPER, layers=1, kv_heads=1)
     assert share == 1 + 1 / 16
