@@ -95,7 +95,8 @@ def _measure(lab: Lab, load: Load, name: str) -> dict[str, Usage]:
         lab.progress(f"drive, {name}: checking {way}", 0, None)
         equal = equal_bits(load.attention, found[way][0], config, how)
         if not equal.all():
-            raise WrongResultError(f"{name}, {way}: {(~equal).sum()} of {load.heads} KV heads differ from the golden device")
+            raise WrongResultError(
+                f"{name}, {way}: {(~equal).sum()} of {load.heads} KV heads differ from the golden device")
     return {way: usage for way, (_, usage) in found.items()}
 
 
