@@ -14,7 +14,7 @@ from kvattic_sim.compare import BOUND, equal_bits, exact_attention, oracle_error
 from kvattic_sim.workloads import DENSE, Attention, ModeSettings, decode, live, minilm_life, topical
 
 SPARSE = [ModeSettings(mode=mode) for mode in ("sparf", "fetched", "centroid", "codes")]
-CONFIG = replace(TINY, beat_bytes=16, part=replace(TINY.part, blocks=32))
+CONFIG = replace(TINY, part=replace(TINY.part, blocks=32))
 
 
 def attended(attention: Attention, options: ModeSettings) -> AttendResult:

@@ -498,7 +498,7 @@ class Coded(Stateless):
     """The drive's mode CODES: tokens chosen by scores of codes of all features of K, blended as SparF.
 
     Codes are the drive's, of codewords of 512 bytes (`kvattic.spec.codes`); an octet of them is one codeword. Sinks are
-    scored exactly in the first pass, as the tail is. The truncation of codes' scores (docs/numerics.md) is left out.
+    scored exactly in the first pass, with their codewords, as the tail is. The truncation of codes' scores (docs/numerics.md) is left out.
 
     Members:
         share: k as a share of the tokens in flash; the tail comes on top.
@@ -521,10 +521,10 @@ class Coded(Stateless):
         rough = np.zeros_like(key)
         if whole:
             rough[:whole] = drive_codes(key[:whole], self.sinks)
-        mass = _approximate(steps, key.shape[1], rough, self.sinks)
+        together = _codeword_tokens(key) // (2 if self.pairs else 1)
+        mass = _approximate(steps, key.shape[1], rough, -(-self.sinks // together) * together)
         wanted = share_of(self.share, steps.flash)
         attended = steps.tail | _choose(steps, mass, wanted, share_of(self.local, wanted, 0), 1, self.sinks)
-        together = _codeword_tokens(key) // (2 if self.pairs else 1)
         first = steps.flash // GROUP * octets(key.shape[1]) - (-np.minimum(self.sinks, steps.flash) // together)
         second = steps.touched(attended, together) * (1 if self.pairs else 2)
         return _blend(steps, mass, attended, first * CODEWORD_BYTES, second * CODEWORD_BYTES)

@@ -112,11 +112,6 @@ def show_total(console: Console, config: Config, total: Usage, seconds: float, s
             console.print(f"  waves: {run.waves}\n")
 
 
-def with_mode(config: Config, mode: str) -> Config:
-    """A small configuration, with beats as wide as codes need them if the mode reads codes."""
-    return replace(config, beat_bytes=16) if mode == "codes" and not config.codes else config
-
-
 def build(console: Console, config: Config, simulator: Simulator, *, waves: bool = False) -> Model:
     """Compile a drive, or take the one that was compiled before, and show the stages."""
     with building(console):
@@ -206,13 +201,12 @@ def small_job(console: Console, simulator: Simulator, size: Size, sparse: ModeSe
         sparse: which tokens the sparse queries attend; None: there are none.
         waves: record waves.
     """
-    config = with_mode(SMALL, sparse.mode if sparse else "dense")
-    model = build(console, config, simulator, waves=waves)
+    model = build(console, SMALL, simulator, waves=waves)
     life = minilm_life(heads=size.heads, positions=size.positions, sparse_positions=size.sparse_positions,
                        appended=APPENDED, second_tokens=SECOND_TOKENS, sparse=sparse)
     asked = f"{size.positions} positions" + (f", {size.sparse_positions} of them {sparse.mode}" if sparse else "")
     title = f"A MiniLM layer on real text: {size.heads} heads, 512 tokens, {asked}"
-    return run_life(console, title, config, model, life)
+    return run_life(console, title, SMALL, model, life)
 
 
 # The full job.
@@ -231,11 +225,11 @@ def full_job(console: Console, simulator: Simulator, size: Size, options: ModeSe
         layers: of MiniLM.
         waves: record waves.
     """
-    good, config, of_minilm = True, PRESETS[preset], with_mode(MINILM, options.mode)
+    good, config = True, PRESETS[preset]
     suffix = "" if options == DENSE else f", {options.mode}"
     # The second model is compiled while the first one runs.
     with ThreadPoolExecutor(1) as builder:
-        model = build(console, of_minilm, simulator, waves=waves) if size.heads else None
+        model = build(console, MINILM, simulator, waves=waves) if size.heads else None
         later = builder.submit(build_testbench, config, simulator) if size.decode_heads else None
         for layer in layers:
             if model is None:
@@ -243,7 +237,7 @@ def full_job(console: Console, simulator: Simulator, size: Size, options: ModeSe
             title = (f"MiniLM layer {layer} on real text: {size.heads} heads, {size.positions} positions, "
                      f"512 tokens{suffix}")
             attention = cut(minilm(layer), heads=size.heads, positions=size.positions)
-            good &= run_heads(console, title, of_minilm, attention, model, options)
+            good &= run_heads(console, title, MINILM, attention, model, options)
         if later is not None:
             with building(console):
                 model = later.result()

@@ -1,7 +1,6 @@
 """The golden device's queues, owners and admin commands: refusals, rings, interrupts, isolation, random commands."""
 
 import random
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -32,8 +31,7 @@ from kvattic.spec.commands import (
     fp32_block_bytes,
     query_row_bytes,
 )
-from kvattic.spec.config import TINY as NARROW
-from kvattic.spec.config import Config
+from kvattic.spec.config import TINY, Config
 from kvattic.spec.layout import Block
 from kvattic.spec.registers import COUNTERS, MAX_ENTRIES, MAX_REGIONS, QUEUES, Control, StatusBit
 
@@ -41,8 +39,6 @@ WINDOW = (0x1000, 0x8000)
 QUERY, RESULT, TABLE, BLOCK = 0x1000, 0x2000, 0x3000, 0x4000
 RINGS = 0x10000
 MEMORY = 1 << 17
-TINY = replace(NARROW, beat_bytes=16)
-"""With beats wide enough for codes."""
 ZONE = 1 << TINY.zone_page_bits
 PROBE = FLASH_COMMAND.pack(opcode=Opcode.PROBE)
 

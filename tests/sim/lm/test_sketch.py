@@ -147,7 +147,7 @@ def test_codes_are_the_oracles_of_the_drives_codes(pairs):
         tail = np.arange(length) >= flash
         wanted = round(flash / 8)
         right = oracle.codes(query[at], key[:length], value[:length], 32**-0.5, estimate=estimate, top_units=wanted,
-                             sinks=5, tail=tail, local_tokens=round(wanted / 4))
+                             sinks=5, tail=tail, local_tokens=round(wanted / 4), codeword_tokens=4 if pairs else 8)
         assert np.array_equal(found.attended[at, :length], right.attended[0])
         assert np.abs(found.output[at] - right.output).max() < 1e-6
         # 4 octets for each stripe; codewords of 8 tokens of K or V, or of 4 of both.

@@ -10,7 +10,6 @@ import pytest
 pytest.importorskip("cocotb", reason="pip install 'kvattic[sim]'")
 
 import kvattic
-from kvattic.spec.config import PAPER
 from kvattic_sim.reports import drive
 from kvattic_sim.rtl.jobs import Run
 from kvattic_sim.simulators import progress
@@ -121,10 +120,3 @@ def test_how_much_is_done(monkeypatch: Any, arguments: list[str], size: tuple[in
     assert name == ("full_job" if "--full" in arguments or "--preset" in arguments else "small_job")
     assert simulator is (Simulator.ICARUS if "icarus" in arguments else Simulator.VERILATOR)
     assert (found.heads, found.positions, found.sparse_positions, found.decode_heads) == size
-
-
-def test_small_drives_have_codes_where_they_are_asked_for():
-    for config in (drive.SMALL, drive.MINILM):
-        assert not config.codes and drive.with_mode(config, "codes").codes
-        assert drive.with_mode(config, "sparf") is config
-    assert drive.with_mode(PAPER, "codes") is PAPER
