@@ -497,9 +497,9 @@ class Sketched(Stateless):
 class Coded(Stateless):
     """The drive's mode CODES: tokens chosen by scores of codes of all features of K, blended as SparF.
 
-    Codes are the drive's, of codewords of 512 bytes (`kvattic.spec.codes`); an octet of them is one codeword. Sinks are
-    scored exactly in the first pass, with their codewords, as the tail is. The truncation of codes' scores
-    (docs/numerics.md) is left out.
+    Codes are the drive's, of codewords of 512 bytes (`kvattic.spec.codes`); an octet of them is one codeword. The first
+    pass scores the tail exactly, and the codewords that hold sinks. The truncation of codes' scores (docs/numerics.md)
+    is left out.
 
     Members:
         share: k as a share of the tokens in flash; the tail comes on top.
