@@ -22,7 +22,7 @@ KEY = "sparse.causal.equal"
 MODES: dict[str, dict[str, Any]] = {
     "dense": {}, "sparf": {"features": 8, "top_units": 40, "local_tokens": 3},
     "fetched": {"features": 8, "top_units": 12, "unit_tokens": 8},
-    "centroid": {"top_units": 9, "local_tokens": 17}}
+    "centroid": {"top_units": 9, "local_tokens": 17}, "codes": {"top_units": 40, "local_tokens": 3}}
 FIRST, LAST = 240, 290
 """Positions of the trial: a stripe (128 tokens of `tiny`) ends among them."""
 HELD = 32
@@ -52,7 +52,7 @@ def _tokens(config: Config, seed: int) -> _Tokens:
 
 def _begin(device: Device, right: _Tokens) -> Sequence:
     """A sequence with the first tokens, and room to take drafts back."""
-    sequence = device.create_sequence(1, capacity_tokens=512, sparse=True, centroids=8, sinks=5)
+    sequence = device.create_sequence(1, capacity_tokens=512, sparse=True, centroids=8, codes=True, sinks=5)
     sequence.held_tokens = HELD
     sequence.prefill(right.key[:, :FIRST], right.value[:, :FIRST])
     return sequence

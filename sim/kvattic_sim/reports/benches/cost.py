@@ -24,7 +24,7 @@ LAYERS, TOKENS, BATCH = 40, 2048, 64
 SAMPLE = 80
 """Jobs of a step that are modelled; the others go on at their rate."""
 MODES = {
-    "dense": Mode.DENSE, "sparf": Mode.SPARF, "fetched": Mode.FETCHED, "centroid": Mode.CENTROID}
+    "dense": Mode.DENSE, "sparf": Mode.SPARF, "fetched": Mode.FETCHED, "centroid": Mode.CENTROID, "codes": Mode.CODES}
 ENERGY_KEYS = tuple(f"energy.token_mj.{mode}{bound}" for mode in MODES for bound in ("", ".low", ".high"))
 NOTES: dict[str, dict[str, Any]] = {"dense": {}, "sparf": {"mode": "sparf", "features": 16, "top_units": 64}}
 NOTES_KEYS = tuple(f"host.notes_ratio.{mode}" for mode in NOTES)
@@ -51,8 +51,8 @@ def token_energy(mode: Mode, config: Config = PAPER) -> Range:
     jobs = HEADS * BATCH
     found = estimate(config, step_jobs(config, SAMPLE, TOKENS, mode), in_all=jobs)
     attend = energy_of(config, _work(config, found, jobs, mode)).joules * (LAYERS / BATCH)
-    written = programmed_bytes(config, layers=LAYERS, kv_heads=HEADS, features=mode.blended,
-                               centroids=UNIT if mode is Mode.CENTROID else None)
+    written = programmed_bytes(config, layers=LAYERS, kv_heads=HEADS, features=mode.featured,
+                               centroids=UNIT if mode is Mode.CENTROID else None, codes=mode is Mode.CODES)
     # A thousand tokens, because one programs a part of a page.
     pages = round(1000 * written / config.page_bytes)
     writing = energy_of(config, Work(page_programs=pages, bus_bytes=pages * config.raw_page_bytes,

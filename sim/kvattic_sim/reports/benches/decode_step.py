@@ -26,7 +26,8 @@ def step_layer(config: Config, heads: int, tokens: int, mode: Mode) -> Layer:
         tokens: of each.
         mode: of the attends.
     """
-    return Layer(config, heads, tokens, features=mode.blended, centroids=UNIT if mode is Mode.CENTROID else 0)
+    return Layer(config, heads, tokens, features=mode.featured, centroids=UNIT if mode is Mode.CENTROID else 0,
+                 codes=mode is Mode.CODES)
 
 
 def step_jobs(config: Config, heads: int, tokens: int, mode: Mode, *, seed: int = 0) -> list[Job]:
@@ -41,5 +42,5 @@ def step_jobs(config: Config, heads: int, tokens: int, mode: Mode, *, seed: int 
     """
     unit = {Mode.FETCHED: config.tokens_per_codeword, Mode.CENTROID: UNIT}.get(mode, 1)
     return list(step_layer(config, heads, tokens, mode).attend(
-        mode=mode, features=config.head_dim // 8 if mode.blended else 0,
+        mode=mode, features=config.head_dim // 8 if mode.featured else 0,
         top_units=0 if mode is Mode.DENSE else tokens // 16 // unit, seed=seed))
