@@ -211,7 +211,7 @@ class Front(wiring.Component):
         if self.config.sparse:
             m.d.comb += [operands.feature.eq(at_1.feature), operands.element.eq(at_1.element)]
         if self.config.codes:
-            m.d.comb += [operands.levels.eq(at_1.levels), operands.swap.eq(at_1.swap)]
+            m.d.comb += [operands.upper.eq(at_1.upper), operands.lower.eq(at_1.lower)]
         for r, row in enumerate(cells):
             for e, cell in enumerate(row):
                 m.d.comb += [

@@ -12,7 +12,7 @@ from kvattic_hdl.datapath.codes import BANKS, BUILD_CYCLES
 from kvattic_hdl.datapath.score import score_interval, scored_token
 from kvattic_hdl.lane.arrivals import header_shape
 from kvattic_hdl.lane.first_pass import harvest_shape
-from kvattic_hdl.lane.octets import OctetTurns, level_query_beat, swaps_halves
+from kvattic_hdl.lane.octets import OctetTurns, halves_taken, level_query_beat
 from kvattic_hdl.lib.arithmetic import times
 from kvattic_hdl.lib.shapes import ACCUMULATE_CYCLES, Shapes
 
@@ -24,8 +24,9 @@ def stage_shape(config: Config) -> data.StructLayout:
     token.  accumulate: its products are added to word `address` of the accumulators.  where: the beat's token.  Sparse
     configurations only: feature: a beat of the feature pass.  harvest: a token of a harvest, whose sums are element
     `element` of word `address`.  clear: it is the word's last one.  element: otherwise that of q, for `feature`.
-    `Config.codes` only: levels: a beat of an octet's levels.  swap: its features are those of the upper half of a beat
-    of q.  codes: a beat of an octet's fields, whose tables are in `bank`.  sink: a harvest's token that has its score.
+    `Config.codes` only: levels: a beat of an octet's levels.  upper, lower: it takes the upper (lower) half of a beat
+    of q twice.  codes: a beat of an octet's fields, whose tables are in `bank`.  sink: of a harvest, a token that has
+    its score.
     """
     members = {
         "valid": 1, "into_score": 1, "error": 1, "first": 1, "last": 1, "accumulate": 1,
@@ -33,7 +34,7 @@ def stage_shape(config: Config) -> data.StructLayout:
     if config.sparse:
         members |= {"feature": 1, "harvest": 1, "clear": 1, "element": ceil_log2(config.elements_per_beat)}
     if config.codes:
-        members |= {"levels": 1, "swap": 1, "codes": 1, "bank": range(BANKS), "sink": 1}
+        members |= {"levels": 1, "upper": 1, "lower": 1, "codes": 1, "bank": range(BANKS), "sink": 1}
     return data.StructLayout(members)
 
 
@@ -387,7 +388,7 @@ class Issue(wiring.Component):
             levels_wait.eq(header.codes & (self.level_index == 0) & ~turns.room),
             self.fields_issued.eq(fields),
             stage.levels.eq(self.beat_ready & header.codes),
-            stage.swap.eq(swaps_halves(config, octet)),
+            Cat(stage.upper, stage.lower).eq(Mux(header.codes, halves_taken(config, octet), 0)),
             stage.codes.eq(fields),
             stage.bank.eq(turns.bank),
         ]

@@ -53,16 +53,20 @@ class OctetQueue(wiring.Component):
         beat, valid = self.beats_i.payload, self.beats_i.valid
         field_beats = (config.group_tokens - FOLDED_TOKENS) // config.elements_per_beat
         held, octet = Signal(), Signal()
-        number = Signal(range(config.group_words))   # of the octet's beat
+        number = Signal(range(config.group_words))   # of the octet's beat; 0 again behind its last one
         levels = Signal()
         m.d.comb += [
             octet.eq(Mux(self.begins, self.octet, held)),
-            levels.eq(~self.begins & (number >= field_beats)),
             self.beats_o.payload.eq(beat),
             self.beats_o.valid.eq(valid & (~octet | levels)),
         ]
         with m.If(valid):
-            m.d.sync += [held.eq(octet), number.eq(Mux(self.begins, 1, number + 1))]
+            m.d.sync += held.eq(octet)
+        with m.If(valid & octet):
+            m.d.sync += [
+                number.eq(number + 1),
+                levels.eq((number >= field_beats - 1) & (number != config.group_words - 1)),
+            ]
         folded = self._unfold(m, valid & octet, levels, field_beats)
 
         m.submodules.queue = queue = Memory(
@@ -184,6 +188,6 @@ def level_query_beat(config: Config, octet: Value, level: Value) -> Value:
     return octet[1:] if elements == 16 else octet
 
 
-def swaps_halves(config: Config, octet: Value) -> Value:
-    """Whether the octet's features are the upper half of that beat of q (both halves of its levels take them)."""
-    return octet[0] if config.elements_per_beat == 16 else Const(0, 1)
+def halves_taken(config: Config, octet: Value) -> Value:
+    """Of a beat of q that has two octets' features: whether the levels take its upper half twice, or its lower one."""
+    return Cat(octet[0], ~octet[0]) if config.elements_per_beat == 16 else Const(0, 2)

@@ -30,7 +30,7 @@ SEPARATE_BUS = replace(PAPER, part=replace(PAPER.part, name="pslc, separate comm
 """The paper's drive with JESD230G's separate command and address bus, nothing else changed."""
 SPARF = ModeSettings(mode="sparf", features=PAPER.head_dim // 8, top_units=TOKENS // 16)
 FETCHED = ModeSettings(mode="fetched", features=PAPER.head_dim // 8, top_units=TOKENS // 32)
-CODES = ModeSettings(mode="codes", top_units=TOKENS // 32)
+CODES = ModeSettings(mode="codes", top_units=160)
 """As far off dense attention as SPARF with twice as many tokens, or less (docs/quality.md)."""
 CENTROID = ModeSettings(mode="centroid", unit_tokens=PAGE, top_units=TOKENS // 8 // PAGE)
 
