@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from kvattic.driver.jobs import Job, ReadJob, job_bytes
 from kvattic.spec import layout
+from kvattic.spec.codes import octet_beats
 from kvattic.spec.commands import LINE_BYTES, Completion, Kind, Mode
-from kvattic.spec.config import Config
+from kvattic.spec.config import OCTET_FEATURES, Config
 from kvattic.timing import JobTimes, Stripe, attend_job, estimate
 from kvattic.timing.cost import KINDS, Cost
 from kvattic.timing.record import Batch, CommandRecord, Counts, Sampler, dense_counts
@@ -93,7 +94,9 @@ def job_account(config: Config, job: Job, passage: Passage, table: NDArray[np.ui
         return JobAccount(config, passage, record.counts, job.rows, link)
     counts = _counts(config, job, table)
     # What a sparse job selected is the rest of the lanes' beats.
-    rest = passage.beats - (sum(counts.flash) + sum(counts.dram)) * config.beats_per_codeword
+    octets = counts.flash[Kind.CODES]
+    whole = sum(counts.flash) + sum(counts.dram) - octets
+    rest = passage.beats - whole * config.beats_per_codeword - octets * octet_beats(config)
     return JobAccount(config, passage, counts, job.rows, link, 0 if job.mode is Mode.DENSE else rest)
 
 
@@ -171,8 +174,10 @@ def _counted(config: Config, jobs: Mapping[tuple[Counts, int, int, int], int]) -
         pages = None if pages is None or counts.page_reads is None else pages + number * counts.page_reads
         link += number * link_bytes
         unsplit += number * beats
-        read = (sum(counts.flash) + sum(counts.dram)) * config.codeword_bytes + beats * beat
-        macs += number * (rows * read // config.kv_element_bytes)
+        octets = counts.flash[Kind.CODES]
+        read = (sum(counts.flash) + sum(counts.dram) - octets) * config.codeword_bytes + beats * beat
+        # Of an octet the levels alone are multiplied.
+        macs += number * rows * (read // config.kv_element_bytes + 2 * OCTET_FEATURES * octets)
     size = config.codeword_bytes
     flash_bytes = {name: size * flash[kind] for kind, name in enumerate(KINDS)}
     for kind in (Kind.KEY, Kind.VALUE):

@@ -6,6 +6,7 @@ import numpy as np
 
 from kvattic.golden.flash import Flash
 from kvattic.golden.registers import Registers
+from kvattic.spec.codes import octet_beats
 from kvattic.spec.commands import Kind
 from kvattic.spec.config import PAGE_NUMBER_BITS, Config
 from kvattic.spec.elements import Bytes, Integers
@@ -115,7 +116,8 @@ class Storage:
             one, or None.
         """
         page &= (1 << PAGE_NUMBER_BITS) - 1
-        self._registers.count("BEATS", len(codewords) * self._config.beats_per_codeword)
+        beats = octet_beats(self._config) if kind is Kind.CODES else self._config.beats_per_codeword
+        self._registers.count("BEATS", len(codewords) * beats)
         self._recorder.read(kind, channel, page, codewords, dram=dram)
         if dram:
             self.traffic.dram[kind] += len(codewords)

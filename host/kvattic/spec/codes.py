@@ -25,8 +25,8 @@ from kvattic.spec.config import OCTET_FEATURES, Config
 from kvattic.spec.elements import Bits, Bytes, Integers, from_bits, to_bits
 from kvattic.spec.formats import Element
 
-__all__ = ["FOLDED_TOKENS", "KeyCodes", "check_codes", "decode", "encode", "one_bit_features", "pack", "unpack",
-           "widths"]
+__all__ = ["FOLDED_TOKENS", "KeyCodes", "check_codes", "decode", "encode", "field_bits", "level_beats",
+           "octet_beats", "one_bit_features", "pack", "unpack", "widths"]
 
 FOLDED_TOKENS = 16
 """Tokens of a stripe whose fields lie in the spare bits of the others: their room is that of the levels."""
@@ -213,3 +213,8 @@ def field_bits(config: Config) -> int:
 def level_beats(config: Config) -> int:
     """Beats of an octet's levels, and of the fields that are folded."""
     return 2 * OCTET_FEATURES // config.elements_per_beat
+
+
+def octet_beats(config: Config) -> int:
+    """Beats that a lane makes of an octet: its levels, and the fields of all tokens."""
+    return config.group_words + level_beats(config)

@@ -10,7 +10,7 @@ import numpy as np
 
 import kvattic
 from kvattic.spec.commands import LINE_BYTES, Mode, query_row_bytes, result_row_bytes, table_bytes
-from kvattic.spec.config import PAPER, Config
+from kvattic.spec.config import OCTET_FEATURES, PAPER, Config
 from kvattic.timing import Estimate, estimate
 from kvattic.timing.energy import Range, Work, energy_of
 from kvattic.timing.life import programmed_bytes
@@ -35,10 +35,11 @@ def _work(config: Config, found: Estimate, jobs: int, mode: Mode) -> Work:
     """What jobs of the same kind do."""
     stripes = -(-TOKENS // (config.group_tokens if mode is not Mode.DENSE else config.tokens_per_page))
     blocks = config.rows * (query_row_bytes(config.head_dim) + result_row_bytes(config.head_dim))
-    codewords = sum(found.codewords.values())
+    octets = found.codewords["codes"]
+    macs = (sum(found.codewords.values()) - octets) * config.codeword_bytes // config.kv_element_bytes
     return Work(page_reads=found.page_reads, bus_bytes=found.flash_bytes,
                 link_bytes=jobs * (blocks + table_bytes(mode, stripes, config.head_dim) + 2 * LINE_BYTES),
-                macs=config.rows * codewords * config.codeword_bytes // config.kv_element_bytes, seconds=found.seconds)
+                macs=config.rows * (macs + 2 * OCTET_FEATURES * octets), seconds=found.seconds)
 
 
 def token_energy(mode: Mode, config: Config = PAPER) -> Range:
