@@ -173,6 +173,9 @@ HALVES = replace(TWO_ROWS, lane_channels=2, beat_bytes=16)
         (HALVES, SPARF, 0, 1.0),
         (HALVES, FETCHED, HALVES.unit_bits_max, 0.8),
         (HALVES, CENTROID, 0, 1.0),
+        *((replace(config, rows=1), mode, unit_bits, grant)
+          for config, grant in ((PAIRS, 0.8), (FOURS, 1.0), (HALVES, 0.9))
+          for mode, unit_bits in ((SPARF, 0), (FETCHED, 0), (FETCHED, config.unit_bits_max), (CENTROID, 1))),
     ],
 )
 @pytest.mark.parametrize("kept", [4, KEPT])
@@ -255,15 +258,19 @@ def test_mass_saturates():
     simulate(config, 3, bench)
 
 
-def test_cycles():
-    """The figures of the class's documentation: 512 tokens, one row, the score memory free."""
-    config = PAPER.with_lane_channels(1)
+@pytest.mark.parametrize(("rows", "figures"), [
+    (1, [[536, 538, 536, 537], [152, 139, 152, 281]]),
+    (2, [[535, 523, 538, 527], [151, 139, 154, 266]]),
+])
+def test_cycles(rows, figures):
+    """The figures of the class's documentation: 512 tokens, a job of one row, the score memory free."""
+    config = replace(PAPER.with_lane_channels(1), rows=rows)
     size = config.group_tokens
     cycles = {}
 
     async def bench(ctx, dut, model):
         rng = np.random.default_rng(4)
-        job = make_job(config, rng, SPARF, stripes=2, tail=[0, 0], end=2 * size, local=0, sinks=0)
+        job = make_job(config, rng, SPARF, stripes=2, rows=1, tail=[0, 0], end=2 * size, local=0, sinks=0)
         model.put(1, job, [0, 1], 0)
         await ctx.tick()
         expected = expect(config, job)
@@ -282,12 +289,12 @@ def test_cycles():
         assert matching < again[1] <= matching + 14
         assert again[2] <= again[1]
         sparf = cycles.copy()
-        job = make_job(config, rng, CENTROID, stripes=2, unit_bits=1, tail=[0, 0], end=2 * size, local=0,
+        job = make_job(config, rng, CENTROID, stripes=2, unit_bits=1, rows=1, tail=[0, 0], end=2 * size, local=0,
                        sinks=0)
         model.put(2, job, [0, 1], 0)
         await ctx.tick()
         for op in Sweep:
             cycles[op] = await sweep(ctx, dut, 2, op)
-        assert [list(sparf.values()), list(cycles.values())] == [[535, 523, 538, 527], [151, 139, 154, 266]]
+        assert [list(sparf.values()), list(cycles.values())] == figures
 
     simulate(config, 4, bench)
