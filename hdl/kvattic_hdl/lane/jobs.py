@@ -1,5 +1,7 @@
 """The parameters of the jobs in flight, and each job's list of stripes, as a lane's blocks read them."""
 
+from typing import Any
+
 from amaranth.hdl import Cat, Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
@@ -109,7 +111,10 @@ class Jobs(wiring.Component):
 class StripeLists(wiring.Component):
     """Keeps each slot's list of the job's stripes on this lane's channels, in their order.
 
-    A row record of the slot makes the list empty, a table entry with a channel of the lane is appended to it.
+    A row record makes the list that is being loaded empty, a table entry with a channel of the lane is appended to it,
+    and `start` makes it the slot's; one job is loaded at a time.  Lists follow each other in a ring with room for twice
+    the largest one, no more: all that the score ring holds, and one that waits for it.  They are given back in the
+    order in which their jobs started.  Reset forgets all lists.
 
     Parameters
     ----------
@@ -121,6 +126,12 @@ class StripeLists(wiring.Component):
         The lane's number, constant.
     load_valid, load : In
         Row records, table entries, and behind each of these its sketch's.
+    start_valid, start_slot : In(1), In(slot)
+        Strobe: the slot's job begins.
+    live : In(jobs_in_flight)
+        The slot's job is in flight: from the cycle after its `start` until its list is needed no longer.
+    room : Out(1)
+        There is room for another list, however long; three cycles after `start`.
     stripes : Out, tail : Out(1)
         Stripes in the list that is being loaded; the last of them is the job's last one.
     key, value : Out, each with address (In) and stripe (Out)
@@ -134,8 +145,6 @@ class StripeLists(wiring.Component):
     def __init__(self, config: Config) -> None:
         self.config = config
         self.shapes = shapes = Shapes(config)
-        # All stripes of a sparse job are groups.
-        self.group_bits = ceil_log2(config.ring_codewords // config.group_codewords) if config.sparse else 0
         self.tokens = data.StructLayout({"token": TOKEN_BITS} | ({"whole": 1} if config.sparse else {}))
         readers = {"key": shapes.stripe, "value": shapes.stripe, "arrivals": self.tokens}
         if config.sparse:
@@ -144,14 +153,23 @@ class StripeLists(wiring.Component):
             "lane": In(shapes.lane),
             "load_valid": In(1),
             "load": In(shapes.load),
+            "start_valid": In(1),
+            "start_slot": In(shapes.slot),
+            "live": In(config.jobs_in_flight),
+            "room": Out(1),
             "stripes": Out(shapes.walk["stripes"].shape),
             "tail": Out(1),
         } | {
             name: Out(wiring.Signature({"address": In(shapes.list_bits + shapes.slot.width), "stripe": Out(shape)}))
             for name, shape in readers.items()})
+        self._head = Signal(shapes.list_bits + 1, name="head")   # where the list begins that is being loaded
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
+        m.submodules.begins = begins = Memory(
+            shape=self._head.shape(), depth=self.config.jobs_in_flight, init=[], attrs={"ram_style": "distributed"})
+        self._begins = begins
+        self._allocate(m, begins.write_port(domain="sync"))
         entry = table_entry(self.load.data[: TABLE_ENTRY.size * 8])
         append = Signal()
         here = self.shapes.lane_of(entry["channel"]) == self.lane
@@ -162,27 +180,62 @@ class StripeLists(wiring.Component):
             m.d.sync += self.stripes.eq(0)
         for name in ("key", "value"):
             place = Cat(entry[f"{name}_page"], entry["dram"], self.shapes.number_of_lane(entry["channel"]))
-            self._list(m, name, place, append, self.stripes, self.shapes.list_bits)
+            self._list(m, name, place, append, self.stripes)
         whole = entry["dram"] | entry["whole"]
         tokens = Cat(self.load.start, whole)[: self.tokens.size]
-        self._list(m, "arrivals", tokens, append, self.stripes, self.shapes.list_bits)
+        self._list(m, "arrivals", tokens, append, self.stripes)
         if self.config.sparse:
-            self._list(m, "selector", tokens, append, self.stripes, self.group_bits)
+            self._list(m, "selector", tokens, append, self.stripes)
             self._list_first_pass(m, entry, append, whole)
         return m
 
-    def _list(self, m: Module, reader: str, value: Value, valid: Value, number: Value, bits: int) -> None:
-        """What a reader reads of the stripes: a memory for 2**bits of each slot, written at this number of the list."""
-        port = getattr(self, reader)
-        memory = Memory(shape=port.stripe.shape(), depth=self.config.jobs_in_flight << bits, init=[],
-                        attrs={"ram_style": "block"})
+    def _allocate(self, m: Module, begin: Any) -> None:
+        """Where each slot's list begins, and the room that is left."""
+        slots, bits = self.config.jobs_in_flight, self.shapes.list_bits
+        m.submodules.lengths = lengths = Memory(
+            shape=self.stripes.shape(), depth=slots, init=[], attrs={"ram_style": "distributed"})
+        write, read = lengths.write_port(domain="sync"), lengths.read_port(domain="comb")
+        holds, oldest = Signal(slots), Signal(self.shapes.slot)    # slots that have a list; the oldest of them
+        used = Signal(range((2 << bits) + 1))
+        new, given_back = Signal.like(self.stripes), Signal.like(self.stripes)
+        give_back = Signal()
+        m.d.comb += [
+            begin.en.eq(self.start_valid),
+            begin.addr.eq(self.start_slot),
+            begin.data.eq(self._head),
+            write.en.eq(self.start_valid),
+            write.addr.eq(self.start_slot),
+            write.data.eq(self.stripes),
+            read.addr.eq(oldest),
+            give_back.eq((holds & ~self.live).bit_select(oldest, 1)),
+        ]
+        m.d.sync += [
+            new.eq(Mux(self.start_valid, self.stripes, 0)),
+            given_back.eq(Mux(give_back, read.data, 0)),
+            used.eq(used + new - given_back),
+            self.room.eq(used <= 1 << bits),
+        ]
+        with m.If(give_back):
+            m.d.sync += holds.bit_select(oldest, 1).eq(0)
+        with m.If(give_back | (~holds.bit_select(oldest, 1) & holds.any())):
+            m.d.sync += oldest.eq(Mux(oldest == slots - 1, 0, oldest + 1))
+        with m.If(self.start_valid):
+            m.d.sync += [self._head.eq(self._head + self.stripes), holds.bit_select(self.start_slot, 1).eq(1)]
+
+    def _list(self, m: Module, reader: str, value: Value, valid: Value, number: Value) -> None:
+        """What a reader reads of the stripes: a memory, written at this number of the list."""
+        port, bits = getattr(self, reader), self.shapes.list_bits
+        memory = Memory(shape=port.stripe.shape(), depth=2 << bits, init=[], attrs={"ram_style": "block"})
         m.submodules[f"{reader}_stripes"] = memory
-        write, read = memory.write_port(domain="sync"), memory.read_port(domain="sync")
+        write, read, begin = (memory.write_port(domain="sync"), memory.read_port(domain="sync"),
+                              self._begins.read_port(domain="comb"))
         m.d.comb += [
             write.en.eq(valid),
-            write.addr.eq(Cat(number[:bits], self.load.slot)),
+            # A table that is too long stays within what is free; it is refused.
+            write.addr.eq(self._head + number[:bits]),
             Value.cast(write.data).eq(value),
-            read.addr.eq(Cat(port.address[:bits], port.address[self.shapes.list_bits :])),
+            begin.addr.eq(port.address[bits:]),
+            read.addr.eq(begin.data + port.address[:bits]),
             port.stripe.eq(read.data),
         ]
 
@@ -208,5 +261,4 @@ class StripeLists(wiring.Component):
         ]
         if self.config.lane_channels > 1:
             m.d.comb += stripe.of_lane.eq(of_lane)
-        self._list(m, "first", stripe.as_value(), self.load_valid & self.load.sketch & appended, self.stripes - 1,
-                   self.group_bits)
+        self._list(m, "first", stripe.as_value(), self.load_valid & self.load.sketch & appended, self.stripes - 1)
