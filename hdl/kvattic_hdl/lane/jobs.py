@@ -6,7 +6,6 @@ from amaranth.hdl import Cat, Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
-from amaranth.utils import ceil_log2
 
 from kvattic.spec.commands import SKETCH_ENTRY, TABLE_ENTRY, Mode
 from kvattic.spec.config import Config
