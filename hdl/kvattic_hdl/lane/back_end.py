@@ -171,6 +171,7 @@ class TokenBackEnd(wiring.Component):
             lists.lane.eq(self.lane),
             lists.start_valid.eq(self.start_valid),
             lists.start_slot.eq(self.start.slot),
+            lists.start_sparse.eq(self.start.mode != Mode.DENSE),
             lists.live.eq(self.live),
             self.lists_room.eq(lists.room),
         ]

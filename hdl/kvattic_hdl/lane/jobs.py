@@ -6,6 +6,7 @@ from amaranth.hdl import Cat, Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
+from amaranth.utils import ceil_log2
 
 from kvattic.spec.commands import SKETCH_ENTRY, TABLE_ENTRY, Mode
 from kvattic.spec.config import Config
@@ -112,8 +113,9 @@ class StripeLists(wiring.Component):
 
     A row record makes the list that is being loaded empty, a table entry with a channel of the lane is appended to it,
     and `start` makes it the slot's; one job is loaded at a time.  Lists follow each other in a ring with room for twice
-    the largest one, no more: all that the score ring holds, and one that waits for it.  They are given back in the
-    order in which their jobs started.  Reset forgets all lists.
+    the largest one, no more: all that the score ring holds, and one that waits for it.  A stripe of a sparse job takes
+    the room of as many as it has pages, so what only sparse jobs have needs less depth.  Lists are given back in the
+    order in which their jobs started.  Reset forgets all of them.
 
     Parameters
     ----------
@@ -125,8 +127,8 @@ class StripeLists(wiring.Component):
         The lane's number, constant.
     load_valid, load : In
         Row records, table entries, and behind each of these its sketch's.
-    start_valid, start_slot : In(1), In(slot)
-        Strobe: the slot's job begins.
+    start_valid, start_slot, start_sparse : In(1), In(slot), In(1)
+        Strobe: the slot's job begins; it is a sparse one.
     live : In(jobs_in_flight)
         The slot's job is in flight: from the cycle after its `start` until its list is needed no longer.
     room : Out(1)
@@ -154,6 +156,7 @@ class StripeLists(wiring.Component):
             "load": In(shapes.load),
             "start_valid": In(1),
             "start_slot": In(shapes.slot),
+            "start_sparse": In(1),
             "live": In(config.jobs_in_flight),
             "room": Out(1),
             "stripes": Out(shapes.walk["stripes"].shape),
@@ -161,7 +164,9 @@ class StripeLists(wiring.Component):
         } | {
             name: Out(wiring.Signature({"address": In(shapes.list_bits + shapes.slot.width), "stripe": Out(shape)}))
             for name, shape in readers.items()})
-        self._head = Signal(shapes.list_bits + 1, name="head")   # where the list begins that is being loaded
+        self._unit_bits = ceil_log2(config.group_pages) if config.sparse else 0    # log2 of the stripes of a unit
+        self._units = 1 << shapes.list_bits - self._unit_bits                      # of the largest list
+        self._head = Signal(range(2 * self._units), name="head")    # unit where the list begins that is being loaded
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
@@ -184,19 +189,20 @@ class StripeLists(wiring.Component):
         tokens = Cat(self.load.start, whole)[: self.tokens.size]
         self._list(m, "arrivals", tokens, append, self.stripes)
         if self.config.sparse:
-            self._list(m, "selector", tokens, append, self.stripes)
+            self._list(m, "selector", tokens, append, self.stripes, sparse=True)
             self._list_first_pass(m, entry, append, whole)
         return m
 
     def _allocate(self, m: Module, begin: Any) -> None:
         """Where each slot's list begins, and the room that is left."""
-        slots, bits = self.config.jobs_in_flight, self.shapes.list_bits
+        slots, bits = self.config.jobs_in_flight, self._unit_bits
+        units = range(self._units + 1)
         m.submodules.lengths = lengths = Memory(
-            shape=self.stripes.shape(), depth=slots, init=[], attrs={"ram_style": "distributed"})
+            shape=units, depth=slots, init=[], attrs={"ram_style": "distributed"})
         write, read = lengths.write_port(domain="sync"), lengths.read_port(domain="comb")
         holds, oldest = Signal(slots), Signal(self.shapes.slot)    # slots that have a list; the oldest of them
-        used = Signal(range((2 << bits) + 1))
-        new, given_back = Signal.like(self.stripes), Signal.like(self.stripes)
+        used = Signal(range(2 * self._units + 1))
+        length, new, given_back = Signal(units), Signal(units), Signal(units)
         give_back = Signal()
         m.d.comb += [
             begin.en.eq(self.start_valid),
@@ -204,37 +210,40 @@ class StripeLists(wiring.Component):
             begin.data.eq(self._head),
             write.en.eq(self.start_valid),
             write.addr.eq(self.start_slot),
-            write.data.eq(self.stripes),
+            length.eq(Mux(self.start_sparse, self.stripes, (self.stripes >> bits) + self.stripes[:bits].any())),
+            write.data.eq(length),
             read.addr.eq(oldest),
             give_back.eq((holds & ~self.live).bit_select(oldest, 1)),
         ]
         m.d.sync += [
-            new.eq(Mux(self.start_valid, self.stripes, 0)),
+            new.eq(Mux(self.start_valid, length, 0)),
             given_back.eq(Mux(give_back, read.data, 0)),
             used.eq(used + new - given_back),
-            self.room.eq(used <= 1 << bits),
+            self.room.eq(used <= self._units),
         ]
         with m.If(give_back):
             m.d.sync += holds.bit_select(oldest, 1).eq(0)
         with m.If(give_back | (~holds.bit_select(oldest, 1) & holds.any())):
             m.d.sync += oldest.eq(Mux(oldest == slots - 1, 0, oldest + 1))
         with m.If(self.start_valid):
-            m.d.sync += [self._head.eq(self._head + self.stripes), holds.bit_select(self.start_slot, 1).eq(1)]
+            m.d.sync += [self._head.eq(self._head + length), holds.bit_select(self.start_slot, 1).eq(1)]
 
-    def _list(self, m: Module, reader: str, value: Value, valid: Value, number: Value) -> None:
-        """What a reader reads of the stripes: a memory, written at this number of the list."""
+    def _list(self, m: Module, reader: str, value: Value, valid: Value, number: Value, *, sparse: bool = False) -> None:
+        """What a reader reads of the stripes: a memory, written at this number of the list, a unit if `sparse`."""
         port, bits = getattr(self, reader), self.shapes.list_bits
-        memory = Memory(shape=port.stripe.shape(), depth=2 << bits, init=[], attrs={"ram_style": "block"})
+        unit_bits = 0 if sparse else self._unit_bits
+        number_bits = ceil_log2(self._units) + unit_bits
+        memory = Memory(shape=port.stripe.shape(), depth=2 << number_bits, init=[], attrs={"ram_style": "block"})
         m.submodules[f"{reader}_stripes"] = memory
         write, read, begin = (memory.write_port(domain="sync"), memory.read_port(domain="sync"),
                               self._begins.read_port(domain="comb"))
         m.d.comb += [
             write.en.eq(valid),
             # A table that is too long stays within what is free; it is refused.
-            write.addr.eq(self._head + number[:bits]),
+            write.addr.eq((self._head << unit_bits) + number[:number_bits]),
             Value.cast(write.data).eq(value),
             begin.addr.eq(port.address[bits:]),
-            read.addr.eq(begin.data + port.address[:bits]),
+            read.addr.eq((begin.data << unit_bits) + port.address[:number_bits]),
             port.stripe.eq(read.data),
         ]
 
@@ -260,4 +269,5 @@ class StripeLists(wiring.Component):
         ]
         if self.config.lane_channels > 1:
             m.d.comb += stripe.of_lane.eq(of_lane)
-        self._list(m, "first", stripe.as_value(), self.load_valid & self.load.sketch & appended, self.stripes - 1)
+        self._list(m, "first", stripe.as_value(), self.load_valid & self.load.sketch & appended, self.stripes - 1,
+                   sparse=True)

@@ -46,15 +46,13 @@ class _Listed:
     Attributes:
         complete: they are all that it has counted.
         running: a sweep goes through them.
-        go, valid: those of a step are read; a cycle later `ranks` are there, and which of the step's units are kept.
+        go, valid: those of a step are read; a cycle later `units` are there.
     """
 
-    def __init__(self, units: int) -> None:
+    def __init__(self, units: data.StructLayout) -> None:
         self.complete, self.running, self.go, self.valid = (
             Signal(name=f"listed_{name}") for name in ("complete", "running", "go", "valid"))
-        self.shape = data.StructLayout({"there": units, "ranks": data.ArrayLayout(RANK_BITS, units)})
-        self.there, self.ranks = Signal(units, name="listed_there"), Signal(self.shape["ranks"].shape,
-                                                                            name="listed_ranks")
+        self.units = Signal(units, name="listed_units")
 
 
 class LaneTopK(wiring.Component):
@@ -193,10 +191,11 @@ class LaneTopK(wiring.Component):
         self._by_token = Signal(name="by_token")   # units are tokens
         self._more = Signal(config.unit_bits_max, name="more")   # codewords of a unit, less one
         self._begins = Signal(name="begins")       # the unit begins before the end
-        # Of the step's units: which of them are there, and their ranks.
-        self._there_2 = Signal(wide, name="there_2", reset_less=True)
-        self._ranks_2 = Signal(data.ArrayLayout(RANK_BITS, wide), name="ranks_2", reset_less=True)
-        self._listed = _Listed(wide)
+        # The step's units: which of them are there, their masses, and the first one's token; others follow it.
+        units = data.StructLayout({
+            "there": wide, "masses": data.ArrayLayout(MASS_BITS, wide), "token": TOKEN_BITS})
+        self._units_2 = Signal(units, name="units_2", reset_less=True)
+        self._listed = _Listed(units)
         # Units' masses that are ready.
         self._mass_valids, self._masses = (
             Signal(wide, name="mass_valids"), Signal(data.ArrayLayout(MASS_BITS, wide), name="masses"))
@@ -268,18 +267,21 @@ class LaneTopK(wiring.Component):
         m.d.comb += [
             ends[0].eq(self._now_valid & now.last),
             there[0].eq(Mux(ends[0], Mux(by_token, now.counts, self._begins), 0)),
-            there[2].eq(self._there_2),
+            there[2].eq(self._units_2.there),
         ]
         m.d.sync += [
             ends[1:].eq(ends),
             there[1].eq(there[0]),
-            self._there_2.eq(Mux(listed.running, Mux(listed.valid, listed.there, 0), there[1])),
             there[3].eq(there[2]),
             token_1.eq(about.token),
+            self._units_2.there.eq(there[1]),
+            self._units_2.masses.eq(self._masses),
+            self._units_2.token.eq(token_1),
         ]
-        for i in range(self._wide):
-            rank = Cat(~Cat(Const(i, self._wide_bits), token_1[self._wide_bits :]), self._masses[i])
-            m.d.sync += self._ranks_2[i].eq(Mux(listed.running, listed.ranks[i], rank))
+        with m.If(listed.running):
+            m.d.sync += self._units_2.eq(listed.units)
+            with m.If(~listed.valid):
+                m.d.sync += self._units_2.there.eq(0)
         selected, matches, digits = self._rank(m)
         # In MASS no bits of the rank are decided, and all units match.
         self._keep(m, Mux(massing | in_digit, matches, 0))
@@ -326,7 +328,7 @@ class LaneTopK(wiring.Component):
         """Masses, side by side as scores are, each at the place of its unit's first token."""
         listed, step, bits = self._listed, walk.step, self._wide_bits
         first = Mux(self._by_token, step.inside, step.inside[0])
-        m.d.sync += self._there_2.eq(Mux(listed.running, listed.there, first))
+        m.d.sync += [self._units_2.there.eq(first), self._units_2.token.eq(walk.unit_token)]
         for i in range(self._wide):
             m.submodules[f"masses_{i}"] = masses = Memory(
                 shape=MASS_BITS, depth=1 << position_bits(self.config) - bits, init=[], attrs={"ram_style": "block"})
@@ -337,8 +339,9 @@ class LaneTopK(wiring.Component):
                 write.addr.eq(self._mass_position[bits:]),
                 write.data.eq(self._masses[i]),
             ]
-            unit_token = Cat(Const(i, bits), walk.unit_token[bits:])
-            m.d.sync += self._ranks_2[i].eq(Mux(listed.running, listed.ranks[i], Cat(~unit_token, read.data)))
+            m.d.sync += self._units_2.masses[i].eq(read.data)
+        with m.If(listed.running):
+            m.d.sync += self._units_2.eq(listed.units)
 
     def _rank(self, m: Module) -> tuple[Signal, Signal, list[Signal]]:
         """The units' ranks against the prefix: (at least it, there and begin with it, the digits behind it).
@@ -357,16 +360,17 @@ class LaneTopK(wiring.Component):
             aligned_number.eq(Array(i // DIGIT_BITS for i in range(RANK_BITS + 1))[sweep.bits]),
             aligned_shift.eq(Array(DIGIT_BITS - i % DIGIT_BITS for i in range(RANK_BITS + 1))[sweep.bits]),
         ]
-        above = [(self._ranks_2[i] & mask) >= sweep.prefix for i in range(self._wide)]
-        for i in range(self._wide):
-            rank = self._ranks_2[i]
+        tokens = [Cat(Const(i, self._wide_bits), self._units_2.token[self._wide_bits :]) for i in range(self._wide)]
+        ranks = [Cat(~token, mass) for token, mass in zip(tokens, self._units_2.masses, strict=True)]
+        above = [(rank & mask) >= sweep.prefix for rank in ranks]
+        for i, rank in enumerate(ranks):
             # The digit comes out of the two aligned ones in which it stands.
             padded = Cat(Const(0, 3 * DIGIT_BITS - RANK_BITS % DIGIT_BITS), rank)
             aligned = [padded[len(padded) - (n + 2) * DIGIT_BITS : len(padded) - n * DIGIT_BITS]
                        for n in range(RANK_BITS // DIGIT_BITS + 1)]
             m.d.sync += [
                 selected[i].eq(Mux(self._by_token, above[i], above[0])),
-                matches[i].eq(self._there_2[i] & (((rank ^ sweep.prefix) & mask) == 0)),
+                matches[i].eq(self._units_2.there[i] & (((rank ^ sweep.prefix) & mask) == 0)),
                 digits[i].eq(Array(aligned)[aligned_number] >> aligned_shift),
             ]
         with m.If(~self.sweep_valid & ~begun):
@@ -376,24 +380,24 @@ class LaneTopK(wiring.Component):
     def _keep(self, m: Module, counted: Value) -> None:
         """Keep the units that a DIGIT sweep counts (of one row: or MASS), for the next one; and go through them."""
         listed, count = self._listed, Signal(range(self._kept + 1))
-        ranks_3 = Signal(self._ranks_2.shape(), reset_less=True)
-        m.submodules.ranks = ranks = Memory(shape=listed.shape, depth=self._kept, init=[], attrs={"ram_style": "block"})
-        read, write = ranks.read_port(domain="sync"), ranks.write_port(domain="sync")
+        units_3 = Signal.like(self._units_2)
+        m.submodules.units = units = Memory(
+            shape=units_3.shape(), depth=self._kept, init=[], attrs={"ram_style": "block"})
+        read, write = units.read_port(domain="sync"), units.write_port(domain="sync")
         at, left = Signal(range(self._kept)), Signal(range(self._kept + 1))
         settled = Signal(range(SETTLE + 1))
         is_digit = self.sweep.op == Sweep.DIGIT
         keeps = is_digit if self._keeps_masses else is_digit | (self.sweep.op == Sweep.MASS)
         m.d.comb += [
             listed.go.eq(listed.running & (settled == SETTLE) & (left != 0)),
-            listed.there.eq(read.data.there),
-            listed.ranks.eq(read.data.ranks),
+            listed.units.eq(read.data),
             read.addr.eq(at),
             write.addr.eq(count),
+            write.data.eq(units_3),
             write.data.there.eq(counted),
-            write.data.ranks.eq(ranks_3),
             write.en.eq(counted.any() & (count != self._kept)),
         ]
-        m.d.sync += [ranks_3.eq(self._ranks_2), listed.valid.eq(listed.go)]
+        m.d.sync += [units_3.eq(self._units_2), listed.valid.eq(listed.go)]
         with m.If(settled != SETTLE):
             m.d.sync += settled.eq(settled + 1)
         with m.If(listed.go):

@@ -23,7 +23,8 @@ def test_lists(config):
     dut, sim = simulation(StripeLists, config)
     shapes, rng = Shapes(config), np.random.default_rng(3)
     most, slots, lane = 1 << shapes.list_bits, config.jobs_in_flight, 1
-    held = deque()      # (slot, stripes of the lane)
+    unit = config.group_pages if config.sparse else 1
+    held = deque()      # (slot, the job is a sparse one, stripes of the lane)
     seen = set()
 
     async def load(ctx, **values):
@@ -32,7 +33,7 @@ def test_lists(config):
         await ctx.tick()
         ctx.set(dut.load_valid, 0)
 
-    async def load_table(ctx, slot, count):
+    async def load_table(ctx, slot, count, sparse):
         """A table with so many stripes in this lane; returns them."""
         await load(ctx, record=1, slot=slot)
         mine = []
@@ -45,15 +46,15 @@ def test_lists(config):
             await load(ctx, stripe=1, slot=slot, start=token, last=number == 2 * count - 1,
                        data=int.from_bytes(packed, "little"))
             sketch = {"page": int(rng.integers(1 << 24)), "codeword": 3}
-            if config.sparse:
+            if sparse:
                 await load(ctx, sketch=1, slot=slot,
                            data=int.from_bytes(SKETCH_ENTRY.pack(written=1, **sketch), "little"))
             if number % 2 == lane:
                 mine.append(entry | {"dram": dram, "whole": dram | whole, "token": token, "sketch": sketch})
         return mine
 
-    async def read(ctx, slot, number, stripe):
-        for name in ("key", "value", "arrivals", *(("first", "selector") if config.sparse else ())):
+    async def read(ctx, slot, number, stripe, sparse):
+        for name in ("key", "value", "arrivals", *(("first", "selector") if sparse else ())):
             ctx.set(getattr(dut, name).address, number | slot << shapes.list_bits)
         await ctx.tick()
         for name in ("key", "value"):
@@ -62,14 +63,14 @@ def test_lists(config):
             if config.lane_channels > 1:
                 assert got.of_lane == stripe["channel"] // config.lanes
         assert ctx.get(dut.arrivals.stripe).token == stripe["token"]
-        if config.sparse:
+        if sparse:
             first, swept = ctx.get(dut.first.stripe), ctx.get(dut.selector.stripe)
             assert (swept.token, swept.whole) == (stripe["token"], stripe["whole"])
             assert (first.token, first.whole) == (stripe["token"], stripe["whole"])
             assert first.page == (stripe["key_page"] if stripe["whole"] else stripe["sketch"]["page"])
 
     async def free(ctx):
-        slot, _ = held.popleft()
+        slot, _, _ = held.popleft()
         ctx.set(dut.live, ctx.get(dut.live) & ~(1 << slot))
         await ctx.tick().repeat(slots + 4)
 
@@ -77,28 +78,33 @@ def test_lists(config):
         ctx.set(dut.lane, lane)
         for job in range(60):
             slot = job % slots
-            while len(held) == slots or any(slot == other for other, _ in held):
+            while len(held) == slots or any(slot == other for other, _, _ in held):
                 await free(ctx)
             await ctx.tick().repeat(4)
-            room = sum(len(stripes) for _, stripes in held) <= most
+            pages = sum(len(stripes) * unit if of_sparse else -(-len(stripes) // unit) * unit
+                        for _, of_sparse, stripes in held)
+            room = pages <= most
             assert ctx.get(dut.room) == room
             seen.add(room)
             while not ctx.get(dut.room):
                 await free(ctx)
             refused = rng.random() < 0.2
-            mine = await load_table(ctx, slot, int(rng.integers(most + 1)) + (3 if refused else 0))
+            sparse = config.sparse and bool(rng.integers(2))
+            limit = most // unit if sparse else most
+            mine = await load_table(ctx, slot, int(rng.integers(limit + 1)) + (3 if refused else 0), sparse)
             if not refused:
                 await ctx.tick()
-                assert ctx.get(dut.stripes) == len(mine) <= most
+                assert ctx.get(dut.stripes) == len(mine)
                 ctx.set(dut.start_slot, slot)
+                ctx.set(dut.start_sparse, sparse)
                 ctx.set(dut.start_valid, 1)
                 await ctx.tick()
                 ctx.set(dut.start_valid, 0)
                 ctx.set(dut.live, ctx.get(dut.live) | 1 << slot)
-                held.append((slot, mine))
-            for other, stripes in held:
+                held.append((slot, sparse, mine))
+            for other, of_sparse, stripes in held:
                 for number, stripe in enumerate(stripes):
-                    await read(ctx, other, number, stripe)
+                    await read(ctx, other, number, stripe, of_sparse)
 
     sim.add_clock(1e-6)
     sim.add_testbench(bench)
