@@ -92,7 +92,7 @@ class LaneTopK(wiring.Component):
     Members
     -------
     sweep_valid, sweep : In(1), In(Shapes.sweep)
-        Strobe: begin this sweep.  Not before `done`.  `bits` is 0 in MASS.
+        Strobe: begin this sweep.  Not before `done`.  `bits` is 0 in MASS; behind `bits` the prefix is 0.
     done : Out(1)
         Low from the cycle after `sweep_valid` until the sweep's results can be read.
     slot : Out(slot)
@@ -349,8 +349,6 @@ class LaneTopK(wiring.Component):
         The first one's answer is that of all tokens of a step within its unit.
         """
         sweep = self._sweep
-        begun = Signal()
-        m.d.sync += begun.eq(self.sweep_valid)
         mask = Signal(RANK_BITS)
         aligned_number, aligned_shift = Signal(range(RANK_BITS // DIGIT_BITS + 1)), Signal(range(DIGIT_BITS + 1))
         selected, matches = Signal(self._wide), Signal(self._wide)
@@ -362,19 +360,21 @@ class LaneTopK(wiring.Component):
         ]
         tokens = [Cat(Const(i, self._wide_bits), self._units_2.token[self._wide_bits :]) for i in range(self._wide)]
         ranks = [Cat(~token, mass) for token, mass in zip(tokens, self._units_2.masses, strict=True)]
-        above = [(rank & mask) >= sweep.prefix for rank in ranks]
-        for i, rank in enumerate(ranks):
+        above = [rank >= sweep.prefix for rank in ranks]
+        differences = [(rank ^ sweep.prefix) & mask for rank in ranks]
+        # The tokens of a step differ in their lowest bits alone.
+        same = ~differences[0][self._wide_bits : TOKEN_BITS].any()
+        for i, (rank, different) in enumerate(zip(ranks, differences, strict=True)):
+            matching = same & ~Cat(different[: self._wide_bits], different[TOKEN_BITS:]).any()
             # The digit comes out of the two aligned ones in which it stands.
             padded = Cat(Const(0, 3 * DIGIT_BITS - RANK_BITS % DIGIT_BITS), rank)
             aligned = [padded[len(padded) - (n + 2) * DIGIT_BITS : len(padded) - n * DIGIT_BITS]
                        for n in range(RANK_BITS // DIGIT_BITS + 1)]
             m.d.sync += [
                 selected[i].eq(Mux(self._by_token, above[i], above[0])),
-                matches[i].eq(self._units_2.there[i] & (((rank ^ sweep.prefix) & mask) == 0)),
+                matches[i].eq(self._units_2.there[i] & matching),
                 digits[i].eq(Array(aligned)[aligned_number] >> aligned_shift),
             ]
-        with m.If(~self.sweep_valid & ~begun):
-            m.d.sync += sweep.prefix.eq(sweep.prefix & mask)    # once would do
         return selected, matches, digits
 
     def _keep(self, m: Module, counted: Value) -> None:
@@ -591,9 +591,12 @@ class LaneTopK(wiring.Component):
             ]
             m.d.comb += [exponential.distance.eq(distance), exponential.masked.eq(is_masked)]
             weighed.append(in_window(m, exponential))
+        # Where masses are kept the sum is of tokens, too, for their row.
+        summed = weighed if self._keeps_masses else [
+            p if i == 0 else Mux(self._by_token, 0, p) for i, p in enumerate(weighed)]
         # With several of them their sum is registered, too.
         domain = m.d.sync if self._wide > 1 else m.d.comb
-        domain += [self._p_sum.eq(sum(weighed[1:], start=weighed[0])),
+        domain += [self._p_sum.eq(sum(summed[1:], start=summed[0])),
                    *(p.eq(one) for p, one in zip(self._p, weighed, strict=True))]
         return valids
 
@@ -649,8 +652,10 @@ class LaneTopK(wiring.Component):
         lengths = []
         for i in range(self._wide):
             total = Signal(self._total_bits, name=f"total_{i}")
+            # A unit of many tokens has its mass in the first of the sums.
+            addend = Mux(self._by_token, self._p[0], self._p_sum) if i == 0 else self._p[i]
             with m.If(self._before_valid):
-                m.d.sync += total.eq(Mux(before.first, 0, total) + self._addend(i))
+                m.d.sync += total.eq(Mux(before.first, 0, total) + addend)
             ends = self._now_valid & now.last & self._massing
             m.d.sync += self._mass_valids[i].eq(ends & Mux(self._by_token, now.counts[i], i == 0))
             lengths.append(self._mass_and_length(m, i, total))
@@ -663,17 +668,13 @@ class LaneTopK(wiring.Component):
                   for i in range(self._wide)]
         with m.If(self._before_valid):
             m.d.sync += [
-                totals[0].eq(Mux(before.first, 0, totals[0]) + self._addend(0)),
+                totals[0].eq(Mux(before.first, 0, totals[0]) + self._p_sum),
                 # These are tokens.
                 *(total.eq(p) for total, p in zip(totals[1:], self._p[1:], strict=True)),
             ]
             with m.If(before.first):
                 m.d.sync += self._begins.eq(before.counts[0])
         return totals, [self._mass_and_length(m, i, total) for i, total in enumerate(totals)]
-
-    def _addend(self, i: int) -> Value:
-        """What a step adds to the i-th sum of a step's units; a unit of many tokens has its mass in the first."""
-        return Mux(self._by_token, self._p[0], self._p_sum) if i == 0 else self._p[i]
 
     def _mass_and_length(self, m: Module, i: int, total: Signal) -> Signal:
         """The mass of the i-th unit `now`, from its total; its length in bits; both a cycle later."""
@@ -691,27 +692,32 @@ class LaneTopK(wiring.Component):
         return length
 
     def _count(self, m: Module, valids: Value, digits: list[Value]) -> Value:
-        """Histogram of lengths or digits, in a part for each place of a step; the stages at which there is one."""
-        asked = Signal(DIGIT_BITS)
-        m.d.sync += asked.eq(self.bin)
+        """Histogram of lengths or digits, in a part for each place of a step; the stages at which there is one.
+
+        A count is of the sweep whose number stands beside it.  Each sweep clears a bin, so that each of them is cleared
+        before the numbers come round again.
+        """
+        asked, number = Signal(DIGIT_BITS), Signal(DIGIT_BITS + 1, reset_less=True)
+        counted = data.StructLayout({"count": self.shapes.unit_count, "sweep": number.shape()})
+        m.d.sync += [asked.eq(self.bin), number.eq(number + self.sweep_valid)]
         counts, stages = [], []
         for i, digit in enumerate(digits):
             m.submodules[f"histogram_{i}"] = histogram = Memory(
-                shape=self.shapes.unit_count, depth=1 << DIGIT_BITS, init=[], attrs={"ram_style": "distributed"})
+                shape=counted, depth=1 << DIGIT_BITS, init=[], attrs={"ram_style": "distributed"})
             old, seen = histogram.read_port(domain="comb"), histogram.read_port(domain="comb")
             write = histogram.write_port(domain="sync")
-            untouched = Signal(1 << DIGIT_BITS, name=f"untouched_bins_{i}")   # that are zero, whatever the memory says
             bin_1, bin_2 = Signal(DIGIT_BITS, name=f"bin_1_{i}"), Signal(DIGIT_BITS, name=f"bin_2_{i}")
             bin_valid_1, bin_valid_2 = Signal(name=f"bin_valid_1_{i}"), Signal(name=f"bin_valid_2_{i}")
             count = Signal(self.shapes.unit_count, name=f"count_{i}")
             m.d.comb += [
                 old.addr.eq(bin_1),
-                write.addr.eq(bin_2),
-                write.data.eq(count),
-                write.en.eq(bin_valid_2),
+                write.addr.eq(Mux(bin_valid_2, bin_2, number)),
+                write.data.count.eq(Mux(bin_valid_2, count, 0)),
+                write.data.sweep.eq(number),
+                write.en.eq(bin_valid_2 | self.sweep_valid),
                 seen.addr.eq(asked),
             ]
-            before = Mux(untouched.bit_select(bin_1, 1), 0, old.data)
+            before = Mux(old.data.sweep == number, old.data.count, 0)
             m.d.sync += [
                 bin_valid_1.eq(valids[i]),
                 bin_1.eq(digit),
@@ -719,11 +725,7 @@ class LaneTopK(wiring.Component):
                 bin_2.eq(bin_1),
                 count.eq(Mux(bin_valid_2 & (bin_1 == bin_2), count, before) + 1),
             ]
-            with m.If(bin_valid_2):
-                m.d.sync += untouched.bit_select(bin_2, 1).eq(0)
-            with m.If(self.sweep_valid):
-                m.d.sync += untouched.eq(~0)
-            counts.append(Mux(untouched.bit_select(asked, 1), 0, seen.data))
+            counts.append(Mux(seen.data.sweep == number, seen.data.count, 0))
             stages += [bin_valid_1, bin_valid_2]
         m.d.sync += self.count.eq(sum(counts))
         return Cat(stages)
