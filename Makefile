@@ -23,7 +23,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo '  SIM=verilator|icarus   the simulator (sim, waves, trace, bench)'
-	@echo '  MODE=dense|sparf|fetched|centroid   which tokens are attended (sim, waves, trace)'
+	@echo '  MODE=dense|sparf|fetched|centroid|codes   which tokens are attended (sim, waves, trace)'
 	@echo '  FULL=1                 every position of the text, and the drive of the paper; half an hour (sim, waves)'
 	@echo '  PRESET=name            the hardware configuration (sim and waves with FULL=1, trace, verilog, synth)'
 	@echo '  BENCH=prefix           only the benchmarks whose names begin so; house. takes an hour (bench)'

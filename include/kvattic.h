@@ -124,12 +124,13 @@ enum kvattic_mode {  /* How ATTEND chooses the tokens that it attends; docs/spar
     KVATTIC_MODE_SPARF = 1,  /* The top_units tokens of the largest approximate mass, blended with the mean of V (SparF, SparQ). */
     KVATTIC_MODE_FETCHED = 2,  /* Units of whole codewords of the largest approximate mass, all of whose tokens are attended; blended likewise. */
     KVATTIC_MODE_CENTROID = 3,  /* Units whose mean key scores highest, all of whose tokens are attended; not blended. */
+    KVATTIC_MODE_CODES = 4,  /* As SPARF, but the first pass scores by codes of 2 bits of all features of K (Config.codes). */
 };
 
 enum kvattic_status {  /* How a command ended; where of the completion says which place. NVMe's status code, of type STATUS_TYPE. */
     KVATTIC_STATUS_OK = 0,  /* The results are written. */
     KVATTIC_STATUS_INVALID_OPCODE = 1,  /* where: the opcode. */
-    KVATTIC_STATUS_INVALID_FIELD = 2,  /* A reserved byte, or a field that mode or opcode does not use, is not zero; the mode does not exist (or is sparse and the configuration is not); or stripe_pages is not a power of two, too large, or not what a sparse mode needs. */
+    KVATTIC_STATUS_INVALID_FIELD = 2,  /* A reserved byte, or a field that mode or opcode does not use, is not zero; the mode does not exist (or is sparse and the configuration is not; or is CODES and the configuration is without codes); or stripe_pages is not a power of two, too large, or not what a sparse mode needs. */
     KVATTIC_STATUS_INVALID_ROWS = 3,  /* where: the number of rows. */
     KVATTIC_STATUS_INVALID_LENGTH = 4,  /* No tokens, or stripes is not the number of stripes that the tokens take. READ: also more than READ_BYTES. */
     KVATTIC_STATUS_INVALID_ADDRESS = 5,  /* query, result or table (with the mean of V) not 64-byte aligned or not inside the queue's window; where: 0 query, 1 result, 2 table. IDENTIFY, COUNTERS: result, likewise. */
@@ -147,10 +148,10 @@ enum kvattic_status {  /* How a command ended; where of the completion says whic
     KVATTIC_STATUS_ERASE_FAILED = 17,  /* The part reports that a block was not erased; where: channel * 2**24 + page. */
     KVATTIC_STATUS_BAD_BLOCK = 18,  /* PROBE found the factory's mark in the page; where: channel * 2**24 + page. */
     KVATTIC_STATUS_DIE_TIMEOUT = 19,  /* A die stayed busy for longer than its part ever is; where: channel * 2**24 + page. */
-    KVATTIC_STATUS_INVALID_SELECTION = 20,  /* A field of a sparse mode is out of range; where: 0 features, 1 top_units (zero, or more than the tokens make), 2 local_tokens (more than the units hold), 3 unit_bits. */
+    KVATTIC_STATUS_INVALID_SELECTION = 20,  /* A field of a sparse mode is out of range; where: 0 features, 1 top_units (zero, or more than the tokens make), 2 local_tokens (more than the units hold), 3 unit_bits, 4 sinks (CODES: more than half a stripe's tokens). */
     KVATTIC_STATUS_NO_SKETCH = 21,  /* A stripe in flash that is not attended whole lacks what the mode's first pass reads; where: number of its entry. */
     KVATTIC_STATUS_NAN_MEAN = 22,  /* where: feature of the first NaN or infinity in the mean of V. */
-    KVATTIC_STATUS_UNREADABLE_SKETCH = 23,  /* K in the feature layout, a centroid, or K of the tail cannot be read in the first pass; where: first token of the lowest codeword, or stripe, that cannot. */
+    KVATTIC_STATUS_UNREADABLE_SKETCH = 23,  /* K in the feature layout, a centroid, codes, or K of the tail or of sinks cannot be read in the first pass; where: first token of the lowest codeword, or stripe, that cannot. */
     KVATTIC_STATUS_NOT_PERMITTED = 24,  /* where: 0 the opcode is for queue 0 alone; 1 the domain is not granted to the queue. */
     KVATTIC_STATUS_NOT_OWNED = 25,  /* A place that is not the domain's, or does not exist. where, ATTEND, READ: number of the first such table entry; PROGRAM, ERASE: 0 flash page, 1 page of device DRAM. */
     KVATTIC_STATUS_INVALID_QUEUE = 26,  /* where: 0 queue (1 to QUEUES - 1; CREATE_QUEUE: it exists), 1 entries, 2 submission, 3 completion. */
@@ -180,7 +181,8 @@ enum kvattic_kind {  /* What a codeword holds. */
     KVATTIC_KIND_KEY = 0,  /* Tokens of K. */
     KVATTIC_KIND_VALUE = 1,  /* Tokens of V. */
     KVATTIC_KIND_FEATURE = 2,  /* First pass: one feature of K, in the feature layout. */
-    KVATTIC_KIND_SKETCH = 3,  /* First pass: centroids; or tokens of K that are in device DRAM and so are scored exactly at once. */
+    KVATTIC_KIND_SKETCH = 3,  /* First pass: centroids; or tokens of K that it scores exactly: of the tail and, in CODES, of sinks. */
+    KVATTIC_KIND_CODES = 4,  /* First pass of CODES: an octet. The engine's tags call it FEATURE, as that mode reads no features. */
 };
 
 enum kvattic_table_flag {  /* How a stripe is attended. */
@@ -197,7 +199,7 @@ struct kvattic_command {  /* a submission entry: ATTEND */
     uint8_t mode;  /* Mode */
     uint8_t end_token[3];  /* one past the last valid token (KVATTIC_PUT24) */
     uint8_t rows;  /* query rows of this job, 1 to config.rows */
-    uint64_t table;  /* address of the table: for each stripe, in order, a TABLE_ENTRY, in sparse modes followed by a SKETCH_ENTRY; in SPARF and FETCHED the mean of V over all tokens stands in front of the entries: head_dim fp32, padded to whole lines */
+    uint64_t table;  /* address of the table: for each stripe, in order, a TABLE_ENTRY, in sparse modes followed by a SKETCH_ENTRY; in SPARF, FETCHED and CODES the mean of V over all tokens stands in front of the entries: head_dim fp32, padded to whole lines */
     uint64_t query;  /* address of the query block */
     uint64_t result;  /* address of the result block */
     uint8_t tree_token[3];  /* first token of the draft tree (end_token where there is none) (KVATTIC_PUT24) */
@@ -207,7 +209,7 @@ struct kvattic_command {  /* a submission entry: ATTEND */
     uint16_t features;  /* SPARF, FETCHED: features (components of q and K) that the first pass reads, the r of SparF; else 0 */
     uint16_t top_units;  /* sparse modes: units attended, the k of SparF; what is attended whole comes on top; else 0 */
     uint16_t local_tokens;  /* sparse modes: the newest tokens, attended in any case and counted in top_units; else 0 */
-    uint16_t sinks;  /* sparse modes: the first tokens of the sequence, numbered from 0, attended in any case and counted in top_units; else 0 */
+    uint16_t sinks;  /* sparse modes: the first tokens of the sequence, numbered from 0, attended in any case and counted in top_units; in CODES scored exactly, and at most half a stripe's; else 0 */
     uint8_t unit_bits;  /* FETCHED, CENTROID: log2 of the codewords of a unit; else 0 */
     uint8_t reserved_at_59[5];  /* zero */
 };
@@ -244,7 +246,7 @@ KVATTIC_ASSERT(kvattic_command_unit_bits, offsetof(struct kvattic_command, unit_
 /* Follows it in sparse modes: what the first pass reads. */
 #define KVATTIC_SKETCH_ENTRY(page, codeword, written) \
     ((uint64_t)(page) << 0 | (uint64_t)(codeword) << 24 | (uint64_t)(written) << 32)
-/* page: 24 bits: first page of K in the feature layout; or page of the first of the stripe's centroids */
+/* page: 24 bits: first page of K in the feature layout; or page of the first codeword of centroids or codes */
 /* codeword: 8 bits: codeword of that page with which they begin: 0 for the feature layout */
 /* written: 8 bits: 1: the sketch was written; 0: it was not, which only a stripe attended whole may say */
 

@@ -321,7 +321,8 @@ class ArraySequence(Closing):
         """
         self.check_open()
         if self.split != "heads":
-            raise RequestError("the mean of V is kept with K in the feature layout only (split='heads', sparse=True)")
+            raise RequestError("the mean of V is kept with K in the feature layout or codes only (split='heads', with "
+                               "sparse=True or codes=True)")
         return np.concatenate([_on(share.drive, share.sequence.mean_value, layer) for share in self._shares.values()])
 
     def statistics(self) -> Cost:
@@ -633,9 +634,10 @@ class DriveArray(Closing):
             check_positive(name, value)
         if split not in SPLITS:
             raise RequestError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
-        if split == "context" and (options.get("sparse") or options.get("centroids") is not None):
-            raise RequestError("sparse and centroids are for modes that choose from all tokens, which no drive has if "
-                               "the sequence is split by context; use split='heads'")
+        if split == "context" and (options.get("sparse") or options.get("codes")
+                                   or options.get("centroids") is not None):
+            raise RequestError("sparse, centroids and codes are for modes that choose from all tokens, which no drive "
+                               "has if the sequence is split by context; use split='heads'")
         number = next(self._numbers)
         shares: list[_Share] = []
         try:

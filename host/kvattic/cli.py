@@ -195,6 +195,7 @@ def _geometry(config: Config) -> dict[str, dict[str, Any]]:
             "tokens of a stripe, sparse": config.group_tokens,
             "device DRAM of a stripe, sparse, bytes of one KV head": 2 * config.group_pages * config.page_bytes,
             "tokens of a unit, at most": config.tokens_per_codeword << config.unit_bits_max,
+            "codes of a stripe, bytes of one KV head": config.octets * config.codeword_bytes * config.codes,
         }
     return {"flash": flash, "bandwidth": bandwidth, "limits": limits}
 

@@ -221,7 +221,8 @@ def _sparse(device: Device, numbers: _Numbers) -> Iterator[Found]:
     # One stripe at least is in flash, and some tokens in DRAM.
     length = min(2 * config.group_tokens, config.max_tokens // config.group_tokens * config.group_tokens // 2) + 3
     stored = numbers.tokens(length)
-    with device.create_sequence(HEADS, capacity_tokens=length, sparse=True, centroids=unit) as sequence:
+    with device.create_sequence(HEADS, capacity_tokens=length, sparse=True, centroids=unit,
+                                codes=config.codes) as sequence:
         sequence.prefill(*stored)
         for mode, size in units.items():
             flushed, query = sequence.flushed(), numbers.query()
@@ -234,6 +235,10 @@ def _sparse(device: Device, numbers: _Numbers) -> Iterator[Found]:
                 exact = reference(query, *stored) if name == "all" else sparse_reference(
                     query, *stored, config=config, unit_tokens=size, flushed=flushed, **arguments)
                 yield f"{mode}, {name}", sequence.attend(query, **arguments), exact
+        if config.codes:
+            # What codes choose depends on how their scores are truncated; of everything there is no choice.
+            query, flushed = numbers.query(), sequence.flushed()
+            yield ("codes, all", sequence.attend(query, mode="codes", top_units=flushed), reference(query, *stored))
 
 
 CASES: dict[str, Callable[[Device, _Numbers], Iterator[Found]]] = {

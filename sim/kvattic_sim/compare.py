@@ -7,7 +7,11 @@ from numpy.typing import NDArray
 
 import kvattic
 from kvattic import AttendResult, Config
-from kvattic.spec.elements import from_bits
+from kvattic.driver.planning import AttendOptions
+from kvattic.golden.first_pass import ALPHA_ONE, Layout, first_pass
+from kvattic.spec import codes
+from kvattic.spec.commands import Mode
+from kvattic.spec.elements import from_bits, to_bits
 from kvattic.spec.stored import to_kv_bits
 from kvattic_sim import oracle
 from kvattic_sim.workloads import DENSE, Attention, ModeSettings
@@ -77,7 +81,8 @@ def exact_attention(attention: Attention, config: Config, options: ModeSettings)
     """Float64 attention of the inputs, in any mode.
 
     In the sparse modes each position is a job of its own, which selects for the query heads of a KV head together; the
-    tokens of a stripe that is not full are attended in any case.
+    tokens of a stripe that is not full are attended in any case.  In codes, selection and alpha are the golden model's:
+    what is truncated of codes' scores is far more than of what is attended.
 
     Args:
         attention: the inputs; K and V are all that the sequence has.
@@ -110,6 +115,8 @@ def _sparse(query: Floats, key: Floats, value: Floats, config: Config, options: 
     tail = np.arange(tokens) >= tokens // config.group_tokens * config.group_tokens
     common: dict[str, Any] = {"top_units": wanted["top_units"], "local_tokens": wanted["local_tokens"], "tail": tail}
     scale = head_dim**-0.5
+    if options.mode == "codes":
+        return _codes(query, key, value, config, wanted)
     if options.mode == "sparf":
         found = oracle.sparf(query, key, value, scale, features=wanted["features"], **common)
     elif options.mode == "fetched":
@@ -125,3 +132,22 @@ def _sparse(query: Floats, key: Floats, value: Floats, config: Config, options: 
     if chosen.any() and other.any() and found.mass[chosen].min() - found.mass[other].max() <= TIE:
         return np.full(query.shape, np.nan)
     return found.output
+
+
+def _codes(query: Floats, key: Floats, value: Floats, config: Config, wanted: dict[str, Any]) -> Floats:
+    """One job of the mode codes, with the golden model's selection and alpha: (rows, head_dim)."""
+    tokens, head_dim = key.shape
+    rows, size = np.ones(len(query), np.int64), config.group_tokens
+    stripes = -(-tokens // size)
+    padded = to_bits(np.pad(key, ((0, stripes * size - tokens), (0, 0))), config.element)
+    first = first_pass(
+        to_bits(query, config.element), padded, sketch=codes.encode(padded, config), element=config.element,
+        layout=Layout(group_tokens=size, tokens_per_codeword=config.tokens_per_codeword, mode=Mode.CODES),
+        scale_bits=AttendOptions().scale_bits(head_dim), start=0 * rows, end=tokens * rows, tree=0 * rows,
+        tree_token=tokens, base_token=0, end_token=tokens, tail=np.arange(stripes) == tokens // size, features=0,
+        top_units=wanted["top_units"], local_tokens=wanted["local_tokens"])
+    taken = np.broadcast_to(first.taken[:tokens], (len(query), tokens))
+    alpha = first.alpha[:, None] / float(ALPHA_ONE)
+    exact = oracle.attention(query, key, value, head_dim**-0.5, taken)
+    found: Floats = alpha * exact + (1 - alpha) * value.mean(axis=0)
+    return found

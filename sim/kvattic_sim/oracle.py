@@ -2,8 +2,8 @@
 
 Shapes are (rows, head_dim) for q and (tokens, head_dim) for k and v; everything is one KV head.
 
-`sparf`, `fetched` and `centroid` are the sparse modes as docs/sparse.md defines them, in float64 and apart from the
-golden model.  `sparq` is the algorithm that the first of them should be, written from its paper.
+`sparf`, `fetched`, `centroid` and `codes` are the sparse modes as docs/sparse.md defines them, in float64, apart from
+the golden model.  `sparq` is the algorithm that the first of them should be, written from its paper.
 """
 
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ __all__ = [
     "attention_fp16",
     "attention_fp32",
     "centroid",
+    "codes",
     "fa3",
     "fetched",
     "mask",
@@ -147,7 +148,7 @@ class Sparse:
     """Sparse attention with what it chose.
 
     Attributes:
-        features: (r,), ascending: features that the first pass reads; none in `centroid`.
+        features: (r,), ascending: features that the first pass reads; none in `centroid` and `codes`.
         scale: float64, (rows,), each row's scale of the first pass.
         probability: float64, (rows, tokens), approximate softmax; in `centroid` (rows, units).
         mass: float64, (units,), its sum over the rows and the unit's tokens.
@@ -238,13 +239,60 @@ def fetched(
     """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     seen, late = _everything(len(q), len(k), mask, tail)
-    means = _mean(v, seen) if mean is None else np.broadcast_to(np.asarray(mean, np.float64), q.shape)
     size = np.abs(q).sum(axis=0)
     chosen = np.array(sorted(sorted(range(len(size)), key=lambda c: (-size[c], c))[:features]))
     part, whole = np.abs(q[:, chosen]).sum(axis=1), np.abs(q).sum(axis=1)
     ratio = np.divide(whole, part, out=np.ones_like(whole), where=part > 0)
     scales = scale * np.sqrt(ratio)
     scores = np.where(late, q @ k.T * scale, q[:, chosen] @ k[:, chosen].T * scales[:, None])
+    return _blended(q, k, v, scale, chosen, scales, scores, unit_tokens, top_units, mean, local_tokens, sinks, seen,
+                    late)
+
+
+def codes(
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    scale: float,
+    *,
+    estimate: NDArray[Any],
+    top_units: int,
+    mean: NDArray[Any] | None = None,
+    local_tokens: int = 0,
+    sinks: int = 0,
+    mask: NDArray[np.bool_] | None = None,
+    tail: NDArray[np.bool_] | None = None,
+) -> Sparse:
+    """CODES: as `sparf`, but the first pass scores by what codes stand for, and sinks exactly.
+
+    Args:
+        q: as in `sparf`, and so are the others.
+        k: floats, (tokens, head_dim).
+        v: floats, (tokens, head_dim).
+        scale: softmax scale.
+        estimate: floats, (tokens, head_dim), base + step * code of each key.
+        top_units: tokens to select; those of the tail come on top.
+        mean: as in `sparf`.
+        local_tokens: the newest tokens, which are selected first.
+        sinks: the first tokens, which are selected first, too.
+        mask: bool, (rows, tokens).
+        tail: bool, (tokens,).
+    """
+    q, k, v, estimate = (np.asarray(x, np.float64) for x in (q, k, v, estimate))
+    seen, late = _everything(len(q), len(k), mask, tail)
+    exactly = late | (np.arange(len(k)) < sinks)
+    scores = q @ np.where(exactly[:, None], k, estimate).T * scale
+    return _blended(q, k, v, scale, np.zeros(0, np.int64), np.full(len(q), scale), scores, 1, top_units, mean,
+                    local_tokens, sinks, seen, late)
+
+
+def _blended(
+    q: NDArray[np.float64], k: NDArray[np.float64], v: NDArray[np.float64], scale: float, features: NDArray[np.int64],
+    scales: NDArray[np.float64], scores: NDArray[np.float64], unit_tokens: int, top_units: int,
+    mean: NDArray[Any] | None, local_tokens: int, sinks: int, seen: NDArray[np.bool_], late: NDArray[np.bool_]
+) -> Sparse:
+    """Selection by approximate scores, (rows, tokens), exact attention over it, and the blend."""
+    means = _mean(v, seen) if mean is None else np.broadcast_to(np.asarray(mean, np.float64), q.shape)
     probability = _probabilities(scores, seen)
     units_seen = _units(probability, unit_tokens)
     forced, selected = _choose(units_seen, unit_tokens, top_units, local_tokens, sinks, late)
@@ -255,7 +303,7 @@ def fetched(
     alpha = np.where(everything | ~seen.any(axis=1), 1.0, share)
     exact = attention(q, k, v, scale, seen & taken)
     return Sparse(
-        features=chosen, scale=scales, probability=probability, mass=units_seen, forced=forced, selected=selected,
+        features=features, scale=scales, probability=probability, mass=units_seen, forced=forced, selected=selected,
         attended=seen & taken, alpha=alpha, exact=exact, output=alpha[:, None] * exact + (1 - alpha[:, None]) * means)
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvattic import AttendResult, Config, Device, Sequence
+from kvattic import AttendResult, Config, Device, Mode, Sequence
 from kvattic.spec.elements import to_bits
 from kvattic.spec.layout import kv_bits
 from kvattic.spec.registers import StatusBit
@@ -179,20 +179,23 @@ class ModeSettings:
         """Arguments of `Device.create_sequence`."""
         if self.mode == "centroid":
             return {"centroids": self._unit(config)}
+        if self.mode == "codes":
+            return {"codes": True}
         return {"sparse": True} if self.mode != "dense" else {}
 
     def attend_arguments(self, config: Config, tokens: int) -> dict[str, Any]:
         """Arguments of `Sequence.attend` and `Sequence.plan` for a sequence of `tokens` tokens."""
         if self.mode == "dense":
             return {}
-        unit = 1 if self.mode == "sparf" else self._unit(config)
+        mode = Mode[self.mode.upper()]
+        unit = 1 if mode.by_token else self._unit(config)
         share = 8 if self.mode == "centroid" else 16
         arguments: dict[str, Any] = {
             "mode": self.mode, "top_units": self.top_units or max(1, tokens // share // unit),
             "local_tokens": self.local_tokens}
-        if self.mode != "centroid":
+        if mode.featured:
             arguments["features"] = self.features or config.head_dim // 8
-        if self.mode != "sparf":
+        if not mode.by_token:
             arguments["unit_tokens"] = unit
         return arguments
 

@@ -57,6 +57,10 @@ def centroid(k: int, local_tokens: int = 0, unit_tokens: int = UNIT) -> dict[str
     return {"mode": "centroid", "top_units": k, "local_tokens": local_tokens, "unit_tokens": unit_tokens}
 
 
+def codes(k: int, local_tokens: int = 0, sinks: int = 0) -> dict[str, Any]:
+    return {"mode": "codes", "top_units": k, "local_tokens": local_tokens} | ({"sinks": sinks} if sinks else {})
+
+
 CASES: dict[str, dict[str, Any]] = {
     "sparf": {"kv_heads": 3, "q_heads": 3, "tokens": [4 * GROUP], "how": sparf(4, 20)},
     "sparf, little": {"kv_heads": 1, "q_heads": 1, "tokens": [GROUP + 3], "how": sparf(2, 4)},
@@ -71,6 +75,11 @@ CASES: dict[str, dict[str, Any]] = {
     "centroid": {"kv_heads": 3, "q_heads": 3, "tokens": [4 * GROUP], "how": centroid(8)},
     "centroid, pages": {"kv_heads": 2, "q_heads": 4, "tokens": [3 * GROUP + 9],
                         "how": centroid(5, local_tokens=20, unit_tokens=UNIT << TINY.unit_bits_max)},
+    "codes": {"kv_heads": 3, "q_heads": 3, "tokens": [4 * GROUP], "how": codes(20)},
+    "codes, one head": {"kv_heads": 1, "q_heads": 1, "tokens": [GROUP + 3], "how": codes(4)},
+    "codes, a tail, sinks": {"kv_heads": 2, "q_heads": 4, "tokens": [3 * GROUP + 17], "how": codes(40, 10, 5)},
+    "codes, most sinks": {"kv_heads": 1, "q_heads": 2, "tokens": [2 * GROUP], "how": codes(80, 3, GROUP // 2)},
+    "codes, all tokens": {"kv_heads": 1, "q_heads": 2, "tokens": [2 * GROUP + 5], "how": codes(2 * GROUP + 5)},
     "only a tail": {"kv_heads": 1, "q_heads": 2, "tokens": [GROUP - 1], "how": sparf(4, 3)},
     "only a tail, centroids": {"kv_heads": 1, "q_heads": 2, "tokens": [GROUP - 1], "how": centroid(3)},
     "one token": {"kv_heads": 1, "q_heads": 1, "tokens": [1], "how": fetched(2, 1)},
@@ -90,11 +99,19 @@ CASES: dict[str, dict[str, Any]] = {
                         "how": fetched(4, 9)},
     "causal, centroids": {"kv_heads": 2, "q_heads": 2, "tokens": [2 * GROUP], "queries": 3, "causal": True,
                           "how": centroid(9)},
+    "causal, codes": {"kv_heads": 2, "q_heads": 2, "tokens": [2 * GROUP - 2, 6], "queries": 6, "causal": True,
+                      "how": codes(30, 0, 4)},
+    "sliding, codes": {"kv_heads": 1, "q_heads": 2, "tokens": [3 * GROUP], "queries": 2, "causal": True, "window": 150,
+                       "how": codes(30)},
     "sliding": {"kv_heads": 1, "q_heads": 2, "tokens": [3 * GROUP], "queries": 2, "causal": True, "window": 150,
                 "how": fetched(4, 9)},
     "sliding, centroids": {"kv_heads": 1, "q_heads": 2, "tokens": [3 * GROUP], "queries": 2, "causal": True,
                            "window": 150, "how": centroid(9)},
     "tree": {"kv_heads": 1, "q_heads": 2, "tokens": [2 * GROUP + 30], "queries": 3, "tree": TREE, "how": sparf(4, 24)},
+    "tree, codes": {"kv_heads": 1, "q_heads": 2, "tokens": [2 * GROUP + 30], "queries": 3, "tree": TREE,
+                    "how": codes(24)},
+    "equal codes": {"kv_heads": 2, "q_heads": 2, "tokens": [4 * GROUP], "how": codes(21), "constant": True},
+    "large scale, codes": {"kv_heads": 1, "q_heads": 2, "tokens": [2 * GROUP], "scale": 20.0, "how": codes(24)},
     "equal scores": {"kv_heads": 2, "q_heads": 2, "tokens": [4 * GROUP], "how": sparf(4, 21), "constant": True},
     "small scale": {"kv_heads": 1, "q_heads": 2, "tokens": [2 * GROUP], "scale": 1e-6, "how": sparf(4, 24)},
     "large scale": {"kv_heads": 1, "q_heads": 2, "tokens": [2 * GROUP], "scale": 3000.0, "how": sparf(4, 24)},
@@ -108,7 +125,11 @@ def attend_case(device: Device, case: dict[str, Any], seed: int = 0) -> list[dic
     masks = {name: case[name] for name in ("causal", "window", "scale") if name in case}
     if "tree" in case:
         masks["tree"] = np.array(case["tree"])
-    needs = {"centroids": how["unit_tokens"]} if how["mode"] == "centroid" else {"sparse": True}
+    needs: dict[str, Any] = {"sparse": True}
+    if how["mode"] == "centroid":
+        needs = {"centroids": how["unit_tokens"]}
+    elif how["mode"] == "codes":
+        needs = {"codes": True}
     needs |= {"sinks": how["sinks"]} if "sinks" in how else {}
     with device.create_sequence(kv_heads, capacity_tokens=sum(case["tokens"]), **needs) as sequence:
         for piece, tokens in enumerate(case["tokens"]):
@@ -155,6 +176,7 @@ def test_another_geometry() -> None:
         "sparf": {"kv_heads": 2, "q_heads": 4, "tokens": [4 * group + 9], "how": sparf(7, 33, local_tokens=5)},
         "fetched": {"kv_heads": 2, "q_heads": 6, "tokens": [4 * group], "how": fetched(5, 9, unit_tokens=4)},
         "centroid": {"kv_heads": 2, "q_heads": 4, "tokens": [4 * group + 1], "how": centroid(9, unit_tokens=8)},
+        "codes": {"kv_heads": 2, "q_heads": 6, "tokens": [4 * group + 9], "how": codes(40, 5, 7)},
     }
     found = simulate(WIDE, attend_cases, flash=SHUFFLED, cases=cases)
     assert not differences(found, model(WIDE, attend_cases, cases=cases))
@@ -369,7 +391,7 @@ def bad_commands(device: Device) -> dict[str, Any]:
     mistakes: dict[str, dict[str, int]] = {
         "good fetched": by_fetched,
         "good centroid": by_centroid,
-        "no such mode": {"mode": 4},
+        "no such mode": {"mode": 5},
         "reserved": {"reserved0": 1},
         "small stripes": {"stripe_pages": config.group_pages // 2},
         "sparf with units": {"unit_bits": 1},
@@ -397,7 +419,7 @@ def bad_commands(device: Device) -> dict[str, Any]:
         "channel": {"table": at + 0x4400},
         "nan in q": {"query": at + 0x1000},
         "nan in the mean": {"table": at + 0x4C00},
-        "all wrong": {"mode": 4, "rows": 0, "features": 0, "top_units": 0, "table": 1},
+        "all wrong": {"mode": 5, "rows": 0, "features": 0, "top_units": 0, "table": 1},
         "nearly all wrong": {"features": 0, "top_units": 0, "table": at + 0x4201},
         "numbers of dense": {"mode": Mode.DENSE},
         "sinks of dense": {"mode": Mode.DENSE, "features": 0, "top_units": 0, "sinks": 1},

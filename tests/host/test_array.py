@@ -110,16 +110,18 @@ def test_heads_with_appends_in_pieces():
 
 
 def test_heads_of_the_sparse_modes():
-    array, device = array_of(2), one_device()
+    config = replace(TINY, beat_bytes=16)
+    array, device = array_of(2, config), one_device(config)
     key, value, query = tensors(3, 150, 6, 2)
-    options = {"capacity_tokens": 200, "sparse": True, "centroids": TINY.tokens_per_codeword}
+    options = {"capacity_tokens": 200, "sparse": True, "centroids": TINY.tokens_per_codeword, "codes": True}
     split, whole = (a.create_sequence(3, **options) for a in (array, device))
     for sequence in (split, whole):
         sequence.prefill(key, value)
     np.testing.assert_array_equal(split.mean_value(), whole.mean_value())
     for choice in ({"mode": "sparf", "features": 8, "top_units": 20, "local_tokens": 3},
                    {"mode": "fetched", "features": 8, "top_units": 10},
-                   {"mode": "centroid", "top_units": 10, "causal": True}):
+                   {"mode": "centroid", "top_units": 10, "causal": True},
+                   {"mode": "codes", "top_units": 20, "sinks": 3}):
         assert_same_bits(split.attend(query, **choice), whole.attend(query, **choice))
 
 

@@ -202,8 +202,12 @@ def test_missing_target_exits_2(capsys):
 # ---------------------------------------------------------------- selftest
 
 
-def test_the_selftest_checks_every_mode(capsys, tables):
-    found = parsed(capsys, "selftest", "model")
+def test_the_selftest_checks_every_mode(capsys, tables, tmp_path):
+    (tmp_path / "wide.json").write_text(replace(TINY, beat_bytes=16).to_json())
+    wide = parsed(capsys, "selftest", "model", "--config", str(tmp_path / "wide.json"))
+    assert wide["passed"]
+    assert {"codes, all", "sparf, all"} <= {check["name"] for check in wide["checks"]}
+    found = parsed(capsys, "selftest", "model")     # a configuration without codes
     assert found["passed"]
     names = [check["name"] for check in found["checks"]]
     assert {name.partition(",")[0] for name in names} == {"dense", "sparf", "fetched", "centroid"}

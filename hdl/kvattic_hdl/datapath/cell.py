@@ -8,6 +8,8 @@ from amaranth.utils import ceil_log2
 
 from kvattic.spec.config import Config
 from kvattic.spec.formats import (
+    CODES_SHIFT,
+    CODES_SUM_BITS,
     PRODUCT_BITS,
     QUERY_SHIFT,
     SCORE_SUM_BITS,
@@ -95,13 +97,16 @@ class Cell(wiring.Component):
     write : In(1), stage 10
     write_address : In, stage 10
         Where the sum (or, after a drain, at the end of a harvest, or in a sweep, zero) is written.
+    codes : In(1), stage 8; codes_sum : In(signed(CODES_SUM_BITS)), stage 9
+        Instead of a product this is added to the word, `CODES_SHIFT` bits up; otherwise it is zero.  Only if
+        `config.codes`.
     word : Out(signed(SCORE_SUM_BITS)), stage 9
         The word that was read, of a group's sums.  Only if `config.sparse`.
     """
 
     def __init__(self, config: Config) -> None:
         self.shapes = Shapes(config)
-        self.sparse = config.sparse
+        self.sparse, self.codes_built = config.sparse, config.codes
         self.depth = accumulator_words(config)
         self.sum_bits = config.lane_accumulator_bits   # what the chain adds comes to more
         self.element = element = config.element.encoding
@@ -123,7 +128,8 @@ class Cell(wiring.Component):
             "accumulate": In(1),
             "write": In(1),
             "write_address": In(address),
-        } | ({"word": Out(signed(SCORE_SUM_BITS))} if config.sparse else {}))
+        } | ({"word": Out(signed(SCORE_SUM_BITS))} if config.sparse else {})
+          | ({"codes": In(1), "codes_sum": In(signed(CODES_SUM_BITS))} if config.codes else {}))
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
@@ -185,10 +191,13 @@ class Cell(wiring.Component):
         # What accompanies the product.
         gones, clips, signs = ([Signal(name=f"{name}_{n}") for n in numbers] for name, numbers in (
             ("gone", (5, 6, 7, 8)), ("clip", (6, 7, 8)), ("sign", range(4, ADDEND_STAGE + 1))))
-        with m.If(gones[-1]):
+        with m.If(gones[-1] | (self.codes if self.codes_built else 0)):
             m.d.sync += magnitude_9.eq(0)
         m.d.sync += [b.eq(a) for values in ([gone, *gones], [clipped_5, *clips, self.overflow], [self.sign, *signs])
                      for a, b in zip(values, values[1:], strict=False)]
+        if self.codes_built:
+            with m.If(self.codes):
+                m.d.sync += signs[-1].eq(0)
         return magnitude_9, signs[-1]
 
     def _accumulate(self, m: Module, magnitude: Signal, negative: Signal) -> None:
@@ -204,11 +213,15 @@ class Cell(wiring.Component):
         carry = Signal()
         drain = Signal()   # stage 9; a register for each cell, as many bits hang on it
         m.d.sync += drain.eq(self.drain)
+        addend = Cat(magnitude, 0) ^ negative.replicate(self.window_bits + 1)
+        if self.codes_built:   # one of both is zero
+            codes_sum = Signal(signed(self.window_bits + 1))
+            m.d.comb += codes_sum.eq(self.codes_sum << CODES_SHIFT)
+            addend = addend | codes_sum.as_unsigned()
         m.d.comb += [
             read.addr.eq(self.read_address),
             carry.eq(negative & ~drain),
-            operand.eq(Mux(drain, self.chain_i,
-                           (Cat(magnitude, 0) ^ negative.replicate(self.window_bits + 1)).as_signed())),
+            operand.eq(Mux(drain, self.chain_i, addend.as_signed())),
             total.eq(add_carry(word_9, operand, carry)),
             write.addr.eq(self.write_address),
             write.data.eq(total_10),

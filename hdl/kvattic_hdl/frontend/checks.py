@@ -291,7 +291,7 @@ class SketchCheck(wiring.Component):
     Members
     -------
     ranked : In(1)
-        They are of the feature layout, not of centroids.
+        They are of the feature layout, not of codes or centroids.
     stripe, sketch : In(1)
         A stripe's `commands.TABLE_ENTRY` is given; its `commands.SKETCH_ENTRY`.
     entry : In(64)
@@ -368,13 +368,15 @@ class ModeCheck(wiring.Component):
     sparse : Out(1)
         The mode is none but DENSE.
     ranked : Out(1)
-        It is SPARF or FETCHED: there are chosen features and a mean of V.
+        It is SPARF, FETCHED or CODES: there is a mean of V, and rows have a scale of the first pass.
+    features_chosen : Out(1)
+        It is SPARF or FETCHED: there are chosen features.
     bad_field : Out(1)
         There is no such mode, a field is given that it has no use for, or stripes are not groups.
     bad : Out(1)
         A number is none or too large.
-    where : Out(2)
-        The first such one: features, top_units, local_tokens, unit_bits.
+    where : Out(3)
+        The first such one: features, top_units, local_tokens, unit_bits, sinks.
     """
 
     mode: Signal
@@ -387,6 +389,7 @@ class ModeCheck(wiring.Component):
     length: Signal
     sparse: Signal
     ranked: Signal
+    features_chosen: Signal
     bad_field: Signal
     bad: Signal
     where: Signal
@@ -399,9 +402,10 @@ class ModeCheck(wiring.Component):
             "length": In(TOKEN_BITS),
             "sparse": Out(1),
             "ranked": Out(1),
+            "features_chosen": Out(1),
             "bad_field": Out(1),
             "bad": Out(1),
-            "where": Out(2),
+            "where": Out(3),
         })
 
     def elaborate(self, platform: object) -> Module:
@@ -409,16 +413,18 @@ class ModeCheck(wiring.Component):
         config = self._config
         given = {name: Signal(name=f"{name}_given") for name in SPARSE_FIELDS}
         of_mode = {mode: Signal(name=mode.name.lower()) for mode in Mode}
+        by_token = of_mode[Mode.SPARF] | of_mode[Mode.CODES]
+        m.d.comb += self.features_chosen.eq(of_mode[Mode.SPARF] | of_mode[Mode.FETCHED])
         m.d.sync += [
             *(signal.eq(self.mode == mode) for mode, signal in of_mode.items()),
             *(signal.eq(getattr(self, name).any()) for name, signal in given.items()),
             self.sparse.eq(self.mode.any()),
-            self.ranked.eq((self.mode == Mode.SPARF) | (self.mode == Mode.FETCHED)),
+            self.ranked.eq(Cat(self.mode == mode for mode in Mode if mode.blended).any()),
             self.bad_field.eq(
-                ~Cat(of_mode.values()).any()
+                ~Cat(of_mode[mode] for mode in Mode if config.codes or mode is not Mode.CODES).any()
                 | (of_mode[Mode.DENSE] & Cat(given.values()).any())
-                | (of_mode[Mode.CENTROID] & given["features"])
-                | (of_mode[Mode.SPARF] & given["unit_bits"])
+                | ((of_mode[Mode.CENTROID] | of_mode[Mode.CODES]) & given["features"])
+                | (by_token & given["unit_bits"])
                 | (self.sparse & (self.stripe_pages != config.group_pages))),
         ]
 
@@ -429,7 +435,7 @@ class ModeCheck(wiring.Component):
         token_bits = ceil_log2(config.tokens_per_codeword)
 
         def unit_of(token):
-            codeword = Mux(of_mode[Mode.SPARF], token, token >> token_bits)
+            codeword = Mux(by_token, token, token >> token_bits)
             return Mux(self.unit_bits[5:].any(), 0, codeword >> self.unit_bits[:5])
 
         # One after the other: shifts by any number are large.
@@ -439,17 +445,18 @@ class ModeCheck(wiring.Component):
             m.d.sync += last_local_unit.eq(unit)
         with m.Else():
             m.d.sync += last_unit.eq(unit)
-        bad = Signal(4)
+        bad = Signal(5)
         m.d.sync += [
             last.eq(self.length - 1),
             last_local.eq(self.local_tokens - 1),
             turn.eq(~turn),
             bad.eq(Cat(
-                self.ranked & (~given["features"] | (self.features > config.head_dim)),
+                self.features_chosen & (~given["features"] | (self.features > config.head_dim)),
                 ~given["top_units"] | (self.top_units - 1 > last_unit),
                 given["local_tokens"] & (last_local_unit >= self.top_units),
                 self.unit_bits > config.unit_bits_max,
-            ) & self.sparse.replicate(4)),
+                of_mode[Mode.CODES] & (self.sinks > config.group_tokens // 2),
+            ) & self.sparse.replicate(5)),
         ]
         m.d.comb += self.bad.eq(bad.any())
         for number in reversed(range(len(bad))):

@@ -5,7 +5,7 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import bits_for
 
-from kvattic.spec.commands import COMMAND, LINE_BYTES, ROW, Status
+from kvattic.spec.commands import COMMAND, LINE_BYTES, ROW, Mode, Status
 from kvattic.spec.config import ELEMENT_BYTES, Config
 from kvattic.spec.formats import SCALE_BITS
 from kvattic_hdl.frontend.checks import NanCheck, SketchCheck, TableCheck
@@ -372,8 +372,10 @@ class LoadJob(wiring.Component):
         m.submodules.mean_check = mean_check = NanCheck(
             bits=FP32_BITS, fraction_bits=FP32_FRACTION, exponent_bits=FP32_EXPONENT, elements=config.head_dim, rows=1)
         m.submodules.ranker = ranker = Ranker(config)
+        codes = Signal()
+        m.d.sync += codes.eq(self._fields["mode"] == Mode.CODES)
         m.d.comb += [
-            sketch_check.ranked.eq(self.ranked),
+            sketch_check.ranked.eq(self.ranked & ~codes),
             sketch_check.stripe.eq(self.load_valid & load.stripe),
             sketch_check.sketch.eq(self.load_valid & load.sketch),
             sketch_check.entry.eq(load.data),
@@ -388,7 +390,8 @@ class LoadJob(wiring.Component):
             ranker.valid.eq(check.valid & self.ranked),
             ranker.word.eq(word.data),
             ranker.rows.eq(self._rows),
-            ranker.features.eq(self._fields["features"]),
+            # Codes have all features: a row's scale is then the command's.
+            ranker.features.eq(Mux(codes, config.head_dim, self._fields["features"])),
             ranker.scale.eq(self.scale),
             ranker.k_offset.eq(self.k_offset),
         ]

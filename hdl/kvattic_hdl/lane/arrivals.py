@@ -33,7 +33,7 @@ def header_shape(config: Config) -> data.StructLayout:
     slot; ring (its place in the score ring), token (its first token's number): of a FEATURE those of its stripe, of
     centroids those of their first unit; into_score: all but V; error; read: it is to be copied.  Sparse
     configurations only: first (it is of the first pass), feature, centroid, number (of the codeword in its stripe),
-    group (its buffer), marks (selected tokens), unit_bits.
+    group (its buffer), marks (selected tokens), unit_bits.  `Config.codes` only: codes: an octet of codes.
     """
     shapes = Shapes(config)
     header = {"ring": shapes.ring, "slot": shapes.slot, "into_score": 1, "token": TOKEN_BITS, "error": 1,
@@ -42,6 +42,8 @@ def header_shape(config: Config) -> data.StructLayout:
         header |= {"first": 1, "feature": 1, "centroid": 1, "number": ceil_log2(config.group_codewords),
                    "group": (config.groups_in_flight - 1).bit_length(), "marks": config.tokens_per_codeword,
                    "unit_bits": shapes.start["unit_bits"].shape}
+    if config.codes:
+        header["codes"] = 1
     return data.StructLayout(header)
 
 
@@ -217,6 +219,10 @@ class Arrivals(wiring.Component):
         That stripe's first token, one cycle later.
     stripe_whole : In(1), with it
         That stripe is a tail.
+    codes : In(1), sinks : In
+        Its mode is CODES; the sequence's first tokens, whose K belongs to its first pass.  Only if `config.codes`.
+    stripe_first : In(1), with `stripe_token`
+        That stripe is the sequence's first one.  Only if `config.codes`.
     feature : Out
         Number of the codeword in its stripe, which is the feature of a FEATURE.
     chosen : In(1), one cycle later
@@ -230,6 +236,8 @@ class Arrivals(wiring.Component):
         Their beats; zeros where the codeword has an error.  At most `beats_buffered` are under way.
     beat_taken : In(1)
         Strobe: one of them was taken out of its buffer.
+    codes_taken : In(1)
+        Likewise, of an octet.  Only if `config.codes`.
     value_requests : Out(stream of slot, ring)
         The V codewords among them, for the weight unit; never waits.
     scrub : In(1)
@@ -258,6 +266,8 @@ class Arrivals(wiring.Component):
             known |= {"sparse": 1, "first_asked": 1, "any_token": 1, "all_came": 1, "centroids": 1, "beyond": 1,
                       "header_ring": shapes.ring, "number": number, "group": group, "unit_bits": unit_bits,
                       "ring_base": shapes.ring, "stripe": group}
+        if config.codes:
+            known |= {"codes": 1, "octet": 1, "sink": 1}
         self.arriving = data.StructLayout(arriving)   # a beat, in each stage; first: of its codeword
         self.known = data.StructLayout(known)         # what its tag means, from stage 2 on
         self.value_request = data.StructLayout({"slot": shapes.slot, "ring": shapes.ring})
@@ -300,7 +310,9 @@ class Arrivals(wiring.Component):
             "bad_tag": Out(1),
             "offender": Out(shapes.tag),
             "ready": Out(1),
-        })
+        } | ({
+            "codes": In(1), "sinks": In(shapes.start["sinks"].shape), "stripe_first": In(1), "codes_taken": In(1)}
+            if config.codes else {}))
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
@@ -350,7 +362,7 @@ class Arrivals(wiring.Component):
             take.eq(self.codewords.valid & self.codewords.ready),
         ]
         m.d.sync += [
-            given_back.eq(dropped + self.beat_taken),
+            given_back.eq(dropped + self.beat_taken + (self.codes_taken if self.config.codes else 0)),
             credit.eq(credit - take + given_back),
             has_credit.eq(self.ready & ((credit > 1) | given_back.any())),
             stage_1.valid.eq(take),
@@ -424,13 +436,25 @@ class Arrivals(wiring.Component):
             known_2.stripe.eq(page >> self.stripe_bits),
             known_2.unit_bits.eq(self.unit_bits),
         ]
+        if self.config.codes:
+            half = self.config.group_codewords // 2
+            first_beyond = self.sinks + self.config.tokens_per_codeword - 1 >> self.config.slot_bits_per_codeword
+            m.d.sync += [
+                known_2.codes.eq(self.codes),
+                known_2.octet.eq((self.feature >= half) & (self.feature < half + self.config.octets)),
+                known_2.sink.eq(self.codes & (self.feature < first_beyond)),
+            ]
 
     def _welcome(self, tag: Any, known: Any) -> Value:
         """Stage 2: whether the codeword was asked for and may come now."""
         welcome = known.asked & ((tag.kind == Kind.KEY) | (known.open & ~tag.kind[1]))
         if self.config.sparse:
-            feature = self.chosen & ~self.stripe_whole & ~known.centroids
-            sketch = Mux(known.centroids, ~self.stripe_whole & ~known.beyond, self.stripe_whole)
+            chosen, whole = self.chosen, self.stripe_whole
+            if self.config.codes:
+                chosen = Mux(known.codes, known.octet, chosen)
+                whole = whole | (known.sink & self.stripe_first)
+            feature = chosen & ~self.stripe_whole & ~known.centroids
+            sketch = Mux(known.centroids, ~self.stripe_whole & ~known.beyond, whole)
             first = known.sparse & known.first_asked & Mux(tag.kind[0], sketch, feature)
             welcome = Mux(tag.kind[1], first, welcome)
         return welcome
@@ -509,3 +533,6 @@ class Arrivals(wiring.Component):
                 header.marks.eq(self.marks | known.any_token.replicate(self.config.tokens_per_codeword)),
                 header.unit_bits.eq(known.unit_bits),
             ]
+        if self.config.codes:
+            feature = tag.kind == Kind.FEATURE
+            m.d.comb += [header.feature.eq(feature & ~known.codes), header.codes.eq(feature & known.codes)]

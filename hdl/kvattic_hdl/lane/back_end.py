@@ -250,6 +250,8 @@ class TokenBackEnd(wiring.Component):
             ring.first_begin.eq(walker.begin),
         ]
         m.d.sync += walker.failed.eq(self.failed.bit_select(walker.slot, 1))
+        if self.config.codes:
+            m.d.comb += [lists.sink_slot.eq(walker.slot), walker.sink_page.eq(lists.sink_page)]
 
     def _check_arrivals(self, m: Module) -> None:
         """Let through what was asked for."""
@@ -289,6 +291,13 @@ class TokenBackEnd(wiring.Component):
                 self.chosen.asked_slot.eq(slot),
                 self.chosen.asked_feature.eq(arrivals.feature),
                 arrivals.chosen.eq(self.chosen.chosen),
+            ]
+        if self.config.codes:
+            m.d.comb += [
+                arrivals.codes.eq(job.mode == Mode.CODES),
+                arrivals.sinks.eq(job.sinks),
+                arrivals.stripe_first.eq(stripe.stripe.first),
+                arrivals.codes_taken.eq(self.front.codes_taken),
             ]
 
     def _scrub(self, m: Module) -> None:
@@ -336,6 +345,8 @@ class TokenBackEnd(wiring.Component):
             places.next_ring.eq(self.ring.head),
             places.next_group.eq(first_pass.next),
         ]
+        if self.config.codes:
+            m.d.comb += first_pass.group.sinks.eq(walker.sinks)
 
     def _count(self, m: Module) -> None:
         """Count what is outstanding."""
@@ -384,8 +395,9 @@ class TokenBackEnd(wiring.Component):
             self.maximum.eq(score_unit.maximum),
         ]
         if self.config.sparse:
+            harvested = scored.harvest & ~scored.sink if self.config.codes else scored.harvest
             m.d.comb += [
-                score_unit.valid.eq((scored.valid & scored.into_score & scored.last) | scored.harvest),
+                score_unit.valid.eq((scored.valid & scored.into_score & scored.last) | harvested),
                 score_unit.unit_bits.eq(job.job.unit_bits),
                 score_unit.forget_valid.eq(self.select_valid),
                 score_unit.forget_slot.eq(self.select_slot),
@@ -506,7 +518,7 @@ class TokenBackEnd(wiring.Component):
         wanted = any_key | any_open_value
         waiting = any_value | any_selection
         m.d.comb += [
-            events.beat.eq(front.beat_taken),
+            events.beat.eq(front.beat_issued),
             events.weights.eq(front.waits_weight),
             events.scores.eq(front.waits_score | front.waits_copy),
             events.starved.eq(front.starves & wanted),

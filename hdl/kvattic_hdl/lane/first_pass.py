@@ -7,6 +7,7 @@ from amaranth.lib.wiring import In, Out
 from amaranth.utils import bits_for, ceil_log2
 
 from kvattic.spec.config import Config
+from kvattic_hdl.lane.first_walker import sink_bits
 from kvattic_hdl.lib.shapes import TOKEN_BITS, Shapes
 
 GENERATION_BITS = 4
@@ -14,19 +15,24 @@ GENERATION_BITS = 4
 
 
 def group_shape(config: Config) -> data.StructLayout:
-    """What a group is about: slot, ring place of its first codeword, its first token, whether it is of features."""
+    """What a group is about: slot, ring place of its first codeword, its first token, whether it is of features.
+
+    sinks: codewords of K of its first tokens, which are scored exactly.
+    """
     shapes = Shapes(config)
-    return data.StructLayout({"slot": shapes.slot, "ring": shapes.ring, "token": TOKEN_BITS, "features": 1})
+    return data.StructLayout(
+        {"slot": shapes.slot, "ring": shapes.ring, "token": TOKEN_BITS, "features": 1}
+        | ({"sinks": sink_bits(config)} if config.codes else {}))
 
 
 def harvest_shape(config: Config) -> data.StructLayout:
-    """A token of a group that is harvested: where, buffer, word and element (see `FirstPass.harvest`)."""
+    """A token of a group that is harvested: where, buffer, word and element (see `FirstPass.harvest`), sink."""
     return data.StructLayout({
         "where": Shapes(config).lane_token,
         "buffer": (config.groups_in_flight - 1).bit_length(),
         "word": (config.group_words - 1).bit_length(),
         "element": (config.elements_per_beat - 1).bit_length(),
-    })
+    } | ({"sink": 1} if config.codes else {}))
 
 
 class FirstPass(wiring.Component):
@@ -53,10 +59,12 @@ class FirstPass(wiring.Component):
     close : In(1)
         Strobe: nothing more of it is asked for.
     feature_stored, sketch_stored : In(1), feature_group, sketch_group : In(group)
-        Strobes: a codeword of this buffer's group is accounted for.  A group has either the ones or the others.
+        Strobes: a codeword of this buffer's group is accounted for.  A group has either the ones or the others, but
+        for one with sinks.
     harvest : Out(stream of token, buffer, word, element)
         The next token of the oldest group: `Shapes.lane_token`, with `last` for the group's last one; its sums are
-        element `element` of word `word` of buffer `buffer`, which is of no more use after its last element.
+        element `element` of word `word` of buffer `buffer`, which is of no more use after its last element.  A `sink`
+        has its score already.
     harvested : In(1)
         Strobe: the scores of a group's last token are stored.
     given_up : In(jobs_in_flight)
@@ -108,14 +116,15 @@ class FirstPass(wiring.Component):
             head.addr.eq(oldest),
         ]
         for g in groups:
-            up, down = Signal(name=f"up_{g}"), Signal(name=f"down_{g}")
+            up, down = Signal(name=f"up_{g}"), Signal(range(3), name=f"down_{g}")
+            feature, sketch = (stored & (group == g) for stored, group in (
+                (self.feature_stored, self.feature_group), (self.sketch_stored, self.sketch_group)))
             m.d.comb += [
                 up.eq(self.asked & (newest == g)),
-                down.eq((self.feature_stored & (self.feature_group == g))
-                        | (self.sketch_stored & (self.sketch_group == g))),
+                down.eq(feature + sketch if config.codes else feature | sketch),
             ]
             with m.If(up != down):
-                m.d.sync += left[g].eq(left[g] + Mux(up, 1, -1))
+                m.d.sync += left[g].eq(left[g] + up - down)
             with m.If(self.close & (newest == g)):
                 m.d.sync += closed[g].eq(1)
             with m.If(end & (oldest == g)):
@@ -148,6 +157,8 @@ class FirstPass(wiring.Component):
             token.word.eq(count[element_bits:]),
             token.element.eq(count[:element_bits]),
         ]
+        if config.codes:
+            m.d.comb += token.sink.eq(count[index_bits:] < head.data.sinks)
         with m.FSM(name="state"):
             with m.State("collect"):
                 m.d.sync += [count.eq(0), ring.eq(head.data.ring), number.eq(head.data.token)]

@@ -9,15 +9,21 @@ from amaranth.utils import bits_for, ceil_log2
 
 from kvattic.spec.commands import Kind, Mode
 from kvattic.spec.config import Config
-from kvattic_hdl.lib.shapes import TOKEN_BITS, Shapes
+from kvattic_hdl.lib.shapes import PAGE_BITS, TOKEN_BITS, Shapes
 
 
 def first_walk_shape(config: Config) -> data.StructLayout:
-    """A job as `FirstWalker` needs it: `Shapes.walk` without stripe_bits, and mode, features, unit_bits."""
+    """A job as `FirstWalker` needs it: `Shapes.walk` without stripe_bits, and mode, features, unit_bits, sinks."""
     shapes = Shapes(config)
+    names = ("mode", "features", "unit_bits", *(("sinks",) if config.codes else ()))
     return data.StructLayout(
         {name: field.shape for name, field in shapes.walk if name != "stripe_bits"}
-        | {name: shapes.start[name].shape for name in ("mode", "features", "unit_bits")})
+        | {name: shapes.start[name].shape for name in names})
+
+
+def sink_bits(config: Config) -> int:
+    """Bits of the codewords of K that hold sinks, of which CODES may have half of a stripe."""
+    return bits_for(config.group_codewords // 2)
 
 
 def first_stripe_shape(config: Config) -> data.StructLayout:
@@ -35,8 +41,9 @@ def first_stripe_shape(config: Config) -> data.StructLayout:
 class FirstWalker(wiring.Component):
     """Requests what the first pass of each sparse job reads, in slot order; waits for dense jobs to take their places.
 
-    Of each stripe of the lane's list, which opens a group: the chosen features, or all centroids; of one that is
-    attended whole (the tail) K, up to `end_token`, or nothing if centroids are what counts.  Takes all of the job's
+    Of each stripe of the lane's list, which opens a group: the chosen features, all octets of codes (behind K of the
+    sinks), or all centroids; of one that is attended whole (the tail) K, up to `end_token`, or nothing if centroids are
+    what counts.  Takes all of the job's
     places of the score ring when it begins.  At most one request in four cycles.  A job ends with the list, or at once
     when it failed.  Reset forgets everything.
 
@@ -65,6 +72,8 @@ class FirstWalker(wiring.Component):
         Cat(number among the chosen, slot) of a chosen feature.
     chosen : In(feature of q)
         That feature, one cycle later.
+    sink_page : In
+        The first page of K of the sequence of `slot`, in the same cycle.  Only if `config.codes`.
     requests : Out(stream of request)
     asked : Out(1)
         As `Walker`'s.
@@ -78,8 +87,10 @@ class FirstWalker(wiring.Component):
         A group may be opened.
     open, close : Out(1)
         Strobes: a group begins, of the stripe with first place `place` (in the job), first token `token`, which is read
-        in features if `features`; all of it is asked for.
+        in features if `features`, but `sinks` codewords of K exactly; all of it is asked for.
     place, token, features : Out
+    sinks : Out
+        Only if `config.codes`.
     """
 
     def __init__(self, config: Config) -> None:
@@ -95,6 +106,7 @@ class FirstWalker(wiring.Component):
         self.by_feature, self.bounded = Signal(), Signal()
         self.next_token = Signal(TOKEN_BITS + 1)   # of the next codeword, if the job's last stripe is a tail
         self.more, self.go_on, self.centroids = Signal(), Signal(), Signal()
+        self.codes, self.in_sinks = Signal(), Signal()   # the mode; K of the sinks is asked for, before the codes
         # Of `slot`, a cycle late: any job is there; its own is; was the cycle before, so that `fits` is about it; is
         # dense; has taken all of its places.
         self.known = [Signal(name=name) for name in ("any_here", "here", "stayed", "dense", "walked")]
@@ -123,7 +135,7 @@ class FirstWalker(wiring.Component):
             "place": Out(shapes.place),
             "token": Out(TOKEN_BITS),
             "features": Out(1),
-        })
+        } | ({"sink_page": In(PAGE_BITS), "sinks": Out(sink_bits(config))} if config.codes else {}))
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
@@ -153,9 +165,10 @@ class FirstWalker(wiring.Component):
         """The stripe in work, and what is asked for."""
         m.d.comb += [
             self.requests.valid.eq(self.asking & ~self.asked & ~self.failed),
-            self.follow.eq(Mux(self.asked, ~self.by_feature & ~self.request.dram
+            self.follow.eq(Mux(self.asked, (~self.by_feature | self.codes) & ~self.request.dram
                                & (self.request.codeword != self.config.codewords_per_page - 1), self.following)),
             self.centroids.eq(self.job.mode == Mode.CENTROID),
+            self.codes.eq(self.job.mode == Mode.CODES if self.config.codes else 0),
             self.more.eq((self.number != self.limit) & (~self.bounded | (self.next_token < self.job.end_token))),
             self.stripe_address.eq(Cat(self.index, self.slot)),
             self.chosen_address.eq(Cat(self.number[: self.feature_bits], self.slot)),
@@ -163,6 +176,10 @@ class FirstWalker(wiring.Component):
             self.features.eq(~self.stripe.whole & ~self.centroids),
             self.requests.payload.eq(self.request),
         ]
+        if self.config.codes:
+            up = self.config.tokens_per_codeword - 1
+            with m.If(self.codes & ~self.stripe.whole & (self.stripe.token == 0)):
+                m.d.comb += self.sinks.eq((self.job.sinks + up) >> self.config.slot_bits_per_codeword)
 
     def _end_job(self, m: Module) -> None:
         m.d.comb += [self.end.eq(1), self.go_on.eq(1)]
@@ -215,23 +232,44 @@ class FirstWalker(wiring.Component):
                 with m.Elif(self.centroids):
                     units = config.group_codewords // config.tokens_per_codeword
                     m.d.sync += self.limit.eq(Mux(stripe.whole, 0, units >> self.job.unit_bits))
+                if config.codes:
+                    with m.If(self.codes & ~stripe.whole):
+                        m.d.sync += self.limit.eq(config.octets)
+                        with m.If(self.sinks.any()):
+                            m.d.sync += [
+                                self.in_sinks.eq(1), self.by_feature.eq(0), self.limit.eq(self.sinks),
+                                self.first.eq(Cat(Const(0, codeword_bits), self.sink_page))]
                 m.next = "choose"
+
+    def _pass_sinks(self, m: Module) -> None:
+        """K of the sinks is asked for: go on with the stripe's codes."""
+        config, stripe = self.config, self.stripe
+        m.d.sync += [
+            self.in_sinks.eq(0), self.by_feature.eq(1), self.following.eq(0), self.number.eq(0),
+            self.limit.eq(config.octets),
+            self.first.eq(Cat(stripe.codeword[: ceil_log2(config.codewords_per_page)], stripe.page))]
 
     def _ask(self, m: Module) -> None:
         """Ask for the stripe's codewords one by one."""
         config, request, number = self.config, self.request, self.number
         codeword_bits = ceil_log2(config.codewords_per_page)
-        position = self.first + Mux(self.by_feature, self.chosen, number)
+        chosen = Mux(self.by_feature & ~self.codes, self.chosen, number)
+        # Octets have places of their own, beside those of K.
+        octet = Mux(self.by_feature & self.codes, config.group_codewords // 2, 0)
+        position = self.first + chosen
         with m.State("choose"):   # the feature comes
             with m.If(self.more & ~self.failed):
                 m.next = "form"
+            with m.Elif(self.in_sinks & ~self.failed):
+                self._pass_sinks(m)
             with m.Else():
+                m.d.sync += self.in_sinks.eq(0)
                 self._close_stripe(m)
         with m.State("form"):
             m.d.sync += [
                 request.page.eq(position >> codeword_bits),
                 request.codeword.eq(position[:codeword_bits]),
-                request.tag.place.eq(self.place + Mux(self.by_feature, self.chosen, number)),
+                request.tag.place.eq(self.place + (chosen | octet)),
                 request.tag.kind.eq(Mux(self.by_feature, Kind.FEATURE, Kind.SKETCH)),
                 request.tag.slot.eq(self.slot),
                 request.tag.epoch.eq(self.job.epoch),
@@ -248,5 +286,5 @@ class FirstWalker(wiring.Component):
                 ]
                 m.next = "choose"
             with m.Elif(self.failed):
-                m.d.sync += self.asking.eq(0)
+                m.d.sync += [self.asking.eq(0), self.in_sinks.eq(0)]
                 self._close_stripe(m)

@@ -2,17 +2,19 @@
 
 from typing import Any
 
-from amaranth.hdl import Array, Cat, Module, Signal, signed
+from amaranth.hdl import Array, Cat, Module, Mux, Signal, signed
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out, connect, flipped
 
 from kvattic.spec.config import Config
 from kvattic.spec.formats import SCORE_SUM_BITS
 from kvattic_hdl.datapath.cell import ADDEND_STAGE, READ_STAGE, SHIFT_STAGE, SUM_STAGE, Cell
+from kvattic_hdl.datapath.codes import FIELDS_STAGE, CodeTables
 from kvattic_hdl.lane.arrivals import CodewordBuffer, header_shape
 from kvattic_hdl.lane.copier import copy_link
 from kvattic_hdl.lane.first_pass import harvest_shape
 from kvattic_hdl.lane.issue import Issue, stage_shape
+from kvattic_hdl.lane.octets import OctetQueue
 from kvattic_hdl.lane.operands import Operands
 from kvattic_hdl.lane.sums import AccumulatorPorts, RowSum
 from kvattic_hdl.lib.shapes import Shapes
@@ -27,7 +29,11 @@ def front_link(config: Config) -> wiring.Signature:
     headers : In(stream of header), beats : In(stream of beat_bytes * 8 bits)
         Codewords that were let through, see `arrivals.header_shape`.
     beat_taken : Out(1)
-        Strobe: a beat was taken out of its buffer, and issued.
+        Strobe: a beat was taken out of its buffer, and issued; not of levels, whose codewords' places are others'.
+    beat_issued : Out(1)
+        Strobe: a beat was issued.
+    codes_taken : Out(1)
+        Strobe: a beat of an octet's fields was taken out of its queue.  Only if `config.codes`.
     weights : In(stream of weight)
         Of the V codewords' tokens, row by row.
     harvest : In(stream of `first_pass.harvest_shape`)
@@ -53,6 +59,7 @@ def front_link(config: Config) -> wiring.Signature:
         "headers": In(stream.Signature(header_shape(config), always_ready=True)),
         "beats": In(stream.Signature(config.beat_bytes * 8, always_ready=True)),
         "beat_taken": Out(1),
+        "beat_issued": Out(1),
         "weights": In(stream.Signature(shapes.weight)),
         "harvest": In(stream.Signature(harvest_shape(config))),
         "job_slot": Out(shapes.slot),
@@ -74,7 +81,7 @@ def front_link(config: Config) -> wiring.Signature:
         "sums": Out(data.ArrayLayout(signed(SCORE_SUM_BITS), config.rows)),
         "clipped": Out(config.rows),
         "ready": Out(1),
-    })
+    } | ({"codes_taken": Out(1)} if config.codes else {}))
 
 
 class Front(wiring.Component):
@@ -106,6 +113,9 @@ class Front(wiring.Component):
         self.operands = Operands(config)
         self.accumulator_ports = AccumulatorPorts(config)
         self.row_sums = [RowSum(config) for _ in range(config.rows)]
+        if config.codes:
+            self.octets = OctetQueue(config)
+            self.tables = [CodeTables(config) for _ in range(config.rows)]
         super().__init__({
             "back_end": Out(front_link(config)),
             "load_valid": In(1),
@@ -132,6 +142,8 @@ class Front(wiring.Component):
         self._multiply(m, stages, cells)
         self._accumulate(m, stages, cells)
         self._sum(m, stages[ADDEND_STAGE], stages[tree_stage], stages[tree_stage + 1], cells)
+        if config.codes:
+            self._look_codes_up(m, stages, cells)
         self._report(m, stages, cells)
         return m
 
@@ -141,14 +153,23 @@ class Front(wiring.Component):
         m.submodules.issue_stage = issue = self.issue
         back_end = self.back_end
         connect(m, flipped(back_end.headers), buffer.headers_i)
-        connect(m, flipped(back_end.beats), buffer.beats_i)
+        if self.config.codes:
+            m.submodules.octets = octets = self.octets
+            connect(m, flipped(back_end.beats), octets.beats_i)
+            connect(m, octets.beats_o, buffer.beats_i)
+            m.d.comb += [octets.begins.eq(back_end.headers.valid), octets.octet.eq(back_end.headers.payload.codes)]
+        else:
+            connect(m, flipped(back_end.beats), buffer.beats_i)
         connect(m, buffer.headers_o, issue.headers)
         connect(m, flipped(back_end.weights), issue.weights)
         connect(m, flipped(back_end.harvest), issue.harvest)
         m.d.comb += [
             issue.beat_valid.eq(buffer.beats_o.valid),
             buffer.beats_o.ready.eq(issue.beat_ready),
-            back_end.beat_taken.eq(issue.beat_ready),
+            back_end.beat_taken.eq(issue.beat_ready & ~buffer.headers_o.payload.codes if self.config.codes
+                                   else issue.beat_ready),
+            back_end.beat_issued.eq(issue.beat_ready | issue.fields_issued if self.config.codes
+                                    else issue.beat_ready),
             stage_0.eq(issue.stage),
             back_end.waits_weight.eq(issue.waits_weight),
             back_end.waits_score.eq(issue.waits_score),
@@ -189,6 +210,8 @@ class Front(wiring.Component):
         ]
         if self.config.sparse:
             m.d.comb += [operands.feature.eq(at_1.feature), operands.element.eq(at_1.element)]
+        if self.config.codes:
+            m.d.comb += [operands.levels.eq(at_1.levels), operands.swap.eq(at_1.swap)]
         for r, row in enumerate(cells):
             for e, cell in enumerate(row):
                 m.d.comb += [
@@ -249,10 +272,39 @@ class Front(wiring.Component):
                     row_sum.harvest.eq(scored.harvest),
                 ]
 
+    def _look_codes_up(self, m: Module, stages: list[Any], cells: list[list[Cell]]) -> None:
+        """Build octets' tables from levels, and add what the tables say of fields; stages 5 to 9."""
+        octets, issue = self.octets, self.issue
+        levels, fields = stages[ADDEND_STAGE], stages[FIELDS_STAGE]
+        m.d.comb += [
+            octets.take.eq(stages[FIELDS_STAGE - 1].codes),
+            self.back_end.codes_taken.eq(octets.take),
+            issue.built.eq(self.tables[0].soon),   # all rows' at the same time
+        ]
+        for r, (row, tables) in enumerate(zip(cells, self.tables, strict=True)):
+            m.submodules[f"tables_{r}"] = tables
+            m.d.comb += [
+                tables.levels.eq(levels.levels),
+                tables.overflow.eq(Cat(cell.overflow for cell in row).any()),
+                tables.fields.eq(octets.fields),
+                tables.bank.eq(fields.bank),
+                tables.valid.eq(stages[ADDEND_STAGE - 1].codes),
+            ]
+            for e, cell in enumerate(row):
+                m.d.comb += [
+                    tables.addend[e].eq(cell.addend),
+                    tables.negative[e].eq(cell.negative),
+                    cell.codes.eq(stages[ADDEND_STAGE - 1].codes),
+                    cell.codes_sum.eq(tables.sums[e]),
+                ]
+
     def _report(self, m: Module, stages: list[Any], cells: list[list[Cell]]) -> None:
         """Tell what is checked, clipped, and accumulated."""
         added, stored = stages[ADDEND_STAGE], stages[SUM_STAGE]
         any_clip = Cat(cell.overflow for row in cells for cell in row).any()
+        if self.config.codes:
+            octet_clip = Cat(tables.clipped.bit_select(added.bank, 1) for tables in self.tables).any()
+            any_clip = Mux(added.codes, octet_clip, any_clip)
         m.d.comb += [
             self.back_end.checked.eq(stages[2]),
             self.back_end.value_stored.eq(stored.accumulate & ~stored.into_score & stored.last & stored.where.last),

@@ -5,11 +5,14 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out, connect, flipped
 from amaranth.utils import ceil_log2
 
+from kvattic.spec.codes import level_beats
 from kvattic.spec.config import Config
 from kvattic_hdl.datapath.cell import accumulator_words, group_base
+from kvattic_hdl.datapath.codes import BANKS, BUILD_CYCLES
 from kvattic_hdl.datapath.score import score_interval, scored_token
 from kvattic_hdl.lane.arrivals import header_shape
 from kvattic_hdl.lane.first_pass import harvest_shape
+from kvattic_hdl.lane.octets import OctetTurns, level_query_beat, swaps_halves
 from kvattic_hdl.lib.arithmetic import times
 from kvattic_hdl.lib.shapes import ACCUMULATE_CYCLES, Shapes
 
@@ -21,12 +24,16 @@ def stage_shape(config: Config) -> data.StructLayout:
     token.  accumulate: its products are added to word `address` of the accumulators.  where: the beat's token.  Sparse
     configurations only: feature: a beat of the feature pass.  harvest: a token of a harvest, whose sums are element
     `element` of word `address`.  clear: it is the word's last one.  element: otherwise that of q, for `feature`.
+    `Config.codes` only: levels: a beat of an octet's levels.  swap: its features are those of the upper half of a beat
+    of q.  codes: a beat of an octet's fields, whose tables are in `bank`.  sink: a harvest's token that has its score.
     """
     members = {
         "valid": 1, "into_score": 1, "error": 1, "first": 1, "last": 1, "accumulate": 1,
         "address": ceil_log2(accumulator_words(config)), "where": scored_token(Shapes(config))}
     if config.sparse:
         members |= {"feature": 1, "harvest": 1, "clear": 1, "element": ceil_log2(config.elements_per_beat)}
+    if config.codes:
+        members |= {"levels": 1, "swap": 1, "codes": 1, "bank": range(BANKS), "sink": 1}
     return data.StructLayout(members)
 
 
@@ -163,7 +170,8 @@ class Spacing(wiring.Component):
 class Issue(wiring.Component):
     """Takes a beat each cycle, as soon as its token's weights are there and the score unit can take what it completes.
 
-    Tokens of a harvest take the place of beats.  Reset begins with a codeword's first beat.
+    Tokens of a harvest take the place of beats, and so do fields of octets whose tables are built.  Reset begins with a
+    codeword's first beat.
 
     Parameters
     ----------
@@ -189,8 +197,12 @@ class Issue(wiring.Component):
     current_weights : Out(array of weight, by row)
         Those of a V beat in stage 1.
     waits_weight, waits_score, waits_copy, starves : Out(1)
-        Why no beat is issued: its weights are not there; the score unit is not free, or takes a token of a harvest; it
-        cannot be copied yet; there is none.
+        Why no beat is issued: its weights are not there; the score unit is not free, or takes a token of a harvest, or
+        tables are being built; it cannot be copied yet; there is none.
+    fields_issued : Out(1)
+        Fields of an octet are.  Only if `config.codes`.
+    built : In(1)
+        As `OctetTurns`'.  Only if `config.codes`.
     """
 
     def __init__(self, config: Config) -> None:
@@ -217,7 +229,10 @@ class Issue(wiring.Component):
             "waits_score": Out(1),
             "waits_copy": Out(1),
             "starves": Out(1),
-        })
+        } | ({"built": In(1), "fields_issued": Out(1)} if config.codes else {}))
+        if config.codes:
+            self.turns = OctetTurns(config, BUILD_CYCLES)
+            self.level_index = Signal(range(max(2, level_beats(config))))
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
@@ -226,7 +241,8 @@ class Issue(wiring.Component):
         m.submodules.spacing = spacing = self.spacing
         connect(m, flipped(self.weights), gathered.weights)
         header = self.headers.payload
-        there, harvest = Signal(), Signal()
+        there, harvest, fields = Signal(), Signal(), Signal()
+        levels_wait = Signal()
         first, last = Signal(init=1), Signal()   # beat of its token
         waits_weight, may_issue, copied = Signal(), Signal(), Signal()
         issue = self.beat_ready
@@ -245,12 +261,12 @@ class Issue(wiring.Component):
             spacing.harvest_valid.eq(self.harvest.valid),
             self.harvest.ready.eq(spacing.harvest_ready),
             harvest.eq(self.harvest.valid & self.harvest.ready),
-            may_issue.eq(there & ~waits_weight & ~spacing.waits & ~harvest),
+            may_issue.eq(there & ~waits_weight & ~spacing.waits & ~levels_wait & ~harvest & ~fields),
             issue.eq(may_issue & (~header.read | copied)),
             self.waits_copy.eq(may_issue & header.read & ~copied),
-            self.waits_weight.eq(there & waits_weight & ~harvest),
-            self.waits_score.eq((there & spacing.waits) | harvest),
-            self.starves.eq(~there & ~harvest),
+            self.waits_weight.eq(there & waits_weight & ~harvest & ~fields),
+            self.waits_score.eq((there & (spacing.waits | levels_wait) & ~fields) | harvest),
+            self.starves.eq(~there & ~harvest & ~fields),
         ]
         last_copied = self.headers.ready & header.read
         m.d.sync += [
@@ -263,6 +279,9 @@ class Issue(wiring.Component):
         self._describe_beat(m, first, last)
         if config.sparse:
             self._describe_first_pass(m)
+        if config.codes:
+            m.d.comb += fields.eq(self.turns.valid & ~harvest)
+            self._take_octets(m, fields, levels_wait)
             with m.If(harvest):
                 self._describe_harvest(m)
         return m
@@ -276,7 +295,8 @@ class Issue(wiring.Component):
         beat_index, token_index = self.beat_index, self.token_index
         last_token = Signal(init=config.tokens_per_codeword == 1)
         ends = last & last_token   # the codeword with this beat
-        with m.If(issue & ~feature):
+        levels = self.headers.payload.codes if config.codes else Const(0)
+        with m.If(issue & ~feature & ~levels):
             m.d.sync += [
                 beat_index.eq(Mux(last, 0, beat_index + 1)),
                 first.eq(last),
@@ -293,6 +313,11 @@ class Issue(wiring.Component):
             ends = Mux(feature, last_word, ends)
             with m.If(issue & feature):
                 m.d.sync += [word.eq(word + 1), last_word.eq(word == config.group_words - 2)]
+        if config.codes:
+            last_level = self.level_index == level_beats(config) - 1
+            ends = Mux(levels, last_level, ends)
+            with m.If(issue & levels):
+                m.d.sync += self.level_index.eq(Mux(last_level, 0, self.level_index + 1))
         m.d.comb += self.headers.ready.eq(issue & ends)
 
     def _describe_beat(self, m: Module, first: Signal, last: Signal) -> None:
@@ -348,6 +373,38 @@ class Issue(wiring.Component):
                 stage.where.last.eq(word == config.group_words - 1),
             ]
 
+    def _take_octets(self, m: Module, fields: Signal, levels_wait: Signal) -> None:
+        """Issue the levels of octets as their tables' turn comes, and the fields of those whose tables are built."""
+        config, stage, header, turns = self.config, self.stage, self.headers.payload, self.turns
+        m.submodules.octet_turns = turns
+        octet = header.number[: ceil_log2(config.octets)]
+        m.d.comb += [
+            turns.levels_last.eq(self.headers.ready & header.codes),
+            turns.slot.eq(header.slot),
+            turns.group.eq(header.group),
+            turns.built.eq(self.built),
+            turns.issue.eq(fields),
+            levels_wait.eq(header.codes & (self.level_index == 0) & ~turns.room),
+            self.fields_issued.eq(fields),
+            stage.levels.eq(self.beat_ready & header.codes),
+            stage.swap.eq(swaps_halves(config, octet)),
+            stage.codes.eq(fields),
+            stage.bank.eq(turns.bank),
+        ]
+        with m.If(header.codes):
+            m.d.comb += self.query_beat.eq(level_query_beat(config, octet, self.level_index))
+        with m.If(fields):
+            m.d.comb += [
+                stage.into_score.eq(1),
+                stage.error.eq(0),
+                stage.accumulate.eq(1),
+                stage.feature.eq(1),
+                stage.address.eq(group_base(config) + Cat(turns.word, turns.octet_group)),
+                stage.where.slot.eq(turns.octet_slot),
+                stage.where.group.eq(turns.octet_group),
+                stage.where.last.eq(turns.word == config.group_words - 1),
+            ]
+
     def _describe_harvest(self, m: Module) -> None:
         """A token of a harvest takes the beat's place."""
         config, stage, harvested = self.config, self.stage, self.harvest.payload
@@ -362,3 +419,5 @@ class Issue(wiring.Component):
             stage.where.selected.eq(1),
         ]
         m.d.comb += [stage.where[name].eq(harvested.where[name]) for name, _ in self.shapes.lane_token]
+        if config.codes:
+            m.d.comb += stage.sink.eq(harvested.sink)

@@ -13,7 +13,7 @@ from kvattic.spec.config import Config
 from kvattic_hdl.lane.first_walker import first_stripe_shape, first_walk_shape
 from kvattic_hdl.lib.arithmetic import strobe
 from kvattic_hdl.lib.records import fields, table_entry
-from kvattic_hdl.lib.shapes import TOKEN_BITS, Shapes
+from kvattic_hdl.lib.shapes import PAGE_BITS, TOKEN_BITS, Shapes
 
 
 def job_shape(config: Config) -> data.StructLayout:
@@ -32,7 +32,7 @@ def job_readers(config: Config) -> dict[str, tuple[str, ...]]:
         "key": walk, "value": walk, "front": ("k_offset",), "faults": ("end_token",),
         "arrivals": ("epoch", "stripe_bits", "read"), "score": ("scale", "tree_token")}
     if config.sparse:
-        readers["arrivals"] += ("mode", "unit_bits")
+        readers["arrivals"] += ("mode", "unit_bits", *(("sinks",) if config.codes else ()))
         readers["score"] += ("unit_bits",)
         readers["first"] = tuple(name for name, _ in first_walk_shape(config))
         readers["selector"] = ("mode", "unit_bits", "end_token", "local_token", "sinks", "stripes")
@@ -140,13 +140,16 @@ class StripeLists(wiring.Component):
     first : Out, likewise
         What the first pass reads of it (`first_stripe_shape`).  Only if `config.sparse`.
     arrivals, selector : Out, likewise
-        Its first token, and (only if `config.sparse`) whether it is attended whole.
+        Its first token, and (only if `config.sparse`) whether it is attended whole, and is the sequence's first one.
+    sink_slot : In(slot), sink_page : Out
+        The first page of K of that slot's sequence, in the same cycle, if its first stripe is in the list.  Only if
+        `config.codes`.
     """
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.shapes = shapes = Shapes(config)
-        self.tokens = data.StructLayout({"token": TOKEN_BITS} | ({"whole": 1} if config.sparse else {}))
+        self.tokens = data.StructLayout({"token": TOKEN_BITS} | ({"whole": 1, "first": 1} if config.sparse else {}))
         readers = {"key": shapes.stripe, "value": shapes.stripe, "arrivals": self.tokens}
         if config.sparse:
             readers |= {"first": first_stripe_shape(config), "selector": self.tokens}
@@ -163,7 +166,8 @@ class StripeLists(wiring.Component):
             "tail": Out(1),
         } | {
             name: Out(wiring.Signature({"address": In(shapes.list_bits + shapes.slot.width), "stripe": Out(shape)}))
-            for name, shape in readers.items()})
+            for name, shape in readers.items()
+        } | ({"sink_slot": In(shapes.slot), "sink_page": Out(PAGE_BITS)} if config.codes else {}))
         self._unit_bits = ceil_log2(config.group_pages) if config.sparse else 0    # log2 of the stripes of a unit
         self._units = 1 << shapes.list_bits - self._unit_bits                      # of the largest list
         self._head = Signal(range(2 * self._units), name="head")    # unit where the list begins that is being loaded
@@ -186,7 +190,7 @@ class StripeLists(wiring.Component):
             place = Cat(entry[f"{name}_page"], entry["dram"], self.shapes.number_of_lane(entry["channel"]))
             self._list(m, name, place, append, self.stripes)
         whole = entry["dram"] | entry["whole"]
-        tokens = Cat(self.load.start, whole)[: self.tokens.size]
+        tokens = Cat(self.load.start, whole, self.load.start == 0)[: self.tokens.size]
         self._list(m, "arrivals", tokens, append, self.stripes)
         if self.config.sparse:
             self._list(m, "selector", tokens, append, self.stripes, sparse=True)
@@ -271,3 +275,18 @@ class StripeLists(wiring.Component):
             m.d.comb += stripe.of_lane.eq(of_lane)
         self._list(m, "first", stripe.as_value(), self.load_valid & self.load.sketch & appended, self.stripes - 1,
                    sparse=True)
+        if self.config.codes:
+            self._keep_sink_page(m, append & (self.load.start == 0), entry["key_page"])
+
+    def _keep_sink_page(self, m: Module, valid: Value, page: Value) -> None:
+        """Where K of the sequence's first tokens lies, beside what the first pass reads of their stripe."""
+        m.submodules.sink_pages = pages = Memory(
+            shape=PAGE_BITS, depth=self.config.jobs_in_flight, init=[], attrs={"ram_style": "distributed"})
+        write, read = pages.write_port(domain="sync"), pages.read_port(domain="comb")
+        m.d.comb += [
+            write.en.eq(valid),
+            write.addr.eq(self.load.slot),
+            write.data.eq(page),
+            read.addr.eq(self.sink_slot),
+            self.sink_page.eq(read.data),
+        ]

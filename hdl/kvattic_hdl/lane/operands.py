@@ -5,7 +5,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
-from kvattic.spec.config import Config
+from kvattic.spec.config import OCTET_FEATURES, Config
 from kvattic.spec.formats import QUERY_SHIFT, SIGNIFICAND_BITS, WEIGHT_BITS
 from kvattic_hdl.datapath.cell import exponents_max, shift_start_bits
 from kvattic_hdl.lib.arithmetic import decode, widen
@@ -141,6 +141,9 @@ class Operands(wiring.Component):
         The beat of q that goes with it.
     slot : In(slot), into_score, feature : In(1), element : In, stage 1
         Of `issue.stage_shape`; each element of a beat of the feature pass is multiplied by element `element` of q.
+    levels, swap : In(1), stage 1
+        Both halves of the beat are levels of the same features: those of q's upper half if `swap`, or else of its lower
+        half.  Only if `config.codes`.
     weights : In(array of weight, by row), stage 1
     k_offset : In, stage 1
         The `Shapes.start` field of `slot`'s job.
@@ -174,7 +177,7 @@ class Operands(wiring.Component):
             "sign": Out(1).array(rows, elements),
             "significand_b": Out(SIGNIFICAND_BITS).array(elements),
             "shift": Out(signed(self.start_bits + 1)).array(rows, elements),
-        })
+        } | ({"levels": In(1), "swap": In(1)} if config.codes else {}))
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
@@ -238,6 +241,10 @@ class Operands(wiring.Component):
                 ]
         query_2 = Signal(len(query), name=f"query_{r}", reset_less=True)
         m.d.sync += query_2.eq(query)
+        if self.config.codes and self.config.elements_per_beat > OCTET_FEATURES:
+            half = len(query) // 2
+            with m.If(self.levels):
+                m.d.sync += query_2.eq(Mux(self.swap, query[half:], query[:half]).replicate(2))
 
         # Stage 3: the shift without the exponents of K or V, and of q; where it is out of any reach it counts as there.
         begin = Signal(signed(len(base) + 1), name=f"begin_{r}")

@@ -44,7 +44,7 @@ K_OFFSET_BITS = 10
 MISSING_BITS = 15
 """Bits of a count of missing codewords; it saturates in a completion."""
 QUEUE_BITS = ceil_log2(QUEUES)
-KIND_BITS, MODE_BITS = 2, 2
+KIND_BITS, MODE_BITS = 2, 3
 RANK_BITS = MASS_BITS + TOKEN_BITS
 """A unit's rank: Cat(~number of its first token, its mass)."""
 LENGTH_FORCED = MASS_BITS + 1

@@ -225,8 +225,12 @@ class Owners(wiring.Component):
         units = config.group_codewords // config.tokens_per_codeword
         with m.If(self.entry_valid & ~self.sketch):
             m.d.sync += dram.eq(stripe["dram"])
-        m.d.sync += codewords.eq(
-            Mux(self.mode == Mode.CENTROID, (units >> self.unit_bits) - 1, config.group_codewords - 1))
+        m.d.sync += codewords.eq(config.group_codewords - 1)
+        with m.If(self.mode == Mode.CENTROID):
+            m.d.sync += codewords.eq((units >> self.unit_bits) - 1)
+        if config.codes:
+            with m.If(self.mode == Mode.CODES):
+                m.d.sync += codewords.eq(config.octets - 1)
         # The whole codeword field counts: it is below codewords_per_page if `SketchCheck` lets it pass.
         more = (entry["codeword"] + codewords) >> ceil_log2(config.codewords_per_page)
         return entry["page"], more, Mux(self.sketch, entry["written"][0] & ~dram, ~stripe["dram"])

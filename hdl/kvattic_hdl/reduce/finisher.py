@@ -30,7 +30,7 @@ class Finisher(wiring.Component):
     then its completion once their responses have come).  While one job is written the next one is
     gathered and drained into the other half.
 
-    In SPARF and FETCHED each quotient is blended with its feature of the mean of V, by the row's
+    In SPARF, FETCHED and CODES each quotient is blended with its feature of the mean of V, by the row's
     alpha; then the slot is freed when the last element's mean is read, else when the last
     accumulators are taken.  Without `config.sparse` there is neither a `Blend` nor a memory for
     means, and every mode is taken for DENSE.
@@ -92,7 +92,7 @@ class Finisher(wiring.Component):
         That maximum, two cycles after its address.
     alpha : In(shapes.alpha)
         Share of the approximate mass that is attended, at the address of `final`, two cycles after
-        it; only read for SPARF and FETCHED.
+        it; only read for SPARF, FETCHED and CODES.
     mean_valid, mean : In(1), In(shapes.mean)
         A pair of the mean of V for its slot, to be kept until the slot is freed; all pairs come
         before the job's lanes can be done.
@@ -202,7 +202,7 @@ class Finisher(wiring.Component):
         ]
         slot_done = drain.drained  # the lanes' state is no longer needed
         if config.sparse:
-            blended = (job.mode == Mode.SPARF) | (job.mode == Mode.FETCHED)
+            blended = (job.mode != Mode.DENSE) & (job.mode != Mode.CENTROID)
             slot_done = Mux(blended, self._blend(m, blended, gather, drain, write_back), drain.drained)
         else:
             connect(m, drain.o, write_back.result)

@@ -98,7 +98,7 @@ class LaneTopK(wiring.Component):
     slot : Out(slot)
         The sweep's job; from the cycle after `sweep_valid` on.  The six members below are its parameters, in the same
         cycle, constant during the sweep.
-    mode : In(2)
+    mode : In(MODE_BITS)
     unit_bits : In
     end_token, local_token : In(24)
     sinks : In(16)
@@ -311,7 +311,7 @@ class LaneTopK(wiring.Component):
         step_tokens = Signal(len(walk.step_tokens))
         in_unit = walk.by_unit & ~self._by_token
         m.d.sync += [
-            self._by_token.eq(self.mode == Mode.SPARF),
+            self._by_token.eq((self.mode == Mode.SPARF) | (self.mode == Mode.CODES)),
             self._centroid.eq(self.mode == Mode.CENTROID),
             unit_mask.eq(Mux(self._by_token, 0, (tokens << self.unit_bits) - 1)),
             step_tokens.eq(Mux(in_unit, unit_mask + 1, Mux(self._centroid, tokens, self._wide))),

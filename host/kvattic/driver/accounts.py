@@ -130,9 +130,11 @@ def _counts(config: Config, job: Job, table: NDArray[np.uint64]) -> Counts:
     chosen = int((~whole).sum())
     if job.mode is Mode.CENTROID:
         flash[Kind.SKETCH] = chosen * max((config.group_codewords >> job.unit_bits) // config.tokens_per_codeword, 1)
-    else:
-        flash[Kind.FEATURE] = chosen * job.features
-        dram[Kind.SKETCH], flash[Kind.SKETCH] = in_tail, int(used[whole & ~in_dram].sum())
+        return Counts(tuple(flash), tuple(dram), None)
+    flash[job.mode.sketch] = chosen * (config.octets if job.mode is Mode.CODES else job.features)
+    dram[Kind.SKETCH], flash[Kind.SKETCH] = in_tail, int(used[whole & ~in_dram].sum())
+    if job.mode is Mode.CODES and job.base_token == 0 and not whole[0]:
+        flash[Kind.SKETCH] += -(-job.sinks // config.tokens_per_codeword)
     return Counts(tuple(flash), tuple(dram), None)
 
 

@@ -57,6 +57,7 @@ from kvattic.placement.reservations import reservations
 from kvattic.placement.zones import Allocation, Wear
 from kvattic.spec import layout
 from kvattic.spec.blocks import unpack_tokens
+from kvattic.spec.codes import check_codes
 from kvattic.spec.commands import DOMAINS, Completion, Status, result_row_bytes
 from kvattic.spec.config import Config
 from kvattic.spec.layout import Block
@@ -458,8 +459,8 @@ class Device(Closing):
     # Sequences.
 
     def create_sequence(self, kv_heads: int, *, capacity_tokens: int, layers: int = 1, sparse: bool = False,
-                        centroids: int | None = None, sinks: int = 0, window: int | None = None,
-                        isolated: bool = False, key_scale: ArrayLike | None = None,
+                        centroids: int | None = None, codes: bool = False, sinks: int = 0,
+                        window: int | None = None, isolated: bool = False, key_scale: ArrayLike | None = None,
                         value_scale: ArrayLike | None = None) -> "Sequence":
         """Reserve zones of flash for a sequence's K and V.
 
@@ -470,11 +471,13 @@ class Device(Closing):
             sparse: also write K in the feature layout, which the modes sparf and fetched read.
             centroids: also write mean keys, which the mode centroid reads, each of this number of tokens: a power of
                 two, from a codeword's tokens to a page's (`layout.unit_bits`).
-            sinks: the number of first tokens that sparse modes always attend and mean keys leave out: language models
-                give them much weight whatever they are (attention sinks).
-            window: the longest sliding window that sparf and fetched will be asked for: the host keeps V of this number
-                of newest tokens, to know the mean of V over a window.  A longer window works, too, but is slow: missing
-                values are read back from the device token by token.
+            codes: also write codes of K, which the mode codes reads.
+            sinks: the number of first tokens that sparse modes always attend, and that mean keys and the levels of
+                codes leave out: language models give them much weight whatever they are (attention sinks).  With codes
+                at most half a stripe's tokens.
+            window: the longest sliding window that sparf, fetched and codes will be asked for: the host keeps V of this
+                number of newest tokens, to know the mean of V over a window.  A longer window works, too, but is slow:
+                missing values are read back from the device token by token.
             isolated: give the sequence a domain of its own: the device refuses commands of all others that name its
                 flash or DRAM.  It then shares no zone of flash with other sequences.
             key_scale: what a stored 1.0 of K stands for: a number, or an array that broadcasts to (layers, kv_heads);
@@ -485,12 +488,13 @@ class Device(Closing):
         Raises:
             RequestError: a number is not positive, centroids out of range, or a scale that is zero, negative, infinite
                 or NaN.
-            ConfigError: sparse or centroids, and the configuration is without sparse attention.
+            ConfigError: sparse or centroids, and the configuration is without sparse attention; or codes, and it is
+                without codes.
             CapacityError: flash or DRAM have no room, the device cannot number that many tokens, or no domain is left.
         """
         with self.lock:
             self.check_open()
-            shape = self._shape(kv_heads, capacity_tokens, layers, sparse, centroids, sinks, window, isolated,
+            shape = self._shape(kv_heads, capacity_tokens, layers, sparse, centroids, codes, sinks, window, isolated,
                                 key_scale, value_scale)
             allocations = self._reserve(shape)
             if isolated:
@@ -529,16 +533,18 @@ class Device(Closing):
         self._sequences.append(sequence)
         return sequence
 
-    def _shape(self, kv_heads: int, capacity_tokens: int, layers: int, sparse: bool, centroids: int | None, sinks: int,
-               window: int | None, isolated: bool, key_scale: ArrayLike | None,
+    def _shape(self, kv_heads: int, capacity_tokens: int, layers: int, sparse: bool, centroids: int | None,
+               codes: bool, sinks: int, window: int | None, isolated: bool, key_scale: ArrayLike | None,
                value_scale: ArrayLike | None) -> SequenceShape:
         """The shape of a new sequence, from checked arguments."""
         for name, value in (("kv_heads", kv_heads), ("capacity_tokens", capacity_tokens), ("layers", layers)):
             check_positive(name, value)
-        for name, flag in (("sparse", sparse), ("isolated", isolated)):
+        for name, flag in (("sparse", sparse), ("codes", codes), ("isolated", isolated)):
             if not isinstance(flag, bool):
                 raise RequestError(f"{name} must be a bool, not {flag!r}")
-        check_integer("sinks", sinks, 0, MAX_SINKS)
+        if codes:
+            check_codes(self.config)
+        check_integer("sinks", sinks, 0, self.config.group_tokens // 2 if codes else MAX_SINKS)
         if window is not None:
             check_positive("window", window)
         limit = (1 << layout.TOKEN_BITS) - 1
@@ -555,7 +561,8 @@ class Device(Closing):
         shape = SequenceShape(
             config=self.config, number=self._next_number, kv_heads=kv_heads, layers=layers,
             capacity_tokens=capacity_tokens, first_head=self._next_head, sparse=sparse, centroids=centroids,
-            sinks=int(sinks), window=window, key_scale=check_scales("key_scale", key_scale, layers, kv_heads),
+            codes=codes, sinks=int(sinks), window=window,
+            key_scale=check_scales("key_scale", key_scale, layers, kv_heads),
             value_scale=check_scales("value_scale", value_scale, layers, kv_heads),
             domain=self._new_domain() if isolated else COMMON_DOMAIN)
         if shape.stripe_dram_pages > self.media.dram.pages:
@@ -570,7 +577,7 @@ class Device(Closing):
         try:
             for run, runs in reservations(self.config, heads, shape.kv_heads,
                                           shape.capacity_tokens // shape.stripe_tokens, shape.pages, 2 + shape.sparse,
-                                          shape.centroids, shared):
+                                          [shape.packed_codewords(kind) for kind in shape.packed_kinds], shared):
                 allocations.append(allocator.create(runs, run, domain=shape.domain))
         except CapacityError as error:
             if allocations:

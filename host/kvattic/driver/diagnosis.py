@@ -59,10 +59,11 @@ _WORDS: dict[Status, str | Words] = {
     Status.INVALID_SELECTION: _one_of(
         "features is none or more than head_dim", "units is none or more than the tokens make",
         "local tokens is more than the units hold", "codewords of a unit is more than the device can have",
+        "sinks is more than half a stripe's tokens",
         before="the number of "),
     Status.NO_SKETCH: lambda where: (
         f"the stripe of entry {where} was written without what the mode's first pass reads: K in the feature layout, "
-        "or centroids"),
+        "centroids or codes"),
     Status.NAN_MEAN: lambda where: (
         f"NaN or infinity in the mean of V, feature {where}: V holds one in this feature"),
     Status.UNREADABLE_SKETCH: lambda where: f"what the first pass reads for token {where} on cannot be read",
@@ -130,14 +131,17 @@ def where_unreadable(job: Job | ReadJob, completion: Completion, media: "Media")
     if (status is Status.UNREADABLE_SKETCH and isinstance(job, Job) and not dram and stripe < job.whole
             and job.sketch is not None):
         sketch = layout.unpack_sketches(job.sketch[stripe : stripe + 1])
-        first = int(sketch.page[0])
+        begin, page = int(sketch.codeword[0]), int(sketch.page[0])
         if job.mode is Mode.CENTROID:
-            codeword = int(sketch.codeword[0]) + (codeword >> job.unit_bits) // config.tokens_per_codeword
-        else:
+            first, codeword = page, begin + (codeword >> job.unit_bits) // config.tokens_per_codeword
+        elif codeword == 0:     # otherwise it is one of sinks
             # The completion names the stripe only; of the first of the batch the register knows the rest.
-            page = (place & PAGE_MASK) - first
-            here = place >> PAGE_NUMBER_BITS == channel and 0 <= page < job.stripe_pages
-            codeword = page * config.codewords_per_page + (cause & 0xFFFF) if here else 0
+            count = config.octets if job.mode is Mode.CODES else config.group_codewords
+            known = ((place & PAGE_MASK) - page) * config.codewords_per_page + (cause & 0xFFFF)
+            here = place >> PAGE_NUMBER_BITS == channel
+            sink = job.mode is Mode.CODES and here and (place & PAGE_MASK, cause & 0xFFFF) == (first, 0)
+            if not sink:
+                first, codeword = page, known if here and begin <= known < begin + count else begin
     page, codeword = divmod(codeword, config.codewords_per_page)
     number = first + page
     if dram:

@@ -113,7 +113,7 @@ class Job:
         whole: stripes of the table from this one on are attended whole, wherever they lie, and scored exactly in the
             first pass; they do not count in `top_units`.  Those in device DRAM always are.
         unit_bits: FETCHED, CENTROID: log2 of the codewords of a unit.
-        mean: SPARF, FETCHED: uint32, (head_dim,), fp32 bit patterns of the mean of V; None if there is none.
+        mean: uint32, (head_dim,), fp32 bit patterns of the mean of V; None in modes that do not blend it in.
         sketch: uint64, an entry for each stripe (`layout.pack_sketches`); read like the table.  None in DENSE.
         domain: owner of all places that the table names.
         label: names the job in error messages.

@@ -19,7 +19,7 @@ from kvattic.driver.writer import Layer
 from kvattic.errors import RequestError
 from kvattic.spec import layout
 from kvattic.spec.blocks import Masks, Queries, pack_queries
-from kvattic.spec.commands import ROW, TREE_BITS, Kind, Mode, fp32_bits, is_positive_normal, read_token_bytes
+from kvattic.spec.commands import ROW, TREE_BITS, Mode, fp32_bits, is_positive_normal, read_token_bytes
 from kvattic.spec.config import ELEMENT_BYTES, Config
 from kvattic.spec.elements import Bits, Integers, as_array
 
@@ -60,13 +60,13 @@ class AttendOptions:
         end: likewise, one past the last token that each query attends; a query whose end is not behind its start
             attends nothing.
         mode: `commands.Mode` or its name in lower case; always a `Mode` afterwards.
-        features: sparf, fetched: the paper's r, 1 to head_dim.
+        features: sparf, fetched: the paper's r, 1 to head_dim.  (Codes reads all of them.)
         top_units: sparse modes: the paper's k, how many units are attended: at least 1, and no more than there are.
             A query that has fewer, because of causal, attends all of its units.
         local_tokens: sparse modes: the newest tokens of each query, which are always attended; units with any of them
             count among `top_units`, which must be as many.
         sinks: sparse modes: the first tokens of the sequence, which are always attended, too, and count likewise.  If
-            None, those that the sequence was created with.
+            None, those that the sequence was created with.  In codes at most half a stripe's tokens.
         unit_tokens: fetched, centroid: tokens of a unit, a power of two from a codeword's to a page's.  If None, a
             codeword's in fetched; in centroid those of the stored mean keys, and no other number is possible there.
 
@@ -95,7 +95,7 @@ class AttendOptions:
                 not self.sinks and self.unit_tokens is None):
             return
         for name, given, used in (
-                ("features", self.features is not None, mode.blended),
+                ("features", self.features is not None, mode.featured),
                 ("top_units", self.top_units is not None, sparse), ("local_tokens", self.local_tokens != 0, sparse),
                 ("sinks", bool(self.sinks), sparse),
                 ("unit_tokens", self.unit_tokens is not None, mode in (Mode.FETCHED, Mode.CENTROID))):
@@ -228,21 +228,24 @@ def select(options: AttendOptions, shape: SequenceShape) -> Selection | None:
     if mode is Mode.DENSE:
         return None
     name = mode.name.lower()
-    if mode.blended and not shape.sparse:
+    if mode.featured and not shape.sparse:
         raise RequestError(f"mode {name} reads K in the feature layout, which this sequence was created without: "
                            "create it with sparse=True")
     if mode is Mode.CENTROID and shape.centroids is None:
         raise RequestError(f"mode {name} reads mean keys, which this sequence was created without: create it with "
                            "centroids=...")
-    if mode.blended:
+    if mode is Mode.CODES and not shape.codes:
+        raise RequestError(f"mode {name} reads codes, which this sequence was created without: create it with "
+                           "codes=True")
+    if mode.featured:
         check_integer("features (the paper's r)", options.features, 1, config.head_dim)
     check_integer("top_units (the paper's k)", options.top_units, 1, MAX_UNITS)
     size = unit_tokens(mode, options.unit_tokens, shape.centroids, config)
-    unit_bits = 0 if mode is Mode.SPARF else layout.unit_bits(size, config)
+    unit_bits = 0 if mode.by_token else layout.unit_bits(size, config)
     assert options.top_units is not None
     check_integer("local_tokens", options.local_tokens, 0, min(options.top_units * size, MAX_LOCAL_TOKENS))
     sinks = shape.sinks if options.sinks is None else options.sinks
-    check_integer("sinks", sinks, 0, MAX_SINKS)
+    check_integer("sinks", sinks, 0, config.group_tokens // 2 if mode is Mode.CODES else MAX_SINKS)
     return Selection(mode, options.features or 0, int(options.top_units), int(options.local_tokens), int(sinks),
                      int(size), unit_bits)
 
@@ -562,7 +565,7 @@ class Planner:
         base, stop = self._range(masks, state.length)
         job = self._job(layer, head, query, scale_bits, masks, base, stop)
         units = min(selection.top_units, -(-(stop - base) // selection.unit_tokens))
-        sketch = state.sketches[Kind.SKETCH if selection.mode is Mode.CENTROID else Kind.FEATURE]
+        sketch = state.sketches[selection.mode.sketch]
         return replace(
             job,
             mode=selection.mode,
@@ -613,7 +616,7 @@ class Planner:
         """Mean of V over what each query may attend: (n_queries, kv_heads, head_dim); zero where that is nothing.
 
         Args:
-            layer: which layer, of a sequence with the feature layout.
+            layer: which layer, of a sequence with the feature layout or codes.
             masks: of the queries.
             read: V of tokens that the host does not keep.
         """

@@ -87,7 +87,7 @@ class Saver:
             found = sequences[number].probe(*place)
             if found is None or not np.array_equal(found, wanted):
                 layer, head, stripe, kind = place
-                what = "the mean keys" if kind == Kind.SKETCH else "V"
+                what = {Kind.SKETCH: "the mean keys", Kind.CODES: "the codes"}.get(Kind(kind), "V")
                 raise ManifestError(
                     f"{path} does not say what this drive holds: {what} of sequence {number}, layer {layer}, KV head "
                     f"{head}, stripe {stripe} {'cannot be read' if found is None else 'changed'}; the file is of "

@@ -57,8 +57,8 @@ class Sequence(Closing):
 
     Tokens that do not fill a stripe yet are in device DRAM, in pages of the same form as those of flash, and are
     attended there.  A full stripe is programmed from these pages, which are then given back, together with what its
-    sequence has for the sparse modes (*sketches*): K in the feature layout, centroids.  What is in flash (`flushed`)
-    survives a loss of the drive's power, what is in DRAM does not.
+    sequence has for the sparse modes (*sketches*): K in the feature layout, centroids, codes.  What is in flash
+    (`flushed`) survives a loss of the drive's power, what is in DRAM does not.
 
     Attributes:
         device: where it lives.
@@ -68,6 +68,7 @@ class Sequence(Closing):
         capacity_tokens: tokens that each layer can hold.
         sparse: K is also written in the feature layout.
         centroids: tokens of the units whose mean keys are also written; None: there are none.
+        codes: codes of K are also written.
         stripe_tokens: tokens of a stripe.
         sinks: first tokens that sparse modes always attend.
         domain: owner of its flash and DRAM, as the device knows it; if this one is isolated, its forks alone have it,
@@ -84,6 +85,7 @@ class Sequence(Closing):
         self.capacity_tokens = shape.capacity_tokens
         self.sparse = shape.sparse
         self.centroids = shape.centroids
+        self.codes = shape.codes
         self.sinks = shape.sinks
         self.domain = shape.domain
         self.stripe_tokens = shape.stripe_tokens
@@ -220,6 +222,7 @@ class Sequence(Closing):
         names = ["kv_heads", "layers", "capacity_tokens", "first_head", "sparse", "centroids", "sinks", "window",
                  "domain", "turn"]
         names += [name for name in ("key_scale", "value_scale") if getattr(shape, name) is not None]
+        names += ["codes"] * shape.codes
         lengths = [state.length for state in self._writer.layers]
         return {**{name: getattr(shape, name) for name in names}, "held_tokens": self.held_tokens,
                 "zones": [sorted(zones) for zones in self._writer.zones(lengths)]}
@@ -238,7 +241,7 @@ class Sequence(Closing):
         self._writer.release_dram()
 
     def probe_places(self) -> list[tuple[int, int, int, int]]:
-        """For `Device.save`: places of the first and the last stripe in each zone that has V or mean keys of a layer.
+        """For `Device.save`: places of the first and the last stripe in each zone that has V, mean keys or codes.
 
         Returns:
             (layer, KV head, stripe, `Kind`) of each.
@@ -247,8 +250,8 @@ class Sequence(Closing):
         for layer, state in enumerate(self._writer.layers):
             stripes = np.array(state.in_flash(state.length // self.stripe_tokens), np.int64)
             places = {Kind.VALUE: layout.unpack_entries(state.table[:, stripes]).value_page}
-            if self.centroids is not None:      # they lie in zones of their own
-                places[Kind.SKETCH] = layout.unpack_sketches(state.sketches[Kind.SKETCH][:, stripes]).page
+            for kind in self._shape.packed_kinds:   # they lie in zones of their own
+                places[kind] = layout.unpack_sketches(state.sketches[kind][:, stripes]).page
             for kind, pages in places.items():
                 zones = pages.astype(np.int64) >> bits
                 for zone in np.unique(zones).tolist():
@@ -262,13 +265,14 @@ class Sequence(Closing):
         """For `Device.save` and `attach`: what is at one of `probe_places`.
 
         Returns:
-            Bit patterns of the stripe's first V, or of its first mean key, (head_dim,); None if it cannot be read.
+            Bit patterns of the stripe's first V, or of as much of its mean keys or codes, (head_dim,); None if it
+            cannot be read.
         """
         config, state = self.device.config, self._writer.layers[layer]
         entry = layout.unpack_entries(state.table[head, stripe : stripe + 1])
         page, token = entry.value_page, 0
-        if kind == Kind.SKETCH:
-            sketch = layout.unpack_sketches(state.sketches[Kind.SKETCH][head, stripe : stripe + 1])
+        if kind != Kind.VALUE:
+            sketch = layout.unpack_sketches(state.sketches[Kind(kind)][head, stripe : stripe + 1])
             page, token = sketch.page, int(sketch.codeword[0]) * config.tokens_per_codeword
         # A READ gives whatever is stored like tokens.
         job = ReadJob(table=layout.pack_entries(entry.channel, page, page, 0), stripe_pages=1, first_page=0,
@@ -329,7 +333,7 @@ class Sequence(Closing):
             return self._writer.flushed(layer)
 
     def mean_value(self, layer: int = 0) -> NDArray[np.float32]:
-        """Mean of the stored V over all tokens of a layer, which sparf and fetched blend in for a query of all of them.
+        """Mean of the stored V over all tokens of a layer, which the blended modes use for a query of all of them.
 
         It is a float64 sum, token by token, and rounded once.
 
@@ -337,12 +341,13 @@ class Sequence(Closing):
             float32, (kv_heads, head_dim).
 
         Raises:
-            RequestError: the layer has no tokens, or the sequence is without the feature layout.
+            RequestError: the layer has no tokens, or the sequence has neither the feature layout nor codes.
         """
         with self.device.lock:
             length = self.length(layer)
-            if not self.sparse:
-                raise RequestError("the mean of V is kept with K in the feature layout only (sparse=True)")
+            if not self._shape.blended:
+                raise RequestError("the mean of V is kept with K in the feature layout or codes only (sparse=True, "
+                                   "codes=True)")
             if length == 0:
                 raise RequestError(f"layer {layer} has no tokens")
             mean: NDArray[np.float32] = self._planner.means(layer, make_masks(length, 1), self._read_values)[0]
@@ -592,6 +597,8 @@ class Sequence(Closing):
           all tokens of these codewords are attended and counted in alpha.
         - ``centroid``: the units are those whose mean keys were written (create_sequence(centroids=...)); those of
           the largest approximate softmax over mean keys are attended, without a blend.
+        - ``codes``: as sparf, but all features give the scores, by codes of 2 bits for each (create_sequence(
+          codes=True)); sinks are scored exactly.
 
         A query of these modes sees its own past alone: several queries with causal=True give, to the last bit, what
         each gives when its token is the newest (drafts in a chain likewise).  So each query selects for itself, and the
@@ -654,7 +661,7 @@ class Sequence(Closing):
             if selection is not None:
                 planner.check_selection(selection, masks, group, length, held)
                 self._settle_flash(layer, int(masks.end.max()))
-                if selection.features:
+                if selection.mode.blended:
                     means = planner.means(layer, masks, self._read_values)
             jobs, parts = planner.jobs(layer, bits, masks, scale_bits, selection, held, means)
             return AttendPlan(sequence=self, shape=(q_heads, n_queries, dim), jobs=jobs, parts=parts,

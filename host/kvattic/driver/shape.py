@@ -25,6 +25,7 @@ class SequenceShape:
         first_head: number of its first KV head, counted over all layers and sequences.
         sparse: K is also written in the feature layout.
         centroids: tokens of the units whose mean keys are also written; None: there are none.
+        codes: codes of K are also written.
         sinks: first tokens that sparse modes always attend.
         window: newest tokens whose V the host keeps; None: none.
         domain: owner of its flash and DRAM.
@@ -47,11 +48,12 @@ class SequenceShape:
     key_scale: Scales | None = None
     value_scale: Scales | None = None
     turn: int = 0
+    codes: bool = False
 
     @cached_property
     def pages(self) -> int:
         """Pages of K (and of V) in a stripe."""
-        return layout.stripe_pages(self.config, sparse=self.sparse or self.centroids is not None)
+        return layout.stripe_pages(self.config, sparse=bool(self.sketch_kinds))
 
     @cached_property
     def stripe_tokens(self) -> int:
@@ -66,7 +68,28 @@ class SequenceShape:
     @cached_property
     def sketch_kinds(self) -> list[Kind]:
         """What is written for sparse modes beside K and V."""
-        return [Kind.FEATURE] * self.sparse + [Kind.SKETCH] * (self.centroids is not None)
+        return [Kind.FEATURE] * self.sparse + self.packed_kinds
+
+    @cached_property
+    def packed_kinds(self) -> list[Kind]:
+        """Sketches of which several stripes share pages: each has flash of its own."""
+        return [Kind.SKETCH] * (self.centroids is not None) + [Kind.CODES] * self.codes
+
+    def packed_codewords(self, kind: Kind) -> int:
+        """Codewords of a stripe's packed sketch, a power of two."""
+        if kind is Kind.CODES:
+            return self.config.octets
+        assert self.centroids is not None
+        return layout.centroid_codewords(self.centroids, self.config)
+
+    def allocation(self, kind: Kind) -> int:
+        """Number of the allocation whose flash this lies in: that of K, V and the feature layout is the first."""
+        return 1 + self.packed_kinds.index(kind) if kind in self.packed_kinds else 0
+
+    @property
+    def blended(self) -> bool:
+        """Whether there are modes that blend in the mean of V, for which sums of it are kept."""
+        return self.sparse or self.codes
 
     @cached_property
     def kinds(self) -> list[Kind]:

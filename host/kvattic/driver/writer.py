@@ -22,7 +22,7 @@ from kvattic.driver.value_sums import ValueSums
 from kvattic.errors import CapacityError, KvatticError, RequestError
 from kvattic.placement.domains import COMMON_DOMAIN
 from kvattic.placement.zones import Allocation
-from kvattic.spec import layout
+from kvattic.spec import codes, layout
 from kvattic.spec.commands import Kind
 from kvattic.spec.elements import Bits
 
@@ -66,8 +66,8 @@ class Layer:
 
     Attributes:
         table: uint64, (kv_heads, stripes), where each stripe lies; jobs look into it.
-        sketches: the same for what the sequence has of the feature layout (Kind.FEATURE) and of centroids
-            (Kind.SKETCH); zero where it is not written.
+        sketches: the same for what the sequence has of the feature layout (Kind.FEATURE), of centroids (Kind.SKETCH)
+            and of codes (Kind.CODES); zero where it is not written.
         sums: of V, which the means that sparse modes blend in are made of; None: the sequence has no such modes.
         length: tokens.
         first_tokens: those of the first append, which is a prefill.
@@ -100,7 +100,7 @@ class _Run(NamedTuple):
         source: first page of DRAM.
         pages: how many.
         die: where they should lie, if that matters.
-        holds: (stripe, head) of all that they hold: one, or of centroids several.
+        holds: (stripe, head) of all that they hold: one, or of packed sketches several.
     """
 
     kind: Kind
@@ -117,7 +117,7 @@ class TokenWriter:
     Args:
         media: the drive's flash and DRAM.
         shape: of the sequence.
-        allocations: flash of K, V and the feature layout; of centroids, if it has them.
+        allocations: flash of K, V and the feature layout; of each packed sketch that it has.
 
     Attributes:
         shape, allocations: the same.
@@ -140,7 +140,7 @@ class TokenWriter:
         self.layers = [Layer(table=np.zeros(places, np.uint64),
                              sketches={kind: np.zeros(places, np.uint64) for kind in shape.sketch_kinds},
                              sums=ValueSums(shape.kv_heads, shape.config.head_dim, shape.stripe_tokens,
-                                            shape.config.element, shape.window or 0) if shape.sparse else None)
+                                            shape.config.element, shape.window or 0) if shape.blended else None)
                        for _ in range(shape.layers)]
 
     # Into DRAM.
@@ -311,11 +311,10 @@ class TokenWriter:
         return self._media.dram.largest_for(self.shape.domain) >= self.shape.stripe_dram_pages + passing
 
     def _passing(self, heads: int) -> int:
-        """Pages of DRAM that the sketches of a stripe pass through, with centroids of `heads` heads at once."""
-        pages = self.shape.pages if self.shape.sparse else 0
-        if self.shape.centroids is not None:
-            pages = max(pages, int(layout.centroid_pages(heads, self.shape.centroids, self.shape.config)))
-        return pages
+        """Pages of DRAM that the sketches of a stripe pass through, with packed ones of `heads` heads at once."""
+        shape = self.shape
+        packed = [layout.packed_pages(heads, shape.packed_codewords(kind), shape.config) for kind in shape.packed_kinds]
+        return max([shape.pages * shape.sparse, *map(int, packed)])
 
     def _count(self, layer: int, values: Bits) -> None:
         """Tokens were written: count them, and sum their V."""
@@ -400,7 +399,7 @@ class TokenWriter:
             found[0].update(np.concatenate([entries.key_page, entries.value_page], axis=None) >> bits)
             for kind in self.shape.sketch_kinds:
                 pages = layout.unpack_sketches(state.sketches[kind][:, stripes]).page
-                found[kind is Kind.SKETCH].update(pages.ravel() >> bits)
+                found[self.shape.allocation(kind)].update(pages.ravel() >> bits)
         return [set(map(int, zones)) for zones in found]
 
     def inherit(self, parent: "TokenWriter", lengths: Series[int]) -> Steps[None]:
@@ -514,8 +513,8 @@ class TokenWriter:
 
     def _move(self, layer: int, stripes: Series[int], tokens: Bits | None, flush: Flush) -> Steps[None]:
         pages, dram = self.shape.pages, self._media.dram
-        if self.shape.centroids is not None:
-            yield from self._write_centroids(layer, stripes, tokens, flush)
+        for kind in self.shape.packed_kinds:
+            yield from self._write_packed(layer, kind, stripes, tokens, flush)
         items = [(stripe, head) for head in range(self.shape.kv_heads) for stripe in stripes]
         if not self.shape.sparse:
             yield from self._program(layer, list(self._runs(layer, items, {})))
@@ -535,22 +534,23 @@ class TokenWriter:
             finally:
                 dram.free(base)
 
-    def _write_centroids(self, layer: int, stripes: Series[int], tokens: Bits | None, flush: Flush) -> Steps[None]:
-        """Program the mean keys of full stripes; all that are written now share the pages of their channel."""
-        assert self.shape.centroids is not None
-        config, state, dram, unit = self.shape.config, self.layers[layer], self._media.dram, self.shape.centroids
-        run_pages = layout.centroid_pages(1, unit, config)
-        in_run = run_pages * config.codewords_per_page // layout.centroid_codewords(unit, config)
+    def _write_packed(self, layer: int, kind: Kind, stripes: Series[int], tokens: Bits | None,
+                      flush: Flush) -> Steps[None]:
+        """Program a packed sketch of full stripes; all that are written now share the pages of their channel."""
+        config, state, dram = self.shape.config, self.layers[layer], self._media.dram
+        codewords = self.shape.packed_codewords(kind)
+        run_pages = layout.packed_pages(1, codewords, config)
+        in_run = run_pages * config.codewords_per_page // codewords
         # Flash is reserved for each stripe and channel: what these take together is never torn apart.
         groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for stripe in stripes:
             for head in range(self.shape.kv_heads):
-                if (stripe, head, Kind.SKETCH) not in state.placed:
+                if (stripe, head, kind) not in state.placed:
                     groups.setdefault((stripe, int(self.shape.channel(layer, head, stripe))), []).append((stripe, head))
         waiting = list(groups.items())
         while waiting:
             # As many as DRAM has room for.
-            sizes = np.cumsum([layout.centroid_pages(len(items), unit, config) for _, items in waiting])
+            sizes = np.cumsum([layout.packed_pages(len(items), codewords, config) for _, items in waiting])
             fitting = max(int(np.searchsorted(sizes, dram.largest_for(self.shape.domain), "right")), 1)
             channels: dict[int, list[tuple[int, int]]] = {}
             for (_, channel), items in waiting[:fitting]:
@@ -561,19 +561,32 @@ class TokenWriter:
                 runs: list[_Run] = []
                 for channel, items in channels.items():
                     items.sort(key=lambda item: (item[1], item[0]))     # a head's stripes beside each other
-                    means = [layout.mean_keys(self._keys(layer, *item, stripes, tokens), unit, config,
-                                              skip=self.shape.sinks - item[0] * self.shape.stripe_tokens)
-                             for item in items]
-                    images = layout.pack_pages(np.concatenate(means), config)
+                    images = self._pack(kind, [
+                        (self._keys(layer, *item, stripes, tokens),
+                         self.shape.sinks - item[0] * self.shape.stripe_tokens) for item in items])
                     self._write_dram(layer, self._end(items[0][0]), source * config.page_bytes, images.tobytes())
                     single = len({head for _, head in items}) == len(items)
                     for i in range(0, len(items), in_run):
-                        die = self.shape.die(layer, *items[i], Kind.SKETCH) if single else None
-                        runs.append(_Run(Kind.SKETCH, channel, source, run_pages, die, items[i : i + in_run]))
+                        die = self.shape.die(layer, *items[i], kind) if single else None
+                        runs.append(_Run(kind, channel, source, run_pages, die, items[i : i + in_run]))
                         source += run_pages
                 yield from self._program(layer, runs)
             finally:
                 dram.free(base)
+
+    def _pack(self, kind: Kind, stripes: Series[tuple[Bits, int]]) -> layout.Pages:
+        """Page images of a packed sketch of some stripes, each given as its K and how many of its tokens are sinks."""
+        config = self.shape.config
+        if kind is Kind.CODES:
+            octets = [codes.pack(codes.encode(key, config, skip=sinks), config)[0] for key, sinks in stripes]
+            pages = layout.packed_pages(len(stripes), config.octets, config)
+            images = np.zeros((pages * config.codewords_per_page, config.codeword_bytes), np.uint8)
+            images[: len(stripes) * config.octets] = np.concatenate(octets)
+            return images.reshape(pages, config.page_bytes)
+        unit = self.shape.centroids
+        assert unit is not None
+        return layout.pack_pages(np.concatenate(
+            [layout.mean_keys(key, unit, config, skip=sinks) for key, sinks in stripes]), config)
 
     def _keys(self, layer: int, stripe: int, head: int, stripes: Series[int], tokens: Bits | None) -> Bits:
         """K of a full stripe that is staged."""
@@ -590,7 +603,7 @@ class TokenWriter:
         return layout.unpack_pages(np.frombuffer(data, np.uint8).reshape(self.shape.pages, -1), config)
 
     def _runs(self, layer: int, items: Series[tuple[int, int]], sources: dict[tuple[int, int], int]) -> Iterator[_Run]:
-        """What must be programmed, but for centroids, in the order in which it takes its places on each channel."""
+        """What must be programmed, but for packed sketches, in the order in which it takes places on each channel."""
         state = self.layers[layer]
         heads: dict[tuple[int, int], list[int]] = {}
         for stripe, head in items:
@@ -600,7 +613,7 @@ class TokenWriter:
         in_turn = self.shape.pages >= self.shape.config.part.planes and len({stripe for stripe, _ in items}) > 1
         for (channel, head), stripes in heads.items():
             for kind in self.shape.kinds:
-                if kind is Kind.SKETCH:
+                if kind in self.shape.packed_kinds:
                     continue
                 for stripe in stripes:
                     if (stripe, head, kind) in state.placed:
@@ -656,15 +669,15 @@ class TokenWriter:
         return places
 
     def _allocation_of(self, run: _Run) -> Allocation:
-        return self.allocations[run.kind is Kind.SKETCH]
+        return self.allocations[self.shape.allocation(run.kind)]
 
     def _placed(self, layer: int, run: _Run, place: int) -> None:
         """Note that a run is in flash; when all of a stripe is, for its head and for all heads, use that."""
         state, config = self.layers[layer], self.shape.config
         for index, (stripe, head) in enumerate(run.holds):
             page, codeword = 0, 0
-            if run.kind is Kind.SKETCH and self.shape.centroids is not None:
-                page, codeword = layout.centroid_place(index, self.shape.centroids, config)
+            if run.kind in self.shape.packed_kinds:
+                page, codeword = layout.packed_place(index, self.shape.packed_codewords(run.kind), config)
             state.placed[stripe, head, run.kind] = place + page, codeword
             if not all((stripe, head, kind) in state.placed for kind in self.shape.kinds):
                 continue

@@ -5,16 +5,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvattic.golden import dense, sparse
-from kvattic.golden.first_pass import Layout, first_pass, top_features
+from kvattic.golden.first_pass import Layout, first_pass, lowest, top_features
 from kvattic.golden.memory import HostMemory
 from kvattic.golden.owners import Owners
 from kvattic.golden.queues import Queue
 from kvattic.golden.registers import Registers
 from kvattic.golden.rejected import RejectedError, raise_first
 from kvattic.golden.storage import Storage
-from kvattic.golden.stripes import Found, StripeReader
+from kvattic.golden.stripes import StripeReader
 from kvattic.golden.validate import check_command, check_mean, check_read, check_table, unit_tokens
 from kvattic.spec.blocks import Queries, Results, Table, pack_results, pack_tokens, unpack_queries, unpack_table
+from kvattic.spec.codes import KeyCodes
 from kvattic.spec.commands import (
     LINE_BYTES,
     AttendCommand,
@@ -149,17 +150,18 @@ class Attention:
     def _compute_sparse(self, command: AttendCommand, query: Bits, table: Table, reader: StripeReader,
                         job: dict[str, Any]) -> _Computed:
         config, mode = self._config, Mode(command.mode)
-        if mode is Mode.CENTROID:
-            sketch = reader.centroids()
-            # Not looked at in the first pass.
-            key = Found(np.zeros((command.stripes * config.group_tokens, config.head_dim), np.uint16), None)
-        else:
-            codewords = self._codewords(command)
-            sketch = reader.features(top_features(query, command.features, config.element))
-            key = reader.tokens(Kind.SKETCH, codewords[table.tail[codewords // config.group_codewords]])
-        sketch_lost = min((lost for lost in (sketch.lost, key.lost) if lost is not None), default=None)
+        sketch: Bits | KeyCodes
+        match mode:
+            case Mode.CENTROID:
+                sketch, lost = reader.centroids()
+            case Mode.CODES:
+                sketch, lost = reader.octets()
+            case _:
+                sketch, lost = reader.features(top_features(query, command.features, config.element))
+        key = reader.tokens(Kind.SKETCH, self._exact_codewords(command, table))
+        sketch_lost = lowest(lost, key.lost)
         first = first_pass(
-            query, key.bits, sketch=sketch.bits, tail=table.tail, features=command.features,
+            query, key.bits, sketch=sketch, tail=table.tail, features=command.features,
             top_units=command.top_units, local_tokens=command.local_tokens, sinks=command.sinks,
             base_token=command.base_token, end_token=command.end_token, **job, layout=Layout(
                 group_tokens=config.group_tokens, tokens_per_codeword=config.tokens_per_codeword, mode=mode,
@@ -168,6 +170,16 @@ class Attention:
         trace = sparse.second_pass(first, query, key.bits, value.bits, mean=table.mean, **job)
         return _Computed(trace, ((Status.UNREADABLE_SKETCH, sketch_lost), (Status.UNREADABLE_KEY, key.lost),
                                  (Status.UNREADABLE_VALUE, value.lost)))
+
+    def _exact_codewords(self, command: AttendCommand, table: Table) -> Integers:
+        """Codewords of K whose tokens the first pass scores exactly: of the tail and, in CODES, of sinks."""
+        if command.mode == Mode.CENTROID:
+            return np.zeros(0, np.int64)
+        config, codewords = self._config, self._codewords(command)
+        tail = codewords[table.tail[codewords // config.group_codewords]]
+        if command.mode != Mode.CODES or command.base_token or table.tail[0]:
+            return tail
+        return np.concatenate([np.arange(-(-command.sinks // config.tokens_per_codeword)), tail])
 
     def _codewords(self, command: AttendCommand) -> Integers:
         """Codewords up to the last token, counted from base_token: those behind it are never read."""

@@ -56,6 +56,7 @@ __all__ = [
     "split_scale",
     "value_sums",
     "weights",
+    "window_products",
     "window_sums",
 ]
 
@@ -275,6 +276,29 @@ def window_sums(
             np.multiply(window, sign, out=window)
             np.einsum("tc,c->t", window, row_sign[r], out=sums[r, place])
     return sums, overflow
+
+
+def window_products(
+    query: Bits, key: Bits, *, element: Element, exponent: int
+) -> tuple[Integers, Booleans]:
+    """The addends of `window_sums`: each product q[c] * k[c], truncated into the score window.
+
+    Args:
+        query: uint16, (rows, head_dim).
+        key: uint16, (tokens, head_dim).
+        element: format of both.
+        exponent: exponent field of the scale (an fp32's, so the bias is 127).
+
+    Returns:
+        (products int64, overflow bool), both (rows, tokens, head_dim); overflow: it was clipped at the window's top.
+    """
+    form = element.encoding
+    row, part = decode(query[:, None], element), decode(key, element)
+    window = (row.significand.astype(np.int64) << form.score_shift) * part.significand
+    shift = form.score_shift - (exponent + form.score_offset) - row.exponent.astype(np.int64) - part.exponent
+    overflow = (shift < form.score_shift_min) & (window != 0)
+    window >>= np.clip(shift, form.score_shift_min, SHIFT_MAX)
+    return window * (_signs(row.negative) * _signs(part.negative)), overflow
 
 
 def round_scores(sums: Integers, scale_bits: int) -> tuple[Integers, Booleans]:

@@ -89,7 +89,7 @@ class GoldenDevice:
     A command is checked in this order, and the first mistake is reported: BUS_ERROR of its line, INVALID_OPCODE,
     NOT_PERMITTED (opcode), INVALID_FIELD; then
 
-    - ATTEND: INVALID_ROWS, INVALID_LENGTH, INVALID_SELECTION (features, top_units, local_tokens, unit_bits),
+    - ATTEND: INVALID_ROWS, INVALID_LENGTH, INVALID_SELECTION (features, top_units, local_tokens, unit_bits, sinks),
       INVALID_ADDRESS (query, result, table), INVALID_SCALE, NOT_PERMITTED (domain), BUS_ERROR of the query block or the
       table, INVALID_TABLE, NOT_OWNED, NO_SKETCH, NAN_QUERY, NAN_MEAN, UNREADABLE_SKETCH, UNREADABLE_KEY,
       UNREADABLE_VALUE, NAN_KEY, NAN_VALUE, BUS_ERROR of the result;

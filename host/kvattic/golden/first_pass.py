@@ -2,7 +2,8 @@
 
 Integers only, bit for bit as the hardware computes them; docs/sparse.md says what is computed and docs/numerics.md,
 section 7, why.  `first_pass` runs the whole pass.  Its steps stand alone, too: `magnitudes`, `top_features`,
-`approximate_scales`, `feature_sums`, `log2`, `references`, `probabilities`, `masses`, `ranks`, `select`, `alphas`.
+`approximate_scales`, `feature_sums`, `code_entries`, `code_sums`, `log2`, `references`, `probabilities`, `masses`,
+`ranks`, `select`, `alphas`.
 
 Shapes are named (rows, tokens, head_dim), where the tokens are those of all stripes of the job, whole stripes from
 base_token on; a unit of selection is `unit_tokens` of them, and unit u begins with token base_token + u * unit_tokens.
@@ -19,10 +20,14 @@ from numpy.typing import NDArray
 from kvattic.errors import RequestError
 from kvattic.golden import dense
 from kvattic.spec.blocks import Masks
+from kvattic.spec.codes import KeyCodes
 from kvattic.spec.commands import Mode
 from kvattic.spec.elements import Bits, Booleans, Integers, special
 from kvattic.spec.formats import (
     ALPHA_FRACTION,
+    CODES_BITS,
+    CODES_LIMIT,
+    CODES_SHIFT,
     LOG_BITS,
     MAGNITUDE_BITS,
     MAGNITUDE_FRACTION,
@@ -48,6 +53,8 @@ __all__ = [
     "approximate_scales",
     "attended_by",
     "check_job",
+    "code_entries",
+    "code_sums",
     "feature_sums",
     "first_pass",
     "first_special_token",
@@ -152,6 +159,65 @@ def feature_sums(
         (sums int64, clipped bool), both (rows, tokens).
     """
     return dense.window_sums(query[:, features], key[:, features], element=element, exponent=exponent)
+
+
+# Codes.
+
+
+def code_entries(
+    query: Bits, codes: KeyCodes, *, element: Element, scale_bits: int
+) -> tuple[Integers, Booleans]:
+    """What the codes of each pair of neighbouring features add to a score sum: q * base + q * step * code of both.
+
+    Each product is truncated into the score window, then cut to CODES_FRACTION fractional bits, both towards zero, and
+    clipped at CODES_LIMIT.  Codes of features of 1 bit have entries for 2 and 3, too.
+
+    Args:
+        query: uint16, (rows, head_dim).
+        codes: their levels are looked at.
+        element: format of query and levels.
+        scale_bits: fp32 bit pattern of the scale; only its exponent is used here.
+
+    Returns:
+        (entries int64, (rows, stripes, head_dim / 2, 16), in CODES_BITS two's complement, of the codes c0 of the first
+        and c1 of the second feature at 4 * c0 + c1; clipped bool, (rows, stripes): a product was clipped, or an entry
+        does not fit and was wrapped).
+    """
+    exponent = dense.split_scale(scale_bits)[1]
+    parts, clipped = [], np.zeros((len(query), len(codes.base)), np.bool_)
+    for levels in (codes.base, codes.step):
+        product, beyond = dense.window_products(query, levels, element=element, exponent=exponent)
+        size = np.abs(product) >> CODES_SHIFT
+        clipped |= (beyond | (size > CODES_LIMIT)).any(axis=2)
+        parts.append(np.sign(product) * np.minimum(size, CODES_LIMIT))
+    base, step = parts
+    code = np.arange(4)
+    each = base[..., None] + step[..., None] * code
+    pairs = each[:, :, ::2, :, None] + each[:, :, 1::2, None, :]
+    entries: Integers = pairs.reshape(*pairs.shape[:3], 16)
+    wrapped = (entries + (1 << CODES_BITS - 1) & (1 << CODES_BITS) - 1) - (1 << CODES_BITS - 1)
+    clipped |= (wrapped != entries).any(axis=(2, 3))
+    return wrapped, clipped
+
+
+def code_sums(entries: Integers, codes: KeyCodes) -> Integers:
+    """Score sums of the tokens of whole stripes: the sum of their codes' entries.
+
+    Args:
+        entries: from `code_entries`.
+        codes: their codes are looked at.
+
+    Returns:
+        int64, (rows, tokens), SCORE_WINDOW_FRACTION fractional bits.
+    """
+    rows, stripes, pairs, _ = entries.shape
+    place = codes.codes[:, ::2].astype(np.int64) * 4 + codes.codes[:, 1::2]
+    place = place.reshape(stripes, len(place) // max(stripes, 1), pairs)
+    sums = np.empty((rows, *place.shape[:2]), np.int64)
+    each = np.arange(pairs)
+    for stripe in range(stripes):
+        sums[:, stripe] = entries[:, stripe, each, place[stripe]].sum(axis=-1)
+    return sums.reshape(rows, len(codes.codes)) << CODES_SHIFT
 
 
 # Approximate softmax.
@@ -262,7 +328,7 @@ def select(rank: Integers, valid: Booleans, k: int) -> Booleans:
 def alphas(probability: Integers, taken: Booleans, denominator: Integers) -> Integers:
     """Each row's alpha: the share of the tokens that are attended in the approximate softmax, rounded half up.
 
-    Only for SPARF and FETCHED, and only if a unit is not selected; otherwise alpha is ALPHA_ONE.
+    Only for the blended modes, and only if a unit is not selected; otherwise alpha is ALPHA_ONE.
 
     Args:
         probability: int64, (rows, tokens), from `probabilities`.
@@ -290,7 +356,7 @@ class Layout:
         group_tokens: tokens of a stripe, `Config.group_tokens`.
         tokens_per_codeword: `Config.tokens_per_codeword`.
         mode: not DENSE.
-        unit_bits: log2 of the codewords of a unit; 0 in SPARF.
+        unit_bits: log2 of the codewords of a unit; 0 in SPARF and CODES.
     """
 
     group_tokens: int
@@ -301,23 +367,23 @@ class Layout:
     @property
     def unit_tokens(self) -> int:
         """Tokens of a unit of selection."""
-        return 1 if self.mode is Mode.SPARF else self.tokens_per_codeword << self.unit_bits
+        return 1 if self.mode.by_token else self.tokens_per_codeword << self.unit_bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FirstPass:
-    """What the first pass of a job computes and selects.  "scored" is tokens in SPARF and FETCHED, units in CENTROID.
+    """What the first pass of a job computes and selects.  "scored" is units in CENTROID, else tokens.
 
     Attributes:
         layout: of the job.
         base_token: number of the first token.
         end_token: one past the last valid token.
         tail: bool, (stripes,), stripes that are attended whole: those in device DRAM, and those marked so.
-        features: int64, (r,), ascending: features that the first pass reads; empty in CENTROID.
-        scale_significand: int64, (rows,), of the approximate scale; the command's in CENTROID.
+        features: int64, (r,), ascending: features that the first pass reads; empty in CENTROID and CODES.
+        scale_significand: int64, (rows,), of the approximate scale; the command's in CENTROID and CODES.
         scale_exponent: int64, (rows,), its exponent field.
         score_sums: int64, (rows, scored), SCORE_WINDOW_FRACTION fractional bits.
-        clipped: bool, (rows, scored), a product was clipped.
+        clipped: bool, (rows, scored), a product was clipped; in CODES also of all tokens of the stripe.
         saturated: bool, (rows, scored), the score was clipped.
         attended: bool, (rows, scored), which row attends which; False in CENTROID for units of the tail.
         scores: int64, (rows, scored), SCORE_MASKED where not attended.
@@ -407,7 +473,6 @@ class _Job:
 
     query: Bits
     key: Bits
-    sketch: Bits
     layout: Layout
     element: Element
     scale_bits: int
@@ -442,25 +507,25 @@ def first_special_token(bits: Bits, numbers: Integers, element: Element, end_tok
     return int(found.min()) if len(found) else None
 
 
-def _score_centroids(job: _Job) -> _Scored:
+def _score_centroids(job: _Job, sketch: Bits) -> _Scored:
     """CENTROID: the score of each unit's mean key, with the command's scale; units of the tail are not attended."""
     unit_tokens, rows = job.layout.unit_tokens, len(job.query)
     significand, exponent = (np.full(rows, part, np.int64) for part in dense.split_scale(job.scale_bits))
     in_flash = np.repeat(job.flash, job.layout.group_tokens // unit_tokens)
-    numbers = job.base_token + np.arange(len(job.sketch), dtype=np.int64) * unit_tokens
-    mask = job.attended(len(job.sketch), unit_tokens) & in_flash
-    sums = np.zeros((rows, len(job.sketch)), np.int64)
+    numbers = job.base_token + np.arange(len(sketch), dtype=np.int64) * unit_tokens
+    mask = job.attended(len(sketch), unit_tokens) & in_flash
+    sums = np.zeros((rows, len(sketch)), np.int64)
     clipped = np.zeros(sums.shape, np.bool_)
     sums[:, in_flash], clipped[:, in_flash] = dense.score_sums(
-        job.query, job.sketch[in_flash], element=job.element, scale_bits=job.scale_bits)
+        job.query, sketch[in_flash], element=job.element, scale_bits=job.scale_bits)
     scores, saturated = dense.round_scores(sums, job.scale_bits)
     return _Scored(
         np.zeros(0, np.int64), significand, exponent, sums, clipped, saturated, mask, scores,
         bool(((clipped | saturated) & mask).any()),
-        first_special_token(job.sketch[in_flash], numbers[in_flash], job.element, job.end_token))
+        first_special_token(sketch[in_flash], numbers[in_flash], job.element, job.end_token))
 
 
-def _score_features(job: _Job, features: int) -> _Scored:
+def _score_features(job: _Job, sketch: Bits, features: int) -> _Scored:
     """SPARF, FETCHED: approximate scores of tokens in flash, exact ones of the tail's."""
     chosen = top_features(job.query, features, job.element)
     significand, exponent = approximate_scales(job.query, chosen, job.element, job.scale_bits)
@@ -469,27 +534,61 @@ def _score_features(job: _Job, features: int) -> _Scored:
     mask = job.attended(len(job.key))
     sums, scores = np.zeros((2, len(job.query), len(job.key)), np.int64)
     clipped, saturated = np.zeros((2, *sums.shape), np.bool_)
-    sketch = job.sketch[in_flash]
+    sketch = sketch[in_flash]
     sums[:, in_flash], clipped[:, in_flash] = feature_sums(job.query, sketch, chosen, exponent, job.element)
     scores[:, in_flash], saturated[:, in_flash] = dense.scale_scores(sums[:, in_flash], significand[:, None])
     # In the feature layout every token of a codeword counts, even if no row attends it.
     overflow = bool(clipped.any())
     nan_key = first_special_token(sketch[:, chosen], numbers[in_flash], job.element, job.end_token)
     if not in_flash.all():
-        tail, key = ~in_flash, job.key[~in_flash]
-        sums[:, tail], clipped[:, tail] = dense.score_sums(
-            job.query, key, element=job.element, scale_bits=job.scale_bits)
-        scores[:, tail], saturated[:, tail] = dense.round_scores(sums[:, tail], job.scale_bits)
-        nan_key = lowest(nan_key, first_special_token(key, numbers[tail], job.element, job.end_token))
+        tail = ~in_flash
+        sums[:, tail], clipped[:, tail], scores[:, tail], saturated[:, tail] = _score_exactly(job, tail)
+        nan_key = lowest(nan_key, first_special_token(job.key[tail], numbers[tail], job.element, job.end_token))
     overflow = overflow or bool(((clipped | saturated) & mask).any())
     return _Scored(chosen, significand, exponent, sums, clipped, saturated, mask, scores, overflow, nan_key)
+
+
+def _score_exactly(job: _Job, tokens: Booleans) -> tuple[Integers, Booleans, Integers, Booleans]:
+    """Exact scores of some tokens: (sums, clipped, scores, saturated), all (rows, tokens)."""
+    sums, clipped = dense.score_sums(job.query, job.key[tokens], element=job.element, scale_bits=job.scale_bits)
+    return sums, clipped, *dense.round_scores(sums, job.scale_bits)
+
+
+def _score_codes(job: _Job, codes: KeyCodes, sinks: int) -> _Scored:
+    """CODES: approximate scores of tokens in flash by their codes, exact ones of the tail's and of sinks."""
+    size, rows = job.layout.group_tokens, len(job.query)
+    significand, exponent = (np.full(rows, part, np.int64) for part in dense.split_scale(job.scale_bits))
+    numbers = job.base_token + np.arange(len(job.key), dtype=np.int64)
+    mask = job.attended(len(job.key))
+    in_flash = np.repeat(job.flash, size)
+    coded = KeyCodes(base=codes.base[job.flash], step=codes.step[job.flash], codes=codes.codes[in_flash])
+    entries, clipped_codes = code_entries(job.query, coded, element=job.element, scale_bits=job.scale_bits)
+    sums = np.zeros((rows, len(job.key)), np.int64)
+    clipped = np.zeros(sums.shape, np.bool_)
+    sums[:, in_flash], clipped[:, in_flash] = code_sums(entries, coded), np.repeat(clipped_codes, size, axis=1)
+    scores, saturated = dense.round_scores(sums, job.scale_bits)
+    # As in the feature layout every token of a codeword counts, even if no row attends it.
+    overflow = bool(clipped_codes.any())
+    levels = special(np.concatenate([coded.base, coded.step], axis=1), job.element).any(axis=1)
+    nan_key = lowest(*numbers[::size][job.flash][levels].tolist())
+
+    exact = ~in_flash
+    if job.base_token == 0 and job.flash[:1].any():
+        # Whole codewords, as they are read.
+        exact[: -(-sinks // job.layout.tokens_per_codeword) * job.layout.tokens_per_codeword] = True
+    if exact.any():
+        sums[:, exact], clipped[:, exact], scores[:, exact], saturated[:, exact] = _score_exactly(job, exact)
+        nan_key = lowest(nan_key, first_special_token(job.key[exact], numbers[exact], job.element, job.end_token))
+    overflow = overflow or bool(((clipped | saturated) & mask).any())
+    return _Scored(np.zeros(0, np.int64), significand, exponent, sums, clipped, saturated, mask, scores, overflow,
+                   nan_key)
 
 
 def first_pass(
     query: Bits,
     key: Bits,
     *,
-    sketch: Bits | None = None,
+    sketch: Bits | KeyCodes | None = None,
     layout: Layout,
     element: Element,
     scale_bits: int,
@@ -510,10 +609,11 @@ def first_pass(
     Args:
         query: uint16, (rows, head_dim).
         key: uint16, (tokens, head_dim), whole stripes from base_token on.  SPARF and FETCHED look at the tokens of the
-            tail only, CENTROID at none.
+            tail only, CODES also at sinks, CENTROID at none.
         sketch: SPARF, FETCHED: uint16, (tokens, head_dim), K as the feature layout has it, of which the chosen features
             of stripes in flash are looked at; `key` if None.  CENTROID: uint16, (units, head_dim), the units' mean
-            keys, of which those of stripes in flash are looked at.
+            keys, of which those of stripes in flash are looked at.  CODES: the codes of all stripes, of which those of
+            stripes in flash are looked at.
         layout: mode and geometry.
         element: storage format of the three.
         scale_bits: fp32 bit pattern of softmax scale * log2(e): positive and normal.
@@ -524,10 +624,11 @@ def first_pass(
         base_token: number of the first token given.
         end_token: one past the last valid token.
         tail: bool, (stripes,), stripes that are attended whole: those in device DRAM, and those marked so.
-        features: how many the first pass reads, 1 to head_dim; 0 in CENTROID.
+        features: how many the first pass reads, 1 to head_dim; 0 in CENTROID and CODES.
         top_units: units to select, at least 1.
         local_tokens: newest tokens whose units come first.
-        sinks: first tokens of the sequence (from token 0 on) whose units come first, too.
+        sinks: first tokens of the sequence (from token 0 on) whose units come first, too; in CODES at most half of a
+            stripe, and scored exactly.
 
     Raises:
         RequestError: a type or shape is wrong, or a number is out of range.
@@ -537,14 +638,16 @@ def first_pass(
         base_token=base_token, end_token=end_token)
     if top_units < 1:
         raise RequestError(f"top_units must be at least 1, not {top_units}")
-    centroids, head_dim = layout.mode is Mode.CENTROID, key.shape[1]
-    if not (features == 0 if centroids else 1 <= features <= head_dim):
-        raise RequestError(f"features must be {0 if centroids else f'1 to {head_dim}'} in this mode, not {features}")
+    head_dim, featured = key.shape[1], layout.mode.featured
+    if not (1 <= features <= head_dim if featured else features == 0):
+        raise RequestError(f"features must be {f'1 to {head_dim}' if featured else 0} in this mode, not {features}")
+    if layout.mode is Mode.CODES and sinks > layout.group_tokens // 2:
+        raise RequestError(f"sinks must be at most half a stripe, {layout.group_tokens // 2}, in CODES, not {sinks}")
     job = _Job(
-        query=query, key=key, sketch=_check_sketch(sketch, key, layout), layout=layout, element=element,
-        scale_bits=scale_bits, masks=masks, base_token=base_token, end_token=end_token, flash=~tail)
+        query=query, key=key, layout=layout, element=element, scale_bits=scale_bits, masks=masks, base_token=base_token,
+        end_token=end_token, flash=~tail)
 
-    scored = _score_centroids(job) if centroids else _score_features(job, features)
+    scored = _score(job, sketch, features, sinks)
     scores = scored.scores
     scores[~scored.attended] = SCORE_MASKED
     maximum = scores.max(axis=1, initial=SCORE_MASKED)
@@ -553,7 +656,7 @@ def first_pass(
     probability = probabilities(scores, reference)
 
     unit_tokens = layout.unit_tokens
-    mass = masses(probability, 1 if centroids else unit_tokens)
+    mass = masses(probability, 1 if layout.mode is Mode.CENTROID else unit_tokens)
     rank = ranks(mass, base_token=base_token, unit_tokens=unit_tokens, local_token=max(end_token - local_tokens, 0),
                  sinks=sinks)
     unit_token = base_token + np.arange(len(mass), dtype=np.int64) * unit_tokens
@@ -562,7 +665,7 @@ def first_pass(
     taken = np.repeat(selected, unit_tokens) | np.repeat(tail, layout.group_tokens)
     taken[max(end_token - base_token, 0) :] = False
     alpha = np.full(len(query), ALPHA_ONE, np.int64)
-    if not centroids and (valid & ~selected).any():
+    if layout.mode.blended and (valid & ~selected).any():
         alpha = alphas(probability, taken, denominator)
     return FirstPass(
         layout=layout, base_token=base_token, end_token=end_token, tail=tail, maximum=maximum, denominator=denominator,
@@ -570,15 +673,22 @@ def first_pass(
         alpha=alpha, **scored._asdict())
 
 
-def _check_sketch(sketch: Bits | None, key: Bits, layout: Layout) -> Bits:
-    """The sketch that `first_pass` reads."""
-    centroids, (tokens, head_dim) = layout.mode is Mode.CENTROID, key.shape
-    if sketch is None and not centroids:
-        return key
-    shape = (tokens // layout.unit_tokens if centroids else tokens, head_dim)
+def _score(job: _Job, sketch: Bits | KeyCodes | None, features: int, sinks: int) -> _Scored:
+    """What the mode's first pass scores, by the sketch that it reads."""
+    mode, (tokens, head_dim) = job.layout.mode, job.key.shape
+    if mode is Mode.CODES:
+        levels = (tokens // job.layout.group_tokens, head_dim)
+        shapes = (levels, levels, (tokens, head_dim))
+        if not isinstance(sketch, KeyCodes) or (
+                sketch.base.shape, sketch.step.shape, sketch.codes.shape) != shapes:
+            raise RequestError(f"sketch must be KeyCodes of {levels[0]} stripes of {head_dim} features")
+        return _score_codes(job, sketch, sinks)
+    if sketch is None and mode.featured:
+        sketch = job.key
+    shape = (tokens if mode.featured else tokens // job.layout.unit_tokens, head_dim)
     if not isinstance(sketch, np.ndarray) or sketch.dtype != np.uint16 or sketch.shape != shape:
         raise RequestError(f"sketch must be a uint16 array of shape {shape}")
-    return sketch
+    return _score_features(job, sketch, features) if mode.featured else _score_centroids(job, sketch)
 
 
 def check_job(
@@ -598,8 +708,8 @@ def check_job(
         raise RequestError("mode must not be DENSE: see kvattic.golden.dense.attend")
     if layout.unit_bits < 0 or layout.group_tokens % layout.unit_tokens:
         raise RequestError(f"unit_bits must be such that units fill a stripe, not {layout.unit_bits}")
-    if layout.mode is Mode.SPARF and layout.unit_bits:
-        raise RequestError(f"unit_bits must be 0 in SPARF, not {layout.unit_bits}")
+    if layout.mode.by_token and layout.unit_bits:
+        raise RequestError(f"unit_bits must be 0 in {layout.mode.name}, not {layout.unit_bits}")
     tail = np.asarray(tail)
     if tail.dtype != np.bool_ or tail.shape != (len(key) // layout.group_tokens,) or len(key) % layout.group_tokens:
         raise RequestError(f"key must be whole stripes of {layout.group_tokens} tokens, and tail one bool for each")

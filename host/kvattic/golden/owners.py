@@ -115,8 +115,9 @@ class Owners:
             dram &= self.owns_dram(domain, page, count, region_bits)
         if command.mode != Mode.DENSE:
             pages: Any = config.group_pages
-            if command.mode == Mode.CENTROID:
-                codewords = (config.group_codewords >> command.unit_bits) // config.tokens_per_codeword
+            if not Mode(command.mode).featured:
+                centroids = (config.group_codewords >> command.unit_bits) // config.tokens_per_codeword
+                codewords = centroids if command.mode == Mode.CENTROID else config.octets
                 pages = -(-(sketch.codeword + codewords) // config.codewords_per_page)
             flash &= (sketch.written == 0) | self.owns_pages(domain, sketch.page, pages)
         owned = np.where(entries.dram == 1, dram, flash)

@@ -1,4 +1,4 @@
-"""Golden model of the sparse modes: SPARF, FETCHED and CENTROID, bit for bit as the hardware computes them.
+"""Golden model of the sparse modes: SPARF, FETCHED, CENTROID and CODES, bit for bit as the hardware computes them.
 
 Integers only; docs/sparse.md says what is computed and docs/numerics.md, section 7, why.  `attend_sparse` runs a whole
 job.  Its halves are for a device that reads codewords only once it knows which: `kvattic.golden.first_pass` scores and
@@ -25,6 +25,7 @@ from kvattic.golden.first_pass import (
     first_special_token,
     lowest,
 )
+from kvattic.spec.codes import KeyCodes
 from kvattic.spec.commands import FP32_SPECIAL, CompletionFlag, Mode
 from kvattic.spec.elements import Bits, Booleans, Integers
 from kvattic.spec.formats import ALPHA_FRACTION, FP32_BIAS, SCALE_BITS, SCORE_MASKED, Element
@@ -125,7 +126,7 @@ def second_pass(
         query: uint16, (rows, head_dim).
         key: uint16, (tokens, head_dim); only tokens of `first.codewords` are looked at.
         value: uint16, (tokens, head_dim); likewise.
-        mean: SPARF, FETCHED: uint32, (head_dim,), fp32 bit patterns of the mean of V; CENTROID: None.
+        mean: uint32, (head_dim,), fp32 bit patterns of the mean of V; CENTROID: None.
         element: storage format.
         scale_bits: as in `first_pass`, and so are the others.
         start: integers, (rows,).
@@ -209,7 +210,7 @@ def attend_sparse(
     sinks: int = 0,
     unit_bits: int = 0,
     mean: NDArray[np.uint32] | None = None,
-    sketch: Bits | None = None,
+    sketch: Bits | KeyCodes | None = None,
     tail: Booleans,
     element: Element,
     scale_bits: int,
@@ -226,17 +227,17 @@ def attend_sparse(
         query: uint16, (rows, head_dim).
         key: uint16, (tokens, head_dim), whole stripes from base_token on.
         value: uint16, (tokens, head_dim).
-        mode: SPARF, FETCHED or CENTROID.
+        mode: not DENSE.
         group_tokens: tokens of a stripe (`Config.group_tokens`).
         tokens_per_codeword: `Config.tokens_per_codeword`.
         features: SPARF, FETCHED: how many the first pass reads.
         top_units: units to select; those of the tail come on top.
         local_tokens: newest tokens whose units come first.
-        sinks: first tokens of the sequence whose units come first, too.
+        sinks: first tokens of the sequence whose units come first, too; in CODES they are scored exactly.
         unit_bits: FETCHED, CENTROID: log2 of a unit's codewords.
-        mean: SPARF, FETCHED: uint32, (head_dim,), fp32 bit patterns of the mean of V.
-        sketch: CENTROID: uint16, (units, head_dim), mean keys of all units (anything for those of the tail); in the
-            other modes what the feature layout has, if that is not `key`.
+        mean: uint32, (head_dim,), fp32 bit patterns of the mean of V; CENTROID: None.
+        sketch: CENTROID: uint16, (units, head_dim), mean keys of all units; CODES: the codes of all stripes (anything
+            for those of the tail); in the other modes what the feature layout has, if that is not `key`.
         tail: bool, (stripes,), stripes that are attended whole: those in device DRAM, and those that a command says.
         element: storage format.
         scale_bits: fp32 bit pattern of softmax scale * log2(e): positive and normal.

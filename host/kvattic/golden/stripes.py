@@ -1,17 +1,17 @@
-"""Reading a job's stripes: the golden device's K, V, features of K and centroids, from flash and device DRAM."""
+"""Reading a job's stripes: the golden device's K, V, and sketches of K, from flash and device DRAM."""
 
 from typing import NamedTuple
 
 import numpy as np
 
 from kvattic.golden.storage import Storage
-from kvattic.spec import layout
+from kvattic.spec import codes, layout
 from kvattic.spec.blocks import Table
 from kvattic.spec.commands import AttendCommand, Kind
 from kvattic.spec.config import Config
 from kvattic.spec.elements import Bits, Bytes, Integers
 
-__all__ = ["Found", "StripeReader"]
+__all__ = ["Found", "FoundCodes", "StripeReader"]
 
 
 class Found(NamedTuple):
@@ -23,6 +23,18 @@ class Found(NamedTuple):
     """
 
     bits: Bits
+    lost: int | None
+
+
+class FoundCodes(NamedTuple):
+    """Codes that were read.
+
+    Members:
+        codes: of all stripes of the job; zero where nothing was read, or could not be.
+        lost: the first token of the first stripe with an octet that could not be read, or None.
+    """
+
+    codes: codes.KeyCodes
     lost: int | None
 
 
@@ -100,6 +112,18 @@ class StripeReader:
                 # Only units with a token before the end matter.
                 lost = token if token < command.end_token else None
         return Found(key.reshape(-1, config.head_dim), lost)
+
+    def octets(self) -> FoundCodes:
+        """Codes of the stripes outside of the tail."""
+        config, command = self._config, self._command
+        numbers = np.arange(config.octets)
+        data = np.zeros((command.stripes, config.octets, config.codeword_bytes), np.uint8)
+        lost: int | None = None
+        for stripe in np.flatnonzero(~self._table.tail).tolist():
+            data[stripe], gone = self._sketch(Kind.CODES, stripe, numbers)
+            if gone is not None and lost is None:
+                lost = command.base_token + stripe * config.group_tokens
+        return FoundCodes(codes.unpack(data, config), lost)
 
     def _sketch(self, kind: Kind, stripe: int, codewords: Integers) -> tuple[Bytes, int | None]:
         """Codewords of a stripe's sketch, (codewords, codeword_bytes), and the index of the first that is lost."""

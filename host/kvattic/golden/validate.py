@@ -30,13 +30,14 @@ _UNUSED: dict[Mode, tuple[str, ...]] = {
     Mode.SPARF: ("unit_bits",),
     Mode.FETCHED: (),
     Mode.CENTROID: ("features",),
+    Mode.CODES: ("features", "unit_bits"),
 }
 """Fields that a mode has no use for: they must be zero."""
 
 
 def unit_tokens(command: AttendCommand, config: Config) -> int:
     """Tokens of a unit of selection."""
-    return 1 if command.mode == Mode.SPARF else config.tokens_per_codeword << command.unit_bits
+    return 1 if Mode(command.mode).by_token else config.tokens_per_codeword << command.unit_bits
 
 
 def check_command(command: AttendCommand, queue: Queue, config: Config) -> None:
@@ -88,6 +89,8 @@ def _check_fields(command: AttendCommand, config: Config) -> None:
     mode = Mode(command.mode)
     if mode is not Mode.DENSE and (not config.sparse or pages != config.group_pages):
         raise RejectedError(Status.INVALID_FIELD)
+    if mode is Mode.CODES and not config.codes:
+        raise RejectedError(Status.INVALID_FIELD)
     if any(getattr(command, name) for name in _UNUSED[mode]):
         raise RejectedError(Status.INVALID_FIELD)
     if pages == 0 or pages & (pages - 1) or pages * config.codewords_per_page > config.ring_codewords:
@@ -110,10 +113,11 @@ def stripes_per_lane(command: AttendCommand, config: Config) -> int:
 def _check_selection(command: AttendCommand, config: Config) -> None:
     tokens, size = command.end_token - command.base_token, unit_tokens(command, config)
     for where, bad in enumerate((
-        Mode(command.mode).blended and not 1 <= command.features <= config.head_dim,
+        Mode(command.mode).featured and not 1 <= command.features <= config.head_dim,
         not 1 <= command.top_units <= -(-tokens // size),
         command.local_tokens > command.top_units * size,
         command.unit_bits > config.unit_bits_max,
+        command.mode == Mode.CODES and command.sinks > config.group_tokens // 2,
     )):
         if bad:
             raise RejectedError(Status.INVALID_SELECTION, where)
@@ -150,7 +154,7 @@ def check_table(command: AttendCommand, table: Table, config: Config, owners: Ow
         bad[np.flatnonzero(entries.channel % config.lanes == lane)[places:]] = True
     if mode is not Mode.DENSE:
         # The feature layout begins with a page.
-        codewords = config.codewords_per_page if mode is Mode.CENTROID else 1
+        codewords = 1 if mode.featured else config.codewords_per_page
         bad |= (sketches.written > 1) | (sketches.codeword >= codewords)
     if bad.any():
         raise RejectedError(Status.INVALID_TABLE, int(bad.argmax()))

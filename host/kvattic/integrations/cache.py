@@ -77,7 +77,8 @@ class DriveCache(Closing, Cache):
         top_units: no more are attended than there are.
         local_tokens: likewise.
         sinks: sparse modes: the first stored tokens of each row (padding is not stored), which are always attended
-            and count among `top_units`.  If None, 16, or as many as `top_units` and `local_tokens` leave room for.
+            and count among `top_units`; in codes half a stripe's at most.  If None, 16, or as many as `top_units` and
+            `local_tokens` leave room for.
         unit_tokens: of the mode centroid, too; a codeword's tokens if None.
         kv: how K and V are stored: `formats.KvFormat` or its name.  The drive's configuration says it (`Config.kv`), so
             this is what it must be; anything if None.
@@ -97,7 +98,8 @@ class DriveCache(Closing, Cache):
     Raises:
         TypeError: there is no such option.
         RequestError: a wrong mode or number, K and V do not fit the drive, or the model needs what the drive lacks.
-        ConfigError: a sparse mode, and the drive is without sparse attention; or the drive stores K and V otherwise.
+        ConfigError: a sparse mode, and the drive is without sparse attention (or without codes); or the drive stores K
+            and V otherwise.
     """
 
     @old_selection_keywords
@@ -177,21 +179,27 @@ class DriveCache(Closing, Cache):
         capacity = tokens if self._cross else self.capacity_tokens
         if self._grows:
             capacity = min(capacity, tokens + ROOM)
-        sparse, centroid = self.mode.blended, self.mode is Mode.CENTROID
         options = self._options
         if self.mode is not Mode.DENSE:
-            options = options | {"sinks": self._sinks, "window": longest_window(self._text) if sparse else None}
+            window = longest_window(self._text) if self.mode.blended else None
+            options = options | {"sinks": self._sinks, "window": window}
         try:
             for _ in range(rows):
                 self.sequences.append(self.device.create_sequence(
-                    kv_heads, capacity_tokens=capacity, layers=len(self.drive_layers), sparse=sparse,
-                    centroids=self._unit_tokens if centroid else None, **options))
+                    kv_heads, capacity_tokens=capacity, layers=len(self.drive_layers), **self._sketches,
+                    **options))
         except BaseException:
             self.reset()
             raise
         for sequence in self.sequences:
             if isinstance(sequence, Sequence):
                 sequence.held_tokens = self._held_tokens
+
+    @property
+    def _sketches(self) -> dict[str, Any]:
+        """What its sequences have for the mode's first pass, as `create_sequence` takes it."""
+        return {"sparse": self.mode.featured, "codes": self.mode is Mode.CODES,
+                "centroids": self._unit_tokens if self.mode is Mode.CENTROID else None}
 
     def make_room(self, tokens: int) -> None:
         """Reserve flash for more tokens, before the first layer of a step writes them.
@@ -371,8 +379,8 @@ class DriveCache(Closing, Cache):
             RequestError: says what differs.
         """
         self.check_stateless()
-        mine = {"layers": len(self.drive_layers), "kv_heads": heads_of(self._text)[2], "sparse": self.mode.blended,
-                "centroids": self._unit_tokens if self.mode is Mode.CENTROID else None, "sinks": self._sinks}
+        mine = {"layers": len(self.drive_layers), "kv_heads": heads_of(self._text)[2], **self._sketches,
+                "sinks": self._sinks}
         for name, wanted in mine.items():
             if (found := getattr(sequence, name)) != wanted:
                 raise RequestError(f"a sequence with {name} {found} does not fit this DriveCache, which needs "

@@ -18,7 +18,8 @@ __all__ = ["SINKS", "check_format", "check_mode", "check_options", "count_sinks"
 SINKS = 16
 """First tokens of a row that sparse modes attend in any case, unless a `DriveCache` is told otherwise."""
 
-_OWN_OPTIONS = {"self", "kv_heads", "capacity_tokens", "layers", "sparse", "centroids", "sinks", "window"}
+_OWN_OPTIONS = {"self", "kv_heads", "capacity_tokens", "layers", "sparse", "centroids", "codes", "sinks",
+                "window"}
 """Arguments of `create_sequence` that a `DriveCache` sets itself."""
 
 
@@ -68,20 +69,24 @@ def check_mode(config: Config, mode: Mode, features: int | None, top_units: int 
         return None
     if not config.sparse:
         raise ConfigError(f"mode {name}: the drive is without sparse attention (Config.sparse)")
+    if mode is Mode.CODES and not config.codes:
+        raise ConfigError(f"mode {name}: the drive is without codes: {config.why_no_codes} in its configuration")
     if top_units is None:
         raise RequestError(f"mode {name} needs top_units (the paper's k)")
     check_integer("top_units (the paper's k)", top_units, 1, MAX_UNITS)
-    if mode is not Mode.CENTROID:
+    if mode.featured:
         check_integer("features (the paper's r)", features, 1, config.head_dim)
     elif features is not None:
         raise RequestError(f"mode {name} has no features: it must not be given")
-    if mode is Mode.SPARF:
+    if mode.by_token:
         if unit_tokens is not None:
             raise RequestError(f"mode {name} has no unit_tokens: it must not be given")
     else:
         unit_tokens = config.tokens_per_codeword if unit_tokens is None else unit_tokens
         unit_bits(unit_tokens, config)
     check_integer("local_tokens", local_tokens, 0, top_units * (unit_tokens or 1))
+    if mode is Mode.CODES and sinks is not None:
+        check_integer("sinks", sinks, 0, config.group_tokens // 2)
     return unit_tokens
 
 

@@ -19,7 +19,7 @@ def region_bits(pages: int, config: Config) -> int:
 
 
 def reservations(config: Config, heads: range, kv_heads: int, stripes: int, pages: int, kinds: int,
-                 centroids: int | None, shared: Sequence[int] = ()) -> Iterator[tuple[int, list[int]]]:
+                 packed: Sequence[int] = (), shared: Sequence[int] = ()) -> Iterator[tuple[int, list[int]]]:
     """What a sequence takes of flash at most: (pages of a run, runs on each channel) of each of its allocations.
 
     Args:
@@ -29,7 +29,7 @@ def reservations(config: Config, heads: range, kv_heads: int, stripes: int, page
         stripes: full ones of each head.
         pages: of a run of K.
         kinds: runs of a stripe: K, V, the feature layout.
-        centroids: tokens of a unit.
+        packed: codewords of a stripe, of each of its packed sketches.
         shared: for each layer, the first stripes that another sequence has written already; none of any if empty.
     """
     layers = len(heads) // kv_heads
@@ -52,7 +52,7 @@ def reservations(config: Config, heads: range, kv_heads: int, stripes: int, page
         return found
 
     yield pages, total(kinds * counts)
-    if centroids is not None:
+    for codewords in packed:
         # Heads of a layer share pages when their stripes are full, at the same time; a run is what one stripe takes.
-        run = layout.centroid_pages(1, centroids, config)
-        yield run, total(layout.centroid_pages(counts, centroids, config) // run)
+        run = layout.packed_pages(1, codewords, config)
+        yield run, total(layout.packed_pages(counts, codewords, config) // run)

@@ -146,11 +146,28 @@ class Mode(IntEnum):
     """Units of whole codewords of the largest approximate mass, all of whose tokens are attended; blended likewise."""
     CENTROID = 3
     """Units whose mean key scores highest, all of whose tokens are attended; not blended."""
+    CODES = 4
+    """As SPARF, but the first pass scores by codes of 2 bits of all features of K (`Config.codes`)."""
 
     @property
     def blended(self) -> bool:
         """Whether the output is blended with the mean of V, which stands in front of the table then."""
+        return self in (Mode.SPARF, Mode.FETCHED, Mode.CODES)
+
+    @property
+    def featured(self) -> bool:
+        """Whether the first pass reads features of K, chosen by the query."""
         return self in (Mode.SPARF, Mode.FETCHED)
+
+    @property
+    def by_token(self) -> bool:
+        """Whether a unit of selection is a token."""
+        return self in (Mode.SPARF, Mode.CODES)
+
+    @property
+    def sketch(self) -> "Kind":
+        """What the first pass of a sparse mode reads of stripes that are not attended whole."""
+        return {Mode.CENTROID: Kind.SKETCH, Mode.CODES: Kind.CODES}.get(self, Kind.FEATURE)
 
 
 class Status(IntEnum):
@@ -162,7 +179,8 @@ class Status(IntEnum):
     """where: the opcode."""
     INVALID_FIELD = 2
     """A reserved byte, or a field that mode or opcode does not use, is not zero; the mode does not exist (or is sparse
-    and the configuration is not); or stripe_pages is not a power of two, too large, or not what a sparse mode needs."""
+    and the configuration is not; or is CODES and the configuration is without codes); or stripe_pages is not a power of
+    two, too large, or not what a sparse mode needs."""
     INVALID_ROWS = 3
     """where: the number of rows."""
     INVALID_LENGTH = 4
@@ -202,15 +220,15 @@ class Status(IntEnum):
     """A die stayed busy for longer than its part ever is; where: channel * 2**24 + page."""
     INVALID_SELECTION = 20
     """A field of a sparse mode is out of range; where: 0 features, 1 top_units (zero, or more than the tokens make),
-    2 local_tokens (more than the units hold), 3 unit_bits."""
+    2 local_tokens (more than the units hold), 3 unit_bits, 4 sinks (CODES: more than half a stripe's tokens)."""
     NO_SKETCH = 21
     """A stripe in flash that is not attended whole lacks what the mode's first pass reads; where: number of its
     entry."""
     NAN_MEAN = 22
     """where: feature of the first NaN or infinity in the mean of V."""
     UNREADABLE_SKETCH = 23
-    """K in the feature layout, a centroid, or K of the tail cannot be read in the first pass; where: first token of the
-    lowest codeword, or stripe, that cannot."""
+    """K in the feature layout, a centroid, codes, or K of the tail or of sinks cannot be read in the first pass; where:
+    first token of the lowest codeword, or stripe, that cannot."""
     NOT_PERMITTED = 24
     """where: 0 the opcode is for queue 0 alone; 1 the domain is not granted to the queue."""
     NOT_OWNED = 25
@@ -276,7 +294,9 @@ class Kind(IntEnum):
     FEATURE = 2
     """First pass: one feature of K, in the feature layout."""
     SKETCH = 3
-    """First pass: centroids; or tokens of K that are in device DRAM and so are scored exactly at once."""
+    """First pass: centroids; or tokens of K that it scores exactly: of the tail and, in CODES, of sinks."""
+    CODES = 4
+    """First pass of CODES: an octet.  The engine's tags call it FEATURE, as that mode reads no features."""
 
 
 def _at(offset: int, size: int, doc: str) -> Any:
@@ -320,8 +340,8 @@ class AttendCommand(Command):
     rows: int = _at(15, 1, "query rows of this job, 1 to config.rows")
     table: int = _at(
         16, 8, "address of the table: for each stripe, in order, a `TABLE_ENTRY`, in sparse modes followed by a "
-        "`SKETCH_ENTRY`; in SPARF and FETCHED the mean of V over all tokens stands in front of the entries: head_dim "
-        "fp32, padded to whole lines")
+        "`SKETCH_ENTRY`; in SPARF, FETCHED and CODES the mean of V over all tokens stands in front of the entries: "
+        "head_dim fp32, padded to whole lines")
     query: int = _at(24, 8, "address of the query block")
     result: int = _at(32, 8, "address of the result block")
     tree_token: int = _at(40, 3, "first token of the draft tree (end_token where there is none)")
@@ -336,7 +356,7 @@ class AttendCommand(Command):
         54, 2, "sparse modes: the newest tokens, attended in any case and counted in `top_units`; else 0")
     sinks: int = _at(
         56, 2, "sparse modes: the first tokens of the sequence, numbered from 0, attended in any case and counted in "
-        "`top_units`; else 0")
+        "`top_units`; in CODES scored exactly, and at most half a stripe's; else 0")
     unit_bits: int = _at(58, 1, "FETCHED, CENTROID: log2 of the codewords of a unit; else 0")
 
 
@@ -415,7 +435,8 @@ def _record(name: str, command: type[Command]) -> Record:
 COMMAND = _record("Command", AttendCommand)
 """ATTEND.  A stripe is stripe_pages * config.tokens_per_page consecutive tokens; in sparse modes config.group_tokens.
 
-A unit of selection is a token in SPARF, 2**unit_bits consecutive codewords of a stripe in FETCHED and CENTROID."""
+A unit of selection is a token in SPARF and CODES, 2**unit_bits consecutive codewords of a stripe in FETCHED and
+CENTROID."""
 
 READ_COMMAND = _record("ReadCommand", ReadCommand)
 """READ.  It writes K of the first token, then V of it, K of the second token and so on, each padded with zeros to whole
@@ -453,7 +474,7 @@ TABLE_ENTRY = Record("TableEntry", 8, (
 """Where a stripe lies; its other pages follow the first ones."""
 
 SKETCH_ENTRY = Record("SketchEntry", 8, (
-    Field("page", 0, 3, "first page of K in the feature layout; or page of the first of the stripe's centroids"),
+    Field("page", 0, 3, "first page of K in the feature layout; or page of the first codeword of centroids or codes"),
     Field("codeword", 3, 1, "codeword of that page with which they begin: 0 for the feature layout"),
     Field("written", 4, 1, "1: the sketch was written; 0: it was not, which only a stripe attended whole may say"),
     Field("reserved", 5, 3, RESERVED),

@@ -19,6 +19,8 @@ ELEMENT_BYTES = 2
 """Bytes of an element of q; those of K and V are `Config.kv_element_bytes`."""
 CRC_BITS = 24
 """Bits of the check value that detects a miscorrected or misplaced codeword (kvattic.spec.ecc)."""
+OCTET_FEATURES = 8
+"""Features in a codeword of codes (kvattic.spec.codes)."""
 MAX_CLOCK_MHZ = 10_000
 """No chip is clocked faster: a larger number was meant in Hz or kHz."""
 PAGE_NUMBER_BITS = 24
@@ -316,6 +318,27 @@ class Config:
     def group_codewords(self) -> int:
         """Codewords of K of a group, a power of two, at least head_dim."""
         return self.group_pages * self.codewords_per_page
+
+    @property
+    def octets(self) -> int:
+        """Codewords of codes of a group, a power of two: each has eight features of all tokens."""
+        return self.head_dim // OCTET_FEATURES
+
+    @property
+    def codes(self) -> bool:
+        """Whether the engine has the mode CODES."""
+        return not self.why_no_codes
+
+    @property
+    def why_no_codes(self) -> str:
+        """Why this configuration is without codes; empty if it has them."""
+        if not self.sparse:
+            return "sparse must be True"
+        if self.kv is not KvFormat.ELEMENT:
+            return f"kv must be {KvFormat.ELEMENT.value}, not {self.kv.value}"
+        if self.codeword_bytes not in (256, 512):
+            return f"codeword_bytes must be 256 or 512, not {self.codeword_bytes}"
+        return ""
 
     @property
     def group_words(self) -> int:

@@ -88,6 +88,17 @@ DIGIT_BITS = 6
 ALPHA_FRACTION = 24
 """Fractional bits of alpha, the share of the attended tokens in the approximate mass; 1 is exact."""
 
+CODES_FRACTION = 8
+"""Fractional bits of an entry of CODES: what two neighbouring features of a token add to its score sum."""
+CODES_BITS = 20
+"""Bits of an entry, sign included."""
+CODES_SHIFT = SCORE_WINDOW_FRACTION - CODES_FRACTION
+"""Bits that a product in the score window loses when it becomes part of an entry."""
+CODES_SUM_BITS = CODES_BITS + 2
+"""Bits of what a token's codes of an octet add to its score sum, sign included."""
+CODES_LIMIT = (1 << (CODES_BITS - 1)) - 1
+"""The largest magnitude of a product that becomes part of an entry; larger ones are clipped to it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ElementFormat:

@@ -15,6 +15,11 @@ Centroids
     layout, as if it were a token.  The mean keys of a stripe fill whole codewords (`centroid_codewords`), which follow
     each other; those of several stripes share a page.
 
+Codes
+    For sparse attention by a copy of K of 2 bits (`kvattic.spec.codes`): a codeword of codes, an octet, has eight
+    features of all tokens of a stripe.  Those of a stripe follow each other, and several stripes share a page, as
+    centroids do.
+
 Stripe
     The tokens of a head are cut into stripes: `stripe_pages` pages of K and as many of V, with consecutive page
     numbers each.  All pages of a stripe lie on one flash channel, or wait in device DRAM, where K and V look the same.
@@ -46,8 +51,6 @@ __all__ = [
     "PagePlace",
     "Sketches",
     "centroid_codewords",
-    "centroid_pages",
-    "centroid_place",
     "kv_bits",
     "mark_whole",
     "mean_keys",
@@ -56,6 +59,8 @@ __all__ = [
     "pack_feature_pages",
     "pack_pages",
     "pack_sketches",
+    "packed_pages",
+    "packed_place",
     "page_number",
     "page_place",
     "storage_bits",
@@ -134,7 +139,7 @@ class Sketches(NamedTuple):
     """Sketch entries taken apart (`commands.SKETCH_ENTRY`), int64 arrays of one shape.
 
     Members:
-        page: first page of the feature layout, or page of the first centroid codeword.
+        page: first page of the feature layout, or page of the first codeword of centroids or codes.
         codeword: of that page; 0 for the feature layout.
         written: 1: the sketch was written.
     """
@@ -464,32 +469,29 @@ def centroid_codewords(unit_tokens: int, config: Config) -> int:
     return (config.group_codewords >> unit_bits(unit_tokens, config)) // config.tokens_per_codeword
 
 
-def centroid_pages(stripes: Any, unit_tokens: int, config: Config) -> Any:
-    """Pages that the centroids of some stripes take together.
+# Packed sketches: centroids and codes, of which several stripes share pages.
+
+
+def packed_pages(stripes: Any, codewords: int, config: Config) -> Any:
+    """Pages that a packed sketch of some stripes takes.
 
     Args:
         stripes: how many, or an integer array.
-        unit_tokens: tokens of a unit.
-        config: geometry, with sparse attention.
-
-    Raises:
-        RequestError: unit_tokens is not a valid size of a unit.
+        codewords: of each stripe, a power of two.
+        config: geometry.
     """
-    return -(-stripes * centroid_codewords(unit_tokens, config) // config.codewords_per_page)
+    return -(-stripes * codewords // config.codewords_per_page)
 
 
-def centroid_place(index: int, unit_tokens: int, config: Config) -> tuple[int, int]:
-    """Page, and codeword of that page, at which the centroids of one of several stripes begin.
+def packed_place(index: int, codewords: int, config: Config) -> tuple[int, int]:
+    """Page, and codeword of that page, at which the packed sketch of one of several stripes begins.
 
     Args:
         index: which of the stripes that share pages.
-        unit_tokens: tokens of a unit.
-        config: geometry, with sparse attention.
-
-    Raises:
-        RequestError: unit_tokens is not a valid size of a unit.
+        codewords: of each stripe, a power of two.
+        config: geometry.
     """
-    return divmod(index * centroid_codewords(unit_tokens, config), config.codewords_per_page)
+    return divmod(index * codewords, config.codewords_per_page)
 
 
 # Page numbers.
@@ -565,8 +567,8 @@ def pack_sketches(page: ArrayLike, codeword: ArrayLike, written: ArrayLike) -> N
     """Sketch entries (`commands.SKETCH_ENTRY`), one for each stripe.
 
     Args:
-        page: first page of the feature layout, or page of the first centroid codeword; integers that fit the field, or
-            arrays of them.
+        page: first page of the feature layout, or page of the first codeword of centroids or codes; integers that fit
+            the field, or arrays of them.
         codeword: of that page; likewise.
         written: 1: the sketch was written; likewise.
 

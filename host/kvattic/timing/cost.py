@@ -12,7 +12,8 @@ from kvattic.timing.estimate import seconds
 __all__ = ["KINDS", "Cost", "beside"]
 
 KINDS = tuple(kind.name.lower() for kind in Kind)
-"""Names of what jobs read: K, V, the feature layout of K, and sketches: centroids, or K of the tail in a first pass."""
+"""Names of what jobs read: K, V, the feature layout of K, sketches (centroids, or K that a first pass scores exactly),
+codes."""
 
 
 def _none() -> dict[str, int]:

@@ -86,7 +86,7 @@ class Drive:
         job.fetched = max(self.loader_free, work.submitted)
         begin = max(job.fetched, now) + t.fetch
         words = work.words
-        if work.mode in (Mode.SPARF, Mode.FETCHED):     # features are chosen beside the fetch of table and mean
+        if work.mode.featured:      # features are chosen beside the fetch of table and mean
             words = max(words, t.rank + t.rank_row * work.rows)
         job.loaded = begin + t.load + words
         self.loader_free = job.loaded - t.fetch
@@ -173,7 +173,7 @@ def selection(job: JobState, t: Times) -> float:
     # A step takes several tokens, or as many units of one token.
     steps = tokens / t.sweep_tokens
     scores, marked = (units, places) if mode is Mode.CENTROID else (steps, steps)
-    ranked = steps if mode is Mode.SPARF else units
+    ranked = steps if mode.by_token else units
     # SUM and MASS; DIGIT over all units, then over those that it has kept; MARK.
     sweeps = 24 + 27 + 2 * scores * rows + 11 + ranked + 14 + units / KEPT_ONE_IN + 16 + marked
     return sweeps + t.select + t.select_row * rows

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvattic.errors import RequestError
+from kvattic.spec.commands import Mode
 from kvattic.spec.config import Config
 from kvattic.timing.drive import Drive
 from kvattic.timing.states import JobState
@@ -36,8 +37,8 @@ class Estimate:
         cycles: from the first doorbell to the last completion.
         jobs: times of each job that was modelled.
         operations: cycle of each operation's completion.
-        codewords: codewords read, by kind: "feature", "sketch" (centroids, and K of the tail in the first pass), "key",
-            "value"; of flash and DRAM together.
+        codewords: codewords read, by kind: "feature", "codes", "sketch" (centroids, and K of the tail and of sinks in
+            the first pass), "key", "value"; of flash and DRAM together.
         dram_codewords: those of them that lie in device DRAM.
         written_codewords: codewords that were programmed.
         page_reads, page_programs, block_erases: operations of the planes.
@@ -158,12 +159,13 @@ def _times(job: JobState) -> JobTimes:
 
 def _codewords(jobs: Iterable[Job]) -> tuple[dict[str, int], int]:
     """Codewords by kind, and how many of them lie in DRAM."""
-    counts = dict.fromkeys(("feature", "sketch", "key", "value"), 0)
+    counts = dict.fromkeys(("feature", "codes", "sketch", "key", "value"), 0)
     dram = 0
     for job in jobs:
+        of_features = "codes" if job.mode is Mode.CODES else "feature"
         for lane in job.lanes:
             for group in lane.first:
-                counts["feature" if group.features else "sketch"] += group.codewords
+                counts[of_features if group.features else "sketch"] += group.codewords
                 dram += group.dram
             for kind, groups in (("key", lane.keys), ("value", lane.values)):
                 counts[kind] += sum(group.codewords for group in groups)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from kvattic.errors import RequestError
 from kvattic.spec import layout
+from kvattic.spec.codes import check_codes
 from kvattic.spec.config import Config
 
 __all__ = ["Life", "programmed_bytes"]
@@ -13,7 +14,7 @@ SECONDS_A_DAY, DAYS_A_YEAR = 86_400, 365
 
 
 def programmed_bytes(config: Config, *, layers: int, kv_heads: int, features: bool = False,
-                     centroids: int | None = None) -> float:
+                     centroids: int | None = None, codes: bool = False) -> float:
     """Data bytes of flash pages that a token programs, once its stripe is full.
 
     Args:
@@ -22,9 +23,11 @@ def programmed_bytes(config: Config, *, layers: int, kv_heads: int, features: bo
         kv_heads: of a layer.
         features: K is also written in the feature layout, which is a second copy of it.
         centroids: tokens of a unit whose mean keys are also written; None: there are none.
+        codes: codes of K are also written.
 
     Raises:
         RequestError: layers or heads are not positive, or there are no such units.
+        ConfigError: codes, and the configuration is without them.
     """
     for name, value in (("layers", layers), ("kv_heads", kv_heads)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -32,6 +35,9 @@ def programmed_bytes(config: Config, *, layers: int, kv_heads: int, features: bo
     head = (2 + features) * config.page_bytes / config.tokens_per_page
     if centroids is not None:
         head += layout.centroid_codewords(centroids, config) * config.codeword_bytes / config.group_tokens
+    if codes:
+        check_codes(config)
+        head += config.octets * config.codeword_bytes / config.group_tokens
     return layers * kv_heads * head
 
 

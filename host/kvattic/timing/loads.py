@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvattic.errors import RequestError
-from kvattic.spec.commands import Mode
+from kvattic.spec.codes import check_codes
+from kvattic.spec.commands import Kind, Mode
 from kvattic.spec.config import Config
 from kvattic.spec.layout import PagePlace, centroid_codewords, page_number, page_place, stripe_channel, stripe_pages
 from kvattic.timing.work import Job, Operation, Stripe, attend_job
@@ -52,31 +53,38 @@ class Layer:
         tokens: of each.
         features: K is written in the feature layout, too.
         centroids: tokens of a unit whose mean keys are written; 0: none are.
+        codes: codes of K are written.
 
     Raises:
         RequestError: there are no heads or tokens, or sketches and the last stripe is not full.
+        ConfigError: codes, and the configuration is without them.
     """
 
-    def __init__(self, config: Config, heads: int, tokens: int, *, features: bool = False, centroids: int = 0) -> None:
+    def __init__(self, config: Config, heads: int, tokens: int, *, features: bool = False, centroids: int = 0,
+                 codes: bool = False) -> None:
         for name, value in (("heads", heads), ("tokens", tokens)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise RequestError(f"{name} must be a positive int, not {value!r}")
-        sparse = features or bool(centroids)
+        if codes:
+            check_codes(config)
+        sparse = features or bool(centroids) or codes
         self.config, self.heads, self.tokens, self.centroids = config, heads, tokens, centroids
-        self.features = features
+        self.features, self.codes = features, codes
         self.pages = stripe_pages(config, sparse=sparse)
         self.size = self.pages * config.tokens_per_page
         if sparse and tokens % self.size:
             raise RequestError(f"tokens must be whole stripes of {self.size} in a sequence with sketches, not {tokens}")
         self.stripes = -(-tokens // self.size)
-        # Centroids have zones of their own, which are taken first.
-        placement = _Placement(config, self.pages, 1 if centroids else 0)
-        self._sketch: dict[tuple[int, int], tuple[int, int]] = {}
+        # Packed sketches have zones of their own, which are taken first.
+        placement = _Placement(config, self.pages, bool(centroids) + codes)
+        self._packed: dict[Kind, dict[tuple[int, int], tuple[int, int]]] = {}
         self._pages: dict[tuple[int, int], list[int]] = {}
         self.runs: list[list[int]] = [[] for _ in range(config.channels)]
         """Page numbers of each channel, all of them."""
         if centroids:
-            self._place_centroids()
+            self._place_packed(Kind.SKETCH, centroid_codewords(centroids, config))
+        if codes:
+            self._place_packed(Kind.CODES, config.octets)
         kinds = 2 + features
         in_turn = self.pages >= config.part.planes and tokens // self.size > 1
         for head in range(heads):
@@ -97,25 +105,28 @@ class Layer:
             found[stripe_channel(stripe, head, self.config)].append(stripe)
         return found
 
-    def _place_centroids(self) -> None:
-        """A head's stripes beside each other, several heads in a page."""
-        config = self.config
-        each = centroid_codewords(self.centroids, config)
+    def _place_packed(self, kind: Kind, each: int) -> None:
+        """A sketch of `each` codewords a stripe: a head's stripes beside each other, several heads in a page."""
+        config, places = self.config, dict[tuple[int, int], tuple[int, int]]()
+        zone = len(self._packed) << config.zone_page_bits
+        self._packed[kind] = places
         used = [0] * config.channels
         for head in range(self.heads):
             for channel, stripes in enumerate(self._of_channels(head)):
                 for stripe in stripes:
-                    self._sketch[head, stripe] = divmod(used[channel] * each, config.codewords_per_page)
+                    page, codeword = divmod(used[channel] * each, config.codewords_per_page)
+                    places[head, stripe] = zone + page, codeword
                     used[channel] += 1
         for channel, count in enumerate(used):
-            self.runs[channel] += range(-(-count * each // config.codewords_per_page))
+            self.runs[channel] += range(zone, zone - (-count * each // config.codewords_per_page))
 
-    def table(self, head: int) -> list[Stripe]:
-        """A head's stripes."""
+    def table(self, head: int, mode: Mode = Mode.DENSE) -> list[Stripe]:
+        """A head's stripes, with the sketches that a mode's first pass reads."""
+        packed = self._packed.get(mode.sketch, {})
         found = []
         for stripe in range(self.stripes):
             key, value, *feature = self._pages[head, stripe]
-            page, codeword = self._sketch.get((head, stripe), (feature[0] if feature else 0, 0))
+            page, codeword = packed.get((head, stripe), (feature[0] if feature else 0, 0))
             tokens = min(self.size, self.tokens - stripe * self.size)
             found.append(Stripe(stripe_channel(stripe, head, self.config), key, value, tokens, False, False, page,
                                 codeword))
@@ -133,7 +144,7 @@ class Layer:
         return in_turn(config, pages, program=True)
 
     def attend(self, *, mode: Mode = Mode.DENSE, rows: int | None = None, features: int = 0, top_units: int = 0,
-               unit_tokens: int = 0, run: int = 1, seed: int = 0,
+               sinks: int = 0, unit_tokens: int = 0, run: int = 1, seed: int = 0,
                choose: Callable[[int], Choice] | None = None) -> Iterator[Job]:
         """The jobs of one attend over all heads.
 
@@ -142,7 +153,8 @@ class Layer:
             rows: query rows of each; those of the configuration if None.
             features: SPARF and FETCHED: features that the first pass reads, chosen at random.
             top_units: units that are selected.
-            unit_tokens: tokens of a unit; 0: 1 in SPARF, a codeword's in FETCHED, `centroids` in CENTROID.
+            sinks: CODES: first tokens that are scored exactly; of them nothing is selected beside `top_units`.
+            unit_tokens: tokens of a unit; 0: 1 in SPARF and CODES, a codeword's in FETCHED, `centroids` in CENTROID.
             run: important tokens come in runs of so many (their scores' correlation is 0.99); 1: at random.
             seed: of the random choice.
             choose: what a head's queries choose, instead of a random choice.
@@ -152,11 +164,14 @@ class Layer:
         """
         config = self.config
         sparse = mode is not Mode.DENSE
-        unit = unit_tokens or {Mode.SPARF: 1, Mode.CENTROID: self.centroids}.get(mode, config.tokens_per_codeword)
+        unit = unit_tokens or (1 if mode.by_token else self.centroids if mode is Mode.CENTROID
+                               else config.tokens_per_codeword)
         if sparse and choose is None:
             if mode is Mode.CENTROID and unit != self.centroids:
                 raise RequestError(f"unit_tokens must be those of the centroids, {self.centroids}, not {unit}")
-            if mode is not Mode.CENTROID and not (self.features and 1 <= features <= config.head_dim):
+            if mode is Mode.CODES and not self.codes:
+                raise RequestError("mode codes reads codes, which this layer is without")
+            if mode.featured and not (self.features and 1 <= features <= config.head_dim):
                 raise RequestError(f"features must be 1 to {config.head_dim} of a layer with features, not {features}")
             if self.tokens % unit or not 1 <= top_units <= self.tokens // unit:
                 raise RequestError(f"top_units must be 1 to {self.tokens // unit}, not {top_units}")
@@ -168,8 +183,8 @@ class Layer:
                 tokens, chosen = (
                     choose(head) if choose is not None else self._choose(rng, features, top_units, unit, run))
                 marked = np.any(tokens.reshape(self.stripes, -1, config.tokens_per_codeword), axis=2)
-            yield attend_job(config, self.table(head), rows=rows, mode=mode, marked=marked, features=chosen,
-                             unit_tokens=unit, stripe_pages=self.pages)
+            yield attend_job(config, self.table(head, mode), rows=rows, mode=mode, marked=marked, features=chosen,
+                             sinks=sinks, unit_tokens=unit, stripe_pages=self.pages)
 
     def _choose(self, rng: np.random.Generator, features: int, top_units: int, unit: int, run: int) -> Choice:
         scores = rng.standard_normal(-(-self.tokens // run)).repeat(run)[: self.tokens]

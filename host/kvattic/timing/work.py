@@ -14,7 +14,7 @@ from kvattic.spec.config import Config
 from kvattic.spec.scheduling import RUN_PATIENCE
 
 FIRST, KEY, VALUE = range(3)
-"""Passes: features, centroids or K of the tail; K; V."""
+"""Passes: features, centroids or codes, and K that is scored exactly; K; V."""
 FIRST_WALK, SKIP_WALK = 3, 2
 """Cycles of a walker: for a codeword of the first pass; for each place, wanted or not, of a sparse job's K and V (hdl:
 FirstWalker, Walker).  A dense job's takes one for a codeword and two between pages."""
@@ -42,9 +42,9 @@ class Group:
         pages: at most one of each plane.
         codewords: all of them, those in DRAM included.
         walk: cycles that the walker takes.
-        tokens: of a group of the first pass, those whose scores are worked out from sums of features.
+        tokens: of a group of the first pass, those whose scores are worked out from sums of features or codes.
         dram: codewords that lie in device DRAM.
-        features: of the first pass: codewords of the feature layout.
+        features: of the first pass: codewords of the feature layout or of codes.
         opens: groups of accumulators that it takes: 1, or 0 if it belongs to the same stripe as another one.
     """
 
@@ -123,7 +123,7 @@ class Stripe(NamedTuple):
         tokens: of it that the job attends, from its first one on.
         dram: it lies in device DRAM.
         whole: sparse modes: it is attended whole, as one in DRAM always is.
-        sketch_page, sketch_codeword: first page of its features; or page and codeword of its first centroids.
+        sketch_page, sketch_codeword: first page of its features; or page and codeword of its first centroids or codes.
     """
 
     channel: int
@@ -174,6 +174,10 @@ class _Walk:
         group.walk += walk
         return group
 
+    def separate(self) -> None:
+        """What comes next is of another group."""
+        self._die = -1
+
     def centroids(self, page: int, codeword: int, count: int) -> None:
         """Centroids; those that go on where the last ones ended, which another stripe's do, are of one run."""
         if self._goes_on == (page, codeword):
@@ -208,9 +212,9 @@ class _Walk:
         after = next((place + w for w in wanted if w > last), following)
         wait = RUN_PATIENCE if after is None else min(RUN_PATIENCE, SKIP_WALK * (after - place - last))
         at = float(SKIP_WALK * (place + last + 1) + (0 if last == self._codewords - 1 else wait))
-        self._die = -1
+        self.separate()
         self.add(page, runs_of(wanted), max(at - self._at, 0.0))
-        self._die = -1
+        self.separate()
         self._at = max(at, self._at)
 
     def end(self) -> list[Group]:
@@ -221,12 +225,12 @@ class _Walk:
     def add_dram(self, codewords: int, walk: float) -> None:
         self._queue_first_run(None)
         self.groups.append(Group(codewords=codewords, dram=codewords, walk=walk))
-        self._die = -1
+        self.separate()
 
 
 def attend_job(config: Config, stripes: Sequence[Stripe], *, rows: int | None = None, mode: Mode = Mode.DENSE,
-               marked: NDArray[np.bool_] | None = None, features: Sequence[int] = (), unit_tokens: int = 0,
-               stripe_pages: int = 1, submitted: float = 0.0) -> Job:
+               marked: NDArray[np.bool_] | None = None, features: Sequence[int] = (), sinks: int = 0,
+               unit_tokens: int = 0, stripe_pages: int = 1, submitted: float = 0.0) -> Job:
     """What an ATTEND command reads.
 
     Args:
@@ -237,7 +241,8 @@ def attend_job(config: Config, stripes: Sequence[Stripe], *, rows: int | None = 
         marked: sparse modes: (stripes, codewords of a stripe), which codewords of K and V are wanted; whole stripes
             are wanted whole, whatever it says.
         features: SPARF and FETCHED: the chosen features, ascending.
-        unit_tokens: tokens of a unit of selection; 0: 1 in SPARF, else a codeword's.
+        sinks: CODES: first tokens of the first stripe that are scored exactly, unless it is whole.
+        unit_tokens: tokens of a unit of selection; 0: 1 in SPARF and CODES, else a codeword's.
         stripe_pages: pages of K of a stripe.
         submitted: cycle in which the command can be fetched.
 
@@ -248,7 +253,7 @@ def attend_job(config: Config, stripes: Sequence[Stripe], *, rows: int | None = 
     sparse = mode is not Mode.DENSE
     per_page, per_codeword = config.codewords_per_page, config.tokens_per_codeword
     codewords = stripe_pages * per_page
-    unit = unit_tokens or (1 if mode is Mode.SPARF else per_codeword)
+    unit = unit_tokens or (1 if mode.by_token else per_codeword)
     if not 1 <= rows <= config.rows:
         raise RequestError(f"rows must be 1 to {config.rows}, not {rows!r}")
     if sparse and not config.sparse:
@@ -270,6 +275,8 @@ def attend_job(config: Config, stripes: Sequence[Stripe], *, rows: int | None = 
         lane.places += codewords if sparse else used
         if mode is Mode.CENTROID and not whole:
             _read_centroids(config, stripe, centroids[stripe.channel], unit)
+        elif mode is Mode.CODES and not whole:
+            lane.first += _read_codes(config, stripe, 0 if number else sinks)
         elif sparse and mode is not Mode.CENTROID:
             lane.first += _first_pass(config, stripe, whole, used, features, stripe_pages)
         if sparse:
@@ -299,7 +306,7 @@ def attend_job(config: Config, stripes: Sequence[Stripe], *, rows: int | None = 
 def _words(config: Config, rows: int, stripes: int, mode: Mode) -> float:
     """Words of 8 bytes that a job is loaded with: q; table and sketches; the mean of V."""
     words = rows * config.head_dim / 4 + stripes * (1 + (mode is not Mode.DENSE))
-    return words + (config.head_dim / 2 if mode in (Mode.SPARF, Mode.FETCHED) else 0)
+    return words + (config.head_dim / 2 if mode.blended else 0)
 
 
 def _read_centroids(config: Config, stripe: Stripe, walk: _Walk, unit: int) -> None:
@@ -311,6 +318,24 @@ def _read_centroids(config: Config, stripe: Stripe, walk: _Walk, unit: int) -> N
         here = min(count, per_page - codeword)
         walk.centroids(page, codeword, here)
         page, codeword, count = page + 1, 0, count - here
+
+
+def _read_codes(config: Config, stripe: Stripe, sinks: int) -> list[Group]:
+    """What the first pass reads of a stripe's codes, and of K of sinks."""
+    per_page, walk = config.codewords_per_page, _Walk(config)
+    for first, at, count in ((stripe.sketch_page, stripe.sketch_codeword, config.octets),
+                             (stripe.key_page, 0, -(-sinks // config.tokens_per_codeword))):
+        left, page = count, first
+        while left:
+            here = min(left, per_page - at)
+            group = walk.add(page, (here,), float(FIRST_WALK * here))
+            if first == stripe.sketch_page:
+                group.features, group.opens = True, 0
+            page, at, left = page + 1, 0, left - here
+        if first == stripe.sketch_page:
+            walk.groups[-1].tokens, walk.groups[-1].opens = config.group_tokens, 1
+        walk.separate()
+    return walk.groups
 
 
 def _first_pass(config: Config, stripe: Stripe, whole: bool, used: int, features: Sequence[int],
@@ -364,7 +389,7 @@ def job_of_reads(config: Config, reads: Iterable[Read], tokens: Sequence[int], *
         tokens: of the job on each channel.
         rows: query rows.
         mode: of the command.
-        unit_tokens: tokens of a unit of selection; 0: 1 in SPARF, else a codeword's.
+        unit_tokens: tokens of a unit of selection; 0: 1 in SPARF and CODES, else a codeword's.
         submitted: cycle in which the command can be fetched.
         copied: words of 8 bytes that a READ writes.
 
@@ -374,11 +399,12 @@ def job_of_reads(config: Config, reads: Iterable[Read], tokens: Sequence[int], *
     if len(tokens) != config.channels:
         raise RequestError(f"tokens must have one number for each of the {config.channels} channels, not {len(tokens)}")
     sparse = mode is not Mode.DENSE
-    unit = unit_tokens or (1 if mode is Mode.SPARF else config.tokens_per_codeword)
+    unit = unit_tokens or (1 if mode.by_token else config.tokens_per_codeword)
     lanes = [LaneWork(tokens=here, units=-(-here // unit) if sparse else 0) for here in tokens]
-    passes = {Kind.FEATURE: FIRST, Kind.SKETCH: FIRST, Kind.KEY: KEY, Kind.VALUE: VALUE}
+    passes = {Kind.FEATURE: FIRST, Kind.CODES: FIRST, Kind.SKETCH: FIRST, Kind.KEY: KEY, Kind.VALUE: VALUE}
     walks = [[_Walk(config) for _ in range(3)] for _ in range(config.channels)]
     seen: dict[tuple[int, Kind], tuple[int, int]] = {}      # the last stripe's number by its pages, and in its list
+    octets = [0] * config.channels
     stripes = 0
     for read in reads:
         which = passes[read.kind]
@@ -390,6 +416,16 @@ def job_of_reads(config: Config, reads: Iterable[Read], tokens: Sequence[int], *
             continue
         if not sparse:
             walk.add(read.page, runs, count + 2.0)
+            continue
+        if mode is Mode.CODES and which == FIRST:
+            if read.kind is Kind.SKETCH or octets[read.channel] % config.octets == 0:
+                walk.separate()
+            group = walk.add(read.page, runs, float(FIRST_WALK * count))
+            if read.kind is Kind.CODES:
+                octets[read.channel] += count
+                last_one = octets[read.channel] % config.octets == 0
+                group.features, group.opens = True, int(last_one)
+                group.tokens = config.group_tokens if last_one else 0
             continue
         # The pages of a stripe follow each other from a multiple of their number on.
         of_pages, page = divmod(read.page, config.group_pages)

@@ -33,6 +33,7 @@ class JobNote:
         stripes: in the order of its table.
         stripe_pages: pages of K of a stripe.
         unit_tokens: tokens of a unit of selection.
+        sinks: CODES: first tokens that the first pass scores exactly.
     """
 
     rows: int
@@ -40,6 +41,7 @@ class JobNote:
     stripes: tuple[timing.Stripe, ...]
     stripe_pages: int
     unit_tokens: int
+    sinks: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,8 +69,9 @@ def note_job(config: Config, job: Job) -> JobNote:
         timing.Stripe(int(at.channel[i]), int(at.key_page[i]), int(at.value_page[i]), min(size, tokens - i * size),
                       bool(at.dram[i]), bool(at.whole[i]), int(sketches.page[i]), int(sketches.codeword[i]))
         for i in range(count))
-    unit = 1 if job.mode is Mode.SPARF else config.tokens_per_codeword << job.unit_bits
-    return JobNote(rows=job.rows, mode=job.mode, stripes=stripes, stripe_pages=job.stripe_pages, unit_tokens=unit)
+    unit = 1 if job.mode.by_token else config.tokens_per_codeword << job.unit_bits
+    return JobNote(rows=job.rows, mode=job.mode, stripes=stripes, stripe_pages=job.stripe_pages, unit_tokens=unit,
+                   sinks=job.sinks if job.base_token == 0 else 0)
 
 
 def timing_job(config: Config, note: JobNote, choice: Choice) -> timing.Job:
@@ -84,7 +87,7 @@ def timing_job(config: Config, note: JobNote, choice: Choice) -> timing.Job:
     """
     return timing.attend_job(
         config, note.stripes, rows=note.rows, mode=note.mode, marked=choice.marked, features=choice.features,
-        unit_tokens=note.unit_tokens, stripe_pages=note.stripe_pages)
+        sinks=note.sinks, unit_tokens=note.unit_tokens, stripe_pages=note.stripe_pages)
 
 
 def run_noted(device: Device, jobs: Iterable[Job]) -> tuple[list[JobResult], list[Choice]]:

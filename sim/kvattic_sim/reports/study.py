@@ -54,7 +54,7 @@ AXES: dict[str, str] = {
     "seed": "of the data",
 }
 """Axes of a study besides configurations, workloads and modes."""
-_USED_BY = {"features": ("sparf", "fetched"), "top_units": ("sparf", "fetched", "centroid")}
+_USED_BY = {"features": ("sparf", "fetched"), "top_units": ("sparf", "fetched", "centroid", "codes")}
 """Modes in which an axis makes a difference; the others have one point for all its values."""
 
 

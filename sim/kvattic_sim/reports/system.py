@@ -39,7 +39,7 @@ _COLORS = {
     "DRAM to GPU, SparQ": "olive", "DeepSpeed (DRAM)": "tab:brown", "FlexGen (SSD)": "0.6", "FlexGen, SparQ": "0.45",
     "SSD, direct I/O": "tab:purple", "paper's drive, dense": "tab:orange", "paper's drive, SparF": "tab:red",
     "kvattic, dense": "lightskyblue", "kvattic, sparf": "tab:blue", "kvattic, fetched": "tab:cyan",
-    "kvattic, centroid": "navy",
+    "kvattic, centroid": "navy", "kvattic, codes": "slateblue",
 }
 
 

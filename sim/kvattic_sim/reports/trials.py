@@ -118,6 +118,7 @@ class Trial:
         run: important tokens come in runs of so many; 1: K is normal noise.
         features: K is written in the feature layout, too.
         centroids: tokens of a unit whose mean keys are written; 0: none are.
+        codes: codes of K are written.
     """
 
     heads: int
@@ -126,11 +127,12 @@ class Trial:
     run: int = 1
     features: bool = False
     centroids: int = 0
+    codes: bool = False
 
     @property
     def name(self) -> str:
         """For people."""
-        sketches = ", features" * self.features + ", centroids" * bool(self.centroids)
+        sketches = ", features" * self.features + ", centroids" * bool(self.centroids) + ", codes" * self.codes
         runs = f", runs of {self.run}" if self.run > 1 else ""
         return f"{self.heads} x {self.tokens:,}{sketches}{runs}"
 
@@ -231,7 +233,7 @@ def _perform(drive: _Golden | _Rtl, trial: Trial, number: int, tell: Callable[[i
     device, config = drive.device, drive.device.config
     data = _attention(config, trial, number)
     sequence = device.create_sequence(trial.heads, capacity_tokens=trial.tokens + trial.appended,
-                                      sparse=trial.features, centroids=trial.centroids or None)
+                                      sparse=trial.features, centroids=trial.centroids or None, codes=trial.codes)
     operations = NotedOperations()
     operations.watch(device)
     length = 0

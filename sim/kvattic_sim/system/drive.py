@@ -63,8 +63,8 @@ class TimedDrive:
     """A drive as `kvattic.timing` models it; it remembers what it has modelled.
 
     SPARF and FETCHED read an eighth of the features, and all sparse modes select at random, as nothing is known of
-    what a model's queries select: SPARF a sixteenth of the tokens, FETCHED a sixteenth of the codewords, CENTROID an
-    eighth of the units.  Clustered selections are faster.
+    what a model's queries select: SPARF and CODES a sixteenth of the tokens, FETCHED a sixteenth of the codewords,
+    CENTROID an eighth of the units.  Clustered selections are faster.
 
     Args:
         config: of the drive.
@@ -115,7 +115,8 @@ class TimedDrive:
     def stored_bytes(self, mode: str) -> float:
         """Bytes of flash that a token of a KV head takes: K and V, and K's sketch."""
         token = self.config.token_bytes
-        sketches = {"dense": 0.0, "centroid": 1 / self.unit_tokens}.get(mode, 1.0)
+        codes = self.config.octets * self.config.codeword_bytes / self.config.group_tokens / token
+        sketches = {"dense": 0.0, "centroid": 1 / self.unit_tokens, "codes": codes}.get(mode, 1.0)
         return token * (2 + sketches)
 
     def tail_bytes(self, mode: str) -> int:
@@ -127,7 +128,7 @@ class TimedDrive:
         config, dim = self.config, self.config.head_dim
         rows = min(group, config.rows)
         stripes = math.ceil(tokens / self._stripe(mode))
-        mean = 4 * dim if mode in ("sparf", "fetched") else 0
+        mean = 4 * dim if mode_of(mode).blended else 0
         return (64 + 16 + rows * 2 * dim + 2 * config.token_bytes + stripes * 8 * (1 + (mode != "dense")) + mean
                 + rows * (4 * dim + 8))
 
@@ -172,6 +173,8 @@ class TimedDrive:
             jobs, tokens = kv_heads * -(-group // config.rows) * parts, tokens / parts
         elif not config.sparse:
             raise RequestError(f"mode {mode} needs a configuration with sparse modes; head_dim {head_dim} has none")
+        elif kind is Mode.CODES and not config.codes:
+            raise RequestError(f"mode {mode} needs a configuration with codes: {config.why_no_codes}")
         elif group > config.rows:
             raise RequestError(f"mode {mode} selects once for the {group} query heads of a KV head, this configuration "
                                f"has {config.rows} rows (Config.rows)")
@@ -224,14 +227,14 @@ class TimedDrive:
         """Seconds in which one drive writes `tokens` of each of `kv_heads`, with K's sketch and the erases.
 
         Args:
-            mode: what is kept beside K and V: K by features in SPARF and FETCHED, mean keys in CENTROID.
+            mode: what is kept beside K and V: K by features in SPARF and FETCHED, mean keys in CENTROID, codes in
+                CODES.
             kv_heads: KV heads, of all sequences.
             tokens: of each.
         """
         kind = mode_of(mode)
         pages = kv_heads * tokens * self.stored_bytes(mode) / self.config.page_bytes
-        features = kind in (Mode.SPARF, Mode.FETCHED)
-        return seconds(self.config, pages * _page_cycles(self.config, features))
+        return seconds(self.config, pages * _page_cycles(self.config, kind.featured))
 
 
 def _jobs(config: Config, unit: int, mode: Mode, rows: int, stripes: int, tail: int, heads: int) -> Iterator[Job]:
@@ -239,14 +242,13 @@ def _jobs(config: Config, unit: int, mode: Mode, rows: int, stripes: int, tail: 
     sparse = mode is not Mode.DENSE
     pages = stripe_pages(config, sparse=sparse)
     whole = stripes * pages * config.tokens_per_page
-    features = mode in (Mode.SPARF, Mode.FETCHED)
-    layer = Layer(config, heads, whole, features=features,
-                  centroids=unit if mode is Mode.CENTROID else 0) if stripes else None
-    width = {Mode.SPARF: 1, Mode.CENTROID: unit}.get(mode, config.tokens_per_codeword)
+    layer = Layer(config, heads, whole, features=mode.featured, centroids=unit if mode is Mode.CENTROID else 0,
+                  codes=mode is Mode.CODES) if stripes else None
+    width = 1 if mode.by_token else unit if mode is Mode.CENTROID else config.tokens_per_codeword
     share = 8 if mode is Mode.CENTROID else 16
     rng = np.random.default_rng(0)
     for head in range(heads):
-        table = layer.table(head) if layer else []
+        table = layer.table(head, mode) if layer else []
         if tail:
             table.append(Stripe(stripe_channel(stripes, head, config), 0, 0, tail, True))
         marked, chosen = None, []
@@ -257,7 +259,7 @@ def _jobs(config: Config, unit: int, mode: Mode, rows: int, stripes: int, tail: 
             codewords = np.any(picked.repeat(width).reshape(-1, config.tokens_per_codeword), axis=1)
             marked = np.zeros((len(table), pages * config.codewords_per_page), np.bool_)
             marked[:stripes] = codewords.reshape(stripes, -1)
-            if features:
+            if mode.featured:
                 chosen = sorted(rng.choice(config.head_dim, config.head_dim // 8, replace=False).tolist())
         yield attend_job(config, table, rows=rows, mode=mode, marked=marked, features=chosen, unit_tokens=width,
                          stripe_pages=pages)

@@ -16,13 +16,15 @@ from kvattic.errors import RequestError
 from kvattic.golden.device import GoldenDevice
 from kvattic.golden.queues import Queue
 from kvattic.spec.commands import Completion, Kind
-from kvattic.spec.config import BOARD, TINY
+from kvattic.spec.config import BOARD
+from kvattic.spec.config import TINY as NARROW
 from kvattic.timing.cost import KINDS, Cost, beside
 from kvattic.timing.record import Counts
 
-SPARSE = {"sparse": True, "centroids": 8}
+TINY = replace(NARROW, beat_bytes=16)
+SPARSE = {"sparse": True, "centroids": 8, "codes": True, "sinks": 6}
 MODES = ({}, {"mode": "sparf", "features": 4, "top_units": 16}, {"mode": "fetched", "features": 4, "top_units": 4},
-         {"mode": "centroid", "top_units": 4, "unit_tokens": 8})
+         {"mode": "centroid", "top_units": 4, "unit_tokens": 8}, {"mode": "codes", "top_units": 16})
 
 
 def tokens_of(kv_heads, tokens, config=TINY, seed=0):
@@ -231,7 +233,7 @@ def test_cycles_of_several_commands():
 
 
 def account(drive, began, completed):
-    counts = Counts((2, 2, 0, 0), (0,) * 4, 4)
+    counts = Counts((2, 2, 0, 0, 0), (0,) * 5, 4)
     return JobAccount(TINY, Passage(drive, began, completed, 0, None), counts, 2, 640)
 
 

@@ -20,12 +20,13 @@ from kvattic.spec.commands import Opcode
 from kvattic.spec.config import TINY
 
 DIM, HEADS = 32, 2
-CONFIG = replace(TINY, part=replace(TINY.part, blocks=32))
+CONFIG = replace(TINY, beat_bytes=16, part=replace(TINY.part, blocks=32))
 KINDS = {
     "dense": ({}, {}),
     "isolated": ({"isolated": True}, {}),
     "sparf": ({"sparse": True, "window": 50}, {"mode": "sparf", "features": 8, "top_units": 4}),
     "centroid": ({"centroids": 16}, {"mode": "centroid", "top_units": 2}),
+    "codes": ({"codes": True}, {"mode": "codes", "top_units": 12}),
 }
 
 

@@ -23,7 +23,7 @@ def test_options_are_frozen_and_know_their_mode():
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"mode": "sparse"}, "mode must be one of dense, sparf, fetched, centroid, not 'sparse'"),
+    ({"mode": "sparse"}, "mode must be one of dense, sparf, fetched, centroid, codes, not 'sparse'"),
     ({"mode": 1}, "mode must be one of .* not 1"),
     ({"features": 4}, "mode dense has no features: it must not be given"),
     ({"sinks": 4}, "mode dense has no sinks"),

@@ -12,14 +12,14 @@ import kvattic
 from kvattic import Mode
 from kvattic.driver.device import Device
 from kvattic.driver.diagnosis import explain, where_unreadable
-from kvattic.errors import CapacityError, DeviceStatusError, DeviceTimeoutError, RequestError
+from kvattic.errors import CapacityError, ConfigError, DeviceStatusError, DeviceTimeoutError, RequestError
 from kvattic.golden import sparse
 from kvattic.golden.device import FlashFaults, GoldenDevice
-from kvattic.spec import layout
+from kvattic.spec import codes, layout
 from kvattic.spec.commands import Status, query_row_bytes, result_row_bytes
 from kvattic.spec.config import TINY, Config
 from kvattic.spec.elements import from_bits, to_bits
-from kvattic.spec.formats import Element
+from kvattic.spec.formats import Element, KvFormat
 from kvattic.spec.layout import page_place
 from kvattic.spec.nand import TINY_PART
 
@@ -28,6 +28,10 @@ GROUP = TINY.group_tokens
 BF16 = replace(TINY, element=Element.BF16, channels=3, rows=3)
 QUAD = replace(TINY, part=TINY_PART.resized(4096), rows=4, score_depth=1024)    # two pages in a group, of 64 tokens
 CONFIGS = {"tiny": TINY, "bf16": BF16, "quad": QUAD}
+WIDE = replace(TINY, beat_bytes=16)
+"""With codes: an octet of 256 bytes, four of them a stripe."""
+WIDE_BF16 = replace(BF16, beat_bytes=32, dram_beat_bytes=32)
+WIDE_CONFIGS = [WIDE, WIDE_BF16, replace(QUAD, beat_bytes=16)]
 
 
 def tensors(config, kv_heads, tokens, q_heads, n_queries=1, seed=0):
@@ -64,12 +68,14 @@ def expected(config, key, value, query, *, mode, flushed, features=0, top_units,
     key, value = key[: stripes * size], value[: stripes * size]
     rows = np.ones(len(query), np.int64)
     arguments = {}
+    if mode is Mode.CODES:
+        arguments["sketch"] = codes.encode(key, config, skip=sinks - base)
     if mode is Mode.CENTROID:
         arguments["sketch"] = means_of(key, unit_tokens, config, sinks - base)
     return lambda mean: sparse.attend_sparse(
         query, key, value, mode=mode, group_tokens=size, tokens_per_codeword=config.tokens_per_codeword,
         features=features, top_units=top_units, local_tokens=local_tokens, sinks=sinks,
-        unit_bits=0 if mode is Mode.SPARF else (unit_tokens // config.tokens_per_codeword).bit_length() - 1,
+        unit_bits=0 if mode.by_token else (unit_tokens // config.tokens_per_codeword).bit_length() - 1,
         mean=None if mode is Mode.CENTROID else mean, tail=base + np.arange(stripes) * size >= flushed,
         element=config.element, scale_bits=golden_scale(config) if scale is None else scale, start=rows * start,
         end=rows * end, tree=rows * 0, tree_token=end, base_token=base, end_token=end, **arguments)
@@ -83,19 +89,19 @@ def golden_scale(config):
 
 @st.composite
 def calls(draw):
-    name = draw(st.sampled_from(sorted(CONFIGS)))
-    config = CONFIGS[name]
+    mode = draw(st.sampled_from(list(Mode)[1:]))
+    config = draw(st.sampled_from(WIDE_CONFIGS if mode is Mode.CODES else list(CONFIGS.values())))
     size, codeword = config.group_tokens, config.tokens_per_codeword
     most = min(config.max_tokens, 5 * size)
     tokens = draw(st.one_of(st.sampled_from([1, size - 1, size, size + 1, 3 * size, most]), st.integers(1, most)))
-    mode = draw(st.sampled_from([Mode.SPARF, Mode.FETCHED, Mode.CENTROID]))
-    unit = 1 if mode is Mode.SPARF else codeword << draw(st.integers(0, config.unit_bits_max))
+    unit = 1 if mode.by_token else codeword << draw(st.integers(0, config.unit_bits_max))
     units = draw(st.integers(1, -(-tokens // unit)))
     newest, sinks = draw(st.integers(0, tokens)), draw(st.one_of(st.just(0), st.integers(0, tokens)))
+    sinks = min(sinks, size // 2) if mode is Mode.CODES else sinks
     while -(-tokens // unit) - (tokens - newest) // unit + -(-sinks // unit) > units:
         newest, sinks = newest // 2, sinks // 2
     selection = {"top_units": units, "local_tokens": newest, "sinks": sinks}
-    if mode is not Mode.CENTROID:
+    if mode.featured:
         selection["features"] = draw(st.integers(1, config.head_dim))
     return config, tokens, mode, unit, selection
 
@@ -108,8 +114,8 @@ def test_every_mode_equals_the_golden_model(call, pieces, kv_heads, group, seed)
     group = min(group, config.rows)
     key, value, query = tensors(config, kv_heads, tokens, kv_heads * group, seed=seed)
     with Device(GoldenDevice(config)) as device:
-        sequence = device.create_sequence(kv_heads, capacity_tokens=tokens, sparse=mode is not Mode.CENTROID,
-                                          centroids=unit if mode is Mode.CENTROID else None,
+        sequence = device.create_sequence(kv_heads, capacity_tokens=tokens, sparse=mode.featured,
+                                          centroids=unit if mode is Mode.CENTROID else None, codes=mode is Mode.CODES,
                                           sinks=selection["sinks"])
         at = 0
         for piece in [*pieces, tokens]:
@@ -134,25 +140,28 @@ def test_every_mode_equals_the_golden_model(call, pieces, kv_heads, group, seed)
 
 
 def test_layers_sequences_and_modes_in_one_stream():
-    """Both sketches in one sequence, several layers and heads, dense jobs between them."""
-    with Device(GoldenDevice(replace(BF16, part=TINY_PART.resized(1024, blocks=16)))) as device:
+    """All sketches in one sequence, several layers and heads, dense jobs between them."""
+    config = replace(WIDE_BF16, part=TINY_PART.resized(1024, blocks=16))
+    with Device(GoldenDevice(config)) as device:
         plans, traces = [], []
         for seed, (heads, layers, tokens) in enumerate([(2, 2, 300), (1, 1, 90), (3, 1, 513)]):
-            sequence = device.create_sequence(heads, layers=layers, capacity_tokens=600, sparse=True, centroids=8)
+            sequence = device.create_sequence(heads, layers=layers, capacity_tokens=600, sparse=True, centroids=8,
+                                              codes=True)
             for layer in range(layers):
-                key, value, query = tensors(BF16, heads, tokens, heads * 2, seed=10 * seed + layer)
+                key, value, query = tensors(config, heads, tokens, heads * 2, seed=10 * seed + layer)
                 sequence.append(key, value, layer=layer)
                 for mode, unit, numbers in ((Mode.DENSE, None, {}), (Mode.SPARF, 1, {"features": 5, "top_units": 20}),
                                             (Mode.FETCHED, 16, {"features": 32, "top_units": 3, "local_tokens": 3}),
-                                            (Mode.CENTROID, 8, {"top_units": 4, "local_tokens": 9})):
+                                            (Mode.CENTROID, 8, {"top_units": 4, "local_tokens": 9}),
+                                            (Mode.CODES, 1, {"top_units": 30, "local_tokens": 5})):
                     arguments = {"unit_tokens": unit} if mode is Mode.FETCHED else {}
                     plans.append(sequence.plan(query, layer=layer, mode=mode, **numbers, **arguments))
                     if mode is Mode.DENSE:
                         traces.append(sequence.attend(query, layer=layer).bits)
                         continue
-                    mean = mean_of(value, BF16)
+                    mean = mean_of(value, config)
                     traces.append(np.concatenate([
-                        expected(BF16, key[h], value[h], query[2 * h : 2 * h + 2, 0], mode=mode, unit_tokens=unit,
+                        expected(config, key[h], value[h], query[2 * h : 2 * h + 2, 0], mode=mode, unit_tokens=unit,
                                  flushed=tokens // 128 * 128, **numbers)(mean[h]).output for h in range(heads)]))
         results = device.attend_many(plans)
         for result, trace in zip(results, traces, strict=True):
@@ -281,7 +290,7 @@ def test_the_mean_is_of_all_tokens_in_any_pieces(config):
             whole.mean_value(0)
         dense = device.create_sequence(2, capacity_tokens=10, centroids=4)
         dense.prefill(key[:, :1], value[:, :1])
-        with pytest.raises(RequestError, match=r"feature layout only .sparse=True."):
+        with pytest.raises(RequestError, match=r"feature layout or codes only .sparse=True."):
             dense.mean_value()
 
 
@@ -323,7 +332,7 @@ def test_what_is_lost_is_taken_out_of_the_mean(flushed):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ({"mode": "sparq"}, "mode must be one of dense, sparf, fetched, centroid, not 'sparq'"),
+    ({"mode": "sparq"}, "mode must be one of dense, sparf, fetched, centroid, codes, not 'sparq'"),
     ({"mode": 1}, "mode must be one of .*, not 1"),
     ({"features": 4}, "mode dense has no features"),
     ({"top_units": 4}, "mode dense has no top_units"),
@@ -388,7 +397,7 @@ def test_a_group_larger_than_a_job_is_refused():
 
 MODES = [("dense", {}), ("sparf", {"features": 8, "top_units": 40, "local_tokens": 3}),
          ("fetched", {"features": 8, "top_units": 12, "unit_tokens": 8}),
-         ("centroid", {"top_units": 9, "local_tokens": 17})]
+         ("centroid", {"top_units": 9, "local_tokens": 17}), ("codes", {"top_units": 40, "local_tokens": 3})]
 
 
 def one_by_one(device, key, value, query, first, numbers, options, **limits):
@@ -405,14 +414,14 @@ def one_by_one(device, key, value, query, first, numbers, options, **limits):
 
 @pytest.mark.parametrize(("mode", "numbers"), MODES, ids=[name for name, _ in MODES])
 @pytest.mark.parametrize(("config", "limits"), [
-    (TINY, {}), (TINY, {"window": 150}), (BF16, {"held": 20}), (TINY, {"held": 64, "window": 60})],
+    (WIDE, {}), (WIDE, {"window": 150}), (WIDE_BF16, {"held": 20}), (WIDE, {"held": 64, "window": 60})],
     ids=["all", "window", "bf16, held", "held, window"])
 def test_several_positions_get_the_bits_of_one_at_a_time(config, mode, numbers, limits):
     """A chunk over the end of a stripe: in one call the stripe is in flash, one at a time it was not yet."""
     first, last = 248, 264
     key, value, query = tensors(config, 1, last, 2, last, seed=5)
     value[0, last - 4 :] = to_bits(np.full((4, 32), 1e4), config.element)    # later tokens that would show in any mean
-    options = {"sparse": True, "centroids": 8, "sinks": 5}
+    options = {"sparse": True, "centroids": 8, "codes": True, "sinks": 5}
     numbers = numbers | {"mode": mode}
     with Device(GoldenDevice(config)) as device:
         want = one_by_one(device, key, value, query, first, numbers, options, **limits)
@@ -433,14 +442,14 @@ def test_several_positions_get_the_bits_of_one_at_a_time(config, mode, numbers, 
                 np.testing.assert_array_equal(got.bits, want[:, 3:6])
 
 
-@pytest.mark.parametrize("config", [TINY, BF16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("config", [WIDE, WIDE_BF16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize(("mode", "numbers"), MODES, ids=[name for name, _ in MODES])
 def test_drafts_accepted_and_rejected(config, mode, numbers):
     """Drafts are attended as a chain of a tree, and some of them are removed again: bits of the tokens that stay."""
     rng = np.random.default_rng(3)
     key, value, query = tensors(config, 1, 280, 2, 280, seed=6)
     wrong_key, wrong_value, wrong_query = tensors(config, 1, 280, 2, 280, seed=7)
-    options = {"sparse": True, "centroids": 8, "sinks": 5}
+    options = {"sparse": True, "centroids": 8, "codes": True, "sinks": 5}
     numbers = numbers | {"mode": mode}
     first = 240
     with Device(GoldenDevice(config)) as device:
@@ -539,6 +548,40 @@ def test_sequences_without_what_a_mode_reads():
             sequence.attend(np.ones((1, 1, 80)), mode="sparf", features=4, top_units=4)
 
 
+def test_codes_that_cannot_be():
+    query = np.ones((1, 1, 32))
+    with (Device(GoldenDevice(replace(TINY, kv=KvFormat.FP8_E4M3))) as device,
+          pytest.raises(ConfigError, match="without codes: kv must be element, not fp8_e4m3")):
+        device.create_sequence(1, capacity_tokens=300, codes=True)
+    with Device(GoldenDevice(WIDE)) as device:
+        with pytest.raises(RequestError, match="codes must be a bool, not 2"):
+            device.create_sequence(1, capacity_tokens=300, codes=2)
+        with pytest.raises(RequestError, match="sinks must be an int from 0 to 64, not 65"):
+            device.create_sequence(1, capacity_tokens=300, codes=True, sinks=65)
+        without = device.create_sequence(1, capacity_tokens=300, sparse=True, centroids=8)
+        without.prefill(*np.zeros((2, 1, 300, 32), np.uint16))
+        with pytest.raises(RequestError, match=r"mode codes reads codes, which .* without: create it with codes=True"):
+            without.attend(query, mode="codes", top_units=4)
+        sequence = device.create_sequence(1, capacity_tokens=300, codes=True, sinks=64)
+        sequence.prefill(*np.zeros((2, 1, 300, 32), np.uint16))
+        for change, message in (({"sinks": 65}, "sinks must be an int from 0 to 64, not 65"),
+                                ({"features": 4}, "mode codes has no features"),
+                                ({"unit_tokens": 4}, "mode codes has no unit_tokens"),
+                                ({"mode": "sparf", "features": 4}, "mode sparf reads K in the feature layout"),
+                                ({"top_units": 63}, "top_units .* must be at least 64, not 63")):
+            with pytest.raises(RequestError, match=message):
+                sequence.attend(query, **{"mode": "codes", "top_units": 64} | change)
+        assert np.array_equal(sequence.mean_value(), np.zeros((1, 32)))
+        good, = sequence.plan(query, mode="codes", top_units=64).jobs
+        assert (good.mode, good.features, good.sinks, good.unit_bits) == (Mode.CODES, 0, 64, 0)
+        for change, message in (
+            ({"sinks": 65}, "INVALID_SELECTION: the number of sinks is more than half a stripe's tokens"),
+            ({"features": 1}, "INVALID_FIELD"), ({"sketch": good.sketch & 0xFFFFFFFF}, "NO_SKETCH"),
+        ):
+            with pytest.raises(DeviceStatusError, match=message):
+                device.run([replace(good, **change)])
+
+
 def test_what_the_device_says_of_raw_jobs():
     key, value, query = tensors(TINY, 1, 300, 1)
     with Device(GoldenDevice(TINY)) as device:
@@ -585,13 +628,13 @@ def test_every_status_is_explained():
 
 
 def test_special_numbers_in_bit_patterns():
-    """A NaN in K is found in the feature layout or in a centroid; one in V in the mean."""
+    """A NaN in K is found in the feature layout, in a centroid or in the levels of codes; one in V in the mean."""
     key, value, query = tensors(TINY, 1, 300, 1)
     for where, bits in (("key", 0x7E00), ("key", 0xFC00), ("value", 0x7C00)):
         bad = {"key": key.copy(), "value": value.copy()}
         bad[where][0, 77, 5] = bits
-        with Device(GoldenDevice(TINY)) as device:
-            sequence = device.create_sequence(1, capacity_tokens=300, sparse=True, centroids=16)
+        with Device(GoldenDevice(WIDE)) as device:
+            sequence = device.create_sequence(1, capacity_tokens=300, sparse=True, centroids=16, codes=True)
             sequence.prefill(bad["key"], bad["value"])
             if where == "value":
                 with pytest.raises(DeviceStatusError, match=r"NAN_MEAN: .*, feature 5"):
@@ -601,18 +644,21 @@ def test_special_numbers_in_bit_patterns():
                 sequence.attend(query, mode="sparf", features=32, top_units=1)
             with pytest.raises(DeviceStatusError, match="NAN_KEY: NaN or infinity in K at token 64"):
                 sequence.attend(query, mode="centroid", top_units=1)
+            with pytest.raises(DeviceStatusError, match="NAN_KEY: NaN or infinity in K at token 0"):
+                sequence.attend(query, mode="codes", top_units=1)
 
 
 # What cannot be read.
 
 
-@pytest.mark.parametrize("mode", ["sparf", "centroid"])
+@pytest.mark.parametrize("mode", ["sparf", "centroid", "codes"])
 def test_what_the_first_pass_cannot_read_is_named(mode):
     key, value, query = tensors(TINY, 3, 300, 3)
     numbers = {"features": 32, "top_units": 4} if mode == "sparf" else {"top_units": 4}
-    with Device(GoldenDevice(TINY)) as device:
+    with Device(GoldenDevice(WIDE)) as device:
         device.create_sequence(1, capacity_tokens=5)
-        sequence = device.create_sequence(3, capacity_tokens=300, layers=2, sparse=True, centroids=8)
+        sequence = device.create_sequence(3, capacity_tokens=300, layers=2, sparse=True, centroids=8,
+                                          codes=True)
         for layer in range(2):
             sequence.prefill(key, value, layer=layer)
         jobs = sequence.plan(query, layer=1, mode=mode, **numbers).jobs
@@ -621,10 +667,13 @@ def test_what_the_first_pass_cannot_read_is_named(mode):
         page, codeword = int(found.page[1]), int(found.codeword[1])
         if mode == "sparf":
             page, codeword, token = page + 3, 2, 128        # feature 14
+        elif mode == "codes":
+            assert codeword == 0    # a page of four octets
+            codeword, token = 3, 128
         else:
             codeword, token = codeword + 1, 128 + 4 * 8
             page, codeword = page + codeword // 4, codeword % 4
-        block, place = device.media.allocator.block(channel, page), page_place(page, TINY)
+        block, place = device.media.allocator.block(channel, page), page_place(page, WIDE)
         device.transport.faults.unreadable.add((block, place.page, codeword))
         with pytest.raises(DeviceStatusError) as error:
             sequence.attend(query, layer=1, mode=mode, **numbers)
@@ -639,6 +688,25 @@ def test_what_the_first_pass_cannot_read_is_named(mode):
         assert [r.completion.status for r in results] == [Status.UNREADABLE_SKETCH, Status.OK, Status.UNREADABLE_SKETCH]
         text = where_unreadable(jobs[2], results[2].completion, device.media)
         assert re.search(r", codeword \d \(not the first of the batch, which is page number 192 of channel 0\)$", text)
+
+
+@pytest.mark.parametrize("token", [0, 4])
+def test_sinks_that_cannot_be_read_are_named(token):
+    """Of the first codeword the completion says no more than of an octet; the register tells them apart."""
+    key, value, query = tensors(WIDE, 1, 300, 1)
+    with Device(GoldenDevice(WIDE)) as device:
+        sequence = device.create_sequence(1, capacity_tokens=300, codes=True, sinks=6)
+        sequence.prefill(key, value)
+        job, = sequence.plan(query, mode="codes", top_units=10).jobs
+        entry = layout.unpack_entries(job.table)
+        channel, page, codeword = int(entry.channel[0]), int(entry.key_page[0]), token // 4
+        block, place = device.media.allocator.block(channel, page), page_place(page, WIDE)
+        device.transport.faults.unreadable.add((block, place.page, codeword))
+        with pytest.raises(DeviceStatusError) as error:
+            device.run([job])
+        assert str(error.value).endswith(
+            f"for token {token} on cannot be read: {block} (zone {place.zone}), page {place.page}, codeword {codeword} "
+            "(UNCORRECTABLE)")
 
 
 def test_a_tail_that_cannot_be_read_is_named():

@@ -1,16 +1,20 @@
 """Tokens that are held in device DRAM, and removed from there."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 import kvattic
 from kvattic.errors import RequestError
+from kvattic.spec.config import TINY
 
 DIM, HEADS = 32, 2
 MODES = {
     "dense": ({}, {}),
     "sparf": ({"sparse": True}, {"mode": "sparf", "features": 8, "top_units": 12}),
     "centroid": ({"centroids": 16}, {"mode": "centroid", "top_units": 2}),
+    "codes": ({"codes": True}, {"mode": "codes", "top_units": 12}),
 }
 
 
@@ -20,7 +24,7 @@ def tokens(count, seed=0):
 
 @pytest.fixture
 def device():
-    with kvattic.open("model", "tiny") as device:
+    with kvattic.open("model", replace(TINY, beat_bytes=16)) as device:
         yield device
 
 

@@ -287,6 +287,34 @@ def fp32_or_zero(exact: Fraction) -> int:
     return fp32(exact) if abs(exact) >= least else (exact < 0) << 31 | 1 << 23
 
 
+def coded_sums(q: list[Number], base: list[Number], step: list[Number], codes: list[list[int]],
+               exponent: int) -> tuple[list[int], bool]:
+    """Score sums of a stripe's tokens by their codes, and whether anything was clipped."""
+    clipped = False
+    parts = []
+    for levels in (base, step):
+        row = []
+        for a, b in zip(q, levels, strict=True):
+            total, beyond = score_sum([a], [b], exponent)
+            size = abs(total) // (1 << 20)
+            clipped |= beyond or size >= 1 << 19
+            size = min(size, (1 << 19) - 1)
+            row.append(-size if total < 0 else size)
+        parts.append(row)
+    first, more = parts
+    sums = [0] * len(codes)
+    for at in range(0, len(q), 2):
+        table = {}
+        for c0 in range(4):
+            for c1 in range(4):
+                entry = first[at] + first[at + 1] + c0 * more[at] + c1 * more[at + 1]
+                clipped |= not -(1 << 19) <= entry < 1 << 19
+                table[c0, c1] = (entry + (1 << 19)) % (1 << 20) - (1 << 19)
+        for i, token in enumerate(codes):
+            sums[i] += table[token[at], token[at + 1]]
+    return [total * (1 << 20) for total in sums], clipped
+
+
 def attend_sparse(
     query: NDArray[np.uint16],
     key: NDArray[np.uint16],
@@ -301,7 +329,7 @@ def attend_sparse(
     sinks: int,
     unit_bits: int,
     mean: NDArray[np.uint32] | None,
-    sketch: NDArray[np.uint16] | None,
+    sketch: Any,
     tail: NDArray[np.bool_],
     element: Element,
     scale_bits: int,
@@ -315,7 +343,7 @@ def attend_sparse(
     """The job of `kvattic.golden.sparse.attend_sparse`, with the same arguments; modes as numbers."""
     q, k, v = ([[number(int(x), element) for x in row] for row in array] for array in (query, key, value_bits))
     rows, tokens, head_dim = len(q), len(k), len(q[0])
-    unit_tokens = 1 if mode == 1 else tokens_per_codeword << unit_bits
+    unit_tokens = 1 if mode in (1, 4) else tokens_per_codeword << unit_bits
     count = tokens // unit_tokens
     scale = (1 << 23 | scale_bits & ((1 << 23) - 1), scale_bits >> 23)
     masked, low, high = -(1 << 40), -(1 << 40) + 1, (1 << 40) - 1
@@ -357,6 +385,29 @@ def attend_sparse(
             seen.append(row)
         bad += [base_token + u * unit_tokens for u in range(count)
                 if not late(u * unit_tokens) and any(x.special for x in c[u])]
+    elif mode == 4:
+        found = [[zero] * tokens for _ in range(rows)]
+        sunk = sinks if base_token == 0 else 0
+        for t in range(tokens):
+            stripe = t // group_tokens
+            if t % group_tokens == 0 and not late(t):
+                levels = [[number(int(x), element) for x in of[stripe]] for of in (sketch.base, sketch.step)]
+                if any(x.special for of in levels for x in of):
+                    bad.append(base_token + t)
+                sums = [coded_sums(row, *levels, sketch.codes[t : t + group_tokens].tolist(), scale[1] - 127)
+                        for row in q]
+                overflow |= any(clipped for _, clipped in sums)
+                for r in range(rows):
+                    for i, total in enumerate(sums[r][0]):
+                        exact = (total * scale[0] * 2 + (1 << 29)) // (1 << 30)
+                        found[r][t + i] = (total, min(max(exact, low), high), sums[r][1], not low <= exact <= high)
+            if late(t) or t < sunk:
+                for r in range(rows):
+                    found[r][t] = score(q[r], k[t], scale)
+            read = late(t) or (stripe == 0 and t < -(-sunk // tokens_per_codeword) * tokens_per_codeword)
+            if read and any(x.special for x in k[t]):
+                bad.append(base_token + t)
+        seen = [[sees(r, t) for t in range(tokens)] for r in range(rows)]
     else:
         sizes = [[magnitude(x) for x in row] for row in q]
         total = [sum(row[c] for row in sizes) for c in range(head_dim)]

@@ -8,7 +8,7 @@ from tests.host.golden.queue_host import DOMAIN, Host
 
 from kvattic.golden import dense, sparse
 from kvattic.golden.device import GoldenDevice
-from kvattic.spec import layout
+from kvattic.spec import codes, layout
 from kvattic.spec.commands import (
     COMMAND,
     FLASH_COMMAND,
@@ -29,15 +29,17 @@ from kvattic.spec.commands import (
     query_row_bytes,
     result_row_bytes,
 )
-from kvattic.spec.config import TINY
+from kvattic.spec.config import TINY as NARROW
 from kvattic.spec.elements import from_bits, to_bits
-from kvattic.spec.formats import Element
+from kvattic.spec.formats import Element, KvFormat
 from kvattic.spec.registers import Control, StatusBit
 
+TINY = replace(NARROW, beat_bytes=16)
+"""With beats wide enough for codes."""
 QUERIES, RESULTS, TABLES, LIMIT, RINGS = range(0x3000, 0x8000, 0x1000)
 MEAN_BYTES = fp32_block_bytes(32)
-MODES = pytest.mark.parametrize("mode", [Mode.SPARF, Mode.FETCHED, Mode.CENTROID])
-BLENDED = pytest.mark.parametrize("mode", [Mode.SPARF, Mode.FETCHED])
+MODES = pytest.mark.parametrize("mode", [Mode.SPARF, Mode.FETCHED, Mode.CENTROID, Mode.CODES])
+FEATURED = pytest.mark.parametrize("mode", [Mode.SPARF, Mode.FETCHED])
 GROUP, GROUP_PAGES = TINY.group_tokens, TINY.group_pages
 STRIPES = 4
 END = STRIPES * GROUP - 6
@@ -45,6 +47,8 @@ END = STRIPES * GROUP - 6
 UNIT_BITS = 1
 UNIT = TINY.tokens_per_codeword << UNIT_BITS
 CENTROID_CODEWORDS = GROUP // UNIT // TINY.tokens_per_codeword
+SINKS = 6
+"""In CODES; of two codewords, the second of which they cut."""
 SCALE = fp32_bits(1.4426950408889634 / 32**0.5)
 ROWS = 2
 
@@ -65,6 +69,8 @@ class Bench:
         self.entries: list[dict[str, int]] = []
         self.channel_sketches: list[dict[str, int]] = []
         self.centroid_sketches: list[dict[str, int]] = []
+        self.codes_sketches: list[dict[str, int]] = []
+        self.codes = codes.encode(self.key, TINY, skip=SINKS)
         self.write()
         self.device.write_memory(QUERIES, b"".join(
             ROW.pack(start_token=0, end_token=1 << 20) + q.tobytes() for q in self.query))
@@ -87,6 +93,7 @@ class Bench:
                 self.entries.append({"key_page": 16, "channel": 1, "value_page": 24, "flags": TableFlag.DRAM})
                 self.channel_sketches.append({"written": 0})
                 self.centroid_sketches.append({"written": 0})
+                self.codes_sketches.append({"written": 0})
                 continue
             to = pages[stripe % 2]
             at = stripe // 2 << TINY.zone_page_bits
@@ -95,10 +102,15 @@ class Bench:
             bits = self.centroids[stripe * GROUP // UNIT : (stripe + 1) * GROUP // UNIT]
             data = bits.view(np.uint8).reshape(CENTROID_CODEWORDS, TINY.codeword_bytes)
             images.reshape(-1, TINY.codeword_bytes)[1 + stripe : 1 + stripe + CENTROID_CODEWORDS] = data
-            to |= enumerate([*value, *features, *key, *images.reshape(2, -1)], at)
+            # And so do codes.
+            octets = np.zeros((2, TINY.codewords_per_page, TINY.codeword_bytes), np.uint8)
+            octets.reshape(-1, TINY.codeword_bytes)[stripe : stripe + TINY.octets] = codes.pack(
+                self.codes, TINY)[stripe]
+            to |= enumerate([*value, *features, *key, *images.reshape(2, -1), *octets.reshape(2, -1)], at)
             self.entries.append({"key_page": at + 16, "channel": stripe % 2, "value_page": at, "flags": 0})
             self.channel_sketches.append({"page": at + 8, "codeword": 0, "written": 1})
             self.centroid_sketches.append({"page": at + 24, "codeword": 1 + stripe, "written": 1})
+            self.codes_sketches.append({"page": at + 26, "codeword": stripe, "written": 1})
         for channel, images in enumerate(pages):
             for page, image in images.items():
                 self.device.write_dram(0, image.tobytes())
@@ -106,18 +118,20 @@ class Bench:
                 assert self.run(line)[0].status is Status.OK
 
     def table(self, mode: Mode) -> None:
-        sketches = self.centroid_sketches if mode is Mode.CENTROID else self.channel_sketches
+        sketches = {Mode.CENTROID: self.centroid_sketches, Mode.CODES: self.codes_sketches}.get(
+            mode, self.channel_sketches)
         pairs = zip(self.entries, sketches, strict=True)
-        mean = self.mean.tobytes() if mode in (Mode.SPARF, Mode.FETCHED) else b""
+        mean = self.mean.tobytes() if mode.blended else b""
         words = [TABLE_ENTRY.pack(**entry) + (SKETCH_ENTRY.pack(**sketch) if mode else b"") for entry, sketch in pairs]
         self.device.write_memory(TABLES, mean + b"".join(words))
 
     def fields(self, mode: Mode, /, **changes: int) -> dict[str, int]:
-        units = 40 if mode is Mode.SPARF else 5
+        units = 40 if mode.by_token else 5
         return {
             "opcode": Opcode.ATTEND, "mode": mode, "identifier": 9, "rows": ROWS, "stripe_pages": GROUP_PAGES,
             "stripes": STRIPES, "end_token": END, "domain": DOMAIN, "tree_token": END, "scale": SCALE, "query": QUERIES,
-            "result": RESULTS, "table": TABLES, "features": 6 if mode in (Mode.SPARF, Mode.FETCHED) else 0,
+            "result": RESULTS, "table": TABLES, "features": 6 if mode.featured else 0,
+            "sinks": SINKS if mode is Mode.CODES else 0,
             "local_tokens": 0 if mode is Mode.DENSE else 7,
             "top_units": 0 if mode is Mode.DENSE else units,
             "unit_bits": UNIT_BITS if mode in (Mode.FETCHED, Mode.CENTROID) else 0} | changes
@@ -145,12 +159,12 @@ class Bench:
 
     def golden(self, mode: Mode, **changes: int) -> sparse.SparseTrace:
         fields = self.fields(mode, **changes)
-        names = ("features", "top_units", "local_tokens", "unit_bits")
+        names = ("features", "top_units", "local_tokens", "sinks", "unit_bits")
         return sparse.attend_sparse(
             self.query, self.key, self.value, mode=mode, group_tokens=GROUP, tail=np.arange(STRIPES) == 3,
             tokens_per_codeword=TINY.tokens_per_codeword, mean=None if mode is Mode.CENTROID else self.mean,
-            sketch=self.centroids if mode is Mode.CENTROID else None, **{name: fields[name] for name in names},
-            **self.limits(fields["end_token"]))
+            sketch={Mode.CENTROID: self.centroids, Mode.CODES: self.codes}.get(mode),
+            **{name: fields[name] for name in names}, **self.limits(fields["end_token"]))
 
     def lose(self, kind: Kind, stripe: int, codeword: int) -> tuple[int, int, int]:
         """Make a codeword of flash unreadable; (channel, page, codeword of the page)."""
@@ -161,6 +175,8 @@ class Bench:
             Kind.FEATURE: (self.channel_sketches[stripe].get("page", 0), codeword),
             Kind.SKETCH: (self.centroid_sketches[stripe].get("page", 0),
                           codeword + self.centroid_sketches[stripe].get("codeword", 0)),
+            Kind.CODES: (self.codes_sketches[stripe].get("page", 0),
+                         codeword + self.codes_sketches[stripe].get("codeword", 0)),
         }[kind]
         number = page + codeword // TINY.codewords_per_page
         place = layout.page_place(number, TINY)
@@ -202,7 +218,7 @@ def test_results_are_the_golden_models(bench, mode, changes):
 @MODES
 def test_all_units_are_dense(bench, mode):
     reference = dense.attend(bench.query, bench.key, bench.value, **bench.limits())
-    units = END if mode is Mode.SPARF else -(-END // UNIT)
+    units = END if mode.by_token else -(-END // UNIT)
     assert bench.attend(mode, top_units=units).status is Status.OK
     want = (reference.output.tolist(), reference.maximum.tolist(), reference.denominator.tolist())
     assert bench.result() == want
@@ -232,7 +248,7 @@ def test_dense_and_sparse_jobs_at_once(bench):
 @pytest.mark.parametrize("end_token", [5, GROUP])
 def test_a_sequence_that_is_all_tail(bench, mode, end_token):
     bench.entries = [bench.entries[3]]
-    bench.channel_sketches = bench.centroid_sketches = [{"written": 0}]
+    bench.channel_sketches = bench.centroid_sketches = bench.codes_sketches = [{"written": 0}]
     found = bench.attend(mode, stripes=1, end_token=end_token, top_units=1, local_tokens=1, tree_token=end_token)
     assert found.status is Status.OK
     tail = slice(3 * GROUP, 4 * GROUP)
@@ -257,12 +273,15 @@ def test_traffic(bench, mode):
     traffic = bench.device.traffic
     assert traffic.flash == {
         Kind.KEY: flash, Kind.VALUE: flash, Kind.FEATURE: 3 * features,
-        Kind.SKETCH: 3 * CENTROID_CODEWORDS if mode is Mode.CENTROID else 0}
-    assert traffic.dram == {
-        Kind.KEY: dram, Kind.VALUE: dram, Kind.FEATURE: 0, Kind.SKETCH: 0 if mode is Mode.CENTROID else dram}
+        Kind.CODES: 3 * TINY.octets if mode is Mode.CODES else 0,
+        Kind.SKETCH: {Mode.CENTROID: 3 * CENTROID_CODEWORDS, Mode.CODES: 2}.get(mode, 0)}
+    assert traffic.dram == {Kind.KEY: dram, Kind.VALUE: dram, Kind.FEATURE: 0, Kind.CODES: 0,
+                            Kind.SKETCH: 0 if mode is Mode.CENTROID else dram}
     pages = 2 * len({int(c) // TINY.codewords_per_page for c in first.codewords[stripe < 3]})
     if mode is Mode.CENTROID:
         pages += 6    # codewords 1 to 4, 2 to 5 and 3 to 6: two pages each
+    elif mode is Mode.CODES:
+        pages += 1 + 2 + 2 + 1  # codewords 0 to 3, 1 to 4, 2 to 5; the sinks' page of K
     else:
         pages += 3 * len({int(c) // TINY.codewords_per_page for c in first.features})
     total = sum(traffic.flash.values())
@@ -282,8 +301,9 @@ def test_traffic(bench, mode):
 def test_traffic_of_a_dense_job(bench):
     bench.attend(Mode.DENSE)
     traffic = bench.device.traffic
-    assert traffic.flash == {Kind.KEY: 96, Kind.VALUE: 96, Kind.FEATURE: 0, Kind.SKETCH: 0}
-    assert traffic.dram == {Kind.KEY: 31, Kind.VALUE: 31, Kind.FEATURE: 0, Kind.SKETCH: 0}
+    nothing = dict.fromkeys(Kind, 0)
+    assert traffic.flash == nothing | {Kind.KEY: 96, Kind.VALUE: 96}
+    assert traffic.dram == nothing | {Kind.KEY: 31, Kind.VALUE: 31}
     assert traffic.page_reads == 48
     # Two jobs: the sum.
     line = COMMAND.pack(**bench.fields(Mode.DENSE))
@@ -308,12 +328,15 @@ def test_what_is_not_read_may_be_lost(bench, mode):
         if mode is not Mode.CENTROID:
             for codeword in range(CENTROID_CODEWORDS):
                 bench.lose(Kind.SKETCH, stripe, codeword)
+        if mode is not Mode.CODES:
+            for codeword in range(TINY.octets):
+                bench.lose(Kind.CODES, stripe, codeword)
     assert bench.attend(mode).status is Status.OK
     assert bench.result()[0] == trace.output.tolist()
     assert bench.media() is None
 
 
-@BLENDED
+@FEATURED
 def test_lost_features(bench, mode):
     features = bench.golden(mode).first.features.tolist()
     place = bench.lose(Kind.FEATURE, 2, features[4])
@@ -335,6 +358,38 @@ def test_lost_centroids(bench, codeword):
         where = stripe * GROUP + codeword * TINY.tokens_per_codeword * UNIT
         assert (found.status, found.where) == (Status.UNREADABLE_SKETCH, where)
         assert bench.media() == place
+
+
+@pytest.mark.parametrize("octet", range(TINY.octets))
+def test_lost_codes(bench, octet):
+    for stripe in (2, 1):
+        place = bench.lose(Kind.CODES, stripe, octet)
+        found = bench.attend(Mode.CODES)
+        assert (found.status, found.where) == (Status.UNREADABLE_SKETCH, stripe * GROUP)
+        assert bench.media() == place
+
+
+def test_lost_sinks(bench):
+    """Their codewords of K are read in the first pass; the second one is not even selected but for them."""
+    place = bench.lose(Kind.KEY, 0, 1)
+    found = bench.attend(Mode.CODES)
+    assert (found.status, found.where) == (Status.UNREADABLE_SKETCH, 4)
+    assert bench.media() == place
+    # Without them nobody reads it at once; it is one of the tail's if the stripe is.
+    assert bench.attend(Mode.CODES, sinks=4).status in (Status.OK, Status.UNREADABLE_KEY)
+    bench.entries[0]["flags"] = TableFlag.WHOLE
+    found = bench.attend(Mode.CODES)
+    assert (found.status, found.where) == (Status.UNREADABLE_SKETCH, 4)
+    # Before the codes of a later stripe.
+    bench.lose(Kind.CODES, 1, 0)
+    assert bench.attend(Mode.CODES).where == 4
+
+
+def test_codes_need_a_configuration_with_them():
+    bench = Bench.__new__(Bench)
+    bench.device = GoldenDevice(replace(NARROW, kv=KvFormat.FP8_E4M3), memory_bytes=1 << 16)
+    bench.open()
+    assert bench.run(COMMAND.pack(**bench.fields(Mode.CODES)))[0].status is Status.INVALID_FIELD
 
 
 @MODES
@@ -373,7 +428,11 @@ GOOD_UNITS = -(-END // UNIT)
 
 
 @pytest.mark.parametrize(("mode", "change", "status", "where"), [
-    (Mode.SPARF, {"mode": 4}, Status.INVALID_FIELD, 0),
+    (Mode.SPARF, {"mode": 5}, Status.INVALID_FIELD, 0),
+    (Mode.CODES, {"features": 1}, Status.INVALID_FIELD, 0),
+    (Mode.CODES, {"unit_bits": 1}, Status.INVALID_FIELD, 0),
+    (Mode.CODES, {"sinks": GROUP // 2 + 1}, Status.INVALID_SELECTION, 4),
+    (Mode.CODES, {"local_tokens": 41, "sinks": 65535}, Status.INVALID_SELECTION, 2),
     (Mode.SPARF, {"reserved0": 1}, Status.INVALID_FIELD, 0),
     (Mode.SPARF, {"unit_bits": 1}, Status.INVALID_FIELD, 0),
     (Mode.CENTROID, {"features": 1}, Status.INVALID_FIELD, 0),
@@ -427,6 +486,7 @@ def test_invalid_commands(bench, mode, change, status, where):
     (Mode.CENTROID, {"top_units": 1, "local_tokens": UNIT}),
     (Mode.SPARF, {"table": LIMIT - 64 - MEAN_BYTES}),
     (Mode.CENTROID, {"table": LIMIT - 64}),
+    (Mode.CODES, {"sinks": GROUP // 2}),
 ])
 def test_the_last_valid_values(bench, mode, change):
     bench.table(mode)
@@ -505,7 +565,7 @@ def test_bus_errors(bench):
     ({"codeword": 4}, Status.INVALID_TABLE), ({"written": 0}, Status.NO_SKETCH)])
 def test_bad_sketch_entries(bench, mode, change, status):
     for stripe in (2, 0):
-        for sketches in (bench.channel_sketches, bench.centroid_sketches):
+        for sketches in (bench.channel_sketches, bench.centroid_sketches, bench.codes_sketches):
             sketches[stripe] = sketches[stripe] | change
         found = bench.attend(mode)
         assert (found.status, found.where) == (status, stripe)
@@ -513,13 +573,15 @@ def test_bad_sketch_entries(bench, mode, change, status):
     assert bench.attend(Mode.DENSE).status is Status.OK
     bench.channel_sketches[3] = {"written": 1, "page": 77}
     bench.centroid_sketches[3] = {"written": 1, "page": 77, "codeword": 3}
+    bench.codes_sketches[3] = {"written": 1, "page": 77, "codeword": 3}
     for stripe in (0, 2):
         bench.channel_sketches[stripe] |= {"written": 1, "reserved": 0, "codeword": 0}
         bench.centroid_sketches[stripe] |= {"written": 1, "reserved": 0, "codeword": 1 + stripe}
+        bench.codes_sketches[stripe] |= {"written": 1, "reserved": 0, "codeword": stripe}
     assert bench.attend(mode).status is Status.OK
     # The feature layout begins with a page; what is wrong is wrong for the tail, too.
     bench.channel_sketches[3]["codeword"] = 1
-    bench.centroid_sketches[3]["codeword"] = 4
+    bench.centroid_sketches[3]["codeword"] = bench.codes_sketches[3]["codeword"] = 4
     found = bench.attend(mode)
     assert (found.status, found.where) == (Status.INVALID_TABLE, 3)
 
@@ -532,7 +594,7 @@ def test_flags_of_entries(bench, mode):
         found = bench.attend(mode)
         assert (found.status, found.where) == (Status.INVALID_TABLE, 2)
     bench.entries[2]["flags"] = 0
-    for sketches in (bench.channel_sketches, bench.centroid_sketches):
+    for sketches in (bench.channel_sketches, bench.centroid_sketches, bench.codes_sketches):
         sketches[0] = sketches[0] | {"written": 0}
         sketches[2] = sketches[2] | {"written": 0}
     bench.entries[0]["flags"] = TableFlag.WHOLE
@@ -545,7 +607,7 @@ def test_without_sparse_hardware():
     bench = Bench.__new__(Bench)
     bench.device = device
     bench.open()
-    for mode in (Mode.SPARF, Mode.FETCHED, Mode.CENTROID):
+    for mode in list(Mode)[1:]:
         assert bench.run(COMMAND.pack(**bench.fields(mode)))[0].status is Status.INVALID_FIELD
     assert bench.run(COMMAND.pack(**bench.fields(Mode.DENSE, rows=0)))[0].status is Status.INVALID_ROWS
 
@@ -583,12 +645,13 @@ def rebuilt(bench: Bench) -> Bench:
     fresh.open()
     fresh.device.write_memory(QUERIES, bench.device.read_memory(QUERIES, LIMIT - QUERIES))
     fresh.key, fresh.value, fresh.centroids, fresh.mean = bench.key, bench.value, bench.centroids, bench.mean
-    fresh.entries, fresh.channel_sketches, fresh.centroid_sketches = [], [], []
+    fresh.codes = bench.codes
+    fresh.entries, fresh.channel_sketches, fresh.centroid_sketches, fresh.codes_sketches = [], [], [], []
     fresh.write()
     return fresh
 
 
-@BLENDED
+@FEATURED
 def test_nan_of_the_feature_layout(bench, mode):
     chosen = bench.golden(mode).first.features.tolist()
     other = next(c for c in range(32) if c not in chosen)
@@ -613,6 +676,30 @@ def test_nan_of_a_centroid(bench):
     assert (found.status, found.where) == (Status.NAN_KEY, 17 * UNIT)
     for mode in (Mode.SPARF, Mode.FETCHED, Mode.DENSE):
         assert bench.attend(mode).status is Status.OK
+
+
+def test_nan_of_codes(bench):
+    """In the levels of a stripe, in sinks, and in what else is in their codewords."""
+    for name, where in (("step", 2), ("base", 1)):
+        bits = getattr(bench.codes, name).copy()
+        bits[where, 17] = 0x7C00
+        bench.codes = replace(bench.codes, **{name: bits})
+        bench = rebuilt(bench)
+        found = bench.attend(Mode.CODES)
+        assert (found.status, found.where) == (Status.NAN_KEY, where * GROUP)
+    for token in (7, 5):
+        bench.key[token, 3] = 0x7E01
+        bench = rebuilt(bench)
+        found = bench.attend(Mode.CODES)
+        assert (found.status, found.where) == (Status.NAN_KEY, token)
+
+
+def test_sinks_of_codes_behind_the_end_are_read_and_not_attended(bench):
+    found = bench.attend(Mode.CODES, stripes=1, end_token=5, top_units=5, local_tokens=0, sinks=9, tree_token=5)
+    assert found.status is Status.OK
+    reference = dense.attend(bench.query, bench.key[:GROUP], bench.value[:GROUP], **bench.limits(5))
+    assert bench.result()[0] == reference.output.tolist()
+    assert bench.device.traffic.flash[Kind.SKETCH] == 3
 
 
 def test_overflow_of_the_first_pass_is_flagged(bench):

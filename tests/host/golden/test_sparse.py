@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -17,17 +18,18 @@ from tests.host.golden.test_golden import ELEMENTS, INFINITY, LARGEST, LOG2E, Bi
 from kvattic.errors import RequestError
 from kvattic.golden import dense, first_pass, sparse
 from kvattic.golden.first_pass import ALPHA_ONE, FORCED
-from kvattic.spec import formats
+from kvattic.spec import codes, formats
 from kvattic.spec.commands import CompletionFlag, Mode, fp32_bits
-from kvattic.spec.config import PAPER
+from kvattic.spec.config import PAPER, TINY, Config
 from kvattic.spec.elements import from_bits, to_bits
 from kvattic.spec.formats import SCORE_FRACTION, SCORE_MASKED, SCORE_MAX, VALUE_FRACTION, Element
 from kvattic.spec.layout import TOKEN_BITS
 from kvattic_sim import oracle
 from kvattic_sim.reports.benches import accuracy
 
-MODES = pytest.mark.parametrize("mode", [Mode.SPARF, Mode.FETCHED, Mode.CENTROID])
-BLENDED = pytest.mark.parametrize("mode", [Mode.SPARF, Mode.FETCHED])
+MODES = pytest.mark.parametrize("mode", [Mode.SPARF, Mode.FETCHED, Mode.CENTROID, Mode.CODES])
+BLENDED = pytest.mark.parametrize("mode", [Mode.SPARF, Mode.FETCHED, Mode.CODES])
+FEATURED = pytest.mark.parametrize("mode", [Mode.SPARF, Mode.FETCHED])
 BOUND = 5e-7
 """Law: relative RMS error against float64, where both select the same."""
 
@@ -41,6 +43,24 @@ def means(key: Bits, unit_tokens: int, element: Element) -> Bits:
     return to_bits(values.reshape(-1, unit_tokens, key.shape[1]).mean(axis=1), element)
 
 
+def geometry(head_dim: int, group_tokens: int, element: Element) -> Config:
+    """A drive with codes of such stripes."""
+    like = {128: replace(TINY, beat_bytes=16), 256: PAPER}[group_tokens]
+    return replace(like, head_dim=head_dim, element=element)
+
+
+def coded(key: Bits, group_tokens: int, element: Element, sinks: int = 0) -> codes.KeyCodes:
+    """Codes of stripes of 128 or 256 tokens."""
+    return codes.encode(key, geometry(key.shape[1], group_tokens, element), skip=sinks)
+
+
+def sketch_of(mode: Mode, key: Bits, unit_tokens: int, group_tokens: int, element: Element) -> Any:
+    """What the first pass reads beside K; None in the modes that take K itself."""
+    if mode is Mode.CODES:
+        return coded(key, group_tokens, element)
+    return means(key, unit_tokens, element) if mode is Mode.CENTROID else None
+
+
 def job(mode: Mode, *, rows: int = 1, stripes: int = 4, head_dim: int = 32, group_tokens: int = 128,
         per_codeword: int = 4, unit_bits: int = 1, element: Element = Element.FP16, seed: int = 0,
         **changes: Any) -> dict[str, Any]:
@@ -49,16 +69,16 @@ def job(mode: Mode, *, rows: int = 1, stripes: int = 4, head_dim: int = 32, grou
     tokens = stripes * group_tokens
     query = to_bits(rng.standard_normal((rows, head_dim)) * 2, element)
     key, value = (to_bits(rng.standard_normal((tokens, head_dim)), element) for _ in range(2))
-    unit_bits = 0 if mode is Mode.SPARF else unit_bits
-    unit_tokens = 1 if mode is Mode.SPARF else per_codeword << unit_bits
+    unit_bits = 0 if mode.by_token else unit_bits
+    unit_tokens = 1 if mode.by_token else per_codeword << unit_bits
     tail = np.zeros(stripes, np.bool_)
     tail[-1] = True
     arguments: dict[str, Any] = {
         "query": query, "key": key, "value": value, "mode": mode, "group_tokens": group_tokens,
-        "tokens_per_codeword": per_codeword, "features": 0 if mode is Mode.CENTROID else head_dim // 2,
+        "tokens_per_codeword": per_codeword, "features": head_dim // 2 if mode.featured else 0,
         "top_units": tokens // 8 // unit_tokens, "local_tokens": 0, "sinks": 0, "unit_bits": unit_bits,
         "mean": None if mode is Mode.CENTROID else fp32(from_bits(value, element).astype(np.float64).mean(axis=0)),
-        "sketch": means(key, unit_tokens, element) if mode is Mode.CENTROID else None, "tail": tail,
+        "sketch": sketch_of(mode, key, unit_tokens, group_tokens, element), "tail": tail,
         "element": element, "scale_bits": fp32_bits(LOG2E / head_dim**0.5), "start": np.zeros(rows, np.int64),
         "end": np.full(rows, tokens), "tree": np.zeros(rows, np.int64), "tree_token": tokens, "base_token": 0,
         "end_token": tokens}
@@ -105,11 +125,12 @@ def check(arguments: dict[str, Any]) -> sparse.SparseTrace:
 def jobs(draw: st.DrawFn) -> dict[str, Any]:
     """Small jobs with everything in them: groups of 8 tokens, codewords of 2."""
     element = draw(st.sampled_from(list(Element)))
-    mode = draw(st.sampled_from([Mode.SPARF, Mode.FETCHED, Mode.CENTROID]))
+    mode = draw(st.sampled_from(list(Mode)[1:]))
     rows, stripes, head_dim = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 5]))
+    head_dim = 4 if mode is Mode.CODES else head_dim
     tokens = 8 * stripes
-    unit_bits = 0 if mode is Mode.SPARF else draw(st.integers(0, 2))
-    unit_tokens = 1 if mode is Mode.SPARF else 2 << unit_bits
+    unit_bits = 0 if mode.by_token else draw(st.integers(0, 2))
+    unit_tokens = 1 if mode.by_token else 2 << unit_bits
     elements = element_bits(element)
     base = draw(st.sampled_from([0, 8, 64, 5, (1 << 24) - 64]))
     token = st.integers(max(base - 2, 0), base + tokens + 2)
@@ -120,8 +141,12 @@ def jobs(draw: st.DrawFn) -> dict[str, Any]:
         st.sampled_from([0, 1, 0x007FFFFF, 0x00800000, 0x3F800000, 0xBF800000, 0x7F7FFFFF, 0xFF7FFFFF, 1 << 31]),
         st.integers(0, (1 << 32) - 1).filter(lambda b: b >> 23 & 255 != 255))
     fields = st.one_of(st.integers(110, 130), st.integers(1, 254))
-    blended = mode is not Mode.CENTROID
-    sketch = draw(st.one_of(st.none(), whole)) if blended else draw(centroids)
+    if mode is Mode.CODES:
+        levels = [draw(hnp.arrays(np.uint16, (stripes, head_dim), elements=elements)) for _ in range(2)]
+        found = draw(hnp.arrays(np.uint8, (tokens, head_dim), elements=st.integers(0, 3)))
+        sketch = codes.KeyCodes(base=levels[0], step=levels[1], codes=found)
+    else:
+        sketch = draw(st.one_of(st.none(), whole)) if mode.featured else draw(centroids)
     return {
         "query": draw(hnp.arrays(np.uint16, (rows, head_dim), elements=elements)),
         "key": draw(whole),
@@ -129,12 +154,12 @@ def jobs(draw: st.DrawFn) -> dict[str, Any]:
         "mode": mode,
         "group_tokens": 8,
         "tokens_per_codeword": 2,
-        "features": draw(st.integers(1, head_dim)) if blended else 0,
+        "features": draw(st.integers(1, head_dim)) if mode.featured else 0,
         "top_units": draw(st.integers(1, tokens // unit_tokens)),
         "local_tokens": draw(st.one_of(st.just(0), st.integers(0, tokens))),
-        "sinks": draw(st.one_of(st.just(0), st.integers(0, tokens))),
+        "sinks": draw(st.one_of(st.just(0), st.integers(0, 4 if mode is Mode.CODES else tokens))),
         "unit_bits": unit_bits,
-        "mean": draw(hnp.arrays(np.uint32, head_dim, elements=single)) if blended else None,
+        "mean": draw(hnp.arrays(np.uint32, head_dim, elements=single)) if mode.blended else None,
         "sketch": sketch,
         "tail": draw(hnp.arrays(np.bool_, stripes)),
         "element": element,
@@ -420,13 +445,22 @@ def test_tail_is_attended_and_counts_in_alpha(mode: Mode) -> None:
     np.testing.assert_array_equal(first.scores[:, 128:256], dense_trace(arguments).scores[:, 128:256])
 
 
-@BLENDED
+@FEATURED
 def test_equal_scores_select_the_lowest_tokens(mode: Mode) -> None:
     arguments = job(mode, tail=np.zeros(4, np.bool_))
     arguments["key"] = np.repeat(arguments["key"][:1], 512, axis=0)
     trace = attend(arguments)
     chosen = trace.first.units
     assert chosen.tolist() == list(range(arguments["top_units"]))
+    assert trace.first.alpha.tolist() == [ALPHA_ONE // 8]
+
+
+def test_equal_codes_select_the_lowest_tokens() -> None:
+    arguments = job(Mode.CODES, tail=np.zeros(4, np.bool_))
+    sketch = arguments["sketch"]
+    sketch.base[:], sketch.step[:], sketch.codes[:] = sketch.base[:1], sketch.step[:1], sketch.codes[:1]
+    trace = attend(arguments)
+    assert trace.first.units.tolist() == list(range(arguments["top_units"]))
     assert trace.first.alpha.tolist() == [ALPHA_ONE // 8]
 
 
@@ -517,6 +551,10 @@ def test_order_of_stripes_moves_nothing_but_the_ties(mode: Mode) -> None:
                          "tail": arguments["tail"][order]}
     if mode is Mode.CENTROID:
         moved["sketch"] = arguments["sketch"][units]
+    elif mode is Mode.CODES:
+        sketch = arguments["sketch"]
+        moved["sketch"] = codes.KeyCodes(
+            base=sketch.base[order], step=sketch.step[order], codes=sketch.codes[tokens])
     a, b = attend(arguments), attend(moved)
     np.testing.assert_array_equal(a.output, b.output)
     np.testing.assert_array_equal(a.first.alpha, b.first.alpha)
@@ -533,8 +571,10 @@ def test_what_is_not_read_does_not_matter(mode: Mode) -> None:
     nan = INFINITY[Element.FP16] | 1
     want = attend(arguments)
     first = want.first
-    sketch = arguments["sketch"] if mode is Mode.CENTROID else arguments["key"].copy()
-    if mode is Mode.CENTROID:
+    sketch = arguments["key"].copy() if mode.featured else arguments["sketch"]
+    if mode is Mode.CODES:
+        sketch.base[3:] = sketch.step[3:] = nan
+    elif mode is Mode.CENTROID:
         sketch = sketch.copy()
         sketch[48:] = nan      # units of the tail
     else:
@@ -554,11 +594,11 @@ def test_what_is_not_read_does_not_matter(mode: Mode) -> None:
     for name, field in (("key", "nan_key"), ("value", "nan_value")):
         changed = arguments[name].copy()
         changed[token, 5] = nan
-        extra = {} if mode is Mode.CENTROID or name == "value" else {"sketch": arguments["key"]}
+        extra = {"sketch": arguments["key"]} if mode.featured and name == "key" else {}
         assert getattr(attend(arguments | {name: changed} | extra), field) == token
 
 
-@BLENDED
+@FEATURED
 def test_nan_of_the_first_pass_is_named(mode: Mode) -> None:
     arguments = job(mode, end_token=509)
     feature = int(attend(arguments).first.features[3])
@@ -581,7 +621,7 @@ def test_nan_of_a_centroid_is_named_by_its_units_first_token() -> None:
     assert attend(arguments | {"sketch": sketch, "end_token": 1024 + 504}).nan_key is None
 
 
-@BLENDED
+@FEATURED
 def test_overflow_flags_of_the_first_pass(mode: Mode) -> None:
     """A clipped product of the feature pass counts wherever it is; one of the tail or of K where it is attended."""
     arguments = job(mode, start=np.array([200]), end_token=500)
@@ -653,6 +693,11 @@ def exact(arguments: dict[str, Any]) -> oracle.Sparse:
         centroids = from_bits(arguments["sketch"], arguments["element"])
         return oracle.centroid(q, k, v, scale, centroids=centroids, unit_tokens=unit_tokens, **common)
     common |= {"features": arguments["features"], "mean": arguments["mean"].view(np.float32)}
+    if mode is Mode.CODES:
+        del common["features"]
+        estimate = codes.decode(arguments["sketch"], geometry(
+            q.shape[1], arguments["group_tokens"], arguments["element"]))[: len(k)]
+        return oracle.codes(q, k, v, scale, estimate=estimate, **common)
     if mode is Mode.SPARF:
         return oracle.sparf(q, k, v, scale, **common)
     return oracle.fetched(q, k, v, scale, unit_tokens=unit_tokens, **common)
@@ -662,21 +707,20 @@ def paper_job(mode: Mode, rows: int, element: Element, seed: int, data: str) -> 
     """An eighth of the bytes of 4,096 tokens, in the geometry of the paper's drive; the last group is the tail."""
     arguments = job(mode, rows=rows, stripes=16, head_dim=128, group_tokens=PAPER.group_tokens,
                     per_codeword=PAPER.tokens_per_codeword, unit_bits=2, element=element, seed=seed, features=0)
-    if mode is not Mode.CENTROID:
+    if mode.featured:
         arguments["features"] = 16
     if data == "fa3":
         rng = np.random.default_rng(seed)
         for name, count in (("query", rows), ("key", 4096), ("value", 4096)):
             arguments[name] = oracle.fa3((count, 128), rng, element)
-        if mode is Mode.CENTROID:
-            arguments["sketch"] = means(arguments["key"], 8, element)
-        else:
+        arguments["sketch"] = sketch_of(mode, arguments["key"], 8, 256, element)
+        if mode.blended:
             arguments["mean"] = fp32(from_bits(arguments["value"], element).astype(np.float64).mean(axis=0))
     return arguments | {"local_tokens": 16, "sinks": 16 * (seed % 2), "end_token": 4096 - 5}
 
 
 @ELEMENTS
-@MODES
+@pytest.mark.parametrize("mode", [Mode.SPARF, Mode.FETCHED, Mode.CENTROID])
 @pytest.mark.parametrize("data", ["normal", "fa3"])
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("seed", range(3))
@@ -699,16 +743,56 @@ def test_error_against_float64(mode: Mode, element: Element, data: str, rows: in
     assert oracle.relative_rms(trace.output.view(np.float32), want.output) < BOUND
 
 
-@MODES
+SCORE_ERROR = 4 * 2.0**-formats.CODES_FRACTION
+"""Bound of a feature's error in a score of CODES: base and three steps, each truncated; relative to 2**(the scale's
+exponent)."""
+
+
+def entry_error(head_dim: int) -> float:
+    """The largest error of a score in nats: every truncation in the same direction."""
+    scale = fp32_bits(LOG2E / head_dim**0.5)
+    return head_dim * SCORE_ERROR * dense.split_scale(scale)[0] / (1 << 23) / LOG2E
+
+
+@ELEMENTS
+@pytest.mark.parametrize("data", ["normal", "fa3"])
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("seed", range(2))
+def test_codes_against_float64(element: Element, data: str, rows: int, seed: int) -> None:
+    """Scores and alpha within what the truncation of entries explains; given the selection, as the other modes."""
+    arguments = paper_job(Mode.CODES, rows, element, seed, data)
+    trace, want = attend(arguments), exact(arguments)
+    first = trace.first
+    q, k, v, tail = floats(arguments)
+    end, scale = len(k), q.shape[1] ** -0.5
+    exactly = tail | (np.arange(end) < arguments["sinks"])
+    estimate = codes.decode(arguments["sketch"], geometry(128, 256, element))[:end]
+    scores = q @ np.where(exactly[:, None], k, estimate).T * scale
+    error = np.abs(first.scores[:, :end] * (2.0**-SCORE_FRACTION / LOG2E) - scores)
+    assert error[:, exactly].max() < 1e-5
+    assert error.max() < entry_error(128)
+    assert np.sqrt(np.square(error[:, ~exactly]).mean()) < 0.03
+    # Most of the selection is the same, and alpha of the same selection is nearly so.
+    taken = first.taken[:end]
+    assert (first.selected[:end] & want.selected).sum() > 0.97 * want.selected.sum()
+    share = (want.probability * taken).sum(axis=1)
+    assert np.abs(first.alpha / 2.0**formats.ALPHA_FRACTION - share).max() < 0.01
+    attention = oracle.attention(q, k, v, scale, np.broadcast_to(taken, (rows, end)))
+    assert oracle.relative_rms(trace.exact.partial.output, attention) < BOUND
+    alpha = first.alpha[:, None] / 2.0**formats.ALPHA_FRACTION
+    blend = alpha * attention + (1 - alpha) * arguments["mean"].view(np.float32)
+    assert oracle.relative_rms(trace.output.view(np.float32), blend) < BOUND
+
+
+@pytest.mark.parametrize("mode", [Mode.SPARF, Mode.FETCHED, Mode.CENTROID])
 def test_error_on_real_model_data(mode: Mode) -> None:
     """All heads of the MiniLM data, four query rows each, an eighth of the tokens."""
     got, want, ties = [], [], 0
     for query, key, value in accuracy.minilm_heads():
         arguments = job(mode, rows=4, tail=np.zeros(4, np.bool_), local_tokens=8)
         arguments |= {"query": query[300:304], "key": key, "value": value}
-        if mode is Mode.CENTROID:
-            arguments["sketch"] = means(key, 8, Element.FP16)
-        else:
+        arguments["sketch"] = sketch_of(mode, key, 8, 128, Element.FP16)
+        if mode.blended:
             arguments |= {"features": 8, "mean": fp32(from_bits(value, Element.FP16).astype(np.float64).mean(axis=0))}
         trace, oracles = attend(arguments), exact(arguments)
         if trace.first.selected.tolist() != oracles.selected.tolist():
@@ -774,6 +858,11 @@ def test_oracle_with_all_channels_and_tokens_is_attention() -> None:
     (Mode.CENTROID, {"sketch": None}, r"sketch must be a uint16 array of shape \(64, 32\)"),
     (Mode.CENTROID, {"sketch": np.zeros((63, 32), np.uint16)}, "sketch must be"),
     (Mode.SPARF, {"sketch": np.zeros((64, 32), np.uint16)}, r"sketch must be a uint16 array of shape \(512, 32\)"),
+    (Mode.CODES, {"features": 1}, "features must be 0 in this mode, not 1"),
+    (Mode.CODES, {"unit_bits": 1}, "unit_bits must be 0 in CODES, not 1"),
+    (Mode.CODES, {"sinks": 65}, "sinks must be at most half a stripe, 64, in CODES, not 65"),
+    (Mode.CODES, {"sketch": None}, "sketch must be KeyCodes of 4 stripes of 32 features"),
+    (Mode.CODES, {"sketch": np.zeros((512, 32), np.uint16)}, "sketch must be KeyCodes"),
     (Mode.SPARF, {"scale_bits": 0}, "positive normal fp32"),
     (Mode.SPARF, {"end_token": 513}, "end_token must be at most"),
     (Mode.SPARF, {"start": np.zeros(2, int)}, "start must be 1 integers"),
@@ -793,7 +882,7 @@ def test_trace_shapes_and_inputs_untouched(mode: Mode) -> None:
     trace = attend(arguments)
     for name, array in arrays.items():
         np.testing.assert_array_equal(array, before[name], name)
-    units = 512 if mode is Mode.SPARF else 64
+    units = 512 if mode.by_token else 64
     scored = 64 if mode is Mode.CENTROID else 512
     shapes = {
         "tail": (4,), "features": (arguments["features"],), "taken": (512,),

@@ -23,7 +23,7 @@ from kvattic_sim.reports.benches.generate import REFERENCES, RoundedCache
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
 
-ROOMY = replace(TINY, dies=8, part=replace(TINY.part, blocks=64))
+ROOMY = replace(TINY, dies=8, beat_bytes=16, part=replace(TINY.part, blocks=64))
 SEED = 5
 """Of what is sampled: one whose draws tell rounded queries, which the reference must have, from others."""
 
@@ -142,9 +142,10 @@ def test_rows_share_what_all_have(model, drive):
             assert cache.get_seq_length() == 0
 
 
-@pytest.mark.parametrize("mode", ["sparf", "centroid"])
+@pytest.mark.parametrize("mode", ["sparf", "centroid", "codes"])
 def test_sparse_modes(model, drive, mode):
-    options = {"mode": mode, "top_units": 4, **({"features": 16} if mode == "sparf" else {"unit_tokens": 16})}
+    more = {"sparf": {"features": 16}, "centroid": {"unit_tokens": 16}, "codes": {}}[mode]
+    options = {"mode": mode, "top_units": 4, **more}
     with store_of(drive, model, **options) as store:
         tokens = texts(count=150)
         answer = store.generate(tokens, max_new_tokens=10, do_sample=False)

@@ -40,7 +40,7 @@ from kvattic.integrations.backend import attention
 from kvattic.integrations.configuration import longest_window
 from kvattic.integrations.masks import make_mask, read_mask
 from kvattic.integrations.transformers import NAME, DriveCache, DriveLayer, config_for, round_to_storage
-from kvattic.spec.formats import Element
+from kvattic.spec.formats import Element, KvFormat
 from kvattic_sim.lm import huggingface as lm
 from kvattic_sim.lm import model as numpy_lm
 from kvattic_sim.reports.benches import generate as bench
@@ -49,7 +49,7 @@ from kvattic_sim.reports.benches.generate import ARCHITECTURES, RoundedCache, bu
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
 
-ROOMY = replace(TINY, dies=8)
+ROOMY = replace(TINY, dies=8, beat_bytes=16)
 """TINY with room for several sequences."""
 
 
@@ -343,7 +343,7 @@ def test_tokens_that_attend_later_ones(drive):
 
 @pytest.mark.parametrize("options",
                          [{"mode": "sparf", "features": 32}, {"mode": "fetched", "features": 32, "unit_tokens": 8},
-                                     {"mode": Mode.FETCHED, "features": 32}, {"mode": "centroid"}])
+                                     {"mode": Mode.FETCHED, "features": 32}, {"mode": "centroid"}, {"mode": "codes"}])
 def test_sparse_modes_that_attend_everything_are_dense(drive, options):
     model, tokens = small(), prompts("llama")
     expected = generate(model, tokens, RoundedCache(model.config), new=20)
@@ -354,7 +354,8 @@ def test_sparse_modes_that_attend_everything_are_dense(drive, options):
 
 @pytest.mark.parametrize("options", [{"mode": "sparf", "features": 8, "top_units": 6, "local_tokens": 4},
                                      {"mode": "fetched", "features": 8, "top_units": 2, "local_tokens": 4},
-                                     {"mode": "centroid", "top_units": 2, "local_tokens": 4}])
+                                     {"mode": "centroid", "top_units": 2, "local_tokens": 4},
+                                     {"mode": "codes", "top_units": 6, "local_tokens": 4}])
 def test_a_sparse_step_is_the_sequences_own(drive, options):
     model = build("qwen2")     # one layer has a window
     tokens, mask = padded([30, 21])
@@ -373,7 +374,7 @@ def test_a_sparse_step_is_the_sequences_own(drive, options):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"mode": "quick"}, "mode must be one of dense, sparf, fetched, centroid, not 'quick'"),
+    ({"mode": "quick"}, "mode must be one of dense, sparf, fetched, centroid, codes, not 'quick'"),
     ({"top_units": 4}, "mode dense attends all tokens"),
     ({"mode": "sparf", "features": 4}, r"mode sparf needs top_units \(the paper's k\)"),
     ({"mode": "fetched", "features": 4, "top_units": 2, "unit_tokens": 3}, "power of two"),
@@ -386,6 +387,9 @@ def test_a_sparse_step_is_the_sequences_own(drive, options):
     ({"mode": "centroid", "top_units": 2, "local_tokens": 99}, "local_tokens must be an int from 0 to 8, not 99"),
     ({"local_tokens": True}, "mode dense attends all tokens"),
     ({"sinks": 4}, "mode dense attends all tokens"),
+    ({"mode": "codes", "top_units": 4, "features": 8}, "mode codes has no features"),
+    ({"mode": "codes", "top_units": 4, "unit_tokens": 8}, "mode codes has no unit_tokens"),
+    ({"mode": "codes", "top_units": 400, "sinks": 129}, "sinks must be an int from 0 to 64, not 129"),
     ({"mode": "centroid", "top_units": 4, "sinks": -1}, "sinks must be an int from 0 to 65,535, not -1"),
     ({"mode": "centroid", "top_units": 4, "sinks": 17},
      r"top_units \(the paper's k\) must be at least 5 for 17 sinks and the newest 0 tokens that are not held, in units "
@@ -407,7 +411,8 @@ def test_wrong_modes_and_numbers(drive, options, message):
 @pytest.mark.parametrize("held", [8, 64])
 @pytest.mark.parametrize("options", [{"mode": "sparf", "features": 8, "top_units": 24},
                                      {"mode": "fetched", "features": 8, "top_units": 6},
-                                     {"mode": "centroid", "top_units": 6}])
+                                     {"mode": "centroid", "top_units": 6},
+                                     {"mode": "codes", "top_units": 24}])
 def test_drafts_give_the_tokens_of_single_steps_in_sparse_modes(drive, options, held):
     model, tokens = small(layers=2), torch.cat([prompts("llama", seed=1), prompts("llama", seed=2)] * 2, dim=1)
     answers, passes = [], []
@@ -431,6 +436,7 @@ def test_drafts_give_the_tokens_of_single_steps_in_sparse_modes(drive, options, 
     ({"mode": "fetched", "features": 8, "top_units": 4, "local_tokens": 5, "held_tokens": 0}, 8),
     ({"mode": "centroid", "top_units": 2, "local_tokens": 8, "held_tokens": 0}, 0),
     ({"mode": "centroid", "top_units": 8, "unit_tokens": 8}, 16),
+    ({"mode": "codes", "top_units": 64}, 16),
 ])
 def test_the_first_tokens_are_attended_in_any_case(drive, options, sinks):
     model = build("mistral")    # with a window of 40
@@ -442,7 +448,8 @@ def test_the_first_tokens_are_attended_in_any_case(drive, options, sinks):
         generate(model, tokens, cache, mask=mask, new=3)
         assert {sequence.sinks for sequence in cache.sequences} == {sinks}
     # How far back the mean of V over a window is wanted.
-    assert {how.get("window") for how in asked} == {40 if options["mode"] in ("sparf", "fetched") else None}
+    assert {how.get("window") for how in asked} == {
+        40 if options["mode"] in ("sparf", "fetched", "codes") else None}
 
 
 def test_old_keywords_of_the_cache_warn(drive):
@@ -502,6 +509,11 @@ def test_sparse_modes_need_a_drive_that_has_them(drive):
     model = small(dim=80)
     with pytest.raises(ConfigError, match="mode centroid: the drive is without sparse attention"):
         DriveCache(drive(model, "paper"), model.config, mode="centroid", top_units=4)
+    model = small()
+    with pytest.raises(ConfigError, match="mode codes: the drive is without codes: kv must be element, not fp8_e4m3"):
+        DriveCache(drive(model, kv=KvFormat.FP8_E4M3), model.config, mode="codes", top_units=4)
+    with pytest.raises(TypeError, match="no option 'codes'"):
+        DriveCache(drive(model), model.config, codes=True)
 
 
 # What is computed where.

@@ -13,13 +13,16 @@ from kvattic.driver.device import Device, FlashOperation, Loss
 from kvattic.driver.diagnosis import where_unreadable
 from kvattic.errors import CapacityError, ConfigError, DeviceStatusError, DeviceTimeoutError, KvatticError, RequestError
 from kvattic.golden.device import FlashFaults, GoldenDevice
-from kvattic.spec import layout
+from kvattic.spec import codes, layout
 from kvattic.spec.commands import Kind, Opcode, Status
-from kvattic.spec.config import PAPER, TINY, Config
+from kvattic.spec.config import PAPER, Config
+from kvattic.spec.config import TINY as NARROW
 from kvattic.spec.layout import Block, PagePlace, page_number, page_place
 from kvattic.spec.nand import TINY_PART
 from kvattic_sim.reports.benches import placement
 
+TINY = replace(NARROW, beat_bytes=16)
+"""With beats wide enough for codes."""
 PAGE = TINY.tokens_per_page
 SPARSE = 128
 """Tokens of a stripe with the feature layout: eight pages."""
@@ -181,7 +184,7 @@ def stored(device, channel, page, count=1):
     return np.array([found[page_place(page + i, device.config).page].image for i, found in enumerate(pages)])
 
 
-SKETCHES = [{}, {"sparse": True}, {"centroids": 16}, {"sparse": True, "centroids": 4}]
+SKETCHES = [{}, {"sparse": True}, {"centroids": 16}, {"sparse": True, "centroids": 4, "codes": True}, {"codes": True}]
 """What a sequence may have beside K and V, of TINY."""
 each_sketch = pytest.mark.parametrize("sketches", SKETCHES, ids=lambda sketches: "-".join(sketches) or "none")
 
@@ -203,6 +206,10 @@ def check_sketches(sequence, key, layer=0):
                     images = stored(device, channel, page, pages)
                     assert codeword == 0
                     assert np.array_equal(layout.unpack_feature_pages(images, config), tokens)
+                elif kind is Kind.CODES:
+                    images = stored(device, channel, page, -(-(codeword + config.octets) // config.codewords_per_page))
+                    octets = images.reshape(-1, config.codeword_bytes)[codeword : codeword + config.octets]
+                    assert np.array_equal(octets, codes.pack(codes.encode(tokens, config), config)[0])
                 else:
                     means = layout.mean_keys(tokens, sequence.centroids, config)
                     first = codeword * config.tokens_per_codeword

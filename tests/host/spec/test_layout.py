@@ -181,9 +181,9 @@ def test_centroids_fill_codewords_and_share_pages(config, units):
         assert config.group_tokens // unit == codewords * config.tokens_per_codeword
         assert layout.unit_bits(unit, config) == (unit // config.tokens_per_codeword).bit_length() - 1
         assert layout.centroid_codewords(unit, config) == codewords
-        assert layout.centroid_pages(1, unit, config) == one
-        assert layout.centroid_pages(np.array([0, 1, 5]), unit, config).tolist() == [0, one, five]
-        places = [layout.centroid_place(i, unit, config) for i in range(5)]
+        assert layout.packed_pages(1, codewords, config) == one
+        assert layout.packed_pages(np.array([0, 1, 5]), codewords, config).tolist() == [0, one, five]
+        places = [layout.packed_place(i, codewords, config) for i in range(5)]
         assert [page * config.codewords_per_page + codeword for page, codeword in places] == [
             i * codewords for i in range(5)]
         assert all(0 <= codeword < config.codewords_per_page for _, codeword in places)

@@ -9,6 +9,7 @@ from tests.host.timing.recorded import POINTS
 from kvattic.errors import ConfigError, RequestError
 from kvattic.spec.commands import Kind, Mode
 from kvattic.spec.config import BOARD, GQA, PAPER, TINY
+from kvattic.spec.formats import KvFormat
 from kvattic.spec.nand import PARTS
 from kvattic.timing import Job, Layer, Operation, Read, Stripe, attend_job, estimate, in_turn, job_of_reads, seconds
 
@@ -23,8 +24,8 @@ def dense(config, heads=8, tokens=1024, **how):
 
 
 def sparse(config, mode=Mode.SPARF, heads=8, tokens=2048, **how):
-    kept = {"centroids": 64} if mode is Mode.CENTROID else {"features": True}
-    how = {"top_units": 8 if mode is Mode.CENTROID else tokens // 16, "features": 16} | how
+    kept = {Mode.CENTROID: {"centroids": 64}, Mode.CODES: {"codes": True}}.get(mode, {"features": True})
+    how = {"top_units": 8 if mode is Mode.CENTROID else tokens // 16, "features": 16 if mode.featured else 0} | how
     return estimate(config, Layer(config, heads, tokens, **kept).attend(mode=mode, **how))
 
 
@@ -41,7 +42,7 @@ def test_no_bus_moves_more_than_it_can(config):
     assert found.bus_use == pytest.approx(least / found.cycles)
     assert found.bus_use < found.bus_use_in_window < 1
     assert found.page_reads == codewords // config.codewords_per_page
-    assert found.codewords == {"feature": 0, "sketch": 0, "key": codewords // 2, "value": codewords // 2}
+    assert found.codewords == {"feature": 0, "codes": 0, "sketch": 0, "key": codewords // 2, "value": codewords // 2}
 
 
 def test_one_plane_reads_no_faster_than_its_array():
@@ -185,6 +186,56 @@ def test_centroids_of_stripes_beside_each_other_are_one_run():
     assert same.lanes[0].first == one.lanes[0].first
 
 
+def test_codes_read_octets_and_sinks():
+    found = sparse(PAPER, Mode.CODES, sinks=5)
+    # 8 heads, 8 stripes of 16 octets; 5 sinks in 3 codewords of 2 tokens.
+    assert found.codewords["codes"] == 8 * 8 * 16 and found.codewords["feature"] == 0
+    assert found.codewords["sketch"] == 8 * 3
+    # Two stripes of a head have one page of codes, if they lie on one channel: here each has its own.
+    assert sparse(PAPER, Mode.CODES, tokens=4096).page_reads < 2 * found.page_reads
+    whole = [Stripe(0, 0, 4, 256, whole=True), Stripe(1, 0, 4, 256, sketch_page=8, sketch_codeword=16)]
+    job = attend_job(PAPER, whole, mode=Mode.CODES, marked=np.zeros((2, 128), bool), sinks=5, stripe_pages=4)
+    found = estimate(PAPER, [job])
+    assert (found.codewords["codes"], found.codewords["sketch"]) == (16, 128)      # the sinks are of the tail
+    group, = job.lanes[1].first
+    assert (group.features, group.tokens, group.opens, group.pages[0].runs) == (True, 256, 1, (16,))
+
+
+def test_octets_of_small_pages_are_one_group():
+    """Four pages of four octets: one stripe's scores, when all have come."""
+    config = replace(PAPER, part=replace(PAPER.part, page_bytes=2048, spare_bytes=256), score_depth=32768)
+    stripe = Stripe(0, 0, 64, 256, sketch_page=8, sketch_codeword=2)
+    marked = np.zeros((1, 128), bool)
+    job = attend_job(config, [stripe], mode=Mode.CODES, marked=marked, stripe_pages=config.group_pages)
+    groups = job.lanes[0].first
+    assert sum(group.codewords for group in groups) == 16
+    assert [group.tokens for group in groups] == [0] * (len(groups) - 1) + [256]
+    reads = [Read(Kind.CODES, 0, 8 + i, list(range(2 if i == 0 else 0, 2 if i == 4 else 4))) for i in range(5)]
+    same = job_of_reads(config, reads, [256, *[0] * 7], rows=1, mode=Mode.CODES)
+    assert same.lanes[0].first == groups
+
+
+def test_what_was_read_is_enough_of_codes():
+    """What the golden device notes of jobs gives the times of their tables."""
+    layer, marked = Layer(PAPER, 8, 4096, codes=True), np.zeros((16, 128), bool)
+    marked[:, 5::9] = True
+    by_table, by_reads = [], []
+    for head in range(8):
+        table = layer.table(head, Mode.CODES)
+        by_table.append(attend_job(PAPER, table, mode=Mode.CODES, marked=marked, stripe_pages=4))
+        reads = [Read(Kind.CODES, s.channel, s.sketch_page, range(s.sketch_codeword, s.sketch_codeword + 16))
+                 for s in table]
+        for kind, first in ((Kind.KEY, 1), (Kind.VALUE, 2)):
+            reads += [Read(kind, s.channel, s[first] + page, (np.flatnonzero(marked[i, 32 * page :][:32])).tolist())
+                      for i, s in enumerate(table) for page in range(4)]
+        by_reads.append(job_of_reads(PAPER, reads, [512] * 8, rows=1, mode=Mode.CODES))
+    assert [job.lanes for job in by_reads] == [job.lanes for job in by_table]
+    # K of sinks is a group of its own.
+    sinks = job_of_reads(PAPER, [Read(Kind.CODES, 0, 8, range(16)), Read(Kind.SKETCH, 0, 40, [0, 1])], [256, *[0] * 7],
+                         rows=1, mode=Mode.CODES)
+    assert [(group.codewords, group.features) for group in sinks.lanes[0].first] == [(16, True), (2, False)]
+
+
 def test_what_was_read_is_enough():
     """A device that notes what it reads gives the same jobs as its table."""
     layer, rng = Layer(PAPER, 8, 2048, features=True), np.random.default_rng(0)
@@ -271,6 +322,9 @@ def test_the_same_work_takes_the_same_time():
      RequestError, "features must be 1 to 128"),
     (lambda: list(Layer(PAPER, 1, 256, features=True).attend(mode=Mode.SPARF, features=1, top_units=257)),
      RequestError, "top_units must be 1 to 256"),
+    (lambda: list(Layer(PAPER, 1, 256, features=True).attend(mode=Mode.CODES, top_units=1)), RequestError,
+     "mode codes reads codes, which this layer is without"),
+    (lambda: Layer(replace(TINY, kv=KvFormat.FP8_E4M3), 1, 128, codes=True), ConfigError, "without codes: kv must be"),
     (lambda: list(Layer(PAPER, 1, 256, centroids=64).attend(mode=Mode.CENTROID, unit_tokens=32, top_units=1)),
      RequestError, "those of the centroids, 64"),
     (lambda: list(Layer(PAPER, 1, 256).attend(rows=2)), RequestError, "rows must be 1 to 1"),

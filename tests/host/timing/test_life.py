@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import kvattic
-from kvattic.errors import RequestError
+from kvattic.errors import ConfigError, RequestError
 from kvattic.spec.config import PAPER, TINY
+from kvattic.spec.formats import KvFormat
 from kvattic.timing.life import Life, programmed_bytes
 
 OPT_13B = {"layers": 40, "kv_heads": 40}
@@ -34,9 +35,10 @@ def test_the_papers_endurance_table():
     assert Life(token_bytes=1, capacity_bytes=1, erases=1, amplification=2).tokens == 0.5
 
 
-@pytest.mark.parametrize("sketches", [{}, {"sparse": True}, {"sparse": True, "centroids": 8}])
+@pytest.mark.parametrize("sketches", [{}, {"sparse": True}, {"sparse": True, "centroids": 8},
+                                      {"sparse": True, "centroids": 8, "codes": True}])
 def test_the_drive_programs_as_much(sketches):
-    config = replace(TINY, dies=8)
+    config = replace(TINY, dies=8, beat_bytes=16)
     tokens, heads = 8 * config.group_tokens, 3
     with kvattic.open("model", config) as device:
         sequence = device.create_sequence(heads, capacity_tokens=tokens, **sketches)
@@ -44,7 +46,7 @@ def test_the_drive_programs_as_much(sketches):
         sequence.prefill(values, values)
         found = sequence.statistics().programmed_bytes / tokens
     wanted = programmed_bytes(config, layers=1, kv_heads=heads, features="sparse" in sketches,
-                              centroids=sketches.get("centroids"))
+                              centroids=sketches.get("centroids"), codes="codes" in sketches)
     assert wanted <= found <= 1.05 * wanted     # the last page of centroids need not be full
 
 
@@ -61,3 +63,11 @@ def test_the_drive_programs_as_much(sketches):
 def test_numbers_without_meaning_are_refused(make, message):
     with pytest.raises(RequestError, match=message):
         make()
+
+
+def test_codes_need_a_configuration_with_them():
+    with pytest.raises(ConfigError, match="without codes: kv must be element, not fp8_e4m3"):
+        programmed_bytes(replace(TINY, kv=KvFormat.FP8_E4M3), layers=1, kv_heads=1, codes=True)
+    # A feature of a token has 2 bits, and the levels take their room from the last few of them.
+    share = programmed_bytes(PAPER, layers=1, kv_heads=1, codes=True) / programmed_bytes(PAPER, layers=1, kv_heads=1)
+    assert share == 1 + 1 / 16

@@ -84,7 +84,7 @@ def test_without_matplotlib_there_are_tables_and_a_line_that_says_what_to_instal
 
 def test_speedups_compare_like_with_like():
     keys = system.BENCHES[0].keys
-    assert len(keys) == 3 * 2 * 3 * 4 and "system.speedup.flexgen.b64.d4.sparf" in keys
+    assert len(keys) == 3 * 2 * 3 * 5 and "system.speedup.flexgen.b64.d4.sparf" in keys
     found = system.BENCHES[0].measure(Lab(simulator=Simulator.VERILATOR, progress=lambda *_: None, say=print))
     assert set(found) == set(keys)
     assert found["system.speedup.flexgen.b64.d1.dense"] > 6.85      # what the paper's drive has
