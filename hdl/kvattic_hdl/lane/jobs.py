@@ -30,7 +30,7 @@ def job_readers(config: Config) -> dict[str, tuple[str, ...]]:
     walk = tuple(name for name, _ in Shapes(config).walk)
     readers: dict[str, tuple[str, ...]] = {
         "key": walk, "value": walk, "front": ("k_offset",), "faults": ("end_token",),
-        "arrivals": ("epoch", "stripe_bits", "read"), "score": ("scale", "tree_token")}
+        "arrivals": ("epoch", "read"), "next": ("stripe_bits",), "score": ("scale", "tree_token")}
     if config.sparse:
         readers["arrivals"] += ("mode", "unit_bits", *(("sinks",) if config.codes else ()))
         readers["score"] += ("unit_bits",)
@@ -58,7 +58,7 @@ class Jobs(wiring.Component):
         Strobes, one cycle later: the slot's job can be read from the next cycle on; it is a sparse one.
     sparse : Out(jobs_in_flight)
         The slot's job is a sparse one.
-    key, value, front, faults, arrivals, score, first, selector : Out, each with slot (In) and job (Out)
+    key, value, front, faults, arrivals, next, score, first, selector : Out, each with slot (In) and job (Out)
         The job of the reader's slot, in the same cycle; see `job_readers`.  The last two only if `config.sparse`.
     """
 
