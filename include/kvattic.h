@@ -32,7 +32,7 @@
 /* CONFIG_HASH of the presets. */
 #define KVATTIC_CONFIG_HASH_TINY 0x0ebff7ebu
 #define KVATTIC_CONFIG_HASH_BOARD 0x61f459ddu
-#define KVATTIC_CONFIG_HASH_PAPER 0x80729c41u
+#define KVATTIC_CONFIG_HASH_PAPER 0x546136e3u
 #define KVATTIC_CONFIG_HASH_GQA 0x42b0885bu
 
 /* Register addresses; 64-bit registers take two accesses, low half first. */

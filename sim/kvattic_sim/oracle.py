@@ -260,6 +260,7 @@ def codes(
     mean: NDArray[Any] | None = None,
     local_tokens: int = 0,
     sinks: int = 0,
+    codeword_tokens: int = 1,
     mask: NDArray[np.bool_] | None = None,
     tail: NDArray[np.bool_] | None = None,
 ) -> Sparse:
@@ -275,12 +276,13 @@ def codes(
         mean: as in `sparf`.
         local_tokens: the newest tokens, which are selected first.
         sinks: the first tokens, which are selected first, too.
+        codeword_tokens: tokens of a codeword, all of which are scored exactly if one is a sink.
         mask: bool, (rows, tokens).
         tail: bool, (tokens,).
     """
     q, k, v, estimate = (np.asarray(x, np.float64) for x in (q, k, v, estimate))
     seen, late = _everything(len(q), len(k), mask, tail)
-    exactly = late | (np.arange(len(k)) < sinks)
+    exactly = late | (np.arange(len(k)) // codeword_tokens * codeword_tokens < sinks)
     scores = q @ np.where(exactly[:, None], k, estimate).T * scale
     return _blended(q, k, v, scale, np.zeros(0, np.int64), np.full(len(q), scale), scores, 1, top_units, mean,
                     local_tokens, sinks, seen, late)

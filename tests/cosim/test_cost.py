@@ -4,15 +4,10 @@
 """
 
 import pytest
-from tests.host.driver.test_cost import MODES as ALL_MODES
-from tests.host.driver.test_cost import filled, query_of
+from tests.host.driver.test_cost import MODES, SPARSE, filled, query_of
 
 import kvattic
 from kvattic.spec.config import TINY
-
-MODES = [options for options in ALL_MODES if options.get("mode") != "codes"]
-"""Those that `tiny` has."""
-SPARSE = {"sparse": True, "centroids": 8}
 
 
 def costs(target):

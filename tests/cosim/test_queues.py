@@ -237,23 +237,22 @@ class Anything:
 
     def attend(self, dram: bool) -> bytes:
         rng = self.rng
-        mode = rng.choice([mode for mode in Mode if mode is not Mode.CODES])     # which `tiny` is without
+        mode = rng.choice(list(Mode))
         stripes = rng.choice((1, 1, 2, 3))
-        blended = mode in (Mode.SPARF, Mode.FETCHED)
         tokens = 16 if mode is Mode.DENSE else TINY.group_tokens
         kind = rng.randrange(6) if not dram else rng.choice((0, 1))
         fields = {} if mode is Mode.DENSE else {
             "top_units": self.mostly(rng.choice((1, 2, 5, 9)), 0, 500),
             "local_tokens": self.mostly(rng.choice((0, 0, 1)), 40),
-            "unit_bits": self.mostly(rng.choice((0, 0, 1)), 5) if mode is not Mode.SPARF else 0}
+            "unit_bits": self.mostly(rng.choice((0, 0, 1)), 5) if not mode.by_token else 0}
         return attend(
             mode, rows=self.mostly(rng.choice((1, 2)), 0, 3), stripes=self.mostly(stripes, 9),
             end_token=max(stripes * tokens - rng.randrange(20), 1), domain=self.domain(),
             query=self.address(QUERIES + self.mostly(rng.choice((0, 1, 2)), 3) * 0x100),
             result=self.address(RESULTS + self.slot * 0x200, write=True),
             table=self.address(
-                TABLES + (2 * kind + (mode is not Mode.DENSE)) * PLACE_BYTES + (not blended) * MEAN_BYTES),
-            features=blended * self.mostly(rng.choice((1, 3, 32)), 33), scale=fp32_bits(self.mostly(1, 0)),
+                TABLES + (2 * kind + (mode is not Mode.DENSE)) * PLACE_BYTES + (not mode.blended) * MEAN_BYTES),
+            features=mode.featured * self.mostly(rng.choice((1, 3, 32)), 33), scale=fp32_bits(self.mostly(1, 0)),
             tree_token=rng.choice((0, 1 << 20)), **fields)
 
     def read(self, dram: bool) -> bytes:

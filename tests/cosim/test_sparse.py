@@ -185,6 +185,7 @@ def test_another_geometry() -> None:
 # ---------------------------------------------------------------- orders, stalls, resets
 
 TWO = {"kv_heads": 2, "q_heads": 4, "tokens": [3 * GROUP + 17], "how": fetched(4, 9)}
+TWO_BY_CODES = TWO | {"how": codes(30, 3, 6)}
 
 
 def orders(device: Device, seeds: list[int]) -> tuple[list[Any], int]:
@@ -196,7 +197,7 @@ def orders(device: Device, seeds: list[int]) -> tuple[list[Any], int]:
             gap=Stall.RANDOM, stall_probability=int(rng.integers(0, 100)), seed=seed + 1))
         device.transport.set_stalls(AxiStalls.everywhere(Stall.RANDOM, seed=seed) if seed % 3 == 0 else AxiStalls())
         begin = device.transport.cycles
-        found.append(attend_case(device, TWO))
+        found.append([attend_case(device, case) for case in (TWO, TWO_BY_CODES)])
         cycles.add(device.transport.cycles - begin)
         if len(found) > 1 and not differences(found[-1], found[0]):
             found.pop()
@@ -209,7 +210,7 @@ def test_order_changes_no_bit(campaign: Callable[[int, int], int]) -> None:
     found, cycles = simulate(TINY, orders, seeds=list(range(count)))
     assert len(found) == 1, differences(found[1], found[0])
     assert cycles > count // 2, "the orders were hardly different"
-    assert not differences(found[0], model(TINY, attend_case, case=TWO))
+    assert not differences(found[0], [model(TINY, attend_case, case=case) for case in (TWO, TWO_BY_CODES)])
 
 
 def resets(device: Device, delays: list[int]) -> dict[str, Any]:
@@ -217,10 +218,10 @@ def resets(device: Device, delays: list[int]) -> dict[str, Any]:
     transport, found = device.transport, {}
     for delay in delays:
         transport.set_flash(FlashSettings(latency=50, jitter=100, shuffle=True, seed=delay, gap=Stall.RANDOM))
-        with device.create_sequence(2, capacity_tokens=3 * GROUP, sparse=True) as sequence:
+        with device.create_sequence(2, capacity_tokens=3 * GROUP, sparse=True, codes=True) as sequence:
             sequence.prefill(normal(TINY, delay, 2, 3 * GROUP), normal(TINY, delay + 1, 2, 3 * GROUP))
             plans = [sequence.plan(normal(TINY, delay + 2, heads, 1), **how)
-                     for heads, how in ((4, sparf(4, 20)), (4, fetched(4, 9)), (6, {}))]
+                     for heads, how in ((4, sparf(4, 20)), (4, codes(20, 0, 3)), (4, fetched(4, 9)), (6, {}))]
             waiting = device.submit([job for plan in plans * 2 for job in plan.jobs])
             transport.run_cycles(delay)
             assert transport.read_register("STATUS") & StatusBit.BUSY
@@ -228,20 +229,21 @@ def resets(device: Device, delays: list[int]) -> dict[str, Any]:
             for future in waiting:
                 with pytest.raises(DeviceStatusError, match="the device was reset"):
                     future.result()
-            found[str(delay)] = attend_case(device, TWO, delay)
+            found[str(delay)] = [attend_case(device, case, delay) for case in (TWO, TWO_BY_CODES)]
     return found
 
 
 def test_reset_in_the_middle_of_work() -> None:
     delays = [100, 400, 700, 1000, 1300, 1700, 2100, 2500]
-    expected = {str(delay): model(TINY, attend_case, case=TWO, seed=delay) for delay in delays}
+    expected = {str(delay): [model(TINY, attend_case, case=case, seed=delay) for case in (TWO, TWO_BY_CODES)]
+                for delay in delays}
     assert not differences(simulate(TINY, resets, delays=delays), expected)
 
 
 # ---------------------------------------------------------------- the whole drive
 
 
-@pytest.mark.parametrize("mode", ["sparf", "fetched", "centroid"])
+@pytest.mark.parametrize("mode", ["sparf", "fetched", "centroid", "codes"])
 def test_a_life(mode: str) -> None:
     """Prefill, decode steps from the tail, a stripe that fills up, freeing and another sequence, behind NAND."""
     options = ModeSettings(mode=mode, features=4, top_units=5)
@@ -264,7 +266,8 @@ def whole_life(device: Device, life: Any) -> list[Any]:
 def unreadable(device: Device) -> list[Any]:
     """A die whose pages cannot be read: jobs that need them say so, a job in DRAM alone does not."""
     found = []
-    for needs, how in (({"sparse": True}, sparf(4, 20)), ({"centroids": UNIT}, centroid(9))):
+    for needs, how in (({"sparse": True}, sparf(4, 20)), ({"centroids": UNIT}, centroid(9)),
+                       ({"codes": True}, codes(20))):
         with device.create_sequence(2, capacity_tokens=3 * GROUP, **needs) as sequence:
             sequence.prefill(normal(TINY, 1, 2, 3 * GROUP), normal(TINY, 2, 2, 3 * GROUP))
             other = device.create_sequence(1, capacity_tokens=GROUP, **needs)
@@ -280,19 +283,20 @@ def test_unreadable_sketches() -> None:
                                   for die in range(TINY.dies) for plane in range(TINY.part.planes)))
     found = run_in_simulation(TINY, unreadable, {}, flash=NandSettings(faults={0: lost}), memory_bytes=1 << 20,
                               timeout_cycles=2_000_000, timeout_s=300).result
-    assert found == [[Status.UNREADABLE_SKETCH, Status.UNREADABLE_SKETCH, Status.OK]] * 2
+    assert found == [[Status.UNREADABLE_SKETCH, Status.UNREADABLE_SKETCH, Status.OK]] * 3
 
 
 # ---------------------------------------------------------------- what the flash side does wrong
 
 
-def faults(device: Device, kind: FaultKind, numbers: list[int], value: int) -> list[dict[str, Any]]:
+def faults(device: Device, how: dict[str, Any], kind: FaultKind, numbers: list[int],
+           value: int) -> list[dict[str, Any]]:
     """A fault at each of some codewords of a batch, then a whole batch."""
     transport, found = device.transport, []
     transport.write_register("TIMEOUT", 3000)
-    with device.create_sequence(3, capacity_tokens=2 * GROUP, sparse=True) as sequence:
+    with device.create_sequence(3, capacity_tokens=2 * GROUP, sparse=True, codes=True) as sequence:
         sequence.prefill(normal(TINY, 1, 3, 2 * GROUP), normal(TINY, 2, 3, 2 * GROUP))
-        jobs = sequence.plan(normal(TINY, 3, 3, 1), **sparf(4, 20)).jobs
+        jobs = sequence.plan(normal(TINY, 3, 3, 1), **how).jobs
         for number in numbers:
             fault = Fault(kind=kind, number=number, channel=number % 2, value=value)
             transport.set_flash(FlashSettings(latency=30, jitter=60, shuffle=True, seed=number, fault=fault))
@@ -310,17 +314,19 @@ def faults(device: Device, kind: FaultKind, numbers: list[int], value: int) -> l
     return found
 
 
-def faultless(device: Device) -> list[Any]:
-    with device.create_sequence(3, capacity_tokens=2 * GROUP, sparse=True) as sequence:
+def faultless(device: Device, how: dict[str, Any]) -> list[Any]:
+    with device.create_sequence(3, capacity_tokens=2 * GROUP, sparse=True, codes=True) as sequence:
         sequence.prefill(normal(TINY, 1, 3, 2 * GROUP), normal(TINY, 2, 3, 2 * GROUP))
-        return [r.bits for r in device.run(sequence.plan(normal(TINY, 3, 3, 1), **sparf(4, 20)).jobs)]
+        return [r.bits for r in device.run(sequence.plan(normal(TINY, 3, 3, 1), **how).jobs)]
 
 
+@pytest.mark.parametrize("how", [sparf(4, 20), codes(20)], ids=["sparf", "codes"])
 @pytest.mark.parametrize(("kind", "value"), [(FaultKind.DROP, 0), (FaultKind.DELAY, 8000), (FaultKind.DUPLICATE, 0)])
-def test_flash_faults(kind: FaultKind, value: int) -> None:
+def test_flash_faults(kind: FaultKind, value: int, how: dict[str, Any]) -> None:
     """Codewords of the first pass, of K and of V that are lost, come late or come twice."""
     numbers = [1, 2, 3, 4, 7, 10, 15, 20, 27, 34]
-    found, expected = simulate(TINY, faults, kind=kind, numbers=numbers, value=value), model(TINY, faultless)
+    found = simulate(TINY, faults, how=how, kind=kind, numbers=numbers, value=value)
+    expected = model(TINY, faultless, how=how)
     for seen in found:
         assert not differences(seen["after"], expected), seen
         lost = [c for c in seen["completions"] if c.status is not Status.OK]
@@ -342,12 +348,13 @@ def bad_commands(device: Device) -> dict[str, Any]:
     """Each mistake in a sparse command, between two good ones."""
     config, transport = device.config, device.transport
     tokens = 2 * GROUP + 5
-    sequence = device.create_sequence(1, capacity_tokens=tokens, sparse=True, centroids=UNIT)
+    sequence = device.create_sequence(1, capacity_tokens=tokens, sparse=True, centroids=UNIT, codes=True)
     sequence.prefill(normal(config, 1, 1, tokens), normal(config, 2, 1, tokens))
     plain = device.create_sequence(1, capacity_tokens=tokens)
     plain.prefill(normal(config, 1, 1, tokens), normal(config, 2, 1, tokens))
     sparse_job = sequence.plan(normal(config, 3, 1, 1), **sparf(4, 20)).jobs[0]
     centroid_job = sequence.plan(normal(config, 3, 1, 1), **centroid(9)).jobs[0]
+    codes_job = sequence.plan(normal(config, 3, 1, 1), **codes(20)).jobs[0]
     query = np.zeros((1, query_row_bytes(config.head_dim)), np.uint8)
     query[:, 4:8] = np.array([tokens], "<u4").view(np.uint8)
     query[0, LINE_BYTES : LINE_BYTES + 2 * config.head_dim] = sparse_job.query.view(np.uint8)[0]
@@ -357,7 +364,7 @@ def bad_commands(device: Device) -> dict[str, Any]:
     def table(job: Any) -> Any:
         return np.stack([job.table, job.sketch], axis=1).ravel().astype("<u8")
 
-    good_table, centroid_table = table(sparse_job), table(centroid_job)
+    good_table, centroid_table, codes_table = table(sparse_job), table(centroid_job), table(codes_job)
     unwritten = good_table.copy()
     unwritten[3] = pack_sketches(0, 0, 0)     # of the second stripe, which is in flash
     channel = good_table.copy()
@@ -365,6 +372,11 @@ def bad_commands(device: Device) -> dict[str, Any]:
     mean = np.asarray(sparse_job.mean, "<u4").copy()
     bad_mean = mean.copy()
     bad_mean[7] = 0x7FC0_0000
+    uncoded, codes_beyond, odd_features = codes_table.copy(), codes_table.copy(), good_table.copy()
+    uncoded[3] = pack_sketches(0, 0, 0)
+    # The last octet is in the next zone.
+    codes_beyond[1] = pack_sketches((1 << config.zone_page_bits) - 1, config.codewords_per_page - config.octets + 1, 1)
+    odd_features[1] = pack_sketches(int(good_table[1]) & 0xFF_FFFF, 1, 1)    # of the feature layout, within a page
     foreign, beyond, unwritten_and_foreign = good_table.copy(), good_table.copy(), unwritten.copy()
     page = config.part.blocks << config.zone_page_bits    # there is no such zone
     foreign[3] = pack_sketches(page, 0, 1)
@@ -373,7 +385,8 @@ def bad_commands(device: Device) -> dict[str, Any]:
     for address, before, data in (
             (0x4000, mean, good_table), (0x4200, mean, unwritten), (0x4400, mean, channel), (0x4600, mean, foreign),
             (0x4800, mean, beyond), (0x4A00, mean, unwritten_and_foreign), (0x4C00, bad_mean, good_table),
-            (0x4E00, mean[:0], centroid_table)):
+            (0x4E00, mean[:0], centroid_table), (0x5000, mean, codes_table), (0x5200, mean, uncoded),
+            (0x5400, mean, codes_beyond), (0x5600, mean, odd_features)):
         assert len(before.tobytes()) in (0, fp32_block_bytes(config.head_dim))
         transport.write_memory(at + address, before.tobytes() + data.tobytes())
     nan = query.copy()
@@ -387,11 +400,20 @@ def bad_commands(device: Device) -> dict[str, Any]:
     }
     by_fetched = {"mode": Mode.FETCHED}
     by_centroid = {"mode": Mode.CENTROID, "table": at + 0x4E00, "features": 0, "top_units": 9}
+    by_codes = {"mode": Mode.CODES, "table": at + 0x5000, "features": 0}
     units = -(-tokens // UNIT)
     mistakes: dict[str, dict[str, int]] = {
         "good fetched": by_fetched,
         "good centroid": by_centroid,
+        "good codes": by_codes | {"sinks": GROUP // 2, "top_units": GROUP},
         "no such mode": {"mode": 5},
+        "codes with features": by_codes | {"features": 4},
+        "codes with units": by_codes | {"unit_bits": 1},
+        "codes, sinks above": by_codes | {"sinks": GROUP // 2 + 1, "top_units": GROUP},
+        "codes, k above": by_codes | {"top_units": tokens + 1},
+        "no codes": by_codes | {"table": at + 0x5200},
+        "codes beyond their zone": by_codes | {"table": at + 0x5400},
+        "features within a page": {"table": at + 0x5600},
         "reserved": {"reserved0": 1},
         "small stripes": {"stripe_pages": config.group_pages // 2},
         "sparf with units": {"unit_bits": 1},
@@ -455,7 +477,7 @@ def special_tokens(device: Device) -> list[Any]:
             arrays = [normal(TINY, i, 2, tokens) for i in (1, 2)]
             arrays[kind][0, head_token, channel] = NAN
             for needs, how in (({"sparse": True}, sparf(4, 20)), ({"sparse": True}, fetched(TINY.head_dim, 6)),
-                               ({"centroids": UNIT}, centroid(9))):
+                               ({"centroids": UNIT}, centroid(9)), ({"codes": True}, codes(20, 0, 9))):
                 with device.create_sequence(2, capacity_tokens=tokens, **needs) as sequence:
                     sequence.prefill(*arrays)
                     for result in device.run(sequence.plan(normal(TINY, 3, 2, 1), **how).jobs, check=False):

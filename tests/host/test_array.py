@@ -110,8 +110,7 @@ def test_heads_with_appends_in_pieces():
 
 
 def test_heads_of_the_sparse_modes():
-    config = replace(TINY, beat_bytes=16)
-    array, device = array_of(2, config), one_device(config)
+    array, device = array_of(2), one_device()
     key, value, query = tensors(3, 150, 6, 2)
     options = {"capacity_tokens": 200, "sparse": True, "centroids": TINY.tokens_per_codeword, "codes": True}
     split, whole = (a.create_sequence(3, **options) for a in (array, device))

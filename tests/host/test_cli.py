@@ -202,15 +202,11 @@ def test_missing_target_exits_2(capsys):
 # ---------------------------------------------------------------- selftest
 
 
-def test_the_selftest_checks_every_mode(capsys, tables, tmp_path):
-    (tmp_path / "wide.json").write_text(replace(TINY, beat_bytes=16).to_json())
-    wide = parsed(capsys, "selftest", "model", "--config", str(tmp_path / "wide.json"))
-    assert wide["passed"]
-    assert {"codes, all", "sparf, all"} <= {check["name"] for check in wide["checks"]}
-    found = parsed(capsys, "selftest", "model")     # a configuration without codes
+def test_the_selftest_checks_every_mode(capsys, tables):
+    found = parsed(capsys, "selftest", "model")
     assert found["passed"]
     names = [check["name"] for check in found["checks"]]
-    assert {name.partition(",")[0] for name in names} == {"dense", "sparf", "fetched", "centroid"}
+    assert {name.partition(",")[0] for name in names} == {"dense", "sparf", "fetched", "centroid", "codes"}
     assert "dense, tree of 5 drafts" in names
     assert "dense, 3 appended" in names
     assert all(check["error"] <= selftest.TOLERANCE for check in found["checks"])
@@ -226,7 +222,7 @@ def test_the_selftest_checks_every_mode(capsys, tables, tmp_path):
 def test_the_selftest_passes_on_other_configurations(config):
     with kvattic.open("model", config) as device, kvattic.open("model", config) as golden:
         checks = list(selftest.run(device, golden, seed=1))
-    assert len(checks) == (16 if config.sparse else 10)
+    assert len(checks) == (17 if config.sparse else 10)
     assert [check for check in checks if not check.good or not check.equal] == []
 
 
@@ -248,7 +244,7 @@ def test_a_wrong_result_is_one(capsys, monkeypatch):
     spoiled(monkeypatch, more)
     code, out, _ = call(capsys, "selftest")
     assert code == 1
-    assert "14 of 16 results are right" in out
+    assert "15 of 17 results are right" in out
     assert "WRONG" in out
     code, out, _ = call(capsys, "selftest", "--json")
     found = json.loads(out)

@@ -18,6 +18,7 @@ ARGUMENTS: dict[str, Any] = {
     "config": TINY,
     "kind": Kind.KEY,
     "interval": 3,
+    "build_cycles": 18,
     "depth": 16,
     "bits": 48,
     "numerator_bits": TINY.accumulator_bits,

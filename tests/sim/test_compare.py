@@ -13,7 +13,7 @@ from kvattic import TINY, AttendResult
 from kvattic_sim.compare import BOUND, equal_bits, exact_attention, oracle_errors
 from kvattic_sim.workloads import DENSE, Attention, ModeSettings, decode, live, minilm_life, topical
 
-SPARSE = [ModeSettings(mode=mode) for mode in ("sparf", "fetched", "centroid")]
+SPARSE = [ModeSettings(mode=mode) for mode in ("sparf", "fetched", "centroid", "codes")]
 CONFIG = replace(TINY, part=replace(TINY.part, blocks=32))
 
 

@@ -18,8 +18,12 @@ from kvattic_hdl.lib.stream_buffer import Queue
 
 
 def beats_buffered(config: Config) -> int:
-    """Beats that are buffered: covers the time from a V codeword's arrival to its first weight."""
-    return 1 << (Exponential.LATENCY + 12 + config.rows - 1).bit_length()
+    """Beats that are buffered: covers the time from a V codeword's arrival to its first weight.
+
+    An octet is issued only when all of it is there, so that it must not hold the last place.
+    """
+    weights = 1 << (Exponential.LATENCY + 12 + config.rows - 1).bit_length()
+    return max(weights, 2 * config.group_words) if config.codes else weights
 
 
 def headers_buffered(config: Config) -> int:

@@ -8,6 +8,7 @@ from amaranth.utils import bits_for, ceil_log2
 
 from kvattic.spec.config import Config
 from kvattic_hdl.lane.first_walker import sink_bits
+from kvattic_hdl.lib.arithmetic import strobe
 from kvattic_hdl.lib.shapes import TOKEN_BITS, Shapes
 
 GENERATION_BITS = 4
@@ -102,18 +103,19 @@ class FirstPass(wiring.Component):
         # `newest` was opened last; the buffers' number is a power of two.
         newest, oldest = Signal(self._group), Signal(self._group)
         used, closed = Signal(len(groups)), Signal(len(groups))
-        slots = [Signal(shapes.slot, name=f"slot_{g}") for g in groups]
         left = Array(Signal(bits_for(config.group_codewords), name=f"left_{g}") for g in groups)
         end = Signal()
         m.submodules.about = about = Memory(
             shape=group_shape(config), depth=len(groups), init=[], attrs={"ram_style": "distributed"})
-        write, head = about.write_port(domain="sync"), about.read_port(domain="comb")
+        write, head, second = about.write_port(domain="sync"), about.read_port(domain="comb"), about.read_port(
+            domain="comb")
         m.d.comb += [
             self.room.eq(~used.bit_select(self.next, 1)),
             write.en.eq(self.open),
             write.addr.eq(self.next),
             write.data.eq(self.group),
             head.addr.eq(oldest),
+            second.addr.eq(oldest + 1),
         ]
         for g in groups:
             up, down = Signal(name=f"up_{g}"), Signal(range(3), name=f"down_{g}")
@@ -130,13 +132,15 @@ class FirstPass(wiring.Component):
             with m.If(end & (oldest == g)):
                 m.d.sync += [used[g].eq(0), closed[g].eq(0), left[g].eq(0)]
             with m.If(self.open & (self.next == g)):
-                m.d.sync += [used[g].eq(1), slots[g].eq(self.group.slot)]
+                m.d.sync += used[g].eq(1)
         with m.If(self.open):
             m.d.sync += [newest.eq(self.next), self.next.eq(self.next + 1)]
         with m.If(end):
             m.d.sync += oldest.eq(oldest + 1)
-        for s in range(config.jobs_in_flight):
-            m.d.comb += self.remains[s].eq(Cat(used[g] & (slots[g] == s) for g in groups).any())
+        # Groups of a job follow each other.
+        goes_on = used.bit_select(second.addr, 1) & (second.data.slot == head.data.slot)
+        m.d.sync += self.remains.eq(
+            (self.remains & ~strobe(end & ~goes_on, head.data.slot)) | strobe(self.open, self.group.slot))
 
         # The oldest group.
         token = self.harvest.payload

@@ -13,9 +13,9 @@ from kvattic.driver.jobs import Job
 from kvattic.errors import RangeError, RequestError
 from kvattic.merge import Partial, merge
 from kvattic.spec.blocks import Results, unpack_results
-from kvattic.spec.commands import Completion, CompletionFlag
+from kvattic.spec.commands import Completion, CompletionFlag, Mode
 from kvattic.spec.elements import Bits, Integers
-from kvattic.spec.formats import SCORE_FRACTION, SCORE_MAX, VALUE_FRACTION
+from kvattic.spec.formats import CODES_FRACTION, CODES_LIMIT, SCORE_FRACTION, SCORE_MAX, VALUE_FRACTION
 from kvattic.timing import JobTimes
 from kvattic.timing.cost import Cost
 
@@ -259,8 +259,10 @@ def check_range(job: Job, flags: CompletionFlag) -> None:
     """
     name = job.label or "a job"
     if flags & CompletionFlag.SCORE_OVERFLOW:
+        codes = (f", and by codes that of two neighbouring features within {CODES_LIMIT >> CODES_FRACTION:,}"
+                 if job.mode is Mode.CODES else "")
         raise RangeError(f"{name}: a score, or the share of one feature in it, is beyond the drive's range: scale * "
-                         f"log2(e) * q.k must be within {SCORE_MAX >> SCORE_FRACTION:,} either way; make q, K or the "
-                         "scale smaller")
+                         f"log2(e) * q.k must be within {SCORE_MAX >> SCORE_FRACTION:,} either way{codes}; make q, K "
+                         "or the scale smaller")
     if flags & CompletionFlag.VALUE_OVERFLOW:
         raise RangeError(f"{name}: V is beyond the drive's range, about a million (2**20) in bf16; make it smaller")

@@ -49,7 +49,7 @@ class Config:
             the stripes of all of them.
         jobs_in_flight: jobs that the engine overlaps (2 to 16).
         sparse: the engine has the sparse modes (`commands.Mode`).
-        groups_in_flight: groups of the feature layout that a lane sums at the same time (2, 4, 8 or 16).
+        groups_in_flight: groups of the feature layout that a lane sums at the same time (2, 4, 8, 16 or 32).
         clock_mhz: clock that turns cycles into seconds and the part's times into cycles (above 0, at most 10,000).
 
     Raises:
@@ -127,7 +127,7 @@ class Config:
         self._check(self.score_depth >= self.codewords_per_page << self.slot_bits_per_codeword, "score_depth",
                     f"at least one page of tokens ({self.codewords_per_page << self.slot_bits_per_codeword})")
         self._check(2 <= self.jobs_in_flight <= 16, "jobs_in_flight", "2 to 16")
-        self._check(self.groups_in_flight in (2, 4, 8, 16), "groups_in_flight", "2, 4, 8 or 16")
+        self._check(self.groups_in_flight in (2, 4, 8, 16, 32), "groups_in_flight", "2, 4, 8, 16 or 32")
         if self.sparse and (reason := self._no_groups):
             raise ConfigError(f"sparse must be False here: {reason}")
         self._check(0 < self.clock_mhz <= MAX_CLOCK_MHZ, "clock_mhz", f"above 0 and at most {MAX_CLOCK_MHZ:,}, in MHz")
@@ -434,7 +434,7 @@ TINY = Config(channels=2, rows=2, head_dim=32, part=TINY_PART, dies=2, dram_beat
 """Fast tests."""
 BOARD = Config(channels=4, lane_channels=4, beat_bytes=32, score_depth=16384, jobs_in_flight=8, groups_in_flight=16)
 """A four-channel OpenSSD board (paper v1: 4 flash channels)."""
-PAPER = Config(lane_channels=4, beat_bytes=32, score_depth=32768, jobs_in_flight=16, groups_in_flight=16)
+PAPER = Config(lane_channels=4, beat_bytes=32, score_depth=32768, jobs_in_flight=16, groups_in_flight=32)
 """The paper's drive: 8 channels, one query row, 285 MHz (HPCA text, section VI)."""
 GQA = Config(lane_channels=2, beat_bytes=16, rows=8, score_depth=8192, jobs_in_flight=8, groups_in_flight=8)
 """Groups of eight query rows share each byte of K and V."""

@@ -11,8 +11,11 @@ from types import MappingProxyType
 from typing import Any
 
 from kvattic_sim.lm.methods import (
+    CODEWORD_BYTES,
     ELEMENT_BYTES,
+    GROUP,
     Centroid,
+    Coded,
     Dense,
     Fetched,
     HeavyHitters,
@@ -23,7 +26,7 @@ from kvattic_sim.lm.methods import (
     Sparq,
     Stateless,
 )
-from kvattic_sim.lm.sketch import BOUND_BYTES
+from kvattic_sim.lm.sketch import BOUND_BYTES, octets
 
 __all__ = ["CONTENDERS", "RATIOS", "SINKS", "Contender", "at_bytes", "possible", "sketch_first_pass"]
 
@@ -71,7 +74,14 @@ def _by_units(kind: Callable[..., Stateless], entries: int, unit: int) -> Callab
     return of
 
 
+def _codes(head_dim: int, ratio: Fraction) -> tuple[Fraction, Callable[[float], Method]]:
+    del ratio
+    first_pass = Fraction(octets(head_dim) * CODEWORD_BYTES, 2 * ELEMENT_BYTES * GROUP * head_dim)
+    return first_pass, lambda share: Coded(share=share, sinks=SINKS, pairs=True)
+
+
 CONTENDERS: Mapping[str, Contender] = MappingProxyType({
+    "codes": ("codes", _codes),
     "sketch": ("sketch, 2 bits", _sketch(2, 256)),
     "sketch_half": ("sketch, 2 bits of d/2 in runs of 8", _sketch(2, 256, Fraction(1, 2), feature_run=8)),
     "sketch_single": ("sketch, 2 bits of d/2", _sketch(2, 256, Fraction(1, 2))),

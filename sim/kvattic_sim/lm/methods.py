@@ -16,13 +16,14 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvattic_sim.lm.sketch import encode, sketch_bytes
+from kvattic_sim.lm.sketch import drive_codes, encode, octets, sketch_bytes
 
 __all__ = [
     "CODEWORD_BYTES",
     "ELEMENT_BYTES",
     "GROUP",
     "Centroid",
+    "Coded",
     "Dense",
     "Fetched",
     "HeavyHitters",
@@ -440,7 +441,7 @@ class Sketched(Stateless):
     K and V of one token lie side by side, so that the unit is a token and one codeword has both. The sketch's own pages
     are dense: codes and bounds of whole groups are read, or those of the chosen features if it is laid out by features.
     Sinks are scored exactly in the first pass, as the tail is: they hold so much of the weight that a wrong score of
-    theirs makes alpha wrong. The drive does not have this mode.
+    theirs makes alpha wrong. This is a study; what the drive does is `Coded`.
 
     Members:
         share: k as a share of the tokens in flash; the tail comes on top.
@@ -490,6 +491,44 @@ class Sketched(Stateless):
         first += -(-np.minimum(exact, steps.flash) // pair) * (codewords * CODEWORD_BYTES)
         second = codewords * CODEWORD_BYTES * steps.touched(attended, pair)
         return _blend(steps, mass, attended, first, second) if self.blend else steps.outcome(attended, first, second)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coded(Stateless):
+    """The drive's mode CODES: tokens chosen by scores of codes of all features of K, blended as SparF.
+
+    Codes are the drive's, of codewords of 512 bytes (`kvattic.spec.codes`); an octet of them is one codeword. The first
+    pass scores the tail exactly, and the codewords that hold sinks. The truncation of codes' scores (docs/numerics.md)
+    is left out.
+
+    Members:
+        share: k as a share of the tokens in flash; the tail comes on top.
+        local: as in `Sparf`.
+        sinks: the first tokens, which are selected in any case, count in k, and are left out of the levels.
+        pairs: K and V of one token lie side by side, so that one codeword has both, as in `Sketched`; the drive reads a
+            codeword of K and one of V.
+    """
+
+    name: ClassVar[str] = "codes"
+    share: float
+    local: float = 0.25
+    sinks: int = 16
+    pairs: bool = False
+
+    def attend(self, query: Floats, key: Floats, value: Floats, lengths: Counts) -> Outcome:
+        """See `Stateless`."""
+        steps = _Steps.of(query, key, value, lengths)
+        whole = int(steps.flash.max())
+        rough = np.zeros_like(key)
+        if whole:
+            rough[:whole] = drive_codes(key[:whole], self.sinks)
+        together = _codeword_tokens(key) // (2 if self.pairs else 1)
+        mass = _approximate(steps, key.shape[1], rough, -(-self.sinks // together) * together)
+        wanted = share_of(self.share, steps.flash)
+        attended = steps.tail | _choose(steps, mass, wanted, share_of(self.local, wanted, 0), 1, self.sinks)
+        first = steps.flash // GROUP * octets(key.shape[1]) - (-np.minimum(self.sinks, steps.flash) // together)
+        second = steps.touched(attended, together) * (1 if self.pairs else 2)
+        return _blend(steps, mass, attended, first * CODEWORD_BYTES, second * CODEWORD_BYTES)
 
 
 class _ByUnit(Stateless):

@@ -189,7 +189,7 @@ def _over(score: Score, dense: Score) -> float:
 
 
 def measure(progress: Callable[[str], None] = lambda line: None, console: Console | None = None, tens: int = 1,
-            question_dense: bool = False, names: Iterable[str] = ("sketch", *BESIDE)) -> dict[str, float]:
+            question_dense: bool = False, names: Iterable[str] = ("codes", *BESIDE)) -> dict[str, float]:
     """All figures of `KEYS`; prints a table if there is a console.
 
     Args:
@@ -215,7 +215,7 @@ def measure(progress: Callable[[str], None] = lambda line: None, console: Consol
         console.print(_table(found, asked, f"{len(asked)} questions at {RATIO} of the bytes, the question "
                                            f"{'read densely' if question_dense else 'by the method'}"))
     dense = found["dense"]
-    return {"sparse.sketch.needle": _over(found["sketch"], dense), "sparse.sketch.needle.dense": dense.share,
+    return {"sparse.sketch.needle": _over(found["codes"], dense), "sparse.sketch.needle.dense": dense.share,
             **{f"sparse.sketch.needle.{name}": _over(found[name], dense) for name in BESIDE}}
 
 
@@ -226,12 +226,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tens", type=int, choices=range(1, DEPTHS + 1), default=1, metavar="N",
                         help="of questions, from 1 to 10 (default: %(default)s): 2 minutes each")
     parser.add_argument("--methods", nargs="+", choices=tuple(CONTENDERS), default=(), metavar="METHOD",
-                        help=f"besides the sketch and {', '.join(BESIDE)}: of {', '.join(CONTENDERS)}")
+                        help=f"besides codes and {', '.join(BESIDE)}: of {', '.join(CONTENDERS)}")
     parser.add_argument("--question", choices=("method", "dense"), default="method",
                         help="how the question is read (default: %(default)s)")
     args = parser.parse_args(arguments)
     console = Console(width=130 if not sys.stdout.isatty() else None)
-    names = dict.fromkeys(("sketch", *BESIDE, *args.methods))
+    names = dict.fromkeys(("codes", *BESIDE, *args.methods))
     found = measure(lambda line: console.print(line, style="dim"), console, args.tens, args.question == "dense", names)
     if args.question == "method" and args.tens == 1:    # as `make bench` asks
         figures.record(found)

@@ -4,16 +4,22 @@ Codes are uniform between the least and the largest of a feature over a block of
 so that no element is ever clipped. Attention sinks have keys unlike all others and would stretch every feature's range;
 so they are left out of the statistics, and whoever reads a sketch attends them always.
 
-This is a study in NumPy: the drive does not read such a sketch yet.
+`Sketch` is a study, of any number of bits and any size of blocks.  What the drive's mode CODES reads are `drive_codes`:
+2 bits, blocks of 256, and one feature of eight with 1 bit, which makes room for the levels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BITS", "BOUND_BYTES", "LEVELS", "Sketch", "encode", "sketch_bytes"]
+from kvattic.spec import codes
+from kvattic.spec.config import PAPER, Config
+from kvattic.spec.elements import to_bits
+
+__all__ = ["BITS", "BOUND_BYTES", "LEVELS", "Sketch", "drive_codes", "encode", "octets", "sketch_bytes"]
 
 Floats = NDArray[np.floating[Any]]
 
@@ -115,3 +121,31 @@ def sketch_bytes(tokens: NDArray[np.int64], features: int, bits: int, block_toke
     """
     codes = -(-tokens * (features * bits) // 8)
     return np.asarray(codes + -(-tokens // block_tokens) * (2 * BOUND_BYTES * features))
+
+
+def drive_codes(key: Floats, sinks: int = 0) -> Floats:
+    """What the drive's codes of one head's keys stand for (`kvattic.spec.codes`).
+
+    Args:
+        key: floats that fp16 holds, (tokens, head_dim), whole groups of 256 tokens.
+        sinks: the first tokens, which the levels leave out.
+
+    Returns:
+        Floats of the same type and shape.
+
+    Raises:
+        kvattic.ConfigError: no drive with codes has such a head_dim.
+    """
+    config = _drive(key.shape[1])
+    bits = to_bits(key, config.element)
+    return codes.decode(codes.encode(bits, config, skip=sinks), config).astype(key.dtype)
+
+
+def octets(head_dim: int) -> int:
+    """Codewords of codes of a group."""
+    return _drive(head_dim).octets
+
+
+@cache
+def _drive(head_dim: int) -> Config:
+    return replace(PAPER, head_dim=head_dim)

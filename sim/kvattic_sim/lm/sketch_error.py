@@ -1,4 +1,4 @@
-"""How far a sketch's attention is off a real model's, against what it moves and what it stores.
+"""How far attention by codes, or by other sketches, is off a real model's, against what it moves and what it stores.
 
 ``python -m kvattic_sim.lm.sketch_error`` prints tables of bits, blocks and features, and of the methods beside them:
 some minutes. It needs the extra `quality`.
@@ -25,8 +25,11 @@ from rich.table import Table
 from kvattic_sim.lm.budgets import SINKS
 from kvattic_sim.lm.evaluate import Head
 from kvattic_sim.lm.methods import (
+    CODEWORD_BYTES,
     ELEMENT_BYTES,
+    GROUP,
     Centroid,
+    Coded,
     Dense,
     Fetched,
     Quest,
@@ -34,12 +37,12 @@ from kvattic_sim.lm.methods import (
     Sparf,
     Stateless,
 )
-from kvattic_sim.lm.sketch import BITS, encode
+from kvattic_sim.lm.sketch import BITS, octets
 from kvattic_sim.lm.smollm2 import Captured, capture
 from kvattic_sim.reports import figures
 
-__all__ = ["KEYS", "LONG", "SHARES", "SHORT", "SKETCH", "Error", "at_equal_bytes", "errors", "footprint", "grid",
-           "heads", "main", "measure", "ratio", "tables"]
+__all__ = ["CODES", "KEYS", "LONG", "SHARES", "SHORT", "SKETCH", "Error", "at_equal_bytes", "errors", "footprint",
+           "grid", "heads", "main", "measure", "ratio", "tables"]
 
 Maker: TypeAlias = Callable[[float], Stateless]
 
@@ -49,11 +52,13 @@ LONG = tuple(length - 1 for length in SHORT)
 SHARES = (8, 16, 32, 64)
 """Tokens in flash over tokens that are selected."""
 SKETCH = Sketched(share=1 / 16, bits=2, block_tokens=256, sinks=SINKS)
-"""What the figures are of, at other shares."""
+"""2 bits for every feature, at other shares."""
+CODES = Coded(share=1 / 16, sinks=SINKS, pairs=True)
+"""What the figures `sparse.sketch` are of, at other shares: the drive's codes, K and V of a token in one codeword."""
 REFERENCE = Sparf(features=8, share=1 / 16)
 """SparF beside it: r = d/8, k = S/16."""
 KEYS = ("sparse.sketch.error_ratio", "sparse.sketch.error_ratio.elements", "sparse.sketch.error_ratio.long_tail",
-        "sparse.sketch.footprint")
+        "sparse.sketch.footprint", "sparse.codes.error_ratio")
 """What `measure` returns."""
 
 
@@ -135,39 +140,34 @@ def at_equal_bytes(curve: Iterable[Error], wanted: float, elements: bool = False
     raise ValueError(f"points must have {wanted:.3f} of the bytes between them, not {[one[0] for one in points]}")
 
 
-def footprint(every: Iterable[Head], bits: int, block_tokens: int) -> float:
-    """Bytes stored with a sketch over those of K and V alone.
+def footprint(head_dim: int) -> float:
+    """Bytes stored with the drive's codes over those of K and V alone."""
+    return 1 + octets(head_dim) * CODEWORD_BYTES / (2 * ELEMENT_BYTES * GROUP * head_dim)
+
+
+def _curve(apart: bool) -> dict[str, Stateless]:
+    """SparF, with and without forced sinks, and codes at points that have its bytes between them.
 
     Args:
-        every: heads, whose keys are encoded.
-        bits: of a code.
-        block_tokens: tokens that share their bounds.
+        apart: also codes as the drive reads K and V.
     """
-    sketch = dense = 0
-    for head in every:
-        sketch += encode(head.key, bits=bits, block_tokens=block_tokens, sinks=SINKS).nbytes
-        dense += 2 * ELEMENT_BYTES * head.key.size
-    return 1 + sketch / dense
-
-
-def _curve() -> dict[str, Stateless]:
-    """SparF, with and without forced sinks, and the sketch at points that have its bytes between them."""
     shares = [n / 256 for n in (6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56)]
     return {"sparf": REFERENCE, "sparf_sinks": replace(REFERENCE, sinks=SINKS),
-            **{f"sketch_{share}": replace(SKETCH, share=share) for share in shares}}
+            **{f"sketch_{share}": replace(CODES, share=share) for share in shares},
+            **{f"codes_{share}": replace(CODES, share=share, pairs=False) for share in shares if apart}}
 
 
-def ratio(found: Mapping[str, Error], elements: bool = False) -> float:
-    """The sketch's error over that of SparF, with or without forced sinks as it is better, at SparF's bytes.
+def ratio(found: Mapping[str, Error], elements: bool = False, name: str = "sketch") -> float:
+    """A method's error over that of SparF, with or without forced sinks as it is better, at SparF's bytes.
 
     Args:
-        found: errors of ``sparf``, ``sparf_sinks``, and of sketches, whose names begin so.
+        found: errors of ``sparf``, ``sparf_sinks``, and of the method at some shares.
         elements: whether bytes are those of elements, not of codewords.
+        name: how the method's names begin: ``sketch``, or ``codes`` as the drive reads K and V.
     """
     sparf = min(found["sparf"], found["sparf_sinks"], key=lambda one: one.error)
     wanted = sparf.element_bytes if elements else sparf.flash_bytes
-    return at_equal_bytes((one for name, one in found.items() if name.startswith("sketch")), wanted,
-                          elements) / sparf.error
+    return at_equal_bytes((one for key, one in found.items() if key.startswith(name)), wanted, elements) / sparf.error
 
 
 def measure(progress: Callable[[str], None] = lambda line: None, captured: Captured | None = None) -> dict[str, float]:
@@ -184,11 +184,12 @@ def measure(progress: Callable[[str], None] = lambda line: None, captured: Captu
     if captured is None:
         progress(f"SmolLM2-135M reads {TOKENS:,} tokens")
         captured = capture(TOKENS)
-    progress(f"the sketch and SparF at {len(SHORT) + len(LONG)} positions of {len(captured.key)} layers")
-    short, long = (errors(heads(captured, lengths), _curve()) for lengths in (SHORT, LONG))
+    progress(f"codes and SparF at {len(SHORT) + len(LONG)} positions of {len(captured.key)} layers")
+    short, long = (errors(heads(captured, lengths), _curve(apart)) for lengths, apart in ((SHORT, True), (LONG, False)))
     return {"sparse.sketch.error_ratio": ratio(short), "sparse.sketch.error_ratio.elements": ratio(short, True),
             "sparse.sketch.error_ratio.long_tail": ratio(long),
-            "sparse.sketch.footprint": footprint(heads(captured, SHORT), SKETCH.bits, SKETCH.block_tokens)}
+            "sparse.sketch.footprint": footprint(captured.key.shape[3]),
+            "sparse.codes.error_ratio": ratio(short, name="codes")}
 
 
 def grid() -> dict[str, Maker]:
@@ -206,6 +207,8 @@ def grid() -> dict[str, Maker]:
         "fetched, r = d/8": lambda share: Fetched(features=8, share=share),
         "centroid, units of 16": lambda share: Centroid(share=share, sinks=SINKS),
         "Quest, pages of 16": lambda share: Quest(share=share, sinks=SINKS),
+        "codes (the drive's)": lambda share: Coded(share=share, sinks=SINKS),
+        "codes, K and V of a token in one codeword": lambda share: Coded(share=share, sinks=SINKS, pairs=True),
     }
     parts = ((Fraction(1), ""), (Fraction(1, 2), " of d/2"), (Fraction(1, 4), " of d/4"))
     found |= {f"{bits} bits{words}, blocks of {block}": sketch(bits, block, part)

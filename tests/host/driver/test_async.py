@@ -17,10 +17,9 @@ from kvattic.errors import CapacityError, DeviceStatusError, DeviceTimeoutError,
 from kvattic.golden.device import FlashFaults, GoldenDevice
 from kvattic.spec import layout
 from kvattic.spec.commands import Opcode
-from kvattic.spec.config import TINY as NARROW
+from kvattic.spec.config import TINY
 from kvattic.spec.layout import Block
 
-TINY = replace(NARROW, beat_bytes=16)
 PAGE = TINY.tokens_per_page
 SPARSE = TINY.group_tokens
 SKETCHES = ({}, {"sparse": True}, {"centroids": 8}, {"sparse": True, "centroids": 8, "codes": True}, {"codes": True})
@@ -171,7 +170,7 @@ def test_layers_are_written_while_others_are_computed():
 def test_a_prefill_larger_than_dram(sketches):
     """What finds no room is written when stripes before it are in flash; whoever needs it waits for that."""
     key, value = tokens_of(2, 1000)
-    transport = SlowDevice(TINY, dram_bytes=70 * 1024)
+    transport = SlowDevice(dram_bytes=70 * 1024)
     with Device(transport) as device:
         sequence = device.create_sequence(2, capacity_tokens=1100, **sketches)
         future = sequence.prefill_async(key, value)
@@ -566,7 +565,7 @@ def test_many_threads_with_one_sequence():
 @pytest.mark.parametrize("sketches", SKETCHES)
 def test_an_isolated_sequence_gives_the_same_bits(sketches):
     key, value = tokens_of(2, 300)
-    with Device(SlowDevice(TINY, shuffle=1)) as device:
+    with Device(SlowDevice(shuffle=1)) as device:
         pages, zones = device.free_dram_pages, device.free_zones
         sequence = device.create_sequence(2, capacity_tokens=400, isolated=True, **sketches)
         assert sequence.domain == 2

@@ -16,12 +16,10 @@ from kvattic.errors import RequestError
 from kvattic.golden.device import GoldenDevice
 from kvattic.golden.queues import Queue
 from kvattic.spec.commands import Completion, Kind
-from kvattic.spec.config import BOARD
-from kvattic.spec.config import TINY as NARROW
+from kvattic.spec.config import BOARD, TINY
 from kvattic.timing.cost import KINDS, Cost, beside
 from kvattic.timing.record import Counts
 
-TINY = replace(NARROW, beat_bytes=16)
 SPARSE = {"sparse": True, "centroids": 8, "codes": True, "sinks": 6}
 MODES = ({}, {"mode": "sparf", "features": 4, "top_units": 16}, {"mode": "fetched", "features": 4, "top_units": 4},
          {"mode": "centroid", "top_units": 4, "unit_tokens": 8}, {"mode": "codes", "top_units": 16})

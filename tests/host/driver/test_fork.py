@@ -13,7 +13,6 @@ from kvattic.spec.config import TINY
 from kvattic.spec.formats import Element
 
 DIM, HEADS = 32, 2
-WIDE = replace(TINY, beat_bytes=16)
 KINDS = {
     "dense": ({}, {}),
     "isolated": ({"isolated": True}, {}),
@@ -30,7 +29,7 @@ def tokens(count, seed=0, layers=1):
 
 @pytest.fixture
 def device():
-    with kvattic.open("model", WIDE) as device:
+    with kvattic.open("model", "tiny") as device:
         yield device
 
 
@@ -195,7 +194,7 @@ def test_a_fork_of_what_failed_to_reach_flash(device):
 @pytest.mark.parametrize("seed", range(3))
 def test_any_tree_of_forks(kind, seed):
     """Random forks, appends, crops and frees against copies of the tokens; at the end nothing is left."""
-    config = replace(WIDE, part=replace(TINY.part, blocks=64))
+    config = replace(TINY, part=replace(TINY.part, blocks=64))
     with kvattic.open("model", config) as device, kvattic.open("model", config) as other:
         grow_and_check(device, other, *KINDS[kind], np.random.default_rng(seed))
 

@@ -20,7 +20,7 @@ from kvattic.spec.commands import Opcode
 from kvattic.spec.config import TINY
 
 DIM, HEADS = 32, 2
-CONFIG = replace(TINY, beat_bytes=16, part=replace(TINY.part, blocks=32))
+CONFIG = replace(TINY, part=replace(TINY.part, blocks=32))
 KINDS = {
     "dense": ({}, {}),
     "isolated": ({"isolated": True}, {}),

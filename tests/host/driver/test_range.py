@@ -76,3 +76,14 @@ def test_values_of_bf16():
         write_small = device.create_sequence(2, capacity_tokens=60)
         write(write_small, -60.0, BF16, 60, 2.0**22)
         assert write_small.attend(query).flags == CompletionFlag(0)
+
+
+def test_range_of_codes():
+    """A pair of neighbouring features may be beyond the entries of codes, where dense attention is in its range."""
+    with Device(GoldenDevice(TINY)) as device, device.create_sequence(1, capacity_tokens=256, codes=True) as sequence:
+        key = np.random.default_rng(1).standard_normal((1, 256, 32)) * 60
+        sequence.prefill(key, key)
+        query = np.full((1, 1, 32), 60.0)
+        sequence.attend(query, scale=1.0)
+        with pytest.raises(RangeError, match="and by codes that of two neighbouring features within 2,047"):
+            sequence.attend(query, scale=1.0, mode="codes", top_units=8)

@@ -29,7 +29,7 @@ BF16 = replace(TINY, element=Element.BF16, channels=3, rows=3)
 QUAD = replace(TINY, part=TINY_PART.resized(4096), rows=4, score_depth=1024)    # two pages in a group, of 64 tokens
 CONFIGS = {"tiny": TINY, "bf16": BF16, "quad": QUAD}
 WIDE = replace(TINY, beat_bytes=16)
-"""With codes: an octet of 256 bytes, four of them a stripe."""
+"""With as many elements to a beat as a token's half: octets of another order."""
 WIDE_BF16 = replace(BF16, beat_bytes=32, dram_beat_bytes=32)
 WIDE_CONFIGS = [WIDE, WIDE_BF16, replace(QUAD, beat_bytes=16)]
 

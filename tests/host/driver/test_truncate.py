@@ -1,13 +1,10 @@
 """Tokens that are held in device DRAM, and removed from there."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
 import kvattic
 from kvattic.errors import RequestError
-from kvattic.spec.config import TINY
 
 DIM, HEADS = 32, 2
 MODES = {
@@ -24,7 +21,7 @@ def tokens(count, seed=0):
 
 @pytest.fixture
 def device():
-    with kvattic.open("model", replace(TINY, beat_bytes=16)) as device:
+    with kvattic.open("model", "tiny") as device:
         yield device
 
 

@@ -401,12 +401,12 @@ def attend_sparse(
                     for i, total in enumerate(sums[r][0]):
                         exact = (total * scale[0] * 2 + (1 << 29)) // (1 << 30)
                         found[r][t + i] = (total, min(max(exact, low), high), sums[r][1], not low <= exact <= high)
-            if late(t) or t < sunk:
+            # Sinks are scored with all of their codewords.
+            if late(t) or t // tokens_per_codeword * tokens_per_codeword < sunk:
                 for r in range(rows):
                     found[r][t] = score(q[r], k[t], scale)
-            read = late(t) or (stripe == 0 and t < -(-sunk // tokens_per_codeword) * tokens_per_codeword)
-            if read and any(x.special for x in k[t]):
-                bad.append(base_token + t)
+                if any(x.special for x in k[t]):
+                    bad.append(base_token + t)
         seen = [[sees(r, t) for t in range(tokens)] for r in range(rows)]
     else:
         sizes = [[magnitude(x) for x in row] for row in q]

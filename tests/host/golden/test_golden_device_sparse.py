@@ -29,13 +29,11 @@ from kvattic.spec.commands import (
     query_row_bytes,
     result_row_bytes,
 )
-from kvattic.spec.config import TINY as NARROW
+from kvattic.spec.config import TINY
 from kvattic.spec.elements import from_bits, to_bits
 from kvattic.spec.formats import Element, KvFormat
 from kvattic.spec.registers import Control, StatusBit
 
-TINY = replace(NARROW, beat_bytes=16)
-"""With beats wide enough for codes."""
 QUERIES, RESULTS, TABLES, LIMIT, RINGS = range(0x3000, 0x8000, 0x1000)
 MEAN_BYTES = fp32_block_bytes(32)
 MODES = pytest.mark.parametrize("mode", [Mode.SPARF, Mode.FETCHED, Mode.CENTROID, Mode.CODES])
@@ -387,7 +385,7 @@ def test_lost_sinks(bench):
 
 def test_codes_need_a_configuration_with_them():
     bench = Bench.__new__(Bench)
-    bench.device = GoldenDevice(replace(NARROW, kv=KvFormat.FP8_E4M3), memory_bytes=1 << 16)
+    bench.device = GoldenDevice(replace(TINY, kv=KvFormat.FP8_E4M3), memory_bytes=1 << 16)
     bench.open()
     assert bench.run(COMMAND.pack(**bench.fields(Mode.CODES)))[0].status is Status.INVALID_FIELD
 

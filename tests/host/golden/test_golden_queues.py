@@ -648,15 +648,15 @@ def test_regions_beyond_the_last_one():
     (Mode.CENTROID, {"page": LAST}, False), (Mode.CENTROID, {"page": LAST, "codeword": 1}, True),
     (Mode.CENTROID, {"page": LAST - 1, "codeword": 3}, False), (Mode.CENTROID, {"page": LAST + 1}, True),
     (Mode.CENTROID, {"page": MINE - 1, "codeword": 3}, True),
+    (Mode.CODES, {"page": LAST}, False), (Mode.CODES, {"page": LAST, "codeword": 1}, True),
+    (Mode.CODES, {"page": LAST - 1, "codeword": 3}, False), (Mode.CODES, {"page": MINE - 1, "codeword": 3}, True),
 ])
 def test_sketches_of_others(mode, sketch, bad):
-    """Four codewords of centroids: a page, from codeword 0 on.  NOT_OWNED comes before NO_SKETCH."""
+    """Four codewords of centroids, or of codes: a page, from codeword 0 on.  NOT_OWNED comes before NO_SKETCH."""
     host = isolated()
     assert TINY.group_pages == 8
-    blended = mode is not Mode.CENTROID
-    line = attend(mode, domain=2, features=blended, stripes=2, end_token=256,
-                  unit_bits=int(mode is not Mode.SPARF))
-    mean = bytes(fp32_block_bytes(32)) * blended
+    line = attend(mode, domain=2, features=mode.featured, stripes=2, end_token=256, unit_bits=int(not mode.by_token))
+    mean = bytes(fp32_block_bytes(32)) * mode.blended
     good = entry(MINE, MINE + 8) + SKETCH_ENTRY.pack(page=MINE + 16, written=1)
     other = entry(MINE, MINE + 8) + SKETCH_ENTRY.pack(**sketch, written=1)
     table(host, mean, good, other)
@@ -744,12 +744,11 @@ def test_no_command_touches_what_is_not_its_domains():
                 words.append(word)
                 if mode:
                     words.append(SKETCH_ENTRY.pack(
-                        page=page(), codeword=rng.randrange(4) * (mode is Mode.CENTROID), written=1 - dram))
-            blended = mode in (Mode.SPARF, Mode.FETCHED)
-            table(host, bytes(fp32_block_bytes(32)) * blended, *words)
+                        page=page(), codeword=rng.randrange(4) * (not mode.featured), written=1 - dram))
+            table(host, bytes(fp32_block_bytes(32)) * mode.blended, *words)
             device.write_memory(QUERY, ROW.pack(end_token=1 << 16).ljust(256, b"\0"))
             line = attend(mode, stripe_pages=count, stripes=stripes, end_token=stripes * count * 16, domain=domain,
-                          features=32 * blended, top_units=16 * (mode is not Mode.DENSE))
+                          features=32 * mode.featured, top_units=16 * (mode is not Mode.DENSE))
         device.touched.clear()
         (found,) = host.run(1, line)
         if found.status is Status.NOT_OWNED:
@@ -867,11 +866,10 @@ def anything(rng):
         mode = rng.choice(list(Mode))
         stripes = rng.randrange(1, 5)
         tokens = 16 if mode is Mode.DENSE else TINY.group_tokens
-        blended = mode in (Mode.SPARF, Mode.FETCHED)
         line = attend(
             mode, rows=rng.choice((1, 1, 2, 3)), stripes=stripes, end_token=stripes * tokens - rng.randrange(3),
             domain=domain, result=rng.choice((RESULT, RESULT, address)), table=rng.choice((TABLE, TABLE, address)),
-            features=blended * 3, sinks=rng.choice((0, 3)) * (mode is not Mode.DENSE))
+            features=mode.featured * 3, sinks=rng.choice((0, 3)) * (mode is not Mode.DENSE))
     elif kind <= 7:
         opcode = rng.choice((Opcode.PROGRAM, Opcode.PROGRAM, Opcode.ERASE, Opcode.PROBE, Opcode.MAP))
         argument = rng.randrange(64) if opcode in (Opcode.PROGRAM, Opcode.MAP) else 0

@@ -697,7 +697,8 @@ def exact(arguments: dict[str, Any]) -> oracle.Sparse:
         del common["features"]
         estimate = codes.decode(arguments["sketch"], geometry(
             q.shape[1], arguments["group_tokens"], arguments["element"]))[: len(k)]
-        return oracle.codes(q, k, v, scale, estimate=estimate, **common)
+        return oracle.codes(q, k, v, scale, estimate=estimate, codeword_tokens=arguments["tokens_per_codeword"],
+                            **common)
     if mode is Mode.SPARF:
         return oracle.sparf(q, k, v, scale, **common)
     return oracle.fetched(q, k, v, scale, unit_tokens=unit_tokens, **common)

@@ -7,7 +7,7 @@ import pytest
 import kvattic
 from kvattic import TINY
 
-ROOMY = replace(TINY, dies=8, beat_bytes=16)
+ROOMY = replace(TINY, dies=8)
 """TINY with room for several sequences."""
 
 

@@ -23,7 +23,7 @@ from kvattic_sim.reports.benches.generate import REFERENCES, RoundedCache
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
 
-ROOMY = replace(TINY, dies=8, beat_bytes=16, part=replace(TINY.part, blocks=64))
+ROOMY = replace(TINY, dies=8, part=replace(TINY.part, blocks=64))
 SEED = 5
 """Of what is sampled: one whose draws tell rounded queries, which the reference must have, from others."""
 

@@ -49,7 +49,7 @@ from kvattic_sim.reports.benches.generate import ARCHITECTURES, RoundedCache, bu
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
 
-ROOMY = replace(TINY, dies=8, beat_bytes=16)
+ROOMY = replace(TINY, dies=8)
 """TINY with room for several sequences."""
 
 

@@ -15,14 +15,11 @@ from kvattic.errors import CapacityError, ConfigError, DeviceStatusError, Device
 from kvattic.golden.device import FlashFaults, GoldenDevice
 from kvattic.spec import codes, layout
 from kvattic.spec.commands import Kind, Opcode, Status
-from kvattic.spec.config import PAPER, Config
-from kvattic.spec.config import TINY as NARROW
+from kvattic.spec.config import PAPER, TINY, Config
 from kvattic.spec.layout import Block, PagePlace, page_number, page_place
 from kvattic.spec.nand import TINY_PART
 from kvattic_sim.reports.benches import placement
 
-TINY = replace(NARROW, beat_bytes=16)
-"""With beats wide enough for codes."""
 PAGE = TINY.tokens_per_page
 SPARSE = 128
 """Tokens of a stripe with the feature layout: eight pages."""

@@ -60,9 +60,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"jobs_in_flight": 1}, "jobs_in_flight must be 2 to 16, not 1"),
     ({"jobs_in_flight": 17}, "jobs_in_flight must be 2 to 16, not 17"),
     ({"sparse": 1}, "sparse must be a bool, not 1"),
-    ({"groups_in_flight": 1}, "groups_in_flight must be 2, 4, 8 or 16, not 1"),
-    ({"groups_in_flight": 6}, "groups_in_flight must be 2, 4, 8 or 16, not 6"),
-    ({"groups_in_flight": 32}, "groups_in_flight must be 2, 4, 8 or 16, not 32"),
+    ({"groups_in_flight": 1}, "groups_in_flight must be 2, 4, 8, 16 or 32, not 1"),
+    ({"groups_in_flight": 6}, "groups_in_flight must be 2, 4, 8, 16 or 32, not 6"),
+    ({"groups_in_flight": 64}, "groups_in_flight must be 2, 4, 8, 16 or 32, not 64"),
     ({"clock_mhz": 0.0}, "clock_mhz must be above 0 and at most 10,000, in MHz, not 0.0"),
     ({"clock_mhz": 1e9}, "clock_mhz must be above 0 and at most 10,000, in MHz, not 1000000000.0"),
     ({"clock_mhz": float("nan")}, "clock_mhz must be above 0 and at most 10,000, in MHz, not nan"),
@@ -145,7 +145,7 @@ def test_geometry(channels: int, beat_bytes: int, rows: int, head_dim: int) -> N
 
 
 PAPER_FIELDS: dict[str, Any] = {
-    "lane_channels": 4, "beat_bytes": 32, "score_depth": 32768, "jobs_in_flight": 16, "groups_in_flight": 16}
+    "lane_channels": 4, "beat_bytes": 32, "score_depth": 32768, "jobs_in_flight": 16, "groups_in_flight": 32}
 
 
 def test_the_papers_geometry() -> None:

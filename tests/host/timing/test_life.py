@@ -38,7 +38,7 @@ def test_the_papers_endurance_table():
 @pytest.mark.parametrize("sketches", [{}, {"sparse": True}, {"sparse": True, "centroids": 8},
                                       {"sparse": True, "centroids": 8, "codes": True}])
 def test_the_drive_programs_as_much(sketches):
-    config = replace(TINY, dies=8, beat_bytes=16)
+    config = replace(TINY, dies=8)
     tokens, heads = 8 * config.group_tokens, 3
     with kvattic.open("model", config) as device:
         sequence = device.create_sequence(heads, capacity_tokens=tokens, **sketches)

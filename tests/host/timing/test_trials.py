@@ -18,7 +18,6 @@ from kvattic_sim.workloads import ModeSettings
 SPARF = ModeSettings(mode="sparf", features=5, top_units=16)
 CENTROID = ModeSettings(mode="centroid", unit_tokens=16, top_units=2)
 CODES = ModeSettings(mode="codes", top_units=16)
-WIDE = replace(TINY, beat_bytes=16)
 TRIAL = Trial(heads=2, tokens=256, features=True, centroids=16, acts=(
     Attend(), Attend(settings=SPARF), Attend(settings=CENTROID), Append(tokens=40, counted=False),
     Attend(settings=SPARF), Erase()))
@@ -52,11 +51,11 @@ def test_choices_are_what_the_golden_device_reads(acts):
 
 def test_choices_of_codes():
     trial = Trial(heads=2, tokens=256, codes=True, acts=(Attend(settings=CODES),))
-    _, attend = trials.golden(WIDE, [trial])[0]
+    _, attend = trials.golden(TINY, [trial])[0]
     for choice in attend.choices:
         assert not choice.features
         assert 4 <= choice.marked.sum() <= 16
-    assert model_cycles(WIDE, Attend(settings=CODES), attend, attend.choices) > 0
+    assert model_cycles(TINY, Attend(settings=CODES), attend, attend.choices) > 0
     assert trial.name == "2 x 256, codes"
 
 

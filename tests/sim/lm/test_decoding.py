@@ -162,7 +162,7 @@ def test_a_hundred_questions_and_ten():
 
 
 def test_figures_of_needles(monkeypatch):
-    right = {"dense": (True, True, False, True), "sketch": (True, True, True, False), "sparf": (False,) * 4,
+    right = {"dense": (True, True, False, True), "codes": (True, True, True, False), "sparf": (False,) * 4,
              "fetched": (True, False, False, False), "centroid": (False,) * 4, "quest": (True,) * 4}
     monkeypatch.setattr(decoding, "load", lambda: (Parrot(), Tokenizer()))
     monkeypatch.setattr(needle, "ask", lambda *arguments, **more: {key: Score(each) for key, each in right.items()})

@@ -1,13 +1,17 @@
 """The sketch of K: its codes, the method that chooses by it, and methods at a number of bytes."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
+from kvattic.spec import codes
+from kvattic.spec.config import PAPER
+from kvattic.spec.elements import to_bits
 from kvattic_sim import oracle
 from kvattic_sim.lm import budgets, sketch
-from kvattic_sim.lm.methods import Centroid, Dense, Fetched, Quest, Sketched, Sparf, Sparq
+from kvattic_sim.lm.methods import Centroid, Coded, Dense, Fetched, Quest, Sketched, Sparf, Sparq
 from kvattic_sim.lm.sketch import encode, sketch_bytes
 
 
@@ -131,6 +135,28 @@ def test_the_method_is_its_words(parameters):
         assert np.abs(found.output[at] - output).max() < 1e-12
 
 
+@pytest.mark.parametrize("pairs", [False, True])
+def test_codes_are_the_oracles_of_the_drives_codes(pairs):
+    query, key, value, lengths = steps(head_dim=32)
+    found = Coded(share=1 / 8, sinks=5, pairs=pairs).attend(query, key, value, lengths)
+    config = replace(PAPER, head_dim=32)
+    for at, length in enumerate(lengths):
+        flash = length // 256 * 256
+        estimate = key[:length].copy()
+        estimate[:flash] = codes.decode(codes.encode(to_bits(key[:flash], config.element), config, skip=5), config)
+        tail = np.arange(length) >= flash
+        wanted = round(flash / 8)
+        right = oracle.codes(query[at], key[:length], value[:length], 32**-0.5, estimate=estimate, top_units=wanted,
+                             sinks=5, tail=tail, local_tokens=round(wanted / 4), codeword_tokens=4 if pairs else 8)
+        assert np.array_equal(found.attended[at, :length], right.attended[0])
+        assert np.abs(found.output[at] - right.output).max() < 1e-6
+        # 4 octets for each stripe; codewords of 8 tokens of K or V, or of 4 of both.
+        size = 4 if pairs else 8
+        chosen = np.unique(np.flatnonzero(found.attended[at, :flash]) // size)
+        codewords = flash // 256 * 4 + -(-5 // size) + len(chosen) * (1 if pairs else 2)
+        assert found.flash_bytes[at] == codewords * 512
+
+
 def test_more_bits_choose_more_like_exact_scores():
     query, key, value, lengths = steps(tokens=1024, head_dim=64, lengths=(1024,))
     right = Sparf(features=64, share=1 / 8, sinks=16).attend(query, key, value, lengths).attended
@@ -167,7 +193,8 @@ def test_bytes_of_the_method():
     touched = len(set(np.flatnonzero(found.attended[0, :512]) // 2))
     assert found.flash_bytes.tolist() == [first + 512 * touched, 0]
     assert found.element_bytes.tolist() == [first + 64 * 256, 0]
-    assert np.array_equal(found.output[1], Dense().attend(query[1:], key, value, lengths[1:]).output[0])
+    right = Dense().attend(query[1:], key, value, lengths[1:]).output[0]
+    np.testing.assert_allclose(found.output[1], right, rtol=0, atol=1e-12)      # BLAS rounds by the batch
 
 
 def test_a_token_larger_than_a_codeword():
@@ -217,7 +244,7 @@ def test_a_method_needs_its_bytes(name, ratio):
     query, key, value = (rng.standard_normal(shape) for shape in ((1024, 1, 64), (1024, 64), (1024, 64)))
     method = budgets.at_bytes(name, ratio, 64)
     # The sinks of a sketch are read twice: that is not in the ratio, as it does not grow with the text.
-    sinks = budgets.SINKS / 1024 if isinstance(method, Sketched) else 0
+    sinks = budgets.SINKS / 1024 if isinstance(method, (Sketched, Coded)) else 0
     needed = method.decode(query, key, value, 1023).element_bytes[0] / (1024 * 256)
     assert needed == pytest.approx(float(ratio) + sinks, rel=0.01)
 
@@ -231,7 +258,7 @@ def test_first_passes():
 
 @pytest.mark.parametrize("name, ratio, message", [
     ("sketch", Fraction(1, 16), r"ratio must be above 17/256, the first pass of sketch, not 1/16"),
-    ("other", Fraction(1, 4), r"method must be one of dense, sketch, .*, not 'other'"),
+    ("other", Fraction(1, 4), r"method must be one of dense, codes, sketch, .*, not 'other'"),
 ])
 def test_no_such_budget(name, ratio, message):
     with pytest.raises(ValueError, match=message):

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from kvattic import PAPER, AttendResult, Config, Device
+from kvattic import GQA, PAPER, AttendResult, Config, Device
 from kvattic_sim import oracle
 from kvattic_sim.compare import equal_bits
 from kvattic_sim.reports.benches.engine import Bench, Figures, Lab, WrongResultError
@@ -30,6 +30,8 @@ SEPARATE_BUS = replace(PAPER, part=replace(PAPER.part, name="pslc, separate comm
 """The paper's drive with JESD230G's separate command and address bus, nothing else changed."""
 SPARF = ModeSettings(mode="sparf", features=PAPER.head_dim // 8, top_units=TOKENS // 16)
 FETCHED = ModeSettings(mode="fetched", features=PAPER.head_dim // 8, top_units=TOKENS // 32)
+CODES = ModeSettings(mode="codes", top_units=TOKENS // 32)
+"""As far off dense attention as SPARF with twice as many tokens, or less (docs/quality.md)."""
 CENTROID = ModeSettings(mode="centroid", unit_tokens=PAGE, top_units=TOKENS // 8 // PAGE)
 
 
@@ -39,18 +41,20 @@ class Load:
 
     Attributes:
         config: the drive's.
+        heads: KV heads.
         run: tokens of a run of like keys; 1: selections are scattered at random.
         ways: by name; `dense` comes on top.
     """
 
     config: Config
+    heads: int = HEADS
     run: int
     ways: Mapping[str, ModeSettings]
 
     @property
     def attention(self) -> Attention:
         """The inputs."""
-        shape = {"kv_heads": HEADS, "tokens": TOKENS, "group": self.config.rows}
+        shape = {"kv_heads": self.heads, "tokens": TOKENS, "group": self.config.rows}
         return decode(self.config, **shape) if self.run == 1 else clustered(self.config, run=self.run, **shape)
 
 
@@ -64,7 +68,7 @@ def on_drive(device: Device, load: Load) -> dict[str, tuple[AttendResult, Usage]
     wanted: dict[str, object] = {}
     for how in ways.values():
         wanted |= how.sequence_arguments(config)
-    sequence = device.create_sequence(HEADS, capacity_tokens=TOKENS, **wanted)  # type: ignore[arg-type]
+    sequence = device.create_sequence(load.heads, capacity_tokens=TOKENS, **wanted)  # type: ignore[arg-type]
     sequence.prefill(attention.key, attention.value)
     found = {}
     for name, how in ways.items():
@@ -83,7 +87,7 @@ def _measure(lab: Lab, load: Load, name: str) -> dict[str, Usage]:
 
     config = load.config
     lab.progress(f"drive, {name}: building", 0, None)
-    pages = 4 * HEADS * TOKENS * config.token_bytes // config.page_bytes
+    pages = 4 * load.heads * TOKENS * config.token_bytes // config.page_bytes
     found: dict[str, tuple[AttendResult, Usage]] = run_in_simulation(
         config, on_drive, {"load": load}, simulator=lab.simulator,
         frames=pages // config.channels + config.zone_pages // 8, dram_bytes=DRAM_BYTES, progress=follow).result
@@ -91,7 +95,8 @@ def _measure(lab: Lab, load: Load, name: str) -> dict[str, Usage]:
         lab.progress(f"drive, {name}: checking {way}", 0, None)
         equal = equal_bits(load.attention, found[way][0], config, how)
         if not equal.all():
-            raise WrongResultError(f"{name}, {way}: {(~equal).sum()} of {HEADS} KV heads differ from the golden device")
+            raise WrongResultError(
+                f"{name}, {way}: {(~equal).sum()} of {load.heads} KV heads differ from the golden device")
     return {way: usage for way, (_, usage) in found.items()}
 
 
@@ -137,6 +142,12 @@ def sparq_equal(lab: Lab) -> Figures:
 
 BENCHES = (
     Bench(keys=("sparse.sparq_equal",), measure=sparq_equal),
+    _bench(Load(config=PAPER, run=1, ways={"codes": CODES}), "random selection by codes",
+           {"codes": "sparse.sketch.{}.random"}),
+    _bench(Load(config=PAPER, run=RUN, ways={"codes": CODES}), "clustered selection by codes",
+           {"codes": "sparse.sketch.{}.clustered"}),
+    _bench(Load(config=GQA, heads=16, run=1, ways={"codes": CODES}), "eight rows, by codes",
+           {"codes": "sparse.gqa.{}"}),
     _bench(Load(config=PAPER, run=1, ways={"sparf": SPARF, "fetched": FETCHED}), "random selection",
            {"sparf": "sparse.{}.random", "fetched": "sparse.fetched.{}.random"},
            also={"sparse.bus_utilization": "sparse.bus_utilization.random"}),
