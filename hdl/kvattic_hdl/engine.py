@@ -330,7 +330,8 @@ class Engine(wiring.Component):
         control, loader, maximum, finisher, watchdog, selection = (
             parts.control, parts.loader, parts.maximum, parts.finisher, parts.watchdog, parts.selection)
         live, epochs = Signal(self.config.jobs_in_flight), Signal.like(self.epoch)
-        freed, freed_slot = Signal(), Signal(self.shapes.slot)
+        freed, freed_slot, lists_room = Signal(), Signal(self.shapes.slot), Signal()
+        m.d.sync += lists_room.eq(Cat(lane.lists_room for lane in parts.lanes).all())
         m.d.sync += [freed.eq(finisher.freed & ~control.reset), freed_slot.eq(finisher.freed_slot)]
         with m.If(freed):
             m.d.sync += live.bit_select(freed_slot, 1).eq(0)
@@ -343,6 +344,8 @@ class Engine(wiring.Component):
             self.value_open.eq(~live | maximum.value_open | watchdog.failed),
             self.epoch.eq(epochs),
             loader.freed.eq(freed),
+            # A few cycles late, in which the next command is checked.
+            loader.lists_room.eq(lists_room),
             maximum.freed.eq(freed),
             maximum.freed_slot.eq(freed_slot),
             watchdog.freed.eq(freed),

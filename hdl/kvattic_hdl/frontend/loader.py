@@ -90,6 +90,8 @@ class Loader(wiring.Component):
         The commands for `Admin`.
     freed : In(1)
         Strobe: a slot is free again.
+    lists_room : In(1)
+        The lanes have room for another job's stripes; at most ten cycles after a `start` or a `freed`.
     bus_error : Out(1)
         Strobe: a word was not answered with OKAY.
     stop : In(1)
@@ -126,6 +128,7 @@ class Loader(wiring.Component):
     flash: stream.Interface
     admin: stream.Interface
     freed: Signal
+    lists_room: Signal
     bus_error: Signal
     stop: Signal
     quiet: Signal
@@ -163,6 +166,7 @@ class Loader(wiring.Component):
                 "flash": Out(stream.Signature(shapes.flash_command)),
                 "admin": Out(stream.Signature(shapes.admin_command)),
                 "freed": In(1),
+                "lists_room": In(1),
                 "bus_error": Out(1),
                 "stop": In(1),
                 "quiet": Out(1, init=1),
@@ -184,7 +188,7 @@ class Loader(wiring.Component):
         self._connect_load(m, load_job, fetch, validate)
         self._connect_hand_over(m, hand_over, fetch, validate)
         slot, epoch, slot_free = self._slots(m, used=self.jobs.valid & self.jobs.ready)
-        m.d.comb += [load_job.slot.eq(slot), load_job.slot_free.eq(slot_free)]
+        m.d.comb += [load_job.slot.eq(slot), load_job.slot_free.eq(slot_free & self.lists_room)]
         self._describe_start(m, fields, slot, epoch, validate)
         self._describe_job(m, fields, slot, fetch.queue, validate.is_read, status, where)
 

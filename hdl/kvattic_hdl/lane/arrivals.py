@@ -215,8 +215,9 @@ class Arrivals(wiring.Component):
     first_group : In(group)
         The group buffer of its first stripe.
     ring_base : In(ring)
-    stripe_bits : In(stripe_bits)
-        log2 of the pages of its stripes.
+    next_slot : Out(slot), stripe_bits : In(stripe_bits)
+        The slot of the beat that comes; log2 of the pages of its job's stripes.  A cycle before the others, for the
+        stripe's address hangs on it.
     stripe_address : Out
         Cat(number in the list, slot) of the codeword's stripe.
     stripe_token : In(24)
@@ -292,6 +293,7 @@ class Arrivals(wiring.Component):
             "unit_bits": In(unit_bits),
             "first_group": In(group),
             "ring_base": In(shapes.ring),
+            "next_slot": Out(shapes.slot),
             "stripe_bits": In(shapes.stripe_bits),
             "stripe_address": Out(shapes.list_bits + shapes.slot.width),
             "stripe_token": In(TOKEN_BITS),
@@ -317,6 +319,7 @@ class Arrivals(wiring.Component):
         } | ({
             "codes": In(1), "sinks": In(shapes.start["sinks"].shape), "stripe_first": In(1), "codes_taken": In(1)}
             if config.codes else {}))
+        self._stripe_bits = Signal(shapes.stripe_bits, name="stripe_bits_1")    # stage 1
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
@@ -362,6 +365,7 @@ class Arrivals(wiring.Component):
         take, given_back = Signal(), Signal(2)
         beat = self.codewords.payload
         m.d.comb += [
+            self.next_slot.eq(beat.tag.slot),
             self.codewords.ready.eq(has_credit),
             take.eq(self.codewords.valid & self.codewords.ready),
         ]
@@ -377,7 +381,7 @@ class Arrivals(wiring.Component):
         with m.If(take):
             m.d.sync += at_first.eq(beat.last)
             with m.If(at_first):
-                m.d.sync += stage_1.tag.eq(beat.tag)
+                m.d.sync += [stage_1.tag.eq(beat.tag), self._stripe_bits.eq(self.stripe_bits)]
 
     def _parts(self, tag: Any) -> tuple[Value, Value]:
         """The place's page, and codeword in that page."""
@@ -406,8 +410,8 @@ class Arrivals(wiring.Component):
             m.d.sync += known_2.first_asked.eq(tag.place < self.first_asked)
         m.d.comb += [
             self.slot.eq(tag.slot),
-            self.stripe_address.eq(Cat((page >> self.stripe_bits)[: shapes.list_bits], tag.slot)),
-            page_of_stripe.eq(page & ((1 << self.stripe_bits) - 1)),
+            self.stripe_address.eq(Cat((page >> self._stripe_bits)[: shapes.list_bits], tag.slot)),
+            page_of_stripe.eq(page & ((1 << self._stripe_bits) - 1)),
         ]
         m.d.sync += [
             known_2.current.eq((tag.epoch == self.epoch) & self.active & ~self.failed),
@@ -437,7 +441,7 @@ class Arrivals(wiring.Component):
             known_2.header_ring.eq(place),
             known_2.number.eq(self.feature),
             known_2.group.eq(self.first_group),
-            known_2.stripe.eq(page >> self.stripe_bits),
+            known_2.stripe.eq(page >> self._stripe_bits),
             known_2.unit_bits.eq(self.unit_bits),
         ]
         if self.config.codes:

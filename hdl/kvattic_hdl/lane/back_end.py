@@ -43,6 +43,7 @@ def back_end_ports(config: Config) -> dict[str, wiring.Member]:
         "load": In(shapes.load),
         "start_valid": In(1),
         "start": In(shapes.start),
+        "lists_room": Out(1),
         "live": In(slots),
         "value_open": In(slots),
         "failed": In(slots),
@@ -102,6 +103,7 @@ class TokenBackEnd(wiring.Component):
     maximum_slot, maximum_row, maximum, maximum_write, maximum_new : as `Lane`'s
     denominator_slot, denominator_row, denominator : as `Lane`'s
     report_slot, report, missing_key, missing_value, events, beat_slot, offender : as `Lane`'s
+    lists_room : as `Lane`'s
     ready : Out(1)
         The arrivals' bits are cleared.
     front : In(`front_link`)
@@ -167,6 +169,11 @@ class TokenBackEnd(wiring.Component):
             jobs.stripes.eq(lists.stripes),
             jobs.tail.eq(lists.tail),
             lists.lane.eq(self.lane),
+            lists.start_valid.eq(self.start_valid),
+            lists.start_slot.eq(self.start.slot),
+            lists.start_sparse.eq(self.start.mode != Mode.DENSE),
+            lists.live.eq(self.live),
+            self.lists_room.eq(lists.room),
         ]
         if self.config.sparse:
             loaded.append(self.chosen)
@@ -263,7 +270,8 @@ class TokenBackEnd(wiring.Component):
             arrivals.begun.eq(self.outstanding.keys_begun.bit_select(slot, 1)),
             arrivals.asked.eq(ring.asked[Lookup.ARRIVALS]),
             arrivals.ring_base.eq(ring.base[Lookup.ARRIVALS]),
-            arrivals.stripe_bits.eq(job.stripe_bits),
+            self.jobs.next.slot.eq(arrivals.next_slot),
+            arrivals.stripe_bits.eq(self.jobs.next.job.stripe_bits),
             arrivals.read.eq(job.read),
             arrivals.stripe_token.eq(stripe.stripe.token),
             stripe.address.eq(arrivals.stripe_address),

@@ -1,5 +1,7 @@
 """The parameters of the jobs in flight, and each job's list of stripes, as a lane's blocks read them."""
 
+from typing import Any
+
 from amaranth.hdl import Cat, Module, Mux, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
@@ -28,7 +30,7 @@ def job_readers(config: Config) -> dict[str, tuple[str, ...]]:
     walk = tuple(name for name, _ in Shapes(config).walk)
     readers: dict[str, tuple[str, ...]] = {
         "key": walk, "value": walk, "front": ("k_offset",), "faults": ("end_token",),
-        "arrivals": ("epoch", "stripe_bits", "read"), "score": ("scale", "tree_token")}
+        "arrivals": ("epoch", "read"), "next": ("stripe_bits",), "score": ("scale", "tree_token")}
     if config.sparse:
         readers["arrivals"] += ("mode", "unit_bits", *(("sinks",) if config.codes else ()))
         readers["score"] += ("unit_bits",)
@@ -56,7 +58,7 @@ class Jobs(wiring.Component):
         Strobes, one cycle later: the slot's job can be read from the next cycle on; it is a sparse one.
     sparse : Out(jobs_in_flight)
         The slot's job is a sparse one.
-    key, value, front, faults, arrivals, score, first, selector : Out, each with slot (In) and job (Out)
+    key, value, front, faults, arrivals, next, score, first, selector : Out, each with slot (In) and job (Out)
         The job of the reader's slot, in the same cycle; see `job_readers`.  The last two only if `config.sparse`.
     """
 
@@ -109,7 +111,11 @@ class Jobs(wiring.Component):
 class StripeLists(wiring.Component):
     """Keeps each slot's list of the job's stripes on this lane's channels, in their order.
 
-    A row record of the slot makes the list empty, a table entry with a channel of the lane is appended to it.
+    A row record makes the list that is being loaded empty, a table entry with a channel of the lane is appended to it,
+    and `start` makes it the slot's; one job is loaded at a time.  Lists follow each other in a ring with room for twice
+    the largest one, no more: all that the score ring holds, and one that waits for it.  A stripe of a sparse job takes
+    the room of as many as it has pages, so what only sparse jobs have needs less depth.  Lists are given back in the
+    order in which their jobs started.  Reset forgets all of them.
 
     Parameters
     ----------
@@ -121,6 +127,12 @@ class StripeLists(wiring.Component):
         The lane's number, constant.
     load_valid, load : In
         Row records, table entries, and behind each of these its sketch's.
+    start_valid, start_slot, start_sparse : In(1), In(slot), In(1)
+        Strobe: the slot's job begins; it is a sparse one.
+    live : In(jobs_in_flight)
+        The slot's job is in flight: from the cycle after its `start` until its list is needed no longer.
+    room : Out(1)
+        There is room for another list, however long; three cycles after `start`.
     stripes : Out, tail : Out(1)
         Stripes in the list that is being loaded; the last of them is the job's last one.
     key, value : Out, each with address (In) and stripe (Out)
@@ -137,8 +149,6 @@ class StripeLists(wiring.Component):
     def __init__(self, config: Config) -> None:
         self.config = config
         self.shapes = shapes = Shapes(config)
-        # All stripes of a sparse job are groups.
-        self.group_bits = ceil_log2(config.ring_codewords // config.group_codewords) if config.sparse else 0
         self.tokens = data.StructLayout({"token": TOKEN_BITS} | ({"whole": 1, "first": 1} if config.sparse else {}))
         readers = {"key": shapes.stripe, "value": shapes.stripe, "arrivals": self.tokens}
         if config.sparse:
@@ -147,15 +157,27 @@ class StripeLists(wiring.Component):
             "lane": In(shapes.lane),
             "load_valid": In(1),
             "load": In(shapes.load),
+            "start_valid": In(1),
+            "start_slot": In(shapes.slot),
+            "start_sparse": In(1),
+            "live": In(config.jobs_in_flight),
+            "room": Out(1),
             "stripes": Out(shapes.walk["stripes"].shape),
             "tail": Out(1),
         } | {
             name: Out(wiring.Signature({"address": In(shapes.list_bits + shapes.slot.width), "stripe": Out(shape)}))
             for name, shape in readers.items()
         } | ({"sink_slot": In(shapes.slot), "sink_page": Out(PAGE_BITS)} if config.codes else {}))
+        self._unit_bits = ceil_log2(config.group_pages) if config.sparse else 0    # log2 of the stripes of a unit
+        self._units = 1 << shapes.list_bits - self._unit_bits                      # of the largest list
+        self._head = Signal(range(2 * self._units), name="head")    # unit where the list begins that is being loaded
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
+        m.submodules.begins = begins = Memory(
+            shape=self._head.shape(), depth=self.config.jobs_in_flight, init=[], attrs={"ram_style": "distributed"})
+        self._begins = begins
+        self._allocate(m, begins.write_port(domain="sync"))
         entry = table_entry(self.load.data[: TABLE_ENTRY.size * 8])
         append = Signal()
         here = self.shapes.lane_of(entry["channel"]) == self.lane
@@ -166,27 +188,66 @@ class StripeLists(wiring.Component):
             m.d.sync += self.stripes.eq(0)
         for name in ("key", "value"):
             place = Cat(entry[f"{name}_page"], entry["dram"], self.shapes.number_of_lane(entry["channel"]))
-            self._list(m, name, place, append, self.stripes, self.shapes.list_bits)
+            self._list(m, name, place, append, self.stripes)
         whole = entry["dram"] | entry["whole"]
         tokens = Cat(self.load.start, whole, self.load.start == 0)[: self.tokens.size]
-        self._list(m, "arrivals", tokens, append, self.stripes, self.shapes.list_bits)
+        self._list(m, "arrivals", tokens, append, self.stripes)
         if self.config.sparse:
-            self._list(m, "selector", tokens, append, self.stripes, self.group_bits)
+            self._list(m, "selector", tokens, append, self.stripes, sparse=True)
             self._list_first_pass(m, entry, append, whole)
         return m
 
-    def _list(self, m: Module, reader: str, value: Value, valid: Value, number: Value, bits: int) -> None:
-        """What a reader reads of the stripes: a memory for 2**bits of each slot, written at this number of the list."""
-        port = getattr(self, reader)
-        memory = Memory(shape=port.stripe.shape(), depth=self.config.jobs_in_flight << bits, init=[],
-                        attrs={"ram_style": "block"})
+    def _allocate(self, m: Module, begin: Any) -> None:
+        """Where each slot's list begins, and the room that is left."""
+        slots, bits = self.config.jobs_in_flight, self._unit_bits
+        units = range(self._units + 1)
+        m.submodules.lengths = lengths = Memory(
+            shape=units, depth=slots, init=[], attrs={"ram_style": "distributed"})
+        write, read = lengths.write_port(domain="sync"), lengths.read_port(domain="comb")
+        holds, oldest = Signal(slots), Signal(self.shapes.slot)    # slots that have a list; the oldest of them
+        used = Signal(range(2 * self._units + 1))
+        length, new, given_back = Signal(units), Signal(units), Signal(units)
+        give_back = Signal()
+        m.d.comb += [
+            begin.en.eq(self.start_valid),
+            begin.addr.eq(self.start_slot),
+            begin.data.eq(self._head),
+            write.en.eq(self.start_valid),
+            write.addr.eq(self.start_slot),
+            length.eq(Mux(self.start_sparse, self.stripes, (self.stripes >> bits) + self.stripes[:bits].any())),
+            write.data.eq(length),
+            read.addr.eq(oldest),
+            give_back.eq((holds & ~self.live).bit_select(oldest, 1)),
+        ]
+        m.d.sync += [
+            new.eq(Mux(self.start_valid, length, 0)),
+            given_back.eq(Mux(give_back, read.data, 0)),
+            used.eq(used + new - given_back),
+            self.room.eq(used <= self._units),
+        ]
+        with m.If(give_back):
+            m.d.sync += holds.bit_select(oldest, 1).eq(0)
+        with m.If(give_back | (~holds.bit_select(oldest, 1) & holds.any())):
+            m.d.sync += oldest.eq(Mux(oldest == slots - 1, 0, oldest + 1))
+        with m.If(self.start_valid):
+            m.d.sync += [self._head.eq(self._head + length), holds.bit_select(self.start_slot, 1).eq(1)]
+
+    def _list(self, m: Module, reader: str, value: Value, valid: Value, number: Value, *, sparse: bool = False) -> None:
+        """What a reader reads of the stripes: a memory, written at this number of the list, a unit if `sparse`."""
+        port, bits = getattr(self, reader), self.shapes.list_bits
+        unit_bits = 0 if sparse else self._unit_bits
+        number_bits = ceil_log2(self._units) + unit_bits
+        memory = Memory(shape=port.stripe.shape(), depth=2 << number_bits, init=[], attrs={"ram_style": "block"})
         m.submodules[f"{reader}_stripes"] = memory
-        write, read = memory.write_port(domain="sync"), memory.read_port(domain="sync")
+        write, read, begin = (memory.write_port(domain="sync"), memory.read_port(domain="sync"),
+                              self._begins.read_port(domain="comb"))
         m.d.comb += [
             write.en.eq(valid),
-            write.addr.eq(Cat(number[:bits], self.load.slot)),
+            # A table that is too long stays within what is free; it is refused.
+            write.addr.eq((self._head << unit_bits) + number[:number_bits]),
             Value.cast(write.data).eq(value),
-            read.addr.eq(Cat(port.address[:bits], port.address[self.shapes.list_bits :])),
+            begin.addr.eq(port.address[bits:]),
+            read.addr.eq((begin.data << unit_bits) + port.address[:number_bits]),
             port.stripe.eq(read.data),
         ]
 
@@ -213,7 +274,7 @@ class StripeLists(wiring.Component):
         if self.config.lane_channels > 1:
             m.d.comb += stripe.of_lane.eq(of_lane)
         self._list(m, "first", stripe.as_value(), self.load_valid & self.load.sketch & appended, self.stripes - 1,
-                   self.group_bits)
+                   sparse=True)
         if self.config.codes:
             self._keep_sink_page(m, append & (self.load.start == 0), entry["key_page"])
 

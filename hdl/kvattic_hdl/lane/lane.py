@@ -40,6 +40,8 @@ class Lane(wiring.Component):
         chosen features come behind the row records.
     start_valid, start : In
         A job begins, a cycle or more after its last `load`; its slot must be free.
+    lists_room : Out(1)
+        Another job's table may be loaded; known three cycles after a `start`.  Jobs are loaded one after the other.
     live : In(jobs_in_flight)
         The slot's job is in flight: from its `start` until it is freed.
     value_open : In(jobs_in_flight)

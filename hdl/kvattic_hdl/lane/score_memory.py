@@ -9,6 +9,9 @@ from amaranth.utils import ceil_log2
 from kvattic.spec.config import Config
 from kvattic_hdl.lib.shapes import Shapes
 
+SLICE_BITS = 36
+"""Bits of a score that are kept together: they fill block RAMs of 9 bits a word, which the others would half fill."""
+
 
 class ScoreMemory(wiring.Component):
     """Keeps a score for each row of each token in the ring; `Config.sweep_tokens` tokens make a word.
@@ -54,16 +57,20 @@ class ScoreMemory(wiring.Component):
         bank_1, bank_2 = Signal.like(read_bank), Signal.like(read_bank)
         m.d.sync += [bank_1.eq(read_bank), bank_2.eq(bank_1)]
         for i in range(self._wide):
-            m.submodules[f"bank_{i}"] = bank = Memory(
-                shape=self._shapes.score, depth=self._words, init=[], attrs={"ram_style": "block"})
-            write, read = bank.write_port(domain="sync"), bank.read_port(domain="sync")
-            m.d.comb += [
-                write.en.eq(self.write & (write_bank == i)),
-                write.addr.eq(write_word),
-                write.data.eq(self.write_score),
-                read.addr.eq(Mux(self.score_ask, read_word, self.word_address)),
-            ]
-            m.d.sync += self.word[i].eq(read.data)
+            slices = []
+            for low in range(0, len(self.write_score), SLICE_BITS):
+                written = self.write_score[low : low + SLICE_BITS]
+                m.submodules[f"bank_{i}_{low}"] = bank = Memory(
+                    shape=len(written), depth=self._words, init=[], attrs={"ram_style": "block"})
+                write, read = bank.write_port(domain="sync"), bank.read_port(domain="sync")
+                m.d.comb += [
+                    write.en.eq(self.write & (write_bank == i)),
+                    write.addr.eq(write_word),
+                    write.data.eq(written),
+                    read.addr.eq(Mux(self.score_ask, read_word, self.word_address)),
+                ]
+                slices.append(read.data)
+            m.d.sync += self.word[i].eq(Cat(slices))
         m.d.comb += self.score.eq(Array(self.word)[bank_2])
         return m
 

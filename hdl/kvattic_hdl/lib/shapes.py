@@ -296,7 +296,7 @@ class Shapes:
             "slot": self.slot,
             "op": SWEEP_BITS,                      # `Sweep`
             "bits": unsigned(bits_for(RANK_BITS)),   # of `prefix` that count, from the top
-            "prefix": RANK_BITS,
+            "prefix": RANK_BITS,                   # below these bits zero
         })
         self.unit_count = unsigned(bits_for(config.ring_codewords * config.tokens_per_codeword))
         self.alpha = unsigned(ALPHA_FRACTION + 1)

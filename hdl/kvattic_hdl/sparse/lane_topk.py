@@ -24,7 +24,9 @@ from kvattic_hdl.lib.stream_buffer import Queue
 from kvattic_hdl.sparse.groups import GroupWalk, position_bits
 
 DEPTH = 16
-"""Tokens that wait for their scores."""
+"""Steps that wait for their scores, where masses are kept."""
+UNDER_WAY = 32
+"""Steps on their way from the walk to their masses, where these are worked out anew: more than the way has cycles."""
 KEPT = 512
 """Steps whose units are kept from one DIGIT sweep for the next: a block RAM's words."""
 SETTLE = 4
@@ -44,15 +46,13 @@ class _Listed:
     Attributes:
         complete: they are all that it has counted.
         running: a sweep goes through them.
-        go, valid: those of a step are read; a cycle later `ranks` are there, and which of the step's units are kept.
+        go, valid: those of a step are read; a cycle later `units` are there.
     """
 
-    def __init__(self, units: int) -> None:
+    def __init__(self, units: data.StructLayout) -> None:
         self.complete, self.running, self.go, self.valid = (
             Signal(name=f"listed_{name}") for name in ("complete", "running", "go", "valid"))
-        self.shape = data.StructLayout({"there": units, "ranks": data.ArrayLayout(RANK_BITS, units)})
-        self.there, self.ranks = Signal(units, name="listed_there"), Signal(self.shape["ranks"].shape,
-                                                                            name="listed_ranks")
+        self.units = Signal(units, name="listed_units")
 
 
 class LaneTopK(wiring.Component):
@@ -60,24 +60,27 @@ class LaneTopK(wiring.Component):
 
     From `sweep_valid` to `done`, if every `score_ask` is granted (one that is not costs its cycle):
 
-    ===== ================================ ==============================================================
-    sweep cycles, one token a step         512 tokens in two stripes, one row
-    ===== ================================ ==============================================================
-    SUM   23 + a cycle for each score      535
-    MASS  26 + a cycle for each score      538
-    DIGIT 11 + a cycle for each unit       523 (SPARF); 14 + a cycle for each unit kept
-    MARK  10 to 23 + a cycle for a token   522 to 535; in CENTROID 10 + a cycle for a codeword (266)
-    ===== ================================ ==============================================================
+    ===== ================================ ================================ ==================================
+    sweep cycles, `Config.rows` of 1       512 tokens in two stripes        cycles, more rows; 512 tokens, one
+    ===== ================================ ================================ ==================================
+    SUM   24 + a cycle for each score      536                              23 + a cycle for each score; 535
+    MASS  24 + a cycle for each score      536                              26 + a cycle for each score; 538
+    DIGIT 26 + a cycle for each score      538                              11 + a cycle for each unit; 523
+    MARK  25 + a cycle for each token      537                              10 to 23 + a cycle for each token
+    ===== ================================ ================================ ==================================
 
-    A step takes `Config.sweep_tokens` tokens at once, whose scores lie side by side, or as many units of one token: it
-    is a cycle for so many of them, and where they are several, SUM, MASS and MARK take one more.
+    A DIGIT sweep through units that are kept takes 14 cycles + one for each, MARK in CENTROID 25 (10) + a cycle for a
+    codeword.  A step takes `Config.sweep_tokens` tokens at once, whose scores lie side by side, or as many units of one
+    token: it is a cycle for so many of them, and where they are several, sweeps that read scores take one more.
 
     Scores are those before `end_token`, of each row that has a reference; those of stripes that are attended whole
-    count in SUM and MARK only, in CENTROID never.  MARK reads the scores of selected tokens beside its walk, and waits
-    where it has found many with many rows.  A DIGIT sweep keeps the units that begin with its prefix, if they are of no
+    count in SUM and MARK only, in CENTROID never.  With one row each sweep weighs the scores anew, for a unit's mass
+    needs no place then.  With more, masses are kept by MASS; MARK reads the scores of selected tokens beside its walk,
+    and waits where it has found many with many rows.
+
+    A DIGIT sweep keeps the units that begin with its prefix (of one row, a MASS sweep all units), if they are of no
     more than `kept` steps; the next DIGIT sweep goes through these alone, so its prefix must begin with the one before.
-    Tokens are walked in the order of the list; a stripe shorter than four
-    steps takes four.  Reset forgets the sweep.
+    Tokens are walked in the order of the list; a stripe shorter than four steps takes four.  Reset forgets the sweep.
 
     Parameters
     ----------
@@ -89,7 +92,7 @@ class LaneTopK(wiring.Component):
     Members
     -------
     sweep_valid, sweep : In(1), In(Shapes.sweep)
-        Strobe: begin this sweep.  Not before `done`.
+        Strobe: begin this sweep.  Not before `done`.  `bits` is 0 in MASS; behind `bits` the prefix is 0.
     done : Out(1)
         Low from the cycle after `sweep_valid` until the sweep's results can be read.
     slot : Out(slot)
@@ -171,21 +174,28 @@ class LaneTopK(wiring.Component):
         self._sweep = Signal(shapes.sweep, name="sweep")
         self._centroid, self._marking, self._massing = (
             Signal(name=name) for name in ("centroid", "marking", "massing"))
-        # A score on its way to p, from the cycle after its address was granted on.
-        score = data.StructLayout({
-            "row": shapes.row, "position": position_bits(config), "first": 1, "last": 1, "forced": wide,
-            "counts": wide})
+        # One row's masses follow from its scores.
+        self._keeps_masses = config.rows > 1
+        # A step on its way to p, from the cycle after its scores' address was granted on.
+        score = data.StructLayout(
+            {"first": 1, "last": 1, "forced": wide, "counts": wide}
+            | ({"row": shapes.row, "position": position_bits(config)} if self._keeps_masses else {}))
         self._latency = latency(config)
+        most = config.rows * (config.tokens_per_codeword << config.unit_bits_max)    # p of a unit
+        self._total_bits = VALUE_FRACTION + 1 + ceil_log2(most)
         self._entered = Signal(name="entered")
         self._scores = [Signal(score, name=f"score_{i}", reset_less=True) for i in range(1, self._latency + 4)]
         self._p = [Signal(VALUE_FRACTION + 1, name=f"p_{i}") for i in range(wide)]
         self._p_sum = Signal(VALUE_FRACTION + 1 + self._wide_bits, name="p_sum")
         self._before_valid, self._now_valid = Signal(name="before_valid"), Signal(name="now_valid")
         self._by_token = Signal(name="by_token")   # units are tokens
-        # Of the step's units: which of them are there, and their ranks.
-        self._there_2 = Signal(wide, name="there_2", reset_less=True)
-        self._ranks_2 = Signal(data.ArrayLayout(RANK_BITS, wide), name="ranks_2", reset_less=True)
-        self._listed = _Listed(wide)
+        self._more = Signal(config.unit_bits_max, name="more")   # codewords of a unit, less one
+        self._begins = Signal(name="begins")       # the unit begins before the end
+        # The step's units: which of them are there, their masses, and the first one's token; others follow it.
+        units = data.StructLayout({
+            "there": wide, "masses": data.ArrayLayout(MASS_BITS, wide), "token": TOKEN_BITS})
+        self._units_2 = Signal(units, name="units_2", reset_less=True)
+        self._listed = _Listed(units)
         # Units' masses that are ready.
         self._mass_valids, self._masses = (
             Signal(wide, name="mass_valids"), Signal(data.ArrayLayout(MASS_BITS, wide), name="masses"))
@@ -194,13 +204,29 @@ class LaneTopK(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         m.submodules.walk = walk = GroupWalk(self.config)
+        self._begin(m, walk)
+        under_way = self._keep_masses(m, walk) if self._keeps_masses else self._weigh_again(m, walk)
+        with m.If(self.sweep_valid):
+            m.d.sync += self.done.eq(0)
+        with m.Elif(~under_way.any()):
+            m.d.sync += self.done.eq(1)
+        return m
+
+    def _keep_masses(self, m: Module, walk: GroupWalk) -> Value:
+        """Sweeps that look masses up which MASS has kept; what of them is under way.
+
+        Weighing the scores of several rows anew would take a cycle for each row.
+        """
         listed = self._listed
         marking, massing, centroid = self._marking, self._massing, self._centroid
+        m.d.comb += [
+            walk.by_unit.eq((self._sweep.op == Sweep.DIGIT) | (centroid & ~marking)),
+            walk.skip_whole.eq(walk.by_unit | massing),
+        ]
         step_2, step_3 = (Signal(walk.step.shape(), name=f"step_{i}", reset_less=True) for i in (2, 3))
         valid_2, valid_3 = (Signal(name=f"step_valid_{i}") for i in (2, 3))
         m.d.sync += [
             valid_2.eq(walk.valid | listed.valid), valid_3.eq(valid_2), step_2.eq(walk.step), step_3.eq(step_2)]
-        self._begin(m, walk)
         self._read_masses(m, walk)
         selected, matches, digits = self._rank(m)
         taken, counts, counted = (Signal(self._wide, name=name) for name in ("taken_3", "counts_3", "counted"))
@@ -221,13 +247,51 @@ class LaneTopK(wiring.Component):
         binned = [Mux(massing, length, digit) for length, digit in zip(lengths, digits, strict=True)]
         count_valids = self._count(m, self._mass_valids | counted, binned)
 
-        under_way = Cat(walk.running, listed.running, room != DEPTH, valids, self._mass_valids, count_valids,
-                        self.mark_valid)
-        with m.If(self.sweep_valid):
-            m.d.sync += self.done.eq(0)
-        with m.Elif(~under_way.any()):
-            m.d.sync += self.done.eq(1)
-        return m
+        return Cat(walk.running, listed.running, room != DEPTH, valids, self._mass_valids, count_valids,
+                   self.mark_valid)
+
+    def _weigh_again(self, m: Module, walk: GroupWalk) -> Value:
+        """Sweeps that weigh the scores anew, of one row; what of them is under way.
+
+        p comes out of the weighing in cycle `before`, a unit's total is there in cycle `now`, its mass in the next one.
+        From there on stages are counted: ranks stand in stage 2 beside those of the list, what they say in stage 3.
+        """
+        listed, by_token, massing, now = self._listed, self._by_token, self._massing, self._scores[-1]
+        in_digit = self._sweep.op == Sweep.DIGIT
+        m.d.comb += [walk.by_unit.eq(self._centroid), walk.skip_whole.eq(massing | in_digit | self._centroid)]
+        room, about = self._ask(m, walk)
+        valids = self._weigh(m)
+        totals, lengths = self._sum_units(m)
+        ends, there = Signal(4), Signal(data.ArrayLayout(self._wide, 4))    # of units, by stage; 0: `now`
+        token_1 = Signal(TOKEN_BITS, reset_less=True)
+        m.d.comb += [
+            ends[0].eq(self._now_valid & now.last),
+            there[0].eq(Mux(ends[0], Mux(by_token, now.counts, self._begins), 0)),
+            there[2].eq(self._units_2.there),
+        ]
+        m.d.sync += [
+            ends[1:].eq(ends),
+            there[1].eq(there[0]),
+            there[3].eq(there[2]),
+            token_1.eq(about.token),
+            self._units_2.there.eq(there[1]),
+            self._units_2.masses.eq(self._masses),
+            self._units_2.token.eq(token_1),
+        ]
+        with m.If(listed.running):
+            m.d.sync += self._units_2.eq(listed.units)
+            with m.If(~listed.valid):
+                m.d.sync += self._units_2.there.eq(0)
+        selected, matches, digits = self._rank(m)
+        # In MASS no bits of the rank are decided, and all units match.
+        self._keep(m, Mux(massing | in_digit, matches, 0))
+        binned = [Mux(massing, length, digit) for length, digit in zip(lengths, digits, strict=True)]
+        count_valids = self._count(m, Mux(massing, there[1], Mux(in_digit, matches, 0)), binned)
+        taken = self._take(m, about, selected)
+        self._sum_taken(m, ends[0], totals, taken)
+        self._mark_units(m, about, ends[3], there[3], taken)
+        return Cat(walk.running, listed.running, listed.valid, room != UNDER_WAY, valids, ends, there[3], count_valids,
+                   self.mark_valid)
 
     def _begin(self, m: Module, walk: GroupWalk) -> None:
         """Takes a sweep and sets the walk up; the job's parameters do not change during its sweep."""
@@ -236,10 +300,8 @@ class LaneTopK(wiring.Component):
             self.slot.eq(sweep.slot),
             self._marking.eq(sweep.op == Sweep.MARK),
             self._massing.eq(sweep.op == Sweep.MASS),
-            walk.by_unit.eq((sweep.op == Sweep.DIGIT) | (self._centroid & ~self._marking)),
             walk.begin.eq(self.sweep_valid & ~((self.sweep.op == Sweep.DIGIT) & self._listed.complete)),
             walk.all_tokens.eq(self._marking),
-            walk.skip_whole.eq(walk.by_unit | self._massing),
             self.stripe_address.eq(walk.stripe_address),
         ]
         for name in ("slot", "end_token", "local_token", "sinks", "stripes", "ring_base", "stripe_token",
@@ -254,7 +316,11 @@ class LaneTopK(wiring.Component):
             unit_mask.eq(Mux(self._by_token, 0, (tokens << self.unit_bits) - 1)),
             step_tokens.eq(Mux(in_unit, unit_mask + 1, Mux(self._centroid, tokens, self._wide))),
         ]
-        m.d.comb += [walk.unit_mask.eq(unit_mask), walk.step_tokens.eq(step_tokens)]
+        m.d.comb += [
+            self._more.eq(unit_mask[self.config.slot_bits_per_codeword :]),
+            walk.unit_mask.eq(unit_mask),
+            walk.step_tokens.eq(step_tokens),
+        ]
         with m.If(self.sweep_valid):
             m.d.sync += sweep.eq(self.sweep)
 
@@ -262,7 +328,7 @@ class LaneTopK(wiring.Component):
         """Masses, side by side as scores are, each at the place of its unit's first token."""
         listed, step, bits = self._listed, walk.step, self._wide_bits
         first = Mux(self._by_token, step.inside, step.inside[0])
-        m.d.sync += self._there_2.eq(Mux(listed.running, listed.there, first))
+        m.d.sync += [self._units_2.there.eq(first), self._units_2.token.eq(walk.unit_token)]
         for i in range(self._wide):
             m.submodules[f"masses_{i}"] = masses = Memory(
                 shape=MASS_BITS, depth=1 << position_bits(self.config) - bits, init=[], attrs={"ram_style": "block"})
@@ -273,8 +339,9 @@ class LaneTopK(wiring.Component):
                 write.addr.eq(self._mass_position[bits:]),
                 write.data.eq(self._masses[i]),
             ]
-            unit_token = Cat(Const(i, bits), walk.unit_token[bits:])
-            m.d.sync += self._ranks_2[i].eq(Mux(listed.running, listed.ranks[i], Cat(~unit_token, read.data)))
+            m.d.sync += self._units_2.masses[i].eq(read.data)
+        with m.If(listed.running):
+            m.d.sync += self._units_2.eq(listed.units)
 
     def _rank(self, m: Module) -> tuple[Signal, Signal, list[Signal]]:
         """The units' ranks against the prefix: (at least it, there and begin with it, the digits behind it).
@@ -282,8 +349,6 @@ class LaneTopK(wiring.Component):
         The first one's answer is that of all tokens of a step within its unit.
         """
         sweep = self._sweep
-        begun = Signal()
-        m.d.sync += begun.eq(self.sweep_valid)
         mask = Signal(RANK_BITS)
         aligned_number, aligned_shift = Signal(range(RANK_BITS // DIGIT_BITS + 1)), Signal(range(DIGIT_BITS + 1))
         selected, matches = Signal(self._wide), Signal(self._wide)
@@ -293,42 +358,46 @@ class LaneTopK(wiring.Component):
             aligned_number.eq(Array(i // DIGIT_BITS for i in range(RANK_BITS + 1))[sweep.bits]),
             aligned_shift.eq(Array(DIGIT_BITS - i % DIGIT_BITS for i in range(RANK_BITS + 1))[sweep.bits]),
         ]
-        above = [(self._ranks_2[i] & mask) >= sweep.prefix for i in range(self._wide)]
-        for i in range(self._wide):
-            rank = self._ranks_2[i]
+        tokens = [Cat(Const(i, self._wide_bits), self._units_2.token[self._wide_bits :]) for i in range(self._wide)]
+        ranks = [Cat(~token, mass) for token, mass in zip(tokens, self._units_2.masses, strict=True)]
+        above = [rank >= sweep.prefix for rank in ranks]
+        differences = [(rank ^ sweep.prefix) & mask for rank in ranks]
+        # The tokens of a step differ in their lowest bits alone.
+        same = ~differences[0][self._wide_bits : TOKEN_BITS].any()
+        for i, (rank, different) in enumerate(zip(ranks, differences, strict=True)):
+            matching = same & ~Cat(different[: self._wide_bits], different[TOKEN_BITS:]).any()
             # The digit comes out of the two aligned ones in which it stands.
             padded = Cat(Const(0, 3 * DIGIT_BITS - RANK_BITS % DIGIT_BITS), rank)
             aligned = [padded[len(padded) - (n + 2) * DIGIT_BITS : len(padded) - n * DIGIT_BITS]
                        for n in range(RANK_BITS // DIGIT_BITS + 1)]
             m.d.sync += [
                 selected[i].eq(Mux(self._by_token, above[i], above[0])),
-                matches[i].eq(self._there_2[i] & (((rank ^ sweep.prefix) & mask) == 0)),
+                matches[i].eq(self._units_2.there[i] & matching),
                 digits[i].eq(Array(aligned)[aligned_number] >> aligned_shift),
             ]
-        with m.If(~self.sweep_valid & ~begun):
-            m.d.sync += sweep.prefix.eq(sweep.prefix & mask)    # once would do
         return selected, matches, digits
 
-    def _keep(self, m: Module, counted: Signal) -> None:
-        """Keep the units that a DIGIT sweep counts, for the next one; and go through them."""
+    def _keep(self, m: Module, counted: Value) -> None:
+        """Keep the units that a DIGIT sweep counts (of one row: or MASS), for the next one; and go through them."""
         listed, count = self._listed, Signal(range(self._kept + 1))
-        ranks_3 = Signal(self._ranks_2.shape(), reset_less=True)
-        m.submodules.ranks = ranks = Memory(shape=listed.shape, depth=self._kept, init=[], attrs={"ram_style": "block"})
-        read, write = ranks.read_port(domain="sync"), ranks.write_port(domain="sync")
+        units_3 = Signal.like(self._units_2)
+        m.submodules.units = units = Memory(
+            shape=units_3.shape(), depth=self._kept, init=[], attrs={"ram_style": "block"})
+        read, write = units.read_port(domain="sync"), units.write_port(domain="sync")
         at, left = Signal(range(self._kept)), Signal(range(self._kept + 1))
         settled = Signal(range(SETTLE + 1))
         is_digit = self.sweep.op == Sweep.DIGIT
+        keeps = is_digit if self._keeps_masses else is_digit | (self.sweep.op == Sweep.MASS)
         m.d.comb += [
             listed.go.eq(listed.running & (settled == SETTLE) & (left != 0)),
-            listed.there.eq(read.data.there),
-            listed.ranks.eq(read.data.ranks),
+            listed.units.eq(read.data),
             read.addr.eq(at),
             write.addr.eq(count),
+            write.data.eq(units_3),
             write.data.there.eq(counted),
-            write.data.ranks.eq(ranks_3),
             write.en.eq(counted.any() & (count != self._kept)),
         ]
-        m.d.sync += [ranks_3.eq(self._ranks_2), listed.valid.eq(listed.go)]
+        m.d.sync += [units_3.eq(self._units_2), listed.valid.eq(listed.go)]
         with m.If(settled != SETTLE):
             m.d.sync += settled.eq(settled + 1)
         with m.If(listed.go):
@@ -342,8 +411,100 @@ class LaneTopK(wiring.Component):
                 m.d.sync += listed.complete.eq(0)
         with m.If(self.sweep_valid):
             m.d.sync += [
-                listed.complete.eq(is_digit), listed.running.eq(is_digit & listed.complete), left.eq(count),
+                listed.complete.eq(keeps), listed.running.eq(is_digit & listed.complete), left.eq(count),
                 count.eq(0), at.eq(0), settled.eq(0)]
+
+    def _ask(self, m: Module, walk: GroupWalk) -> tuple[Signal, data.View]:
+        """Ask for each step's scores; the room for more steps, and what else there is to say of the one `now`."""
+        wide, shapes, step = self._wide, self.shapes, walk.step
+        asked = data.StructLayout({
+            "ring": shapes.ring, "index": step.index.shape(), "first": 1, "last": 1, "forced": wide, "counts": wide})
+        about = data.StructLayout({"token": TOKEN_BITS, "ring": shapes.ring, "whole": 1, "closes": 1})
+        m.submodules.asks = asks = Queue(asked, UNDER_WAY)
+        m.submodules.abouts = abouts = Queue(about, UNDER_WAY)
+        enter = Signal()
+        room = Signal(range(UNDER_WAY + 1), init=UNDER_WAY)
+        ask, score = asks.o.payload, self._scores[0]
+        m.d.comb += [
+            walk.room.eq(room != 0),
+            asks.i.valid.eq(walk.valid),
+            asks.i.payload.counts.eq(step.inside & Mux(self._centroid, 1, (1 << wide) - 1)),
+            *(asks.i.payload[name].eq(step[name]) for name in ("ring", "index", "first", "last", "forced")),
+            abouts.i.valid.eq(walk.valid),
+            abouts.i.payload.token.eq(walk.unit_token),
+            abouts.i.payload.ring.eq(step.ring),
+            abouts.i.payload.whole.eq(step.whole),
+            abouts.i.payload.closes.eq(step.index == self.config.tokens_per_codeword - wide),   # the codeword
+            self.score_ask.eq(asks.o.valid & ~self._pace(m, enter)),
+            enter.eq(self.score_ask & self.score_grant),
+            asks.o.ready.eq(enter),
+            abouts.o.ready.eq(self._now_valid),
+            self.score_address.eq(Cat(ask.index[self._wide_bits :], ask.ring)),
+        ]
+        m.d.sync += [
+            room.eq(room - walk.go + self._now_valid),
+            self._entered.eq(enter),
+            *(score[name].eq(ask[name]) for name in ("first", "last", "forced", "counts")),
+        ]
+        return room, abouts.o.payload
+
+    def _pace(self, m: Module, enter: Signal) -> Signal:
+        """Units of centroids are marked a codeword a cycle, so they must not come faster: whether to wait."""
+        left, waits = Signal.like(self._more), Signal()
+        with m.If(enter):
+            m.d.sync += [left.eq(self._more), waits.eq(self._marking & self._centroid & self._more.any())]
+        with m.Elif(waits):
+            m.d.sync += [left.eq(left - 1), waits.eq(left != 1)]
+        return waits
+
+    def _take(self, m: Module, about: data.View, selected: Signal) -> Signal:
+        """Stage 3: which tokens (or units) are taken, or count because a SUM sweep counts all."""
+        whole = Signal(3)
+        taken = Signal(self._wide)
+        m.d.sync += whole.eq(Cat(about.whole, whole))
+        m.d.comb += taken.eq(selected | (whole[-1] | (self._sweep.op == Sweep.SUM)).replicate(self._wide))
+        return taken
+
+    def _sum_taken(self, m: Module, ends: Value, totals: list[Signal], taken: Signal) -> None:
+        """The sum of p over what is taken, of the one row."""
+        amounts = []
+        for i, total in enumerate(totals):
+            amount_1, amount_2, amount_3 = (
+                Signal.like(total, name=f"amount_{stage}_{i}", reset_less=stage > 1) for stage in (1, 2, 3))
+            m.d.sync += [amount_1.eq(total), amount_2.eq(amount_1), amount_3.eq(amount_2)]
+            with m.If(~ends | (~self._by_token & (i > 0))):
+                m.d.sync += amount_1.eq(0)
+            amounts.append(Mux(taken[i], amount_3, 0))
+        amount, total = Signal(self.shapes.denominator), Signal(self.shapes.denominator)
+        m.d.sync += [amount.eq(sum(amounts)), total.eq(total + amount), self.sum.eq(total)]
+        with m.If(self.sweep_valid):
+            m.d.sync += total.eq(0)
+
+    def _mark_units(self, m: Module, about: data.View, ends: Value, there: Value, taken: Signal) -> None:
+        """Stage 3: hands out the marks of a unit at its end, a codeword a cycle, or of the tokens of a codeword."""
+        tokens, by_token = self.config.tokens_per_codeword, self._by_token
+        closes = Signal(3)
+        rings = [Signal(self.shapes.ring, name=f"unit_ring_{i}", reset_less=True) for i in (1, 2, 3)]   # of its first
+        m.d.sync += [closes.eq(Cat(about.closes, closes)), *(after.eq(before) for before, after in pairwise(rings))]
+        with m.If(self._now_valid & self._scores[-1].first):
+            m.d.sync += rings[0].eq(about.ring)
+        earlier = Signal(tokens)
+        collected = Cat(earlier, taken)[self._wide :]
+        left = Signal.like(self._more)
+        m.d.sync += [self.mark_valid.eq(left != 0), self.mark_ring.eq(self.mark_ring + 1), left.eq(left - (left != 0))]
+        with m.If(ends):
+            m.d.sync += earlier.eq(collected)
+        with m.If(ends & self._marking & (~by_token | closes[-1])):
+            m.d.sync += [
+                self.mark_valid.eq(1),
+                self.mark_ring.eq(rings[-1]),
+                self.mark_bits.eq(Mux(by_token, collected, taken[0].replicate(tokens))),
+                left.eq(self._more),
+            ]
+        with m.If(self.sweep_valid):
+            m.d.sync += self.unmarked.eq(0)
+        with m.Elif(self._marking & (there & ~taken).any()):
+            m.d.sync += self.unmarked.eq(1)
 
     def _mark(self, m: Module, valid: Signal, step: data.View, taken: Signal) -> None:
         """Collects a codeword's marks and hands them out."""
@@ -406,23 +567,20 @@ class LaneTopK(wiring.Component):
     def _weigh(self, m: Module) -> Value:
         """P of the scores that come; the stages at which there are some."""
         # Cycle 2: scores and reference.  3: their distances.  10: p as floats.  12: fixed point.
-        shapes, scores = self.shapes, self._scores
+        scores = self._scores
         later_valids = Signal(self._latency + 2)
         valids = Cat(self._entered, later_valids)
         m.d.sync += [later_valids.eq(valids), *(after.eq(before) for before, after in pairwise(scores))]
-        m.submodules.references = references = Memory(
-            shape=shapes.score, depth=1 << shapes.row.width, init=[], attrs={"ram_style": "distributed"})
-        read, write = references.read_port(domain="comb"), references.write_port(domain="sync")
-        reference = Signal(shapes.score)
+        reference = Signal(self.shapes.score)
+        if self._keeps_masses:
+            m.d.sync += reference.eq(self._reference(m, scores[0].row))
+        else:
+            with m.If(self.reference_write):
+                m.d.sync += reference.eq(self.reference)
         m.d.comb += [
-            write.addr.eq(self.reference_row),
-            write.data.eq(self.reference),
-            write.en.eq(self.reference_write),
-            read.addr.eq(scores[0].row),
             self._before_valid.eq(valids[self._latency + 1]),
             self._now_valid.eq(valids[self._latency + 2]),
         ]
-        m.d.sync += reference.eq(read.data)
         weighed = []
         for i in range(self._wide):
             m.submodules[f"exponential_{i}" if self._wide > 1 else "exponential"] = exponential = Exponential()
@@ -433,11 +591,27 @@ class LaneTopK(wiring.Component):
             ]
             m.d.comb += [exponential.distance.eq(distance), exponential.masked.eq(is_masked)]
             weighed.append(in_window(m, exponential))
+        # Where masses are kept the sum is of tokens, too, for their row.
+        summed = weighed if self._keeps_masses else [
+            p if i == 0 else Mux(self._by_token, 0, p) for i, p in enumerate(weighed)]
         # With several of them their sum is registered, too.
         domain = m.d.sync if self._wide > 1 else m.d.comb
-        domain += [self._p_sum.eq(sum(weighed[1:], start=weighed[0])),
+        domain += [self._p_sum.eq(sum(summed[1:], start=summed[0])),
                    *(p.eq(one) for p, one in zip(self._p, weighed, strict=True))]
         return valids
+
+    def _reference(self, m: Module, row: Value) -> Value:
+        """What scores of this row are compared with, in the same cycle."""
+        m.submodules.references = references = Memory(
+            shape=self.shapes.score, depth=1 << self.shapes.row.width, init=[], attrs={"ram_style": "distributed"})
+        read, write = references.read_port(domain="comb"), references.write_port(domain="sync")
+        m.d.comb += [
+            write.addr.eq(self.reference_row),
+            write.data.eq(self.reference),
+            write.en.eq(self.reference_write),
+            read.addr.eq(row),
+        ]
+        return read.data
 
     def _sum_rows(self, m: Module) -> None:
         """Each row's sum: read and add in one cycle, write in the next."""
@@ -472,57 +646,78 @@ class LaneTopK(wiring.Component):
             m.d.sync += untouched.eq(~0)
 
     def _sum_masses(self, m: Module) -> list[Signal]:
-        """The units' masses, and their lengths in bits."""
+        """The units' masses over all rows, to be kept, and their lengths in bits."""
         before, now = self._scores[-2:]
-        most = self.config.rows * (self.config.tokens_per_codeword << self.config.unit_bits_max)
         m.d.sync += self._mass_position.eq(now.position)
         lengths = []
         for i in range(self._wide):
-            total = Signal(VALUE_FRACTION + 1 + ceil_log2(most), name=f"total_{i}")
+            total = Signal(self._total_bits, name=f"total_{i}")
             # A unit of many tokens has its mass in the first of the sums.
             addend = Mux(self._by_token, self._p[0], self._p_sum) if i == 0 else self._p[i]
             with m.If(self._before_valid):
                 m.d.sync += total.eq(Mux(before.first, 0, total) + addend)
-            whole = total[VALUE_FRACTION - MASS_FRACTION :]
-            top = (1 << MASS_BITS) - 2
-            forced, mass = Signal(name=f"forced_{i}"), self._masses[i]
             ends = self._now_valid & now.last & self._massing
-            m.d.sync += [
-                forced.eq(now.forced[i]),
-                self._mass_valids[i].eq(ends & Mux(self._by_token, now.counts[i], i == 0)),
-                mass.eq(Mux(now.forced[i], top + 1, Mux(whole > top, top, whole))),
-            ]
-            length = Signal(range(LENGTH_FORCED + 1), name=f"length_{i}")
-            for bit in range(MASS_BITS):
-                with m.If(mass[bit]):
-                    m.d.comb += length.eq(bit + 1)
-            with m.If(forced):
-                m.d.comb += length.eq(LENGTH_FORCED)
-            lengths.append(length)
+            m.d.sync += self._mass_valids[i].eq(ends & Mux(self._by_token, now.counts[i], i == 0))
+            lengths.append(self._mass_and_length(m, i, total))
         return lengths
 
+    def _sum_units(self, m: Module) -> tuple[list[Signal], list[Signal]]:
+        """What p comes to in each unit, whether this begins before the end, and, a cycle later, masses and lengths."""
+        before = self._scores[-2]
+        totals = [Signal(self._total_bits if i == 0 else VALUE_FRACTION + 1, name=f"total_{i}")
+                  for i in range(self._wide)]
+        with m.If(self._before_valid):
+            m.d.sync += [
+                totals[0].eq(Mux(before.first, 0, totals[0]) + self._p_sum),
+                # These are tokens.
+                *(total.eq(p) for total, p in zip(totals[1:], self._p[1:], strict=True)),
+            ]
+            with m.If(before.first):
+                m.d.sync += self._begins.eq(before.counts[0])
+        return totals, [self._mass_and_length(m, i, total) for i, total in enumerate(totals)]
+
+    def _mass_and_length(self, m: Module, i: int, total: Signal) -> Signal:
+        """The mass of the i-th unit `now`, from its total; its length in bits; both a cycle later."""
+        whole = total[VALUE_FRACTION - MASS_FRACTION :]
+        top = (1 << MASS_BITS) - 2
+        forced, mass = Signal(name=f"forced_{i}"), self._masses[i]
+        now_forced = self._scores[-1].forced[i]
+        m.d.sync += [forced.eq(now_forced), mass.eq(Mux(now_forced, top + 1, Mux(whole > top, top, whole)))]
+        length = Signal(range(LENGTH_FORCED + 1), name=f"length_{i}")
+        for bit in range(MASS_BITS):
+            with m.If(mass[bit]):
+                m.d.comb += length.eq(bit + 1)
+        with m.If(forced):
+            m.d.comb += length.eq(LENGTH_FORCED)
+        return length
+
     def _count(self, m: Module, valids: Value, digits: list[Value]) -> Value:
-        """Histogram of lengths or digits, in a part for each place of a step; the stages at which there is one."""
-        asked = Signal(DIGIT_BITS)
-        m.d.sync += asked.eq(self.bin)
+        """Histogram of lengths or digits, in a part for each place of a step; the stages at which there is one.
+
+        A count is of the sweep whose number stands beside it.  Each sweep clears a bin, so that each of them is cleared
+        before the numbers come round again.
+        """
+        asked, number = Signal(DIGIT_BITS), Signal(DIGIT_BITS + 1, reset_less=True)
+        counted = data.StructLayout({"count": self.shapes.unit_count, "sweep": number.shape()})
+        m.d.sync += [asked.eq(self.bin), number.eq(number + self.sweep_valid)]
         counts, stages = [], []
         for i, digit in enumerate(digits):
             m.submodules[f"histogram_{i}"] = histogram = Memory(
-                shape=self.shapes.unit_count, depth=1 << DIGIT_BITS, init=[], attrs={"ram_style": "distributed"})
+                shape=counted, depth=1 << DIGIT_BITS, init=[], attrs={"ram_style": "distributed"})
             old, seen = histogram.read_port(domain="comb"), histogram.read_port(domain="comb")
             write = histogram.write_port(domain="sync")
-            untouched = Signal(1 << DIGIT_BITS, name=f"untouched_bins_{i}")   # that are zero, whatever the memory says
             bin_1, bin_2 = Signal(DIGIT_BITS, name=f"bin_1_{i}"), Signal(DIGIT_BITS, name=f"bin_2_{i}")
             bin_valid_1, bin_valid_2 = Signal(name=f"bin_valid_1_{i}"), Signal(name=f"bin_valid_2_{i}")
             count = Signal(self.shapes.unit_count, name=f"count_{i}")
             m.d.comb += [
                 old.addr.eq(bin_1),
-                write.addr.eq(bin_2),
-                write.data.eq(count),
-                write.en.eq(bin_valid_2),
+                write.addr.eq(Mux(bin_valid_2, bin_2, number)),
+                write.data.count.eq(Mux(bin_valid_2, count, 0)),
+                write.data.sweep.eq(number),
+                write.en.eq(bin_valid_2 | self.sweep_valid),
                 seen.addr.eq(asked),
             ]
-            before = Mux(untouched.bit_select(bin_1, 1), 0, old.data)
+            before = Mux(old.data.sweep == number, old.data.count, 0)
             m.d.sync += [
                 bin_valid_1.eq(valids[i]),
                 bin_1.eq(digit),
@@ -530,11 +725,7 @@ class LaneTopK(wiring.Component):
                 bin_2.eq(bin_1),
                 count.eq(Mux(bin_valid_2 & (bin_1 == bin_2), count, before) + 1),
             ]
-            with m.If(bin_valid_2):
-                m.d.sync += untouched.bit_select(bin_2, 1).eq(0)
-            with m.If(self.sweep_valid):
-                m.d.sync += untouched.eq(~0)
-            counts.append(Mux(untouched.bit_select(asked, 1), 0, seen.data))
+            counts.append(Mux(seen.data.sweep == number, seen.data.count, 0))
             stages += [bin_valid_1, bin_valid_2]
         m.d.sync += self.count.eq(sum(counts))
         return Cat(stages)

@@ -49,9 +49,9 @@ class TopK(wiring.Component):
     below 1, and 6 bits of a fixed place would tell nothing of them.
 
     Latency from the last `first_done` to `select_valid`, measured, 8 lanes of 512 tokens (sweeps: see `LaneTopK`):
-    one row, SPARF, k a sixteenth of the tokens 2,432 cycles (two DIGIT sweeps, which is usual; the second one and any
-    other goes through what the first has kept); FETCHED with units of a codeword 2,151.  With eight rows SUM and MASS,
-    a score a cycle, are 8,200 cycles.  Two lanes of 2,048 tokens, two in a step, take 4,561 for SPARF.  alpha is there
+    one row, SPARF, k a sixteenth of the tokens 2,433 cycles (two DIGIT sweeps, which is usual; the second one and any
+    other goes through what the first has kept).  With eight rows SUM and MASS,
+    a score a cycle, are 8,200 cycles.  Two lanes of 2,048 tokens, two in a step, take 4,578 for SPARF.  alpha is there
     lanes + 5 cycles a row after `select_valid`.
     Throughput: one job at a time, so a job for each latency.
     Ordering: jobs leave in the order in which they came; dense ones and those without lanes take two cycles.

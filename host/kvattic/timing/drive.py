@@ -8,7 +8,7 @@ from kvattic.spec.config import Config
 from kvattic.spec.layout import page_place
 from kvattic.timing.channel import Channel
 from kvattic.timing.states import NEVER, JobState, OperationState
-from kvattic.timing.times import COPY, KEPT_ONE_IN, Times, times_of
+from kvattic.timing.times import COPY, KEPT, KEPT_ONE_IN, Times, times_of
 from kvattic.timing.work import FIRST, KEY, VALUE, Job, Operation
 
 
@@ -174,6 +174,8 @@ def selection(job: JobState, t: Times) -> float:
     steps = tokens / t.sweep_tokens
     scores, marked = (units, places) if mode is Mode.CENTROID else (steps, steps)
     ranked = steps if mode.by_token else units
+    if t.weighs_anew and mode is Mode.FETCHED and units > KEPT:
+        ranked = steps
     # SUM and MASS; DIGIT over all units, then over those that it has kept; MARK.
     sweeps = 24 + 27 + 2 * scores * rows + 11 + ranked + 14 + units / KEPT_ONE_IN + 16 + marked
     return sweeps + t.select + t.select_row * rows

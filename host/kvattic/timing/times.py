@@ -19,6 +19,8 @@ the score or sum (Decoder, Arrivals, the lane's pipeline)."""
 OPERATION = 60
 """Cycles in which a flash command is fetched and checked (Loader)."""
 
+KEPT = 512
+"""Units of several tokens, of one row, that a selection keeps from its MASS sweep on (LaneTopK)."""
 COPY = 9
 """Cycles of the copier beside a codeword's words on the host's bus (Copier)."""
 
@@ -26,7 +28,7 @@ COPY = 9
 FETCH, LOAD = 30, 40
 """Cycles until a command's line has come; of checks, and until a block's first word comes.  Fitted to jobs alone."""
 KEPT_ONE_IN = 13
-"""Units of which a DIGIT sweep keeps one for the next; from the recorded latency of a selection, 2,432 cycles."""
+"""Units of which a DIGIT sweep keeps one for the next; from the recorded latency of a selection, 2,433 cycles."""
 SELECT, SELECT_ROW = 131, 126
 """Cycles of a selection beside its sweeps, and for each row: maxima, logarithm, counts.  Fitted to the two latencies of
 SPARF in TopK's docstring, with one row and with eight."""
@@ -48,6 +50,7 @@ class Times:
 
     Attributes:
         lanes, sweep_tokens: of the engine; tokens of a step of a selection's sweep.
+        weighs_anew: a selection is of one row and keeps no masses.
         dies, planes: of a channel; of a die.
         page_mask: bits of a row that are the page of the block.
         separate: commands have pins of their own.
@@ -71,6 +74,7 @@ class Times:
 
     lanes: int
     sweep_tokens: int
+    weighs_anew: bool
     dies: int
     planes: int
     page_mask: int
@@ -133,7 +137,7 @@ def times_of(config: Config) -> Times:
     beats *= config.lane_channels
     gather = config.words_per_codeword + GATHER if config.lane_channels > 1 else 0
     return Times(
-        lanes=config.lanes, sweep_tokens=config.sweep_tokens,
+        lanes=config.lanes, sweep_tokens=config.sweep_tokens, weighs_anew=config.rows == 1,
         dies=config.dies, planes=part.planes, page_mask=(1 << config.block_page_bits) - 1,
         separate=part.separate_command_bus, depth=RUN_QUEUE_DEPTH,
         groups=max(1, config.groups_in_flight // config.lane_channels),

@@ -82,6 +82,7 @@ def run(
     seed=0,
     job_stall=0.0,
     hold=0,
+    crowded=0,
     reset_between=False,
     cuts=(),
     queues=None,
@@ -92,6 +93,8 @@ def run(
     owned=(1, 1),
 ):
     """Run batches (counts of commands); `hold`: cycles until a slot is freed; `queues`: of each command.
+
+    After a start the lanes have no room for another list for `crowded` cycles.
 
     The table's entries of the stripes `foreign` are not the domain's.  `flash_ready`: cycles in which flash commands
     are taken, all if not given.  `windows`: of queues that are created when the first admin command was taken.
@@ -132,6 +135,7 @@ def run(
             host.errors += error
             assert not (load_valid and start_valid), "a load together with start"
             assert not (start_valid and job_valid), "a job in the cycle of its start"
+            assert not (load_valid and cycle[0] < full_until[0]), "a load without room"
             if load_valid:
                 assert sum(load[name] for name in LOADS) == 1
                 host.last_load = cycle[0]
@@ -143,6 +147,7 @@ def run(
                 assert cycle[0] >= host.last_load + 2, "a start too early"
                 host.starts.append((len(host.loads), fields_of(start, shapes.start)))
                 host.when.append(cycle[0])
+                full_until[0] = cycle[0] + crowded
             if job_valid and job_ready:
                 host.jobs.append((len(host.starts), len(host.loads), fields_of(job, shapes.job)))
                 freed.append(cycle[0] + hold)
@@ -154,7 +159,7 @@ def run(
                 values |= {"channel": flash.channel, "dram_page": flash.dram_page}
                 host.flash.append((len(host.jobs), values))
 
-    freed, created = deque(), deque()
+    freed, created, full_until = deque(), deque(), [0]
 
     async def create(ctx):
         """What Admin says, some time after it took a CREATE_QUEUE."""
@@ -222,6 +227,7 @@ def run(
     async def free(ctx):
         while True:
             ctx.set(dut.freed, bool(freed and freed[0] <= cycle[0]))
+            ctx.set(dut.lists_room, cycle[0] >= full_until[0] or cycle[0] < full_until[0] - crowded + 4)
             if freed and freed[0] <= cycle[0]:
                 freed.popleft()
             await ctx.tick()
@@ -230,6 +236,7 @@ def run(
         ctx.set(dut.admin_base, BASE)
         ctx.set(dut.admin_limit, LIMIT)
         ctx.set(dut.domain_queues, domain_queues)
+        ctx.set(dut.lists_room, 1)
         ctx.set(dut.page_owned, owned[0])
         ctx.set(dut.dram_owned, owned[1])
         ctx.set(dut.create_valid, 1)
@@ -844,6 +851,23 @@ def test_slots_run_out():
     # The fifth job has to wait for the first one's slot, and so on.
     assert host.when[3] < 500 < 1000 < host.when[4]
     assert [job["lanes"] for _, _, job in host.jobs] == [1] * 5 + [0] + [1] * 3
+
+
+def test_lists_run_out():
+    """Nothing is loaded until the lanes have room for it; what was loaded is reported all the same."""
+    config = replace(BOARD, jobs_in_flight=4)
+    rng = random.Random(3)
+    host, jobs = Host(), []
+    for number in range(5):
+        command, block, table = good_command(rng, config, number)
+        command["query"] = BASE + 0x1000 * number
+        if number == 3:
+            command["opcode"] = 7
+        jobs.append((command, block, table))
+        place(host, number, command, block, table, config)
+    run(config, host, [5], latency=2, crowded=700)
+    assert [b - a > 700 for a, b in zip(host.when, host.when[1:], strict=False)] == [True] * 3
+    assert [job["lanes"] for _, _, job in host.jobs] == [1] * 3 + [0, 1]
 
 
 def bad_commands(config):

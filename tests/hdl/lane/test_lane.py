@@ -534,6 +534,9 @@ def run_lane(config: Config, jobs: list[Job], seed: int, gap: float, shuffle: bo
     async def start(ctx, n):
         job, slot = jobs[n], n % slots
         step = config.query_beat_bytes
+        await ctx.tick().repeat(3)
+        while not ctx.get(dut.lists_room):
+            await ctx.tick()
         if n % 3 == 1:    # a command for this slot that is rejected after its table was read
             await load_stripes(ctx, jobs[0], slot)
         for row in range(config.rows):

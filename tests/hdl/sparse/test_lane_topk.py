@@ -81,6 +81,11 @@ def above(rank, bits):
     return rank >> (RANK_BITS - bits)
 
 
+def prefix(rank, bits):
+    """The same, and zeros behind them."""
+    return above(rank, bits) << RANK_BITS - bits
+
+
 def length(rank):
     mass = rank >> 24
     return LENGTH_FORCED if mass == 2**36 - 1 else mass.bit_length()
@@ -113,9 +118,7 @@ async def check(ctx, dut, model, slot, job, mine, rng, bits=(1, 7, 18, 23, 37, 5
     for rank, numbers in zip(some, (bits, (23, 29, 60)), strict=False):
         await sweep(ctx, dut, slot, Sweep.MASS)
         for number in numbers:
-            # What follows the bits that count is nothing.
-            noise = int(rng.integers(1 << 62)) & ((1 << RANK_BITS - number) - 1)
-            await sweep(ctx, dut, slot, Sweep.DIGIT, number, rank ^ noise)
+            await sweep(ctx, dut, slot, Sweep.DIGIT, number, prefix(rank, number))
             same = [int(r) for r in ranks if above(int(r), number) == above(rank, number)]
             assert await histogram(ctx, dut) == np.bincount(
                 [digit(r, number) for r in same], minlength=64).tolist(), number
@@ -123,7 +126,7 @@ async def check(ctx, dut, model, slot, job, mine, rng, bits=(1, 7, 18, 23, 37, 5
     # Marks.
     for number, rank in [(0, some[0]), (RANK_BITS, some[0]), (int(rng.integers(1, RANK_BITS)), some[-1]),
                          (RANK_BITS, (1 << RANK_BITS) - 1)]:
-        await sweep(ctx, dut, slot, Sweep.MARK, number, rank)
+        await sweep(ctx, dut, slot, Sweep.MARK, number, prefix(rank, number))
         chosen = all_of_it.valid & (np.array([above(int(r), number) for r in all_of_it.rank]) >= above(rank, number))
         taken = marked(config, job, chosen)
         assert ctx.get(dut.unmarked) == (units_here & ~chosen).any()
@@ -173,6 +176,9 @@ HALVES = replace(TWO_ROWS, lane_channels=2, beat_bytes=16)
         (HALVES, SPARF, 0, 1.0),
         (HALVES, FETCHED, HALVES.unit_bits_max, 0.8),
         (HALVES, CENTROID, 0, 1.0),
+        *((replace(config, rows=1), mode, unit_bits, grant)
+          for config, grant in ((PAIRS, 0.8), (FOURS, 1.0), (HALVES, 0.9))
+          for mode, unit_bits in ((SPARF, 0), (FETCHED, 0), (FETCHED, config.unit_bits_max), (CENTROID, 1))),
     ],
 )
 @pytest.mark.parametrize("kept", [4, KEPT])
@@ -255,15 +261,41 @@ def test_mass_saturates():
     simulate(config, 3, bench)
 
 
-def test_cycles():
-    """The figures of the class's documentation: 512 tokens, one row, the score memory free."""
-    config = PAPER.with_lane_channels(1)
+@pytest.mark.parametrize("config", [ONE_ROW, FIVE_ROWS])
+def test_many_sweeps(config):
+    """Counts of a sweep are none of those of earlier ones, however many these were."""
+
+    async def bench(ctx, dut, model):
+        rng = np.random.default_rng(6)
+        jobs = [make_job(config, rng, SPARF, stripes=1, rows=1, tail=[0], local=0, sinks=0) for _ in range(2)]
+        for slot, job in enumerate(jobs):
+            model.put(slot, job, [0], config.group_codewords * slot)
+        lengths = [[length(int(r)) for r in expect(config, job).rank[expect(config, job).valid]] for job in jobs]
+        references = [expect(config, job).reference for job in jobs]
+        for number in range(300):
+            # Mostly the first one's, so that bins of the other are not touched for long.
+            slot = int(number % 43 == 0)
+            await refer(ctx, dut, references[slot])
+            await sweep(ctx, dut, slot, Sweep.MASS)
+            if number % 43 < 2 or number > 250:
+                assert await histogram(ctx, dut) == np.bincount(lengths[slot], minlength=64).tolist(), number
+
+    simulate(config, 5, bench)
+
+
+@pytest.mark.parametrize(("rows", "figures"), [
+    (1, [[536, 538, 536, 537], [152, 139, 152, 281]]),
+    (2, [[535, 523, 538, 527], [151, 139, 154, 266]]),
+])
+def test_cycles(rows, figures):
+    """The figures of the class's documentation: 512 tokens, a job of one row, the score memory free."""
+    config = replace(PAPER.with_lane_channels(1), rows=rows)
     size = config.group_tokens
     cycles = {}
 
     async def bench(ctx, dut, model):
         rng = np.random.default_rng(4)
-        job = make_job(config, rng, SPARF, stripes=2, tail=[0, 0], end=2 * size, local=0, sinks=0)
+        job = make_job(config, rng, SPARF, stripes=2, rows=1, tail=[0, 0], end=2 * size, local=0, sinks=0)
         model.put(1, job, [0, 1], 0)
         await ctx.tick()
         expected = expect(config, job)
@@ -271,7 +303,7 @@ def test_cycles():
         for op in (Sweep.SUM, Sweep.DIGIT, Sweep.MASS):
             cycles[op] = await sweep(ctx, dut, 1, op, 7 * (op is Sweep.DIGIT), 0)
         rank = int(expected.rank[0])
-        again = [await sweep(ctx, dut, 1, Sweep.DIGIT, bits, rank) for bits in (20, 26, 60)]
+        again = [await sweep(ctx, dut, 1, Sweep.DIGIT, bits, prefix(rank, bits)) for bits in (20, 26, 60)]
         matching = sum(above(int(r), 20) == above(rank, 20) for r in expected.rank)
         threshold = int(np.sort(expected.rank)[-64])
         cycles[Sweep.MARK] = await sweep(ctx, dut, 1, Sweep.MARK, RANK_BITS, threshold)
@@ -282,12 +314,12 @@ def test_cycles():
         assert matching < again[1] <= matching + 14
         assert again[2] <= again[1]
         sparf = cycles.copy()
-        job = make_job(config, rng, CENTROID, stripes=2, unit_bits=1, tail=[0, 0], end=2 * size, local=0,
+        job = make_job(config, rng, CENTROID, stripes=2, unit_bits=1, rows=1, tail=[0, 0], end=2 * size, local=0,
                        sinks=0)
         model.put(2, job, [0, 1], 0)
         await ctx.tick()
         for op in Sweep:
             cycles[op] = await sweep(ctx, dut, 2, op)
-        assert [list(sparf.values()), list(cycles.values())] == [[535, 523, 538, 527], [151, 139, 154, 266]]
+        assert [list(sparf.values()), list(cycles.values())] == figures
 
     simulate(config, 4, bench)
