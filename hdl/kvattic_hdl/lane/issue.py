@@ -283,6 +283,7 @@ class Issue(wiring.Component):
         if config.codes:
             m.d.comb += fields.eq(self.turns.valid & ~harvest)
             self._take_octets(m, fields, levels_wait)
+        if config.sparse:
             with m.If(harvest):
                 self._describe_harvest(m)
         return m
