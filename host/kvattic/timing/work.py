@@ -323,18 +323,16 @@ def _read_centroids(config: Config, stripe: Stripe, walk: _Walk, unit: int) -> N
 def _read_codes(config: Config, stripe: Stripe, sinks: int) -> list[Group]:
     """What the first pass reads of a stripe's codes, and of K of sinks."""
     per_page, walk = config.codewords_per_page, _Walk(config)
-    for first, at, count in ((stripe.sketch_page, stripe.sketch_codeword, config.octets),
-                             (stripe.key_page, 0, -(-sinks // config.tokens_per_codeword))):
-        left, page = count, first
+    for octets, page, at, left in ((False, stripe.key_page, 0, -(-sinks // config.tokens_per_codeword)),
+                                   (True, stripe.sketch_page, stripe.sketch_codeword, config.octets)):
         while left:
             here = min(left, per_page - at)
             group = walk.add(page, (here,), float(FIRST_WALK * here))
-            if first == stripe.sketch_page:
+            if octets:
                 group.features, group.opens = True, 0
             page, at, left = page + 1, 0, left - here
-        if first == stripe.sketch_page:
-            walk.groups[-1].tokens, walk.groups[-1].opens = config.group_tokens, 1
         walk.separate()
+    walk.groups[-1].tokens, walk.groups[-1].opens = config.group_tokens, 1
     return walk.groups
 
 
