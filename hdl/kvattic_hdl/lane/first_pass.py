@@ -149,9 +149,10 @@ class FirstPass(wiring.Component):
         index_bits = config.slot_bits_per_codeword
         element_bits = len(token.element)
         complete = Signal()
+        # A cycle late, for it comes through wide choices; once a group is complete it remains so until its end.
+        m.d.sync += complete.eq(
+            closed.bit_select(oldest, 1) & ((left[oldest] == 0) | self.given_up.bit_select(head.data.slot, 1)) & ~end)
         m.d.comb += [
-            complete.eq(closed.bit_select(oldest, 1)
-                        & ((left[oldest] == 0) | self.given_up.bit_select(head.data.slot, 1))),
             token.where.slot.eq(head.data.slot),
             token.where.ring.eq(ring),
             token.where.index.eq(count[:index_bits]),
