@@ -12,12 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvattic.driver.device import AttendResult, Device
+from kvattic.driver.planning import AttendOptions
 from kvattic.errors import DeviceLostError, KvatticError
-from kvattic.spec import layout
+from kvattic.golden.first_pass import ALPHA_ONE, Layout, first_pass
+from kvattic.spec import codes, layout
+from kvattic.spec.commands import Mode
 from kvattic.spec.config import Config
 from kvattic.spec.elements import Bits, from_bits, to_bits
 
-__all__ = ["CASES", "TOLERANCE", "Check", "reference", "run", "sparse_reference"]
+__all__ = ["CASES", "TOLERANCE", "Check", "codes_reference", "reference", "run", "sparse_reference"]
 
 TOLERANCE = 1e-6
 """Relative RMS against float64, ten times what the rounding to fp32 and the fixed-point sums make."""
@@ -82,7 +85,7 @@ def sparse_reference(
         key: (kv_heads, tokens, head_dim).
         value: (kv_heads, tokens, head_dim).
         config: geometry, for the mean keys.
-        mode: sparf, fetched or centroid.
+        mode: sparf, fetched, centroid or codes.
         unit_tokens: tokens of a unit.
         top_units: units that are attended beside the tail.
         local_tokens: newest tokens that are always attended.
@@ -94,6 +97,9 @@ def sparse_reference(
     for head in range(len(key)):
         rows = slice(head * group, (head + 1) * group)
         q, k, v = query[rows, 0], key[head], value[head]
+        if mode == "codes":
+            output[rows, 0] = codes_reference(q, k, v, config=config, top_units=top_units, local_tokens=local_tokens)
+            continue
         exact = q @ k.T * scale
         if mode == "centroid":
             means = from_bits(layout.mean_keys(to_bits(k[:flushed].astype(np.float32), config.element), unit_tokens,
@@ -119,6 +125,40 @@ def sparse_reference(
             alpha = (probability * taken).sum(axis=1, keepdims=True)
             output[rows, 0] = alpha * output[rows, 0] + (1 - alpha) * v.mean(axis=0)
     return output
+
+
+def codes_reference(
+    query: Floats, key: Floats, value: Floats, *, config: Config, top_units: int, local_tokens: int
+) -> Floats:
+    """What the mode codes gives for one KV head, in float64 but for selection and alpha, which are the golden model's.
+
+    What is truncated of codes' scores is far more than of what is attended (docs/numerics.md).
+
+    Args:
+        query: (rows, head_dim).
+        key: (tokens, head_dim); the stripe that is not full is the tail.
+        value: (tokens, head_dim).
+        config: geometry, with codes.
+        top_units: tokens that are attended beside the tail.
+        local_tokens: newest tokens that are always attended.
+
+    Returns:
+        (rows, head_dim).
+    """
+    tokens, head_dim = key.shape
+    size, rows = config.group_tokens, np.ones(len(query), np.int64)
+    stripes = -(-tokens // size)
+    padded = to_bits(np.pad(key, ((0, stripes * size - tokens), (0, 0))), config.element)
+    first = first_pass(
+        to_bits(query, config.element), padded, sketch=codes.encode(padded, config), element=config.element,
+        layout=Layout(group_tokens=size, tokens_per_codeword=config.tokens_per_codeword, mode=Mode.CODES),
+        scale_bits=AttendOptions().scale_bits(head_dim), start=0 * rows, end=tokens * rows, tree=0 * rows,
+        tree_token=tokens, base_token=0, end_token=tokens, tail=np.arange(stripes) == tokens // size, features=0,
+        top_units=top_units, local_tokens=local_tokens)
+    alpha = first.alpha[:, None] / float(ALPHA_ONE)
+    scores = np.where(first.taken[:tokens], query @ key.T * head_dim**-0.5, -np.inf)
+    result: Floats = alpha * (_softmax(scores) @ value) + (1 - alpha) * value.mean(axis=0)
+    return result
 
 
 def _softmax(scores: Floats) -> Floats:
@@ -217,7 +257,7 @@ def _sparse(device: Device, numbers: _Numbers) -> Iterator[Found]:
         return
     least = config.tokens_per_codeword
     unit = min(max(16, least), least << config.unit_bits_max)
-    units = {"sparf": 1, "fetched": least, "centroid": unit}
+    units = {"sparf": 1, "fetched": least, "centroid": unit, **({"codes": 1} if config.codes else {})}
     # One stripe at least is in flash, and some tokens in DRAM.
     length = min(2 * config.group_tokens, config.max_tokens // config.group_tokens * config.group_tokens // 2) + 3
     stored = numbers.tokens(length)
@@ -229,16 +269,12 @@ def _sparse(device: Device, numbers: _Numbers) -> Iterator[Found]:
             whole = flushed // size
             for count, name in ((max(whole // 4, 1), "a quarter"), (whole, "all")):
                 arguments: dict[str, Any] = {"mode": mode, "top_units": count, "local_tokens": min(4, count * size)}
-                if mode != "centroid":
+                if mode in ("sparf", "fetched"):
                     arguments["features"] = config.head_dim // 4
                 # All that is in flash and all of the tail: that is dense attention.
                 exact = reference(query, *stored) if name == "all" else sparse_reference(
                     query, *stored, config=config, unit_tokens=size, flushed=flushed, **arguments)
                 yield f"{mode}, {name}", sequence.attend(query, **arguments), exact
-        if config.codes:
-            # What codes choose depends on how their scores are truncated; of everything there is no choice.
-            query, flushed = numbers.query(), sequence.flushed()
-            yield ("codes, all", sequence.attend(query, mode="codes", top_units=flushed), reference(query, *stored))
 
 
 CASES: dict[str, Callable[[Device, _Numbers], Iterator[Found]]] = {

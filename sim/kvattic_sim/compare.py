@@ -7,11 +7,8 @@ from numpy.typing import NDArray
 
 import kvattic
 from kvattic import AttendResult, Config
-from kvattic.driver.planning import AttendOptions
-from kvattic.golden.first_pass import ALPHA_ONE, Layout, first_pass
-from kvattic.spec import codes
-from kvattic.spec.commands import Mode
-from kvattic.spec.elements import from_bits, to_bits
+from kvattic.selftest import codes_reference
+from kvattic.spec.elements import from_bits
 from kvattic.spec.stored import to_kv_bits
 from kvattic_sim import oracle
 from kvattic_sim.workloads import DENSE, Attention, ModeSettings
@@ -116,7 +113,8 @@ def _sparse(query: Floats, key: Floats, value: Floats, config: Config, options: 
     common: dict[str, Any] = {"top_units": wanted["top_units"], "local_tokens": wanted["local_tokens"], "tail": tail}
     scale = head_dim**-0.5
     if options.mode == "codes":
-        return _codes(query, key, value, config, wanted)
+        return codes_reference(query, key, value, config=config, top_units=wanted["top_units"],
+                               local_tokens=wanted["local_tokens"])
     if options.mode == "sparf":
         found = oracle.sparf(query, key, value, scale, features=wanted["features"], **common)
     elif options.mode == "fetched":
@@ -132,22 +130,3 @@ def _sparse(query: Floats, key: Floats, value: Floats, config: Config, options: 
     if chosen.any() and other.any() and found.mass[chosen].min() - found.mass[other].max() <= TIE:
         return np.full(query.shape, np.nan)
     return found.output
-
-
-def _codes(query: Floats, key: Floats, value: Floats, config: Config, wanted: dict[str, Any]) -> Floats:
-    """One job of the mode codes, with the golden model's selection and alpha: (rows, head_dim)."""
-    tokens, head_dim = key.shape
-    rows, size = np.ones(len(query), np.int64), config.group_tokens
-    stripes = -(-tokens // size)
-    padded = to_bits(np.pad(key, ((0, stripes * size - tokens), (0, 0))), config.element)
-    first = first_pass(
-        to_bits(query, config.element), padded, sketch=codes.encode(padded, config), element=config.element,
-        layout=Layout(group_tokens=size, tokens_per_codeword=config.tokens_per_codeword, mode=Mode.CODES),
-        scale_bits=AttendOptions().scale_bits(head_dim), start=0 * rows, end=tokens * rows, tree=0 * rows,
-        tree_token=tokens, base_token=0, end_token=tokens, tail=np.arange(stripes) == tokens // size, features=0,
-        top_units=wanted["top_units"], local_tokens=wanted["local_tokens"])
-    taken = np.broadcast_to(first.taken[:tokens], (len(query), tokens))
-    alpha = first.alpha[:, None] / float(ALPHA_ONE)
-    exact = oracle.attention(query, key, value, head_dim**-0.5, taken)
-    found: Floats = alpha * exact + (1 - alpha) * value.mean(axis=0)
-    return found

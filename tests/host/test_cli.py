@@ -222,7 +222,7 @@ def test_the_selftest_checks_every_mode(capsys, tables):
 def test_the_selftest_passes_on_other_configurations(config):
     with kvattic.open("model", config) as device, kvattic.open("model", config) as golden:
         checks = list(selftest.run(device, golden, seed=1))
-    assert len(checks) == (17 if config.sparse else 10)
+    assert len(checks) == (18 if config.sparse else 10)
     assert [check for check in checks if not check.good or not check.equal] == []
 
 
@@ -244,7 +244,7 @@ def test_a_wrong_result_is_one(capsys, monkeypatch):
     spoiled(monkeypatch, more)
     code, out, _ = call(capsys, "selftest")
     assert code == 1
-    assert "15 of 17 results are right" in out
+    assert "16 of 18 results are right" in out
     assert "WRONG" in out
     code, out, _ = call(capsys, "selftest", "--json")
     found = json.loads(out)
