@@ -109,8 +109,8 @@ class FirstPass(wiring.Component):
             shape=group_shape(config), depth=len(groups), init=[], attrs={"ram_style": "distributed"})
         write, head, second = about.write_port(domain="sync"), about.read_port(domain="comb"), about.read_port(
             domain="comb")
+        m.d.sync += self.room.eq(~used.bit_select(self.next, 1) & ~self.open)    # a cycle late
         m.d.comb += [
-            self.room.eq(~used.bit_select(self.next, 1)),
             write.en.eq(self.open),
             write.addr.eq(self.next),
             write.data.eq(self.group),
