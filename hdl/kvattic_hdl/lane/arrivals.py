@@ -243,6 +243,8 @@ class Arrivals(wiring.Component):
         Strobe: one of them was taken out of its buffer.
     codes_taken : In(1)
         Likewise, of an octet.  Only if `config.codes`.
+    heading : Out(1)
+        If there is one of `beats`, it is its codeword's first: known before it is let through.  Only if `config.codes`.
     value_requests : Out(stream of slot, ring)
         The V codewords among them, for the weight unit; never waits.
     scrub : In(1)
@@ -317,7 +319,8 @@ class Arrivals(wiring.Component):
             "offender": Out(shapes.tag),
             "ready": Out(1),
         } | ({
-            "codes": In(1), "sinks": In(shapes.start["sinks"].shape), "stripe_first": In(1), "codes_taken": In(1)}
+            "codes": In(1), "sinks": In(shapes.start["sinks"].shape), "stripe_first": In(1), "codes_taken": In(1),
+            "heading": Out(1)}
             if config.codes else {}))
         self._stripe_bits = Signal(shapes.stripe_bits, name="stripe_bits_1")    # stage 1
 
@@ -544,3 +547,4 @@ class Arrivals(wiring.Component):
         if self.config.codes:
             feature = tag.kind == Kind.FEATURE
             m.d.comb += [header.feature.eq(feature & ~known.codes), header.codes.eq(feature & known.codes)]
+            m.d.comb += self.heading.eq(stage_3.first)

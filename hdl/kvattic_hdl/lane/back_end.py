@@ -299,6 +299,7 @@ class TokenBackEnd(wiring.Component):
                 arrivals.sinks.eq(job.sinks),
                 arrivals.stripe_first.eq(stripe.stripe.first),
                 arrivals.codes_taken.eq(self.front.codes_taken),
+                self.front.heading.eq(arrivals.heading),
             ]
 
     def _scrub(self, m: Module) -> None:

@@ -109,8 +109,8 @@ class FirstPass(wiring.Component):
             shape=group_shape(config), depth=len(groups), init=[], attrs={"ram_style": "distributed"})
         write, head, second = about.write_port(domain="sync"), about.read_port(domain="comb"), about.read_port(
             domain="comb")
+        m.d.sync += self.room.eq(~used.bit_select(self.next, 1) & ~self.open)    # a cycle late
         m.d.comb += [
-            self.room.eq(~used.bit_select(self.next, 1)),
             write.en.eq(self.open),
             write.addr.eq(self.next),
             write.data.eq(self.group),
@@ -149,9 +149,10 @@ class FirstPass(wiring.Component):
         index_bits = config.slot_bits_per_codeword
         element_bits = len(token.element)
         complete = Signal()
+        # A cycle late, for it comes through wide choices; once a group is complete it remains so until its end.
+        m.d.sync += complete.eq(
+            closed.bit_select(oldest, 1) & ((left[oldest] == 0) | self.given_up.bit_select(head.data.slot, 1)) & ~end)
         m.d.comb += [
-            complete.eq(closed.bit_select(oldest, 1)
-                        & ((left[oldest] == 0) | self.given_up.bit_select(head.data.slot, 1))),
             token.where.slot.eq(head.data.slot),
             token.where.ring.eq(ring),
             token.where.index.eq(count[:index_bits]),

@@ -34,6 +34,8 @@ def front_link(config: Config) -> wiring.Signature:
         Strobe: a beat was issued.
     codes_taken : Out(1)
         Strobe: a beat of an octet's fields was taken out of its queue.  Only if `config.codes`.
+    heading : In(1)
+        If there is one of `beats`, it is its codeword's first.  Only if `config.codes`.
     weights : In(stream of weight)
         Of the V codewords' tokens, row by row.
     harvest : In(stream of `first_pass.harvest_shape`)
@@ -81,7 +83,7 @@ def front_link(config: Config) -> wiring.Signature:
         "sums": Out(data.ArrayLayout(signed(SCORE_SUM_BITS), config.rows)),
         "clipped": Out(config.rows),
         "ready": Out(1),
-    } | ({"codes_taken": Out(1)} if config.codes else {}))
+    } | ({"codes_taken": Out(1), "heading": In(1)} if config.codes else {}))
 
 
 class Front(wiring.Component):
@@ -157,7 +159,7 @@ class Front(wiring.Component):
             m.submodules.octets = octets = self.octets
             connect(m, flipped(back_end.beats), octets.beats_i)
             connect(m, octets.beats_o, buffer.beats_i)
-            m.d.comb += [octets.begins.eq(back_end.headers.valid), octets.octet.eq(back_end.headers.payload.codes)]
+            m.d.comb += [octets.begins.eq(back_end.heading), octets.octet.eq(back_end.headers.payload.codes)]
         else:
             connect(m, flipped(back_end.beats), buffer.beats_i)
         connect(m, buffer.headers_o, issue.headers)

@@ -26,7 +26,7 @@ class OctetQueue(wiring.Component):
     Members
     -------
     begins, octet : In(1)
-        The beat is its codeword's first one; then: it is one of an octet.
+        The beat, if there is one, is its codeword's first; then: it is one of an octet.
     beats_i : In(stream of beat_bytes * 8 bits), beats_o : Out(likewise)
     take : In(1)
         Strobe: the next beat's fields are wanted; all beats of an octet are there when its levels are.
@@ -67,25 +67,28 @@ class OctetQueue(wiring.Component):
                 number.eq(number + 1),
                 levels.eq((number >= field_beats - 1) & (number != config.group_words - 1)),
             ]
-        folded = self._unfold(m, valid & octet, levels, field_beats)
+        # Whether there is a beat is known late: the octets' go on from registers.
+        kept, kept_valid, kept_levels = Signal.like(beat, reset_less=True), Signal(), Signal()
+        m.d.sync += [kept.eq(beat), kept_valid.eq(valid & octet), kept_levels.eq(levels)]
+        folded = self._unfold(m, kept, kept_valid, kept_levels, field_beats)
 
         m.submodules.queue = queue = Memory(
             shape=self.fields_shape, depth=beats_buffered(config), init=[], attrs={"ram_style": "distributed"})
         write, read = queue.write_port(domain="sync"), queue.read_port(domain="comb")
-        m.d.comb += [write.en.eq(valid & octet), Value.cast(write.data).eq(folded)]
-        with m.If(~levels):
+        m.d.comb += [write.en.eq(kept_valid), Value.cast(write.data).eq(folded)]
+        with m.If(~kept_levels):
             m.d.comb += Value.cast(write.data).eq(Cat(
-                beat.word_select(e, 16)[: self.field] for e in range(config.elements_per_beat)))
+                kept.word_select(e, 16)[: self.field] for e in range(config.elements_per_beat)))
         with m.If(write.en):
             m.d.sync += write.addr.eq(write.addr + 1)
         with m.If(self.take):
             m.d.sync += [self.fields.eq(read.data), read.addr.eq(read.addr + 1)]
         return m
 
-    def _unfold(self, m: Module, valid: Value, levels: Value, field_beats: int) -> Value:
+    def _unfold(self, m: Module, beat: Signal, valid: Value, levels: Value, field_beats: int) -> Value:
         """Gather the spare bits of the beats; returns the fields that are made of them, in the place of levels."""
         config, spare, elements = self.config, one_bit_features(self.config), self.config.elements_per_beat
-        beat, runs = self.beats_i.payload, level_beats(config)
+        runs = level_beats(config)
         run, left = Signal(range(max(2, runs))), Signal(range(field_beats // runs), init=field_beats // runs - 1)
         gathered = Array(Signal(self.fields_shape, name=f"gathered_{i}") for i in range(runs))
         with m.If(valid & ~levels):
