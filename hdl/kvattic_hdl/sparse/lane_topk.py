@@ -94,7 +94,7 @@ class LaneTopK(wiring.Component):
     sweep_valid, sweep : In(1), In(Shapes.sweep)
         Strobe: begin this sweep.  Not before `done`.  `bits` is 0 in MASS; behind `bits` the prefix is 0.
     done : Out(1)
-        Low from the cycle after `sweep_valid` until the sweep's results can be read.
+        Low from the cycle after `sweep_valid` until the sweep's results can be read; after reset until counts are cleared.
     slot : Out(slot)
         The sweep's job; from the cycle after `sweep_valid` on.  The six members below are its parameters, in the same
         cycle, constant during the sweep.
@@ -695,11 +695,13 @@ class LaneTopK(wiring.Component):
         """Histogram of lengths or digits, in a part for each place of a step; the stages at which there is one.
 
         A count is of the sweep whose number stands beside it.  Each sweep clears a bin, so that each of them is cleared
-        before the numbers come round again.
+        before the numbers come round again.  After reset all of them are: nobody knows what the memory says.
         """
-        asked, number = Signal(DIGIT_BITS), Signal(DIGIT_BITS + 1, reset_less=True)
+        asked, number = Signal(DIGIT_BITS), Signal(DIGIT_BITS + 1)
+        cleared = Signal(DIGIT_BITS + 1)
+        clearing = ~cleared[-1]
         counted = data.StructLayout({"count": self.shapes.unit_count, "sweep": number.shape()})
-        m.d.sync += [asked.eq(self.bin), number.eq(number + self.sweep_valid)]
+        m.d.sync += [asked.eq(self.bin), number.eq(number + self.sweep_valid), cleared.eq(cleared + clearing)]
         counts, stages = [], []
         for i, digit in enumerate(digits):
             m.submodules[f"histogram_{i}"] = histogram = Memory(
@@ -711,10 +713,10 @@ class LaneTopK(wiring.Component):
             count = Signal(self.shapes.unit_count, name=f"count_{i}")
             m.d.comb += [
                 old.addr.eq(bin_1),
-                write.addr.eq(Mux(bin_valid_2, bin_2, number)),
+                write.addr.eq(Mux(bin_valid_2, bin_2, Mux(clearing, cleared, number))),
                 write.data.count.eq(Mux(bin_valid_2, count, 0)),
                 write.data.sweep.eq(number),
-                write.en.eq(bin_valid_2 | self.sweep_valid),
+                write.en.eq(bin_valid_2 | self.sweep_valid | clearing),
                 seen.addr.eq(asked),
             ]
             before = Mux(old.data.sweep == number, old.data.count, 0)
@@ -728,4 +730,4 @@ class LaneTopK(wiring.Component):
             counts.append(Mux(seen.data.sweep == number, seen.data.count, 0))
             stages += [bin_valid_1, bin_valid_2]
         m.d.sync += self.count.eq(sum(counts))
-        return Cat(stages)
+        return Cat(stages, clearing)
