@@ -94,7 +94,8 @@ class LaneTopK(wiring.Component):
     sweep_valid, sweep : In(1), In(Shapes.sweep)
         Strobe: begin this sweep.  Not before `done`.  `bits` is 0 in MASS; behind `bits` the prefix is 0.
     done : Out(1)
-        Low from the cycle after `sweep_valid` until the sweep's results can be read; after reset until counts are cleared.
+        Low from the cycle after `sweep_valid` until the sweep's results can be read, and after reset until counts are
+        cleared.
     slot : Out(slot)
         The sweep's job; from the cycle after `sweep_valid` on.  The six members below are its parameters, in the same
         cycle, constant during the sweep.
