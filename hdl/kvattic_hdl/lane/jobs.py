@@ -15,6 +15,9 @@ from kvattic_hdl.lib.arithmetic import strobe
 from kvattic_hdl.lib.records import fields, table_entry
 from kvattic_hdl.lib.shapes import PAGE_BITS, TOKEN_BITS, Shapes
 
+BLOCK_WORDS = 512
+"""Words of a block RAM, which a shorter list takes, too."""
+
 
 def job_shape(config: Config) -> data.StructLayout:
     """All that a lane keeps of a job: what its walkers need, and fields of `Shapes.start`."""
@@ -113,9 +116,9 @@ class StripeLists(wiring.Component):
 
     A row record makes the list that is being loaded empty, a table entry with a channel of the lane is appended to it,
     and `start` makes it the slot's; one job is loaded at a time.  Lists follow each other in a ring with room for twice
-    the largest one, no more: all that the score ring holds, and one that waits for it.  A stripe of a sparse job takes
-    the room of as many as it has pages, so what only sparse jobs have needs less depth.  Lists are given back in the
-    order in which their jobs started.  Reset forgets all of them.
+    the largest one: all that the score ring holds, and one that waits for it; more where a block RAM has the words.  A
+    stripe of a sparse job takes the room of as many as it has pages, so what only sparse jobs have needs less depth.
+    Lists are given back in the order in which their jobs started.  Reset forgets all of them.
 
     Parameters
     ----------
@@ -170,7 +173,10 @@ class StripeLists(wiring.Component):
         } | ({"sink_slot": In(shapes.slot), "sink_page": Out(PAGE_BITS)} if config.codes else {}))
         self._unit_bits = ceil_log2(config.group_pages) if config.sparse else 0    # log2 of the stripes of a unit
         self._units = 1 << shapes.list_bits - self._unit_bits                      # of the largest list
-        self._head = Signal(range(2 * self._units), name="head")    # unit where the list begins that is being loaded
+        # Units that there is room for: more than the largest list of each slot are never needed.
+        slots = 1 << ceil_log2(config.jobs_in_flight)
+        self._places = min(slots * self._units, max(2 * self._units, BLOCK_WORDS >> self._unit_bits))
+        self._head = Signal(range(self._places), name="head")    # unit where the list begins that is being loaded
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
@@ -205,7 +211,7 @@ class StripeLists(wiring.Component):
             shape=units, depth=slots, init=[], attrs={"ram_style": "distributed"})
         write, read = lengths.write_port(domain="sync"), lengths.read_port(domain="comb")
         holds, oldest = Signal(slots), Signal(self.shapes.slot)    # slots that have a list; the oldest of them
-        used = Signal(range(2 * self._units + 1))
+        used = Signal(range(self._places + 1))
         length, new, given_back = Signal(units), Signal(units), Signal(units)
         give_back = Signal()
         m.d.comb += [
@@ -223,7 +229,7 @@ class StripeLists(wiring.Component):
             new.eq(Mux(self.start_valid, length, 0)),
             given_back.eq(Mux(give_back, read.data, 0)),
             used.eq(used + new - given_back),
-            self.room.eq(used <= self._units),
+            self.room.eq(used <= self._places - self._units),
         ]
         with m.If(give_back):
             m.d.sync += holds.bit_select(oldest, 1).eq(0)
@@ -237,7 +243,8 @@ class StripeLists(wiring.Component):
         port, bits = getattr(self, reader), self.shapes.list_bits
         unit_bits = 0 if sparse else self._unit_bits
         number_bits = ceil_log2(self._units) + unit_bits
-        memory = Memory(shape=port.stripe.shape(), depth=2 << number_bits, init=[], attrs={"ram_style": "block"})
+        memory = Memory(shape=port.stripe.shape(), depth=self._places << unit_bits, init=[],
+                        attrs={"ram_style": "block"})
         m.submodules[f"{reader}_stripes"] = memory
         write, read, begin = (memory.write_port(domain="sync"), memory.read_port(domain="sync"),
                               self._begins.read_port(domain="comb"))

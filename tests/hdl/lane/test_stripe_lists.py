@@ -9,10 +9,10 @@ from tests.hdl.compiled import simulation
 
 from kvattic.spec.commands import SKETCH_ENTRY, TABLE_ENTRY
 from kvattic.spec.config import TINY
-from kvattic_hdl.lane.jobs import StripeLists
+from kvattic_hdl.lane.jobs import BLOCK_WORDS, StripeLists
 from kvattic_hdl.lib.shapes import Shapes
 
-SPARSE = replace(TINY, score_depth=1024)
+SPARSE = replace(TINY, score_depth=4096)
 DENSE = replace(SPARSE, sparse=False, jobs_in_flight=3)
 GROUPED = replace(SPARSE, channels=4, lane_channels=2, beat_bytes=16)
 
@@ -24,6 +24,7 @@ def test_lists(config):
     shapes, rng = Shapes(config), np.random.default_rng(3)
     most, slots, lane = 1 << shapes.list_bits, config.jobs_in_flight, 1
     unit = config.group_pages if config.sparse else 1
+    places = min(most << (slots - 1).bit_length(), max(2 * most, BLOCK_WORDS))
     held = deque()      # (slot, the job is a sparse one, stripes of the lane)
     seen = set()
 
@@ -83,7 +84,7 @@ def test_lists(config):
             await ctx.tick().repeat(4)
             pages = sum(len(stripes) * unit if of_sparse else -(-len(stripes) // unit) * unit
                         for _, of_sparse, stripes in held)
-            room = pages <= most
+            room = pages <= places - most
             assert ctx.get(dut.room) == room
             seen.add(room)
             while not ctx.get(dut.room):
