@@ -77,7 +77,7 @@ class TableBuilder(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        magnitudes, signs, begins = self._take_levels(m)
+        magnitudes, signs, complete = self._take_levels(m)
         cycle, building = Signal(range(BUILD_CYCLES)), Signal()
         at = Signal(range(ENTRIES))   # of the entry that is written
         second, turn = Signal(), Signal()
@@ -92,7 +92,7 @@ class TableBuilder(wiring.Component):
         ]
         with m.If(building):
             m.d.sync += [cycle.eq(Mux(self.written, 0, cycle + 1)), building.eq(~self.written)]
-        with m.If(begins):
+        with m.If(complete):
             m.d.sync += building.eq(1)
         bad = Signal(PAIRS)
         m.d.comb += self.clipped.eq(self._level_clipped | self._entry_clipped | bad.any())
@@ -125,8 +125,8 @@ class TableBuilder(wiring.Component):
         signs = [Signal(name=f"sign_{i}") for i in range(2 * OCTET_FEATURES)]
         self._level_clipped, self._entry_clipped = Signal(name="level_clipped"), Signal(name="entry_clipped")
         turn, large = Signal(range(max(2, beats))), Signal(elements)
-        begins = Signal()
-        m.d.sync += begins.eq(self.levels & (turn == beats - 1))
+        complete = Signal()
+        m.d.sync += complete.eq(self.levels & (turn == beats - 1))
         with m.If(self.levels):
             m.d.sync += [
                 turn.eq(Mux(turn == beats - 1, 0, turn + 1)),
@@ -140,7 +140,7 @@ class TableBuilder(wiring.Component):
                 m.d.comb += large[e].eq(kept[CODES_BITS - 1 :].any())
             with m.If(self.levels & (turn == i // elements)):
                 m.d.sync += [magnitude.eq(kept | large[e].replicate(CODES_BITS - 1)), sign.eq(self.negative[e])]
-        return magnitudes, signs, begins
+        return magnitudes, signs, complete
 
 
 class CodeTables(wiring.Component):
