@@ -54,8 +54,9 @@ class Model:
         if mode == Mode.DENSE or not stripe["written"]:
             return good
         config, count = self.config, self.config.group_pages
-        if mode == Mode.CENTROID:
-            codewords = centroid_codewords(config.tokens_per_codeword << unit_bits, config)
+        if mode in (Mode.CENTROID, Mode.CODES):
+            codewords = (config.octets if mode == Mode.CODES
+                         else centroid_codewords(config.tokens_per_codeword << unit_bits, config))
             count = (stripe["codeword"] + codewords - 1) // config.codewords_per_page + 1
         return good and self.flash(domain, stripe["sketch_page"], count)
 
@@ -354,7 +355,8 @@ def test_random_tables(config, seed):
                     stripes.append({
                         "dram": dram, "key_page": page(), "value_page": page(), "written": int(rng.random() < 0.8),
                         "sketch_page": good_page() if rng.random() < 0.9 else flash_page(),
-                        "codeword": rng.randrange(config.codewords_per_page) if mode == Mode.CENTROID else 0})
+                        "codeword": rng.randrange(config.codewords_per_page)
+                        if mode in (Mode.CENTROID, Mode.CODES) else 0})
                 expected, found = await bench.found(
                     domain, stripes, mode=mode, stripe_bits=stripe_bits, unit_bits=unit_bits, region_bits=region_bits,
                     gaps=rng.choice((0.0, 0.5)))

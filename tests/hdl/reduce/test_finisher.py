@@ -69,7 +69,7 @@ class Job:
     done_in: list = field(default_factory=list)  # [lane]: cycles until values_done
 
 
-BLENDED = (Mode.SPARF, Mode.FETCHED)
+BLENDED = tuple(mode for mode in Mode if mode.blended)
 
 
 def some_job(rng, config, number, kind, mode=Mode.DENSE):
@@ -636,7 +636,7 @@ def batch_of(config, kinds, seed, first=0, modes=(Mode.DENSE,)):
 def test_blended(config, stall):
     """All modes among each other: SPARF and FETCHED are blended, a slot's mean stays until it has been read."""
     kinds = ("ok", "ok", "ok", "no_token", "ok", "failed", "ok", "nan_value", "empty", "ok", "ok", "bus_error", "ok")
-    modes = (Mode.SPARF, Mode.SPARF, Mode.DENSE, Mode.FETCHED, Mode.CENTROID)
+    modes = (Mode.SPARF, Mode.CODES, Mode.DENSE, Mode.FETCHED, Mode.CENTROID)
     batch = batch_of(config, kinds, 6, modes=modes)
     for job in batch:
         job.done_in = [0] * config.channels
