@@ -455,7 +455,7 @@ class ModeCheck(wiring.Component):
                 ~given["top_units"] | (self.top_units - 1 > last_unit),
                 given["local_tokens"] & (last_local_unit >= self.top_units),
                 self.unit_bits > config.unit_bits_max,
-                of_mode[Mode.CODES] & (self.sinks > config.group_tokens // 2),
+                of_mode[Mode.CODES] & (self.sinks > config.codes_sinks_max),
             ) & self.sparse.replicate(5)),
         ]
         m.d.comb += self.bad.eq(bad.any())

@@ -448,11 +448,11 @@ class Arrivals(wiring.Component):
             known_2.unit_bits.eq(self.unit_bits),
         ]
         if self.config.codes:
-            half = self.config.group_codewords // 2
+            octets = self.shapes.octet_place
             first_beyond = self.sinks + self.config.tokens_per_codeword - 1 >> self.config.slot_bits_per_codeword
             m.d.sync += [
                 known_2.codes.eq(self.codes),
-                known_2.octet.eq((self.feature >= half) & (self.feature < half + self.config.octets)),
+                known_2.octet.eq((self.feature >= octets) & (self.feature < octets + self.config.octets)),
                 known_2.sink.eq(self.codes & (self.feature < first_beyond)),
             ]
 

@@ -23,7 +23,7 @@ def first_walk_shape(config: Config) -> data.StructLayout:
 
 def sink_bits(config: Config) -> int:
     """Bits of the codewords of K that hold sinks, of which CODES may have half of a stripe."""
-    return bits_for(config.group_codewords // 2)
+    return bits_for(Shapes(config).octet_place)
 
 
 def first_stripe_shape(config: Config) -> data.StructLayout:
@@ -255,7 +255,7 @@ class FirstWalker(wiring.Component):
         codeword_bits = ceil_log2(config.codewords_per_page)
         chosen = Mux(self.by_feature & ~self.codes, self.chosen, number)
         # Octets have places of their own, beside those of K.
-        octet = Mux(self.by_feature & self.codes, config.group_codewords // 2, 0)
+        octet = Mux(self.by_feature & self.codes, self.shapes.octet_place, 0)
         position = self.first + chosen
         with m.State("choose"):   # the feature comes
             with m.If(self.more & ~self.failed):

@@ -152,7 +152,8 @@ class StripeLists(wiring.Component):
     def __init__(self, config: Config) -> None:
         self.config = config
         self.shapes = shapes = Shapes(config)
-        self.tokens = data.StructLayout({"token": TOKEN_BITS} | ({"whole": 1, "first": 1} if config.sparse else {}))
+        self.tokens = data.StructLayout({"token": TOKEN_BITS} | ({"whole": 1} if config.sparse else {})
+                                       | ({"first": 1} if config.codes else {}))
         readers = {"key": shapes.stripe, "value": shapes.stripe, "arrivals": self.tokens}
         if config.sparse:
             readers |= {"first": first_stripe_shape(config), "selector": self.tokens}

@@ -79,7 +79,8 @@ class Shapes:
         Unsigned numbers of a job slot, query row, codeword on its lane, channel, lane.
     tag : StructLayout
         Names a codeword: slot, epoch, kind (`commands.Kind`), place.  The place of a FEATURE is its stripe's first one
-        and the number of the feature; that of a centroid its stripe's first place and its number in the stripe's
+        and the number of the feature; that of an octet, a FEATURE, too, its stripe's first one, `octet_place` and its
+        number; that of a centroid its stripe's first place and its number in the stripe's
         centroid codewords.
     request : StructLayout
         A codeword wanted: tag, page, codeword (number inside of its page), dram (1: of device DRAM, 0: of the channel);
@@ -147,6 +148,8 @@ class Shapes:
         self.accumulator: Shape = signed(config.accumulator_bits)
         self.denominator = unsigned(config.denominator_bits)
         beat_bits = config.beat_bytes * 8
+        # Behind the places of K of the sinks, which is read in the same pass.
+        self.octet_place = config.group_codewords // 2 if config.codes else 0
 
         self.tag = data.StructLayout({"place": self.place, "kind": KIND_BITS, "slot": self.slot, "epoch": EPOCH_BITS})
         # A lane with one channel has no such field.

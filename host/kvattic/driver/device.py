@@ -544,7 +544,7 @@ class Device(Closing):
                 raise RequestError(f"{name} must be a bool, not {flag!r}")
         if codes:
             check_codes(self.config)
-        check_integer("sinks", sinks, 0, self.config.group_tokens // 2 if codes else MAX_SINKS)
+        check_integer("sinks", sinks, 0, self.config.codes_sinks_max if codes else MAX_SINKS)
         if window is not None:
             check_positive("window", window)
         limit = (1 << layout.TOKEN_BITS) - 1

@@ -245,7 +245,7 @@ def select(options: AttendOptions, shape: SequenceShape) -> Selection | None:
     assert options.top_units is not None
     check_integer("local_tokens", options.local_tokens, 0, min(options.top_units * size, MAX_LOCAL_TOKENS))
     sinks = shape.sinks if options.sinks is None else options.sinks
-    check_integer("sinks", sinks, 0, config.group_tokens // 2 if mode is Mode.CODES else MAX_SINKS)
+    check_integer("sinks", sinks, 0, config.codes_sinks_max if mode is Mode.CODES else MAX_SINKS)
     return Selection(mode, options.features or 0, int(options.top_units), int(options.local_tokens), int(sinks),
                      int(size), unit_bits)
 

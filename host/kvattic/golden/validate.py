@@ -117,7 +117,7 @@ def _check_selection(command: AttendCommand, config: Config) -> None:
         not 1 <= command.top_units <= -(-tokens // size),
         command.local_tokens > command.top_units * size,
         command.unit_bits > config.unit_bits_max,
-        command.mode == Mode.CODES and command.sinks > config.group_tokens // 2,
+        command.mode == Mode.CODES and command.sinks > config.codes_sinks_max,
     )):
         if bad:
             raise RejectedError(Status.INVALID_SELECTION, where)

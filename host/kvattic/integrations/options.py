@@ -86,7 +86,7 @@ def check_mode(config: Config, mode: Mode, features: int | None, top_units: int 
         unit_bits(unit_tokens, config)
     check_integer("local_tokens", local_tokens, 0, top_units * (unit_tokens or 1))
     if mode is Mode.CODES and sinks is not None:
-        check_integer("sinks", sinks, 0, config.group_tokens // 2)
+        check_integer("sinks", sinks, 0, config.codes_sinks_max)
     return unit_tokens
 
 

@@ -325,6 +325,11 @@ class Config:
         return self.head_dim // OCTET_FEATURES
 
     @property
+    def codes_sinks_max(self) -> int:
+        """Sinks that CODES scores exactly, at most: half of a stripe's tokens."""
+        return self.group_tokens // 2
+
+    @property
     def codes(self) -> bool:
         """Whether the engine has the mode CODES."""
         return not self.why_no_codes

@@ -834,19 +834,22 @@ def test_time_of_a_job(latency):
     assert max(periods) <= latency + 8 + 40 + 32 + 9 + 15, periods
 
 
-@pytest.mark.usefixtures("each_simulator")
-def test_slots_run_out():
-    config = replace(BOARD, jobs_in_flight=4)
-    rng = random.Random(2)
-    host, jobs = Host(), []
-    for number in range(9):
+def run_all_but_one(count, bad, *, seed, **what):
+    """Run so many commands with four slots, of which number `bad` is none; the host."""
+    config, rng, host = replace(BOARD, jobs_in_flight=4), random.Random(seed), Host()
+    for number in range(count):
         command, block, table = good_command(rng, config, number)
         command["query"] = BASE + 0x1000 * number
-        if number == 5:
+        if number == bad:
             command["opcode"] = 7
-        jobs.append((command, block, table))
         place(host, number, command, block, table, config)
-    run(config, host, [9], latency=2, hold=1000)
+    run(config, host, [count], latency=2, **what)
+    return host
+
+
+@pytest.mark.usefixtures("each_simulator")
+def test_slots_run_out():
+    host = run_all_but_one(9, 5, seed=2, hold=1000)
     assert len(host.starts) == 8
     # The fifth job has to wait for the first one's slot, and so on.
     assert host.when[3] < 500 < 1000 < host.when[4]
@@ -855,17 +858,7 @@ def test_slots_run_out():
 
 def test_lists_run_out():
     """Nothing is loaded until the lanes have room for it; what was loaded is reported all the same."""
-    config = replace(BOARD, jobs_in_flight=4)
-    rng = random.Random(3)
-    host, jobs = Host(), []
-    for number in range(5):
-        command, block, table = good_command(rng, config, number)
-        command["query"] = BASE + 0x1000 * number
-        if number == 3:
-            command["opcode"] = 7
-        jobs.append((command, block, table))
-        place(host, number, command, block, table, config)
-    run(config, host, [5], latency=2, crowded=700)
+    host = run_all_but_one(5, 3, seed=3, crowded=700)
     assert [b - a > 700 for a, b in zip(host.when, host.when[1:], strict=False)] == [True] * 3
     assert [job["lanes"] for _, _, job in host.jobs] == [1] * 3 + [0, 1]
 
